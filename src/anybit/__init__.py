@@ -1,0 +1,44 @@
+"""anybit: low-bit, mixed-precision networks by three roads that share one vocabulary and one result.
+
+    import anybit
+    result = anybit.calibrate(model, inputs, budget="4bit")
+    result.save("runs/mine")
+    model = anybit.load("runs/mine", model=float_model)
+
+Names are imported on first use, so that `import anybit` costs nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "calibrate": "anybit.roads",
+    "allocate": "anybit.roads",
+    "evaluate": "anybit.roads",
+    "inspect": "anybit.roads",
+    "load": "anybit.roads",
+    "Result": "anybit.roads",
+    "Precision": "anybit.scheme",
+    "Scheme": "anybit.scheme",
+    "Budget": "anybit.scheme",
+    "AnybitError": "anybit.errors",
+    "InvalidSetting": "anybit.errors",
+    "InvalidInput": "anybit.errors",
+    "InvalidFile": "anybit.errors",
+    "UnsupportedModel": "anybit.errors",
+    "SchemeMismatch": "anybit.errors",
+    "InfeasibleBudget": "anybit.errors",
+    "MissingPackage": "anybit.errors",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'anybit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,5 @@
+"""`python -m anybit`."""
+
+from anybit.cli import main
+
+main()

@@ -1,0 +1,183 @@
+"""Which layer gets how many bits: an integer program over the sensitivity table.
+
+    min  sum_l sum_k I_lk loss_lk      s.t.  sum_l sum_k I_lk cost_lk <= budget  (one row a budget),   sum_k I_lk = 1,   I in {0, 1}
+
+or the paper's form, most gain under a limit on the predicted loss, where the roles of cost and loss are swapped.
+
+Source: Hubara et al., ICML 2021, eq. 3 to 5. Deviation: several budgets at once; the solver (HiGHS) returns its bound and gap, which are
+kept as a certificate; the next best schemes follow by excluding those already found.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+from anybit.cost import CostModel
+from anybit.errors import InfeasibleBudget, InvalidSetting
+from anybit.scheme import FLOAT_BITS, Budget, Condition, Precision, Scheme
+from anybit.sensitivity import SensitivityTable
+
+# Up to this many bytes of a file's header depend on the choice (digits of offsets and shapes); reserved when bytes are limited.
+HEADER_SLACK = 64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One choice a layer: `losses[layer][k]`, and for every limited quantity `costs[quantity][layer][k]` with its `limits[quantity]`.
+
+    `in_words[quantity]` writes a sum of that quantity's costs as the user counts it (fixed parts added, units).
+    """
+
+    choices: Mapping[str, Sequence[Precision]]
+    losses: Mapping[str, np.ndarray]
+    costs: Mapping[str, Mapping[str, np.ndarray]]
+    limits: Mapping[str, float]
+    in_words: Mapping[str, Callable[[float], str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A scheme and its certificate: predicted loss, the solver's lower bound on it, and the relative gap between the two."""
+
+    scheme: Scheme
+    predicted_loss: float
+    bound: float
+    gap: float
+    objective: str
+
+    def certificate(self, seed: int) -> dict:
+        """What the scheme file keeps. No time and no machine, so that equal problems give equal files."""
+        return {
+            "solver": "HiGHS through scipy.optimize.milp",
+            "objective": self.objective,
+            "predicted_loss": self.predicted_loss,
+            "bound": self.bound,
+            "gap": self.gap,
+            "seed": seed,
+        }
+
+
+def make_problem(choices: Mapping[str, Sequence[Precision]], table: SensitivityTable, costs: CostModel, budget: Budget | None) -> Problem:
+    """The problem of least predicted loss under `budget`'s limits on bits, bytes, percent and BOPs."""
+    names = list(choices)
+    for name in names:
+        if not choices[name]:
+            raise InvalidSetting(f"Layer {name} has no precision to choose from.")
+    losses = {name: np.array([table.loss(name, precision) for precision in choices[name]]) for name in names}
+    limited, limits, in_words = {}, {}, {}
+    for condition in budget.conditions if budget else ():
+        if condition.quantity in ("loss", "drop"):
+            continue
+        quantity, per_layer, limit, words = _linear(condition, choices, costs)
+        if quantity not in limits or limit < limits[quantity]:  # "120kB,12.5%" limits the same bytes twice
+            limited[quantity], limits[quantity], in_words[quantity] = per_layer, limit, words
+    return Problem(choices, losses, limited, limits, in_words)
+
+
+Linear = tuple[str, dict[str, np.ndarray], float, Callable[[float], str]]
+
+
+def _linear(condition: Condition, choices: Mapping[str, Sequence[Precision]], costs: CostModel) -> Linear:
+    """(quantity, cost of each layer's choices, what they may sum to, how a sum is written)."""
+    if condition.quantity == "bits":
+        per_layer = {name: np.array([float(costs.layers[name].weights * p.stored_weight_bits) for p in choices[name]]) for name in choices}
+        total = sum(size.weights for size in costs.layers.values())
+        _check_below_float(condition, FLOAT_BITS, "bits a weight")
+        return "bits", per_layer, condition.limit * total, lambda amount: f"{amount / total:.4g}bit"
+    if condition.quantity in ("bytes", "percent"):
+        _check_below_float(condition, costs.float_bytes if condition.quantity == "bytes" else 100, condition.quantity)
+        limit = condition.limit if condition.quantity == "bytes" else condition.limit / 100 * costs.float_bytes
+        per_layer = {name: np.array([float(costs.layer_bytes(name, p)) for p in choices[name]]) for name in choices}
+        some = Scheme({name: choices[name][0] for name in choices})
+        fixed = costs.overhead(some) + HEADER_SLACK
+        return "bytes", per_layer, limit - fixed, lambda amount: f"{math.ceil((amount + fixed) / 100) / 10:g}kB"
+    if condition.quantity == "bops":
+        per_layer = {name: np.array([float(costs.layer_bops(name, p)) for p in choices[name]]) for name in choices}
+        return "bops", per_layer, condition.limit, lambda amount: f"bops={math.ceil(amount / 1e5) / 10:g}M"
+    raise InvalidSetting(f"A budget of {condition.quantity} needs a measured table, which this command has none of.")
+
+
+def allocate(problem: Problem, objective: Mapping[str, np.ndarray] | None = None, name: str = "least predicted loss") -> Allocation:
+    """The best scheme, proven within the returned gap. `objective` (default: the losses) is minimized instead, for the paper's form."""
+    return next(best_allocations(problem, objective, name))
+
+
+def least_cost(problem: Problem, cost: Mapping[str, np.ndarray], loss_limit: float) -> Allocation:
+    """The paper's form: the smallest cost whose predicted loss is at most `loss_limit`."""
+    bounded = Problem(problem.choices, problem.losses, {**problem.costs, "loss": problem.losses}, {**problem.limits, "loss": loss_limit})
+    return allocate(bounded, cost, "least cost under a loss limit")
+
+
+def best_allocations(
+    problem: Problem, objective: Mapping[str, np.ndarray] | None = None, name: str = "least predicted loss"
+) -> Iterator[Allocation]:
+    """Allocations from the best on; each excludes those before it. Ends when no other scheme fits.
+
+    Choices that another of the same layer beats in every respect are left out beforehand, so no runner-up uses one either.
+    """
+    objective = objective or problem.losses
+    names = list(problem.choices)
+    kept = {layer: _undominated(problem, objective, layer) for layer in names}
+    columns = [(layer, int(k)) for layer in names for k in kept[layer]]
+    owner = np.array([names.index(layer) for layer, _ in columns])
+    weights = np.array([objective[layer][k] for layer, k in columns])
+    constraints = [LinearConstraint(csr_matrix((np.ones(len(columns)), (owner, np.arange(len(columns))))), 1, 1)]
+    for quantity, limit in problem.limits.items():
+        row = np.array([problem.costs[quantity][layer][k] for layer, k in columns])
+        unit = max(float(np.abs(row).max()), 1e-300)  # coefficients near 1 keep the solver's absolute tolerances meaningful
+        constraints.append(LinearConstraint(row[None] / unit, -np.inf, limit / unit * (1 - 1e-12) if limit > 0 else limit / unit))
+    scale = max(float(np.abs(weights).max()), 1e-300)
+    first = True
+    while True:
+        result = milp(weights / scale, integrality=np.ones(len(columns)), bounds=Bounds(0, 1), constraints=constraints)
+        if result.x is None:
+            if first:
+                raise InfeasibleBudget(_why_infeasible(problem))
+            return
+        chosen = np.flatnonzero(result.x > 0.5)
+        scheme = Scheme({columns[i][0]: problem.choices[columns[i][0]][columns[i][1]] for i in chosen})
+        predicted = float(sum(problem.losses[columns[i][0]][columns[i][1]] for i in chosen))
+        yield Allocation(scheme, predicted, float(result.mip_dual_bound) * scale, float(result.mip_gap), name)
+        first = False
+        cut = np.zeros(len(columns))
+        cut[chosen] = 1
+        constraints.append(LinearConstraint(cut[None], -np.inf, len(names) - 1))
+
+
+def _undominated(problem: Problem, objective: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
+    """Indices of the choices that no other beats in the objective and in every limited cost: the best scheme needs only these."""
+    table = np.stack([objective[layer], *(problem.costs[quantity][layer] for quantity in problem.limits)])
+    count = table.shape[1]
+    kept = [
+        k
+        for k in range(count)
+        if not any((table[:, j] <= table[:, k]).all() and ((table[:, j] < table[:, k]).any() or j < k) for j in range(count) if j != k)
+    ]
+    return np.array(kept)
+
+
+def _why_infeasible(problem: Problem) -> str:
+    """Name the least of each limited quantity, and the layers that need most of it; say where only the combination fails."""
+    parts, enough = [], []
+    for quantity, limit in problem.limits.items():
+        least = {layer: float(problem.costs[quantity][layer].min()) for layer in problem.choices}
+        words = problem.in_words.get(quantity, lambda amount, quantity=quantity: f"{quantity}={amount:.6g}")
+        if sum(least.values()) > limit:
+            binding = sorted(least, key=least.get, reverse=True)[:3]
+            needed, allowed = words(sum(least.values())), words(limit)
+            parts.append(f"The smallest scheme needs {needed}, more than the budget of {allowed} (layers {', '.join(binding)} bind).")
+            enough.append(needed)
+    if not parts:
+        return "No scheme meets all conditions of the budget together, though each alone can be met. Relax one of them."
+    return f"{' '.join(parts)} Allow lower bit-widths with --weight-bits, keep fewer layers, or raise the budget to {','.join(enough)}."
+
+
+def _check_below_float(condition: Condition, most: float, what: str) -> None:
+    if condition.limit > most:
+        raise InvalidSetting(
+            f"A budget of {condition.limit:g} {what} is above the float network's {most:g}: there is nothing to save. Lower the budget."
+        )

@@ -1,0 +1,182 @@
+"""A batch is what `forward` takes, plus optional labels; samples become batches here and nowhere else.
+
+The one seeded split into fitting and held-out inputs is made here, once a run.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+
+from anybit.errors import InvalidInput
+
+Inputs = Tensor | tuple | dict
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`inputs`: a tensor, a tuple (positional) or a dict (keyword arguments); `labels`: int64 [N] or None."""
+
+    inputs: Inputs
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(first_tensor(self.inputs))
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        return Batch(map_tensors(self.inputs, lambda t: t.to(device)), None if self.labels is None else self.labels.to(device))
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """`model` on the inputs of a batch."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def map_tensors(value: Any, function) -> Any:
+    """`value` with every tensor in its tuples, lists and dicts mapped."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its fields one by one
+        return type(value)(*(map_tensors(item, function) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(item, function) for item in value)
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists, dicts and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    if hasattr(value, "__dataclass_fields__"):
+        return [tensor for name in value.__dataclass_fields__ for tensor in tensors_in(getattr(value, name))]
+    return []
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The first tensor in `value`: the logits, where a model gives several outputs."""
+    tensors = tensors_in(value)
+    if not tensors:
+        raise InvalidInput(f"No tensor in a {type(value).__name__}: inputs and outputs must hold at least one.")
+    return tensors[0]
+
+
+@dataclass
+class Samples:
+    """A data set whose items are an input, or (input, label); `labelled` says which.
+
+    `collate` makes the items of a list into one batch's inputs and labels; an array data set skips it by answering `__getitems__`.
+    """
+
+    dataset: Dataset | Sequence
+    labelled: bool
+    workers: int = 0
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def subset(self, indices: Sequence[int]) -> "Samples":
+        """These samples alone, in this order."""
+        return Samples(Subset(self.dataset, list(indices)), self.labelled, self.workers, self.description)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All samples in order, `size` at a time; the number of workers changes nothing but speed."""
+        loader = DataLoader(self.dataset, batch_size=size, num_workers=self.workers, collate_fn=self._collate)
+        for inputs, labels in loader:
+            yield Batch(inputs, labels)
+
+    def _collate(self, items) -> tuple[Inputs, Tensor | None]:
+        if isinstance(items, Batch):  # an array data set has made the batch already
+            return items.inputs, items.labels
+        collated = default_collate(items)
+        if self.labelled:
+            *inputs, labels = collated
+            inputs = inputs[0] if len(inputs) == 1 else tuple(inputs)
+        else:
+            inputs, labels = collated, None
+        if isinstance(inputs, list):
+            inputs = inputs[0] if len(inputs) == 1 else tuple(inputs)
+        return inputs, labels
+
+
+class ArrayDataset(Dataset):
+    """Images uint8 [N, H, W, C], or any float array [N, ...], with labels [N] or None; answers whole batches at once.
+
+    Images are divided by 255, laid out as [N, C, H, W] and normalized by `mean` and `std` of each channel.
+    """
+
+    def __init__(self, x, y=None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
+        self.x, self.y = x, y
+        self.is_image = x.dtype.name == "uint8"
+        self.mean = None if mean is None else torch.tensor(mean)[:, None, None]
+        self.std = None if std is None else torch.tensor(std)[:, None, None]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int):
+        batch = self.__getitems__([index])
+        return batch.inputs[0] if batch.labels is None else (batch.inputs[0], batch.labels[0])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        x = torch.from_numpy(self.x[indices])
+        if self.is_image:
+            x = x.permute(0, 3, 1, 2).float() / 255
+        if self.mean is not None:
+            x = x - self.mean
+        if self.std is not None:
+            x = x / self.std
+        return Batch(x.contiguous().float(), None if self.y is None else torch.from_numpy(self.y[indices]).long())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The inputs a run fits to and the ones it is judged on, disjoint, as batches in memory."""
+
+    fitting: list[Batch]
+    held_out: list[Batch]
+
+    def count(self) -> tuple[int, int]:
+        """(fitting, held-out) number of inputs."""
+        return sum(map(len, self.fitting)), sum(map(len, self.held_out))
+
+
+def draw(samples: Samples, count: int, seed: int) -> Samples:
+    """`count` samples (all, where there are fewer) drawn without replacement by `seed`."""
+    if len(samples) == 0:
+        raise InvalidInput("The data set is empty. Give at least 2 inputs (a few hundred work well).")
+    return samples.subset(torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:count].tolist())
+
+
+def split(samples: Samples, seed: int, held_out: float, batch_size: int) -> Calibration:
+    """The one seeded split; `held_out` is the share kept from fitting (at least one input on each side)."""
+    total = len(samples)
+    if total < 2:
+        raise InvalidInput(f"{total} input(s) to calibrate on: at least 2 are needed, one to fit and one to hold out. Give a few hundred.")
+    kept = min(max(1, round(total * held_out)), total - 1)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    return Calibration(
+        list(samples.subset(order[kept:]).batches(batch_size)),
+        list(samples.subset(order[:kept]).batches(batch_size)),
+    )
+
+
+def check_finite(batches: Iterable[Batch]) -> None:
+    """Raise InvalidInput where an input holds NaN or infinity."""
+    for index, batch in enumerate(batches):
+        for tensor in tensors_in(batch.inputs):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                sample = int(torch.nonzero(~torch.isfinite(tensor.flatten(1)).all(1))[0])
+                raise InvalidInput(f"Batch {index} of the data holds NaN or infinity (sample {sample} of the batch). Clean the inputs.")

@@ -1,0 +1,194 @@
+"""Batch norm: folded away before quantization, and its statistics put right again after it.
+
+Fold:   W' = W gamma / sqrt(var + eps)        b' = (b - mean) gamma / sqrt(var + eps) + beta        (per output channel)
+
+Tune:   quantization shifts the mean and the deviation of every channel. With mu_q, sigma_q those of the quantized layer's output and
+        mu_f, sigma_f what they should be,
+
+        gain = sigma_f / sigma_q        W' = W gain        scale' = scale gain        b' = (b - mu_q) gain + mu_f
+
+        Weight and scale are multiplied by the same positive factor, so no integer code changes.
+
+Source: Hubara et al., "Accurate Post Training Quantization With Small Calibration Sets", ICML 2021, section 3.4 (batch-norm tuning).
+Deviation: the paper takes mu_f = beta and sigma_f = |gamma|, the statistics of augmented training images. By default the float network's
+statistics on the *same* calibration images are matched instead, which removes the shift between the two sets of images; the paper's form
+is `target="prior"`.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from anybit.batches import Batch, call, map_tensors, tensors_in
+from anybit.errors import InvalidSetting
+from anybit.layers import float_weight, from_rows, weight_rows
+from anybit.quantizers import UniformQuantizer
+from anybit.wiring import Wiring
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Mean and standard deviation of each output channel, [channels] each."""
+
+    mean: Tensor
+    deviation: Tensor
+
+
+def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
+    """Layer -> the batch norm that folds into it: its only reader, both called once, with running statistics."""
+    pairs = {}
+    for layer in wiring.layer_names():
+        name = wiring.batch_norm_after(layer)
+        if name and model.get_submodule(name).running_mean is not None and not isinstance(model.get_submodule(layer), nn.Embedding):
+            pairs[layer] = name
+    return pairs
+
+
+@torch.no_grad()
+def fold(model: nn.Module, pairs: Mapping[str, str]) -> tuple[nn.Module, dict[str, ChannelStatistics]]:
+    """A copy of `model` with each batch norm of `pairs` folded into its layer, and the statistics that each promised (beta, |gamma|)."""
+    folded = copy.deepcopy(model)
+    promised = {}
+    for layer_name, norm_name in pairs.items():
+        layer, norm = folded.get_submodule(layer_name), folded.get_submodule(norm_name)
+        gamma = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight
+        beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
+        # In double precision: the fold must not cost the float network anything.
+        gain = gamma.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+        bias = 0.0 if layer.bias is None else layer.bias.double()
+        bias = (bias - norm.running_mean.double()) * gain + beta.double()
+        weight = float_weight(layer)
+        rows = weight_rows(layer, weight).double() * gain[:, None]
+        weight.copy_(from_rows(layer, rows))
+        layer.bias = nn.Parameter(bias.to(weight.dtype))
+        promised[layer_name] = ChannelStatistics(beta.detach().clone(), gamma.detach().abs())
+        _replace(folded, norm_name, nn.Identity())
+    return folded, promised
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+@torch.no_grad()
+def channel_statistics(
+    model: nn.Module, layers: Iterable[str], batches: Iterable[Batch], twins: nn.Module | None = None
+) -> dict[str, ChannelStatistics]:
+    """Mean and deviation of each layer's output channels over `batches`, summed in double precision.
+
+    With `twins`, a quantized copy of `model`, the statistics are those of its layers, each fed with what `model` feeds its own.
+    """
+    sums: dict[str, list] = {name: [0, 0.0, 0.0] for name in layers}
+
+    def listen(name: str) -> Callable:
+        layer = model.get_submodule(name)
+        twin = twins.get_submodule(name) if twins else None
+
+        def add(module, args, output: Tensor) -> None:
+            rows = _by_channel(layer, output if twin is None else twin(*args))
+            count, total, squares = sums[name]
+            sums[name] = [
+                count + rows.shape[1],
+                total + rows.sum(1, dtype=torch.double),
+                squares + rows.square().sum(1, dtype=torch.double),
+            ]
+
+        return add
+
+    hooks = [model.get_submodule(name).register_forward_hook(listen(name)) for name in sums]
+    try:
+        for batch in batches:
+            call(model, batch.inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    statistics = {}
+    for name, (count, total, squares) in sums.items():
+        mean = total / count
+        statistics[name] = ChannelStatistics(mean.float(), (squares / count - mean.square()).clamp_min(0).sqrt().float())
+    return statistics
+
+
+def _by_channel(layer: nn.Module, output: Tensor) -> Tensor:
+    """`output` as [channels, everything else]."""
+    return output.flatten(0, -2).T if isinstance(layer, nn.Linear) else output.transpose(0, 1).flatten(1)
+
+
+@torch.no_grad()
+def tune(model: nn.Module, targets: Mapping[str, ChannelStatistics], batches: list[Batch], prior_weight: float = 0.0) -> dict[str, float]:
+    """Match each layer's output statistics to `targets`, in place, in one forward pass over all `batches` joined into one.
+
+    The layers are corrected in the order in which they run, each while its output passes by, so every layer sees inputs that its
+    predecessors have already put right. `prior_weight` in [0, 1) mixes the target into the measured statistics (0: measured alone).
+    A channel that is constant in either network keeps its gain of 1 and only its mean is matched. Returns each layer's largest gain.
+    """
+    if not 0 <= prior_weight < 1:
+        raise InvalidSetting(f"prior_weight {prior_weight} must be at least 0 and below 1.")
+    largest: dict[str, float] = {}
+
+    def correct(name: str, layer: nn.Module, output: Tensor) -> Tensor:
+        target = targets[name]
+        rows = _by_channel(layer, output)
+        mean = rows.mean(1, dtype=torch.double).float()
+        deviation = (rows - mean[:, None]).square().mean(1, dtype=torch.double).sqrt().float()
+        gain, shift = _correction(ChannelStatistics(mean, deviation), target, prior_weight)
+        _scale_channels(layer, gain, shift)
+        largest[name] = float(gain.max())
+        shape = [1, -1] + [1] * (output.dim() - 2) if not isinstance(layer, nn.Linear) else [-1]
+        return output * gain.view(shape) + shift.view(shape)
+
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda layer, args, output, name=name: correct(name, layer, output))
+        for name in targets
+    ]
+    try:
+        call(model, join(batches).inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return largest
+
+
+@torch.no_grad()
+def match_layers(float_model: nn.Module, model: nn.Module, targets: Mapping[str, ChannelStatistics], batches: Iterable[Batch]) -> None:
+    """The parallel form of `tune`, for candidates: each layer of `model`, in place, matched while fed with the float network's inputs."""
+    measured = channel_statistics(float_model, targets, batches, twins=model)
+    for name, target in targets.items():
+        _scale_channels(model.get_submodule(name), *_correction(measured[name], target))
+
+
+def _correction(measured: ChannelStatistics, target: ChannelStatistics, prior_weight: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(gain, shift) of each channel that take the measured statistics to the target's."""
+    mean = torch.lerp(measured.mean, target.mean, prior_weight)
+    deviation = torch.lerp(measured.deviation, target.deviation, prior_weight)
+    alive = (deviation > 1e-6) & (target.deviation > 1e-6)
+    gain = torch.where(alive, target.deviation / deviation.clamp_min(1e-6), 1.0)
+    return gain, target.mean - mean * gain
+
+
+@torch.no_grad()
+def _scale_channels(layer: nn.Module, gain: Tensor, shift: Tensor) -> None:
+    """Multiply the layer's output channels by `gain` and add `shift`, leaving the integer codes of its weight as they are."""
+    quantizer = layer.weight_quantizer
+    weight = float_weight(layer)
+    if isinstance(quantizer, UniformQuantizer):
+        codes = quantizer.codes(weight_rows(layer, weight))
+        quantizer.scale.mul_(gain[:, None])
+        weight.copy_(from_rows(layer, quantizer.values(codes)))
+    else:
+        weight.copy_(from_rows(layer, weight_rows(layer, weight) * gain[:, None]))
+    if layer.bias is None:
+        layer.bias = nn.Parameter(shift.to(weight.dtype))
+    else:
+        layer.bias.copy_(layer.bias * gain + shift)
+
+
+def join(batches: list[Batch]) -> Batch:
+    """All `batches` as one."""
+    flat = [iter(tensors) for tensors in zip(*(tensors_in(batch.inputs) for batch in batches), strict=True)]
+    joined = iter([torch.cat(list(tensors)) for tensors in flat])
+    return Batch(map_tensors(batches[0].inputs, lambda _: next(joined)))

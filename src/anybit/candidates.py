@@ -1,0 +1,116 @@
+"""Candidates: every layer's weights at each weight bit-width and ranges at each activation bit-width, kept apart.
+
+A precision combines one of each, so five by three choices cost five reconstructions and three ranges, not fifteen.
+`apply_scheme` puts the chosen ones into a copy of the prepared model: the canonical form.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from anybit.errors import InvalidInput, UnsupportedModel
+from anybit.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.quantizers import UniformQuantizer
+from anybit.ranges import activation_range, weight_scale
+from anybit.scheme import Precision, Scheme, check_names
+
+
+@dataclass(frozen=True)
+class WeightCandidate:
+    """codes int8 [channels, fan-in], scale [channels, 1], bias [channels] or None (the layer has none)."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class ActivationCandidate:
+    """scale and integer zero point, both 0-d."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+
+@dataclass
+class Candidates:
+    """(layer, bits) -> candidate, weights and activations apart."""
+
+    weights: dict[tuple[str, int], WeightCandidate] = field(default_factory=dict)
+    activations: dict[tuple[str, int], ActivationCandidate] = field(default_factory=dict)
+
+
+def weight_candidate(layer: nn.Module, bits: int, estimator: str) -> WeightCandidate:
+    """Round the layer's own weights to nearest within an estimated range."""
+    rows = weight_rows(layer, float_weight(layer).detach()).float()
+    quantizer = UniformQuantizer(bits, True, weight_scale(rows, bits, estimator))
+    bias = getattr(layer, "bias", None)
+    return WeightCandidate(quantizer.codes(rows).to(torch.int8), quantizer.scale, None if bias is None else bias.detach().clone())
+
+
+def frozen_candidate(layer: nn.Module) -> WeightCandidate:
+    """What stands in the filled slot of a layer."""
+    quantizer = layer.weight_quantizer
+    codes = quantizer.codes(weight_rows(layer, float_weight(layer))).to(torch.int8)
+    bias = getattr(layer, "bias", None)
+    return WeightCandidate(codes, quantizer.scale.clone(), None if bias is None else bias.detach().clone())
+
+
+def activation_candidate(sample: Tensor, bits: int, estimator: str) -> ActivationCandidate:
+    """The range of a sample of the layer's input values."""
+    return ActivationCandidate(*activation_range(sample, bits, estimator))
+
+
+def install(layer: nn.Module, weights: WeightCandidate | None, inputs: ActivationCandidate | None, precision: Precision) -> None:
+    """Fill the layer's slots from candidates, in place."""
+    weight_quantizer: nn.Module | None = None
+    if weights is not None:
+        weight_quantizer = UniformQuantizer(precision.weight_bits, True, weights.scale)
+        with torch.no_grad():
+            float_weight(layer).copy_(from_rows(layer, weight_quantizer.values(weights.codes.float())))
+            if weights.bias is not None:
+                layer.bias.copy_(weights.bias)
+    elif precision.weight_bits == 0:
+        weight_quantizer = Pruned()
+    input_quantizer = None
+    if inputs is not None:
+        input_quantizer = UniformQuantizer(precision.activation_bits, False, inputs.scale, inputs.zero_point)
+    fill(layer, weight_quantizer, input_quantizer)
+
+
+def apply_scheme(prepared: nn.Module, scheme: Scheme, candidates: Candidates) -> nn.Module:
+    """A copy of the prepared model with each layer's slots filled as `scheme` says: the canonical form."""
+    model = copy.deepcopy(prepared)
+    layers = quantized_layers(model)
+    check_names(scheme, layers, "The model")
+    for name, precision in scheme.items():
+        weights = candidates.weights[name, precision.weight_bits] if precision.weight_bits else None
+        takes_input = precision.activation_bits and not isinstance(layers[name], nn.Embedding)
+        inputs = candidates.activations[name, precision.activation_bits] if takes_input else None
+        install(layers[name], weights, inputs, precision)
+    return model
+
+
+def check_finite_weights(model: nn.Module) -> None:
+    """Raise UnsupportedModel naming the first parameter or buffer that holds NaN or infinity."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise UnsupportedModel(f"{name} holds {count} value(s) that are NaN or infinite. Repair or retrain the network first.")
+
+
+def check_finite_samples(samples: dict[str, Tensor]) -> None:
+    """Raise InvalidInput naming the first layer whose input is not finite."""
+    for name, sample in samples.items():
+        if not torch.isfinite(sample).all():
+            raise InvalidInput(f"The input of layer {name} is NaN or infinite on the calibration data. Check the data and the network.")
+
+
+def missing(scheme: Scheme, candidates: Candidates) -> Iterable[str]:
+    """Layers whose precision has no candidate."""
+    for name, precision in scheme.items():
+        if precision.weight_bits and (name, precision.weight_bits) not in candidates.weights:
+            yield name

@@ -1,0 +1,404 @@
+"""The command line: paths, options and printing. All work is done by `roads`."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anybit.errors import AnybitError, InvalidSetting
+from anybit.scheme import Precision, parse_size
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Turn a trained PyTorch network into a low-bit, mixed-precision one.",
+)  # fmt: skip
+
+
+class Pipeline(StrEnum):
+    advanced = "advanced"
+    light = "light"
+
+
+class Estimator(StrEnum):
+    mse = "mse"
+    minmax = "minmax"
+    percentile = "percentile"
+
+
+class UnitKind(StrEnum):
+    block = "block"
+    layer = "layer"
+
+
+Model = Annotated[
+    str | None, typer.Option("--model", help="The network: package.module:function, FILE.py:function, timm:NAME, torchvision:NAME.")
+]
+Weights = Annotated[str | None, typer.Option(help="State dict to load into it (.safetensors, .pt, .pth).")]
+Data = Annotated[str | None, typer.Option("--data", help="Inputs: a folder of images, FILE.npz, FILE.npz#test, FILE.py:function.")]
+Test = Annotated[str | None, typer.Option("--test", help="Labelled data for the report; nothing is chosen on it.")]
+Budgets = Annotated[
+    list[str] | None, typer.Option("--budget", help="4bit, 120kB, 12.5%, bops=2.1G, loss=0.02, drop=1%; join with commas, or repeat.")
+]
+Keep = Annotated[list[str] | None, typer.Option("--keep", help="PATTERN=W8A8 or PATTERN=float: pin layers; patterns match whole names.")]
+Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
+Output = Annotated[Path, typer.Option("--output", help="The run folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished run.")]
+Mean = Annotated[str | None, typer.Option(help="Mean of each channel, pixels scaled to 0..1: 0.485,0.456,0.406")]
+Std = Annotated[str | None, typer.Option(help="Standard deviation of each channel.")]
+Size = Annotated[int | None, typer.Option(help="Sides of the input picture.")]
+Resize = Annotated[int | None, typer.Option(help="Short side before a centre crop to --size.")]
+Interpolation = Annotated[str, typer.Option(help="nearest, bilinear, bicubic or lanczos.")]
+BatchSize = Annotated[int, typer.Option(help="Inputs a forward pass.")]
+Workers = Annotated[int, typer.Option(help="Processes that load data; changes speed alone.")]
+Threads = Annotated[int | None, typer.Option(help="Processor threads (default: PyTorch's choice).")]
+MetricOption = Annotated[str | None, typer.Option("--metric", help="FILE.py:function of (outputs, labels), reported beside the others.")]
+Task = Annotated[str | None, typer.Option(help="classification or regression, where the outputs do not tell.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.")]
+
+
+@contextmanager
+def _reported_errors() -> Iterator[None]:
+    """anybit's own errors as one line and exit status 2; Ctrl-C as 130."""
+    try:
+        yield
+    except AnybitError as error:
+        print(f"anybit: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        print("anybit: interrupted", file=sys.stderr)
+        raise typer.Exit(130) from error
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[None]:
+    """Bars with time left on a terminal, plain lines elsewhere, nothing when quiet. All on stderr: stdout is for results."""
+    from anybit.progress import listening
+
+    if quiet:
+        yield
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bars, listening(_bar_listener(bars)):
+            yield
+    else:
+        with listening(_line_listener()):
+            yield
+
+
+def _bar_listener(bars) -> Callable[[str, int, int], None]:
+    current: dict[str, Any] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if done == 0:
+            current[what] = bars.add_task(what, total=total)
+        bars.update(current[what], completed=done)
+
+    return show
+
+
+def _line_listener() -> Callable[[str, int, int], None]:
+    started: dict[str, float] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if done == 0:
+            started[what] = time.monotonic()
+            print(f"{what}: {total} steps", file=sys.stderr)
+        elif done == total or (10 * done // total) > (10 * (done - 1) // total):
+            passed = time.monotonic() - started[what]
+            print(f"{what}: {done}/{total}, {passed:.0f} s, {passed / done * (total - done):.0f} s left", file=sys.stderr)
+
+    return show
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InvalidSetting(f"{option} {text!r} cannot be read. Write numbers with commas: 0.485,0.456,0.406.") from error
+
+
+def _bits(text: str, option: str) -> tuple[int | None, ...]:
+    try:
+        return tuple(None if part == "float" else int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InvalidSetting(f"{option} {text!r} cannot be read. Write bit-widths with commas: 2,3,4,6,8.") from error
+
+
+def _kept(patterns: list[str] | None) -> dict[str, Precision]:
+    kept = {}
+    for item in patterns or []:
+        pattern, separator, precision = item.rpartition("=")
+        if not separator or not pattern:
+            raise InvalidSetting(f"--keep {item!r} cannot be read. Write PATTERN=W8A8 or PATTERN=float.")
+        kept[pattern] = Precision.parse(precision)
+    return kept
+
+
+def _require(value: str | None, option: str) -> str:
+    if value is None:
+        raise InvalidSetting(f"{option} is missing. `anybit --help` shows an example of each verb.")
+    return value
+
+
+def _preprocessing(mean, std, size, resize, interpolation):
+    from anybit.references import Preprocessing
+
+    return Preprocessing(_numbers(mean, "--mean"), _numbers(std, "--std"), size, resize, interpolation)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        if threads < 1:
+            raise InvalidSetting(f"--threads {threads} must be at least 1.")
+        torch.set_num_threads(threads)
+
+
+def _metric(reference: str | None):
+    if reference is None:
+        return None
+    from anybit.references import load_callable
+
+    return load_callable(reference, "--metric")
+
+
+def _absolute(reference: str) -> str:
+    """A reference that can be followed from another working folder: paths of scripts, arrays and folders made absolute."""
+    place, separator, name = reference.rpartition(":")
+    if place.endswith(".py"):
+        return f"{Path(place).resolve()}{separator}{name}"
+    path, _, part = reference.partition("#")
+    return str(Path(path).resolve()) + (f"#{part}" if part else "") if Path(path).exists() else reference
+
+
+@app.command()
+def calibrate(
+    output: Output,
+    model: Model = None,
+    weights: Weights = None,
+    data: Data = None,
+    test: Test = None,
+    budget: Budgets = None,
+    weight_bits: Annotated[str, typer.Option(help="Bit-widths a layer's weights may get.")] = "2,3,4,6,8",
+    activation_bits: Annotated[str, typer.Option(help="Bit-widths its input may get; `float` leaves it float.")] = "4,6,8",
+    keep: Keep = None,
+    pipeline: Annotated[Pipeline, typer.Option(help="light: no back-propagation.")] = Pipeline.advanced,
+    parallel: Annotated[bool | None, typer.Option(help="AdaQuant at every candidate bit-width before the allocation.")] = None,
+    sequential: Annotated[bool | None, typer.Option(help="AdaQuant on the chosen scheme.")] = None,
+    bn_tuning: Annotated[bool, typer.Option(help="Batch-norm tuning.")] = True,
+    bias_tuning: Annotated[bool | None, typer.Option(help="Bias tuning on the outputs.")] = None,
+    samples: Annotated[int, typer.Option(help="Inputs drawn, fitting and held-out together.")] = 1024,
+    held_out: Annotated[float, typer.Option(help="Share of them that is held out.")] = 0.2,
+    steps: Annotated[int, typer.Option(help="Adam steps a unit on the chosen scheme.")] = 300,
+    candidate_steps: Annotated[int, typer.Option(help="Adam steps a layer for each candidate.")] = 60,
+    unit: Annotated[UnitKind, typer.Option(help="What is reconstructed at once.")] = UnitKind.block,
+    block: Annotated[list[str] | None, typer.Option(help="Name the blocks instead of finding them; repeat.")] = None,
+    drop: Annotated[float, typer.Option(help="Share of activation quantizations dropped while reconstructing.")] = 0.5,
+    mirror: Annotated[bool, typer.Option(help="Fit to the mirror images too.")] = False,
+    estimator: Annotated[Estimator, typer.Option(help="Range estimator.")] = Estimator.mse,
+    sensitivity_base: Annotated[str, typer.Option(help="Precision of the other layers while one is measured.")] = "float",
+    pairs: Annotated[bool, typer.Option(help="Measure every (W, A) pair instead of summing two measurements.")] = False,
+    alternatives: Annotated[int, typer.Option(help="How many of the best schemes are measured.")] = 5,
+    bn_prior: Annotated[float, typer.Option(help="Weight of the target in the measured batch-norm statistics.")] = 0.0,
+    bn_target: Annotated[
+        str, typer.Option(help="float: the float network's statistics; prior: beta and |gamma| (the paper's form).")
+    ] = "float",
+    memory: Annotated[str, typer.Option(help="Memory for captured activations; more spills to disk.")] = "2GiB",
+    seed: Seed = 0,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize: Resize = None,
+    interpolation: Interpolation = "bilinear",
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    threads: Threads = None,
+    metric: MetricOption = None,
+    task: Task = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """From a trained network, a few hundred inputs and a budget to a low-bit network, its scheme and a measured report."""
+    with _reported_errors(), _progress(quiet or as_json):
+        from anybit import roads
+        from anybit.checkpoint import check_free
+        from anybit.references import load_data, load_model
+
+        check_free(output, overwrite)
+        _set_threads(threads)
+        preprocessing = _preprocessing(mean, std, size, resize, interpolation)
+        reference = _absolute(_require(model, "--model"))
+        results = roads.calibrate(
+            load_model(reference, weights),
+            load_data(_require(data, "--data"), preprocessing, workers),
+            list(budget) if budget else None,
+            test=None if test is None else load_data(test, preprocessing, workers),
+            metric=_metric(metric),
+            about={
+                "model": {"reference": reference, "weights": None if weights is None else str(Path(weights).resolve())},
+                "data": {"reference": _absolute(_require(data, "--data"))},
+                "preprocessing": preprocessing.to_json(),
+            },
+            weight_bits=_bits(weight_bits, "--weight-bits"),
+            activation_bits=_bits(activation_bits, "--activation-bits"),
+            keep=_kept(keep),
+            pipeline=pipeline.value,
+            parallel=parallel,
+            sequential=sequential,
+            bn_tuning=bn_tuning,
+            bias_tuning=bias_tuning,
+            samples=samples,
+            held_out=held_out,
+            steps=steps,
+            candidate_steps=candidate_steps,
+            unit=unit.value,
+            blocks=tuple(block) if block else None,
+            drop=drop,
+            mirror=mirror,
+            estimator=estimator.value,
+            sensitivity_base=Precision.parse(sensitivity_base),
+            pairs=pairs,
+            alternatives=alternatives,
+            bn_prior=bn_prior,
+            bn_target=bn_target,
+            memory=parse_size(memory),
+            seed=seed,
+            batch_size=batch_size,
+            task=task,
+        )
+        folders = roads.save_all(results, output, overwrite)
+    _print_results(folders, as_json, quiet)
+
+
+def _print_results(folders: list[Path], as_json: bool, quiet: bool) -> None:
+    from anybit.reporting import print_frontier, print_report, result_line
+
+    reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
+    if as_json:
+        summaries = [{"folder": str(folder), **_summary(report)} for folder, report in zip(folders, reports, strict=True)]
+        print(json.dumps(summaries[0] if len(summaries) == 1 else summaries))
+        return
+    for report in reports if not quiet else []:
+        print_report(report)
+    if len(reports) > 1:
+        print_frontier(reports)
+    for folder, report in zip(folders, reports, strict=True):
+        print(f"{folder}: {result_line(report)}")
+
+
+def _summary(report: dict) -> dict:
+    return {key: report[key] for key in ("budget", "result", "test", "float_test") if key in report}
+
+
+@app.command()
+def allocate(
+    run: Annotated[Path, typer.Argument(help="A run folder of calibrate.")],
+    output: Output,
+    budget: Budgets = None,
+    data: Data = None,
+    model: Model = None,
+    workers: Workers = 0,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """New budgets from the candidates and table of a calibrate run, in seconds."""
+    with _reported_errors(), _progress(quiet or as_json):
+        from anybit import roads
+        from anybit.checkpoint import check_free
+
+        check_free(output, overwrite)
+        _set_threads(threads)
+        _require(budget, "--budget")
+        results = [roads.allocate(run, one, data=data, model=model, workers=workers) for one in budget]
+        folders = roads.save_all(results if len(results) > 1 else results[0], output, overwrite)
+    _print_results(folders, as_json, quiet)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path | None, typer.Argument(help="A run folder; or give --model for the float network.")] = None,
+    model: Model = None,
+    weights: Weights = None,
+    data: Data = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize: Resize = None,
+    interpolation: Interpolation = "bilinear",
+    batch_size: BatchSize = 128,
+    workers: Workers = 0,
+    threads: Threads = None,
+    metric: MetricOption = None,
+    task: Task = None,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy and loss of a run, or of a float network, on labelled data."""
+    with _reported_errors():
+        from anybit import roads
+        from anybit.references import load_data, load_model
+
+        _set_threads(threads)
+        given = _preprocessing(mean, std, size, resize, interpolation)
+        if run is not None:
+            network = roads.load(run, model)
+            preprocessing = given if given.to_json() != {"interpolation": "bilinear"} else roads.preprocessing_of(run)
+            task = task or roads.task_of(run)
+        else:
+            network, preprocessing = load_model(_require(model, "RUN or --model"), weights), given
+        samples = load_data(_require(data, "--data"), preprocessing, workers)
+        scores = roads.evaluate(network, samples, _metric(metric), task, batch_size)
+    if as_json:
+        print(json.dumps(scores))
+    else:
+        print("  ".join(f"{key} {value:.2f}" if key.startswith("top") else f"{key} {value:.5g}" for key, value in scores.items()))
+
+
+@app.command()
+def inspect(
+    model: Model = None,
+    weights: Weights = None,
+    data: Data = None,
+    weight_bits: Annotated[str, typer.Option(help="Bit-widths to count.")] = "2,3,4,6,8",
+    keep: Keep = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize: Resize = None,
+    interpolation: Interpolation = "bilinear",
+    as_json: AsJson = False,
+) -> None:
+    """Layers, shapes, what is covered, and what each bit-width would cost."""
+    with _reported_errors():
+        from anybit import roads
+        from anybit.references import load_data, load_model
+
+        samples = load_data(_require(data, "--data"), _preprocessing(mean, std, size, resize, interpolation))
+        network = load_model(_require(model, "--model"), weights)
+        found = roads.inspect(network, samples, weight_bits=_bits(weight_bits, "--weight-bits"), keep=_kept(keep))
+    if as_json:
+        print(json.dumps(found))
+    else:
+        from anybit.reporting import print_inspection
+
+        print_inspection(found)
+
+
+def main() -> None:
+    """Entry point of the `anybit` command."""
+    app()

@@ -1,0 +1,148 @@
+"""What a layer costs at a precision: bits, bytes of the file, BOPs.
+
+`scheme.py` states what each quantity counts. Everything here is exact: `file_size` of a scheme is the size that `checkpoint` writes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from anybit.layers import float_weight, weight_rows
+from anybit.packing import StoredLayer, TensorSpec, file_bytes, layout, packed_bytes
+from anybit.scheme import FLOAT_BITS, Precision, Scheme
+from anybit.wiring import Wiring
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Weight as rows x columns, and multiply-accumulates of one sample."""
+
+    rows: int
+    columns: int
+    macs: int
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of every scheme of one prepared model.
+
+    layers       name -> LayerSize, in the scheme's order
+    leftover     float32 numbers of the state dict that are no covered weight (biases, norms, uncovered layers)
+    others       entries of another type, stored under their own keys
+    edges        number of stored edge ranges
+    float_bytes  of the float32 weights' file
+    """
+
+    layers: Mapping[str, LayerSize]
+    leftover: int
+    others: Mapping[str, TensorSpec]
+    edges: int
+    float_bytes: int
+
+    @classmethod
+    def of(cls, prepared: nn.Module, names: list[str], wiring: Wiring, edges: int, float_model: nn.Module) -> "CostModel":
+        """Measure `prepared`, whose layers `names` have slots; `wiring` gives the shapes, `float_model` the size to compare with."""
+        layers = {}
+        for name in names:
+            rows = weight_rows(prepared.get_submodule(name), float_weight(prepared.get_submodule(name)))
+            layers[name] = LayerSize(rows.shape[0], rows.shape[1], macs_per_sample(prepared.get_submodule(name), name, wiring))
+        leftover, others = leftovers(prepared, names)
+        numbers = sum(tensor.numel() for tensor in leftover.values())
+        float_state = {key: TensorSpec(_DTYPES[t.dtype], tuple(t.shape)) for key, t in float_model.state_dict().items()}
+        return cls(layers, numbers, {key: spec_of(t) for key, t in others.items()}, edges, file_bytes(float_state))
+
+    def weight_bits(self, scheme: Scheme) -> float:
+        """Mean stored bits of a weight."""
+        total = sum(self.layers[name].weights for name in scheme)
+        return sum(self.layers[name].weights * precision.stored_weight_bits for name, precision in scheme.items()) / total
+
+    def bops(self, scheme: Scheme) -> int:
+        """Bit operations of one sample."""
+        return sum(self.layer_bops(name, precision) for name, precision in scheme.items())
+
+    def layer_bops(self, name: str, precision: Precision) -> int:
+        """Multiply-accumulates times weight bits times activation bits."""
+        return self.layers[name].macs * precision.stored_weight_bits * (precision.activation_bits or FLOAT_BITS)
+
+    def layer_bytes(self, name: str, precision: Precision) -> int:
+        """Bytes that the layer's weight and quantizers add to the file, its share of the header aside."""
+        size = self.layers[name]
+        inputs = 5 if precision.activation_bits else 0
+        if precision.weight_bits is None:
+            return size.weights * 4 + inputs
+        return packed_bytes(size.weights, precision.weight_bits) + (4 * size.rows if precision.weight_bits else 0) + inputs
+
+    def file_size(self, scheme: Scheme) -> int:
+        """Exact bytes of model.safetensors."""
+        stored = [
+            StoredLayer(self.layers[name].rows, self.layers[name].columns, precision.weight_bits, int(bool(precision.activation_bits)))
+            for name, precision in scheme.items()
+        ]
+        kept_float = sum(self.layers[name].weights for name, precision in scheme.items() if precision.weight_bits is None)
+        return file_bytes(layout(stored, self.edges, self.leftover + kept_float, self.others))
+
+    def overhead(self, scheme: Scheme) -> int:
+        """Bytes of the file that no choice of bits changes, a few bytes of header aside."""
+        return self.file_size(scheme) - sum(self.layer_bytes(name, precision) for name, precision in scheme.items())
+
+    def summary(self, scheme: Scheme) -> dict:
+        """All quantities of one scheme, for a report."""
+        size = self.file_size(scheme)
+        return {
+            "weight_bits": self.weight_bits(scheme),
+            "bytes": size,
+            "percent": 100 * size / self.float_bytes,
+            "bops": self.bops(scheme),
+        }
+
+
+def macs_per_sample(layer: nn.Module, name: str, wiring: Wiring) -> int:
+    """Multiply-accumulates of one sample, from the observed shapes; none for an embedding."""
+    operation = wiring.operation(name)
+    if isinstance(layer, nn.Embedding):
+        return 0
+    weights = float_weight(layer).numel()
+    if isinstance(layer, nn.Linear):
+        return weights * _product(operation.shape[:-1]) // wiring.batch_size
+    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return weights * _product(wiring.input_shapes[name][2:])
+    return weights * _product(operation.shape[2:])
+
+
+def _product(numbers) -> int:
+    result = 1
+    for number in numbers:
+        result *= number
+    return result
+
+
+def spec_of(tensor: torch.Tensor) -> TensorSpec:
+    """Stored type and shape of a tensor."""
+    return TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape))
+
+
+def leftovers(prepared: nn.Module, names: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The state dict without the weights of layers `names` and without quantizers: (float32 entries, all others), in its order.
+
+    Entries that share memory (tied weights) are stored once, under their first key.
+    """
+    skipped = {f"{name}.weight" for name in names}
+    quantizers = tuple(f"{name}.{slot}_quantizer." for name in names for slot in ("weight", "input"))
+    float32, others, seen = {}, {}, set()
+    for key, tensor in prepared.state_dict(keep_vars=True).items():
+        if key in skipped or key.startswith(quantizers) or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        (float32 if tensor.dtype == torch.float32 else others)[key] = tensor.detach()
+    return float32, others

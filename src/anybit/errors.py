@@ -1,0 +1,45 @@
+"""Every error that anybit raises on purpose.
+
+    AnybitError (a ValueError)
+    |-- InvalidSetting     a precision, budget, bit-width or option that cannot be
+    |-- InvalidInput       data: empty, of a shape the model refuses, not finite
+    |-- InvalidFile        a run folder, weights or scheme file that cannot be trusted
+    |-- UnsupportedModel   a network, or a part of one, that anybit does not cover
+    |-- SchemeMismatch     a scheme or weights made for another model
+    |-- InfeasibleBudget   no scheme meets the budget; the message names the nearest that does
+    `-- MissingPackage     an optional package is needed; the message gives the pip command
+
+A message says what, where (the layer's name), the values, and what to do.
+"""
+
+
+class AnybitError(ValueError):
+    """Root of all errors that anybit raises on purpose."""
+
+
+class InvalidSetting(AnybitError):
+    """A precision, budget, bit-width or option that cannot be."""
+
+
+class InvalidInput(AnybitError):
+    """Data that is empty, of a shape the model refuses, or not finite."""
+
+
+class InvalidFile(AnybitError):
+    """A run folder, weights or scheme file that cannot be trusted."""
+
+
+class UnsupportedModel(AnybitError):
+    """A network, or a part of one, that anybit does not cover."""
+
+
+class SchemeMismatch(AnybitError):
+    """A scheme or weights that were made for another model."""
+
+
+class InfeasibleBudget(AnybitError):
+    """No scheme meets the budget."""
+
+
+class MissingPackage(AnybitError):
+    """An optional package is needed."""

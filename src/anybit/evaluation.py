@@ -1,0 +1,100 @@
+"""What a model's outputs are worth: accuracy with labels, distance to the float model without."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anybit.batches import Batch, call, first_tensor
+from anybit.errors import InvalidInput
+
+Metric = Callable[[Tensor, Tensor], float]
+TASKS = ("classification", "regression")
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+    """The first output of every sample, [N, ...], in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        return torch.cat([first_tensor(call(model, batch.inputs)) for batch in batches])
+    finally:
+        model.train(was_training)
+
+
+def guess_task(outputs: Tensor) -> str:
+    """ "classification" where outputs are [N, classes >= 2], else "regression"; the user's --task overrules it."""
+    return "classification" if outputs.dim() == 2 and outputs.shape[1] >= 2 else "regression"
+
+
+def distance(outputs: Tensor, reference: Tensor, task: str) -> float:
+    """How far `outputs` are from those of the float model: mean KL divergence of one sample's classes, or normalized squared error."""
+    return float(sample_distances(outputs, reference, task).mean())
+
+
+def sample_distances(outputs: Tensor, reference: Tensor, task: str) -> Tensor:
+    """The same for each sample, [N]; for regression each is divided by the mean square of the reference."""
+    if task == "classification":
+        log_p, log_q = F.log_softmax(reference.double(), -1), F.log_softmax(outputs.double(), -1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding alone can make it -1e-17
+    error = (outputs.double() - reference.double()).square().flatten(1).mean(1)
+    return error / reference.double().square().mean().clamp_min(1e-30)
+
+
+def agreement(outputs: Tensor, reference: Tensor) -> float:
+    """Percent of samples whose top-1 class is the reference's."""
+    return 100 * float((outputs.argmax(-1) == reference.argmax(-1)).double().mean())
+
+
+def correct(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Which samples have their label first, bool [N]."""
+    return outputs.argmax(-1) == labels
+
+
+def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = None) -> dict[str, float]:
+    """top1, top5 and loss (cross-entropy) of a classifier, squared error of a regression; plus the user's metric."""
+    if len(labels) != len(outputs):
+        raise InvalidInput(f"{len(labels)} labels for {len(outputs)} outputs. Give one label a sample.")
+    result: dict[str, float] = {}
+    if task == "classification":
+        classes = outputs.shape[-1]
+        if labels.min() < 0 or labels.max() >= classes:
+            raise InvalidInput(
+                f"Labels run from {int(labels.min())} to {int(labels.max())}, but the model has {classes} classes. "
+                "Check that the data set's class numbers are the model's."
+            )
+        result["top1"] = 100 * float(correct(outputs, labels).double().mean())
+        if classes > 5:
+            result["top5"] = 100 * float((outputs.topk(5).indices == labels[:, None]).any(1).double().mean())
+        result["loss"] = float(F.cross_entropy(outputs.double(), labels))
+    else:
+        result["loss"] = float((outputs.double().squeeze() - labels.double().squeeze()).square().mean())
+    if metric is not None:
+        result[getattr(metric, "__name__", "metric")] = float(metric(outputs, labels))
+    return result
+
+
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], task: str | None = None, metric: Metric | None = None, reference: Tensor | None = None
+) -> dict[str, Any]:
+    """Score `model` on labelled batches; with the float model's outputs as `reference`, their KL divergence and top-1 agreement too."""
+    labels: list[Tensor] = []
+
+    def watched() -> Iterable[Batch]:
+        for batch in batches:
+            if batch.labels is None:
+                raise InvalidInput("Evaluation needs labels, and this data has none. Give a labelled set to --data or --test.")
+            labels.append(batch.labels)
+            yield batch
+
+    outputs = outputs_of(model, watched())
+    task = task or guess_task(outputs)
+    result: dict[str, Any] = {"samples": len(outputs), **score(outputs, torch.cat(labels), task, metric)}
+    if reference is not None:
+        result["kl" if task == "classification" else "error"] = distance(outputs, reference, task)
+        if task == "classification":
+            result["agreement"] = agreement(outputs, reference)
+    return result

@@ -1,0 +1,207 @@
+"""Layers with a slot for each operand, and the surgery that puts them into a copy of a model.
+
+A slot holds None (empty: the layer computes exactly what its float class does) or a module that maps the operand to its fake-quantized
+value. A layer is swapped by subclassing *its own* class, so a forward of the user's own keeps running, every state-dict key stays, and
+control flow is untouched: the subclass hands its forward a quantized input, and its `weight` attribute reads as the quantized weight.
+
+All weight quantizers see the weight as rows [output channels, fan-in]; `weight_rows` and `from_rows` convert.
+"""
+
+import copy
+from collections.abc import Collection, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from anybit.errors import UnsupportedModel
+from anybit.quantizers import UniformQuantizer
+from anybit.scheme import Precision, Scheme
+from anybit.wiring import COVERED, Wiring
+
+
+class QuantizedLayer:
+    """Mixin of every swapped class: the two slots and the weight that reads through one of them."""
+
+    weight_quantizer: nn.Module | None
+    input_quantizer: nn.Module | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the layer computes with it: through the slot where one is filled."""
+        weight = self._parameters["weight"]
+        if self.weight_quantizer is None:
+            return weight
+        return from_rows(self, self.weight_quantizer(weight_rows(self, weight)))
+
+    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
+        if self.input_quantizer is not None:
+            input = self.input_quantizer(input)
+        return super().forward(input, *args, **kwargs)
+
+
+class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
+    pass
+
+
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+    pass
+
+
+class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
+    pass
+
+
+class QuantizedConvTranspose1d(QuantizedLayer, nn.ConvTranspose1d):
+    pass
+
+
+class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
+    pass
+
+
+class QuantizedConvTranspose3d(QuantizedLayer, nn.ConvTranspose3d):
+    pass
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    pass
+
+
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
+    pass
+
+
+_SWAPPED = {cls.__mro__[2]: cls for cls in QuantizedLayer.__subclasses__()}  # nn.Conv2d -> QuantizedConv2d, ...
+
+
+def _swapped_class(cls: type) -> type:
+    """The quantized subclass of `cls`, made on first use for a class of the user's own."""
+    if cls not in _SWAPPED:
+        _SWAPPED[cls] = type(f"Quantized{cls.__name__}", (QuantizedLayer, cls), {"__module__": cls.__module__})
+    return _SWAPPED[cls]
+
+
+def coverage(model: nn.Module, wiring: Wiring) -> tuple[list[str], dict[str, str]]:
+    """(names of the layers that take quantizers, in call order; other modules with weights -> why they are not covered)."""
+    covered = wiring.layer_names()
+    uncovered = {}
+    for name, module in model.named_modules():
+        if isinstance(module, COVERED):
+            if name not in covered:
+                uncovered[name] = f"{type(module).__name__} whose forward did not run on the data (unused, or read directly by its parent)"
+        elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+            uncovered[name] = f"{type(module).__name__} is not a class that anybit covers; it stays float"
+    return covered, uncovered
+
+
+def check_single_use(wiring: Wiring, names: Iterable[str]) -> None:
+    """Raise UnsupportedModel naming the first of `names` that runs more than once: one range cannot serve two inputs well."""
+    for name in names:
+        if wiring.calls[name] > 1:
+            raise UnsupportedModel(
+                f"Layer {name} runs {wiring.calls[name]} times in one forward pass, and one input range would have to serve them all. "
+                f"Give each call a layer of its own, or keep this one float: --keep '{name}=float'."
+            )
+
+
+def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] = ()) -> nn.Module:
+    """A copy of `model` whose layers `names` have empty slots; its outputs are bitwise those of `model`.
+
+    Raises UnsupportedModel where a name is not a layer that anybit covers, or where two that are not `kept_float` share a weight.
+    """
+    prepared = copy.deepcopy(model)
+    owners: dict[int, str] = {}
+    for name in names:
+        layer = prepared.get_submodule(name)
+        if not isinstance(layer, COVERED):
+            raise UnsupportedModel(f"{name} is a {type(layer).__name__}; anybit covers {', '.join(cls.__name__ for cls in COVERED)}.")
+        parameter = layer._parameters.get("weight")
+        if parameter is None:
+            raise UnsupportedModel(f"{name}: the weight is computed (a parametrization or weight norm). Remove the parametrization first.")
+        if parameter.dtype != torch.float32 and name not in kept_float:
+            raise UnsupportedModel(f"{name}: the weight is {parameter.dtype}. Convert the network first: model.float().")
+        if id(parameter) in owners and name not in kept_float:
+            raise UnsupportedModel(
+                f"{name} and {owners[id(parameter)]} share one weight, which cannot have two ranges. "
+                f"Clone the weight of one, or keep both float: --keep '{name}=float' --keep '{owners[id(parameter)]}=float'."
+            )
+        if name not in kept_float:
+            owners[id(parameter)] = name
+        layer.__class__ = _swapped_class(type(layer))
+        layer.register_module("weight_quantizer", None)
+        layer.register_module("input_quantizer", None)
+    return prepared
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> layer with slots, in the model's order of definition."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def float_weight(layer: nn.Module) -> nn.Parameter:
+    """The stored weight, whatever is in the slot."""
+    return layer._parameters["weight"]
+
+
+def weight_rows(layer: nn.Module, weight: Tensor) -> Tensor:
+    """`weight` as rows [output channels, fan-in]; for an embedding a row is a word."""
+    if not isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return weight.flatten(1)
+    # [in, out / groups, ...] -> [groups, in / groups, out / groups, ...] -> [groups, out / groups, in / groups, ...]
+    grouped = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)
+    return grouped.flatten(0, 1).flatten(1)
+
+
+def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
+    """The inverse of `weight_rows`."""
+    weight = float_weight(layer)
+    if not isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return rows.view(weight.shape)
+    grouped = rows.view(layer.groups, weight.shape[1], weight.shape[0] // layer.groups, *weight.shape[2:])
+    return grouped.transpose(1, 2).flatten(0, 1)
+
+
+def row_count(layer: nn.Module) -> int:
+    """Output channels of the layer's weight matrix (words, for an embedding)."""
+    return weight_rows(layer, float_weight(layer)).shape[0]
+
+
+@torch.no_grad()
+def fill(layer: nn.Module, weights: UniformQuantizer | None, inputs: UniformQuantizer | None) -> None:
+    """Put quantizers into the slots and round the stored weight onto the grid, so that weight and codes say the same."""
+    if weights is not None:
+        parameter = float_weight(layer)
+        parameter.copy_(from_rows(layer, weights.values(weights.codes(weight_rows(layer, parameter)))))
+    layer.weight_quantizer, layer.input_quantizer = weights, inputs
+
+
+def scheme_of(model: nn.Module) -> Scheme:
+    """The scheme that the model's filled slots spell out."""
+    return Scheme({name: _precision_of(layer) for name, layer in quantized_layers(model).items()})
+
+
+def _precision_of(layer: nn.Module) -> Precision:
+    if isinstance(layer.weight_quantizer, Pruned):
+        weight_bits = 0
+    else:
+        weight_bits = None if layer.weight_quantizer is None else layer.weight_quantizer.bits
+    return Precision(weight_bits, None if layer.input_quantizer is None else layer.input_quantizer.bits)
+
+
+class Pruned(nn.Module):
+    """The weight quantizer of a W0 layer: every weight is zero and no code is stored."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.zeros_like(rows)
+
+
+def codes_of(layer: nn.Module) -> Tensor:
+    """Integer codes [channels, fan-in] of a layer whose weight slot is filled, as int8."""
+    return layer.weight_quantizer.codes(weight_rows(layer, float_weight(layer))).to(torch.int8)
+
+
+def iterate_filled(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers with codes: a weight slot filled by a UniformQuantizer."""
+    for name, layer in quantized_layers(model).items():
+        if isinstance(layer.weight_quantizer, UniformQuantizer):
+            yield name, layer

@@ -1,0 +1,44 @@
+"""The canonical quantizer: what every method's own quantizer becomes when it is frozen."""
+
+import torch
+from torch import Tensor, nn
+
+from anybit.numerics import check_bits, dequantize, fake_quantize, quant_limits, quantize
+
+
+class UniformQuantizer(nn.Module):
+    """Affine fake quantization with fixed bits, scale and zero point (`numerics` states the formula).
+
+    bits        2..8
+    signed      True for weights (two's complement), False for activations
+    scale       [channels, 1] for a weight's rows, 0-d for an activation; positive and finite
+    zero_point  0-d integer; 0 for weights
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, bits: int, signed: bool, scale: Tensor, zero_point: Tensor | None = None):
+        super().__init__()
+        self.bits, self.signed = check_bits(bits), signed
+        self.register_buffer("scale", scale.detach().clone().float())
+        self.register_buffer("zero_point", torch.zeros(()) if zero_point is None else zero_point.detach().clone().float())
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """(quant_min, quant_max)."""
+        return quant_limits(self.bits, self.signed)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Integers, in x's floating-point type."""
+        return quantize(x, self.scale, self.zero_point, *self.limits)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What the codes stand for."""
+        return dequantize(codes, self.scale, self.zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.scale.to(x.dtype), self.zero_point.to(x.dtype), *self.limits)
+
+    def extra_repr(self) -> str:
+        return f"{self.bits} bits, {'signed' if self.signed else 'unsigned'}, {self.scale.numel()} scale(s)"

@@ -1,0 +1,252 @@
+"""What `--model` and `--data` name: references turned into networks and samples.
+
+A model reference is code that runs: `package.module:function`, `path/to/file.py:function`, `timm:NAME`, `torchvision:NAME`.
+A data reference is a folder of images, a `.npz` file, or a function that returns a data set.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from anybit.batches import ArrayDataset, Samples
+from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures become inputs; stated by the user, recorded in the run, never guessed.
+
+    mean, std      of each channel, for pixels scaled to 0..1 (None: no normalization)
+    size           both sides of the input; resize: the short side before a centre crop to `size` (None: both sides are resized to it)
+    interpolation  of the resizing
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: int | None = None
+    resize: int | None = None
+    interpolation: str = "bilinear"
+
+    def __post_init__(self):
+        if self.interpolation not in INTERPOLATIONS:
+            raise InvalidSetting(f"Interpolation {self.interpolation!r} is unknown. Choose from {', '.join(INTERPOLATIONS)}.")
+        if self.std is not None and any(value <= 0 for value in self.std):
+            raise InvalidSetting(f"--std {self.std} must be above zero in every channel.")
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Preprocessing":
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+def load_model(reference: str, weights: str | None = None) -> nn.Module:
+    """The network that `reference` names, in evaluation mode, with the state dict of `weights` (.safetensors, .pt, .pth) if given."""
+    kind, _, name = reference.partition(":")
+    if kind == "timm":
+        model = _optional("timm").create_model(name, pretrained=weights is None)
+    elif kind == "torchvision":
+        model = _optional("torchvision.models").get_model(name, weights=None if weights else "DEFAULT")
+    elif kind == "hf":
+        raise InvalidSetting("Hugging Face models are not covered yet. Give a function that returns the network: FILE.py:function.")
+    else:
+        model = load_callable(reference, "--model")()
+    if not isinstance(model, nn.Module):
+        raise InvalidSetting(f"--model {reference} returned a {type(model).__name__}, not a torch.nn.Module.")
+    if weights:
+        load_weights(model, Path(weights))
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict strictly; raises SchemeMismatch naming the first keys that differ. Nothing in the file is executed."""
+    if not path.is_file():
+        raise InvalidFile(f"Weights file {path} is not there.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InvalidFile(f"Weights file {path} cannot be read: {error}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    own = model.state_dict()
+    # Counters of batches seen play no part in a trained network, and some files leave them out.
+    lacking = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    surplus = [key for key in state if key not in own]
+    shapes = [key for key in state if key in own and tuple(state[key].shape) != tuple(own[key].shape)]
+    if lacking or surplus or shapes:
+        parts = [
+            f"{what} {', '.join(keys[:3])}"
+            for what, keys in (("lack", lacking), ("have besides", surplus), ("differ in shape at", shapes))
+            if keys
+        ]
+        raise SchemeMismatch(f"The weights in {path.name} do not match the model: they {'; '.join(parts)}. Check --model and --weights.")
+    model.load_state_dict(state, strict=False)
+
+
+def load_callable(reference: str, option: str) -> Callable:
+    """The function that `package.module:function` or `path/to/file.py:function` names."""
+    place, separator, name = reference.rpartition(":")
+    if not separator or not place or not name:
+        raise InvalidSetting(f"{option} {reference!r} cannot be read. Write package.module:function or path/to/file.py:function.")
+    try:
+        if place.endswith(".py"):
+            module = _import_file(Path(place), option)
+        else:
+            module = importlib.import_module(place)
+    except ImportError as error:
+        raise InvalidSetting(f"{option} {reference}: {error}. Is the package installed and the name right?") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InvalidSetting(f"{option} {reference}: {place} has no function {name!r}.")
+    return function
+
+
+def _import_file(path: Path, option: str):
+    if not path.is_file():
+        raise InvalidSetting(f"{option}: there is no file {path}.")
+    name = f"anybit_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickled workers look their module up
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+    return module
+
+
+def _optional(package: str):
+    try:
+        return importlib.import_module(package)
+    except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another build of torch
+        name = package.split(".")[0]
+        raise MissingPackage(f"{name} is needed for this reference and does not import ({error}). Run: pip install {name}") from error
+
+
+def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), workers: int = 0) -> Samples:
+    """The samples that `reference` names: an image folder, `file.npz` or `file.npz#test`, or a function returning a data set or loader."""
+    path, _, part = reference.partition("#")
+    description = {"reference": reference, **preprocessing.to_json()}
+    if path.endswith(".npz"):
+        x, y = _read_npz(Path(path), part)
+        if preprocessing.size or preprocessing.resize:
+            raise InvalidSetting("--size and --resize apply to image folders; the pictures of a .npz are used as they are.")
+        return Samples(ArrayDataset(x, y, preprocessing.mean, preprocessing.std), y is not None, workers, description)
+    if Path(path).is_dir():
+        dataset = ImageFolder(Path(path), preprocessing)
+        return Samples(dataset, dataset.labelled, workers, description)
+    if reference.startswith("hf:") or path.endswith((".tsv", ".csv", ".jsonl")):
+        raise InvalidSetting(
+            f"--data {reference}: text and Hugging Face data are not covered yet. Give a function that returns a data set."
+        )
+    if ":" not in reference:
+        raise InvalidInput(f"--data {reference}: there is no such folder or .npz file.")
+    dataset = load_callable(reference, "--data")()
+    return as_samples(dataset, workers, description)
+
+
+def as_samples(data: Any, workers: int = 0, description: dict | None = None) -> Samples:
+    """Samples from what a user has at hand: Samples, a DataLoader (its data set), a data set, a tensor or array, or (x, y)."""
+    if isinstance(data, Samples):
+        return data
+    if isinstance(data, DataLoader):
+        data = data.dataset
+    if isinstance(data, (torch.Tensor, np.ndarray)):
+        data = (data, None)
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (torch.Tensor, np.ndarray)):
+        x, y = (None if part is None else np.asarray(part) for part in data)
+        return Samples(ArrayDataset(x, y), y is not None, workers, description or {})
+    if not (isinstance(data, (Dataset, Sequence)) and hasattr(data, "__len__")):
+        raise InvalidInput(f"Data of type {type(data).__name__} cannot be used. Give a data set with a length, a loader, or arrays (x, y).")
+    if len(data) == 0:
+        raise InvalidInput("The data set is empty.")
+    first = data[0]
+    return Samples(data, isinstance(first, (tuple, list)) and len(first) > 1, workers, description or {})
+
+
+def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray | None]:
+    if not path.is_file():
+        raise InvalidInput(f"There is no file {path}.")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = list(arrays)
+            suffix = f"_{part}" if part else next((s for s in ("", "_train") if f"x{s}" in names), "")
+            if f"x{suffix}" not in names:
+                raise InvalidInput(f"{path} has no array x{suffix}; it holds {', '.join(names)}. Write {path.name}#test for x_test.")
+            x = arrays[f"x{suffix}"]
+            y = arrays[f"y{suffix}"] if f"y{suffix}" in names else None
+    except InvalidInput:
+        raise
+    except Exception as error:
+        raise InvalidFile(f"{path} cannot be read as .npz arrays: {error}") from error
+    if y is not None and len(x) != len(y):
+        raise InvalidInput(f"{path} holds {len(x)} inputs but {len(y)} labels.")
+    return x, None if y is None else y.reshape(-1)
+
+
+class ImageFolder(Dataset):
+    """Pictures in one folder (unlabelled) or one folder a class. Integer folder names are class numbers, others are numbered in order."""
+
+    def __init__(self, root: Path, preprocessing: Preprocessing):
+        _optional("PIL.Image")
+        self.preprocessing = preprocessing
+        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise InvalidInput(f"Folder {root} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        classes = sorted({path.parent.name for path in files if path.parent != root})
+        numbers = (
+            {name: int(name) for name in classes} if all(name.isdigit() for name in classes) else {c: i for i, c in enumerate(classes)}
+        )
+        self.labelled = bool(classes) and all(path.parent != root for path in files)
+        self.items = [(path, numbers.get(path.parent.name, -1)) for path in files]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int):
+        path, label = self.items[index]
+        picture = read_image(path, self.preprocessing)
+        return (picture, label) if self.labelled else picture
+
+
+def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
+    """One picture as float [3, H, W]: RGB, resized, cropped, scaled to 0..1, normalized."""
+    from PIL import Image
+
+    try:
+        picture = Image.open(path).convert("RGB")
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be read as a picture: {error}. Remove or replace it.") from error
+    how = getattr(Image.Resampling, preprocessing.interpolation.upper())
+    if preprocessing.resize:
+        share = preprocessing.resize / min(picture.size)
+        picture = picture.resize((round(picture.width * share), round(picture.height * share)), how)
+        if preprocessing.size:
+            left, top = (picture.width - preprocessing.size) // 2, (picture.height - preprocessing.size) // 2
+            picture = picture.crop((left, top, left + preprocessing.size, top + preprocessing.size))
+    elif preprocessing.size:
+        picture = picture.resize((preprocessing.size, preprocessing.size), how)
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    if preprocessing.mean is not None:
+        x = x - torch.tensor(preprocessing.mean)[:, None, None]
+    if preprocessing.std is not None:
+        x = x / torch.tensor(preprocessing.std)[:, None, None]
+    return x.contiguous()

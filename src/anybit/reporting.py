@@ -1,0 +1,194 @@
+"""What a run found: time and memory of its stages, and records -> JSON and terminal tables."""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class StageClock:
+    """Seconds and peak memory of each stage, in order."""
+
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        _reset_peak()
+        start = time.perf_counter()
+        yield
+        self.stages.append({"stage": name, "seconds": time.perf_counter() - start, "peak_bytes": peak_memory()})
+
+    def seconds(self, *names: str) -> float:
+        """Seconds of these stages together; of all, where none is named."""
+        return sum(stage["seconds"] for stage in self.stages if not names or stage["stage"] in names)
+
+
+def _reset_peak() -> None:
+    """Linux keeps a high-water mark that can be reset; elsewhere the peak is that of the process so far."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def peak_memory() -> int:
+    """The process's peak resident bytes since the last reset."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, so that a number can be judged later."""
+    import torch
+
+    packages = {}
+    for name in ("anybit", "torch", "numpy", "scipy", "safetensors"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "python": platform.python_version(),
+        "packages": packages,
+        "machine": {
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "processor": processor(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def human_bytes(count: float) -> str:
+    """ "9.6 kB": thousands, as in budgets."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def human_count(count: float) -> str:
+    """ "1.31 G" """
+    for unit in ("", "k", "M", "G"):
+        if count < 1000:
+            return f"{count:.3g} {unit}".strip()
+        count /= 1000
+    return f"{count:.3g} T"
+
+
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """A table on the terminal: text to the left, numbers to the right; plain where it is not a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    rows = [[cell if isinstance(cell, str) else "" if cell is None else f"{cell:.4g}" for cell in row] for row in rows]
+    for index, column in enumerate(columns):
+        numeric = all(row[index][:1].isdigit() or row[index][:1] in "-" or not row[index] for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """A calibrate report as tables: schemes against the uniform ones, bits of each layer, what each step gained, stages."""
+    measured = report["schemes"]
+    if measured:
+        metric = "top1" if any("top1" in row for row in measured) else None
+        columns = ["scheme", "bits", "size", "% of float", "BOPs", "predicted", "measured"] + (["held-out top-1"] if metric else [])
+        rows = [
+            [
+                ("> " if row["chosen"] else "  ") + row["name"],
+                f"{row['weight_bits']:.2f}",
+                human_bytes(row["bytes"]),
+                f"{row['percent']:.1f}",
+                human_count(row["bops"]),
+                row["predicted"],
+                row.get("measured"),
+            ]
+            + ([row.get(metric)] if metric else [])
+            for row in measured
+        ]
+        print_table(f"Schemes for {report['budget'] or 'no budget'} (loss on held-out inputs; > chosen)", columns, rows)
+    print_table("Layers", ["layer", "bits", "weights", "share of size"], _layer_rows(report))
+    if report["ladder"]:
+        rows = [[row["step"], row["loss"], row.get("top1"), "yes" if row["kept"] else "no"] for row in report["ladder"]]
+        print_table("What each step gained (held-out inputs)", ["step", "loss", "top-1", "kept"], rows)
+    stages = [[s["stage"], f"{s['seconds']:.1f} s", human_bytes(s["peak_bytes"])] for s in report["stages"]]
+    print_table("Stages", ["stage", "time", "peak memory"], stages)
+    print(result_line(report))
+
+
+def print_frontier(reports: Iterable[Mapping[str, Any]]) -> None:
+    """One row a budget: what was chosen, what was predicted and measured."""
+    rows = []
+    for report in reports:
+        chosen = next(row for row in report["schemes"] if row["chosen"])
+        final = [row for row in report["ladder"] if row["kept"]][-1]
+        result, test = report["result"], report.get("test", {})
+        rows.append(
+            [
+                report["budget"] or "none", chosen["name"], f"{result['weight_bits']:.2f}", human_bytes(result["bytes"]),
+                human_count(result["bops"]), chosen["predicted"], chosen.get("measured"), final["loss"], test.get("top1"),
+            ]
+        )  # fmt: skip
+    columns = ["budget", "chosen", "bits", "size", "BOPs", "predicted", "measured", "after polish", "test top-1"]
+    print_table("Frontier (loss on held-out inputs)", columns, rows)
+
+
+def print_inspection(found: Mapping[str, Any]) -> None:
+    """Layers and what they would cost at each bit-width."""
+    widths = list(found["uniform"])
+    rows = [
+        [
+            name, layer["class"], f"{layer['weight'][0]} x {layer['weight'][1]}", human_count(layer["macs"]), layer["folds"] or "",
+            layer["block"] or "", *(human_bytes(layer["bytes"][bits]) for bits in widths),
+        ]
+        for name, layer in found["layers"].items()
+    ]  # fmt: skip
+    print_table("Layers", ["layer", "class", "weight", "MACs", "folds", "block", *(f"W{bits}" for bits in widths)], rows)
+    for name, reason in found["uncovered"].items():
+        print(f"not covered: {name}: {reason}")
+    rows = [[f"W{bits}", human_bytes(s["bytes"]), f"{s['percent']:.1f}", human_count(s["bops"])] for bits, s in found["uniform"].items()]
+    print_table(f"Whole network (float32: {human_bytes(found['float_bytes'])})", ["weights", "size", "% of float", "BOPs"], rows)
+
+
+def _layer_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    total = report["result"]["bytes"]
+    return [
+        [name, row["precision"], human_count(row["weights"]), f"{100 * row['bytes'] / total:.1f} %"]
+        for name, row in report["layers"].items()
+    ]
+
+
+def result_line(report: Mapping[str, Any]) -> str:
+    """One line: the size, and accuracy where it was tested."""
+    result = report["result"]
+    line = f"{human_bytes(result['bytes'])} ({result['percent']:.1f} % of float32), {result['weight_bits']:.2f} bits a weight"
+    test, float_test = report.get("test"), report.get("float_test")
+    if test and "top1" in test:
+        line += f"; test top-1 {test['top1']:.2f} (float {float_test['top1']:.2f})"
+    return line

@@ -1,0 +1,406 @@
+"""One function a verb, each a list of stages. The command line and `anybit.*` call the same ones."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from anybit import stages
+from anybit.batches import Batch, Calibration, Samples, check_finite, draw, map_tensors, split
+from anybit.candidates import Candidates, apply_scheme
+from anybit.checkpoint import (
+    Canonical,
+    SchemeFile,
+    is_own,
+    new_folder,
+    read_candidates,
+    read_canonical,
+    read_scheme,
+    remember,
+    write_candidates,
+    write_canonical,
+    write_json,
+)
+from anybit.errors import InvalidInput, InvalidSetting
+from anybit.evaluation import Metric, outputs_of
+from anybit.evaluation import evaluate as evaluate_model
+from anybit.references import Preprocessing, as_samples, load_data, load_model
+from anybit.reporting import StageClock, environment
+from anybit.scheme import Budget, Precision, Scheme
+from anybit.sensitivity import SensitivityTable
+from anybit.stages import CalibrateSettings, Judge, Network
+
+
+@dataclass
+class Result:
+    """What a road ends with: the canonical model (its bits in `scheme`), and the report. `save` writes the run folder."""
+
+    canonical: Canonical
+    report: dict[str, Any]
+    about: dict[str, Any]
+    candidates: Candidates | None = None
+    table: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.canonical.model
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.canonical.scheme
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write the run folder, all of it or nothing."""
+        with new_folder(Path(folder), overwrite) as draft:
+            self.write(draft)
+        remember(Path(folder))
+        return Path(folder)
+
+    def write(self, folder: Path) -> None:
+        """The run folder's files, into a folder that is there."""
+        write_canonical(folder, self.canonical, self.about)
+        size = (folder / "model.safetensors").stat().st_size
+        assert size == self.report["result"]["bytes"], f"counted {self.report['result']['bytes']} bytes, wrote {size}"
+        write_json(folder / "report.json", self.report)
+        if self.candidates is not None:
+            write_candidates(folder, self.candidates, self.table)
+
+
+def calibrate(
+    model: nn.Module | str,
+    data: Any,
+    budget: str | Budget | Sequence[str | Budget] | None = None,
+    *,
+    test: Any = None,
+    metric: Metric | None = None,
+    workers: int = 0,
+    about: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> "Result | list[Result]":
+    """From a trained network, a few hundred inputs and a budget to a low-bit network.
+
+    model     a network, or a reference to one ("file.py:function")
+    data      unlabelled inputs (labels are used for reports alone): a data set, arrays, Samples, or a reference
+    budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list gives a list of results that share their candidates
+    test      labelled data for the report; nothing is chosen on it
+    settings  fields of `stages.CalibrateSettings`
+
+    Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
+    """
+    wanted = CalibrateSettings(**settings)
+    budgets = [Budget.parse(b) for b in budget] if isinstance(budget, (list, tuple)) else [Budget.parse(budget) if budget else None]
+    about = dict(about or {})
+    if isinstance(model, str):
+        about["model"] = {"reference": model, **about.get("model", {})}
+        model = load_model(model)
+    samples = draw(_samples(data, workers), wanted.samples, wanted.seed)
+    bench = _prepare(model.eval(), samples, wanted)
+    results = [_finish(bench, one, test, metric, workers, about) for one in budgets]
+    return results if isinstance(budget, (list, tuple)) else results[0]
+
+
+@dataclass
+class _Bench:
+    """What all budgets of one calibrate run share."""
+
+    network: Network
+    calibration: Calibration
+    settings: CalibrateSettings
+    ranged: Candidates
+    candidates: Candidates
+    reconstructed: bool
+    targets: Mapping[str, Any]
+    references: list[torch.Tensor]
+    judge: Judge
+    table: SensitivityTable
+    errors: dict[str, Any]
+    clock: StageClock
+
+
+def _prepare(model: nn.Module, samples: Samples, settings: CalibrateSettings) -> _Bench:
+    """Everything up to the sensitivity table."""
+    clock = StageClock()
+    with clock.stage("observe and fold"):
+        calibration = split(samples, settings.seed, settings.held_out, settings.batch_size)
+        check_finite(calibration.fitting + calibration.held_out)
+        if settings.mirror:
+            calibration = stages.mirrored(calibration)
+        network = stages.observe_network(model, _example(calibration), settings)
+    with clock.stage("float outputs"), torch.no_grad():
+        references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
+        reference = outputs_of(network.folded, calibration.held_out)
+        task = stages.task_of(settings, reference)
+    with clock.stage("ranges"):
+        ranged = candidates = stages.range_candidates(network, calibration, settings)
+    targets: Mapping[str, Any] = {}
+    if settings.bn_tuning and network.norms:
+        with clock.stage("matching of candidates"):
+            targets = stages.batch_norm_targets(network, calibration, settings)
+            candidates = stages.matched_candidates(network, candidates, targets, calibration)
+    errors: dict[str, Any] = {}
+    reconstructed = settings.does("parallel") and stages.has_choice(network)
+    if reconstructed:
+        with clock.stage("parallel AdaQuant"):
+            candidates, errors = stages.reconstructed_candidates(network, candidates, ranged, calibration, settings)
+    with clock.stage("sensitivity"):
+        table = stages.sensitivity_table(network, candidates, calibration, reference, task, settings)
+    judge = Judge(network, candidates, calibration.held_out, reference, task)
+    return _Bench(
+        network, calibration, settings, ranged, candidates, reconstructed, targets, references, judge, table, errors, clock
+    )  # fmt: skip
+
+
+def _example(calibration: Calibration) -> Batch:
+    first = calibration.fitting[0]
+    return Batch(map_tensors(first.inputs, lambda tensor: tensor[:2]))
+
+
+def _finish(bench: _Bench, budget: Budget | None, test: Any, metric: Metric | None, workers: int, about: Mapping[str, Any]) -> Result:
+    """One budget's scheme, polished, measured and reported."""
+    network, settings, clock = bench.network, bench.settings, StageClock(list(bench.clock.stages))
+    with clock.stage("allocation"):
+        choice = stages.choose_scheme(network, bench.table, budget, settings, bench.judge)
+    with clock.stage("polish"):
+        start = apply_scheme(network.prepared, choice.scheme, bench.candidates)
+        starts = _starts(bench, choice.scheme)
+        model, ladder, errors = stages.polish(
+            network, start, starts, bench.targets, bench.calibration, bench.references, bench.judge, settings
+        )
+        ladder.insert(
+            0, {"step": "ranges", "kept": False, **bench.judge.of_model(apply_scheme(network.prepared, choice.scheme, bench.ranged))}
+        )
+    with clock.stage("edge ranges"):
+        edges = stages.edge_ranges(model, network.wiring, bench.calibration.fitting)
+    canonical = Canonical(model.eval(), network.norms, edges)
+    report = _report(network, canonical.scheme, choice, bench.table, budget, settings)
+    report |= {
+        "ladder": ladder,
+        "units": errors,
+        "candidate_errors": bench.errors,
+        "inputs": dict(zip(("fitting", "held_out"), bench.calibration.count(), strict=True)),
+    }
+    if test is not None:
+        with clock.stage("test"):
+            report |= _tests(network, canonical.model, _samples(test, workers), bench.judge.task, metric, settings)
+    report["stages"] = clock.stages
+    certificate = choice.allocation.certificate(settings.seed) if choice.allocation else {}
+    about = {**about, "budget": str(budget) if budget else None, "certificate": certificate, "task": bench.judge.task}
+    saved = {
+        "table": bench.table.to_json(),
+        "choices": {name: [str(precision) for precision in precisions] for name, precisions in network.choices.items()},
+        "settings": settings.to_json(),
+    }
+    return Result(canonical, report, about, bench.candidates, saved)
+
+
+def _starts(bench: _Bench, scheme: Scheme) -> dict[str, torch.Tensor]:
+    """Where sequential AdaQuant starts: at the codes that the parallel form ended with, else at the float weights.
+
+    Many trained weights rest beside a rounding threshold, where the next optimizer's first step flips thousands of codes at once;
+    a weight set to its code stays until its gradient says otherwise.
+    """
+    free = stages.free_weights(bench.network, bench.ranged, scheme)
+    if not bench.reconstructed:
+        return free
+    return {name: bench.candidates.weights[name, scheme[name].weight_bits].codes.float() for name in free}
+
+
+def _report(
+    network: Network, scheme: Scheme, choice: stages.Choice, table: SensitivityTable, budget: Budget | None, settings: CalibrateSettings
+) -> dict[str, Any]:
+    """The JSON report, before tests and times."""
+    layers = {
+        name: {
+            "precision": str(precision),
+            "weights": network.costs.layers[name].weights,
+            "macs": network.costs.layers[name].macs,
+            "bytes": network.costs.layer_bytes(name, precision),
+            "predicted_loss": table.loss(name, precision),
+        }
+        for name, precision in scheme.items()
+    }
+    rows = [{**row, "scheme": row["scheme"].to_json(), "chosen": row["scheme"] == choice.scheme} for row in choice.measured]
+    certificate = choice.allocation.certificate(settings.seed) if choice.allocation else None
+    return {
+        "version": 1,
+        "budget": str(budget) if budget else None,
+        "result": network.costs.summary(scheme),
+        "float_bytes": network.costs.float_bytes,
+        "layers": layers,
+        "schemes": rows,
+        "certificate": certificate,
+        "uncovered": dict(network.uncovered),
+        "settings": settings.to_json(),
+        "environment": environment(),
+    }
+
+
+def _tests(
+    network: Network, model: nn.Module, samples: Samples, task: str, metric: Metric | None, settings: CalibrateSettings
+) -> dict[str, Any]:
+    reference = outputs_of(network.folded, samples.batches(settings.batch_size))
+    return {
+        "float_test": evaluate_model(network.folded, samples.batches(settings.batch_size), task, metric),
+        "test": evaluate_model(model, samples.batches(settings.batch_size), task, metric, reference),
+    }
+
+
+def allocate(run: str | Path, budget: str | Budget, data: Any = None, model: nn.Module | str | None = None, workers: int = 0) -> Result:
+    """A new budget from a saved calibrate run: its candidates and table, no new reconstruction.
+
+    The best schemes are measured on held-out inputs and batch norm is tuned: on `data`, or on the data that the run recorded, where the
+    run is this user's own.
+    """
+    folder = Path(run)
+    file = read_scheme(folder)
+    float_model = _float_model(folder, file, model)
+    shapes = {name: (record.rows, record.columns) for name, record in file.layers.items()}
+    candidates, saved = read_candidates(folder, shapes)
+    settings = _settings_from(saved["settings"])
+    clock = StageClock()
+    samples = _recorded_data(folder, file) if data is None else _samples_as(data, file, workers)
+    with clock.stage("observe and fold"):
+        calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
+        network = stages.observe_network(float_model, _example(calibration), settings)
+        reference = outputs_of(network.folded, calibration.held_out)
+    judge = Judge(network, candidates, calibration.held_out, reference, file.task)
+    table = SensitivityTable.from_json(saved["table"])
+    budget = Budget.parse(budget)
+    with clock.stage("allocation"):
+        choice = stages.choose_scheme(network, table, budget, settings, judge)
+    with clock.stage("polish"):
+        light = replace(settings, sequential=False, bias_tuning=False)
+        targets = stages.batch_norm_targets(network, calibration, light) if light.bn_tuning and network.norms else {}
+        start = apply_scheme(network.prepared, choice.scheme, candidates)
+        polished, ladder, _ = stages.polish(network, start, {}, targets, calibration, [], judge, light)
+    with clock.stage("edge ranges"):
+        edges = stages.edge_ranges(polished, network.wiring, calibration.fitting)
+    canonical = Canonical(polished.eval(), network.norms, edges)
+    report = _report(network, canonical.scheme, choice, table, budget, settings) | {
+        "ladder": ladder, "units": {}, "candidate_errors": {}, "stages": clock.stages,
+        "inputs": dict(zip(("fitting", "held_out"), calibration.count(), strict=True)),
+    }  # fmt: skip
+    certificate = choice.allocation.certificate(settings.seed) if choice.allocation else {}
+    about = {
+        "model": file.model,
+        "data": file.data,
+        "preprocessing": file.preprocessing,
+        "task": file.task,
+        "budget": str(budget),
+        "certificate": certificate,
+    }
+    return Result(canonical, report, about, candidates, {key: saved[key] for key in ("table", "choices", "settings")})
+
+
+def _recorded_data(folder: Path, file: SchemeFile) -> Samples:
+    reference = file.data.get("reference")
+    if not isinstance(reference, str) or not is_own(folder):
+        raise InvalidSetting(f"{folder} does not name data that may be followed. Give inputs of the network with --data.")
+    return load_data(reference, Preprocessing.from_json(file.preprocessing))
+
+
+def _samples_as(data: Any, file: SchemeFile, workers: int) -> Samples:
+    """Data for a recorded run: a reference is read with the run's own preprocessing."""
+    return load_data(data, Preprocessing.from_json(file.preprocessing), workers) if isinstance(data, str) else as_samples(data, workers)
+
+
+def _settings_from(data: Mapping[str, Any]) -> CalibrateSettings:
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    values["keep"] = {pattern: Precision.parse(text) for pattern, text in data["keep"].items()}
+    values["sensitivity_base"] = Precision.parse(data["sensitivity_base"])
+    return CalibrateSettings(**values)
+
+
+def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
+    """The saved model, ready to run on preprocessed inputs, its bits in `.scheme`; outputs are bitwise those that were saved.
+
+    `model` is the float network's architecture (a network or a reference). It may be left out for a run that this user's own anybit
+    wrote, and for timm: and torchvision: references; a reference in any other folder is code from elsewhere and is not followed.
+    """
+    folder = Path(folder)
+    file = read_scheme(folder)
+    canonical = read_canonical(folder, _float_model(folder, file, model), file)
+    canonical.model.scheme = canonical.scheme
+    return canonical.model
+
+
+def _float_model(folder: Path, file: SchemeFile, model: nn.Module | str | None) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model.eval()
+    if model is not None:
+        return load_model(model, file.model.get("weights"))
+    reference = file.model.get("reference")
+    if not isinstance(reference, str):
+        raise InvalidSetting(f"{folder} does not say which network it is of. Give it: load(folder, model=...) or --model.")
+    if not is_own(folder) and not reference.startswith(("timm:", "torchvision:")):
+        raise InvalidSetting(
+            f"{folder} was not written by your own anybit, and its model reference {reference!r} is code. "
+            "If you trust it, name it yourself: load(folder, model=...) or --model."
+        )
+    return load_model(reference, file.model.get("weights"))
+
+
+def evaluate(model: nn.Module, data: Any, metric: Metric | None = None, task: str | None = None, batch_size: int = 128, workers: int = 0):
+    """Top-1, top-5 and loss (and the user's metric) of a network on labelled data."""
+    return evaluate_model(model, _samples(data, workers).batches(batch_size), task, metric)
+
+
+def inspect(model: nn.Module, data: Any, **settings: Any) -> dict[str, Any]:
+    """Layers, shapes, what is covered, and what each bit-width would cost; `data` needs one input."""
+    wanted = CalibrateSettings(**settings)
+    samples = _samples(data, 0)
+    batch = next(iter(samples.subset(range(min(2, len(samples)))).batches(2)), None)
+    if batch is None:
+        raise InvalidInput("The data set is empty; inspect needs at least one input.")
+    network = stages.observe_network(copy.deepcopy(model).eval(), batch, wanted)
+    blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
+    layers = {
+        name: {
+            "class": network.wiring.classes[name],
+            "weight": [network.costs.layers[name].rows, network.costs.layers[name].columns],
+            "macs": network.costs.layers[name].macs,
+            "folds": network.norms.get(name),
+            "block": blocks.get(name),
+            "choices": [str(precision) for precision in network.choices[name]],
+            "bytes": {bits: network.costs.layer_bytes(name, Precision(bits)) for bits in wanted.weight_bits},
+        }
+        for name in network.names
+    }
+    uniform = {bits: network.costs.summary(network.uniform(bits, wanted.activation_bits[-1])) for bits in wanted.weight_bits}
+    return {"layers": layers, "uncovered": dict(network.uncovered), "float_bytes": network.costs.float_bytes, "uniform": uniform}
+
+
+def save_all(results: Result | Sequence[Result], output: str | Path, overwrite: bool = False) -> list[Path]:
+    """Write one result to `output`, or each of several to `output/<budget>/` with a common report.json in `output`."""
+    output = Path(output)
+    if isinstance(results, Result):
+        return [results.save(output, overwrite)]
+    if len(results) == 1:
+        return [results[0].save(output, overwrite)]
+    names = [str(result.report["budget"] or "largest").replace("/", "_") for result in results]
+    with new_folder(output, overwrite) as draft:
+        for name, result in zip(names, results, strict=True):
+            (draft / name).mkdir()
+            result.write(draft / name)
+        write_json(draft / "report.json", {"version": 1, "budgets": {name: r.report for name, r in zip(names, results, strict=True)}})
+    for name in names:
+        remember(output / name)
+    return [output / name for name in names]
+
+
+def preprocessing_of(run: str | Path) -> Preprocessing:
+    """The preprocessing that a run recorded."""
+    return Preprocessing.from_json(read_scheme(Path(run)).preprocessing)
+
+
+def task_of(run: str | Path) -> str:
+    """The task that a run recorded."""
+    return read_scheme(Path(run)).task
+
+
+def _samples(data: Any, workers: int) -> Samples:
+    return load_data(data, Preprocessing(), workers) if isinstance(data, str) else as_samples(data, workers)

@@ -1,0 +1,204 @@
+"""Precision, Scheme and Budget: immutable values with a human grammar.
+
+    Precision    W4A8 | W4 (activations float) | A8 (an operation without weights) | W0 (pruned: no codes) | float
+    Budget       4bit | 120kB | 1.5MiB | 12.5% | bops=2.1G | latency=3ms | loss=0.02 | drop=1%, and comma-joined conditions
+
+What is counted:
+
+    bits    the mean number of stored weight bits over the weights of all quantized layers, kept ones included
+            (a layer kept float counts 32, a pruned layer 0); scales, biases and headers are not in it
+    bytes   of model.safetensors, all in; a percentage is of the float32 weights' file
+    BOPs    multiply-accumulates of one sample times weight bits times activation bits (float counts 32)
+"""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from anybit.errors import InvalidSetting, SchemeMismatch
+from anybit.numerics import check_bits
+
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True, order=True)
+class Precision:
+    """Bits of one layer's weights and input activations; None means float."""
+
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+
+    def __post_init__(self):
+        if self.weight_bits not in (None, 0):
+            check_bits(self.weight_bits, "weight bit-width")
+        if self.activation_bits is not None:
+            check_bits(self.activation_bits, "activation bit-width")
+
+    @classmethod
+    def parse(cls, text: str) -> "Precision":
+        """The precision that `text` ("W4A8", "W4", "A8", "W0" or "float") writes."""
+        if text == "float":
+            return cls()
+        match = re.fullmatch(r"(?:W(\d+))?(?:A(\d+))?", text)
+        if not text or not match:
+            raise InvalidSetting(f"Precision {text!r} cannot be read. Write W4A8, W4 (activations float), A8, W0 or float.")
+        return cls(*(None if group is None else int(group) for group in match.groups()))
+
+    def __str__(self) -> str:
+        weights = "" if self.weight_bits is None else f"W{self.weight_bits}"
+        activations = "" if self.activation_bits is None else f"A{self.activation_bits}"
+        return weights + activations or "float"
+
+    @property
+    def stored_weight_bits(self) -> int:
+        """Bits that each weight counts for in a budget: 32 where it stays float."""
+        return FLOAT_BITS if self.weight_bits is None else self.weight_bits
+
+
+@dataclass(frozen=True)
+class Scheme(Mapping[str, Precision]):
+    """Layer name -> precision, in the model's order."""
+
+    layers: Mapping[str, Precision] = field(default_factory=dict)
+
+    @classmethod
+    def uniform(cls, names: Iterable[str], precision: Precision | str) -> "Scheme":
+        """The same precision in every layer of `names`."""
+        if isinstance(precision, str):
+            precision = Precision.parse(precision)
+        return cls(dict.fromkeys(names, precision))
+
+    @classmethod
+    def parse(cls, layers: Mapping[str, str]) -> "Scheme":
+        """The scheme that a JSON object of layer name -> text writes."""
+        return cls({name: Precision.parse(text) for name, text in layers.items()})
+
+    def to_json(self) -> dict[str, str]:
+        """A JSON object that `parse` reads back."""
+        return {name: str(precision) for name, precision in self.layers.items()}
+
+    def replace(self, changes: Mapping[str, Precision]) -> "Scheme":
+        """This scheme with the precisions of some layers changed."""
+        self.check_names(changes)
+        return Scheme({**self.layers, **changes})
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise SchemeMismatch, with near matches, where a name is not one of this scheme's layers."""
+        check_names(names, self.layers, "The model")
+
+    def __getitem__(self, name: str) -> Precision:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.layers.items()))
+
+
+def check_names(names: Iterable[str], known: Iterable[str], who: str) -> None:
+    """Raise SchemeMismatch naming each of `names` that is not in `known`, with its nearest match."""
+    known = list(known)
+    unknown = [name for name in names if name not in set(known)]
+    if not unknown:
+        return
+    parts = []
+    for name in unknown[:5]:
+        near = difflib.get_close_matches(name, known, n=1)
+        parts.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    raise SchemeMismatch(f"{who} has no quantizable layer {', '.join(parts)}{more}. `anybit inspect` lists the names.")
+
+
+def match_patterns(patterns: Mapping[str, Precision], names: Iterable[str]) -> dict[str, Precision]:
+    """Layer name -> precision for shell `patterns` on whole names; a later pattern wins; one that matches nothing is an error."""
+    names = list(names)
+    kept: dict[str, Precision] = {}
+    for pattern, precision in patterns.items():
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            near = difflib.get_close_matches(pattern, names, n=3)
+            hint = f" Near matches: {', '.join(near)}." if near else ""
+            raise InvalidSetting(f"--keep {pattern}={precision} matches no quantizable layer.{hint} `anybit inspect` lists the names.")
+        kept.update(dict.fromkeys(matched, precision))
+    return {name: kept[name] for name in names if name in kept}
+
+
+UNITS = {
+    "bytes": {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+    "bops": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
+    "latency": {"us": 1e-6, "ms": 1e-3, "s": 1.0},
+}
+_NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
+_FORMS = (  # (pattern, quantity, units)
+    (rf"{_NUMBER}bits?", "bits", None),
+    (rf"{_NUMBER}(B|kB|KB|MB|GB|KiB|MiB|GiB)", "bytes", UNITS["bytes"]),
+    (rf"{_NUMBER}%", "percent", None),
+    (rf"bops={_NUMBER}([kMGT]?)", "bops", UNITS["bops"]),
+    (rf"latency={_NUMBER}(us|ms|s)", "latency", UNITS["latency"]),
+    (rf"loss={_NUMBER}", "loss", None),
+    (rf"drop={_NUMBER}%", "drop", None),
+)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One limit: `quantity` (bits, bytes, percent, bops, latency, loss or drop) is at most `limit`, in bits, bytes, seconds, ..."""
+
+    quantity: str
+    limit: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Conditions that must all hold, and the text that wrote them."""
+
+    text: str
+    conditions: tuple[Condition, ...]
+
+    @classmethod
+    def parse(cls, text: "str | Budget") -> "Budget":
+        """The budget that `text` ("4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...) writes."""
+        if isinstance(text, Budget):
+            return text
+        conditions = tuple(_parse_condition(part.strip()) for part in text.split(","))
+        quantities = [condition.quantity for condition in conditions]
+        if len(set(quantities)) < len(quantities):
+            raise InvalidSetting(f"Budget {text!r} limits one quantity twice. Keep the smaller limit.")
+        if {"loss", "drop"} <= set(quantities):
+            raise InvalidSetting(f"Budget {text!r} asks for both loss= and drop=. Choose one.")
+        return cls(text, conditions)
+
+    def limit(self, quantity: str) -> float | None:
+        """The limit on `quantity`, or None."""
+        return next((condition.limit for condition in self.conditions if condition.quantity == quantity), None)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _parse_condition(part: str) -> Condition:
+    for pattern, quantity, units in _FORMS:
+        match = re.fullmatch(pattern, part)
+        if match:
+            limit = float(match[1]) * (units[match[2]] if units else 1)
+            if limit <= 0:
+                raise InvalidSetting(f"Budget {part!r} must be above zero.")
+            return Condition(quantity, limit)
+    raise InvalidSetting(
+        f"Budget {part!r} cannot be read. Write 4bit, 120kB, 1.5MiB, 12.5%, bops=2.1G, latency=3ms, loss=0.02 or drop=1%; "
+        "join conditions with a comma."
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes that `text` ("2GiB", "500MB") writes."""
+    match = re.fullmatch(rf"{_NUMBER}(B|kB|KB|MB|GB|KiB|MiB|GiB)", text)
+    if not match:
+        raise InvalidSetting(f"Size {text!r} cannot be read. Write 500MB or 2GiB.")
+    return int(float(match[1]) * UNITS["bytes"][match[2]])

@@ -1,0 +1,109 @@
+"""What each layer costs in output quality at each bit-width, measured on held-out unlabelled inputs.
+
+One row a (layer, bits): the distance of the outputs to the float model's (`evaluation.distance`) with this layer at these bits and every
+other one at the base precision, minus that of the base alone. Weights and activations are measured apart; a pair (W, A) is predicted by
+the sum of its two rows unless pairs are measured too.
+
+Source: Hubara et al., ICML 2021, section 3.3. Deviation: the paper measures the loss; on the inputs that the layers were fitted to the
+loss is too kind, so held-out inputs are used, and the divergence to the float outputs needs no labels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from anybit.batches import Batch
+from anybit.candidates import Candidates, apply_scheme, install
+from anybit.errors import UnsupportedModel
+from anybit.evaluation import distance, outputs_of
+from anybit.layers import quantized_layers
+from anybit.progress import track
+from anybit.scheme import Precision, Scheme
+
+Row = tuple[str, Precision]
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """(layer, precision) -> predicted rise of the distance. `measured` are the rows as measured: W, A and, where asked for, WA."""
+
+    measured: Mapping[Row, float]
+    base: Precision
+    samples: int
+    pairs: bool = False
+
+    def loss(self, layer: str, precision: Precision) -> float:
+        """The measured row, or the sum of the weights-only and the activations-only one."""
+        if (layer, precision) in self.measured:
+            return self.measured[layer, precision]
+        return sum(self.measured.get((layer, part), 0.0) for part in _parts(precision))
+
+    def total(self, scheme: Scheme) -> float:
+        """Predicted distance of a whole scheme: the sum over layers."""
+        return sum(self.loss(name, precision) for name, precision in scheme.items())
+
+    def to_json(self) -> dict:
+        """Layer -> precision -> value, with what it was measured on."""
+        rows: dict[str, dict[str, float]] = {}
+        for (layer, precision), value in self.measured.items():
+            rows.setdefault(layer, {})[str(precision)] = value
+        return {"base": str(self.base), "samples": self.samples, "pairs": self.pairs, "rows": rows}
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> "SensitivityTable":
+        """The table that `to_json` wrote."""
+        rows = {(layer, Precision.parse(text)): value for layer, row in data["rows"].items() for text, value in row.items()}
+        return cls(rows, Precision.parse(data["base"]), data["samples"], data["pairs"])
+
+
+def _parts(precision: Precision) -> list[Precision]:
+    parts = [Precision(precision.weight_bits, None), Precision(None, precision.activation_bits)]
+    return [part for part in parts if part != Precision()]
+
+
+def rows_to_measure(choices: Mapping[str, Sequence[Precision]], pairs: bool) -> list[Row]:
+    """The (layer, precision) rows that the table of `choices` needs."""
+    rows: dict[Row, None] = {}
+    for layer, precisions in choices.items():
+        for precision in precisions:
+            for row in [precision] if pairs else _parts(precision):
+                rows[layer, row] = None
+    return list(rows)
+
+
+def measure_sensitivity(
+    prepared: nn.Module,
+    candidates: Candidates,
+    choices: Mapping[str, Sequence[Precision]],
+    held_out: list[Batch],
+    reference: Tensor,
+    task: str,
+    base: Precision = Precision(),
+    pairs: bool = False,
+    tune: Callable[[nn.Module], None] | None = None,
+) -> SensitivityTable:
+    """Measure every row that `choices` (layer -> precisions) needs; `reference` are the float model's outputs on `held_out`.
+
+    `tune`, where given, is applied to each variant before it is measured (batch-norm tuning, for the light pipeline).
+    """
+    names = list(choices)
+    base_scheme = Scheme({name: choices[name][0] if len(choices[name]) == 1 else base for name in names})
+    base_model = apply_scheme(prepared, base_scheme, candidates)
+    floor = distance(outputs_of(base_model, held_out), reference, task)
+    measured = {}
+    for layer, precision in track(rows_to_measure(choices, pairs), "sensitivity"):
+        if len(choices[layer]) == 1:
+            measured[layer, precision] = 0.0  # nothing to choose: its loss is in every scheme alike
+            continue
+        model = apply_scheme(prepared, base_scheme, candidates)
+        weights = candidates.weights[layer, precision.weight_bits] if precision.weight_bits else None
+        inputs = candidates.activations[layer, precision.activation_bits] if precision.activation_bits else None
+        install(quantized_layers(model)[layer], weights, inputs, precision)
+        if tune:
+            tune(model)
+        value = distance(outputs_of(model, held_out), reference, task) - floor
+        if not value < float("inf"):
+            raise UnsupportedModel(f"{layer} at {precision} makes the outputs NaN or infinite. Exclude that bit-width or --keep the layer.")
+        measured[layer, precision] = value
+    return SensitivityTable(measured, base, sum(map(len, held_out)), pairs)

@@ -1,0 +1,489 @@
+"""The stages of the calibrate road. Each is a function of (network, data, settings) that changes nothing it was given and returns
+tensors and a JSON record, so that `roads` can compose them, users can call them one by one, and their results can be stored.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybit import batchnorm
+from anybit.allocation import Allocation, best_allocations, least_cost, make_problem
+from anybit.batches import Batch, Calibration
+from anybit.candidates import (
+    Candidates,
+    activation_candidate,
+    apply_scheme,
+    check_finite_samples,
+    check_finite_weights,
+    frozen_candidate,
+    weight_candidate,
+)
+from anybit.capture import input_samples
+from anybit.cost import CostModel
+from anybit.errors import InfeasibleBudget, InvalidSetting, UnsupportedModel
+from anybit.evaluation import TASKS, correct, distance, guess_task, outputs_of
+from anybit.layers import check_single_use, coverage, float_weight, prepare, quantized_layers, weight_rows
+from anybit.methods.adaquant import AdaQuantSettings, BiasTuningSettings, parallel, sequential, tune_biases
+from anybit.numerics import check_bits
+from anybit.ranges import ESTIMATORS
+from anybit.scheme import Budget, Precision, Scheme, match_patterns
+from anybit.sensitivity import SensitivityTable, measure_sensitivity
+from anybit.wiring import Unit, Wiring, observe
+
+PIPELINES = ("advanced", "light")
+
+
+@dataclass(frozen=True)
+class CalibrateSettings:
+    """Every choice of the calibrate road; `None` in a step's switch means: as the pipeline has it.
+
+    weight_bits, activation_bits  what a layer may get (None among the activation bits: float activations)
+    keep                          shell pattern on layer names -> precision, overriding the above
+    pipeline                      "advanced" (with AdaQuant and bias tuning) or "light" (no back-propagation)
+    parallel, sequential, bn_tuning, bias_tuning  switches of the steps
+    samples, held_out             inputs drawn, fitting and held-out together, and the share held out
+    estimator                     range estimator: "mse", "minmax" or "percentile"
+    unit                          what is reconstructed at once: "block" or "layer"; `blocks` names the blocks instead of finding them
+    steps, candidate_steps        of Adam a unit, sequential and for each candidate
+    drop                          share of activation quantizations dropped while reconstructing (0: none)
+    mirror                        also fit to the mirror images of 4-d inputs
+    sensitivity_base              precision of the other layers while one is measured
+    pairs                         measure (W, A) pairs instead of summing a W and an A measurement
+    alternatives                  how many of the best schemes are measured before one is chosen
+    bn_prior                      weight of the target in the measured statistics; `bn_target` "float" or "prior" (the paper's form)
+    memory                        bytes that captured activations may take before they spill to disk
+    """
+
+    weight_bits: tuple[int, ...] = (2, 3, 4, 6, 8)
+    activation_bits: tuple[int | None, ...] = (4, 6, 8)
+    keep: Mapping[str, Precision] = field(default_factory=dict)
+    pipeline: str = "advanced"
+    parallel: bool | None = None
+    sequential: bool | None = None
+    bn_tuning: bool = True
+    bias_tuning: bool | None = None
+    samples: int = 1024
+    held_out: float = 0.2
+    batch_size: int = 64
+    seed: int = 0
+    estimator: str = "mse"
+    unit: str = "block"
+    blocks: tuple[str, ...] | None = None
+    steps: int = 300
+    candidate_steps: int = 60
+    drop: float = 0.5
+    mirror: bool = False
+    sensitivity_base: Precision = Precision()
+    pairs: bool = False
+    alternatives: int = 5
+    bn_prior: float = 0.0
+    bn_target: str = "float"
+    memory: int = 2**31
+    task: str | None = None
+
+    def __post_init__(self):
+        for name in ("weight_bits", "activation_bits"):
+            values = getattr(self, name)
+            if not values:
+                raise InvalidSetting(f"{name.replace('_', '-')} is empty. Give at least one bit-width.")
+            for bits in values:
+                if not (bits is None and name == "activation_bits"):
+                    check_bits(bits, name.replace("_", " ").removesuffix("s") + "-width")
+        for name, allowed in (
+            ("pipeline", PIPELINES),
+            ("estimator", ESTIMATORS),
+            ("unit", ("block", "layer")),
+            ("bn_target", ("float", "prior")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose from {', '.join(allowed)}.")
+        if self.task is not None and self.task not in TASKS:
+            raise InvalidSetting(f"task {self.task!r} is unknown. Choose from {', '.join(TASKS)}.")
+        if not 0 < self.held_out < 1 or not 0 <= self.drop <= 1 or self.samples < 2 or self.steps < 1:
+            raise InvalidSetting("held_out must be between 0 and 1, drop from 0 to 1, samples at least 2 and steps at least 1.")
+
+    def does(self, step: str) -> bool:
+        """Whether `step` runs: its switch, or what the pipeline has."""
+        switch = getattr(self, step)
+        return self.pipeline == "advanced" if switch is None else switch
+
+    def to_json(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["keep"] = {pattern: str(precision) for pattern, precision in self.keep.items()}
+        values["sensitivity_base"] = str(self.sensitivity_base)
+        for step in ("parallel", "sequential", "bias_tuning"):
+            values[step] = self.does(step)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A float network made ready: folded, with empty slots, observed. Nothing here is changed by any stage."""
+
+    float_model: nn.Module
+    folded: nn.Module
+    prepared: nn.Module
+    wiring: Wiring
+    norms: Mapping[str, str]
+    promised: Mapping[str, batchnorm.ChannelStatistics]
+    choices: Mapping[str, Sequence[Precision]]
+    uncovered: Mapping[str, str]
+    units: Sequence[Unit]
+    costs: CostModel
+
+    @property
+    def names(self) -> list[str]:
+        """Layers in the scheme, in call order."""
+        return list(self.choices)
+
+    def uniform(self, weight_bits: int, activation_bits: int | None) -> Scheme:
+        """These bits everywhere, except in kept layers; embeddings have no activation bits."""
+        wanted = Precision(weight_bits, activation_bits)
+        chosen = {}
+        for name, options in self.choices.items():
+            weights_only = Precision(weight_bits, None)
+            chosen[name] = wanted if wanted in options else weights_only if weights_only in options else options[0]
+        return Scheme(chosen)
+
+
+def observe_network(model: nn.Module, example: Batch, settings: CalibrateSettings) -> Network:
+    """Observe, check, fold and prepare copies of `model`; `example` is a small batch of inputs."""
+    check_finite_weights(model)
+    wiring = observe(model, example)
+    names, uncovered = coverage(model, wiring)
+    if not names:
+        raise UnsupportedModel("The model has no layer to quantize: no convolution, linear or embedding ran on the data.")
+    kept = match_patterns(settings.keep, names)
+    kept_float = [name for name, precision in kept.items() if precision.weight_bits is None]
+    check_single_use(wiring, [name for name in names if name not in kept_float])
+    norms = batchnorm.foldable(model, wiring)
+    folded, promised = batchnorm.fold(model, norms)
+    wiring = observe(folded, example)
+    prepared = prepare(folded, names, kept_float)
+    layers = quantized_layers(prepared)
+    choices = {name: _choices(layers[name], kept.get(name), settings) for name in names}
+    blocks = wiring.blocks(list(settings.blocks) if settings.blocks is not None else None) if settings.unit == "block" else []
+    units = wiring.units(names, blocks)
+    costs = CostModel.of(prepared, names, wiring, len(wiring.edges()), model)
+    return Network(model, folded, prepared, wiring, norms, promised, choices, uncovered, units, costs)
+
+
+def _choices(layer: nn.Module, kept: Precision | None, settings: CalibrateSettings) -> list[Precision]:
+    takes_input = not isinstance(layer, nn.Embedding)
+    if kept is not None:
+        return [kept if takes_input else Precision(kept.weight_bits, None)]
+    activation_bits = settings.activation_bits if takes_input else (None,)
+    return [Precision(w, a) for w in sorted(settings.weight_bits) for a in sorted(activation_bits, key=lambda bits: bits or 32)]
+
+
+def range_candidates(network: Network, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
+    """Every layer's weights rounded to nearest at each of its bit-widths, and its input range at each activation bit-width."""
+    samples = input_samples(network.folded, network.names, calibration.fitting, 2**17, settings.seed)
+    check_finite_samples(samples)
+    layers = quantized_layers(network.prepared)
+    candidates = Candidates()
+    for name, precisions in network.choices.items():
+        for bits in sorted({p.weight_bits for p in precisions if p.weight_bits}):
+            candidates.weights[name, bits] = weight_candidate(layers[name], bits, settings.estimator)
+        for bits in sorted({p.activation_bits for p in precisions if p.activation_bits}):
+            candidates.activations[name, bits] = activation_candidate(samples[name], bits, settings.estimator)
+    return candidates
+
+
+def batch_norm_targets(
+    network: Network, calibration: Calibration, settings: CalibrateSettings
+) -> Mapping[str, batchnorm.ChannelStatistics]:
+    """What every folded layer's output statistics should be: the float network's on the fitting inputs, or beta and |gamma|."""
+    if settings.bn_target == "prior":
+        return network.promised
+    return batchnorm.channel_statistics(network.folded, network.norms, calibration.fitting)
+
+
+def matched_candidates(
+    network: Network, candidates: Candidates, targets: Mapping[str, batchnorm.ChannelStatistics], calibration: Calibration
+) -> Candidates:
+    """The same candidates with every layer's output statistics matched to the float network's (batch-norm tuning, layer by layer)."""
+    return _with_weights(
+        network, candidates, lambda model, names: batchnorm.match_layers(
+            network.folded, model, {name: targets[name] for name in targets if name in names}, calibration.fitting
+        )
+    )  # fmt: skip
+
+
+def _variants(network: Network, candidates: Candidates) -> dict[int, nn.Module]:
+    """bits -> the network with the weights of all layers that have a candidate of these bits, activations float."""
+    variants = {}
+    for bits in sorted({bits for _, bits in candidates.weights}):
+        scheme = {name: Precision(bits, None) for name in network.names if (name, bits) in candidates.weights}
+        variants[bits] = apply_scheme(network.prepared, Scheme(scheme), candidates)
+    return variants
+
+
+def _with_weights(network: Network, candidates: Candidates, change) -> Candidates:
+    changed = Candidates(dict(candidates.weights), candidates.activations)
+    for bits, model in _variants(network, candidates).items():
+        names = [name for name in network.names if (name, bits) in candidates.weights]
+        change(model, names)
+        for name in names:
+            changed.weights[name, bits] = frozen_candidate(model.get_submodule(name))
+    return changed
+
+
+def free_weights(network: Network, ranged: Candidates, scheme: Mapping[str, Precision]) -> dict[str, Tensor]:
+    """Each layer's float weight in units of its estimated scale, [channels, fan-in]: where AdaQuant starts from."""
+    starts = {}
+    for name, precision in scheme.items():
+        if precision.weight_bits:
+            layer = network.folded.get_submodule(name)
+            rows = weight_rows(layer, float_weight(layer)).detach()
+            starts[name] = rows / ranged.weights[name, precision.weight_bits].scale
+    return starts
+
+
+def reconstructed_candidates(
+    network: Network, candidates: Candidates, ranged: Candidates, calibration: Calibration, settings: CalibrateSettings
+) -> tuple[Candidates, dict]:
+    """AdaQuant in its parallel form, a layer at a time, at every candidate bit-width: (candidates, each layer's errors)."""
+    variants = _variants(network, candidates)
+    starts = {
+        bits: free_weights(network, ranged, {n: Precision(bits) for n in network.names if (n, bits) in candidates.weights})
+        for bits in variants
+    }
+    units = network.wiring.units(network.names, [])
+    changed = Candidates(dict(candidates.weights), candidates.activations)
+    wanted = adaquant_settings(settings, settings.candidate_steps)
+    errors = parallel(variants, network.folded, units, starts, network.wiring, calibration, wanted, settings.memory)
+    for bits, model in variants.items():
+        for name in network.names:
+            if (name, bits) in candidates.weights:
+                changed.weights[name, bits] = frozen_candidate(model.get_submodule(name))
+    return changed, errors
+
+
+def adaquant_settings(settings: CalibrateSettings, steps: int) -> AdaQuantSettings:
+    return AdaQuantSettings(steps=steps, drop=settings.drop, seed=settings.seed)
+
+
+def has_choice(network: Network) -> bool:
+    """Whether any layer has more than one precision to choose from."""
+    return any(len(precisions) > 1 for precisions in network.choices.values())
+
+
+def sensitivity_table(
+    network: Network, candidates: Candidates, calibration: Calibration, reference: Tensor, task: str, settings: CalibrateSettings
+) -> SensitivityTable:
+    """The table on the held-out inputs."""
+    return measure_sensitivity(
+        network.prepared, candidates, network.choices, calibration.held_out, reference, task, settings.sensitivity_base, settings.pairs
+    )
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures schemes on the held-out inputs: their distance to the float outputs and, with labels, their accuracy."""
+
+    network: Network
+    candidates: Candidates
+    held_out: list[Batch]
+    reference: Tensor
+    task: str
+
+    def of_scheme(self, scheme: Scheme) -> dict[str, float]:
+        """Measure a scheme made of the candidates as they are."""
+        return self.of_model(apply_scheme(self.network.prepared, scheme, self.candidates))
+
+    def of_model(self, model: nn.Module) -> dict[str, float]:
+        """{"loss": distance, "top1": percent where there are labels}."""
+        outputs = outputs_of(model, self.held_out)
+        result = {"loss": distance(outputs, self.reference, self.task)}
+        if self.labels is not None and self.task == "classification":
+            result["top1"] = 100 * float(correct(outputs, self.labels).double().mean())
+        return result
+
+    @property
+    def labels(self) -> Tensor | None:
+        labels = [batch.labels for batch in self.held_out]
+        return None if any(part is None for part in labels) else torch.cat(labels)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The scheme that won, the solver's allocation behind the comparison, and every scheme that was measured."""
+
+    scheme: Scheme
+    allocation: Allocation | None
+    measured: list[dict[str, Any]]
+
+
+def choose_scheme(
+    network: Network, table: SensitivityTable, budget: Budget | None, settings: CalibrateSettings, judge: Judge | None
+) -> Choice:
+    """Solve for `budget`, measure the best schemes and every uniform one that fits, and take the best measured (predicted without `judge`)."""
+    if budget is None:
+        largest = Scheme({name: precisions[-1] for name, precisions in network.choices.items()})
+        return Choice(largest, None, [_row(network, table, "largest", largest, judge)])
+    if budget.limit("drop") is not None:
+        return _choose_by_drop(network, table, budget, settings, judge)
+    problem = make_problem(network.choices, table, network.costs, budget)
+    loss_limit = budget.limit("loss")
+    if loss_limit is not None:
+        size = make_problem(network.choices, table, network.costs, Budget.parse("100%")).costs["bytes"]
+        allocation = least_cost(problem, size, loss_limit)
+        return Choice(allocation.scheme, allocation, [_row(network, table, "allocated", allocation.scheme, judge)])
+    rows, allocation = [], None
+    for index, found in enumerate(best_allocations(problem)):
+        allocation = allocation or found
+        rows.append(_row(network, table, f"allocated {index + 1}", found.scheme, judge))
+        if index + 1 >= (settings.alternatives if judge else 1):
+            break
+    rows += [row for row in uniform_rows(network, table, settings, judge) if fits(network.costs, row["scheme"], budget)]
+    best = min(rows, key=lambda row: row.get("measured", row["predicted"]))
+    return Choice(best["scheme"], allocation, rows)
+
+
+def uniform_rows(network: Network, table: SensitivityTable, settings: CalibrateSettings, judge: Judge | None) -> list[dict[str, Any]]:
+    """Every uniform scheme (kept layers aside), measured."""
+    return [
+        _row(network, table, f"uniform {Precision(w, a)}", network.uniform(w, a), judge)
+        for w in settings.weight_bits
+        for a in settings.activation_bits
+    ]
+
+
+def fits(costs: CostModel, scheme: Scheme, budget: Budget) -> bool:
+    """Whether the scheme's exact costs meet every condition on bits, bytes, percent and BOPs."""
+    amounts = costs.summary(scheme)
+    amounts["bits"] = amounts.pop("weight_bits")
+    return all(amounts[c.quantity] <= c.limit * (1 + 1e-12) for c in budget.conditions if c.quantity in amounts)
+
+
+def _row(network: Network, table: SensitivityTable, name: str, scheme: Scheme, judge: Judge | None) -> dict[str, Any]:
+    row = {"name": name, "scheme": scheme, "predicted": table.total(scheme), **network.costs.summary(scheme)}
+    if judge:
+        measured = judge.of_scheme(scheme)
+        row["measured"] = measured.pop("loss")
+        row |= measured
+    return row
+
+
+def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, settings: CalibrateSettings, judge: Judge | None) -> Choice:
+    """The smallest scheme whose measured top-1 on the held-out inputs is within the allowed drop: bisection on mean weight bits."""
+    if judge is None or judge.labels is None or judge.task != "classification":
+        raise InvalidSetting("A budget of drop= is measured on labelled classification data. Give labels with --data, or use loss=.")
+    float_top1 = 100 * float(correct(judge.reference, judge.labels).double().mean())
+    others = tuple(c for c in budget.conditions if c.quantity != "drop")
+    rows: list[dict[str, Any]] = []
+    passed: tuple[Scheme, Allocation] | None = None
+    low, high = float(min(settings.weight_bits)), float(max(settings.weight_bits))
+    for attempt in range(8):
+        # The easiest scheme first: where that one fails, no smaller one is worth a look.
+        bits = high if attempt == 0 else (low + high) / 2
+        trial = Budget(f"{bits:.3f}bit", (*others, *Budget.parse(f"{bits:.3f}bit").conditions))
+        try:
+            allocation = next(best_allocations(make_problem(network.choices, table, network.costs, trial)))
+        except InfeasibleBudget:
+            if attempt == 0:
+                raise
+            low = bits
+            continue
+        row = _row(network, table, f"allocated at {bits:.2f} bits", allocation.scheme, judge)
+        rows.append(row)
+        if float_top1 - row["top1"] <= budget.limit("drop"):
+            passed, high = (allocation.scheme, allocation), bits
+        elif attempt == 0:
+            raise InfeasibleBudget(
+                f"Even the largest scheme loses {float_top1 - row['top1']:.2f} points on the held-out inputs, more than {budget.limit('drop'):g}. "
+                f"Allow more bits or raise the budget to drop={float_top1 - row['top1']:.2f}%."
+            )
+        else:
+            low = bits
+    return Choice(*passed, rows)
+
+
+def polish(
+    network: Network,
+    start: nn.Module,
+    starts: Mapping[str, Tensor],
+    targets: Mapping[str, batchnorm.ChannelStatistics],
+    calibration: Calibration,
+    references: list[Tensor],
+    judge: Judge,
+    settings: CalibrateSettings,
+) -> tuple[nn.Module, list[dict[str, Any]], dict[str, Any]]:
+    """Sequential AdaQuant, batch-norm tuning and bias tuning of one canonical model, each kept only where the held-out error says so.
+
+    `starts` are AdaQuant's free weights, `references` the float outputs of the fitting batches. Returns (a new model, the ladder:
+    what was measured after each step and whether it was kept, each unit's errors).
+    """
+    model, errors = copy.deepcopy(start), {}
+    ladder = [{"step": "candidates", "kept": True, **judge.of_model(model)}]
+
+    def offer(step: str, changed: nn.Module, **more) -> None:
+        nonlocal model
+        measured = judge.of_model(changed)
+        kept = measured["loss"] < next(row["loss"] for row in reversed(ladder) if row["kept"])
+        ladder.append({"step": step, "kept": kept, **measured, **more})
+        if kept:
+            model = changed
+
+    if settings.does("sequential"):
+        changed = copy.deepcopy(model)
+        wanted = adaquant_settings(settings, settings.steps)
+        errors = sequential(changed, network.folded, network.units, starts, network.wiring, calibration, wanted, settings.memory)
+        offer("sequential AdaQuant", changed)
+    if settings.bn_tuning and targets:
+        changed = copy.deepcopy(model)
+        batches = within_memory(network.wiring, calibration.fitting, settings.memory)
+        batchnorm.tune(changed, targets, batches, settings.bn_prior)
+        offer("batch-norm tuning", changed, images=sum(map(len, batches)))
+    if settings.does("bias_tuning"):
+        changed = copy.deepcopy(model)
+        wanted = BiasTuningSettings(seed=settings.seed)
+        tuned = tune_biases(changed, calibration.fitting, references, calibration.held_out, judge.reference, judge.task, wanted)
+        offer("bias tuning", changed, epochs=tuned["epochs"])
+    return model, ladder, errors
+
+
+def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Batch]:
+    """As many of the first batches as one joined forward pass can hold: six of its largest tensors at once."""
+    largest = max(torch.Size(op.shape).numel() for op in wiring.operations) // wiring.batch_size
+    room = max(1, memory // (6 * 4 * largest))
+    kept, count = [], 0
+    for batch in batches:
+        if kept and count + len(batch) > room:
+            break
+        kept.append(batch)
+        count += len(batch)
+    return kept
+
+
+def edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch]) -> dict[str, tuple[float, float]]:
+    """(low, high) of every edge of the finished model over `batches`, for integer runtimes."""
+    names = set(wiring.edges())
+    ends: dict[str, tuple[float, float]] = {}
+
+    def widen(name: str, tensor: Tensor) -> None:
+        if name in names and tensor.is_floating_point():
+            low, high = ends.get(name, (float("inf"), float("-inf")))
+            ends[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))
+
+    for batch in batches:
+        observe(model, batch, widen)
+    return {name: ends.get(name, (0.0, 0.0)) for name in wiring.edges()}
+
+
+def task_of(settings: CalibrateSettings, reference: Tensor) -> str:
+    return settings.task or guess_task(reference)
+
+
+def mirrored(calibration: Calibration) -> Calibration:
+    """The same split, the fitting inputs joined by their mirror images; images are 4-d tensors, anything else is refused."""
+    for batch in calibration.fitting:
+        if not isinstance(batch.inputs, Tensor) or batch.inputs.dim() != 4:
+            raise InvalidSetting("mirror needs images: one 4-d input tensor. Leave it off for this data.")
+    flipped = [replace(batch, inputs=batch.inputs.flip(-1)) for batch in calibration.fitting]
+    return Calibration([*calibration.fitting, *flipped], calibration.held_out)
