@@ -120,44 +120,43 @@ def best_allocations(
     Choices that another of the same layer beats in every respect are left out beforehand, so no runner-up uses one either.
     """
     objective = objective or problem.losses
-    names = list(problem.choices)
-    kept = {layer: _undominated(problem, objective, layer) for layer in names}
-    columns = [(layer, int(k)) for layer in names for k in kept[layer]]
-    owner = np.array([names.index(layer) for layer, _ in columns])
-    weights = np.array([objective[layer][k] for layer, k in columns])
+    layers = list(problem.choices)
+    columns = [(layer, int(k)) for layer in layers for k in _undominated(problem, objective, layer)]
+    values = np.array([objective[layer][k] for layer, k in columns], dtype=float)
+    unit = max(float(np.abs(values).max()), 1e-300)  # coefficients of at most 1 keep the solver's absolute tolerances meaningful
+    owner = [layers.index(layer) for layer, _ in columns]
     constraints = [LinearConstraint(csr_matrix((np.ones(len(columns)), (owner, np.arange(len(columns))))), 1, 1)]
     for quantity, limit in problem.limits.items():
-        row = np.array([problem.costs[quantity][layer][k] for layer, k in columns])
-        unit = max(float(np.abs(row).max()), 1e-300)  # coefficients near 1 keep the solver's absolute tolerances meaningful
-        constraints.append(LinearConstraint(row[None] / unit, -np.inf, limit / unit * (1 - 1e-12) if limit > 0 else limit / unit))
-    scale = max(float(np.abs(weights).max()), 1e-300)
-    first = True
+        costs = np.array([problem.costs[quantity][layer][k] for layer, k in columns], dtype=float)
+        largest = max(float(np.abs(costs).max()), 1e-300)
+        constraints.append(LinearConstraint(costs[None] / largest, -np.inf, limit / largest))
+    found_any = False
     while True:
-        result = milp(weights / scale, integrality=np.ones(len(columns)), bounds=Bounds(0, 1), constraints=constraints)
+        result = milp(values / unit, integrality=np.ones(len(columns)), bounds=Bounds(0, 1), constraints=constraints)
         if result.x is None:
-            if first:
-                raise InfeasibleBudget(_why_infeasible(problem))
-            return
+            break
         chosen = np.flatnonzero(result.x > 0.5)
-        scheme = Scheme({columns[i][0]: problem.choices[columns[i][0]][columns[i][1]] for i in chosen})
-        predicted = float(sum(problem.losses[columns[i][0]][columns[i][1]] for i in chosen))
-        yield Allocation(scheme, predicted, float(result.mip_dual_bound) * scale, float(result.mip_gap), name)
-        first = False
+        picked = {columns[i][0]: columns[i][1] for i in chosen}
+        if all(sum(problem.costs[q][layer][k] for layer, k in picked.items()) <= limit for q, limit in problem.limits.items()):
+            found_any = True
+            scheme = Scheme({layer: problem.choices[layer][k] for layer, k in picked.items()})
+            predicted = float(sum(problem.losses[layer][k] for layer, k in picked.items()))
+            yield Allocation(scheme, predicted, float(result.mip_dual_bound) * unit, float(result.mip_gap), name)
+        # Found already, or over a limit by less than the solver's tolerance: either way not to be found again.
         cut = np.zeros(len(columns))
         cut[chosen] = 1
-        constraints.append(LinearConstraint(cut[None], -np.inf, len(names) - 1))
+        constraints.append(LinearConstraint(cut[None], -np.inf, len(layers) - 1))
+    if not found_any:
+        raise InfeasibleBudget(_why_infeasible(problem))
 
 
 def _undominated(problem: Problem, objective: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
     """Indices of the choices that no other beats in the objective and in every limited cost: the best scheme needs only these."""
-    table = np.stack([objective[layer], *(problem.costs[quantity][layer] for quantity in problem.limits)])
-    count = table.shape[1]
-    kept = [
-        k
-        for k in range(count)
-        if not any((table[:, j] <= table[:, k]).all() and ((table[:, j] < table[:, k]).any() or j < k) for j in range(count) if j != k)
-    ]
-    return np.array(kept)
+    table = np.stack([objective[layer], *(problem.costs[quantity][layer] for quantity in problem.limits)])  # [quantities, choices]
+    better_or_equal = (table[:, :, None] <= table[:, None, :]).all(0)  # [j, k]: j is nowhere above k
+    better = better_or_equal & (table[:, :, None] < table[:, None, :]).any(0)
+    twin_before = better_or_equal & better_or_equal.T & np.triu(np.ones_like(better), 1)  # of equal choices the first stays
+    return np.flatnonzero(~(better | twin_before).any(0))
 
 
 def _why_infeasible(problem: Problem) -> str:

@@ -5,7 +5,6 @@ A precision combines one of each, so five by three choices cost five reconstruct
 """
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -107,10 +106,3 @@ def check_finite_samples(samples: dict[str, Tensor]) -> None:
     for name, sample in samples.items():
         if not torch.isfinite(sample).all():
             raise InvalidInput(f"The input of layer {name} is NaN or infinite on the calibration data. Check the data and the network.")
-
-
-def missing(scheme: Scheme, candidates: Candidates) -> Iterable[str]:
-    """Layers whose precision has no candidate."""
-    for name, precision in scheme.items():
-        if precision.weight_bits and (name, precision.weight_bits) not in candidates.weights:
-            yield name

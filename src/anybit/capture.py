@@ -33,11 +33,10 @@ class Store:
 
 
 class MemoryBudget:
-    """Hands out tensors: from memory while `limit` bytes last, then from unlinked temporary files."""
+    """Hands out a unit's tensors: from memory while `limit` bytes last, then from temporary files that go with the tensors."""
 
     def __init__(self, limit: int):
         self.limit, self.used, self.spilled = limit, 0, 0
-        self._files: list = []
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialized tensor; contents of a spilled one live on disk."""
@@ -46,17 +45,9 @@ class MemoryBudget:
         if self.used + size <= self.limit:
             self.used += size
             return torch.empty(shape, dtype=dtype)
-        file = tempfile.NamedTemporaryFile(prefix="anybit-")  # its name is gone when it is closed; the mapping keeps it readable
-        self._files.append(file)
         self.spilled += size
-        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
-
-    def release(self) -> None:
-        """Forget everything handed out (the caller drops its tensors)."""
-        for file in self._files:
-            file.close()
-        self._files.clear()
-        self.used = 0
+        with tempfile.NamedTemporaryFile(prefix="anybit-") as file:  # the name goes at once; the mapping keeps the bytes
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
 
 
 @dataclass

@@ -193,7 +193,7 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
             inputs = ActivationCandidate(scale, zero_point)
         install(layer, weights, inputs, precision)
     with torch.no_grad():
-        for key, tensor in numbers.items():
+        for tensor in numbers.values():
             tensor.copy_(take("floats", tensor.numel()).view(tensor.shape))
         for key, tensor in others.items():
             tensor.copy_(tensors[key])

@@ -1,6 +1,7 @@
 """The command line: paths, options and printing. All work is done by `roads`."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -74,6 +75,20 @@ def _reported_errors() -> Iterator[None]:
     except KeyboardInterrupt as error:
         print("anybit: interrupted", file=sys.stderr)
         raise typer.Exit(130) from error
+
+
+@contextmanager
+def _results_alone_on_stdout() -> Iterator[None]:
+    """Send whatever native libraries print (a solver's notes) to stderr: stdout is for results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextmanager
@@ -200,6 +215,7 @@ def calibrate(
     sequential: Annotated[bool | None, typer.Option(help="AdaQuant on the chosen scheme.")] = None,
     bn_tuning: Annotated[bool, typer.Option(help="Batch-norm tuning.")] = True,
     bias_tuning: Annotated[bool | None, typer.Option(help="Bias tuning on the outputs.")] = None,
+    tune_scales: Annotated[bool, typer.Option(help="Bias tuning trains the scales too.")] = True,
     samples: Annotated[int, typer.Option(help="Inputs drawn, fitting and held-out together.")] = 1024,
     held_out: Annotated[float, typer.Option(help="Share of them that is held out.")] = 0.2,
     steps: Annotated[int, typer.Option(help="Adam steps a unit on the chosen scheme.")] = 300,
@@ -233,7 +249,7 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """From a trained network, a few hundred inputs and a budget to a low-bit network, its scheme and a measured report."""
-    with _reported_errors(), _progress(quiet or as_json):
+    with _reported_errors(), _results_alone_on_stdout(), _progress(quiet or as_json):
         from anybit import roads
         from anybit.checkpoint import check_free
         from anybit.references import load_data, load_model
@@ -261,6 +277,7 @@ def calibrate(
             sequential=sequential,
             bn_tuning=bn_tuning,
             bias_tuning=bias_tuning,
+            tune_scales=tune_scales,
             samples=samples,
             held_out=held_out,
             steps=steps,
@@ -318,7 +335,7 @@ def allocate(
     as_json: AsJson = False,
 ) -> None:
     """New budgets from the candidates and table of a calibrate run, in seconds."""
-    with _reported_errors(), _progress(quiet or as_json):
+    with _reported_errors(), _results_alone_on_stdout(), _progress(quiet or as_json):
         from anybit import roads
         from anybit.checkpoint import check_free
 

@@ -8,7 +8,7 @@ All weight quantizers see the weight as rows [output channels, fan-in]; `weight_
 """
 
 import copy
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -161,11 +161,6 @@ def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
     return grouped.transpose(1, 2).flatten(0, 1)
 
 
-def row_count(layer: nn.Module) -> int:
-    """Output channels of the layer's weight matrix (words, for an embedding)."""
-    return weight_rows(layer, float_weight(layer)).shape[0]
-
-
 @torch.no_grad()
 def fill(layer: nn.Module, weights: UniformQuantizer | None, inputs: UniformQuantizer | None) -> None:
     """Put quantizers into the slots and round the stored weight onto the grid, so that weight and codes say the same."""
@@ -198,10 +193,3 @@ class Pruned(nn.Module):
 def codes_of(layer: nn.Module) -> Tensor:
     """Integer codes [channels, fan-in] of a layer whose weight slot is filled, as int8."""
     return layer.weight_quantizer.codes(weight_rows(layer, float_weight(layer))).to(torch.int8)
-
-
-def iterate_filled(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers with codes: a weight slot filled by a UniformQuantizer."""
-    for name, layer in quantized_layers(model).items():
-        if isinstance(layer.weight_quantizer, UniformQuantizer):
-            yield name, layer

@@ -106,10 +106,7 @@ def load_callable(reference: str, option: str) -> Callable:
     if not separator or not place or not name:
         raise InvalidSetting(f"{option} {reference!r} cannot be read. Write package.module:function or path/to/file.py:function.")
     try:
-        if place.endswith(".py"):
-            module = _import_file(Path(place), option)
-        else:
-            module = importlib.import_module(place)
+        module = _import_file(Path(place), option) if place.endswith(".py") else importlib.import_module(place)
     except ImportError as error:
         raise InvalidSetting(f"{option} {reference}: {error}. Is the package installed and the name right?") from error
     function = getattr(module, name, None)

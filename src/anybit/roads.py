@@ -98,13 +98,13 @@ def calibrate(
         about["model"] = {"reference": model, **about.get("model", {})}
         model = load_model(model)
     samples = draw(_samples(data, workers), wanted.samples, wanted.seed)
-    bench = _prepare(model.eval(), samples, wanted)
+    bench = prepare_bench(model.eval(), samples, wanted, [one for one in budgets if one])
     results = [_finish(bench, one, test, metric, workers, about) for one in budgets]
     return results if isinstance(budget, (list, tuple)) else results[0]
 
 
 @dataclass
-class _Bench:
+class Bench:
     """What all budgets of one calibrate run share."""
 
     network: Network
@@ -121,7 +121,7 @@ class _Bench:
     clock: StageClock
 
 
-def _prepare(model: nn.Module, samples: Samples, settings: CalibrateSettings) -> _Bench:
+def prepare_bench(model: nn.Module, samples: Samples, settings: CalibrateSettings, budgets: Sequence[Budget]) -> Bench:
     """Everything up to the sensitivity table."""
     clock = StageClock()
     with clock.stage("observe and fold"):
@@ -130,6 +130,8 @@ def _prepare(model: nn.Module, samples: Samples, settings: CalibrateSettings) ->
         if settings.mirror:
             calibration = stages.mirrored(calibration)
         network = stages.observe_network(model, _example(calibration), settings)
+        for budget in budgets:
+            stages.check_feasible(network, budget)
     with clock.stage("float outputs"), torch.no_grad():
         references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
         reference = outputs_of(network.folded, calibration.held_out)
@@ -142,14 +144,14 @@ def _prepare(model: nn.Module, samples: Samples, settings: CalibrateSettings) ->
             targets = stages.batch_norm_targets(network, calibration, settings)
             candidates = stages.matched_candidates(network, candidates, targets, calibration)
     errors: dict[str, Any] = {}
-    reconstructed = settings.does("parallel") and stages.has_choice(network)
+    reconstructed = settings.does("parallel") and (settings.parallel is True or stages.has_choice(network))
     if reconstructed:
         with clock.stage("parallel AdaQuant"):
             candidates, errors = stages.reconstructed_candidates(network, candidates, ranged, calibration, settings)
     with clock.stage("sensitivity"):
         table = stages.sensitivity_table(network, candidates, calibration, reference, task, settings)
     judge = Judge(network, candidates, calibration.held_out, reference, task)
-    return _Bench(
+    return Bench(
         network, calibration, settings, ranged, candidates, reconstructed, targets, references, judge, table, errors, clock
     )  # fmt: skip
 
@@ -159,20 +161,19 @@ def _example(calibration: Calibration) -> Batch:
     return Batch(map_tensors(first.inputs, lambda tensor: tensor[:2]))
 
 
-def _finish(bench: _Bench, budget: Budget | None, test: Any, metric: Metric | None, workers: int, about: Mapping[str, Any]) -> Result:
+def _finish(bench: Bench, budget: Budget | None, test: Any, metric: Metric | None, workers: int, about: Mapping[str, Any]) -> Result:
     """One budget's scheme, polished, measured and reported."""
     network, settings, clock = bench.network, bench.settings, StageClock(list(bench.clock.stages))
     with clock.stage("allocation"):
         choice = stages.choose_scheme(network, bench.table, budget, settings, bench.judge)
     with clock.stage("polish"):
-        start = apply_scheme(network.prepared, choice.scheme, bench.candidates)
-        starts = _starts(bench, choice.scheme)
+        candidate = apply_scheme(network.prepared, choice.scheme, bench.candidates)
+        ranged = apply_scheme(network.prepared, choice.scheme, bench.ranged)
+        start, starts = _sequential_start(bench, choice.scheme, candidate, ranged)
         model, ladder, errors = stages.polish(
-            network, start, starts, bench.targets, bench.calibration, bench.references, bench.judge, settings
+            network, candidate, start, starts, bench.targets, bench.calibration, bench.references, bench.judge, settings
         )
-        ladder.insert(
-            0, {"step": "ranges", "kept": False, **bench.judge.of_model(apply_scheme(network.prepared, choice.scheme, bench.ranged))}
-        )
+        ladder.insert(0, {"step": "ranges", "kept": False, **bench.judge.of_model(ranged)})
     with clock.stage("edge ranges"):
         edges = stages.edge_ranges(model, network.wiring, bench.calibration.fitting)
     canonical = Canonical(model.eval(), network.norms, edges)
@@ -197,16 +198,17 @@ def _finish(bench: _Bench, budget: Budget | None, test: Any, metric: Metric | No
     return Result(canonical, report, about, bench.candidates, saved)
 
 
-def _starts(bench: _Bench, scheme: Scheme) -> dict[str, torch.Tensor]:
-    """Where sequential AdaQuant starts: at the codes that the parallel form ended with, else at the float weights.
+def _sequential_start(bench: Bench, scheme: Scheme, candidate: nn.Module, ranged: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Where sequential AdaQuant starts: (model, free weights).
 
-    Many trained weights rest beside a rounding threshold, where the next optimizer's first step flips thousands of codes at once;
-    a weight set to its code stays until its gradient says otherwise.
+    After the parallel form, at its codes: many trained weights rest beside a rounding threshold, where the next optimizer's first step
+    would flip thousands of codes at once; a weight set to its code stays until its gradient says otherwise. Without it, at the float
+    weights in their estimated ranges.
     """
     free = stages.free_weights(bench.network, bench.ranged, scheme)
     if not bench.reconstructed:
-        return free
-    return {name: bench.candidates.weights[name, scheme[name].weight_bits].codes.float() for name in free}
+        return ranged, free
+    return candidate, {name: bench.candidates.weights[name, scheme[name].weight_bits].codes.float() for name in free}
 
 
 def _report(
@@ -276,7 +278,7 @@ def allocate(run: str | Path, budget: str | Budget, data: Any = None, model: nn.
         light = replace(settings, sequential=False, bias_tuning=False)
         targets = stages.batch_norm_targets(network, calibration, light) if light.bn_tuning and network.norms else {}
         start = apply_scheme(network.prepared, choice.scheme, candidates)
-        polished, ladder, _ = stages.polish(network, start, {}, targets, calibration, [], judge, light)
+        polished, ladder, _ = stages.polish(network, start, start, {}, targets, calibration, [], judge, light)
     with clock.stage("edge ranges"):
         edges = stages.edge_ranges(polished, network.wiring, calibration.fitting)
     canonical = Canonical(polished.eval(), network.norms, edges)

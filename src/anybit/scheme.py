@@ -57,6 +57,9 @@ class Precision:
         return FLOAT_BITS if self.weight_bits is None else self.weight_bits
 
 
+FLOAT = Precision()
+
+
 @dataclass(frozen=True)
 class Scheme(Mapping[str, Precision]):
     """Layer name -> precision, in the model's order."""

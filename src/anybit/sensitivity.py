@@ -19,7 +19,7 @@ from anybit.errors import UnsupportedModel
 from anybit.evaluation import distance, outputs_of
 from anybit.layers import quantized_layers
 from anybit.progress import track
-from anybit.scheme import Precision, Scheme
+from anybit.scheme import FLOAT, Precision, Scheme
 
 Row = tuple[str, Precision]
 
@@ -79,7 +79,7 @@ def measure_sensitivity(
     held_out: list[Batch],
     reference: Tensor,
     task: str,
-    base: Precision = Precision(),
+    base: Precision = FLOAT,
     pairs: bool = False,
     tune: Callable[[nn.Module], None] | None = None,
 ) -> SensitivityTable:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anybit import batchnorm
-from anybit.allocation import Allocation, best_allocations, least_cost, make_problem
+from anybit.allocation import Allocation, allocate, best_allocations, least_cost, make_problem
 from anybit.batches import Batch, Calibration
 from anybit.candidates import (
     Candidates,
@@ -30,7 +30,7 @@ from anybit.layers import check_single_use, coverage, float_weight, prepare, qua
 from anybit.methods.adaquant import AdaQuantSettings, BiasTuningSettings, parallel, sequential, tune_biases
 from anybit.numerics import check_bits
 from anybit.ranges import ESTIMATORS
-from anybit.scheme import Budget, Precision, Scheme, match_patterns
+from anybit.scheme import FLOAT, Budget, Precision, Scheme, match_patterns
 from anybit.sensitivity import SensitivityTable, measure_sensitivity
 from anybit.wiring import Unit, Wiring, observe
 
@@ -54,6 +54,7 @@ class CalibrateSettings:
     sensitivity_base              precision of the other layers while one is measured
     pairs                         measure (W, A) pairs instead of summing a W and an A measurement
     alternatives                  how many of the best schemes are measured before one is chosen
+    tune_scales                   bias tuning trains the scales too (False: the paper's form)
     bn_prior                      weight of the target in the measured statistics; `bn_target` "float" or "prior" (the paper's form)
     memory                        bytes that captured activations may take before they spill to disk
     """
@@ -77,9 +78,10 @@ class CalibrateSettings:
     candidate_steps: int = 60
     drop: float = 0.5
     mirror: bool = False
-    sensitivity_base: Precision = Precision()
+    sensitivity_base: Precision = FLOAT
     pairs: bool = False
     alternatives: int = 5
+    tune_scales: bool = True
     bn_prior: float = 0.0
     bn_target: str = "float"
     memory: int = 2**31
@@ -319,13 +321,11 @@ class Choice:
     measured: list[dict[str, Any]]
 
 
-def choose_scheme(
-    network: Network, table: SensitivityTable, budget: Budget | None, settings: CalibrateSettings, judge: Judge | None
-) -> Choice:
-    """Solve for `budget`, measure the best schemes and every uniform one that fits, and take the best measured (predicted without `judge`)."""
+def choose_scheme(network: Network, table: SensitivityTable, budget: Budget | None, settings: CalibrateSettings, judge: Judge) -> Choice:
+    """Solve for `budget`, measure the best schemes and every uniform one that fits, and take the best measured."""
     if budget is None:
         largest = Scheme({name: precisions[-1] for name, precisions in network.choices.items()})
-        return Choice(largest, None, [_row(network, table, "largest", largest, judge)])
+        return Choice(largest, None, [measured_row(network, table, "largest", largest, judge)])
     if budget.limit("drop") is not None:
         return _choose_by_drop(network, table, budget, settings, judge)
     problem = make_problem(network.choices, table, network.costs, budget)
@@ -333,22 +333,27 @@ def choose_scheme(
     if loss_limit is not None:
         size = make_problem(network.choices, table, network.costs, Budget.parse("100%")).costs["bytes"]
         allocation = least_cost(problem, size, loss_limit)
-        return Choice(allocation.scheme, allocation, [_row(network, table, "allocated", allocation.scheme, judge)])
+        return Choice(allocation.scheme, allocation, [measured_row(network, table, "allocated", allocation.scheme, judge)])
     rows, allocation = [], None
     for index, found in enumerate(best_allocations(problem)):
         allocation = allocation or found
-        rows.append(_row(network, table, f"allocated {index + 1}", found.scheme, judge))
-        if index + 1 >= (settings.alternatives if judge else 1):
+        rows.append(measured_row(network, table, f"allocated {index + 1}", found.scheme, judge))
+        if index + 1 >= settings.alternatives:
             break
     rows += [row for row in uniform_rows(network, table, settings, judge) if fits(network.costs, row["scheme"], budget)]
-    best = min(rows, key=lambda row: row.get("measured", row["predicted"]))
+    best = min(rows, key=lambda row: row["measured"])
     return Choice(best["scheme"], allocation, rows)
 
 
-def uniform_rows(network: Network, table: SensitivityTable, settings: CalibrateSettings, judge: Judge | None) -> list[dict[str, Any]]:
+def check_feasible(network: Network, budget: Budget) -> None:
+    """Raise InfeasibleBudget, naming the least that is possible, before any long work: costs need no measurement."""
+    allocate(make_problem(network.choices, SensitivityTable({}, FLOAT, 0), network.costs, budget))
+
+
+def uniform_rows(network: Network, table: SensitivityTable, settings: CalibrateSettings, judge: Judge) -> list[dict[str, Any]]:
     """Every uniform scheme (kept layers aside), measured."""
     return [
-        _row(network, table, f"uniform {Precision(w, a)}", network.uniform(w, a), judge)
+        measured_row(network, table, f"uniform {Precision(w, a)}", network.uniform(w, a), judge)
         for w in settings.weight_bits
         for a in settings.activation_bits
     ]
@@ -361,18 +366,15 @@ def fits(costs: CostModel, scheme: Scheme, budget: Budget) -> bool:
     return all(amounts[c.quantity] <= c.limit * (1 + 1e-12) for c in budget.conditions if c.quantity in amounts)
 
 
-def _row(network: Network, table: SensitivityTable, name: str, scheme: Scheme, judge: Judge | None) -> dict[str, Any]:
-    row = {"name": name, "scheme": scheme, "predicted": table.total(scheme), **network.costs.summary(scheme)}
-    if judge:
-        measured = judge.of_scheme(scheme)
-        row["measured"] = measured.pop("loss")
-        row |= measured
-    return row
+def measured_row(network: Network, table: SensitivityTable, name: str, scheme: Scheme, judge: Judge) -> dict[str, Any]:
+    measured = judge.of_scheme(scheme)
+    loss = measured.pop("loss")
+    return {"name": name, "scheme": scheme, "predicted": table.total(scheme), "measured": loss, **measured, **network.costs.summary(scheme)}
 
 
-def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, settings: CalibrateSettings, judge: Judge | None) -> Choice:
+def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, settings: CalibrateSettings, judge: Judge) -> Choice:
     """The smallest scheme whose measured top-1 on the held-out inputs is within the allowed drop: bisection on mean weight bits."""
-    if judge is None or judge.labels is None or judge.task != "classification":
+    if judge.labels is None or judge.task != "classification":
         raise InvalidSetting("A budget of drop= is measured on labelled classification data. Give labels with --data, or use loss=.")
     float_top1 = 100 * float(correct(judge.reference, judge.labels).double().mean())
     others = tuple(c for c in budget.conditions if c.quantity != "drop")
@@ -390,14 +392,15 @@ def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, s
                 raise
             low = bits
             continue
-        row = _row(network, table, f"allocated at {bits:.2f} bits", allocation.scheme, judge)
+        row = measured_row(network, table, f"allocated at {bits:.2f} bits", allocation.scheme, judge)
         rows.append(row)
         if float_top1 - row["top1"] <= budget.limit("drop"):
             passed, high = (allocation.scheme, allocation), bits
         elif attempt == 0:
+            lost = float_top1 - row["top1"]
             raise InfeasibleBudget(
-                f"Even the largest scheme loses {float_top1 - row['top1']:.2f} points on the held-out inputs, more than {budget.limit('drop'):g}. "
-                f"Allow more bits or raise the budget to drop={float_top1 - row['top1']:.2f}%."
+                f"Even the largest scheme loses {lost:.2f} points on the held-out inputs, more than {budget.limit('drop'):g}. "
+                f"Allow more bits or raise the budget to drop={lost:.2f}%."
             )
         else:
             low = bits
@@ -406,6 +409,7 @@ def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, s
 
 def polish(
     network: Network,
+    candidate: nn.Module,
     start: nn.Module,
     starts: Mapping[str, Tensor],
     targets: Mapping[str, batchnorm.ChannelStatistics],
@@ -416,10 +420,11 @@ def polish(
 ) -> tuple[nn.Module, list[dict[str, Any]], dict[str, Any]]:
     """Sequential AdaQuant, batch-norm tuning and bias tuning of one canonical model, each kept only where the held-out error says so.
 
-    `starts` are AdaQuant's free weights, `references` the float outputs of the fitting batches. Returns (a new model, the ladder:
-    what was measured after each step and whether it was kept, each unit's errors).
+    `candidate` is the model made of the candidates, and the one to beat. Sequential AdaQuant begins at `start` with the free weights
+    `starts`. `references` are the float outputs of the fitting batches. Returns (a new model, the ladder: what was measured after each
+    step and whether it was kept, each unit's errors).
     """
-    model, errors = copy.deepcopy(start), {}
+    model, errors = copy.deepcopy(candidate), {}
     ladder = [{"step": "candidates", "kept": True, **judge.of_model(model)}]
 
     def offer(step: str, changed: nn.Module, **more) -> None:
@@ -431,7 +436,7 @@ def polish(
             model = changed
 
     if settings.does("sequential"):
-        changed = copy.deepcopy(model)
+        changed = copy.deepcopy(start)
         wanted = adaquant_settings(settings, settings.steps)
         errors = sequential(changed, network.folded, network.units, starts, network.wiring, calibration, wanted, settings.memory)
         offer("sequential AdaQuant", changed)
@@ -442,16 +447,16 @@ def polish(
         offer("batch-norm tuning", changed, images=sum(map(len, batches)))
     if settings.does("bias_tuning"):
         changed = copy.deepcopy(model)
-        wanted = BiasTuningSettings(seed=settings.seed)
+        wanted = BiasTuningSettings(scales=settings.tune_scales, seed=settings.seed)
         tuned = tune_biases(changed, calibration.fitting, references, calibration.held_out, judge.reference, judge.task, wanted)
         offer("bias tuning", changed, epochs=tuned["epochs"])
     return model, ladder, errors
 
 
 def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Batch]:
-    """As many of the first batches as one joined forward pass can hold: six of its largest tensors at once."""
+    """As many of the first batches as one joined forward pass can hold: four of its largest tensors at once."""
     largest = max(torch.Size(op.shape).numel() for op in wiring.operations) // wiring.batch_size
-    room = max(1, memory // (6 * 4 * largest))
+    room = max(1, memory // (4 * 4 * largest))
     kept, count = [], 0
     for batch in batches:
         if kept and count + len(batch) > room:

@@ -18,12 +18,12 @@ section 3.1. Deviations, each for a reason that the benchmarks measure:
     activation (Wei et al., "QDrop", ICLR 2022).
   * Held-out inputs decide when to stop: the best state on them is kept, and the rounded start if nothing beats it.
 
-Bias tuning (section 3.5): the biases alone are trained end to end on the KL divergence to the float network's outputs; here too the best
-state on held-out inputs is kept. The KL is a mean over samples (the release also divides by the number of classes).
+Bias tuning (section 3.5): biases, and here scales too, are trained end to end on the KL divergence to the float network's outputs; the
+best state on held-out inputs is kept. The KL is a mean over samples (the release also divides by the number of classes).
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ from anybit.batches import Batch, Calibration, call, first_tensor
 from anybit.capture import Captured, MemoryBudget, capture, chunks
 from anybit.errors import AnybitError
 from anybit.evaluation import distance, outputs_of
-from anybit.layers import QuantizedLayer, fill, float_weight, from_rows, quantized_layers
+from anybit.layers import QuantizedLayer, fill, float_weight, from_rows, quantized_layers, weight_rows
 from anybit.numerics import fake_quantize
 from anybit.progress import track
 from anybit.quantizers import UniformQuantizer
@@ -213,7 +213,6 @@ def parallel(
         for bits, model in variants.items():
             result = _reconstruct_unit(model, unit, starts[bits], fitting, held_out, wiring, settings)
             report.setdefault(unit.name, {})[bits] = result
-        budget.release()
     return report
 
 
@@ -229,9 +228,7 @@ def _capture_and_reconstruct(
 ) -> dict[str, float]:
     budget = MemoryBudget(memory)
     sides = _capture_sides(model, float_model, unit, calibration, budget)
-    result = _reconstruct_unit(model, unit, starts, *sides, wiring, settings)
-    budget.release()
-    return result
+    return _reconstruct_unit(model, unit, starts, *sides, wiring, settings)
 
 
 def _capture_sides(
@@ -288,7 +285,7 @@ def _freeze(layers: dict[str, nn.Module]) -> None:
     for layer in layers.values():
         learned, inputs = layer.weight_quantizer, layer.input_quantizer
         with torch.no_grad():
-            float_weight(layer).copy_(from_rows(layer, learned(learned.in_steps)))
+            float_weight(layer).copy_(from_rows(layer, learned(weight_rows(layer, float_weight(layer)))))
         fill(layer, learned.freeze(), inputs.freeze() if isinstance(inputs, LearnedInput) else inputs)
 
 
@@ -325,12 +322,29 @@ def _identity(output: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BiasTuningSettings:
-    """epochs over the fitting inputs; learning rate of Adam, relative to each layer's largest bias; patience in epochs."""
+    """epochs over the fitting inputs; rate of Adam; scales: train the scales too (as logarithms); patience in epochs."""
 
-    epochs: int = 10
-    rate: float = 1e-3
-    patience: int = 3
+    epochs: int = 8
+    rate: float = 3e-3
+    scales: bool = True
+    patience: int = 4
     seed: int = 0
+
+
+class ScaledCodes(nn.Module):
+    """Fixed integer codes times a free scale: the weight slot of a layer while its outputs are tuned."""
+
+    def __init__(self, quantizer: UniformQuantizer, rows: Tensor):
+        super().__init__()
+        self.bits = quantizer.bits
+        self.register_buffer("codes", quantizer.codes(rows))
+        self.log_scale = nn.Parameter(quantizer.scale.log())
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.codes * self.log_scale.exp()
+
+    def freeze(self) -> UniformQuantizer:
+        return UniformQuantizer(self.bits, True, self.log_scale.exp())
 
 
 def tune_biases(
@@ -342,34 +356,57 @@ def tune_biases(
     task: str,
     settings: BiasTuningSettings,
 ) -> dict[str, float]:
-    """Train the biases of the quantized layers, in place, towards the float outputs `references` (one tensor a fitting batch).
+    """Train the biases (and scales) of the quantized layers, in place, towards the float outputs `references`, one a fitting batch.
 
-    Nothing else changes, integer codes least of all. The best state on held-out inputs is kept; `epochs` 0 means the start was best.
+    No integer code changes. The best state on held-out inputs is kept; `epochs` 0 means that the start was best.
+    Deviation: the paper trains biases alone (`scales=False`); weight and input scales fold into the same places at no cost.
     """
-    biases = [layer.bias for layer in quantized_layers(model).values() if getattr(layer, "bias", None) is not None]
+    layers = {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer.weight_quantizer, UniformQuantizer)}
     before = distance(outputs_of(model, held_out), held_out_reference, task)
     result = {"before": before, "after": before, "epochs": 0}
-    if not biases:
+    if settings.scales:
+        _free_scales(layers.values())
+    parameters = [p for layer in layers.values() for p in _tuned_parameters(layer)]
+    if not parameters:
         return result
-    optimizer = torch.optim.Adam(biases, lr=settings.rate)
-    best = [bias.detach().clone() for bias in biases]
+    optimizer = torch.optim.Adam(parameters, lr=settings.rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * len(fitting))
     generator = torch.Generator().manual_seed(settings.seed)
-    for epoch in range(1, settings.epochs + 1):
+    best = [parameter.detach().clone() for parameter in parameters]
+    for epoch in track(range(1, settings.epochs + 1), "bias tuning"):
         for index in torch.randperm(len(fitting), generator=generator).tolist():
             loss = output_loss(first_tensor(call(model, fitting[index].inputs)), references[index], task)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
         after = distance(outputs_of(model, held_out), held_out_reference, task)
         if after < result["after"]:
             result |= {"after": after, "epochs": epoch}
-            best = [bias.detach().clone() for bias in biases]
+            best = [parameter.detach().clone() for parameter in parameters]
         elif epoch - result["epochs"] >= settings.patience:
             break
     with torch.no_grad():
-        for bias, kept in zip(biases, best, strict=True):
-            bias.copy_(kept)
+        for parameter, kept in zip(parameters, best, strict=True):
+            parameter.copy_(kept)
+    if settings.scales:
+        _freeze(layers)
     return result
+
+
+def _free_scales(layers: Iterable[nn.Module]) -> None:
+    for layer in layers:
+        layer.weight_quantizer = ScaledCodes(layer.weight_quantizer, weight_rows(layer, float_weight(layer)).detach())
+        if isinstance(layer.input_quantizer, UniformQuantizer):
+            layer.input_quantizer = LearnedInput(layer.input_quantizer, drop=0.0)
+
+
+def _tuned_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    if getattr(layer, "bias", None) is not None:
+        yield layer.bias
+    for slot in (layer.weight_quantizer, layer.input_quantizer):
+        if isinstance(slot, ScaledCodes | LearnedInput):
+            yield slot.log_scale
 
 
 def output_loss(outputs: Tensor, reference: Tensor, task: str) -> Tensor:

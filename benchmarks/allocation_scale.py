@@ -1,0 +1,82 @@
+"""Allocation alone: the integer program at 200 layers x 49 choices x 2 budgets, through HiGHS (anybit) and through PuLP/CBC.
+
+    python benchmarks/allocation_scale.py --output benchmarks/results/allocation_scale.json        (needs: pip install pulp)
+
+The losses are drawn like measured ones: falling about fourfold a bit, with layers of very different size and sensitivity.
+Both solvers get the same numbers; CBC is asked for the same relative gap that HiGHS reaches.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from anybit.allocation import Problem, allocate
+from anybit.reporting import environment
+from anybit.scheme import Precision
+
+
+def random_problem(seed: int, layers: int = 200) -> Problem:
+    """`layers` layers, weights and activations 2..8 bits, budgets on weight bits and on BOPs at half of the largest."""
+    rng = np.random.default_rng(seed)
+    options = [Precision(w, a) for w in range(2, 9) for a in range(2, 9)]
+    choices, losses, bits, bops = {}, {}, {}, {}
+    for index in range(layers):
+        name = f"layer{index}"
+        weights, reuse = 10 ** rng.uniform(3, 6.5), 10 ** rng.uniform(0, 4)
+        scale = 10 ** rng.uniform(-4, -1, size=2)
+        choices[name] = options
+        noise = rng.lognormal(0, 0.1, len(options))
+        losses[name] = noise * np.array(
+            [scale[0] * 4.0 ** (2 - p.weight_bits) + scale[1] * 4.0 ** (2 - p.activation_bits) for p in options]
+        )
+        bits[name] = np.array([weights * p.weight_bits for p in options])
+        bops[name] = np.array([weights * reuse * p.weight_bits * p.activation_bits for p in options])
+    limits = {"bits": sum(bits[n].max() for n in bits) / 2, "bops": sum(bops[n].max() for n in bops) / 4}
+    return Problem(choices, losses, {"bits": bits, "bops": bops}, limits)
+
+
+def solve_with_pulp(problem: Problem, gap: float) -> dict:
+    """The same program through PuLP and its bundled CBC."""
+    import pulp
+
+    model = pulp.LpProblem("allocation", pulp.LpMinimize)
+    pick = {(n, k): pulp.LpVariable(f"x_{n}_{k}", cat="Binary") for n in problem.choices for k in range(len(problem.choices[n]))}
+    model += pulp.lpSum(problem.losses[n][k] * x for (n, k), x in pick.items())
+    for name in problem.choices:
+        model += pulp.lpSum(pick[name, k] for k in range(len(problem.choices[name]))) == 1
+    for quantity, limit in problem.limits.items():
+        model += pulp.lpSum(problem.costs[quantity][n][k] * x for (n, k), x in pick.items()) <= limit
+    start = time.perf_counter()
+    model.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=gap, threads=1, timeLimit=300))
+    return {"seconds": time.perf_counter() - start, "objective": float(pulp.value(model.objective)), "status": pulp.LpStatus[model.status]}
+
+
+def main() -> None:
+    """Three problems, both solvers in turn; ratios are of one run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    rows = []
+    for seed in range(3):
+        problem = random_problem(seed)
+        start = time.perf_counter()
+        found = allocate(problem)
+        seconds = time.perf_counter() - start
+        peer = solve_with_pulp(problem, max(found.gap, 1e-9))
+        rows.append(
+            {
+                "seed": seed,
+                "anybit": {"seconds": seconds, "objective": found.predicted_loss, "bound": found.bound, "gap": found.gap},
+                "pulp": peer,
+            }
+        )
+        print(rows[-1])
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

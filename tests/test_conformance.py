@@ -1,0 +1,64 @@
+"""What every method must hold. Adding a method is adding its line to METHODS."""
+
+from functools import partial
+
+import pytest
+import torch
+from networks import Residual, assert_untouched, make, pictures, snapshot
+
+import anybit
+from anybit.batches import draw, split
+from anybit.candidates import apply_scheme
+from anybit.evaluation import distance, outputs_of
+from anybit.layers import codes_of, quantized_layers, scheme_of, weight_rows
+from anybit.quantizers import UniformQuantizer
+from anybit.references import as_samples
+from anybit.scheme import Precision, Scheme
+from anybit.stages import CalibrateSettings, observe_network, range_candidates
+
+CALIBRATE = partial(anybit.calibrate, budget=None, steps=20, candidate_steps=5, batch_size=16)
+
+# name -> function of (network, inputs, weight_bits=(one,), activation_bits=(one,)) that returns a Result
+METHODS = {
+    "ranges only": partial(CALIBRATE, pipeline="light", bn_tuning=False),
+    "light": partial(CALIBRATE, pipeline="light"),
+    "adaquant layer": partial(CALIBRATE, unit="layer"),
+    "adaquant block": partial(CALIBRATE, unit="block"),
+}
+
+
+def rounded_start(model, calibration, precision: Precision):
+    """The network with every tensor rounded to nearest in its estimated range, and the folded float network."""
+    settings = CalibrateSettings(weight_bits=(precision.weight_bits,), activation_bits=(precision.activation_bits,))
+    network = observe_network(model, calibration.fitting[0], settings)
+    scheme = network.uniform(precision.weight_bits, precision.activation_bits)
+    return apply_scheme(network.prepared, scheme, range_candidates(network, calibration, settings)), network.folded
+
+
+@pytest.mark.parametrize("text", ["W2A8", "W4A4", "W8A8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_ends_in_the_canonical_form(method, text, tmp_path):
+    model, x, precision = make(Residual), pictures(48), Precision.parse(text)
+    before = snapshot(model)
+    result = METHODS[method](model, x, weight_bits=(precision.weight_bits,), activation_bits=(precision.activation_bits,))
+    assert_untouched(model, before)
+
+    layers = quantized_layers(result.model)
+    assert result.scheme == scheme_of(result.model) == Scheme.uniform(layers, precision)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in result.model.modules())
+    for layer in layers.values():
+        assert type(layer.weight_quantizer) is UniformQuantizer and type(layer.input_quantizer) is UniformQuantizer
+        assert torch.equal(weight_rows(layer, layer.weight), codes_of(layer).float() * layer.weight_quantizer.scale)
+        assert all((slot.scale > 0).all() and torch.isfinite(slot.scale).all() for slot in (layer.weight_quantizer, layer.input_quantizer))
+
+    settings = CalibrateSettings()
+    calibration = split(draw(as_samples(x), settings.samples, settings.seed), settings.seed, settings.held_out, 16)
+    start, float_model = rounded_start(model, calibration, precision)
+    reference = outputs_of(float_model, calibration.held_out)
+    errors = [distance(outputs_of(one, calibration.held_out), reference, "classification") for one in (start, result.model)]
+    assert errors[1] <= errors[0]
+
+    folder = result.save(tmp_path / "run")
+    loaded = anybit.load(folder, model=make(Residual, seed=3))
+    assert torch.equal(loaded(x), result.model(x)) and loaded.scheme == result.scheme
+    assert (folder / "model.safetensors").stat().st_size == result.report["result"]["bytes"]
