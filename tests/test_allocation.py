@@ -1,5 +1,6 @@
 """The sensitivity table, and allocations against brute force."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -18,6 +19,7 @@ from anybit.cost import CostModel, LayerSize
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidSetting, UnsupportedModel
 from anybit.evaluation import distance, outputs_of
 from anybit.layers import prepare
+from anybit.packing import TensorSpec
 from anybit.progress import listening
 from anybit.scheme import Budget, Precision, Scheme
 from anybit.sensitivity import SensitivityTable, measure_sensitivity, rows_to_measure
@@ -143,6 +145,19 @@ def test_the_papers_form_is_the_cheapest_of_all_schemes_within_the_loss(problem)
     assert found.bound <= amount(costs, problem, found.scheme) + 1e-6
 
 
+def test_the_solver_prints_nothing(capfd):
+    # HiGHS writes a line to the standard output of the process for some problems; `--json` promises one JSON object there.
+    generator = np.random.default_rng(1)
+    for _ in range(60):
+        weights = generator.integers(1000, 10**6, 8)
+        names = [f"layer{i}" for i in range(8)]
+        losses = {name: np.sort(generator.random(5) * generator.lognormal(0, 2))[::-1] for name in names}
+        costs = {name: np.array([count * p.weight_bits for p in LADDER], dtype=float) for name, count in zip(names, weights, strict=True)}
+        limit = float(weights.sum() * generator.uniform(2.5, 6))
+        allocate(Problem(dict.fromkeys(names, LADDER), losses, {"bits": costs}, {"bits": limit}))
+    assert capfd.readouterr().out == ""
+
+
 def test_the_certificate_is_json_without_time_or_machine():
     problem = Problem({"a": LADDER[:2]}, {"a": np.array([1.0, 0.5])}, {}, {})
     certificate = allocate(problem).certificate(seed=3)
@@ -206,6 +221,15 @@ def test_a_budget_of_bytes_holds_to_the_byte_where_a_choice_brings_new_tensors(f
             found = allocate(make_problem(choices, plain_table(choices), costs, Budget.parse(f"{limit}B")))
         except InfeasibleBudget:
             continue
+        assert costs.file_size(found.scheme) <= limit
+
+
+def test_a_budget_of_bytes_holds_to_the_byte_where_offsets_get_more_digits():
+    choices = {"layer0": [Precision(2), Precision(8)]}
+    for padding in range(1, 9):  # a name of eight lengths, so that every digit shows in the padded header
+        costs = dataclasses.replace(costs_of([1000]), others={"_" * padding: TensorSpec("I64", ())})
+        limit = costs.file_size(Scheme({"layer0": Precision(8)})) - 1
+        found = allocate(make_problem(choices, plain_table(choices), costs, Budget.parse(f"{limit}B")))
         assert costs.file_size(found.scheme) <= limit
 
 

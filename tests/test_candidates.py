@@ -12,11 +12,10 @@ from anybit.candidates import (
     check_finite_samples,
     check_finite_weights,
     frozen_candidate,
-    missing,
     weight_candidate,
 )
-from anybit.errors import InvalidInput, SchemeMismatch, UnsupportedModel
-from anybit.layers import Pruned, codes_of, coverage, float_weight, iterate_filled, prepare, quantized_layers, scheme_of, weight_rows
+from anybit.errors import AnybitError, InvalidInput, SchemeMismatch, UnsupportedModel
+from anybit.layers import Pruned, codes_of, coverage, float_weight, prepare, quantized_layers, scheme_of, weight_rows
 from anybit.quantizers import UniformQuantizer
 from anybit.scheme import Precision, Scheme
 from anybit.wiring import observe
@@ -61,9 +60,8 @@ def test_in_the_canonical_form_every_weight_is_code_times_scale(name):
     prepared, candidates = prepared_with_candidates(name)
     scheme = Scheme.uniform(quantized_layers(prepared), "W3A4" if name != "tokens" else "W3")
     model = apply_scheme(prepared, scheme, candidates)
-    filled = dict(iterate_filled(model))
-    assert set(filled) == set(scheme)
-    for layer_name, layer in filled.items():
+    assert set(quantized_layers(model)) == set(scheme)
+    for layer_name, layer in quantized_layers(model).items():
         codes = codes_of(layer)
         assert torch.equal(codes, candidates.weights[layer_name, 3].codes)
         assert torch.equal(weight_rows(layer, layer.weight), codes.float() * layer.weight_quantizer.scale)
@@ -119,7 +117,7 @@ def test_models_of_one_set_of_candidates_are_independent():
     with torch.no_grad():
         for tensor in one.state_dict().values():
             tensor.zero_()
-    assert all(torch.equal(codes_of(layer), candidates.weights[name, 5].codes) for name, layer in iterate_filled(other))
+    assert all(torch.equal(codes_of(layer), candidates.weights[name, 5].codes) for name, layer in quantized_layers(other).items())
     assert all((candidate.scale > 0).all() for candidate in candidates.weights.values())
 
 
@@ -129,9 +127,10 @@ def test_a_scheme_of_another_model_is_refused_with_the_nearest_name():
         apply_scheme(prepared, Scheme.uniform(["conv11"], "W4"), candidates)
 
 
-def test_layers_without_a_candidate_are_listed():
-    _, candidates = prepared_with_candidates("chain")
-    assert list(missing(Scheme.parse({"conv1": "W4", "conv2": "W3", "fc": "float"}), candidates)) == ["conv1"]
+def test_a_precision_without_a_candidate_is_refused_by_layer():
+    prepared, candidates = prepared_with_candidates("chain")
+    with pytest.raises(AnybitError, match="conv1"):
+        apply_scheme(prepared, Scheme.parse({"conv1": "W4", "conv2": "W3", "fc": "float"}), candidates)
 
 
 def test_canonical_slots_hold_uniform_quantizers():

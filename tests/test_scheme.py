@@ -59,13 +59,6 @@ def test_a_bit_width_is_an_integer(weight_bits):
         Precision(weight_bits)
 
 
-@few
-@given(st.lists(precisions))
-def test_precisions_can_be_sorted(found):
-    ordered = sorted(found)
-    assert sorted(ordered[::-1]) == ordered
-
-
 def test_a_float_weight_counts_32_bits_and_a_pruned_one_none():
     assert [Precision.parse(text).stored_weight_bits for text in ("float", "A8", "W0", "W3A4")] == [32, 32, 0, 3]
 

@@ -23,7 +23,7 @@ from anybit.batchnorm import channel_statistics
 from anybit.candidates import apply_scheme
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.evaluation import outputs_of
-from anybit.layers import codes_of, iterate_filled, quantized_layers
+from anybit.layers import codes_of, quantized_layers
 from anybit.scheme import Budget, Precision, Scheme
 from anybit.sensitivity import SensitivityTable
 from anybit.stages import CalibrateSettings, Judge, Network, observe_network, range_candidates
@@ -334,5 +334,5 @@ def test_matched_candidates_keep_their_codes_in_a_model(residual):
     targets = stages.batch_norm_targets(network, calibration, SETTINGS)
     matched = stages.matched_candidates(network, candidates, targets, calibration)
     model = apply_scheme(network.prepared, network.uniform(2, 8), matched)
-    assert all(torch.equal(codes_of(layer), candidates.weights[name, 2].codes) for name, layer in iterate_filled(model))
+    assert all(torch.equal(codes_of(layer), candidates.weights[name, 2].codes) for name, layer in quantized_layers(model).items())
     assert len(quantized_layers(model)) == len(network.names)

@@ -4,7 +4,7 @@ The one seeded split into fitting and held-out inputs is made here, once a run.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,30 +72,34 @@ def first_tensor(value: Any) -> Tensor:
     return tensors[0]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Samples:
     """A data set whose items are an input, or (input, label); `labelled` says which.
 
-    `collate` makes the items of a list into one batch's inputs and labels; an array data set skips it by answering `__getitems__`.
+    `workers` processes load them, which changes nothing but speed. An array data set answers whole batches through `__getitems__`.
     """
 
     dataset: Dataset | Sequence
     labelled: bool
     workers: int = 0
-    description: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def on(self, device: str) -> "Samples":
+        """The same samples, their batches on `device`."""
+        return replace(self, device=device)
+
     def subset(self, indices: Sequence[int]) -> "Samples":
         """These samples alone, in this order."""
-        return Samples(Subset(self.dataset, list(indices)), self.labelled, self.workers, self.description)
+        return replace(self, dataset=Subset(self.dataset, list(indices)))
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """All samples in order, `size` at a time; the number of workers changes nothing but speed."""
+        """All samples in order, `size` at a time."""
         loader = DataLoader(self.dataset, batch_size=size, num_workers=self.workers, collate_fn=self._collate)
         for inputs, labels in loader:
-            yield Batch(inputs, labels)
+            yield Batch(inputs, labels).to(self.device)
 
     def _collate(self, items) -> tuple[Inputs, Tensor | None]:
         if isinstance(items, Batch):  # an array data set has made the batch already

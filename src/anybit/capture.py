@@ -60,12 +60,19 @@ class Captured:
 
     arguments: tuple
     output: Store | None
+    device: torch.device
 
     def batch(self, indices: Tensor) -> tuple[tuple, dict]:
-        """(args, kwargs) of the samples `indices`."""
-        pick = lambda item: item.tensor[indices] if isinstance(item, Store) else item  # noqa: E731
+        """(args, kwargs) of the samples `indices`, on the device they came from."""
         args, kwargs = self.arguments
-        return tuple(pick(item) for item in args), {key: pick(item) for key, item in kwargs.items()}
+        return tuple(self._pick(item, indices) for item in args), {key: self._pick(item, indices) for key, item in kwargs.items()}
+
+    def outputs(self, indices: Tensor) -> Tensor:
+        """The outputs of the samples `indices`."""
+        return self._pick(self.output, indices)
+
+    def _pick(self, item, indices: Tensor):
+        return item.tensor[indices].to(self.device) if isinstance(item, Store) else item
 
 
 @torch.no_grad()
@@ -84,10 +91,9 @@ def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, b
 
     def before(module, args, kwargs) -> None:
         if not captured:
-            size = len(tensors_in((args, kwargs))[0])
-            captured.append(
-                Captured((tuple(stored(a, size) for a in args), {key: stored(value, size) for key, value in kwargs.items()}), None)
-            )
+            first = tensors_in((args, kwargs))[0]
+            kept = tuple(stored(a, len(first)) for a in args), {key: stored(value, len(first)) for key, value in kwargs.items()}
+            captured.append(Captured(kept, None, first.device))
         flat = zip([*captured[0].arguments[0], *captured[0].arguments[1].values()], [*args, *kwargs.values()], strict=True)
         for store, item in flat:
             if isinstance(store, Store):

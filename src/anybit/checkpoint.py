@@ -229,7 +229,7 @@ def write_candidates(folder: Path, candidates: Candidates, about: Mapping[str, A
     """candidates.safetensors (packed codes, scales and biases a candidate) and candidates.json with `about`."""
     tensors: dict[str, Tensor] = {}
     for (name, bits), candidate in candidates.weights.items():
-        tensors[f"{name}|W{bits}|codes"] = torch.from_numpy(pack(candidate.codes.numpy(), bits))
+        tensors[f"{name}|W{bits}|codes"] = torch.from_numpy(pack(candidate.codes.cpu().numpy(), bits))
         tensors[f"{name}|W{bits}|scale"] = candidate.scale.flatten().contiguous()
         if candidate.bias is not None:
             tensors[f"{name}|W{bits}|bias"] = candidate.bias.contiguous()

@@ -58,6 +58,7 @@ Interpolation = Annotated[str, typer.Option(help="nearest, bilinear, bicubic or 
 BatchSize = Annotated[int, typer.Option(help="Inputs a forward pass.")]
 Workers = Annotated[int, typer.Option(help="Processes that load data; changes speed alone.")]
 Threads = Annotated[int | None, typer.Option(help="Processor threads (default: PyTorch's choice).")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 MetricOption = Annotated[str | None, typer.Option("--metric", help="FILE.py:function of (outputs, labels), reported beside the others.")]
 Task = Annotated[str | None, typer.Option(help="classification or regression, where the outputs do not tell.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -243,6 +244,7 @@ def calibrate(
     workers: Workers = 0,
     threads: Threads = None,
     metric: MetricOption = None,
+    device: Device = "cpu",
     task: Task = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -264,6 +266,7 @@ def calibrate(
             list(budget) if budget else None,
             test=None if test is None else load_data(test, preprocessing, workers),
             metric=_metric(metric),
+            device=device,
             about={
                 "model": {"reference": reference, "weights": None if weights is None else str(Path(weights).resolve())},
                 "data": {"reference": _absolute(_require(data, "--data"))},
@@ -362,6 +365,7 @@ def evaluate(
     workers: Workers = 0,
     threads: Threads = None,
     metric: MetricOption = None,
+    device: Device = "cpu",
     task: Task = None,
     as_json: AsJson = False,
 ) -> None:
@@ -379,7 +383,7 @@ def evaluate(
         else:
             network, preprocessing = load_model(_require(model, "RUN or --model"), weights), given
         samples = load_data(_require(data, "--data"), preprocessing, workers)
-        scores = roads.evaluate(network, samples, _metric(metric), task, batch_size)
+        scores = roads.evaluate(network, samples, _metric(metric), task, batch_size, device=device)
     if as_json:
         print(json.dumps(scores))
     else:

@@ -48,7 +48,7 @@ def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidat
     """
     low, high = torch.clamp(sample.min(), max=0.0), torch.clamp(sample.max(), min=0.0)
     if estimator == "percentile":
-        ends = torch.quantile(sample.float(), torch.tensor([0.0005, 0.9995]))
+        ends = torch.quantile(sample.float(), torch.tensor([0.0005, 0.9995], device=sample.device))
         low, high = torch.clamp(ends[0], max=0.0), torch.clamp(ends[1], min=0.0)
     _checked(None, estimator)
     if estimator != "mse":

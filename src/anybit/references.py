@@ -141,15 +141,14 @@ def _optional(package: str):
 def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), workers: int = 0) -> Samples:
     """The samples that `reference` names: an image folder, `file.npz` or `file.npz#test`, or a function returning a data set or loader."""
     path, _, part = reference.partition("#")
-    description = {"reference": reference, **preprocessing.to_json()}
     if path.endswith(".npz"):
         x, y = _read_npz(Path(path), part)
         if preprocessing.size or preprocessing.resize:
             raise InvalidSetting("--size and --resize apply to image folders; the pictures of a .npz are used as they are.")
-        return Samples(ArrayDataset(x, y, preprocessing.mean, preprocessing.std), y is not None, workers, description)
+        return Samples(ArrayDataset(x, y, preprocessing.mean, preprocessing.std), y is not None, workers)
     if Path(path).is_dir():
         dataset = ImageFolder(Path(path), preprocessing)
-        return Samples(dataset, dataset.labelled, workers, description)
+        return Samples(dataset, dataset.labelled, workers)
     if reference.startswith("hf:") or path.endswith((".tsv", ".csv", ".jsonl")):
         raise InvalidSetting(
             f"--data {reference}: text and Hugging Face data are not covered yet. Give a function that returns a data set."
@@ -157,10 +156,10 @@ def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), wo
     if ":" not in reference:
         raise InvalidInput(f"--data {reference}: there is no such folder or .npz file.")
     dataset = load_callable(reference, "--data")()
-    return as_samples(dataset, workers, description)
+    return as_samples(dataset, workers)
 
 
-def as_samples(data: Any, workers: int = 0, description: dict | None = None) -> Samples:
+def as_samples(data: Any, workers: int = 0) -> Samples:
     """Samples from what a user has at hand: Samples, a DataLoader (its data set), a data set, a tensor or array, or (x, y)."""
     if isinstance(data, Samples):
         return data
@@ -170,13 +169,13 @@ def as_samples(data: Any, workers: int = 0, description: dict | None = None) -> 
         data = (data, None)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (torch.Tensor, np.ndarray)):
         x, y = (None if part is None else np.asarray(part) for part in data)
-        return Samples(ArrayDataset(x, y), y is not None, workers, description or {})
+        return Samples(ArrayDataset(x, y), y is not None, workers)
     if not (isinstance(data, (Dataset, Sequence)) and hasattr(data, "__len__")):
         raise InvalidInput(f"Data of type {type(data).__name__} cannot be used. Give a data set with a length, a loader, or arrays (x, y).")
     if len(data) == 0:
         raise InvalidInput("The data set is empty.")
     first = data[0]
-    return Samples(data, isinstance(first, (tuple, list)) and len(first) > 1, workers, description or {})
+    return Samples(data, isinstance(first, (tuple, list)) and len(first) > 1, workers)
 
 
 def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray | None]:

@@ -78,6 +78,7 @@ def calibrate(
     test: Any = None,
     metric: Metric | None = None,
     workers: int = 0,
+    device: str = "cpu",
     about: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> "Result | list[Result]":
@@ -87,6 +88,7 @@ def calibrate(
     data      unlabelled inputs (labels are used for reports alone): a data set, arrays, Samples, or a reference
     budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list gives a list of results that share their candidates
     test      labelled data for the report; nothing is chosen on it
+    device    where to compute; the result is on the CPU
     settings  fields of `stages.CalibrateSettings`
 
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
@@ -97,10 +99,21 @@ def calibrate(
     if isinstance(model, str):
         about["model"] = {"reference": model, **about.get("model", {})}
         model = load_model(model)
-    samples = draw(_samples(data, workers), wanted.samples, wanted.seed)
-    bench = prepare_bench(model.eval(), samples, wanted, [one for one in budgets if one])
-    results = [_finish(bench, one, test, metric, workers, about) for one in budgets]
+    samples = draw(_samples(data, workers), wanted.samples, wanted.seed).on(device)
+    bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one])
+    tests = None if test is None else _samples(test, workers).on(device)
+    results = [_finish(bench, one, tests, metric, about) for one in budgets]
     return results if isinstance(budget, (list, tuple)) else results[0]
+
+
+def on_device(model: nn.Module, device: str) -> nn.Module:
+    """The model itself on the CPU, a copy on any other device."""
+    if device == "cpu":
+        return model
+    try:
+        return copy.deepcopy(model).to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidSetting(f"--device {device} cannot be used here: {error}") from error
 
 
 @dataclass
@@ -161,7 +174,7 @@ def _example(calibration: Calibration) -> Batch:
     return Batch(map_tensors(first.inputs, lambda tensor: tensor[:2]))
 
 
-def _finish(bench: Bench, budget: Budget | None, test: Any, metric: Metric | None, workers: int, about: Mapping[str, Any]) -> Result:
+def _finish(bench: Bench, budget: Budget | None, test: Samples | None, metric: Metric | None, about: Mapping[str, Any]) -> Result:
     """One budget's scheme, polished, measured and reported."""
     network, settings, clock = bench.network, bench.settings, StageClock(list(bench.clock.stages))
     with clock.stage("allocation"):
@@ -186,7 +199,8 @@ def _finish(bench: Bench, budget: Budget | None, test: Any, metric: Metric | Non
     }
     if test is not None:
         with clock.stage("test"):
-            report |= _tests(network, canonical.model, _samples(test, workers), bench.judge.task, metric, settings)
+            report |= _tests(network, canonical.model, test, bench.judge.task, metric, settings)
+    canonical.model.cpu()
     report["stages"] = clock.stages
     certificate = choice.allocation.certificate(settings.seed) if choice.allocation else {}
     about = {**about, "budget": str(budget) if budget else None, "certificate": certificate, "task": bench.judge.task}
@@ -346,9 +360,17 @@ def _float_model(folder: Path, file: SchemeFile, model: nn.Module | str | None) 
     return load_model(reference, file.model.get("weights"))
 
 
-def evaluate(model: nn.Module, data: Any, metric: Metric | None = None, task: str | None = None, batch_size: int = 128, workers: int = 0):
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    metric: Metric | None = None,
+    task: str | None = None,
+    batch_size: int = 128,
+    workers: int = 0,
+    device: str = "cpu",
+) -> dict[str, Any]:
     """Top-1, top-5 and loss (and the user's metric) of a network on labelled data."""
-    return evaluate_model(model, _samples(data, workers).batches(batch_size), task, metric)
+    return evaluate_model(on_device(model, device), _samples(data, workers).on(device).batches(batch_size), task, metric)
 
 
 def inspect(model: nn.Module, data: Any, **settings: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from anybit.numerics import check_bits
 FLOAT_BITS = 32
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Precision:
     """Bits of one layer's weights and input activations; None means float."""
 

@@ -123,7 +123,7 @@ class UnitData:
 
     def targets(self, indices: Tensor) -> Tensor:
         """The float outputs of some samples."""
-        return self.float_side.output.tensor[indices]
+        return self.float_side.outputs(indices)
 
 
 def reconstruct(
