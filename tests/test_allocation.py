@@ -163,7 +163,7 @@ def test_the_certificate_is_json_without_time_or_machine():
     certificate = allocate(problem).certificate(seed=3)
     assert json.loads(json.dumps(certificate)) == certificate
     assert certificate["predicted_loss"] == 0.5 and certificate["seed"] == 3
-    assert set(certificate) == {"solver", "objective", "predicted_loss", "bound", "gap", "seed"}
+    assert set(certificate) == {"solver", "objective", "value", "predicted_loss", "bound", "gap", "seed"}
 
 
 # Problems from a table, costs and a budget

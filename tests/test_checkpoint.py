@@ -387,4 +387,6 @@ def test_a_pruned_layer_costs_next_to_nothing(tmp_path):
         (tmp_path / precision).mkdir()
         write_canonical(tmp_path / precision, Canonical(apply_scheme(prepared, scheme, candidates), {}), {})
         sizes.append((tmp_path / precision / "model.safetensors").stat().st_size)
-    assert sizes[0] - sizes[1] == 8 * 72 * 6 // 8 and sizes[1] - sizes[2] >= 8 * 72 * 2 // 8
+    codes = 8 * 72  # weights of conv2; the header's length moves by eight bytes at most
+    assert 0 <= sizes[0] - sizes[1] - codes * 6 // 8 <= 8
+    assert 0 <= sizes[1] - sizes[2] - codes * 2 // 8 - 8 * 4 <= 8

@@ -9,7 +9,10 @@ kept as a certificate; the next best schemes follow by excluding those already f
 """
 
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +20,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 from anybit.cost import CostModel
-from anybit.errors import InfeasibleBudget, InvalidSetting
+from anybit.errors import InfeasibleBudget, InvalidSetting, UnsupportedModel
 from anybit.scheme import FLOAT_BITS, Budget, Condition, Precision, Scheme
 from anybit.sensitivity import SensitivityTable
 
@@ -41,19 +44,22 @@ class Problem:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A scheme and its certificate: predicted loss, the solver's lower bound on it, and the relative gap between the two."""
+    """A scheme, its predicted loss, and its certificate: what was minimized, the value reached, the solver's lower bound on it, and the
+    relative gap between the two."""
 
     scheme: Scheme
     predicted_loss: float
+    objective: str
+    value: float
     bound: float
     gap: float
-    objective: str
 
     def certificate(self, seed: int) -> dict:
         """What the scheme file keeps. No time and no machine, so that equal problems give equal files."""
         return {
             "solver": "HiGHS through scipy.optimize.milp",
             "objective": self.objective,
+            "value": self.value,
             "predicted_loss": self.predicted_loss,
             "bound": self.bound,
             "gap": self.gap,
@@ -68,6 +74,9 @@ def make_problem(choices: Mapping[str, Sequence[Precision]], table: SensitivityT
         if not choices[name]:
             raise InvalidSetting(f"Layer {name} has no precision to choose from.")
     losses = {name: np.array([table.loss(name, precision) for precision in choices[name]]) for name in names}
+    for name in names:
+        if not np.isfinite(losses[name]).all():
+            raise UnsupportedModel(f"The sensitivity of layer {name} is not finite: {losses[name].tolist()}. --keep the layer.")
     limited, limits, in_words = {}, {}, {}
     for condition in budget.conditions if budget else ():
         if condition.quantity in ("loss", "drop"):
@@ -87,17 +96,17 @@ def _linear(condition: Condition, choices: Mapping[str, Sequence[Precision]], co
         per_layer = {name: np.array([float(costs.layers[name].weights * p.stored_weight_bits) for p in choices[name]]) for name in choices}
         total = sum(size.weights for size in costs.layers.values())
         _check_below_float(condition, FLOAT_BITS, "bits a weight")
-        return "bits", per_layer, condition.limit * total, lambda amount: f"{amount / total:.4g}bit"
+        return "bits", per_layer, condition.limit * total, lambda amount: f"{_round_up(amount / total, 1000):g}bit"
     if condition.quantity in ("bytes", "percent"):
         _check_below_float(condition, costs.float_bytes if condition.quantity == "bytes" else 100, condition.quantity)
         limit = condition.limit if condition.quantity == "bytes" else condition.limit / 100 * costs.float_bytes
         per_layer = {name: np.array([float(costs.layer_bytes(name, p)) for p in choices[name]]) for name in choices}
-        some = Scheme({name: choices[name][0] for name in choices})
-        fixed = costs.overhead(some) + HEADER_SLACK
-        return "bytes", per_layer, limit - fixed, lambda amount: f"{math.ceil((amount + fixed) / 100) / 10:g}kB"
+        most = Scheme({name: max(choices[name], key=lambda p: (bool(p.weight_bits), bool(p.activation_bits))) for name in choices})
+        fixed = costs.overhead(most) + HEADER_SLACK
+        return "bytes", per_layer, limit - fixed, lambda amount: f"{math.ceil((amount + fixed) / 100) / 10:.1f}kB"
     if condition.quantity == "bops":
         per_layer = {name: np.array([float(costs.layer_bops(name, p)) for p in choices[name]]) for name in choices}
-        return "bops", per_layer, condition.limit, lambda amount: f"bops={math.ceil(amount / 1e5) / 10:g}M"
+        return "bops", per_layer, condition.limit, lambda amount: f"bops={math.ceil(amount / 1e5) / 10:.1f}M"
     raise InvalidSetting(f"A budget of {condition.quantity} needs a measured table, which this command has none of.")
 
 
@@ -128,11 +137,16 @@ def best_allocations(
     constraints = [LinearConstraint(csr_matrix((np.ones(len(columns)), (owner, np.arange(len(columns))))), 1, 1)]
     for quantity, limit in problem.limits.items():
         costs = np.array([problem.costs[quantity][layer][k] for layer, k in columns], dtype=float)
+        # Only what a layer costs above its cheapest choice matters: small numbers, which the solver's tolerances can tell apart.
+        least = {layer: float(problem.costs[quantity][layer].min()) for layer in layers}
+        costs -= np.array([least[layer] for layer, _ in columns])
+        limit -= sum(least.values())
         largest = max(float(np.abs(costs).max()), 1e-300)
         constraints.append(LinearConstraint(costs[None] / largest, -np.inf, limit / largest))
     found_any = False
     while True:
-        result = milp(values / unit, integrality=np.ones(len(columns)), bounds=Bounds(0, 1), constraints=constraints)
+        with _native_output_to_stderr():
+            result = milp(values / unit, integrality=np.ones(len(columns)), bounds=Bounds(0, 1), constraints=constraints)
         if result.x is None:
             break
         chosen = np.flatnonzero(result.x > 0.5)
@@ -141,7 +155,8 @@ def best_allocations(
             found_any = True
             scheme = Scheme({layer: problem.choices[layer][k] for layer, k in picked.items()})
             predicted = float(sum(problem.losses[layer][k] for layer, k in picked.items()))
-            yield Allocation(scheme, predicted, float(result.mip_dual_bound) * unit, float(result.mip_gap), name)
+            value = float(sum(objective[layer][k] for layer, k in picked.items()))
+            yield Allocation(scheme, predicted, name, value, min(float(result.mip_dual_bound) * unit, value), float(result.mip_gap))
         # Found already, or over a limit by less than the solver's tolerance: either way not to be found again.
         cut = np.zeros(len(columns))
         cut[chosen] = 1
@@ -173,6 +188,23 @@ def _why_infeasible(problem: Problem) -> str:
     if not parts:
         return "No scheme meets all conditions of the budget together, though each alone can be met. Relax one of them."
     return f"{' '.join(parts)} Allow lower bit-widths with --weight-bits, keep fewer layers, or raise the budget to {','.join(enough)}."
+
+
+@contextmanager
+def _native_output_to_stderr() -> Iterator[None]:
+    """HiGHS prints notes on some problems, whatever it is told; stdout is for results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _round_up(value: float, parts: int) -> float:
+    return math.ceil(value * parts) / parts
 
 
 def _check_below_float(condition: Condition, most: float, what: str) -> None:

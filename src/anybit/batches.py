@@ -4,6 +4,7 @@ The one seeded split into fitting and held-out inputs is made here, once a run.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,18 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def map_tensors(value: Any, function) -> Any:
@@ -97,7 +110,7 @@ class Samples:
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All samples in order, `size` at a time."""
-        loader = DataLoader(self.dataset, batch_size=size, num_workers=self.workers, collate_fn=self._collate)
+        loader = DataLoader(self.dataset, batch_size=size, num_workers=self.workers, collate_fn=self._collate, generator=torch.Generator())
         for inputs, labels in loader:
             yield Batch(inputs, labels).to(self.device)
 
@@ -142,7 +155,10 @@ class ArrayDataset(Dataset):
             x = x - self.mean
         if self.std is not None:
             x = x / self.std
-        return Batch(x.contiguous().float(), None if self.y is None else torch.from_numpy(self.y[indices]).long())
+        labels = None if self.y is None else torch.from_numpy(self.y[indices])
+        if labels is not None and not labels.is_floating_point():
+            labels = labels.long()
+        return Batch(x.contiguous().float(), labels)
 
 
 @dataclass(frozen=True)
@@ -182,5 +198,5 @@ def check_finite(batches: Iterable[Batch]) -> None:
     for index, batch in enumerate(batches):
         for tensor in tensors_in(batch.inputs):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                sample = int(torch.nonzero(~torch.isfinite(tensor.flatten(1)).all(1))[0])
+                sample = int(torch.nonzero(~torch.isfinite(tensor.reshape(len(tensor), -1)).all(1))[0])
                 raise InvalidInput(f"Batch {index} of the data holds NaN or infinity (sample {sample} of the batch). Clean the inputs.")

@@ -1,7 +1,6 @@
 """The command line: paths, options and printing. All work is done by `roads`."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -76,20 +75,6 @@ def _reported_errors() -> Iterator[None]:
     except KeyboardInterrupt as error:
         print("anybit: interrupted", file=sys.stderr)
         raise typer.Exit(130) from error
-
-
-@contextmanager
-def _results_alone_on_stdout() -> Iterator[None]:
-    """Send whatever native libraries print (a solver's notes) to stderr: stdout is for results."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 @contextmanager
@@ -251,7 +236,7 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """From a trained network, a few hundred inputs and a budget to a low-bit network, its scheme and a measured report."""
-    with _reported_errors(), _results_alone_on_stdout(), _progress(quiet or as_json):
+    with _reported_errors(), _progress(quiet or as_json):
         from anybit import roads
         from anybit.checkpoint import check_free
         from anybit.references import load_data, load_model
@@ -338,7 +323,7 @@ def allocate(
     as_json: AsJson = False,
 ) -> None:
     """New budgets from the candidates and table of a calibrate run, in seconds."""
-    with _reported_errors(), _results_alone_on_stdout(), _progress(quiet or as_json):
+    with _reported_errors(), _progress(quiet or as_json):
         from anybit import roads
         from anybit.checkpoint import check_free
 

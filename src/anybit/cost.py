@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from anybit.layers import float_weight, weight_rows
+from anybit.layers import float_weight, quantized_layers, weight_rows
 from anybit.packing import StoredLayer, TensorSpec, file_bytes, layout, packed_bytes
 from anybit.scheme import FLOAT_BITS, Precision, Scheme
 from anybit.wiring import Wiring
@@ -138,7 +138,7 @@ def leftovers(prepared: nn.Module, names: list[str]) -> tuple[dict[str, torch.Te
     Entries that share memory (tied weights) are stored once, under their first key.
     """
     skipped = {f"{name}.weight" for name in names}
-    quantizers = tuple(f"{name}.{slot}_quantizer." for name in names for slot in ("weight", "input"))
+    quantizers = tuple(f"{name}.{slot}_quantizer." for name in quantized_layers(prepared) for slot in ("weight", "input"))
     float32, others, seen = {}, {}, set()
     for key, tensor in prepared.state_dict(keep_vars=True).items():
         if key in skipped or key.startswith(quantizers) or id(tensor) in seen:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybit.batches import Batch, call, first_tensor
+from anybit.batches import Batch, call, evaluating, first_tensor
 from anybit.errors import InvalidInput
 
 Metric = Callable[[Tensor, Tensor], float]
@@ -17,12 +17,11 @@ TASKS = ("classification", "regression")
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     """The first output of every sample, [N, ...], in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        return torch.cat([first_tensor(call(model, batch.inputs)) for batch in batches])
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        outputs = [first_tensor(call(model, batch.inputs)) for batch in batches]
+    if not outputs:
+        raise InvalidInput("The data is empty: there is nothing to run the model on.")
+    return torch.cat(outputs)
 
 
 def guess_task(outputs: Tensor) -> str:
@@ -39,8 +38,9 @@ def sample_distances(outputs: Tensor, reference: Tensor, task: str) -> Tensor:
     """The same for each sample, [N]; for regression each is divided by the mean square of the reference."""
     if task == "classification":
         log_p, log_q = F.log_softmax(reference.double(), -1), F.log_softmax(outputs.double(), -1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding alone can make it -1e-17
-    error = (outputs.double() - reference.double()).square().flatten(1).mean(1)
+        terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0)  # a class that both rule out adds nothing
+        return terms.sum(-1).clamp_min(0)  # rounding alone can make it -1e-17
+    error = (outputs.double() - reference.double()).square().reshape(len(outputs), -1).mean(1)
     return error / reference.double().square().mean().clamp_min(1e-30)
 
 
@@ -59,6 +59,10 @@ def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = No
     if len(labels) != len(outputs):
         raise InvalidInput(f"{len(labels)} labels for {len(outputs)} outputs. Give one label a sample.")
     result: dict[str, float] = {}
+    if task == "classification" and (labels.dim() != 1 or labels.is_floating_point()):
+        raise InvalidInput(f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}.")
+    if task != "classification" and outputs.numel() != labels.numel():
+        raise InvalidInput(f"Targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}.")
     if task == "classification":
         classes = outputs.shape[-1]
         if labels.min() < 0 or labels.max() >= classes:
@@ -68,10 +72,10 @@ def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = No
             )
         result["top1"] = 100 * float(correct(outputs, labels).double().mean())
         if classes > 5:
-            result["top5"] = 100 * float((outputs.topk(5).indices == labels[:, None]).any(1).double().mean())
+            result["top5"] = 100 * float((outputs.argsort(descending=True, stable=True)[:, :5] == labels[:, None]).any(1).double().mean())
         result["loss"] = float(F.cross_entropy(outputs.double(), labels))
     else:
-        result["loss"] = float((outputs.double().squeeze() - labels.double().squeeze()).square().mean())
+        result["loss"] = float((outputs.double().flatten() - labels.double().flatten()).square().mean())
     if metric is not None:
         result[getattr(metric, "__name__", "metric")] = float(metric(outputs, labels))
     return result

@@ -162,11 +162,11 @@ def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(layer: nn.Module, weights: UniformQuantizer | None, inputs: UniformQuantizer | None) -> None:
+def fill(layer: nn.Module, weights: nn.Module | None, inputs: UniformQuantizer | None) -> None:
     """Put quantizers into the slots and round the stored weight onto the grid, so that weight and codes say the same."""
     if weights is not None:
         parameter = float_weight(layer)
-        parameter.copy_(from_rows(layer, weights.values(weights.codes(weight_rows(layer, parameter)))))
+        parameter.copy_(from_rows(layer, weights(weight_rows(layer, parameter))))
     layer.weight_quantizer, layer.input_quantizer = weights, inputs
 
 

@@ -20,21 +20,10 @@ import numpy as np
 
 from anybit.errors import InvalidFile
 
+# In the order in which safetensors stores them.
 ITEM_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
-    "U8": 1,
-    "I8": 1,
-    "BOOL": 1,
-}
+    "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -71,7 +60,8 @@ class TensorSpec:
 
 def file_bytes(tensors: Mapping[str, TensorSpec]) -> int:
     """Exact size of the safetensors file that holds `tensors`: 8 bytes of length, the header, the data."""
-    order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
+    rank = {dtype: index for index, dtype in enumerate(ITEM_BYTES)}
+    order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
     header, offset = {}, 0
     for name in order:
         end = offset + tensors[name].nbytes

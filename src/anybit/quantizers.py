@@ -31,11 +31,11 @@ class UniformQuantizer(nn.Module):
 
     def codes(self, x: Tensor) -> Tensor:
         """Integers, in x's floating-point type."""
-        return quantize(x, self.scale, self.zero_point, *self.limits)
+        return quantize(x, self.scale.to(x.dtype), self.zero_point.to(x.dtype), *self.limits)
 
     def values(self, codes: Tensor) -> Tensor:
         """What the codes stand for."""
-        return dequantize(codes, self.scale, self.zero_point)
+        return dequantize(codes, self.scale.to(codes.dtype), self.zero_point.to(codes.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.scale.to(x.dtype), self.zero_point.to(x.dtype), *self.limits)

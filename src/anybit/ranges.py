@@ -22,6 +22,7 @@ def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: in
     "minmax" maps the largest magnitude to quant_max; "mse" searches shrunken ranges for the least squared error of each row;
     "percentile" maps the 99.9th percentile of the magnitudes to quant_max.
     """
+    _check_estimator(estimator)
     quant_min, quant_max = quant_limits(bits, signed=True)
     if estimator == "percentile":
         largest = torch.quantile(rows.abs().float(), 0.999, dim=1, keepdim=True)
@@ -30,15 +31,15 @@ def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: in
     # At two bits the codes are -2..1: scaling the largest magnitude to 1 wastes -2, which the search below can use.
     full = _positive(largest / quant_max)
     if estimator != "mse":
-        return _checked(full, estimator)
+        return full
     zero = torch.zeros((), dtype=rows.dtype)
     best_scale, best_error = full.clone(), torch.full_like(full, torch.inf)
     for step in range(1, candidates + 1):
-        scale = full * (step / candidates)
+        scale = _floored(full * (step / candidates), full.max())
         error = (dequantize(quantize(rows, scale, zero, quant_min, quant_max), scale, zero) - rows).square().sum(1, keepdim=True)
         best_scale = torch.where(error < best_error, scale, best_scale)
         best_error = torch.minimum(error, best_error)
-    return _positive(best_scale)
+    return best_scale
 
 
 def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidates: int = 100) -> tuple[Tensor, Tensor]:
@@ -46,11 +47,11 @@ def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidat
 
     Zero is always representable exactly (padding is zero). "mse" shrinks the two ends in turn towards least squared error.
     """
+    _check_estimator(estimator)
     low, high = torch.clamp(sample.min(), max=0.0), torch.clamp(sample.max(), min=0.0)
     if estimator == "percentile":
         ends = torch.quantile(sample.float(), torch.tensor([0.0005, 0.9995], device=sample.device))
         low, high = torch.clamp(ends[0], max=0.0), torch.clamp(ends[1], min=0.0)
-    _checked(None, estimator)
     if estimator != "mse":
         return affine_from_ends(low, high, bits)
 
@@ -83,10 +84,13 @@ def _positive(scale: Tensor) -> Tensor:
     largest = scale.max()
     if not largest > 0:
         return torch.ones_like(scale)
-    return scale.clamp_min(float(largest) * SMALLEST_RELATIVE_SCALE)
+    return _floored(scale, largest)
 
 
-def _checked(value, estimator: str):
+def _floored(scale: Tensor, largest: Tensor) -> Tensor:
+    return scale.clamp_min(max(float(largest) * SMALLEST_RELATIVE_SCALE, torch.finfo(scale.dtype).tiny))
+
+
+def _check_estimator(estimator: str) -> None:
     if estimator not in ESTIMATORS:
         raise InvalidSetting(f"Range estimator {estimator!r} is unknown. Choose from {', '.join(ESTIMATORS)}.")
-    return value

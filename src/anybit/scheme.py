@@ -16,6 +16,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from anybit.errors import InvalidSetting, SchemeMismatch
 from anybit.numerics import check_bits
@@ -31,7 +32,7 @@ class Precision:
     activation_bits: int | None = None
 
     def __post_init__(self):
-        if self.weight_bits not in (None, 0):
+        if self.weight_bits is not None and not (type(self.weight_bits) is int and self.weight_bits == 0):
             check_bits(self.weight_bits, "weight bit-width")
         if self.activation_bits is not None:
             check_bits(self.activation_bits, "activation bit-width")
@@ -41,7 +42,7 @@ class Precision:
         """The precision that `text` ("W4A8", "W4", "A8", "W0" or "float") writes."""
         if text == "float":
             return cls()
-        match = re.fullmatch(r"(?:W(\d+))?(?:A(\d+))?", text)
+        match = re.fullmatch(r"(?:W([0-9]+))?(?:A([0-9]+))?", text)
         if not text or not match:
             raise InvalidSetting(f"Precision {text!r} cannot be read. Write W4A8, W4 (activations float), A8, W0 or float.")
         return cls(*(None if group is None else int(group) for group in match.groups()))
@@ -65,6 +66,12 @@ class Scheme(Mapping[str, Precision]):
     """Layer name -> precision, in the model's order."""
 
     layers: Mapping[str, Precision] = field(default_factory=dict)
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+
+    def __reduce__(self):
+        return Scheme, (dict(self.layers),)
 
     @classmethod
     def uniform(cls, names: Iterable[str], precision: Precision | str) -> "Scheme":
@@ -101,7 +108,7 @@ class Scheme(Mapping[str, Precision]):
         return len(self.layers)
 
     def __hash__(self) -> int:
-        return hash(tuple(self.layers.items()))
+        return hash(frozenset(self.layers.items()))
 
 
 def check_names(names: Iterable[str], known: Iterable[str], who: str) -> None:
@@ -137,7 +144,7 @@ UNITS = {
     "bops": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
     "latency": {"us": 1e-6, "ms": 1e-3, "s": 1.0},
 }
-_NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
+_NUMBER = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _FORMS = (  # (pattern, quantity, units)
     (rf"{_NUMBER}bits?", "bits", None),
     (rf"{_NUMBER}(B|kB|KB|MB|GB|KiB|MiB|GiB)", "bytes", UNITS["bytes"]),

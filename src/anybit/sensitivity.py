@@ -37,7 +37,7 @@ class SensitivityTable:
         """The measured row, or the sum of the weights-only and the activations-only one."""
         if (layer, precision) in self.measured:
             return self.measured[layer, precision]
-        return sum(self.measured.get((layer, part), 0.0) for part in _parts(precision))
+        return sum(self.measured[layer, part] for part in _parts(precision))
 
     def total(self, scheme: Scheme) -> float:
         """Predicted distance of a whole scheme: the sum over layers."""

@@ -347,7 +347,8 @@ def choose_scheme(network: Network, table: SensitivityTable, budget: Budget | No
 
 def check_feasible(network: Network, budget: Budget) -> None:
     """Raise InfeasibleBudget, naming the least that is possible, before any long work: costs need no measurement."""
-    allocate(make_problem(network.choices, SensitivityTable({}, FLOAT, 0), network.costs, budget))
+    nothing_lost = SensitivityTable({(name, p): 0.0 for name, options in network.choices.items() for p in options}, FLOAT, 0)
+    allocate(make_problem(network.choices, nothing_lost, network.costs, budget))
 
 
 def uniform_rows(network: Network, table: SensitivityTable, settings: CalibrateSettings, judge: Judge) -> list[dict[str, Any]]:

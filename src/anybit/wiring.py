@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from anybit.batches import Batch, call, tensors_in
+from anybit.batches import Batch, call, evaluating, tensors_in
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 
 COVERED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.Embedding)
@@ -170,21 +170,16 @@ def observe(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], No
     Raises InvalidInput where the model refuses the batch, UnsupportedModel where it gives back no tensor.
     """
     observer = _Observer(model, on_value)
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), observer.hooks(), observer:
+        with torch.no_grad(), evaluating(model), observer.hooks(), observer:
             observer.begin(batch)
             output = call(model, batch.inputs)
+    except (InvalidInput, UnsupportedModel):
+        raise
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
-        if isinstance(error, (InvalidInput, UnsupportedModel)):
-            raise
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(batch.inputs))
-        raise InvalidInput(
-            f"The model refuses inputs of shape {shapes}: {error}. Check --data, --size and the model's own input shape."
-        ) from error
-    finally:
-        model.train(was_training)
+        remedy = "Check --data, --size and the model's own input shape."
+        raise InvalidInput(f"The model refuses inputs of shape {shapes}: {error}. {remedy}") from error
     return observer.finish(output, len(batch))
 
 
