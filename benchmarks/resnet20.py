@@ -35,7 +35,7 @@ from anybit.scheme import Budget, Precision, Scheme
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENDS = {"conv1": Precision(8, 8), "linear": Precision(8, 8)}
 PRECISIONS = ((4, 8), (4, 4), (3, 3), (2, 4), (2, 2))
-FULL = {"mirror": True, "steps": 500}
+FULL = {"mirror": True, "steps": 300}
 """The end of the ladder: the settings of every headline number."""
 
 RUNGS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ RUNGS: dict[str, dict[str, Any]] = {
     "AdaQuant, sequential": {"unit": "layer", "drop": 0.0, "bn_tuning": False, "bias_tuning": False, "steps": 300},
     "block-wise": {"drop": 0.0, "bn_tuning": False, "bias_tuning": False, "steps": 300},
     "+ dropping": {"bn_tuning": False, "bias_tuning": False, "steps": 300},
-    "+ mirror images, 500 steps": {"bn_tuning": False, "bias_tuning": False, **FULL},
+    "+ mirror images": {"bn_tuning": False, "bias_tuning": False, **FULL},
     "+ BN tuning": {"bias_tuning": False, **FULL},
     "+ bias tuning": FULL,
 }

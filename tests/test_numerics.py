@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from anybit.errors import InvalidSetting
-from anybit.numerics import check_bits, dequantize, fake_quantize, quant_limits, quantize
+from anybit.numerics import dequantize, fake_quantize, quant_limits, quantize
+from anybit.scheme import check_bits
 
 few = settings(max_examples=60, deadline=None)
 bit_widths = st.integers(2, 8)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from anybit.errors import InvalidInput
+from anybit.errors import InvalidInput, InvalidSetting
 
 Inputs = Tensor | tuple | dict
 
@@ -110,6 +110,8 @@ class Samples:
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All samples in order, `size` at a time."""
+        if size < 1 or self.workers < 0:
+            raise InvalidSetting(f"batch size {size} must be at least 1 and workers {self.workers} at least 0.")
         loader = DataLoader(self.dataset, batch_size=size, num_workers=self.workers, collate_fn=self._collate, generator=torch.Generator())
         for inputs, labels in loader:
             yield Batch(inputs, labels).to(self.device)
@@ -117,7 +119,13 @@ class Samples:
     def _collate(self, items) -> tuple[Inputs, Tensor | None]:
         if isinstance(items, Batch):  # an array data set has made the batch already
             return items.inputs, items.labels
-        collated = default_collate(items)
+        try:
+            collated = default_collate(items)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise InvalidInput(
+                f"The samples do not fit into one batch: {reason}. Give all the same shape (--size for pictures)."
+            ) from error
         if self.labelled:
             *inputs, labels = collated
             inputs = inputs[0] if len(inputs) == 1 else tuple(inputs)
@@ -129,14 +137,15 @@ class Samples:
 
 
 class ArrayDataset(Dataset):
-    """Images uint8 [N, H, W, C], or any float array [N, ...], with labels [N] or None; answers whole batches at once.
+    """Images uint8 [N, H, W, C] (or [N, H, W], one channel), or any other array [N, ...], with labels [N] or None.
 
-    Images are divided by 255, laid out as [N, C, H, W] and normalized by `mean` and `std` of each channel.
+    Images are divided by 255, laid out as [N, C, H, W] and normalized by `mean` and `std` of each channel. Integers stay integers
+    (tokens), other numbers become float32. Answers whole batches at once.
     """
 
     def __init__(self, x, y=None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
         self.x, self.y = x, y
-        self.is_image = x.dtype.name == "uint8"
+        self.is_image = x.dtype.name == "uint8" and x.ndim in (3, 4)
         self.mean = None if mean is None else torch.tensor(mean)[:, None, None]
         self.std = None if std is None else torch.tensor(std)[:, None, None]
 
@@ -150,7 +159,7 @@ class ArrayDataset(Dataset):
     def __getitems__(self, indices: list[int]) -> Batch:
         x = torch.from_numpy(self.x[indices])
         if self.is_image:
-            x = x.permute(0, 3, 1, 2).float() / 255
+            x = (x.permute(0, 3, 1, 2) if x.dim() == 4 else x[:, None]).float() / 255
         if self.mean is not None:
             x = x - self.mean
         if self.std is not None:
@@ -158,7 +167,7 @@ class ArrayDataset(Dataset):
         labels = None if self.y is None else torch.from_numpy(self.y[indices])
         if labels is not None and not labels.is_floating_point():
             labels = labels.long()
-        return Batch(x.contiguous().float(), labels)
+        return Batch(x.contiguous() if x.dtype in (torch.int64, torch.int32) else x.contiguous().float(), labels)
 
 
 @dataclass(frozen=True)

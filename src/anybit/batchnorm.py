@@ -16,6 +16,7 @@ is `target="prior"`.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from anybit.batches import Batch, call, map_tensors, tensors_in
 from anybit.errors import InvalidSetting
 from anybit.layers import float_weight, from_rows, weight_rows
 from anybit.quantizers import UniformQuantizer
-from anybit.wiring import Wiring
+from anybit.wiring import BATCH_NORMS, COVERED, Wiring
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,18 @@ class ChannelStatistics:
 
 
 def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
-    """Layer -> the batch norm that folds into it: its only reader, both called once, with running statistics."""
+    """Layer -> the batch norm that folds into it: its only reader, both called once, with running statistics.
+
+    A batch norm of the user's own class with a forward of its own (an activation inside, say) stays, and so does one after a layer whose
+    weight another layer shares.
+    """
+    weights = Counter(id(module.weight) for module in model.modules() if isinstance(module, COVERED))
     pairs = {}
     for layer in wiring.layer_names():
         name = wiring.batch_norm_after(layer)
-        if name and model.get_submodule(name).running_mean is not None and not isinstance(model.get_submodule(layer), nn.Embedding):
+        norm, source = (model.get_submodule(name) if name else None), model.get_submodule(layer)
+        plain = isinstance(norm, BATCH_NORMS) and type(norm).forward is nn.BatchNorm2d.forward and norm.running_mean is not None
+        if plain and not isinstance(source, nn.Embedding) and weights[id(source.weight)] == 1:
             pairs[layer] = name
     return pairs
 

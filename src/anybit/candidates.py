@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from anybit.errors import InvalidInput, UnsupportedModel
+from anybit.errors import InvalidInput, SchemeMismatch, UnsupportedModel
 from anybit.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
 from anybit.quantizers import UniformQuantizer
 from anybit.ranges import activation_range, weight_scale
@@ -86,9 +86,14 @@ def apply_scheme(prepared: nn.Module, scheme: Scheme, candidates: Candidates) ->
     layers = quantized_layers(model)
     check_names(scheme, layers, "The model")
     for name, precision in scheme.items():
-        weights = candidates.weights[name, precision.weight_bits] if precision.weight_bits else None
         takes_input = precision.activation_bits and not isinstance(layers[name], nn.Embedding)
-        inputs = candidates.activations[name, precision.activation_bits] if takes_input else None
+        try:
+            weights = candidates.weights[name, precision.weight_bits] if precision.weight_bits else None
+            inputs = candidates.activations[name, precision.activation_bits] if takes_input else None
+        except KeyError as error:
+            raise SchemeMismatch(
+                f"There is no candidate for {name} at {precision}. Add the bit-width to those that are prepared."
+            ) from error
         install(layers[name], weights, inputs, precision)
     return model
 

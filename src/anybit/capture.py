@@ -2,7 +2,9 @@
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +19,25 @@ class _Stop(Exception):
 
 @dataclass
 class Store:
-    """One captured tensor over all samples, [N, ...], in memory or in a file that the operating system pages."""
+    """One captured tensor over all samples, [N, rows a sample, ...], in memory or in a file that the operating system pages.
+
+    Windows and flattened positions give a layer several rows a sample; they stay together.
+    """
 
     tensor: Tensor
     filled: int = 0
 
     @classmethod
-    def like(cls, sample: Tensor, count: int, budget: "MemoryBudget") -> "Store":
-        shape = (count, *sample.shape[1:])
-        return cls(budget.allocate(shape, sample.dtype))
+    def like(cls, part: Tensor, batch_size: int, count: int, budget: "MemoryBudget") -> "Store":
+        return cls(budget.allocate((count, len(part) // batch_size, *part.shape[1:]), part.dtype))
 
-    def add(self, part: Tensor) -> None:
-        self.tensor[self.filled : self.filled + len(part)].copy_(part)
-        self.filled += len(part)
+    def add(self, part: Tensor, batch_size: int) -> None:
+        self.tensor[self.filled : self.filled + batch_size].copy_(part.view(batch_size, -1, *part.shape[1:]))
+        self.filled += batch_size
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """The rows of the samples `indices`, as the layer saw them."""
+        return self.tensor[indices].flatten(0, 1)
 
 
 class MemoryBudget:
@@ -54,25 +62,32 @@ class MemoryBudget:
 class Captured:
     """What went into a module and what came out, sample by sample.
 
-    `inputs` are the positional and keyword arguments of its forward with every tensor replaced by its Store; tensors whose first
-    dimension is not the batch (a mask shared by all samples) are kept once.
+    `arguments` are the (args, kwargs) of its forward, as nested as they came, every tensor of the batch replaced by its Store; a tensor
+    that is the same for all samples (a mask) is kept once.
     """
 
-    arguments: tuple
+    arguments: tuple[tuple, dict]
     output: Store | None
     device: torch.device
 
     def batch(self, indices: Tensor) -> tuple[tuple, dict]:
         """(args, kwargs) of the samples `indices`, on the device they came from."""
-        args, kwargs = self.arguments
-        return tuple(self._pick(item, indices) for item in args), {key: self._pick(item, indices) for key, item in kwargs.items()}
+        return _map(self.arguments, Store, lambda store: store.rows(indices).to(self.device))
 
     def outputs(self, indices: Tensor) -> Tensor:
         """The outputs of the samples `indices`."""
-        return self._pick(self.output, indices)
+        return self.output.rows(indices).to(self.device)
 
-    def _pick(self, item, indices: Tensor):
-        return item.tensor[indices].to(self.device) if isinstance(item, Store) else item
+
+def _map(value: Any, leaf: type, function: Callable) -> Any:
+    """`value` with every `leaf` in its tuples, lists and dicts mapped."""
+    if isinstance(value, leaf):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map(item, leaf, function) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(item, leaf, function) for item in value)
+    return value
 
 
 @torch.no_grad()
@@ -80,47 +95,62 @@ def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, b
     """Inputs (and `outputs`, if asked) of module `name` over `batches`, which hold `count` samples together.
 
     Tensors are copied the moment they pass: a later in-place operation (`out += shortcut`) would rewrite them.
-    The pass stops once the module has run.
+    The pass stops once the module has run. Raises UnsupportedModel where the module's rows cannot be told apart by sample.
     """
-    captured: list[Captured] = []
-
-    def stored(item, batch_size: int):
-        if not isinstance(item, Tensor):
-            return item
-        return Store.like(item, count, budget) if item.dim() and len(item) == batch_size else item.clone()
-
-    def before(module, args, kwargs) -> None:
-        if not captured:
-            first = tensors_in((args, kwargs))[0]
-            kept = tuple(stored(a, len(first)) for a in args), {key: stored(value, len(first)) for key, value in kwargs.items()}
-            captured.append(Captured(kept, None, first.device))
-        flat = zip([*captured[0].arguments[0], *captured[0].arguments[1].values()], [*args, *kwargs.values()], strict=True)
-        for store, item in flat:
-            if isinstance(store, Store):
-                store.add(item)
-        if not outputs:
-            raise _Stop
-
-    def after(module, args, output) -> None:
-        if not isinstance(output, Tensor):
-            raise UnsupportedModel(f"Block {name} returns a {type(output).__name__}; a unit must return one tensor. Name another block.")
-        if captured[0].output is None:
-            captured[0].output = Store.like(output, count, budget)
-        captured[0].output.add(output)
-        raise _Stop
-
+    recorder = _Recorder(name, count, budget, outputs)
     module = model.get_submodule(name)
-    hooks = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    hooks = [module.register_forward_pre_hook(recorder.before, with_kwargs=True), module.register_forward_hook(recorder.after)]
     try:
         for batch in batches:
-            try:
+            recorder.batch_size = len(batch)
+            with suppress(_Stop):
                 call(model, batch.inputs)
-            except _Stop:
-                continue
     finally:
         for hook in hooks:
             hook.remove()
-    return captured[0]
+    return recorder.captured
+
+
+class _Recorder:
+    """The two hooks of `capture`, and what they have kept."""
+
+    def __init__(self, name: str, count: int, budget: MemoryBudget, outputs: bool):
+        self.name, self.count, self.budget, self.outputs = name, count, budget, outputs
+        self.captured: Captured | None = None
+        self.batch_size = 0
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.captured is None:
+            device = tensors_in((args, kwargs))[0].device
+            self.captured = Captured(_map((args, kwargs), Tensor, self._store), None, device)
+        kept: list = []
+        _map(self.captured.arguments, (Store, Tensor), kept.append)
+        for store, part in zip(kept, tensors_in((args, kwargs)), strict=True):
+            if isinstance(store, Store):
+                self._check(part)
+                store.add(part, self.batch_size)
+        if not self.outputs:
+            raise _Stop
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise UnsupportedModel(f"Unit {self.name} returns a {type(output).__name__}; it must return one tensor. Name other blocks.")
+        self._check(output)
+        if self.captured.output is None:
+            self.captured.output = Store.like(output, self.batch_size, self.count, self.budget)
+        self.captured.output.add(output, self.batch_size)
+        raise _Stop
+
+    def _store(self, part: Tensor) -> Store | Tensor:
+        is_batched = part.dim() and len(part) % self.batch_size == 0
+        return Store.like(part, self.batch_size, self.count, self.budget) if is_batched else part.clone()
+
+    def _check(self, part: Tensor) -> None:
+        if not part.dim() or len(part) % self.batch_size:
+            raise UnsupportedModel(
+                f"Unit {self.name} sees a tensor of shape {tuple(part.shape)} for {self.batch_size} samples, whose rows cannot be told "
+                "apart by sample. Name a larger block around it with --block, or keep its layers float."
+            )
 
 
 @torch.no_grad()

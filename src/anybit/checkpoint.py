@@ -30,6 +30,7 @@ from anybit.errors import AnybitError, InvalidFile, InvalidSetting, SchemeMismat
 from anybit.layers import codes_of, float_weight, prepare, quantized_layers, scheme_of, weight_rows
 from anybit.packing import StoredLayer, layout, pack, packed_bytes, unpack
 from anybit.scheme import Scheme, check_names
+from anybit.wiring import BATCH_NORMS
 
 FORMAT_VERSION = 1
 
@@ -48,7 +49,7 @@ class SchemeFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     format: Literal["anybit"] = "anybit"
-    version: int = FORMAT_VERSION
+    version: Literal[1] = FORMAT_VERSION
     layers: dict[str, LayerRecord]
     folded: dict[str, str] = {}
     edges: list[str] = []
@@ -57,7 +58,7 @@ class SchemeFile(BaseModel):
     model: dict[str, Any] = {}
     data: dict[str, Any] = {}
     preprocessing: dict[str, Any] = {}
-    task: str = "classification"
+    task: Literal["classification", "regression"] = "classification"
     sha256: str
 
     @property
@@ -157,6 +158,7 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     scheme = file.scheme
     names = {name for name, _ in float_model.named_modules()}
     check_names([*file.layers, *file.folded, *file.folded.values()], names, "The model")
+    _check_folded(file, float_model)
     folded, _ = batchnorm.fold(float_model, file.folded)
     model = prepare(folded, list(file.layers))
     layers = quantized_layers(model)
@@ -201,6 +203,17 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     return Canonical(model.eval(), file.folded, edges)
 
 
+def _check_folded(file: SchemeFile, float_model: nn.Module) -> None:
+    """Each folded pair must be a layer of the scheme and a batch norm of as many channels, named once."""
+    if len(set(file.folded.values())) < len(file.folded) or len(set(file.edges)) < len(file.edges):
+        raise InvalidFile("scheme.json names a batch norm or an edge twice.")
+    for layer, norm in file.folded.items():
+        module = float_model.get_submodule(norm)
+        rows = file.layers[layer].rows if layer in file.layers else None
+        if not isinstance(module, BATCH_NORMS) or module.num_features != rows:
+            raise InvalidFile(f"scheme.json folds {norm} into {layer}, but that is no batch norm of the layer's {rows} channels.")
+
+
 def _positive(scale: Tensor, name: str) -> Tensor:
     if not (torch.isfinite(scale).all() and (scale > 0).all()):
         raise InvalidFile(f"{name}: a stored scale is not a positive finite number.")
@@ -220,9 +233,13 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[str, tuple[int, ...]]]
                 if part.get_dtype() != dtype or tuple(part.get_shape()) != tuple(shape):
                     found = f"{part.get_dtype()} {list(part.get_shape())}"
                     raise InvalidFile(f"{path}: tensor {name} is {found}; the scheme needs {dtype} {list(shape)}.")
-            return {name: file.get_tensor(name) for name in expected}
+            tensors = {name: file.get_tensor(name) for name in expected}
     except (SafetensorError, OSError) as error:
         raise InvalidFile(f"{path} cannot be read: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InvalidFile(f"{path}: tensor {name} holds NaN or infinity.")
+    return tensors
 
 
 def write_candidates(folder: Path, candidates: Candidates, about: Mapping[str, Any]) -> None:
@@ -243,7 +260,8 @@ def read_candidates(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> tupl
     """What `write_candidates` wrote, for layers of these row x column shapes; (candidates, about)."""
     about = read_json(folder / "candidates.json")
     path = folder / "candidates.safetensors"
-    if not isinstance(about, dict) or about.get("version") != FORMAT_VERSION:
+    complete = isinstance(about, dict) and all(isinstance(about.get(key), dict) for key in ("table", "choices", "settings"))
+    if not complete or about.get("version") != FORMAT_VERSION:
         raise InvalidFile(f"{folder / 'candidates.json'} is not a candidates file of format version {FORMAT_VERSION}.")
     if not path.is_file() or sha256_of(path) != about.get("sha256"):
         raise InvalidFile(f"{path} is missing or not the file that candidates.json was written with. Run calibrate again.")

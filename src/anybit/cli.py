@@ -295,7 +295,7 @@ def _print_results(folders: list[Path], as_json: bool, quiet: bool) -> None:
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
     if as_json:
         summaries = [{"folder": str(folder), **_summary(report)} for folder, report in zip(folders, reports, strict=True)]
-        print(json.dumps(summaries[0] if len(summaries) == 1 else summaries))
+        print(json.dumps(summaries[0] if len(summaries) == 1 else {"runs": summaries}))
         return
     for report in reports if not quiet else []:
         print_report(report)

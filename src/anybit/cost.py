@@ -133,16 +133,11 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
 
 
 def leftovers(prepared: nn.Module, names: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The state dict without the weights of layers `names` and without quantizers: (float32 entries, all others), in its order.
-
-    Entries that share memory (tied weights) are stored once, under their first key.
-    """
+    """The state dict without the weights of layers `names` and without quantizers: (float32 entries, all others), in its order."""
     skipped = {f"{name}.weight" for name in names}
     quantizers = tuple(f"{name}.{slot}_quantizer." for name in quantized_layers(prepared) for slot in ("weight", "input"))
-    float32, others, seen = {}, {}, set()
-    for key, tensor in prepared.state_dict(keep_vars=True).items():
-        if key in skipped or key.startswith(quantizers) or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        (float32 if tensor.dtype == torch.float32 else others)[key] = tensor.detach()
+    float32, others = {}, {}
+    for key, tensor in prepared.state_dict().items():
+        if key not in skipped and not key.startswith(quantizers):
+            (float32 if tensor.dtype == torch.float32 else others)[key] = tensor
     return float32, others

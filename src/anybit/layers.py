@@ -33,10 +33,13 @@ class QuantizedLayer:
             return weight
         return from_rows(self, self.weight_quantizer(weight_rows(self, weight)))
 
-    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
-        if self.input_quantizer is not None:
-            input = self.input_quantizer(input)
-        return super().forward(input, *args, **kwargs)
+    def forward(self, *args, **kwargs) -> Tensor:
+        if self.input_quantizer is not None and args:
+            args = (self.input_quantizer(args[0]), *args[1:])
+        elif self.input_quantizer is not None:  # a caller may name the input as the layer's own forward does
+            first = next(iter(kwargs))
+            kwargs = {**kwargs, first: self.input_quantizer(kwargs[first])}
+        return super().forward(*args, **kwargs)
 
 
 class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
@@ -77,8 +80,14 @@ _SWAPPED = {cls.__mro__[2]: cls for cls in QuantizedLayer.__subclasses__()}  # n
 def _swapped_class(cls: type) -> type:
     """The quantized subclass of `cls`, made on first use for a class of the user's own."""
     if cls not in _SWAPPED:
-        _SWAPPED[cls] = type(f"Quantized{cls.__name__}", (QuantizedLayer, cls), {"__module__": cls.__module__})
+        pickled = {"__reduce__": lambda self: (_new_swapped, (cls,), self.__dict__)}  # its class is found through the user's
+        _SWAPPED[cls] = type(f"Quantized{cls.__name__}", (QuantizedLayer, cls), {"__module__": cls.__module__, **pickled})
     return _SWAPPED[cls]
+
+
+def _new_swapped(cls: type) -> nn.Module:
+    swapped = _swapped_class(cls)
+    return swapped.__new__(swapped)
 
 
 def coverage(model: nn.Module, wiring: Wiring) -> tuple[list[str], dict[str, str]]:

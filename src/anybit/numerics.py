@@ -15,17 +15,6 @@ Codes are integers held in the input's floating-point type, so that the same fun
 import torch
 from torch import Tensor
 
-from anybit.errors import InvalidSetting
-
-MIN_BITS, MAX_BITS = 2, 8
-
-
-def check_bits(bits: int, what: str = "bit-width") -> int:
-    """`bits` itself, when it is an integer from 2 to 8."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise InvalidSetting(f"{what} {bits!r} is outside {MIN_BITS}..{MAX_BITS}. Choose from 2, 3, 4, 5, 6, 7, 8.")
-    return bits
-
 
 def quant_limits(bits: int, signed: bool) -> tuple[int, int]:
     """(quant_min, quant_max): two's complement where `signed`, else 0 .. 2^bits - 1."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anybit.errors import InvalidFile
+from anybit.errors import InvalidFile, UnsupportedModel
 
 # In the order in which safetensors stores them.
 ITEM_BYTES = {
@@ -97,4 +97,7 @@ def layout(layers: Sequence[StoredLayer], edges: int, floats: int, others: Mappi
         "edges": TensorSpec("F32", (edges, 2)),
         "floats": TensorSpec("F32", (floats,)),
     }
+    taken = sorted(set(shared) & set(others))
+    if taken:
+        raise UnsupportedModel(f"The model's buffer {taken[0]!r} has the name of a tensor of the packed file. Rename the buffer.")
     return {name: spec for name, spec in shared.items() if spec.nbytes} | dict(others)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from anybit.numerics import check_bits, dequantize, fake_quantize, quant_limits, quantize
+from anybit.numerics import dequantize, fake_quantize, quant_limits, quantize
+from anybit.scheme import check_bits
 
 
 class UniformQuantizer(nn.Module):

@@ -6,9 +6,10 @@ A data reference is a folder of images, a `.npz` file, or a function that return
 
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from anybit.batches import ArrayDataset, Samples
-from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
+from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -42,14 +43,22 @@ class Preprocessing:
     def __post_init__(self):
         if self.interpolation not in INTERPOLATIONS:
             raise InvalidSetting(f"Interpolation {self.interpolation!r} is unknown. Choose from {', '.join(INTERPOLATIONS)}.")
-        if self.std is not None and any(value <= 0 for value in self.std):
+        if self.std is not None and not all(0 < value < math.inf for value in self.std):
             raise InvalidSetting(f"--std {self.std} must be above zero in every channel.")
+        if self.mean is not None and not all(math.isfinite(value) for value in self.mean):
+            raise InvalidSetting(f"--mean {self.mean} must be finite in every channel.")
+        for name in ("size", "resize"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InvalidSetting(f"--{name} {getattr(self, name)} must be at least 1.")
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Preprocessing":
+        unknown = set(data) - {field.name for field in fields(cls)}
+        if unknown:
+            raise InvalidFile(f"Unknown preprocessing {', '.join(sorted(unknown))}: written by a newer anybit, or edited.")
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
 
@@ -83,8 +92,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InvalidFile(f"Weights file {path} cannot be read: {error}") from error
+        raise InvalidFile(f"Weights file {path} cannot be read as a state dict: {str(error).splitlines()[0]}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise InvalidFile(f"Weights file {path} holds a {type(state).__name__}, not a state dict of tensors.")
     own = model.state_dict()
     # Counters of batches seen play no part in a trained network, and some files leave them out.
     lacking = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
@@ -109,6 +120,12 @@ def load_callable(reference: str, option: str) -> Callable:
         module = _import_file(Path(place), option) if place.endswith(".py") else importlib.import_module(place)
     except ImportError as error:
         raise InvalidSetting(f"{option} {reference}: {error}. Is the package installed and the name right?") from error
+    except AnybitError:
+        raise
+    except Exception as error:
+        raise InvalidSetting(
+            f"{option} {reference}: running {place} failed with {type(error).__name__}: {error}. Repair the script."
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise InvalidSetting(f"{option} {reference}: {place} has no function {name!r}.")
@@ -168,7 +185,7 @@ def as_samples(data: Any, workers: int = 0) -> Samples:
     if isinstance(data, (torch.Tensor, np.ndarray)):
         data = (data, None)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (torch.Tensor, np.ndarray)):
-        x, y = (None if part is None else np.asarray(part) for part in data)
+        x, y = (part.detach().cpu().numpy() if isinstance(part, torch.Tensor) else part for part in data)
         return Samples(ArrayDataset(x, y), y is not None, workers)
     if not (isinstance(data, (Dataset, Sequence)) and hasattr(data, "__len__")):
         raise InvalidInput(f"Data of type {type(data).__name__} cannot be used. Give a data set with a length, a loader, or arrays (x, y).")
@@ -182,7 +199,7 @@ def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray | None]:
     if not path.is_file():
         raise InvalidInput(f"There is no file {path}.")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = list(arrays)
             suffix = f"_{part}" if part else next((s for s in ("", "_train") if f"x{s}" in names), "")
             if f"x{suffix}" not in names:

@@ -1,6 +1,7 @@
 """One function a verb, each a list of stages. The command line and `anybit.*` call the same ones."""
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from anybit.checkpoint import (
     write_canonical,
     write_json,
 )
-from anybit.errors import InvalidInput, InvalidSetting
+from anybit.errors import InvalidInput, InvalidSetting, SchemeMismatch, UnsupportedModel
 from anybit.evaluation import Metric, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
 from anybit.references import Preprocessing, as_samples, load_data, load_model
@@ -33,6 +34,7 @@ from anybit.reporting import StageClock, environment
 from anybit.scheme import Budget, Precision, Scheme
 from anybit.sensitivity import SensitivityTable
 from anybit.stages import CalibrateSettings, Judge, Network
+from anybit.wiring import observe
 
 
 @dataclass
@@ -95,21 +97,35 @@ def calibrate(
     """
     wanted = CalibrateSettings(**settings)
     budgets = [Budget.parse(b) for b in budget] if isinstance(budget, (list, tuple)) else [Budget.parse(budget) if budget else None]
+    twice = [text for text, count in Counter(map(str, budgets)).items() if count > 1]
+    if twice:
+        raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
     about = dict(about or {})
     if isinstance(model, str):
         about["model"] = {"reference": model, **about.get("model", {})}
         model = load_model(model)
     samples = draw(_samples(data, workers), wanted.samples, wanted.seed).on(device)
+    tests = None if test is None else _checked_tests(_samples(test, workers).on(device), model)
     bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one])
-    tests = None if test is None else _samples(test, workers).on(device)
     results = [_finish(bench, one, tests, metric, about) for one in budgets]
     return results if isinstance(budget, (list, tuple)) else results[0]
 
 
+def _checked_tests(samples: Samples, model: nn.Module) -> Samples:
+    """The test samples, refused before any work where they have no labels or the model does not take them."""
+    if not samples.labelled or len(samples) == 0:
+        raise InvalidInput("The test data has no samples with labels. Give a labelled set to --test, or leave it out.")
+    check_inputs(model, samples)
+    return samples
+
+
+def check_inputs(model: nn.Module, samples: Samples) -> None:
+    """Raise InvalidInput where the model refuses the first samples."""
+    observe(copy.deepcopy(model).cpu(), next(samples.on("cpu").subset(range(min(2, len(samples)))).batches(2)))
+
+
 def on_device(model: nn.Module, device: str) -> nn.Module:
-    """The model itself on the CPU, a copy on any other device."""
-    if device == "cpu":
-        return model
+    """A copy of the model on `device`."""
     try:
         return copy.deepcopy(model).to(device)
     except (RuntimeError, AssertionError) as error:
@@ -149,6 +165,10 @@ def prepare_bench(model: nn.Module, samples: Samples, settings: CalibrateSetting
         references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
         reference = outputs_of(network.folded, calibration.held_out)
         task = stages.task_of(settings, reference)
+        if not torch.isfinite(torch.cat([reference, *references])).all():
+            raise UnsupportedModel(
+                "The float network's outputs are NaN or infinite on the calibration data. Check the network and the data."
+            )
     with clock.stage("ranges"):
         ranged = candidates = stages.range_candidates(network, calibration, settings)
     targets: Mapping[str, Any] = {}
@@ -184,9 +204,8 @@ def _finish(bench: Bench, budget: Budget | None, test: Samples | None, metric: M
         ranged = apply_scheme(network.prepared, choice.scheme, bench.ranged)
         start, starts = _sequential_start(bench, choice.scheme, candidate, ranged)
         model, ladder, errors = stages.polish(
-            network, candidate, start, starts, bench.targets, bench.calibration, bench.references, bench.judge, settings
+            network, ranged, candidate, start, starts, bench.targets, bench.calibration, bench.references, bench.judge, settings
         )
-        ladder.insert(0, {"step": "ranges", "kept": False, **bench.judge.of_model(ranged)})
     with clock.stage("edge ranges"):
         edges = stages.edge_ranges(model, network.wiring, bench.calibration.fitting)
     canonical = Canonical(model.eval(), network.norms, edges)
@@ -282,6 +301,10 @@ def allocate(run: str | Path, budget: str | Budget, data: Any = None, model: nn.
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
         network = stages.observe_network(float_model, _example(calibration), settings)
+        found = {name: (size.rows, size.columns) for name, size in network.costs.layers.items()}
+        if found != shapes:
+            different = sorted(set(found.items()) ^ set(shapes.items()))[0][0]
+            raise SchemeMismatch(f"The model is not the one that {folder} was made from: layer {different} differs. Check --model.")
         reference = outputs_of(network.folded, calibration.held_out)
     judge = Judge(network, candidates, calibration.held_out, reference, file.task)
     table = SensitivityTable.from_json(saved["table"])
@@ -292,7 +315,7 @@ def allocate(run: str | Path, budget: str | Budget, data: Any = None, model: nn.
         light = replace(settings, sequential=False, bias_tuning=False)
         targets = stages.batch_norm_targets(network, calibration, light) if light.bn_tuning and network.norms else {}
         start = apply_scheme(network.prepared, choice.scheme, candidates)
-        polished, ladder, _ = stages.polish(network, start, start, {}, targets, calibration, [], judge, light)
+        polished, ladder, _ = stages.polish(network, start, start, start, {}, targets, calibration, [], judge, light)
     with clock.stage("edge ranges"):
         edges = stages.edge_ranges(polished, network.wiring, calibration.fitting)
     canonical = Canonical(polished.eval(), network.norms, edges)
@@ -346,7 +369,7 @@ def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
 
 def _float_model(folder: Path, file: SchemeFile, model: nn.Module | str | None) -> nn.Module:
     if isinstance(model, nn.Module):
-        return model.eval()
+        return model
     if model is not None:
         return load_model(model, file.model.get("weights"))
     reference = file.model.get("reference")
@@ -370,7 +393,11 @@ def evaluate(
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Top-1, top-5 and loss (and the user's metric) of a network on labelled data."""
-    return evaluate_model(on_device(model, device), _samples(data, workers).on(device).batches(batch_size), task, metric)
+    samples = _samples(data, workers)
+    if len(samples) == 0:
+        raise InvalidInput("There is nothing to evaluate on: the data is empty.")
+    check_inputs(model, samples)
+    return evaluate_model(on_device(model, device), samples.on(device).batches(batch_size), task, metric)
 
 
 def inspect(model: nn.Module, data: Any, **settings: Any) -> dict[str, Any]:

@@ -28,9 +28,8 @@ from anybit.errors import InfeasibleBudget, InvalidSetting, UnsupportedModel
 from anybit.evaluation import TASKS, correct, distance, guess_task, outputs_of
 from anybit.layers import check_single_use, coverage, float_weight, prepare, quantized_layers, weight_rows
 from anybit.methods.adaquant import AdaQuantSettings, BiasTuningSettings, parallel, sequential, tune_biases
-from anybit.numerics import check_bits
 from anybit.ranges import ESTIMATORS
-from anybit.scheme import FLOAT, Budget, Precision, Scheme, match_patterns
+from anybit.scheme import FLOAT, Budget, Condition, Precision, Scheme, check_bits, match_patterns
 from anybit.sensitivity import SensitivityTable, measure_sensitivity
 from anybit.wiring import Unit, Wiring, observe
 
@@ -88,6 +87,8 @@ class CalibrateSettings:
     task: str | None = None
 
     def __post_init__(self):
+        parsed = {pattern: Precision.parse(p) if isinstance(p, str) else p for pattern, p in self.keep.items()}
+        object.__setattr__(self, "keep", parsed)
         for name in ("weight_bits", "activation_bits"):
             values = getattr(self, name)
             if not values:
@@ -107,6 +108,14 @@ class CalibrateSettings:
             raise InvalidSetting(f"task {self.task!r} is unknown. Choose from {', '.join(TASKS)}.")
         if not 0 < self.held_out < 1 or not 0 <= self.drop <= 1 or self.samples < 2 or self.steps < 1:
             raise InvalidSetting("held_out must be between 0 and 1, drop from 0 to 1, samples at least 2 and steps at least 1.")
+        for name, least in (("batch_size", 1), ("candidate_steps", 1), ("alternatives", 1), ("memory", 0), ("bn_prior", 0)):
+            if getattr(self, name) < least:
+                raise InvalidSetting(f"{name} {getattr(self, name)} must be at least {least}.")
+        if self.bn_prior >= 1:
+            raise InvalidSetting(f"bn_prior {self.bn_prior} must be below 1.")
+        base = self.sensitivity_base
+        if base.weight_bits not in (None, *self.weight_bits) or base.activation_bits not in (None, *self.activation_bits):
+            raise InvalidSetting(f"sensitivity_base {base} is not among the weight and activation bits to choose from.")
 
     def does(self, step: str) -> bool:
         """Whether `step` runs: its switch, or what the pipeline has."""
@@ -381,11 +390,12 @@ def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, s
     others = tuple(c for c in budget.conditions if c.quantity != "drop")
     rows: list[dict[str, Any]] = []
     passed: tuple[Scheme, Allocation] | None = None
-    low, high = float(min(settings.weight_bits)), float(max(settings.weight_bits))
+    largest = Scheme({name: options[-1] for name, options in network.choices.items()})
+    low, high = float(min(settings.weight_bits)), network.costs.weight_bits(largest)
     for attempt in range(8):
         # The easiest scheme first: where that one fails, no smaller one is worth a look.
         bits = high if attempt == 0 else (low + high) / 2
-        trial = Budget(f"{bits:.3f}bit", (*others, *Budget.parse(f"{bits:.3f}bit").conditions))
+        trial = Budget(f"{bits}bit", (*others, Condition("bits", bits)))
         try:
             allocation = next(best_allocations(make_problem(network.choices, table, network.costs, trial)))
         except InfeasibleBudget:
@@ -410,6 +420,7 @@ def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, s
 
 def polish(
     network: Network,
+    ranged: nn.Module,
     candidate: nn.Module,
     start: nn.Module,
     starts: Mapping[str, Tensor],
@@ -421,12 +432,15 @@ def polish(
 ) -> tuple[nn.Module, list[dict[str, Any]], dict[str, Any]]:
     """Sequential AdaQuant, batch-norm tuning and bias tuning of one canonical model, each kept only where the held-out error says so.
 
-    `candidate` is the model made of the candidates, and the one to beat. Sequential AdaQuant begins at `start` with the free weights
-    `starts`. `references` are the float outputs of the fitting batches. Returns (a new model, the ladder: what was measured after each
-    step and whether it was kept, each unit's errors).
+    `ranged` is the scheme applied to weights rounded in estimated ranges, `candidate` to the candidates; the better is the one to beat.
+    Sequential AdaQuant begins at `start` (or, unit by unit, at `candidate`) with the free weights `starts`. `references` are the float
+    outputs of the fitting batches. Returns (a new model, the ladder: what was measured after each step and whether it was kept, each
+    unit's errors).
     """
-    model, errors = copy.deepcopy(candidate), {}
-    ladder = [{"step": "candidates", "kept": True, **judge.of_model(model)}]
+    rounded, matched = judge.of_model(ranged), judge.of_model(candidate)
+    better = matched["loss"] <= rounded["loss"]
+    model, errors = copy.deepcopy(candidate if better else ranged), {}
+    ladder = [{"step": "ranges", "kept": not better, **rounded}, {"step": "candidates", "kept": better, **matched}]
 
     def offer(step: str, changed: nn.Module, **more) -> None:
         nonlocal model
@@ -439,7 +453,7 @@ def polish(
     if settings.does("sequential"):
         changed = copy.deepcopy(start)
         wanted = adaquant_settings(settings, settings.steps)
-        errors = sequential(changed, network.folded, network.units, starts, network.wiring, calibration, wanted, settings.memory)
+        errors = sequential(changed, candidate, network.folded, network.units, starts, network.wiring, calibration, wanted, settings.memory)
         offer("sequential AdaQuant", changed)
     if settings.bn_tuning and targets:
         changed = copy.deepcopy(model)

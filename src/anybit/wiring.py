@@ -39,7 +39,7 @@ class Operation:
     """One observed step: a layer, a batch norm, or a function.
 
     name      the module's own name for a layer or batch norm, else "block/add", numbered where a block adds twice
-    kind      the class of a module, the bare name of a function ("add" for +, += and torch.add)
+    kind      "layer" or "norm" for a module, else the bare name of a function ("add" for +, += and torch.add)
     owner     the innermost module whose forward ran it; "" is the root
     inputs    the values read, by number; values count up from the model's inputs in order of making
     outputs   the values made
@@ -98,7 +98,7 @@ class Wiring:
     def batch_norm_after(self, layer: str) -> str | None:
         """The batch norm that alone reads this layer's output, both called once; None where there is none."""
         reader = self.only_reader(self.operation(layer).outputs[0])
-        once = reader is not None and self.calls[layer] == 1 and reader.kind == "batch_norm" and self.calls[reader.name] == 1
+        once = reader is not None and self.calls[layer] == 1 and reader.kind == "norm" and self.calls[reader.name] == 1
         # The channels of a linear's output are its last dimension; a batch norm over another one is not about them.
         return reader.name if once and not (len(self.operation(layer).shape) == 3 and self.classes[layer] == "Linear") else None
 
@@ -109,7 +109,7 @@ class Wiring:
         """
         value = self.module_outputs.get(module)
         reader = None if value is None else self.only_reader(value)
-        if reader is not None and reader.kind == "batch_norm":
+        if reader is not None and reader.kind == "norm":
             reader = self.only_reader(reader.outputs[0])
         return None if reader is None else reader.function
 
@@ -154,9 +154,9 @@ class Wiring:
         names = [f"input/{index}" for index in range(len(self.input_values))]
         for op in self.operations:
             reader = self.only_reader(op.outputs[0]) if op.outputs else None
-            if op.kind not in RESHAPES and not (reader is not None and (reader.function or reader.kind == "batch_norm")):
+            if op.kind not in RESHAPES and not (reader is not None and (reader.function or reader.kind == "norm")):
                 names.append(op.name)
-        return names
+        return list(dict.fromkeys(names))
 
 
 def _inside(name: str, block: str) -> bool:
@@ -176,10 +176,11 @@ def observe(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], No
             output = call(model, batch.inputs)
     except (InvalidInput, UnsupportedModel):
         raise
-    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+    except Exception as error:  # a model's own checks raise whatever they like
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(batch.inputs))
         remedy = "Check --data, --size and the model's own input shape."
-        raise InvalidInput(f"The model refuses inputs of shape {shapes}: {error}. {remedy}") from error
+        said = " ".join(str(error).split())
+        raise InvalidInput(f"The model refuses inputs of shape {shapes}: {type(error).__name__}: {said}. {remedy}") from error
     return observer.finish(output, len(batch))
 
 
@@ -240,7 +241,7 @@ class _Observer(TorchFunctionMode):
         if isinstance(module, COVERED + BATCH_NORMS):
             self.inside_leaf -= 1
             if not self.inside_leaf:
-                kind = "layer" if isinstance(module, COVERED) else "batch_norm"
+                kind = "layer" if isinstance(module, COVERED) else "norm"
                 self._record(name, kind, self.stack[-1], (args, kwargs), output)
         if isinstance(output, Tensor) and id(output) in self.values:
             self.module_outputs[name] = self.values[id(output)]
@@ -260,7 +261,7 @@ class _Observer(TorchFunctionMode):
     def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> None:
         inputs = tuple(self.values[id(tensor)] for tensor in tensors_in(arguments) if id(tensor) in self.values)
         tensors = tensors_in(output)
-        if kind not in ("layer", "batch_norm"):
+        if kind not in ("layer", "norm"):
             count = self.names[name] = self.names.get(name, 0) + 1
             name = name if count == 1 else f"{name}.{count}"
         outputs = tuple(self._new_value(tensor) for tensor in tensors)
