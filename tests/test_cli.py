@@ -186,7 +186,7 @@ BAD = {
     "memory": (["--memory", "lots"], "lots"),
     "task": (["--task", "poetry"], "poetry"),
     "prior": (["--bn-prior", "1.5"], "prior"),
-    "sensitivity base": (["--sensitivity-base", "W6A8"], "W6A8"),
+    "sensitivity base": (["--sensitivity-base", "W9A8"], "9"),
     "mean": (["--mean", "a,b"], "--mean"),
     "size of arrays": (["--size", "8"], "--size"),
     "unlabelled drop": (["--data", "unlabelled.npz", "--budget", "drop=1%"], "label"),

@@ -29,6 +29,7 @@ from anybit.cost import leftovers, spec_of
 from anybit.errors import AnybitError, InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.layers import codes_of, float_weight, prepare, quantized_layers, scheme_of, weight_rows
 from anybit.packing import StoredLayer, layout, pack, packed_bytes, unpack
+from anybit.references import Preprocessing
 from anybit.scheme import Scheme, check_names
 from anybit.wiring import BATCH_NORMS
 
@@ -138,11 +139,12 @@ def read_scheme(folder: Path) -> SchemeFile:
     try:
         file = SchemeFile.model_validate(data)
         _ = file.scheme
+        Preprocessing.from_json(file.preprocessing)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise InvalidFile(f"{folder / 'scheme.json'}: {where}: {first['msg']}.") from error
-    except AnybitError as error:
+    except (AnybitError, TypeError) as error:
         raise InvalidFile(f"{folder / 'scheme.json'}: {error}") from error
     weights = folder / "model.safetensors"
     if not weights.is_file():
@@ -160,7 +162,7 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     check_names([*file.layers, *file.folded, *file.folded.values()], names, "The model")
     _check_folded(file, float_model)
     folded, _ = batchnorm.fold(float_model, file.folded)
-    model = prepare(folded, list(file.layers))
+    model = prepare(folded, list(file.layers), [name for name, precision in scheme.items() if precision.weight_bits is None])
     layers = quantized_layers(model)
     for name, record in file.layers.items():
         shape = tuple(weight_rows(layers[name], float_weight(layers[name])).shape)

@@ -166,6 +166,7 @@ def prepare_bench(model: nn.Module, samples: Samples, settings: CalibrateSetting
         reference = outputs_of(network.folded, calibration.held_out)
         task = stages.task_of(settings, reference)
         if not torch.isfinite(torch.cat([reference, *references])).all():
+            stages.finite_samples(network, calibration, settings)  # names the layer, where it is one's input
             raise UnsupportedModel(
                 "The float network's outputs are NaN or infinite on the calibration data. Check the network and the data."
             )

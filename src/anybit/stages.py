@@ -113,9 +113,6 @@ class CalibrateSettings:
                 raise InvalidSetting(f"{name} {getattr(self, name)} must be at least {least}.")
         if self.bn_prior >= 1:
             raise InvalidSetting(f"bn_prior {self.bn_prior} must be below 1.")
-        base = self.sensitivity_base
-        if base.weight_bits not in (None, *self.weight_bits) or base.activation_bits not in (None, *self.activation_bits):
-            raise InvalidSetting(f"sensitivity_base {base} is not among the weight and activation bits to choose from.")
 
     def does(self, step: str) -> bool:
         """Whether `step` runs: its switch, or what the pipeline has."""
@@ -193,16 +190,23 @@ def _choices(layer: nn.Module, kept: Precision | None, settings: CalibrateSettin
 
 def range_candidates(network: Network, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
     """Every layer's weights rounded to nearest at each of its bit-widths, and its input range at each activation bit-width."""
-    samples = input_samples(network.folded, network.names, calibration.fitting, 2**17, settings.seed)
-    check_finite_samples(samples)
+    samples = finite_samples(network, calibration, settings)
     layers = quantized_layers(network.prepared)
     candidates = Candidates()
-    for name, precisions in network.choices.items():
+    for name, choices in network.choices.items():
+        precisions = [*choices, settings.sensitivity_base] if len(choices) > 1 else choices
         for bits in sorted({p.weight_bits for p in precisions if p.weight_bits}):
             candidates.weights[name, bits] = weight_candidate(layers[name], bits, settings.estimator)
         for bits in sorted({p.activation_bits for p in precisions if p.activation_bits}):
             candidates.activations[name, bits] = activation_candidate(samples[name], bits, settings.estimator)
     return candidates
+
+
+def finite_samples(network: Network, calibration: Calibration, settings: CalibrateSettings) -> dict[str, Tensor]:
+    """Values of each layer's input on the fitting inputs; raises InvalidInput naming the first layer whose input is not finite."""
+    samples = input_samples(network.folded, network.names, calibration.fitting, 2**17, settings.seed)
+    check_finite_samples(samples)
+    return samples
 
 
 def batch_norm_targets(
