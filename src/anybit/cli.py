@@ -208,7 +208,7 @@ def calibrate(
     candidate_steps: Annotated[int, typer.Option(help="Adam steps a layer for each candidate.")] = 60,
     unit: Annotated[UnitKind, typer.Option(help="What is reconstructed at once.")] = UnitKind.block,
     block: Annotated[list[str] | None, typer.Option(help="Name the blocks instead of finding them; repeat.")] = None,
-    drop: Annotated[float, typer.Option(help="Share of activation quantizations dropped while reconstructing.")] = 0.5,
+    drop: Annotated[float, typer.Option(help="Share of activation quantizations dropped while reconstructing.")] = 0.0,
     mirror: Annotated[bool, typer.Option(help="Fit to the mirror images too.")] = False,
     estimator: Annotated[Estimator, typer.Option(help="Range estimator.")] = Estimator.mse,
     sensitivity_base: Annotated[str, typer.Option(help="Precision of the other layers while one is measured.")] = "float",

@@ -75,7 +75,7 @@ class CalibrateSettings:
     blocks: tuple[str, ...] | None = None
     steps: int = 300
     candidate_steps: int = 60
-    drop: float = 0.5
+    drop: float = 0.0
     mirror: bool = False
     sensitivity_base: Precision = FLOAT
     pairs: bool = False

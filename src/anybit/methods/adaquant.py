@@ -52,7 +52,7 @@ class AdaQuantSettings:
     scale_rate: float = 1e-3
     input_rate: float = 1e-3
     bias_rate: float = 2e-3
-    drop: float = 0.5
+    drop: float = 0.0
     checks: int = 6
     seed: int = 0
 

@@ -1,0 +1,255 @@
+"""Write docs/results.md from the JSON in benchmarks/results: every number in the docs comes from here.
+
+python benchmarks/tables.py
+"""
+
+import base64
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+PRECISIONS = ("W4A8", "W4A4", "W3A3", "W2A4", "W2A2")
+AIMS = {"W4A8": 91.7, "W4A4": 91.4, "W3A3": 90.3, "W2A4": 89.8, "W2A2": 86.5}
+PEERS = {"W4A8": 91.62, "W4A4": 90.84, "W3A3": 88.55, "W2A4": 89.06}
+
+
+def entries(name: str) -> dict[str, Any]:
+    """Entries of one results file; empty where it has not been run."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text())["entries"] if file.is_file() else {}
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    columns = list(columns)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def spread(values: list[float]) -> str:
+    """ "91.52 (91.40 to 91.61)" """
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else "not run"
+    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def paired_interval(a: str, b: str) -> str:
+    """Mean difference in points of two runs on the same test images, with its 95 % interval."""
+    right = [np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8)).astype(float)[:10_000] for text in (a, b)]
+    difference = 100 * (right[0] - right[1])
+    half = 1.96 * difference.std() / math.sqrt(len(difference))
+    return f"{difference.mean():+.2f} ({difference.mean() - half:+.2f} to {difference.mean() + half:+.2f})"
+
+
+def uniform_section() -> str:
+    runs = entries("resnet20_uniform")
+    rows = []
+    for precision in PRECISIONS:
+        found = [run for key, run in runs.items() if key.startswith(f"{precision} ")]
+        seconds = [run["seconds"] for run in found]
+        rows.append(
+            [
+                precision,
+                spread([run["top1"] for run in found]),
+                str(len(found)),
+                f"{AIMS[precision]}",
+                f"{statistics.mean(seconds):.0f} s" if seconds else "",
+            ]
+        )
+    return table(["precision", "top-1, mean (range)", "seeds", "aim", "time, one busy core"], rows)
+
+
+def ladder_section() -> str:
+    runs = entries("resnet20_ladder")
+    present = [p for p in PRECISIONS if any(key.startswith(f"{p} ") for key in runs)]
+    rungs = list(dict.fromkeys(key.partition(" ")[2] for key in runs if key.split(" ")[0] in present))
+    rows = []
+    for rung in rungs:
+        cells = []
+        for precision in present:
+            run = runs.get(f"{precision} {rung}")
+            cells.append(f"{run['top1']:.2f} ({run['seconds']:.0f} s)" if run else "")
+        rows.append([rung, *cells])
+    return table(["step", *present], rows)
+
+
+def mixed_section() -> str:
+    runs = entries("resnet20_mixed")
+    by_budget: dict[tuple[str, str], list[dict]] = {}
+    for key, run in runs.items():
+        for row in run.get("rows", []):
+            by_budget.setdefault((row["budget"], key.split(" ")[0]), []).append(row)
+    rows = []
+    for (budget, label), found in by_budget.items():
+        rows.append(
+            [
+                budget,
+                label,
+                spread([row["top1"] for row in found]),
+                f"{found[0]['bytes'] / 1000:.1f} kB",
+                f"{found[0]['bops'] / 1e9:.2f} G",
+                ", ".join(sorted({row["chosen"].split()[0] for row in found})),
+            ]
+        )
+    text = table(["budget", "activations", "top-1, mean (range)", "size", "BOPs", "chosen"], rows)
+    pairs = []
+    for key, run in runs.items():
+        if not key.startswith("uniform"):
+            continue
+        _, precision, _, seed = key.split(" ")
+        budget = {"W4A8": ("4bit", "A8"), "W3A8": ("3bit", "A8"), "W4A4": ("4bit,bops=650M", "searched")}[precision]
+        for row in runs.get(f"{budget[1]} seed {seed}", {}).get("rows", []):
+            if row["budget"] == budget[0]:
+                pairs.append(
+                    [
+                        f"{budget[0]}, {budget[1]}",
+                        precision,
+                        seed,
+                        f"{row['top1']:.2f}",
+                        f"{run['top1']:.2f}",
+                        paired_interval(row["right"], run["right"]),
+                    ]
+                )
+    if pairs:
+        text += "\n\n" + table(["mixed", "uniform", "seed", "mixed top-1", "uniform top-1", "difference (paired 95 %)"], sorted(pairs))
+    return text
+
+
+def small_section() -> str:
+    runs = entries("resnet20_small_sets")
+    names = list(dict.fromkeys(key.split(", ")[2] for key in runs))
+    counts = sorted({int(key.split(" ")[0]) for key in runs})
+    rows = []
+    for count in counts:
+        cells = []
+        for name in names:
+            found = [run for key, run in runs.items() if key.startswith(f"{count} images") and key.endswith(name)]
+            cells.append(spread([run["top1"] for run in found]))
+            ratios = [unit["after"] / unit["fitted_after"] for run in found for unit in run["units"].values() if unit.get("fitted_after")]
+            if name != "ranges only":
+                cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
+        rows.append([str(count), *cells])
+    columns = ["images"]
+    for name in names:
+        columns += [name] if name == "ranges only" else [name, "held-out error / fitted error"]
+    return table(columns, rows)
+
+
+def scatter_section() -> str:
+    runs = entries("resnet20_scatter")
+    if not runs:
+        return "Not run."
+    rows = next(iter(runs.values()))["rows"]
+    rank = spearmanr([row["predicted"] for row in rows], [row["measured"] for row in rows]).statistic
+    kinds = {"integer program": "allocated", "random schemes": "random", "uniform": "uniform"}
+    lines = []
+    for label, prefix in kinds.items():
+        found = [row for row in rows if row["name"].startswith(prefix)]
+        if found:
+            best = min(found, key=lambda row: row["measured"])
+            lines.append(
+                [
+                    label,
+                    str(len(found)),
+                    f"{best['weight_bits']:.2f}",
+                    f"{best['predicted']:.4f}",
+                    f"{best['measured']:.4f}",
+                    f"{statistics.median(row['measured'] for row in found):.4f}",
+                ]
+            )
+    text = table(["schemes", "how many", "bits of the best", "its predicted loss", "its measured loss", "median measured loss"], lines)
+    return f"{text}\n\nRank correlation of predicted and measured loss over all {len(rows)}: {rank:.2f}."
+
+
+def speed_section() -> str:
+    runs = entries("resnet20_speed")
+    peers = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("peer_brevitas_*.json"))]
+    rows = []
+    for precision in ("W4A8", "W4A4"):
+        w, a = int(precision[1]), int(precision[3])
+        found = [peer for peer in peers if (peer["weight_bits"], peer["activation_bits"]) == (w, a)]
+        if not found:
+            continue
+        peer_seconds = statistics.mean(peer["seconds"] for peer in found)
+        rows.append([precision, f"Brevitas {found[0]['recipe']}", spread([peer["top1"] for peer in found]), f"{peer_seconds:.0f} s", "1"])
+        for name in dict.fromkeys(key.split(" ", 1)[1].rsplit(" seed", 1)[0] for key in runs if key.startswith(precision)):
+            ours = [run for key, run in runs.items() if key.startswith(f"{precision} {name}")]
+            seconds = statistics.mean(run["seconds"] for run in ours)
+            rows.append(
+                [precision, f"anybit {name}", spread([run["top1"] for run in ours]), f"{seconds:.0f} s", f"{peer_seconds / seconds:.1f}"]
+            )
+    return table(["precision", "tool", "top-1, mean (range)", "time", "times faster"], rows) if rows else "Not run."
+
+
+def efficientnet_section() -> str:
+    runs = entries("efficientnet_lite0")
+    rows = [
+        [
+            name,
+            f"{run['test']['top1']:.1f}",
+            f"{run['test']['top5']:.1f}",
+            f"{run['result']['bytes'] / 1e6:.2f} MB",
+            f"{run['result']['weight_bits']:.2f}",
+            f"{run['total_seconds'] / 60:.0f} min",
+        ]
+        for name, run in runs.items()
+    ]
+    return table(["run", "top-1 (float 90.7)", "top-5", "size", "bits a weight", "time with tests"], rows) if rows else "Not run."
+
+
+def allocation_section() -> str:
+    file = RESULTS / "allocation_scale.json"
+    if not file.is_file():
+        return "Not run."
+    rows = [
+        [
+            str(row["seed"]),
+            f"{row['anybit']['seconds']:.1f} s",
+            f"{row['anybit']['objective']:.6f}",
+            f"{row['anybit']['gap']:.1e}",
+            f"{row['pulp']['seconds']:.1f} s",
+            f"{row['pulp']['objective']:.6f}",
+            row["pulp"]["status"],
+        ]
+        for row in json.loads(file.read_text())["rows"]
+    ]
+    return table(["problem", "HiGHS", "loss", "gap", "PuLP/CBC", "loss", "status"], rows)
+
+
+def stages_section() -> str:
+    runs = entries("resnet20_mixed")
+    run = runs.get("A8 seed 0")
+    if not run:
+        return "Not run."
+    stages = run["rows"][0]["stages"]
+    one_pass = next(stage["seconds"] for stage in stages if stage["stage"] == "float outputs")
+    rows = [[s["stage"], f"{s['seconds'] / one_pass:.1f}", f"{s['peak_bytes'] / 1e6:.0f} MB"] for s in stages]
+    return table(
+        ["stage (mixed, 4 bits, 1,024 images and their mirror images)", "float passes over the calibration set", "peak memory"], rows
+    )
+
+
+SECTIONS = {
+    "UNIFORM": uniform_section, "LADDER": ladder_section, "MIXED": mixed_section, "SMALL": small_section, "SCATTER": scatter_section,
+    "SPEED": speed_section, "EFFICIENTNET": efficientnet_section, "ALLOCATION": allocation_section, "STAGES": stages_section,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Fill the tables into the text of docs/results.in.md."""
+    text = (ROOT / "docs" / "results.in.md").read_text()
+    for name, section in SECTIONS.items():
+        text = text.replace(f"<!-- {name} -->", section())
+    (ROOT / "docs" / "results.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
