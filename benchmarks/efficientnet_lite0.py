@@ -21,7 +21,7 @@ from anybit.scheme import Precision
 PREPROCESSING = Preprocessing((127 / 255,) * 3, (128 / 255,) * 3, size=224, interpolation="bicubic")
 ENDS = {"_conv_stem": Precision(8, 8), "_fc": Precision(8, 8)}
 COMMON = {"samples": 512, "batch_size": 32, "memory": 4 * 2**30, "held_out": 0.15}
-ADVANCED = {"steps": 100}
+ADVANCED = {"steps": 100, "start": "matched"}
 
 
 def fixed(weight_bits: int, activation_bits: int, **more: Any) -> dict[str, Any]:

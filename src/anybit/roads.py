@@ -237,11 +237,12 @@ def _sequential_start(bench: Bench, scheme: Scheme, candidate: nn.Module, ranged
 
     After the parallel form, at its codes: many trained weights rest beside a rounding threshold, where the next optimizer's first step
     would flip thousands of codes at once; a weight set to its code stays until its gradient says otherwise. Without it, at the float
-    weights in their estimated ranges.
+    weights, in their estimated ranges or with matched statistics: the wider scales of the latter cost more than they mend where steps
+    are many and bits few; where steps are few, or the shift of means dominates (depthwise layers), they are the better start.
     """
     free = stages.free_weights(bench.network, bench.ranged, scheme)
     if not bench.reconstructed:
-        return ranged, free
+        return (candidate if bench.settings.start == "matched" else ranged), free
     return candidate, {name: bench.candidates.weights[name, scheme[name].weight_bits].codes.float() for name in free}
 
 

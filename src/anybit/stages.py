@@ -48,6 +48,7 @@ class CalibrateSettings:
     estimator                     range estimator: "mse", "minmax" or "percentile"
     unit                          what is reconstructed at once: "block" or "layer"; `blocks` names the blocks instead of finding them
     steps, candidate_steps        of Adam a unit, sequential and for each candidate
+    start                         where sequential AdaQuant starts without the parallel form: "ranges", or "matched" statistics
     drop                          share of activation quantizations dropped while reconstructing (0: none)
     mirror                        also fit to the mirror images of 4-d inputs
     sensitivity_base              precision of the other layers while one is measured
@@ -75,6 +76,7 @@ class CalibrateSettings:
     blocks: tuple[str, ...] | None = None
     steps: int = 300
     candidate_steps: int = 60
+    start: str = "ranges"
     drop: float = 0.0
     mirror: bool = False
     sensitivity_base: Precision = FLOAT
@@ -101,6 +103,7 @@ class CalibrateSettings:
             ("estimator", ESTIMATORS),
             ("unit", ("block", "layer")),
             ("bn_target", ("float", "prior")),
+            ("start", ("ranges", "matched")),
         ):
             if getattr(self, name) not in allowed:
                 raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose from {', '.join(allowed)}.")
@@ -437,9 +440,8 @@ def polish(
     """Sequential AdaQuant, batch-norm tuning and bias tuning of one canonical model, each kept only where the held-out error says so.
 
     `ranged` is the scheme applied to weights rounded in estimated ranges, `candidate` to the candidates; the better is the one to beat.
-    Sequential AdaQuant begins at `start` (or, unit by unit, at `candidate`) with the free weights `starts`. `references` are the float
-    outputs of the fitting batches. Returns (a new model, the ladder: what was measured after each step and whether it was kept, each
-    unit's errors).
+    Sequential AdaQuant begins at `start` with the free weights `starts`. `references` are the float outputs of the fitting batches.
+    Returns (a new model, the ladder: what was measured after each step and whether it was kept, each unit's errors).
     """
     rounded, matched = judge.of_model(ranged), judge.of_model(candidate)
     better = matched["loss"] <= rounded["loss"]
@@ -457,7 +459,7 @@ def polish(
     if settings.does("sequential"):
         changed = copy.deepcopy(start)
         wanted = adaquant_settings(settings, settings.steps)
-        errors = sequential(changed, candidate, network.folded, network.units, starts, network.wiring, calibration, wanted, settings.memory)
+        errors = sequential(changed, network.folded, network.units, starts, network.wiring, calibration, wanted, settings.memory)
         offer("sequential AdaQuant", changed)
     if settings.bn_tuning and targets:
         changed = copy.deepcopy(model)

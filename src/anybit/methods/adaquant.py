@@ -174,7 +174,6 @@ def reconstruct(
 
 def sequential(
     model: nn.Module,
-    matched: nn.Module,
     float_model: nn.Module,
     units: Sequence[Unit],
     starts: Mapping[str, Tensor],
@@ -186,18 +185,12 @@ def sequential(
     """Reconstruct the units of `model`, in place, one after the other: each sees what the already quantized network gives it.
 
     `float_model` is the folded network that `model` was made from, `starts` the free weights of all layers (see `reconstruct`), `memory`
-    the bytes that one unit's captured tensors may take before they spill to disk. `matched` is the same network with its statistics
-    matched to the float one's: a unit starts with its scales and biases where they give the smaller held-out error. (Where the shift of
-    means dominates, as in depthwise layers, they do; at 2 bits their wider scales cost more than they mend.) Returns each unit's errors.
+    the bytes that one unit's captured tensors may take before they spill to disk. Returns each unit's errors.
     """
     report = {}
     for unit in track(units, "sequential AdaQuant"):
         budget = MemoryBudget(memory)
         fitting, held_out = _capture_sides(model, float_model, unit, calibration, budget)
-        module, other = model.get_submodule(unit.name), matched.get_submodule(unit.name)
-        finish = wiring.activation_after(unit.name) or _identity
-        if _error(other, held_out, finish) < _error(module, held_out, finish):
-            module.load_state_dict(other.state_dict())
         report[unit.name] = _reconstruct_unit(model, unit, starts, fitting, held_out, wiring, settings)
     return report
 
@@ -324,10 +317,10 @@ def _identity(output: Tensor) -> Tensor:
 class BiasTuningSettings:
     """epochs over the fitting inputs; rate of Adam; scales: train the scales too (as logarithms); patience in epochs."""
 
-    epochs: int = 8
-    rate: float = 3e-3
+    epochs: int = 6
+    rate: float = 1e-3
     scales: bool = True
-    patience: int = 4
+    patience: int = 3
     seed: int = 0
 
 
