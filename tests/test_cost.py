@@ -164,7 +164,7 @@ def test_an_embedding_multiplies_nothing():
     assert macs_per_sample(model[0], "0", wiring) == 0
 
 
-def test_a_tied_weight_is_stored_once(tmp_path):
+def test_a_tied_weight_is_stored_under_each_of_its_keys():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -176,4 +176,4 @@ def test_a_tied_weight_is_stored_once(tmp_path):
 
     model = Tied()
     costs = CostModel.of(prepare(model, ["fc"]), ["fc"], wired(model, 2, 3), 0, model)
-    assert costs.leftover == 3 + 3 + 3 + 3  # the bias of fc, one shared weight, two biases
+    assert costs.leftover == 3 + 3 + 3 + 3 + 3  # the bias of fc, the shared weight twice, two biases

@@ -261,7 +261,8 @@ def test_a_generous_drop_is_always_met(kept):
     settings = CalibrateSettings(weight_bits=(2, 4, 8), activation_bits=(8,), keep=kept)
     network, calibration, candidates, judge = bench("residual", settings)
     judge = Judge(network, candidates, labelled(calibration, network), judge.reference, "classification")
-    choice = stages.choose_scheme(network, SensitivityTable({}, Precision(), 8), Budget.parse("drop=100%"), settings, judge)
+    nothing = SensitivityTable({(name, p): 0.0 for name, options in network.choices.items() for p in options}, Precision(), 8)
+    choice = stages.choose_scheme(network, nothing, Budget.parse("drop=100%"), settings, judge)
     assert network.costs.weight_bits(choice.scheme) <= network.costs.weight_bits(network.uniform(4, 8))
 
 
@@ -280,13 +281,13 @@ def test_polishing_keeps_only_what_helps_on_held_out_inputs(residual):
     targets = stages.batch_norm_targets(network, calibration, SETTINGS)
     references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
     starts = stages.free_weights(network, candidates, scheme)
-    model, ladder, errors = stages.polish(network, start, start, starts, targets, calibration, references, judge, SETTINGS)
+    model, ladder, errors = stages.polish(network, start, start, start, starts, targets, calibration, references, judge, SETTINGS)
     check()
     assert_untouched(start, before)
     kept = [row["loss"] for row in ladder if row["kept"]]
     assert kept == sorted(kept, reverse=True) and all(row["loss"] >= kept[-1] for row in ladder)
     assert judge.of_model(model)["loss"] == kept[-1]
-    assert [row["step"] for row in ladder] == ["candidates", "sequential AdaQuant", "batch-norm tuning", "bias tuning"]
+    assert [row["step"] for row in ladder] == ["ranges", "candidates", "sequential AdaQuant", "batch-norm tuning", "bias tuning"]
     assert set(errors) == {unit.name for unit in network.units}
 
 

@@ -194,7 +194,7 @@ def test_observed_shapes_are_those_of_the_layers_outputs(name):
         if isinstance(layer, COVERED + BATCH_NORMS):
             layer.register_forward_hook(lambda module, args, output, key=layer_name: shapes.__setitem__(key, tuple(output.shape)))
     wiring = observe(model, batch)
-    assert {op.name: op.shape for op in wiring.operations if op.kind in ("layer", "batch_norm")} == shapes
+    assert {op.name: op.shape for op in wiring.operations if op.kind in ("layer", "norm")} == shapes
 
 
 @pytest.mark.parametrize("name", NETWORKS)
