@@ -29,7 +29,7 @@ from anybit import roads, stages
 from anybit.batches import Samples, draw
 from anybit.evaluation import correct, outputs_of
 from anybit.references import Preprocessing, load_data, load_model
-from anybit.reporting import environment
+from anybit.reporting import StageClock, environment
 from anybit.scheme import Budget, Precision, Scheme
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -172,13 +172,14 @@ def random_schemes(network: stages.Network, bits: float, count: int) -> Iterator
 def scatter(study: Study) -> None:
     def run() -> dict[str, Any]:
         settings = stages.CalibrateSettings(activation_bits=(8,), alternatives=10)
-        bench = roads.prepare_bench(study.network(), draw(study.train, 1024, 0), settings, [])
+        clock = StageClock()
+        bench = roads.prepare_bench(study.network(), draw(study.train, 1024, 0), settings, [], clock)
         choice = stages.choose_scheme(bench.network, bench.table, Budget.parse("3bit"), settings, bench.judge)
         rows = [{k: v for k, v in row.items() if k != "scheme"} for row in choice.measured]
         for index, scheme in enumerate(random_schemes(bench.network, 3, 20)):
             row = stages.measured_row(bench.network, bench.table, f"random {index}", scheme, bench.judge)
             rows.append({k: v for k, v in row.items() if k != "scheme"})
-        return {"rows": rows, "stages": bench.clock.stages}
+        return {"rows": rows, "stages": clock.stages}
 
     study.measured("3bit A8", run)
 

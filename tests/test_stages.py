@@ -273,17 +273,14 @@ def test_a_drop_needs_labels(residual):
 
 
 def test_polishing_keeps_only_what_helps_on_held_out_inputs(residual):
-    network, calibration, candidates, judge, _ = residual
+    network, calibration, candidates, judge, table = residual
     check = unchanged(network)
     scheme = network.uniform(4, 8)
-    start = apply_scheme(network.prepared, scheme, candidates)
-    before = snapshot(start)
     targets = stages.batch_norm_targets(network, calibration, SETTINGS)
     references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
-    starts = stages.free_weights(network, candidates, scheme)
-    model, ladder, errors = stages.polish(network, start, start, start, starts, targets, calibration, references, judge, SETTINGS)
+    shared = stages.Bench(network, calibration, SETTINGS, candidates, candidates, table, judge, targets, references)
+    model, ladder, errors = stages.polish(shared, scheme)
     check()
-    assert_untouched(start, before)
     kept = [row["loss"] for row in ladder if row["kept"]]
     assert kept == sorted(kept, reverse=True) and all(row["loss"] >= kept[-1] for row in ladder)
     assert judge.of_model(model)["loss"] == kept[-1]

@@ -12,7 +12,7 @@ from torch import nn
 
 from anybit import stages
 from anybit.batches import Batch, Calibration, Samples, check_finite, draw, map_tensors, split
-from anybit.candidates import Candidates, apply_scheme
+from anybit.candidates import Candidates
 from anybit.checkpoint import (
     Canonical,
     SchemeFile,
@@ -33,7 +33,7 @@ from anybit.references import Preprocessing, as_samples, load_data, load_model
 from anybit.reporting import StageClock, environment
 from anybit.scheme import Budget, Precision, Scheme
 from anybit.sensitivity import SensitivityTable
-from anybit.stages import CalibrateSettings, Judge, Network
+from anybit.stages import Bench, CalibrateSettings, Judge, Network
 from anybit.wiring import observe
 
 
@@ -106,8 +106,9 @@ def calibrate(
         model = load_model(model)
     samples = draw(_samples(data, workers), wanted.samples, wanted.seed).on(device)
     tests = None if test is None else _checked_tests(_samples(test, workers).on(device), model)
-    bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one])
-    results = [_finish(bench, one, tests, metric, about) for one in budgets]
+    clock = StageClock()
+    bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one], clock)
+    results = [_finish(bench, one, tests, metric, about, StageClock(list(clock.stages))) for one in budgets]
     return results if isinstance(budget, (list, tuple)) else results[0]
 
 
@@ -132,27 +133,8 @@ def on_device(model: nn.Module, device: str) -> nn.Module:
         raise InvalidSetting(f"--device {device} cannot be used here: {error}") from error
 
 
-@dataclass
-class Bench:
-    """What all budgets of one calibrate run share."""
-
-    network: Network
-    calibration: Calibration
-    settings: CalibrateSettings
-    ranged: Candidates
-    candidates: Candidates
-    reconstructed: bool
-    targets: Mapping[str, Any]
-    references: list[torch.Tensor]
-    judge: Judge
-    table: SensitivityTable
-    errors: dict[str, Any]
-    clock: StageClock
-
-
-def prepare_bench(model: nn.Module, samples: Samples, settings: CalibrateSettings, budgets: Sequence[Budget]) -> Bench:
-    """Everything up to the sensitivity table."""
-    clock = StageClock()
+def prepare_bench(model: nn.Module, samples: Samples, settings: CalibrateSettings, budgets: Sequence[Budget], clock: StageClock) -> Bench:
+    """Everything up to the sensitivity table; budgets that no scheme can meet are refused before the long work."""
     with clock.stage("observe and fold"):
         calibration = split(samples, settings.seed, settings.held_out, settings.batch_size)
         check_finite(calibration.fitting + calibration.held_out)
@@ -185,9 +167,7 @@ def prepare_bench(model: nn.Module, samples: Samples, settings: CalibrateSetting
     with clock.stage("sensitivity"):
         table = stages.sensitivity_table(network, candidates, calibration, reference, task, settings)
     judge = Judge(network, candidates, calibration.held_out, reference, task)
-    return Bench(
-        network, calibration, settings, ranged, candidates, reconstructed, targets, references, judge, table, errors, clock
-    )  # fmt: skip
+    return Bench(network, calibration, settings, ranged, candidates, table, judge, targets, references, reconstructed, errors)
 
 
 def _example(calibration: Calibration) -> Batch:
@@ -195,18 +175,15 @@ def _example(calibration: Calibration) -> Batch:
     return Batch(map_tensors(first.inputs, lambda tensor: tensor[:2]))
 
 
-def _finish(bench: Bench, budget: Budget | None, test: Samples | None, metric: Metric | None, about: Mapping[str, Any]) -> Result:
+def _finish(
+    bench: Bench, budget: Budget | None, test: Samples | None, metric: Metric | None, about: Mapping[str, Any], clock: StageClock
+) -> Result:
     """One budget's scheme, polished, measured and reported."""
-    network, settings, clock = bench.network, bench.settings, StageClock(list(bench.clock.stages))
+    network, settings = bench.network, bench.settings
     with clock.stage("allocation"):
         choice = stages.choose_scheme(network, bench.table, budget, settings, bench.judge)
     with clock.stage("polish"):
-        candidate = apply_scheme(network.prepared, choice.scheme, bench.candidates)
-        ranged = apply_scheme(network.prepared, choice.scheme, bench.ranged)
-        start, starts = _sequential_start(bench, choice.scheme, candidate, ranged)
-        model, ladder, errors = stages.polish(
-            network, ranged, candidate, start, starts, bench.targets, bench.calibration, bench.references, bench.judge, settings
-        )
+        model, ladder, errors = stages.polish(bench, choice.scheme)
     with clock.stage("edge ranges"):
         edges = stages.edge_ranges(model, network.wiring, bench.calibration.fitting)
     canonical = Canonical(model.eval(), network.norms, edges)
@@ -230,20 +207,6 @@ def _finish(bench: Bench, budget: Budget | None, test: Samples | None, metric: M
         "settings": settings.to_json(),
     }
     return Result(canonical, report, about, bench.candidates, saved)
-
-
-def _sequential_start(bench: Bench, scheme: Scheme, candidate: nn.Module, ranged: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Where sequential AdaQuant starts: (model, free weights).
-
-    After the parallel form, at its codes: many trained weights rest beside a rounding threshold, where the next optimizer's first step
-    would flip thousands of codes at once; a weight set to its code stays until its gradient says otherwise. Without it, at the float
-    weights, in their estimated ranges or with matched statistics: the wider scales of the latter cost more than they mend where steps
-    are many and bits few; where steps are few, or the shift of means dominates (depthwise layers), they are the better start.
-    """
-    free = stages.free_weights(bench.network, bench.ranged, scheme)
-    if not bench.reconstructed:
-        return (candidate if bench.settings.start == "matched" else ranged), free
-    return candidate, {name: bench.candidates.weights[name, scheme[name].weight_bits].codes.float() for name in free}
 
 
 def _report(
@@ -316,8 +279,8 @@ def allocate(run: str | Path, budget: str | Budget, data: Any = None, model: nn.
     with clock.stage("polish"):
         light = replace(settings, sequential=False, bias_tuning=False)
         targets = stages.batch_norm_targets(network, calibration, light) if light.bn_tuning and network.norms else {}
-        start = apply_scheme(network.prepared, choice.scheme, candidates)
-        polished, ladder, _ = stages.polish(network, start, start, start, {}, targets, calibration, [], judge, light)
+        bench = Bench(network, calibration, light, candidates, candidates, table, judge, targets)
+        polished, ladder, _ = stages.polish(bench, choice.scheme)
     with clock.stage("edge ranges"):
         edges = stages.edge_ranges(polished, network.wiring, calibration.fitting)
     canonical = Canonical(polished.eval(), network.norms, edges)

@@ -425,27 +425,41 @@ def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, s
     return Choice(*passed, rows)
 
 
-def polish(
-    network: Network,
-    ranged: nn.Module,
-    candidate: nn.Module,
-    start: nn.Module,
-    starts: Mapping[str, Tensor],
-    targets: Mapping[str, batchnorm.ChannelStatistics],
-    calibration: Calibration,
-    references: list[Tensor],
-    judge: Judge,
-    settings: CalibrateSettings,
-) -> tuple[nn.Module, list[dict[str, Any]], dict[str, Any]]:
-    """Sequential AdaQuant, batch-norm tuning and bias tuning of one canonical model, each kept only where the held-out error says so.
+@dataclass(frozen=True)
+class Bench:
+    """What all budgets of one run share.
 
-    `ranged` is the scheme applied to weights rounded in estimated ranges, `candidate` to the candidates; the better is the one to beat.
-    Sequential AdaQuant begins at `start` with the free weights `starts`. `references` are the float outputs of the fitting batches.
-    Returns (a new model, the ladder: what was measured after each step and whether it was kept, each unit's errors).
+    ranged         candidates rounded to nearest in estimated ranges; `candidates` those after matching and parallel AdaQuant
+    reconstructed  whether parallel AdaQuant made them
+    targets        what each folded layer's output statistics should be
+    references     the float network's outputs, one tensor a fitting batch
+    errors         parallel AdaQuant's errors, by layer and bits
     """
+
+    network: Network
+    calibration: Calibration
+    settings: CalibrateSettings
+    ranged: Candidates
+    candidates: Candidates
+    table: SensitivityTable
+    judge: Judge
+    targets: Mapping[str, batchnorm.ChannelStatistics]
+    references: Sequence[Tensor] = ()
+    reconstructed: bool = False
+    errors: Mapping[str, Any] = field(default_factory=dict)
+
+
+def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]], dict[str, Any]]:
+    """Sequential AdaQuant, batch-norm tuning and bias tuning of `scheme`, each kept only where the held-out error says so.
+
+    Returns (the canonical model, the ladder: what was measured after each step and whether it was kept, each unit's errors).
+    """
+    network, calibration, settings, judge = bench.network, bench.calibration, bench.settings, bench.judge
+    ranged = apply_scheme(network.prepared, scheme, bench.ranged)
+    candidate = apply_scheme(network.prepared, scheme, bench.candidates)
     rounded, matched = judge.of_model(ranged), judge.of_model(candidate)
     better = matched["loss"] <= rounded["loss"]
-    model, errors = copy.deepcopy(candidate if better else ranged), {}
+    model, errors = (candidate if better else ranged), {}
     ladder = [{"step": "ranges", "kept": not better, **rounded}, {"step": "candidates", "kept": better, **matched}]
 
     def offer(step: str, changed: nn.Module, **more) -> None:
@@ -457,21 +471,37 @@ def polish(
             model = changed
 
     if settings.does("sequential"):
+        start, starts = _sequential_start(bench, scheme, ranged, candidate)
         changed = copy.deepcopy(start)
         wanted = adaquant_settings(settings, settings.steps)
         errors = sequential(changed, network.folded, network.units, starts, network.wiring, calibration, wanted, settings.memory)
         offer("sequential AdaQuant", changed)
-    if settings.bn_tuning and targets:
+    if settings.bn_tuning and bench.targets:
         changed = copy.deepcopy(model)
         batches = within_memory(network.wiring, calibration.fitting, settings.memory)
-        batchnorm.tune(changed, targets, batches, settings.bn_prior)
+        batchnorm.tune(changed, bench.targets, batches, settings.bn_prior)
         offer("batch-norm tuning", changed, images=sum(map(len, batches)))
     if settings.does("bias_tuning"):
         changed = copy.deepcopy(model)
         wanted = BiasTuningSettings(scales=settings.tune_scales, seed=settings.seed)
+        references = list(bench.references)
         tuned = tune_biases(changed, calibration.fitting, references, calibration.held_out, judge.reference, judge.task, wanted)
         offer("bias tuning", changed, epochs=tuned["epochs"])
     return model, ladder, errors
+
+
+def _sequential_start(bench: Bench, scheme: Scheme, ranged: nn.Module, candidate: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Where sequential AdaQuant starts: (model, free weights).
+
+    After the parallel form, at its codes: many trained weights rest beside a rounding threshold, where the next optimizer's first step
+    would flip thousands of codes at once; a weight set to its code stays until its gradient says otherwise. Without it, at the float
+    weights, in their estimated ranges or with matched statistics: the wider scales of the latter cost more than they mend where steps
+    are many and bits few; where steps are few, or the shift of means dominates (depthwise layers), they are the better start.
+    """
+    free = free_weights(bench.network, bench.ranged, scheme)
+    if not bench.reconstructed:
+        return (candidate if bench.settings.start == "matched" else ranged), free
+    return candidate, {name: bench.candidates.weights[name, scheme[name].weight_bits].codes.float() for name in free}
 
 
 def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Batch]:
