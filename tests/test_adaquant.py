@@ -122,6 +122,19 @@ def test_spilling_to_disk_changes_nothing(memory):
     assert all(torch.equal(tensor, twin[key]) for key, tensor in models[0].state_dict().items())
 
 
+def test_what_is_carried_from_unit_to_unit_is_what_would_be_captured(monkeypatch):
+    network, calibration, start, starts = setup(make(Chain), "W3A4", "chain", "layer")
+    models, errors = [copy.deepcopy(start), copy.deepcopy(start)], []
+    assert any(network.wiring.feeds(a.name, b.name) for a, b in zip(network.units, network.units[1:], strict=False))
+    for model in models:
+        settings = AdaQuantSettings(steps=5)
+        errors.append(sequential(model, network.folded, network.units, starts, network.wiring, calibration, settings, 2**30))
+        monkeypatch.setattr(type(network.wiring), "feeds", lambda *names: False)
+    for name in errors[0]:
+        assert errors[0][name] == pytest.approx(errors[1][name], rel=1e-3, abs=1e-7)
+    assert torch.allclose(*(outputs_of(model, calibration.held_out) for model in models), atol=1e-3)
+
+
 def test_parallel_units_do_not_depend_on_each_other():
     network, calibration, start, starts = setup(make(Residual), "W3", unit="layer")
     together, alone = copy.deepcopy(start), copy.deepcopy(start)

@@ -115,7 +115,11 @@ def test_json_is_one_object_on_stdout_alone(here):
 def test_json_of_several_budgets_is_one_object(here):
     done = calibrate("--budget", "5bit", "--budget", "6bit", "--json")
     assert done.exit_code == 0, done.stderr
-    one_json_object(done.stdout)
+    summary = one_json_object(done.stdout)
+    assert list(summary) == ["runs"]
+    assert [(one["folder"], one["budget"]) for one in summary["runs"]] == [("run/5bit", "5bit"), ("run/6bit", "6bit")]
+    for one in summary["runs"]:
+        assert one["result"]["bytes"] == Path(one["folder"], "model.safetensors").stat().st_size
     assert {path.name for path in Path("run").iterdir()} == {"5bit", "6bit", "report.json"}
     assert anybit.load("run/5bit").scheme
 

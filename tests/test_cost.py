@@ -164,16 +164,31 @@ def test_an_embedding_multiplies_nothing():
     assert macs_per_sample(model[0], "0", wiring) == 0
 
 
-def test_a_tied_weight_is_stored_under_each_of_its_keys():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.one, self.two = nn.Linear(3, 3), nn.LayerNorm(3), nn.LayerNorm(3)
-            self.two.weight = self.one.weight
+class Tied(nn.Module):
+    """Two layers that share a weight, two norms that share one, two counters that are one."""
 
-        def forward(self, x):
-            return self.two(self.one(self.fc(x)))
+    def __init__(self):
+        super().__init__()
+        self.fc, self.left, self.right = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.one, self.two = nn.LayerNorm(3), nn.LayerNorm(3)
+        self.right.weight, self.two.weight = self.left.weight, self.one.weight
+        self.one.register_buffer("seen", torch.arange(5))
+        self.two.register_buffer("seen", self.one.seen)
 
-    model = Tied()
-    costs = CostModel.of(prepare(model, ["fc"]), ["fc"], wired(model, 2, 3), 0, model)
-    assert costs.leftover == 3 + 3 + 3 + 3 + 3  # the bias of fc, the shared weight twice, two biases
+    def forward(self, x):
+        return self.right(self.left(self.two(self.one(self.fc(x)))))
+
+
+@pytest.mark.parametrize("precision", ["W4A8", "W2", "W0", "float"])
+def test_the_counted_size_is_the_size_of_the_file_for_tied_weights(precision, tmp_path):
+    model, names = Tied(), ["fc", "left", "right"]
+    prepared = prepare(model, names, ["left", "right"])
+    costs = CostModel.of(prepared, names, wired(model, 2, 3), 0, model)
+    assert costs.leftover == 3 * 3 + 2 * 3 + 2 * 3  # three biases; the norms' weight, once for each of its keys; their biases
+    candidates = Candidates(
+        {("fc", bits): weight_candidate(prepared.fc, bits, "minmax") for bits in (2, 4)},
+        {("fc", 8): ActivationCandidate(torch.tensor(0.1), torch.tensor(1.0))},
+    )
+    scheme = Scheme({"fc": Precision.parse(precision), "left": Precision(), "right": Precision()})
+    save_file(packed_tensors(Canonical(apply_scheme(prepared, scheme, candidates), {}, {})), tmp_path / "model.safetensors")
+    assert costs.file_size(scheme) == os.path.getsize(tmp_path / "model.safetensors")

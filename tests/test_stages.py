@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -272,20 +273,40 @@ def test_a_drop_needs_labels(residual):
         stages.choose_scheme(network, table, Budget.parse("drop=1%"), SETTINGS, judge)
 
 
-def test_polishing_keeps_only_what_helps_on_held_out_inputs(residual):
+@pytest.mark.parametrize("better", ["ranges", "candidates"])
+def test_polishing_keeps_only_what_helps_on_held_out_inputs(residual, better):
     network, calibration, candidates, judge, table = residual
     check = unchanged(network)
     scheme = network.uniform(4, 8)
     targets = stages.batch_norm_targets(network, calibration, SETTINGS)
     references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
-    shared = stages.Bench(network, calibration, SETTINGS, candidates, candidates, table, judge, targets, references)
+    matched = stages.matched_candidates(network, candidates, targets, calibration)
+    losses = {id(found): judge.of_model(apply_scheme(network.prepared, scheme, found))["loss"] for found in (candidates, matched)}
+    first = sorted((candidates, matched), key=lambda found: losses[id(found)], reverse=better == "candidates")
+    shared = stages.Bench(network, calibration, SETTINGS, *first, table, judge, targets, references)
     model, ladder, errors = stages.polish(shared, scheme)
     check()
+    assert [row["loss"] for row in ladder[:2]] == [losses[id(found)] for found in first]
+    assert [row["step"] for row in ladder[:2] if row["kept"]] == [better]
     kept = [row["loss"] for row in ladder if row["kept"]]
     assert kept == sorted(kept, reverse=True) and all(row["loss"] >= kept[-1] for row in ladder)
     assert judge.of_model(model)["loss"] == kept[-1]
     assert [row["step"] for row in ladder] == ["ranges", "candidates", "sequential AdaQuant", "batch-norm tuning", "bias tuning"]
     assert set(errors) == {unit.name for unit in network.units}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_polishing_without_a_step_gives_the_better_of_ranges_and_candidates(residual, swapped):
+    network, calibration, candidates, judge, table = residual
+    settings = replace(SETTINGS, pipeline="light", bn_tuning=False)
+    scheme = network.uniform(4, 8)
+    targets = stages.batch_norm_targets(network, calibration, settings)
+    matched = stages.matched_candidates(network, candidates, targets, calibration)
+    both = (matched, candidates) if swapped else (candidates, matched)
+    model, ladder, errors = stages.polish(stages.Bench(network, calibration, settings, *both, table, judge, targets), scheme)
+    losses = [judge.of_model(apply_scheme(network.prepared, scheme, found))["loss"] for found in both]
+    assert [(row["step"], row["loss"]) for row in ladder] == [("ranges", losses[0]), ("candidates", losses[1])]
+    assert judge.of_model(model)["loss"] == min(losses) < max(losses) and errors == {}
 
 
 def test_edges_hold_every_value_that_passes():

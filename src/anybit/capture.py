@@ -79,6 +79,17 @@ class Captured:
         return self.output.rows(indices).to(self.device)
 
 
+@torch.no_grad()
+def carry(source: Callable[[Tensor], Tensor], count: int, budget: "MemoryBudget", size: int = 64) -> Store:
+    """A store of `source(indices)`, computed `size` samples at a time."""
+    store: Store | None = None
+    for indices in chunks(count, size):
+        part = source(indices)
+        store = store or Store.like(part, len(indices), count, budget)
+        store.add(part, len(indices))
+    return store
+
+
 def _map(value: Any, leaf: type, function: Callable) -> Any:
     """`value` with every `leaf` in its tuples, lists and dicts mapped."""
     if isinstance(value, leaf):

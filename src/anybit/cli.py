@@ -201,7 +201,7 @@ def calibrate(
     sequential: Annotated[bool | None, typer.Option(help="AdaQuant on the chosen scheme.")] = None,
     bn_tuning: Annotated[bool, typer.Option(help="Batch-norm tuning.")] = True,
     bias_tuning: Annotated[bool | None, typer.Option(help="Bias tuning on the outputs.")] = None,
-    tune_scales: Annotated[bool, typer.Option(help="Bias tuning trains the scales too.")] = True,
+    tune_scales: Annotated[bool, typer.Option(help="Bias tuning trains the scales too.")] = False,
     samples: Annotated[int, typer.Option(help="Inputs drawn, fitting and held-out together.")] = 1024,
     held_out: Annotated[float, typer.Option(help="Share of them that is held out.")] = 0.2,
     steps: Annotated[int, typer.Option(help="Adam steps a unit on the chosen scheme.")] = 300,

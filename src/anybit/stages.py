@@ -54,7 +54,7 @@ class CalibrateSettings:
     sensitivity_base              precision of the other layers while one is measured
     pairs                         measure (W, A) pairs instead of summing a W and an A measurement
     alternatives                  how many of the best schemes are measured before one is chosen
-    tune_scales                   bias tuning trains the scales too (False: the paper's form)
+    tune_scales                   bias tuning trains the scales too (off in the paper; it fits the fitting inputs too well)
     bn_prior                      weight of the target in the measured statistics; `bn_target` "float" or "prior" (the paper's form)
     memory                        bytes that captured activations may take before they spill to disk
     """
@@ -82,7 +82,7 @@ class CalibrateSettings:
     sensitivity_base: Precision = FLOAT
     pairs: bool = False
     alternatives: int = 5
-    tune_scales: bool = True
+    tune_scales: bool = False
     bn_prior: float = 0.0
     bn_target: str = "float"
     memory: int = 2**31

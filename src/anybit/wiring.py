@@ -77,6 +77,7 @@ class Wiring:
     batch_size: int
     classes: dict[str, str] = field(default_factory=dict)
     input_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    module_inputs: dict[str, int] = field(default_factory=dict)
 
     def operation(self, name: str) -> Operation:
         """The (first) operation of that name."""
@@ -112,6 +113,16 @@ class Wiring:
         if reader is not None and reader.kind == "norm":
             reader = self.only_reader(reader.outputs[0])
         return None if reader is None else reader.function
+
+    def feeds(self, first: str, second: str) -> bool:
+        """Whether all that module `second` reads is what `first` gives, through the activation after it where there is one."""
+        value = self.module_outputs.get(first)
+        reader = None if value is None else self.only_reader(value)
+        if reader is not None and reader.function is not None:
+            value = reader.outputs[0]
+        elif reader is not None and reader.kind == "norm":
+            return False
+        return value is not None and self.module_inputs.get(second) == value
 
     def joins(self) -> list[Operation]:
         """Sums, products and concatenations of several observed values."""
@@ -202,6 +213,7 @@ class _Observer(TorchFunctionMode):
         self.module_outputs: dict[str, int] = {}
         self.classes: dict[str, str] = {}
         self.input_shapes: dict[str, tuple[int, ...]] = {}
+        self.module_inputs: dict[str, int] = {}
 
     def begin(self, batch: Batch) -> None:
         self.input_values = tuple(self._new_value(tensor) for tensor in tensors_in(batch.inputs))
@@ -215,7 +227,7 @@ class _Observer(TorchFunctionMode):
         given_out = tuple(self.values[id(tensor)] for tensor in tensors if id(tensor) in self.values)
         return Wiring(
             tuple(self.operations), self.calls, self.owners, self.module_outputs,
-            self.input_values, given_out, batch_size, self.classes, self.input_shapes,
+            self.input_values, given_out, batch_size, self.classes, self.input_shapes, self.module_inputs,
         )  # fmt: skip
 
     def hooks(self) -> ExitStack:
@@ -232,6 +244,8 @@ class _Observer(TorchFunctionMode):
         self.calls[name] = self.calls.get(name, 0) + 1
         self.owners[name] = self.stack[-1]
         self.stack.append(name)
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and id(args[0]) in self.values:
+            self.module_inputs[name] = self.values[id(args[0])]
         if isinstance(module, COVERED):
             self.input_shapes[name] = tuple(tensors_in((args, kwargs))[0].shape)
         self.inside_leaf += isinstance(module, COVERED + BATCH_NORMS)
