@@ -27,7 +27,7 @@ from anybit.quantizers import UniformQuantizer
 from anybit.scheme import Precision, Scheme
 from anybit.stages import CalibrateSettings, Network, free_weights, observe_network, range_candidates
 
-STEPS = AdaQuantSettings(steps=30, batch_size=16)
+STEPS = AdaQuantSettings(steps=100, batch_size=16)
 
 
 def setup(model: nn.Module, precision: str, name: str = "residual", unit: str = "block") -> tuple[Network, Calibration, nn.Module, dict]:

@@ -192,3 +192,21 @@ def test_samples_follow_the_seed_alone():
 
 def test_chunks_cover_every_index_once():
     assert torch.cat(list(chunks(11, 4))).tolist() == list(range(11))
+
+
+class Masked(nn.Module):
+    """A block given a square mask that all samples share, as attention is."""
+
+    def __init__(self):
+        super().__init__()
+        self.gated = Gated()
+
+    def forward(self, x):
+        return self.gated(x, torch.ones(4, 4), 1, gate=1.0)
+
+
+def test_a_mask_of_as_many_rows_as_the_batch_is_still_shared():
+    model, batches = make(Masked), [Batch(numbers(4, 4, seed=seed)) for seed in (1, 2)]
+    captured = capture(model, "gated", batches, 8, MemoryBudget(2**20), outputs=True)
+    args, _ = captured.batch(torch.tensor([7, 0, 3]))
+    assert args[0].shape == (3, 4) and args[1].shape == (4, 4)

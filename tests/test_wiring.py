@@ -9,7 +9,7 @@ from torch import nn
 
 from anybit.batches import Batch
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
-from anybit.wiring import BATCH_NORMS, COVERED, observe
+from anybit.wiring import BATCH_NORM, BATCH_NORMS, COVERED, LAYER, observe
 
 PICTURES = Batch(pictures(2))
 VALUES = numbers(64) * 8
@@ -194,7 +194,7 @@ def test_observed_shapes_are_those_of_the_layers_outputs(name):
         if isinstance(layer, COVERED + BATCH_NORMS):
             layer.register_forward_hook(lambda module, args, output, key=layer_name: shapes.__setitem__(key, tuple(output.shape)))
     wiring = observe(model, batch)
-    assert {op.name: op.shape for op in wiring.operations if op.kind in ("layer", "norm")} == shapes
+    assert {op.name: op.shape for op in wiring.operations if op.kind in (LAYER, BATCH_NORM)} == shapes
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -265,3 +265,16 @@ def test_values_are_shown_as_they_are_made():
     assert torch.equal(shown["input/0"], PICTURES.inputs)
     assert torch.equal(shown["conv1"], twin.conv1(PICTURES.inputs))
     assert torch.equal(shown["fc"], twin(PICTURES.inputs))
+
+
+def test_a_function_called_norm_is_no_batch_norm():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(x).norm(dim=1)
+
+    wiring = observe(make(Normed), Batch(numbers(2, 4)))
+    assert wiring.batch_norm_after("fc") is None and "fc" in wiring.edges()

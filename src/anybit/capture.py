@@ -122,46 +122,75 @@ def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, b
     return recorder.captured
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Stands for the number-th tensor among a module's arguments."""
+
+    number: int
+
+
 class _Recorder:
     """The two hooks of `capture`, and what they have kept."""
 
     def __init__(self, name: str, count: int, budget: MemoryBudget, outputs: bool):
         self.name, self.count, self.budget, self.outputs = name, count, budget, outputs
-        self.captured: Captured | None = None
-        self.batch_size = 0
+        self.batch_size = self.calls = 0
+        self.places: Any = None  # (args, kwargs) with a _Place for each tensor
+        self.first: list[Tensor] = []  # the tensors of the first batch
+        self.stores: list[Store | None] = []  # None: the rows are not the batch's
+        self.same: set[int] = set()  # tensors that were the same in every batch so far
+        self.output: Store | None = None
+
+    @property
+    def captured(self) -> Captured:
+        """The arguments, each tensor as its Store or, where all samples share it, as it is."""
+
+        def held(place: _Place) -> Store | Tensor:
+            shared = self.stores[place.number] is None or (place.number in self.same and self.calls > 1)
+            return self.first[place.number] if shared else self.stores[place.number]
+
+        return Captured(_map(self.places, _Place, held), self.output, self.first[0].device)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.captured is None:
-            device = tensors_in((args, kwargs))[0].device
-            self.captured = Captured(_map((args, kwargs), Tensor, self._store), None, device)
-        kept: list = []
-        _map(self.captured.arguments, (Store, Tensor), kept.append)
-        for store, part in zip(kept, tensors_in((args, kwargs)), strict=True):
-            if isinstance(store, Store):
-                self._check(part)
+        parts = tensors_in((args, kwargs))
+        if not self.calls:
+            numbers = iter(range(len(parts)))
+            self.places = _map((args, kwargs), Tensor, lambda _: _Place(next(numbers)))
+            self.first = [part.clone() for part in parts]
+            self.stores = [self._store(part) for part in parts]
+            self.same = set(range(1, len(parts)))  # the first tensor is the data, whatever it holds
+        self.calls += 1
+        self.same = {number for number in self.same if torch.equal(parts[number], self.first[number])}
+        for number, (store, part) in enumerate(zip(self.stores, parts, strict=True)):
+            if store is not None:
+                self._check(part, store)
                 store.add(part, self.batch_size)
+            elif number not in self.same:
+                raise UnsupportedModel(self._refusal(part))
         if not self.outputs:
             raise _Stop
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not isinstance(output, Tensor):
             raise UnsupportedModel(f"Unit {self.name} returns a {type(output).__name__}; it must return one tensor. Name other blocks.")
-        self._check(output)
-        if self.captured.output is None:
-            self.captured.output = Store.like(output, self.batch_size, self.count, self.budget)
-        self.captured.output.add(output, self.batch_size)
+        self.output = self.output or self._store(output)
+        self._check(output, self.output)
+        self.output.add(output, self.batch_size)
         raise _Stop
 
-    def _store(self, part: Tensor) -> Store | Tensor:
+    def _store(self, part: Tensor) -> Store | None:
         is_batched = part.dim() and len(part) % self.batch_size == 0
-        return Store.like(part, self.batch_size, self.count, self.budget) if is_batched else part.clone()
+        return Store.like(part, self.batch_size, self.count, self.budget) if is_batched else None
 
-    def _check(self, part: Tensor) -> None:
-        if not part.dim() or len(part) % self.batch_size:
-            raise UnsupportedModel(
-                f"Unit {self.name} sees a tensor of shape {tuple(part.shape)} for {self.batch_size} samples, whose rows cannot be told "
-                "apart by sample. Name a larger block around it with --block, or keep its layers float."
-            )
+    def _check(self, part: Tensor, store: Store | None) -> None:
+        if store is None or len(part) != self.batch_size * store.tensor.shape[1]:
+            raise UnsupportedModel(self._refusal(part))
+
+    def _refusal(self, part: Tensor) -> str:
+        return (
+            f"Unit {self.name} sees a tensor of shape {tuple(part.shape)} for {self.batch_size} samples, whose rows cannot be told "
+            "apart by sample. Name a larger block around it with --block, or keep its layers float."
+        )
 
 
 @torch.no_grad()

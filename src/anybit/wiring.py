@@ -22,6 +22,7 @@ from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 COVERED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.Embedding)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
+LAYER, BATCH_NORM = "a layer", "a batch norm"  # kinds that no function's name can be
 JOINS = {"add", "sub", "mul", "cat", "concat", "concatenate", "stack"}
 RESHAPES = {
     "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "getitem", "chunk", "split",
@@ -39,7 +40,7 @@ class Operation:
     """One observed step: a layer, a batch norm, or a function.
 
     name      the module's own name for a layer or batch norm, else "block/add", numbered where a block adds twice
-    kind      "layer" or "norm" for a module, else the bare name of a function ("add" for +, += and torch.add)
+    kind      LAYER or BATCH_NORM for a module, else the bare name of a function ("add" for +, += and torch.add)
     owner     the innermost module whose forward ran it; "" is the root
     inputs    the values read, by number; values count up from the model's inputs in order of making
     outputs   the values made
@@ -94,12 +95,12 @@ class Wiring:
 
     def layer_names(self) -> list[str]:
         """Layers of a covered class that ran, in order of their first call."""
-        return list(dict.fromkeys(op.name for op in self.operations if op.kind == "layer"))
+        return list(dict.fromkeys(op.name for op in self.operations if op.kind == LAYER))
 
     def batch_norm_after(self, layer: str) -> str | None:
         """The batch norm that alone reads this layer's output, both called once; None where there is none."""
         reader = self.only_reader(self.operation(layer).outputs[0])
-        once = reader is not None and self.calls[layer] == 1 and reader.kind == "norm" and self.calls[reader.name] == 1
+        once = reader is not None and self.calls[layer] == 1 and reader.kind == BATCH_NORM and self.calls[reader.name] == 1
         # The channels of a linear's output are its last dimension; a batch norm over another one is not about them.
         return reader.name if once and not (len(self.operation(layer).shape) == 3 and self.classes[layer] == "Linear") else None
 
@@ -110,7 +111,7 @@ class Wiring:
         """
         value = self.module_outputs.get(module)
         reader = None if value is None else self.only_reader(value)
-        if reader is not None and reader.kind == "norm":
+        if reader is not None and reader.kind == BATCH_NORM:
             reader = self.only_reader(reader.outputs[0])
         return None if reader is None else reader.function
 
@@ -120,7 +121,7 @@ class Wiring:
         reader = None if value is None else self.only_reader(value)
         if reader is not None and reader.function is not None:
             value = reader.outputs[0]
-        elif reader is not None and reader.kind == "norm":
+        elif reader is not None and reader.kind == BATCH_NORM:
             return False
         return value is not None and self.module_inputs.get(second) == value
 
@@ -165,7 +166,7 @@ class Wiring:
         names = [f"input/{index}" for index in range(len(self.input_values))]
         for op in self.operations:
             reader = self.only_reader(op.outputs[0]) if op.outputs else None
-            if op.kind not in RESHAPES and not (reader is not None and (reader.function or reader.kind == "norm")):
+            if op.kind not in RESHAPES and not (reader is not None and (reader.function or reader.kind == BATCH_NORM)):
                 names.append(op.name)
         return list(dict.fromkeys(names))
 
@@ -255,7 +256,7 @@ class _Observer(TorchFunctionMode):
         if isinstance(module, COVERED + BATCH_NORMS):
             self.inside_leaf -= 1
             if not self.inside_leaf:
-                kind = "layer" if isinstance(module, COVERED) else "norm"
+                kind = LAYER if isinstance(module, COVERED) else BATCH_NORM
                 self._record(name, kind, self.stack[-1], (args, kwargs), output)
         if isinstance(output, Tensor) and id(output) in self.values:
             self.module_outputs[name] = self.values[id(output)]
@@ -275,7 +276,7 @@ class _Observer(TorchFunctionMode):
     def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> None:
         inputs = tuple(self.values[id(tensor)] for tensor in tensors_in(arguments) if id(tensor) in self.values)
         tensors = tensors_in(output)
-        if kind not in ("layer", "norm"):
+        if kind not in (LAYER, BATCH_NORM):
             count = self.names[name] = self.names.get(name, 0) + 1
             name = name if count == 1 else f"{name}.{count}"
         outputs = tuple(self._new_value(tensor) for tensor in tensors)

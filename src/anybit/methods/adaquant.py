@@ -389,6 +389,8 @@ def tune_biases(
     parameters = [p for layer in layers.values() for p in _tuned_parameters(layer)]
     if not parameters:
         return result
+    for parameter in parameters:
+        parameter.requires_grad_(True)  # the user's network may have been frozen
     optimizer = torch.optim.Adam(parameters, lr=settings.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * len(fitting))
     generator = torch.Generator().manual_seed(settings.seed)
