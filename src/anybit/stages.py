@@ -356,7 +356,7 @@ def choose_scheme(network: Network, table: SensitivityTable, budget: Budget | No
         rows.append(measured_row(network, table, f"allocated {index + 1}", found.scheme, judge))
         if index + 1 >= settings.alternatives:
             break
-    rows += [row for row in uniform_rows(network, table, settings, judge) if fits(network.costs, row["scheme"], budget)]
+    rows += uniform_rows(network, table, budget, settings, judge)
     best = min(rows, key=lambda row: row["measured"])
     return Choice(best["scheme"], allocation, rows)
 
@@ -367,12 +367,15 @@ def check_feasible(network: Network, budget: Budget) -> None:
     allocate(make_problem(network.choices, nothing_lost, network.costs, budget))
 
 
-def uniform_rows(network: Network, table: SensitivityTable, settings: CalibrateSettings, judge: Judge) -> list[dict[str, Any]]:
-    """Every uniform scheme (kept layers aside), measured."""
+def uniform_rows(
+    network: Network, table: SensitivityTable, budget: Budget, settings: CalibrateSettings, judge: Judge
+) -> list[dict[str, Any]]:
+    """Every uniform scheme (kept layers aside) that fits the budget, measured."""
+    schemes = {Precision(w, a): network.uniform(w, a) for w in settings.weight_bits for a in settings.activation_bits}
     return [
-        measured_row(network, table, f"uniform {Precision(w, a)}", network.uniform(w, a), judge)
-        for w in settings.weight_bits
-        for a in settings.activation_bits
+        measured_row(network, table, f"uniform {precision}", scheme, judge)
+        for precision, scheme in schemes.items()
+        if fits(network.costs, scheme, budget)
     ]
 
 
@@ -384,6 +387,7 @@ def fits(costs: CostModel, scheme: Scheme, budget: Budget) -> bool:
 
 
 def measured_row(network: Network, table: SensitivityTable, name: str, scheme: Scheme, judge: Judge) -> dict[str, Any]:
+    """What the table predicts of a scheme, what the held-out inputs say, and its costs."""
     measured = judge.of_scheme(scheme)
     loss = measured.pop("loss")
     return {"name": name, "scheme": scheme, "predicted": table.total(scheme), "measured": loss, **measured, **network.costs.summary(scheme)}
