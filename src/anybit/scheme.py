@@ -105,6 +105,9 @@ class Scheme(Mapping[str, Precision]):
         """Raise SchemeMismatch, with near matches, where a name is not one of this scheme's layers."""
         check_names(names, self.layers, "The model")
 
+    def __str__(self) -> str:
+        return "{" + ", ".join(f"{name}: {precision}" for name, precision in self.layers.items()) + "}"
+
     def __getitem__(self, name: str) -> Precision:
         return self.layers[name]
 

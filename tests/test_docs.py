@@ -1,0 +1,64 @@
+"""The documentation runs: its Python is executed, its verbs, options and results are the ones that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from torch import nn
+
+import anybit
+from anybit.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = (ROOT / "docs" / "command-line.md").read_text()
+VERBS = typer.main.get_command(app).commands
+
+
+class Small(nn.Module):
+    """A network with the layer that the README keeps at 8 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.body(x)).mean((2, 3)))
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    assert len(code.strip().splitlines()) <= 12
+    monkeypatch.chdir(tmp_path)
+    calibrate = anybit.calibrate
+    monkeypatch.setattr("anybit.roads.calibrate", lambda *a, **k: calibrate(*a, steps=5, candidate_steps=5, **k))
+    names = {"model": Small(), "images": torch.randn(16, 3, 8, 8), "test_set": (torch.randn(8, 3, 8, 8), torch.randint(0, 4, (8,)))}
+    exec(code, names)
+    assert (tmp_path / "runs" / "mine" / "model.safetensors").is_file()
+    assert "W8A8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_is_documented(verb):
+    assert f"anybit {verb}" in COMMANDS and f"anybit {verb}" in README
+
+
+def test_every_option_in_the_docs_exists():
+    known = {name for verb in VERBS.values() for option in verb.params for name in [*option.opts, *option.secondary_opts]} | {"--help"}
+    for text in (README, COMMANDS):
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
+
+
+def test_every_file_that_the_docs_name_is_there():
+    for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+        for name in re.findall(r"(?:docs|src|tests|examples|benchmarks)/[\w/.-]+\.(?:md|py)", text):
+            assert (ROOT / name).is_file() or "NAME" in name, name
+
+
+def test_every_module_is_on_the_map():
+    modules = {path.stem for path in (ROOT / "src" / "anybit").glob("*.py") if not path.stem.startswith("__")}
+    map_of_files = README.split("## Map")[1]
+    assert [module for module in sorted(modules) if not re.search(rf"\b{module}\b", map_of_files)] == []
