@@ -166,7 +166,51 @@ def scatter_section() -> str:
                 ]
             )
     text = table(["schemes", "how many", "bits of the best", "its predicted loss", "its measured loss", "median measured loss"], lines)
-    return f"{text}\n\nRank correlation of predicted and measured loss over all {len(rows)}: {rank:.2f}."
+    write_scatter(rows, ROOT / "docs" / "allocation.svg")
+    picture = "![Predicted against measured loss](allocation.svg)"
+    return f"{text}\n\n{picture}\n\nRank correlation of predicted and measured loss over all {len(rows)}: {rank:.2f}."
+
+
+def write_scatter(rows: list[dict[str, Any]], path: Path) -> None:
+    """Predicted against measured loss, both axes logarithmic, as a small SVG picture."""
+    width, height, margin = 560, 420, 56
+    values = [math.log10(max(row[axis], 1e-6)) for row in rows for axis in ("predicted", "measured")]
+    low, high = math.floor(2 * min(values)) / 2, math.ceil(2 * max(values)) / 2
+
+    def place(row: dict[str, Any]) -> tuple[float, float]:
+        x, y = (math.log10(max(row[axis], 1e-6)) for axis in ("predicted", "measured"))
+        across, up = (x - low) / (high - low), (y - low) / (high - low)
+        return margin + across * (width - 2 * margin), height - margin - up * (height - 2 * margin)
+
+    marks = {"allocated": ("circle", "#1b6ca8"), "random": ("cross", "#888888"), "uniform": ("square", "#c1440e")}
+    shapes = []
+    for row in rows:
+        x, y = place(row)
+        kind, color = marks[row["name"].split()[0]]
+        title = f"<title>{row['name']}: predicted {row['predicted']:.4f}, measured {row['measured']:.4f}</title>"
+        shape = {
+            "circle": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{color}">{title}</circle>',
+            "square": f'<rect x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10" fill="{color}">{title}</rect>',
+            "cross": f'<path d="M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8" stroke="{color}" stroke-width="2">{title}</path>',
+        }[kind]
+        shapes.append(shape)
+    ticks = []
+    for tick in np.arange(low, high + 0.1, 0.5):
+        x, y = place({"predicted": 10**tick, "measured": 10**tick})
+        ticks.append(f'<text x="{x:.0f}" y="{height - margin + 18}" text-anchor="middle">{10**tick:.2g}</text>')
+        ticks.append(f'<text x="{margin - 8}" y="{y + 4:.0f}" text-anchor="end">{10**tick:.2g}</text>')
+    start, end = margin, width - margin
+    frame = f'<path d="M{start} {height - margin}L{end} {margin}" stroke="#bbbbbb" stroke-dasharray="4"/>'
+    frame += f'<path d="M{start} {margin}V{height - margin}H{end}" fill="none" stroke="#444444"/>'
+    legend = "".join(
+        f'<text x="{margin + 14}" y="{margin + 16 * index}" fill="{color}">{kind}: {name}</text>'
+        for index, (name, (kind, color)) in enumerate(marks.items())
+    )
+    labels = f'<text x="{width / 2}" y="{height - 12}" text-anchor="middle">predicted loss</text>'
+    labels += f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">measured loss (held-out)</text>'
+    body = "\n".join(['<rect width="100%" height="100%" fill="white"/>', frame, *ticks, labels, legend, *shapes])
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n{body}\n</svg>\n')
 
 
 def speed_section() -> str:
