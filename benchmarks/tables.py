@@ -18,7 +18,6 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("W4A8", "W4A4", "W3A3", "W2A4", "W2A2")
 AIMS = {"W4A8": 91.7, "W4A4": 91.4, "W3A3": 90.3, "W2A4": 89.8, "W2A2": 86.5}
-PEERS = {"W4A8": 91.62, "W4A4": 90.84, "W3A3": 88.55, "W2A4": 89.06}
 
 
 def entries(name: str) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def uniform_section() -> str:
                 f"{statistics.mean(seconds):.0f} s" if seconds else "",
             ]
         )
-    return table(["precision", "top-1, mean (range)", "seeds", "aim", "time, one busy core"], rows)
+    return table(["precision", "top-1, mean (range)", "seeds", "aim", "time"], rows)
 
 
 def ladder_section() -> str:

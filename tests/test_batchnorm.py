@@ -17,7 +17,7 @@ from networks import (
 from torch import nn
 
 from anybit.batches import Batch
-from anybit.batchnorm import ChannelStatistics, channel_statistics, fold, foldable, join, match_layers, tune
+from anybit.batchnorm import ChannelStatistics, channel_statistics, fold, fold_checked, foldable, join, match_layers, tune
 from anybit.candidates import Candidates, apply_scheme, weight_candidate
 from anybit.errors import InvalidSetting
 from anybit.layers import codes_of, float_weight, prepare, quantized_layers
@@ -206,3 +206,22 @@ def test_joined_batches_are_the_batches():
     parts = [Batch({"a": torch.ones(2, 3), "b": torch.zeros(2)}), Batch({"a": torch.zeros(1, 3), "b": torch.ones(1)})]
     joined = join(parts).inputs
     assert torch.equal(joined["a"], torch.tensor([[1.0] * 3, [1.0] * 3, [0.0] * 3])) and torch.equal(joined["b"], torch.tensor([0.0, 0, 1]))
+
+
+class Rectifying(nn.Conv2d):
+    """A convolution with an activation in its own forward: not affine in its weight."""
+
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+def test_a_layer_whose_forward_is_not_affine_keeps_its_batch_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Rectifying(4, 4, 3), nn.BatchNorm2d(4)).eval()
+    for norm in (model[1], model[3]):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    batch = Batch(torch.randn(2, 3, 8, 8))
+    folded, pairs, _ = fold_checked(model, foldable(model, observe(model, batch)), batch)
+    assert pairs == {"0": "1"}
+    assert torch.allclose(folded(batch.inputs), model(batch.inputs), atol=1e-5)

@@ -309,9 +309,17 @@ def test_a_failed_overwrite_keeps_the_run_that_was_there(run_folder):
 def test_a_finished_run_is_replaced_only_when_asked(run_folder, calibrated):
     with pytest.raises(InvalidSetting, match="--overwrite"):
         calibrated[2].save(run_folder)
-    (run_folder / "left over").touch()
+    (run_folder / "report.json").write_text("old")
     calibrated[2].save(run_folder, overwrite=True)
-    assert not (run_folder / "left over").exists()
+    assert (run_folder / "report.json").read_text() != "old"
+    assert not [path.name for path in run_folder.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_with_something_else_beside_it_is_not_deleted(run_folder, calibrated):
+    (run_folder / "notes.txt").write_text("dear reader")
+    with pytest.raises(InvalidSetting, match="holds files besides"):
+        calibrated[2].save(run_folder, overwrite=True)
+    assert (run_folder / "notes.txt").read_text() == "dear reader"
 
 
 def test_what_is_no_run_is_never_replaced(tmp_path, calibrated):

@@ -284,3 +284,15 @@ def test_a_script_keeps_nothing_on_the_path(script):
     before = list(sys.path)
     assert callable(load_callable(f"{script}:net", "--model"))
     assert sys.path == before
+
+
+def test_what_a_users_function_raises_is_one_error_that_names_it(tmp_path):
+    (tmp_path / "net.py").write_text("def network(size):\n    return size\n\ndef broken():\n    raise KeyError('weights')\n")
+    for name, said in (("network", "TypeError"), ("broken", "KeyError")):
+        with pytest.raises(InvalidSetting, match=f"net.py:{name} failed with {said}"):
+            load_model(f"{tmp_path / 'net.py'}:{name}")
+
+
+def test_a_crop_larger_than_the_resized_picture_is_refused():
+    with pytest.raises(InvalidSetting, match="larger --resize"):
+        Preprocessing(size=256, resize=224)

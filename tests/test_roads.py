@@ -22,9 +22,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import anybit
-from anybit import stages
+from anybit import roads, stages
 from anybit.batches import Samples
-from anybit.errors import AnybitError, InfeasibleBudget, InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.layers import scheme_of
 from anybit.scheme import Precision
 
@@ -332,7 +332,7 @@ BAD = {
     "nine bits": (lambda: make(Chain), pictures(24), {"activation_bits": (9,)}, InvalidSetting, r"9 is outside 2\.\.8"),
     "no layer": (lambda: nn.Sequential(nn.ReLU(), nn.Flatten()), pictures(24), {}, UnsupportedModel, "no layer to quantize"),
     "called twice": (lambda: make(CalledTwice), numbers(24, 4), {}, UnsupportedModel, "again runs 2 times"),
-    "shared": (lambda: make(SharedWeight), numbers(24, 4), {}, UnsupportedModel, "left share one weight"),
+    "shared": (lambda: make(SharedWeight), numbers(24, 4), {}, UnsupportedModel, "left and right share one weight"),
     "keep nothing": (lambda: make(Chain), pictures(24), {"keep": {"cnv*": Precision(8)}}, InvalidSetting, "matches no"),
     "unknown block": (lambda: make(Chain), pictures(24), {"blocks": ("b1",)}, InvalidSetting, "b1"),
     "not data": (lambda: make(Chain), 7, {}, InvalidInput, "int"),
@@ -364,3 +364,25 @@ def test_a_test_set_that_the_model_refuses_is_an_input_error():
         anybit.calibrate(make(Chain), pictures(24), None, test=(numbers(8, 4, 8, 8), torch.zeros(8, dtype=torch.long)), **FAST)
     with pytest.raises(InvalidInput):
         anybit.evaluate(make(Chain), (numbers(8, 4, 8, 8), torch.zeros(8, dtype=torch.long)))
+
+
+def test_other_budgets_come_from_a_folder_of_several_runs(tmp_path):
+    model, data = make(Residual), pictures(24)
+    results = roads.calibrate(model, data, ["4bit", "3bit"], steps=3, candidate_steps=3, bias_tuning=False)
+    roads.save_all(results, tmp_path / "runs")
+    result = roads.allocate(tmp_path / "runs", "2.5bit", data=data, model=model)
+    assert result.report["result"]["weight_bits"] <= 2.5
+    assert result.report["settings"]["sequential"] is False
+    with pytest.raises(InvalidFile, match="holds several runs: 3bit, 4bit"):
+        roads.load(tmp_path / "runs", model=model)
+
+
+def test_the_certificate_says_which_scheme_was_taken():
+    result = roads.calibrate(make(Residual), pictures(24), "4bit", pipeline="light")
+    chosen = next(row["name"] for row in result.report["schemes"] if row["chosen"])
+    assert result.about["certificate"]["chosen"] == chosen and result.about["certificate"]["gap"] <= 1e-3
+
+
+def test_a_metric_without_test_data_is_refused():
+    with pytest.raises(InvalidSetting, match="--test"):
+        roads.calibrate(make(Residual), pictures(24), "4bit", metric=lambda outputs, labels: 0.0)

@@ -355,3 +355,21 @@ def test_matched_candidates_keep_their_codes_in_a_model(residual):
     model = apply_scheme(network.prepared, network.uniform(2, 8), matched)
     assert all(torch.equal(codes_of(layer), candidates.weights[name, 2].codes) for name, layer in quantized_layers(model).items())
     assert len(quantized_layers(model)) == len(network.names)
+
+
+def test_a_transformer_layer_computes_with_its_quantizers_watched_or_not():
+    """PyTorch's fused path reads the weights and skips the forward of the layers, and with it their input quantizers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 4)).eval()
+    calibration = Calibration([Batch(torch.randn(8, 5, 8))], [Batch(torch.randn(4, 5, 8))])
+    settings = CalibrateSettings(weight_bits=(4,), activation_bits=(2,))
+    network = observe_network(model, calibration.fitting[0], settings)
+    assert {"0.linear1", "0.linear2", "1"} <= set(network.names) and "0.self_attn" in network.uncovered
+    quantized = apply_scheme(network.prepared, network.uniform(4, 2), range_candidates(network, calibration, settings))
+    with torch.no_grad():
+        alone = quantized(calibration.held_out[0].inputs)
+        hooks = [module.register_forward_hook(lambda *args: None) for module in quantized.modules()]
+        watched = quantized(calibration.held_out[0].inputs)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(alone, watched)

@@ -117,7 +117,8 @@ def allocate(problem: Problem, objective: Mapping[str, np.ndarray] | None = None
 
 def least_cost(problem: Problem, cost: Mapping[str, np.ndarray], loss_limit: float) -> Allocation:
     """The paper's form: the smallest cost whose predicted loss is at most `loss_limit`."""
-    bounded = Problem(problem.choices, problem.losses, {**problem.costs, "loss": problem.losses}, {**problem.limits, "loss": loss_limit})
+    costs, limits = {**problem.costs, "loss": problem.losses}, {**problem.limits, "loss": loss_limit}
+    bounded = Problem(problem.choices, problem.losses, costs, limits, problem.in_words)
     return allocate(bounded, cost, "least cost under a loss limit")
 
 

@@ -3,7 +3,7 @@
 The one seeded split into fitting and held-out inputs is made here, once a run.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,17 +51,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def map_tensors(value: Any, function) -> Any:
-    """`value` with every tensor in its tuples, lists and dicts mapped."""
-    if isinstance(value, Tensor):
+def map_leaves(value: Any, leaf: type, function: Callable[[Any], Any]) -> Any:
+    """`value` with every `leaf` in its nested tuples, lists and dicts mapped."""
+    if isinstance(value, leaf):
         return function(value)
     if isinstance(value, Mapping):
-        return {key: map_tensors(item, function) for key, item in value.items()}
+        return {key: map_leaves(item, leaf, function) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its fields one by one
-        return type(value)(*(map_tensors(item, function) for item in value))
+        return type(value)(*(map_leaves(item, leaf, function) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(item, function) for item in value)
+        return type(value)(map_leaves(item, leaf, function) for item in value)
     return value
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """`value` with every tensor mapped."""
+    return map_leaves(value, Tensor, function)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

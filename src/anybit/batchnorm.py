@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from anybit.batches import Batch, call, map_tensors, tensors_in
-from anybit.errors import InvalidSetting
+from anybit.errors import InvalidSetting, UnsupportedModel
+from anybit.evaluation import outputs_of
 from anybit.layers import float_weight, from_rows, weight_rows
 from anybit.quantizers import UniformQuantizer
 from anybit.wiring import BATCH_NORMS, COVERED, Wiring
@@ -53,6 +54,28 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
         if plain and not isinstance(source, nn.Embedding) and weights[id(source.weight)] == 1:
             pairs[layer] = name
     return pairs
+
+
+def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch) -> tuple[nn.Module, dict[str, str], dict]:
+    """(folded copy, the pairs that were folded, their promised statistics), held against the model's own outputs on `example`.
+
+    A layer whose forward is its own (an activation inside, a standardized weight) may not be affine in its weight: where folding changes
+    the outputs, such layers keep their batch norm. Raises UnsupportedModel where the outputs differ even so.
+    """
+    own_forward = {name for name in pairs if not any(type(model.get_submodule(name)).forward is cls.forward for cls in COVERED)}
+    for kept in (pairs, {name: norm for name, norm in pairs.items() if name not in own_forward}):
+        folded, promised = fold(model, kept)
+        if _same_outputs(model, folded, example):
+            return folded, dict(kept), promised
+    raise UnsupportedModel("Folding the batch norms changes the network's outputs. Fold them yourself, or name the layers with --keep.")
+
+
+@torch.no_grad()
+def _same_outputs(model: nn.Module, folded: nn.Module, example: Batch) -> bool:
+    before, after = (outputs_of(network, [example]) for network in (model, folded))
+    if not torch.isfinite(before).all():
+        return True  # the data or the network is at fault, which is found and named later
+    return bool((before - after).abs().max() <= 1e-3 * before.abs().max().clamp_min(1e-6))
 
 
 @torch.no_grad()

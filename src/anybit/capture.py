@@ -1,5 +1,6 @@
 """A unit's inputs and outputs, held within a memory budget. The only place that spills to disk."""
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybit.batches import Batch, call, tensors_in
-from anybit.errors import UnsupportedModel
+from anybit.batches import Batch, call, map_leaves, tensors_in
+from anybit.errors import AnybitError, UnsupportedModel
 
 
 class _Stop(Exception):
@@ -53,6 +54,11 @@ class MemoryBudget:
         if self.used + size <= self.limit:
             self.used += size
             return torch.empty(shape, dtype=dtype)
+        if size > shutil.disk_usage(tempfile.gettempdir()).free:
+            raise AnybitError(
+                f"{size:,} bytes of activations do not fit into the rest of the memory budget ({self.limit:,} bytes) nor on the disk of "
+                f"{tempfile.gettempdir()}. Raise --memory, calibrate on fewer --samples, or point TMPDIR at a larger disk."
+            )
         self.spilled += size
         with tempfile.NamedTemporaryFile(prefix="anybit-") as file:  # the name goes at once; the mapping keeps the bytes
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
@@ -72,7 +78,7 @@ class Captured:
 
     def batch(self, indices: Tensor) -> tuple[tuple, dict]:
         """(args, kwargs) of the samples `indices`, on the device they came from."""
-        return _map(self.arguments, Store, lambda store: store.rows(indices).to(self.device))
+        return map_leaves(self.arguments, Store, lambda store: store.rows(indices).to(self.device))
 
     def outputs(self, indices: Tensor) -> Tensor:
         """The outputs of the samples `indices`."""
@@ -88,17 +94,6 @@ def carry(source: Callable[[Tensor], Tensor], count: int, budget: "MemoryBudget"
         store = store or Store.like(part, len(indices), count, budget)
         store.add(part, len(indices))
     return store
-
-
-def _map(value: Any, leaf: type, function: Callable) -> Any:
-    """`value` with every `leaf` in its tuples, lists and dicts mapped."""
-    if isinstance(value, leaf):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _map(item, leaf, function) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map(item, leaf, function) for item in value)
-    return value
 
 
 @torch.no_grad()
@@ -119,6 +114,8 @@ def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, b
     finally:
         for hook in hooks:
             hook.remove()
+    if any(store is not None and store.filled != count for store in [*recorder.stores, recorder.output]):
+        raise UnsupportedModel(f"Unit {name} does not run once for every input: it is skipped or repeated. Keep its layers float.")
     return recorder.captured
 
 
@@ -149,13 +146,13 @@ class _Recorder:
             shared = self.stores[place.number] is None or (place.number in self.same and self.calls > 1)
             return self.first[place.number] if shared else self.stores[place.number]
 
-        return Captured(_map(self.places, _Place, held), self.output, self.first[0].device)
+        return Captured(map_leaves(self.places, _Place, held), self.output, self.first[0].device)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         parts = tensors_in((args, kwargs))
         if not self.calls:
             numbers = iter(range(len(parts)))
-            self.places = _map((args, kwargs), Tensor, lambda _: _Place(next(numbers)))
+            self.places = map_leaves((args, kwargs), Tensor, lambda _: _Place(next(numbers)))
             self.first = [part.clone() for part in parts]
             self.stores = [self._store(part) for part in parts]
             self.same = set(range(1, len(parts)))  # the first tensor is the data, whatever it holds

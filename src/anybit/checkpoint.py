@@ -293,6 +293,10 @@ def write_json(path: Path, data: Any) -> None:
 def read_json(path: Path) -> Any:
     """The JSON value in `path`."""
     if not path.is_file():
+        several = runs_in(path.parent) if path.name == "scheme.json" else []
+        if several:
+            names = ", ".join(run.name for run in several)
+            raise InvalidFile(f"{path.parent} holds several runs: {names}. Name one of them: {several[0]}.")
         raise InvalidFile(f"{path} is not there. Is {path.parent} a run folder of anybit?")
     try:
         return json.loads(path.read_text(encoding="utf8"), parse_constant=_refuse_constant)
@@ -319,26 +323,46 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield draft
         draft.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        draft.rename(path)
+        if path.exists():  # the old run goes only once the new one stands in its place
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
+            path.rename(aside)
+            draft.rename(path)
+            shutil.rmtree(aside.parent)
+        else:
+            draft.rename(path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+RUN_FILES = {"scheme.json", "model.safetensors", "report.json", "candidates.safetensors", "candidates.json"}
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder holds what anybit writes, and nothing else: a run, or several with their common report."""
+    if not path.is_dir():
+        return False
+    items = list(path.iterdir())
+    known = all(item.name in RUN_FILES if item.is_file() else is_run(item) for item in items)
+    return known and any(item.name == "report.json" for item in items)
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The run folders inside one that holds several; none where `path` is a run itself."""
+    return [] if (path / "scheme.json").is_file() else sorted(child.parent for child in path.glob("*/scheme.json"))
+
+
 def check_free(path: Path, overwrite: bool = False) -> None:
     """Raise InvalidSetting where `path` is taken: by a run, unless it may be overwritten, or by anything else, always."""
-    if not path.exists():
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    is_run = (path / "scheme.json").is_file() or (path / "report.json").is_file()
-    if not is_run and not (path.is_dir() and not any(path.iterdir())):
-        raise InvalidSetting(f"{path} exists and is no run folder of anybit. Choose another --output.")
-    if is_run and not overwrite:
+    if not is_run(path):
+        raise InvalidSetting(f"{path} exists and is no run folder of anybit, or holds files besides. Choose another --output.")
+    if not overwrite:
         raise InvalidSetting(f"{path} holds a finished run. Choose another --output, or give --overwrite.")
 
 
 def _own_runs() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local" / "state")) / "anybit" / "runs.json"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "anybit" / "runs.json"
 
 
 def remember(folder: Path) -> None:

@@ -149,7 +149,7 @@ def _kept(patterns: list[str] | None) -> dict[str, Precision]:
 
 def _require(value: str | None, option: str) -> str:
     if value is None:
-        raise InvalidSetting(f"{option} is missing. `anybit --help` shows an example of each verb.")
+        raise InvalidSetting(f"{option} is missing. `anybit VERB --help` lists the options.")
     return value
 
 

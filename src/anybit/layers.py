@@ -119,7 +119,13 @@ def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] 
     Raises UnsupportedModel where a name is not a layer that anybit covers, or where two that are not `kept_float` share a weight.
     """
     prepared = copy.deepcopy(model)
-    owners: dict[int, str] = {}
+    for module in prepared.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # its fused path would read the weights and skip the layers' own forward
+    owners: dict[int, list[str]] = {}
+    for name, module in prepared.named_modules():
+        if isinstance(module, COVERED) and module._parameters.get("weight") is not None:
+            owners.setdefault(id(module._parameters["weight"]), []).append(name)
     for name in names:
         layer = prepared.get_submodule(name)
         if not isinstance(layer, COVERED):
@@ -129,13 +135,12 @@ def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] 
             raise UnsupportedModel(f"{name}: the weight is computed (a parametrization or weight norm). Remove the parametrization first.")
         if parameter.dtype != torch.float32 and name not in kept_float:
             raise UnsupportedModel(f"{name}: the weight is {parameter.dtype}. Convert the network first: model.float().")
-        if id(parameter) in owners and name not in kept_float:
+        sharing = owners[id(parameter)]
+        if len(sharing) > 1 and not set(sharing) <= set(kept_float):
+            keeps = " ".join(f"--keep '{owner}=float'" for owner in sharing)
             raise UnsupportedModel(
-                f"{name} and {owners[id(parameter)]} share one weight, which cannot have two ranges. "
-                f"Clone the weight of one, or keep both float: --keep '{name}=float' --keep '{owners[id(parameter)]}=float'."
+                f"{' and '.join(sharing)} share one weight, which cannot have two ranges. Clone the weight, or keep all float: {keeps}."
             )
-        if name not in kept_float:
-            owners[id(parameter)] = name
         layer.__class__ = _swapped_class(type(layer))
         layer.register_module("weight_quantizer", None)
         layer.register_module("input_quantizer", None)

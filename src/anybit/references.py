@@ -47,6 +47,8 @@ class Preprocessing:
             raise InvalidSetting(f"--std {self.std} must be above zero in every channel.")
         if self.mean is not None and not all(math.isfinite(value) for value in self.mean):
             raise InvalidSetting(f"--mean {self.mean} must be finite in every channel.")
+        if self.resize and self.size and self.size > self.resize:
+            raise InvalidSetting(f"--size {self.size} cannot be cropped from a short side of {self.resize}. Give a larger --resize.")
         for name in ("size", "resize"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InvalidSetting(f"--{name} {getattr(self, name)} must be at least 1.")
@@ -65,19 +67,35 @@ class Preprocessing:
 def load_model(reference: str, weights: str | None = None) -> nn.Module:
     """The network that `reference` names, in evaluation mode, with the state dict of `weights` (.safetensors, .pt, .pth) if given."""
     kind, _, name = reference.partition(":")
-    if kind == "timm":
-        model = _optional("timm").create_model(name, pretrained=weights is None)
-    elif kind == "torchvision":
-        model = _optional("torchvision.models").get_model(name, weights=None if weights else "DEFAULT")
-    elif kind == "hf":
+    if kind == "hf":
         raise InvalidSetting("Hugging Face models are not covered yet. Give a function that returns the network: FILE.py:function.")
-    else:
-        model = load_callable(reference, "--model")()
+    make = {"timm": _from_timm, "torchvision": _from_torchvision}.get(kind)
+    function = (lambda: make(name, weights is None)) if make else load_callable(reference, "--model")
+    model = _called(function, f"--model {reference}")
     if not isinstance(model, nn.Module):
         raise InvalidSetting(f"--model {reference} returned a {type(model).__name__}, not a torch.nn.Module.")
     if weights:
         load_weights(model, Path(weights))
     return model.eval()
+
+
+def _from_timm(name: str, pretrained: bool) -> nn.Module:
+    return _optional("timm", "timm").create_model(name, pretrained=pretrained)
+
+
+def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
+    return _optional("torchvision.models", "torchvision").get_model(name, weights="DEFAULT" if pretrained else None)
+
+
+def _called(function: Callable, what: str) -> Any:
+    """What the user's function returns; whatever it raises becomes one error that names it."""
+    try:
+        return function()
+    except AnybitError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise InvalidSetting(f"{what} failed with {type(error).__name__}: {said}. It is called without arguments.") from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -147,12 +165,11 @@ def _import_file(path: Path, option: str):
     return module
 
 
-def _optional(package: str):
+def _optional(module: str, package: str):
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another build of torch
-        name = package.split(".")[0]
-        raise MissingPackage(f"{name} is needed for this reference and does not import ({error}). Run: pip install {name}") from error
+        raise MissingPackage(f"{package} is needed for this reference and does not import ({error}). Run: pip install {package}") from error
 
 
 def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), workers: int = 0) -> Samples:
@@ -172,7 +189,7 @@ def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), wo
         )
     if ":" not in reference:
         raise InvalidInput(f"--data {reference}: there is no such folder or .npz file.")
-    dataset = load_callable(reference, "--data")()
+    dataset = _called(load_callable(reference, "--data"), f"--data {reference}")
     return as_samples(dataset, workers)
 
 
@@ -219,7 +236,7 @@ class ImageFolder(Dataset):
     """Pictures in one folder (unlabelled) or one folder a class. Integer folder names are class numbers, others are numbered in order."""
 
     def __init__(self, root: Path, preprocessing: Preprocessing):
-        _optional("PIL.Image")
+        _optional("PIL.Image", "pillow")
         self.preprocessing = preprocessing
         files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not files:

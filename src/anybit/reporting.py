@@ -26,10 +26,6 @@ class StageClock:
         yield
         self.stages.append({"stage": name, "seconds": time.perf_counter() - start, "peak_bytes": peak_memory()})
 
-    def seconds(self, *names: str) -> float:
-        """Seconds of these stages together; of all, where none is named."""
-        return sum(stage["seconds"] for stage in self.stages if not names or stage["stage"] in names)
-
 
 def _reset_peak() -> None:
     """Linux keeps a high-water mark that can be reset; elsewhere the peak is that of the process so far."""
@@ -135,9 +131,11 @@ def print_report(report: Mapping[str, Any]) -> None:
     if report["ladder"]:
         rows = [[row["step"], row["loss"], row.get("top1"), "yes" if row["kept"] else "no"] for row in report["ladder"]]
         print_table("What each step gained (held-out inputs)", ["step", "loss", "top-1", "kept"], rows)
+    if report["units"]:
+        errors = [[name, unit["before"], unit["after"], str(unit["steps"])] for name, unit in report["units"].items() if unit]
+        print_table("Units (relative error on held-out inputs)", ["unit", "before", "after", "steps kept"], errors)
     stages = [[s["stage"], f"{s['seconds']:.1f} s", human_bytes(s["peak_bytes"])] for s in report["stages"]]
     print_table("Stages", ["stage", "time", "peak memory"], stages)
-    print(result_line(report))
 
 
 def print_frontier(reports: Iterable[Mapping[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from anybit import stages
 from anybit.batches import Batch, Calibration, Samples, check_finite, draw, map_tensors, split
-from anybit.candidates import Candidates
+from anybit.candidates import Candidates, apply_scheme
 from anybit.checkpoint import (
     Canonical,
     SchemeFile,
@@ -22,6 +22,7 @@ from anybit.checkpoint import (
     read_canonical,
     read_scheme,
     remember,
+    runs_in,
     write_candidates,
     write_canonical,
     write_json,
@@ -100,6 +101,8 @@ def calibrate(
     twice = [text for text, count in Counter(map(str, budgets)).items() if count > 1]
     if twice:
         raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
+    if metric is not None and test is None:
+        raise InvalidSetting("A metric is reported on test data: give --test with --metric.")
     about = dict(about or {})
     if isinstance(model, str):
         about["model"] = {"reference": model, **about.get("model", {})}
@@ -184,6 +187,8 @@ def _finish(
         choice = stages.choose_scheme(network, bench.table, budget, settings, bench.judge)
     with clock.stage("polish"):
         model, ladder, errors = stages.polish(bench, choice.scheme)
+        if budget is not None and budget.limit("drop") is not None:
+            model = _within_drop(bench, budget, choice.scheme, model)
     with clock.stage("edge ranges"):
         edges = stages.edge_ranges(model, network.wiring, bench.calibration.fitting)
     canonical = Canonical(model.eval(), network.norms, edges)
@@ -199,7 +204,7 @@ def _finish(
             report |= _tests(network, canonical.model, test, bench.judge.task, metric, settings)
     canonical.model.cpu()
     report["stages"] = clock.stages
-    certificate = choice.allocation.certificate(settings.seed) if choice.allocation else {}
+    certificate = choice.certificate(settings.seed)
     about = {**about, "budget": str(budget) if budget else None, "certificate": certificate, "task": bench.judge.task}
     saved = {
         "table": bench.table.to_json(),
@@ -207,6 +212,14 @@ def _finish(
         "settings": settings.to_json(),
     }
     return Result(canonical, report, about, bench.candidates, saved)
+
+
+def _within_drop(bench: Bench, budget: Budget, scheme: Scheme, polished: nn.Module) -> nn.Module:
+    """The polished model, or the candidates that met the allowed drop where polishing (judged by the loss) has left it."""
+    float_top1 = bench.judge.of_outputs(bench.judge.reference)["top1"]
+    if float_top1 - bench.judge.of_model(polished)["top1"] <= budget.limit("drop"):
+        return polished
+    return apply_scheme(bench.network.prepared, scheme, bench.candidates)
 
 
 def _report(
@@ -224,7 +237,6 @@ def _report(
         for name, precision in scheme.items()
     }
     rows = [{**row, "scheme": row["scheme"].to_json(), "chosen": row["scheme"] == choice.scheme} for row in choice.measured]
-    certificate = choice.allocation.certificate(settings.seed) if choice.allocation else None
     return {
         "version": 1,
         "budget": str(budget) if budget else None,
@@ -232,7 +244,7 @@ def _report(
         "float_bytes": network.costs.float_bytes,
         "layers": layers,
         "schemes": rows,
-        "certificate": certificate,
+        "certificate": choice.certificate(settings.seed),
         "uncovered": dict(network.uncovered),
         "settings": settings.to_json(),
         "environment": environment(),
@@ -255,16 +267,18 @@ def allocate(run: str | Path, budget: str | Budget, data: Any = None, model: nn.
     The best schemes are measured on held-out inputs and batch norm is tuned: on `data`, or on the data that the run recorded, where the
     run is this user's own.
     """
-    folder = Path(run)
+    folder = next(iter(runs_in(Path(run))), Path(run))  # runs of one calibrate share their candidates: any of them serves
     file = read_scheme(folder)
     float_model = _float_model(folder, file, model)
     shapes = {name: (record.rows, record.columns) for name, record in file.layers.items()}
     candidates, saved = read_candidates(folder, shapes)
     settings = _settings_from(saved["settings"])
     clock = StageClock()
-    samples = _recorded_data(folder, file) if data is None else _samples_as(data, file, workers)
+    samples = _recorded_data(folder, file, workers) if data is None else _samples_as(data, file, workers)
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
+        if settings.mirror:
+            calibration = stages.mirrored(calibration)
         network = stages.observe_network(float_model, _example(calibration), settings)
         found = {name: (size.rows, size.columns) for name, size in network.costs.layers.items()}
         if found != shapes:
@@ -284,14 +298,14 @@ def allocate(run: str | Path, budget: str | Budget, data: Any = None, model: nn.
     with clock.stage("edge ranges"):
         edges = stages.edge_ranges(polished, network.wiring, calibration.fitting)
     canonical = Canonical(polished.eval(), network.norms, edges)
-    report = _report(network, canonical.scheme, choice, table, budget, settings) | {
+    report = _report(network, canonical.scheme, choice, table, budget, light) | {
         "ladder": ladder, "units": {}, "candidate_errors": {}, "stages": clock.stages,
         "inputs": dict(zip(("fitting", "held_out"), calibration.count(), strict=True)),
     }  # fmt: skip
-    certificate = choice.allocation.certificate(settings.seed) if choice.allocation else {}
+    certificate = choice.certificate(settings.seed)
     about = {
         "model": file.model,
-        "data": file.data,
+        "data": file.data if data is None else {},
         "preprocessing": file.preprocessing,
         "task": file.task,
         "budget": str(budget),
@@ -300,11 +314,11 @@ def allocate(run: str | Path, budget: str | Budget, data: Any = None, model: nn.
     return Result(canonical, report, about, candidates, {key: saved[key] for key in ("table", "choices", "settings")})
 
 
-def _recorded_data(folder: Path, file: SchemeFile) -> Samples:
+def _recorded_data(folder: Path, file: SchemeFile, workers: int) -> Samples:
     reference = file.data.get("reference")
     if not isinstance(reference, str) or not is_own(folder):
         raise InvalidSetting(f"{folder} does not name data that may be followed. Give inputs of the network with --data.")
-    return load_data(reference, Preprocessing.from_json(file.preprocessing))
+    return load_data(reference, Preprocessing.from_json(file.preprocessing), workers)
 
 
 def _samples_as(data: Any, file: SchemeFile, workers: int) -> Samples:

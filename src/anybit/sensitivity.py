@@ -8,16 +8,15 @@ Source: Hubara et al., ICML 2021, section 3.3. Deviation: the paper measures the
 loss is too kind, so held-out inputs are used, and the divergence to the float outputs needs no labels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from anybit.batches import Batch
-from anybit.candidates import Candidates, apply_scheme, install
+from anybit.candidates import Candidates, apply_scheme
 from anybit.errors import UnsupportedModel
 from anybit.evaluation import distance, outputs_of
-from anybit.layers import quantized_layers
 from anybit.progress import track
 from anybit.scheme import FLOAT, Precision, Scheme
 
@@ -26,12 +25,16 @@ Row = tuple[str, Precision]
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """(layer, precision) -> predicted rise of the distance. `measured` are the rows as measured: W, A and, where asked for, WA."""
+    """(layer, precision) -> predicted rise of the distance above `floor`, that of the network with every layer at its base.
+
+    `measured` are the rows as measured: W, A and, where asked for, WA.
+    """
 
     measured: Mapping[Row, float]
     base: Precision
     samples: int
     pairs: bool = False
+    floor: float = 0.0
 
     def loss(self, layer: str, precision: Precision) -> float:
         """The measured row, or the sum of the weights-only and the activations-only one."""
@@ -40,21 +43,21 @@ class SensitivityTable:
         return sum(self.measured[layer, part] for part in _parts(precision))
 
     def total(self, scheme: Scheme) -> float:
-        """Predicted distance of a whole scheme: the sum over layers."""
-        return sum(self.loss(name, precision) for name, precision in scheme.items())
+        """Predicted distance of a whole scheme: the floor and the sum over layers."""
+        return self.floor + sum(self.loss(name, precision) for name, precision in scheme.items())
 
     def to_json(self) -> dict:
         """Layer -> precision -> value, with what it was measured on."""
         rows: dict[str, dict[str, float]] = {}
         for (layer, precision), value in self.measured.items():
             rows.setdefault(layer, {})[str(precision)] = value
-        return {"base": str(self.base), "samples": self.samples, "pairs": self.pairs, "rows": rows}
+        return {"base": str(self.base), "samples": self.samples, "pairs": self.pairs, "floor": self.floor, "rows": rows}
 
     @classmethod
     def from_json(cls, data: Mapping) -> "SensitivityTable":
         """The table that `to_json` wrote."""
         rows = {(layer, Precision.parse(text)): value for layer, row in data["rows"].items() for text, value in row.items()}
-        return cls(rows, Precision.parse(data["base"]), data["samples"], data["pairs"])
+        return cls(rows, Precision.parse(data["base"]), data["samples"], data["pairs"], data["floor"])
 
 
 def _parts(precision: Precision) -> list[Precision]:
@@ -81,11 +84,10 @@ def measure_sensitivity(
     task: str,
     base: Precision = FLOAT,
     pairs: bool = False,
-    tune: Callable[[nn.Module], None] | None = None,
 ) -> SensitivityTable:
     """Measure every row that `choices` (layer -> precisions) needs; `reference` are the float model's outputs on `held_out`.
 
-    `tune`, where given, is applied to each variant before it is measured (batch-norm tuning, for the light pipeline).
+    A row of weights is measured with the layer's activations at the base, a row of activations with its weights there.
     """
     names = list(choices)
     base_scheme = Scheme({name: choices[name][0] if len(choices[name]) == 1 else base for name in names})
@@ -96,14 +98,15 @@ def measure_sensitivity(
         if len(choices[layer]) == 1:
             measured[layer, precision] = 0.0  # nothing to choose: its loss is in every scheme alike
             continue
-        model = apply_scheme(prepared, base_scheme, candidates)
-        weights = candidates.weights[layer, precision.weight_bits] if precision.weight_bits else None
-        inputs = candidates.activations[layer, precision.activation_bits] if precision.activation_bits else None
-        install(quantized_layers(model)[layer], weights, inputs, precision)
-        if tune:
-            tune(model)
+        at = precision
+        if not pairs:
+            at = Precision(
+                base.weight_bits if precision.weight_bits is None else precision.weight_bits,
+                base.activation_bits if precision.activation_bits is None else precision.activation_bits,
+            )
+        model = apply_scheme(prepared, base_scheme.replace({layer: at}), candidates)
         value = distance(outputs_of(model, held_out), reference, task) - floor
         if not value < float("inf"):
             raise UnsupportedModel(f"{layer} at {precision} makes the outputs NaN or infinite. Exclude that bit-width or --keep the layer.")
         measured[layer, precision] = value
-    return SensitivityTable(measured, base, sum(map(len, held_out)), pairs)
+    return SensitivityTable(measured, base, sum(map(len, held_out)), pairs, floor)

@@ -171,8 +171,7 @@ def observe_network(model: nn.Module, example: Batch, settings: CalibrateSetting
     kept = match_patterns(settings.keep, names)
     kept_float = [name for name, precision in kept.items() if precision.weight_bits is None]
     check_single_use(wiring, [name for name in names if name not in kept_float])
-    norms = batchnorm.foldable(model, wiring)
-    folded, promised = batchnorm.fold(model, norms)
+    folded, norms, promised = batchnorm.fold_checked(model, batchnorm.foldable(model, wiring), example)
     wiring = observe(folded, example)
     prepared = prepare(folded, names, kept_float)
     layers = quantized_layers(prepared)
@@ -316,7 +315,10 @@ class Judge:
 
     def of_model(self, model: nn.Module) -> dict[str, float]:
         """{"loss": distance, "top1": percent where there are labels}."""
-        outputs = outputs_of(model, self.held_out)
+        return self.of_outputs(outputs_of(model, self.held_out))
+
+    def of_outputs(self, outputs: Tensor) -> dict[str, float]:
+        """The same of outputs on the held-out inputs."""
         result = {"loss": distance(outputs, self.reference, self.task)}
         if self.labels is not None and self.task == "classification":
             result["top1"] = 100 * float(correct(outputs, self.labels).double().mean())
@@ -336,6 +338,11 @@ class Choice:
     allocation: Allocation | None
     measured: list[dict[str, Any]]
 
+    def certificate(self, seed: int) -> dict[str, Any]:
+        """The solver's certificate of its best scheme, and which of the measured ones was taken."""
+        chosen = next((row["name"] for row in self.measured if row["scheme"] == self.scheme), None)
+        return {**(self.allocation.certificate(seed) if self.allocation else {}), "chosen": chosen}
+
 
 def choose_scheme(network: Network, table: SensitivityTable, budget: Budget | None, settings: CalibrateSettings, judge: Judge) -> Choice:
     """Solve for `budget`, measure the best schemes and every uniform one that fits, and take the best measured."""
@@ -348,7 +355,7 @@ def choose_scheme(network: Network, table: SensitivityTable, budget: Budget | No
     loss_limit = budget.limit("loss")
     if loss_limit is not None:
         size = make_problem(network.choices, table, network.costs, Budget.parse("100%")).costs["bytes"]
-        allocation = least_cost(problem, size, loss_limit)
+        allocation = least_cost(problem, size, loss_limit - table.floor)
         return Choice(allocation.scheme, allocation, [measured_row(network, table, "allocated", allocation.scheme, judge)])
     rows, allocation = [], None
     for index, found in enumerate(best_allocations(problem)):
@@ -462,7 +469,7 @@ def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]
     ranged = apply_scheme(network.prepared, scheme, bench.ranged)
     candidate = apply_scheme(network.prepared, scheme, bench.candidates)
     rounded, matched = judge.of_model(ranged), judge.of_model(candidate)
-    better = matched["loss"] <= rounded["loss"]
+    better = not rounded["loss"] < matched["loss"]
     model, errors = (candidate if better else ranged), {}
     ladder = [{"step": "ranges", "kept": not better, **rounded}, {"step": "candidates", "kept": better, **matched}]
 

@@ -71,7 +71,6 @@ class Wiring:
 
     operations: tuple[Operation, ...]
     calls: dict[str, int]
-    owners: dict[str, str]
     module_outputs: dict[str, int]
     input_values: tuple[int, ...]
     output_values: tuple[int, ...]
@@ -210,7 +209,6 @@ class _Observer(TorchFunctionMode):
         self.inside_leaf = 0
         self.names: dict[str, int] = {}
         self.calls: dict[str, int] = {}
-        self.owners: dict[str, str] = {}
         self.module_outputs: dict[str, int] = {}
         self.classes: dict[str, str] = {}
         self.input_shapes: dict[str, tuple[int, ...]] = {}
@@ -227,7 +225,7 @@ class _Observer(TorchFunctionMode):
             raise UnsupportedModel(f"The model returns a {type(output).__name__} without a tensor; anybit needs at least one.")
         given_out = tuple(self.values[id(tensor)] for tensor in tensors if id(tensor) in self.values)
         return Wiring(
-            tuple(self.operations), self.calls, self.owners, self.module_outputs,
+            tuple(self.operations), self.calls, self.module_outputs,
             self.input_values, given_out, batch_size, self.classes, self.input_shapes, self.module_inputs,
         )  # fmt: skip
 
@@ -243,7 +241,6 @@ class _Observer(TorchFunctionMode):
 
     def _enter(self, name: str, module: nn.Module, args, kwargs) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1
-        self.owners[name] = self.stack[-1]
         self.stack.append(name)
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and id(args[0]) in self.values:
             self.module_inputs[name] = self.values[id(args[0])]

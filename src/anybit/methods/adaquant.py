@@ -16,7 +16,7 @@ section 3.1. Deviations, each for a reason that the benchmarks measure:
   * Cosine decay of the learning rates to zero, which settles weights that flip between two codes.
   * Optional dropping of quantization: a random half of the unit's input elements stays float, and so does a random half of each inner
     activation (Wei et al., "QDrop", ICLR 2022).
-  * Held-out inputs decide when to stop: the best state on them is kept, and the rounded start if nothing beats it.
+  * Held-out inputs decide which step to stop at: the best state on them is kept, and the rounded start if nothing beats it.
 
 Bias tuning (section 3.5): the biases alone are trained end to end on the KL divergence to the float network's outputs; the best state on
 held-out inputs is kept. The KL is a mean over samples (the release also divides by the number of classes).
