@@ -1,0 +1,69 @@
+"""The main job on real data through the command line: ResNet-20, CIFAR-10. Skipped where the data folder is missing."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from anybit.cli import app
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("ANYBIT_DATA", ROOT.parent / "shared"))
+WEIGHTS = DATA / "weights" / "resnet20_cifar10.safetensors"
+
+pytestmark = pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"no real data: {WEIGHTS} is missing (set ANYBIT_DATA)")
+
+
+def sheet(name: str, index: int) -> np.ndarray:
+    """1,000 pictures, uint8 [1000, 32, 32, 3], from a 25 x 40 grid."""
+    from PIL import Image
+
+    grid = np.asarray(Image.open(DATA / "data" / "cifar10" / f"{name}_{index:02d}.webp").convert("RGB"))
+    return grid.reshape(25, 32, 40, 32, 3).transpose(0, 2, 1, 3, 4).reshape(1000, 32, 32, 3)
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("cifar") / "cifar10.npz"
+    labels = np.load(DATA / "data" / "cifar10" / "test_labels.npy")[:1000]
+    np.savez(path, x_train=sheet("train", 0), x_test=sheet("test", 0), y_test=labels)
+    return str(path)
+
+
+def anybit(*arguments: str) -> dict:
+    done = CliRunner().invoke(app, [*arguments, "--threads", "1", "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_resnet20_from_the_command_line(cifar, tmp_path):
+    network = ["--model", f"{ROOT / 'examples' / 'resnet20_cifar10.py'}:network", "--weights", str(WEIGHTS)]
+    pictures = ["--data", cifar, "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]
+    whole = anybit("evaluate", *network, "--data", f"{cifar}#test", *pictures[2:])
+    assert whole["top1"] > 90
+
+    def calibrated(name: str, *more: str) -> dict:
+        fixed = ["--weight-bits", "3", "--activation-bits", "8", "--keep", "conv1=W8A8", "--keep", "linear=W8A8", "--samples", "512"]
+        output = ["--test", f"{cifar}#test", "--output", str(tmp_path / name)]
+        return anybit("calibrate", *network, *pictures, *fixed, "--pipeline", "light", *output, *more)
+
+    ranges, light = calibrated("ranges", "--no-bn-tuning"), calibrated("light")
+    assert light["test"]["top1"] > ranges["test"]["top1"] + 5  # what matching the statistics buys at three bits
+    assert light["test"]["top1"] > 85
+    assert light["result"]["bytes"] == (tmp_path / "light" / "model.safetensors").stat().st_size < WEIGHTS.stat().st_size / 9
+    again = anybit("evaluate", str(tmp_path / "light"), "--data", f"{cifar}#test")
+    assert again["top1"] == light["test"]["top1"]
+
+
+def test_a_budget_that_cannot_be_met_is_answered_with_the_nearest_that_can(cifar, tmp_path):
+    network = ["--model", f"{ROOT / 'examples' / 'resnet20_cifar10.py'}:network", "--weights", str(WEIGHTS)]
+    asked = ["calibrate", *network, "--data", cifar, "--output", str(tmp_path / "run"), "--samples", "64", "--pipeline", "light", "--json"]
+    refused = CliRunner().invoke(app, [*asked, "--budget", "40kB"])
+    assert refused.exit_code == 2 and not (tmp_path / "run").exists()
+    nearest = refused.stderr.split("raise the budget to ")[1].split("kB")[0]
+    assert float(nearest) > 40
+    met = CliRunner().invoke(app, [*asked, "--budget", f"{nearest}kB"])
+    assert met.exit_code == 0 and json.loads(met.stdout)["result"]["bytes"] <= 1000 * float(nearest)
