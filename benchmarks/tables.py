@@ -80,14 +80,19 @@ def ladder_section() -> str:
     return table(["step", *present], rows)
 
 
+def mixed_runs() -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """(budget, activations) -> a run a seed."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for key, run in entries("resnet20_mixed").items():
+        for row in run.get("rows", []):
+            runs.setdefault((row["budget"], key.split(" ")[0]), []).append(row)
+    return runs
+
+
 def mixed_section() -> str:
     runs = entries("resnet20_mixed")
-    by_budget: dict[tuple[str, str], list[dict]] = {}
-    for key, run in runs.items():
-        for row in run.get("rows", []):
-            by_budget.setdefault((row["budget"], key.split(" ")[0]), []).append(row)
     rows = []
-    for (budget, label), found in by_budget.items():
+    for (budget, label), found in mixed_runs().items():
         rows.append(
             [
                 budget,
@@ -286,12 +291,37 @@ SECTIONS = {
 }  # fmt: skip
 
 
+def readme_section() -> str:
+    """The headline numbers."""
+    rows = []
+    for (budget, label), found in sorted(mixed_runs().items(), key=lambda item: -item[1][0]["bytes"]):
+        if label == "A8":
+            size = f"{found[0]['bytes'] / 1000:.0f} kB ({found[0]['percent']:.1f} %)"
+            rows.append(
+                ["ResNet-20, CIFAR-10", f"mixed, `{budget}`, 8-bit activations", "91.73", spread([row["top1"] for row in found]), size]
+            )
+    for precision in PRECISIONS:
+        found = [run for key, run in entries("resnet20_uniform").items() if key.startswith(f"{precision} ")]
+        if found:
+            size = f"{found[0]['bytes'] / 1000:.0f} kB ({found[0]['percent']:.1f} %)"
+            rows.append(["ResNet-20, CIFAR-10", f"{precision}, ends at 8 bits", "91.73", spread([run["top1"] for run in found]), size])
+    for name, run in entries("efficientnet_lite0").items():
+        size = f"{run['result']['bytes'] / 1e6:.1f} MB ({run['result']['percent']:.1f} %)"
+        rows.append(["EfficientNet-lite0, ImageNet-like", name, f"{run['float_test']['top1']:.1f}", f"{run['test']['top1']:.1f}", size])
+    return table(["network", "scheme", "float", "top-1", "file (of float32)"], rows)
+
+
 def main() -> None:
-    """Fill the tables into the text of docs/results.in.md."""
+    """Fill the tables into the text of docs/results.in.md and of the README."""
     text = (ROOT / "docs" / "results.in.md").read_text()
     for name, section in SECTIONS.items():
         text = text.replace(f"<!-- {name} -->", section())
     (ROOT / "docs" / "results.md").write_text(text)
+    readme = (ROOT / "README.md").read_text()
+    before, rest = readme.split("<!-- results -->")
+    (ROOT / "README.md").write_text(
+        f"{before}<!-- results -->\n\n{readme_section()}\n\n<!-- /results -->{rest.split('<!-- /results -->')[1]}"
+    )
 
 
 if __name__ == "__main__":

@@ -101,10 +101,10 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]
     rows = [[cell if isinstance(cell, str) else "" if cell is None else f"{cell:.4g}" for cell in row] for row in rows]
     for index, column in enumerate(columns):
         numeric = all(row[index][:1].isdigit() or row[index][:1] in "-" or not row[index] for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=index > 0, overflow="fold")  # no name is cut
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def print_report(report: Mapping[str, Any]) -> None:
