@@ -67,3 +67,15 @@ def test_a_budget_that_cannot_be_met_is_answered_with_the_nearest_that_can(cifar
     assert float(nearest) > 40
     met = CliRunner().invoke(app, [*asked, "--budget", f"{nearest}kB"])
     assert met.exit_code == 0 and json.loads(met.stdout)["result"]["bytes"] <= 1000 * float(nearest)
+
+
+@pytest.mark.slow
+def test_the_advanced_pipeline_beats_the_light_one_at_two_bits(cifar, tmp_path):
+    network = ["--model", f"{ROOT / 'examples' / 'resnet20_cifar10.py'}:network", "--weights", str(WEIGHTS)]
+    pictures = ["--data", cifar, "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225", "--test", f"{cifar}#test"]
+    fixed = ["--weight-bits", "2", "--activation-bits", "4", "--keep", "conv1=W8A8", "--keep", "linear=W8A8", "--samples", "512"]
+    found = {}
+    for pipeline in ("light", "advanced"):
+        more = ["--pipeline", pipeline, "--steps", "100", "--output", str(tmp_path / pipeline)]
+        found[pipeline] = anybit("calibrate", *network, *pictures, *fixed, *more)["test"]["top1"]
+    assert found["advanced"] > found["light"] + 5
