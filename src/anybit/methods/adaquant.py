@@ -98,7 +98,7 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
 
 def mix(x: Tensor, quantized: Tensor, drop: float) -> Tensor:
     """`quantized` with a random share `drop` of its elements replaced by those of `x`."""
-    # Random bytes, eight to a draw, and a lerp at weight 0 or 1 (exact): five times faster on a CPU than rand and where.
+    # Random bytes, eight to a draw, and a lerp at weight 0 or 1 (exact): several times faster on a CPU than rand and where.
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     kept_float = (words.view(torch.uint8)[: x.numel()] <= max(round(256 * drop), 1) - 1).to(x.dtype)  # "<" would wrap at a share of 1
     return torch.lerp(quantized, x, kept_float.view(x.shape))
