@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from anybit.allocation import Problem, allocate, best_allocations, least_cost, make_problem
+from anybit.allocation import Problem, allocate, best_allocations, least_costs, make_problem
 from anybit.batches import Batch
 from anybit.candidates import ActivationCandidate, Candidates, apply_scheme, weight_candidate
 from anybit.cost import CostModel, LayerSize
@@ -137,9 +137,9 @@ def test_the_papers_form_is_the_cheapest_of_all_schemes_within_the_loss(problem)
     within = [scheme for scheme in fitting_schemes(unlimited) if amount(problem.losses, problem, scheme) <= loss_limit]
     if not within:
         with pytest.raises(InfeasibleBudget, match="loss=1"):
-            least_cost(unlimited, costs, loss_limit)
+            next(least_costs(unlimited, costs, loss_limit))
         return
-    found = least_cost(unlimited, costs, loss_limit)
+    found = next(least_costs(unlimited, costs, loss_limit))
     assert found.predicted_loss <= loss_limit + 1e-9
     assert amount(costs, problem, found.scheme) == min(amount(costs, problem, scheme) for scheme in within)
     assert found.bound <= amount(costs, problem, found.scheme) + 1e-6

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from networks import Chain, make, pictures
 from typer.testing import CliRunner
 
 import anybit
 from anybit.cli import app
+from anybit.scheme import parse_size
+from anybit.stages import CalibrateSettings
 
 TESTS = Path(__file__).parent
 SCRIPT = f"""
@@ -307,3 +311,19 @@ def test_all_errors_have_one_root():
         "MissingPackage",
     ):
         assert issubclass(getattr(anybit, name), anybit.AnybitError) and issubclass(anybit.AnybitError, ValueError)
+
+
+def test_the_defaults_of_the_command_line_are_those_of_the_settings():
+    options = {option.name: option.default for option in typer.main.get_command(app).commands["calibrate"].params}
+    defaults = CalibrateSettings()
+    written = {
+        "weight_bits": ",".join(map(str, defaults.weight_bits)),
+        "activation_bits": ",".join(map(str, defaults.activation_bits)),
+        "sensitivity_base": str(defaults.sensitivity_base),
+        "memory": "2GiB",
+    }
+    assert parse_size("2GiB") == defaults.memory
+    for field in dataclasses.fields(CalibrateSettings):
+        if field.name in options and field.name != "keep":
+            assert options[field.name] == written.get(field.name, getattr(defaults, field.name)), field.name
+    assert {field.name for field in dataclasses.fields(CalibrateSettings)} - set(options) == {"blocks"}  # there it is --block, repeated

@@ -373,3 +373,17 @@ def test_a_transformer_layer_computes_with_its_quantizers_watched_or_not():
     for hook in hooks:
         hook.remove()
     assert torch.equal(alone, watched)
+
+
+@pytest.mark.parametrize("limit", [0.001, 0.01, 0.1])
+def test_a_limit_on_the_loss_is_kept_when_measured_wherever_a_scheme_does(residual, limit):
+    network, _, _, judge, table = residual
+    try:
+        choice = stages.choose_scheme(network, table, Budget.parse(f"loss={limit}"), SETTINGS, judge)
+    except InfeasibleBudget:
+        assert min(table.total(network.uniform(w, a)) for w in SETTINGS.weight_bits for a in SETTINGS.activation_bits) > limit
+        return
+    keeping = [row for row in choice.measured if row["measured"] <= limit]
+    taken = next(row for row in choice.measured if row["scheme"] == choice.scheme)
+    assert taken in keeping if keeping else taken["name"] == "allocated 1"
+    assert all(taken["bytes"] <= row["bytes"] for row in keeping)

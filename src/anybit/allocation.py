@@ -115,11 +115,11 @@ def allocate(problem: Problem, objective: Mapping[str, np.ndarray] | None = None
     return next(best_allocations(problem, objective, name))
 
 
-def least_cost(problem: Problem, cost: Mapping[str, np.ndarray], loss_limit: float) -> Allocation:
-    """The paper's form: the smallest cost whose predicted loss is at most `loss_limit`."""
+def least_costs(problem: Problem, cost: Mapping[str, np.ndarray], loss_limit: float) -> Iterator[Allocation]:
+    """The paper's form: schemes of a predicted loss of at most `loss_limit`, from the smallest cost on."""
     costs, limits = {**problem.costs, "loss": problem.losses}, {**problem.limits, "loss": loss_limit}
     bounded = Problem(problem.choices, problem.losses, costs, limits, problem.in_words)
-    return allocate(bounded, cost, "least cost under a loss limit")
+    return best_allocations(bounded, cost, "least cost under a loss limit")
 
 
 def best_allocations(

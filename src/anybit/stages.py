@@ -5,13 +5,14 @@ tensors and a JSON record, so that `roads` can compose them, users can call them
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from anybit import batchnorm
-from anybit.allocation import Allocation, allocate, best_allocations, least_cost, make_problem
+from anybit.allocation import Allocation, allocate, best_allocations, least_costs, make_problem
 from anybit.batches import Batch, Calibration
 from anybit.candidates import (
     Candidates,
@@ -345,7 +346,10 @@ class Choice:
 
 
 def choose_scheme(network: Network, table: SensitivityTable, budget: Budget | None, settings: CalibrateSettings, judge: Judge) -> Choice:
-    """Solve for `budget`, measure the best schemes and every uniform one that fits, and take the best measured."""
+    """Solve for `budget`, measure the best schemes and every uniform one that fits, and take the best measured.
+
+    Under a limit on the loss, the best is the smallest that keeps it.
+    """
     if budget is None:
         largest = Scheme({name: precisions[-1] for name, precisions in network.choices.items()})
         return Choice(largest, None, [measured_row(network, table, "largest", largest, judge)])
@@ -355,17 +359,17 @@ def choose_scheme(network: Network, table: SensitivityTable, budget: Budget | No
     loss_limit = budget.limit("loss")
     if loss_limit is not None:
         size = make_problem(network.choices, table, network.costs, Budget.parse("100%")).costs["bytes"]
-        allocation = least_cost(problem, size, loss_limit - table.floor)
-        return Choice(allocation.scheme, allocation, [measured_row(network, table, "allocated", allocation.scheme, judge)])
-    rows, allocation = [], None
-    for index, found in enumerate(best_allocations(problem)):
-        allocation = allocation or found
-        rows.append(measured_row(network, table, f"allocated {index + 1}", found.scheme, judge))
-        if index + 1 >= settings.alternatives:
-            break
+        solutions = least_costs(problem, size, loss_limit - table.floor)
+    else:
+        solutions = best_allocations(problem)
+    found = list(islice(solutions, settings.alternatives))
+    rows = [measured_row(network, table, f"allocated {index}", solution.scheme, judge) for index, solution in enumerate(found, 1)]
     rows += uniform_rows(network, table, budget, settings, judge)
-    best = min(rows, key=lambda row: row["measured"])
-    return Choice(best["scheme"], allocation, rows)
+    if loss_limit is None:
+        best = min(rows, key=lambda row: row["measured"])
+    else:  # the smallest that keeps the limit when measured; where none does, the smallest that was predicted to
+        best = min((row for row in rows if row["measured"] <= loss_limit), key=lambda row: row["bytes"], default=rows[0])
+    return Choice(best["scheme"], found[0], rows)
 
 
 def check_feasible(network: Network, budget: Budget) -> None:
