@@ -198,7 +198,7 @@ def test_other_kinds_and_types_are_refused_by_name():
 def test_a_quantized_model_pickles(kind):
     model = prepare(layer_of(kind), ["0"])
     fill(model[0], quantizer_of(model[0], 3), None)
-    twin = pickle.loads(pickle.dumps(model))
+    twin = pickle.loads(pickle.dumps(model))  # as multiprocessing does; no file of anybit's is a pickle
     assert torch.equal(twin(input_of(kind)), model(input_of(kind)))
 
 

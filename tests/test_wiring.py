@@ -238,6 +238,7 @@ def test_observing_leaves_no_hook_when_the_model_refuses():
     assert_untouched(model, before)
 
 
+# What a network's own checks raise, NotImplementedError among them: an input to the test, nothing that is left to write.
 @pytest.mark.parametrize("error", [AssertionError, KeyError, AttributeError, RuntimeError, NotImplementedError])
 def test_whatever_a_model_refuses_its_input_with_is_an_input_error(error):
     class Strict(Chain):

@@ -55,7 +55,7 @@ class CalibrateSettings:
     sensitivity_base              precision of the other layers while one is measured
     pairs                         measure (W, A) pairs instead of summing a W and an A measurement
     alternatives                  how many of the best schemes are measured before one is chosen
-    tune_scales                   bias tuning trains the scales too (off in the paper; it fits the fitting inputs too well)
+    tune_scales                   bias tuning trains the scales too (off in the paper)
     bn_prior                      weight of the target in the measured statistics; `bn_target` "float" or "prior" (the paper's form)
     memory                        bytes that captured activations may take before they spill to disk
     """
@@ -510,8 +510,8 @@ def _sequential_start(bench: Bench, scheme: Scheme, ranged: nn.Module, candidate
 
     After the parallel form, at its codes: many trained weights rest beside a rounding threshold, where the next optimizer's first step
     would flip thousands of codes at once; a weight set to its code stays until its gradient says otherwise. Without it, at the float
-    weights, in their estimated ranges or with matched statistics: the wider scales of the latter cost more than they mend where steps
-    are many and bits few; where steps are few, or the shift of means dominates (depthwise layers), they are the better start.
+    weights, in their estimated ranges or with matched statistics, as `settings.start` says: matching widens the scales to restore the
+    deviation of each channel, which mends a shift of means at once and leaves more rounding error for the reconstruction to undo.
     """
     free = free_weights(bench.network, bench.ranged, scheme)
     if not bench.reconstructed:

@@ -377,8 +377,8 @@ def tune_biases(
     """Train the biases of the quantized layers, in place, towards the float outputs `references`, one tensor a fitting batch.
 
     No integer code changes. The best state on held-out inputs is kept; `epochs` 0 means that the start was best. With `scales` the
-    weight and input scales are trained too, which the paper does not do: it lowers the held-out loss much further on training images of
-    the network, and its accuracy on test images not at all.
+    weight and input scales are trained too, which the paper does not do; calibration inputs are often the network's own training data,
+    on which more freedom can fit more than it should.
     """
     layers = {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer.weight_quantizer, UniformQuantizer)}
     slots = {name: (layer.weight_quantizer, layer.input_quantizer) for name, layer in layers.items()}
