@@ -137,13 +137,14 @@ def small_section() -> str:
         for name in names:
             found = [run for key, run in runs.items() if key.startswith(f"{count} images") and key.endswith(name)]
             cells.append(spread([run["top1"] for run in found]))
-            ratios = [unit["after"] / unit["fitted_after"] for run in found for unit in run["units"].values() if unit.get("fitted_after")]
+            units = [unit for run in found for unit in run["units"].values() if unit.get("fitted_after")]
             if name != "ranges only":
-                cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
+                errors = [statistics.median(unit[key] for unit in units) for key in ("fitted_after", "after")] if units else []
+                cells.append(" / ".join(f"{error:.4f}" for error in errors))
         rows.append([str(count), *cells])
     columns = ["images"]
     for name in names:
-        columns += [name] if name == "ranges only" else [name, "held-out error / fitted error"]
+        columns += [name] if name == "ranges only" else [name, "its median unit's error: fitted / held out"]
     return table(columns, rows)
 
 
@@ -247,10 +248,12 @@ def efficientnet_section() -> str:
             f"{run['result']['bytes'] / 1e6:.2f} MB",
             f"{run['result']['weight_bits']:.2f}",
             f"{run['total_seconds'] / 60:.0f} min",
+            paired_interval(run["right"], run["float_right"]) if "right" in run else "",
         ]
         for name, run in runs.items()
     ]
-    return table(["run", "top-1 (float 90.7)", "top-5", "size", "bits a weight", "time with tests"], rows) if rows else "Not run."
+    columns = ["run", "top-1 (float 90.7)", "top-5", "size", "bits a weight", "time with tests", "less float (paired 95 %)"]
+    return table(columns, rows) if rows else "Not run."
 
 
 def allocation_section() -> str:
@@ -260,16 +263,16 @@ def allocation_section() -> str:
     rows = [
         [
             str(row["seed"]),
-            f"{row['anybit']['seconds']:.1f} s",
+            f"{row['anybit']['processor_seconds']:.1f} s ({row['anybit']['seconds']:.1f} s)",
             f"{row['anybit']['objective']:.6f}",
             f"{row['anybit']['gap']:.1e}",
-            f"{row['pulp']['seconds']:.1f} s",
+            f"{row['pulp']['processor_seconds']:.1f} s ({row['pulp']['seconds']:.1f} s)",
             f"{row['pulp']['objective']:.6f}",
             row["pulp"]["status"],
         ]
         for row in json.loads(file.read_text())["rows"]
     ]
-    return table(["problem", "HiGHS", "loss", "gap", "PuLP/CBC", "loss", "status"], rows)
+    return table(["problem", "anybit: processor (clock)", "loss", "gap", "PuLP/CBC: processor (clock)", "loss", "status"], rows)
 
 
 def stages_section() -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -112,6 +113,24 @@ def test_best_allocations_are_distinct_fitting_and_come_from_the_best_on(problem
     assert len({one.scheme for one in found}) == len(found)
     fitting = set(fitting_schemes(problem))
     assert all(one.scheme in fitting for one in found)
+
+
+@pytest.mark.parametrize("core", [0, 1])
+def test_a_core_of_few_choices_finds_the_same_schemes_in_the_same_order(core):
+    @few
+    @given(problems((1, 2)))
+    def holds(problem):
+        losses = sorted(amount(problem.losses, problem, scheme) for scheme in fitting_schemes(problem))
+        assume(losses)
+        with patch("anybit.allocation.CORE", core):
+            found = [one for one, _ in zip(best_allocations(problem), range(3), strict=False)]
+        assert found[0].predicted_loss == pytest.approx(losses[0])
+        assert all(one.bound <= one.predicted_loss + 1e-12 for one in found)
+        assert [one.predicted_loss for one in found] == pytest.approx(
+            [one.predicted_loss for one in itertools.islice(best_allocations(problem), 3)]
+        )
+
+    holds()
 
 
 @few

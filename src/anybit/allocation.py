@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix
 
 from anybit.cost import CostModel
@@ -26,6 +26,9 @@ from anybit.sensitivity import SensitivityTable
 
 # Up to this many bytes of a file's header depend on the choice (digits of offsets and shapes); reserved when bytes are limited.
 HEADER_SLACK = 64
+
+# Choices a layer that the integer program starts with; the relaxation's reduced costs tell which, and whether they were enough.
+CORE = 5
 
 
 @dataclass(frozen=True)
@@ -132,38 +135,89 @@ def best_allocations(
     objective = objective or problem.losses
     layers = list(problem.choices)
     columns = [(layer, int(k)) for layer in layers for k in _undominated(problem, objective, layer)]
-    values = np.array([objective[layer][k] for layer, k in columns], dtype=float)
-    unit = max(float(np.abs(values).max()), 1e-300)  # coefficients of at most 1 keep the solver's absolute tolerances meaningful
-    owner = [layers.index(layer) for layer, _ in columns]
-    constraints = [LinearConstraint(csr_matrix((np.ones(len(columns)), (owner, np.arange(len(columns))))), 1, 1)]
-    for quantity, limit in problem.limits.items():
-        costs = np.array([problem.costs[quantity][layer][k] for layer, k in columns], dtype=float)
-        # Only what a layer costs above its cheapest choice matters: small numbers, which the solver's tolerances can tell apart.
-        least = {layer: float(problem.costs[quantity][layer].min()) for layer in layers}
-        costs -= np.array([least[layer] for layer, _ in columns])
-        limit -= sum(least.values())
-        largest = max(float(np.abs(costs).max()), 1e-300)
-        constraints.append(LinearConstraint(costs[None] / largest, -np.inf, limit / largest))
+    program = _Program.of(problem, objective, layers, columns)
     found_any = False
-    while True:
-        with _native_output_to_stderr():
-            result = milp(values / unit, integrality=np.ones(len(columns)), bounds=Bounds(0, 1), constraints=constraints)
-        if result.x is None:
-            break
-        chosen = np.flatnonzero(result.x > 0.5)
+    while (solved := program.solve()) is not None:
+        chosen, bound = solved
         picked = {columns[i][0]: columns[i][1] for i in chosen}
         if all(sum(problem.costs[q][layer][k] for layer, k in picked.items()) <= limit for q, limit in problem.limits.items()):
             found_any = True
             scheme = Scheme({layer: problem.choices[layer][k] for layer, k in picked.items()})
             predicted = float(sum(problem.losses[layer][k] for layer, k in picked.items()))
             value = float(sum(objective[layer][k] for layer, k in picked.items()))
-            yield Allocation(scheme, predicted, name, value, min(float(result.mip_dual_bound) * unit, value), float(result.mip_gap))
+            bound = min(bound, value)
+            yield Allocation(scheme, predicted, name, value, bound, (value - bound) / max(abs(value), 1e-300))
         # Found already, or over a limit by less than the solver's tolerance: either way not to be found again.
-        cut = np.zeros(len(columns))
-        cut[chosen] = 1
-        constraints.append(LinearConstraint(cut[None], -np.inf, len(layers) - 1))
+        program.exclude(chosen)
     if not found_any:
         raise InfeasibleBudget(_why_infeasible(problem))
+
+
+class _Program:
+    """min values x  s.t.  one choice a layer, every limit, none of the excluded schemes; x in {0, 1}.
+
+    Solved over a core of its columns. The linear relaxation gives each column a reduced cost: no scheme that uses the column can be better
+    than the relaxation's value by less than that. So the core's best scheme is the best of all as soon as it lies closer to the relaxation
+    than any column outside the core; until it does, the core grows to those that could still beat it. (Savelsbergh, "Preprocessing and
+    probing techniques for mixed integer programming problems", 1994: reduced-cost fixing.)
+    """
+
+    def __init__(self, values: np.ndarray, owner: np.ndarray, limited: np.ndarray, limits: np.ndarray):
+        self.unit = max(float(np.abs(values).max()), 1e-300)  # coefficients of at most 1 keep the solver's absolute tolerances meaningful
+        self.values, self.limited, self.limits = values / self.unit, limited, limits
+        self.layers = int(owner.max()) + 1
+        self.one_each = csr_matrix((np.ones(len(values)), (owner, np.arange(len(values)))))
+        self.excluded: list[np.ndarray] = []
+        rows = {"A_ub": limited, "b_ub": limits} if len(limits) else {}
+        with _native_output_to_stderr():
+            relaxed = linprog(self.values, A_eq=self.one_each, b_eq=np.ones(self.layers), method="highs", **rows)
+        self.feasible = relaxed.status == 0
+        if self.feasible:
+            self.relaxed, self.reduced = float(relaxed.fun), relaxed.lower.marginals
+            enough = min(CORE * self.layers, len(values) - 1)
+            self.reach = float(np.partition(self.reduced, enough)[enough])
+
+    @classmethod
+    def of(cls, problem: Problem, objective: Mapping[str, np.ndarray], layers: list[str], columns: list[tuple[str, int]]) -> "_Program":
+        values = np.array([objective[layer][k] for layer, k in columns], dtype=float)
+        index = {layer: number for number, layer in enumerate(layers)}
+        rows, limits = np.empty((len(problem.limits), len(columns))), np.empty(len(problem.limits))
+        for row, (quantity, limit) in enumerate(problem.limits.items()):
+            # Only what a layer costs above its cheapest choice matters: small numbers, which the solver's tolerances can tell apart.
+            least = {layer: float(problem.costs[quantity][layer].min()) for layer in layers}
+            costs = np.array([problem.costs[quantity][layer][k] - least[layer] for layer, k in columns])
+            largest = float(np.abs(costs).max()) or 1.0
+            rows[row], limits[row] = costs / largest, (limit - sum(least.values())) / largest
+        return cls(values, np.array([index[layer] for layer, _ in columns]), rows, limits)
+
+    def solve(self) -> tuple[np.ndarray, float] | None:
+        """(chosen columns, proven lower bound of every scheme that is not excluded), or None where no scheme is left."""
+        while self.feasible:
+            core = np.flatnonzero(self.reduced <= self.reach)
+            everything = len(core) == len(self.values)
+            constraints = [LinearConstraint(self.one_each[:, core], 1, 1)]
+            if len(self.limits):
+                constraints.append(LinearConstraint(self.limited[:, core], -np.inf, self.limits))
+            if self.excluded:
+                constraints.append(LinearConstraint(np.stack(self.excluded)[:, core], -np.inf, self.layers - 1))
+            with _native_output_to_stderr():
+                result = milp(self.values[core], integrality=np.ones(len(core)), bounds=Bounds(0, 1), constraints=constraints)
+            if result.x is None:
+                if everything:
+                    return None
+                self.reach = np.inf
+            elif everything or result.fun <= self.relaxed + self.reach:
+                outside = np.inf if everything else self.relaxed + self.reach
+                return core[result.x > 0.5], min(float(result.mip_dual_bound), outside) * self.unit
+            else:
+                self.reach = (result.fun - self.relaxed) * (1 + 1e-9) + 1e-12  # above what rounding can hide
+        return None
+
+    def exclude(self, chosen: np.ndarray) -> None:
+        """Leave this scheme out from now on."""
+        cut = np.zeros(len(self.values))
+        cut[chosen] = 1
+        self.excluded.append(cut)
 
 
 def _undominated(problem: Problem, objective: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
