@@ -13,7 +13,7 @@ from anybit.layers import codes_of, quantized_layers, scheme_of, weight_rows
 from anybit.methods.adaquant import (
     AdaQuantSettings,
     BiasTuningSettings,
-    LearnedInput,
+    DroppedInput,
     LearnedWeight,
     UnitData,
     mix,
@@ -176,7 +176,7 @@ def test_errors_are_taken_after_the_activation():
 
 
 def test_dropped_activations_are_dropped_in_training_only():
-    learned = LearnedInput(UniformQuantizer(2, False, torch.tensor(1.0), torch.tensor(1.0)), drop=0.5)
+    learned = DroppedInput(UniformQuantizer(2, False, torch.tensor(1.0), torch.tensor(1.0)), drop=0.5)
     x = torch.rand(4000) * 0.4 + 0.05
     learned.eval()
     assert torch.equal(learned(x), torch.zeros(4000))

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "calibrate": "anybit.roads",
     "allocate": "anybit.roads",
+    "grow": "anybit.roads",
     "evaluate": "anybit.roads",
     "inspect": "anybit.roads",
     "load": "anybit.roads",

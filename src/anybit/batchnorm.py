@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from anybit.batches import Batch, call, map_tensors, tensors_in
+from anybit.batches import Batch, call, evaluating, map_tensors, tensors_in
 from anybit.errors import InvalidSetting, UnsupportedModel
 from anybit.evaluation import outputs_of
 from anybit.layers import float_weight, from_rows, weight_rows
@@ -80,7 +80,10 @@ def _same_outputs(model: nn.Module, folded: nn.Module, example: Batch) -> bool:
 
 @torch.no_grad()
 def fold(model: nn.Module, pairs: Mapping[str, str]) -> tuple[nn.Module, dict[str, ChannelStatistics]]:
-    """A copy of `model` with each batch norm of `pairs` folded into its layer, and the statistics that each promised (beta, |gamma|)."""
+    """A copy of `model` with each batch norm of `pairs` folded into its layer, and the statistics that each promised (beta, |gamma|).
+
+    A layer whose weight slot is filled keeps its codes; its scales are multiplied, so its batch norm's gamma must be above zero.
+    """
     folded = copy.deepcopy(model)
     promised = {}
     for layer_name, norm_name in pairs.items():
@@ -91,13 +94,45 @@ def fold(model: nn.Module, pairs: Mapping[str, str]) -> tuple[nn.Module, dict[st
         gain = gamma.double() / torch.sqrt(norm.running_var.double() + norm.eps)
         bias = 0.0 if layer.bias is None else layer.bias.double()
         bias = (bias - norm.running_mean.double()) * gain + beta.double()
-        weight = float_weight(layer)
-        rows = weight_rows(layer, weight).double() * gain[:, None]
-        weight.copy_(from_rows(layer, rows))
-        layer.bias = nn.Parameter(bias.to(weight.dtype))
+        _scale_weight(layer, gain)
+        layer.bias = nn.Parameter(bias.to(float_weight(layer).dtype))
         promised[layer_name] = ChannelStatistics(beta.detach().clone(), gamma.detach().abs())
         _replace(folded, norm_name, nn.Identity())
     return folded, promised
+
+
+@torch.no_grad()
+def flip_negative(model: nn.Module, pairs: Mapping[str, str]) -> None:
+    """Make every gamma of `pairs` positive, in place, without changing the outputs: weight, biases, mean and gamma change their sign.
+
+    Training quantized weights before a fold needs it: a scale times a negative gamma is no scale.
+    """
+    for layer_name, norm_name in pairs.items():
+        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        if norm.weight is None:
+            continue
+        sign = torch.where(norm.weight < 0, -1.0, 1.0)
+        weight = float_weight(layer)
+        weight.copy_(from_rows(layer, weight_rows(layer, weight) * sign[:, None]))
+        for tensor in (layer.bias, norm.running_mean, norm.weight):
+            if tensor is not None:
+                tensor.mul_(sign)
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Put the running statistics of every batch norm to those of `batches`, in place; all else runs in evaluation mode."""
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.running_mean is not None]
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average: every batch counts alike
+            norm.train()
+        for batch in batches:
+            call(model, batch.inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -206,18 +241,25 @@ def _correction(measured: ChannelStatistics, target: ChannelStatistics, prior_we
 @torch.no_grad()
 def _scale_channels(layer: nn.Module, gain: Tensor, shift: Tensor) -> None:
     """Multiply the layer's output channels by `gain` and add `shift`, leaving the integer codes of its weight as they are."""
-    quantizer = layer.weight_quantizer
-    weight = float_weight(layer)
-    if isinstance(quantizer, UniformQuantizer):
-        codes = quantizer.codes(weight_rows(layer, weight))
-        quantizer.scale.mul_(gain[:, None])
-        weight.copy_(from_rows(layer, quantizer.values(codes)))
-    else:
-        weight.copy_(from_rows(layer, weight_rows(layer, weight) * gain[:, None]))
+    _scale_weight(layer, gain)
     if layer.bias is None:
-        layer.bias = nn.Parameter(shift.to(weight.dtype))
+        layer.bias = nn.Parameter(shift.to(float_weight(layer).dtype))
     else:
         layer.bias.copy_(layer.bias * gain + shift)
+
+
+@torch.no_grad()
+def _scale_weight(layer: nn.Module, gain: Tensor) -> None:
+    """Multiply the rows of the layer's weight by `gain`: through the scales where it is quantized, so that its codes stay."""
+    quantizer = getattr(layer, "weight_quantizer", None)
+    weight = float_weight(layer)
+    rows = weight_rows(layer, weight)
+    if isinstance(quantizer, UniformQuantizer):
+        codes = quantizer.codes(rows)
+        quantizer.scale.copy_(quantizer.scale * gain[:, None])
+        weight.copy_(from_rows(layer, quantizer.values(codes)))
+    else:
+        weight.copy_(from_rows(layer, rows * gain[:, None]))
 
 
 def join(batches: list[Batch]) -> Batch:

@@ -334,7 +334,8 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-RUN_FILES = {"scheme.json", "model.safetensors", "report.json", "candidates.safetensors", "candidates.json"}
+CHECKPOINT = "checkpoint.safetensors"
+RUN_FILES = {"scheme.json", "model.safetensors", "report.json", "candidates.safetensors", "candidates.json", CHECKPOINT}
 
 
 def is_run(path: Path) -> bool:
@@ -351,10 +352,17 @@ def runs_in(path: Path) -> list[Path]:
     return [] if (path / "scheme.json").is_file() else sorted(child.parent for child in path.glob("*/scheme.json"))
 
 
-def check_free(path: Path, overwrite: bool = False) -> None:
-    """Raise InvalidSetting where `path` is taken: by a run, unless it may be overwritten, or by anything else, always."""
+def check_free(path: Path, overwrite: bool = False, unfinished: bool = False) -> None:
+    """Raise InvalidSetting where `path` is taken: by a run, unless it may be overwritten, or by anything else, always.
+
+    A training that was interrupted has left its checkpoint alone there: free for the one that continues it (`unfinished`).
+    """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
+    if path.is_dir() and {item.name for item in path.iterdir()} <= {CHECKPOINT, f".{CHECKPOINT}.tmp"}:
+        if unfinished or overwrite:
+            return
+        raise InvalidSetting(f"{path} holds an unfinished training. Continue it with the verb that began it, or give --overwrite.")
     if not is_run(path):
         raise InvalidSetting(f"{path} exists and is no run folder of anybit, or holds files besides. Choose another --output.")
     if not overwrite:

@@ -89,10 +89,10 @@ def _progress(quiet: bool) -> Iterator[None]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bars, listening(_bar_listener(bars)):
+        with Progress(*columns, console=Console(stderr=True)) as bars, listening(_bar_listener(bars), bars.console.print):
             yield
     else:
-        with listening(_line_listener()):
+        with listening(_line_listener(), lambda line: print(line, file=sys.stderr)):
             yield
 
 
@@ -335,6 +335,107 @@ def allocate(
         results = [roads.allocate(run, one, data=data, model=model, workers=workers) for one in budget]
         folders = roads.save_all(results if len(results) > 1 else results[0], output, overwrite)
     _print_results(folders, as_json, quiet)
+
+
+@app.command()
+def grow(
+    output: Output,
+    model: Model = None,
+    weights: Weights = None,
+    train: Annotated[str | None, typer.Option("--train", help="Labelled training data, named as for --data elsewhere.")] = None,
+    test: Annotated[str | None, typer.Option("--test", help="Labelled data to report every epoch on; nothing is chosen on it.")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="Of weights: 3bit, 80kB, 12.5%.")] = None,
+    scheme: Annotated[Path | None, typer.Option("--scheme", help="Instead of a budget: a run whose scheme is trained as it is.")] = None,
+    activation_bits: Annotated[str, typer.Option(help="Bits of every layer's input, 2..8, or `float`.")] = "8",
+    keep: Keep = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 10,
+    planes: Annotated[int, typer.Option(help="Bit planes that a layer starts with; with the sign one bit more.")] = 7,
+    per_channel: Annotated[bool, typer.Option("--per-channel", help="A scale for each output channel instead of each layer.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="A layer may lose all its planes.")] = False,
+    strength: Annotated[float, typer.Option(help="Weight of the budget in the loss.")] = 0.3,
+    fix: Annotated[float, typer.Option(help="Share of the run after which the planes are fixed.")] = 0.4,
+    harden: Annotated[float, typer.Option(help="Share of the run after which every weight's bits are.")] = 0.9,
+    phase: Annotated[str, typer.Option(help="How weights go on once the planes are fixed: restart, rewind or continue.")] = "restart",
+    rate: Annotated[float, typer.Option(help="Learning rate of batch norm, biases, and of weights at a fixed scheme.")] = 1e-3,
+    gate_rate: Annotated[float, typer.Option(help="Learning rate of weight gates.")] = 2e-2,
+    plane_rate: Annotated[float, typer.Option(help="Learning rate of plane gates.")] = 2e-2,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Forget the trained weights.")] = False,
+    distill: Annotated[float, typer.Option(help="Weight of the float model's outputs in the loss, 0 to 1.")] = 0.0,
+    augment: Annotated[str, typer.Option(help="Of pictures: flip, crop4 (shifts by up to 4 pixels), or both with a comma.")] = "",
+    half: Annotated[bool, typer.Option("--half", help="Compute in bfloat16 where that is safe.")] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="Compile the forward pass.")] = False,
+    seed: Seed = 0,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize: Resize = None,
+    interpolation: Interpolation = "bilinear",
+    batch_size: Annotated[int, typer.Option(help="Inputs a training step, of all processes together.")] = 256,
+    workers: Workers = 0,
+    threads: Threads = None,
+    metric: MetricOption = None,
+    device: Device = "cpu",
+    task: Task = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a network to a budget while its mixed-precision scheme grows; an interrupted run continues where it is started again."""
+    with _reported_errors(), _progress(quiet or as_json):
+        from anybit import roads
+        from anybit.checkpoint import CHECKPOINT, check_free
+        from anybit.references import load_data, load_model
+        from anybit.training import rank
+
+        check_free(output, overwrite, unfinished=True)
+        _set_threads(threads)
+        preprocessing = _preprocessing(mean, std, size, resize, interpolation)
+        reference = _absolute(_require(model, "--model"))
+        bits = _bits(activation_bits, "--activation-bits")
+        if len(bits) != 1:
+            raise InvalidSetting(f"--activation-bits {activation_bits}: grow trains one activation bit-width. Give one number, or float.")
+        if budget is None and scheme is None:
+            raise InvalidSetting("Say what the network should end at: --budget 3bit, or --scheme RUN for the scheme of a run.")
+        result = roads.grow(
+            load_model(reference, weights),
+            load_data(_require(train, "--train"), preprocessing, workers),
+            budget,
+            scheme=scheme,
+            test=None if test is None else load_data(test, preprocessing, workers),
+            metric=_metric(metric),
+            checkpoint=output / CHECKPOINT,
+            device=device,
+            about={
+                "model": {"reference": reference, "weights": None if weights is None else str(Path(weights).resolve())},
+                "data": {"reference": _absolute(_require(train, "--train"))},
+                "preprocessing": preprocessing.to_json(),
+            },
+            activation_bits=bits[0],
+            keep=_kept(keep),
+            epochs=epochs,
+            planes=planes,
+            per_channel=per_channel,
+            prune=prune,
+            strength=strength,
+            fix=fix,
+            harden=harden,
+            phase=phase,
+            rate=rate,
+            gate_rate=gate_rate,
+            plane_rate=plane_rate,
+            from_scratch=from_scratch,
+            distill=distill,
+            augment=augment,
+            half=half,
+            compile=compile_,
+            seed=seed,
+            batch_size=batch_size,
+            task=task,
+        )
+        if rank() != 0:  # one process of several writes
+            return
+        folder = result.save(output, overwrite=True)
+    _print_results([folder], as_json, quiet)
 
 
 @app.command()

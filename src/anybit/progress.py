@@ -10,6 +10,7 @@ Listener = Callable[[str, int, int], None]
 """Called with (what, done, total) at the start and after each item."""
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_notes: ContextVar[Callable[[str], None] | None] = ContextVar("notes", default=None)
 
 
 def track(items: Collection[Item], what: str) -> Iterator[Item]:
@@ -23,11 +24,19 @@ def track(items: Collection[Item], what: str) -> Iterator[Item]:
             listener(what, done, len(items))
 
 
+def note(line: str) -> None:
+    """Tell what an item of long work has come to."""
+    listener = _notes.get()
+    if listener:
+        listener(line)
+
+
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Send progress to `listener` inside the block."""
-    token = _listener.set(listener)
+def listening(listener: Listener, notes: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Send progress to `listener`, and notes to `notes`, inside the block."""
+    tokens = _listener.set(listener), _notes.set(notes)
     try:
         yield
     finally:
-        _listener.reset(token)
+        _listener.reset(tokens[0])
+        _notes.reset(tokens[1])

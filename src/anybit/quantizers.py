@@ -1,4 +1,4 @@
-"""The canonical quantizer: what every method's own quantizer becomes when it is frozen."""
+"""The canonical quantizer, which every method's own becomes when it is frozen, and the learned input range that methods share."""
 
 import torch
 from torch import Tensor, nn
@@ -43,3 +43,21 @@ class UniformQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.bits} bits, {'signed' if self.signed else 'unsigned'}, {self.scale.numel()} scale(s)"
+
+
+class LearnedInput(nn.Module):
+    """A range that is trained: the logarithm of the scale is free, the zero point fixed (learned step size, see `numerics`)."""
+
+    zero_point: Tensor
+
+    def __init__(self, quantizer: UniformQuantizer):
+        super().__init__()
+        self.bits, self.limits = quantizer.bits, quantizer.limits
+        self.log_scale = nn.Parameter(quantizer.scale.log())
+        self.register_buffer("zero_point", quantizer.zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.log_scale.exp(), self.zero_point, *self.limits)
+
+    def freeze(self) -> UniformQuantizer:
+        return UniformQuantizer(self.bits, False, self.log_scale.exp(), self.zero_point)

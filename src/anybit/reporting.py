@@ -108,8 +108,10 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """A calibrate report as tables: schemes against the uniform ones, bits of each layer, what each step gained, stages."""
-    measured = report["schemes"]
+    """A report as tables: schemes against the uniform ones or the epochs, bits of each layer, what each step gained, stages."""
+    if "epochs" in report:
+        _print_epochs(report["epochs"])
+    measured = report.get("schemes", [])
     if measured:
         metric = "top1" if any("top1" in row for row in measured) else None
         columns = ["scheme", "bits", "size", "% of float", "BOPs", "predicted", "measured"] + (["held-out top-1"] if metric else [])
@@ -128,14 +130,32 @@ def print_report(report: Mapping[str, Any]) -> None:
         ]
         print_table(f"Schemes for {report['budget'] or 'no budget'} (loss on held-out inputs; > chosen)", columns, rows)
     print_table("Layers", ["layer", "bits", "weights", "share of size"], _layer_rows(report))
-    if report["ladder"]:
+    if report.get("ladder"):
         rows = [[row["step"], row["loss"], row.get("top1"), "yes" if row["kept"] else "no"] for row in report["ladder"]]
         print_table("What each step gained (held-out inputs)", ["step", "loss", "top-1", "kept"], rows)
-    if report["units"]:
+    if report.get("units"):
         errors = [[name, unit["before"], unit["after"], str(unit["steps"])] for name, unit in report["units"].items() if unit]
         print_table("Units (relative error on held-out inputs)", ["unit", "before", "after", "steps kept"], errors)
     stages = [[s["stage"], f"{s['seconds']:.1f} s", human_bytes(s["peak_bytes"])] for s in report["stages"]]
     print_table("Stages", ["stage", "time", "peak memory"], stages)
+
+
+def _print_epochs(epochs: list[Mapping[str, Any]]) -> None:
+    """How the network trained, and how its scheme grew: the bits of every layer after each epoch."""
+    scores = [key for key in ("top1", "loss") if key in epochs[-1].get("frozen", {})][:1]
+    columns = ["epoch", "loss", *(f"{kind} {key}" for key in scores for kind in ("soft", "frozen")), "bits"]
+    told = [key for key in ("paper_bits", "undecided", "temperature") if key in epochs[-1]]
+    rows = [
+        [
+            str(row["epoch"]), row["loss"], *(row[kind][key] for key in scores for kind in ("soft", "frozen")), f"{row['weight_bits']:.2f}",
+            *(row[key] for key in told),
+        ]
+        for row in epochs
+    ]  # fmt: skip
+    print_table("Epochs", columns + [key.replace("_", " ") for key in told], rows)
+    if "undecided" in epochs[-1]:
+        layers = [[name, " ".join(str(row["layers"][name]) for row in epochs)] for name in epochs[-1]["layers"]]
+        print_table("Bits of each layer, epoch by epoch", ["layer", "bits"], layers)
 
 
 def print_frontier(reports: Iterable[Mapping[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """One function a verb, each a list of stages. The command line and `anybit.*` call the same ones."""
 
 import copy
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anybit import stages
+from anybit import batchnorm, growth, stages, training
 from anybit.batches import Batch, Calibration, Samples, check_finite, draw, map_tensors, split
 from anybit.candidates import Candidates, apply_scheme
 from anybit.checkpoint import (
@@ -28,13 +29,14 @@ from anybit.checkpoint import (
     write_json,
 )
 from anybit.errors import InvalidInput, InvalidSetting, SchemeMismatch, UnsupportedModel
-from anybit.evaluation import Metric, outputs_of
+from anybit.evaluation import Metric, guess_task, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
 from anybit.references import Preprocessing, as_samples, load_data, load_model
 from anybit.reporting import StageClock, environment
 from anybit.scheme import Budget, Precision, Scheme
 from anybit.sensitivity import SensitivityTable
 from anybit.stages import Bench, CalibrateSettings, Judge, Network
+from anybit.training import join_processes
 from anybit.wiring import observe
 
 
@@ -226,16 +228,7 @@ def _report(
     network: Network, scheme: Scheme, choice: stages.Choice, table: SensitivityTable, budget: Budget | None, settings: CalibrateSettings
 ) -> dict[str, Any]:
     """The JSON report, before tests and times."""
-    layers = {
-        name: {
-            "precision": str(precision),
-            "weights": network.costs.layers[name].weights,
-            "macs": network.costs.layers[name].macs,
-            "bytes": network.costs.layer_bytes(name, precision),
-            "predicted_loss": table.loss(name, precision),
-        }
-        for name, precision in scheme.items()
-    }
+    layers = {name: {**row, "predicted_loss": table.loss(name, scheme[name])} for name, row in _layer_costs(network, scheme).items()}
     rows = [{**row, "scheme": row["scheme"].to_json(), "chosen": row["scheme"] == choice.scheme} for row in choice.measured]
     return {
         "version": 1,
@@ -258,6 +251,123 @@ def _tests(
     return {
         "float_test": evaluate_model(network.folded, samples.batches(settings.batch_size), task, metric),
         "test": evaluate_model(model, samples.batches(settings.batch_size), task, metric, reference),
+    }
+
+
+def grow(
+    model: nn.Module | str,
+    train: Any,
+    budget: str | Budget | None = None,
+    *,
+    scheme: Scheme | str | Path | None = None,
+    test: Any = None,
+    metric: Metric | None = None,
+    checkpoint: str | Path | None = None,
+    workers: int = 0,
+    device: str = "cpu",
+    about: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Result:
+    """Train a network to a budget: its mixed-precision scheme grows meanwhile (CSQ).
+
+    model       a network, or a reference to one; trained, or with `from_scratch` its architecture alone
+    train       labelled data (or unlabelled, with distill=1): a data set, arrays, Samples, or a reference
+    budget      of weights: "3bit", "80kB", "12.5%"; None keeps every plane
+    scheme      instead of a budget: a scheme, or the run that has it; it is fixed, and trained with learned steps (LSQ)
+    test        labelled data for the report, looked at after every epoch, soft and frozen; nothing is chosen on it
+    checkpoint  a file that is written after every epoch and continued from where it is found
+    settings    fields of `growth.GrowSettings`, `methods.csq.CSQSettings` and `training.TrainSettings`
+
+    Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; AnybitError where the loss stops being a number.
+    """
+    wanted = growth.GrowSettings.of(**settings)
+    if (budget is None) == (scheme is None) and scheme is not None:
+        raise InvalidSetting("Give a budget or a scheme, not both: a scheme has its bits already.")
+    budget = Budget.parse(budget) if budget is not None else None
+    scheme = read_scheme(Path(scheme)).scheme if isinstance(scheme, (str, Path)) else scheme
+    about = dict(about or {})
+    if isinstance(model, str):
+        about["model"] = {"reference": model, **about.get("model", {})}
+        model = load_model(model)
+    device = join_processes(device)
+    clock = StageClock()
+    float_model = on_device(model, device).eval()
+    samples = _samples(train, workers).on(device)
+    tests = None if test is None else _checked_tests(_samples(test, workers).on(device), model)
+    with clock.stage("observe and fold"):
+        if len(samples) == 0:
+            raise InvalidInput("The training data is empty.")
+        plain = growth.plain_batches(samples, wanted)
+        check_finite(plain)
+        if wanted.from_scratch:
+            growth.forget(float_model, wanted.train.seed)
+            batchnorm.reestimate(float_model, plain)
+        network = growth.observe_trainable(float_model, Batch(map_tensors(plain[0].inputs, lambda t: t[:2])), wanted, scheme)
+        if budget is not None:
+            growth.check_feasible(network, budget)
+        task = wanted.task or guess_task(outputs_of(float_model, plain[:1]))
+        trainee = growth.make_trainee(network, plain, budget, scheme is not None, wanted)
+    watched = None if tests is None else list(tests.subset(range(min(len(tests), growth.PLAIN))).batches(256))
+    with clock.stage("training"):
+        epochs = training.train(
+            trainee,
+            samples,
+            wanted.train,
+            float_model if wanted.train.distill else None,
+            growth.folded_gammas(trainee.model, network),
+            None if checkpoint is None else Path(checkpoint),
+            _identity(float_model, budget, scheme, samples, wanted),
+            None if watched is None else lambda: growth.soft_and_frozen(trainee, network, plain, watched, task, metric),
+        )
+    with clock.stage("freeze"):
+        canonical = growth.frozen(trainee, network, plain)
+    with clock.stage("edge ranges"):
+        canonical.edges = stages.edge_ranges(canonical.model, network.wiring, plain)
+    report = {
+        "version": 1,
+        "road": "grow",
+        "budget": str(budget) if budget else None,
+        "result": network.costs.summary(canonical.scheme),
+        "float_bytes": network.costs.float_bytes,
+        "layers": _layer_costs(network, canonical.scheme),
+        "epochs": epochs,
+        "uncovered": dict(network.uncovered),
+        "settings": wanted.to_json(),
+        "environment": environment(),
+    }
+    if tests is not None:
+        with clock.stage("test"):
+            reference = outputs_of(float_model, tests.batches(256))
+            report["float_test"] = evaluate_model(float_model, tests.batches(256), task, metric)
+            report["test"] = evaluate_model(canonical.model, tests.batches(256), task, metric, reference)
+    canonical.model.cpu()
+    report["stages"] = clock.stages
+    about = {**about, "budget": str(budget) if budget else None, "task": task}
+    return Result(canonical, report, about)
+
+
+def _identity(
+    model: nn.Module, budget: Budget | None, scheme: Scheme | None, samples: Samples, settings: growth.GrowSettings
+) -> dict[str, Any]:
+    """What must agree for a training to be continued: weights, data, budget and every setting."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    about = {"weights": digest.hexdigest(), "samples": len(samples), "budget": str(budget), "scheme": scheme and scheme.to_json()}
+    flat = settings.to_json()
+    return about | {f"{part}.{key}": value for part in ("csq", "train") for key, value in flat.pop(part).items()} | flat
+
+
+def _layer_costs(network: Network, scheme: Scheme) -> dict[str, Any]:
+    """What each layer is and costs at its precision."""
+    return {
+        name: {
+            "precision": str(precision),
+            "weights": network.costs.layers[name].weights,
+            "macs": network.costs.layers[name].macs,
+            "bytes": network.costs.layer_bytes(name, precision),
+        }
+        for name, precision in scheme.items()
     }
 
 

@@ -37,7 +37,7 @@ from anybit.evaluation import distance, outputs_of
 from anybit.layers import QuantizedLayer, fill, float_weight, from_rows, quantized_layers, weight_rows
 from anybit.numerics import fake_quantize
 from anybit.progress import track
-from anybit.quantizers import UniformQuantizer
+from anybit.quantizers import LearnedInput, UniformQuantizer
 from anybit.wiring import Unit, Wiring
 
 
@@ -74,21 +74,16 @@ class LearnedWeight(nn.Module):
         return UniformQuantizer(self.bits, True, self.log_scale.exp())
 
 
-class LearnedInput(nn.Module):
-    """Q(X) with log(scale) free and the zero point fixed; `drop` of the elements stay float while training."""
+class DroppedInput(LearnedInput):
+    """A learned range that leaves a share `drop` of the elements float while training."""
 
     def __init__(self, quantizer: UniformQuantizer, drop: float):
-        super().__init__()
-        self.bits, self.limits, self.drop = quantizer.bits, quantizer.limits, drop
-        self.log_scale = nn.Parameter(quantizer.scale.log())
-        self.register_buffer("zero_point", quantizer.zero_point)
+        super().__init__(quantizer)
+        self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
-        quantized = fake_quantize(x, self.log_scale.exp(), self.zero_point, *self.limits)
+        quantized = super().forward(x)
         return mix(x, quantized, self.drop) if self.training and self.drop else quantized
-
-    def freeze(self) -> UniformQuantizer:
-        return UniformQuantizer(self.bits, False, self.log_scale.exp(), self.zero_point)
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
@@ -151,7 +146,7 @@ def reconstruct(
     for name, layer in layers.items():
         layer.weight_quantizer = LearnedWeight(starts[name], layer.weight_quantizer)
         if isinstance(layer.input_quantizer, UniformQuantizer):
-            layer.input_quantizer = LearnedInput(layer.input_quantizer, settings.drop)
+            layer.input_quantizer = DroppedInput(layer.input_quantizer, settings.drop)
     best = {"error": errors["before"], "steps": 0, "state": None}
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(settings.seed)
@@ -325,7 +320,7 @@ def _layers_in(module: nn.Module) -> dict[str, nn.Module]:
 
 def _set_dropping(layers: dict[str, nn.Module], on: bool) -> None:
     for layer in layers.values():
-        if isinstance(layer.input_quantizer, LearnedInput):
+        if isinstance(layer.input_quantizer, DroppedInput):
             layer.input_quantizer.train(on)
 
 
@@ -424,7 +419,7 @@ def _free_scales(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
         layer.weight_quantizer = ScaledCodes(layer.weight_quantizer, weight_rows(layer, float_weight(layer)).detach())
         if isinstance(layer.input_quantizer, UniformQuantizer):
-            layer.input_quantizer = LearnedInput(layer.input_quantizer, drop=0.0)
+            layer.input_quantizer = LearnedInput(layer.input_quantizer)
 
 
 def _tuned_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:

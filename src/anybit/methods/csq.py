@@ -1,0 +1,440 @@
+"""CSQ: a mixed-precision scheme that grows during training, by continuous sparsification of bits and of bit planes.
+
+    W = s / (2^N - 1) * sum over b < N of  [ f(m_p[b]) - f(m_n[b]) ] 2^b g[b]          f(m) = sigmoid(beta m),  g[b] = f(m_B[b])
+    L = L_task + lambda * dS * sum over layers and planes of |g|                        dS = average precision now - the budget's
+    precision of a layer: its planes with m_B >= 0                                      beta grows from 1, exponentially
+
+m_p, m_n: one logit a weight and bit plane, [N, channels, fan-in] each. m_B: one logit a layer and plane, [N]. s: one scale a layer, or
+one a channel. As beta grows every gate becomes a step, so the network ends quantized: no straight-through estimator, no rounding at the
+end. dS > 0 closes planes, dS < 0 grows them back.
+
+Source: Xiao, Yang, Dong, Keutzer, Du, Zhang, "CSQ: Growing Mixed-Precision Quantization Scheme with Bi-level Continuous Sparsification",
+DAC 2023 (arXiv 2212.02770); its equations from the paper's abstract and the authors' release, its tables could not be read. Deviations:
+
+  * Place values 2^b / (2^N - 1) are constants (the release trains them, and leaves the uniform grid).
+  * Every gate is hardened by one rule, m >= 0 (the release hardens planes only, with another rule than it counts by).
+  * A budget is counted as everywhere in anybit: two's-complement bits, each layer weighted by its parameters, every layer included.
+    n adjacent planes and a sign are n + 1 bits; of planes with gaps, highest minus lowest plus one counts. Dead low planes become a larger
+    scale. The penalty has the same weights. The paper's count (planes, layers unweighted) is reported beside.
+  * Which planes stay is decided once, at `fix` of the run, by an allocation: the most likely planes under the gates' own odds that fit the
+    budget. Their signs alone overshoot it, and gates that are left soft to the end come to rest half open, where the penalty balances.
+  * The second phase starts as the first did: from the weights as they then are, rounded to the planes that stay, with logits at +-1 and
+    beta at 1. Closing the low planes of a weight cuts it towards zero, which no short training mends. `phase="rewind"` is the paper's
+    form, which sets beta back alone; `phase="continue"` has no second phase.
+  * Temperatures are relative to the logits' starting size of 1, and the weight gates' own: they are decided later than the planes are.
+  * A trained network starts at its own weights: logits at +-1, and the product is divided by what gates at +-1 make of it, a number that
+    goes to 1 as beta grows.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from anybit.allocation import allocate, make_problem
+from anybit.cost import CostModel
+from anybit.errors import InvalidSetting
+from anybit.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.quantizers import LearnedInput, UniformQuantizer
+from anybit.ranges import weight_scale
+from anybit.scheme import FLOAT, Budget, Condition, Precision, Scheme
+from anybit.sensitivity import SensitivityTable
+
+Gates = Literal["soft", "straight-through", "hard"]
+
+
+@dataclass(frozen=True)
+class CSQSettings:
+    """planes            N, magnitude planes a layer starts with; with the sign N + 1 bits
+    per_channel          a scale for each output channel instead of one a layer
+    prune                a layer may lose all its planes (W0)
+    strength             lambda
+    fix, harden          shares of the run at which the planes are fixed and the weight gates hardened
+    plane_temperature    beta of the plane gates when they are fixed
+    phase                how the weight gates go on when the planes are fixed: "restart", "rewind" or "continue" (see above)
+    fix_temperature      beta of the weight gates when the planes are fixed
+    final_temperature    beta of the weight gates when they are hardened
+    weight_gates         "soft", or "straight-through" for comparison: hard forward, soft backward
+    plane_gates          "soft", or "straight-through" for comparison: hard, closed planes pruned for good every epoch (BSQ-like)
+    gate_rate, plane_rate, scale_rate, rate   Adam's learning rates: weight logits, plane logits, log scales, all other parameters
+    """
+
+    planes: int = 7
+    per_channel: bool = False
+    prune: bool = False
+    strength: float = 0.3
+    fix: float = 0.4
+    harden: float = 0.9
+    plane_temperature: float = 200.0
+    fix_temperature: float = 2.0
+    final_temperature: float = 30.0
+    phase: Literal["restart", "rewind", "continue"] = "restart"
+    weight_gates: Gates = "soft"
+    plane_gates: Gates = "soft"
+    gate_rate: float = 2e-2
+    plane_rate: float = 2e-2
+    scale_rate: float = 1e-3
+    rate: float = 1e-3
+
+    def __post_init__(self):
+        if not 1 <= self.planes <= 7:
+            raise InvalidSetting(f"planes {self.planes} is outside 1..7: with the sign they are 2 to 8 bits.")
+        if not 0 < self.fix <= self.harden <= 1:
+            raise InvalidSetting(f"fix {self.fix} and harden {self.harden} are shares of the run, 0 < fix <= harden <= 1.")
+        for name in ("weight_gates", "plane_gates"):
+            if getattr(self, name) not in ("soft", "straight-through"):
+                raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose soft or straight-through.")
+        if self.phase not in ("restart", "rewind", "continue"):
+            raise InvalidSetting(f"phase {self.phase!r} is unknown. Choose restart, rewind or continue.")
+        for name in ("plane_temperature", "fix_temperature", "final_temperature"):
+            if getattr(self, name) < 1:
+                raise InvalidSetting(f"{name} {getattr(self, name)} must be at least 1, where temperatures start.")
+
+
+# The gates
+
+
+def gate(logits: Tensor, temperature: Tensor, kind: Gates) -> Tensor:
+    """f(m): a sigmoid that the temperature turns into a step, or the step itself, which is 1 at m >= 0."""
+    return torch.sigmoid(temperature * logits) if kind == "soft" else (logits >= 0).to(logits.dtype)
+
+
+def slope(logits: Tensor, temperature: Tensor, kind: Gates) -> Tensor:
+    """df / dm. The straight-through gate borrows the sigmoid's, the decided one has none."""
+    if kind == "hard":
+        return torch.zeros_like(logits)
+    soft = torch.sigmoid(temperature * logits)
+    return temperature * soft * (1 - soft)
+
+
+class _GatedSum(torch.autograd.Function):
+    """sum over b of  [ f(p[b]) - f(n[b]) ] place[b] : the logits are all that is kept for backward, which computes the gates again.
+
+    A plane at a time: no tensor of all planes is made, in either direction, but the logits' own gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, positive: Tensor, negative: Tensor, place: Tensor, temperature: Tensor, kind: Gates) -> Tensor:
+        ctx.save_for_backward(positive, negative, place, temperature)
+        ctx.kind = kind
+        total = torch.zeros_like(positive[0])
+        for p, n, value in zip(positive, negative, place, strict=True):
+            total += (gate(p, temperature, kind) - gate(n, temperature, kind)) * value
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        positive, negative, place, temperature = ctx.saved_tensors
+        needs_logits, _, needs_place, *_ = ctx.needs_input_grad
+        to_positive, to_negative = (torch.empty_like(positive), torch.empty_like(negative)) if needs_logits else (None, None)
+        to_place = torch.zeros_like(place) if needs_place else None
+        for b, (p, n) in enumerate(zip(positive, negative, strict=True)):
+            if needs_place:
+                to_place[b] = ((gate(p, temperature, ctx.kind) - gate(n, temperature, ctx.kind)) * grad).sum()
+            if needs_logits:
+                shared = grad * place[b]
+                torch.mul(shared, slope(p, temperature, ctx.kind), out=to_positive[b])
+                torch.mul(shared, -slope(n, temperature, ctx.kind), out=to_negative[b])
+        return to_positive, to_negative, to_place, None, None
+
+
+class GatedWeight(nn.Module):
+    """The weight slot of a layer while it grows: rows [channels, fan-in] made of gates; the layer's own weight is not read.
+
+    positive, negative  m_p, m_n, [N, channels, fan-in]
+    planes              m_B, [N]
+    log_scale           log s, [1, 1] or [channels, 1]
+    live                the planes that stay, bool [N], once they are fixed; None before
+    """
+
+    def __init__(self, rows: Tensor, planes: int, per_channel: bool, weight_gates: Gates = "soft", plane_gates: Gates = "soft"):
+        super().__init__()
+        self.weight_gates, self.plane_gates = weight_gates, plane_gates
+        self.register_buffer("live", None, persistent=False)
+        self.positive = nn.Parameter(rows.new_empty(planes, *rows.shape))
+        self.negative = nn.Parameter(rows.new_empty(planes, *rows.shape))
+        self.planes = nn.Parameter(rows.new_ones(planes))
+        self.log_scale = nn.Parameter(rows.new_empty(len(rows) if per_channel else 1, 1))
+        self.register_buffer("place_values", 2.0 ** torch.arange(planes, device=rows.device) / (2**planes - 1), persistent=False)
+        self.register_buffer("temperature", rows.new_ones(()), persistent=False)
+        self.register_buffer("plane_temperature", rows.new_ones(()), persistent=False)
+        self.start(rows, range(planes))
+
+    @torch.no_grad()
+    def start(self, rows: Tensor, planes: range) -> None:
+        """Set the logits to +-1 such that the weight is `rows`, rounded to these adjacent planes within their best range."""
+        largest = 2 ** len(planes) - 1
+        step = weight_scale(rows if len(self.log_scale) > 1 else rows.reshape(1, -1), len(planes) + 1)
+        codes = (rows / step).round().clamp(-largest, largest).to(torch.int64)
+        for place, b in enumerate(planes):
+            bit = (codes.abs() >> place) & 1
+            self.positive[b] = 2 * (bit * (codes > 0)) - 1
+            self.negative[b] = 2 * (bit * (codes < 0)) - 1
+        self.log_scale.copy_((step / self.place_values[planes[0]]).log())
+
+    def plane_gate(self) -> Tensor:
+        """g, [N]."""
+        if self.live is not None:
+            return self.live.to(self.planes.dtype)
+        if self.plane_gates == "straight-through":
+            soft = torch.sigmoid(self.planes)
+            return soft + ((self.planes >= 0).to(soft.dtype) - soft).detach()
+        return gate(self.planes, self.plane_temperature, "soft")
+
+    def shrinkage(self) -> Tensor:
+        """What gates at logits of +-1 make of a weight: tanh(beta / 2) of its bits, f(1) of its planes; 1 where they are hard."""
+        weights = torch.tanh(self.temperature / 2) if self.weight_gates == "soft" else 1.0
+        return weights * (torch.sigmoid(self.plane_temperature) if self.live is None and self.plane_gates == "soft" else 1.0)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        place = self.place_values * self.plane_gate()
+        total = _GatedSum.apply(self.positive, self.negative, place, self.temperature, self.weight_gates)
+        return total * (self.log_scale.exp() / self.shrinkage())
+
+    # Precision, and the end of it
+
+    def kept_planes(self) -> list[int]:
+        """The planes that count: fixed, or with m_B >= 0."""
+        return torch.nonzero(self.planes.detach() >= 0 if self.live is None else self.live).flatten().tolist()
+
+    def bits(self) -> int:
+        """Two's-complement bits that the kept planes need: highest minus lowest plus one, and the sign; 0 without planes."""
+        kept = self.kept_planes()
+        return kept[-1] - kept[0] + 2 if kept else 0
+
+    def fix(self, live: Iterable[int]) -> None:
+        """Decide the planes for good."""
+        self.live = torch.zeros(len(self.planes), dtype=torch.bool, device=self.planes.device)
+        self.live[list(live)] = True
+        self.planes.requires_grad_(False)
+
+    def harden(self) -> None:
+        """Decide every bit of every weight for good."""
+        self.weight_gates = "hard"
+        self.positive.requires_grad_(False)
+        self.negative.requires_grad_(False)
+
+    def undecided(self) -> tuple[int, int]:
+        """(gates between 0.01 and 0.99, all gates) of the planes that count, plane gates included until they are fixed."""
+        kept = self.kept_planes()
+        gates = [gate(logits[kept], self.temperature, self.weight_gates) for logits in (self.positive, self.negative)]
+        if self.live is None and self.plane_gates == "soft":
+            gates.append(self.plane_gate())
+        return sum(int(((g > 0.01) & (g < 0.99)).sum()) for g in gates), sum(g.numel() for g in gates)
+
+    @torch.no_grad()
+    def freeze(self) -> tuple[Tensor, UniformQuantizer | None]:
+        """(values [channels, fan-in], the uniform quantizer that leaves them as they are); (zeros, None) without planes."""
+        kept = self.kept_planes()
+        bits = (self.positive >= 0).long() - (self.negative >= 0).long()  # [N, channels, fan-in], each -1, 0 or 1
+        if not kept:
+            return torch.zeros_like(self.positive[0]), None
+        codes = sum(bits[b] << (b - kept[0]) for b in kept)
+        step = self.log_scale.exp() * self.place_values[kept[0]]
+        quantizer = UniformQuantizer(self.bits(), True, step.expand(len(codes), 1))
+        return quantizer.values(codes.float()), quantizer
+
+
+# From the gate to the budget
+
+
+class Growth:
+    """A prepared, unfolded network whose scheme grows: what `training.train` needs to know of the method.
+
+    choices  layer -> the precisions it may end with; one alone where it is kept
+    budget   on bits, bytes or percent; None keeps every plane
+    """
+
+    def __init__(
+        self, model: nn.Module, choices: Mapping[str, list[Precision]], costs: CostModel, budget: Budget | None, settings: CSQSettings
+    ):
+        self.model, self.choices, self.costs, self.budget, self.settings = model, choices, costs, budget, settings
+        self.layers = quantized_layers(model)
+        for name, options in choices.items():
+            layer = self.layers[name]
+            most = options[-1].weight_bits
+            if most is None:
+                continue
+            float_weight(layer).requires_grad_(False)
+            if most == 0:
+                layer.weight_quantizer = Pruned()
+                continue
+            rows, planes = weight_rows(layer, float_weight(layer)).detach(), most - 1
+            layer.weight_quantizer = GatedWeight(rows, planes, settings.per_channel, settings.weight_gates, settings.plane_gates)
+            if len(options) == 1:
+                layer.weight_quantizer.fix(range(planes))
+        self.hard = False
+
+    @property
+    def gated(self) -> dict[str, GatedWeight]:
+        """Layer -> its gates."""
+        return {n: layer.weight_quantizer for n, layer in self.layers.items() if isinstance(layer.weight_quantizer, GatedWeight)}
+
+    @property
+    def growing(self) -> dict[str, GatedWeight]:
+        """Those whose planes are not fixed yet."""
+        return {name: weight for name, weight in self.gated.items() if weight.live is None}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What Adam trains, at which rate. No weight decay: it would pull logits back to undecided."""
+        gates = list(self.gated.values())
+        scales = [weight.log_scale for weight in gates] + [m.log_scale for m in self.model.modules() if isinstance(m, LearnedInput)]
+        logits, planes = [m for weight in gates for m in (weight.positive, weight.negative)], [weight.planes for weight in gates]
+        taken = {id(parameter) for parameter in (*scales, *logits, *planes)}
+        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in taken]
+        rates = self.settings
+        groups = ((logits, rates.gate_rate), (planes, rates.plane_rate), (scales, rates.scale_rate), (others, rates.rate))
+        return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
+
+    def at(self, progress: float) -> None:
+        """Set what follows from the share of the run that is done: temperatures, and the two decisions."""
+        s = self.settings
+        if progress >= s.fix and self.growing:
+            self.fix_planes()
+        if progress >= s.harden and not self.hard:
+            self.harden()
+        search, settle = min(progress / s.fix, 1), min(max(progress - s.fix, 0) / max(s.harden - s.fix, 1e-9), 1)
+        before = s.final_temperature if s.phase == "rewind" else s.fix_temperature
+        after = s.fix_temperature if s.phase == "continue" else 1.0
+        temperature = before**search if progress < s.fix else after * (s.final_temperature / after) ** settle
+        for weight in self.gated.values():
+            weight.temperature.fill_(1.0 if s.weight_gates == "straight-through" else temperature)
+            weight.plane_temperature.fill_(s.plane_temperature**search)
+
+    def penalty(self) -> Tensor:
+        """lambda dS times the soft mean bits of a weight; 0 once all planes are fixed."""
+        growing = self.growing
+        if not growing or self.budget is None:
+            return torch.zeros((), device=next(self.model.parameters()).device)
+        total = sum(self.costs.layers[name].weights for name in self.choices)
+        soft_bits = sum(self.costs.layers[name].weights / total * weight.plane_gate().sum() for name, weight in growing.items())
+        return self.settings.strength * self.excess() * soft_bits
+
+    def excess(self) -> float:
+        """dS: bits a weight that the scheme now has above the budget (below zero: has in hand)."""
+        total, scheme = sum(self.costs.layers[name].weights for name in self.choices), self.scheme()
+        amounts = {"bits": self.costs.weight_bits(scheme) * total, "bytes": 8 * self.costs.file_size(scheme)}
+        over = []
+        for condition in self.budget.conditions:
+            limit = {"bits": total, "bytes": 8, "percent": 8 * self.costs.float_bytes / 100}[condition.quantity] * condition.limit
+            over.append((amounts["bits" if condition.quantity == "bits" else "bytes"] - limit) / total)
+        return max(over)
+
+    def scheme(self) -> Scheme:
+        """The precisions as the planes stand now."""
+        gated = self.gated
+        return Scheme({n: Precision(gated[n].bits(), o[0].activation_bits) if n in gated else o[0] for n, o in self.choices.items()})
+
+    def fix_planes(self) -> None:
+        """Keep the planes that are likeliest by the gates' own odds, among those that fit the budget: an allocation.
+
+        A gate at logit m is open with odds exp(m), so a set of planes has the log likelihood sum of their m, up to a constant.
+        """
+        best = {name: dict(_likeliest(weight.planes.detach().tolist())) for name, weight in self.growing.items()}
+        losses = {
+            (name, precision): -best[name][precision.weight_bits][0] if name in best else 0.0
+            for name, options in self.choices.items()
+            for precision in options
+        }
+        problem = make_problem(self.choices, SensitivityTable(losses, FLOAT, 0), self.costs, self.budget)
+        scheme = allocate(problem, name="likeliest planes").scheme
+        for name, planes in best.items():
+            weight, live = self.layers[name].weight_quantizer, planes[scheme[name].weight_bits][1]
+            if live and self.settings.phase == "restart":
+                live = range(live[0], live[-1] + 1)  # those between cost nothing and are useful
+                rows = weight(float_weight(self.layers[name])).detach()
+                weight.temperature.fill_(1.0)
+                weight.start(rows, live)
+            weight.fix(live)
+
+    def end_epoch(self) -> None:
+        """Straight-through plane gates only: planes that are closed are pruned for good."""
+        if self.settings.plane_gates == "straight-through":
+            for weight in self.growing.values():
+                weight.planes.data[weight.planes < 0] = -math.inf
+
+    def harden(self) -> None:
+        """Decide every weight gate."""
+        self.hard = True
+        for weight in self.gated.values():
+            weight.harden()
+
+    # What training tells and stores
+
+    def record(self) -> dict[str, Any]:
+        """The scheme now, in this project's count and in the paper's, and how decided it is."""
+        gated, scheme = self.gated, self.scheme()
+        undecided = [weight.undecided() for weight in gated.values()]
+        first = next(iter(gated.values()), None)
+        return {
+            "weight_bits": self.costs.weight_bits(scheme),
+            "paper_bits": sum(len(weight.kept_planes()) for weight in gated.values()) / max(len(gated), 1),
+            "undecided": sum(part for part, _ in undecided) / max(sum(total for _, total in undecided), 1),
+            "temperature": float(first.temperature) if first else 1.0,
+            "plane_temperature": float(first.plane_temperature) if first else 1.0,
+            "layers": {name: precision.weight_bits for name, precision in scheme.items()},
+        }
+
+    def decisions(self) -> dict[str, Any]:
+        """What has been decided, as JSON, for a checkpoint; `restore` takes it back."""
+        fixed = {name: weight.kept_planes() for name, weight in self.gated.items() if weight.live is not None}
+        return {"fixed": fixed, "hard": self.hard}
+
+    def restore(self, decisions: Mapping[str, Any]) -> None:
+        for name, live in decisions["fixed"].items():
+            self.layers[name].weight_quantizer.fix(live)
+        if decisions["hard"]:
+            self.harden()
+
+    @torch.no_grad()
+    def freeze(self, model: nn.Module) -> None:
+        """Put uniform quantizers into the slots of `model`, a copy of this one, in place of the gates."""
+        for layer in quantized_layers(model).values():
+            freeze_layer(layer)
+
+
+def freeze_layer(layer: nn.Module) -> None:
+    """Uniform quantizers in the layer's slots, in place of gates and of a learned range."""
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    if isinstance(weights, GatedWeight):
+        values, quantizer = weights.freeze()
+        float_weight(layer).copy_(from_rows(layer, values))
+        weights = quantizer or Pruned()
+    fill(layer, weights, inputs.freeze() if isinstance(inputs, LearnedInput) else inputs)
+
+
+def _likeliest(logits: list[float]) -> Iterator[tuple[int, tuple[float, list[int]]]]:
+    """bits -> (log odds, planes) of the likeliest planes that need so many bits; between highest and lowest, those with m >= 0."""
+    yield 0, (0.0, [])
+    count = len(logits)
+    for width in range(1, count + 1):
+        options = []
+        for low in range(count - width + 1):
+            planes = [b for b in range(low, low + width) if b in (low, low + width - 1) or logits[b] >= 0]
+            options.append((sum(max(logits[b], -1e3) for b in planes), planes))  # a pruned plane has no odds, and JSON no infinity
+        yield width + 1, max(options)
+
+
+def plane_choices(settings: CSQSettings, activation_bits: int | None) -> list[Precision]:
+    """What a layer may end with."""
+    return [Precision(bits, activation_bits) for bits in ((0,) if settings.prune else ()) + tuple(range(2, settings.planes + 2))]
+
+
+def check_budget(budget: Budget, largest: Scheme, costs: CostModel) -> None:
+    """Raise InvalidSetting where the budget counts something else than weights, or more than all planes need."""
+    for condition in budget.conditions:
+        if condition.quantity not in ("bits", "bytes", "percent"):
+            raise InvalidSetting(f"grow counts weights: give a budget of bits or bytes, not {condition.quantity} ({budget}).")
+        most = {"bits": costs.weight_bits(largest), "bytes": costs.file_size(largest), "percent": costs.summary(largest)["percent"]}
+        if condition.limit > most[condition.quantity]:
+            raise InvalidSetting(
+                f"A budget of {_written(condition)} is above what all planes need, {most[condition.quantity]:g}. "
+                "Lower the budget, or start with more planes."
+            )
+
+
+def _written(condition: Condition) -> str:
+    return f"{condition.limit:g} {condition.quantity}"

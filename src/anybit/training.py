@@ -1,0 +1,358 @@
+"""The epoch loop that the training roads share: batches, augmentation, distillation, checkpoints, several processes.
+
+Every epoch draws its order and its augmentation from (seed, epoch) alone, so a run that is continued from a checkpoint ends with the same
+bytes as one that was never stopped, and several processes see the batches that one would.
+
+On several processes (`torchrun` or `accelerate launch`; both set the same environment) each takes its share of every batch, and gradients
+are averaged. There is no wrapper around the model: what a method sets on its modules is what runs. Batch norm sees each process's own
+share of a batch; running statistics are averaged after every epoch.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from anybit.batches import Batch, Samples, call, first_tensor
+from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
+from anybit.evaluation import guess_task
+from anybit.progress import note, track
+
+SMALLEST_GAMMA = 1e-5
+
+
+class Trainee(Protocol):
+    """What a method tells the loop. `model` is prepared and unfolded; nothing else of it is known here."""
+
+    model: nn.Module
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Adam's groups: params and lr."""
+
+    def at(self, progress: float) -> None:
+        """Called before each step with the share of the run that is done."""
+
+    def end_epoch(self) -> None:
+        """Called after each epoch."""
+
+    def penalty(self) -> Tensor:
+        """Added to the task's loss, 0-d."""
+
+    def record(self) -> dict[str, Any]:
+        """What an epoch's record tells of the method."""
+
+    def decisions(self) -> dict[str, Any]:
+        """What was decided on the way, as JSON."""
+
+    def restore(self, decisions: Mapping[str, Any]) -> None:
+        """Take `decisions` back."""
+
+    def freeze(self, model: nn.Module) -> None:
+        """Put uniform quantizers into the slots of `model`, a copy of its own."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """epochs, batch_size (of all processes together), seed
+    warmup         share of the run in which learning rates rise; afterwards they fall to zero along a cosine
+    augment        of 4-d inputs: "flip" (mirror images), "crop4" (shifts by up to 4 pixels), joined by commas
+    distill        weight of the divergence from the float model's outputs in the loss; the rest is the labels'
+    half           compute in bfloat16 where autocast finds it safe
+    compile        compile the training step's forward pass
+    """
+
+    epochs: int = 10
+    batch_size: int = 256
+    seed: int = 0
+    warmup: float = 0.05
+    augment: str = ""
+    distill: float = 0.0
+    half: bool = False
+    compile: bool = False
+
+    def __post_init__(self):
+        if self.epochs < 1 or self.batch_size < 1:
+            raise InvalidSetting(f"epochs {self.epochs} and batch size {self.batch_size} must be at least 1.")
+        if not 0 <= self.distill <= 1 or not 0 <= self.warmup < 1:
+            raise InvalidSetting(f"distill {self.distill} must be from 0 to 1, warmup {self.warmup} from 0 to below 1.")
+        _augmentations(self.augment)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train(
+    trainee: Trainee,
+    samples: Samples,
+    settings: TrainSettings,
+    teacher: nn.Module | None = None,
+    positive: Sequence[nn.Parameter] = (),
+    checkpoint: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    watch: Callable[[], dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Train in place; returns one record an epoch.
+
+    teacher     the float model, for distillation
+    positive    parameters that are kept above zero
+    checkpoint  file that is written after every epoch and continued from where it is found; `identity` are the settings that must agree
+    watch       called after each epoch; what it returns joins the record
+    """
+    steps = _steps(samples, settings)
+    groups = trainee.parameter_groups()
+    optimizer = torch.optim.Adam(groups)
+    rates = [group["lr"] for group in groups]
+    records: list[dict[str, Any]] = []
+    if checkpoint is not None and checkpoint.is_file():
+        records = _resume(checkpoint, trainee, optimizer, identity or {})
+    forward = torch.compile(trainee.model) if settings.compile else trainee.model
+    for epoch in track(range(len(records), settings.epochs), "epochs"):
+        trainee.model.train()
+        total, right, seen = 0.0, 0, 0
+        batches = list_checked(epoch_batches(samples, settings, epoch), steps, epoch)
+        for step, batch in enumerate(batches):
+            progress = (epoch + step / steps) / settings.epochs
+            trainee.at(progress)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * learning_rate(progress, settings.warmup)
+            with _autocast(settings, batch):
+                outputs = first_tensor(call(forward, batch.inputs))
+                loss = task_loss(outputs, batch, teacher, settings.distill)
+            penalty = trainee.penalty()
+            if not torch.isfinite(loss + penalty):
+                kept = f" The checkpoint of epoch {epoch} is kept in {checkpoint}." if checkpoint and epoch else ""
+                values = f"{float(loss.detach()):g} (penalty {float(penalty.detach()):g})"
+                raise AnybitError(
+                    f"The loss became {values} in epoch {epoch + 1}, step {step + 1} of {steps}.{kept} "
+                    "Lower the learning rates, or look for broken inputs."
+                )
+            optimizer.zero_grad(set_to_none=True)
+            (loss + penalty.to(loss.device)).backward()
+            average_gradients(trainee.model)
+            optimizer.step()
+            with torch.no_grad():
+                for parameter in positive:
+                    parameter.clamp_(min=SMALLEST_GAMMA)
+            total, seen = total + float(loss.detach()) * len(batch), seen + len(batch)
+            if outputs.dim() == 2 and batch.labels is not None:
+                right += int((outputs.argmax(-1) == batch.labels).sum())
+        trainee.end_epoch()
+        average_buffers(trainee.model)
+        if epoch + 1 == settings.epochs:
+            trainee.at(1.0)
+        record = {"epoch": epoch + 1, "loss": total / seen, "train_top1": 100 * right / seen, **trainee.record()}
+        records.append(record | (watch() if watch else {}))
+        note(summary(records[-1], settings.epochs))
+        if checkpoint is not None and rank() == 0:
+            _save(checkpoint, trainee, optimizer, records, identity or {})
+    return records
+
+
+def summary(record: Mapping[str, Any], epochs: int) -> str:
+    """An epoch's record in one line."""
+    parts = [f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}"]
+    for kind in ("soft", "frozen"):
+        parts += [f"{kind} {key} {record[kind][key]:.4g}" for key in ("top1", "loss") if key in record.get(kind, {})][:1]
+    parts.append(f"{record['weight_bits']:.2f} bits")
+    if "undecided" in record:
+        parts.append(f"{100 * record['undecided']:.1f} % of gates undecided, temperature {record['temperature']:.3g}")
+    return ", ".join(parts)
+
+
+def learning_rate(progress: float, warmup: float) -> float:
+    """Factor on every learning rate: a line up to 1, then a cosine down to 0."""
+    if progress < warmup:
+        return max(progress / warmup, 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def task_loss(outputs: Tensor, batch: Batch, teacher: nn.Module | None, distill: float) -> Tensor:
+    """Cross-entropy of a classifier (squared error of a regression), joined by the divergence from the teacher's outputs."""
+    loss = torch.zeros((), device=outputs.device)
+    classes = guess_task(outputs) == "classification"
+    if distill < 1:
+        if batch.labels is None:
+            raise InvalidInput("Training needs labels, and this data has none. Give labelled data, or --distill 1.")
+        labels = batch.labels
+        loss = F.cross_entropy(outputs.float(), labels) if classes else F.mse_loss(outputs.float().flatten(), labels.float().flatten())
+        loss = (1 - distill) * loss
+    if distill > 0:
+        with torch.no_grad():
+            target = first_tensor(call(teacher, batch.inputs)).float()
+        if classes:
+            apart = F.kl_div(F.log_softmax(outputs.float(), -1), F.log_softmax(target, -1), log_target=True, reduction="batchmean")
+        else:
+            apart = F.mse_loss(outputs.float(), target)
+        loss = loss + distill * apart
+    return loss
+
+
+def _autocast(settings: TrainSettings, batch: Batch):
+    if not settings.half:
+        return nullcontext()
+    return torch.autocast(first_tensor(batch.inputs).device.type, dtype=torch.bfloat16)
+
+
+# Batches
+
+
+def _steps(samples: Samples, settings: TrainSettings) -> int:
+    """Full batches an epoch; where there is not one, the whole set is the batch."""
+    if len(samples) == 0:
+        raise InvalidInput("The training data is empty.")
+    if settings.batch_size % world() or (len(samples) < settings.batch_size and len(samples) % world()):
+        raise InvalidSetting(f"batch size {settings.batch_size} does not divide among {world()} processes. Choose a multiple of {world()}.")
+    return max(1, len(samples) // settings.batch_size)
+
+
+def epoch_batches(samples: Samples, settings: TrainSettings, epoch: int) -> Iterator[Batch]:
+    """This process's share of every full batch of an epoch, shuffled and augmented by (seed, epoch) alone."""
+    generator = torch.Generator().manual_seed(settings.seed * 100_003 + epoch)
+    size = min(settings.batch_size, len(samples))
+    count = len(samples) // size
+    order = torch.randperm(len(samples), generator=generator)[: count * size].view(count, size)
+    mine = order[:, rank() :: world()].flatten().tolist()
+    torch.manual_seed(settings.seed * 100_003 + epoch)  # for data sets that augment by themselves, and for dropout
+    for batch in samples.subset(mine).batches(size // world()):
+        yield augmented(batch, settings.augment, size, generator)
+
+
+def list_checked(batches: Iterator[Batch], steps: int, epoch: int) -> Iterator[Batch]:
+    """The batches; raises InvalidInput where they end before `steps` of them came."""
+    seen = 0
+    try:
+        for batch in batches:
+            yield batch
+            seen += 1
+    except (IndexError, StopIteration, RuntimeError) as error:
+        if not isinstance(error, IndexError | StopIteration) and "StopIteration" not in str(error):
+            raise
+    if seen < steps:
+        raise InvalidInput(
+            f"The training data ended after {seen} of {steps} batches in epoch {epoch + 1}: it has fewer samples than its length says. "
+            "Repair its __len__."
+        )
+
+
+def augmented(batch: Batch, augment: str, global_size: int, generator: torch.Generator) -> Batch:
+    """The batch with each of its pictures mirrored or shifted at random; the draws are of the global batch, of which this is a share."""
+    inputs = batch.inputs
+    for kind, pixels in _augmentations(augment):
+        if not isinstance(inputs, Tensor) or inputs.dim() != 4:
+            raise InvalidSetting(f"augment {augment!r} needs pictures: one 4-d input tensor. Leave it off for this data.")
+        if kind == "flip":
+            flips = torch.rand(global_size, generator=generator)[rank() :: world()] < 0.5
+            inputs = inputs.clone()
+            inputs[flips] = inputs[flips].flip(-1)
+        else:
+            shifts = torch.randint(0, 2 * pixels + 1, (global_size, 2), generator=generator)[rank() :: world()].tolist()
+            padded, (height, width) = F.pad(inputs, (pixels,) * 4), inputs.shape[-2:]
+            inputs = torch.stack([p[:, y : y + height, x : x + width] for p, (y, x) in zip(padded, shifts, strict=True)])
+    return Batch(inputs, batch.labels)
+
+
+def _augmentations(text: str) -> list[tuple[str, int]]:
+    """[("flip", 0), ("crop", 4)] of "flip,crop4"."""
+    found = []
+    for part in filter(None, text.split(",")):
+        if part == "flip":
+            found.append(("flip", 0))
+        elif part.startswith("crop") and part[4:].isdigit():
+            found.append(("crop", int(part[4:])))
+        else:
+            raise InvalidSetting(f"augment {part!r} is unknown. Write flip, crop4 (shifts by up to 4 pixels), or both with a comma.")
+    return found
+
+
+# Several processes
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(device: str) -> str:
+    """Join the other processes where a launcher started several; returns this one's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if device == "cuda" and world() > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    return device
+
+
+@torch.no_grad()
+def average_gradients(model: nn.Module) -> None:
+    """The mean of each gradient over the processes."""
+    if world() > 1:
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        for grad, part in zip(grads, flat.div_(world()).split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+@torch.no_grad()
+def average_buffers(model: nn.Module) -> None:
+    """The mean of each floating-point buffer (running statistics) over the processes."""
+    if world() > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer.div_(world())
+
+
+# Checkpoints: one safetensors file, its JSON in the header; replaced in one move
+
+
+def _save(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, records: list[dict], identity: Mapping[str, Any]) -> None:
+    tensors = {f"model.{key}": tensor.contiguous().clone() for key, tensor in trainee.model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value).contiguous().clone() for key, value in state.items()}
+    about = {"records": records, "identity": dict(identity), "decisions": trainee.decisions()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, draft, metadata={"anybit": json.dumps(about)})
+    draft.replace(path)
+
+
+def _resume(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Load a checkpoint into the trainee and its optimizer; returns its records. Refused where a setting differs."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["anybit"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        there, records, decisions = about["identity"], about["records"], about["decisions"]
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise InvalidFile(f"Checkpoint {path} cannot be read: {error}. Remove it to start again, or restore it.") from error
+    different = [key for key in {**there, **identity} if there.get(key) != json.loads(json.dumps(identity.get(key)))]
+    if different:
+        said = "; ".join(f"{key} was {there.get(key)!r} and is now {identity.get(key)!r}" for key in sorted(different))
+        raise InvalidSetting(f"{path.parent} holds an unfinished run with other settings: {said}. Use the same, or another --output.")
+    trainee.restore(decisions)
+    try:
+        trainee.model.load_state_dict({key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")})
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                state.setdefault(int(index), {})[name] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InvalidFile(f"Checkpoint {path} does not fit this network: {' '.join(str(error).split())}") from error
+    return records

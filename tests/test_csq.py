@@ -1,0 +1,320 @@
+"""The gates, the planes, the budget, and what freezing must not change."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import Depthwise, NoBatchNorm, Residual, Tokens, Upsampling, make, pictures
+
+import anybit
+from anybit import batchnorm
+from anybit.batches import Batch, call
+from anybit.errors import InfeasibleBudget, InvalidSetting
+from anybit.growth import GrowSettings, frozen, make_trainee, observe_trainable
+from anybit.layers import codes_of, quantized_layers, weight_rows
+from anybit.methods.csq import CSQSettings, GatedWeight, Growth, _GatedSum, _likeliest, gate
+from anybit.quantizers import UniformQuantizer
+from anybit.ranges import weight_scale
+from anybit.scheme import Budget, Precision
+
+few = settings(max_examples=40, deadline=None)
+NETWORKS = {
+    Residual: lambda: pictures(16),
+    Depthwise: lambda: pictures(16),
+    Upsampling: lambda: pictures(16),
+    NoBatchNorm: lambda: pictures(16),
+    Tokens: lambda: torch.randint(0, 20, (16, 7), generator=torch.Generator().manual_seed(0)),
+}
+
+
+def random_weight(seed=0, planes=4, per_channel=False, **kinds) -> GatedWeight:
+    """Gates whose logits are anywhere, of two channels of nine weights."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = GatedWeight(torch.randn(2, 9, generator=generator), planes, per_channel, **kinds)
+    with torch.no_grad():
+        for logits in (weight.positive, weight.negative, weight.planes):
+            logits.copy_(torch.randn(logits.shape, generator=generator))
+    return weight
+
+
+def growth_of(cls, budget=None, **settings_):
+    """A network ready to grow, with float activations, and what it was observed to be."""
+    x = NETWORKS[cls]()
+    wanted = GrowSettings.of(activation_bits=None, **settings_)
+    network = observe_trainable(make(cls), Batch(x[:2]), wanted, None)
+    return make_trainee(network, [Batch(x)], budget and Budget.parse(budget), False, wanted), network, x
+
+
+# The gate
+
+
+def test_a_gate_becomes_the_step_it_is_hardened_to():
+    logits = torch.tensor([-2.0, -0.01, 0.01, 3.0])
+    soft = gate(logits, torch.tensor(1e4), "soft")
+    assert torch.allclose(soft, gate(logits, torch.tensor(1.0), "hard"))
+    assert gate(torch.zeros(1), torch.tensor(1.0), "hard") == 1  # the one rule: m >= 0 is open
+
+
+@pytest.mark.parametrize("kind", ["soft", "straight-through"])
+def test_the_fused_sum_has_the_values_and_gradients_of_the_equation(kind):
+    weight = random_weight()
+    temperature = torch.tensor(1.0 if kind == "straight-through" else 2.5)
+    seed = torch.randn(2, 9, generator=torch.Generator().manual_seed(1))
+
+    def plain(positive, negative, place):
+        def f(m):
+            soft = torch.sigmoid(temperature * m)
+            return soft if kind == "soft" else soft + ((m >= 0).float() - soft).detach()
+
+        return ((f(positive) - f(negative)) * place[:, None, None]).sum(0)
+
+    results = []
+    for function in (plain, lambda p, n, v: _GatedSum.apply(p, n, v, temperature, kind)):
+        inputs = [t.detach().clone().requires_grad_() for t in (weight.positive, weight.negative, weight.place_values)]
+        output = function(*inputs)
+        output.backward(seed)
+        results.append([output.detach(), *(t.grad for t in inputs)])
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_a_decided_gate_gets_no_gradient():
+    weight = random_weight()
+    weight.harden()
+    weight.fix(range(4))
+    weight(torch.zeros(2, 9)).sum().backward()
+    assert weight.positive.grad is None and weight.planes.grad is None and weight.log_scale.grad is not None
+
+
+def test_nothing_but_the_logits_is_kept_for_backward():
+    weight = random_weight(planes=7)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        weight(torch.zeros(2, 9))
+    large = {tensor.data_ptr() for tensor in kept if tensor.numel() > 2 * 9}
+    assert large <= {weight.positive.data_ptr(), weight.negative.data_ptr()}
+
+
+# The start
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("planes", range(1, 8))
+def test_the_first_weight_is_the_trained_one_rounded_to_the_planes(planes, per_channel):
+    rows = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    step = weight_scale(rows if per_channel else rows.reshape(1, -1), planes + 1)
+    largest = 2**planes - 1
+    expected = (rows / step).round().clamp(-largest, largest) * step
+    assert torch.allclose(GatedWeight(rows, planes, per_channel)(rows), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", NETWORKS)
+def test_the_first_forward_is_the_float_networks_within_eight_bits(cls):
+    growth, network, x = growth_of(cls, per_channel=True)
+    float_outputs = call(network.float_model, x)
+    outputs = call(growth.model.eval(), x)
+    assert (outputs - float_outputs).abs().max() < 0.05 * float_outputs.abs().max()
+    assert set(growth.gated) == set(network.names)  # every covered layer grows: first, last, shortcut, depthwise, embedding
+
+
+@given(st.floats(0.0, 1.0))
+@few
+def test_temperature_alone_does_not_move_an_untrained_weight(progress):
+    growth, _, _ = growth_of(NoBatchNorm)
+    layer = growth.layers["conv"]
+    before = layer.weight.detach().clone()
+    growth.at(progress)
+    assert torch.allclose(layer.weight, before, atol=1e-5)
+
+
+# Precision
+
+
+def test_bits_are_those_that_the_codes_need():
+    for live in itertools.chain.from_iterable(itertools.combinations(range(4), n) for n in range(5)):
+        weight = random_weight()
+        weight.fix(live)
+        weight.harden()
+        values, quantizer = weight.freeze()
+        if not live:
+            assert weight.bits() == 0 and quantizer is None and not values.any()
+            continue
+        codes = quantizer.codes(values)
+        assert quantizer.bits == weight.bits() == max(live) - min(live) + 2
+        assert codes.abs().max() <= 2 ** (weight.bits() - 1) - 1
+        assert torch.equal(quantizer.values(codes), values)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 7), st.booleans())
+@few
+def test_freezing_a_hard_weight_changes_it_by_rounding_only(seed, planes, per_channel):
+    weight = random_weight(seed, planes, per_channel)
+    weight.fix([b for b in range(planes) if b % 2 == seed % 2] or [0])
+    weight.harden()
+    values, quantizer = weight.freeze()
+    assert torch.allclose(weight(values), values, rtol=1e-6, atol=0)
+    assert torch.equal(quantizer(values), values)
+
+
+@pytest.mark.parametrize("cls", NETWORKS)
+def test_freezing_a_network_changes_its_outputs_by_rounding_only(cls):
+    growth, network, x = growth_of(cls, "3bit")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in growth.gated.values():
+            for logits in (weight.positive, weight.negative, weight.planes):
+                logits.add_(torch.randn(logits.shape, generator=generator))
+    growth.at(1.0)
+    batchnorm.reestimate(growth.model, [Batch(x)])
+    hard = call(growth.model.eval(), x).detach()
+    canonical = frozen(growth, network, [Batch(x)])
+    assert torch.allclose(call(canonical.model, x), hard, rtol=1e-4, atol=1e-4 * float(hard.abs().max()))
+    for layer in quantized_layers(canonical.model).values():
+        assert type(layer.weight_quantizer) is UniformQuantizer and (layer.weight_quantizer.scale > 0).all()
+        assert torch.equal(weight_rows(layer, layer.weight), codes_of(layer).float() * layer.weight_quantizer.scale)
+    assert canonical.scheme == growth.scheme()
+
+
+def test_a_layer_without_planes_is_pruned_and_stores_no_codes(tmp_path):
+    growth, network, x = growth_of(Residual, "2bit", prune=True)
+    with torch.no_grad():
+        growth.gated["block1.conv1"].planes.fill_(-1)
+    growth.at(1.0)
+    canonical = frozen(growth, network, [Batch(x)])
+    assert canonical.scheme["block1.conv1"] == Precision(0, None)
+    assert network.costs.weight_bits(canonical.scheme) <= 2
+    assert torch.isfinite(call(canonical.model, x)).all()
+
+
+# The budget
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=6))
+@few
+def test_the_likeliest_planes_are_those_of_brute_force(logits):
+    for bits, (value, planes) in _likeliest(logits):
+        if not bits:
+            continue
+        span = bits - 1
+        options = [
+            chosen
+            for chosen in itertools.chain.from_iterable(itertools.combinations(range(len(logits)), n) for n in range(1, span + 1))
+            if chosen[-1] - chosen[0] + 1 == span
+        ]
+        assert value == pytest.approx(max(sum(logits[b] for b in chosen) for chosen in options))
+        assert planes[-1] - planes[0] + 1 == span
+
+
+@given(st.integers(0, 1000), st.floats(2.0, 8.0))
+@few
+def test_fixing_never_exceeds_the_budget(seed, bits):
+    growth, network, _ = growth_of(Residual, f"{bits:.3f}bit")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in growth.gated.values():
+            weight.planes.copy_(torch.randn(weight.planes.shape, generator=generator))
+    growth.fix_planes()
+    assert network.costs.weight_bits(growth.scheme()) <= float(f"{bits:.3f}") + 1e-9
+
+
+def test_planes_that_fit_the_budget_keep_their_signs():
+    growth, _, _ = growth_of(Residual, "8bit", phase="continue")
+    with torch.no_grad():
+        for weight in growth.gated.values():
+            weight.planes[:3] = -1  # the three lowest are closed
+    before = {name: weight.kept_planes() for name, weight in growth.gated.items()}
+    growth.fix_planes()
+    assert {name: weight.kept_planes() for name, weight in growth.gated.items()} == before
+
+
+def test_the_penalty_closes_planes_above_the_budget_and_opens_them_below():
+    for budget, sign in (("3bit", 1), ("8bit", -1)):
+        growth, _, _ = growth_of(Residual, budget)
+        if sign < 0:
+            for weight in growth.gated.values():
+                weight.planes.data[:4] = -1
+        growth.penalty().backward()
+        assert all((sign * weight.planes.grad > 0).all() for weight in growth.gated.values())
+
+
+def test_the_penaltys_weights_are_the_budgets():
+    growth, network, _ = growth_of(Residual, "3bit")
+    growth.penalty().backward()
+    weights = {name: network.costs.layers[name].weights for name in growth.gated}
+    gradients = {name: float(weight.planes.grad[0]) for name, weight in growth.gated.items()}
+    for name in weights:
+        assert gradients[name] / gradients["fc"] == pytest.approx(weights[name] / weights["fc"], rel=1e-4)
+
+
+def test_bytes_are_counted_as_the_file_is():
+    growth, network, x = growth_of(Residual, "1500B")
+    growth.at(1.0)
+    assert network.costs.file_size(frozen(growth, network, [Batch(x)]).scheme) <= 1500
+
+
+@pytest.mark.parametrize(
+    ("budget", "error", "words"),
+    [
+        ("1bit", InfeasibleBudget, "2bit"),
+        ("10%", InfeasibleBudget, "more than the budget"),
+        ("9bit", InvalidSetting, "8"),
+        ("bops=1M", InvalidSetting, "bits or bytes"),
+    ],
+)
+def test_a_budget_out_of_reach_names_the_least_or_the_most(budget, error, words):
+    with pytest.raises(error, match=words):
+        anybit.grow(make(Residual), (pictures(16), torch.zeros(16, dtype=torch.long)), budget, epochs=1, batch_size=8)
+
+
+def test_the_second_phase_starts_from_the_weights_rounded_to_the_planes_that_stay():
+    growth, _, _ = growth_of(Residual, "3bit")
+    growth.at(0.1)
+    weights = {name: layer.weight.detach().flatten(1) for name, layer in growth.layers.items()}
+    growth.at(growth.settings.fix)
+    for name, layer in growth.layers.items():
+        planes = growth.scheme()[name].weight_bits - 1
+        assert torch.allclose(layer.weight.flatten(1), GatedWeight(weights[name], planes, False)(weights[name]), atol=1e-5)
+
+
+# Settings
+
+
+def test_the_papers_two_phases_rewind_the_temperature():
+    growth, _, _ = growth_of(Residual, "3bit", phase="rewind", final_temperature=100.0, fix=0.5, harden=1.0)
+    weight = next(iter(growth.gated.values()))
+    seen = []
+    for progress in (0.0, 0.49, 0.5, 0.99):
+        growth.at(progress)
+        seen.append(float(weight.temperature))
+    assert seen[0] == 1 and seen[1] > 80 and seen[2] == 1 and seen[3] > 80
+
+
+def test_pruned_planes_of_hard_gates_stay_closed():
+    growth, _, _ = growth_of(Residual, "3bit", plane_gates="straight-through")
+    weight = next(iter(growth.gated.values()))
+    weight.planes.data[0] = -0.5
+    growth.end_epoch()
+    weight(torch.zeros_like(weight.positive[0])).sum().backward()
+    assert 0 not in weight.kept_planes() and weight.planes.grad[0] == 0 and torch.isfinite(weight.planes.grad).all()
+
+
+@pytest.mark.parametrize("bad", [{"planes": 0}, {"planes": 8}, {"fix": 0.0}, {"fix": 0.9, "harden": 0.5}, {"weight_gates": "firm"}])
+def test_settings_that_cannot_be_are_refused(bad):
+    with pytest.raises(InvalidSetting):
+        CSQSettings(**bad)
+
+
+def test_decisions_are_taken_back():
+    growth, _, _ = growth_of(Residual, "3bit")
+    with torch.no_grad():
+        growth.gated["fc"].planes[2] = -1
+    growth.at(1.0)
+    other, _, _ = growth_of(Residual, "3bit")
+    other.restore(copy.deepcopy(growth.decisions()))
+    other.model.load_state_dict(growth.model.state_dict())
+    assert isinstance(other, Growth) and other.scheme() == growth.scheme() and other.hard
+    for name, weight in growth.gated.items():
+        assert torch.equal(weight.freeze()[0], other.gated[name].freeze()[0])
