@@ -9,14 +9,14 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, default_collate
 
 from anybit.batches import ArrayDataset, Samples
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
@@ -194,11 +194,14 @@ def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), wo
 
 
 def as_samples(data: Any, workers: int = 0) -> Samples:
-    """Samples from what a user has at hand: Samples, a DataLoader (its data set), a data set, a tensor or array, or (x, y)."""
+    """Samples from what a user has at hand: Samples, a DataLoader, a data set, a tensor or array, or (x, y).
+
+    Of a DataLoader, its data set, its collate_fn and how it loads are taken; which samples, in what order, how many at once is drawn here.
+    """
     if isinstance(data, Samples):
         return data
     if isinstance(data, DataLoader):
-        data = data.dataset
+        return _samples_of_loader(data, workers)
     if isinstance(data, (torch.Tensor, np.ndarray)):
         data = (data, None)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (torch.Tensor, np.ndarray)):
@@ -210,6 +213,19 @@ def as_samples(data: Any, workers: int = 0) -> Samples:
         raise InvalidInput("The data set is empty.")
     first = data[0]
     return Samples(data, isinstance(first, (tuple, list)) and len(first) > 1, workers)
+
+
+def _samples_of_loader(loader: DataLoader, workers: int) -> Samples:
+    if loader.batch_sampler is None:
+        raise InvalidInput("The loader does not batch (batch_size=None). Give a data set whose items are single samples.")
+    subset = isinstance(loader.sampler, SubsetRandomSampler)
+    dataset = Subset(loader.dataset, list(loader.sampler.indices)) if subset else loader.dataset
+    loading = {name: getattr(loader, name) for name in ("worker_init_fn", "multiprocessing_context", "timeout")}
+    samples = replace(as_samples(dataset, workers or loader.num_workers), loading=loading)
+    if loader.collate_fn is default_collate:
+        return samples
+    first = loader.collate_fn([dataset[0]])
+    return replace(samples, dataset=dataset, labelled=isinstance(first, (tuple, list)) and len(first) > 1, collate=loader.collate_fn)
 
 
 def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray | None]:
