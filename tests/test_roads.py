@@ -386,3 +386,27 @@ def test_the_certificate_says_which_scheme_was_taken():
 def test_a_metric_without_test_data_is_refused():
     with pytest.raises(InvalidSetting, match="--test"):
         roads.calibrate(make(Residual), pictures(24), "4bit", metric=lambda outputs, labels: 0.0)
+
+
+def test_a_new_budget_of_drop_holds_after_polishing_too(tmp_path, monkeypatch):
+    model, x = make(Residual), pictures(40)
+    with torch.no_grad():
+        data = (x, model(x).argmax(1))
+    anybit.calibrate(model, data, "4bit", **{**QUICK, "pipeline": "light"}).save(tmp_path / "run")
+    polish = stages.polish
+
+    def spoiling(bench, scheme):
+        polished, ladder, errors = polish(bench, scheme)
+        polished.fc.bias.data[0] = 1e3
+        return polished, ladder, errors
+
+    monkeypatch.setattr(stages, "polish", spoiling)
+    result = anybit.allocate(tmp_path / "run", "drop=30%", data=data, model=model)
+    assert result.model.fc.bias.abs().max() < 1e3
+
+
+def test_the_report_of_a_new_budget_says_all_that_the_first_one_says(calibrated, run_folder):
+    model, x, first = calibrated
+    again = anybit.allocate(run_folder, "3bit", data=x, model=model)
+    assert list(again.report) == list(first.report) and list(again.about) == ["model", "data", "preprocessing", *first.about]
+    assert again.table == {key: first.table[key] for key in again.table}

@@ -111,7 +111,12 @@ def calibrate(
     tests = None if test is None else _checked_tests(_samples(test, workers).on(device), model)
     clock = StageClock()
     bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one], clock)
-    results = [_finish(bench, one, tests, metric, about, StageClock(list(clock.stages))) for one in budgets]
+    saved = {
+        "table": bench.table.to_json(),
+        "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
+        "settings": wanted.to_json(),
+    }
+    results = [_finish(bench, one, about, saved, StageClock(list(clock.stages)), tests, metric) for one in budgets]
     return results if isinstance(budget, (list, tuple)) else results[0]
 
 
@@ -179,9 +184,15 @@ def _example(calibration: Calibration) -> Batch:
 
 
 def _finish(
-    bench: Bench, budget: Budget | None, test: Samples | None, metric: Metric | None, about: Mapping[str, Any], clock: StageClock
+    bench: Bench,
+    budget: Budget | None,
+    about: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    clock: StageClock,
+    test: Samples | None = None,
+    metric: Metric | None = None,
 ) -> Result:
-    """One budget's scheme, polished, measured and reported."""
+    """One budget's scheme, polished, measured and reported; `saved` goes beside the candidates, for budgets to come."""
     network, settings = bench.network, bench.settings
     with clock.stage("allocation"):
         choice = stages.choose_scheme(network, bench.table, budget, settings, bench.judge)
@@ -192,26 +203,14 @@ def _finish(
     with clock.stage("edge ranges"):
         edges = stages.edge_ranges(model, network.wiring, bench.calibration.fitting)
     canonical = Canonical(model.eval(), network.norms, edges)
-    report = _report(network, canonical.scheme, choice, bench.table, budget, settings)
-    report |= {
-        "ladder": ladder,
-        "units": errors,
-        "candidate_errors": bench.errors,
-        "inputs": dict(zip(("fitting", "held_out"), bench.calibration.count(), strict=True)),
-    }
+    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
     if test is not None:
         with clock.stage("test"):
             report |= _tests(network, canonical.model, test, bench.judge.task, metric, settings)
     canonical.model.cpu()
     report["stages"] = clock.stages
-    certificate = choice.certificate(settings.seed)
-    about = {**about, "budget": str(budget) if budget else None, "certificate": certificate, "task": bench.judge.task}
-    saved = {
-        "table": bench.table.to_json(),
-        "choices": {name: [str(precision) for precision in precisions] for name, precisions in network.choices.items()},
-        "settings": settings.to_json(),
-    }
-    return Result(canonical, report, about, bench.candidates, saved)
+    about = {**about, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task}
+    return Result(canonical, report, about, bench.candidates, dict(saved))
 
 
 def _within_drop(bench: Bench, budget: Budget, scheme: Scheme, polished: nn.Module) -> nn.Module:
@@ -222,17 +221,16 @@ def _within_drop(bench: Bench, budget: Budget, scheme: Scheme, polished: nn.Modu
     return apply_scheme(bench.network.prepared, scheme, bench.candidates)
 
 
-def _report(
-    network: Network, scheme: Scheme, choice: stages.Choice, table: SensitivityTable, budget: Budget | None, settings: CalibrateSettings
-) -> dict[str, Any]:
-    """The JSON report, before tests and times."""
+def _report(bench: Bench, scheme: Scheme, choice: stages.Choice, budget: Budget | None) -> dict[str, Any]:
+    """The JSON report, before what was tried, tests and times."""
+    network, settings = bench.network, bench.settings
     layers = {
         name: {
             "precision": str(precision),
             "weights": network.costs.layers[name].weights,
             "macs": network.costs.layers[name].macs,
             "bytes": network.costs.layer_bytes(name, precision),
-            "predicted_loss": table.loss(name, precision),
+            "predicted_loss": bench.table.loss(name, precision),
         }
         for name, precision in scheme.items()
     }
@@ -245,6 +243,8 @@ def _report(
         "layers": layers,
         "schemes": rows,
         "certificate": choice.certificate(settings.seed),
+        "candidate_errors": bench.errors,
+        "inputs": dict(zip(("fitting", "held_out"), bench.calibration.count(), strict=True)),
         "uncovered": dict(network.uncovered),
         "settings": settings.to_json(),
         "environment": environment(),
@@ -285,33 +285,12 @@ def allocate(run: str | Path, budget: str | Budget, data: Any = None, model: nn.
             different = sorted(set(found.items()) ^ set(shapes.items()))[0][0]
             raise SchemeMismatch(f"The model is not the one that {folder} was made from: layer {different} differs. Check --model.")
         reference = outputs_of(network.folded, calibration.held_out)
+        targets = stages.batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
     judge = Judge(network, candidates, calibration.held_out, reference, file.task)
-    table = SensitivityTable.from_json(saved["table"])
-    budget = Budget.parse(budget)
-    with clock.stage("allocation"):
-        choice = stages.choose_scheme(network, table, budget, settings, judge)
-    with clock.stage("polish"):
-        light = replace(settings, sequential=False, bias_tuning=False)
-        targets = stages.batch_norm_targets(network, calibration, light) if light.bn_tuning and network.norms else {}
-        bench = Bench(network, calibration, light, candidates, candidates, table, judge, targets)
-        polished, ladder, _ = stages.polish(bench, choice.scheme)
-    with clock.stage("edge ranges"):
-        edges = stages.edge_ranges(polished, network.wiring, calibration.fitting)
-    canonical = Canonical(polished.eval(), network.norms, edges)
-    report = _report(network, canonical.scheme, choice, table, budget, light) | {
-        "ladder": ladder, "units": {}, "candidate_errors": {}, "stages": clock.stages,
-        "inputs": dict(zip(("fitting", "held_out"), calibration.count(), strict=True)),
-    }  # fmt: skip
-    certificate = choice.certificate(settings.seed)
-    about = {
-        "model": file.model,
-        "data": file.data if data is None else {},
-        "preprocessing": file.preprocessing,
-        "task": file.task,
-        "budget": str(budget),
-        "certificate": certificate,
-    }
-    return Result(canonical, report, about, candidates, {key: saved[key] for key in ("table", "choices", "settings")})
+    light = replace(settings, sequential=False, bias_tuning=False)
+    bench = Bench(network, calibration, light, candidates, candidates, SensitivityTable.from_json(saved["table"]), judge, targets)
+    about = {"model": file.model, "data": file.data if data is None else {}, "preprocessing": file.preprocessing}
+    return _finish(bench, Budget.parse(budget), about, {key: saved[key] for key in ("table", "choices", "settings")}, clock)
 
 
 def _recorded_data(folder: Path, file: SchemeFile, workers: int) -> Samples:
