@@ -37,6 +37,7 @@ def hot():
     model.relu1 = torch.nn.Identity()
     return model
 def ones(outputs, labels): return 1.0
+def fewer(outputs, labels, calls=[]): calls.append(1); return -float(len(calls))
 """
 FAST = ["--pipeline", "light", "--weight-bits", "4,8", "--activation-bits", "8", "--samples", "24"]
 
@@ -152,6 +153,13 @@ def test_a_finished_run_is_refused_without_overwrite(here):
 def test_a_metric_of_the_users_own_is_reported(here):
     done = anybit_cli("evaluate", "--model", "m.py:net", "--data", "x.npz", "--metric", "m.py:ones", "--json")
     assert one_json_object(done.stdout)["ones"] == 1.0
+
+
+def test_a_metric_of_the_users_own_decides_what_a_drop_is(here):
+    done = calibrate("--budget", "drop=0.1%", "--metric", "m.py:ones", "--json")  # all that it counts is nothing: the smallest will do
+    assert done.exit_code == 0, done.stderr
+    assert one_json_object(done.stdout)["result"]["weight_bits"] < 4.1
+    assert calibrate("--budget", "drop=0.1%", "--metric", "m.py:fewer", "--overwrite").exit_code == 2
 
 
 # arguments -> what the one line on stderr must say

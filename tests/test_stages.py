@@ -267,6 +267,25 @@ def test_a_generous_drop_is_always_met(kept):
     assert network.costs.weight_bits(choice.scheme) <= network.costs.weight_bits(network.uniform(4, 8))
 
 
+def test_a_drop_counts_in_the_users_metric():
+    network, calibration, candidates, judge = bench("residual")
+    held_out = labelled(calibration, network)
+    table = stages.sensitivity_table(network, candidates, calibration, judge.reference, "classification", SETTINGS)
+
+    def closeness(outputs, labels):
+        return -float((outputs - judge.reference).abs().max())
+
+    budget = Budget.parse("drop=0.05%")
+    by_metric, by_top1 = (
+        stages.choose_scheme(network, table, budget, SETTINGS, Judge(network, candidates, held_out, judge.reference, "classification", m))
+        for m in (closeness, None)
+    )
+    assert closeness(outputs_of(apply_scheme(network.prepared, by_metric.scheme, candidates), held_out), None) >= -0.05
+    assert closeness(outputs_of(apply_scheme(network.prepared, by_top1.scheme, candidates), held_out), None) < -0.05
+    regression = Judge(network, candidates, held_out, judge.reference, "regression", closeness)
+    assert stages.choose_scheme(network, table, budget, SETTINGS, regression).scheme == by_metric.scheme
+
+
 def test_a_drop_needs_labels(residual):
     network, _, _, judge, table = residual
     with pytest.raises(InvalidSetting, match="labelled"):

@@ -58,7 +58,9 @@ BatchSize = Annotated[int, typer.Option(help="Inputs a forward pass.")]
 Workers = Annotated[int, typer.Option(help="Processes that load data; changes speed alone.")]
 Threads = Annotated[int | None, typer.Option(help="Processor threads (default: PyTorch's choice).")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
-MetricOption = Annotated[str | None, typer.Option("--metric", help="FILE.py:function of (outputs, labels), reported beside the others.")]
+MetricOption = Annotated[
+    str | None, typer.Option("--metric", help="FILE.py:function of (outputs, labels), higher is better: reported, and what drop= counts.")
+]
 Task = Annotated[str | None, typer.Option(help="classification or regression, where the outputs do not tell.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.")]

@@ -218,8 +218,8 @@ def as_samples(data: Any, workers: int = 0) -> Samples:
 def _samples_of_loader(loader: DataLoader, workers: int) -> Samples:
     if loader.batch_sampler is None:
         raise InvalidInput("The loader does not batch (batch_size=None). Give a data set whose items are single samples.")
-    subset = isinstance(loader.sampler, SubsetRandomSampler)
-    dataset = Subset(loader.dataset, list(loader.sampler.indices)) if subset else loader.dataset
+    sampler = loader.sampler
+    dataset = Subset(loader.dataset, list(sampler.indices)) if isinstance(sampler, SubsetRandomSampler) else loader.dataset
     loading = {name: getattr(loader, name) for name in ("worker_init_fn", "multiprocessing_context", "timeout")}
     samples = replace(as_samples(dataset, workers or loader.num_workers), loading=loading)
     if loader.collate_fn is default_collate:

@@ -111,8 +111,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     """A calibrate report as tables: schemes against the uniform ones, bits of each layer, what each step gained, stages."""
     measured = report["schemes"]
     if measured:
-        metric = "top1" if any("top1" in row for row in measured) else None
-        columns = ["scheme", "bits", "size", "% of float", "BOPs", "predicted", "measured"] + (["held-out top-1"] if metric else [])
+        metric = _counted(measured)
+        columns = ["scheme", "bits", "size", "% of float", "BOPs", "predicted", "measured"] + ([f"held-out {metric}"] if metric else [])
         rows = [
             [
                 ("> " if row["chosen"] else "  ") + row["name"],
@@ -123,19 +123,25 @@ def print_report(report: Mapping[str, Any]) -> None:
                 row["predicted"],
                 row.get("measured"),
             ]
-            + ([row.get(metric)] if metric else [])
+            + ([row[metric]] if metric else [])
             for row in measured
         ]
         print_table(f"Schemes for {report['budget'] or 'no budget'} (loss on held-out inputs; > chosen)", columns, rows)
     print_table("Layers", ["layer", "bits", "weights", "share of size"], _layer_rows(report))
     if report["ladder"]:
-        rows = [[row["step"], row["loss"], row.get("top1"), "yes" if row["kept"] else "no"] for row in report["ladder"]]
-        print_table("What each step gained (held-out inputs)", ["step", "loss", "top-1", "kept"], rows)
+        metric = _counted(report["ladder"])
+        rows = [[row["step"], row["loss"], row.get(metric), "yes" if row["kept"] else "no"] for row in report["ladder"]]
+        print_table("What each step gained (held-out inputs)", ["step", "loss", metric or "top1", "kept"], rows)
     if report["units"]:
         errors = [[name, unit["before"], unit["after"], str(unit["steps"])] for name, unit in report["units"].items() if unit]
         print_table("Units (relative error on held-out inputs)", ["unit", "before", "after", "steps kept"], errors)
     stages = [[s["stage"], f"{s['seconds']:.1f} s", human_bytes(s["peak_bytes"])] for s in report["stages"]]
     print_table("Stages", ["stage", "time", "peak memory"], stages)
+
+
+def _counted(rows: Iterable[Mapping[str, Any]]) -> str | None:
+    """What rows measured with labels count: the user's metric, else top-1."""
+    return next((key for key in ("metric", "top1") if all(key in row for row in rows)), None)
 
 
 def print_frontier(reports: Iterable[Mapping[str, Any]]) -> None:

@@ -34,7 +34,7 @@ from anybit.references import Preprocessing, as_samples, load_data, load_model
 from anybit.reporting import StageClock, environment
 from anybit.scheme import Budget, Precision, Scheme
 from anybit.sensitivity import SensitivityTable
-from anybit.stages import Bench, CalibrateSettings, Judge, Network
+from anybit.stages import Bench, CalibrateSettings, Judge
 from anybit.wiring import observe
 
 
@@ -88,9 +88,10 @@ def calibrate(
     """From a trained network, a few hundred inputs and a budget to a low-bit network.
 
     model     a network, or a reference to one ("file.py:function")
-    data      unlabelled inputs (labels are used for reports alone): a data set, arrays, Samples, or a reference
+    data      inputs (labels, where there are any, serve reports and a budget of "drop=" alone): a data set, arrays, Samples, or a reference
     budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list gives a list of results that share their candidates
     test      labelled data for the report; nothing is chosen on it
+    metric    a function of (outputs, labels), higher is better: reported, and what a budget of "drop=" counts in instead of top-1
     device    where to compute; the result is on the CPU
     settings  fields of `stages.CalibrateSettings`
 
@@ -101,22 +102,22 @@ def calibrate(
     twice = [text for text, count in Counter(map(str, budgets)).items() if count > 1]
     if twice:
         raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
-    if metric is not None and test is None:
-        raise InvalidSetting("A metric is reported on test data: give --test with --metric.")
     about = dict(about or {})
     if isinstance(model, str):
         about["model"] = {"reference": model, **about.get("model", {})}
         model = load_model(model)
     samples = draw(_samples(data, workers), wanted.samples, wanted.seed).on(device)
+    if metric is not None and test is None and not samples.labelled:
+        raise InvalidSetting("A metric needs labels: give labelled data, or --test, with --metric.")
     tests = None if test is None else _checked_tests(_samples(test, workers).on(device), model)
     clock = StageClock()
-    bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one], clock)
+    bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one], clock, metric)
     saved = {
         "table": bench.table.to_json(),
         "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
         "settings": wanted.to_json(),
     }
-    results = [_finish(bench, one, about, saved, StageClock(list(clock.stages)), tests, metric) for one in budgets]
+    results = [_finish(bench, one, about, saved, StageClock(list(clock.stages)), tests) for one in budgets]
     return results if isinstance(budget, (list, tuple)) else results[0]
 
 
@@ -141,7 +142,14 @@ def on_device(model: nn.Module, device: str) -> nn.Module:
         raise InvalidSetting(f"--device {device} cannot be used here: {error}") from error
 
 
-def prepare_bench(model: nn.Module, samples: Samples, settings: CalibrateSettings, budgets: Sequence[Budget], clock: StageClock) -> Bench:
+def prepare_bench(
+    model: nn.Module,
+    samples: Samples,
+    settings: CalibrateSettings,
+    budgets: Sequence[Budget],
+    clock: StageClock,
+    metric: Metric | None = None,
+) -> Bench:
     """Everything up to the sensitivity table; budgets that no scheme can meet are refused before the long work."""
     with clock.stage("observe and fold"):
         calibration = split(samples, settings.seed, settings.held_out, settings.batch_size)
@@ -174,7 +182,7 @@ def prepare_bench(model: nn.Module, samples: Samples, settings: CalibrateSetting
             candidates, errors = stages.reconstructed_candidates(network, candidates, ranged, calibration, settings)
     with clock.stage("sensitivity"):
         table = stages.sensitivity_table(network, candidates, calibration, reference, task, settings)
-    judge = Judge(network, candidates, calibration.held_out, reference, task)
+    judge = Judge(network, candidates, calibration.held_out, reference, task, metric)
     return Bench(network, calibration, settings, ranged, candidates, table, judge, targets, references, reconstructed, errors)
 
 
@@ -190,7 +198,6 @@ def _finish(
     saved: Mapping[str, Any],
     clock: StageClock,
     test: Samples | None = None,
-    metric: Metric | None = None,
 ) -> Result:
     """One budget's scheme, polished, measured and reported; `saved` goes beside the candidates, for budgets to come."""
     network, settings = bench.network, bench.settings
@@ -206,7 +213,7 @@ def _finish(
     report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
     if test is not None:
         with clock.stage("test"):
-            report |= _tests(network, canonical.model, test, bench.judge.task, metric, settings)
+            report |= _tests(bench, canonical.model, test)
     canonical.model.cpu()
     report["stages"] = clock.stages
     about = {**about, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task}
@@ -215,8 +222,8 @@ def _finish(
 
 def _within_drop(bench: Bench, budget: Budget, scheme: Scheme, polished: nn.Module) -> nn.Module:
     """The polished model, or the candidates that met the allowed drop where polishing (judged by the loss) has left it."""
-    float_top1 = bench.judge.of_outputs(bench.judge.reference)["top1"]
-    if float_top1 - bench.judge.of_model(polished)["top1"] <= budget.limit("drop"):
+    judge = bench.judge
+    if judge.of_outputs(judge.reference)[judge.counted] - judge.of_model(polished)[judge.counted] <= budget.limit("drop"):
         return polished
     return apply_scheme(bench.network.prepared, scheme, bench.candidates)
 
@@ -251,13 +258,12 @@ def _report(bench: Bench, scheme: Scheme, choice: stages.Choice, budget: Budget 
     }
 
 
-def _tests(
-    network: Network, model: nn.Module, samples: Samples, task: str, metric: Metric | None, settings: CalibrateSettings
-) -> dict[str, Any]:
-    reference = outputs_of(network.folded, samples.batches(settings.batch_size))
+def _tests(bench: Bench, model: nn.Module, samples: Samples) -> dict[str, Any]:
+    network, judge, size = bench.network, bench.judge, bench.settings.batch_size
+    reference = outputs_of(network.folded, samples.batches(size))
     return {
-        "float_test": evaluate_model(network.folded, samples.batches(settings.batch_size), task, metric),
-        "test": evaluate_model(model, samples.batches(settings.batch_size), task, metric, reference),
+        "float_test": evaluate_model(network.folded, samples.batches(size), judge.task, judge.metric),
+        "test": evaluate_model(model, samples.batches(size), judge.task, judge.metric, reference),
     }
 
 

@@ -26,7 +26,7 @@ from anybit.candidates import (
 from anybit.capture import input_samples
 from anybit.cost import CostModel
 from anybit.errors import InfeasibleBudget, InvalidSetting, UnsupportedModel
-from anybit.evaluation import TASKS, correct, distance, guess_task, outputs_of
+from anybit.evaluation import TASKS, Metric, correct, distance, guess_task, outputs_of
 from anybit.layers import check_single_use, coverage, float_weight, prepare, quantized_layers, weight_rows
 from anybit.methods.adaquant import AdaQuantSettings, BiasTuningSettings, parallel, sequential, tune_biases
 from anybit.ranges import ESTIMATORS
@@ -302,20 +302,24 @@ def sensitivity_table(
 
 @dataclass(frozen=True)
 class Judge:
-    """Measures schemes on the held-out inputs: their distance to the float outputs and, with labels, their accuracy."""
+    """Measures schemes on the held-out inputs: their distance to the float outputs and, with labels, their accuracy.
+
+    `metric` is the user's own, higher is better; where it is given, a limit on the drop counts in it and not in top-1.
+    """
 
     network: Network
     candidates: Candidates
     held_out: list[Batch]
     reference: Tensor
     task: str
+    metric: Metric | None = None
 
     def of_scheme(self, scheme: Scheme) -> dict[str, float]:
         """Measure a scheme made of the candidates as they are."""
         return self.of_model(apply_scheme(self.network.prepared, scheme, self.candidates))
 
     def of_model(self, model: nn.Module) -> dict[str, float]:
-        """{"loss": distance, "top1": percent where there are labels}."""
+        """{"loss": distance, and where there are labels "top1": percent of a classifier, "metric": the user's}."""
         return self.of_outputs(outputs_of(model, self.held_out))
 
     def of_outputs(self, outputs: Tensor) -> dict[str, float]:
@@ -323,7 +327,14 @@ class Judge:
         result = {"loss": distance(outputs, self.reference, self.task)}
         if self.labels is not None and self.task == "classification":
             result["top1"] = 100 * float(correct(outputs, self.labels).double().mean())
+        if self.labels is not None and self.metric is not None:
+            result["metric"] = float(self.metric(outputs, self.labels))
         return result
+
+    @property
+    def counted(self) -> str:
+        """What a limit on the drop counts in."""
+        return "top1" if self.metric is None else "metric"
 
     @property
     def labels(self) -> Tensor | None:
@@ -405,10 +416,12 @@ def measured_row(network: Network, table: SensitivityTable, name: str, scheme: S
 
 
 def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, settings: CalibrateSettings, judge: Judge) -> Choice:
-    """The smallest scheme whose measured top-1 on the held-out inputs is within the allowed drop: bisection on mean weight bits."""
-    if judge.labels is None or judge.task != "classification":
-        raise InvalidSetting("A budget of drop= is measured on labelled classification data. Give labels with --data, or use loss=.")
-    float_top1 = 100 * float(correct(judge.reference, judge.labels).double().mean())
+    """The smallest scheme whose metric (or top-1) on the held-out inputs is within the allowed drop: bisection on mean weight bits."""
+    if judge.labels is None or (judge.metric is None and judge.task != "classification"):
+        raise InvalidSetting(
+            "A budget of drop= needs labelled data, and a --metric where the network is no classifier. Give them, or use loss=."
+        )
+    float_score = judge.of_outputs(judge.reference)[judge.counted]
     others = tuple(c for c in budget.conditions if c.quantity != "drop")
     rows: list[dict[str, Any]] = []
     passed: tuple[Scheme, Allocation] | None = None
@@ -427,13 +440,14 @@ def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, s
             continue
         row = measured_row(network, table, f"allocated at {bits:.2f} bits", allocation.scheme, judge)
         rows.append(row)
-        if float_top1 - row["top1"] <= budget.limit("drop"):
+        lost = float_score - row[judge.counted]
+        if lost <= budget.limit("drop"):
             passed, high = (allocation.scheme, allocation), bits
         elif attempt == 0:
-            lost = float_top1 - row["top1"]
             raise InfeasibleBudget(
-                f"Even the largest scheme loses {lost:.2f} points on the held-out inputs, more than {budget.limit('drop'):g}. "
-                f"Allow more bits or raise the budget to drop={lost:.2f}%."
+                f"Even the largest scheme loses {lost:.4g} points of {judge.counted} on the held-out inputs, "
+                f"more than {budget.limit('drop'):g}. "
+                f"Allow more bits or raise the budget to drop={lost:.4g}%."
             )
         else:
             low = bits
