@@ -134,6 +134,25 @@ def test_quiet_prints_the_result_alone(here):
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1
 
 
+def test_allocate_takes_the_common_options(here):
+    assert calibrate("--budget", "6bit").exit_code == 0
+    common = ["--device", "cpu", "--batch-size", "5", "--memory", "1MiB", "--metric", "m.py:ones", "--threads", "1"]
+    done = anybit_cli("allocate", "run", "--budget", "drop=0.1%", "--output", "second", "--json", *common)
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(Path("second/report.json").read_text())
+    assert (report["settings"]["batch_size"], report["settings"]["memory"]) == (5, 2**20)
+    assert report["result"]["weight_bits"] < 4.1 and all(row["metric"] == 1.0 for row in report["ladder"])
+    third = anybit_cli("allocate", "second", "--budget", "6bit", "--output", "third", "--json")  # the run's own settings again
+    assert json.loads(Path("third/report.json").read_text())["settings"]["batch_size"] == CalibrateSettings().batch_size, third.stderr
+
+
+def test_inspect_takes_the_common_options(here):
+    whole = anybit_cli("inspect", "--model", "m.py:net", "--data", "x.npz", "--threads", "1")
+    quiet = anybit_cli("inspect", "--model", "m.py:net", "--data", "x.npz", "--quiet")
+    assert "conv2" in whole.stdout and "conv2" not in quiet.stdout and quiet.stderr == ""
+    assert quiet.stdout.strip() and whole.stdout.endswith(quiet.stdout)
+
+
 def test_every_default_is_told_by_help():
     for verb in ("calibrate", "allocate", "evaluate", "inspect"):
         done = anybit_cli(verb, "--help")
@@ -237,6 +256,11 @@ def test_bad_input_ends_with_status_2_and_one_line(case, here):
         (["evaluate", "nowhere", "--data", "x.npz"], "nowhere"),
         (["evaluate", "--model", "m.py:net", "--data", "labels.npz"], "5 classes"),
         (["allocate", "run", "--output", "second"], "--budget"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--device", "abacus"], "--device abacus"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--batch-size", "0"], "batch_size 0"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--memory", "lots"], "lots"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--metric", "m.py:net", "--data", "unlabelled.npz"], "labels"),
+        (["inspect", "--model", "m.py:net", "--data", "x.npz", "--threads", "0"], "--threads"),
         (["allocate", "run", "--output", "second", "--budget", "1bit"], "bind"),
         (["allocate", "nowhere", "--output", "second", "--budget", "5bit"], "nowhere"),
         (["allocate", "run", "--output", "second", "--budget", "5bit", "--model", "m.py:residual"], "conv1"),

@@ -56,6 +56,7 @@ Resize = Annotated[int | None, typer.Option(help="Short side before a centre cro
 Interpolation = Annotated[str, typer.Option(help="nearest, bilinear, bicubic or lanczos.")]
 BatchSize = Annotated[int, typer.Option(help="Inputs a forward pass.")]
 Workers = Annotated[int, typer.Option(help="Processes that load data; changes speed alone.")]
+Memory = Annotated[str, typer.Option(help="Memory for captured activations; more spills to disk.")]
 Threads = Annotated[int | None, typer.Option(help="Processor threads (default: PyTorch's choice).")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 MetricOption = Annotated[
@@ -221,7 +222,7 @@ def calibrate(
     bn_target: Annotated[
         str, typer.Option(help="float: the float network's statistics; prior: beta and |gamma| (the paper's form).")
     ] = "float",
-    memory: Annotated[str, typer.Option(help="Memory for captured activations; more spills to disk.")] = "2GiB",
+    memory: Memory = "2GiB",
     seed: Seed = 0,
     mean: Mean = None,
     std: Std = None,
@@ -320,8 +321,12 @@ def allocate(
     budget: Budgets = None,
     data: Data = None,
     model: Model = None,
+    batch_size: Annotated[int | None, typer.Option(help="Inputs a forward pass; the run's where left out.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory for captured activations; the run's where left out.")] = None,
     workers: Workers = 0,
     threads: Threads = None,
+    metric: MetricOption = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -333,8 +338,9 @@ def allocate(
 
         check_free(output, overwrite)
         _set_threads(threads)
+        how = {"metric": _metric(metric), "device": device, "batch_size": batch_size, "memory": parse_size(memory) if memory else None}
         _require(budget, "--budget")
-        results = [roads.allocate(run, one, data=data, model=model, workers=workers) for one in budget]
+        results = [roads.allocate(run, one, data, model, workers, **how) for one in budget]
         folders = roads.save_all(results if len(results) > 1 else results[0], output, overwrite)
     _print_results(folders, as_json, quiet)
 
@@ -391,6 +397,8 @@ def inspect(
     size: Size = None,
     resize: Resize = None,
     interpolation: Interpolation = "bilinear",
+    threads: Threads = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Layers, shapes, what is covered, and what each bit-width would cost."""
@@ -398,6 +406,7 @@ def inspect(
         from anybit import roads
         from anybit.references import load_data, load_model
 
+        _set_threads(threads)
         samples = load_data(_require(data, "--data"), _preprocessing(mean, std, size, resize, interpolation))
         network = load_model(_require(model, "--model"), weights)
         found = roads.inspect(network, samples, weight_bits=_bits(weight_bits, "--weight-bits"), keep=_kept(keep))
@@ -406,7 +415,7 @@ def inspect(
     else:
         from anybit.reporting import print_inspection
 
-        print_inspection(found)
+        print_inspection(found, layers=not quiet)
 
 
 def main() -> None:

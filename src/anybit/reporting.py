@@ -161,8 +161,15 @@ def print_frontier(reports: Iterable[Mapping[str, Any]]) -> None:
     print_table("Frontier (loss on held-out inputs)", columns, rows)
 
 
-def print_inspection(found: Mapping[str, Any]) -> None:
-    """Layers and what they would cost at each bit-width."""
+def print_inspection(found: Mapping[str, Any], layers: bool = True) -> None:
+    """Layers, unless they are not asked for, and what the network would cost at each bit-width."""
+    if layers:
+        _print_layers(found)
+    rows = [[f"W{bits}", human_bytes(s["bytes"]), f"{s['percent']:.1f}", human_count(s["bops"])] for bits, s in found["uniform"].items()]
+    print_table(f"Whole network (float32: {human_bytes(found['float_bytes'])})", ["weights", "size", "% of float", "BOPs"], rows)
+
+
+def _print_layers(found: Mapping[str, Any]) -> None:
     widths = list(found["uniform"])
     rows = [
         [
@@ -174,8 +181,6 @@ def print_inspection(found: Mapping[str, Any]) -> None:
     print_table("Layers", ["layer", "class", "weight", "MACs", "folds", "block", *(f"W{bits}" for bits in widths)], rows)
     for name, reason in found["uncovered"].items():
         print(f"not covered: {name}: {reason}")
-    rows = [[f"W{bits}", human_bytes(s["bytes"]), f"{s['percent']:.1f}", human_count(s["bops"])] for bits, s in found["uniform"].items()]
-    print_table(f"Whole network (float32: {human_bytes(found['float_bytes'])})", ["weights", "size", "% of float", "BOPs"], rows)
 
 
 def _layer_rows(report: Mapping[str, Any]) -> list[list[str]]:

@@ -107,8 +107,8 @@ def calibrate(
         about["model"] = {"reference": model, **about.get("model", {})}
         model = load_model(model)
     samples = draw(_samples(data, workers), wanted.samples, wanted.seed).on(device)
-    if metric is not None and test is None and not samples.labelled:
-        raise InvalidSetting("A metric needs labels: give labelled data, or --test, with --metric.")
+    if test is None:
+        _check_metric(metric, samples)
     tests = None if test is None else _checked_tests(_samples(test, workers).on(device), model)
     clock = StageClock()
     bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one], clock, metric)
@@ -119,6 +119,11 @@ def calibrate(
     }
     results = [_finish(bench, one, about, saved, StageClock(list(clock.stages)), tests) for one in budgets]
     return results if isinstance(budget, (list, tuple)) else results[0]
+
+
+def _check_metric(metric: Metric | None, samples: Samples) -> None:
+    if metric is not None and not samples.labelled:
+        raise InvalidSetting("A metric needs labels, and these inputs have none. Give labelled data, to --data or --test, or no --metric.")
 
 
 def _checked_tests(samples: Samples, model: nn.Module) -> Samples:
@@ -267,20 +272,34 @@ def _tests(bench: Bench, model: nn.Module, samples: Samples) -> dict[str, Any]:
     }
 
 
-def allocate(run: str | Path, budget: str | Budget, data: Any = None, model: nn.Module | str | None = None, workers: int = 0) -> Result:
+def allocate(
+    run: str | Path,
+    budget: str | Budget,
+    data: Any = None,
+    model: nn.Module | str | None = None,
+    workers: int = 0,
+    *,
+    metric: Metric | None = None,
+    device: str = "cpu",
+    batch_size: int | None = None,
+    memory: int | None = None,
+) -> Result:
     """A new budget from a saved calibrate run: its candidates and table, no new reconstruction.
 
     The best schemes are measured on held-out inputs and batch norm is tuned: on `data`, or on the data that the run recorded, where the
-    run is this user's own.
+    run is this user's own. `batch_size` and `memory` are the run's where they are not given; the others are as in `calibrate`.
     """
     folder = next(iter(runs_in(Path(run))), Path(run))  # runs of one calibrate share their candidates: any of them serves
     file = read_scheme(folder)
-    float_model = _float_model(folder, file, model)
+    float_model = on_device(_float_model(folder, file, model), device)
     shapes = {name: (record.rows, record.columns) for name, record in file.layers.items()}
     candidates, saved = read_candidates(folder, shapes)
-    settings = _settings_from(saved["settings"])
+    candidates = candidates.on(device)
+    given = {"batch_size": batch_size, "memory": memory}
+    settings = replace(_settings_from(saved["settings"]), **{name: value for name, value in given.items() if value is not None})
     clock = StageClock()
-    samples = _recorded_data(folder, file, workers) if data is None else _samples_as(data, file, workers)
+    samples = (_recorded_data(folder, file, workers) if data is None else _samples_as(data, file, workers)).on(device)
+    _check_metric(metric, samples)
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
         if settings.mirror:
@@ -292,7 +311,7 @@ def allocate(run: str | Path, budget: str | Budget, data: Any = None, model: nn.
             raise SchemeMismatch(f"The model is not the one that {folder} was made from: layer {different} differs. Check --model.")
         reference = outputs_of(network.folded, calibration.held_out)
         targets = stages.batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
-    judge = Judge(network, candidates, calibration.held_out, reference, file.task)
+    judge = Judge(network, candidates, calibration.held_out, reference, file.task, metric)
     light = replace(settings, sequential=False, bias_tuning=False)
     bench = Bench(network, calibration, light, candidates, candidates, SensitivityTable.from_json(saved["table"]), judge, targets)
     about = {"model": file.model, "data": file.data if data is None else {}, "preprocessing": file.preprocessing}
