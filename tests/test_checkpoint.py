@@ -261,6 +261,14 @@ def test_a_foreign_folders_reference_is_not_followed(trapped, calibrated):
     assert not script.with_name("executed").exists()
 
 
+def test_a_foreign_folders_reference_is_not_handed_on(trapped, calibrated, tmp_path):
+    folder, script = trapped
+    anybit.allocate(folder, "4bit", data=calibrated[1], model=make(Residual)).save(tmp_path / "second")
+    with pytest.raises(InvalidSetting, match="does not say which network"):
+        anybit.load(tmp_path / "second")
+    assert not script.with_name("executed").exists()
+
+
 def test_a_foreign_folders_data_are_not_followed(run_folder, calibrated):
     script = run_folder.parent / "trap.py"
     script.write_text(TRAP)

@@ -98,8 +98,24 @@ def test_the_command_and_the_function_do_the_same(here):
     assert calibrate("--budget", "6bit", "--keep", "fc=W8A8", "--seed", "3").exit_code == 0
     settings = {"pipeline": "light", "weight_bits": (4, 8), "activation_bits": (8,), "samples": 24}
     keep = {"fc": anybit.Precision(8, 8)}
-    anybit.calibrate(make(Chain), "x.npz", "6bit", keep=keep, seed=3, **settings).save("twin")
-    assert Path("run/model.safetensors").read_bytes() == Path("twin/model.safetensors").read_bytes()
+    anybit.calibrate("m.py:net", "x.npz", "6bit", keep=keep, seed=3, **settings).save("twin")
+    for name in ("model.safetensors", "scheme.json"):
+        assert Path("run", name).read_bytes() == Path("twin", name).read_bytes()
+    assert json.loads(Path("twin/scheme.json").read_text())["model"]["reference"] == f"{here / 'm.py'}:net"
+
+
+def test_a_run_of_the_function_is_followed_from_another_working_folder(here, monkeypatch):
+    torch.save(make(Chain, seed=5).state_dict(), "w.pt")
+    result = anybit.calibrate("m.py:net", "x.npz", None, weights="w.pt", pipeline="light", samples=24)
+    result.save("run")
+    monkeypatch.chdir("/")
+    assert torch.equal(anybit.load(here / "run")(pictures(2)), result.model(pictures(2)))
+    assert anybit.allocate(here / "run", "5bit").scheme
+
+
+def test_weights_beside_a_network_are_refused(here):
+    with pytest.raises(anybit.InvalidSetting, match=r"w\.pt"):
+        anybit.calibrate(make(Chain), "x.npz", None, weights="w.pt")
 
 
 def test_json_is_one_object_on_stdout_alone(here):

@@ -179,15 +179,6 @@ def _metric(reference: str | None):
     return load_callable(reference, "--metric")
 
 
-def _absolute(reference: str) -> str:
-    """A reference that can be followed from another working folder: paths of scripts, arrays and folders made absolute."""
-    place, separator, name = reference.rpartition(":")
-    if place.endswith(".py"):
-        return f"{Path(place).resolve()}{separator}{name}"
-    path, _, part = reference.partition("#")
-    return str(Path(path).resolve()) + (f"#{part}" if part else "") if Path(path).exists() else reference
-
-
 @app.command()
 def calibrate(
     output: Output,
@@ -243,24 +234,19 @@ def calibrate(
     with _reported_errors(), _progress(quiet or as_json):
         from anybit import roads
         from anybit.checkpoint import check_free
-        from anybit.references import load_data, load_model
 
         check_free(output, overwrite)
         _set_threads(threads)
-        preprocessing = _preprocessing(mean, std, size, resize, interpolation)
-        reference = _absolute(_require(model, "--model"))
         results = roads.calibrate(
-            load_model(reference, weights),
-            load_data(_require(data, "--data"), preprocessing, workers),
+            _require(model, "--model"),
+            _require(data, "--data"),
             list(budget) if budget else None,
-            test=None if test is None else load_data(test, preprocessing, workers),
+            weights=weights,
+            preprocessing=_preprocessing(mean, std, size, resize, interpolation),
+            test=test,
             metric=_metric(metric),
+            workers=workers,
             device=device,
-            about={
-                "model": {"reference": reference, "weights": None if weights is None else str(Path(weights).resolve())},
-                "data": {"reference": _absolute(_require(data, "--data"))},
-                "preprocessing": preprocessing.to_json(),
-            },
             weight_bits=_bits(weight_bits, "--weight-bits"),
             activation_bits=_bits(activation_bits, "--activation-bits"),
             keep=_kept(keep),

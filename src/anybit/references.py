@@ -64,6 +64,15 @@ class Preprocessing:
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
 
+def absolute(reference: str) -> str:
+    """A reference that can be followed from another working folder: paths of scripts, arrays and folders made absolute."""
+    place, separator, name = reference.rpartition(":")
+    if place.endswith(".py"):
+        return f"{Path(place).resolve()}{separator}{name}"
+    path, _, part = reference.partition("#")
+    return str(Path(path).resolve()) + (f"#{part}" if part else "") if Path(path).exists() else reference
+
+
 def load_model(reference: str, weights: str | None = None) -> nn.Module:
     """The network that `reference` names, in evaluation mode, with the state dict of `weights` (.safetensors, .pt, .pth) if given."""
     kind, _, name = reference.partition(":")

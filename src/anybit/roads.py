@@ -30,7 +30,7 @@ from anybit.checkpoint import (
 from anybit.errors import InvalidInput, InvalidSetting, SchemeMismatch, UnsupportedModel
 from anybit.evaluation import Metric, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
-from anybit.references import Preprocessing, as_samples, load_data, load_model
+from anybit.references import Preprocessing, absolute, as_samples, load_data, load_model
 from anybit.reporting import StageClock, environment
 from anybit.scheme import Budget, Precision, Scheme
 from anybit.sensitivity import SensitivityTable
@@ -78,11 +78,12 @@ def calibrate(
     data: Any,
     budget: str | Budget | Sequence[str | Budget] | None = None,
     *,
+    weights: str | Path | None = None,
+    preprocessing: Preprocessing = Preprocessing(),
     test: Any = None,
     metric: Metric | None = None,
     workers: int = 0,
     device: str = "cpu",
-    about: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> "Result | list[Result]":
     """From a trained network, a few hundred inputs and a budget to a low-bit network.
@@ -90,6 +91,8 @@ def calibrate(
     model     a network, or a reference to one ("file.py:function")
     data      inputs (labels, where there are any, serve reports and a budget of "drop=" alone): a data set, arrays, Samples, or a reference
     budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list gives a list of results that share their candidates
+    weights   a state dict's file, loaded into a network that is given by reference
+    preprocessing  of images that are given by reference; recorded, with the references made absolute, for later verbs
     test      labelled data for the report; nothing is chosen on it
     metric    a function of (outputs, labels), higher is better: reported, and what a budget of "drop=" counts in instead of top-1
     device    where to compute; the result is on the CPU
@@ -102,14 +105,18 @@ def calibrate(
     twice = [text for text, count in Counter(map(str, budgets)).items() if count > 1]
     if twice:
         raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
-    about = dict(about or {})
+    about: dict[str, Any] = {}
     if isinstance(model, str):
-        about["model"] = {"reference": model, **about.get("model", {})}
-        model = load_model(model)
-    samples = draw(_samples(data, workers), wanted.samples, wanted.seed).on(device)
+        about["model"] = {"reference": absolute(model), "weights": None if weights is None else str(Path(weights).resolve())}
+        model = load_model(model, about["model"]["weights"])
+    elif weights is not None:
+        raise InvalidSetting(f"The weights {weights} go with a model's reference, and a network was given. Load them into it yourself.")
+    if isinstance(data, str):
+        about |= {"data": {"reference": absolute(data)}, "preprocessing": preprocessing.to_json()}
+    samples = draw(_samples(data, workers, preprocessing), wanted.samples, wanted.seed).on(device)
     if test is None:
         _check_metric(metric, samples)
-    tests = None if test is None else _checked_tests(_samples(test, workers).on(device), model)
+    tests = None if test is None else _checked_tests(_samples(test, workers, preprocessing).on(device), model)
     clock = StageClock()
     bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one], clock, metric)
     saved = {
@@ -298,7 +305,8 @@ def allocate(
     given = {"batch_size": batch_size, "memory": memory}
     settings = replace(_settings_from(saved["settings"]), **{name: value for name, value in given.items() if value is not None})
     clock = StageClock()
-    samples = (_recorded_data(folder, file, workers) if data is None else _samples_as(data, file, workers)).on(device)
+    recorded = Preprocessing.from_json(file.preprocessing)
+    samples = _samples(_recorded_data(folder, file) if data is None else data, workers, recorded).on(device)
     _check_metric(metric, samples)
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
@@ -314,20 +322,24 @@ def allocate(
     judge = Judge(network, candidates, calibration.held_out, reference, file.task, metric)
     light = replace(settings, sequential=False, bias_tuning=False)
     bench = Bench(network, calibration, light, candidates, candidates, SensitivityTable.from_json(saved["table"]), judge, targets)
-    about = {"model": file.model, "data": file.data if data is None else {}, "preprocessing": file.preprocessing}
+    about = {"model": _followed(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
+    if data is not None:
+        about["data"] = {"reference": absolute(data)} if isinstance(data, str) else {}
     return _finish(bench, Budget.parse(budget), about, {key: saved[key] for key in ("table", "choices", "settings")}, clock)
 
 
-def _recorded_data(folder: Path, file: SchemeFile, workers: int) -> Samples:
+def _followed(folder: Path, file: SchemeFile, model: nn.Module | str | None) -> dict[str, Any]:
+    """What a result records of its model: a reference that was followed, or was this user's own before; no stranger's."""
+    if isinstance(model, str):
+        return {"reference": absolute(model), "weights": file.model.get("weights")}
+    return file.model if model is None or is_own(folder) else {}
+
+
+def _recorded_data(folder: Path, file: SchemeFile) -> str:
     reference = file.data.get("reference")
     if not isinstance(reference, str) or not is_own(folder):
         raise InvalidSetting(f"{folder} does not name data that may be followed. Give inputs of the network with --data.")
-    return load_data(reference, Preprocessing.from_json(file.preprocessing), workers)
-
-
-def _samples_as(data: Any, file: SchemeFile, workers: int) -> Samples:
-    """Data for a recorded run: a reference is read with the run's own preprocessing."""
-    return load_data(data, Preprocessing.from_json(file.preprocessing), workers) if isinstance(data, str) else as_samples(data, workers)
+    return reference
 
 
 def _settings_from(data: Mapping[str, Any]) -> CalibrateSettings:
@@ -436,5 +448,5 @@ def task_of(run: str | Path) -> str:
     return read_scheme(Path(run)).task
 
 
-def _samples(data: Any, workers: int) -> Samples:
-    return load_data(data, Preprocessing(), workers) if isinstance(data, str) else as_samples(data, workers)
+def _samples(data: Any, workers: int, preprocessing: Preprocessing = Preprocessing()) -> Samples:
+    return load_data(data, preprocessing, workers) if isinstance(data, str) else as_samples(data, workers)
