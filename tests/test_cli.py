@@ -169,6 +169,17 @@ def test_inspect_takes_the_common_options(here):
     assert quiet.stdout.strip() and whole.stdout.endswith(quiet.stdout)
 
 
+def test_inspect_without_data_says_what_needs_them(here):
+    seen = anybit_cli("inspect", "--model", "m.py:net", "--data", "x.npz")
+    unseen = anybit_cli("inspect", "--model", "m.py:net")
+    assert unseen.exit_code == 0, unseen.stderr
+    for text in ("conv2", "8x8x3x3", "W4", "% of float"):
+        assert text in seen.stdout and text in unseen.stdout
+    assert "3x8x8" in seen.stdout and "BOPs" in seen.stdout.split("Whole network")[1]
+    assert [line for line in unseen.stdout.splitlines() if "--data" in line] == unseen.stdout.splitlines()[-1:]
+    assert one_json_object(anybit_cli("inspect", "--model", "m.py:net", "--json").stdout)["layers"]["fc"]["input"] is None
+
+
 def test_every_default_is_told_by_help():
     for verb in ("calibrate", "allocate", "evaluate", "inspect"):
         done = anybit_cli(verb, "--help")
@@ -280,7 +291,8 @@ def test_bad_input_ends_with_status_2_and_one_line(case, here):
         (["allocate", "run", "--output", "second", "--budget", "1bit"], "bind"),
         (["allocate", "nowhere", "--output", "second", "--budget", "5bit"], "nowhere"),
         (["allocate", "run", "--output", "second", "--budget", "5bit", "--model", "m.py:residual"], "conv1"),
-        (["inspect", "--model", "m.py:net"], "--data"),
+        (["inspect"], "--model"),
+        (["inspect", "--model", "m.py:hollow"], "no layer"),
         (["inspect", "--model", "m.py:net", "--data", "wide.npz"], "8, 8"),
         (["inspect", "--model", "m.py:net", "--data", "empty.npz"], "empty"),
         (["inspect", "--model", "m.py:hollow", "--data", "x.npz"], "no layer"),

@@ -289,6 +289,28 @@ def test_inspection_counts_what_the_file_would_be(tmp_path):
     assert found["layers"]["conv"]["macs"] == 6 * 27 * 64 and found["layers"]["fc"]["macs"] == 40
 
 
+def test_inspection_shows_the_shapes_of_one_sample():
+    layers = anybit.inspect(make(Residual), pictures(5))["layers"]
+    assert [layers["conv"][key] for key in ("weight", "input", "output")] == [[6, 3, 3, 3], [3, 8, 8], [6, 8, 8]]
+    assert [layers["fc"][key] for key in ("weight", "input", "output")] == [[5, 8], [8], [5]]
+    windows = anybit.inspect(make(NETWORKS["windows"][0]), NETWORKS["windows"][1](2))["layers"]
+    assert (windows["inner"]["input"], windows["inner"]["output"]) == ([3, 4], [3, 6])  # three rows a sample
+
+
+@pytest.mark.parametrize("name", ["residual", "tokens", "no batch norm"])
+def test_inspection_without_data_counts_the_same_weights(name):
+    model, inputs = make(NETWORKS[name][0]), NETWORKS[name][1](4)
+    before = snapshot(model)
+    seen, unseen = anybit.inspect(model, inputs), anybit.inspect(model)
+    assert_untouched(model, before)
+    assert set(seen["layers"]) == set(unseen["layers"]) and seen["float_bytes"] == unseen["float_bytes"]
+    for layer, row in unseen["layers"].items():
+        same = ("class", "weight", "bytes", "choices")
+        assert {key: row[key] for key in same} == {key: seen["layers"][layer][key] for key in same}
+        assert row["input"] is row["output"] is row["macs"] is None
+    assert all(row["bops"] is None and row["bytes"] < unseen["float_bytes"] for row in unseen["uniform"].values())
+
+
 def test_the_networks_float_size_is_that_of_its_file(tmp_path):
     from safetensors.torch import save_file
 

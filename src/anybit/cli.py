@@ -387,13 +387,13 @@ def inspect(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Layers, shapes, what is covered, and what each bit-width would cost."""
+    """Layers, shapes, what is covered, and what each bit-width would cost; --data shows shapes of inputs and outputs, and BOPs."""
     with _reported_errors():
         from anybit import roads
         from anybit.references import load_data, load_model
 
         _set_threads(threads)
-        samples = load_data(_require(data, "--data"), _preprocessing(mean, std, size, resize, interpolation))
+        samples = None if data is None else load_data(data, _preprocessing(mean, std, size, resize, interpolation))
         network = load_model(_require(model, "--model"), weights)
         found = roads.inspect(network, samples, weight_bits=_bits(weight_bits, "--weight-bits"), keep=_kept(keep))
     if as_json:

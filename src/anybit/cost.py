@@ -51,12 +51,16 @@ class CostModel:
     float_bytes: int
 
     @classmethod
-    def of(cls, prepared: nn.Module, names: list[str], wiring: Wiring, edges: int, float_model: nn.Module) -> "CostModel":
-        """Measure `prepared`, whose layers `names` have slots; `wiring` gives the shapes, `float_model` the size to compare with."""
+    def of(cls, prepared: nn.Module, names: list[str], wiring: Wiring | None, edges: int, float_model: nn.Module) -> "CostModel":
+        """Measure `prepared`, whose layers `names` have slots; `wiring` gives the shapes, `float_model` the size to compare with.
+
+        Without a wiring nothing is known of multiply-accumulates: they count 0.
+        """
         layers = {}
         for name in names:
-            rows = weight_rows(prepared.get_submodule(name), float_weight(prepared.get_submodule(name)))
-            layers[name] = LayerSize(rows.shape[0], rows.shape[1], macs_per_sample(prepared.get_submodule(name), name, wiring))
+            layer = prepared.get_submodule(name)
+            rows = weight_rows(layer, float_weight(layer))
+            layers[name] = LayerSize(rows.shape[0], rows.shape[1], macs_per_sample(layer, name, wiring) if wiring else 0)
         leftover, others = leftovers(prepared, names)
         numbers = sum(tensor.numel() for tensor in leftover.values())
         float_state = {key: TensorSpec(_DTYPES[t.dtype], tuple(t.shape)) for key, t in float_model.state_dict().items()}

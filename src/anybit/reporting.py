@@ -163,24 +163,37 @@ def print_frontier(reports: Iterable[Mapping[str, Any]]) -> None:
 
 def print_inspection(found: Mapping[str, Any], layers: bool = True) -> None:
     """Layers, unless they are not asked for, and what the network would cost at each bit-width."""
+    seen = all(layer["macs"] is not None for layer in found["layers"].values())
     if layers:
-        _print_layers(found)
-    rows = [[f"W{bits}", human_bytes(s["bytes"]), f"{s['percent']:.1f}", human_count(s["bops"])] for bits, s in found["uniform"].items()]
-    print_table(f"Whole network (float32: {human_bytes(found['float_bytes'])})", ["weights", "size", "% of float", "BOPs"], rows)
-
-
-def _print_layers(found: Mapping[str, Any]) -> None:
-    widths = list(found["uniform"])
+        _print_layers(found, seen)
+    columns = ["weights", "size", "% of float"] + (["BOPs"] if seen else [])
     rows = [
-        [
-            name, layer["class"], f"{layer['weight'][0]} x {layer['weight'][1]}", human_count(layer["macs"]), layer["folds"] or "",
-            layer["block"] or "", *(human_bytes(layer["bytes"][bits]) for bits in widths),
-        ]
-        for name, layer in found["layers"].items()
-    ]  # fmt: skip
-    print_table("Layers", ["layer", "class", "weight", "MACs", "folds", "block", *(f"W{bits}" for bits in widths)], rows)
+        [f"W{bits}", human_bytes(row["bytes"]), f"{row['percent']:.1f}"] + ([human_count(row["bops"])] if seen else [])
+        for bits, row in found["uniform"].items()
+    ]
+    print_table(f"Whole network (float32: {human_bytes(found['float_bytes'])})", columns, rows)
+    if not seen:
+        print("Shapes of inputs and outputs, BOPs, what folds and what never runs need --data; sizes are with batch norms unfolded.")
+
+
+def _print_layers(found: Mapping[str, Any], seen: bool) -> None:
+    """Two tables: in one, long names would leave no room for the layer's own."""
+    columns = ["layer", "class", "weight"] + (["input", "output", "MACs", "folds", "block"] if seen else [])
+    rows, sizes = [], []
+    for name, layer in found["layers"].items():
+        shapes = (
+            [_shape(layer["input"]), _shape(layer["output"]), human_count(layer["macs"]), layer["folds"], layer["block"]] if seen else []
+        )
+        rows.append([name, layer["class"], _shape(layer["weight"]), *shapes])
+        sizes.append([name, *map(human_bytes, layer["bytes"].values())])
+    print_table("Layers", columns, rows)
+    print_table("Bytes of each layer", ["layer", *(f"W{bits}" for bits in found["uniform"])], sizes)
     for name, reason in found["uncovered"].items():
         print(f"not covered: {name}: {reason}")
+
+
+def _shape(numbers: Iterable[int]) -> str:
+    return "x".join(map(str, numbers))
 
 
 def _layer_rows(report: Mapping[str, Any]) -> list[list[str]]:

@@ -34,7 +34,7 @@ from anybit.references import Preprocessing, absolute, as_samples, load_data, lo
 from anybit.reporting import StageClock, environment
 from anybit.scheme import Budget, Precision, Scheme
 from anybit.sensitivity import SensitivityTable
-from anybit.stages import Bench, CalibrateSettings, Judge
+from anybit.stages import Bench, CalibrateSettings, Judge, Network
 from anybit.wiring import observe
 
 
@@ -395,20 +395,20 @@ def evaluate(
     return evaluate_model(on_device(model, device), samples.on(device).batches(batch_size), task, metric)
 
 
-def inspect(model: nn.Module, data: Any, **settings: Any) -> dict[str, Any]:
-    """Layers, shapes, what is covered, and what each bit-width would cost; `data` needs one input."""
+def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, Any]:
+    """Layers, shapes, what is covered, and what each bit-width would cost.
+
+    `data` needs one input. Without it, what only a forward pass shows is None (shapes of inputs and outputs, MACs, BOPs, folds, blocks),
+    a layer that never runs is taken for covered, and the sizes are those with every batch norm unfolded.
+    """
     wanted = CalibrateSettings(**settings)
-    samples = _samples(data, 0)
-    batch = next(iter(samples.subset(range(min(2, len(samples)))).batches(2)), None)
-    if batch is None:
-        raise InvalidInput("The data set is empty; inspect needs at least one input.")
-    network = stages.observe_network(copy.deepcopy(model).eval(), batch, wanted)
+    network = stages.unobserved_network(model, wanted) if data is None else stages.observe_network(*_observable(model, data), wanted)
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
     layers = {
         name: {
-            "class": network.wiring.classes[name],
-            "weight": [network.costs.layers[name].rows, network.costs.layers[name].columns],
-            "macs": network.costs.layers[name].macs,
+            "class": type(network.float_model.get_submodule(name)).__name__,
+            "weight": list(network.float_model.get_submodule(name).weight.shape),
+            **_seen(network, name, data is not None),
             "folds": network.norms.get(name),
             "block": blocks.get(name),
             "choices": [str(precision) for precision in network.choices[name]],
@@ -417,7 +417,27 @@ def inspect(model: nn.Module, data: Any, **settings: Any) -> dict[str, Any]:
         for name in network.names
     }
     uniform = {bits: network.costs.summary(network.uniform(bits, wanted.activation_bits[-1])) for bits in wanted.weight_bits}
+    for row in uniform.values() if data is None else ():
+        row["bops"] = None
     return {"layers": layers, "uncovered": dict(network.uncovered), "float_bytes": network.costs.float_bytes, "uniform": uniform}
+
+
+def _observable(model: nn.Module, data: Any) -> tuple[nn.Module, Batch]:
+    samples = _samples(data, 0)
+    batch = next(iter(samples.subset(range(min(2, len(samples)))).batches(2)), None)
+    if batch is None:
+        raise InvalidInput("The data set is empty; inspect needs at least one input.")
+    return copy.deepcopy(model).eval(), batch
+
+
+def _seen(network: Network, name: str, observed: bool) -> dict[str, Any]:
+    """One sample's shapes and multiply-accumulates of a layer; a layer that sees several rows a sample has their number in front."""
+    if not observed:
+        return {"input": None, "output": None, "macs": None}
+    count = network.wiring.batch_size
+    shapes = {"input": network.wiring.input_shapes[name], "output": network.wiring.operation(name).shape}
+    single = {key: list(shape[1:] if shape[0] == count else (shape[0] // count, *shape[1:])) for key, shape in shapes.items()}
+    return {**single, "macs": network.costs.layers[name].macs}
 
 
 def save_all(results: Result | Sequence[Result], output: str | Path, overwrite: bool = False) -> list[Path]:

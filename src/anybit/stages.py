@@ -183,6 +183,20 @@ def observe_network(model: nn.Module, example: Batch, settings: CalibrateSetting
     return Network(model, folded, prepared, wiring, norms, promised, choices, uncovered, units, costs)
 
 
+def unobserved_network(model: nn.Module, settings: CalibrateSettings) -> Network:
+    """What can be said of `model` before any input is seen: nothing folded, no units, no shapes."""
+    check_finite_weights(model)
+    names, uncovered = coverage(model)
+    if not names:
+        raise UnsupportedModel("The model has no layer to quantize: no convolution, linear or embedding.")
+    kept = match_patterns(settings.keep, names)
+    prepared = prepare(model, names, [name for name, precision in kept.items() if precision.weight_bits is None])
+    layers = quantized_layers(prepared)
+    choices = {name: _choices(layers[name], kept.get(name), settings) for name in names}
+    costs = CostModel.of(prepared, names, None, 0, model)
+    return Network(model, model, prepared, Wiring((), {}, {}, (), (), 0), {}, {}, choices, uncovered, [], costs)
+
+
 def _choices(layer: nn.Module, kept: Precision | None, settings: CalibrateSettings) -> list[Precision]:
     takes_input = not isinstance(layer, nn.Embedding)
     if kept is not None:
