@@ -197,6 +197,14 @@ def test_a_network_with_frozen_parameters_is_calibrated():
     assert all(row["loss"] < float("inf") for row in result.report["ladder"])
 
 
+@pytest.mark.parametrize("setting", [{"start": "ranges"}, {"start": "matched"}, {"bn_prior": 0.9}], ids=str)
+def test_a_setting_that_is_not_the_default_changes_the_run(setting, calibrated):
+    model, x, usual = calibrated
+    other = anybit.calibrate(model, x, "4bit", **QUICK, **setting)
+    rows = {row["step"]: row["loss"] for row in usual.report["ladder"]}
+    assert any(rows[row["step"]] != row["loss"] for row in other.report["ladder"])
+
+
 def test_calibrating_inside_no_grad_works():
     with torch.no_grad():
         result = anybit.calibrate(make(NoBatchNorm), pictures(24), None, **{**FAST, "pipeline": "advanced"})

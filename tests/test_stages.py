@@ -328,6 +328,35 @@ def test_polishing_without_a_step_gives_the_better_of_ranges_and_candidates(resi
     assert judge.of_model(model)["loss"] == min(losses) < max(losses) and errors == {}
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_sequential_adaquant_starts_where_it_is_told(residual, parallel):
+    network, calibration, ranged, judge, table = residual
+    scheme = network.uniform(4, 8)
+    targets = stages.batch_norm_targets(network, calibration, SETTINGS)
+    matched = candidates = stages.matched_candidates(network, ranged, targets, calibration)
+    if parallel:
+        candidates, _ = stages.reconstructed_candidates(network, matched, ranged, calibration, SETTINGS)
+    for start, expected in ((None, candidates if parallel else ranged), ("ranges", ranged), ("matched", matched)):
+        settings = replace(SETTINGS, start=start)
+        shared = stages.Bench(network, calibration, settings, ranged, candidates, table, judge, targets, (), matched if parallel else None)
+        model, free = stages.sequential_start(shared, scheme)
+        for name, layer in quantized_layers(model).items():
+            assert torch.equal(codes_of(layer), expected.weights[name, 4].codes)
+            torch.testing.assert_close(layer.weight_quantizer.scale, expected.weights[name, 4].scale)
+            assert torch.equal(free[name].round().clamp(-8, 7).to(torch.int8), expected.weights[name, 4].codes)
+
+
+def test_the_prior_acts_on_candidates_too(residual):
+    network, calibration, ranged, _, _ = residual
+    targets = stages.batch_norm_targets(network, calibration, SETTINGS)
+
+    def moved(prior: float) -> float:
+        matched = stages.matched_candidates(network, ranged, targets, calibration, prior)
+        return sum(float((candidate.scale - ranged.weights[key].scale).abs().sum()) for key, candidate in matched.weights.items())
+
+    assert moved(0.9) < moved(0.5) < moved(0.0)
+
+
 def test_edges_hold_every_value_that_passes():
     network, calibration, candidates, _ = bench("residual")
     model = apply_scheme(network.prepared, network.uniform(4, 8), candidates)

@@ -202,14 +202,17 @@ def calibrate(
     candidate_steps: Annotated[int, typer.Option(help="Adam steps a layer for each candidate.")] = 60,
     unit: Annotated[UnitKind, typer.Option(help="What is reconstructed at once.")] = UnitKind.block,
     block: Annotated[list[str] | None, typer.Option(help="Name the blocks instead of finding them; repeat.")] = None,
-    start: Annotated[str, typer.Option(help="Where sequential AdaQuant starts: ranges or matched.")] = "ranges",
+    start: Annotated[
+        str | None,
+        typer.Option(help="Where sequential AdaQuant starts: ranges or matched (default: parallel AdaQuant's codes, else ranges)."),
+    ] = None,
     drop: Annotated[float, typer.Option(help="Share of activation quantizations dropped while reconstructing.")] = 0.0,
     mirror: Annotated[bool, typer.Option(help="Fit to the mirror images too.")] = False,
     estimator: Annotated[Estimator, typer.Option(help="Range estimator.")] = Estimator.mse,
     sensitivity_base: Annotated[str, typer.Option(help="Precision of the other layers while one is measured.")] = "float",
     pairs: Annotated[bool, typer.Option(help="Measure every (W, A) pair instead of summing two measurements.")] = False,
     alternatives: Annotated[int, typer.Option(help="How many of the best schemes are measured.")] = 5,
-    bn_prior: Annotated[float, typer.Option(help="Weight of the target in the measured batch-norm statistics.")] = 0.0,
+    bn_prior: Annotated[float, typer.Option(help="Weight of the target in the measured batch-norm statistics, of candidates too.")] = 0.0,
     bn_target: Annotated[
         str, typer.Option(help="float: the float network's statistics; prior: beta and |gamma| (the paper's form).")
     ] = "float",

@@ -183,19 +183,20 @@ def prepare_bench(
     with clock.stage("ranges"):
         ranged = candidates = stages.range_candidates(network, calibration, settings)
     targets: Mapping[str, Any] = {}
+    matched = None
     if settings.bn_tuning and network.norms:
         with clock.stage("matching of candidates"):
             targets = stages.batch_norm_targets(network, calibration, settings)
-            candidates = stages.matched_candidates(network, candidates, targets, calibration)
+            candidates = stages.matched_candidates(network, candidates, targets, calibration, settings.bn_prior)
     errors: dict[str, Any] = {}
-    reconstructed = settings.does("parallel") and (settings.parallel is True or stages.has_choice(network))
-    if reconstructed:
+    if settings.does("parallel") and (settings.parallel is True or stages.has_choice(network)):
+        matched = candidates
         with clock.stage("parallel AdaQuant"):
             candidates, errors = stages.reconstructed_candidates(network, candidates, ranged, calibration, settings)
     with clock.stage("sensitivity"):
         table = stages.sensitivity_table(network, candidates, calibration, reference, task, settings)
     judge = Judge(network, candidates, calibration.held_out, reference, task, metric)
-    return Bench(network, calibration, settings, ranged, candidates, table, judge, targets, references, reconstructed, errors)
+    return Bench(network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors)
 
 
 def _example(calibration: Calibration) -> Batch:
