@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from anybit.layers import float_weight, quantized_layers, weight_rows
-from anybit.packing import StoredLayer, TensorSpec, file_bytes, layout, packed_bytes
+from anybit.packing import PACKED_METADATA, StoredLayer, TensorSpec, file_bytes, layout, packed_bytes
 from anybit.scheme import FLOAT_BITS, Precision, Scheme
 from anybit.wiring import Wiring
 
@@ -94,7 +94,7 @@ class CostModel:
             for name, precision in scheme.items()
         ]
         kept_float = sum(self.layers[name].weights for name, precision in scheme.items() if precision.weight_bits is None)
-        return file_bytes(layout(stored, self.edges, self.leftover + kept_float, self.others))
+        return file_bytes(layout(stored, self.edges, self.leftover + kept_float, self.others), PACKED_METADATA)
 
     def overhead(self, scheme: Scheme) -> int:
         """Bytes of the file that no choice of bits changes, a few bytes of header aside."""
