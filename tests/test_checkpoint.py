@@ -317,6 +317,20 @@ def test_ones_own_folder_is_followed_until_it_is_changed(trapped, monkeypatch, t
     assert not is_own(folder)
 
 
+@pytest.mark.parametrize("state", ["a file", "a broken list"])
+def test_a_run_that_cannot_be_listed_is_saved_with_a_warning(state, calibrated, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
+    if state == "a file":
+        (tmp_path / "elsewhere").write_text("in the way")
+    else:
+        (tmp_path / "elsewhere" / "anybit").mkdir(parents=True)
+        (tmp_path / "elsewhere" / "anybit" / "runs.json").write_text("[")
+    with pytest.warns(UserWarning, match="not listed as your own run") as warned:
+        folder = calibrated[2].save(tmp_path / "run")
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+    assert anybit.load(folder, model=calibrated[0]).scheme == calibrated[2].scheme
+
+
 def test_a_run_without_a_reference_asks_for_the_network(run_folder):
     with pytest.raises(InvalidSetting, match=r"load\(folder, model=\.\.\.\)"):
         anybit.load(run_folder)

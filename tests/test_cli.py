@@ -355,6 +355,17 @@ def test_the_shell_sees_the_status():
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("anybit: ") and "Traceback" not in done.stderr
 
 
+def test_a_warning_is_one_line(here):
+    Path("state").write_text("in the way")
+    arguments = ["calibrate", "--model", "m.py:net", "--data", "x.npz", "--output", "run", "--quiet", *FAST]
+    done = subprocess.run(
+        [sys.executable, "-m", "anybit", *arguments],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "XDG_STATE_HOME": "state"},
+    )  # fmt: skip
+    assert done.returncode == 0 and Path("run/scheme.json").is_file() and len(done.stdout.splitlines()) == 1
+    assert done.stderr.startswith("warning: run is not listed") and len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("name", anybit.__all__)
 def test_every_public_name_is_there(name):
     assert getattr(anybit, name) is not None and name in dir(anybit)

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -380,15 +381,23 @@ def _own_runs() -> Path:
 
 
 def remember(folder: Path) -> None:
-    """List the run as one of this user's own, by the hash of its scheme file, so that its model reference may be followed."""
+    """List the run as one of this user's own, by the hash of its scheme file, so that its model reference may be followed.
+
+    The run is written by then: a list that cannot be written is worth a warning, not the run.
+    """
     listing = _own_runs()
-    listing.parent.mkdir(parents=True, exist_ok=True)
-    known = read_json(listing) if listing.is_file() else []
-    digest = sha256_of(folder / "scheme.json")
-    if digest not in known:
-        draft = listing.with_suffix(".tmp")
-        write_json(draft, [*known, digest])
-        draft.replace(listing)
+    try:
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        known = read_json(listing) if listing.is_file() else []
+        digest = sha256_of(folder / "scheme.json")
+        if digest not in known:
+            draft = listing.with_suffix(".tmp")
+            write_json(draft, [*known, digest])
+            draft.replace(listing)
+    except (OSError, InvalidFile) as error:
+        warnings.warn(
+            f"{folder} is not listed as your own run ({error}): name its model when you load it, or mend {listing}.", stacklevel=2
+        )
 
 
 def is_own(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -409,4 +410,5 @@ def inspect(
 
 def main() -> None:
     """Entry point of the `anybit` command."""
+    warnings.formatwarning = lambda message, *where, **line: f"warning: {' '.join(str(message).split())}\n"
     app()
