@@ -1,4 +1,7 @@
+import re
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,11 +67,21 @@ def test_a_script_that_does_not_import_is_refused_by_name(text, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("package", ["timm", "torchvision"])
-def test_an_optional_package_that_is_missing_is_one_sentence_with_the_command(package, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPackage, match=f"pip install {package}"):
-        load_model(f"{package}:resnet18")
+@pytest.mark.parametrize(("package", "module"), [("timm", "timm"), ("torchvision", "torchvision"), ("pillow", "PIL")])
+def test_an_optional_package_that_is_missing_is_one_sentence_with_the_command(package, module, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, f"{module}.Image", raising=False)
+    with pytest.raises(MissingPackage, match=f"needs {package}, .* run `pip install {package}`") as raised:
+        load_data(str(tmp_path)) if package == "pillow" else load_model(f"{package}:resnet18")
+    assert "\n" not in str(raised.value)
+
+
+def test_every_optional_package_is_an_extra():
+    root = Path(__file__).parent.parent
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    offered = {re.match(r"[\w-]+", requirement)[0] for extra in ("images", "timm", "torchvision") for requirement in extras[extra]}
+    used = set(re.findall(r'_optional\("[\w.]+", "([\w-]+)"', "".join(path.read_text() for path in (root / "src").rglob("*.py"))))
+    assert used == offered
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])

@@ -89,11 +89,13 @@ def load_model(reference: str, weights: str | None = None) -> nn.Module:
 
 
 def _from_timm(name: str, pretrained: bool) -> nn.Module:
-    return _optional("timm", "timm").create_model(name, pretrained=pretrained)
+    return _optional("timm", "timm", f"--model timm:{name}").create_model(name, pretrained=pretrained)
 
 
 def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
-    return _optional("torchvision.models", "torchvision").get_model(name, weights="DEFAULT" if pretrained else None)
+    return _optional("torchvision.models", "torchvision", f"--model torchvision:{name}").get_model(
+        name, weights="DEFAULT" if pretrained else None
+    )
 
 
 def _called(function: Callable, what: str) -> Any:
@@ -174,11 +176,13 @@ def _import_file(path: Path, option: str):
     return module
 
 
-def _optional(module: str, package: str):
+def _optional(module: str, package: str, what: str):
+    """The module of a package that is one of anybit's extras; `what` needs it."""
     try:
         return importlib.import_module(module)
     except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another build of torch
-        raise MissingPackage(f"{package} is needed for this reference and does not import ({error}). Run: pip install {package}") from error
+        why = " ".join(str(error).split())
+        raise MissingPackage(f"{what} needs {package}, which does not import ({why}): run `pip install {package}`.") from error
 
 
 def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), workers: int = 0) -> Samples:
@@ -261,7 +265,7 @@ class ImageFolder(Dataset):
     """Pictures in one folder (unlabelled) or one folder a class. Integer folder names are class numbers, others are numbered in order."""
 
     def __init__(self, root: Path, preprocessing: Preprocessing):
-        _optional("PIL.Image", "pillow")
+        _optional("PIL.Image", "pillow", f"The folder of images {root}")
         self.preprocessing = preprocessing
         files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
