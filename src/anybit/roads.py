@@ -30,6 +30,7 @@ from anybit.checkpoint import (
 from anybit.errors import InvalidInput, InvalidSetting, SchemeMismatch, UnsupportedModel
 from anybit.evaluation import Metric, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
+from anybit.layers import float_weight
 from anybit.references import Preprocessing, absolute, as_samples, load_data, load_model
 from anybit.reporting import StageClock, environment
 from anybit.scheme import Budget, Precision, Scheme
@@ -303,7 +304,7 @@ def allocate(
     shapes = {name: (record.rows, record.columns) for name, record in file.layers.items()}
     candidates, saved = read_candidates(folder, shapes)
     candidates = candidates.on(device)
-    given = {"batch_size": batch_size, "memory": memory}
+    given: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
     settings = replace(_settings_from(saved["settings"]), **{name: value for name, value in given.items() if value is not None})
     clock = StageClock()
     recorded = Preprocessing.from_json(file.preprocessing)
@@ -408,7 +409,7 @@ def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, An
     layers = {
         name: {
             "class": type(network.float_model.get_submodule(name)).__name__,
-            "weight": list(network.float_model.get_submodule(name).weight.shape),
+            "weight": list(float_weight(network.float_model.get_submodule(name)).shape),
             **_seen(network, name, data is not None),
             "folds": network.norms.get(name),
             "block": blocks.get(name),
