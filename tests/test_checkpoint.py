@@ -1,11 +1,13 @@
 import hashlib
 import json
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from networks import NETWORKS, Chain, Residual, assert_untouched, make, network_and_inputs, run, snapshot
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from test_candidates import prepared_with_candidates, random_scheme
 from torch import nn
@@ -14,6 +16,7 @@ import anybit
 from anybit.candidates import apply_scheme
 from anybit.checkpoint import (
     Canonical,
+    SchemeFile,
     is_own,
     new_folder,
     packed_tensors,
@@ -99,13 +102,26 @@ def edit(folder: Path, change) -> None:
     (folder / "scheme.json").write_text(json.dumps(data))
 
 
-def reseal(folder: Path) -> None:
+def rehash(folder: Path) -> None:
     """Write the hash of the (changed) tensors into scheme.json."""
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     edit(folder, lambda data: data.update(sha256=digest))
 
 
+def reseal(folder: Path, change=lambda tensors: tensors) -> None:
+    """Write model.safetensors anew, for scheme.json as it stands, as one would who knows both files."""
+    data = json.loads((folder / "scheme.json").read_text())
+    with suppress(ValidationError):  # what cannot be read has no digest
+        digest = SchemeFile.model_validate(data).digest()
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path, {"scheme": digest})
+        rehash(folder)
+
+
 EDITS = {
+    "fewer activation bits": lambda d: d["layers"]["fc"].update(precision=d["layers"]["fc"]["precision"][:3] + "7"),
+    "another preprocessing": lambda d: d.update(preprocessing={"mean": [0.5], "interpolation": "bilinear"}),
+    "another task": lambda d: d.update(task="regression"),
     "fewer weight bits": lambda d: d["layers"]["fc"].update(precision="W2A8" if d["layers"]["fc"]["precision"][1] != "2" else "W3A8"),
     "weights said to be float": lambda d: d["layers"]["fc"].update(precision="float"),
     "weights said to be pruned": lambda d: d["layers"]["fc"].update(precision="W0A8"),
@@ -153,6 +169,18 @@ def test_an_edited_scheme_is_refused(change, run_folder):
     assert "\n" not in str(raised.value)
 
 
+SOUND = ("fewer activation bits", "another preprocessing", "another task", "another hash")  # nothing else tells
+
+
+@pytest.mark.parametrize("change", [name for name in EDITS if name not in SOUND])
+def test_an_edited_scheme_is_refused_where_its_digest_is_made_to_match(change, run_folder):
+    edit(run_folder, EDITS[change])
+    reseal(run_folder)
+    with pytest.raises(AnybitError) as raised:
+        anybit.load(run_folder, model=make(Residual))
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", "7", '{"format": "anybit"}', "[" * 100_000, '{"version": NaN}', "\udcff"], ids=repr
 )
@@ -184,7 +212,7 @@ def test_one_flipped_bit_is_refused(run_folder):
 def test_a_truncated_file_with_a_matching_hash_is_refused(share, run_folder):
     path = run_folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    reseal(run_folder)
+    rehash(run_folder)
     with pytest.raises(InvalidFile, match=r"model\.safetensors"):
         anybit.load(run_folder, model=make(Residual))
 
@@ -204,8 +232,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("change", TENSORS)
 def test_other_tensors_with_a_matching_hash_are_refused(change, run_folder):
-    save_file(TENSORS[change](load_file(run_folder / "model.safetensors")), run_folder / "model.safetensors")
-    reseal(run_folder)
+    reseal(run_folder, TENSORS[change])
     with pytest.raises(InvalidFile):
         anybit.load(run_folder, model=make(Residual))
 
@@ -261,6 +288,14 @@ def test_a_foreign_folders_reference_is_not_followed(trapped, calibrated):
     assert not script.with_name("executed").exists()
 
 
+def test_a_foreign_folders_reference_is_not_handed_on(trapped, calibrated, tmp_path):
+    folder, script = trapped
+    anybit.allocate(folder, "4bit", data=calibrated[1], model=make(Residual)).save(tmp_path / "second")
+    with pytest.raises(InvalidSetting, match="does not say which network"):
+        anybit.load(tmp_path / "second")
+    assert not script.with_name("executed").exists()
+
+
 def test_a_foreign_folders_data_are_not_followed(run_folder, calibrated):
     script = run_folder.parent / "trap.py"
     script.write_text(TRAP)
@@ -280,6 +315,20 @@ def test_ones_own_folder_is_followed_until_it_is_changed(trapped, monkeypatch, t
         anybit.load(folder)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
     assert not is_own(folder)
+
+
+@pytest.mark.parametrize("state", ["a file", "a broken list"])
+def test_a_run_that_cannot_be_listed_is_saved_with_a_warning(state, calibrated, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
+    if state == "a file":
+        (tmp_path / "elsewhere").write_text("in the way")
+    else:
+        (tmp_path / "elsewhere" / "anybit").mkdir(parents=True)
+        (tmp_path / "elsewhere" / "anybit" / "runs.json").write_text("[")
+    with pytest.warns(UserWarning, match="not listed as your own run") as warned:
+        folder = calibrated[2].save(tmp_path / "run")
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+    assert anybit.load(folder, model=calibrated[0]).scheme == calibrated[2].scheme
 
 
 def test_a_run_without_a_reference_asks_for_the_network(run_folder):

@@ -37,6 +37,7 @@ def hot():
     model.relu1 = torch.nn.Identity()
     return model
 def ones(outputs, labels): return 1.0
+def fewer(outputs, labels, calls=[]): calls.append(1); return -float(len(calls))
 """
 FAST = ["--pipeline", "light", "--weight-bits", "4,8", "--activation-bits", "8", "--samples", "24"]
 
@@ -97,8 +98,24 @@ def test_the_command_and_the_function_do_the_same(here):
     assert calibrate("--budget", "6bit", "--keep", "fc=W8A8", "--seed", "3").exit_code == 0
     settings = {"pipeline": "light", "weight_bits": (4, 8), "activation_bits": (8,), "samples": 24}
     keep = {"fc": anybit.Precision(8, 8)}
-    anybit.calibrate(make(Chain), "x.npz", "6bit", keep=keep, seed=3, **settings).save("twin")
-    assert Path("run/model.safetensors").read_bytes() == Path("twin/model.safetensors").read_bytes()
+    anybit.calibrate("m.py:net", "x.npz", "6bit", keep=keep, seed=3, **settings).save("twin")
+    for name in ("model.safetensors", "scheme.json"):
+        assert Path("run", name).read_bytes() == Path("twin", name).read_bytes()
+    assert json.loads(Path("twin/scheme.json").read_text())["model"]["reference"] == f"{here / 'm.py'}:net"
+
+
+def test_a_run_of_the_function_is_followed_from_another_working_folder(here, monkeypatch):
+    torch.save(make(Chain, seed=5).state_dict(), "w.pt")
+    result = anybit.calibrate("m.py:net", "x.npz", None, weights="w.pt", pipeline="light", samples=24)
+    result.save("run")
+    monkeypatch.chdir("/")
+    assert torch.equal(anybit.load(here / "run")(pictures(2)), result.model(pictures(2)))
+    assert anybit.allocate(here / "run", "5bit").scheme
+
+
+def test_weights_beside_a_network_are_refused(here):
+    with pytest.raises(anybit.InvalidSetting, match=r"w\.pt"):
+        anybit.calibrate(make(Chain), "x.npz", None, weights="w.pt")
 
 
 def test_json_is_one_object_on_stdout_alone(here):
@@ -133,6 +150,36 @@ def test_quiet_prints_the_result_alone(here):
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1
 
 
+def test_allocate_takes_the_common_options(here):
+    assert calibrate("--budget", "6bit").exit_code == 0
+    common = ["--device", "cpu", "--batch-size", "5", "--memory", "1MiB", "--metric", "m.py:ones", "--threads", "1"]
+    done = anybit_cli("allocate", "run", "--budget", "drop=0.1%", "--output", "second", "--json", *common)
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(Path("second/report.json").read_text())
+    assert (report["settings"]["batch_size"], report["settings"]["memory"]) == (5, 2**20)
+    assert report["result"]["weight_bits"] < 4.1 and all(row["metric"] == 1.0 for row in report["ladder"])
+    third = anybit_cli("allocate", "second", "--budget", "6bit", "--output", "third", "--json")  # the run's own settings again
+    assert json.loads(Path("third/report.json").read_text())["settings"]["batch_size"] == CalibrateSettings().batch_size, third.stderr
+
+
+def test_inspect_takes_the_common_options(here):
+    whole = anybit_cli("inspect", "--model", "m.py:net", "--data", "x.npz", "--threads", "1")
+    quiet = anybit_cli("inspect", "--model", "m.py:net", "--data", "x.npz", "--quiet")
+    assert "conv2" in whole.stdout and "conv2" not in quiet.stdout and quiet.stderr == ""
+    assert quiet.stdout.strip() and whole.stdout.endswith(quiet.stdout)
+
+
+def test_inspect_without_data_says_what_needs_them(here):
+    seen = anybit_cli("inspect", "--model", "m.py:net", "--data", "x.npz")
+    unseen = anybit_cli("inspect", "--model", "m.py:net")
+    assert unseen.exit_code == 0, unseen.stderr
+    for text in ("conv2", "8x8x3x3", "W4", "% of float"):
+        assert text in seen.stdout and text in unseen.stdout
+    assert "3x8x8" in seen.stdout and "BOPs" in seen.stdout.split("Whole network")[1]
+    assert [line for line in unseen.stdout.splitlines() if "--data" in line] == unseen.stdout.splitlines()[-1:]
+    assert one_json_object(anybit_cli("inspect", "--model", "m.py:net", "--json").stdout)["layers"]["fc"]["input"] is None
+
+
 def test_every_default_is_told_by_help():
     for verb in ("calibrate", "allocate", "evaluate", "inspect"):
         done = anybit_cli(verb, "--help")
@@ -152,6 +199,13 @@ def test_a_finished_run_is_refused_without_overwrite(here):
 def test_a_metric_of_the_users_own_is_reported(here):
     done = anybit_cli("evaluate", "--model", "m.py:net", "--data", "x.npz", "--metric", "m.py:ones", "--json")
     assert one_json_object(done.stdout)["ones"] == 1.0
+
+
+def test_a_metric_of_the_users_own_decides_what_a_drop_is(here):
+    done = calibrate("--budget", "drop=0.1%", "--metric", "m.py:ones", "--json")  # all that it counts is nothing: the smallest will do
+    assert done.exit_code == 0, done.stderr
+    assert one_json_object(done.stdout)["result"]["weight_bits"] < 4.1
+    assert calibrate("--budget", "drop=0.1%", "--metric", "m.py:fewer", "--overwrite").exit_code == 2
 
 
 # arguments -> what the one line on stderr must say
@@ -229,10 +283,16 @@ def test_bad_input_ends_with_status_2_and_one_line(case, here):
         (["evaluate", "nowhere", "--data", "x.npz"], "nowhere"),
         (["evaluate", "--model", "m.py:net", "--data", "labels.npz"], "5 classes"),
         (["allocate", "run", "--output", "second"], "--budget"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--device", "abacus"], "--device abacus"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--batch-size", "0"], "batch_size 0"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--memory", "lots"], "lots"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--metric", "m.py:net", "--data", "unlabelled.npz"], "labels"),
+        (["inspect", "--model", "m.py:net", "--data", "x.npz", "--threads", "0"], "--threads"),
         (["allocate", "run", "--output", "second", "--budget", "1bit"], "bind"),
         (["allocate", "nowhere", "--output", "second", "--budget", "5bit"], "nowhere"),
         (["allocate", "run", "--output", "second", "--budget", "5bit", "--model", "m.py:residual"], "conv1"),
-        (["inspect", "--model", "m.py:net"], "--data"),
+        (["inspect"], "--model"),
+        (["inspect", "--model", "m.py:hollow"], "no layer"),
         (["inspect", "--model", "m.py:net", "--data", "wide.npz"], "8, 8"),
         (["inspect", "--model", "m.py:net", "--data", "empty.npz"], "empty"),
         (["inspect", "--model", "m.py:hollow", "--data", "x.npz"], "no layer"),
@@ -293,6 +353,17 @@ def test_the_shell_sees_the_status():
         [sys.executable, "-m", "anybit", "evaluate", "nowhere", "--data", "x"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("anybit: ") and "Traceback" not in done.stderr
+
+
+def test_a_warning_is_one_line(here):
+    Path("state").write_text("in the way")
+    arguments = ["calibrate", "--model", "m.py:net", "--data", "x.npz", "--output", "run", "--quiet", *FAST]
+    done = subprocess.run(
+        [sys.executable, "-m", "anybit", *arguments],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "XDG_STATE_HOME": "state"},
+    )  # fmt: skip
+    assert done.returncode == 0 and Path("run/scheme.json").is_file() and len(done.stdout.splitlines()) == 1
+    assert done.stderr.startswith("warning: run is not listed") and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", anybit.__all__)

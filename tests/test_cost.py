@@ -11,7 +11,7 @@ from torch import nn
 
 from anybit.batches import Batch
 from anybit.candidates import ActivationCandidate, Candidates, apply_scheme, weight_candidate
-from anybit.checkpoint import Canonical, packed_tensors
+from anybit.checkpoint import Canonical, write_canonical
 from anybit.cost import CostModel, LayerSize, macs_per_sample
 from anybit.layers import prepare
 from anybit.scheme import Precision, Scheme
@@ -70,7 +70,7 @@ def test_file_size_is_the_size_of_the_file_for_every_scheme(small, tmp_path, edg
     @given(schemes)
     def sizes_agree(scheme):
         canonical = Canonical(apply_scheme(prepared, scheme, candidates), {}, edges)
-        save_file(packed_tensors(canonical), tmp_path / "model.safetensors")
+        write_canonical(tmp_path, canonical, {})
         assert costs.file_size(scheme) == os.path.getsize(tmp_path / "model.safetensors")
 
     sizes_agree()
@@ -190,5 +190,5 @@ def test_the_counted_size_is_the_size_of_the_file_for_tied_weights(precision, tm
         {("fc", 8): ActivationCandidate(torch.tensor(0.1), torch.tensor(1.0))},
     )
     scheme = Scheme({"fc": Precision.parse(precision), "left": Precision(), "right": Precision()})
-    save_file(packed_tensors(Canonical(apply_scheme(prepared, scheme, candidates), {}, {})), tmp_path / "model.safetensors")
+    write_canonical(tmp_path, Canonical(apply_scheme(prepared, scheme, candidates), {}, {}), {})
     assert costs.file_size(scheme) == os.path.getsize(tmp_path / "model.safetensors")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from anybit.errors import InvalidFile
-from anybit.packing import ITEM_BYTES, StoredLayer, TensorSpec, file_bytes, layout, pack, packed_bytes, unpack
+from anybit.packing import ITEM_BYTES, PACKED_METADATA, StoredLayer, TensorSpec, file_bytes, layout, pack, packed_bytes, unpack
 
 few = settings(max_examples=80, deadline=None)
 
@@ -72,11 +72,11 @@ names = st.text(st.sampled_from('abz0_./|-"\\é字 \n'), min_size=1, max_size=12
 shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)
 
 
-def written_bytes(specs):
+def written_bytes(specs, metadata=None):
     """Size of the file that safetensors itself writes for tensors of these types and shapes."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "x.safetensors")
-        save_file({name: torch.zeros(spec.shape, dtype=TORCH_TYPES[spec.dtype]) for name, spec in specs.items()}, path)
+        save_file({name: torch.zeros(spec.shape, dtype=TORCH_TYPES[spec.dtype]) for name, spec in specs.items()}, path, metadata)
         return os.path.getsize(path)
 
 
@@ -84,6 +84,7 @@ def written_bytes(specs):
 @given(st.dictionaries(names, st.builds(TensorSpec, st.sampled_from(sorted(ITEM_BYTES)), shapes), max_size=8))
 def test_file_bytes_is_the_size_of_the_file_that_safetensors_writes(specs):
     assert file_bytes(specs) == written_bytes(specs)
+    assert file_bytes(specs, PACKED_METADATA) == written_bytes(specs, {"scheme": "f" * 64})
 
 
 def test_file_bytes_knows_which_of_two_types_of_one_size_comes_first():

@@ -1,11 +1,14 @@
+import re
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from networks import Chain, make, pictures
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
 from anybit.references import Preprocessing, as_samples, load_callable, load_data, load_model, load_weights
@@ -64,11 +67,21 @@ def test_a_script_that_does_not_import_is_refused_by_name(text, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("package", ["timm", "torchvision"])
-def test_an_optional_package_that_is_missing_is_one_sentence_with_the_command(package, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPackage, match=f"pip install {package}"):
-        load_model(f"{package}:resnet18")
+@pytest.mark.parametrize(("package", "module"), [("timm", "timm"), ("torchvision", "torchvision"), ("pillow", "PIL")])
+def test_an_optional_package_that_is_missing_is_one_sentence_with_the_command(package, module, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, f"{module}.Image", raising=False)
+    with pytest.raises(MissingPackage, match=f"needs {package}, .* run `pip install {package}`") as raised:
+        load_data(str(tmp_path)) if package == "pillow" else load_model(f"{package}:resnet18")
+    assert "\n" not in str(raised.value)
+
+
+def test_every_optional_package_is_an_extra():
+    root = Path(__file__).parent.parent
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    offered = {re.match(r"[\w-]+", requirement)[0] for extra in ("images", "timm", "torchvision") for requirement in extras[extra]}
+    used = set(re.findall(r'_optional\("[\w.]+", "([\w-]+)"', "".join(path.read_text() for path in (root / "src").rglob("*.py"))))
+    assert used == offered
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
@@ -204,6 +217,42 @@ def test_the_result_does_not_depend_on_where_the_data_come_from(script):
 def test_what_a_user_has_at_hand_becomes_the_same_samples(data):
     given, labels = all_of(as_samples(data))
     assert torch.equal(given, pictures(6)) and labels.tolist() == list(range(6))
+
+
+def halved(items):
+    return torch.stack([x for x, _ in items]) / 2, [y + 1 for _, y in items]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loaders_own_collate_function_makes_the_batches(workers):
+    dataset = list(zip(pictures(6), range(6), strict=True))
+    given, labels = all_of(as_samples(DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=halved)))
+    assert torch.equal(given, pictures(6) / 2) and labels.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_loaders_collate_function_says_whether_there_are_labels():
+    words = ["a", "bb", "ccc"]  # items that nothing but the user's own function can put into a batch
+    samples = as_samples(DataLoader(words, collate_fn=lambda items: torch.tensor([[float(len(word))] for word in items])))
+    assert all_of(samples)[0].tolist() == [[1], [2], [3]] and not samples.labelled
+    given, labels = all_of(as_samples(DataLoader(pictures(4), collate_fn=lambda items: (torch.stack(items) * 2, torch.ones(len(items))))))
+    assert torch.equal(given, 2 * pictures(4)) and labels.tolist() == [1, 1, 1, 1]
+
+
+def test_a_loaders_workers_and_subset_are_kept():
+    def told(worker):
+        raise RuntimeError("worker_init_fn has run")
+
+    dataset = TensorDataset(pictures(6), torch.arange(6))
+    samples = as_samples(DataLoader(dataset, num_workers=1, worker_init_fn=told))
+    assert samples.workers == 1
+    with pytest.raises(RuntimeError, match="worker_init_fn has run"):
+        all_of(samples)
+    assert all_of(as_samples(DataLoader(dataset, sampler=SubsetRandomSampler([4, 1]))))[1].tolist() == [4, 1]
+
+
+def test_a_loader_that_does_not_batch_is_refused():
+    with pytest.raises(InvalidInput, match="batch_size=None"):
+        as_samples(DataLoader([pictures(2), pictures(2)], batch_size=None))
 
 
 @pytest.mark.parametrize(

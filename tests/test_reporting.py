@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybit.reporting import StageClock, environment, human_bytes, human_count, peak_memory, print_table, result_line
+from anybit.reporting import StageClock, environment, human_bytes, human_count, peak_memory, print_inspection, print_table, result_line
 
 few = settings(max_examples=200, deadline=None)
 FACTORS = {"": 1, "B": 1, "k": 1e3, "kB": 1e3, "M": 1e6, "MB": 1e6, "G": 1e9, "GB": 1e9, "T": 1e12}
@@ -95,3 +95,14 @@ def test_the_result_line_tells_accuracy_only_where_it_was_tested():
     assert result_line(report) == line
     tested = {**report, "test": {"top1": 91.5}, "float_test": {"top1": 92.25}}
     assert result_line(tested) == line + "; test top-1 91.50 (float 92.25)"
+
+
+def test_an_inspection_cuts_no_name(capsys):
+    name = "_blocks.12._depthwise_conv"
+    layer = {"class": "Conv2dStaticSamePadding", "weight": [1152, 1, 5, 5], "input": [1152, 112, 112], "output": [1152, 112, 112]}
+    layer |= {"macs": 361_267_200, "folds": "_blocks.12._bn1", "block": "_blocks.12", "bytes": dict.fromkeys((2, 3, 4, 6, 8), 1_234_567)}
+    whole = {"bytes": 10**6, "percent": 12.5, "bops": 10**9}
+    print_inspection({"layers": {name: layer}, "uncovered": {}, "float_bytes": 10**7, "uniform": dict.fromkeys(layer["bytes"], whole)})
+    shown = capsys.readouterr().out
+    assert shown.count(name) == 2
+    assert all(text in shown for text in (layer["class"], "1152x1x5x5", "1152x112x112", layer["folds"], "361 M", "1.2 MB"))

@@ -197,6 +197,14 @@ def test_a_network_with_frozen_parameters_is_calibrated():
     assert all(row["loss"] < float("inf") for row in result.report["ladder"])
 
 
+@pytest.mark.parametrize("setting", [{"start": "ranges"}, {"start": "matched"}, {"bn_prior": 0.9}], ids=str)
+def test_a_setting_that_is_not_the_default_changes_the_run(setting, calibrated):
+    model, x, usual = calibrated
+    other = anybit.calibrate(model, x, "4bit", **QUICK, **setting)
+    rows = {row["step"]: row["loss"] for row in usual.report["ladder"]}
+    assert any(rows[row["step"]] != row["loss"] for row in other.report["ladder"])
+
+
 def test_calibrating_inside_no_grad_works():
     with torch.no_grad():
         result = anybit.calibrate(make(NoBatchNorm), pictures(24), None, **{**FAST, "pipeline": "advanced"})
@@ -287,6 +295,28 @@ def test_inspection_counts_what_the_file_would_be(tmp_path):
         assert (result.save(tmp_path / f"{bits}") / "model.safetensors").stat().st_size == found["uniform"][bits]["bytes"]
     assert found["layers"]["conv"]["folds"] == "bn" and found["layers"]["block2.conv1"]["block"] == "block2"
     assert found["layers"]["conv"]["macs"] == 6 * 27 * 64 and found["layers"]["fc"]["macs"] == 40
+
+
+def test_inspection_shows_the_shapes_of_one_sample():
+    layers = anybit.inspect(make(Residual), pictures(5))["layers"]
+    assert [layers["conv"][key] for key in ("weight", "input", "output")] == [[6, 3, 3, 3], [3, 8, 8], [6, 8, 8]]
+    assert [layers["fc"][key] for key in ("weight", "input", "output")] == [[5, 8], [8], [5]]
+    windows = anybit.inspect(make(NETWORKS["windows"][0]), NETWORKS["windows"][1](2))["layers"]
+    assert (windows["inner"]["input"], windows["inner"]["output"]) == ([3, 4], [3, 6])  # three rows a sample
+
+
+@pytest.mark.parametrize("name", ["residual", "tokens", "no batch norm"])
+def test_inspection_without_data_counts_the_same_weights(name):
+    model, inputs = make(NETWORKS[name][0]), NETWORKS[name][1](4)
+    before = snapshot(model)
+    seen, unseen = anybit.inspect(model, inputs), anybit.inspect(model)
+    assert_untouched(model, before)
+    assert set(seen["layers"]) == set(unseen["layers"]) and seen["float_bytes"] == unseen["float_bytes"]
+    for layer, row in unseen["layers"].items():
+        same = ("class", "weight", "bytes", "choices")
+        assert {key: row[key] for key in same} == {key: seen["layers"][layer][key] for key in same}
+        assert row["input"] is row["output"] is row["macs"] is None
+    assert all(row["bops"] is None and row["bytes"] < unseen["float_bytes"] for row in unseen["uniform"].values())
 
 
 def test_the_networks_float_size_is_that_of_its_file(tmp_path):
@@ -386,3 +416,27 @@ def test_the_certificate_says_which_scheme_was_taken():
 def test_a_metric_without_test_data_is_refused():
     with pytest.raises(InvalidSetting, match="--test"):
         roads.calibrate(make(Residual), pictures(24), "4bit", metric=lambda outputs, labels: 0.0)
+
+
+def test_a_new_budget_of_drop_holds_after_polishing_too(tmp_path, monkeypatch):
+    model, x = make(Residual), pictures(40)
+    with torch.no_grad():
+        data = (x, model(x).argmax(1))
+    anybit.calibrate(model, data, "4bit", **{**QUICK, "pipeline": "light"}).save(tmp_path / "run")
+    polish = stages.polish
+
+    def spoiling(bench, scheme):
+        polished, ladder, errors = polish(bench, scheme)
+        polished.fc.bias.data[0] = 1e3
+        return polished, ladder, errors
+
+    monkeypatch.setattr(stages, "polish", spoiling)
+    result = anybit.allocate(tmp_path / "run", "drop=30%", data=data, model=model)
+    assert result.model.fc.bias.abs().max() < 1e3
+
+
+def test_the_report_of_a_new_budget_says_all_that_the_first_one_says(calibrated, run_folder):
+    model, x, first = calibrated
+    again = anybit.allocate(run_folder, "3bit", data=x, model=model)
+    assert list(again.report) == list(first.report) and list(again.about) == ["model", "data", "preprocessing", *first.about]
+    assert again.table == {key: first.table[key] for key in again.table}

@@ -267,6 +267,25 @@ def test_a_generous_drop_is_always_met(kept):
     assert network.costs.weight_bits(choice.scheme) <= network.costs.weight_bits(network.uniform(4, 8))
 
 
+def test_a_drop_counts_in_the_users_metric():
+    network, calibration, candidates, judge = bench("residual")
+    held_out = labelled(calibration, network)
+    table = stages.sensitivity_table(network, candidates, calibration, judge.reference, "classification", SETTINGS)
+
+    def closeness(outputs, labels):
+        return -float((outputs - judge.reference).abs().max())
+
+    budget = Budget.parse("drop=0.05%")
+    by_metric, by_top1 = (
+        stages.choose_scheme(network, table, budget, SETTINGS, Judge(network, candidates, held_out, judge.reference, "classification", m))
+        for m in (closeness, None)
+    )
+    assert closeness(outputs_of(apply_scheme(network.prepared, by_metric.scheme, candidates), held_out), None) >= -0.05
+    assert closeness(outputs_of(apply_scheme(network.prepared, by_top1.scheme, candidates), held_out), None) < -0.05
+    regression = Judge(network, candidates, held_out, judge.reference, "regression", closeness)
+    assert stages.choose_scheme(network, table, budget, SETTINGS, regression).scheme == by_metric.scheme
+
+
 def test_a_drop_needs_labels(residual):
     network, _, _, judge, table = residual
     with pytest.raises(InvalidSetting, match="labelled"):
@@ -307,6 +326,35 @@ def test_polishing_without_a_step_gives_the_better_of_ranges_and_candidates(resi
     losses = [judge.of_model(apply_scheme(network.prepared, scheme, found))["loss"] for found in both]
     assert [(row["step"], row["loss"]) for row in ladder] == [("ranges", losses[0]), ("candidates", losses[1])]
     assert judge.of_model(model)["loss"] == min(losses) < max(losses) and errors == {}
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_sequential_adaquant_starts_where_it_is_told(residual, parallel):
+    network, calibration, ranged, judge, table = residual
+    scheme = network.uniform(4, 8)
+    targets = stages.batch_norm_targets(network, calibration, SETTINGS)
+    matched = candidates = stages.matched_candidates(network, ranged, targets, calibration)
+    if parallel:
+        candidates, _ = stages.reconstructed_candidates(network, matched, ranged, calibration, SETTINGS)
+    for start, expected in ((None, candidates if parallel else ranged), ("ranges", ranged), ("matched", matched)):
+        settings = replace(SETTINGS, start=start)
+        shared = stages.Bench(network, calibration, settings, ranged, candidates, table, judge, targets, (), matched if parallel else None)
+        model, free = stages.sequential_start(shared, scheme)
+        for name, layer in quantized_layers(model).items():
+            assert torch.equal(codes_of(layer), expected.weights[name, 4].codes)
+            torch.testing.assert_close(layer.weight_quantizer.scale, expected.weights[name, 4].scale)
+            assert torch.equal(free[name].round().clamp(-8, 7).to(torch.int8), expected.weights[name, 4].codes)
+
+
+def test_the_prior_acts_on_candidates_too(residual):
+    network, calibration, ranged, _, _ = residual
+    targets = stages.batch_norm_targets(network, calibration, SETTINGS)
+
+    def moved(prior: float) -> float:
+        matched = stages.matched_candidates(network, ranged, targets, calibration, prior)
+        return sum(float((candidate.scale - ranged.weights[key].scale).abs().sum()) for key, candidate in matched.weights.items())
+
+    assert moved(0.9) < moved(0.5) < moved(0.0)
 
 
 def test_edges_hold_every_value_that_passes():

@@ -23,6 +23,7 @@ _HOMES = {
     "Precision": "anybit.scheme",
     "Scheme": "anybit.scheme",
     "Budget": "anybit.scheme",
+    "Preprocessing": "anybit.references",
     "AnybitError": "anybit.errors",
     "InvalidSetting": "anybit.errors",
     "InvalidInput": "anybit.errors",

@@ -5,7 +5,7 @@ The one seeded split into fitting and held-out inputs is made here, once a run.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,17 +90,29 @@ def first_tensor(value: Any) -> Tensor:
     return tensors[0]
 
 
+def stacked(items: list) -> Any:
+    """Items as one batch, tensor beside tensor; raises InvalidInput where their shapes differ."""
+    try:
+        return default_collate(items)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise InvalidInput(f"The samples do not fit into one batch: {reason}. Give all the same shape (--size for pictures).") from error
+
+
 @dataclass(frozen=True)
 class Samples:
     """A data set whose items are an input, or (input, label); `labelled` says which.
 
-    `workers` processes load them, which changes nothing but speed. An array data set answers whole batches through `__getitems__`.
+    `workers` processes load them, which changes nothing but speed. `collate` makes a batch of items, as a DataLoader's collate_fn does;
+    `loading` are other arguments for the DataLoader. An array data set answers whole batches through `__getitems__`.
     """
 
     dataset: Dataset | Sequence
     labelled: bool
     workers: int = 0
     device: str = "cpu"
+    collate: Callable[[list], Any] = stacked
+    loading: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -117,26 +129,18 @@ class Samples:
         """All samples in order, `size` at a time."""
         if size < 1 or self.workers < 0:
             raise InvalidSetting(f"batch size {size} must be at least 1 and workers {self.workers} at least 0.")
-        loader = DataLoader(self.dataset, batch_size=size, num_workers=self.workers, collate_fn=self._collate, generator=torch.Generator())
-        for inputs, labels in loader:
+        how: dict[str, Any] = {"num_workers": self.workers, "collate_fn": self._collate, "generator": torch.Generator(), **self.loading}
+        for inputs, labels in DataLoader(self.dataset, batch_size=size, **how):
             yield Batch(inputs, labels).to(self.device)
 
     def _collate(self, items) -> tuple[Inputs, Tensor | None]:
         if isinstance(items, Batch):  # an array data set has made the batch already
             return items.inputs, items.labels
-        try:
-            collated = default_collate(items)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise InvalidInput(
-                f"The samples do not fit into one batch: {reason}. Give all the same shape (--size for pictures)."
-            ) from error
+        inputs, labels = self.collate(items), None
         if self.labelled:
-            *inputs, labels = collated
-            inputs = inputs[0] if len(inputs) == 1 else tuple(inputs)
-        else:
-            inputs, labels = collated, None
-        if isinstance(inputs, list):
+            *inputs, labels = inputs
+            inputs, labels = inputs[0] if len(inputs) == 1 else inputs, torch.as_tensor(labels)
+        if isinstance(inputs, (list, tuple)):
             inputs = inputs[0] if len(inputs) == 1 else tuple(inputs)
         return inputs, labels
 

@@ -222,14 +222,20 @@ def tune(model: nn.Module, targets: Mapping[str, ChannelStatistics], batches: li
 
 
 @torch.no_grad()
-def match_layers(float_model: nn.Module, model: nn.Module, targets: Mapping[str, ChannelStatistics], batches: Iterable[Batch]) -> None:
+def match_layers(
+    float_model: nn.Module,
+    model: nn.Module,
+    targets: Mapping[str, ChannelStatistics],
+    batches: Iterable[Batch],
+    prior_weight: float = 0.0,
+) -> None:
     """The parallel form of `tune`, for candidates: each layer of `model`, in place, matched while fed with the float network's inputs."""
     measured = channel_statistics(float_model, targets, batches, twins=model)
     for name, target in targets.items():
-        _scale_channels(model.get_submodule(name), *_correction(measured[name], target))
+        _scale_channels(model.get_submodule(name), *_correction(measured[name], target, prior_weight))
 
 
-def _correction(measured: ChannelStatistics, target: ChannelStatistics, prior_weight: float = 0.0) -> tuple[Tensor, Tensor]:
+def _correction(measured: ChannelStatistics, target: ChannelStatistics, prior_weight: float) -> tuple[Tensor, Tensor]:
     """(gain, shift) of each channel that take the measured statistics to the target's."""
     mean = torch.lerp(measured.mean, target.mean, prior_weight)
     deviation = torch.lerp(measured.deviation, target.deviation, prior_weight)

@@ -41,6 +41,14 @@ class Candidates:
     weights: dict[tuple[str, int], WeightCandidate] = field(default_factory=dict)
     activations: dict[tuple[str, int], ActivationCandidate] = field(default_factory=dict)
 
+    def on(self, device: str) -> "Candidates":
+        """The same candidates on `device`."""
+
+        def moved(candidate):
+            return type(candidate)(*(None if part is None else part.to(device) for part in vars(candidate).values()))
+
+        return Candidates({key: moved(c) for key, c in self.weights.items()}, {key: moved(c) for key, c in self.activations.items()})
+
 
 def weight_candidate(layer: nn.Module, bits: int, estimator: str) -> WeightCandidate:
     """Round the layer's own weights to nearest within an estimated range."""

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,6 +67,11 @@ class SchemeFile(BaseModel):
     def scheme(self) -> Scheme:
         return Scheme.parse({name: record.precision for name, record in self.layers.items()})
 
+    def digest(self) -> str:
+        """SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
+        meaning = self.model_dump(include={"layers", "folded", "edges", "preprocessing", "task"})
+        return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
+
 
 @dataclass
 class Canonical:
@@ -113,24 +119,19 @@ def packed_tensors(canonical: Canonical) -> dict[str, Tensor]:
 
 def write_canonical(folder: Path, canonical: Canonical, about: Mapping[str, Any]) -> None:
     """Write scheme.json and model.safetensors into `folder`; `about` fills SchemeFile's budget, certificate, model, ..."""
-    save_file(packed_tensors(canonical), folder / "model.safetensors")
     layers = quantized_layers(canonical.model)
     records = {}
     for name, precision in canonical.scheme.items():
         rows = weight_rows(layers[name], float_weight(layers[name]))
         records[name] = LayerRecord(precision=str(precision), rows=rows.shape[0], columns=rows.shape[1])
-    file = SchemeFile(
-        layers=records,
-        folded=dict(canonical.folded),
-        edges=list(canonical.edges),
-        sha256=sha256_of(folder / "model.safetensors"),
-        **about,
-    )
+    file = SchemeFile(layers=records, folded=dict(canonical.folded), edges=list(canonical.edges), sha256="", **about)
+    save_file(packed_tensors(canonical), folder / "model.safetensors", {"scheme": file.digest()})
+    file.sha256 = sha256_of(folder / "model.safetensors")
     write_json(folder / "scheme.json", file.model_dump())
 
 
 def read_scheme(folder: Path) -> SchemeFile:
-    """scheme.json, strictly, and only if model.safetensors is the one it was written with."""
+    """scheme.json, strictly, and only if model.safetensors is the one it was written with and was written for it."""
     data = read_json(folder / "scheme.json")
     if isinstance(data, dict) and isinstance(data.get("version"), int) and data["version"] > FORMAT_VERSION:
         raise InvalidFile(
@@ -151,7 +152,21 @@ def read_scheme(folder: Path) -> SchemeFile:
         raise InvalidFile(f"{weights} is missing. The run is incomplete: run it again.")
     if sha256_of(weights) != file.sha256:
         raise InvalidFile(f"{weights} is not the file that scheme.json was written with (its SHA-256 differs). Restore it or run again.")
+    if scheme_digest_in(weights) != file.digest():
+        raise InvalidFile(
+            f"{folder / 'scheme.json'} is not the one that {weights.name} was written for: a layer, fold, edge, the preprocessing or "
+            "the task has been edited. Restore it or run again."
+        )
     return file
+
+
+def scheme_digest_in(path: Path) -> str | None:
+    """The digest of its scheme that a packed file holds."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("scheme")
+    except (SafetensorError, OSError) as error:
+        raise InvalidFile(f"{path} cannot be read: {error}") from error
 
 
 def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None = None) -> Canonical:
@@ -374,15 +389,23 @@ def _own_runs() -> Path:
 
 
 def remember(folder: Path) -> None:
-    """List the run as one of this user's own, by the hash of its scheme file, so that its model reference may be followed."""
+    """List the run as one of this user's own, by the hash of its scheme file, so that its model reference may be followed.
+
+    The run is written by then: a list that cannot be written is worth a warning, not the run.
+    """
     listing = _own_runs()
-    listing.parent.mkdir(parents=True, exist_ok=True)
-    known = read_json(listing) if listing.is_file() else []
-    digest = sha256_of(folder / "scheme.json")
-    if digest not in known:
-        draft = listing.with_suffix(".tmp")
-        write_json(draft, [*known, digest])
-        draft.replace(listing)
+    try:
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        known = read_json(listing) if listing.is_file() else []
+        digest = sha256_of(folder / "scheme.json")
+        if digest not in known:
+            draft = listing.with_suffix(".tmp")
+            write_json(draft, [*known, digest])
+            draft.replace(listing)
+    except (OSError, InvalidFile) as error:
+        warnings.warn(
+            f"{folder} is not listed as your own run ({error}): name its model when you load it, or mend {listing}.", stacklevel=2
+        )
 
 
 def is_own(folder: Path) -> bool:

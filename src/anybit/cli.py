@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -56,9 +57,12 @@ Resize = Annotated[int | None, typer.Option(help="Short side before a centre cro
 Interpolation = Annotated[str, typer.Option(help="nearest, bilinear, bicubic or lanczos.")]
 BatchSize = Annotated[int, typer.Option(help="Inputs a forward pass.")]
 Workers = Annotated[int, typer.Option(help="Processes that load data; changes speed alone.")]
+Memory = Annotated[str, typer.Option(help="Memory for captured activations; more spills to disk.")]
 Threads = Annotated[int | None, typer.Option(help="Processor threads (default: PyTorch's choice).")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
-MetricOption = Annotated[str | None, typer.Option("--metric", help="FILE.py:function of (outputs, labels), reported beside the others.")]
+MetricOption = Annotated[
+    str | None, typer.Option("--metric", help="FILE.py:function of (outputs, labels), higher is better: reported, and what drop= counts.")
+]
 Task = Annotated[str | None, typer.Option(help="classification or regression, where the outputs do not tell.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.")]
@@ -176,15 +180,6 @@ def _metric(reference: str | None):
     return load_callable(reference, "--metric")
 
 
-def _absolute(reference: str) -> str:
-    """A reference that can be followed from another working folder: paths of scripts, arrays and folders made absolute."""
-    place, separator, name = reference.rpartition(":")
-    if place.endswith(".py"):
-        return f"{Path(place).resolve()}{separator}{name}"
-    path, _, part = reference.partition("#")
-    return str(Path(path).resolve()) + (f"#{part}" if part else "") if Path(path).exists() else reference
-
-
 @app.command()
 def calibrate(
     output: Output,
@@ -208,18 +203,21 @@ def calibrate(
     candidate_steps: Annotated[int, typer.Option(help="Adam steps a layer for each candidate.")] = 60,
     unit: Annotated[UnitKind, typer.Option(help="What is reconstructed at once.")] = UnitKind.block,
     block: Annotated[list[str] | None, typer.Option(help="Name the blocks instead of finding them; repeat.")] = None,
-    start: Annotated[str, typer.Option(help="Where sequential AdaQuant starts: ranges or matched.")] = "ranges",
+    start: Annotated[
+        str | None,
+        typer.Option(help="Where sequential AdaQuant starts: ranges or matched (default: parallel AdaQuant's codes, else ranges)."),
+    ] = None,
     drop: Annotated[float, typer.Option(help="Share of activation quantizations dropped while reconstructing.")] = 0.0,
     mirror: Annotated[bool, typer.Option(help="Fit to the mirror images too.")] = False,
     estimator: Annotated[Estimator, typer.Option(help="Range estimator.")] = Estimator.mse,
     sensitivity_base: Annotated[str, typer.Option(help="Precision of the other layers while one is measured.")] = "float",
     pairs: Annotated[bool, typer.Option(help="Measure every (W, A) pair instead of summing two measurements.")] = False,
     alternatives: Annotated[int, typer.Option(help="How many of the best schemes are measured.")] = 5,
-    bn_prior: Annotated[float, typer.Option(help="Weight of the target in the measured batch-norm statistics.")] = 0.0,
+    bn_prior: Annotated[float, typer.Option(help="Weight of the target in the measured batch-norm statistics, of candidates too.")] = 0.0,
     bn_target: Annotated[
         str, typer.Option(help="float: the float network's statistics; prior: beta and |gamma| (the paper's form).")
     ] = "float",
-    memory: Annotated[str, typer.Option(help="Memory for captured activations; more spills to disk.")] = "2GiB",
+    memory: Memory = "2GiB",
     seed: Seed = 0,
     mean: Mean = None,
     std: Std = None,
@@ -240,24 +238,19 @@ def calibrate(
     with _reported_errors(), _progress(quiet or as_json):
         from anybit import roads
         from anybit.checkpoint import check_free
-        from anybit.references import load_data, load_model
 
         check_free(output, overwrite)
         _set_threads(threads)
-        preprocessing = _preprocessing(mean, std, size, resize, interpolation)
-        reference = _absolute(_require(model, "--model"))
         results = roads.calibrate(
-            load_model(reference, weights),
-            load_data(_require(data, "--data"), preprocessing, workers),
+            _require(model, "--model"),
+            _require(data, "--data"),
             list(budget) if budget else None,
-            test=None if test is None else load_data(test, preprocessing, workers),
+            weights=weights,
+            preprocessing=_preprocessing(mean, std, size, resize, interpolation),
+            test=test,
             metric=_metric(metric),
+            workers=workers,
             device=device,
-            about={
-                "model": {"reference": reference, "weights": None if weights is None else str(Path(weights).resolve())},
-                "data": {"reference": _absolute(_require(data, "--data"))},
-                "preprocessing": preprocessing.to_json(),
-            },
             weight_bits=_bits(weight_bits, "--weight-bits"),
             activation_bits=_bits(activation_bits, "--activation-bits"),
             keep=_kept(keep),
@@ -318,8 +311,12 @@ def allocate(
     budget: Budgets = None,
     data: Data = None,
     model: Model = None,
+    batch_size: Annotated[int | None, typer.Option(help="Inputs a forward pass; the run's where left out.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory for captured activations; the run's where left out.")] = None,
     workers: Workers = 0,
     threads: Threads = None,
+    metric: MetricOption = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -331,8 +328,9 @@ def allocate(
 
         check_free(output, overwrite)
         _set_threads(threads)
+        how = {"metric": _metric(metric), "device": device, "batch_size": batch_size, "memory": parse_size(memory) if memory else None}
         _require(budget, "--budget")
-        results = [roads.allocate(run, one, data=data, model=model, workers=workers) for one in budget]
+        results = [roads.allocate(run, one, data, model, workers, **how) for one in budget]
         folders = roads.save_all(results if len(results) > 1 else results[0], output, overwrite)
     _print_results(folders, as_json, quiet)
 
@@ -384,32 +382,27 @@ def grow(
     with _reported_errors(), _progress(quiet or as_json):
         from anybit import roads
         from anybit.checkpoint import CHECKPOINT, check_free
-        from anybit.references import load_data, load_model
         from anybit.training import rank
 
         check_free(output, overwrite, unfinished=True)
         _set_threads(threads)
-        preprocessing = _preprocessing(mean, std, size, resize, interpolation)
-        reference = _absolute(_require(model, "--model"))
         bits = _bits(activation_bits, "--activation-bits")
         if len(bits) != 1:
             raise InvalidSetting(f"--activation-bits {activation_bits}: grow trains one activation bit-width. Give one number, or float.")
         if budget is None and scheme is None:
             raise InvalidSetting("Say what the network should end at: --budget 3bit, or --scheme RUN for the scheme of a run.")
         result = roads.grow(
-            load_model(reference, weights),
-            load_data(_require(train, "--train"), preprocessing, workers),
+            _require(model, "--model"),
+            _require(train, "--train"),
             budget,
             scheme=scheme,
-            test=None if test is None else load_data(test, preprocessing, workers),
+            weights=weights,
+            preprocessing=_preprocessing(mean, std, size, resize, interpolation),
+            test=test,
             metric=_metric(metric),
             checkpoint=output / CHECKPOINT,
+            workers=workers,
             device=device,
-            about={
-                "model": {"reference": reference, "weights": None if weights is None else str(Path(weights).resolve())},
-                "data": {"reference": _absolute(_require(train, "--train"))},
-                "preprocessing": preprocessing.to_json(),
-            },
             activation_bits=bits[0],
             keep=_kept(keep),
             epochs=epochs,
@@ -490,14 +483,17 @@ def inspect(
     size: Size = None,
     resize: Resize = None,
     interpolation: Interpolation = "bilinear",
+    threads: Threads = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Layers, shapes, what is covered, and what each bit-width would cost."""
+    """Layers, shapes, what is covered, and what each bit-width would cost; --data shows shapes of inputs and outputs, and BOPs."""
     with _reported_errors():
         from anybit import roads
         from anybit.references import load_data, load_model
 
-        samples = load_data(_require(data, "--data"), _preprocessing(mean, std, size, resize, interpolation))
+        _set_threads(threads)
+        samples = None if data is None else load_data(data, _preprocessing(mean, std, size, resize, interpolation))
         network = load_model(_require(model, "--model"), weights)
         found = roads.inspect(network, samples, weight_bits=_bits(weight_bits, "--weight-bits"), keep=_kept(keep))
     if as_json:
@@ -505,9 +501,10 @@ def inspect(
     else:
         from anybit.reporting import print_inspection
 
-        print_inspection(found)
+        print_inspection(found, layers=not quiet)
 
 
 def main() -> None:
     """Entry point of the `anybit` command."""
+    warnings.formatwarning = lambda message, *where, **line: f"warning: {' '.join(str(message).split())}\n"
     app()

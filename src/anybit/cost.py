@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from anybit.layers import float_weight, quantized_layers, weight_rows
-from anybit.packing import StoredLayer, TensorSpec, file_bytes, layout, packed_bytes
+from anybit.packing import PACKED_METADATA, StoredLayer, TensorSpec, file_bytes, layout, packed_bytes
 from anybit.scheme import FLOAT_BITS, Precision, Scheme
 from anybit.wiring import Wiring
 
@@ -51,12 +51,16 @@ class CostModel:
     float_bytes: int
 
     @classmethod
-    def of(cls, prepared: nn.Module, names: list[str], wiring: Wiring, edges: int, float_model: nn.Module) -> "CostModel":
-        """Measure `prepared`, whose layers `names` have slots; `wiring` gives the shapes, `float_model` the size to compare with."""
+    def of(cls, prepared: nn.Module, names: list[str], wiring: Wiring | None, edges: int, float_model: nn.Module) -> "CostModel":
+        """Measure `prepared`, whose layers `names` have slots; `wiring` gives the shapes, `float_model` the size to compare with.
+
+        Without a wiring nothing is known of multiply-accumulates: they count 0.
+        """
         layers = {}
         for name in names:
-            rows = weight_rows(prepared.get_submodule(name), float_weight(prepared.get_submodule(name)))
-            layers[name] = LayerSize(rows.shape[0], rows.shape[1], macs_per_sample(prepared.get_submodule(name), name, wiring))
+            layer = prepared.get_submodule(name)
+            rows = weight_rows(layer, float_weight(layer))
+            layers[name] = LayerSize(rows.shape[0], rows.shape[1], macs_per_sample(layer, name, wiring) if wiring else 0)
         leftover, others = leftovers(prepared, names)
         numbers = sum(tensor.numel() for tensor in leftover.values())
         float_state = {key: TensorSpec(_DTYPES[t.dtype], tuple(t.shape)) for key, t in float_model.state_dict().items()}
@@ -90,7 +94,7 @@ class CostModel:
             for name, precision in scheme.items()
         ]
         kept_float = sum(self.layers[name].weights for name, precision in scheme.items() if precision.weight_bits is None)
-        return file_bytes(layout(stored, self.edges, self.leftover + kept_float, self.others))
+        return file_bytes(layout(stored, self.edges, self.leftover + kept_float, self.others), PACKED_METADATA)
 
     def overhead(self, scheme: Scheme) -> int:
         """Bytes of the file that no choice of bits changes, a few bytes of header aside."""

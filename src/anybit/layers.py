@@ -90,9 +90,13 @@ def _new_swapped(cls: type) -> nn.Module:
     return swapped.__new__(swapped)
 
 
-def coverage(model: nn.Module, wiring: Wiring) -> tuple[list[str], dict[str, str]]:
-    """(names of the layers that take quantizers, in call order; other modules with weights -> why they are not covered)."""
-    covered = wiring.layer_names()
+def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str], dict[str, str]]:
+    """(names of the layers that take quantizers, in call order; other modules with weights -> why they are not covered).
+
+    Without a wiring every layer of a covered class counts, in order of definition.
+    """
+    layers = [name for name, module in model.named_modules() if isinstance(module, COVERED)]
+    covered = layers if wiring is None else wiring.layer_names()
     uncovered = {}
     for name, module in model.named_modules():
         if isinstance(module, COVERED):

@@ -10,11 +10,14 @@ Each layer starts at a byte. The file `model.safetensors` shares tensors, becaus
     edges                    F32 [edges, 2]    observed ends of the tensors between layers (their names are in scheme.json)
     floats                   F32 [numbers]     all other float32 entries of the state dict, in its order
     anything else            under its own state-dict key and type
+
+Its metadata hold the SHA-256 of what scheme.json says of the tensors, as scheme.json holds that of this file: neither changes unnoticed.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +27,9 @@ from anybit.errors import InvalidFile, UnsupportedModel
 ITEM_BYTES = {
     "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+
+
+PACKED_METADATA = {"scheme": "0" * 64}  # with the digest in place of the zeros
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -58,11 +64,12 @@ class TensorSpec:
         return ITEM_BYTES[self.dtype] * int(np.prod(self.shape, dtype=np.int64))
 
 
-def file_bytes(tensors: Mapping[str, TensorSpec]) -> int:
-    """Exact size of the safetensors file that holds `tensors`: 8 bytes of length, the header, the data."""
+def file_bytes(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> int:
+    """Exact size of the safetensors file that holds `tensors` and `metadata`: 8 bytes of length, the header, the data."""
     rank = {dtype: index for index, dtype in enumerate(ITEM_BYTES)}
     order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for name in order:
         end = offset + tensors[name].nbytes
         header[name] = {"dtype": tensors[name].dtype, "shape": list(tensors[name].shape), "data_offsets": [offset, end]}

@@ -9,14 +9,14 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, default_collate
 
 from anybit.batches import ArrayDataset, Samples
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
@@ -64,6 +64,15 @@ class Preprocessing:
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
 
+def absolute(reference: str) -> str:
+    """A reference that can be followed from another working folder: paths of scripts, arrays and folders made absolute."""
+    place, separator, name = reference.rpartition(":")
+    if place.endswith(".py"):
+        return f"{Path(place).resolve()}{separator}{name}"
+    path, _, part = reference.partition("#")
+    return str(Path(path).resolve()) + (f"#{part}" if part else "") if Path(path).exists() else reference
+
+
 def load_model(reference: str, weights: str | None = None) -> nn.Module:
     """The network that `reference` names, in evaluation mode, with the state dict of `weights` (.safetensors, .pt, .pth) if given."""
     kind, _, name = reference.partition(":")
@@ -80,11 +89,13 @@ def load_model(reference: str, weights: str | None = None) -> nn.Module:
 
 
 def _from_timm(name: str, pretrained: bool) -> nn.Module:
-    return _optional("timm", "timm").create_model(name, pretrained=pretrained)
+    return _optional("timm", "timm", f"--model timm:{name}").create_model(name, pretrained=pretrained)
 
 
 def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
-    return _optional("torchvision.models", "torchvision").get_model(name, weights="DEFAULT" if pretrained else None)
+    return _optional("torchvision.models", "torchvision", f"--model torchvision:{name}").get_model(
+        name, weights="DEFAULT" if pretrained else None
+    )
 
 
 def _called(function: Callable, what: str) -> Any:
@@ -165,11 +176,13 @@ def _import_file(path: Path, option: str):
     return module
 
 
-def _optional(module: str, package: str):
+def _optional(module: str, package: str, what: str):
+    """The module of a package that is one of anybit's extras; `what` needs it."""
     try:
         return importlib.import_module(module)
     except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another build of torch
-        raise MissingPackage(f"{package} is needed for this reference and does not import ({error}). Run: pip install {package}") from error
+        why = " ".join(str(error).split())
+        raise MissingPackage(f"{what} needs {package}, which does not import ({why}): run `pip install {package}`.") from error
 
 
 def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), workers: int = 0) -> Samples:
@@ -194,11 +207,14 @@ def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), wo
 
 
 def as_samples(data: Any, workers: int = 0) -> Samples:
-    """Samples from what a user has at hand: Samples, a DataLoader (its data set), a data set, a tensor or array, or (x, y)."""
+    """Samples from what a user has at hand: Samples, a DataLoader, a data set, a tensor or array, or (x, y).
+
+    Of a DataLoader, its data set, its collate_fn and how it loads are taken; which samples, in what order, how many at once is drawn here.
+    """
     if isinstance(data, Samples):
         return data
     if isinstance(data, DataLoader):
-        data = data.dataset
+        return _samples_of_loader(data, workers)
     if isinstance(data, (torch.Tensor, np.ndarray)):
         data = (data, None)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (torch.Tensor, np.ndarray)):
@@ -210,6 +226,19 @@ def as_samples(data: Any, workers: int = 0) -> Samples:
         raise InvalidInput("The data set is empty.")
     first = data[0]
     return Samples(data, isinstance(first, (tuple, list)) and len(first) > 1, workers)
+
+
+def _samples_of_loader(loader: DataLoader, workers: int) -> Samples:
+    if loader.batch_sampler is None:
+        raise InvalidInput("The loader does not batch (batch_size=None). Give a data set whose items are single samples.")
+    sampler = loader.sampler
+    dataset = Subset(loader.dataset, list(sampler.indices)) if isinstance(sampler, SubsetRandomSampler) else loader.dataset
+    loading = {name: getattr(loader, name) for name in ("worker_init_fn", "multiprocessing_context", "timeout")}
+    samples = replace(as_samples(dataset, workers or loader.num_workers), loading=loading)
+    if loader.collate_fn is default_collate:
+        return samples
+    first = loader.collate_fn([dataset[0]])
+    return replace(samples, dataset=dataset, labelled=isinstance(first, (tuple, list)) and len(first) > 1, collate=loader.collate_fn)
 
 
 def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -236,7 +265,7 @@ class ImageFolder(Dataset):
     """Pictures in one folder (unlabelled) or one folder a class. Integer folder names are class numbers, others are numbered in order."""
 
     def __init__(self, root: Path, preprocessing: Preprocessing):
-        _optional("PIL.Image", "pillow")
+        _optional("PIL.Image", "pillow", f"The folder of images {root}")
         self.preprocessing = preprocessing
         files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not files:

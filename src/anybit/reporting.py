@@ -113,8 +113,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         _print_epochs(report["epochs"])
     measured = report.get("schemes", [])
     if measured:
-        metric = "top1" if any("top1" in row for row in measured) else None
-        columns = ["scheme", "bits", "size", "% of float", "BOPs", "predicted", "measured"] + (["held-out top-1"] if metric else [])
+        metric = _counted(measured)
+        columns = ["scheme", "bits", "size", "% of float", "BOPs", "predicted", "measured"] + ([f"held-out {metric}"] if metric else [])
         rows = [
             [
                 ("> " if row["chosen"] else "  ") + row["name"],
@@ -125,14 +125,15 @@ def print_report(report: Mapping[str, Any]) -> None:
                 row["predicted"],
                 row.get("measured"),
             ]
-            + ([row.get(metric)] if metric else [])
+            + ([row[metric]] if metric else [])
             for row in measured
         ]
         print_table(f"Schemes for {report['budget'] or 'no budget'} (loss on held-out inputs; > chosen)", columns, rows)
     print_table("Layers", ["layer", "bits", "weights", "share of size"], _layer_rows(report))
     if report.get("ladder"):
-        rows = [[row["step"], row["loss"], row.get("top1"), "yes" if row["kept"] else "no"] for row in report["ladder"]]
-        print_table("What each step gained (held-out inputs)", ["step", "loss", "top-1", "kept"], rows)
+        metric = _counted(report["ladder"])
+        rows = [[row["step"], row["loss"], row.get(metric), "yes" if row["kept"] else "no"] for row in report["ladder"]]
+        print_table("What each step gained (held-out inputs)", ["step", "loss", metric or "top1", "kept"], rows)
     if report.get("units"):
         errors = [[name, unit["before"], unit["after"], str(unit["steps"])] for name, unit in report["units"].items() if unit]
         print_table("Units (relative error on held-out inputs)", ["unit", "before", "after", "steps kept"], errors)
@@ -158,6 +159,11 @@ def _print_epochs(epochs: list[Mapping[str, Any]]) -> None:
         print_table("Bits of each layer, epoch by epoch", ["layer", "bits"], layers)
 
 
+def _counted(rows: Iterable[Mapping[str, Any]]) -> str | None:
+    """What rows measured with labels count: the user's metric, else top-1."""
+    return next((key for key in ("metric", "top1") if all(key in row for row in rows)), None)
+
+
 def print_frontier(reports: Iterable[Mapping[str, Any]]) -> None:
     """One row a budget: what was chosen, what was predicted and measured."""
     rows = []
@@ -175,21 +181,39 @@ def print_frontier(reports: Iterable[Mapping[str, Any]]) -> None:
     print_table("Frontier (loss on held-out inputs)", columns, rows)
 
 
-def print_inspection(found: Mapping[str, Any]) -> None:
-    """Layers and what they would cost at each bit-width."""
-    widths = list(found["uniform"])
+def print_inspection(found: Mapping[str, Any], layers: bool = True) -> None:
+    """Layers, unless they are not asked for, and what the network would cost at each bit-width."""
+    seen = all(layer["macs"] is not None for layer in found["layers"].values())
+    if layers:
+        _print_layers(found, seen)
+    columns = ["weights", "size", "% of float"] + (["BOPs"] if seen else [])
     rows = [
-        [
-            name, layer["class"], f"{layer['weight'][0]} x {layer['weight'][1]}", human_count(layer["macs"]), layer["folds"] or "",
-            layer["block"] or "", *(human_bytes(layer["bytes"][bits]) for bits in widths),
-        ]
-        for name, layer in found["layers"].items()
-    ]  # fmt: skip
-    print_table("Layers", ["layer", "class", "weight", "MACs", "folds", "block", *(f"W{bits}" for bits in widths)], rows)
+        [f"W{bits}", human_bytes(row["bytes"]), f"{row['percent']:.1f}"] + ([human_count(row["bops"])] if seen else [])
+        for bits, row in found["uniform"].items()
+    ]
+    print_table(f"Whole network (float32: {human_bytes(found['float_bytes'])})", columns, rows)
+    if not seen:
+        print("Shapes of inputs and outputs, BOPs, what folds and what never runs need --data; sizes are with batch norms unfolded.")
+
+
+def _print_layers(found: Mapping[str, Any], seen: bool) -> None:
+    """Two tables: in one, long names would leave no room for the layer's own."""
+    columns = ["layer", "class", "weight"] + (["input", "output", "MACs", "folds", "block"] if seen else [])
+    rows, sizes = [], []
+    for name, layer in found["layers"].items():
+        shapes = (
+            [_shape(layer["input"]), _shape(layer["output"]), human_count(layer["macs"]), layer["folds"], layer["block"]] if seen else []
+        )
+        rows.append([name, layer["class"], _shape(layer["weight"]), *shapes])
+        sizes.append([name, *map(human_bytes, layer["bytes"].values())])
+    print_table("Layers", columns, rows)
+    print_table("Bytes of each layer", ["layer", *(f"W{bits}" for bits in found["uniform"])], sizes)
     for name, reason in found["uncovered"].items():
         print(f"not covered: {name}: {reason}")
-    rows = [[f"W{bits}", human_bytes(s["bytes"]), f"{s['percent']:.1f}", human_count(s["bops"])] for bits, s in found["uniform"].items()]
-    print_table(f"Whole network (float32: {human_bytes(found['float_bytes'])})", ["weights", "size", "% of float", "BOPs"], rows)
+
+
+def _shape(numbers: Iterable[int]) -> str:
+    return "x".join(map(str, numbers))
 
 
 def _layer_rows(report: Mapping[str, Any]) -> list[list[str]]:

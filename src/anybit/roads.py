@@ -31,7 +31,8 @@ from anybit.checkpoint import (
 from anybit.errors import InvalidInput, InvalidSetting, SchemeMismatch, UnsupportedModel
 from anybit.evaluation import Metric, guess_task, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
-from anybit.references import Preprocessing, as_samples, load_data, load_model
+from anybit.layers import float_weight
+from anybit.references import Preprocessing, absolute, as_samples, load_data, load_model
 from anybit.reporting import StageClock, environment
 from anybit.scheme import Budget, Precision, Scheme
 from anybit.sensitivity import SensitivityTable
@@ -80,19 +81,23 @@ def calibrate(
     data: Any,
     budget: str | Budget | Sequence[str | Budget] | None = None,
     *,
+    weights: str | Path | None = None,
+    preprocessing: Preprocessing = Preprocessing(),
     test: Any = None,
     metric: Metric | None = None,
     workers: int = 0,
     device: str = "cpu",
-    about: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> "Result | list[Result]":
     """From a trained network, a few hundred inputs and a budget to a low-bit network.
 
     model     a network, or a reference to one ("file.py:function")
-    data      unlabelled inputs (labels are used for reports alone): a data set, arrays, Samples, or a reference
+    data      inputs (labels, where there are any, serve reports and a budget of "drop=" alone): a data set, arrays, Samples, or a reference
     budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list gives a list of results that share their candidates
+    weights   a state dict's file, loaded into a network that is given by reference
+    preprocessing  of images that are given by reference; recorded, with the references made absolute, for later verbs
     test      labelled data for the report; nothing is chosen on it
+    metric    a function of (outputs, labels), higher is better: reported, and what a budget of "drop=" counts in instead of top-1
     device    where to compute; the result is on the CPU
     settings  fields of `stages.CalibrateSettings`
 
@@ -103,18 +108,40 @@ def calibrate(
     twice = [text for text, count in Counter(map(str, budgets)).items() if count > 1]
     if twice:
         raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
-    if metric is not None and test is None:
-        raise InvalidSetting("A metric is reported on test data: give --test with --metric.")
-    about = dict(about or {})
-    if isinstance(model, str):
-        about["model"] = {"reference": model, **about.get("model", {})}
-        model = load_model(model)
-    samples = draw(_samples(data, workers), wanted.samples, wanted.seed).on(device)
-    tests = None if test is None else _checked_tests(_samples(test, workers).on(device), model)
+    model, about = _followed_model(model, weights, data, preprocessing)
+    samples = draw(_samples(data, workers, preprocessing), wanted.samples, wanted.seed).on(device)
+    if test is None:
+        _check_metric(metric, samples)
+    tests = None if test is None else _checked_tests(_samples(test, workers, preprocessing).on(device), model)
     clock = StageClock()
-    bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one], clock)
-    results = [_finish(bench, one, tests, metric, about, StageClock(list(clock.stages))) for one in budgets]
+    bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one], clock, metric)
+    saved = {
+        "table": bench.table.to_json(),
+        "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
+        "settings": wanted.to_json(),
+    }
+    results = [_finish(bench, one, about, saved, StageClock(list(clock.stages)), tests) for one in budgets]
     return results if isinstance(budget, (list, tuple)) else results[0]
+
+
+def _followed_model(
+    model: nn.Module | str, weights: str | Path | None, data: Any, preprocessing: Preprocessing
+) -> tuple[nn.Module, dict[str, Any]]:
+    """(the network, what a run records of where it and its data came from, references made absolute)."""
+    about: dict[str, Any] = {}
+    if isinstance(model, str):
+        about["model"] = {"reference": absolute(model), "weights": None if weights is None else str(Path(weights).resolve())}
+        model = load_model(model, about["model"]["weights"])
+    elif weights is not None:
+        raise InvalidSetting(f"The weights {weights} go with a model's reference, and a network was given. Load them into it yourself.")
+    if isinstance(data, str):
+        about |= {"data": {"reference": absolute(data)}, "preprocessing": preprocessing.to_json()}
+    return model, about
+
+
+def _check_metric(metric: Metric | None, samples: Samples) -> None:
+    if metric is not None and not samples.labelled:
+        raise InvalidSetting("A metric needs labels, and these inputs have none. Give labelled data, to --data or --test, or no --metric.")
 
 
 def _checked_tests(samples: Samples, model: nn.Module) -> Samples:
@@ -138,7 +165,14 @@ def on_device(model: nn.Module, device: str) -> nn.Module:
         raise InvalidSetting(f"--device {device} cannot be used here: {error}") from error
 
 
-def prepare_bench(model: nn.Module, samples: Samples, settings: CalibrateSettings, budgets: Sequence[Budget], clock: StageClock) -> Bench:
+def prepare_bench(
+    model: nn.Module,
+    samples: Samples,
+    settings: CalibrateSettings,
+    budgets: Sequence[Budget],
+    clock: StageClock,
+    metric: Metric | None = None,
+) -> Bench:
     """Everything up to the sensitivity table; budgets that no scheme can meet are refused before the long work."""
     with clock.stage("observe and fold"):
         calibration = split(samples, settings.seed, settings.held_out, settings.batch_size)
@@ -160,19 +194,20 @@ def prepare_bench(model: nn.Module, samples: Samples, settings: CalibrateSetting
     with clock.stage("ranges"):
         ranged = candidates = stages.range_candidates(network, calibration, settings)
     targets: Mapping[str, Any] = {}
+    matched = None
     if settings.bn_tuning and network.norms:
         with clock.stage("matching of candidates"):
             targets = stages.batch_norm_targets(network, calibration, settings)
-            candidates = stages.matched_candidates(network, candidates, targets, calibration)
+            candidates = stages.matched_candidates(network, candidates, targets, calibration, settings.bn_prior)
     errors: dict[str, Any] = {}
-    reconstructed = settings.does("parallel") and (settings.parallel is True or stages.has_choice(network))
-    if reconstructed:
+    if settings.does("parallel") and (settings.parallel is True or stages.has_choice(network)):
+        matched = candidates
         with clock.stage("parallel AdaQuant"):
             candidates, errors = stages.reconstructed_candidates(network, candidates, ranged, calibration, settings)
     with clock.stage("sensitivity"):
         table = stages.sensitivity_table(network, candidates, calibration, reference, task, settings)
-    judge = Judge(network, candidates, calibration.held_out, reference, task)
-    return Bench(network, calibration, settings, ranged, candidates, table, judge, targets, references, reconstructed, errors)
+    judge = Judge(network, candidates, calibration.held_out, reference, task, metric)
+    return Bench(network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors)
 
 
 def _example(calibration: Calibration) -> Batch:
@@ -181,9 +216,14 @@ def _example(calibration: Calibration) -> Batch:
 
 
 def _finish(
-    bench: Bench, budget: Budget | None, test: Samples | None, metric: Metric | None, about: Mapping[str, Any], clock: StageClock
+    bench: Bench,
+    budget: Budget | None,
+    about: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    clock: StageClock,
+    test: Samples | None = None,
 ) -> Result:
-    """One budget's scheme, polished, measured and reported."""
+    """One budget's scheme, polished, measured and reported; `saved` goes beside the candidates, for budgets to come."""
     network, settings = bench.network, bench.settings
     with clock.stage("allocation"):
         choice = stages.choose_scheme(network, bench.table, budget, settings, bench.judge)
@@ -194,41 +234,28 @@ def _finish(
     with clock.stage("edge ranges"):
         edges = stages.edge_ranges(model, network.wiring, bench.calibration.fitting)
     canonical = Canonical(model.eval(), network.norms, edges)
-    report = _report(network, canonical.scheme, choice, bench.table, budget, settings)
-    report |= {
-        "ladder": ladder,
-        "units": errors,
-        "candidate_errors": bench.errors,
-        "inputs": dict(zip(("fitting", "held_out"), bench.calibration.count(), strict=True)),
-    }
+    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
     if test is not None:
         with clock.stage("test"):
-            report |= _tests(network, canonical.model, test, bench.judge.task, metric, settings)
+            report |= _tests(bench, canonical.model, test)
     canonical.model.cpu()
     report["stages"] = clock.stages
-    certificate = choice.certificate(settings.seed)
-    about = {**about, "budget": str(budget) if budget else None, "certificate": certificate, "task": bench.judge.task}
-    saved = {
-        "table": bench.table.to_json(),
-        "choices": {name: [str(precision) for precision in precisions] for name, precisions in network.choices.items()},
-        "settings": settings.to_json(),
-    }
-    return Result(canonical, report, about, bench.candidates, saved)
+    about = {**about, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task}
+    return Result(canonical, report, about, bench.candidates, dict(saved))
 
 
 def _within_drop(bench: Bench, budget: Budget, scheme: Scheme, polished: nn.Module) -> nn.Module:
     """The polished model, or the candidates that met the allowed drop where polishing (judged by the loss) has left it."""
-    float_top1 = bench.judge.of_outputs(bench.judge.reference)["top1"]
-    if float_top1 - bench.judge.of_model(polished)["top1"] <= budget.limit("drop"):
+    judge = bench.judge
+    if judge.of_outputs(judge.reference)[judge.counted] - judge.of_model(polished)[judge.counted] <= budget.limit("drop"):
         return polished
     return apply_scheme(bench.network.prepared, scheme, bench.candidates)
 
 
-def _report(
-    network: Network, scheme: Scheme, choice: stages.Choice, table: SensitivityTable, budget: Budget | None, settings: CalibrateSettings
-) -> dict[str, Any]:
-    """The JSON report, before tests and times."""
-    layers = {name: {**row, "predicted_loss": table.loss(name, scheme[name])} for name, row in _layer_costs(network, scheme).items()}
+def _report(bench: Bench, scheme: Scheme, choice: stages.Choice, budget: Budget | None) -> dict[str, Any]:
+    """The JSON report, before what was tried, tests and times."""
+    network, settings = bench.network, bench.settings
+    layers = {name: {**row, "predicted_loss": bench.table.loss(name, scheme[name])} for name, row in _layer_costs(network, scheme).items()}
     rows = [{**row, "scheme": row["scheme"].to_json(), "chosen": row["scheme"] == choice.scheme} for row in choice.measured]
     return {
         "version": 1,
@@ -238,19 +265,20 @@ def _report(
         "layers": layers,
         "schemes": rows,
         "certificate": choice.certificate(settings.seed),
+        "candidate_errors": bench.errors,
+        "inputs": dict(zip(("fitting", "held_out"), bench.calibration.count(), strict=True)),
         "uncovered": dict(network.uncovered),
         "settings": settings.to_json(),
         "environment": environment(),
     }
 
 
-def _tests(
-    network: Network, model: nn.Module, samples: Samples, task: str, metric: Metric | None, settings: CalibrateSettings
-) -> dict[str, Any]:
-    reference = outputs_of(network.folded, samples.batches(settings.batch_size))
+def _tests(bench: Bench, model: nn.Module, samples: Samples) -> dict[str, Any]:
+    network, judge, size = bench.network, bench.judge, bench.settings.batch_size
+    reference = outputs_of(network.folded, samples.batches(size))
     return {
-        "float_test": evaluate_model(network.folded, samples.batches(settings.batch_size), task, metric),
-        "test": evaluate_model(model, samples.batches(settings.batch_size), task, metric, reference),
+        "float_test": evaluate_model(network.folded, samples.batches(size), judge.task, judge.metric),
+        "test": evaluate_model(model, samples.batches(size), judge.task, judge.metric, reference),
     }
 
 
@@ -260,12 +288,13 @@ def grow(
     budget: str | Budget | None = None,
     *,
     scheme: Scheme | str | Path | None = None,
+    weights: str | Path | None = None,
+    preprocessing: Preprocessing = Preprocessing(),
     test: Any = None,
     metric: Metric | None = None,
     checkpoint: str | Path | None = None,
     workers: int = 0,
     device: str = "cpu",
-    about: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Result:
     """Train a network to a budget: its mixed-precision scheme grows meanwhile (CSQ).
@@ -274,6 +303,7 @@ def grow(
     train       labelled data (or unlabelled, with distill=1): a data set, arrays, Samples, or a reference
     budget      of weights: "3bit", "80kB", "12.5%"; None keeps every plane
     scheme      instead of a budget: a scheme, or the run that has it; it is fixed, and trained with learned steps (LSQ)
+    weights, preprocessing  as for `calibrate`
     test        labelled data for the report, looked at after every epoch, soft and frozen; nothing is chosen on it
     checkpoint  a file that is written after every epoch and continued from where it is found
     settings    fields of `growth.GrowSettings`, `methods.csq.CSQSettings` and `training.TrainSettings`
@@ -281,19 +311,16 @@ def grow(
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; AnybitError where the loss stops being a number.
     """
     wanted = growth.GrowSettings.of(**settings)
-    if (budget is None) == (scheme is None) and scheme is not None:
+    if budget is not None and scheme is not None:
         raise InvalidSetting("Give a budget or a scheme, not both: a scheme has its bits already.")
     budget = Budget.parse(budget) if budget is not None else None
     scheme = read_scheme(Path(scheme)).scheme if isinstance(scheme, (str, Path)) else scheme
-    about = dict(about or {})
-    if isinstance(model, str):
-        about["model"] = {"reference": model, **about.get("model", {})}
-        model = load_model(model)
+    model, about = _followed_model(model, weights, train, preprocessing)
     device = join_processes(device)
     clock = StageClock()
     float_model = on_device(model, device).eval()
-    samples = _samples(train, workers).on(device)
-    tests = None if test is None else _checked_tests(_samples(test, workers).on(device), model)
+    samples = _samples(train, workers, preprocessing).on(device)
+    tests = None if test is None else _checked_tests(_samples(test, workers, preprocessing).on(device), model)
     with clock.stage("observe and fold"):
         if len(samples) == 0:
             raise InvalidInput("The training data is empty.")
@@ -371,20 +398,35 @@ def _layer_costs(network: Network, scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def allocate(run: str | Path, budget: str | Budget, data: Any = None, model: nn.Module | str | None = None, workers: int = 0) -> Result:
+def allocate(
+    run: str | Path,
+    budget: str | Budget,
+    data: Any = None,
+    model: nn.Module | str | None = None,
+    workers: int = 0,
+    *,
+    metric: Metric | None = None,
+    device: str = "cpu",
+    batch_size: int | None = None,
+    memory: int | None = None,
+) -> Result:
     """A new budget from a saved calibrate run: its candidates and table, no new reconstruction.
 
     The best schemes are measured on held-out inputs and batch norm is tuned: on `data`, or on the data that the run recorded, where the
-    run is this user's own.
+    run is this user's own. `batch_size` and `memory` are the run's where they are not given; the others are as in `calibrate`.
     """
     folder = next(iter(runs_in(Path(run))), Path(run))  # runs of one calibrate share their candidates: any of them serves
     file = read_scheme(folder)
-    float_model = _float_model(folder, file, model)
+    float_model = on_device(_float_model(folder, file, model), device)
     shapes = {name: (record.rows, record.columns) for name, record in file.layers.items()}
     candidates, saved = read_candidates(folder, shapes)
-    settings = _settings_from(saved["settings"])
+    candidates = candidates.on(device)
+    given: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
+    settings = replace(_settings_from(saved["settings"]), **{name: value for name, value in given.items() if value is not None})
     clock = StageClock()
-    samples = _recorded_data(folder, file, workers) if data is None else _samples_as(data, file, workers)
+    recorded = Preprocessing.from_json(file.preprocessing)
+    samples = _samples(_recorded_data(folder, file) if data is None else data, workers, recorded).on(device)
+    _check_metric(metric, samples)
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
         if settings.mirror:
@@ -395,45 +437,28 @@ def allocate(run: str | Path, budget: str | Budget, data: Any = None, model: nn.
             different = sorted(set(found.items()) ^ set(shapes.items()))[0][0]
             raise SchemeMismatch(f"The model is not the one that {folder} was made from: layer {different} differs. Check --model.")
         reference = outputs_of(network.folded, calibration.held_out)
-    judge = Judge(network, candidates, calibration.held_out, reference, file.task)
-    table = SensitivityTable.from_json(saved["table"])
-    budget = Budget.parse(budget)
-    with clock.stage("allocation"):
-        choice = stages.choose_scheme(network, table, budget, settings, judge)
-    with clock.stage("polish"):
-        light = replace(settings, sequential=False, bias_tuning=False)
-        targets = stages.batch_norm_targets(network, calibration, light) if light.bn_tuning and network.norms else {}
-        bench = Bench(network, calibration, light, candidates, candidates, table, judge, targets)
-        polished, ladder, _ = stages.polish(bench, choice.scheme)
-    with clock.stage("edge ranges"):
-        edges = stages.edge_ranges(polished, network.wiring, calibration.fitting)
-    canonical = Canonical(polished.eval(), network.norms, edges)
-    report = _report(network, canonical.scheme, choice, table, budget, light) | {
-        "ladder": ladder, "units": {}, "candidate_errors": {}, "stages": clock.stages,
-        "inputs": dict(zip(("fitting", "held_out"), calibration.count(), strict=True)),
-    }  # fmt: skip
-    certificate = choice.certificate(settings.seed)
-    about = {
-        "model": file.model,
-        "data": file.data if data is None else {},
-        "preprocessing": file.preprocessing,
-        "task": file.task,
-        "budget": str(budget),
-        "certificate": certificate,
-    }
-    return Result(canonical, report, about, candidates, {key: saved[key] for key in ("table", "choices", "settings")})
+        targets = stages.batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
+    judge = Judge(network, candidates, calibration.held_out, reference, file.task, metric)
+    light = replace(settings, sequential=False, bias_tuning=False)
+    bench = Bench(network, calibration, light, candidates, candidates, SensitivityTable.from_json(saved["table"]), judge, targets)
+    about = {"model": _followed(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
+    if data is not None:
+        about["data"] = {"reference": absolute(data)} if isinstance(data, str) else {}
+    return _finish(bench, Budget.parse(budget), about, {key: saved[key] for key in ("table", "choices", "settings")}, clock)
 
 
-def _recorded_data(folder: Path, file: SchemeFile, workers: int) -> Samples:
+def _followed(folder: Path, file: SchemeFile, model: nn.Module | str | None) -> dict[str, Any]:
+    """What a result records of its model: a reference that was followed, or was this user's own before; no stranger's."""
+    if isinstance(model, str):
+        return {"reference": absolute(model), "weights": file.model.get("weights")}
+    return file.model if model is None or is_own(folder) else {}
+
+
+def _recorded_data(folder: Path, file: SchemeFile) -> str:
     reference = file.data.get("reference")
     if not isinstance(reference, str) or not is_own(folder):
         raise InvalidSetting(f"{folder} does not name data that may be followed. Give inputs of the network with --data.")
-    return load_data(reference, Preprocessing.from_json(file.preprocessing), workers)
-
-
-def _samples_as(data: Any, file: SchemeFile, workers: int) -> Samples:
-    """Data for a recorded run: a reference is read with the run's own preprocessing."""
-    return load_data(data, Preprocessing.from_json(file.preprocessing), workers) if isinstance(data, str) else as_samples(data, workers)
+    return reference
 
 
 def _settings_from(data: Mapping[str, Any]) -> CalibrateSettings:
@@ -489,20 +514,20 @@ def evaluate(
     return evaluate_model(on_device(model, device), samples.on(device).batches(batch_size), task, metric)
 
 
-def inspect(model: nn.Module, data: Any, **settings: Any) -> dict[str, Any]:
-    """Layers, shapes, what is covered, and what each bit-width would cost; `data` needs one input."""
+def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, Any]:
+    """Layers, shapes, what is covered, and what each bit-width would cost.
+
+    `data` needs one input. Without it, what only a forward pass shows is None (shapes of inputs and outputs, MACs, BOPs, folds, blocks),
+    a layer that never runs is taken for covered, and the sizes are those with every batch norm unfolded.
+    """
     wanted = CalibrateSettings(**settings)
-    samples = _samples(data, 0)
-    batch = next(iter(samples.subset(range(min(2, len(samples)))).batches(2)), None)
-    if batch is None:
-        raise InvalidInput("The data set is empty; inspect needs at least one input.")
-    network = stages.observe_network(copy.deepcopy(model).eval(), batch, wanted)
+    network = stages.unobserved_network(model, wanted) if data is None else stages.observe_network(*_observable(model, data), wanted)
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
     layers = {
         name: {
-            "class": network.wiring.classes[name],
-            "weight": [network.costs.layers[name].rows, network.costs.layers[name].columns],
-            "macs": network.costs.layers[name].macs,
+            "class": type(network.float_model.get_submodule(name)).__name__,
+            "weight": list(float_weight(network.float_model.get_submodule(name)).shape),
+            **_seen(network, name, data is not None),
             "folds": network.norms.get(name),
             "block": blocks.get(name),
             "choices": [str(precision) for precision in network.choices[name]],
@@ -511,7 +536,27 @@ def inspect(model: nn.Module, data: Any, **settings: Any) -> dict[str, Any]:
         for name in network.names
     }
     uniform = {bits: network.costs.summary(network.uniform(bits, wanted.activation_bits[-1])) for bits in wanted.weight_bits}
+    for row in uniform.values() if data is None else ():
+        row["bops"] = None
     return {"layers": layers, "uncovered": dict(network.uncovered), "float_bytes": network.costs.float_bytes, "uniform": uniform}
+
+
+def _observable(model: nn.Module, data: Any) -> tuple[nn.Module, Batch]:
+    samples = _samples(data, 0)
+    batch = next(iter(samples.subset(range(min(2, len(samples)))).batches(2)), None)
+    if batch is None:
+        raise InvalidInput("The data set is empty; inspect needs at least one input.")
+    return copy.deepcopy(model).eval(), batch
+
+
+def _seen(network: Network, name: str, observed: bool) -> dict[str, Any]:
+    """One sample's shapes and multiply-accumulates of a layer; a layer that sees several rows a sample has their number in front."""
+    if not observed:
+        return {"input": None, "output": None, "macs": None}
+    count = network.wiring.batch_size
+    shapes = {"input": network.wiring.input_shapes[name], "output": network.wiring.operation(name).shape}
+    single = {key: list(shape[1:] if shape[0] == count else (shape[0] // count, *shape[1:])) for key, shape in shapes.items()}
+    return {**single, "macs": network.costs.layers[name].macs}
 
 
 def save_all(results: Result | Sequence[Result], output: str | Path, overwrite: bool = False) -> list[Path]:
@@ -542,5 +587,5 @@ def task_of(run: str | Path) -> str:
     return read_scheme(Path(run)).task
 
 
-def _samples(data: Any, workers: int) -> Samples:
-    return load_data(data, Preprocessing(), workers) if isinstance(data, str) else as_samples(data, workers)
+def _samples(data: Any, workers: int, preprocessing: Preprocessing = Preprocessing()) -> Samples:
+    return load_data(data, preprocessing, workers) if isinstance(data, str) else as_samples(data, workers)

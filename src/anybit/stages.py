@@ -26,7 +26,7 @@ from anybit.candidates import (
 from anybit.capture import input_samples
 from anybit.cost import CostModel
 from anybit.errors import InfeasibleBudget, InvalidSetting, UnsupportedModel
-from anybit.evaluation import TASKS, correct, distance, guess_task, outputs_of
+from anybit.evaluation import TASKS, Metric, correct, distance, guess_task, outputs_of
 from anybit.layers import check_single_use, coverage, float_weight, prepare, quantized_layers, weight_rows
 from anybit.methods.adaquant import AdaQuantSettings, BiasTuningSettings, parallel, sequential, tune_biases
 from anybit.ranges import ESTIMATORS
@@ -49,14 +49,16 @@ class CalibrateSettings:
     estimator                     range estimator: "mse", "minmax" or "percentile"
     unit                          what is reconstructed at once: "block" or "layer"; `blocks` names the blocks instead of finding them
     steps, candidate_steps        of Adam a unit, sequential and for each candidate
-    start                         where sequential AdaQuant starts without the parallel form: "ranges", or "matched" statistics
+    start                         where sequential AdaQuant starts: "ranges", "matched" statistics (as ranges where no batch norm folds), or
+                                  None: the codes of parallel AdaQuant where it ran, else ranges
     drop                          share of activation quantizations dropped while reconstructing (0: none)
     mirror                        also fit to the mirror images of 4-d inputs
     sensitivity_base              precision of the other layers while one is measured
     pairs                         measure (W, A) pairs instead of summing a W and an A measurement
     alternatives                  how many of the best schemes are measured before one is chosen
     tune_scales                   bias tuning trains the scales too (off in the paper)
-    bn_prior                      weight of the target in the measured statistics; `bn_target` "float" or "prior" (the paper's form)
+    bn_prior                      weight of the target in the measured statistics, of candidates and in batch-norm tuning alike
+    bn_target                     "float" or "prior" (the paper's form)
     memory                        bytes that captured activations may take before they spill to disk
     """
 
@@ -77,7 +79,7 @@ class CalibrateSettings:
     blocks: tuple[str, ...] | None = None
     steps: int = 300
     candidate_steps: int = 60
-    start: str = "ranges"
+    start: str | None = None
     drop: float = 0.0
     mirror: bool = False
     sensitivity_base: Precision = FLOAT
@@ -104,10 +106,10 @@ class CalibrateSettings:
             ("estimator", ESTIMATORS),
             ("unit", ("block", "layer")),
             ("bn_target", ("float", "prior")),
-            ("start", ("ranges", "matched")),
+            ("start", (None, "ranges", "matched")),
         ):
             if getattr(self, name) not in allowed:
-                raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose from {', '.join(allowed)}.")
+                raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose from {', '.join(filter(None, allowed))}.")
         if self.task is not None and self.task not in TASKS:
             raise InvalidSetting(f"task {self.task!r} is unknown. Choose from {', '.join(TASKS)}.")
         if not 0 < self.held_out < 1 or not 0 <= self.drop <= 1 or self.samples < 2 or self.steps < 1:
@@ -183,6 +185,20 @@ def observe_network(model: nn.Module, example: Batch, settings: CalibrateSetting
     return Network(model, folded, prepared, wiring, norms, promised, choices, uncovered, units, costs)
 
 
+def unobserved_network(model: nn.Module, settings: CalibrateSettings) -> Network:
+    """What can be said of `model` before any input is seen: nothing folded, no units, no shapes."""
+    check_finite_weights(model)
+    names, uncovered = coverage(model)
+    if not names:
+        raise UnsupportedModel("The model has no layer to quantize: no convolution, linear or embedding.")
+    kept = match_patterns(settings.keep, names)
+    prepared = prepare(model, names, [name for name, precision in kept.items() if precision.weight_bits is None])
+    layers = quantized_layers(prepared)
+    choices = {name: _choices(layers[name], kept.get(name), settings) for name in names}
+    costs = CostModel.of(prepared, names, None, 0, model)
+    return Network(model, model, prepared, Wiring((), {}, {}, (), (), 0), {}, {}, choices, uncovered, [], costs)
+
+
 def _choices(layer: nn.Module, kept: Precision | None, settings: CalibrateSettings) -> list[Precision]:
     takes_input = not isinstance(layer, nn.Embedding)
     if kept is not None:
@@ -222,12 +238,16 @@ def batch_norm_targets(
 
 
 def matched_candidates(
-    network: Network, candidates: Candidates, targets: Mapping[str, batchnorm.ChannelStatistics], calibration: Calibration
+    network: Network,
+    candidates: Candidates,
+    targets: Mapping[str, batchnorm.ChannelStatistics],
+    calibration: Calibration,
+    prior_weight: float = 0.0,
 ) -> Candidates:
     """The same candidates with every layer's output statistics matched to the float network's (batch-norm tuning, layer by layer)."""
     return _with_weights(
         network, candidates, lambda model, names: batchnorm.match_layers(
-            network.folded, model, {name: targets[name] for name in targets if name in names}, calibration.fitting
+            network.folded, model, {name: targets[name] for name in targets if name in names}, calibration.fitting, prior_weight
         )
     )  # fmt: skip
 
@@ -302,20 +322,24 @@ def sensitivity_table(
 
 @dataclass(frozen=True)
 class Judge:
-    """Measures schemes on the held-out inputs: their distance to the float outputs and, with labels, their accuracy."""
+    """Measures schemes on the held-out inputs: their distance to the float outputs and, with labels, their accuracy.
+
+    `metric` is the user's own, higher is better; where it is given, a limit on the drop counts in it and not in top-1.
+    """
 
     network: Network
     candidates: Candidates
     held_out: list[Batch]
     reference: Tensor
     task: str
+    metric: Metric | None = None
 
     def of_scheme(self, scheme: Scheme) -> dict[str, float]:
         """Measure a scheme made of the candidates as they are."""
         return self.of_model(apply_scheme(self.network.prepared, scheme, self.candidates))
 
     def of_model(self, model: nn.Module) -> dict[str, float]:
-        """{"loss": distance, "top1": percent where there are labels}."""
+        """{"loss": distance, and where there are labels "top1": percent of a classifier, "metric": the user's}."""
         return self.of_outputs(outputs_of(model, self.held_out))
 
     def of_outputs(self, outputs: Tensor) -> dict[str, float]:
@@ -323,7 +347,14 @@ class Judge:
         result = {"loss": distance(outputs, self.reference, self.task)}
         if self.labels is not None and self.task == "classification":
             result["top1"] = 100 * float(correct(outputs, self.labels).double().mean())
+        if self.labels is not None and self.metric is not None:
+            result["metric"] = float(self.metric(outputs, self.labels))
         return result
+
+    @property
+    def counted(self) -> str:
+        """What a limit on the drop counts in."""
+        return "top1" if self.metric is None else "metric"
 
     @property
     def labels(self) -> Tensor | None:
@@ -405,10 +436,12 @@ def measured_row(network: Network, table: SensitivityTable, name: str, scheme: S
 
 
 def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, settings: CalibrateSettings, judge: Judge) -> Choice:
-    """The smallest scheme whose measured top-1 on the held-out inputs is within the allowed drop: bisection on mean weight bits."""
-    if judge.labels is None or judge.task != "classification":
-        raise InvalidSetting("A budget of drop= is measured on labelled classification data. Give labels with --data, or use loss=.")
-    float_top1 = 100 * float(correct(judge.reference, judge.labels).double().mean())
+    """The smallest scheme whose metric (or top-1) on the held-out inputs is within the allowed drop: bisection on mean weight bits."""
+    if judge.labels is None or (judge.metric is None and judge.task != "classification"):
+        raise InvalidSetting(
+            "A budget of drop= needs labelled data, and a --metric where the network is no classifier. Give them, or use loss=."
+        )
+    float_score = judge.of_outputs(judge.reference)[judge.counted]
     others = tuple(c for c in budget.conditions if c.quantity != "drop")
     rows: list[dict[str, Any]] = []
     passed: tuple[Scheme, Allocation] | None = None
@@ -427,13 +460,14 @@ def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, s
             continue
         row = measured_row(network, table, f"allocated at {bits:.2f} bits", allocation.scheme, judge)
         rows.append(row)
-        if float_top1 - row["top1"] <= budget.limit("drop"):
+        lost = float_score - row[judge.counted]
+        if lost <= budget.limit("drop"):
             passed, high = (allocation.scheme, allocation), bits
         elif attempt == 0:
-            lost = float_top1 - row["top1"]
             raise InfeasibleBudget(
-                f"Even the largest scheme loses {lost:.2f} points on the held-out inputs, more than {budget.limit('drop'):g}. "
-                f"Allow more bits or raise the budget to drop={lost:.2f}%."
+                f"Even the largest scheme loses {lost:.4g} points of {judge.counted} on the held-out inputs, "
+                f"more than {budget.limit('drop'):g}. "
+                f"Allow more bits or raise the budget to drop={lost:.4g}%."
             )
         else:
             low = bits
@@ -445,7 +479,7 @@ class Bench:
     """What all budgets of one run share.
 
     ranged         candidates rounded to nearest in estimated ranges; `candidates` those after matching and parallel AdaQuant
-    reconstructed  whether parallel AdaQuant made them
+    matched        candidates after matching alone, where parallel AdaQuant came after it; None where it did not run
     targets        what each folded layer's output statistics should be
     references     the float network's outputs, one tensor a fitting batch
     errors         parallel AdaQuant's errors, by layer and bits
@@ -460,7 +494,7 @@ class Bench:
     judge: Judge
     targets: Mapping[str, batchnorm.ChannelStatistics]
     references: Sequence[Tensor] = ()
-    reconstructed: bool = False
+    matched: Candidates | None = None
     errors: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -486,8 +520,7 @@ def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]
             model = changed
 
     if settings.does("sequential"):
-        start, starts = _sequential_start(bench, scheme, ranged, candidate)
-        changed = copy.deepcopy(start)
+        changed, starts = sequential_start(bench, scheme)
         wanted = adaquant_settings(settings, settings.steps)
         errors = sequential(changed, network.folded, network.units, starts, network.wiring, calibration, wanted, settings.memory)
         offer("sequential AdaQuant", changed)
@@ -505,18 +538,20 @@ def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]
     return model, ladder, errors
 
 
-def _sequential_start(bench: Bench, scheme: Scheme, ranged: nn.Module, candidate: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+def sequential_start(bench: Bench, scheme: Scheme) -> tuple[nn.Module, dict[str, Tensor]]:
     """Where sequential AdaQuant starts: (model, free weights).
 
     After the parallel form, at its codes: many trained weights rest beside a rounding threshold, where the next optimizer's first step
-    would flip thousands of codes at once; a weight set to its code stays until its gradient says otherwise. Without it, at the float
-    weights, in their estimated ranges or with matched statistics, as `settings.start` says: matching widens the scales to restore the
-    deviation of each channel, which mends a shift of means at once and leaves more rounding error for the reconstruction to undo.
+    would flip thousands of codes at once; a weight set to its code stays until its gradient says otherwise. Without it, or where
+    `settings.start` asks for it, at the float weights, in their estimated ranges or with matched statistics: matching widens the scales
+    to restore the deviation of each channel, which mends a shift of means at once and leaves more rounding error to undo.
     """
     free = free_weights(bench.network, bench.ranged, scheme)
-    if not bench.reconstructed:
-        return (candidate if bench.settings.start == "matched" else ranged), free
-    return candidate, {name: bench.candidates.weights[name, scheme[name].weight_bits].codes.float() for name in free}
+    candidates = {None: bench.ranged, "ranges": bench.ranged, "matched": bench.matched or bench.candidates}[bench.settings.start]
+    if bench.settings.start is None and bench.matched is not None:
+        candidates = bench.candidates
+        free = {name: candidates.weights[name, scheme[name].weight_bits].codes.float() for name in free}
+    return apply_scheme(bench.network.prepared, scheme, candidates), free
 
 
 def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Batch]:

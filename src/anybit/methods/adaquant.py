@@ -16,7 +16,8 @@ section 3.1. Deviations, each for a reason that the benchmarks measure:
   * Cosine decay of the learning rates to zero, which settles weights that flip between two codes.
   * Optional dropping of quantization: a random half of the unit's input elements stays float, and so does a random half of each inner
     activation (Wei et al., "QDrop", ICLR 2022).
-  * Held-out inputs decide which step to stop at: the best state on them is kept, and the rounded start if nothing beats it.
+  * Held-out inputs decide which state is kept: all steps are run, the error on them is looked at a few times on the way, and the best
+    state looked at is kept, or the rounded start if nothing beats it. Nothing stops early: it costs what all steps cost.
 
 Bias tuning (section 3.5): the biases alone are trained end to end on the KL divergence to the float network's outputs; the best state on
 held-out inputs is kept. The KL is a mean over samples (the release also divides by the number of classes).
@@ -44,7 +45,8 @@ from anybit.wiring import Unit, Wiring
 @dataclass(frozen=True)
 class AdaQuantSettings:
     """steps of Adam a unit; batch_size; learning rates, each relative: to a tensor's own step (weights), its logarithm (scales), its mean
-    magnitude (biases); drop: share of elements whose activation quantization is skipped; checks: how often held-out error is looked at."""
+    magnitude (biases); drop: share of elements whose activation quantization is skipped; checks: how often held-out error is looked at (all
+    steps are run whatever it is)."""
 
     steps: int = 300
     batch_size: int = 32
