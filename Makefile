@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-imagenet test test-slow lint clean
+.PHONY: demo demo-grow demo-imagenet test test-slow lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,12 @@ demo: .venv/ready  ## digits, a small residual network, three budgets, the advan
 	$(BIN)/anybit calibrate --model examples/digits.py:network --weights runs/digits/weights.safetensors \
 	  --data runs/digits/digits.npz --test runs/digits/digits.npz#test --samples 512 \
 	  --budget 2.5bit --budget 3bit --budget 40kB --output runs/digits-calibrated --overwrite
+
+demo-grow: .venv/ready  ## the digits network trained to 3 bits a weight while its scheme grows
+	$(BIN)/python examples/digits.py runs/digits
+	$(BIN)/anybit grow --model examples/digits.py:network --weights runs/digits/weights.safetensors \
+	  --train runs/digits/digits.npz --test runs/digits/digits.npz#test --augment crop1 --batch-size 32 --epochs 15 \
+	  --activation-bits 4 --budget 3bit --output runs/digits-grown --overwrite
 
 demo-imagenet: .venv/ready  ## make demo-imagenet IMAGES=folder: the same for EfficientNet-lite0 on your own pictures, few steps
 	@test -n "$(IMAGES)" || { echo "Say where the pictures are: make demo-imagenet IMAGES=folder"; exit 2; }

@@ -111,34 +111,36 @@ def slope(logits: Tensor, temperature: Tensor, kind: Gates) -> Tensor:
 
 
 class _GatedSum(torch.autograd.Function):
-    """sum over b of  [ f(p[b]) - f(n[b]) ] place[b] : the logits are all that is kept for backward, which computes the gates again.
+    """step times the sum over b of  [ f(p[b]) - f(n[b]) ] place[b] : backward computes the gates again, so that nothing is kept but logits.
 
     A plane at a time: no tensor of all planes is made, in either direction, but the logits' own gradients.
     """
 
     @staticmethod
-    def forward(ctx, positive: Tensor, negative: Tensor, place: Tensor, temperature: Tensor, kind: Gates) -> Tensor:
-        ctx.save_for_backward(positive, negative, place, temperature)
+    def forward(ctx, positive: Tensor, negative: Tensor, place: Tensor, step: Tensor, temperature: Tensor, kind: Gates) -> Tensor:
+        ctx.save_for_backward(positive, negative, place, step, temperature)
         ctx.kind = kind
         total = torch.zeros_like(positive[0])
         for p, n, value in zip(positive, negative, place, strict=True):
             total += (gate(p, temperature, kind) - gate(n, temperature, kind)) * value
-        return total
+        return total * step
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        positive, negative, place, temperature = ctx.saved_tensors
-        needs_logits, _, needs_place, *_ = ctx.needs_input_grad
+        positive, negative, place, step, temperature = ctx.saved_tensors
+        needs_logits = ctx.needs_input_grad[0]
         to_positive, to_negative = (torch.empty_like(positive), torch.empty_like(negative)) if needs_logits else (None, None)
-        to_place = torch.zeros_like(place) if needs_place else None
+        to_place, total = torch.zeros_like(place), torch.zeros_like(positive[0])
+        scaled = grad * step
         for b, (p, n) in enumerate(zip(positive, negative, strict=True)):
-            if needs_place:
-                to_place[b] = ((gate(p, temperature, ctx.kind) - gate(n, temperature, ctx.kind)) * grad).sum()
+            bit = gate(p, temperature, ctx.kind) - gate(n, temperature, ctx.kind)
+            to_place[b] = (bit * scaled).sum()
+            total += bit * place[b]
             if needs_logits:
-                shared = grad * place[b]
+                shared = scaled * place[b]
                 torch.mul(shared, slope(p, temperature, ctx.kind), out=to_positive[b])
                 torch.mul(shared, -slope(n, temperature, ctx.kind), out=to_negative[b])
-        return to_positive, to_negative, to_place, None, None
+        return to_positive, to_negative, to_place, (total * grad).sum_to_size(step.shape), None, None
 
 
 class GatedWeight(nn.Module):
@@ -191,8 +193,8 @@ class GatedWeight(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         place = self.place_values * self.plane_gate()
-        total = _GatedSum.apply(self.positive, self.negative, place, self.temperature, self.weight_gates)
-        return total * (self.log_scale.exp() / self.shrinkage())
+        step = self.log_scale.exp() / self.shrinkage()
+        return _GatedSum.apply(self.positive, self.negative, place, step, self.temperature, self.weight_gates)
 
     # Precision, and the end of it
 

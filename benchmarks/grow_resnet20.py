@@ -1,0 +1,240 @@
+"""ResNet-20 on CIFAR-10: the grow road measured. One JSON entry a run; a finished one is not run again, an interrupted one continues.
+
+    python benchmarks/grow_resnet20.py STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors [--epochs 10] [--device cuda]
+
+    methods   CSQ, uniform LSQ at equal size, calibrate at equal size, and calibrate's scheme trained: 3 bits with A4 and with float
+              activations, two seeds; CSQ at 2 and at 4 bits
+    choices   the two binary choices: weight gates soft or straight-through, plane gates soft or hard with periodic pruning (BSQ-like)
+    cost      one training step and its memory: float, CSQ, CSQ written down plainly, LSQ
+    full      600 epochs from scratch as published, 20 times smaller counted the published way; needs a GPU
+
+The CPU tier (10 epochs, from trained weights) takes hours on two cores. Figures are soft and frozen, and drops are from the float network
+trained for as long by the same recipe.
+"""
+
+import argparse
+import base64
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import anybit
+from anybit import growth
+from anybit.batches import Batch, Samples, draw
+from anybit.evaluation import correct, outputs_of
+from anybit.methods.csq import GatedWeight, gate
+from anybit.progress import listening
+from anybit.references import Preprocessing, load_data, load_model
+from anybit.reporting import environment
+from anybit.scheme import FLOAT, Precision, Scheme
+
+PREPROCESSING = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+ROOT = Path(__file__).parent.parent
+RECIPE = {"batch_size": 256, "augment": "flip,crop4"}
+
+
+class Study:
+    """The network, the data, and the file that keeps what was measured."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        train = load_data(arguments.data, PREPROCESSING)
+        self.train = draw(train, arguments.images or len(train), 0)
+        self.calibration = Samples(train.dataset, labelled=True)
+        self.test = load_data(f"{arguments.data}#test", PREPROCESSING)
+        self.file = arguments.results / f"grow_resnet20_{arguments.study}.json"
+        self.only = arguments.only
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        return json.loads(self.file.read_text())["entries"] if self.file.is_file() else {}
+
+    def network(self) -> torch.nn.Module:
+        return load_model(str(ROOT / "examples/resnet20_cifar10.py") + ":network", self.arguments.weights)
+
+    def names(self) -> list[str]:
+        return [n for n, layer in self.network().named_modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
+
+    def measured(self, key: str, run: Callable[[], dict[str, Any]]) -> None:
+        """Run and keep one entry, unless it is there or not asked for."""
+        if key in self.entries or (self.only and self.only not in key):
+            return
+        start = time.perf_counter()
+        entry = run() | {"total_seconds": time.perf_counter() - start}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        about = {"environment": environment(), "entries": self.entries | {key: entry}}
+        self.file.write_text(json.dumps(about, indent=1) + "\n")
+        print(key, {k: v for k, v in entry.items() if isinstance(v, (int, float))}, flush=True)
+
+    def grown(self, key: str, budget: str | None, **settings: Any) -> dict[str, Any]:
+        """anybit.grow, tested; its checkpoint is kept beside the results until it is done."""
+        wanted = {"epochs": self.arguments.epochs, **RECIPE, **settings}
+        checkpoint = self.arguments.checkpoints / f"{key.replace(' ', '_')}.safetensors"
+        with listening(lambda *_: None, lambda line: print(key, line, flush=True)):
+            result = anybit.grow(
+                self.network(), self.train, budget, test=self.test, checkpoint=checkpoint, device=self.arguments.device, **wanted
+            )
+        if self.arguments.runs:
+            result.save(self.arguments.runs / key.replace(" ", "_"), overwrite=True)
+        checkpoint.unlink(missing_ok=True)
+        return self.row(result) | {"epochs": result.report["epochs"]}
+
+    def row(self, result: anybit.Result) -> dict[str, Any]:
+        right = correct(outputs_of(result.model, self.test.batches(250)), self.labels()).numpy()
+        report = result.report
+        return {
+            "top1": 100 * float(right.mean()),
+            "right": base64.b64encode(np.packbits(right).tobytes()).decode(),
+            **report["result"],
+            "layers": {name: layer["precision"] for name, layer in report["layers"].items()},
+            "stages": report["stages"],
+            "settings": report["settings"],
+        }
+
+    def labels(self) -> torch.Tensor:
+        return torch.cat([batch.labels for batch in self.test.batches(1000)])
+
+
+def methods(study: Study) -> None:
+    def run(key: str, budget: str | None, **settings: Any) -> None:
+        study.measured(key, lambda: study.grown(key, budget, **settings))
+
+    for seed in range(study.arguments.seeds):
+        run(f"float seed {seed}", None, scheme=Scheme.uniform(study.names(), FLOAT), seed=seed)
+        for bits in (4, None):
+            inputs = {"activation_bits": bits, "seed": seed}
+            label = "A4" if bits else "float activations"
+            run(f"CSQ 3bit {label} seed {seed}", "3bit", **inputs)
+            run(f"LSQ W3 {label} seed {seed}", None, scheme=Scheme.uniform(study.names(), Precision(3, bits)), **inputs)
+            key = f"calibrate 3bit {label} seed {seed}"
+            study.measured(key, lambda bits=bits, seed=seed: calibrated(study, bits, seed))
+            if key in study.entries:
+                run(f"calibrate's scheme trained, {label} seed {seed}", None, scheme=Scheme.parse(study.entries[key]["layers"]), **inputs)
+    for budget in ("2bit", "4bit"):
+        run(f"CSQ {budget} A4 seed 0", budget, activation_bits=4)
+
+
+def calibrated(study: Study, activation_bits: int | None, seed: int) -> dict[str, Any]:
+    """The calibrate road from 1,024 of the training images, at the same budget."""
+    result = anybit.calibrate(study.network(), study.calibration, "3bit", activation_bits=(activation_bits,), seed=seed, mirror=True)
+    return study.row(result) | {"table": result.table["table"]}
+
+
+def choices(study: Study) -> None:
+    for weights in ("soft", "straight-through"):
+        for planes in ("soft", "straight-through"):
+            key = f"weight gates {weights}, plane gates {planes}"
+            kinds = {"weight_gates": weights, "plane_gates": planes, "activation_bits": None}
+            study.measured(key, lambda key=key, kinds=kinds: study.grown(key, "3bit", **kinds))
+
+
+class PlainGates(torch.nn.Module):
+    """CSQ's weight written down as the equation stands: autograd keeps every gate of every plane."""
+
+    def __init__(self, fused: GatedWeight):
+        super().__init__()
+        self.fused = fused
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        f = self.fused
+        planes = (gate(f.positive, f.temperature, "soft") - gate(f.negative, f.temperature, "soft")) * f.place_values[:, None, None]
+        return (planes * f.plane_gate()[:, None, None]).sum(0) * (f.log_scale.exp() / f.shrinkage())
+
+
+def cost(study: Study) -> None:
+    """Steps of each kind in turn, so that what else the machine does falls on all alike; bytes that autograd keeps of the gates."""
+    batch = next(study.train.on(study.arguments.device).batches(256))
+    kinds: dict[str, torch.nn.Module] = {}
+    for name, scheme in (("float", FLOAT), ("LSQ", Precision(3, None)), ("CSQ", None), ("CSQ, plain", None)):
+        settings = growth.GrowSettings.of(activation_bits=None)
+        fixed = None if scheme is None else Scheme.uniform(study.names(), scheme)
+        network = growth.observe_trainable(study.network().to(study.arguments.device), Batch(batch.inputs[:2]), settings, fixed)
+        trainee = growth.make_trainee(network, [batch], None, fixed is not None, settings)
+        kept = saved_bytes(trainee.model, name == "CSQ, plain")
+        optimizer = torch.optim.Adam(trainee.parameter_groups())
+        kinds[name] = (trainee, optimizer, kept)
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(study.arguments.rounds):
+        for name, (trainee, optimizer, _) in kinds.items():
+            start = time.perf_counter()
+            loss = torch.nn.functional.cross_entropy(trainee.model(batch.inputs), batch.labels)
+            (loss + trainee.penalty()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if study.arguments.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    weights = sum(parameter.numel() for name, parameter in study.network().named_parameters() if parameter.dim() > 1)
+    study.measured(
+        "one step",
+        lambda: {
+            name: {
+                "seconds": seconds[name],
+                "times_float": float(np.median(np.array(seconds[name]) / np.array(seconds["float"]))),
+                "bytes_kept_a_weight": kinds[name][2] / weights,
+                "bytes_trained_a_weight": 4 * sum(p.numel() for p in kinds[name][0].model.parameters() if p.requires_grad) / weights,
+            }
+            for name in kinds
+        },
+    )
+
+
+def saved_bytes(model: torch.nn.Module, plain: bool) -> int:
+    """Bytes that autograd keeps of making all weights, parameters aside. With `plain` the equation takes the place of the fused sum."""
+    slots = [(m, m.weight_quantizer) for m in model.modules() if isinstance(getattr(m, "weight_quantizer", None), GatedWeight)]
+    if plain:
+        for layer, slot in slots:
+            layer.weight_quantizer = PlainGates(slot)
+    owned = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in owned:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        weights = [layer.weight for layer, _ in slots]
+    assert len(weights) == len(slots)
+    return sum(kept.values())
+
+
+def full(study: Study) -> None:
+    """The published length and budget: planes without the sign, layers unweighted, 32 / 20 = 1.6 bits; 2.6 with the sign."""
+    settings = {"from_scratch": True, "epochs": 600, "activation_bits": None, "gate_rate": 1e-2, "rate": 2e-3}
+    for budget in ("2.6bit", "3bit"):
+        key = f"CSQ {budget} from scratch"
+        study.measured(key, lambda key=key, budget=budget: study.grown(key, budget, **settings))
+
+
+STUDIES = {"methods": methods, "choices": choices, "cost": cost, "full": full}
+
+
+def main() -> None:
+    """Run one study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--checkpoints", type=Path, default=ROOT / "runs" / "checkpoints")
+    parser.add_argument("--runs", type=Path, help="keep the run folders here")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--images", type=int, help="train on so many of the images")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", help="run the entries whose key contains this")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    STUDIES[arguments.study](Study(arguments))
+
+
+if __name__ == "__main__":
+    main()
