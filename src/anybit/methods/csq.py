@@ -70,12 +70,12 @@ class CSQSettings:
     harden: float = 0.9
     plane_temperature: float = 200.0
     fix_temperature: float = 2.0
-    final_temperature: float = 30.0
+    final_temperature: float = 10.0
     phase: Literal["restart", "rewind", "continue"] = "restart"
     weight_gates: Gates = "soft"
     plane_gates: Gates = "soft"
-    gate_rate: float = 2e-2
-    plane_rate: float = 2e-2
+    gate_rate: float = 1e-2
+    plane_rate: float = 1e-2
     scale_rate: float = 1e-3
     rate: float = 1e-3
 
