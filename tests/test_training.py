@@ -226,15 +226,17 @@ def stop_after(monkeypatch, epoch):
     monkeypatch.setattr(training, "_save", saving)
 
 
-@pytest.mark.parametrize("epoch", [1, 2])
-def test_a_continued_run_ends_with_the_same_bytes(epoch, tmp_path, monkeypatch):
-    whole = grown(epochs=4, augment="flip").save(tmp_path / "whole")
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+@pytest.mark.parametrize("phase", ["restart", "rewind"])
+def test_a_continued_run_ends_with_the_same_bytes(phase, epoch, tmp_path, monkeypatch):
+    wanted = {"epochs": 4, "augment": "flip", "phase": phase, "fix": 0.5, "harden": 0.75}  # the decisions fall between epochs, too
+    whole = grown(**wanted).save(tmp_path / "whole")
     checkpoint = tmp_path / "checkpoint.safetensors"
     with monkeypatch.context() as patched:
         stop_after(patched, epoch)
         with pytest.raises(Interrupted):
-            grown(checkpoint, epochs=4, augment="flip")
-    continued = grown(checkpoint, epochs=4, augment="flip").save(tmp_path / "continued")
+            grown(checkpoint, **wanted)
+    continued = grown(checkpoint, **wanted).save(tmp_path / "continued")
     for name in ("model.safetensors", "scheme.json"):
         assert (whole / name).read_bytes() == (continued / name).read_bytes()
     reports = [json.loads((folder / "report.json").read_text()) for folder in (whole, continued)]

@@ -161,8 +161,8 @@ class GatedWeight(nn.Module):
         self.planes = nn.Parameter(rows.new_ones(planes))
         self.log_scale = nn.Parameter(rows.new_empty(len(rows) if per_channel else 1, 1))
         self.register_buffer("place_values", 2.0 ** torch.arange(planes, device=rows.device) / (2**planes - 1), persistent=False)
-        self.register_buffer("temperature", rows.new_ones(()), persistent=False)
-        self.register_buffer("plane_temperature", rows.new_ones(()), persistent=False)
+        self.register_buffer("temperature", rows.new_ones(()))
+        self.register_buffer("plane_temperature", rows.new_ones(()))
         self.start(rows, range(planes))
 
     @torch.no_grad()
