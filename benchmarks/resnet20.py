@@ -2,7 +2,7 @@
 
     python benchmarks/resnet20.py STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors
 
-    uniform     W4A8, W4A4, W3A3, W2A4, W2A2, first and last layer at 8 bits, three seeds
+    uniform     W4A8, W4A4, W3A3, W2A4, W2A2, first and last layer at 8 bits, three seeds; those below 4 bits also with long settings
     ladder      what each step buys at each of these, one seed
     mixed       4, 3 and 2.5 weight bits on average, everything in the budget: A8, and searched activation bits; three seeds
     small-sets  W4A4 from 8 to 1,024 images, three draws: ranges only, AdaQuant layer-wise and block-wise
@@ -36,7 +36,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENDS = {"conv1": Precision(8, 8), "linear": Precision(8, 8)}
 PRECISIONS = ((4, 8), (4, 4), (3, 3), (2, 4), (2, 2))
 FULL = {"mirror": True, "steps": 300}
-"""The end of the ladder: the settings of every headline number."""
+"""The end of the ladder: the settings of every headline number from 4 bits on."""
+LONG = {"mirror": True, "steps": 1000, "drop": 0.5}
+"""Below 4 bits more steps help, where dropping keeps them from learning the images by heart."""
 
 RUNGS: dict[str, dict[str, Any]] = {
     "ranges only": {"pipeline": "light", "bn_tuning": False},
@@ -114,6 +116,13 @@ def uniform(study: Study) -> None:
     for seed in range(study.seeds):
         for w, a in PRECISIONS:
             study.measured(f"W{w}A{a} seed {seed}", lambda w=w, a=a, seed=seed: study.calibrated(**fixed(w, a), seed=seed, **FULL)[0])
+    for seed in range(study.seeds):
+        for w, a in PRECISIONS[2:]:
+            study.measured(f"W{w}A{a} long seed {seed}", lambda w=w, a=a, seed=seed: study.calibrated(**fixed(w, a), seed=seed, **LONG)[0])
+    for w, a in ((3, 3), (2, 2)):  # what else was tried, one seed each
+        for name, more in {"parallel first": {"parallel": True}, "1000 steps": {"steps": 1000}}.items():
+            settings = {**fixed(w, a), **FULL, **more}
+            study.measured(f"W{w}A{a} {name}", lambda settings=settings: study.calibrated(**settings)[0])
 
 
 def ladder(study: Study) -> None:

@@ -48,22 +48,31 @@ def paired_interval(a: str, b: str) -> str:
     return f"{difference.mean():+.2f} ({difference.mean() - half:+.2f} to {difference.mean() + half:+.2f})"
 
 
+VARIANTS = {
+    "": "300 steps, mirror images",
+    "long": "1,000 steps, mirror images, dropping 0.5",
+    "1000 steps": "1,000 steps, mirror images",
+    "parallel first": "300 steps, mirror images, parallel AdaQuant before",
+}
+
+
+def uniform_runs(precision: str, variant: str = "") -> list[dict[str, Any]]:
+    """A run a seed."""
+    runs = {key.rpartition("seed")[0] or key: [] for key in entries("resnet20_uniform")}
+    for key, run in entries("resnet20_uniform").items():
+        runs[key.rpartition("seed")[0] or key].append(run)
+    return next((found for key, found in runs.items() if key.split() == [precision, *variant.split()]), [])
+
+
 def uniform_section() -> str:
-    runs = entries("resnet20_uniform")
     rows = []
     for precision in PRECISIONS:
-        found = [run for key, run in runs.items() if key.startswith(f"{precision} ")]
-        seconds = [run["seconds"] for run in found]
-        rows.append(
-            [
-                precision,
-                spread([run["top1"] for run in found]),
-                str(len(found)),
-                f"{AIMS[precision]}",
-                f"{statistics.mean(seconds):.0f} s" if seconds else "",
-            ]
-        )
-    return table(["precision", "top-1, mean (range)", "seeds", "aim", "time"], rows)
+        for variant, words in VARIANTS.items():
+            if found := uniform_runs(precision, variant):
+                seconds = statistics.mean(run["seconds"] for run in found)
+                accuracy = spread([run["top1"] for run in found])
+                rows.append([precision, words, accuracy, str(len(found)), f"{AIMS[precision]}", f"{seconds:.0f} s"])
+    return table(["precision", "settings", "top-1, mean (range)", "seeds", "aim", "time"], rows)
 
 
 def ladder_section() -> str:
@@ -304,8 +313,7 @@ def readme_section() -> str:
                 ["ResNet-20, CIFAR-10", f"mixed, `{budget}`, 8-bit activations", "91.73", spread([row["top1"] for row in found]), size]
             )
     for precision in PRECISIONS:
-        found = [run for key, run in entries("resnet20_uniform").items() if key.startswith(f"{precision} ")]
-        if found:
+        if found := uniform_runs(precision, "long") or uniform_runs(precision):
             size = f"{found[0]['bytes'] / 1000:.0f} kB ({found[0]['percent']:.1f} %)"
             rows.append(["ResNet-20, CIFAR-10", f"{precision}, ends at 8 bits", "91.73", spread([run["top1"] for run in found]), size])
     for name, run in entries("efficientnet_lite0").items():

@@ -333,11 +333,12 @@ class Growth:
     def fix_planes(self) -> None:
         """Keep the planes that are likeliest by the gates' own odds, among those that fit the budget: an allocation.
 
-        A gate at logit m is open with odds exp(m), so a set of planes has the log likelihood sum of their m, up to a constant.
+        A gate at logit m is open with odds exp(m), so a set of planes has the log likelihood sum of their m, up to a constant. It counts
+        once for every weight of the layer, as the penalty and the budget do.
         """
         best = {name: dict(_likeliest(weight.planes.detach().tolist())) for name, weight in self.growing.items()}
         losses = {
-            (name, precision): -best[name][precision.weight_bits][0] if name in best else 0.0
+            (name, precision): -self.costs.layers[name].weights * best[name][precision.weight_bits][0] if name in best else 0.0
             for name, options in self.choices.items()
             for precision in options
         }
