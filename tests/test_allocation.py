@@ -174,15 +174,15 @@ def test_the_solver_prints_nothing(capfd):
         costs = {name: np.array([count * p.weight_bits for p in LADDER], dtype=float) for name, count in zip(names, weights, strict=True)}
         limit = float(weights.sum() * generator.uniform(2.5, 6))
         allocate(Problem(dict.fromkeys(names, LADDER), losses, {"bits": costs}, {"bits": limit}))
-    assert capfd.readouterr().out == ""
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_certificate_is_json_without_time_or_machine():
     problem = Problem({"a": LADDER[:2]}, {"a": np.array([1.0, 0.5])}, {}, {})
-    certificate = allocate(problem).certificate(seed=3)
+    certificate = allocate(problem).certificate()
     assert json.loads(json.dumps(certificate)) == certificate
-    assert certificate["predicted_loss"] == 0.5 and certificate["seed"] == 3
-    assert set(certificate) == {"solver", "objective", "value", "predicted_loss", "bound", "gap", "seed"}
+    assert certificate["value"] == 0.5 and certificate["bound"] <= 0.5
+    assert set(certificate) == {"solver", "objective", "value", "bound", "gap"}
 
 
 # Problems from a table, costs and a budget

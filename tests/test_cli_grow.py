@@ -45,6 +45,8 @@ def test_a_network_grows_and_loads_by_itself(here):
     report = json.loads(Path("run/report.json").read_text())
     assert report["result"]["weight_bits"] <= 3 and report["result"]["bytes"] == Path("run/model.safetensors").stat().st_size
     assert sorted(os.listdir("run")) == ["model.safetensors", "report.json", "scheme.json"]
+    certificate = json.loads(Path("run/scheme.json").read_text())["certificate"]
+    assert certificate["objective"] == "likeliest planes" and certificate["bound"] <= certificate["value"]
     assert "Bits of each layer" in done.stdout and done.stdout.splitlines()[-1].startswith("run: ")
     told = [line for line in done.stderr.splitlines() if line.startswith("epoch ")]
     assert len(told) == 2 and all("frozen top1" in line and "bits" in line and "temperature" in line for line in told)

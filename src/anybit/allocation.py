@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
@@ -57,16 +58,14 @@ class Allocation:
     bound: float
     gap: float
 
-    def certificate(self, seed: int) -> dict:
+    def certificate(self) -> dict[str, Any]:
         """What the scheme file keeps. No time and no machine, so that equal problems give equal files."""
         return {
             "solver": "HiGHS through scipy.optimize.milp",
             "objective": self.objective,
             "value": self.value,
-            "predicted_loss": self.predicted_loss,
             "bound": self.bound,
             "gap": self.gap,
-            "seed": seed,
         }
 
 
@@ -169,7 +168,7 @@ class _Program:
         self.one_each = csr_matrix((np.ones(len(values)), (owner, np.arange(len(values)))))
         self.excluded: list[np.ndarray] = []
         rows = {"A_ub": limited, "b_ub": limits} if len(limits) else {}
-        with _native_output_to_stderr():
+        with _silent_solver():
             relaxed = linprog(self.values, A_eq=self.one_each, b_eq=np.ones(self.layers), method="highs", **rows)
         self.feasible = relaxed.status == 0
         if self.feasible:
@@ -200,7 +199,7 @@ class _Program:
                 constraints.append(LinearConstraint(self.limited[:, core], -np.inf, self.limits))
             if self.excluded:
                 constraints.append(LinearConstraint(np.stack(self.excluded)[:, core], -np.inf, self.layers - 1))
-            with _native_output_to_stderr():
+            with _silent_solver():
                 result = milp(self.values[core], integrality=np.ones(len(core)), bounds=Bounds(0, 1), constraints=constraints)
             if result.x is None:
                 if everything:
@@ -246,16 +245,17 @@ def _why_infeasible(problem: Problem) -> str:
 
 
 @contextmanager
-def _native_output_to_stderr() -> Iterator[None]:
-    """HiGHS prints notes on some problems, whatever it is told; stdout is for results."""
+def _silent_solver() -> Iterator[None]:
+    """HiGHS prints notes on some problems, whatever it is told, past Python's own stdout; stdout is for results."""
     sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
     try:
         yield
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+        os.close(nowhere)
 
 
 def _round_up(value: float, parts: int) -> float:

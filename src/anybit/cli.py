@@ -1,6 +1,7 @@
 """The command line: paths, options and printing. All work is done by `roads`."""
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -86,7 +87,7 @@ def _progress(quiet: bool) -> Iterator[None]:
     """Bars with time left on a terminal, plain lines elsewhere, nothing when quiet. All on stderr: stdout is for results."""
     from anybit.progress import listening
 
-    if quiet:
+    if quiet or os.environ.get("RANK", "0") != "0":  # of several processes one tells
         yield
     elif sys.stderr.isatty():
         from rich.console import Console

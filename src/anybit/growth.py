@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from anybit import batchnorm, stages
-from anybit.batches import Batch, Samples, draw
+from anybit.batches import Batch, Samples, draw, tensors_in
 from anybit.candidates import activation_candidate, check_finite_samples
 from anybit.capture import input_samples
 from anybit.checkpoint import Canonical
@@ -25,7 +25,8 @@ from anybit.stages import CalibrateSettings, Network
 from anybit.training import Trainee, TrainSettings
 
 PLAIN = 2048
-"""Training inputs, not augmented, from which ranges start and batch-norm statistics are estimated before a freeze."""
+"""Training inputs, not augmented, from which ranges start and batch-norm statistics are estimated before a freeze; fewer of large ones."""
+PLAIN_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,18 @@ class GrowSettings:
 
 def plain_batches(samples: Samples, settings: GrowSettings) -> list[Batch]:
     """A few training inputs, drawn once, as they are."""
-    return list(draw(samples, PLAIN, settings.train.seed).batches(min(settings.train.batch_size, 256)))
+    return list(draw(samples, _few(samples), settings.train.seed).batches(min(settings.train.batch_size, 256)))
+
+
+def watched_batches(tests: Samples) -> list[Batch]:
+    """The test samples that every epoch is reported on: the first ones."""
+    return list(tests.subset(range(min(len(tests), _few(tests)))).batches(256))
+
+
+def _few(samples: Samples) -> int:
+    """PLAIN, or as many as PLAIN_BYTES hold."""
+    first = next(samples.subset([0]).batches(1))
+    return max(2, min(PLAIN, PLAIN_BYTES // sum(tensor.nbytes for tensor in tensors_in(first.inputs))))
 
 
 def forget(model: nn.Module, seed: int) -> None:

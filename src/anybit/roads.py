@@ -334,7 +334,7 @@ def grow(
             growth.check_feasible(network, budget)
         task = wanted.task or guess_task(outputs_of(float_model, plain[:1]))
         trainee = growth.make_trainee(network, plain, budget, scheme is not None, wanted)
-    watched = None if tests is None else list(tests.subset(range(min(len(tests), growth.PLAIN))).batches(256))
+    watched = None if tests is None else growth.watched_batches(tests)
     with clock.stage("training"):
         epochs = training.train(
             trainee,
@@ -369,8 +369,9 @@ def grow(
             report["test"] = evaluate_model(canonical.model, tests.batches(256), task, metric, reference)
     canonical.model.cpu()
     report["stages"] = clock.stages
-    about = {**about, "budget": str(budget) if budget else None, "task": task}
-    return Result(canonical, report, about)
+    certificate = {**trainee.decisions().get("certificate", {}), "seed": wanted.train.seed}
+    about |= {"budget": str(budget) if budget else None, "task": task, "certificate": certificate}
+    return Result(canonical, report | {"certificate": certificate}, about)
 
 
 def _identity(

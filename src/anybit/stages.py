@@ -373,7 +373,10 @@ class Choice:
     def certificate(self, seed: int) -> dict[str, Any]:
         """The solver's certificate of its best scheme, and which of the measured ones was taken."""
         chosen = next((row["name"] for row in self.measured if row["scheme"] == self.scheme), None)
-        return {**(self.allocation.certificate(seed) if self.allocation else {}), "chosen": chosen}
+        solved = (
+            {**self.allocation.certificate(), "predicted_loss": self.allocation.predicted_loss, "seed": seed} if self.allocation else {}
+        )
+        return {**solved, "chosen": chosen}
 
 
 def choose_scheme(network: Network, table: SensitivityTable, budget: Budget | None, settings: CalibrateSettings, judge: Judge) -> Choice:

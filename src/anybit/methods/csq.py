@@ -269,6 +269,7 @@ class Growth:
             if len(options) == 1:
                 layer.weight_quantizer.fix(range(planes))
         self.hard = False
+        self.certificate: dict[str, Any] = {}
 
     @property
     def gated(self) -> dict[str, GatedWeight]:
@@ -343,7 +344,8 @@ class Growth:
             for precision in options
         }
         problem = make_problem(self.choices, SensitivityTable(losses, FLOAT, 0), self.costs, self.budget)
-        scheme = allocate(problem, name="likeliest planes").scheme
+        allocation = allocate(problem, name="likeliest planes")
+        scheme, self.certificate = allocation.scheme, allocation.certificate()
         for name, planes in best.items():
             weight, live = self.layers[name].weight_quantizer, planes[scheme[name].weight_bits][1]
             if live and self.settings.phase == "restart":
@@ -384,9 +386,10 @@ class Growth:
     def decisions(self) -> dict[str, Any]:
         """What has been decided, as JSON, for a checkpoint; `restore` takes it back."""
         fixed = {name: weight.kept_planes() for name, weight in self.gated.items() if weight.live is not None}
-        return {"fixed": fixed, "hard": self.hard}
+        return {"fixed": fixed, "hard": self.hard, "certificate": self.certificate}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:
+        self.certificate = decisions["certificate"]
         for name, live in decisions["fixed"].items():
             self.layers[name].weight_quantizer.fix(live)
         if decisions["hard"]:
