@@ -129,7 +129,9 @@ def choices(study: Study) -> None:
     for weights in ("soft", "straight-through"):
         for planes in ("soft", "straight-through"):
             key = f"weight gates {weights}, plane gates {planes}"
-            kinds = {"weight_gates": weights, "plane_gates": planes, "activation_bits": None}
+            # One phase, as published, so that nothing but the two choices is at work.
+            once = {"phase": "continue", "fix": 0.8, "harden": 0.9, "fix_temperature": 10.0}
+            kinds = {"weight_gates": weights, "plane_gates": planes, "activation_bits": None, **once}
             study.measured(key, lambda key=key, kinds=kinds: study.grown(key, "3bit", **kinds))
 
 

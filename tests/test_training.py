@@ -106,6 +106,7 @@ def test_unlabelled_data_trains_on_the_float_networks_outputs_alone():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
 def test_compiled_training_gives_the_same_scheme():
     assert grown(compile=True).scheme == grown().scheme
 

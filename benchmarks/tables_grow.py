@@ -1,0 +1,116 @@
+"""The sections of docs/results.md on the grow road; `tables.py` puts them in."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import spearmanr
+from tables import ROOT, entries, spread, table
+
+LABELS = ("float activations", "A4")
+
+
+def methods_section() -> str:
+    runs = entries("grow_resnet20_methods")
+    floats = [run["top1"] for key, run in runs.items() if key.startswith("float seed")]
+    kinds = {
+        "CSQ, `3bit`": "CSQ 3bit {label} seed",
+        "LSQ, uniform W3": "LSQ W3 {label} seed",
+        "calibrate, `3bit`": "calibrate 3bit {label} seed",
+        "calibrate's scheme, trained with LSQ": "calibrate's scheme trained, {label} seed",
+        "CSQ, `2bit`": "CSQ 2bit {label} seed",
+        "CSQ, `4bit`": "CSQ 4bit {label} seed",
+    }
+    rows = []
+    for label in LABELS:
+        for words, pattern in kinds.items():
+            found = [run for key, run in runs.items() if key.startswith(pattern.format(label=label))]
+            if found:
+                drop = f"{statistics.mean(floats) - statistics.mean(run['top1'] for run in found):.2f}" if floats else ""
+                planes = [run["epochs"][-1].get("paper_bits") for run in found if run.get("epochs")]
+                counted = f"{statistics.mean(planes):.2f}" if planes and None not in planes else ""
+                bits, size = found[0]["weight_bits"], found[0]["bytes"]
+                rows.append([label, words, spread([run["top1"] for run in found]), drop, f"{bits:.2f}", counted, f"{size / 1000:.1f} kB"])
+    if not rows:
+        return "Not run."
+    head = f"Float, trained as long by the same recipe: {spread(floats)}.\n\n" if floats else ""
+    columns = ["activations", "method", "top-1, mean (range)", "below float", "bits a weight", "planes a layer (paper's count)", "size"]
+    return head + table(columns, rows)
+
+
+def choices_section() -> str:
+    runs = entries("grow_resnet20_choices")
+    if not runs:
+        return "Not run."
+    rows = []
+    for key, run in runs.items():
+        last = run["epochs"][-1]
+        rows.append([key, f"{last['soft']['top1']:.2f}", f"{run['top1']:.2f}", f"{last['weight_bits']:.2f}", f"{last['loss']:.3f}"])
+    write_epochs(runs, ROOT / "docs" / "growth.svg")
+    text = table(["gates", "soft (2,048 test images)", "frozen (all)", "bits a weight", "training loss"], rows)
+    return f"{text}\n\n![Loss and bits over the epochs](growth.svg)"
+
+
+def write_epochs(runs: dict[str, Any], path: Path) -> None:
+    """Training loss and bits a weight over the epochs, one line a run, as two small pictures side by side."""
+    width, height, margin = 380, 300, 48
+    styles = dict(zip(runs, (("#1b6ca8", ""), ("#1b6ca8", "6 3"), ("#c1440e", ""), ("#c1440e", "6 3")), strict=False))
+    parts = ['<rect width="100%" height="100%" fill="white"/>']
+    for place, (column, words) in enumerate((("loss", "training loss"), ("weight_bits", "bits a weight"))):
+        left, most = place * width, max(row[column] for run in runs.values() for row in run["epochs"])
+        longest = max(len(run["epochs"]) for run in runs.values())
+        for key, run in runs.items():
+            color, dash = styles[key]
+            points = " ".join(
+                f"{left + margin + (row['epoch'] - 1) / max(longest - 1, 1) * (width - 2 * margin):.1f},"
+                f"{height - margin - row[column] / most * (height - 2 * margin):.1f}"
+                for row in run["epochs"]
+            )
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>')
+        bottom, end = height - margin, left + width - margin
+        parts.append(f'<path d="M{left + margin} {margin}V{bottom}H{end}" fill="none" stroke="#444444"/>')
+        parts.append(f'<text x="{left + margin - 6}" y="{margin + 4}" text-anchor="end">{most:.2g}</text>')
+        parts.append(f'<text x="{left + margin - 6}" y="{bottom}" text-anchor="end">0</text>')
+        parts.append(f'<text x="{left + width / 2}" y="{height - 14}" text-anchor="middle">{words}, by epoch</text>')
+    for index, (key, (color, dash)) in enumerate(styles.items()):
+        y = height + 16 * index
+        parts.append(f'<path d="M{margin} {y - 4}h28" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>')
+        parts.append(f'<text x="{margin + 36}" y="{y}">{key}</text>')
+    full = height + 16 * len(styles)
+    size = f'viewBox="0 0 {2 * width} {full}" width="{2 * width}" height="{full}"'
+    body = "\n".join(parts)
+    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n{body}\n</svg>\n')
+
+
+def agreement_section() -> str:
+    """Do layers that calibrate finds sensitive get more bits when a scheme grows?"""
+    runs, rows = entries("grow_resnet20_methods"), []
+    for key, run in runs.items():
+        if not key.startswith("CSQ"):
+            continue
+        label, seed = ("A4" if "A4" in key else "float activations"), key.rsplit(" ", 1)[1]
+        measured = runs.get(f"calibrate 3bit {label} seed {seed}", {}).get("table")
+        if measured:
+            names = list(run["layers"])
+            bits = [int(run["layers"][name].split("A")[0].removeprefix("W")) for name in names]
+            sensitivity = [measured["rows"][name]["W3"] for name in names]
+            chosen = runs[f"calibrate 3bit {label} seed {seed}"]["layers"]
+            other = [int(chosen[name].split("A")[0].removeprefix("W")) for name in names]
+            rows.append([key, f"{spearmanr(bits, sensitivity).statistic:+.2f}", f"{spearmanr(bits, other).statistic:+.2f}"])
+    columns = ["run", "rank correlation of its bits with W3 sensitivity", "with calibrate's bits"]
+    return table(columns, rows) if rows else "Not run."
+
+
+def cost_section() -> str:
+    run = entries("grow_resnet20_cost").get("one step")
+    if not run:
+        return "Not run."
+    rows = [
+        [name, f"{kind['times_float']:.2f}", f"{kind['bytes_trained_a_weight']:.0f}", f"{kind['bytes_kept_a_weight']:.0f}"]
+        for name, kind in run.items()
+        if isinstance(kind, dict)
+    ]
+    return table(["step of", "time, float is 1 (median of rounds)", "bytes trained a weight", "bytes kept for backward a weight"], rows)
+
+
+SECTIONS = {"GROW": methods_section, "CHOICES": choices_section, "AGREEMENT": agreement_section, "GROWCOST": cost_section}
