@@ -6,6 +6,8 @@ from networks import (
     Chain,
     Depthwise,
     Residual,
+    Signal,
+    Upsampling,
     assert_untouched,
     calibration_of,
     make,
@@ -17,7 +19,18 @@ from networks import (
 from torch import nn
 
 from anybit.batches import Batch
-from anybit.batchnorm import ChannelStatistics, channel_statistics, fold, fold_checked, foldable, join, match_layers, tune
+from anybit.batchnorm import (
+    ChannelStatistics,
+    channel_statistics,
+    flip_negative,
+    fold,
+    fold_checked,
+    foldable,
+    join,
+    match_layers,
+    reestimate,
+    tune,
+)
 from anybit.candidates import Candidates, apply_scheme, weight_candidate
 from anybit.errors import InvalidSetting
 from anybit.layers import codes_of, float_weight, prepare, quantized_layers
@@ -225,3 +238,24 @@ def test_a_layer_whose_forward_is_not_affine_keeps_its_batch_norm():
     folded, pairs, _ = fold_checked(model, foldable(model, observe(model, batch)), batch)
     assert pairs == {"0": "1"}
     assert torch.allclose(folded(batch.inputs), model(batch.inputs), atol=1e-5)
+
+
+def test_reestimated_statistics_are_those_of_all_samples_whatever_the_batches():
+    x = torch.randn(9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    means = []
+    for sizes in ([9], [3, 3, 3], [8, 1]):
+        model = make(Residual)
+        reestimate(model, [Batch(part) for part in x.split(sizes)])
+        means.append(model.bn.running_mean)
+        assert model.bn.momentum == 0.1 and not model.training
+    assert torch.allclose(means[0], means[1], atol=1e-5) and torch.allclose(means[0], means[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [Residual, Depthwise, Upsampling, Signal])
+def test_flipping_makes_gammas_positive_and_changes_no_output(cls):
+    model, x = make(cls), (torch.randn(4, 2, 8) if cls is Signal else pictures(4))
+    pairs = foldable(model, observe(model, Batch(x)))
+    before = model(x)
+    flip_negative(model, pairs)
+    assert all((model.get_submodule(norm).weight >= 0).all() for norm in pairs.values())
+    assert torch.allclose(model(x), before, atol=1e-5)

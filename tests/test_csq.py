@@ -107,7 +107,7 @@ def test_nothing_but_the_logits_is_kept_for_backward():
 @pytest.mark.parametrize("planes", range(1, 8))
 def test_the_first_weight_is_the_trained_one_rounded_to_the_planes(planes, per_channel):
     rows = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
-    step = weight_scale(rows if per_channel else rows.reshape(1, -1), planes + 1)
+    step = weight_scale(rows if per_channel else rows.reshape(1, -1), planes + 1, symmetric=True)
     largest = 2**planes - 1
     expected = (rows / step).round().clamp(-largest, largest) * step
     assert torch.allclose(GatedWeight(rows, planes, per_channel)(rows), expected, atol=1e-5)

@@ -19,7 +19,7 @@ from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
 from anybit.layers import quantized_layers
 from anybit.references import as_samples
 from anybit.scheme import Precision, Scheme
-from anybit.training import TrainSettings, augmented, epoch_batches, learning_rate
+from anybit.training import TrainSettings, _steps, augmented, epoch_batches, learning_rate
 
 TESTS = Path(__file__).parent
 
@@ -89,14 +89,68 @@ def test_a_runs_scheme_is_trained_where_the_run_is_named(tmp_path):
         grown(scheme=folder)
 
 
+OPTIONS = [{"distill": 0.5}, {"from_scratch": True}, {"half": True}, {"augment": "flip,crop2"}, {"per_channel": True}, {"seed": 1}]
+OPTIONS += [{name: 3e-2} for name in ("rate", "gate_rate", "plane_rate", "scale_rate", "strength")]
+
+
+@pytest.mark.parametrize("changes", OPTIONS, ids=str)
+def test_every_option_changes_what_is_trained(changes):
+    results = [grown(phase="continue", plane_temperature=2.0, **more) for more in ({}, changes)]
+    outputs = [result.model(pictures(4)) for result in results]
+    assert torch.isfinite(outputs[1]).all() and not torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("changes", [{"rate": 3e-2}, {"scale_rate": 3e-2}], ids=str)
+def test_rates_reach_a_fixed_scheme(changes):
+    scheme = Scheme.uniform(grown(epochs=1).scheme, Precision(3, 4))
+    outputs = [grown(budget=None, scheme=scheme, **more).model(pictures(4)) for more in ({}, changes)]
+    assert not torch.equal(*outputs)
+
+
+def test_from_scratch_forgets_a_copy():
+    result = grown(from_scratch=True, distill=0.5)
+    assert result.report["float_test"]["top1"] == 100  # of the trained network, which is also the teacher
+
+
+def test_a_kept_layer_is_kept_where_there_is_one_plane():
+    result = grown(budget=None, planes=1, keep={"fc": Precision(), "conv": Precision(8, 4)})
+    assert result.scheme["fc"] == Precision() and result.scheme["conv"] == Precision(8, 4)
+    assert result.scheme["block1.conv1"] == Precision(2, 4)
+
+
+def test_a_scheme_with_a_float_layer_is_trained():
+    scheme = grown(budget="8bit", keep={"fc": Precision()}, epochs=1).scheme
+    assert grown(budget=None, scheme=scheme, epochs=1).scheme == scheme
+
+
+def test_the_callers_random_numbers_are_left_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    grown(epochs=1, from_scratch=True)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_task_decides_the_loss():
+    x, y = pictures(32), torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
+    result = anybit.grow(make(Residual), (x, y), "4bit", epochs=2, batch_size=16, task="regression")
+    assert result.about["task"] == "regression" and result.report["epochs"][0]["train_top1"] is None
+    with pytest.raises(InvalidSetting, match="task"):
+        grown(task="poetry")
+
+
+@pytest.mark.parametrize("labels", [torch.full((32,), 9), torch.full((32,), -1), torch.zeros(32)])
+def test_labels_that_cannot_be_are_named(labels):
+    with pytest.raises(InvalidInput, match="abels"):
+        anybit.grow(make(Residual), (pictures(32), labels), "4bit", epochs=1, batch_size=16)
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{"distill": 0.5}, {"from_scratch": True}, {"half": True}, {"augment": "flip,crop2"}, {"keep": {"fc": Precision()}, "budget": "8bit"}],
+    "bad", [{"rate": -1.0}, {"rate": float("nan")}, {"strength": 0.0}, {"budget": ["3bit", "4bit"]}, {"batch_size": 1}]
 )
-def test_options_work(changes):
-    result = grown(**changes)
-    assert torch.isfinite(result.model(pictures(4))).all()
-    assert result.scheme["fc"] == Precision() if "keep" in changes else result.scheme["fc"].weight_bits is not None
+def test_settings_that_cannot_be_are_refused(bad):
+    with pytest.raises(InvalidSetting):
+        grown(**bad)
 
 
 def test_unlabelled_data_trains_on_the_float_networks_outputs_alone():
@@ -172,6 +226,22 @@ def test_data_that_ends_early_is_told_with_its_epoch_and_batch():
         anybit.grow(make(Residual), as_samples(AtTheEnd()), "3bit", epochs=2, batch_size=16)
 
 
+def test_weights_that_are_no_numbers_are_not_kept(tmp_path, monkeypatch):
+    path, step, steps = tmp_path / "checkpoint.safetensors", torch.optim.Adam.step, []
+
+    def breaking(self):
+        step(self)
+        steps.append(None)
+        if len(steps) == 6:  # the last step of the second epoch: its loss was fine
+            self.param_groups[-1]["params"][0].data.fill_(torch.nan)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", breaking)
+    with pytest.raises(AnybitError, match="became NaN in epoch 2, step 3 of 3"):
+        grown(path)
+    monkeypatch.undo()
+    assert [row["epoch"] for row in grown(path).report["epochs"]] == [1, 2, 3]
+
+
 class Poisoned(Short):
     """Clean for a while, then NaN."""
 
@@ -185,7 +255,7 @@ class Poisoned(Short):
 
 def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_last_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
-    with pytest.raises(AnybitError, match=r"became nan .* in epoch 2, step \d of 4. The checkpoint of epoch 1 is kept in .*Lower"):
+    with pytest.raises(AnybitError, match=r"became nan .* in epoch 2, step \d of 4. The checkpoint of epoch 1 is kept in .*lower learning"):
         anybit.grow(make(Residual), as_samples(Poisoned()), "3bit", epochs=3, batch_size=16, checkpoint=path)
     assert path.is_file()
 
@@ -253,6 +323,9 @@ def test_other_settings_are_refused_by_name(changes, tmp_path, monkeypatch):
             grown(checkpoint)
     with pytest.raises(InvalidSetting, match=next(iter(changes))):
         grown(checkpoint, **changes)
+    with pytest.raises(InvalidSetting, match="data was"):  # as many others
+        x, y = labelled()
+        anybit.grow(make(Residual), (x + 1, y), "3bit", epochs=3, batch_size=16, activation_bits=4, checkpoint=checkpoint)
 
 
 # Several processes
@@ -302,7 +375,7 @@ def test_two_processes_end_with_the_scheme_and_weights_of_one(tmp_path):
 def test_a_batch_that_does_not_divide_among_processes_is_refused(monkeypatch):
     monkeypatch.setattr("anybit.training.world", lambda: 3)
     with pytest.raises(InvalidSetting, match="multiple of 3"):
-        grown()
+        _steps(as_samples(labelled()), TrainSettings(batch_size=16), make(Residual))
 
 
 def test_gammas_that_training_drives_to_zero_stay_positive():

@@ -241,7 +241,8 @@ def _why_infeasible(problem: Problem) -> str:
             enough.append(needed)
     if not parts:
         return "No scheme meets all conditions of the budget together, though each alone can be met. Relax one of them."
-    return f"{' '.join(parts)} Allow lower bit-widths with --weight-bits, keep fewer layers, or raise the budget to {','.join(enough)}."
+    advice = "Allow lower bit-widths (--weight-bits; in grow --prune), keep fewer layers, or raise the budget to"
+    return f"{' '.join(parts)} {advice} {','.join(enough)}."
 
 
 @contextmanager

@@ -103,7 +103,8 @@ def stacked(items: list) -> Any:
 class Samples:
     """A data set whose items are an input, or (input, label); `labelled` says which.
 
-    `workers` processes load them, which changes nothing but speed. `collate` makes a batch of items, as a DataLoader's collate_fn does;
+    `workers` processes load them, which changes nothing but speed, unless the data set draws at random: each worker draws from `seed`
+    and its own number. `collate` makes a batch of items, as a DataLoader's collate_fn does;
     `loading` are other arguments for the DataLoader. An array data set answers whole batches through `__getitems__`.
     """
 
@@ -111,6 +112,7 @@ class Samples:
     labelled: bool
     workers: int = 0
     device: str = "cpu"
+    seed: int = 0
     collate: Callable[[list], Any] = stacked
     loading: Mapping[str, Any] = field(default_factory=dict)
 
@@ -129,7 +131,8 @@ class Samples:
         """All samples in order, `size` at a time."""
         if size < 1 or self.workers < 0:
             raise InvalidSetting(f"batch size {size} must be at least 1 and workers {self.workers} at least 0.")
-        how: dict[str, Any] = {"num_workers": self.workers, "collate_fn": self._collate, "generator": torch.Generator(), **self.loading}
+        generator = torch.Generator().manual_seed(self.seed)
+        how: dict[str, Any] = {"num_workers": self.workers, "collate_fn": self._collate, "generator": generator, **self.loading}
         for inputs, labels in DataLoader(self.dataset, batch_size=size, **how):
             yield Batch(inputs, labels).to(self.device)
 

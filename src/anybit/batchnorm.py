@@ -127,9 +127,12 @@ def reestimate(model: nn.Module, batches: Iterable[Batch]) -> None:
     with evaluating(model):
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # a cumulative average: every batch counts alike
             norm.train()
+        seen = 0
         for batch in batches:
+            seen += len(batch)
+            for norm in norms:
+                norm.momentum = len(batch) / seen  # an average over all samples
             call(model, batch.inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -350,7 +350,15 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 CHECKPOINT = "checkpoint.safetensors"
-RUN_FILES = {"scheme.json", "model.safetensors", "report.json", "candidates.safetensors", "candidates.json", CHECKPOINT}
+RUN_FILES = {
+    "scheme.json",
+    "model.safetensors",
+    "report.json",
+    "candidates.safetensors",
+    "candidates.json",
+    CHECKPOINT,
+    f".{CHECKPOINT}.tmp",
+}
 
 
 def is_run(path: Path) -> bool:

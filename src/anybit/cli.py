@@ -386,6 +386,8 @@ def grow(
         from anybit.training import rank
 
         check_free(output, overwrite, unfinished=True)
+        if overwrite and os.environ.get("RANK", "0") == "0":
+            (output / CHECKPOINT).unlink(missing_ok=True)  # start anew
         _set_threads(threads)
         bits = _bits(activation_bits, "--activation-bits")
         if len(bits) != 1:

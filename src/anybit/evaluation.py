@@ -54,22 +54,27 @@ def correct(outputs: Tensor, labels: Tensor) -> Tensor:
     return outputs.argmax(-1) == labels
 
 
+def check_labels(outputs: Tensor, labels: Tensor, task: str) -> None:
+    """Raise InvalidInput where `labels` are not what a network with such `outputs` can be right about."""
+    if task == "classification" and (labels.dim() != 1 or labels.is_floating_point()):
+        raise InvalidInput(f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}.")
+    if task != "classification" and outputs.numel() != labels.numel():
+        raise InvalidInput(f"Targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}.")
+    if task == "classification" and (labels.min() < 0 or labels.max() >= outputs.shape[-1]):
+        raise InvalidInput(
+            f"Labels run from {int(labels.min())} to {int(labels.max())}, but the model has {outputs.shape[-1]} classes. "
+            "Check that the data set's class numbers are the model's."
+        )
+
+
 def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = None) -> dict[str, float]:
     """top1, top5 and loss (cross-entropy) of a classifier, squared error of a regression; plus the user's metric."""
     if len(labels) != len(outputs):
         raise InvalidInput(f"{len(labels)} labels for {len(outputs)} outputs. Give one label a sample.")
     result: dict[str, float] = {}
-    if task == "classification" and (labels.dim() != 1 or labels.is_floating_point()):
-        raise InvalidInput(f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}.")
-    if task != "classification" and outputs.numel() != labels.numel():
-        raise InvalidInput(f"Targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}.")
+    check_labels(outputs, labels, task)
     if task == "classification":
         classes = outputs.shape[-1]
-        if labels.min() < 0 or labels.max() >= classes:
-            raise InvalidInput(
-                f"Labels run from {int(labels.min())} to {int(labels.max())}, but the model has {classes} classes. "
-                "Check that the data set's class numbers are the model's."
-            )
         result["top1"] = 100 * float(correct(outputs, labels).double().mean())
         if classes > 5:
             result["top5"] = 100 * float((outputs.argsort(descending=True, stable=True)[:, :5] == labels[:, None]).any(1).double().mean())

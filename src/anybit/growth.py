@@ -1,6 +1,7 @@
 """The stages of training roads: a float network made trainable under a budget, and what was trained frozen into the canonical form."""
 
 import copy
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -14,13 +15,13 @@ from anybit.candidates import activation_candidate, check_finite_samples
 from anybit.capture import input_samples
 from anybit.checkpoint import Canonical
 from anybit.errors import InvalidSetting
-from anybit.evaluation import Metric
+from anybit.evaluation import TASKS, Metric
 from anybit.evaluation import evaluate as evaluate_model
 from anybit.layers import prepare, quantized_layers
 from anybit.methods.csq import CSQSettings, Growth, check_budget, plane_choices
 from anybit.methods.lsq import FixedScheme, LSQSettings
 from anybit.quantizers import LearnedInput, UniformQuantizer
-from anybit.scheme import Budget, Precision, Scheme
+from anybit.scheme import Budget, Precision, Scheme, match_patterns
 from anybit.stages import CalibrateSettings, Network
 from anybit.training import Trainee, TrainSettings
 
@@ -48,14 +49,18 @@ class GrowSettings:
 
     @classmethod
     def of(cls, **settings: Any) -> "GrowSettings":
-        """From one flat set of names, each a field of this class, of CSQSettings or of TrainSettings."""
-        parts: dict[str, dict[str, Any]] = {"csq": {}, "train": {}, "": {}}
-        for name, value in settings.items():
-            home = next((p for p, c in (("csq", CSQSettings), ("train", TrainSettings), ("", cls)) if name in c.__dataclass_fields__), None)
-            if home is None:
-                raise InvalidSetting(f"grow has no setting {name!r}.")
-            parts[home][name] = value
-        return cls(csq=CSQSettings(**parts["csq"]), train=TrainSettings(**parts["train"]), **parts[""])
+        """From one flat set of names, each a field of this class, of TrainSettings, or of the methods' settings that have it."""
+        homes = {"csq": CSQSettings, "lsq": LSQSettings, "train": TrainSettings, "": cls}
+        parts = {home: {n: v for n, v in settings.items() if n in kind.__dataclass_fields__} for home, kind in homes.items()}
+        unknown = [name for name in settings if not any(name in part for part in parts.values())]
+        if unknown:
+            raise InvalidSetting(f"grow has no setting {unknown[0]!r}.")
+        inner = {home: kind(**parts[home]) for home, kind in homes.items() if home}
+        return cls(**inner, **parts[""])
+
+    def __post_init__(self):
+        if self.task is not None and self.task not in TASKS:
+            raise InvalidSetting(f"task {self.task!r} is unknown. Choose from {', '.join(TASKS)}.")
 
     def to_json(self) -> dict[str, Any]:
         flat = {name: value for name, value in asdict(self).items() if name not in ("csq", "lsq", "train", "keep")}
@@ -64,13 +69,14 @@ class GrowSettings:
 
 
 def plain_batches(samples: Samples, settings: GrowSettings) -> list[Batch]:
-    """A few training inputs, drawn once, as they are."""
-    return list(draw(samples, _few(samples), settings.train.seed).batches(min(settings.train.batch_size, 256)))
+    """A few training inputs, drawn once, as they are, in batches of one size."""
+    count, size = min(_few(samples), len(samples)), min(settings.train.batch_size, 256)
+    return list(draw(samples, count - count % size or count, settings.train.seed).batches(size))
 
 
-def watched_batches(tests: Samples) -> list[Batch]:
-    """The test samples that every epoch is reported on: the first ones."""
-    return list(tests.subset(range(min(len(tests), _few(tests)))).batches(256))
+def watched_batches(tests: Samples, seed: int) -> list[Batch]:
+    """The test samples that every epoch is reported on, drawn once: many sets are sorted by class."""
+    return list(draw(tests, _few(tests), seed).batches(256))
 
 
 def _few(samples: Samples) -> int:
@@ -79,29 +85,33 @@ def _few(samples: Samples) -> int:
     return max(2, min(PLAIN, PLAIN_BYTES // sum(tensor.nbytes for tensor in tensors_in(first.inputs))))
 
 
-def forget(model: nn.Module, seed: int) -> None:
-    """Every module's parameters as it makes them new, in place."""
-    torch.manual_seed(seed)
-    for module in model.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+def forgotten(model: nn.Module, plain: Sequence[Batch], seed: int) -> nn.Module:
+    """A copy whose modules have made their parameters new, with batch-norm statistics of `plain`."""
+    fresh = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in fresh.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    batchnorm.reestimate(fresh, plain)
+    return fresh
 
 
 def observe_trainable(model: nn.Module, example: Batch, settings: GrowSettings, scheme: Scheme | None) -> Network:
     """The float network observed and folded, each layer with what it may end with: the planes' bit-widths, or `scheme`'s alone."""
     widths = tuple(range(2, settings.csq.planes + 2))
-    wanted = CalibrateSettings(weight_bits=widths, activation_bits=(settings.activation_bits,), keep=settings.keep)
-    network = stages.observe_network(model, example, wanted)
+    fixed = {} if scheme is None else {glob.escape(name): p for name, p in scheme.items() if p.weight_bits is None}
+    keep = settings.keep if scheme is None else fixed
+    network = stages.observe_network(model, example, CalibrateSettings(widths, (settings.activation_bits,), keep))
     if scheme is not None:
         scheme.check_names(network.names)
         Scheme(dict.fromkeys(network.names, Precision())).check_names(scheme)
         return replace(network, choices={name: [scheme[name]] for name in network.names})
-    planes = plane_choices(settings.csq, settings.activation_bits)
-    choices = {}
-    for name, options in network.choices.items():
-        free = len(options) == len(widths)
-        inputs = options[0].activation_bits
-        choices[name] = [Precision(p.weight_bits, inputs) for p in planes] if free else list(options)
+    kept = match_patterns(settings.keep, network.names)
+    choices = {
+        name: list(options) if name in kept else plane_choices(settings.csq, options[0].activation_bits)
+        for name, options in network.choices.items()
+    }
     return replace(network, choices=choices)
 
 

@@ -16,14 +16,15 @@ ESTIMATORS = ("minmax", "percentile", "mse")
 SMALLEST_RELATIVE_SCALE = 2.0**-12
 
 
-def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: int = 80) -> Tensor:
+def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: int = 80, symmetric: bool = False) -> Tensor:
     """Symmetric scale of each row of `rows` [channels, fan-in], as [channels, 1].
 
     "minmax" maps the largest magnitude to quant_max; "mse" searches shrunken ranges for the least squared error of each row;
-    "percentile" maps the 99.9th percentile of the magnitudes to quant_max.
+    "percentile" maps the 99.9th percentile of the magnitudes to quant_max. With `symmetric` the lowest code is not used.
     """
     _check_estimator(estimator)
     quant_min, quant_max = quant_limits(bits, signed=True)
+    quant_min = -quant_max if symmetric else quant_min
     if estimator == "percentile":
         largest = torch.quantile(rows.abs().float(), 0.999, dim=1, keepdim=True)
     else:

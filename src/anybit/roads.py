@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from anybit import batchnorm, growth, stages, training
-from anybit.batches import Batch, Calibration, Samples, check_finite, draw, map_tensors, split
+from anybit import growth, stages, training
+from anybit.batches import Batch, Calibration, Samples, check_finite, draw, map_tensors, split, tensors_in
 from anybit.candidates import Candidates, apply_scheme
 from anybit.checkpoint import (
     Canonical,
@@ -311,6 +311,8 @@ def grow(
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; AnybitError where the loss stops being a number.
     """
     wanted = growth.GrowSettings.of(**settings)
+    if isinstance(budget, (list, tuple)):
+        raise InvalidSetting("grow takes one budget: every budget is a training of its own.")
     if budget is not None and scheme is not None:
         raise InvalidSetting("Give a budget or a scheme, not both: a scheme has its bits already.")
     budget = Budget.parse(budget) if budget is not None else None
@@ -326,25 +328,29 @@ def grow(
             raise InvalidInput("The training data is empty.")
         plain = growth.plain_batches(samples, wanted)
         check_finite(plain)
-        if wanted.from_scratch:
-            growth.forget(float_model, wanted.train.seed)
-            batchnorm.reestimate(float_model, plain)
-        network = growth.observe_trainable(float_model, Batch(map_tensors(plain[0].inputs, lambda t: t[:2])), wanted, scheme)
+        training.share_state(float_model)
+        start = growth.forgotten(float_model, plain, wanted.train.seed) if wanted.from_scratch else float_model
+        training.share_state(start)
+        network = growth.observe_trainable(start, Batch(map_tensors(plain[0].inputs, lambda t: t[:2])), wanted, scheme)
         if budget is not None:
             growth.check_feasible(network, budget)
         task = wanted.task or guess_task(outputs_of(float_model, plain[:1]))
         trainee = growth.make_trainee(network, plain, budget, scheme is not None, wanted)
-    watched = None if tests is None else growth.watched_batches(tests)
-    with clock.stage("training"):
+    if tests is not None:  # before the long work, which bad labels or a bad metric would waste
+        reference = outputs_of(float_model, tests.batches(256))
+        float_test = evaluate_model(float_model, tests.batches(256), task, metric)
+        watched = growth.watched_batches(tests, wanted.train.seed)
+    with clock.stage("training"), torch.random.fork_rng(devices=[]):
         epochs = training.train(
             trainee,
             samples,
             wanted.train,
+            task,
             float_model if wanted.train.distill else None,
             growth.folded_gammas(trainee.model, network),
             None if checkpoint is None else Path(checkpoint),
-            _identity(float_model, budget, scheme, samples, wanted),
-            None if watched is None else lambda: growth.soft_and_frozen(trainee, network, plain, watched, task, metric),
+            _identity(float_model, budget, scheme, samples, plain[0], wanted),
+            None if tests is None else lambda: growth.soft_and_frozen(trainee, network, plain, watched, task, metric),
         )
     with clock.stage("freeze"):
         canonical = growth.frozen(trainee, network, plain)
@@ -364,8 +370,7 @@ def grow(
     }
     if tests is not None:
         with clock.stage("test"):
-            reference = outputs_of(float_model, tests.batches(256))
-            report["float_test"] = evaluate_model(float_model, tests.batches(256), task, metric)
+            report["float_test"] = float_test
             report["test"] = evaluate_model(canonical.model, tests.batches(256), task, metric, reference)
     canonical.model.cpu()
     report["stages"] = clock.stages
@@ -375,15 +380,26 @@ def grow(
 
 
 def _identity(
-    model: nn.Module, budget: Budget | None, scheme: Scheme | None, samples: Samples, settings: growth.GrowSettings
+    model: nn.Module, budget: Budget | None, scheme: Scheme | None, samples: Samples, first: Batch, settings: growth.GrowSettings
 ) -> dict[str, Any]:
-    """What must agree for a training to be continued: weights, data, budget and every setting."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    about = {"weights": digest.hexdigest(), "samples": len(samples), "budget": str(budget), "scheme": scheme and scheme.to_json()}
+    """What must agree for a training to be continued: weights, data (its length and some preprocessed inputs), budget, every setting."""
     flat = settings.to_json()
-    return about | {f"{part}.{key}": value for part in ("csq", "train") for key, value in flat.pop(part).items()} | flat
+    return {
+        "weights": _digest(model.state_dict().values()),
+        "samples": len(samples),
+        "data": _digest([*tensors_in(first.inputs), *([] if first.labels is None else [first.labels])]),
+        "budget": str(budget),
+        "scheme": scheme and scheme.to_json(),
+        **{f"{part}.{key}": value for part in ("csq", "lsq", "train") for key, value in flat.pop(part).items()},
+        **flat,
+    }
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _layer_costs(network: Network, scheme: Scheme) -> dict[str, Any]:

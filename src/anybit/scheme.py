@@ -13,6 +13,7 @@ What is counted:
 
 import difflib
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,13 @@ def check_bits(bits: int, what: str = "bit-width") -> int:
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise InvalidSetting(f"{what} {bits!r} is outside {MIN_BITS}..{MAX_BITS}. Choose from 2, 3, 4, 5, 6, 7, 8.")
     return bits
+
+
+def check_positive(value: float, what: str) -> float:
+    """`value` itself, when it is a finite number above zero."""
+    if not 0 < value < math.inf:
+        raise InvalidSetting(f"{what} {value} must be a finite number above zero.")
+    return value
 
 
 @dataclass(frozen=True)

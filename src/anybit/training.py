@@ -1,7 +1,8 @@
 """The epoch loop that the training roads share: batches, augmentation, distillation, checkpoints, several processes.
 
 Every epoch draws its order and its augmentation from (seed, epoch) alone, so a run that is continued from a checkpoint ends with the same
-bytes as one that was never stopped, and several processes see the batches that one would.
+bytes as one that was never stopped, and several processes see the batches that one would. (A data set that augments by itself draws from
+torch's generator, seeded by seed, epoch and process; of other generators nothing is known here.)
 
 On several processes (`torchrun` or `accelerate launch`; both set the same environment) each takes its share of every batch, and gradients
 are averaged. There is no wrapper around the model: what a method sets on its modules is what runs. Batch norm sees each process's own
@@ -13,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 
 from anybit.batches import Batch, Samples, call, first_tensor
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
-from anybit.evaluation import guess_task
+from anybit.evaluation import check_labels
 from anybit.progress import note, track
+from anybit.wiring import BATCH_NORMS
 
 SMALLEST_GAMMA = 1e-5
 
@@ -40,8 +42,8 @@ class Trainee(Protocol):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Adam's groups: params and lr."""
 
-    def at(self, progress: float) -> None:
-        """Called before each step with the share of the run that is done."""
+    def at(self, progress: float) -> list[nn.Parameter]:
+        """Called before each step with the share of the run that is done; returns parameters that it set anew, whose momentum is void."""
 
     def end_epoch(self) -> None:
         """Called after each epoch."""
@@ -96,6 +98,7 @@ def train(
     trainee: Trainee,
     samples: Samples,
     settings: TrainSettings,
+    task: str,
     teacher: nn.Module | None = None,
     positive: Sequence[nn.Parameter] = (),
     checkpoint: Path | None = None,
@@ -109,34 +112,33 @@ def train(
     checkpoint  file that is written after every epoch and continued from where it is found; `identity` are the settings that must agree
     watch       called after each epoch; what it returns joins the record
     """
-    steps = _steps(samples, settings)
+    steps = _steps(samples, settings, trainee.model)
     groups = trainee.parameter_groups()
     optimizer = torch.optim.Adam(groups)
     rates = [group["lr"] for group in groups]
+    labelled = task == "classification" and samples.labelled
     records: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.is_file():
         records = _resume(checkpoint, trainee, optimizer, identity or {})
     forward = torch.compile(trainee.model) if settings.compile else trainee.model
     for epoch in track(range(len(records), settings.epochs), "epochs"):
         trainee.model.train()
-        total, right, seen = 0.0, 0, 0
+        total, right, seen = 0.0, 0.0, 0
         batches = list_checked(epoch_batches(samples, settings, epoch), steps, epoch)
         for step, batch in enumerate(batches):
             progress = (epoch + step / steps) / settings.epochs
-            trainee.at(progress)
+            for parameter in trainee.at(progress):
+                optimizer.state.pop(parameter, None)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * learning_rate(progress, settings.warmup)
             with _autocast(settings, batch):
                 outputs = first_tensor(call(forward, batch.inputs))
-                loss = task_loss(outputs, batch, teacher, settings.distill)
+                loss = task_loss(outputs, batch, task, teacher, settings.distill)
             penalty = trainee.penalty()
-            if not torch.isfinite(loss + penalty):
-                kept = f" The checkpoint of epoch {epoch} is kept in {checkpoint}." if checkpoint and epoch else ""
-                values = f"{float(loss.detach()):g} (penalty {float(penalty.detach()):g})"
-                raise AnybitError(
-                    f"The loss became {values} in epoch {epoch + 1}, step {step + 1} of {steps}.{kept} "
-                    "Lower the learning rates, or look for broken inputs."
-                )
+            told = average(loss.detach())  # of all processes, so that all stop together
+            if not torch.isfinite(told + penalty.detach()):
+                values = f"{float(told):g} (penalty {float(penalty.detach()):g})"
+                raise AnybitError(f"The loss became {values} in {_where(epoch, step, steps, checkpoint)}")
             optimizer.zero_grad(set_to_none=True)
             (loss + penalty.to(loss.device)).backward()
             average_gradients(trainee.model)
@@ -144,14 +146,17 @@ def train(
             with torch.no_grad():
                 for parameter in positive:
                     parameter.clamp_(min=SMALLEST_GAMMA)
-            total, seen = total + float(loss.detach()) * len(batch), seen + len(batch)
-            if outputs.dim() == 2 and batch.labels is not None:
-                right += int((outputs.argmax(-1) == batch.labels).sum())
+            total, seen = total + float(told) * len(batch), seen + len(batch)
+            if task == "classification" and batch.labels is not None:
+                right += float(average((outputs.argmax(-1) == batch.labels).float().mean())) * len(batch)
+        broken = [name for name, tensor in trainee.model.named_parameters() if torch.isnan(tensor).any()]
+        if broken:
+            raise AnybitError(f"{broken[0]} became NaN in {_where(epoch, steps - 1, steps, checkpoint)}")
         trainee.end_epoch()
         average_buffers(trainee.model)
         if epoch + 1 == settings.epochs:
             trainee.at(1.0)
-        record = {"epoch": epoch + 1, "loss": total / seen, "train_top1": 100 * right / seen, **trainee.record()}
+        record = {"epoch": epoch + 1, "loss": total / seen, "train_top1": 100 * right / seen if labelled else None, **trainee.record()}
         records.append(record | (watch() if watch else {}))
         note(summary(records[-1], settings.epochs))
         if checkpoint is not None and rank() == 0:
@@ -159,12 +164,21 @@ def train(
     return records
 
 
+def _where(epoch: int, step: int, steps: int, checkpoint: Path | None) -> str:
+    kept = f" The checkpoint of epoch {epoch} is kept in {checkpoint}." if checkpoint and epoch else ""
+    advice = "Look for broken inputs, or start anew (--overwrite) with lower learning rates."
+    return f"epoch {epoch + 1}, step {step + 1} of {steps}.{kept} {advice}"
+
+
 def summary(record: Mapping[str, Any], epochs: int) -> str:
     """An epoch's record in one line."""
     parts = [f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}"]
     for kind in ("soft", "frozen"):
         parts += [f"{kind} {key} {record[kind][key]:.4g}" for key in ("top1", "loss") if key in record.get(kind, {})][:1]
-    parts.append(f"{record['weight_bits']:.2f} bits")
+    if "frozen" not in record and record["train_top1"] is not None:
+        parts.append(f"training top1 {record['train_top1']:.4g}")
+    above = record.get("above_budget")
+    parts.append(f"{record['weight_bits']:.2f} bits" + ("" if above is None else f" ({above:+.2f} to the budget)"))
     if "undecided" in record:
         parts.append(f"{100 * record['undecided']:.1f} % of gates undecided, temperature {record['temperature']:.3g}")
     return ", ".join(parts)
@@ -177,14 +191,15 @@ def learning_rate(progress: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def task_loss(outputs: Tensor, batch: Batch, teacher: nn.Module | None, distill: float) -> Tensor:
+def task_loss(outputs: Tensor, batch: Batch, task: str, teacher: nn.Module | None, distill: float) -> Tensor:
     """Cross-entropy of a classifier (squared error of a regression), joined by the divergence from the teacher's outputs."""
     loss = torch.zeros((), device=outputs.device)
-    classes = guess_task(outputs) == "classification"
+    classes = task == "classification"
     if distill < 1:
         if batch.labels is None:
             raise InvalidInput("Training needs labels, and this data has none. Give labelled data, or --distill 1.")
         labels = batch.labels
+        check_labels(outputs, labels, task)
         loss = F.cross_entropy(outputs.float(), labels) if classes else F.mse_loss(outputs.float().flatten(), labels.float().flatten())
         loss = (1 - distill) * loss
     if distill > 0:
@@ -207,12 +222,14 @@ def _autocast(settings: TrainSettings, batch: Batch):
 # Batches
 
 
-def _steps(samples: Samples, settings: TrainSettings) -> int:
+def _steps(samples: Samples, settings: TrainSettings, model: nn.Module) -> int:
     """Full batches an epoch; where there is not one, the whole set is the batch."""
     if len(samples) == 0:
         raise InvalidInput("The training data is empty.")
     if settings.batch_size % world() or (len(samples) < settings.batch_size and len(samples) % world()):
         raise InvalidSetting(f"batch size {settings.batch_size} does not divide among {world()} processes. Choose a multiple of {world()}.")
+    if settings.batch_size // world() < 2 and any(isinstance(module, BATCH_NORMS) for module in model.modules()):
+        raise InvalidSetting(f"batch size {settings.batch_size} leaves batch norm one sample a process. Choose at least {2 * world()}.")
     return max(1, len(samples) // settings.batch_size)
 
 
@@ -223,8 +240,9 @@ def epoch_batches(samples: Samples, settings: TrainSettings, epoch: int) -> Iter
     count = len(samples) // size
     order = torch.randperm(len(samples), generator=generator)[: count * size].view(count, size)
     mine = order[:, rank() :: world()].flatten().tolist()
-    torch.manual_seed(settings.seed * 100_003 + epoch)  # for data sets that augment by themselves, and for dropout
-    for batch in samples.subset(mine).batches(size // world()):
+    seed = (settings.seed * 100_003 + epoch) * world() + rank()
+    torch.manual_seed(seed)  # for data sets that augment by themselves, and for dropout
+    for batch in replace(samples, seed=seed).subset(mine).batches(size // world()):
         yield augmented(batch, settings.augment, size, generator)
 
 
@@ -235,14 +253,11 @@ def list_checked(batches: Iterator[Batch], steps: int, epoch: int) -> Iterator[B
         for batch in batches:
             yield batch
             seen += 1
-    except (IndexError, StopIteration, RuntimeError) as error:
-        if not isinstance(error, IndexError | StopIteration) and "StopIteration" not in str(error):
-            raise
-    if seen < steps:
+    except IndexError as error:
         raise InvalidInput(
-            f"The training data ended after {seen} of {steps} batches in epoch {epoch + 1}: it has fewer samples than its length says. "
-            "Repair its __len__."
-        )
+            f"The training data ended after {seen} of {steps} batches in epoch {epoch + 1}: it has fewer samples than its length says, or "
+            f"its __getitem__ is at fault ({error}). Repair it."
+        ) from error
 
 
 def augmented(batch: Batch, augment: str, global_size: int, generator: torch.Generator) -> Batch:
@@ -294,6 +309,24 @@ def join_processes(device: str) -> str:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     return device
+
+
+@torch.no_grad()
+def share_state(model: nn.Module) -> None:
+    """Give every process the parameters and buffers of the first, in place: networks are not always made from a seed."""
+    if world() > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+@torch.no_grad()
+def average(value: Tensor) -> Tensor:
+    """The mean of a number over the processes."""
+    if world() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= world()
+    return value
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ from anybit.errors import InvalidSetting
 from anybit.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
 from anybit.quantizers import LearnedInput, UniformQuantizer
 from anybit.ranges import weight_scale
-from anybit.scheme import FLOAT, Budget, Condition, Precision, Scheme
+from anybit.scheme import FLOAT, Budget, Condition, Precision, Scheme, check_positive
 from anybit.sensitivity import SensitivityTable
 
 Gates = Literal["soft", "straight-through", "hard"]
@@ -89,6 +89,8 @@ class CSQSettings:
                 raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose soft or straight-through.")
         if self.phase not in ("restart", "rewind", "continue"):
             raise InvalidSetting(f"phase {self.phase!r} is unknown. Choose restart, rewind or continue.")
+        for name in ("strength", "gate_rate", "plane_rate", "scale_rate", "rate"):
+            check_positive(getattr(self, name), name)
         for name in ("plane_temperature", "fix_temperature", "final_temperature"):
             if getattr(self, name) < 1:
                 raise InvalidSetting(f"{name} {getattr(self, name)} must be at least 1, where temperatures start.")
@@ -169,7 +171,7 @@ class GatedWeight(nn.Module):
     def start(self, rows: Tensor, planes: range) -> None:
         """Set the logits to +-1 such that the weight is `rows`, rounded to these adjacent planes within their best range."""
         largest = 2 ** len(planes) - 1
-        step = weight_scale(rows if len(self.log_scale) > 1 else rows.reshape(1, -1), len(planes) + 1)
+        step = weight_scale(rows if len(self.log_scale) > 1 else rows.reshape(1, -1), len(planes) + 1, symmetric=True)
         codes = (rows / step).round().clamp(-largest, largest).to(torch.int64)
         for place, b in enumerate(planes):
             bit = (codes.abs() >> place) & 1
@@ -292,11 +294,13 @@ class Growth:
         groups = ((logits, rates.gate_rate), (planes, rates.plane_rate), (scales, rates.scale_rate), (others, rates.rate))
         return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
 
-    def at(self, progress: float) -> None:
-        """Set what follows from the share of the run that is done: temperatures, and the two decisions."""
-        s = self.settings
+    def at(self, progress: float) -> list[nn.Parameter]:
+        """Set what follows from the share of the run that is done: temperatures, and the two decisions. Returns what was set anew."""
+        s, restarted = self.settings, []
         if progress >= s.fix and self.growing:
+            gates = list(self.growing.values()) if s.phase == "restart" else []
             self.fix_planes()
+            restarted = [parameter for weight in gates for parameter in (weight.positive, weight.negative, weight.log_scale)]
         if progress >= s.harden and not self.hard:
             self.harden()
         search, settle = min(progress / s.fix, 1), min(max(progress - s.fix, 0) / max(s.harden - s.fix, 1e-9), 1)
@@ -306,6 +310,7 @@ class Growth:
         for weight in self.gated.values():
             weight.temperature.fill_(1.0 if s.weight_gates == "straight-through" else temperature)
             weight.plane_temperature.fill_(s.plane_temperature**search)
+        return restarted
 
     def penalty(self) -> Tensor:
         """lambda dS times the soft mean bits of a weight; 0 once all planes are fixed."""
@@ -380,6 +385,7 @@ class Growth:
             "undecided": sum(part for part, _ in undecided) / max(sum(total for _, total in undecided), 1),
             "temperature": float(first.temperature) if first else 1.0,
             "plane_temperature": float(first.plane_temperature) if first else 1.0,
+            "above_budget": None if self.budget is None else self.excess(),
             "layers": {name: precision.weight_bits for name, precision in scheme.items()},
         }
 

@@ -21,7 +21,7 @@ from anybit.layers import Pruned, fill, float_weight, quantized_layers, weight_r
 from anybit.numerics import fake_quantize
 from anybit.quantizers import LearnedInput, UniformQuantizer
 from anybit.ranges import weight_scale
-from anybit.scheme import Scheme
+from anybit.scheme import Scheme, check_positive
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class LSQSettings:
 
     scale_rate: float = 1e-3
     rate: float = 1e-3
+
+    def __post_init__(self):
+        check_positive(self.scale_rate, "scale_rate")
+        check_positive(self.rate, "rate")
 
 
 class LearnedStep(nn.Module):
@@ -67,8 +71,9 @@ class FixedScheme:
         groups = ((scales, self.settings.scale_rate), (others, self.settings.rate))
         return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
 
-    def at(self, progress: float) -> None:
+    def at(self, progress: float) -> list[nn.Parameter]:
         """Nothing depends on the share of the run that is done."""
+        return []
 
     def end_epoch(self) -> None:
         """Nothing is decided on the way."""
