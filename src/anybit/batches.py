@@ -160,6 +160,12 @@ class ArrayDataset(Dataset):
         self.is_image = x.dtype.name == "uint8" and x.ndim in (3, 4)
         self.mean = None if mean is None else torch.tensor(mean)[:, None, None]
         self.std = None if std is None else torch.tensor(std)[:, None, None]
+        channels = x.shape[3 if self.is_image else 1] if x.ndim == 4 else 1
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and not (self.is_image or x.ndim == 4):
+                raise InvalidSetting(f"--{name} is of pictures; these arrays are {x.dtype} {list(x.shape)}. Leave it out.")
+            if values is not None and len(values) not in (1, channels):
+                raise InvalidSetting(f"--{name} has {len(values)} numbers for pictures of {channels} channels. Give one a channel.")
 
     def __len__(self) -> int:
         return len(self.x)

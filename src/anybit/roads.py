@@ -29,7 +29,7 @@ from anybit.checkpoint import (
     write_json,
 )
 from anybit.errors import InvalidInput, InvalidSetting, SchemeMismatch, UnsupportedModel
-from anybit.evaluation import Metric, guess_task, outputs_of
+from anybit.evaluation import Metric, check_labels, guess_task, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
 from anybit.layers import float_weight
 from anybit.references import Preprocessing, absolute, as_samples, load_data, load_model
@@ -186,6 +186,8 @@ def prepare_bench(
         references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
         reference = outputs_of(network.folded, calibration.held_out)
         task = stages.task_of(settings, reference)
+        for batch in calibration.held_out if samples.labelled else ():
+            check_labels(reference[: len(batch)], batch.labels, task)
         if not torch.isfinite(torch.cat([reference, *references])).all():
             stages.finite_samples(network, calibration, settings)  # names the layer, where it is one's input
             raise UnsupportedModel(
