@@ -13,63 +13,33 @@ trained for as long by the same recipe.
 """
 
 import argparse
-import base64
-import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from study import ROOT, Study, parser
 
 import anybit
 from anybit import growth
-from anybit.batches import Batch, Samples, draw
-from anybit.evaluation import correct, outputs_of
+from anybit.batches import Batch, draw
 from anybit.methods.csq import GatedWeight, gate
 from anybit.progress import listening
-from anybit.references import Preprocessing, load_data, load_model
-from anybit.reporting import environment
 from anybit.scheme import FLOAT, Precision, Scheme
 
-PREPROCESSING = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-ROOT = Path(__file__).parent.parent
 RECIPE = {"batch_size": 256, "augment": "flip,crop4"}
 
 
-class Study:
-    """The network, the data, and the file that keeps what was measured."""
+class Growing(Study):
+    """The study of the grow road."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.arguments = arguments
-        train = load_data(arguments.data, PREPROCESSING)
-        self.train = draw(train, arguments.images or len(train), 0)
-        self.calibration = Samples(train.dataset, labelled=True)
-        self.test = load_data(f"{arguments.data}#test", PREPROCESSING)
-        self.file = arguments.results / f"grow_resnet20_{arguments.study}.json"
-        self.only = arguments.only
-
-    @property
-    def entries(self) -> dict[str, Any]:
-        return json.loads(self.file.read_text())["entries"] if self.file.is_file() else {}
-
-    def network(self) -> torch.nn.Module:
-        return load_model(str(ROOT / "examples/resnet20_cifar10.py") + ":network", self.arguments.weights)
+        super().__init__(arguments, "grow_resnet20")
+        self.training = draw(self.train, arguments.images or len(self.train), 0)
 
     def names(self) -> list[str]:
         return [n for n, layer in self.network().named_modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
-
-    def measured(self, key: str, run: Callable[[], dict[str, Any]]) -> None:
-        """Run and keep one entry, unless it is there or not asked for."""
-        if key in self.entries or (self.only and self.only not in key):
-            return
-        start = time.perf_counter()
-        entry = run() | {"total_seconds": time.perf_counter() - start}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        about = {"environment": environment(), "entries": self.entries | {key: entry}}
-        self.file.write_text(json.dumps(about, indent=1) + "\n")
-        print(key, {k: v for k, v in entry.items() if isinstance(v, (int, float))}, flush=True)
 
     def grown(self, key: str, budget: str | None, **settings: Any) -> dict[str, Any]:
         """anybit.grow, tested; its checkpoint is kept beside the results until it is done."""
@@ -77,30 +47,15 @@ class Study:
         checkpoint = self.arguments.checkpoints / f"{key.replace(' ', '_')}.safetensors"
         with listening(lambda *_: None, lambda line: print(key, line, flush=True)):
             result = anybit.grow(
-                self.network(), self.train, budget, test=self.test, checkpoint=checkpoint, device=self.arguments.device, **wanted
+                self.network(), self.training, budget, test=self.test, checkpoint=checkpoint, device=self.arguments.device, **wanted
             )
         if self.arguments.runs:
             result.save(self.arguments.runs / key.replace(" ", "_"), overwrite=True)
         checkpoint.unlink(missing_ok=True)
         return self.row(result) | {"epochs": result.report["epochs"]}
 
-    def row(self, result: anybit.Result) -> dict[str, Any]:
-        right = correct(outputs_of(result.model, self.test.batches(250)), self.labels()).numpy()
-        report = result.report
-        return {
-            "top1": 100 * float(right.mean()),
-            "right": base64.b64encode(np.packbits(right).tobytes()).decode(),
-            **report["result"],
-            "layers": {name: layer["precision"] for name, layer in report["layers"].items()},
-            "stages": report["stages"],
-            "settings": report["settings"],
-        }
 
-    def labels(self) -> torch.Tensor:
-        return torch.cat([batch.labels for batch in self.test.batches(1000)])
-
-
-def methods(study: Study) -> None:
+def methods(study: Growing) -> None:
     def run(key: str, budget: str | None, **settings: Any) -> None:
         study.measured(key, lambda: study.grown(key, budget, **settings))
 
@@ -119,13 +74,13 @@ def methods(study: Study) -> None:
         run(f"CSQ {budget} A4 seed 0", budget, activation_bits=4)
 
 
-def calibrated(study: Study, activation_bits: int | None, seed: int) -> dict[str, Any]:
+def calibrated(study: Growing, activation_bits: int | None, seed: int) -> dict[str, Any]:
     """The calibrate road from 1,024 of the training images, at the same budget."""
-    result = anybit.calibrate(study.network(), study.calibration, "3bit", activation_bits=(activation_bits,), seed=seed, mirror=True)
+    result = anybit.calibrate(study.network(), study.train, "3bit", activation_bits=(activation_bits,), seed=seed, mirror=True)
     return study.row(result) | {"table": result.table["table"]}
 
 
-def choices(study: Study) -> None:
+def choices(study: Growing) -> None:
     for weights in ("soft", "straight-through"):
         for planes in ("soft", "straight-through"):
             key = f"weight gates {weights}, plane gates {planes}"
@@ -148,7 +103,7 @@ class PlainGates(torch.nn.Module):
         return (planes * f.plane_gate()[:, None, None]).sum(0) * (f.log_scale.exp() / f.shrinkage())
 
 
-def cost(study: Study) -> None:
+def cost(study: Growing) -> None:
     """Steps of each kind in turn, so that what else the machine does falls on all alike; bytes that autograd keeps of the gates."""
     batch = next(study.train.on(study.arguments.device).batches(256))
     kinds: dict[str, torch.nn.Module] = {}
@@ -206,7 +161,7 @@ def saved_bytes(model: torch.nn.Module, plain: bool) -> int:
     return sum(kept.values())
 
 
-def full(study: Study) -> None:
+def full(study: Growing) -> None:
     """The published length and budget: planes without the sign, layers unweighted, 32 / 20 = 1.6 bits; 2.6 with the sign."""
     settings = {"from_scratch": True, "epochs": 600, "activation_bits": None, "gate_rate": 1e-2, "rate": 2e-3}
     for budget in ("2.6bit", "3bit"):
@@ -219,23 +174,16 @@ STUDIES = {"methods": methods, "choices": choices, "cost": cost, "full": full}
 
 def main() -> None:
     """Run one study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--checkpoints", type=Path, default=ROOT / "runs" / "checkpoints")
-    parser.add_argument("--runs", type=Path, help="keep the run folders here")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--images", type=int, help="train on so many of the images")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--only", help="run the entries whose key contains this")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    options = parser(__doc__, STUDIES, seeds=2)
+    options.add_argument("--checkpoints", type=Path, default=ROOT / "runs" / "checkpoints")
+    options.add_argument("--runs", type=Path, help="keep the run folders here")
+    options.add_argument("--epochs", type=int, default=10)
+    options.add_argument("--images", type=int, help="train on so many of the images")
+    options.add_argument("--rounds", type=int, default=10)
+    options.add_argument("--device", default="cpu")
+    arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
-    STUDIES[arguments.study](Study(arguments))
+    STUDIES[arguments.study](Growing(arguments))
 
 
 if __name__ == "__main__":

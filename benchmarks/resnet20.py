@@ -12,27 +12,19 @@
 Images are training images without labels; the test set is touched by the report alone.
 """
 
-import argparse
-import base64
-import json
 import random
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
+from study import Study, parser
 
 import anybit
 from anybit import roads, stages
-from anybit.batches import Samples, draw
-from anybit.evaluation import correct, outputs_of
-from anybit.references import Preprocessing, load_data, load_model
-from anybit.reporting import StageClock, environment
+from anybit.batches import draw
+from anybit.reporting import StageClock
 from anybit.scheme import Budget, Precision, Scheme
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENDS = {"conv1": Precision(8, 8), "linear": Precision(8, 8)}
 PRECISIONS = ((4, 8), (4, 4), (3, 3), (2, 4), (2, 2))
 FULL = {"mirror": True, "steps": 300}
@@ -53,58 +45,22 @@ RUNGS: dict[str, dict[str, Any]] = {
 }
 
 
-class Study:
-    """The network, the data, and the file that keeps what was measured."""
-
-    def __init__(self, arguments: argparse.Namespace):
-        preprocessing = Preprocessing(MEAN, STD)
-        self.weights = arguments.weights
-        self.train = load_data(arguments.data, preprocessing)
-        self.train = Samples(self.train.dataset, labelled=True)
-        self.test = load_data(f"{arguments.data}#test", preprocessing)
-        self.file = arguments.results / f"resnet20_{arguments.study.replace('-', '_')}.json"
-        self.entries: dict[str, Any] = json.loads(self.file.read_text())["entries"] if self.file.is_file() else {}
-        self.seeds = arguments.seeds
-        self.only = arguments.only
-
-    def network(self) -> torch.nn.Module:
-        return load_model(str(Path(__file__).parent.parent / "examples/resnet20_cifar10.py") + ":network", self.weights)
-
-    def measured(self, key: str, run: Callable[[], dict[str, Any]]) -> None:
-        """Run and keep one entry, unless it is there or not asked for."""
-        if key in self.entries or (self.only and self.only not in key):
-            return
-        start = time.perf_counter()
-        self.entries[key] = run() | {"total_seconds": time.perf_counter() - start}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(json.dumps({"environment": environment(), "entries": self.entries}, indent=1) + "\n")
-        print(key, {k: v for k, v in self.entries[key].items() if k in ("top1", "seconds", "bytes", "weight_bits")}, flush=True)
+class Calibration(Study):
+    """The study of the calibrate road."""
 
     def calibrated(self, budget: Any = None, **settings: Any) -> list[dict[str, Any]]:
         """calibrate, tested: one row a budget."""
         results = anybit.calibrate(self.network(), self.train, budget, **settings)
         return [self.row(result) for result in (results if isinstance(results, list) else [results])]
 
-    def row(self, result: roads.Result) -> dict[str, Any]:
-        right = correct(outputs_of(result.model, self.test.batches(250)), self.labels()).numpy()
+    def row(self, result: anybit.Result) -> dict[str, Any]:
         report = result.report
-        return {
-            "budget": report["budget"],
-            "top1": 100 * float(right.mean()),
-            "right": base64.b64encode(np.packbits(right).tobytes()).decode(),
-            "seconds": sum(s["seconds"] for s in report["stages"] if s["stage"] != "edge ranges"),
-            **report["result"],
+        return super().row(result) | {
             "ladder": report["ladder"],
             "chosen": next((row["name"] for row in report["schemes"] if row["chosen"]), None),
             "schemes": [{k: v for k, v in row.items() if k != "scheme"} for row in report["schemes"]],
-            "layers": {name: layer["precision"] for name, layer in report["layers"].items()},
             "units": report["units"],
-            "stages": report["stages"],
-            "settings": report["settings"],
         }
-
-    def labels(self) -> torch.Tensor:
-        return torch.cat([batch.labels for batch in self.test.batches(1000)])
 
 
 def fixed(weight_bits: int, activation_bits: int) -> dict[str, Any]:
@@ -112,7 +68,7 @@ def fixed(weight_bits: int, activation_bits: int) -> dict[str, Any]:
     return {"weight_bits": (weight_bits,), "activation_bits": (activation_bits,), "keep": ENDS}
 
 
-def uniform(study: Study) -> None:
+def uniform(study: Calibration) -> None:
     for seed in range(study.seeds):
         for w, a in PRECISIONS:
             study.measured(f"W{w}A{a} seed {seed}", lambda w=w, a=a, seed=seed: study.calibrated(**fixed(w, a), seed=seed, **FULL)[0])
@@ -125,14 +81,14 @@ def uniform(study: Study) -> None:
             study.measured(f"W{w}A{a} {name}", lambda settings=settings: study.calibrated(**settings)[0])
 
 
-def ladder(study: Study) -> None:
+def ladder(study: Calibration) -> None:
     study.measured("float", lambda: {"top1": anybit.evaluate(study.network(), study.test)["top1"]})
     for w, a in PRECISIONS:
         for name, settings in RUNGS.items():
             study.measured(f"W{w}A{a} {name}", lambda w=w, a=a, settings=settings: study.calibrated(**fixed(w, a), **settings)[0])
 
 
-def mixed(study: Study) -> None:
+def mixed(study: Calibration) -> None:
     budgets = ["4bit", "3bit", "2.5bit"]
     searched = ["4bit,bops=650M", "3bit,bops=490M"]
     for seed in range(study.seeds):
@@ -148,7 +104,7 @@ def mixed(study: Study) -> None:
             study.measured(f"uniform W{w}A{a} seed {seed}", lambda settings=settings: study.calibrated(**settings)[0])
 
 
-def small_sets(study: Study) -> None:
+def small_sets(study: Calibration) -> None:
     rungs = {
         "ranges only": RUNGS["ranges only"],
         "AdaQuant layer-wise": {"unit": "layer", "bn_tuning": False, "bias_tuning": False, "steps": 200},
@@ -178,7 +134,7 @@ def random_schemes(network: stages.Network, bits: float, count: int) -> Iterator
             yield scheme
 
 
-def scatter(study: Study) -> None:
+def scatter(study: Calibration) -> None:
     def run() -> dict[str, Any]:
         settings = stages.CalibrateSettings(activation_bits=(8,), alternatives=10)
         clock = StageClock()
@@ -193,7 +149,7 @@ def scatter(study: Study) -> None:
     study.measured("3bit A8", run)
 
 
-def speed(study: Study) -> None:
+def speed(study: Calibration) -> None:
     for w, a in ((4, 8), (4, 4)):
         for name, settings in {"light": {"pipeline": "light"}, "40 steps": {"steps": 40, "bn_tuning": False, "bias_tuning": False}}.items():
             for seed in range(study.seeds):
@@ -208,17 +164,9 @@ STUDIES = {"uniform": uniform, "ladder": ladder, "mixed": mixed, "small-sets": s
 
 def main() -> None:
     """Run one study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", help="run the entries whose key contains this")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, STUDIES, seeds=3).parse_args()
     torch.set_num_threads(arguments.threads)
-    STUDIES[arguments.study](Study(arguments))
+    STUDIES[arguments.study](Calibration(arguments, "resnet20"))
 
 
 if __name__ == "__main__":
