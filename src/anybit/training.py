@@ -112,62 +112,87 @@ def train(
     checkpoint  file that is written after every epoch and continued from where it is found; `identity` are the settings that must agree
     watch       called after each epoch; what it returns joins the record
     """
-    steps = _steps(samples, settings, trainee.model)
     groups = trainee.parameter_groups()
-    optimizer = torch.optim.Adam(groups)
-    rates = [group["lr"] for group in groups]
-    labelled = task == "classification" and samples.labelled
+    forward = torch.compile(trainee.model) if settings.compile else trainee.model
+    steps, rates = _steps(samples, settings, trainee.model), [group["lr"] for group in groups]
+    run = _Run(trainee, settings, task, teacher, positive, forward, torch.optim.Adam(groups), rates, steps, checkpoint)
     records: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.is_file():
-        records = _resume(checkpoint, trainee, optimizer, identity or {})
-    forward = torch.compile(trainee.model) if settings.compile else trainee.model
+        records = _resume(checkpoint, trainee, run.optimizer, identity or {})
     for epoch in track(range(len(records), settings.epochs), "epochs"):
-        trainee.model.train()
-        total, right, seen = 0.0, 0.0, 0
-        batches = list_checked(epoch_batches(samples, settings, epoch), steps, epoch)
-        for step, batch in enumerate(batches):
-            progress = (epoch + step / steps) / settings.epochs
-            for parameter in trainee.at(progress):
-                optimizer.state.pop(parameter, None)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * learning_rate(progress, settings.warmup)
-            with _autocast(settings, batch):
-                outputs = first_tensor(call(forward, batch.inputs))
-                loss = task_loss(outputs, batch, task, teacher, settings.distill)
-            penalty = trainee.penalty()
-            told = average(loss.detach())  # of all processes, so that all stop together
-            if not torch.isfinite(told + penalty.detach()):
-                values = f"{float(told):g} (penalty {float(penalty.detach()):g})"
-                raise AnybitError(f"The loss became {values} in {_where(epoch, step, steps, checkpoint)}")
-            optimizer.zero_grad(set_to_none=True)
-            (loss + penalty.to(loss.device)).backward()
-            average_gradients(trainee.model)
-            optimizer.step()
-            with torch.no_grad():
-                for parameter in positive:
-                    parameter.clamp_(min=SMALLEST_GAMMA)
-            total, seen = total + float(told) * len(batch), seen + len(batch)
-            if task == "classification" and batch.labels is not None:
-                right += float(average((outputs.argmax(-1) == batch.labels).float().mean())) * len(batch)
-        broken = [name for name, tensor in trainee.model.named_parameters() if torch.isnan(tensor).any()]
-        if broken:
-            raise AnybitError(f"{broken[0]} became NaN in {_where(epoch, steps - 1, steps, checkpoint)}")
-        trainee.end_epoch()
-        average_buffers(trainee.model)
-        if epoch + 1 == settings.epochs:
-            trainee.at(1.0)
-        record = {"epoch": epoch + 1, "loss": total / seen, "train_top1": 100 * right / seen if labelled else None, **trainee.record()}
+        record = {"epoch": epoch + 1, **_epoch(run, samples, epoch), **trainee.record()}
         records.append(record | (watch() if watch else {}))
         note(summary(records[-1], settings.epochs))
         if checkpoint is not None and rank() == 0:
-            _save(checkpoint, trainee, optimizer, records, identity or {})
+            _save(checkpoint, trainee, run.optimizer, records, identity or {})
     return records
 
 
-def _where(epoch: int, step: int, steps: int, checkpoint: Path | None) -> str:
-    kept = f" The checkpoint of epoch {epoch} is kept in {checkpoint}." if checkpoint and epoch else ""
+@dataclass(frozen=True)
+class _Run:
+    """What does not change from epoch to epoch; `rates` are the groups' full learning rates."""
+
+    trainee: Trainee
+    settings: TrainSettings
+    task: str
+    teacher: nn.Module | None
+    positive: Sequence[nn.Parameter]
+    forward: Callable
+    optimizer: torch.optim.Optimizer
+    rates: Sequence[float]
+    steps: int
+    checkpoint: Path | None
+
+
+def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
+    """Every batch once; returns mean loss and, of a classifier with labels, training accuracy in percent."""
+    model = run.trainee.model.train()
+    told: list[Tensor] = []
+    for step, batch in enumerate(_all_of(epoch_batches(samples, run.settings, epoch), run.steps, epoch)):
+        told.append(_step(run, batch, (epoch + step / run.steps) / run.settings.epochs))
+        if not torch.isfinite(told[-1]).all():
+            task, penalty, _ = told[-1].tolist()
+            raise AnybitError(f"The loss became {task:g} (penalty {penalty:g}) in {_where(run, epoch, step)}")
+    broken = [name for name, tensor in model.named_parameters() if torch.isnan(tensor).any()]
+    if broken:  # the last update's doing, which no loss has shown yet: not to be kept
+        raise AnybitError(f"{broken[0]} became NaN in {_where(run, epoch, run.steps - 1)}")
+    run.trainee.end_epoch()
+    average_buffers(model)
+    if epoch + 1 == run.settings.epochs:
+        run.trainee.at(1.0)
+    loss, _, right = torch.stack(told).mean(0).tolist()
+    labelled = run.task == "classification" and samples.labelled
+    return {"loss": loss, "train_top1": 100 * right if labelled else None}
+
+
+def _step(run: _Run, batch: Batch, progress: float) -> Tensor:
+    """One update, unless the loss is no number; returns (the task's loss, the penalty, share of right answers), means over processes."""
+    for parameter in run.trainee.at(progress):
+        run.optimizer.state.pop(parameter, None)
+    for group, rate in zip(run.optimizer.param_groups, run.rates, strict=True):
+        group["lr"] = rate * learning_rate(progress, run.settings.warmup)
+    with _autocast(run.settings, batch):
+        outputs = first_tensor(call(run.forward, batch.inputs))
+        loss = task_loss(outputs, batch, run.task, run.teacher, run.settings.distill)
+    penalty = run.trainee.penalty().to(loss.device)
+    classes = run.task == "classification" and batch.labels is not None
+    right = (outputs.argmax(-1) == batch.labels).float().mean() if classes else torch.zeros_like(loss)
+    told = average(torch.stack([loss.detach().float(), penalty.detach(), right.detach()]))  # of all, so that all stop together
+    if torch.isfinite(told).all():
+        run.optimizer.zero_grad(set_to_none=True)
+        (loss + penalty).backward()
+        average_gradients(run.trainee.model)
+        run.optimizer.step()
+        with torch.no_grad():
+            for parameter in run.positive:
+                parameter.clamp_(min=SMALLEST_GAMMA)
+    return told
+
+
+def _where(run: _Run, epoch: int, step: int) -> str:
+    kept = f" The checkpoint of epoch {epoch} is kept in {run.checkpoint}." if run.checkpoint and epoch else ""
     advice = "Look for broken inputs, or start anew (--overwrite) with lower learning rates."
-    return f"epoch {epoch + 1}, step {step + 1} of {steps}.{kept} {advice}"
+    return f"epoch {epoch + 1}, step {step + 1} of {run.steps}.{kept} {advice}"
 
 
 def summary(record: Mapping[str, Any], epochs: int) -> str:
@@ -246,7 +271,7 @@ def epoch_batches(samples: Samples, settings: TrainSettings, epoch: int) -> Iter
         yield augmented(batch, settings.augment, size, generator)
 
 
-def list_checked(batches: Iterator[Batch], steps: int, epoch: int) -> Iterator[Batch]:
+def _all_of(batches: Iterator[Batch], steps: int, epoch: int) -> Iterator[Batch]:
     """The batches; raises InvalidInput where they end before `steps` of them came."""
     seen = 0
     try:
