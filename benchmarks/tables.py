@@ -313,7 +313,7 @@ def readme_section() -> str:
                 ["ResNet-20, CIFAR-10", f"mixed, `{budget}`, 8-bit activations", "91.73", spread([row["top1"] for row in found]), size]
             )
     for precision in PRECISIONS:
-        if found := uniform_runs(precision, "long") or uniform_runs(precision):
+        if found := max(uniform_runs(precision, "long"), uniform_runs(precision), key=len):  # of equally many seeds the long ones
             size = f"{found[0]['bytes'] / 1000:.0f} kB ({found[0]['percent']:.1f} %)"
             rows.append(["ResNet-20, CIFAR-10", f"{precision}, ends at 8 bits", "91.73", spread([run["top1"] for run in found]), size])
     for name, run in entries("efficientnet_lite0").items():
