@@ -81,6 +81,9 @@ def test_the_main_job_writes_a_run_that_loads_by_itself(here):
     report = json.loads(Path("run/report.json").read_text())
     assert report["result"]["bytes"] == Path("run/model.safetensors").stat().st_size and report["result"]["weight_bits"] <= 6
     assert done.stdout.splitlines()[-1].startswith("run: ") and "test top-1" in done.stdout
+    certificate = json.loads(Path("run/scheme.json").read_text())["certificate"]
+    assert set(certificate) == {"solver", "objective", "value", "bound", "gap", "predicted_loss", "seed", "chosen"}
+    assert certificate["seed"] == 0 and certificate["predicted_loss"] == pytest.approx(certificate["value"])
     model = anybit.load("run")
     scores = anybit_cli("evaluate", "run", "--data", "x.npz", "--json")
     assert one_json_object(scores.stdout)["top1"] == pytest.approx(report["test"]["top1"])

@@ -78,7 +78,8 @@ def test_every_method_ends_in_the_canonical_form(method, text, tmp_path):
     start, float_model = rounded_start(model, calibration, precision)
     reference = outputs_of(float_model, calibration.held_out)
     errors = [distance(outputs_of(one, calibration.held_out), reference, "classification") for one in (start, result.model)]
-    assert errors[1] <= max(errors[0], 1e-4)  # at eight bits both are as near to float as can be told
+    # A trained network leaves its start, which at eight bits is as near to float as can be told; a calibrated one never gets worse.
+    assert errors[1] <= (max(errors[0], 1e-4) if method in ("csq", "lsq") else errors[0])
 
     folder = result.save(tmp_path / "run")
     loaded = anybit.load(folder, model=make(Residual, seed=3))
