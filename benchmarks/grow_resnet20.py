@@ -28,7 +28,7 @@ from anybit.methods.csq import GatedWeight, gate
 from anybit.progress import listening
 from anybit.scheme import FLOAT, Precision, Scheme
 
-RECIPE = {"batch_size": 256, "augment": "flip,crop4"}
+RECIPE = {"batch_size": 256, "augment": "flip,crop4", "half": True, "compile": True}
 
 
 class Growing(Study):

@@ -268,7 +268,7 @@ def epoch_batches(samples: Samples, settings: TrainSettings, epoch: int) -> Iter
     seed = (settings.seed * 100_003 + epoch) * world() + rank()
     torch.manual_seed(seed)  # for data sets that augment by themselves, and for dropout
     for batch in replace(samples, seed=seed).subset(mine).batches(size // world()):
-        yield augmented(batch, settings.augment, size, generator)
+        yield channels_last(augmented(batch, settings.augment, size, generator))
 
 
 def _all_of(batches: Iterator[Batch], steps: int, epoch: int) -> Iterator[Batch]:
@@ -300,6 +300,13 @@ def augmented(batch: Batch, augment: str, global_size: int, generator: torch.Gen
             padded, (height, width) = F.pad(inputs, (pixels,) * 4), inputs.shape[-2:]
             inputs = torch.stack([p[:, y : y + height, x : x + width] for p, (y, x) in zip(padded, shifts, strict=True)])
     return Batch(inputs, batch.labels)
+
+
+def channels_last(batch: Batch) -> Batch:
+    """Pictures with their channels innermost in memory: convolutions hand the layout on, and train up to twice as fast in it."""
+    if isinstance(batch.inputs, Tensor) and batch.inputs.dim() == 4:
+        return Batch(batch.inputs.contiguous(memory_format=torch.channels_last), batch.labels)
+    return batch
 
 
 def _augmentations(text: str) -> list[tuple[str, int]]:
