@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-grow demo-imagenet test test-slow lint clean
+.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,14 @@ demo-grow: .venv/ready  ## the digits network trained to 3 bits a weight while i
 	$(BIN)/anybit grow --model examples/digits.py:network --weights runs/digits/weights.safetensors \
 	  --train runs/digits/digits.npz --test runs/digits/digits.npz#test --augment crop1 --batch-size 32 --epochs 15 \
 	  --activation-bits 4 --budget 3bit --output runs/digits-grown --overwrite
+
+demo-train-once: .venv/ready  ## one digits network trained for 2 to 8 bits, searched, and its best subnet of 3 bits extracted
+	$(BIN)/python examples/digits.py runs/digits
+	$(BIN)/anybit train --model examples/digits.py:network --weights runs/digits/weights.safetensors \
+	  --train runs/digits/digits.npz --test runs/digits/digits.npz#test --augment crop1 --batch-size 32 --epochs 8 --held-out 0.3 \
+	  --bits 2,3,4,6,8 --output runs/digits-supernet --overwrite
+	$(BIN)/anybit search runs/digits-supernet --evaluations 60 --budget 3bit --budget 40kB --output runs/digits-searched --overwrite
+	$(BIN)/anybit extract runs/digits-searched --budget 3bit --test runs/digits/digits.npz#test --output runs/digits-subnet --overwrite
 
 demo-imagenet: .venv/ready  ## make demo-imagenet IMAGES=folder: the same for EfficientNet-lite0 on your own pictures, few steps
 	@test -n "$(IMAGES)" || { echo "Say where the pictures are: make demo-imagenet IMAGES=folder"; exit 2; }

@@ -105,12 +105,29 @@ def test_nothing_but_the_logits_is_kept_for_backward():
 
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("planes", range(1, 8))
-def test_the_first_weight_is_the_trained_one_rounded_to_the_planes(planes, per_channel):
+def test_the_first_weight_is_the_trained_one_and_hardens_to_the_nearest_code(planes, per_channel):
     rows = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     step = weight_scale(rows if per_channel else rows.reshape(1, -1), planes + 1, symmetric=True)
     largest = 2**planes - 1
-    expected = (rows / step).round().clamp(-largest, largest) * step
-    assert torch.allclose(GatedWeight(rows, planes, per_channel)(rows), expected, atol=1e-5)
+    clamped = (rows / step).clamp(-largest, largest)
+    weight = GatedWeight(rows, planes, per_channel)
+    assert torch.allclose(weight(rows), clamped * step, atol=1e-5)
+    weight.fix(range(planes))
+    weight.harden()
+    assert torch.allclose(weight(rows), clamped.round() * step, atol=1e-5)
+
+
+@given(st.floats(1.0, 1e4), st.integers(0, 100))
+@few
+def test_temperature_alone_keeps_a_weight_between_its_two_codes(temperature, seed):
+    rows = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed))
+    weight = GatedWeight(rows, 3, False)
+    weight.temperature.fill_(temperature)
+    weight.plane_temperature.fill_(1e6)
+    step = weight_scale(rows.reshape(1, -1), 4, symmetric=True)
+    codes = (rows / step).clamp(-7, 7)
+    moved = weight(rows) / step
+    assert ((moved >= codes.floor() - 1e-4) & (moved <= codes.ceil() + 1e-4)).all()
 
 
 @pytest.mark.parametrize("cls", NETWORKS)
@@ -120,16 +137,6 @@ def test_the_first_forward_is_the_float_networks_within_eight_bits(cls):
     outputs = call(growth.model.eval(), x)
     assert (outputs - float_outputs).abs().max() < 0.05 * float_outputs.abs().max()
     assert set(growth.gated) == set(network.names)  # every covered layer grows: first, last, shortcut, depthwise, embedding
-
-
-@given(st.floats(0.0, 1.0))
-@few
-def test_temperature_alone_does_not_move_an_untrained_weight(progress):
-    growth, _, _ = growth_of(NoBatchNorm)
-    layer = growth.layers["conv"]
-    before = layer.weight.detach().clone()
-    growth.at(progress)
-    assert torch.allclose(layer.weight, before, atol=1e-5)
 
 
 # Precision

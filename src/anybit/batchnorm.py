@@ -17,7 +17,7 @@ is `target="prior"`.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,9 +120,10 @@ def flip_negative(model: nn.Module, pairs: Mapping[str, str]) -> None:
 
 
 @torch.no_grad()
-def reestimate(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Put the running statistics of every batch norm to those of `batches`, in place; all else runs in evaluation mode."""
-    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.running_mean is not None]
+def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[nn.Module] | None = None) -> None:
+    """Put the running statistics of every batch norm (or of `norms`) to those of `batches`, in place; all else runs in evaluation mode."""
+    if norms is None:
+        norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.running_mean is not None]
     momenta = [norm.momentum for norm in norms]
     with evaluating(model):
         for norm in norms:

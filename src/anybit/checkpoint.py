@@ -2,7 +2,7 @@
 
 scheme.json          the scheme, the certificate, what the packed file's numbers belong to, and its SHA-256
 model.safetensors    packed codes, scales, edge ranges, float leftovers (layout: `packing`)
-report.json          the measured report
+report.json          the measured report; report.html shows it, where a training or a search has something to show
 candidates.safetensors, candidates.json    what `anybit allocate` needs to serve another budget (only in calibrate's folders)
 """
 
@@ -356,6 +356,10 @@ RUN_FILES = {
     "report.json",
     "candidates.safetensors",
     "candidates.json",
+    "report.html",
+    "supernet.safetensors",
+    "supernet.json",
+    "search.json",
     CHECKPOINT,
     f".{CHECKPOINT}.tmp",
 }
@@ -396,8 +400,8 @@ def _own_runs() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "anybit" / "runs.json"
 
 
-def remember(folder: Path) -> None:
-    """List the run as one of this user's own, by the hash of its scheme file, so that its model reference may be followed.
+def remember(folder: Path, file: str = "scheme.json") -> None:
+    """List the run as one of this user's own, by the hash of the file that names its model, so that its reference may be followed.
 
     The run is written by then: a list that cannot be written is worth a warning, not the run.
     """
@@ -405,7 +409,7 @@ def remember(folder: Path) -> None:
     try:
         listing.parent.mkdir(parents=True, exist_ok=True)
         known = read_json(listing) if listing.is_file() else []
-        digest = sha256_of(folder / "scheme.json")
+        digest = sha256_of(folder / file)
         if digest not in known:
             draft = listing.with_suffix(".tmp")
             write_json(draft, [*known, digest])
@@ -416,6 +420,6 @@ def remember(folder: Path) -> None:
         )
 
 
-def is_own(folder: Path) -> bool:
-    """Whether this user's own run wrote the folder's scheme file as it stands."""
-    return _own_runs().is_file() and sha256_of(folder / "scheme.json") in read_json(_own_runs())
+def is_own(folder: Path, file: str = "scheme.json") -> bool:
+    """Whether this user's own run wrote the folder's scheme file (or another that names its model) as it stands."""
+    return _own_runs().is_file() and sha256_of(folder / file) in read_json(_own_runs())

@@ -352,11 +352,11 @@ def grow(
     per_channel: Annotated[bool, typer.Option("--per-channel", help="A scale for each output channel instead of each layer.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="A layer may lose all its planes.")] = False,
     strength: Annotated[float, typer.Option(help="Weight of the budget in the loss.")] = 0.3,
-    fix: Annotated[float, typer.Option(help="Share of the run after which the planes are fixed.")] = 0.4,
+    fix: Annotated[float, typer.Option(help="Share of the run after which the planes are fixed.")] = 0.2,
     harden: Annotated[float, typer.Option(help="Share of the run after which every weight's bits are.")] = 0.9,
     phase: Annotated[str, typer.Option(help="How weights go on once the planes are fixed: restart, rewind or continue.")] = "restart",
     rate: Annotated[float, typer.Option(help="Learning rate of batch norm, biases, and of weights at a fixed scheme.")] = 1e-3,
-    gate_rate: Annotated[float, typer.Option(help="Learning rate of weight gates.")] = 1e-2,
+    gate_rate: Annotated[float, typer.Option(help="Learning rate of weight gates.")] = 3e-3,
     plane_rate: Annotated[float, typer.Option(help="Learning rate of plane gates.")] = 1e-2,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Forget the trained weights.")] = False,
     distill: Annotated[float, typer.Option(help="Weight of the float model's outputs in the loss, 0 to 1.")] = 0.0,
@@ -431,6 +431,193 @@ def grow(
         if rank() != 0:  # one process of several writes
             return
         folder = result.save(output, overwrite=True)
+    _print_results([folder], as_json, quiet)
+
+
+@app.command()
+def train(
+    output: Output,
+    model: Model = None,
+    weights: Weights = None,
+    train: Annotated[str | None, typer.Option("--train", help="Labelled training data, named as for --data elsewhere.")] = None,
+    test: Annotated[str | None, typer.Option("--test", help="Labelled data to report every epoch on; nothing is chosen on it.")] = None,
+    bits: Annotated[str, typer.Option(help="Bit-widths of weights and inputs, 2..8.")] = "2,4,6,8",
+    keep: Keep = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 10,
+    sandwich: Annotated[str, typer.Option(help="Networks of a step, in order: H highest, R random, L lowest bits.")] = "HRL",
+    label: Annotated[str, typer.Option(help="adaptive (online), teacher (the wider network's outputs) or one-hot.")] = "adaptive",
+    label_weight: Annotated[float, typer.Option(help="Share of the soft label, or of the teacher, in the loss.")] = 0.5,
+    middle: Annotated[str, typer.Option(help="How R is drawn: uniform, worst, best or progressive.")] = "uniform",
+    batch_norm: Annotated[
+        str, typer.Option(help="reestimate: statistics anew for each subnet; switch: a batch norm for each bit-width of the layer.")
+    ] = "reestimate",
+    bn_images: Annotated[int, typer.Option(help="Training inputs that batch-norm statistics are estimated from.")] = 4096,
+    held_out: Annotated[float, typer.Option(help="Share of the training data that is left to the search.")] = 0.1,
+    per_tensor: Annotated[bool, typer.Option("--per-tensor", help="A weight step for each layer instead of each channel.")] = False,
+    rate: Annotated[float, typer.Option(help="Learning rate of weights, biases and batch norm.")] = 1e-3,
+    step_rate: Annotated[float, typer.Option(help="Learning rate of the steps.")] = 1e-3,
+    step_rates: Annotated[str | None, typer.Option(help="Factors on it for some bit-widths: 2=0.1,4=0.3.")] = None,
+    offset_rate: Annotated[float, typer.Option(help="Learning rate of the inputs' offsets; 0 keeps them.")] = 0.0,
+    distill: Annotated[float, typer.Option(help="Weight of the float model's outputs in the loss, 0 to 1.")] = 0.0,
+    augment: Annotated[str, typer.Option(help="Of pictures: flip, crop4 (shifts by up to 4 pixels), or both with a comma.")] = "",
+    half: Annotated[bool, typer.Option("--half", help="Compute in bfloat16 where that is safe.")] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="Compile the forward pass.")] = False,
+    seed: Seed = 0,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize: Resize = None,
+    interpolation: Interpolation = "bilinear",
+    batch_size: Annotated[int, typer.Option(help="Inputs a training step, of all processes together.")] = 256,
+    workers: Workers = 0,
+    threads: Threads = None,
+    metric: MetricOption = None,
+    device: Device = "cpu",
+    task: Task = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one network for every bit-width; `search` and `extract` take subnets from it. An interrupted run continues where it began."""
+    with _reported_errors(), _progress(quiet or as_json):
+        from anybit import roads
+        from anybit.checkpoint import CHECKPOINT, check_free
+        from anybit.training import rank
+
+        check_free(output, overwrite, unfinished=True)
+        if overwrite and os.environ.get("RANK", "0") == "0":
+            (output / CHECKPOINT).unlink(missing_ok=True)  # start anew
+        _set_threads(threads)
+        supernet = roads.train(
+            _require(model, "--model"),
+            _require(train, "--train"),
+            weights=weights,
+            preprocessing=_preprocessing(mean, std, size, resize, interpolation),
+            test=test,
+            metric=_metric(metric),
+            checkpoint=output / CHECKPOINT,
+            workers=workers,
+            device=device,
+            bits=_widths(bits),
+            keep=_kept(keep),
+            epochs=epochs,
+            sandwich=sandwich,
+            label=label,
+            label_weight=label_weight,
+            middle=middle,
+            batch_norm=batch_norm,
+            bn_images=bn_images,
+            held_out=held_out,
+            per_channel=not per_tensor,
+            rate=rate,
+            step_rate=step_rate,
+            step_rates=_factors(step_rates),
+            offset_rate=offset_rate,
+            distill=distill,
+            augment=augment,
+            half=half,
+            compile=compile_,
+            seed=seed,
+            batch_size=batch_size,
+            task=task,
+        )
+        if rank() != 0:  # one process of several writes
+            return
+        folder = supernet.save(output, overwrite=True)
+    if as_json:
+        report = supernet.report
+        print(json.dumps({"folder": str(folder), **{key: report[key] for key in ("subnets", "test", "float_test") if key in report}}))
+    else:
+        from anybit.reporting import print_supernet
+
+        print_supernet(supernet.report)
+        print(f"{folder}: a supernet of {', '.join(supernet.report['subnets'])}")
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    bits = _bits(text, "--bits")
+    if None in bits:
+        raise InvalidSetting("--bits takes bit-widths alone: a float network has no step to train. Keep layers float with --keep.")
+    return tuple(width for width in bits if width is not None)
+
+
+def _factors(text: str | None) -> dict[int, float]:
+    try:
+        return {int(width): float(factor) for width, factor in (part.split("=") for part in text.split(","))} if text else {}
+    except ValueError as error:
+        raise InvalidSetting(f"--step-rates {text!r} cannot be read. Write bit-widths and factors: 2=0.1,4=0.3.") from error
+
+
+@app.command()
+def search(
+    run: Annotated[Path, typer.Argument(help="A supernet's folder.")],
+    output: Output,
+    data: Data = None,
+    budget: Annotated[list[str] | None, typer.Option("--budget", help="3bit, 80kB, 12.5%, bops=2.1G; repeat.")] = None,
+    evaluations: Annotated[int, typer.Option(help="Subnets that are evaluated.")] = 150,
+    strategy: Annotated[str, typer.Option(help="monte-carlo, uniform or integer-program.")] = "monte-carlo",
+    quantity: Annotated[str, typer.Option(help="The cost of the front: bits, bytes or bops.")] = "bits",
+    images: Annotated[int, typer.Option(help="Held-out inputs a subnet is evaluated on; others measure the front again.")] = 2500,
+    seed: Seed = 0,
+    model: Model = None,
+    workers: Workers = 0,
+    threads: Threads = None,
+    metric: MetricOption = None,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """The best schemes of a supernet along the range of costs, and the best for each budget; what was evaluated once is not again."""
+    with _reported_errors(), _progress(quiet or as_json):
+        from anybit import roads
+        from anybit.checkpoint import check_free
+
+        check_free(output, overwrite)
+        _set_threads(threads)
+        wanted = {"evaluations": evaluations, "strategy": strategy, "quantity": quantity, "seed": seed}
+        how = {"model": model, "images": images, "metric": _metric(metric), "workers": workers, "device": device}
+        found = roads.search(run, data, budget or (), **how, **wanted)
+        folder = found.save(output, overwrite)
+    if as_json:
+        told = {key: found.report[key] for key in ("budgets", "hypervolume", "rank_correlation", "recalled")}
+        print(json.dumps({"folder": str(folder), **told}))
+    else:
+        from anybit.reporting import print_search
+
+        print_search(found.report, front=not quiet)
+        print(f"{folder}: {len(found.report['front'])} schemes on the front of {len(found.report['evaluated'])} evaluated")
+
+
+@app.command()
+def extract(
+    run: Annotated[Path, typer.Argument(help="A supernet's folder, or a search's.")],
+    output: Output,
+    budget: Annotated[str | None, typer.Option("--budget", help="The best known subnet that fits it.")] = None,
+    scheme: Annotated[Path | None, typer.Option("--scheme", help="A run folder, or a JSON file of layer: precision.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Training inputs for batch-norm statistics; else stored ones.")] = None,
+    polish: Annotated[bool, typer.Option("--polish", help="Then sequential AdaQuant, batch-norm and bias tuning on --data.")] = False,
+    samples: Annotated[int, typer.Option(help="Inputs drawn to polish on.")] = 1024,
+    steps: Annotated[int, typer.Option(help="Adam steps a unit when polishing.")] = 300,
+    test: Test = None,
+    model: Model = None,
+    workers: Workers = 0,
+    threads: Threads = None,
+    metric: MetricOption = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """A subnet of a supernet or of a search as an ordinary run folder, polished by calibrate where that is asked for."""
+    with _reported_errors(), _progress(quiet or as_json):
+        from anybit import roads
+        from anybit.checkpoint import check_free
+
+        check_free(output, overwrite)
+        _set_threads(threads)
+        how = {"scheme": scheme, "data": data, "test": test, "model": model, "metric": _metric(metric), "workers": workers}
+        wanted = {"polish": True, "samples": samples, "steps": steps} if polish else {}
+        folder = roads.extract(run, budget, **how, **wanted).save(output, overwrite)
     _print_results([folder], as_json, quiet)
 
 

@@ -68,10 +68,10 @@ class GrowSettings:
         return flat | {"csq": asdict(self.csq), "lsq": asdict(self.lsq), "train": self.train.to_json()}
 
 
-def plain_batches(samples: Samples, settings: GrowSettings) -> list[Batch]:
+def plain_batches(samples: Samples, settings: TrainSettings) -> list[Batch]:
     """A few training inputs, drawn once, as they are, in batches of one size."""
-    count, size = min(_few(samples), len(samples)), min(settings.train.batch_size, 256)
-    return list(draw(samples, count - count % size or count, settings.train.seed).batches(size))
+    count, size = min(_few(samples), len(samples)), min(settings.batch_size, 256)
+    return list(draw(samples, count - count % size or count, settings.seed).batches(size))
 
 
 def watched_batches(tests: Samples, seed: int) -> list[Batch]:

@@ -15,13 +15,16 @@ Codes are integers held in the input's floating-point type, so that the same fun
 import torch
 from torch import Tensor
 
+Limit = int | Tensor
+"""A lowest or highest code; a 0-d tensor where it changes from call to call."""
+
 
 def quant_limits(bits: int, signed: bool) -> tuple[int, int]:
     """(quant_min, quant_max): two's complement where `signed`, else 0 .. 2^bits - 1."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
     """Codes of `x`; `scale` and `zero_point` broadcast against it."""
     return torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max)
 
@@ -31,7 +34,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (codes - zero_point) * scale
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
     """`x` quantized and dequantized, with straight-through gradients to x and learned-step gradients to scale and zero point.
 
     Shapes: `scale` and `zero_point` broadcast against `x`; their gradients are summed back to their own shapes.
@@ -50,7 +53,7 @@ class _FakeQuantize(torch.autograd.Function):
     """One fused forward and backward: a third of the memory traffic of the composed form, which the tests compare it with."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
         steps = x / scale
         codes = steps.round().add_(zero_point)
         clamped = codes.clamp(quant_min, quant_max)

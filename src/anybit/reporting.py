@@ -181,6 +181,34 @@ def print_frontier(reports: Iterable[Mapping[str, Any]]) -> None:
     print_table("Frontier (loss on held-out inputs)", columns, rows)
 
 
+def print_supernet(report: Mapping[str, Any]) -> None:
+    """What every bit-width costs and scores, and how it trained."""
+    epochs = report["epochs"]
+    score = next((key for key in ("top1", "loss") if key in report.get("float_test", {})), None)
+    if score is not None:
+        rows = [[str(row["epoch"]), row["loss"], *(row["widths"][name][score] for name in report["subnets"])] for row in epochs]
+        print_table(f"Epochs ({score} on part of the test data)", ["epoch", "loss", *report["subnets"]], rows)
+    columns = ["subnet", "size", "% of float", "BOPs"] + (["float store", "stored"] if score else [])
+    rows = []
+    for name, row in report["subnets"].items():
+        scores = [report["float_store"][name][score], report["test"][name][score]] if score else []
+        rows.append([name, human_bytes(row["bytes"]), f"{row['percent']:.1f}", human_count(row["bops"]), *scores])
+    float_score = f", float {report['float_test'][score]:.4g}" if score else ""
+    print_table(f"Uniform subnets{f' ({score} on the test data{float_score})' if score else ''}", columns, rows)
+
+
+def print_search(report: Mapping[str, Any], front: bool = True) -> None:
+    """The front, and what each budget gets."""
+    if front:
+        rows = [[row["cost"], row["score"], row["measured"], row["origin"]] for row in report["front"]]
+        columns = [report["quantity"], report["score"], "measured again", "proposed by"]
+        print_table("Pareto front (held-out inputs; measured again on others)", columns, rows)
+    ranked = "" if report["rank_correlation"] is None else f", rank correlation of the predictor {report['rank_correlation']:.3f}"
+    print(f"hypervolume {report['hypervolume']['value']:.4g}{ranked}, {report['recalled']} results recalled")
+    for text, row in report["budgets"].items():
+        print(f"{text}: {row['weight_bits']:.2f} bits, {human_bytes(row['bytes'])}, {human_count(row['bops'])} BOPs")
+
+
 def print_inspection(found: Mapping[str, Any], layers: bool = True) -> None:
     """Layers, unless they are not asked for, and what the network would cost at each bit-width."""
     seen = all(layer["macs"] is not None for layer in found["layers"].values())
@@ -230,5 +258,5 @@ def result_line(report: Mapping[str, Any]) -> str:
     line = f"{human_bytes(result['bytes'])} ({result['percent']:.1f} % of float32), {result['weight_bits']:.2f} bits a weight"
     test, float_test = report.get("test"), report.get("float_test")
     if test and "top1" in test:
-        line += f"; test top-1 {test['top1']:.2f} (float {float_test['top1']:.2f})"
+        line += f"; test top-1 {test['top1']:.2f}" + (f" (float {float_test['top1']:.2f})" if float_test else "")
     return line

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anybit import growth, stages, training
+from anybit import growth, stages, subnet_search, subnets, training
 from anybit.batches import Batch, Calibration, Samples, check_finite, draw, map_tensors, split, tensors_in
 from anybit.candidates import Candidates, apply_scheme
 from anybit.checkpoint import (
@@ -21,22 +22,27 @@ from anybit.checkpoint import (
     new_folder,
     read_candidates,
     read_canonical,
+    read_json,
     read_scheme,
     remember,
     runs_in,
+    sha256_of,
     write_candidates,
     write_canonical,
     write_json,
 )
-from anybit.errors import InvalidInput, InvalidSetting, SchemeMismatch, UnsupportedModel
+from anybit.cost import CostModel
+from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, SchemeMismatch, UnsupportedModel
 from anybit.evaluation import Metric, check_labels, guess_task, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
 from anybit.layers import float_weight
+from anybit.pages import growth_page
 from anybit.references import Preprocessing, absolute, as_samples, load_data, load_model
 from anybit.reporting import StageClock, environment
 from anybit.scheme import Budget, Precision, Scheme
 from anybit.sensitivity import SensitivityTable
 from anybit.stages import Bench, CalibrateSettings, Judge, Network
+from anybit.subnets import Search, Supernet
 from anybit.training import join_processes
 from anybit.wiring import observe
 
@@ -72,6 +78,8 @@ class Result:
         size = (folder / "model.safetensors").stat().st_size
         assert size == self.report["result"]["bytes"], f"counted {self.report['result']['bytes']} bytes, wrote {size}"
         write_json(folder / "report.json", self.report)
+        if "epochs" in self.report:
+            (folder / "report.html").write_text(growth_page(self.report), encoding="utf8")
         if self.candidates is not None:
             write_candidates(folder, self.candidates, self.table)
 
@@ -257,7 +265,9 @@ def _within_drop(bench: Bench, budget: Budget, scheme: Scheme, polished: nn.Modu
 def _report(bench: Bench, scheme: Scheme, choice: stages.Choice, budget: Budget | None) -> dict[str, Any]:
     """The JSON report, before what was tried, tests and times."""
     network, settings = bench.network, bench.settings
-    layers = {name: {**row, "predicted_loss": bench.table.loss(name, scheme[name])} for name, row in _layer_costs(network, scheme).items()}
+    layers = {
+        name: {**row, "predicted_loss": bench.table.loss(name, scheme[name])} for name, row in _layer_costs(network.costs, scheme).items()
+    }
     rows = [{**row, "scheme": row["scheme"].to_json(), "chosen": row["scheme"] == choice.scheme} for row in choice.measured]
     return {
         "version": 1,
@@ -328,7 +338,7 @@ def grow(
     with clock.stage("observe and fold"):
         if len(samples) == 0:
             raise InvalidInput("The training data is empty.")
-        plain = growth.plain_batches(samples, wanted)
+        plain = growth.plain_batches(samples, wanted.train)
         check_finite(plain)
         training.share_state(float_model)
         start = growth.forgotten(float_model, plain, wanted.train.seed) if wanted.from_scratch else float_model
@@ -351,7 +361,7 @@ def grow(
             float_model if wanted.train.distill else None,
             growth.folded_gammas(trainee.model, network),
             None if checkpoint is None else Path(checkpoint),
-            _identity(float_model, budget, scheme, samples, plain[0], wanted),
+            _identity(float_model, samples, plain[0], {"budget": str(budget), "scheme": scheme and str(scheme), **wanted.to_json()}),
             None if tests is None else lambda: growth.soft_and_frozen(trainee, network, plain, watched, task, metric),
         )
     with clock.stage("freeze"):
@@ -364,7 +374,7 @@ def grow(
         "budget": str(budget) if budget else None,
         "result": network.costs.summary(canonical.scheme),
         "float_bytes": network.costs.float_bytes,
-        "layers": _layer_costs(network, canonical.scheme),
+        "layers": _layer_costs(network.costs, canonical.scheme),
         "epochs": epochs,
         "uncovered": dict(network.uncovered),
         "settings": wanted.to_json(),
@@ -381,20 +391,248 @@ def grow(
     return Result(canonical, report | {"certificate": certificate}, about)
 
 
-def _identity(
-    model: nn.Module, budget: Budget | None, scheme: Scheme | None, samples: Samples, first: Batch, settings: growth.GrowSettings
-) -> dict[str, Any]:
-    """What must agree for a training to be continued: weights, data (its length and some preprocessed inputs), budget, every setting."""
-    flat = settings.to_json()
+def train(
+    model: nn.Module | str,
+    data: Any,
+    *,
+    weights: str | Path | None = None,
+    preprocessing: Preprocessing = Preprocessing(),
+    test: Any = None,
+    metric: Metric | None = None,
+    checkpoint: str | Path | None = None,
+    workers: int = 0,
+    device: str = "cpu",
+    **settings: Any,
+) -> Supernet:
+    """Train one network for every bit-width (MultiQuant): a supernet, which any scheme of those bits makes a subnet of, at once.
+
+    model       a trained network, or a reference to one
+    data        labelled training data: a data set, arrays, Samples, or a reference; a share of it is held out for the search
+    weights, preprocessing, workers, device  as for `calibrate`
+    test        labelled data on which every bit-width is reported after every epoch; nothing is chosen on it
+    checkpoint  a file that is written after every epoch and continued from where it is found
+    settings    fields of `subnets.SupernetSettings`, `methods.multiquant.MultiQuantSettings` and `training.TrainSettings`
+
+    The result's weights are those of the store: rounded to 8 bits. Raises as `grow` does.
+    """
+    wanted = subnets.SupernetSettings.of(**settings)
+    model, about = _followed_model(model, weights, data, preprocessing)
+    device = join_processes(device)
+    clock = StageClock()
+    float_model = on_device(model, device).eval()
+    samples = _samples(data, workers, preprocessing).on(device)
+    tests = None if test is None else _checked_tests(_samples(test, workers, preprocessing).on(device), model)
+    with clock.stage("observe and fold"):
+        if len(samples) < 2:
+            raise InvalidInput(f"{len(samples)} training sample(s): at least two are needed, one to train on and one to hold out.")
+        fitting, _ = subnets.held_out_split(samples, wanted)
+        plain = growth.plain_batches(fitting, wanted.train)
+        check_finite(plain)
+        training.share_state(float_model)
+        network = subnets.observe_supernet(float_model, Batch(map_tensors(plain[0].inputs, lambda t: t[:2])), wanted)
+        outputs = outputs_of(float_model, plain[:1])
+        task = wanted.task or guess_task(outputs)
+        method = subnets.make_multiquant(network, plain, wanted, outputs.shape[-1] if task == "classification" else None)
+    edges = network.wiring.edges()
+    supernet = Supernet(on_device(float_model, "cpu"), method, wanted, network.norms, network.costs, edges, task, about=about)
+    report: dict[str, Any] = {}
+    bn = subnets.bn_batches(fitting, wanted) if wanted.multiquant.batch_norm == "reestimate" else None
+    if tests is not None:
+        report["float_test"] = evaluate_model(float_model, tests.batches(256), task, metric)
+        watched = growth.watched_batches(tests, wanted.train.seed)
+    with clock.stage("training"), torch.random.fork_rng(devices=[]):
+        epochs = training.train(
+            method,
+            fitting,
+            wanted.train,
+            task,
+            float_model if wanted.train.distill else None,
+            subnets.folded_gammas(method, network.norms),
+            None if checkpoint is None else Path(checkpoint),
+            _identity(float_model, samples, plain[0], wanted.to_json()),
+            None if tests is None else lambda: {"widths": subnets.width_scores(supernet, bn, watched, metric)},
+        )
+    if tests is not None:
+        report["float_store"] = subnets.width_scores(supernet, bn, list(tests.batches(256)), metric)
+    with clock.stage("store"):
+        subnets.to_store(method)
+        for scheme in subnets.uniform_schemes(supernet).values():
+            supernet.learn(scheme, bn, lambda model: stages.edge_ranges(model, network.wiring, plain))
+    if tests is not None:
+        with clock.stage("test"):
+            report["test"] = subnets.width_scores(supernet, None, list(tests.batches(256)), metric)
+    method.model.cpu()
+    supernet.report = {
+        "version": 1,
+        "road": "train once",
+        **report,
+        "subnets": {name: network.costs.summary(scheme) for name, scheme in subnets.uniform_schemes(supernet).items()},
+        "float_bytes": network.costs.float_bytes,
+        "bn_images": sum(map(len, bn)) if bn else 0,
+        "inputs": {"fitting": len(fitting), "held_out": len(samples) - len(fitting)},
+        "epochs": epochs,
+        "uncovered": dict(network.uncovered),
+        "settings": wanted.to_json(),
+        "environment": environment(),
+        "stages": clock.stages,
+    }
+    return supernet
+
+
+def load_supernet(folder: str | Path, model: nn.Module | str | None = None) -> Supernet:
+    """The supernet that `train` or `search` saved; `model` as for `load`."""
+    folder = Path(folder)
+    return subnets.read_supernet(folder, _float_model(folder, subnets.read_supernet_file(folder), model, subnets.JSON))
+
+
+def search(
+    run: str | Path | Supernet,
+    data: Any = None,
+    budget: str | Budget | Sequence[str | Budget] = (),
+    *,
+    model: nn.Module | str | None = None,
+    images: int = 2500,
+    metric: Metric | None = None,
+    workers: int = 0,
+    device: str = "cpu",
+    cache: str | Path | bool = True,
+    **settings: Any,
+) -> Search:
+    """The best schemes of a supernet along the whole range of costs, and for each budget the best of those that fit it.
+
+    data        the supernet's training data; subnets are evaluated on what was held out of it. Other data: all of it is held out.
+    images      held-out samples that subnets are evaluated on; as many others measure the front again
+    cache       keep every evaluation, in this file or (True) in the user's cache directory: a search that was interrupted, or has another
+                budget, does not repeat them. A supernet that is not in a folder has no cache of its own
+    settings    fields of `subnet_search.SearchSettings`
+
+    Raises InfeasibleBudget, naming the least, where no subnet fits a budget.
+    """
+    wanted = subnet_search.SearchSettings(**settings)
+    supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
+    budgets = [Budget.parse(one) for one in ([budget] if isinstance(budget, (str, Budget)) else budget)]
+    for one in budgets:
+        subnets.check_fits(supernet, one)
+    samples = _supernet_data(run, supernet, data, workers).on(device)
+    supernet.model.to(device)
+    if cache is True:
+        cache = False if isinstance(run, Supernet) else _evaluations_of(Path(run), samples, metric)
+    return subnets.searched(supernet, samples, budgets, wanted, images, metric, Path(cache) if cache else None)
+
+
+def _evaluations_of(run: Path, samples: Samples, metric: Metric | None) -> Path:
+    """The file in the user's cache directory that keeps what this supernet's subnets scored on this data."""
+    first = next(samples.on("cpu").subset(range(min(64, len(samples)))).batches(64))
+    data = _digest([*tensors_in(first.inputs), *([] if first.labels is None else [first.labels])])
+    of = f"{sha256_of(run / subnets.JSON)} {data} {len(samples)} {metric and (metric.__module__, metric.__qualname__)}"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit" / "evaluations"
+    return home / f"{hashlib.sha256(of.encode()).hexdigest()[:32]}.jsonl"
+
+
+def extract(
+    run: str | Path | Supernet,
+    budget: str | Budget | None = None,
+    *,
+    scheme: Scheme | str | Path | None = None,
+    data: Any = None,
+    test: Any = None,
+    model: nn.Module | str | None = None,
+    metric: Metric | None = None,
+    workers: int = 0,
+    polish: bool = False,
+    **settings: Any,
+) -> Result:
+    """A subnet of a supernet, or of a search, in the canonical form.
+
+    budget, scheme  one of them: the best known subnet that fits, or a scheme (a Scheme, a run folder, or a JSON file of layer -> precision)
+    data            unlabelled training data, from which batch-norm statistics are estimated; without it the stored ones of this scheme, or
+                    of the nearest, are taken, and the report says which
+    polish          then calibrate it on `data`: sequential AdaQuant, batch-norm and bias tuning from its own codes and ranges, each kept
+                    where held-out inputs say so; `settings` are those of `calibrate`
+    """
+    if (budget is None) == (scheme is None):
+        raise InvalidSetting("Say which subnet: a budget, or a scheme.")
+    if polish and data is None:
+        raise InvalidSetting("Polishing needs inputs: give training data with --data.")
+    if settings and not polish:
+        raise InvalidSetting(f"{next(iter(settings))} has no part in it without polish.")
+    supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
+    clock = StageClock()
+    wanted = subnets.best_within(run, supernet, Budget.parse(budget)) if scheme is None else _scheme_from(scheme)
+    with clock.stage("extract"):
+        batches = None
+        if data is not None:
+            fitting, _ = subnets.held_out_split(_supernet_data(run, supernet, data, workers), supernet.settings)
+            batches = subnets.bn_batches(fitting, supernet.settings)
+        statistics = supernet.switch(wanted, batches)
+        canonical = supernet.canonical()
+        if batches is None:
+            canonical.edges = supernet.stored_edges()
+        else:
+            wiring = observe(canonical.model, Batch(map_tensors(batches[0].inputs, lambda t: t[:2])))
+            canonical.edges = stages.edge_ranges(canonical.model, wiring, batches[:8])
+    ladder: list[dict[str, Any]] = []
+    if polish:
+        with clock.stage("polish"):
+            canonical, ladder = subnets.polished(supernet, canonical, fitting, batches, CalibrateSettings(**settings))
+    scheme = canonical.scheme
+    report = {
+        "version": 1,
+        "road": "train once",
+        **({"ladder": ladder} if polish else {}),
+        "budget": str(budget) if budget else None,
+        "statistics": statistics,
+        "result": supernet.costs.summary(scheme),
+        "float_bytes": supernet.costs.float_bytes,
+        "layers": _layer_costs(supernet.costs, scheme),
+        "settings": supernet.settings.to_json(),
+        "environment": environment(),
+        "certificate": {},
+    }
+    if test is not None:
+        with clock.stage("test"):
+            preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
+            tests = _checked_tests(_samples(test, workers, preprocessing), canonical.model)
+            report["test"] = evaluate_model(canonical.model, tests.batches(256), supernet.task, metric)
+    about = {**supernet.about, "budget": report["budget"], "task": supernet.task}
+    return Result(canonical, report | {"stages": clock.stages}, about)
+
+
+def _scheme_from(scheme: Scheme | str | Path) -> Scheme:
+    """The scheme of a run folder or of a JSON file; a scheme itself."""
+    if isinstance(scheme, Scheme):
+        return scheme
+    path = Path(scheme)
+    if path.is_dir():
+        return read_scheme(path).scheme
+    layers = read_json(path)
+    if not isinstance(layers, dict) or not all(isinstance(text, str) for text in layers.values()):
+        raise InvalidFile(f"{path} is no scheme: write a JSON object of layer -> precision, or name a run folder.")
+    return Scheme.parse(layers)
+
+
+def _supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, workers: int) -> Samples:
+    """The data, preprocessed as the supernet's was; without any, what the supernet recorded, where it is this user's own."""
+    if data is None:
+        data = supernet.about.get("data", {}).get("reference")
+        if not isinstance(data, str) or isinstance(run, Supernet) or not is_own(Path(run), subnets.JSON):
+            raise InvalidSetting("The supernet does not name data that may be followed. Give its training data with --data.")
+    return _samples(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})))
+
+
+def _identity(model: nn.Module, samples: Samples, first: Batch, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What must agree for a training to be continued: weights, data (its length and some preprocessed inputs), every setting."""
+    flat = {f"{key}.{k}" if isinstance(value, dict) else key: v for key, value in settings.items() for k, v in _items(value)}
     return {
         "weights": _digest(model.state_dict().values()),
         "samples": len(samples),
         "data": _digest([*tensors_in(first.inputs), *([] if first.labels is None else [first.labels])]),
-        "budget": str(budget),
-        "scheme": scheme and scheme.to_json(),
-        **{f"{part}.{key}": value for part in ("csq", "lsq", "train") for key, value in flat.pop(part).items()},
         **flat,
     }
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, dict) else [("", value)]
 
 
 def _digest(tensors: Iterable[torch.Tensor]) -> str:
@@ -404,14 +642,14 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _layer_costs(network: Network, scheme: Scheme) -> dict[str, Any]:
+def _layer_costs(costs: CostModel, scheme: Scheme) -> dict[str, Any]:
     """What each layer is and costs at its precision."""
     return {
         name: {
             "precision": str(precision),
-            "weights": network.costs.layers[name].weights,
-            "macs": network.costs.layers[name].macs,
-            "bytes": network.costs.layer_bytes(name, precision),
+            "weights": costs.layers[name].weights,
+            "macs": costs.layers[name].macs,
+            "bytes": costs.layer_bytes(name, precision),
         }
         for name, precision in scheme.items()
     }
@@ -500,7 +738,8 @@ def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
     return canonical.model
 
 
-def _float_model(folder: Path, file: SchemeFile, model: nn.Module | str | None) -> nn.Module:
+def _float_model(folder: Path, file: Any, model: nn.Module | str | None, named_in: str = "scheme.json") -> nn.Module:
+    """The float network of a folder: `model`, or the reference that `file`, read from `named_in`, holds."""
     if isinstance(model, nn.Module):
         return model
     if model is not None:
@@ -508,7 +747,7 @@ def _float_model(folder: Path, file: SchemeFile, model: nn.Module | str | None) 
     reference = file.model.get("reference")
     if not isinstance(reference, str):
         raise InvalidSetting(f"{folder} does not say which network it is of. Give it: load(folder, model=...) or --model.")
-    if not is_own(folder) and not reference.startswith(("timm:", "torchvision:")):
+    if not is_own(folder, named_in) and not reference.startswith(("timm:", "torchvision:")):
         raise InvalidSetting(
             f"{folder} was not written by your own anybit, and its model reference {reference!r} is code. "
             "If you trust it, name it yourself: load(folder, model=...) or --model."

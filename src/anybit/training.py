@@ -12,7 +12,7 @@ share of a batch; running statistics are averaged after every epoch.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,11 +48,20 @@ class Trainee(Protocol):
     def end_epoch(self) -> None:
         """Called after each epoch."""
 
+    def passes(self) -> Iterator[None]:
+        """Set the network for one forward and backward pass after another; their gradients are summed into one update."""
+
+    def loss(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
+        """The loss of a pass, 0-d, given the task's."""
+
     def penalty(self) -> Tensor:
-        """Added to the task's loss, 0-d."""
+        """Added to each pass's loss, 0-d."""
 
     def record(self) -> dict[str, Any]:
         """What an epoch's record tells of the method."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors of the method's own: averaged over the processes before `end_epoch`, kept in checkpoints."""
 
     def decisions(self) -> dict[str, Any]:
         """What was decided on the way, as JSON."""
@@ -156,8 +165,9 @@ def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
     broken = [name for name, tensor in model.named_parameters() if torch.isnan(tensor).any()]
     if broken:  # the last update's doing, which no loss has shown yet: not to be kept
         raise AnybitError(f"{broken[0]} became NaN in {_where(run, epoch, run.steps - 1)}")
+    average_tensors(run.trainee.state().values())
     run.trainee.end_epoch()
-    average_buffers(model)
+    average_tensors(model.buffers())
     if epoch + 1 == run.settings.epochs:
         run.trainee.at(1.0)
     loss, _, right = torch.stack(told).mean(0).tolist()
@@ -166,26 +176,36 @@ def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
 
 
 def _step(run: _Run, batch: Batch, progress: float) -> Tensor:
-    """One update, unless the loss is no number; returns (the task's loss, the penalty, share of right answers), means over processes."""
+    """One update, unless a loss is no number; returns (loss, penalty, share of right answers), means over passes and processes."""
     for parameter in run.trainee.at(progress):
         run.optimizer.state.pop(parameter, None)
     for group, rate in zip(run.optimizer.param_groups, run.rates, strict=True):
         group["lr"] = rate * learning_rate(progress, run.settings.warmup)
+    run.optimizer.zero_grad(set_to_none=True)
+    told: list[Tensor] = []
+    for _ in run.trainee.passes():
+        told.append(_pass(run, batch))
+        if not torch.isfinite(told[-1]).all():
+            return told[-1]
+    average_gradients(run.trainee.model)
+    run.optimizer.step()
+    with torch.no_grad():
+        for parameter in run.positive:
+            parameter.clamp_(min=SMALLEST_GAMMA)
+    return torch.stack(told).mean(0)
+
+
+def _pass(run: _Run, batch: Batch) -> Tensor:
+    """Add one pass's gradients, unless its loss is no number; returns what `_step` does, of this pass."""
     with _autocast(run.settings, batch):
         outputs = first_tensor(call(run.forward, batch.inputs))
-        loss = task_loss(outputs, batch, run.task, run.teacher, run.settings.distill)
+        loss = run.trainee.loss(outputs, batch, task_loss(outputs, batch, run.task, run.teacher, run.settings.distill))
     penalty = run.trainee.penalty().to(loss.device)
     classes = run.task == "classification" and batch.labels is not None
     right = (outputs.argmax(-1) == batch.labels).float().mean() if classes else torch.zeros_like(loss)
     told = average(torch.stack([loss.detach().float(), penalty.detach(), right.detach()]))  # of all, so that all stop together
     if torch.isfinite(told).all():
-        run.optimizer.zero_grad(set_to_none=True)
         (loss + penalty).backward()
-        average_gradients(run.trainee.model)
-        run.optimizer.step()
-        with torch.no_grad():
-            for parameter in run.positive:
-                parameter.clamp_(min=SMALLEST_GAMMA)
     return told
 
 
@@ -200,10 +220,13 @@ def summary(record: Mapping[str, Any], epochs: int) -> str:
     parts = [f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}"]
     for kind in ("soft", "frozen"):
         parts += [f"{kind} {key} {record[kind][key]:.4g}" for key in ("top1", "loss") if key in record.get(kind, {})][:1]
-    if "frozen" not in record and record["train_top1"] is not None:
+    if not {"frozen", "widths"} & set(record) and record["train_top1"] is not None:
         parts.append(f"training top1 {record['train_top1']:.4g}")
     above = record.get("above_budget")
-    parts.append(f"{record['weight_bits']:.2f} bits" + ("" if above is None else f" ({above:+.2f} to the budget)"))
+    if "weight_bits" in record:
+        parts.append(f"{record['weight_bits']:.2f} bits" + ("" if above is None else f" ({above:+.2f} to the budget)"))
+    for width, scores in record.get("widths", {}).items():
+        parts += [f"{width} {key} {scores[key]:.4g}" for key in ("top1", "loss") if key in scores][:1]
     if "undecided" in record:
         parts.append(f"{100 * record['undecided']:.1f} % of gates undecided, temperature {record['temperature']:.3g}")
     return ", ".join(parts)
@@ -373,13 +396,13 @@ def average_gradients(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def average_buffers(model: nn.Module) -> None:
-    """The mean of each floating-point buffer (running statistics) over the processes."""
+def average_tensors(tensors: Iterable[Tensor]) -> None:
+    """The mean of each floating-point tensor over the processes, in place."""
     if world() > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer.div_(world())
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                dist.all_reduce(tensor)
+                tensor.div_(world())
 
 
 # Checkpoints: one safetensors file, its JSON in the header; replaced in one move
@@ -389,6 +412,7 @@ def _save(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, record
     tensors = {f"model.{key}": tensor.contiguous().clone() for key, tensor in trainee.model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value).contiguous().clone() for key, value in state.items()}
+    tensors |= {f"method.{key}": tensor.contiguous().clone() for key, tensor in trainee.state().items()}
     about = {"records": records, "identity": dict(identity), "decisions": trainee.decisions()}
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.tmp")
@@ -417,6 +441,8 @@ def _resume(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, iden
             if key.startswith("optimizer."):
                 _, index, name = key.split(".", 2)
                 state.setdefault(int(index), {})[name] = tensor
+        for key, tensor in trainee.state().items():
+            tensor.copy_(tensors[f"method.{key}"])
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     except (RuntimeError, ValueError, KeyError) as error:
         raise InvalidFile(f"Checkpoint {path} does not fit this network: {' '.join(str(error).split())}") from error

@@ -18,12 +18,14 @@ DAC 2023 (arXiv 2212.02770); its equations from the paper's abstract and the aut
     scale. The penalty has the same weights. The paper's count (planes, layers unweighted) is reported beside.
   * Which planes stay is decided once, at `fix` of the run, by an allocation: the most likely planes under the gates' own odds that fit the
     budget. Their signs alone overshoot it, and gates that are left soft to the end come to rest half open, where the penalty balances.
-  * The second phase starts as the first did: from the weights as they then are, rounded to the planes that stay, with logits at +-1 and
-    beta at 1. Closing the low planes of a weight cuts it towards zero, which no short training mends. `phase="rewind"` is the paper's
+  * The second phase starts as the first did: from the weights as they then are, with logits made new for the planes that stay and beta
+    at 1. Closing the low planes of a weight cuts it towards zero, which no short training mends. `phase="rewind"` is the paper's
     form, which sets beta back alone; `phase="continue"` has no second phase.
   * Temperatures are relative to the logits' starting size of 1, and the weight gates' own: they are decided later than the planes are.
-  * A trained network starts at its own weights: logits at +-1, and the product is divided by what gates at +-1 make of it, a number that
-    goes to 1 as beta grows.
+  * A trained network starts at its own weights: a weight that is a code has logits at +-1, one between two codes has each gate between
+    their bits, as far as it lies (the release starts at the rounded weight, with the bit for the logit). So a weight near the middle
+    between codes is undecided and can still fall to either side; one that is not trained ends at the nearest. The product is divided
+    by what gates at +-1 make of it, a number that goes to 1 as beta grows.
 """
 
 import math
@@ -35,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from anybit.allocation import allocate, make_problem
+from anybit.batches import Batch
 from anybit.cost import CostModel
 from anybit.errors import InvalidSetting
 from anybit.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
@@ -66,15 +69,15 @@ class CSQSettings:
     per_channel: bool = False
     prune: bool = False
     strength: float = 0.3
-    fix: float = 0.4
+    fix: float = 0.2
     harden: float = 0.9
     plane_temperature: float = 200.0
     fix_temperature: float = 2.0
-    final_temperature: float = 10.0
+    final_temperature: float = 30.0
     phase: Literal["restart", "rewind", "continue"] = "restart"
     weight_gates: Gates = "soft"
     plane_gates: Gates = "soft"
-    gate_rate: float = 1e-2
+    gate_rate: float = 3e-3
     plane_rate: float = 1e-2
     scale_rate: float = 1e-3
     rate: float = 1e-3
@@ -169,14 +172,20 @@ class GatedWeight(nn.Module):
 
     @torch.no_grad()
     def start(self, rows: Tensor, planes: range) -> None:
-        """Set the logits to +-1 such that the weight is `rows`, rounded to these adjacent planes within their best range."""
+        """Set the logits such that the weight is `rows`, clamped to what these adjacent planes can be within their best range.
+
+        A weight between two codes has each gate between the two codes' bits, as far as it lies: those near the middle are undecided.
+        """
         largest = 2 ** len(planes) - 1
         step = weight_scale(rows if len(self.log_scale) > 1 else rows.reshape(1, -1), len(planes) + 1, symmetric=True)
-        codes = (rows / step).round().clamp(-largest, largest).to(torch.int64)
+        codes = (rows / step).clamp(-largest, largest)
+        lower = codes.abs().floor()
+        share, lower = codes.abs() - lower, lower.to(torch.int64)
+        closed, opened = torch.sigmoid(rows.new_tensor([-1.0, 1.0]))
         for place, b in enumerate(planes):
-            bit = (codes.abs() >> place) & 1
-            self.positive[b] = 2 * (bit * (codes > 0)) - 1
-            self.negative[b] = 2 * (bit * (codes < 0)) - 1
+            bit = torch.lerp((lower >> place & 1).to(rows.dtype), ((lower + 1) >> place & 1).to(rows.dtype), share)
+            self.positive[b] = torch.logit(closed + (opened - closed) * bit * (codes > 0))
+            self.negative[b] = torch.logit(closed + (opened - closed) * bit * (codes < 0))
         self.log_scale.copy_((step / self.place_values[planes[0]]).log())
 
     def plane_gate(self) -> Tensor:
@@ -312,6 +321,14 @@ class Growth:
             weight.plane_temperature.fill_(s.plane_temperature**search)
         return restarted
 
+    def passes(self) -> Iterator[None]:
+        """One, of the network as it is."""
+        yield
+
+    def loss(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
+        """The task's."""
+        return task_loss
+
     def penalty(self) -> Tensor:
         """lambda dS times the soft mean bits of a weight; 0 once all planes are fixed."""
         growing = self.growing
@@ -388,6 +405,10 @@ class Growth:
             "above_budget": None if self.budget is None else self.excess(),
             "layers": {name: precision.weight_bits for name, precision in scheme.items()},
         }
+
+    def state(self) -> dict[str, Tensor]:
+        """None: all is in the network."""
+        return {}
 
     def decisions(self) -> dict[str, Any]:
         """What has been decided, as JSON, for a checkpoint; `restore` takes it back."""

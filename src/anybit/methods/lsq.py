@@ -9,13 +9,14 @@ Source: Esser, McKinstry, Bablani, Appuswamy, Modha, "Learned Step Size Quantiza
 scale has no part; steps start from the range of least squared error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from anybit.batches import Batch
 from anybit.cost import CostModel
 from anybit.layers import Pruned, fill, float_weight, quantized_layers, weight_rows
 from anybit.numerics import fake_quantize
@@ -78,12 +79,24 @@ class FixedScheme:
     def end_epoch(self) -> None:
         """Nothing is decided on the way."""
 
+    def passes(self) -> Iterator[None]:
+        """One, of the network as it is."""
+        yield
+
+    def loss(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
+        """The task's."""
+        return task_loss
+
     def penalty(self) -> Tensor:
         """None: the budget is met from the start."""
         return torch.zeros(())
 
     def record(self) -> dict[str, Any]:
         return {"weight_bits": self.costs.weight_bits(self.scheme), "layers": {n: p.weight_bits for n, p in self.scheme.items()}}
+
+    def state(self) -> dict[str, Tensor]:
+        """None: all is in the network."""
+        return {}
 
     def decisions(self) -> dict[str, Any]:
         return {}

@@ -1,0 +1,237 @@
+"""ResNet-20 on CIFAR-10: the train-once road measured. One JSON entry a run; a finished one is not run again, an interrupted one continues.
+
+    python benchmarks/train_once_resnet20.py STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors [--epochs 8] [--device cuda]
+
+    widths       one supernet of 2, 3, 4, 6 and 8 bits by each label rule; a network trained for each bit-width alone, for as many epochs in
+                 all; calibrate at each bit-width; the float network by the same recipe
+    choices      the supernet with one thing changed: a batch norm for each bit-width, steps a layer, trained offsets, other middles
+    search       Monte-Carlo table, uniform draws and integer program on one supernet, at 150 evaluations each; a second budget
+    compose      a subnet polished by calibrate; the 8-bit store against float weights
+    cost         one LRH step against three steps of quantization-aware training
+    full         200 epochs as published; needs a GPU
+
+The CPU tier (8 epochs, from trained weights) takes hours on two cores. Drops are from the float network trained by the same recipe.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from study import ROOT, Study, parser
+
+import anybit
+from anybit import growth, subnets
+from anybit.batches import Batch
+from anybit.layers import float_weight, quantized_layers
+from anybit.methods.lsq import FixedScheme, LSQSettings
+from anybit.methods.multiquant import MultiQuant
+from anybit.progress import listening
+from anybit.scheme import FLOAT, Precision, Scheme
+
+BITS = (2, 3, 4, 6, 8)
+KEEP = {"conv1": Precision(8, 8), "fc": Precision(8, 8)}
+RECIPE = {"batch_size": 256, "augment": "flip,crop4", "half": True, "compile": True}
+LABELS = {
+    "adaptive label, half": {"label": "adaptive", "label_weight": 0.5},
+    "adaptive label, pure": {"label": "adaptive", "label_weight": 1.0},
+    "teacher": {"label": "teacher", "label_weight": 0.5},
+    "one-hot": {"label": "one-hot"},
+}
+
+
+class TrainingOnce(Study):
+    """The study of the train-once road."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        super().__init__(arguments, "train_once_resnet20")
+        self.names = [n for n, layer in self.network().named_modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
+
+    def folder(self, key: str) -> Path:
+        return self.arguments.runs / key.replace(" ", "_").replace(",", "")
+
+    def trained(self, key: str, **settings: Any) -> dict[str, Any]:
+        """anybit.train, tested at every bit-width; its folder is kept for the search."""
+        wanted = {"bits": BITS, "keep": KEEP, "epochs": self.arguments.epochs, **RECIPE, **settings}
+        checkpoint = self.arguments.checkpoints / f"{key.replace(' ', '_')}.safetensors"
+        with listening(lambda *_: None, lambda line: print(key, line, flush=True)):
+            supernet = anybit.train(
+                self.network(), self.train, test=self.test, checkpoint=checkpoint, device=self.arguments.device, **wanted
+            )
+        supernet.save(self.folder(key), overwrite=True)
+        checkpoint.unlink(missing_ok=True)
+        report = supernet.report
+        kept = ("test", "float_store", "float_test", "epochs", "settings", "subnets", "bn_images", "stages")
+        size = (self.folder(key) / "supernet.safetensors").stat().st_size
+        return {name: report[name] for name in kept} | {"competition": self.competition(supernet), "bytes": size}
+
+    def competition(self, supernet: subnets.Supernet) -> dict[str, Any]:
+        """What the paper names: the norm of each bit-width's gradient on the shared weights under one-hot labels, and how much the
+        confidence (the softmax of the right class) varies, on 1,024 training images."""
+        batches = list(growth.watched_batches(self.train, 1))[:4]
+        told = {}
+        for name, scheme in subnets.uniform_schemes(supernet).items():
+            supernet.switch(scheme)
+            supernet.model.zero_grad()
+            confidence = []
+            for batch in batches:
+                outputs = supernet.model(batch.inputs)
+                (torch.nn.functional.cross_entropy(outputs, batch.labels) / len(batches)).backward()
+                confidence.append(outputs.detach().softmax(-1).gather(1, batch.labels[:, None])[:, 0])
+            shared = [float_weight(layer).grad for layer in quantized_layers(supernet.model).values()]
+            sure = torch.cat(confidence)
+            told[name] = {
+                "gradient_norm": float(torch.cat([grad.flatten() for grad in shared]).norm()),
+                "confidence": float(sure.mean()),
+                "confidence_variance": float(sure.var()),
+            }
+        supernet.model.zero_grad()
+        return told
+
+
+def widths(study: TrainingOnce) -> None:
+    for name, settings in LABELS.items():
+        for seed in range(study.seeds):
+            key = f"{name} seed {seed}"
+            study.measured(key, lambda key=key, settings=settings, seed=seed: study.trained(key, seed=seed, **settings))
+    # One step of the supernet is three networks': as many epochs in all, shared among the bit-widths.
+    share = round(3 * study.arguments.epochs / len(BITS))
+    for bits in BITS:
+        key = f"alone {bits} bits"
+        study.measured(key, lambda key=key, bits=bits: alone(study, key, Precision(bits, bits), share))
+        study.measured(f"calibrate {bits} bits", lambda bits=bits: calibrated(study, bits))
+    study.measured("float", lambda: alone(study, "float", FLOAT, study.arguments.epochs))
+
+
+def alone(study: TrainingOnce, key: str, precision: Precision, epochs: int) -> dict[str, Any]:
+    """A network trained for one bit-width (or for none) with learned steps, on the samples that the supernets see."""
+    scheme = Scheme.uniform(study.names, precision)
+    if precision != FLOAT:
+        scheme = scheme.replace(KEEP)
+    fitting, _ = subnets.held_out_split(study.train, subnets.SupernetSettings())
+    with listening(lambda *_: None, lambda line: print(key, line, flush=True)):
+        result = anybit.grow(
+            study.network(), fitting, scheme=scheme, test=study.test, epochs=epochs, device=study.arguments.device,
+            checkpoint=study.arguments.checkpoints / f"{key.replace(' ', '_')}.safetensors", **RECIPE,
+        )  # fmt: skip
+    (study.arguments.checkpoints / f"{key.replace(' ', '_')}.safetensors").unlink(missing_ok=True)
+    return study.row(result) | {"epochs": result.report["epochs"]}
+
+
+def calibrated(study: TrainingOnce, bits: int) -> dict[str, Any]:
+    """The calibrate road at one bit-width, from 1,024 of the training images."""
+    result = anybit.calibrate(study.network(), study.train, None, weight_bits=(bits,), activation_bits=(bits,), keep=KEEP, mirror=True)
+    return study.row(result)
+
+
+def choices(study: TrainingOnce) -> None:
+    changed: dict[str, dict[str, Any]] = {
+        "a batch norm for each bit-width": {"batch_norm": "switch", "compile": False},
+        "a step for each layer": {"per_channel": False},
+        "trained offsets": {"offset_rate": 1e-3},
+        "middle progressive": {"middle": "progressive"},
+        "middle worst": {"middle": "worst"},
+        "middle best": {"middle": "best"},
+        "no middle": {"sandwich": "HL"},
+        "slower steps for low bits": {"step_rates": {2: 0.1, 3: 0.3}},
+    }
+    for key, settings in changed.items():
+        study.measured(key, lambda key=key, settings=settings: study.trained(key, **settings))
+
+
+def search(study: TrainingOnce) -> None:
+    run = study.folder(study.arguments.supernet)
+    for seed in range(study.seeds):
+        for strategy in ("monte-carlo", "uniform", "integer-program"):
+            key = f"{strategy} seed {seed}"
+            study.measured(key, lambda strategy=strategy, seed=seed: searched(study, run, strategy, seed))
+
+
+def searched(study: TrainingOnce, run: Path, strategy: str, seed: int) -> dict[str, Any]:
+    """One search, and its front on the whole test set."""
+    cache = study.arguments.checkpoints / f"evaluations_{run.name}_{seed}.jsonl"
+    supernet = anybit.load_supernet(run, model=study.network())
+    how = {"images": study.arguments.images, "cache": cache, "device": study.arguments.device}
+    found = anybit.search(supernet, study.train, ["3bit"], strategy=strategy, seed=seed, evaluations=study.arguments.evaluations, **how)
+    start = time.perf_counter()
+    anybit.search(supernet, study.train, ["3.5bit"], strategy=strategy, seed=seed, evaluations=study.arguments.evaluations, **how)
+    second = time.perf_counter() - start
+    test = list(study.test.batches(500))
+    front = [{**row, "test": subnets.scores(found.supernet, Scheme.parse(row["scheme"]), None, test)} for row in found.report["front"]]
+    return found.report | {"front": front, "second_seconds": second}
+
+
+def compose(study: TrainingOnce) -> None:
+    """A subnet of 3 bits sliced from the file, then calibrated from its weights at its own scheme."""
+    supernet = anybit.load_supernet(study.folder(study.arguments.supernet), model=study.network())
+    for bits in (2, 3, 4):
+        study.measured(f"{bits} bits", lambda bits=bits: polished(study, supernet, bits))
+
+
+def polished(study: TrainingOnce, supernet: subnets.Supernet, bits: int) -> dict[str, Any]:
+    """The subnet as it is, and after sequential AdaQuant, batch-norm and bias tuning towards the 8-bit subnet's outputs."""
+    plain = anybit.extract(supernet, scheme=supernet.uniform(bits), test=study.test)
+    polish = anybit.extract(supernet, scheme=supernet.uniform(bits), data=study.train, test=study.test, polish=True, mirror=True)
+    return {"extracted": plain.report["test"], "polished": polish.report["test"], "ladder": polish.report["ladder"]}
+
+
+def cost(study: TrainingOnce) -> None:
+    """LRH steps and triples of quantization-aware steps in turn, so that what else the machine does falls on both alike."""
+    batch = next(study.train.on(study.arguments.device).batches(256))
+    plain, wanted = [Batch(batch.inputs)], subnets.SupernetSettings(BITS, KEEP)
+    network = subnets.observe_supernet(study.network(), Batch(batch.inputs[:2]), wanted)
+    method = subnets.make_multiquant(network, plain, wanted, 10)
+    settings = growth.GrowSettings.of(activation_bits=4)
+    fixed = Scheme.uniform(study.names, Precision(4, 4))
+    single = growth.make_trainee(growth.observe_trainable(study.network(), plain[0], settings, fixed), plain, None, True, settings)
+    assert isinstance(method, MultiQuant) and isinstance(single, FixedScheme) and LSQSettings() == settings.lsq
+
+    def step(trainee: Any, optimizer: torch.optim.Optimizer, repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            optimizer.zero_grad(set_to_none=True)
+            for _ in trainee.passes():
+                outputs = trainee.model(batch.inputs)
+                trainee.loss(outputs, batch, torch.nn.functional.cross_entropy(outputs, batch.labels)).backward()
+            optimizer.step()
+        return time.perf_counter() - start
+
+    optimizers = [torch.optim.Adam(one.parameter_groups()) for one in (method, single)]
+    seconds: list[tuple[float, float]] = []
+    for round_ in range(study.arguments.rounds):
+        method.at(round_ / study.arguments.rounds)
+        seconds.append((step(method, optimizers[0], 1), step(single, optimizers[1], 3)))
+    ratios = np.array(seconds)[:, 0] / np.array(seconds)[:, 1]
+    study.measured("one step", lambda: {"seconds": seconds, "times_three_steps": float(np.median(ratios))})
+
+
+def full(study: TrainingOnce) -> None:
+    """The published length: 200 epochs, 2, 4, 6 and 8 bits."""
+    for name in ("adaptive label, half", "teacher", "one-hot"):
+        key = f"{name}, 200 epochs"
+        study.measured(key, lambda key=key, name=name: study.trained(key, bits=(2, 4, 6, 8), epochs=200, held_out=0.02, **LABELS[name]))
+
+
+STUDIES = {"widths": widths, "choices": choices, "search": search, "compose": compose, "cost": cost, "full": full}
+
+
+def main() -> None:
+    """Run one study."""
+    options = parser(__doc__, STUDIES, seeds=1)
+    options.add_argument("--checkpoints", type=Path, default=ROOT / "runs" / "checkpoints")
+    options.add_argument("--runs", type=Path, default=ROOT / "runs" / "train_once", help="keep the supernets here")
+    options.add_argument("--supernet", default="adaptive label, half seed 0", help="the entry of `widths` that is searched")
+    options.add_argument("--epochs", type=int, default=8)
+    options.add_argument("--evaluations", type=int, default=150)
+    options.add_argument("--images", type=int, default=2500)
+    options.add_argument("--rounds", type=int, default=10)
+    options.add_argument("--device", default="cpu")
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    STUDIES[arguments.study](TrainingOnce(arguments))
+
+
+if __name__ == "__main__":
+    main()

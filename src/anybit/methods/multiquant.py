@@ -1,0 +1,370 @@
+"""MultiQuant: one set of weights, trained so that it serves every bit-width.
+
+    W~ = clamp(round(W / s_b), -2^(b-1), 2^(b-1) - 1) s_b          W shared by all bit-widths b; s_b a step for each b, one a channel
+    x~ = (clamp(round(x / s_b) + z_b, 0, 2^b - 1) - z_b) s_b       a step and an integer offset for each b, one a tensor
+
+    LRH step    the gradients of three networks are summed and applied at once: H, every layer at its highest bits; R, the weights and
+                the input of each layer at bits drawn at random; L, every layer at its lowest
+    label       with one-hot labels the lowest network has the largest loss and gradient, and drags the shared weights its way. The
+                online adaptive label of class y is the mean softmax of L, R and H over the last epoch's samples of y that they got right:
+
+                    loss = (1 - a) CE(p, one-hot y) + a CE(p, label y)
+
+Source: Xu, Feng, Zhang, Wang, "MultiQuant: Training Once for Multi-bit Quantization of Neural Networks", IJCAI 2022: shared weights, the
+LRH step, the competition it names and the idea of the online adaptive label. Its equations could not be read.
+
+Reconstruction: the label's formula, after online label smoothing (Zhang et al., IEEE TIP 2021) and the same first author's EQ-Net (ICCV
+2023), where a = 0.5; the abstract says that soft labels replace one-hot ones, which is a = 1. The alternative there, `label="teacher"`, is
+measured beside it: R learns from H's outputs and L from R's. A step and an offset for each bit-width are EQ-Net's too.
+
+Deviations:
+
+  * Steps are trained as factors, exp of a free number, with Adam, whose updates do not depend on the size of a gradient (LSQ's gradient
+    scale has no part).
+  * In the first epoch, and for a class of which nothing was right, there is no label yet: one-hot takes its place.
+  * Offsets are those of the least squared error and stay; `offset_rate` trains them (LSQ+).
+  * Steps are one a channel; `per_channel=False` is the original's.
+  * `middle` "worst" and "best" after AttentiveNAS (Wang et al., CVPR 2021): of a few drawn networks, the one whose layers' bits had the
+    highest or lowest losses so far. "progressive": bits below the highest join one after another in the first half of the run.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anybit.batches import Batch
+from anybit.errors import InvalidFile, InvalidSetting
+from anybit.layers import fill, float_weight, quantized_layers, weight_rows
+from anybit.numerics import fake_quantize, quant_limits
+from anybit.quantizers import UniformQuantizer
+from anybit.scheme import FLOAT_BITS, Precision, Scheme, check_bits, check_positive
+from anybit.store import check_choices
+
+DRAWN = 4
+"""Networks that attentive sampling chooses from."""
+
+
+@dataclass(frozen=True)
+class MultiQuantSettings:
+    """sandwich       the networks of a step, in order: H highest, R random, L lowest; letters may repeat or be left out
+    label          "adaptive", "teacher" (R learns from H, L from R), or "one-hot"
+    label_weight   a, the soft label's or the teacher's share of the loss
+    middle         how R is drawn: "uniform", "worst", "best" or "progressive"
+    per_channel    a weight step for each output channel instead of one a layer
+    batch_norm     "reestimate": one set, statistics estimated anew for the network at hand; "switch": a set for each bit-width of the layer
+    step_rates     bits -> factor on `step_rate`; 1 where not named
+    step_rate, offset_rate, rate   Adam's learning rates: log steps, offsets (0 keeps them), weights and all other parameters
+    """
+
+    sandwich: str = "HRL"
+    label: Literal["adaptive", "teacher", "one-hot"] = "adaptive"
+    label_weight: float = 0.5
+    middle: Literal["uniform", "worst", "best", "progressive"] = "uniform"
+    per_channel: bool = True
+    batch_norm: Literal["reestimate", "switch"] = "reestimate"
+    step_rates: Mapping[int, float] = field(default_factory=dict)
+    step_rate: float = 1e-3
+    offset_rate: float = 0.0
+    rate: float = 1e-3
+
+    def __post_init__(self):
+        if not self.sandwich or set(self.sandwich) - set("HRL"):
+            raise InvalidSetting(f"sandwich {self.sandwich!r} cannot be read. Write the letters H, R and L in any order: HRL.")
+        for name, allowed in (
+            ("label", ("adaptive", "teacher", "one-hot")),
+            ("middle", ("uniform", "worst", "best", "progressive")),
+            ("batch_norm", ("reestimate", "switch")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose from {', '.join(allowed)}.")
+        if not 0 <= self.label_weight <= 1:
+            raise InvalidSetting(f"label_weight {self.label_weight} must be from 0 to 1.")
+        if not 0 <= self.offset_rate < math.inf:
+            raise InvalidSetting(f"offset_rate {self.offset_rate} must be a finite number, and not below zero.")
+        for bits, factor in self.step_rates.items():
+            check_bits(bits)
+            check_positive(factor, f"step rate factor of {bits} bits")
+        check_positive(self.step_rate, "step_rate")
+        check_positive(self.rate, "rate")
+
+
+# The quantizers: one tensor for all bit-widths, and an index of the one in use
+
+
+class _Switchable(nn.Module):
+    """Steps for several bit-widths. The index is a tensor, so that a compiled network is not compiled again when it changes."""
+
+    def __init__(self, scales: Mapping[int, Tensor], signed: bool, factors: Mapping[int, float]):
+        super().__init__()
+        self.widths, self.bits, self.signed = tuple(scales), next(iter(scales)), signed
+        start = torch.stack([scale.detach() for scale in scales.values()])
+        one_each = (-1, *[1] * (start.dim() - 1))
+        self.register_buffer("start", start)
+        self.register_buffer("factors", start.new_tensor([factors.get(bits, 1.0) for bits in scales]).view(one_each), persistent=False)
+        self.register_buffer("limits", start.new_tensor([quant_limits(bits, signed) for bits in scales]), persistent=False)
+        self.register_buffer("index", torch.zeros((), dtype=torch.int64, device=start.device))
+        self.change = nn.Parameter(torch.zeros_like(start))
+
+    def switch(self, bits: int) -> None:
+        self.bits = bits
+        self.index.fill_(self.widths.index(bits))
+
+    @torch.no_grad()
+    def load(self, scales: Tensor) -> None:
+        """Steps of every bit-width, [widths, ...], in place of those that are there."""
+        if not (torch.isfinite(scales).all() and (scales > 0).all()):
+            raise InvalidFile("A stored step is not a positive finite number.")
+        self.start.copy_(scales)
+        self.change.zero_()
+
+    def scales(self) -> Tensor:
+        """The steps of every bit-width, [widths, ...]; a factor makes them, so that a loaded step is exact."""
+        return self.start * (self.factors * self.change).exp()
+
+    def scale(self) -> Tensor:
+        """The step in use."""
+        return self.start[self.index] * (self.factors[self.index] * self.change[self.index]).exp()
+
+
+class SwitchableWeight(_Switchable):
+    """The weight slot of a supernet's layer: bits -> scale [channels, 1] or [1, 1]."""
+
+    def __init__(self, scales: Mapping[int, Tensor], factors: Mapping[int, float] = {}):
+        super().__init__(scales, True, factors)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        low, high = self.limits[self.index]
+        return fake_quantize(rows, self.scale(), torch.zeros((), device=rows.device), low, high)
+
+    def freeze(self, channels: int) -> UniformQuantizer:
+        return UniformQuantizer(self.bits, True, self.scale().expand(channels, 1))
+
+
+class SwitchableInput(_Switchable):
+    """The input slot of a supernet's layer: bits -> (scale, zero point), 0-d each. Offsets are trained as shares of the range."""
+
+    def __init__(self, ranges: Mapping[int, tuple[Tensor, Tensor]], factors: Mapping[int, float] = {}, train_offsets: bool = False):
+        super().__init__({bits: scale for bits, (scale, _) in ranges.items()}, False, factors)
+        zeros = torch.stack([zero.detach() for _, zero in ranges.values()])
+        self.offsets = nn.Parameter(zeros / self.limits[:, 1], requires_grad=train_offsets)
+
+    def zero_points(self) -> Tensor:
+        """The integer zero point of every bit-width, [widths]; the gradient passes the rounding."""
+        free = self.offsets.clamp(0, 1) * self.limits[:, 1]
+        return free + (free.round() - free).detach()
+
+    def zero_point(self) -> Tensor:
+        """The one in use."""
+        return self.zero_points()[self.index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = self.limits[self.index]
+        return fake_quantize(x, self.scale(), self.zero_point(), low, high)
+
+    def freeze(self) -> UniformQuantizer:
+        return UniformQuantizer(self.bits, False, self.scale(), self.zero_point().detach().round())
+
+
+class SwitchableNorm(nn.Module):
+    """A batch norm for each bit-width of the layer before it, all starting as copies of one."""
+
+    def __init__(self, norm: nn.Module, widths: Sequence[int]):
+        super().__init__()
+        self.widths, self.bits = tuple(widths), widths[0]
+        self.norms = nn.ModuleList([_copied(norm) for _ in widths])
+
+    def switch(self, bits: int) -> None:
+        self.bits = bits
+
+    def chosen(self) -> nn.Module:
+        return self.norms[self.widths.index(self.bits)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chosen()(x)
+
+
+def _copied(norm: nn.Module) -> nn.Module:
+    fresh = type(norm)(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    fresh.load_state_dict(norm.state_dict())
+    return fresh.to(norm.running_mean.device)
+
+
+# The method
+
+
+def bits_of(precision: Precision) -> tuple[int, int]:
+    """What precisions are ordered by: bits of weight and input together, then the weight's."""
+    return precision.stored_weight_bits + (precision.activation_bits or FLOAT_BITS), precision.stored_weight_bits
+
+
+class MultiQuant:
+    """A prepared, unfolded network whose slots hold switchable quantizers: what `training.train` needs to know of the method.
+
+    choices     layer -> the precisions it may be switched to
+    classes     of a classifier; None leaves the task's own loss, whatever the label rule
+    """
+
+    def __init__(
+        self, model: nn.Module, choices: Mapping[str, Sequence[Precision]], settings: MultiQuantSettings, classes: int | None, seed: int
+    ):
+        self.model, self.choices, self.settings, self.classes, self.seed = model, choices, settings, classes, seed
+        self.layers = {name: layer for name, layer in quantized_layers(model).items() if name in choices}
+        self.norms: dict[str, SwitchableNorm] = {}
+        device = next(model.parameters()).device
+        self.right = torch.zeros(classes or 0, classes or 0, device=device)
+        self.labels = torch.zeros_like(self.right)
+        self.losses: dict[str, dict[str, float]] = {name: {} for name in choices}
+        self.progress, self.wider, self.letter = 0.0, None, ""
+        self.highest = Scheme({name: max(options, key=bits_of) for name, options in choices.items()})
+        self.lowest = Scheme({name: min(options, key=bits_of) for name, options in choices.items()})
+        self.scheme = self.highest
+        self.switch(self.highest)
+
+    def switch(self, scheme: Scheme) -> None:
+        """Make the network the one that `scheme` names, in place. Raises SchemeMismatch where a precision was not trained."""
+        check_choices(scheme, self.choices)
+        for name, precision in scheme.items():
+            weights, inputs = self.layers[name].weight_quantizer, self.layers[name].input_quantizer
+            if isinstance(weights, SwitchableWeight):
+                weights.switch(precision.weight_bits)
+            if isinstance(inputs, SwitchableInput):
+                inputs.switch(precision.activation_bits)
+            if name in self.norms:
+                self.norms[name].switch(precision.weight_bits)
+        self.scheme = self.scheme.replace(scheme)
+
+    def switch_norms(self, norms: Mapping[str, str]) -> None:
+        """Give each batch norm that follows a layer (layer -> norm) a set for each of the layer's bit-widths."""
+        for layer, name in norms.items():
+            widths = getattr(self.layers[layer].weight_quantizer, "widths", ()) if layer in self.layers else ()
+            if len(widths) > 1:
+                self.norms[layer] = SwitchableNorm(self.model.get_submodule(name), widths)
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, self.norms[layer])
+        self.switch(self.scheme)
+
+    # The step
+
+    def at(self, progress: float) -> list[nn.Parameter]:
+        """Remember how far the run is: what is drawn follows from it and from the seed."""
+        self.progress = progress
+        return []
+
+    def passes(self) -> Iterator[None]:
+        """The networks of one step, switched to one after another."""
+        generator = random.Random(f"{self.seed} {self.progress!r}")
+        self.wider = None
+        for letter in self.settings.sandwich:
+            self.letter = letter
+            self.switch({"H": self.highest, "L": self.lowest}.get(letter) or self.middle(generator))
+            yield
+        self.wider = None
+
+    def middle(self, generator: random.Random) -> Scheme:
+        """R: each layer's weights and input at bits drawn apart from one another."""
+        if self.settings.middle not in ("worst", "best"):
+            return self.drawn(generator)
+        known = [(self.expected_loss(scheme), scheme) for scheme in (self.drawn(generator) for _ in range(DRAWN))]
+        pick = max if self.settings.middle == "worst" else min
+        return pick(known, key=lambda pair: pair[0])[1]
+
+    def drawn(self, generator: random.Random) -> Scheme:
+        """A scheme drawn uniformly; while shrinking progressively, from the precisions that have joined."""
+        scheme = {}
+        for name, options in self.choices.items():
+            options = sorted(options, key=bits_of)
+            if self.settings.middle == "progressive":
+                joined = 1 + math.floor(min(1.0, 2 * self.progress) * (len(options) - 1))
+                options = options[-joined:]
+            scheme[name] = generator.choice(options)
+        return Scheme(scheme)
+
+    def expected_loss(self, scheme: Scheme) -> float:
+        """Sum over layers of the mean loss of the networks so far in which the layer had this precision."""
+        return sum(self.losses[name].get(str(precision), 0.0) for name, precision in scheme.items())
+
+    def loss(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
+        """The loss of the network at hand, by the label rule."""
+        loss = self._labelled(outputs, batch, task_loss)
+        if self.letter == "R" and self.settings.middle in ("worst", "best"):
+            told = float(loss.detach())
+            for name, precision in self.scheme.items():
+                row = self.losses[name]
+                row[str(precision)] = 0.9 * row.get(str(precision), told) + 0.1 * told
+        return loss
+
+    def _labelled(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
+        rule, share = self.settings.label, self.settings.label_weight
+        if self.classes is None or rule == "one-hot":
+            return task_loss
+        log_p = F.log_softmax(outputs.float(), -1)
+        if rule == "teacher":
+            wider, self.wider = self.wider, log_p.detach()
+            if wider is None:
+                return task_loss
+            return (1 - share) * task_loss + share * F.kl_div(log_p, wider, log_target=True, reduction="batchmean")
+        if batch.labels is None:
+            raise InvalidSetting("The adaptive label needs labels, and this data has none. Give labelled data, or label teacher.")
+        with torch.no_grad():
+            right = log_p.argmax(-1) == batch.labels
+            self.right.index_add_(0, batch.labels, log_p.exp() * right[:, None])
+            soft = self.labels[batch.labels]
+            soft = torch.where(soft.sum(-1, keepdim=True) > 0, soft, F.one_hot(batch.labels, self.classes).to(soft.dtype))
+        return (1 - share) * task_loss - share * (soft * log_p).sum(-1).mean()
+
+    def end_epoch(self) -> None:
+        """The online adaptive label: what was right in this epoch is the next one's."""
+        counts = self.right.sum(-1, keepdim=True)
+        self.labels.copy_(torch.where(counts > 0, self.right / counts.clamp_min(1e-12), torch.zeros_like(self.right)))
+        self.right.zero_()
+
+    def penalty(self) -> Tensor:
+        """None: every network meets its bits as it is."""
+        return torch.zeros(())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        switchable = [m for m in self.model.modules() if isinstance(m, _Switchable)]
+        steps = [m.change for m in switchable]
+        offsets = [m.offsets for m in switchable if isinstance(m, SwitchableInput) and m.offsets.requires_grad]
+        taken = {id(parameter) for parameter in (*steps, *offsets)}
+        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in taken]
+        rates = self.settings
+        groups = ((steps, rates.step_rate), (offsets, rates.offset_rate), (others, rates.rate))
+        return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
+
+    # What training tells and stores
+
+    def record(self) -> dict[str, Any]:
+        """How sure the labels are: the mean of the right class's share."""
+        sure = self.labels.diagonal()[self.labels.sum(-1) > 0] if self.classes else self.labels
+        return {"label_confidence": float(sure.mean()) if sure.numel() else None}
+
+    def state(self) -> dict[str, Tensor]:
+        """What the label is made of."""
+        return {"right": self.right, "labels": self.labels}
+
+    def decisions(self) -> dict[str, Any]:
+        """What attentive sampling knows."""
+        return {"losses": self.losses}
+
+    def restore(self, decisions: Mapping[str, Any]) -> None:
+        self.losses = {name: dict(row) for name, row in decisions["losses"].items()}
+
+    @torch.no_grad()
+    def freeze(self, model: nn.Module) -> None:
+        """Put the network at hand into the slots of `model`, a copy of this one: uniform quantizers and plain batch norms."""
+        for layer in quantized_layers(model).values():
+            weights, inputs = layer.weight_quantizer, layer.input_quantizer
+            if isinstance(weights, SwitchableWeight):
+                weights = weights.freeze(len(weight_rows(layer, float_weight(layer))))
+            fill(layer, weights, inputs.freeze() if isinstance(inputs, SwitchableInput) else inputs)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SwitchableNorm):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.chosen())

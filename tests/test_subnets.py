@@ -1,0 +1,314 @@
+"""Supernets: trained, stored, sliced, searched; and what must be refused."""
+
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from networks import Depthwise, NoBatchNorm, Residual, Signal, Tokens, make, pictures
+
+import anybit
+from anybit import subnets
+from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, SchemeMismatch
+from anybit.layers import codes_of, quantized_layers
+from anybit.scheme import Precision, Scheme
+from anybit.store import slice_subnet
+
+INPUTS = {
+    Residual: lambda: pictures(60),
+    Depthwise: lambda: pictures(60),
+    NoBatchNorm: lambda: pictures(60),
+    Signal: lambda: torch.randn(60, 2, 12, generator=torch.Generator().manual_seed(0)),
+    Tokens: lambda: torch.randint(0, 20, (60, 7), generator=torch.Generator().manual_seed(0)),
+}
+
+
+def labelled(cls=Residual):
+    x = INPUTS[cls]()
+    with torch.no_grad():
+        return x, make(cls)(x).argmax(1)
+
+
+def trained(cls=Residual, **changes):
+    wanted = {"bits": (2, 4, 8), "epochs": 1, "batch_size": 16, "held_out": 0.3, "bn_images": 32, **changes}
+    return anybit.train(make(cls), labelled(cls), test=labelled(cls), **wanted)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A supernet with a kept layer, and its folder."""
+    supernet = trained(keep={"conv": Precision(8, 8)})
+    return supernet, supernet.save(tmp_path_factory.mktemp("supernet") / "run")
+
+
+def random_scheme(supernet, seed=0):
+    return supernet.method.drawn(random.Random(seed))
+
+
+# Training
+
+
+@pytest.mark.parametrize("cls", INPUTS)
+def test_every_network_trains_and_loads_bitwise(cls, tmp_path):
+    supernet = trained(cls)
+    x = labelled(cls)[0]
+    loaded = anybit.load_supernet(supernet.save(tmp_path / "run"), model=make(cls, seed=5))
+    for scheme in (supernet.uniform(2), supernet.uniform(8), random_scheme(supernet)):
+        assert supernet.switch(scheme) == loaded.switch(scheme)
+        with torch.no_grad():
+            assert torch.equal(supernet.model(x), loaded.model(x))
+    assert loaded.costs == supernet.costs and loaded.settings == supernet.settings
+
+
+@pytest.mark.parametrize("changes", [{"batch_norm": "switch"}, {"per_channel": False}, {"offset_rate": 1e-2}, {"bits": (2, 3)}], ids=str)
+def test_every_form_of_supernet_loads_bitwise(changes, tmp_path):
+    supernet, x = trained(**changes), labelled()[0]
+    loaded = anybit.load_supernet(supernet.save(tmp_path / "run"), model=make(Residual, seed=5))
+    for scheme in (*subnets.uniform_schemes(supernet).values(), random_scheme(supernet)):
+        supernet.switch(scheme)
+        loaded.switch(scheme)
+        with torch.no_grad():
+            assert torch.equal(supernet.model(x), loaded.model(x))
+
+
+def test_the_report_tells_every_bit_width_and_the_store():
+    report = trained().report
+    names = ["2 bits", "4 bits", "8 bits"]
+    assert all(list(report[key]) == names for key in ("test", "float_store", "subnets")) and list(report["epochs"][0]["widths"]) == names
+    assert report["bn_images"] == 32 and report["inputs"] == {"fitting": 42, "held_out": 18}
+    json.dumps(report, allow_nan=False)
+
+
+def test_training_lowers_the_loss_of_the_lowest_bits():
+    before = trained(epochs=1, rate=1e-9, step_rate=1e-9).report["test"]["2 bits"]["loss"]
+    assert trained(epochs=12, rate=3e-3).report["test"]["2 bits"]["loss"] < before
+
+
+def test_a_continued_training_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    from anybit import training
+
+    changes = {"epochs": 3, "middle": "worst"}
+    trained(**changes, checkpoint=tmp_path / "whole").save(tmp_path / "a")
+    save, calls = training._save, []
+
+    def interrupted(*given):
+        save(*given)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trained(**changes, checkpoint=tmp_path / "broken")
+    with pytest.raises(InvalidSetting, match=r"label_weight was 0\.5"):
+        trained(**changes, label_weight=1.0, checkpoint=tmp_path / "broken")
+    trained(**changes, checkpoint=tmp_path / "broken").save(tmp_path / "b")
+    for name in ("supernet.safetensors", "supernet.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_store_rounds_the_weights_once_and_keeps_the_codes_of_the_highest_bits():
+    supernet = trained()
+    before = {name: layer._parameters["weight"].clone() for name, layer in supernet.method.layers.items()}
+    subnets.to_store(supernet.method)  # a second time
+    assert all(torch.equal(before[name], layer._parameters["weight"]) for name, layer in supernet.method.layers.items())
+
+
+# Subnets
+
+
+def test_batch_norm_is_estimated_for_the_subnet_at_hand(stored):
+    supernet, _ = stored
+    batches = subnets.bn_batches(subnets.held_out_split(*_samples())[0], supernet.settings)
+    supernet.switch(supernet.uniform(2), batches)
+    low = subnets.statistics_of(supernet.model)
+    supernet.switch(supernet.uniform(8), batches)
+    assert not torch.allclose(low, subnets.statistics_of(supernet.model))
+    supernet.switch(supernet.uniform(2))
+    assert torch.equal(low, subnets.statistics_of(supernet.model))
+
+
+def _samples():
+    from anybit.references import as_samples
+
+    return as_samples(labelled()), subnets.SupernetSettings.of(held_out=0.3, bn_images=32, batch_size=16)
+
+
+def test_a_subnet_is_sliced_from_the_file_by_numpy_alone(stored):
+    supernet, folder = stored
+    for seed in range(5):
+        scheme = random_scheme(supernet, seed)
+        supernet.switch(scheme)
+        sliced = slice_subnet(folder, scheme)
+        frozen = supernet.canonical()
+        for name, layer in quantized_layers(frozen.model).items():
+            assert np.array_equal(sliced[name][0], codes_of(layer).numpy())
+    script = (
+        "import sys, json; from anybit.store import slice_subnet; from anybit.scheme import Scheme; "
+        f"slice_subnet({str(folder)!r}, {supernet.uniform(4).to_json()!r}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_an_extracted_run_is_an_ordinary_one(stored, tmp_path):
+    supernet, folder = stored
+    x = labelled()[0]
+    result = anybit.extract(folder, "3bit", model=make(Residual), test=labelled())
+    assert result.report["result"]["weight_bits"] <= 3 and "stored for this scheme" in result.report["statistics"]
+    run = result.save(tmp_path / "run")
+    loaded = anybit.load(run, model=make(Residual, seed=9))
+    assert torch.equal(loaded(x), result.model(x)) and (run / "model.safetensors").stat().st_size == result.report["result"]["bytes"]
+    supernet.switch(result.scheme)
+    with torch.no_grad():
+        assert torch.allclose(supernet.model(x), result.model(x), atol=1e-5)
+
+
+def test_the_report_says_whose_statistics_a_subnet_has(stored, tmp_path):
+    supernet, folder = stored
+    mixed = random_scheme(supernet, 3)
+    (tmp_path / "scheme.json").write_text(json.dumps(mixed.to_json()))
+    near = anybit.extract(folder, scheme=tmp_path / "scheme.json", model=make(Residual))
+    assert "nearest" in near.report["statistics"] and near.scheme == mixed
+    own = anybit.extract(folder, scheme=mixed, data=labelled(), model=make(Residual))
+    assert "estimated anew on 32 inputs" in own.report["statistics"]
+    again = anybit.extract(folder, scheme=anybit.extract(folder, "3bit", model=make(Residual)).save(tmp_path / "run"), model=make(Residual))
+    assert again.scheme == supernet.uniform(2)
+
+
+def test_a_polished_subnet_is_never_further_from_the_float_outputs(stored):
+    _, folder = stored
+    how = {"data": labelled(), "model": make(Residual), "scheme": anybit.load_supernet(folder, make(Residual)).uniform(2)}
+    result = anybit.extract(folder, polish=True, samples=42, steps=20, batch_size=16, **how)
+    kept = [row["loss"] for row in result.report["ladder"] if row["kept"]]
+    assert kept == sorted(kept, reverse=True) and len(result.report["ladder"]) == 4
+    assert result.scheme == how["scheme"]
+
+
+# Searching
+
+
+def test_a_search_keeps_the_best_of_each_budget_and_its_statistics(stored, tmp_path):
+    _, folder = stored
+    found = anybit.search(folder, labelled(), ["3bit", "5bit"], model=make(Residual), evaluations=30, cache=tmp_path / "cache")
+    fits = {text: supernet_bits(found, scheme) for text, scheme in found.chosen.items()}
+    assert fits["3bit"] <= 3 and fits["5bit"] <= 5
+    rows = found.report["evaluated"]
+    assert len(rows) == len({json.dumps(row["scheme"]) for row in rows}) == 30
+    best = max(row["score"] for row in rows if row["cost"] <= 3)
+    assert next(r["score"] for r in rows if r["scheme"] == found.chosen["3bit"].to_json()) == best
+    assert all(row["measured"] is not None for row in found.report["front"])
+    run = found.save(tmp_path / "search")
+    assert "stored for this scheme" in anybit.extract(run, "3bit", model=make(Residual)).report["statistics"]
+    assert anybit.extract(run, "5bit", model=make(Residual)).scheme == found.chosen["5bit"]
+
+
+def supernet_bits(found, scheme):
+    return found.supernet.costs.weight_bits(scheme)
+
+
+def test_a_search_that_was_interrupted_repeats_nothing_and_ends_the_same(stored, tmp_path, monkeypatch):
+    _, folder = stored
+    how = {"model": make(Residual), "evaluations": 20}
+    whole = anybit.search(folder, labelled(), "3bit", cache=tmp_path / "a", **how)
+    scores, calls = subnets.scores, []
+
+    def counted(*given):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return scores(*given)
+
+    monkeypatch.setattr(subnets, "scores", counted)
+    with pytest.raises(KeyboardInterrupt):
+        anybit.search(folder, labelled(), "3bit", cache=tmp_path / "b", **how)
+    (tmp_path / "b").write_bytes((tmp_path / "b").read_bytes() + b'{"key": "sear')  # a line that was cut off
+    again = anybit.search(folder, labelled(), "3bit", cache=tmp_path / "b", **how)
+    assert again.report["evaluated"] == whole.report["evaluated"]
+    assert again.report["recalled"] >= 7
+    before = len(calls)
+    other = anybit.search(folder, labelled(), "5bit", cache=tmp_path / "b", **how)
+    assert len(calls) == before and other.chosen["5bit"]  # another budget measures nothing
+
+
+# What must be refused
+
+
+def test_a_budget_below_the_lowest_subnet_names_it(stored):
+    _, folder = stored
+    least = anybit.load_supernet(folder, make(Residual))
+    bits = least.costs.weight_bits(least.method.lowest)
+    how = {"model": make(Residual)}
+    for verb in (lambda: anybit.search(folder, labelled(), "1bit", **how), lambda: anybit.extract(folder, "1bit", **how)):
+        with pytest.raises(InfeasibleBudget, match=f"{bits:.4g} bits"):
+            verb()
+
+
+@pytest.mark.parametrize(
+    ("run", "error"),
+    [
+        (lambda f: anybit.extract(f, scheme={"fc": "W3A8"} and Scheme({"fc": Precision(3, 8)}), model=make(Residual)), SchemeMismatch),
+        (lambda f: anybit.extract(f, model=make(Residual)), InvalidSetting),
+        (lambda f: anybit.extract(f, "3bit", polish=True, model=make(Residual)), InvalidSetting),
+        (lambda f: anybit.extract(f, "3bit", steps=3, model=make(Residual)), InvalidSetting),
+        (lambda f: anybit.search(f, labelled()[0], "3bit", model=make(Residual)), InvalidInput),
+        (lambda f: anybit.search(f, labelled(), "latency=3ms", model=make(Residual)), InvalidSetting),
+        (lambda f: anybit.search(f, labelled(), "3bit", model=make(Residual), strategy="guess"), InvalidSetting),
+        (lambda f: anybit.search(f, tuple(t[:3] for t in labelled()), "3bit", model=make(Residual)), InvalidInput),
+        (lambda f: anybit.load_supernet(f, make(Depthwise)), SchemeMismatch),
+        (lambda f: slice_subnet(f, {"fc": "W3A8"}), SchemeMismatch),
+        (lambda f: slice_subnet(f / "nowhere", {"fc": "W2A8"}), InvalidFile),
+    ],
+)
+def test_what_cannot_be_is_refused(run, error, stored):
+    with pytest.raises(error):
+        run(stored[1])
+
+
+@pytest.mark.parametrize("damage", ["codes", "json", "settings", "surplus", "scale", "missing"])
+def test_a_damaged_store_is_named(damage, stored, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from anybit.checkpoint import sha256_of
+
+    folder = tmp_path / "run"
+    shutil.copytree(stored[1], folder)
+    weights, about = folder / "supernet.safetensors", json.loads((folder / "supernet.json").read_text())
+    if damage == "codes":
+        data = bytearray(weights.read_bytes())
+        data[-40] ^= 1
+        weights.write_bytes(bytes(data))
+    elif damage == "missing":
+        weights.unlink()
+    elif damage in ("surplus", "scale"):
+        tensors = load_file(weights)
+        if damage == "surplus":
+            tensors["more"] = torch.zeros(3)
+        else:
+            tensors["weight_scales"][0] = -1.0
+        save_file(tensors, weights)
+        about["sha256"] = sha256_of(weights)
+    else:
+        about["settings" if damage == "settings" else "edges"] = {"bits": "many"}
+    (folder / "supernet.json").write_text(json.dumps(about))
+    with pytest.raises(InvalidFile):
+        anybit.load_supernet(folder, make(Residual))
+
+
+def test_too_few_samples_are_refused():
+    x, y = labelled()
+    with pytest.raises(InvalidInput, match="two"):
+        anybit.train(make(Residual), (x[:1], y[:1]))
+    with pytest.raises(InvalidSetting, match="bn_images"):
+        trained(bn_images=1)
+
+
+def test_another_users_folder_names_no_code(stored, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with pytest.raises(InvalidSetting, match="does not say which network"):
+        anybit.load_supernet(stored[1])
