@@ -33,8 +33,8 @@ def trained(model, x, weight_bits, activation_bits):
 
 
 def subnet(model, x, weight_bits, activation_bits):
-    """MultiQuant at the wanted bits and at eight, on the float network's own outputs; the subnet of the wanted bits."""
-    bits = {weight_bits[0], activation_bits[0], 8} | ({4} if {weight_bits[0], activation_bits[0]} == {8} else set())
+    """MultiQuant at the wanted bits and at eight (six, where those are all), taught by the float network; the subnet of the wanted bits."""
+    bits = {weight_bits[0], activation_bits[0], 8} | ({6} if weight_bits == activation_bits == (8,) else set())
     wanted = {"bits": tuple(sorted(bits)), "label": "teacher", "distill": 1.0, "epochs": 30, "batch_size": 16, "held_out": 0.05}
     supernet = anybit.train(model, x, **wanted)
     return anybit.extract(supernet, scheme=Scheme.uniform(supernet.choices, Precision(weight_bits[0], activation_bits[0])), data=x)

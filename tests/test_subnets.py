@@ -4,11 +4,13 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from networks import Depthwise, NoBatchNorm, Residual, Signal, Tokens, make, pictures
+from test_training import run_processes
 
 import anybit
 from anybit import subnets
@@ -16,6 +18,8 @@ from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSe
 from anybit.layers import codes_of, quantized_layers
 from anybit.scheme import Precision, Scheme
 from anybit.store import slice_subnet
+
+TESTS = Path(__file__).parent
 
 INPUTS = {
     Residual: lambda: pictures(60),
@@ -116,6 +120,48 @@ def test_the_store_rounds_the_weights_once_and_keeps_the_codes_of_the_highest_bi
     before = {name: layer._parameters["weight"].clone() for name, layer in supernet.method.layers.items()}
     subnets.to_store(supernet.method)  # a second time
     assert all(torch.equal(before[name], layer._parameters["weight"]) for name, layer in supernet.method.layers.items())
+
+
+WORKER = f"""
+import sys
+sys.path.insert(0, {str(TESTS)!r})
+import torch
+torch.set_num_threads(1)
+import test_subnets as t
+from networks import NoBatchNorm
+supernet = t.trained(cls=NoBatchNorm, epochs=3)
+import torch.distributed as dist
+if not dist.is_initialized() or dist.get_rank() == 0:
+    supernet.save(sys.argv[1])
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_train_the_supernet_of_one(tmp_path):
+    for count in (1, 2):
+        run_processes(count, tmp_path / f"by{count}", tmp_path, WORKER)
+    one, two = (anybit.load_supernet(tmp_path / f"by{count}", model=make(NoBatchNorm)) for count in (1, 2))
+    x = labelled()[0]
+    for scheme in (one.uniform(2), one.uniform(8), random_scheme(one)):
+        one.switch(scheme)
+        two.switch(scheme)
+        with torch.no_grad():
+            assert torch.allclose(one.model(x), two.model(x), atol=0.05 * float(one.model(x).abs().max()))
+
+
+@pytest.mark.slow  # it compiles
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
+def test_a_compiled_supernet_is_compiled_once_for_all_its_networks():
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = trained(compile=True, epochs=2)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]  # the scheme of a step is data, not code
+    plain = trained(epochs=2)
+    assert compiled.report["test"]["8 bits"]["loss"] == pytest.approx(plain.report["test"]["8 bits"]["loss"], rel=0.05)
 
 
 # Subnets

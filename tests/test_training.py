@@ -346,9 +346,9 @@ if dist.is_initialized():
 """
 
 
-def run_processes(count: int, folder: Path, tmp_path: Path) -> None:
+def run_processes(count: int, folder: Path, tmp_path: Path, worker: str = WORKER) -> None:
     script = tmp_path / "worker.py"
-    script.write_text(WORKER)
+    script.write_text(worker)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

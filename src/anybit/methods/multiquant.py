@@ -108,7 +108,7 @@ class _Switchable(nn.Module):
         self.register_buffer("start", start)
         self.register_buffer("factors", start.new_tensor([factors.get(bits, 1.0) for bits in scales]).view(one_each), persistent=False)
         self.register_buffer("limits", start.new_tensor([quant_limits(bits, signed) for bits in scales]), persistent=False)
-        self.register_buffer("index", torch.zeros((), dtype=torch.int64, device=start.device))
+        self.register_buffer("index", torch.zeros(1, dtype=torch.int64, device=start.device))
         self.change = nn.Parameter(torch.zeros_like(start))
 
     def switch(self, bits: int) -> None:
@@ -129,7 +129,11 @@ class _Switchable(nn.Module):
 
     def scale(self) -> Tensor:
         """The step in use."""
-        return self.start[self.index] * (self.factors[self.index] * self.change[self.index]).exp()
+        return self.at_hand(self.scales())
+
+    def at_hand(self, rows: Tensor) -> Tensor:
+        """The row of the bit-width in use. (A selection by tensor: a plain index would be read as a number, and cut a compiled graph.)"""
+        return rows.index_select(0, self.index).squeeze(0)
 
 
 class SwitchableWeight(_Switchable):
@@ -139,7 +143,7 @@ class SwitchableWeight(_Switchable):
         super().__init__(scales, True, factors)
 
     def forward(self, rows: Tensor) -> Tensor:
-        low, high = self.limits[self.index]
+        low, high = self.at_hand(self.limits).unbind()
         return fake_quantize(rows, self.scale(), torch.zeros((), device=rows.device), low, high)
 
     def freeze(self, channels: int) -> UniformQuantizer:
@@ -161,10 +165,10 @@ class SwitchableInput(_Switchable):
 
     def zero_point(self) -> Tensor:
         """The one in use."""
-        return self.zero_points()[self.index]
+        return self.at_hand(self.zero_points())
 
     def forward(self, x: Tensor) -> Tensor:
-        low, high = self.limits[self.index]
+        low, high = self.at_hand(self.limits).unbind()
         return fake_quantize(x, self.scale(), self.zero_point(), low, high)
 
     def freeze(self) -> UniformQuantizer:
