@@ -325,9 +325,10 @@ def readme_section() -> str:
 def main() -> None:
     """Fill the tables into the text of docs/results.in.md and of the README."""
     from tables_grow import SECTIONS as GROW_SECTIONS
+    from tables_train_once import SECTIONS as TRAIN_ONCE_SECTIONS
 
     text = (ROOT / "docs" / "results.in.md").read_text()
-    for name, section in {**SECTIONS, **GROW_SECTIONS}.items():
+    for name, section in {**SECTIONS, **GROW_SECTIONS, **TRAIN_ONCE_SECTIONS}.items():
         text = text.replace(f"<!-- {name} -->", section())
     (ROOT / "docs" / "results.md").write_text(text)
     readme = (ROOT / "README.md").read_text()

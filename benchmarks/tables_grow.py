@@ -20,6 +20,7 @@ def methods_section() -> str:
         "calibrate's scheme, trained with LSQ": "calibrate's scheme trained, {label} seed",
         "CSQ, `2bit`": "CSQ 2bit {label} seed",
         "CSQ, `4bit`": "CSQ 4bit {label} seed",
+        "CSQ, `3bit`, a scale for each layer": "CSQ 3bit {label}, a scale for each layer, seed",
     }
     rows = []
     for label in LABELS:

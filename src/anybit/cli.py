@@ -352,7 +352,7 @@ def grow(
     per_channel: Annotated[bool, typer.Option("--per-channel", help="A scale for each output channel instead of each layer.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="A layer may lose all its planes.")] = False,
     strength: Annotated[float, typer.Option(help="Weight of the budget in the loss.")] = 0.3,
-    fix: Annotated[float, typer.Option(help="Share of the run after which the planes are fixed.")] = 0.2,
+    fix: Annotated[float, typer.Option(help="Share of the run after which the planes are fixed.")] = 0.15,
     harden: Annotated[float, typer.Option(help="Share of the run after which every weight's bits are.")] = 0.9,
     phase: Annotated[str, typer.Option(help="How weights go on once the planes are fixed: restart, rewind or continue.")] = "restart",
     rate: Annotated[float, typer.Option(help="Learning rate of batch norm, biases, and of weights at a fixed scheme.")] = 1e-3,

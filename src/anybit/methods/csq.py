@@ -69,11 +69,11 @@ class CSQSettings:
     per_channel: bool = False
     prune: bool = False
     strength: float = 0.3
-    fix: float = 0.2
+    fix: float = 0.15
     harden: float = 0.9
     plane_temperature: float = 200.0
     fix_temperature: float = 2.0
-    final_temperature: float = 30.0
+    final_temperature: float = 10.0
     phase: Literal["restart", "rewind", "continue"] = "restart"
     weight_gates: Gates = "soft"
     plane_gates: Gates = "soft"
