@@ -30,6 +30,7 @@ from anybit.methods.lsq import FixedScheme, LSQSettings
 from anybit.methods.multiquant import MultiQuant
 from anybit.progress import listening
 from anybit.scheme import FLOAT, Precision, Scheme
+from anybit.supernet import Supernet, scores, uniform_schemes
 
 BITS = (2, 3, 4, 6, 8)
 KEEP = {"conv1": Precision(8, 8), "fc": Precision(8, 8)}
@@ -67,12 +68,12 @@ class TrainingOnce(Study):
         size = (self.folder(key) / "supernet.safetensors").stat().st_size
         return {name: report[name] for name in kept} | {"competition": self.competition(supernet), "bytes": size}
 
-    def competition(self, supernet: subnets.Supernet) -> dict[str, Any]:
+    def competition(self, supernet: Supernet) -> dict[str, Any]:
         """What the paper names: the norm of each bit-width's gradient on the shared weights under one-hot labels, and how much the
         confidence (the softmax of the right class) varies, on 1,024 training images."""
         batches = list(growth.watched_batches(self.train, 1))[:4]
         told = {}
-        for name, scheme in subnets.uniform_schemes(supernet).items():
+        for name, scheme in uniform_schemes(supernet).items():
             supernet.switch(scheme)
             supernet.model.zero_grad()
             confidence = []
@@ -159,7 +160,7 @@ def searched(study: TrainingOnce, run: Path, strategy: str, seed: int) -> dict[s
     anybit.search(supernet, study.train, ["3.5bit"], strategy=strategy, seed=seed, evaluations=study.arguments.evaluations, **how)
     second = time.perf_counter() - start
     test = list(study.test.batches(500))
-    front = [{**row, "test": subnets.scores(found.supernet, Scheme.parse(row["scheme"]), None, test)} for row in found.report["front"]]
+    front = [{**row, "test": scores(found.supernet, Scheme.parse(row["scheme"]), None, test)} for row in found.report["front"]]
     return found.report | {"front": front, "second_seconds": second}
 
 
@@ -170,7 +171,7 @@ def compose(study: TrainingOnce) -> None:
         study.measured(f"{bits} bits", lambda bits=bits: polished(study, supernet, bits))
 
 
-def polished(study: TrainingOnce, supernet: subnets.Supernet, bits: int) -> dict[str, Any]:
+def polished(study: TrainingOnce, supernet: Supernet, bits: int) -> dict[str, Any]:
     """The subnet as it is, and after sequential AdaQuant, batch-norm and bias tuning towards the 8-bit subnet's outputs."""
     plain = anybit.extract(supernet, scheme=supernet.uniform(bits), test=study.test)
     polish = anybit.extract(supernet, scheme=supernet.uniform(bits), data=study.train, test=study.test, polish=True, mirror=True)

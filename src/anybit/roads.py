@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anybit import growth, stages, subnet_search, subnets, training
+from anybit import growth, searches, stages, subnets, training
 from anybit.batches import Batch, Calibration, Samples, check_finite, draw, map_tensors, split, tensors_in
 from anybit.candidates import Candidates, apply_scheme
 from anybit.checkpoint import (
@@ -40,9 +40,12 @@ from anybit.pages import growth_page
 from anybit.references import Preprocessing, absolute, as_samples, load_data, load_model
 from anybit.reporting import StageClock, environment
 from anybit.scheme import Budget, Precision, Scheme
+from anybit.searches import Search
 from anybit.sensitivity import SensitivityTable
 from anybit.stages import Bench, CalibrateSettings, Judge, Network
-from anybit.subnets import Search, Supernet
+from anybit.subnet_search import SearchSettings
+from anybit.supernet import JSON as SUPERNET_JSON
+from anybit.supernet import Supernet, polished, read_supernet, read_supernet_file, uniform_schemes, width_scores
 from anybit.training import join_processes
 from anybit.wiring import observe
 
@@ -450,23 +453,23 @@ def train(
             subnets.folded_gammas(method, network.norms),
             None if checkpoint is None else Path(checkpoint),
             _identity(float_model, samples, plain[0], wanted.to_json()),
-            None if tests is None else lambda: {"widths": subnets.width_scores(supernet, bn, watched, metric)},
+            None if tests is None else lambda: {"widths": width_scores(supernet, bn, watched, metric)},
         )
     if tests is not None:
-        report["float_store"] = subnets.width_scores(supernet, bn, list(tests.batches(256)), metric)
+        report["float_store"] = width_scores(supernet, bn, list(tests.batches(256)), metric)
     with clock.stage("store"):
         subnets.to_store(method)
-        for scheme in subnets.uniform_schemes(supernet).values():
+        for scheme in uniform_schemes(supernet).values():
             supernet.learn(scheme, bn, lambda model: stages.edge_ranges(model, network.wiring, plain))
     if tests is not None:
         with clock.stage("test"):
-            report["test"] = subnets.width_scores(supernet, None, list(tests.batches(256)), metric)
+            report["test"] = width_scores(supernet, None, list(tests.batches(256)), metric)
     method.model.cpu()
     supernet.report = {
         "version": 1,
         "road": "train once",
         **report,
-        "subnets": {name: network.costs.summary(scheme) for name, scheme in subnets.uniform_schemes(supernet).items()},
+        "subnets": {name: network.costs.summary(scheme) for name, scheme in uniform_schemes(supernet).items()},
         "float_bytes": network.costs.float_bytes,
         "bn_images": sum(map(len, bn)) if bn else 0,
         "inputs": {"fitting": len(fitting), "held_out": len(samples) - len(fitting)},
@@ -482,7 +485,7 @@ def train(
 def load_supernet(folder: str | Path, model: nn.Module | str | None = None) -> Supernet:
     """The supernet that `train` or `search` saved; `model` as for `load`."""
     folder = Path(folder)
-    return subnets.read_supernet(folder, _float_model(folder, subnets.read_supernet_file(folder), model, subnets.JSON))
+    return read_supernet(folder, _float_model(folder, read_supernet_file(folder), model, SUPERNET_JSON))
 
 
 def search(
@@ -500,31 +503,31 @@ def search(
 ) -> Search:
     """The best schemes of a supernet along the whole range of costs, and for each budget the best of those that fit it.
 
-    data        the supernet's training data; subnets are evaluated on what was held out of it. Other data: all of it is held out.
+    data        the supernet's training data; subnets are evaluated on the share that was held out of it
     images      held-out samples that subnets are evaluated on; as many others measure the front again
     cache       keep every evaluation, in this file or (True) in the user's cache directory: a search that was interrupted, or has another
                 budget, does not repeat them. A supernet that is not in a folder has no cache of its own
-    settings    fields of `subnet_search.SearchSettings`
+    settings    fields of `SearchSettings`
 
     Raises InfeasibleBudget, naming the least, where no subnet fits a budget.
     """
-    wanted = subnet_search.SearchSettings(**settings)
+    wanted = SearchSettings(**settings)
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
     budgets = [Budget.parse(one) for one in ([budget] if isinstance(budget, (str, Budget)) else budget)]
     for one in budgets:
-        subnets.check_fits(supernet, one)
+        searches.check_fits(supernet, one)
     samples = _supernet_data(run, supernet, data, workers).on(device)
     supernet.model.to(device)
     if cache is True:
         cache = False if isinstance(run, Supernet) else _evaluations_of(Path(run), samples, metric)
-    return subnets.searched(supernet, samples, budgets, wanted, images, metric, Path(cache) if cache else None)
+    return searches.searched(supernet, samples, budgets, wanted, images, metric, Path(cache) if cache else None)
 
 
 def _evaluations_of(run: Path, samples: Samples, metric: Metric | None) -> Path:
     """The file in the user's cache directory that keeps what this supernet's subnets scored on this data."""
     first = next(samples.on("cpu").subset(range(min(64, len(samples)))).batches(64))
     data = _digest([*tensors_in(first.inputs), *([] if first.labels is None else [first.labels])])
-    of = f"{sha256_of(run / subnets.JSON)} {data} {len(samples)} {metric and (metric.__module__, metric.__qualname__)}"
+    of = f"{sha256_of(run / SUPERNET_JSON)} {data} {len(samples)} {metric and (metric.__module__, metric.__qualname__)}"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit" / "evaluations"
     return home / f"{hashlib.sha256(of.encode()).hexdigest()[:32]}.jsonl"
 
@@ -558,7 +561,7 @@ def extract(
         raise InvalidSetting(f"{next(iter(settings))} has no part in it without polish.")
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
     clock = StageClock()
-    wanted = subnets.best_within(run, supernet, Budget.parse(budget)) if scheme is None else _scheme_from(scheme)
+    wanted = searches.best_within(run, supernet, Budget.parse(budget)) if scheme is None else _scheme_from(scheme)
     with clock.stage("extract"):
         batches = None
         if data is not None:
@@ -574,7 +577,7 @@ def extract(
     ladder: list[dict[str, Any]] = []
     if polish:
         with clock.stage("polish"):
-            canonical, ladder = subnets.polished(supernet, canonical, fitting, batches, CalibrateSettings(**settings))
+            canonical, ladder = polished(supernet, canonical, fitting, batches, CalibrateSettings(**settings))
     scheme = canonical.scheme
     report = {
         "version": 1,
@@ -615,7 +618,7 @@ def _supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, wo
     """The data, preprocessed as the supernet's was; without any, what the supernet recorded, where it is this user's own."""
     if data is None:
         data = supernet.about.get("data", {}).get("reference")
-        if not isinstance(data, str) or isinstance(run, Supernet) or not is_own(Path(run), subnets.JSON):
+        if not isinstance(data, str) or isinstance(run, Supernet) or not is_own(Path(run), SUPERNET_JSON):
             raise InvalidSetting("The supernet does not name data that may be followed. Give its training data with --data.")
     return _samples(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})))
 

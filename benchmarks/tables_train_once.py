@@ -1,0 +1,114 @@
+"""The sections of docs/results.md on the train-once road; `tables.py` puts them in."""
+
+from typing import Any
+
+from tables import entries, spread, table
+
+WIDTHS = (8, 6, 4, 3, 2)
+
+
+def widths_section() -> str:
+    runs = entries("train_once_resnet20_widths")
+    supernets = [key for key in runs if "test" in runs[key] and "widths" in runs[key]["epochs"][0]]
+    rows = []
+    if "float" in runs:
+        rows.append(["float, the same recipe", *[f"{runs['float']['top1']:.2f}"] * len(WIDTHS)])
+    for name in dict.fromkeys(key.rpartition(" seed")[0] for key in supernets):
+        found = [runs[key] for key in supernets if key.startswith(f"{name} seed")]
+        rows.append([f"one supernet, {name}", *(spread([run["test"][f"{bits} bits"]["top1"] for run in found]) for bits in WIDTHS)])
+    for words, pattern in (("a network for each, as many epochs in all", "alone {} bits"), ("calibrate at each", "calibrate {} bits")):
+        if any(pattern.format(bits) in runs for bits in WIDTHS):
+            rows.append([words, *(_top1(runs.get(pattern.format(bits))) for bits in WIDTHS)])
+    return table(["network", *(f"{bits} bits" for bits in WIDTHS)], rows) if rows else "Not run."
+
+
+def _top1(run: dict[str, Any] | None) -> str:
+    return f"{run['top1']:.2f}" if run else "not run"
+
+
+def competition_section() -> str:
+    """What the paper names, at the end of training: gradients of one-hot labels on the shared weights, and how confidence varies."""
+    runs = {key: run for key, run in entries("train_once_resnet20_widths").items() if "competition" in run}
+    rows = []
+    for key, run in runs.items():
+        for words, field, digits in (("gradient norm", "gradient_norm", 3), ("variance of the confidence", "confidence_variance", 4)):
+            rows.append([key, words, *(f"{run['competition'][f'{bits} bits'][field]:.{digits}f}" for bits in WIDTHS)])
+    return table(["supernet", "of each bit-width", *(f"{bits} bits" for bits in WIDTHS)], rows) if rows else "Not run."
+
+
+def store_section() -> str:
+    rows = []
+    for key, run in entries("train_once_resnet20_widths").items():
+        if "float_store" in run:
+            lost = [run["test"][f"{bits} bits"]["top1"] - run["float_store"][f"{bits} bits"]["top1"] for bits in WIDTHS]
+            rows.append([key, f"{run['bytes'] / 1000:.0f} kB", *(f"{change:+.2f}" for change in lost)])
+    return table(["supernet", "file", *(f"{bits} bits" for bits in WIDTHS)], rows) if rows else "Not run."
+
+
+def choices_section() -> str:
+    runs = entries("train_once_resnet20_choices")
+    rows = [[key, *(f"{run['test'][f'{bits} bits']['top1']:.2f}" for bits in WIDTHS)] for key, run in runs.items()]
+    return table(["what is changed", *(f"{bits} bits" for bits in WIDTHS)], rows) if rows else "Not run."
+
+
+def search_section() -> str:
+    runs = entries("train_once_resnet20_search")
+    if not runs:
+        return "Not run."
+    cost, score = (end(run["hypervolume"][field] for run in runs.values()) for end, field in ((max, "cost"), (min, "score")))
+    rows = []
+    for key, run in runs.items():
+        ranked = run["rank_correlation"]
+        again = _area([(row["cost"], row["measured"]) for row in run["front"]], cost, score)
+        test = _area([(row["cost"], row["test"]["top1"]) for row in run["front"]], cost, score)
+        correlation = "" if ranked is None else f"{ranked:.2f}"
+        rows.append([key, str(len(run["evaluated"])), correlation, f"{again:.2f}", f"{test:.2f}", f"{run['second_seconds']:.1f} s"])
+    columns = [
+        "strategy",
+        "evaluations",
+        "rank correlation (Kendall)",
+        "hypervolume, measured again",
+        "on the test images",
+        "another budget",
+    ]
+    return table(columns, rows) + f"\n\nAreas are left of {cost:.2f} bits a weight and above {score:.2f} %."
+
+
+def _area(points: list[tuple[float, float]], cost: float, score: float) -> float:
+    """Area above `score` and left of `cost` that the points dominate."""
+    area, right = 0.0, cost
+    for at, _ in sorted(points, reverse=True):
+        height = max(other for cheaper, other in points if cheaper <= at)
+        area += max(0.0, right - at) * max(0.0, height - score)
+        right = at
+    return area
+
+
+def compose_section() -> str:
+    runs = entries("train_once_resnet20_compose")
+    rows = []
+    for key, run in runs.items():
+        kept = ", ".join(row["step"] for row in run["ladder"][1:] if row["kept"]) or "none"
+        rows.append([key, f"{run['extracted']['top1']:.2f}", f"{run['polished']['top1']:.2f}", kept])
+    return table(["subnet", "extracted", "polished by calibrate", "steps that were kept"], rows) if rows else "Not run."
+
+
+def cost_section() -> str:
+    run = entries("train_once_resnet20_cost").get("one step")
+    if not run:
+        return "Not run."
+    rounds = len(run["seconds"])
+    return (
+        f"One LRH step takes {run['times_three_steps']:.2f} times three steps of quantization-aware training (median of {rounds} rounds)."
+    )
+
+
+SECTIONS = {
+    "WIDTHS": widths_section,
+    "COMPETITION": competition_section,
+    "STORE": store_section,
+    "SUPERNETCHOICES": choices_section,
+    "SEARCH": search_section,
+    "COMPOSE": compose_section,
+    "LRHCOST": cost_section,
+}
