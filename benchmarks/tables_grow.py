@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from scipy.stats import spearmanr
-from tables import ROOT, entries, spread, table
+from written import ROOT, entries, spread, table
 
 LABELS = ("float activations", "A4")
 

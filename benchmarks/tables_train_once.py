@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tables import entries, spread, table
+from written import entries, spread, table
 
 WIDTHS = (8, 6, 4, 3, 2)
 
