@@ -4,6 +4,7 @@
 
     methods   CSQ, uniform LSQ at equal size, calibrate at equal size, and calibrate's scheme trained: 3 bits with A4 and with float
               activations, two seeds; CSQ at 2 and at 4 bits
+    agreement sensitivities of the grown networks, from the run folders that `methods --runs` kept
     choices   the two binary choices: weight gates soft or straight-through, plane gates soft or hard with periodic pruning (BSQ-like)
     cost      one training step and its memory: float, CSQ, CSQ written down plainly, LSQ
     full      600 epochs from scratch as published, 20 times smaller counted the published way; needs a GPU
@@ -24,6 +25,7 @@ from study import ROOT, Study, parser
 import anybit
 from anybit import growth
 from anybit.batches import Batch, draw
+from anybit.layers import emptied
 from anybit.methods.csq import GatedWeight, gate
 from anybit.progress import listening
 from anybit.scheme import FLOAT, Precision, Scheme
@@ -84,6 +86,19 @@ def calibrated(study: Growing, activation_bits: int | None, seed: int) -> dict[s
     """The calibrate road from 1,024 of the training images, at the same budget."""
     result = anybit.calibrate(study.network(), study.train, "3bit", activation_bits=(activation_bits,), seed=seed, mirror=True)
     return study.row(result) | {"table": result.table["table"]}
+
+
+def agreement(study: Growing) -> None:
+    """What it would cost each layer of a grown network to have two bits, its bits being what they are; needs the run folders."""
+    for folder in sorted(study.arguments.runs.glob("CSQ*")):
+        study.measured(folder.name, lambda folder=folder: {"table": table_of(study, folder)})
+
+
+def table_of(study: Growing, folder: Path) -> dict[str, Any]:
+    """Calibrate's table of a run's network, with the weights that it has."""
+    grown = emptied(anybit.load(folder, model=study.network()))
+    settings = {"weight_bits": (2,), "activation_bits": (None,), "pipeline": "light", "bn_tuning": False}
+    return anybit.calibrate(grown, study.train, None, **settings).table["table"]
 
 
 def choices(study: Growing) -> None:
@@ -175,7 +190,7 @@ def full(study: Growing) -> None:
         study.measured(key, lambda key=key, budget=budget: study.grown(key, budget, **settings))
 
 
-STUDIES = {"methods": methods, "choices": choices, "cost": cost, "full": full}
+STUDIES = {"methods": methods, "agreement": agreement, "choices": choices, "cost": cost, "full": full}
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def write_epochs(runs: dict[str, Any], path: Path) -> None:
 
 def agreement_section() -> str:
     """Do layers that calibrate finds sensitive get more bits when a scheme grows?"""
-    runs, rows = entries("grow_resnet20_methods"), []
+    runs, after, rows = entries("grow_resnet20_methods"), entries("grow_resnet20_agreement"), []
     for key, run in runs.items():
         if not key.startswith("CSQ"):
             continue
@@ -97,8 +97,10 @@ def agreement_section() -> str:
             sensitivity = [measured["rows"][name]["W3"] for name in names]
             chosen = runs[f"calibrate 3bit {label} seed {seed}"]["layers"]
             other = [int(chosen[name].split("A")[0].removeprefix("W")) for name in names]
-            rows.append([key, f"{spearmanr(bits, sensitivity).statistic:+.2f}", f"{spearmanr(bits, other).statistic:+.2f}"])
-    columns = ["run", "rank correlation of its bits with W3 sensitivity", "with calibrate's bits"]
+            grown = after.get(key.replace(" ", "_"), {}).get("table")
+            later = f"{spearmanr(bits, [grown['rows'][name]['W2'] for name in names]).statistic:+.2f}" if grown else "not run"
+            rows.append([key, f"{spearmanr(bits, sensitivity).statistic:+.2f}", later, f"{spearmanr(bits, other).statistic:+.2f}"])
+    columns = ["run", "rank correlation of its bits with W3 sensitivity before", "with W2 sensitivity after", "with calibrate's bits"]
     return table(columns, rows) if rows else "Not run."
 
 

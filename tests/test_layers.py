@@ -6,12 +6,16 @@ import torch.nn.functional as F
 from networks import (
     NETWORKS,
     CalledTwice,
+    Depthwise,
+    Padded,
     PaddedConv2d,
+    Residual,
     SharedWeight,
     assert_untouched,
     make,
     network_and_inputs,
     numbers,
+    pictures,
     run,
     snapshot,
 )
@@ -23,6 +27,7 @@ from anybit.layers import (
     check_single_use,
     codes_of,
     coverage,
+    emptied,
     fill,
     float_weight,
     from_rows,
@@ -213,3 +218,18 @@ def test_a_layer_may_be_called_by_keyword():
 
     model, x = make(ByKeyword), numbers(2, 3, 4, 4)
     assert torch.equal(prepare(model, ["conv", "own"])(x), model(x))
+
+
+@pytest.mark.parametrize("cls", [Residual, Depthwise, Padded])
+def test_an_emptied_network_computes_with_the_slots_weights_and_can_be_prepared_again(cls):
+    model, x = make(cls), pictures(4)
+    names, _ = coverage(model)
+    filled = prepare(model, names)
+    for layer in quantized_layers(filled).values():
+        rows = weight_rows(layer, float_weight(layer))
+        fill(layer, UniformQuantizer(3, True, weight_scale(rows, 3)), None)
+    plain = emptied(filled)
+    assert [type(plain.get_submodule(name)) for name in names] == [type(model.get_submodule(name)) for name in names]
+    assert list(plain.state_dict()) == list(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(x), filled.eval()(x)) and torch.equal(prepare(plain, names).eval()(x), plain(x))

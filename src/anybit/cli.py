@@ -356,7 +356,7 @@ def grow(
     harden: Annotated[float, typer.Option(help="Share of the run after which every weight's bits are.")] = 0.9,
     phase: Annotated[str, typer.Option(help="How weights go on once the planes are fixed: restart, rewind or continue.")] = "restart",
     rate: Annotated[float, typer.Option(help="Learning rate of batch norm, biases, and of weights at a fixed scheme.")] = 1e-3,
-    gate_rate: Annotated[float, typer.Option(help="Learning rate of weight gates.")] = 3e-3,
+    gate_rate: Annotated[float, typer.Option(help="Learning rate of weight gates.")] = 1e-2,
     plane_rate: Annotated[float, typer.Option(help="Learning rate of plane gates.")] = 1e-2,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Forget the trained weights.")] = False,
     distill: Annotated[float, typer.Option(help="Weight of the float model's outputs in the loss, 0 to 1.")] = 0.0,

@@ -188,6 +188,17 @@ def fill(layer: nn.Module, weights: nn.Module | None, inputs: UniformQuantizer |
     layer.weight_quantizer, layer.input_quantizer = weights, inputs
 
 
+@torch.no_grad()
+def emptied(model: nn.Module) -> nn.Module:
+    """A float copy: the classes that `prepare` found, with the weights that the slots give. A road can start where another ended."""
+    plain = copy.deepcopy(model)
+    for layer in quantized_layers(plain).values():
+        float_weight(layer).copy_(layer.weight)
+        del layer._modules["weight_quantizer"], layer._modules["input_quantizer"]
+        layer.__class__ = type(layer).__mro__[2]
+    return plain
+
+
 def scheme_of(model: nn.Module) -> Scheme:
     """The scheme that the model's filled slots spell out."""
     return Scheme({name: _precision_of(layer) for name, layer in quantized_layers(model).items()})

@@ -21,11 +21,12 @@ DAC 2023 (arXiv 2212.02770); its equations from the paper's abstract and the aut
   * The second phase starts as the first did: from the weights as they then are, with logits made new for the planes that stay and beta
     at 1. Closing the low planes of a weight cuts it towards zero, which no short training mends. `phase="rewind"` is the paper's
     form, which sets beta back alone; `phase="continue"` has no second phase.
-  * Temperatures are relative to the logits' starting size of 1, and the weight gates' own: they are decided later than the planes are.
-  * A trained network starts at its own weights: a weight that is a code has logits at +-1, one between two codes has each gate between
+  * Temperatures are relative to the logits' starting size c, and the weight gates' own: they are decided later than the planes are. Small
+    logits let a soft weight reach far beyond its codes, and training comes to lean on values that hardening takes away.
+  * A trained network starts at its own weights: a weight that is a code has logits at +-c, one between two codes has each gate between
     their bits, as far as it lies (the release starts at the rounded weight, with the bit for the logit). So a weight near the middle
     between codes is undecided and can still fall to either side; one that is not trained ends at the nearest. The product is divided
-    by what gates at +-1 make of it, a number that goes to 1 as beta grows.
+    by what gates at +-c make of it, a number that goes to 1 as beta grows.
 """
 
 import math
@@ -56,6 +57,7 @@ class CSQSettings:
     prune                a layer may lose all its planes (W0)
     strength             lambda
     fix, harden          shares of the run at which the planes are fixed and the weight gates hardened
+    logit                size of the logits of a gate that starts decided, at beta 1: 1 leaves it at 0.73 or 0.27, 3 at 0.95 or 0.05
     plane_temperature    beta of the plane gates when they are fixed
     phase                how the weight gates go on when the planes are fixed: "restart", "rewind" or "continue" (see above)
     fix_temperature      beta of the weight gates when the planes are fixed
@@ -71,13 +73,14 @@ class CSQSettings:
     strength: float = 0.3
     fix: float = 0.15
     harden: float = 0.9
+    logit: float = 3.0
     plane_temperature: float = 200.0
-    fix_temperature: float = 2.0
-    final_temperature: float = 10.0
+    fix_temperature: float = 1.3
+    final_temperature: float = 7.0
     phase: Literal["restart", "rewind", "continue"] = "restart"
     weight_gates: Gates = "soft"
     plane_gates: Gates = "soft"
-    gate_rate: float = 3e-3
+    gate_rate: float = 1e-2
     plane_rate: float = 1e-2
     scale_rate: float = 1e-3
     rate: float = 1e-3
@@ -92,7 +95,7 @@ class CSQSettings:
                 raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose soft or straight-through.")
         if self.phase not in ("restart", "rewind", "continue"):
             raise InvalidSetting(f"phase {self.phase!r} is unknown. Choose restart, rewind or continue.")
-        for name in ("strength", "gate_rate", "plane_rate", "scale_rate", "rate"):
+        for name in ("logit", "strength", "gate_rate", "plane_rate", "scale_rate", "rate"):
             check_positive(getattr(self, name), name)
         for name in ("plane_temperature", "fix_temperature", "final_temperature"):
             if getattr(self, name) < 1:
@@ -157,9 +160,17 @@ class GatedWeight(nn.Module):
     live                the planes that stay, bool [N], once they are fixed; None before
     """
 
-    def __init__(self, rows: Tensor, planes: int, per_channel: bool, weight_gates: Gates = "soft", plane_gates: Gates = "soft"):
+    def __init__(
+        self,
+        rows: Tensor,
+        planes: int,
+        per_channel: bool,
+        weight_gates: Gates = "soft",
+        plane_gates: Gates = "soft",
+        logit: float = CSQSettings.logit,
+    ):
         super().__init__()
-        self.weight_gates, self.plane_gates = weight_gates, plane_gates
+        self.weight_gates, self.plane_gates, self.logit = weight_gates, plane_gates, logit
         self.register_buffer("live", None, persistent=False)
         self.positive = nn.Parameter(rows.new_empty(planes, *rows.shape))
         self.negative = nn.Parameter(rows.new_empty(planes, *rows.shape))
@@ -181,7 +192,7 @@ class GatedWeight(nn.Module):
         codes = (rows / step).clamp(-largest, largest)
         lower = codes.abs().floor()
         share, lower = codes.abs() - lower, lower.to(torch.int64)
-        closed, opened = torch.sigmoid(rows.new_tensor([-1.0, 1.0]))
+        closed, opened = torch.sigmoid(rows.new_tensor([-self.logit, self.logit]))
         for place, b in enumerate(planes):
             bit = torch.lerp((lower >> place & 1).to(rows.dtype), ((lower + 1) >> place & 1).to(rows.dtype), share)
             self.positive[b] = torch.logit(closed + (opened - closed) * bit * (codes > 0))
@@ -198,8 +209,8 @@ class GatedWeight(nn.Module):
         return gate(self.planes, self.plane_temperature, "soft")
 
     def shrinkage(self) -> Tensor:
-        """What gates at logits of +-1 make of a weight: tanh(beta / 2) of its bits, f(1) of its planes; 1 where they are hard."""
-        weights = torch.tanh(self.temperature / 2) if self.weight_gates == "soft" else 1.0
+        """What decided gates make of a weight at the start: tanh(c beta / 2) of its bits, f(1) of its planes; 1 where they are hard."""
+        weights = torch.tanh(self.logit * self.temperature / 2) if self.weight_gates == "soft" else 1.0
         return weights * (torch.sigmoid(self.plane_temperature) if self.live is None and self.plane_gates == "soft" else 1.0)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -276,7 +287,9 @@ class Growth:
                 layer.weight_quantizer = Pruned()
                 continue
             rows, planes = weight_rows(layer, float_weight(layer)).detach(), most - 1
-            layer.weight_quantizer = GatedWeight(rows, planes, settings.per_channel, settings.weight_gates, settings.plane_gates)
+            layer.weight_quantizer = GatedWeight(
+                rows, planes, settings.per_channel, settings.weight_gates, settings.plane_gates, settings.logit
+            )
             if len(options) == 1:
                 layer.weight_quantizer.fix(range(planes))
         self.hard = False
