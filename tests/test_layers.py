@@ -226,7 +226,7 @@ def test_an_emptied_network_computes_with_the_slots_weights_and_can_be_prepared_
     names, _ = coverage(model)
     filled = prepare(model, names)
     for layer in quantized_layers(filled).values():
-        rows = weight_rows(layer, float_weight(layer))
+        rows = weight_rows(layer, float_weight(layer).detach())
         fill(layer, UniformQuantizer(3, True, weight_scale(rows, 3)), None)
     plain = emptied(filled)
     assert [type(plain.get_submodule(name)) for name in names] == [type(model.get_submodule(name)) for name in names]
