@@ -33,7 +33,7 @@ from anybit.scheme import FLOAT, Precision, Scheme
 from anybit.supernet import Supernet, scores, uniform_schemes
 
 BITS = (2, 3, 4, 6, 8)
-KEEP = {"conv1": Precision(8, 8), "fc": Precision(8, 8)}
+KEEP = {"conv1": Precision(8, 8), "linear": Precision(8, 8)}
 RECIPE = {"batch_size": 256, "augment": "flip,crop4", "half": True, "compile": True}
 LABELS = {
     "adaptive label, half": {"label": "adaptive", "label_weight": 0.5},
