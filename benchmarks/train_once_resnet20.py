@@ -2,11 +2,11 @@
 
     python benchmarks/train_once_resnet20.py STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors [--epochs 8] [--device cuda]
 
-    widths       one supernet of 2, 3, 4, 6 and 8 bits by each label rule; a network trained for each bit-width alone, for as many epochs in
-                 all; calibrate at each bit-width; the float network by the same recipe
+    widths       one supernet of 2, 3, 4, 6 and 8 bits by each label rule, its 8-bit store against float weights; a network trained for each
+                 bit-width alone, for as many epochs in all; calibrate at each bit-width; the float network by the same recipe
     choices      the supernet with one thing changed: a batch norm for each bit-width, steps a layer, trained offsets, other middles
     search       Monte-Carlo table, uniform draws and integer program on one supernet, at 150 evaluations each; a second budget
-    compose      a subnet polished by calibrate; the 8-bit store against float weights
+    compose      subnets polished by calibrate
     cost         one LRH step against three steps of quantization-aware training
     full         200 epochs as published; needs a GPU
 
@@ -153,11 +153,11 @@ def search(study: TrainingOnce) -> None:
 def searched(study: TrainingOnce, run: Path, strategy: str, seed: int) -> dict[str, Any]:
     """One search, and its front on the whole test set."""
     cache = study.arguments.checkpoints / f"evaluations_{run.name}_{seed}.jsonl"
-    supernet = anybit.load_supernet(run, model=study.network())
-    how = {"images": study.arguments.images, "cache": cache, "device": study.arguments.device}
-    found = anybit.search(supernet, study.train, ["3bit"], strategy=strategy, seed=seed, evaluations=study.arguments.evaluations, **how)
+    how = {"images": study.arguments.images, "cache": cache, "device": study.arguments.device, "model": study.network()}
+    wanted = {"strategy": strategy, "seed": seed, "evaluations": study.arguments.evaluations}
+    found = anybit.search(run, study.train, ["3bit"], **wanted, **how)
     start = time.perf_counter()
-    anybit.search(supernet, study.train, ["3.5bit"], strategy=strategy, seed=seed, evaluations=study.arguments.evaluations, **how)
+    anybit.search(run, study.train, ["3.5bit"], **wanted, **how)
     second = time.perf_counter() - start
     test = list(study.test.batches(500))
     front = [{**row, "test": scores(found.supernet, Scheme.parse(row["scheme"]), None, test)} for row in found.report["front"]]
@@ -165,14 +165,14 @@ def searched(study: TrainingOnce, run: Path, strategy: str, seed: int) -> dict[s
 
 
 def compose(study: TrainingOnce) -> None:
-    """A subnet of 3 bits sliced from the file, then calibrated from its weights at its own scheme."""
+    """Uniform subnets from the file, as they are and polished."""
     supernet = anybit.load_supernet(study.folder(study.arguments.supernet), model=study.network())
     for bits in (2, 3, 4):
         study.measured(f"{bits} bits", lambda bits=bits: polished(study, supernet, bits))
 
 
 def polished(study: TrainingOnce, supernet: Supernet, bits: int) -> dict[str, Any]:
-    """The subnet as it is, and after sequential AdaQuant, batch-norm and bias tuning towards the 8-bit subnet's outputs."""
+    """The subnet as it is, and after sequential AdaQuant, batch-norm and bias tuning towards the shared weights' own outputs."""
     plain = anybit.extract(supernet, scheme=supernet.uniform(bits), test=study.test)
     polish = anybit.extract(supernet, scheme=supernet.uniform(bits), data=study.train, test=study.test, polish=True, mirror=True)
     return {"extracted": plain.report["test"], "polished": polish.report["test"], "ladder": polish.report["ladder"]}
@@ -182,14 +182,18 @@ def cost(study: TrainingOnce) -> None:
     """LRH steps and triples of quantization-aware steps in turn, so that what else the machine does falls on both alike."""
     batch = next(study.train.on(study.arguments.device).batches(256))
     plain, wanted = [Batch(batch.inputs)], subnets.SupernetSettings(BITS, KEEP)
-    network = subnets.observe_supernet(study.network(), Batch(batch.inputs[:2]), wanted)
+    device = study.arguments.device
+    network = subnets.observe_supernet(study.network().to(device), Batch(batch.inputs[:2]), wanted)
     method = subnets.make_multiquant(network, plain, wanted, 10)
     settings = growth.GrowSettings.of(activation_bits=4)
     fixed = Scheme.uniform(study.names, Precision(4, 4))
-    single = growth.make_trainee(growth.observe_trainable(study.network(), plain[0], settings, fixed), plain, None, True, settings)
+    single = growth.make_trainee(
+        growth.observe_trainable(study.network().to(device), plain[0], settings, fixed), plain, None, True, settings
+    )
     assert isinstance(method, MultiQuant) and isinstance(single, FixedScheme) and LSQSettings() == settings.lsq
 
     def step(trainee: Any, optimizer: torch.optim.Optimizer, repeats: int) -> float:
+        trainee.model.train()
         start = time.perf_counter()
         for _ in range(repeats):
             optimizer.zero_grad(set_to_none=True)
@@ -197,6 +201,8 @@ def cost(study: TrainingOnce) -> None:
                 outputs = trainee.model(batch.inputs)
                 trainee.loss(outputs, batch, torch.nn.functional.cross_entropy(outputs, batch.labels)).backward()
             optimizer.step()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     optimizers = [torch.optim.Adam(one.parameter_groups()) for one in (method, single)]

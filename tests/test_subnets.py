@@ -70,6 +70,7 @@ def test_every_network_trains_and_loads_bitwise(cls, tmp_path):
 
 @pytest.mark.parametrize("changes", [{"batch_norm": "switch"}, {"per_channel": False}, {"offset_rate": 1e-2}, {"bits": (2, 3)}], ids=str)
 def test_every_form_of_supernet_loads_bitwise(changes, tmp_path):
+    """Bitwise, mixed schemes included: with a batch norm for each bit-width every layer keeps its own."""
     supernet, x = trained(**changes), labelled()[0]
     loaded = anybit.load_supernet(supernet.save(tmp_path / "run"), model=make(Residual, seed=5))
     for scheme in (*uniform_schemes(supernet).values(), random_scheme(supernet)):
@@ -77,6 +78,39 @@ def test_every_form_of_supernet_loads_bitwise(changes, tmp_path):
         loaded.switch(scheme)
         with torch.no_grad():
             assert torch.equal(supernet.model(x), loaded.model(x))
+
+
+class Reversed(torch.nn.Module):
+    """Layers that are defined in another order than that in which they run."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.second, self.first = torch.nn.Linear(8, 5), torch.nn.Linear(6, 8), torch.nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+def test_layers_are_stored_under_their_names_whatever_their_order(tmp_path):
+    x = torch.randn(60, 4)
+    supernet = anybit.train(make(Reversed), (x, x.argmax(1)), bits=(2, 8), epochs=1, batch_size=16)
+    folder = supernet.save(tmp_path / "run")
+    loaded, scheme = anybit.load_supernet(folder, model=make(Reversed, seed=3)), random_scheme(supernet)
+    supernet.switch(scheme)
+    loaded.switch(scheme)
+    with torch.no_grad():
+        assert torch.equal(supernet.model(x), loaded.model(x))
+    sliced = slice_subnet(folder, scheme)
+    for name, layer in quantized_layers(loaded.canonical().model).items():
+        assert np.array_equal(sliced[name][0], codes_of(layer).numpy())
+
+
+def test_with_a_batch_norm_for_each_bit_width_a_mixed_subnet_has_each_layers_own():
+    supernet = trained(batch_norm="switch")
+    supernet.switch(supernet.uniform(2))
+    low = supernet.method.norms["conv"].chosen().running_mean.clone()
+    words = supernet.switch(supernet.uniform(8).replace({"conv": Precision(2, 8)}))
+    assert "own bit-width" in words and torch.equal(supernet.method.norms["conv"].chosen().running_mean, low)
 
 
 def test_the_report_tells_every_bit_width_and_the_store():
@@ -130,7 +164,8 @@ import torch
 torch.set_num_threads(1)
 import test_subnets as t
 from networks import NoBatchNorm
-supernet = t.trained(cls=NoBatchNorm, epochs=3)
+supernet = t.trained(cls=NoBatchNorm, epochs=3, middle="worst", augment="flip")
+assert len(t.subnets.bn_batches(t._samples()[0], t._samples()[1])[0]) == 16  # every process sees all
 import torch.distributed as dist
 if not dist.is_initialized() or dist.get_rank() == 0:
     supernet.save(sys.argv[1])
@@ -281,6 +316,48 @@ def test_a_search_that_was_interrupted_repeats_nothing_and_ends_the_same(stored,
     assert len(calls) == before and other.chosen["5bit"]  # another budget measures nothing
 
 
+def test_a_users_metric_ranks_the_subnets_and_names_its_scores(stored, tmp_path):
+    _, folder = stored
+
+    def fewest(outputs, labels):
+        return -float(outputs.abs().mean())
+
+    how = {"model": make(Residual), "evaluations": 12, "cache": tmp_path / "cache"}
+    found = anybit.search(folder, labelled(), metric=fewest, **how)
+    assert found.report["score"] == "fewest" and all(row["score"] < 0 for row in found.report["evaluated"])
+    plain = anybit.search(folder, labelled(), **how)  # scores of another metric are never taken from the file
+    assert plain.report["score"] == "top1" and max(row["score"] for row in plain.report["evaluated"]) > 1
+
+
+def test_another_supernets_scores_are_never_taken(stored, tmp_path):
+    _, folder = stored
+    how = {"evaluations": 10, "cache": tmp_path / "cache"}
+    anybit.search(folder, labelled(), model=make(Residual), **how)
+    other = trained(seed=3, keep={"conv": Precision(8, 8)})
+    assert anybit.search(other, labelled(), **how).report["recalled"] == 0
+
+
+def test_another_budget_estimates_nothing_anew(stored, tmp_path, monkeypatch):
+    _, folder = stored
+    how = {"model": make(Residual), "evaluations": 15, "cache": tmp_path / "cache"}
+    first = anybit.search(folder, labelled(), "3bit", **how)
+    with monkeypatch.context() as patched:
+        patched.setattr("anybit.batchnorm.reestimate", lambda *given: pytest.fail("estimated"))
+        second = anybit.search(folder, labelled(), "3bit", **how)
+    for one, other in zip(first.supernet.known, second.supernet.known, strict=True):
+        assert one.scheme == other.scheme and torch.equal(one.statistics, other.statistics) and torch.equal(one.edges, other.edges)
+
+
+@pytest.mark.parametrize("settings", [{"bits": (4, 8)}, {"bits": (4, 8), "keep": {"*": Precision(8, 8)}}], ids=["few", "none"])
+def test_a_search_among_few_schemes_ends(settings):
+    from torch import nn
+
+    x = torch.randn(60, 6)
+    supernet = anybit.train(nn.Sequential(nn.Linear(6, 4)), (x, x[:, :4].argmax(1)), epochs=1, batch_size=16, held_out=0.3, **settings)
+    report = anybit.search(supernet, (x, x[:, :4].argmax(1)), evaluations=20, cache=False).report
+    assert len(report["evaluated"]) == (1 if "keep" in settings else 4) and report["rank_correlation"] is None
+
+
 # What must be refused
 
 
@@ -307,6 +384,14 @@ def test_a_budget_below_the_lowest_subnet_names_it(stored):
         (lambda f: anybit.search(f, tuple(t[:3] for t in labelled()), "3bit", model=make(Residual)), InvalidInput),
         (lambda f: anybit.load_supernet(f, make(Depthwise)), SchemeMismatch),
         (lambda f: slice_subnet(f, {"fc": "W3A8"}), SchemeMismatch),
+        (lambda f: slice_subnet(f, {"fc": 4}), (SchemeMismatch, InvalidSetting)),
+        (lambda f: anybit.extract(f, scheme=Scheme({"fc": Precision(2, 8)}), model=make(Residual)), SchemeMismatch),
+        (lambda f: anybit.load_supernet(f, make(Residual)).uniform(3), SchemeMismatch),
+        (lambda f: anybit.extract(f, "3bit", polish=True, pairs=True, data=labelled(), model=make(Residual)), InvalidSetting),
+        (lambda f: anybit.extract(f, "3bit", data=tuple(t[:2] for t in labelled()), model=make(Residual)), InvalidInput),
+        (lambda f: anybit.train(make(Residual), labelled(), keep={"fc": Precision(0, 8)}), InvalidSetting),
+        (lambda f: anybit.train(make(Residual), labelled(), metric=lambda outputs, labels: 1.0), InvalidSetting),
+        (lambda f: anybit.train(make(Residual), labelled(), label="teacher", sandwich="LRH"), InvalidSetting),
         (lambda f: slice_subnet(f / "nowhere", {"fc": "W2A8"}), InvalidFile),
     ],
 )
@@ -315,7 +400,7 @@ def test_what_cannot_be_is_refused(run, error, stored):
         run(stored[1])
 
 
-@pytest.mark.parametrize("damage", ["codes", "json", "settings", "surplus", "scale", "missing"])
+@pytest.mark.parametrize("damage", ["codes", "json", "settings", "surplus", "scale", "missing", "order", "macs", "truncated"])
 def test_a_damaged_store_is_named(damage, stored, tmp_path):
     import shutil
 
@@ -332,6 +417,12 @@ def test_a_damaged_store_is_named(damage, stored, tmp_path):
         weights.write_bytes(bytes(data))
     elif damage == "missing":
         weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif damage == "order":
+        about["layers"] = dict(reversed(about["layers"].items()))
+    elif damage == "macs":
+        about["layers"]["fc"]["macs"] += 1
     elif damage in ("surplus", "scale"):
         tensors = load_file(weights)
         if damage == "surplus":
@@ -345,6 +436,31 @@ def test_a_damaged_store_is_named(damage, stored, tmp_path):
     (folder / "supernet.json").write_text(json.dumps(about))
     with pytest.raises(InvalidFile):
         anybit.load_supernet(folder, make(Residual))
+    if damage in ("codes", "missing", "truncated"):
+        with pytest.raises(InvalidFile):
+            slice_subnet(folder, {"fc": "W2A8"})
+
+
+ONE_LAYER = '{"evaluated": [{"scheme": {"fc": "W2A8"}, "score": 1.0, "cost": 1.0}]}'
+
+
+@pytest.mark.parametrize("damage", ["[]", "{}", ONE_LAYER, '{"evaluated": [{}]}'])
+def test_a_damaged_search_is_named(damage, stored, tmp_path):
+    found = anybit.search(stored[1], labelled(), "3bit", model=make(Residual), evaluations=10, cache=False)
+    folder = found.save(tmp_path / "run")
+    (folder / "search.json").write_text(damage)
+    with pytest.raises(InvalidFile, match=r"search\.json"):
+        anybit.extract(folder, "3bit", model=make(Residual))
+
+
+def test_damaged_lines_of_the_cache_are_made_again(stored, tmp_path):
+    how = {"model": make(Residual), "evaluations": 10, "cache": tmp_path / "cache"}
+    first = anybit.search(stored[1], labelled(), "3bit", **how)
+    lines = [line for line in (tmp_path / "cache").read_text().splitlines() if line]
+    broken = [{**json.loads(line), "value": {}} for line in lines]
+    (tmp_path / "cache").write_text("\n".join(map(json.dumps, broken)) + '\n5\n{"key": 5}\n[')
+    again = anybit.search(stored[1], labelled(), "3bit", **how)
+    assert again.report["evaluated"] == first.report["evaluated"]
 
 
 def test_too_few_samples_are_refused():
@@ -355,7 +471,20 @@ def test_too_few_samples_are_refused():
         trained(bn_images=1)
 
 
-def test_another_users_folder_names_no_code(stored, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+def test_a_strangers_reference_is_never_followed_nor_handed_on(stored, monkeypatch, tmp_path):
+    supernet, _ = stored
+    supernet.about = {"model": {"reference": f"{tmp_path}/evil.py:network"}, "data": {"reference": f"{tmp_path}/evil.py:data"}}
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    theirs = supernet.save(tmp_path / "theirs")
+    supernet.about = {}
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))  # another user's list of own runs
+    with pytest.raises(InvalidSetting, match="was not written by your own"):
+        anybit.load_supernet(theirs)
+    mine = anybit.load_supernet(theirs, model=make(Residual)).save(tmp_path / "mine")
+    found = anybit.search(theirs, labelled(), "3bit", model=make(Residual), evaluations=10, cache=False).save(tmp_path / "found")
+    for folder in (mine, found):
+        with pytest.raises(InvalidSetting, match="does not say which network"):
+            anybit.load_supernet(folder)
+    run = anybit.extract(theirs, "3bit", model=make(Residual)).save(tmp_path / "run")
     with pytest.raises(InvalidSetting, match="does not say which network"):
-        anybit.load_supernet(stored[1])
+        anybit.load(run)

@@ -95,7 +95,7 @@ OPTIONS += [{name: 3e-2} for name in ("rate", "gate_rate", "plane_rate", "scale_
 
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)
 def test_every_option_changes_what_is_trained(changes):
-    results = [grown(phase="continue", plane_temperature=2.0, **more) for more in ({}, changes)]
+    results = [grown(phase="continue", fix=0.4, plane_temperature=2.0, **more) for more in ({}, changes)]
     outputs = [result.model(pictures(4)) for result in results]
     assert torch.isfinite(outputs[1]).all() and not torch.equal(*outputs)
 

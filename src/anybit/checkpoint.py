@@ -152,7 +152,7 @@ def read_scheme(folder: Path) -> SchemeFile:
         raise InvalidFile(f"{weights} is missing. The run is incomplete: run it again.")
     if sha256_of(weights) != file.sha256:
         raise InvalidFile(f"{weights} is not the file that scheme.json was written with (its SHA-256 differs). Restore it or run again.")
-    if scheme_digest_in(weights) != file.digest():
+    if digest_in(weights, "scheme") != file.digest():
         raise InvalidFile(
             f"{folder / 'scheme.json'} is not the one that {weights.name} was written for: a layer, fold, edge, the preprocessing or "
             "the task has been edited. Restore it or run again."
@@ -160,11 +160,11 @@ def read_scheme(folder: Path) -> SchemeFile:
     return file
 
 
-def scheme_digest_in(path: Path) -> str | None:
-    """The digest of its scheme that a packed file holds."""
+def digest_in(path: Path, of: str) -> str | None:
+    """The digest that a file of tensors holds of what gives them their meaning."""
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("scheme")
+            return (file.metadata() or {}).get(of)
     except (SafetensorError, OSError) as error:
         raise InvalidFile(f"{path} cannot be read: {error}") from error
 
@@ -175,7 +175,7 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     scheme = file.scheme
     names = {name for name, _ in float_model.named_modules()}
     check_names([*file.layers, *file.folded, *file.folded.values()], names, "The model")
-    _check_folded(file, float_model)
+    check_folded(file, float_model, "scheme.json")
     folded, _ = batchnorm.fold(float_model, file.folded)
     model = prepare(folded, list(file.layers), [name for name, precision in scheme.items() if precision.weight_bits is None])
     layers = quantized_layers(model)
@@ -220,15 +220,15 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     return Canonical(model.eval(), file.folded, edges)
 
 
-def _check_folded(file: SchemeFile, float_model: nn.Module) -> None:
-    """Each folded pair must be a layer of the scheme and a batch norm of as many channels, named once."""
+def check_folded(file: Any, float_model: nn.Module, name: str) -> None:
+    """Each pair that `file` (called `name`) folds must be one of its layers and a batch norm of as many channels, named once."""
     if len(set(file.folded.values())) < len(file.folded) or len(set(file.edges)) < len(file.edges):
-        raise InvalidFile("scheme.json names a batch norm or an edge twice.")
+        raise InvalidFile(f"{name} names a batch norm or an edge twice.")
     for layer, norm in file.folded.items():
         module = float_model.get_submodule(norm)
         rows = file.layers[layer].rows if layer in file.layers else None
         if not isinstance(module, BATCH_NORMS) or module.num_features != rows:
-            raise InvalidFile(f"scheme.json folds {norm} into {layer}, but that is no batch norm of the layer's {rows} channels.")
+            raise InvalidFile(f"{name} folds {norm} into {layer}, but that is no batch norm of the layer's {rows} channels.")
 
 
 def _positive(scale: Tensor, name: str) -> Tensor:

@@ -383,7 +383,7 @@ def grow(
     with _reported_errors(), _progress(quiet or as_json):
         from anybit import roads
         from anybit.checkpoint import CHECKPOINT, check_free
-        from anybit.training import rank
+        from anybit.processes import rank
 
         check_free(output, overwrite, unfinished=True)
         if overwrite and os.environ.get("RANK", "0") == "0":
@@ -482,7 +482,7 @@ def train(
     with _reported_errors(), _progress(quiet or as_json):
         from anybit import roads
         from anybit.checkpoint import CHECKPOINT, check_free
-        from anybit.training import rank
+        from anybit.processes import rank
 
         check_free(output, overwrite, unfinished=True)
         if overwrite and os.environ.get("RANK", "0") == "0":

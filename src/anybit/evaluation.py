@@ -1,5 +1,6 @@
 """What a model's outputs are worth: accuracy with labels, distance to the float model without."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -67,6 +68,11 @@ def check_labels(outputs: Tensor, labels: Tensor, task: str) -> None:
         )
 
 
+def metric_name(metric: Metric) -> str:
+    """What a user's metric is called in a report."""
+    return getattr(metric, "__name__", "metric")
+
+
 def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = None) -> dict[str, float]:
     """top1, top5 and loss (cross-entropy) of a classifier, squared error of a regression; plus the user's metric."""
     if len(labels) != len(outputs):
@@ -82,7 +88,10 @@ def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = No
     else:
         result["loss"] = float((outputs.double().flatten() - labels.double().flatten()).square().mean())
     if metric is not None:
-        result[getattr(metric, "__name__", "metric")] = float(metric(outputs, labels))
+        name = metric_name(metric)
+        result[name] = float(metric(outputs, labels))
+        if not math.isfinite(result[name]):
+            raise InvalidInput(f"The metric {name} is {result[name]} on these outputs. Mend the metric, or look at the data.")
     return result
 
 

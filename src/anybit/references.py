@@ -6,6 +6,7 @@ A data reference is a folder of images, a `.npz` file, or a function that return
 
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -309,3 +310,12 @@ def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
     if preprocessing.std is not None:
         x = x / torch.tensor(preprocessing.std)[:, None, None]
     return x.contiguous()
+
+
+def code_of(function: Callable) -> str:
+    """What tells a function from another of the same name: where it is from and what it says, as far as that can be read."""
+    inner = getattr(function, "func", function)
+    try:
+        return f"{getattr(inner, '__module__', '')} {inspect.getsource(inner)}"
+    except (OSError, TypeError):
+        return f"{getattr(inner, '__module__', '')} {getattr(inner, '__qualname__', type(inner).__qualname__)}"

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +27,6 @@ from anybit.checkpoint import (
     read_scheme,
     remember,
     runs_in,
-    sha256_of,
     write_candidates,
     write_canonical,
     write_json,
@@ -37,16 +37,16 @@ from anybit.evaluation import Metric, check_labels, guess_task, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
 from anybit.layers import float_weight
 from anybit.pages import growth_page
-from anybit.references import Preprocessing, absolute, as_samples, load_data, load_model
+from anybit.processes import join_processes, share_state
+from anybit.references import Preprocessing, absolute, as_samples, code_of, load_data, load_model
 from anybit.reporting import StageClock, environment
 from anybit.scheme import Budget, Precision, Scheme
-from anybit.searches import Search
+from anybit.searches import Evaluations, Search
 from anybit.sensitivity import SensitivityTable
 from anybit.stages import Bench, CalibrateSettings, Judge, Network
 from anybit.subnet_search import SearchSettings
 from anybit.supernet import JSON as SUPERNET_JSON
-from anybit.supernet import Supernet, polished, read_supernet, read_supernet_file, uniform_schemes, width_scores
-from anybit.training import join_processes
+from anybit.supernet import POLISH, Supernet, check_whole, polished, read_supernet, read_supernet_file, uniform_schemes, width_scores
 from anybit.wiring import observe
 
 
@@ -343,9 +343,9 @@ def grow(
             raise InvalidInput("The training data is empty.")
         plain = growth.plain_batches(samples, wanted.train)
         check_finite(plain)
-        training.share_state(float_model)
+        share_state(float_model)
         start = growth.forgotten(float_model, plain, wanted.train.seed) if wanted.from_scratch else float_model
-        training.share_state(start)
+        share_state(start)
         network = growth.observe_trainable(start, Batch(map_tensors(plain[0].inputs, lambda t: t[:2])), wanted, scheme)
         if budget is not None:
             growth.check_feasible(network, budget)
@@ -422,6 +422,8 @@ def train(
     model, about = _followed_model(model, weights, data, preprocessing)
     device = join_processes(device)
     clock = StageClock()
+    if metric is not None and test is None:
+        raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or no --metric.")
     float_model = on_device(model, device).eval()
     samples = _samples(data, workers, preprocessing).on(device)
     tests = None if test is None else _checked_tests(_samples(test, workers, preprocessing).on(device), model)
@@ -431,7 +433,7 @@ def train(
         fitting, _ = subnets.held_out_split(samples, wanted)
         plain = growth.plain_batches(fitting, wanted.train)
         check_finite(plain)
-        training.share_state(float_model)
+        share_state(float_model)
         network = subnets.observe_supernet(float_model, Batch(map_tensors(plain[0].inputs, lambda t: t[:2])), wanted)
         outputs = outputs_of(float_model, plain[:1])
         task = wanted.task or guess_task(outputs)
@@ -485,7 +487,11 @@ def train(
 def load_supernet(folder: str | Path, model: nn.Module | str | None = None) -> Supernet:
     """The supernet that `train` or `search` saved; `model` as for `load`."""
     folder = Path(folder)
-    return read_supernet(folder, _float_model(folder, read_supernet_file(folder), model, SUPERNET_JSON))
+    file = read_supernet_file(folder)
+    supernet = read_supernet(folder, _float_model(folder, file, model, SUPERNET_JSON))
+    if not is_own(folder, SUPERNET_JSON):  # what is saved of it is one's own: no stranger's reference goes on into that
+        supernet.about |= {"model": {"reference": absolute(model)} if isinstance(model, str) else {}, "data": {}}
+    return supernet
 
 
 def search(
@@ -506,7 +512,7 @@ def search(
     data        the supernet's training data; subnets are evaluated on the share that was held out of it
     images      held-out samples that subnets are evaluated on; as many others measure the front again
     cache       keep every evaluation, in this file or (True) in the user's cache directory: a search that was interrupted, or has another
-                budget, does not repeat them. A supernet that is not in a folder has no cache of its own
+                budget, does not repeat them. Scores of another supernet, data or metric are never taken
     settings    fields of `SearchSettings`
 
     Raises InfeasibleBudget, naming the least, where no subnet fits a budget.
@@ -517,19 +523,31 @@ def search(
     for one in budgets:
         searches.check_fits(supernet, one)
     samples = _supernet_data(run, supernet, data, workers).on(device)
+    on_device(torch.nn.Identity(), device)  # refused by name where there is none
     supernet.model.to(device)
+    identity = _evaluations_of(supernet, samples, metric)
     if cache is True:
-        cache = False if isinstance(run, Supernet) else _evaluations_of(Path(run), samples, metric)
-    return searches.searched(supernet, samples, budgets, wanted, images, metric, Path(cache) if cache else None)
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit" / "evaluations"
+        cache = home / f"{identity}.jsonl"
+    done = Evaluations(Path(cache) if cache else None, identity)
+    try:
+        return searches.searched(supernet, samples, budgets, wanted, images, metric, done)
+    finally:
+        supernet.model.cpu()
 
 
-def _evaluations_of(run: Path, samples: Samples, metric: Metric | None) -> Path:
-    """The file in the user's cache directory that keeps what this supernet's subnets scored on this data."""
+def _evaluations_of(supernet: Supernet, samples: Samples, metric: Metric | None) -> str:
+    """What a score depends on besides the scheme: the supernet's numbers, the data, the metric's code."""
     first = next(samples.on("cpu").subset(range(min(64, len(samples)))).batches(64))
-    data = _digest([*tensors_in(first.inputs), *([] if first.labels is None else [first.labels])])
-    of = f"{sha256_of(run / SUPERNET_JSON)} {data} {len(samples)} {metric and (metric.__module__, metric.__qualname__)}"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit" / "evaluations"
-    return home / f"{hashlib.sha256(of.encode()).hexdigest()[:32]}.jsonl"
+    numbers = [*supernet.model.parameters(), *(tensor for name, tensor in supernet.model.named_buffers() if name.endswith(".start"))]
+    parts = [
+        _digest(numbers),
+        _digest([*tensors_in(first.inputs), *([] if first.labels is None else [first.labels])]),
+        str(len(samples)),
+        json.dumps(supernet.settings.to_json()),
+        "" if metric is None else code_of(metric),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def extract(
@@ -547,21 +565,25 @@ def extract(
 ) -> Result:
     """A subnet of a supernet, or of a search, in the canonical form.
 
-    budget, scheme  one of them: the best known subnet that fits, or a scheme (a Scheme, a run folder, or a JSON file of layer -> precision)
+    budget, scheme  one of them: the best known subnet that fits, or a scheme that names every layer (a Scheme, a run folder, or a JSON file
+                    of layer -> precision)
     data            unlabelled training data, from which batch-norm statistics are estimated; without it the stored ones of this scheme, or
                     of the nearest, are taken, and the report says which
     polish          then calibrate it on `data`: sequential AdaQuant, batch-norm and bias tuning from its own codes and ranges, each kept
-                    where held-out inputs say so; `settings` are those of `calibrate`
+                    where held-out inputs say so; `settings` are those of `calibrate` that such steps have
     """
     if (budget is None) == (scheme is None):
         raise InvalidSetting("Say which subnet: a budget, or a scheme.")
     if polish and data is None:
         raise InvalidSetting("Polishing needs inputs: give training data with --data.")
-    if settings and not polish:
-        raise InvalidSetting(f"{next(iter(settings))} has no part in it without polish.")
+    without_part = [name for name in settings if not polish or name not in POLISH]
+    if without_part:
+        raise InvalidSetting(f"{without_part[0]} has no part in it. With polish, choose from {', '.join(POLISH)}.")
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
     clock = StageClock()
     wanted = searches.best_within(run, supernet, Budget.parse(budget)) if scheme is None else _scheme_from(scheme)
+    check_whole(wanted, supernet.choices)
+    supernet.model.cpu()
     with clock.stage("extract"):
         batches = None
         if data is not None:

@@ -57,7 +57,7 @@ class Precision:
         """The precision that `text` ("W4A8", "W4", "A8", "W0" or "float") writes."""
         if text == "float":
             return cls()
-        match = re.fullmatch(r"(?:W([0-9]+))?(?:A([0-9]+))?", text)
+        match = re.fullmatch(r"(?:W([0-9]+))?(?:A([0-9]+))?", text) if isinstance(text, str) else None
         if not text or not match:
             raise InvalidSetting(f"Precision {text!r} cannot be read. Write W4A8, W4 (activations float), A8, W0 or float.")
         return cls(*(None if group is None else int(group) for group in match.groups()))

@@ -7,25 +7,88 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from torch import nn
 
 from anybit import stages
 from anybit.batches import Batch, Samples
 from anybit.checkpoint import new_folder, read_json, remember, write_json
-from anybit.errors import InfeasibleBudget, InvalidInput, InvalidSetting
-from anybit.evaluation import Metric
+from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
+from anybit.evaluation import Metric, metric_name
 from anybit.pages import search_page
 from anybit.progress import track
 from anybit.reporting import environment
 from anybit.scheme import Budget, Scheme
-from anybit.subnet_search import Evaluated, Found, SearchSettings, hypervolume, pareto_front, search
+from anybit.subnet_search import Evaluated, Found, SearchSettings, hypervolume, pareto_front, search, total_cost
 from anybit.subnets import bn_batches, held_out_split
-from anybit.supernet import JSON, Supernet, scores, uniform_schemes, write_supernet
+from anybit.supernet import JSON, Known, Supernet, check_whole, scores, uniform_schemes, write_supernet
 from anybit.wiring import observe
 
 SEARCH = "search.json"
 TIE = 1e-3
-"""Of two subnets that score the same, the one of lower loss is the better: points of the score that one nat is worth."""
+"""Points of top-1 that one nat is worth."""
+
+
+class Evaluations:
+    """Scores, searches and statistics by what they are of, each a line of a file as soon as it is known; a damaged line is made again.
+
+    `identity` is what all depend on; lines of another are passed over.
+    """
+
+    def __init__(self, path: Path | None, identity: str):
+        self.path, self.identity, self.known, self.recalled = path, identity, {}, 0
+        for line in path.read_bytes().splitlines() if path is not None and path.is_file() else ():
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and row.get("of") == identity and isinstance(row.get("key"), str) and "value" in row:
+                    self.known[row["key"]] = row["value"]
+
+    def recall(self, key: str, measure: Callable[[], Any], check: Callable[[Any], Any] = float) -> Any:
+        """What is known of `key`, where `check` can read it; else what `measure` gives, from now on."""
+        if key in self.known:
+            with suppress(ValueError, TypeError, KeyError, AttributeError):
+                value = check(self.known[key])
+                self.recalled += 1
+                return value
+        self.known[key] = measure()
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf8") as file:  # on a line of its own, even after one that was cut off
+                file.write("\n" + json.dumps({"of": self.identity, "key": key, "value": self.known[key]}) + "\n")
+        return check(self.known[key])
+
+    def recall_search(self, key: str, run: Callable[[], Found]) -> Found:
+        """A whole search, under its settings."""
+
+        def as_json() -> dict[str, Any]:
+            found = run()
+            rows = [{**vars(one), "scheme": one.scheme.to_json()} for one in found.evaluated]
+            return {"evaluated": rows, "rank_correlation": found.rank_correlation}
+
+        def as_found(told: Any) -> Found:
+            rows = []
+            for row in told["evaluated"]:
+                rows.append(Evaluated(Scheme.parse(row["scheme"]), float(row["score"]), float(row["cost"]), row["origin"]))
+            return Found(rows, told["rank_correlation"])
+
+        return self.recall(f"found {key}", as_json, as_found)
+
+    def recall_known(self, supernet: Supernet, scheme: Scheme, learn: Callable[[], Known]) -> None:
+        """A subnet's batch-norm statistics and edge ranges, which the supernet knows from now on."""
+
+        def as_json() -> dict[str, Any]:
+            known = learn()
+            return {"statistics": known.statistics.tolist(), "edges": known.edges.tolist()}
+
+        def as_known(told: Any) -> Known:
+            known = Known(scheme, torch.tensor(told["statistics"]), torch.tensor(told["edges"]).reshape(-1, 2))
+            if known.statistics.shape != supernet.known[0].statistics.shape or known.edges.shape != supernet.known[0].edges.shape:
+                raise ValueError("of another network")
+            return known
+
+        known = self.recall(f"known {json.dumps(scheme.to_json())}", as_json, as_known)
+        supernet.known = [*(one for one in supernet.known if one.scheme != scheme), known]
 
 
 @dataclass
@@ -54,7 +117,7 @@ def searched(
     settings: SearchSettings,
     images: int,
     metric: Metric | None,
-    cache: Path | None,
+    done: Evaluations,
 ) -> Search:
     """Search, measure the front again on other held-out samples, and choose for each budget; `samples` are the training data."""
     if not samples.labelled:
@@ -67,13 +130,13 @@ def searched(
         )
     search_on, measure_on = (list(held_out.subset(range(at, at + images)).batches(256)) for at in (0, images))
     bn = bn_batches(fitting, supernet.settings)
-    key = "metric" if metric else "top1" if supernet.task == "classification" else "loss"
-    done = Evaluations(cache)
+    key = metric_name(metric) if metric else "top1" if supernet.task == "classification" else "loss"
 
     def score(scheme: Scheme, test: Sequence[Batch], where: str) -> float:
         def measure() -> float:
             told = scores(supernet, scheme, bn, test, metric)
-            return -told["loss"] if key == "loss" else told[key] - TIE * min(told["loss"], 100.0)
+            # Of two subnets that get as many right the one of lower loss is the better; a metric of the user's own is taken as it is.
+            return {"loss": -told["loss"], "top1": told.get("top1", 0.0) - TIE * min(told["loss"], 100.0)}.get(key, told[key])
 
         return done.recall(f"{where} {images} {json.dumps(scheme.to_json())}", measure)
 
@@ -90,7 +153,8 @@ def searched(
     )
     next(progress, None)
     front = pareto_front(found.evaluated)
-    again = {one.scheme: score(one.scheme, measure_on, "measure") for one in [*front, *found.evaluated[: len(uniform_ones)]]}
+    shown = dict.fromkeys(one.scheme for one in [*front, *found.evaluated[: len(uniform_ones)]])
+    again = {scheme: score(scheme, measure_on, "measure") for scheme in shown}
     chosen = {}
     for budget in budgets:
         fit = [one for one in found.evaluated if stages.fits(supernet.costs, one.scheme, budget)]
@@ -103,8 +167,9 @@ def searched(
 
     for scheme in dict.fromkeys([*chosen.values(), *(one.scheme for one in front)]):
         if all(known.scheme != scheme for known in supernet.known):
-            supernet.learn(scheme, bn, edge_ranges)
-    corner = (max(one.cost for one in found.evaluated), min(one.score for one in found.evaluated))
+            done.recall_known(supernet, scheme, lambda scheme=scheme: supernet.learn(scheme, bn, edge_ranges))
+    # The same corner for every search of this supernet: the highest bits' cost, the lowest bits' score.
+    corner = (total_cost(supernet.costs, settings.quantity, supernet.method.highest), found.evaluated[0].score)
     rows = [
         {"scheme": o.scheme.to_json(), "score": o.score, "cost": o.cost, "origin": o.origin, "measured": again.get(o.scheme)}
         for o in found.evaluated
@@ -123,44 +188,7 @@ def searched(
         "settings": asdict(settings),
         "environment": environment(),
     }
-    supernet.model.cpu()
     return Search(supernet, chosen, report)
-
-
-class Evaluations:
-    """Scores by what was evaluated, and whole searches, each a line of a file as soon as it is known; a damaged line is measured again."""
-
-    def __init__(self, path: Path | None):
-        self.path, self.known, self.recalled = path, {}, 0
-        if path is not None and path.is_file():
-            for line in path.read_bytes().splitlines():
-                with suppress(ValueError, TypeError, KeyError):
-                    row = json.loads(line)
-                    self.known[row["key"]] = row["value"] if row["key"].startswith("found ") else float(row["value"])
-
-    def recall(self, key: str, measure: Callable[[], Any]) -> Any:
-        """What is known of `key`; else what `measure` gives, from now on."""
-        if key in self.known:
-            self.recalled += 1
-            return self.known[key]
-        self.known[key] = measure()
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf8") as file:
-                file.write(json.dumps({"key": key, "value": self.known[key]}) + "\n")
-        return self.known[key]
-
-    def recall_search(self, key: str, run: Callable[[], Found]) -> Found:
-        """A whole search, under its settings."""
-
-        def as_json() -> dict[str, Any]:
-            found = run()
-            rows = [{**vars(one), "scheme": one.scheme.to_json()} for one in found.evaluated]
-            return {"evaluated": rows, "rank_correlation": found.rank_correlation}
-
-        told = self.recall(f"found {key}", as_json)
-        rows = [Evaluated(**{**row, "scheme": Scheme.parse(row["scheme"])}) for row in told["evaluated"]]
-        return Found(rows, told["rank_correlation"])
 
 
 def lowest(supernet: Supernet) -> Scheme:
@@ -180,14 +208,29 @@ def check_fits(supernet: Supernet, budget: Budget) -> None:
         )
 
 
+class Row(BaseModel):
+    """What `best_within` needs of a row of search.json."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    scheme: dict[str, str]
+    score: float
+    cost: float
+
+
 def best_within(folder: Any, supernet: Supernet, budget: Budget) -> Scheme:
     """The best evaluated subnet of a search that fits; of a supernet that was not searched, the largest uniform one that fits."""
     check_fits(supernet, budget)
     file = Path(folder) / SEARCH if isinstance(folder, (str, Path)) else None
     if file is not None and file.is_file():
-        rows = read_json(file)["evaluated"]
-        fit = [row for row in rows if stages.fits(supernet.costs, Scheme.parse(row["scheme"]), budget)]
+        try:
+            rows = TypeAdapter(list[Row]).validate_python(read_json(file)["evaluated"])
+            known = [(row.score, -row.cost, Scheme.parse(row.scheme)) for row in rows]
+            for _, _, scheme in known:
+                check_whole(scheme, supernet.choices)
+        except (ValueError, TypeError, KeyError) as error:
+            raise InvalidFile(f"{file} cannot be read: {' '.join(str(error).split())}. Search again.") from error
+        fit = [one for one in known if stages.fits(supernet.costs, one[2], budget)]
         if fit:
-            return Scheme.parse(max(fit, key=lambda row: (row["score"], -row["cost"]))["scheme"])
+            return max(fit, key=lambda one: one[:2])[2]
     fits = [scheme for scheme in uniform_schemes(supernet).values() if stages.fits(supernet.costs, scheme, budget)]
     return fits[-1] if fits else lowest(supernet)

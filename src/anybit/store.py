@@ -15,6 +15,7 @@
 supernet.json says what the numbers belong to, and holds this file's SHA-256.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,18 +98,21 @@ def slice_subnet(folder: str | Path, scheme: Scheme | Mapping[str, str]) -> dict
 
     Layers whose weights are float are left out. The scales are those before batch norm is folded.
     """
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
 
     folder = Path(folder)
     try:
-        about = json.loads((folder / "supernet.json").read_text(encoding="utf8"))
+        about, data = json.loads((folder / "supernet.json").read_text(encoding="utf8")), (folder / FILE).read_bytes()
+        if hashlib.sha256(data).hexdigest() != about["sha256"]:
+            raise ValueError(f"{FILE} is not the file that supernet.json was written with")
         layers = {
-            name: StoredLayer(r["rows"], r["columns"], tuple(r["weight_bits"]), tuple(r["activation_bits"]))
-            for name, r in about["layers"].items()
+            name: StoredLayer(row["rows"], row["columns"], tuple(row["weight_bits"]), tuple(row["activation_bits"]))
+            for name, row in about["layers"].items()
         }
-        parts = split_tensors(layers, load_file(folder / FILE))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidFile(f"{folder} holds no supernet that can be read: {error}") from error
+        parts = split_tensors(layers, load(data))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise InvalidFile(f"{folder} holds no supernet that can be read: {error}. Restore it or train again.") from error
     scheme = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
     check_choices(scheme, {name: layer.choices for name, layer in layers.items()})
     sliced = {}

@@ -18,6 +18,7 @@ the tilt depends on nothing else; and the ends of the range are reached.
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -195,8 +196,10 @@ def _widths(precision: Precision) -> tuple[int, int]:
     return precision.stored_weight_bits, precision.activation_bits or FLOAT_BITS
 
 
-def rank_correlation(choices: Choices, evaluated: Sequence[Evaluated], seed: int, folds: int = 5) -> float:
-    """Kendall's tau of predicted and measured scores, each scheme predicted by a fit that left its fold out."""
+def rank_correlation(choices: Choices, evaluated: Sequence[Evaluated], seed: int, folds: int = 5) -> float | None:
+    """Kendall's tau of predicted and measured scores, each scheme predicted by a fit that left its fold out; None of too few schemes."""
+    if len(evaluated) < 2 * folds:
+        return None
     order = list(range(len(evaluated)))
     random.Random(seed).shuffle(order)
     predicted = [0.0] * len(evaluated)
@@ -278,12 +281,17 @@ def search(
         return sum(part(name, precision) for name, precision in scheme.items())
 
     for left in range(settings.rounds, 0, -1):
-        each = math.ceil((settings.evaluations - len(scores)) / left / len(ends))
+        room = math.ceil((settings.evaluations - len(scores)) / left)
+        if not room or all(len(options) == 1 for options in choices.values()):
+            break
+        until, each = len(scores) + room, math.ceil(room / len(ends))
         predictor = Predictor(choices, found.evaluated, settings.seed)
         known = [one.scheme for one in pareto_front(found.evaluated)]
         for target in generator.sample(ends, len(ends)):
+            if len(scores) >= until:
+                break
             best = [scheme for scheme in genetic(draws, predictor, cost, target, known, settings, generator) if scheme not in scores]
-            for scheme in best[:each]:
+            for scheme in best[: min(each, until - len(scores))]:
                 try_scheme(scheme, "searched")
     drawn = [one for one in found.evaluated if one.origin != "searched"]
     found.rank_correlation = rank_correlation(choices, drawn, settings.seed)
@@ -325,13 +333,14 @@ def _by_program(
     table = SensitivityTable(_completed(choices, highest, measured), FLOAT, 0)
     limits = [total_cost(costs, settings.quantity, scheme) for scheme in (lowest, highest)]
     left = settings.evaluations - len(scores)
-    for index in range(1, left + 1):
-        limit = limits[0] + index / (left + 1) * (limits[1] - limits[0])
-        text = {"bits": f"{limit:.6f}bit", "bytes": f"{math.floor(limit)}B", "bops": f"bops={limit:.0f}"}[settings.quantity]
-        try:
-            try_scheme(allocate(make_problem(choices, table, costs, Budget.parse(text))).scheme, "allocated")
-        except InfeasibleBudget:
-            continue
+    for pieces in (left + 1, 2 * left + 1, 4 * left + 1, 8 * left + 1):  # neighbouring budgets often have one solution: then finer ones
+        for index in range(1, pieces):
+            if len(scores) >= settings.evaluations:
+                return
+            limit = limits[0] + index / pieces * (limits[1] - limits[0])
+            text = {"bits": f"{limit:.6f}bit", "bytes": f"{math.floor(limit)}B", "bops": f"bops={limit:.0f}"}[settings.quantity]
+            with suppress(InfeasibleBudget):
+                try_scheme(allocate(make_problem(choices, table, costs, Budget.parse(text))).scheme, "allocated")
 
 
 def _completed(choices: Choices, highest: Scheme, measured: Mapping[tuple[str, Precision], float]) -> dict[tuple[str, Precision], float]:

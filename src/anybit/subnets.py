@@ -13,7 +13,7 @@ from anybit.batches import Batch, Samples, draw
 from anybit.candidates import activation_candidate, check_finite_samples
 from anybit.capture import input_samples
 from anybit.cost import CostModel
-from anybit.errors import InvalidFile, InvalidSetting
+from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, SchemeMismatch
 from anybit.evaluation import TASKS
 from anybit.layers import float_weight, from_rows, prepare, quantized_layers, weight_rows
 from anybit.methods.multiquant import MultiQuant, MultiQuantSettings, SwitchableInput, SwitchableNorm, SwitchableWeight
@@ -87,12 +87,18 @@ def held_out_split(samples: Samples, settings: SupernetSettings) -> tuple[Sample
 
 
 def bn_batches(samples: Samples, settings: SupernetSettings) -> list[Batch]:
-    """Training inputs for batch-norm statistics, drawn once, augmented as in training."""
-    return list(epoch_batches(draw(samples, settings.bn_images, settings.train.seed), settings.train, -1))
+    """Training inputs for batch-norm statistics, drawn once, augmented as in training; all of them in every process."""
+    if len(samples) < 2:
+        raise InvalidInput(f"{len(samples)} training input(s) are too few for batch-norm statistics. Give at least 2; hundreds work well.")
+    with torch.random.fork_rng(devices=[]):
+        return list(epoch_batches(draw(samples, settings.bn_images, settings.train.seed), settings.train, -1, share=(0, 1)))
 
 
 def observe_supernet(model: nn.Module, example: Batch, settings: SupernetSettings) -> Network:
     """The float network observed and folded, each layer with the precisions that it is trained for."""
+    pruned = next((pattern for pattern, precision in settings.keep.items() if precision.weight_bits == 0), None)
+    if pruned is not None:
+        raise InvalidSetting(f"--keep {pruned}=W0: a supernet prunes no layer. Keep it at 2 to 8 bits, or float.")
     return stages.observe_network(model, example, CalibrateSettings(settings.bits, settings.bits, settings.keep))
 
 
@@ -137,11 +143,25 @@ def fill_slots(
 
 
 def uniform(choices: Mapping[str, Sequence[Precision]], bits: int) -> Scheme:
-    """Every layer at `bits`; kept layers, which have no choice, as they are kept."""
-    wanted = {
-        name: [p for p in options if p.weight_bits == bits and p.activation_bits in (bits, None)] for name, options in choices.items()
-    }
-    return Scheme({name: (wanted[name] or [options[-1]])[0] for name, options in choices.items()})
+    """Every layer at `bits`; kept layers, which have no choice, as they are kept. Raises SchemeMismatch where `bits` was not trained."""
+    chosen = {}
+    for name, options in choices.items():
+        wanted = [p for p in options if p.weight_bits == bits and p.activation_bits in (bits, None)]
+        if not wanted and len(options) > 1:
+            there = ", ".join(str(width) for width in widths_of(options)[0])
+            raise SchemeMismatch(f"{name} was not trained at {bits} bits. Choose from {there}, or train again with those --bits.")
+        chosen[name] = (wanted or list(options))[0]
+    return Scheme(chosen)
+
+
+def _check_types(settings: Any) -> None:
+    """Raise TypeError where a number, switch or word of `settings` is of another type than its default."""
+    for name, default in vars(type(settings)()).items():
+        value = getattr(settings, name)
+        allowed = (int, float) if type(default) is float else type(default)
+        right = isinstance(value, allowed) and isinstance(value, bool) == isinstance(default, bool)
+        if isinstance(default, (bool, int, float, str)) and not right:
+            raise TypeError(f"{name} is {value!r}")
 
 
 def settings_from_json(data: Mapping[str, Any]) -> SupernetSettings:
@@ -152,7 +172,11 @@ def settings_from_json(data: Mapping[str, Any]) -> SupernetSettings:
         inner["step_rates"] = {int(bits): factor for bits, factor in inner["step_rates"].items()}
         values["keep"] = {pattern: Precision.parse(text) for pattern, text in values["keep"].items()}
         values["bits"] = tuple(values["bits"])
-        return SupernetSettings(**values, multiquant=MultiQuantSettings(**inner), train=TrainSettings(**train))
+        parts = {"multiquant": MultiQuantSettings(**inner), "train": TrainSettings(**train)}
+        settings = SupernetSettings(**values, **parts)
+        for part in (settings, *parts.values()):
+            _check_types(part)
+        return settings
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidFile(f"The supernet's settings: {error}") from error
 

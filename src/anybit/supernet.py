@@ -2,6 +2,8 @@
 
 import copy
 import glob
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,15 +18,16 @@ from torch import Tensor, nn
 from anybit import batchnorm, stages, store
 from anybit.batches import Batch, Samples, draw, map_tensors, split
 from anybit.candidates import ActivationCandidate, Candidates, frozen_candidate
-from anybit.checkpoint import Canonical, new_folder, read_json, read_tensors, remember, sha256_of, write_json
+from anybit.checkpoint import Canonical, check_folded, digest_in, new_folder, read_json, read_tensors, remember, sha256_of, write_json
 from anybit.cost import CostModel, LayerSize, leftovers, spec_of
-from anybit.errors import InvalidFile
+from anybit.errors import InvalidFile, SchemeMismatch
 from anybit.evaluation import Metric, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
 from anybit.layers import float_weight, from_rows, prepare, quantized_layers, weight_rows
 from anybit.methods.multiquant import MultiQuant, SwitchableInput, SwitchableWeight
 from anybit.packing import TensorSpec
 from anybit.quantizers import UniformQuantizer
+from anybit.references import Preprocessing
 from anybit.scheme import FLOAT, Precision, Scheme, check_names
 from anybit.sensitivity import SensitivityTable
 from anybit.stages import CalibrateSettings
@@ -44,6 +47,11 @@ from anybit.subnets import (
 )
 
 JSON = "supernet.json"
+POLISH = (
+    "samples", "held_out", "batch_size", "seed", "unit", "blocks", "steps", "drop", "mirror", "sequential", "bn_tuning", "bias_tuning",
+    "tune_scales", "bn_prior", "bn_target", "memory",
+)  # fmt: skip
+"""Settings of calibrate that polishing a subnet has a part for."""
 FORMAT_VERSION = 1
 
 
@@ -105,10 +113,25 @@ class Supernet:
         if not self.known:
             return "as trained"
         nearest = self.nearest(self.method.scheme)
-        set_statistics(self.model, nearest.statistics.to(next(self.model.parameters()).device))
-        if nearest.scheme == self.method.scheme:
-            return "stored for this scheme"
-        return f"those stored for the nearest scheme, {distance(nearest.scheme, self.method.scheme, self.costs):.2f} bits away"
+        statistics, words = nearest.statistics, "stored for this scheme"
+        if nearest.scheme != self.method.scheme:
+            words = f"those stored for the nearest scheme, {distance(nearest.scheme, self.method.scheme, self.costs):.2f} bits away"
+            if self.method.norms:
+                statistics, words = self.own_statistics(nearest), "those of each layer's own bit-width"
+        set_statistics(self.model, statistics.to(next(self.model.parameters()).device))
+        return words
+
+    def own_statistics(self, nearest: Known) -> Tensor:
+        """With a batch norm for each bit-width of a layer: each as the uniform subnet of those bits has it, others as the nearest does."""
+        of_bits = {scheme[name].weight_bits: scheme for scheme in uniform_schemes(self).values() for name in self.method.norms}
+        known = {bits: next(one.statistics for one in self.known if one.scheme == scheme) for bits, scheme in of_bits.items()}
+        bits_of_norm = {id(norm.chosen()): norm.bits for norm in self.method.norms.values()}
+        parts, at = [], 0
+        for norm in active_norms(self.model):
+            source, count = known.get(bits_of_norm.get(id(norm)), nearest.statistics), 2 * norm.num_features
+            parts.append(source[at : at + count])
+            at += count
+        return torch.cat(parts)
 
     def nearest(self, scheme: Scheme) -> Known:
         """The known subnet whose bits differ least, weighted as the budget counts weights."""
@@ -168,6 +191,14 @@ def scores(supernet: Supernet, scheme: Scheme, bn: Sequence[Batch] | None, test:
     return evaluate_model(supernet.model, test, supernet.task, metric)
 
 
+def check_whole(scheme: Scheme, choices: Mapping[str, Sequence[Precision]]) -> None:
+    """Raise SchemeMismatch where the scheme leaves a layer out, names another, or has a precision that was not trained."""
+    store.check_choices(scheme, choices)
+    lacking = [name for name in choices if name not in scheme]
+    if lacking:
+        raise SchemeMismatch(f"The scheme names {len(scheme)} of {len(choices)} layers; {lacking[0]!r} is lacking. Name every layer.")
+
+
 def uniform_schemes(supernet: Supernet) -> dict[str, Scheme]:
     """ "4 bits" -> the scheme."""
     return {f"{bits} bits": supernet.uniform(bits) for bits in sorted(supernet.settings.bits)}
@@ -198,6 +229,8 @@ def polished(
     sequential AdaQuant, batch-norm tuning, bias tuning, each kept where held-out inputs say so. Returns (canonical, ladder)."""
     scheme = canonical.scheme
     calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
+    if settings.mirror:
+        calibration = stages.mirrored(calibration)
     example = Batch(map_tensors(calibration.fitting[0].inputs, lambda tensor: tensor[:2]))
     fixed = replace(settings, keep={glob.escape(name): precision for name, precision in scheme.items()})
     network = stages.observe_network(supernet.as_float(bn), example, fixed)
@@ -210,6 +243,7 @@ def polished(
     judge = stages.Judge(network, own, calibration.held_out, reference, supernet.task)
     bench = stages.Bench(network, calibration, settings, own, own, table, judge, targets, references, own)
     model, ladder, _ = stages.polish(bench, scheme)
+    supernet.method.switch(scheme)  # as it was before the float network was made
     return Canonical(model.eval(), network.norms, stages.edge_ranges(model, network.wiring, calibration.fitting)), ladder[1:]
 
 
@@ -246,7 +280,6 @@ def write_supernet(folder: Path, supernet: Supernet) -> None:
     tensors = {name: torch.cat([part.detach().cpu() for part in parts]).contiguous() for name, parts in shared.items() if parts}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
     tensors |= {key: tensor.detach().cpu().contiguous().clone() for key, tensor in others.items()}
-    save_file(tensors, folder / store.FILE)
     about = SupernetFile(
         layers={
             name: SupernetLayer(**row, macs=supernet.costs.layers[name].macs, per_channel=method.settings.per_channel)
@@ -257,9 +290,11 @@ def write_supernet(folder: Path, supernet: Supernet) -> None:
         subnets=[known.scheme.to_json() for known in supernet.known],
         settings=supernet.settings.to_json(),
         task=supernet.task,
-        sha256=sha256_of(folder / store.FILE),
+        sha256="",
         **supernet.about,
     )
+    save_file(tensors, folder / store.FILE, {"supernet": about.digest()})
+    about.sha256 = sha256_of(folder / store.FILE)
     write_json(folder / JSON, about.model_dump())
 
 
@@ -292,7 +327,13 @@ class SupernetFile(BaseModel):
     task: Literal["classification", "regression"] = "classification"
     sha256: str
 
+    def digest(self) -> str:
+        """SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
+        meaning = self.model_dump(include={"layers", "folded", "edges", "subnets", "settings", "preprocessing", "task"})
+        return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
+
     def stored(self) -> dict[str, StoredLayer]:
+        """The layers as `store` knows them."""
         return {
             name: StoredLayer(one.rows, one.columns, tuple(one.weight_bits), tuple(one.activation_bits))
             for name, one in self.layers.items()
@@ -308,17 +349,20 @@ def read_supernet_file(folder: Path) -> SupernetFile:
             _ = layer.choices
             if layer.has_codes and None in layer.weight_bits:
                 raise InvalidFile(f"{folder / JSON}: layer {name} is both float and quantized.")
-        schemes = [Scheme.parse(scheme) for scheme in file.subnets]
-        for scheme in schemes:
-            store.check_choices(scheme, {name: layer.choices for name, layer in file.stored().items()})
+        for scheme in map(Scheme.parse, file.subnets):
+            check_whole(scheme, {name: layer.choices for name, layer in file.stored().items()})
+        settings_from_json(file.settings)
+        Preprocessing.from_json(file.preprocessing)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise InvalidFile(f"{folder / JSON}: {where}: {first['msg']}.") from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InvalidFile(f"{folder / JSON}: {error}") from error
     if not (folder / store.FILE).is_file() or sha256_of(folder / store.FILE) != file.sha256:
         raise InvalidFile(f"{folder / store.FILE} is missing or not the file that {JSON} was written with. Restore it or train again.")
+    if digest_in(folder / store.FILE, "supernet") != file.digest():
+        raise InvalidFile(f"{folder / JSON} is not the one that {store.FILE} was written for: it has been edited. Restore it.")
     return file
 
 
@@ -328,6 +372,7 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     layers = file.stored()
     settings = settings_from_json(file.settings)
     check_names([*layers, *file.folded, *file.folded.values()], [name for name, _ in float_model.named_modules()], "The model")
+    check_folded(file, float_model, JSON)
     kept_float = [name for name, layer in layers.items() if not layer.has_codes]
     model = prepare(float_model, list(layers), kept_float)
     for name, layer in layers.items():
@@ -358,7 +403,8 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     costs = CostModel.of(prepare(folded, list(layers), kept_float), list(layers), None, len(file.edges), float_model)
     costs = replace(costs, layers={name: LayerSize(one.rows, one.columns, one.macs) for name, one in file.layers.items()})
     about = {"model": file.model, "data": file.data, "preprocessing": file.preprocessing}
-    return Supernet(float_model, method, settings, file.folded, costs, file.edges, file.task, known, about)
+    report = read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
+    return Supernet(float_model, method, settings, file.folded, costs, file.edges, file.task, known, about, report)
 
 
 def _blank(layer: StoredLayer, per_channel: bool) -> tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:

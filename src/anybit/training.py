@@ -11,15 +11,13 @@ share of a batch; running statistics are averaged after every epoch.
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 from anybit.batches import Batch, Samples, call, first_tensor
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
 from anybit.evaluation import check_labels
+from anybit.processes import average, average_gradients, average_tensors, rank, world
 from anybit.progress import note, track
 from anybit.wiring import BATCH_NORMS
 
@@ -281,17 +280,21 @@ def _steps(samples: Samples, settings: TrainSettings, model: nn.Module) -> int:
     return max(1, len(samples) // settings.batch_size)
 
 
-def epoch_batches(samples: Samples, settings: TrainSettings, epoch: int) -> Iterator[Batch]:
-    """This process's share of every full batch of an epoch, shuffled and augmented by (seed, epoch) alone."""
+def epoch_batches(samples: Samples, settings: TrainSettings, epoch: int, share: tuple[int, int] | None = None) -> Iterator[Batch]:
+    """This process's share of every full batch of an epoch, shuffled and augmented by (seed, epoch) alone.
+
+    `share` is (which process, of how many), where it is not this one: (0, 1) gives everything.
+    """
+    which, of = (rank(), world()) if share is None else share
     generator = torch.Generator().manual_seed(settings.seed * 100_003 + epoch)
     size = min(settings.batch_size, len(samples))
     count = len(samples) // size
     order = torch.randperm(len(samples), generator=generator)[: count * size].view(count, size)
-    mine = order[:, rank() :: world()].flatten().tolist()
-    seed = (settings.seed * 100_003 + epoch) * world() + rank()
+    mine = order[:, which::of].flatten().tolist()
+    seed = (settings.seed * 100_003 + epoch) * of + which
     torch.manual_seed(seed)  # for data sets that augment by themselves, and for dropout
-    for batch in replace(samples, seed=seed).subset(mine).batches(size // world()):
-        yield channels_last(augmented(batch, settings.augment, size, generator))
+    for batch in replace(samples, seed=seed).subset(mine).batches(size // of):
+        yield channels_last(augmented(batch, settings.augment, size, generator, (which, of)))
 
 
 def _all_of(batches: Iterator[Batch], steps: int, epoch: int) -> Iterator[Batch]:
@@ -308,18 +311,18 @@ def _all_of(batches: Iterator[Batch], steps: int, epoch: int) -> Iterator[Batch]
         ) from error
 
 
-def augmented(batch: Batch, augment: str, global_size: int, generator: torch.Generator) -> Batch:
-    """The batch with each of its pictures mirrored or shifted at random; the draws are of the global batch, of which this is a share."""
-    inputs = batch.inputs
+def augmented(batch: Batch, augment: str, global_size: int, generator: torch.Generator, share: tuple[int, int] = (0, 1)) -> Batch:
+    """The batch with each of its pictures mirrored or shifted at random; the draws are of the global batch, of which this is a `share`."""
+    inputs, (which, of) = batch.inputs, share
     for kind, pixels in _augmentations(augment):
         if not isinstance(inputs, Tensor) or inputs.dim() != 4:
             raise InvalidSetting(f"augment {augment!r} needs pictures: one 4-d input tensor. Leave it off for this data.")
         if kind == "flip":
-            flips = torch.rand(global_size, generator=generator)[rank() :: world()] < 0.5
+            flips = torch.rand(global_size, generator=generator)[which::of] < 0.5
             inputs = inputs.clone()
             inputs[flips] = inputs[flips].flip(-1)
         else:
-            shifts = torch.randint(0, 2 * pixels + 1, (global_size, 2), generator=generator)[rank() :: world()].tolist()
+            shifts = torch.randint(0, 2 * pixels + 1, (global_size, 2), generator=generator)[which::of].tolist()
             padded, (height, width) = F.pad(inputs, (pixels,) * 4), inputs.shape[-2:]
             inputs = torch.stack([p[:, y : y + height, x : x + width] for p, (y, x) in zip(padded, shifts, strict=True)])
     return Batch(inputs, batch.labels)
@@ -343,66 +346,6 @@ def _augmentations(text: str) -> list[tuple[str, int]]:
         else:
             raise InvalidSetting(f"augment {part!r} is unknown. Write flip, crop4 (shifts by up to 4 pixels), or both with a comma.")
     return found
-
-
-# Several processes
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def join_processes(device: str) -> str:
-    """Join the other processes where a launcher started several; returns this one's device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    if device == "cuda" and world() > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
-    return device
-
-
-@torch.no_grad()
-def share_state(model: nn.Module) -> None:
-    """Give every process the parameters and buffers of the first, in place: networks are not always made from a seed."""
-    if world() > 1:
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
-
-
-@torch.no_grad()
-def average(value: Tensor) -> Tensor:
-    """The mean of a number over the processes."""
-    if world() > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-        value /= world()
-    return value
-
-
-@torch.no_grad()
-def average_gradients(model: nn.Module) -> None:
-    """The mean of each gradient over the processes."""
-    if world() > 1:
-        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat)
-        for grad, part in zip(grads, flat.div_(world()).split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
-
-
-@torch.no_grad()
-def average_tensors(tensors: Iterable[Tensor]) -> None:
-    """The mean of each floating-point tensor over the processes, in place."""
-    if world() > 1:
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                dist.all_reduce(tensor)
-                tensor.div_(world())
 
 
 # Checkpoints: one safetensors file, its JSON in the header; replaced in one move

@@ -28,6 +28,7 @@ Deviations:
     highest or lowest losses so far. "progressive": bits below the highest join one after another in the first half of the run.
 """
 
+import copy
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ from anybit.batches import Batch
 from anybit.errors import InvalidFile, InvalidSetting
 from anybit.layers import fill, float_weight, quantized_layers, weight_rows
 from anybit.numerics import fake_quantize, quant_limits
+from anybit.processes import average
 from anybit.quantizers import UniformQuantizer
 from anybit.scheme import FLOAT_BITS, Precision, Scheme, check_bits, check_positive
 from anybit.store import check_choices
@@ -83,6 +85,8 @@ class MultiQuantSettings:
         ):
             if getattr(self, name) not in allowed:
                 raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose from {', '.join(allowed)}.")
+        if self.label == "teacher" and sorted(self.sandwich, key="HRL".index) != list(self.sandwich):
+            raise InvalidSetting(f"sandwich {self.sandwich!r}: with label teacher the wider network comes first. Write H, then R, then L.")
         if not 0 <= self.label_weight <= 1:
             raise InvalidSetting(f"label_weight {self.label_weight} must be from 0 to 1.")
         if not 0 <= self.offset_rate < math.inf:
@@ -181,7 +185,7 @@ class SwitchableNorm(nn.Module):
     def __init__(self, norm: nn.Module, widths: Sequence[int]):
         super().__init__()
         self.widths, self.bits = tuple(widths), widths[0]
-        self.norms = nn.ModuleList([_copied(norm) for _ in widths])
+        self.norms = nn.ModuleList([copy.deepcopy(norm) for _ in widths])
 
     def switch(self, bits: int) -> None:
         self.bits = bits
@@ -191,12 +195,6 @@ class SwitchableNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.chosen()(x)
-
-
-def _copied(norm: nn.Module) -> nn.Module:
-    fresh = type(norm)(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    fresh.load_state_dict(norm.state_dict())
-    return fresh.to(norm.running_mean.device)
 
 
 # The method
@@ -218,7 +216,8 @@ class MultiQuant:
         self, model: nn.Module, choices: Mapping[str, Sequence[Precision]], settings: MultiQuantSettings, classes: int | None, seed: int
     ):
         self.model, self.choices, self.settings, self.classes, self.seed = model, choices, settings, classes, seed
-        self.layers = {name: layer for name, layer in quantized_layers(model).items() if name in choices}
+        slots = quantized_layers(model)
+        self.layers = {name: slots[name] for name in choices}  # in the order of the choices, whatever that of definition
         self.norms: dict[str, SwitchableNorm] = {}
         device = next(model.parameters()).device
         self.right = torch.zeros(classes or 0, classes or 0, device=device)
@@ -297,7 +296,7 @@ class MultiQuant:
         """The loss of the network at hand, by the label rule."""
         loss = self._labelled(outputs, batch, task_loss)
         if self.letter == "R" and self.settings.middle in ("worst", "best"):
-            told = float(loss.detach())
+            told = float(average(loss.detach()))  # of all processes, so that all draw alike
             for name, precision in self.scheme.items():
                 row = self.losses[name]
                 row[str(precision)] = 0.9 * row.get(str(precision), told) + 0.1 * told
