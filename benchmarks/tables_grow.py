@@ -39,6 +39,12 @@ def methods_section() -> str:
     return head + table(columns, rows)
 
 
+def tried_section() -> str:
+    """Earlier settings; each entry's JSON has them all."""
+    rows = [[key, f"{run['top1']:.2f}"] for key, run in entries("grow_resnet20_tried").items()]
+    return table(["one run each, learning rate 1e-3, no distillation", "top-1"], rows) if rows else "Not run."
+
+
 def choices_section() -> str:
     runs = entries("grow_resnet20_choices")
     if not runs:
@@ -116,4 +122,10 @@ def cost_section() -> str:
     return table(["step of", "time, float is 1 (median of rounds)", "bytes trained a weight", "bytes kept for backward a weight"], rows)
 
 
-SECTIONS = {"GROW": methods_section, "CHOICES": choices_section, "AGREEMENT": agreement_section, "GROWCOST": cost_section}
+SECTIONS = {
+    "GROW": methods_section,
+    "GROWTRIED": tried_section,
+    "CHOICES": choices_section,
+    "AGREEMENT": agreement_section,
+    "GROWCOST": cost_section,
+}
