@@ -105,7 +105,8 @@ def agreement_section() -> str:
             other = [int(chosen[name].split("A")[0].removeprefix("W")) for name in names]
             grown = after.get(key.replace(" ", "_"), {}).get("table")
             later = f"{spearmanr(bits, [grown['rows'][name]['W2'] for name in names]).statistic:+.2f}" if grown else "not run"
-            rows.append([key, f"{spearmanr(bits, sensitivity).statistic:+.2f}", later, f"{spearmanr(bits, other).statistic:+.2f}"])
+            alike = f"{spearmanr(bits, other).statistic:+.2f}" if len(set(other)) > 1 else "it chose a uniform scheme"
+            rows.append([key, f"{spearmanr(bits, sensitivity).statistic:+.2f}", later, alike])
     columns = ["run", "rank correlation of its bits with W3 sensitivity before", "with W2 sensitivity after", "with calibrate's bits"]
     return table(columns, rows) if rows else "Not run."
 
