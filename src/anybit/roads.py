@@ -332,12 +332,8 @@ def grow(
         raise InvalidSetting("Give a budget or a scheme, not both: a scheme has its bits already.")
     budget = Budget.parse(budget) if budget is not None else None
     scheme = read_scheme(Path(scheme)).scheme if isinstance(scheme, (str, Path)) else scheme
-    model, about = _followed_model(model, weights, train, preprocessing)
-    device = join_processes(device)
     clock = StageClock()
-    float_model = on_device(model, device).eval()
-    samples = _samples(train, workers, preprocessing).on(device)
-    tests = None if test is None else _checked_tests(_samples(test, workers, preprocessing).on(device), model)
+    float_model, samples, tests, about = _training_inputs(model, weights, train, test, metric, preprocessing, workers, device)
     with clock.stage("observe and fold"):
         if len(samples) == 0:
             raise InvalidInput("The training data is empty.")
@@ -394,6 +390,27 @@ def grow(
     return Result(canonical, report | {"certificate": certificate}, about)
 
 
+def _training_inputs(
+    model: nn.Module | str,
+    weights: str | Path | None,
+    data: Any,
+    test: Any,
+    metric: Metric | None,
+    preprocessing: Preprocessing,
+    workers: int,
+    device: str,
+) -> tuple[nn.Module, Samples, Samples | None, dict[str, Any]]:
+    """(the float network, training samples, test samples, what a run records of them), on this process's device."""
+    if metric is not None and test is None:
+        raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or no --metric.")
+    model, about = _followed_model(model, weights, data, preprocessing)
+    device = join_processes(device)
+    float_model = on_device(model, device).eval()
+    samples = _samples(data, workers, preprocessing).on(device)
+    tests = None if test is None else _checked_tests(_samples(test, workers, preprocessing).on(device), model)
+    return float_model, samples, tests, about
+
+
 def train(
     model: nn.Module | str,
     data: Any,
@@ -419,14 +436,8 @@ def train(
     The result's weights are those of the store: rounded to 8 bits. Raises as `grow` does.
     """
     wanted = subnets.SupernetSettings.of(**settings)
-    model, about = _followed_model(model, weights, data, preprocessing)
-    device = join_processes(device)
     clock = StageClock()
-    if metric is not None and test is None:
-        raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or no --metric.")
-    float_model = on_device(model, device).eval()
-    samples = _samples(data, workers, preprocessing).on(device)
-    tests = None if test is None else _checked_tests(_samples(test, workers, preprocessing).on(device), model)
+    float_model, samples, tests, about = _training_inputs(model, weights, data, test, metric, preprocessing, workers, device)
     with clock.stage("observe and fold"):
         if len(samples) < 2:
             raise InvalidInput(f"{len(samples)} training sample(s): at least two are needed, one to train on and one to hold out.")
