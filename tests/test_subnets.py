@@ -200,6 +200,20 @@ def test_a_compiled_supernet_is_compiled_once_for_all_its_networks():
     assert compiled.report["test"]["8 bits"]["loss"] == pytest.approx(plain.report["test"]["8 bits"]["loss"], rel=0.05)
 
 
+def test_the_store_keeps_the_codes_of_the_lowest_bits():
+    supernet = trained(bits=(2, 4, 8), epochs=1)
+    layer = supernet.method.layers["block1.conv1"]
+    slot = layer.weight_quantizer
+    slot.switch(2)
+    threshold = 0.5 * slot.scale().expand(len(layer._parameters["weight"]), 1)
+    with torch.no_grad():  # every weight right beside a threshold of two bits, where rounding to eight would carry half of them over
+        beside = threshold * (1 + 1e-3 * torch.randn(threshold.shape[0], 54, generator=torch.Generator().manual_seed(0)))
+        layer._parameters["weight"].copy_(beside.view_as(layer._parameters["weight"]))
+        before = slot.freeze(len(beside)).codes(beside)
+        subnets.to_store(supernet.method)
+        assert torch.equal(slot.freeze(len(beside)).codes(layer._parameters["weight"].flatten(1)), before)
+
+
 # Subnets
 
 

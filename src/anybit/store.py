@@ -2,7 +2,7 @@
 
     codes at b bits = clamp(round(codes at 8 bits * s / s_b), -2^(b-1), 2^(b-1) - 1)          s the store's step, s_b the width's own
 
-    codes                    I8  [weights]             of all layers with quantized weights, in the file's order
+    codes                    I8  [weights]             at 8 bits, of all layers with quantized weights, in the file's order
     code_scales              F32 [channels]            s, one a row of the weight matrix
     weight_scales            F32 [widths x channels]   s_b, the widths of one layer after another
     activation_scales        F32 [widths]              of the quantized inputs

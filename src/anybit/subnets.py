@@ -237,7 +237,8 @@ def distance(one: Scheme, other: Scheme, costs: CostModel) -> float:
 def to_store(method: MultiQuant) -> dict[str, tuple[Tensor, Tensor]]:
     """Round the shared weights to the store's 8 bits, in place; layer -> (int8 codes [rows, columns], step [rows, 1]).
 
-    The step is the one trained for 8 bits where there is one, and else holds the largest weight of each row.
+    The step is the one trained for 8 bits where there is one, and else holds the largest weight of each row. Trained weights gather at the
+    thresholds of low bit-widths: of the two codes around a weight, the nearest is taken unless the other keeps more of its lower codes.
     """
     stored = {}
     for name, layer in method.layers.items():
@@ -249,7 +250,20 @@ def to_store(method: MultiQuant) -> dict[str, tuple[Tensor, Tensor]]:
             else:
                 scale = weight_scale(rows, STORE_BITS, "minmax")
             quantizer = UniformQuantizer(STORE_BITS, True, scale)
-            codes = quantizer.codes(rows)
+            nearest = quantizer.codes(rows)
+            other = (nearest + torch.sign(rows / quantizer.scale - nearest)).clamp(*quantizer.limits)
+            codes = torch.where(
+                _changed(weights, rows, quantizer.values(other)) < _changed(weights, rows, quantizer.values(nearest)), other, nearest
+            )
             float_weight(layer).copy_(from_rows(layer, quantizer.values(codes)))
             stored[name] = (codes.to(torch.int8), quantizer.scale)
     return stored
+
+
+def _changed(weights: SwitchableWeight, rows: Tensor, rounded: Tensor) -> Tensor:
+    """How many of a weight's codes rounding changes, one of fewer bits counting for more than all of more bits, [rows, columns]."""
+    changed = torch.zeros_like(rows)
+    for bits, scale in zip(weights.widths, weights.scales(), strict=True):
+        quantizer = UniformQuantizer(bits, True, scale.expand(len(rows), 1))
+        changed += (quantizer.codes(rows) != quantizer.codes(rounded)) * 4.0**-bits
+    return changed
