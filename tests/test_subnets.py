@@ -183,7 +183,7 @@ def test_two_processes_train_the_supernet_of_one(tmp_path):
         one.switch(scheme)
         two.switch(scheme)
         with torch.no_grad():
-            assert torch.allclose(one.model(x), two.model(x), atol=0.05 * float(one.model(x).abs().max()))
+            assert torch.allclose(one.model(x), two.model(x), rtol=1e-4, atol=1e-5)  # far less than training moves them
 
 
 @pytest.mark.slow  # it compiles

@@ -22,7 +22,7 @@ DAC 2023 (arXiv 2212.02770); its equations from the paper's abstract and the aut
     at 1. Closing the low planes of a weight cuts it towards zero, which no short training mends. `phase="rewind"` is the paper's
     form, which sets beta back alone; `phase="continue"` has no second phase.
   * Temperatures are relative to the logits' starting size c, and the weight gates' own: they are decided later than the planes are. Small
-    logits let a soft weight reach far beyond its codes, and training comes to lean on values that hardening takes away.
+    logits let a soft weight reach far beyond its codes, to values that hardening takes away.
   * A trained network starts at its own weights: a weight that is a code has logits at +-c, one between two codes has each gate between
     their bits, as far as it lies (the release starts at the rounded weight, with the bit for the logit). So a weight near the middle
     between codes is undecided and can still fall to either side; one that is not trained ends at the nearest. The product is divided
