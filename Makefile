@@ -17,6 +17,8 @@ demo: .venv/ready  ## digits, a small residual network, three budgets, the advan
 	$(BIN)/anybit calibrate --model examples/digits.py:network --weights runs/digits/weights.safetensors \
 	  --data runs/digits/digits.npz --test runs/digits/digits.npz#test --samples 512 \
 	  --budget 2.5bit --budget 3bit --budget 40kB --output runs/digits-calibrated --overwrite
+	$(BIN)/anybit export runs/digits-calibrated/3bit --onnx runs/digits.onnx --overwrite
+	$(BIN)/anybit verify runs/digits-calibrated/3bit runs/digits.onnx --data runs/digits/digits.npz#test
 
 demo-grow: .venv/ready  ## the digits network trained to 3 bits a weight while its scheme grows
 	$(BIN)/python examples/digits.py runs/digits

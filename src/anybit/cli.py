@@ -43,6 +43,7 @@ Model = Annotated[
 ]
 Weights = Annotated[str | None, typer.Option(help="State dict to load into it (.safetensors, .pt, .pth).")]
 Data = Annotated[str | None, typer.Option("--data", help="Inputs: a folder of images, FILE.npz, FILE.npz#test, FILE.py:function.")]
+RunData = Annotated[str | None, typer.Option("--data", help="Inputs, preprocessed as the run's (default: what it was made with).")]
 Test = Annotated[str | None, typer.Option("--test", help="Labelled data for the report; nothing is chosen on it.")]
 Budgets = Annotated[
     list[str] | None, typer.Option("--budget", help="4bit, 120kB, 12.5%, bops=2.1G, loss=0.02, drop=1%; join with commas, or repeat.")
@@ -658,7 +659,87 @@ def evaluate(
     if as_json:
         print(json.dumps(scores))
     else:
-        print("  ".join(f"{key} {value:.2f}" if key.startswith("top") else f"{key} {value:.5g}" for key, value in scores.items()))
+        from anybit.reporting import scores_line
+
+        print(scores_line(scores))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    onnx: Annotated[Path, typer.Option("--onnx", help="The file to write.")],
+    data: RunData = None,
+    model: Model = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run as an ONNX file: weights packed at their bits, integer kernels when it runs."""
+    with _reported_errors():
+        from anybit import exports
+
+        found = exports.export(run, onnx, model=model, data=data, overwrite=overwrite)
+    if as_json:
+        print(json.dumps(found))
+        return
+    from anybit.reporting import human_bytes
+
+    over = 100 * (found["bytes"] / found["ideal_bytes"] - 1) if found["ideal_bytes"] else 0
+    print(f"{onnx}: {human_bytes(found['bytes'])}, {over:.1f} % above the {human_bytes(found['ideal_bytes'])} of its weights' bits")
+    print(f"{found['integer_layers']} of {found['layers']} layers on integers")
+    if found["measured_edges"]:
+        count = len(found["measured_edges"])
+        print(f"{count} tensors between operators have no range in the run: it was measured on the inputs of this export.")
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="The run folder that was exported.")],
+    onnx: Annotated[Path, typer.Argument(help="The exported file.")],
+    data: RunData = None,
+    samples: Annotated[int | None, typer.Option(help="Inputs to run, the first of the data (default: all).")] = None,
+    model: Model = None,
+    metric: MetricOption = None,
+    workers: Workers = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check an exported file against its run: its contents, its integer kernels, its numbers. Exit status 1 where a promise fails."""
+    with _reported_errors():
+        from anybit import exports
+
+        _set_threads(threads)
+        found = exports.verify(run, onnx, model=model, data=data, samples=samples, metric=_metric(metric), workers=workers)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        from anybit.reporting import print_verdict
+
+        print_verdict(found)
+    raise typer.Exit(0 if found["ok"] else 1)
+
+
+@app.command()
+def bench(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    onnx: Annotated[Path | None, typer.Argument(help="The exported file (default: what the run would be exported as).")] = None,
+    data: RunData = None,
+    model: Model = None,
+    rounds: Annotated[int, typer.Option(help="Turns of float32 and exported, each about a twentieth of a second.")] = 20,
+    batch_size: BatchSize = 1,
+    threads: Annotated[int, typer.Option(help="Processor threads of the runtime.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Size of the exported file against its bits, and latency against the same runtime's float32 file, in turns."""
+    with _reported_errors():
+        from anybit import exports
+
+        found = exports.bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        from anybit.reporting import print_bench
+
+        print_bench(found)
 
 
 @app.command()

@@ -240,6 +240,60 @@ def _print_layers(found: Mapping[str, Any], seen: bool) -> None:
         print(f"not covered: {name}: {reason}")
 
 
+def scores_line(scores: Mapping[str, float]) -> str:
+    """Accuracies in percent, other scores as they are."""
+    return "  ".join(f"{key} {value:.2f}" if key.startswith("top") else f"{key} {value:.5g}" for key, value in scores.items())
+
+
+def print_verdict(found: Mapping[str, Any]) -> None:
+    """What an exported file kept of its promises, and how it compares with the simulation."""
+    if found["numbers"]:
+        _print_numbers(found)
+    for failure in found["failures"]:
+        print(f"FAILED: {failure}")
+    print("verified" if found["ok"] else f"not verified: {len(found['failures'])} promises failed")
+
+
+def _print_numbers(found: Mapping[str, Any]) -> None:
+    """Kernels, equality with the reference, and the simulation beside it."""
+    fused, floats = len(found["kernels"]), found["floats"]
+    print(f"{fused} of {found['quantized_layers']} layers run on integer kernels" + ("" if floats else "."))
+    for name, reason in floats.items():
+        print(f"  in float: {name}: {reason}")
+    numbers = found["numbers"]
+    if "bitwise" in found["skipped"]:
+        print(f"not checked here: equality with the integer reference: {found['skipped']['bitwise']}.")
+    elif numbers["bitwise"]:
+        print("The runtime's outputs are bit for bit those of the integer reference.")
+    else:
+        print("The runtime's outputs are not bit for bit those of the integer reference.")
+    if numbers["in_float"]:
+        print(f"  computed in float between integers: {', '.join(numbers['in_float'])}")
+    simulation = found["simulation"]
+    line = f"Beside the simulation, {found['inputs']} inputs: largest difference {simulation['largest_difference']:.4g}"
+    line += f" (largest output {simulation['largest_output']:.4g})"
+    print(line + (f", top-1 agreement {simulation['agreement']:.2f} %" if "agreement" in simulation else ""))
+    if simulation["flipped_codes"]:
+        layer, share = max(simulation["flipped_codes"].items(), key=lambda item: item[1])
+        print(f"Input codes that differ from the simulation's: at most {100 * share:.2f} %, in {layer}")
+    for kind, scores in found.get("accuracy", {}).items():
+        print(f"{kind}: {scores_line(scores)}")
+
+
+def print_bench(found: Mapping[str, Any]) -> None:
+    """Size against the bits, and latency against float32, in each runtime."""
+    over = 100 * (found["bytes"] / max(found["ideal_bytes"], 1) - 1)
+    smaller = found["float_bytes"] / found["bytes"]
+    print(f"{human_bytes(found['bytes'])}: {over:.1f} % above its weights' bits, {smaller:.2f}x smaller than float32")
+    for runtime in ("onnxruntime", "openvino"):
+        if runtime in found:
+            faster = found[runtime]["faster"]
+            print(
+                f"{runtime}: {faster['ratio']:.2f}x as fast as its float32 (half of {found['rounds']} rounds between {faster['low']:.2f}x "
+                f"and {faster['high']:.2f}x), batch {found['batch_size']}, {found['threads']} thread(s)"
+            )
+
+
 def _shape(numbers: Iterable[int]) -> str:
     return "x".join(map(str, numbers))
 

@@ -767,11 +767,23 @@ def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
     `model` is the float network's architecture (a network or a reference). It may be left out for a run that this user's own anybit
     wrote, and for timm: and torchvision: references; a reference in any other folder is code from elsewhere and is not followed.
     """
-    folder = Path(folder)
-    file = read_scheme(folder)
-    canonical = read_canonical(folder, _float_model(folder, file, model), file)
+    canonical, _ = opened(folder, model)
     canonical.model.scheme = canonical.scheme
     return canonical.model
+
+
+def opened(folder: str | Path, model: nn.Module | str | None = None) -> tuple[Canonical, SchemeFile]:
+    """A run folder's canonical form and its scheme file; `model` as for `load`."""
+    folder = Path(folder)
+    file = read_scheme(folder)
+    return read_canonical(folder, _float_model(folder, file, model), file), file
+
+
+def inputs_for(folder: str | Path, file: SchemeFile, data: Any = None, workers: int = 0) -> Samples:
+    """Samples for a run folder: `data`, preprocessed as the run's own, or what the run was made with."""
+    folder = Path(folder)
+    reference = _recorded_data(folder, file) if data is None else data
+    return _samples(reference, workers, Preprocessing.from_json(file.preprocessing))
 
 
 def _float_model(folder: Path, file: Any, model: nn.Module | str | None, named_in: str = "scheme.json") -> nn.Module:

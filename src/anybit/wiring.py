@@ -33,6 +33,8 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "hardsigmoid": F.hardsigmoid, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "leaky_relu": F.leaky_relu, "elu": F.elu,
     "mish": F.mish, "clamp": torch.clamp, "clip": torch.clamp,
 }  # fmt: skip
+CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clip"}
+"""Activations that only bound values: after them fewer values are left, none is new."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +163,11 @@ class Wiring:
 
     def edges(self) -> list[str]:
         """Names of the tensors that a runtime keeps as integers: the inputs ("input/0", ...) and every operation's output, except
-        reshapes (their input's range holds) and outputs that only an activation reads (the activation's output is the edge)."""
+        reshapes (their input's range holds) and outputs that only a clamp reads (ReLU; the clamp's output is the edge)."""
         names = [f"input/{index}" for index in range(len(self.input_values))]
         for op in self.operations:
             reader = self.only_reader(op.outputs[0]) if op.outputs else None
-            if op.kind not in RESHAPES and not (reader is not None and (reader.function or reader.kind == BATCH_NORM)):
+            if op.kind not in RESHAPES and not (reader is not None and (reader.kind in CLAMPS or reader.kind == BATCH_NORM)):
                 names.append(op.name)
         return list(dict.fromkeys(names))
 

@@ -1,0 +1,157 @@
+"""From a run folder to a file that runs, and back: export, verify and bench, one function a verb."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import nn
+
+from anybit.batches import Batch, Samples
+from anybit.errors import InvalidInput, InvalidSetting
+from anybit.evaluation import Metric, outputs_of, score
+from anybit.onnx import file as onnx_file
+from anybit.onnx.file import exported, ideal_bytes
+from anybit.onnx.floats import input_tensors, probe_of
+from anybit.onnx.timing import faster, in_turns, openvino_runner
+from anybit.onnx.verification import RUN, differences, flipped_codes, verify_file
+from anybit.reporting import environment
+from anybit.roads import inputs_for, opened
+
+CHECKED = 64
+"""Inputs on which codes are compared one by one."""
+
+
+def export(
+    run: str | Path,
+    onnx: str | Path,
+    *,
+    model: nn.Module | str | None = None,
+    data: Any = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a run as an ONNX file: weights packed at their bits, int8 kernels when it runs. Returns what it holds.
+
+    model   as for `load`;   data  inputs of the network, of which a few are run; left out, those that the run was made with
+
+    Raises UnsupportedModel naming the operator where the network cannot be exported; no file is left then.
+    """
+    path = Path(onnx)
+    if path.exists() and not overwrite:
+        raise InvalidSetting(f"{path} exists. Choose another --onnx, or give --overwrite.")
+    canonical, file = opened(run, model)
+    made = exported(canonical, _first(inputs_for(run, file, data), onnx_file.PROBE), {RUN: file.sha256})
+    onnx_file.save(made.integer, path)
+    layers = len(canonical.scheme)
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "ideal_bytes": ideal_bytes(canonical),
+        "layers": layers,
+        "integer_layers": len(made.plan.integer),
+        "edges": len(set(made.plan.edges.values())),
+        "measured_edges": made.plan.measured,
+    }
+
+
+def _first(samples: Samples, count: int) -> Batch:
+    if len(samples) == 0:
+        raise InvalidInput("The data is empty. Give inputs of the network with --data.")
+    return next(samples.subset(range(min(count, len(samples)))).batches(count))
+
+
+def verify(
+    run: str | Path,
+    onnx: str | Path,
+    *,
+    model: nn.Module | str | None = None,
+    data: Any = None,
+    metric: Metric | None = None,
+    samples: int | None = None,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Check an exported file against its run on real inputs; `ok` says whether all promises hold, `failures` name what does not.
+
+    data      inputs, labelled where accuracy is wanted; left out, those that the run was made with
+    samples   how many of them run in full (all where None); codes are compared one by one on the first 64
+    """
+    path = Path(onnx)
+    canonical, file = opened(run, model)
+    given = onnx_file.load(path)
+    inputs = inputs_for(run, file, data, workers)
+    first = _first(inputs, CHECKED)
+    made = exported(canonical, first, {RUN: file.sha256})
+    verdict = verify_file(path, given, made, canonical.model, first)
+    report = verdict.to_json() | {"quantized_layers": len(canonical.scheme), "environment": _environment()}
+    if not verdict.numbers:  # it could not be run as this one
+        return report
+    inputs = inputs.subset(range(min(samples or len(inputs), len(inputs))))
+    batches = list(inputs.batches(CHECKED))
+    running = onnx_file.session(path, torch.get_num_threads())
+    there = onnx_file.outputs(running, batches)[0]
+    simulated = outputs_of(canonical.model, batches)
+    flips = flipped_codes(canonical.model, made, probe_of(first, 8))
+    report |= {"inputs": len(inputs), "simulation": differences(simulated, there) | {"flipped_codes": flips}}
+    if inputs.labelled:
+        labels = torch.cat([batch.labels for batch in batches])
+        report["accuracy"] = {
+            "simulated": score(simulated, labels, file.task, metric),
+            "exported": score(torch.from_numpy(there), labels, file.task, metric),
+        }
+    return report
+
+
+def bench(
+    run: str | Path,
+    onnx: str | Path | None = None,
+    *,
+    model: nn.Module | str | None = None,
+    data: Any = None,
+    rounds: int = 20,
+    batch_size: int = 1,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Size of the exported file against its bits, and its latency against the float network's in the same runtime, in turns."""
+    canonical, file = opened(run, model)
+    example = _first(inputs_for(run, file, data), max(batch_size, onnx_file.PROBE))
+    made = exported(canonical, example)
+    given = made.integer if onnx is None else onnx_file.load(Path(onnx))
+    return measured(made.floating, given, probe_of(example, batch_size), rounds, threads) | {
+        "ideal_bytes": ideal_bytes(canonical),
+    }
+
+
+def measured(floating: ir.Model, integer: ir.Model, inputs: Batch, rounds: int, threads: int = 1) -> dict[str, Any]:
+    """Bytes and latency of both graphs, in turns, in every runtime that is installed."""
+    files = {name: ir.to_proto(graph).SerializeToString() for name, graph in (("float32", floating), ("exported", integer))}
+    feeds = [tensor.numpy() for tensor in input_tensors(inputs)]
+    runners = {}
+    for name, graph in (("float32", floating), ("exported", integer)):
+        running = onnx_file.session(graph, threads)
+        given = dict(zip([value.name for value in running.get_inputs()], feeds, strict=True))
+        runners[name] = lambda running=running, given=given: running.run(None, given)
+    report: dict[str, Any] = {
+        "bytes": len(files["exported"]),
+        "float_bytes": len(files["float32"]),
+        "batch_size": len(feeds[0]),
+        "threads": threads,
+        "rounds": rounds,
+        "onnxruntime": _compared(runners, rounds),
+        "environment": _environment(),
+    }
+    others = {name: openvino_runner(content, feeds, threads) for name, content in files.items()}
+    if all(others.values()):
+        report["openvino"] = _compared(others, rounds)
+    return report
+
+
+def _environment() -> dict[str, Any]:
+    return environment() | {"onnxruntime": onnxruntime.__version__}
+
+
+def _compared(runners: dict[str, Any], rounds: int) -> dict[str, Any]:
+    times = in_turns(runners, rounds)
+    medians = {f"{name}_seconds": float(np.median(values)) for name, values in times.items()}
+    return medians | {"faster": faster(times, "exported", "float32")}

@@ -1,0 +1,114 @@
+"""The exported file: made from a canonical model, written whole or not at all, read strictly, and loaded by the runtime."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from anybit.batches import Batch
+from anybit.checkpoint import Canonical
+from anybit.errors import InvalidFile, InvalidInput, UnsupportedModel
+from anybit.layers import Pruned, float_weight, quantized_layers
+from anybit.onnx.floats import OPSET, edge_names, float_graph, input_tensors, probe_of, values_on
+from anybit.onnx.plan import Plan, make_plan
+from anybit.onnx.storage import stored_bytes
+from anybit.onnx.writer import write_graph
+
+PROBE = 2
+"""Inputs on which tensors of the graph are recognized."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """integer   the graph that is written;   floating  the same network in float32;   plan  what became of each tensor"""
+
+    integer: ir.Model
+    floating: ir.Model
+    plan: Plan
+
+
+def exported(canonical: Canonical, example: Batch, about: Mapping[str, str] | None = None) -> Exported:
+    """The canonical model as graphs; `example` is a batch of real inputs, of which a few are run."""
+    model = canonical.model.cpu().eval()
+    floating = float_graph(model, example, quantized_layers(model))
+    probe = probe_of(example, PROBE)
+    values = values_on(floating, input_tensors(probe))
+    names = edge_names(model, values, probe)
+    plan = make_plan(model, floating, canonical.edges, names, values)
+    return Exported(write_graph(model, floating, plan, about or {}), floating, plan)
+
+
+def ideal_bytes(canonical: Canonical) -> int:
+    """What the weights' bits take: packed codes of quantized layers, 32 bits of float ones, and nothing else."""
+    counts = []
+    for layer in quantized_layers(canonical.model).values():
+        quantizer = layer.weight_quantizer
+        bits = 32 if quantizer is None else 0 if isinstance(quantizer, Pruned) else quantizer.bits
+        counts.append((float_weight(layer).numel(), bits))
+    return stored_bytes(counts)
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write the graph, all of it or nothing, once the runtime has loaded it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as draft:
+        place = Path(draft.name)
+    try:
+        place.write_bytes(ir.to_proto(model).SerializeToString())
+        session(place)
+        place.chmod(0o644)
+        place.replace(path)
+    finally:
+        place.unlink(missing_ok=True)
+
+
+def load(path: Path) -> ir.Model:
+    """The graph in `path`, checked to be one of anybit's; nothing in it is run."""
+    import onnx
+
+    if not path.is_file():
+        raise InvalidFile(f"{path} is not there. Write it with anybit export.")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+        onnx.checker.check_model(proto)
+        model = ir.from_proto(proto)
+    except Exception as error:  # protobuf, the checker and the converter raise kinds of their own
+        raise InvalidFile(f"{path} is not a valid ONNX file: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    if model.producer_name != "anybit" or model.graph.opset_imports.get("") != OPSET:
+        raise InvalidFile(f"{path} was not written by anybit export. Export the run again.")
+    return model
+
+
+def session(source: Path | ir.Model, threads: int = 1, optimized: Path | None = None) -> Any:
+    """The runtime's session of a file or a graph; the graph that it made of it is written to `optimized`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    given = str(source) if isinstance(source, Path) else ir.to_proto(source).SerializeToString()
+    try:
+        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors derive from Exception alone
+        first = str(error).splitlines()[0]
+        raise UnsupportedModel(
+            f"ONNX Runtime {onnxruntime.__version__} does not load the file: {first}. It is written in operator set {OPSET}; "
+            "a newer runtime may know it."
+        ) from error
+
+
+def outputs(running: Any, batches: Sequence[Batch], names: Sequence[str] | None = None) -> list[np.ndarray]:
+    """The session's outputs on batches, joined."""
+    parts = []
+    for batch in batches:
+        feeds = {value.name: tensor.numpy() for value, tensor in zip(running.get_inputs(), input_tensors(batch), strict=True)}
+        try:
+            parts.append(running.run(names, feeds))
+        except Exception as error:  # as above
+            raise InvalidInput(f"ONNX Runtime refuses the inputs: {' '.join(str(error).split())}") from error
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]

@@ -1,0 +1,202 @@
+"""The float network as an ONNX graph, tidied so that what an integer kernel takes is easy to see, and its values on real inputs.
+
+The canonical model is exported with its quantizers off (its weights are the quantized ones), never with fake-quantize operators, which
+exporters translate into slow or wrong graphs. Tidying changes no value:
+
+  * a mean over all of a picture becomes a global average pool, which runtimes have for integers;
+  * zero padding before a convolution becomes the convolution's own;
+  * nodes that compute a layer carry the layer's name.
+"""
+
+import ast
+import copy
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from anybit.batches import Batch, map_tensors, tensors_in
+from anybit.errors import UnsupportedModel
+from anybit.layers import emptied
+from anybit.wiring import observe
+
+OPSET, IR_VERSION = 21, 10
+"""What the file is written in: the first operator set with four-bit integers; runtimes of early 2024 load it."""
+
+LAYER = "layer"
+"""Key of a node's metadata: the layer that it computes."""
+
+BIAS = "bias"
+"""Key of the metadata of a sum that adds its layer's bias."""
+
+LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
+
+
+def float_graph(model: nn.Module, example: Batch, layers: Iterable[str]) -> ir.Model:
+    """`model` (canonical) with its quantizers off, exported and tidied; the first dimension of inputs and outputs is the batch.
+
+    Raises UnsupportedModel naming the operator, where the exporter does not know one.
+    """
+    plain = copy.deepcopy(emptied(model)).eval()
+    inputs = map_tensors(example.inputs, lambda tensor: tensor[:2] if len(tensor) > 1 else torch.cat([tensor, tensor]))
+    given = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": inputs if isinstance(inputs, tuple) else (inputs,)}
+    batch = torch.export.Dim("batch", min=1)
+    shapes = map_tensors(inputs if isinstance(inputs, (dict, tuple)) else (inputs,), lambda _: {0: batch})
+    try:
+        with _quiet():
+            program = torch.onnx.export(plain, **given, dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, verbose=False)
+    except Exception as error:  # the exporter's own errors are of many kinds
+        raise UnsupportedModel(f"The network cannot be exported to ONNX: {_reason(error)}") from error
+    graph = program.model
+    graph.ir_version = IR_VERSION
+    _name_layers(graph, set(layers))
+    _pool_means(graph)
+    _merge_padding(graph)
+    return graph
+
+
+@contextmanager
+def _quiet():
+    """Without the exporter's warnings, which are about itself."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause's first line: the outer ones tell of the exporter's stages."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _name_layers(model: ir.Model, layers: set[str]) -> None:
+    seen: dict[str, int] = {}
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        layer = next((scope for scope in reversed(scopes) if scope in layers), None)
+        if node.op_type in LAYER_OPERATORS and layer is not None:
+            node.metadata_props[LAYER] = layer
+        maker = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        added = node.op_type == "Add" and layer is not None and maker is not None and maker.op_type == "MatMul"
+        if added and maker.metadata_props.get(LAYER) == layer and constant(node.inputs[1]) is not None:
+            node.metadata_props.update({LAYER: layer, BIAS: layer})
+        name = (layer if node.op_type in LAYER_OPERATORS else None) or ".".join(filter(None, [_owner(scopes), node.op_type.lower()]))
+        seen[name] = seen.get(name, 0) + 1
+        node.name = name if seen[name] == 1 else f"{name}.{seen[name]}"
+
+
+def _owner(scopes: Sequence[str]) -> str:
+    """The module that ran the operator: the last scope but one is its own call."""
+    return scopes[-2] if len(scopes) > 1 else ""
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """What an initializer holds; None of a value that depends on the input."""
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def _pool_means(model: ir.Model) -> None:
+    for node in list(model.graph):
+        if node.op_type != "ReduceMean" or node.inputs[0].shape is None or len(node.inputs[0].shape) != 4:
+            continue
+        axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        if axes is None or sorted(int(axis) % 4 for axis in axes) != [2, 3]:
+            continue
+        shape = node.inputs[0].shape
+        keeps = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
+        pool = ir.node("GlobalAveragePool", [node.inputs[0]], name=node.name)
+        pool.outputs[0].shape, pool.outputs[0].type = ir.Shape([*shape[:2], 1, 1]), ir.TensorType(ir.DataType.FLOAT)
+        added = [pool] if keeps else [pool, ir.node("Flatten", [pool.outputs[0]], {"axis": 1}, name=f"{node.name}.flatten")]
+        _replace(model.graph, node, added)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, added: Sequence[ir.Node]) -> None:
+    """`added`, of which the last gives what `node` gave, in its place."""
+    output = added[-1].outputs[0]
+    output.name, output.shape, output.type = node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type
+    ir.convenience.replace_nodes_and_values(graph, node, [node], added, node.outputs, added[-1].outputs)
+
+
+def _merge_padding(model: ir.Model) -> None:
+    """A Pad of zeros at the ends of spatial dimensions, read by convolutions alone, into their pads."""
+    for node in list(model.graph):
+        if node.op_type != "Pad" or any(attribute.value != "constant" for attribute in node.attributes.values()):
+            continue
+        pads, value = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        readers = [use.node for use in node.outputs[0].uses()]
+        if pads is None or (value is not None and value.any()) or (len(node.inputs) > 3 and node.inputs[3] is not None):
+            continue
+        begins, ends = np.split(pads, 2)
+        if begins[:2].any() or ends[:2].any() or (pads < 0).any() or any(reader.op_type != "Conv" for reader in readers):
+            continue
+        if not readers or node.outputs[0].is_graph_output():
+            continue
+        for reader in readers:
+            own = reader.attributes["pads"].as_ints() if "pads" in reader.attributes else [0] * (len(begins[2:]) * 2)
+            reader.attributes["pads"] = ir.AttrInt64s("pads", [int(a + b) for a, b in zip(own, [*begins[2:], *ends[2:]], strict=True)])
+            reader.replace_input_with(0, node.inputs[0])
+        model.graph.remove(node, safe=True)
+
+
+# Values
+
+
+def values_on(model: ir.Model, inputs: Sequence[Tensor]) -> dict[str, np.ndarray]:
+    """Every float value of the graph on these inputs, computed by the runtime without optimizations."""
+    import onnxruntime
+
+    shown = ir.from_proto(ir.to_proto(model))
+    given = {value.name for value in shown.graph.outputs}
+    for node in shown.graph:
+        shown.graph.outputs.extend(v for v in node.outputs if v.name not in given and v.dtype == ir.DataType.FLOAT)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(ir.to_proto(shown).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feeds = {value.name: tensor.numpy() for value, tensor in zip(model.graph.inputs, inputs, strict=True)}
+    names = [value.name for value in shown.graph.outputs]
+    return {value.name: feeds[value.name] for value in model.graph.inputs} | dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def edge_names(model: nn.Module, values: Mapping[str, np.ndarray], probe: Batch) -> dict[str, str]:
+    """Value of the graph -> the edge (named as `wiring` does) that holds the same numbers on the probe inputs.
+
+    Exporters rename, merge and split operators; numbers on real inputs say which tensor is which whatever they do.
+    """
+    edges: dict[tuple[int, ...], list[tuple[str, np.ndarray]]] = {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        if tensor.is_floating_point():
+            edges.setdefault(tuple(tensor.shape), []).append((name, tensor.detach().float().numpy().copy()))
+
+    observe(emptied(model), probe, keep)
+    found = {}
+    for name, array in values.items():
+        tolerance = 1e-4 * (np.abs(array).max(initial=0) + 1e-12)
+        alike = ((np.abs(array - other).max(initial=0), edge) for edge, other in edges.get(array.shape, []))
+        distance, edge = min(alike, default=(np.inf, ""))
+        if distance <= tolerance:
+            found[name] = edge
+    return found
+
+
+def probe_of(batch: Batch, count: int) -> Batch:
+    """The first `count` samples."""
+    return Batch(map_tensors(batch.inputs, lambda tensor: tensor[:count]))
+
+
+def input_tensors(batch: Batch) -> list[Tensor]:
+    """What the graph is fed with, in order."""
+    return [tensor.contiguous() for tensor in tensors_in(batch.inputs)]

@@ -1,0 +1,333 @@
+"""What an exported graph computes, in integers: the reference that a runtime's output is compared with, bit for bit.
+
+The graph is read as its Q/DQ nodes say, and an operator between quantizers is computed on their codes as an integer kernel does:
+
+    convolution, linear   sum of (code - zero point) * weight code, exact, plus the int32 bias; times  sx sw / sy  in float32; rounded
+    sum of two            A rA + (B rB + fixed) in float32,  rA = sA / sy,  fixed = zy - fma(rA, zA, rB zB); rounded
+    average pool          the sum of (code - zero point), times  sx / (sy n)  in float32; rounded
+    concatenation         each part's codes taken to the output's grid
+    maximum, reshape, ... on the codes
+
+Rounding is half to even. Everything else is computed in float32 by the reference implementation of its operator, and said to be so.
+Sums are exact: float32 where no partial sum can leave 24 bits, float64 else.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anybit.errors import UnsupportedModel
+
+f32 = np.float32
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Integers with the grid that they are on; `axis` of the scale's dimension where it has one."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    axis: int = 1
+
+    def offsets(self) -> Tensor:
+        """codes - zero point, int32."""
+        return self.codes.int() - self._along(self.zero_point.int())
+
+    def values(self) -> Tensor:
+        """The float32 numbers that they stand for."""
+        return self.offsets().float() * self._along(self.scale)
+
+    def _along(self, numbers: Tensor) -> Tensor:
+        if numbers.dim() == 0:
+            return numbers
+        return numbers.reshape([-1 if axis == self.axis % self.codes.dim() else 1 for axis in range(self.codes.dim())])
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What an integer operator has summed, until a quantizer takes it to its grid; `values` is what it is in float."""
+
+    rounded: Callable[[float, int], Tensor]
+    values: Callable[[], Tensor]
+
+
+@dataclass
+class Interpretation:
+    """values     name -> float tensors and codes of the graph, as a runtime gives them
+    in_float   names of the nodes that were computed in float, though not on constants
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    in_float: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def interpret(model: ir.Model, inputs: Mapping[str, Tensor]) -> Interpretation:
+    """Run the graph on `inputs`; raises UnsupportedModel naming the operator that has no implementation."""
+    done = Interpretation()
+    held: dict[str, Any] = dict(inputs)
+    constants: set[str] = set()
+    for name, value in model.graph.initializers.items():
+        held[name] = _tensor(value.const_value.numpy())
+        constants.add(name)
+    for node in model.graph:
+        given = [None if value is None else held[value.name] for value in node.inputs]
+        fixed = all(value is None or value.name in constants for value in node.inputs)
+        if fixed:
+            constants.update(value.name for value in node.outputs)
+        settings = {name: attribute.value for name, attribute in node.attributes.items()}
+        operator = _OPERATORS.get(node.op_type)
+        result = None if operator is None else operator(given, settings)
+        if result is None:
+            if not fixed:
+                done.in_float.append(node.name)
+            result = _in_float(node, [_plain(value) for value in given])
+        held[node.outputs[0].name] = result
+    done.values = {name: _plain(value) for name, value in held.items() if name not in constants}
+    return done
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(array.astype(np.int8) if array.dtype.kind == "V" or "int4" in str(array.dtype) else array))
+
+
+def _plain(value: Any) -> Tensor | None:
+    if isinstance(value, (Codes, Pending)):
+        return value.values()
+    return value
+
+
+def _in_float(node: ir.Node, inputs: list[Tensor | None]) -> Tensor:
+    """One operator by its reference implementation."""
+    from onnx.reference import ReferenceEvaluator
+
+    try:
+        proto = ir.to_proto(node)
+        feeds = {value.name: tensor.numpy() for value, tensor in zip(node.inputs, inputs, strict=True) if value is not None}
+        return torch.from_numpy(np.asarray(ReferenceEvaluator(proto).run(None, feeds)[0]))
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise UnsupportedModel(f"{node.name}: operator {node.op_type} cannot be interpreted: {error}") from error
+
+
+# Quantizers
+
+
+def _quantize(inputs: list[Any], settings: Mapping[str, Any]) -> Tensor:
+    source, scale, zero_point = inputs
+    if isinstance(source, Pending):
+        return source.rounded(scale, zero_point)
+    return _rounded(_plain(source) / scale, zero_point)
+
+
+def _rounded(steps: Tensor, zero_point: Tensor) -> Tensor:
+    """uint8 codes of numbers in units of their scale."""
+    return (steps.round() + zero_point.float()).clamp(0, 255).to(torch.uint8)
+
+
+def _dequantize(inputs: list[Any], settings: Mapping[str, Any]) -> Codes:
+    codes, scale, zero_point = inputs
+    return Codes(codes, scale, zero_point, settings.get("axis", 1))
+
+
+# Layers
+
+
+def _exact(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, fan_in: int) -> Tensor:
+    """function(x, weight) on integers, exactly: in float32 where every partial sum fits its 24 bits."""
+    largest = fan_in * int(x.abs().max()) * int(weight.abs().max()) if x.numel() and weight.numel() else 0
+    kind = torch.float32 if largest < 2**24 else torch.float64
+    return function(x.to(kind), weight.to(kind)).to(torch.int64)
+
+
+def _scaled(total: Tensor, inputs: list[Any], channel: int) -> Pending:
+    """The int32 sum of a layer (bias included), and what it stands for: sx sw for each channel."""
+    scale = inputs[0].scale * inputs[1].scale
+    along = scale.reshape([-1 if axis == channel % total.dim() else 1 for axis in range(total.dim())]) if scale.dim() else scale
+    return Pending(lambda sy, zy: _rounded(total.float() * (along / sy), zy), lambda: total.float() * along)
+
+
+def _convolution(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
+    if not all(isinstance(value, Codes) for value in inputs if value is not None):
+        return _float_convolution(inputs, settings)
+    x, weight = inputs[:2]
+    spatial, group = weight.codes.dim() - 2, settings.get("group", 1)
+    pads = settings.get("pads", [0] * 2 * spatial)
+    padding = [pads[axis + end * spatial] for axis in reversed(range(spatial)) for end in (0, 1)]
+    function = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+    total = _exact(
+        lambda a, b: function(F.pad(a, padding), b, None, settings.get("strides", 1), 0, settings.get("dilations", 1), group),
+        x.offsets(), weight.offsets(), weight.codes[0].numel(),
+    )  # fmt: skip
+    if len(inputs) > 2:
+        total = total + inputs[2].codes.reshape(-1, *[1] * spatial)
+    return _scaled(total, inputs, 1)
+
+
+def _float_convolution(inputs: list[Any], settings: Mapping[str, Any]) -> Tensor | None:
+    x, weight, *bias = (_plain(value) for value in inputs)
+    spatial = weight.dim() - 2
+    pads = settings.get("pads", [0] * 2 * spatial)
+    padding = [pads[axis + end * spatial] for axis in reversed(range(spatial)) for end in (0, 1)]
+    function = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+    strides, dilations = settings.get("strides", 1), settings.get("dilations", 1)
+    return function(F.pad(x, padding), weight, *(bias or [None]), strides, 0, dilations, settings.get("group", 1))
+
+
+def _linear(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
+    if not all(isinstance(value, Codes) for value in inputs):
+        return None
+    x, weight = inputs[:2]
+    total = _exact(torch.matmul, x.offsets(), weight.offsets(), weight.codes.shape[0])
+    if len(inputs) > 2:
+        total = total + inputs[2].codes
+    return _scaled(total, inputs, -1)
+
+
+# What joins and pools
+
+
+def _sum(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
+    a, b = inputs
+    if isinstance(a, Codes) and isinstance(b, Codes) and a.scale.dim() == 0 and b.scale.dim() == 0:
+
+        def rounded(sy: Tensor, zy: Tensor) -> Tensor:
+            ra, rb = a.scale / sy, b.scale / sy
+            za, zb = a.zero_point.double(), b.zero_point.float()
+            fixed = (zy.double() - (ra.double() * za + (rb * zb).double()).float().double()).float()
+            inner = (b.codes.double() * rb.double() + fixed.double()).float()
+            return (a.codes.double() * ra.double() + inner.double()).float().round().clamp(0, 255).to(torch.uint8)
+
+        return Pending(rounded, lambda: a.values() + b.values())
+    return _plain(a) + _plain(b)
+
+
+def _product(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
+    a, b = inputs
+    if isinstance(a, Codes) and isinstance(b, Codes):
+        total = a.offsets() * b.offsets()
+        return Pending(lambda sy, zy: _rounded(total.float() * (a.scale * b.scale / sy), zy), lambda: a.values() * b.values())
+    return _plain(a) * _plain(b)
+
+
+def _global_average(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
+    (x,) = inputs
+    if not isinstance(x, Codes):
+        return x.mean(tuple(range(2, x.dim())), keepdim=True)
+    axes, count = tuple(range(2, x.codes.dim())), x.codes[0, 0].numel()
+    total = x.offsets().sum(axes, keepdim=True)
+    return Pending(
+        lambda sy, zy: _rounded(total.float() * (x.scale / (sy * f32(count))), zy), lambda: total.float() * (x.scale / f32(count))
+    )
+
+
+def _average(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
+    x, spatial = _plain(inputs[0]), len(settings["kernel_shape"])
+    pads = settings.get("pads", [0] * 2 * spatial)
+    if settings.get("ceil_mode", 0) or list(pads[:spatial]) != list(pads[spatial:]) or set(settings.get("dilations", [1])) != {1}:
+        return None
+    function, strides = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1], settings.get("strides", [1] * spatial)
+    return function(x, settings["kernel_shape"], strides, pads[:spatial], False, bool(settings.get("count_include_pad", 0)))
+
+
+def _concatenation(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
+    axis = settings["axis"]
+    if not all(isinstance(value, Codes) for value in inputs):
+        return torch.cat([_plain(value) for value in inputs], axis)
+
+    def rounded(sy: Tensor, zy: Tensor) -> Tensor:
+        return torch.cat([_rounded(part.values() / sy, zy) for part in inputs], axis)
+
+    return Pending(rounded, lambda: torch.cat([part.values() for part in inputs], axis))
+
+
+def _maximum(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
+    (x,) = inputs
+    plain = _plain(x)
+    kernel, spatial = settings["kernel_shape"], len(settings["kernel_shape"])
+    pads, dilations = settings.get("pads", [0] * 2 * spatial), settings.get("dilations", [1] * spatial)
+    strides = settings.get("strides", [1] * spatial)
+    padding = []
+    for axis in reversed(range(spatial)):
+        before, after = pads[axis], pads[axis + spatial]
+        if settings.get("ceil_mode", 0):  # as much again as lets the last, incomplete window be whole
+            length = plain.shape[axis + 2] + before + after - (dilations[axis] * (kernel[axis] - 1) + 1)
+            after += -length % strides[axis]
+        padding += [before, after]
+    function = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[spatial - 1]
+    padded = F.pad(plain.float(), padding, value=-torch.inf)
+    return function(padded, kernel, strides, 0, dilations).to(plain.dtype)
+
+
+# What moves numbers
+
+
+def _moved(function: Callable[[Tensor, list[Any], Mapping[str, Any]], Tensor]) -> Callable:
+    return lambda inputs, settings: function(_plain(inputs[0]), inputs[1:], settings)
+
+
+def _reshape(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
+    wanted = [x.shape[axis] if size == 0 and not settings.get("allowzero") else size for axis, size in enumerate(rest[0].tolist())]
+    return x.reshape(wanted)
+
+
+def _slice(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
+    starts, ends, *more = (part.tolist() for part in rest)
+    axes = more[0] if more else range(len(starts))
+    steps = more[1] if len(more) > 1 else [1] * len(starts)
+    index = [slice(None)] * x.dim()
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        index[axis] = slice(start, end, step)
+    return torch.from_numpy(np.ascontiguousarray(x.numpy()[tuple(index)]))
+
+
+def _pad(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
+    if settings.get("mode", "constant") != "constant" or len(rest) > 2:
+        return None
+    begins, ends = np.split(rest[0].numpy(), 2)
+    value = 0 if len(rest) < 2 or rest[1] is None else rest[1].item()
+    return torch.from_numpy(np.pad(x.numpy(), list(zip(begins, ends, strict=True)), constant_values=value))
+
+
+def _clip(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
+    low, high = (None if index >= len(rest) or rest[index] is None else rest[index].item() for index in (0, 1))
+    return x.clamp(low, high)
+
+
+_NUMPY_TYPES = {
+    ir.DataType.INT8: torch.int8,
+    ir.DataType.INT32: torch.int32,
+    ir.DataType.INT64: torch.int64,
+    ir.DataType.FLOAT: torch.float32,
+}
+
+_OPERATORS: dict[str, Callable[[list[Any], Mapping[str, Any]], Any]] = {
+    "QuantizeLinear": _quantize,
+    "DequantizeLinear": _dequantize,
+    "Conv": _convolution,
+    "Gemm": _linear,
+    "MatMul": _linear,
+    "Add": _sum,
+    "Mul": _product,
+    "GlobalAveragePool": _global_average,
+    "AveragePool": _average,
+    "Concat": _concatenation,
+    "MaxPool": _maximum,
+    "Reshape": _moved(_reshape),
+    "Flatten": _moved(lambda x, rest, settings: x.flatten(settings.get("axis", 1)) if settings.get("axis", 1) else None),
+    "Transpose": _moved(lambda x, rest, settings: x.permute(*settings.get("perm", range(x.dim())[::-1])).contiguous()),
+    "Slice": _moved(_slice),
+    "Pad": _moved(_pad),
+    "Clip": _moved(_clip),
+    "Identity": lambda inputs, settings: inputs[0],
+    "Relu": _moved(lambda x, rest, settings: x.clamp(min=0)),
+    "Cast": _moved(lambda x, rest, settings: x.to(_NUMPY_TYPES[ir.DataType(settings["to"])])),
+    "Gather": _moved(lambda x, rest, settings: x[rest[0].long()] if settings.get("axis", 0) == 0 else None),
+    "Expand": _moved(lambda x, rest, settings: x.expand(*rest[0].tolist()).contiguous()),
+}

@@ -1,0 +1,265 @@
+"""Which tensor of the float graph becomes which integers: the canonical model's quantizers and edge ranges laid onto the graph.
+
+    an integer layer's input   its own quantizer
+    a tensor that others read  one edge of 8 bits, where anything but one layer's quantizer reads it; a layer of fewer bits requantizes
+                               after it, one of 8 bits reads the edge itself
+    what only moves numbers    (reshape, transpose, maximum pool, slice) shares the codes of what it reads
+    what only clamps           (ReLU, ReLU6) is a bound on the codes: rounding is monotonic, so clamping before or after it is the same
+    a function of one tensor   (SiLU, GELU, hard-swish, x + 1) is a table from codes to codes
+
+The model's outputs stay float where the layer before them gives floats without being slower (a linear), and a quantizer never stands
+between two operators that both compute in float.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from torch import nn
+
+from anybit.layers import quantized_layers, scheme_of
+from anybit.onnx.floats import BIAS, LAYER, constant
+
+MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice", "Pad"}
+CLAMPS = {"Relu", "Clip"}
+JOINT = {"Add", "Mul", "Concat", "GlobalAveragePool", "AveragePool"}
+"""What runtimes compute on integers besides layers."""
+ELEMENTWISE = {
+    "Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Log", "Abs", "Neg", "Min", "Max", "Reciprocal", "Floor", "Ceil", "Round", "Erf",
+    "Sigmoid", "Tanh", "Gelu", "HardSwish", "HardSigmoid", "LeakyRelu", "Elu", "Selu", "Celu", "Mish", "Softplus", "Softsign",
+    "Relu", "Clip",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Affine:
+    """codes = clamp(round(x / scale) + zero_point, 0, highest), held in uint8."""
+
+    scale: float
+    zero_point: int
+    highest: int = 255
+
+    @classmethod
+    def of_range(cls, low: float, high: float) -> "Affine":
+        """8 bits over a range, 0 included; the scale is a float32."""
+        low, high = min(float(low), 0.0), max(float(high), 0.0)
+        scale = float(np.float32((high - low) / 255)) if high > low else 1.0
+        return cls(scale, int(np.clip(np.rint(-low / scale), 0, 255)))
+
+    def code(self, value: float) -> int:
+        """The code of one number."""
+        return int(np.clip(np.rint(np.float32(value) / np.float32(self.scale)) + self.zero_point, 0, self.highest))
+
+
+@dataclass
+class Plan:
+    """What the writer needs to know of each value and node, by name.
+
+    integer    layers that compute on integers
+    inputs     layer -> the quantizer of its input (all layers that have one, integer or not)
+    edges      value -> its quantizer; values that share codes share it
+    clamped    value -> (producer's value, lowest, highest) of a clamp that its quantizer absorbs
+    tables     value -> the value that it is a function of
+    measured   values whose range no edge of the run has: it was taken from the probe inputs
+    """
+
+    integer: set[str] = field(default_factory=set)
+    inputs: dict[str, Affine] = field(default_factory=dict)
+    edges: dict[str, Affine] = field(default_factory=dict)
+    clamped: dict[str, tuple[str, float, float]] = field(default_factory=dict)
+    tables: dict[str, str] = field(default_factory=dict)
+    measured: list[str] = field(default_factory=list)
+
+
+def make_plan(
+    model: nn.Module,
+    graph: ir.Model,
+    edges: Mapping[str, tuple[float, float]],
+    names: Mapping[str, str],
+    probe: Mapping[str, np.ndarray],
+) -> Plan:
+    """The plan for `graph`, the float graph of canonical `model`.
+
+    edges   edge -> its range, of the run;   names   value -> edge;   probe   value -> its numbers on a few inputs
+    """
+    return _Planner(model, graph, edges, names, probe).plan
+
+
+class _Planner:
+    """The steps of `make_plan`, which share the graph."""
+
+    def __init__(self, model, graph, edges, names, probe):
+        self.graph, self.ranges, self.names, self.probe = graph.graph, edges, names, probe
+        self.plan = Plan()
+        self.outputs = {value.name for value in self.graph.outputs}
+        self.root: dict[str, str] = {}  # value -> the value that it shares codes with
+        self._layers(model)
+        self._clamps_and_moves()
+        touching = self._touching()
+        self._functions(touching)
+        self._edges(touching)
+
+    def _layers(self, model: nn.Module) -> None:
+        modules, scheme = quantized_layers(model), scheme_of(model)
+        for node in self.graph:
+            layer = node.metadata_props.get(LAYER)
+            if layer is None:
+                continue
+            quantizer = modules[layer].input_quantizer
+            if quantizer is not None:
+                self.plan.inputs[layer] = Affine(float(quantizer.scale), int(quantizer.zero_point), quantizer.limits[1])
+            if quantizer is not None and scheme[layer].weight_bits is not None and node.op_type in ("Conv", "Gemm", "MatMul"):
+                self.plan.integer.add(layer)
+
+    def readers(self, value: ir.Value) -> list[ir.Node]:
+        return [use.node for use in value.uses()]
+
+    def _clamps_and_moves(self) -> None:
+        for node in self.graph:
+            if not node.inputs or node.inputs[0] is None:
+                continue
+            source, output = node.inputs[0], node.outputs[0]
+            if _moves(node):
+                self.root[output.name] = self.root.get(source.name, source.name)
+            if node.op_type in CLAMPS and (bounds := _bounds(node)) is not None:
+                self.plan.clamped[output.name] = (source.name, *bounds)
+
+    def _touching(self) -> set[str]:
+        """Nodes that are connected to an integer layer through others that runtimes compute on integers."""
+        reached, ahead = set(), [node for node in self.graph if node.metadata_props.get(LAYER) in self.plan.integer]
+        while ahead:
+            node = ahead.pop()
+            around = [value.producer() for value in node.inputs if value is not None and value.producer() is not None]
+            for other in [*around, *(reader for value in node.outputs for reader in self.readers(value))]:
+                kind = other.op_type
+                if other.name not in reached and kind in MOVES | CLAMPS | JOINT | ELEMENTWISE and other.metadata_props.get(LAYER) is None:
+                    reached.add(other.name)
+                    ahead.append(other)
+        return reached
+
+    def _functions(self, touching: set[str]) -> None:
+        """Values that are elementwise functions of one value, and not clamps of it alone."""
+        base: dict[str, str] = {}
+        for node in self.graph:
+            inputs = [value for value in node.inputs if value is not None]
+            dynamic = [value for value in inputs if constant(value) is None]
+            if node.op_type not in ELEMENTWISE or node.name not in touching or node.metadata_props.get(LAYER) or not dynamic:
+                continue
+            output, bases = node.outputs[0], {base.get(value.name, value.name) for value in dynamic}
+            of_a_function = any(value.name in base for value in dynamic)
+            scalars = all(constant(value).size == 1 for value in inputs if constant(value) is not None)
+            if len(bases) == 1 and scalars and (of_a_function or output.name not in self.plan.clamped):
+                base[output.name] = bases.pop()
+                self.plan.clamped.pop(output.name, None)
+        self.plan.tables = {
+            name: source for name, source in base.items()
+            if name in self.outputs or any(reader.outputs[0].name not in base for reader in self.readers(self._value(name)))
+        }  # fmt: skip
+
+    def _value(self, name: str) -> ir.Value:
+        return self._values[name]
+
+    @property
+    def _values(self) -> dict[str, ir.Value]:
+        if not hasattr(self, "_found"):
+            self._found = {value.name: value for node in self.graph for value in node.outputs} | {v.name: v for v in self.graph.inputs}
+        return self._found
+
+    def _edges(self, touching: set[str]) -> None:
+        """Every group of values that share codes gets one quantizer, where an integer operator makes or reads it."""
+        groups: dict[str, list[str]] = {}
+        for value in self._values.values():
+            if value.dtype == ir.DataType.FLOAT:
+                groups.setdefault(self.root.get(value.name, value.name), []).append(value.name)
+        bases = set(self.plan.tables.values())
+        inner = self._inner_to_tables()
+        for root, members in groups.items():
+            if root in inner or self._only_clamped(root, members) or self._lacks_bias(root):
+                continue
+            readers = [node for name in members for node in self.readers(self._value(name)) if node.outputs[0].name not in members]
+            layers = [node for node in readers if self._is_layer(node)]
+            others = [node for node in readers if not self._is_layer(node)]
+            maker = self._maker(root, touching)
+            wanted = layers or root in bases or maker or any(self._joins(node, touching) for node in others)
+            given_out = any(name in self.outputs for name in members)
+            if not wanted or (given_out and not readers and maker != "Conv"):
+                continue
+            self.plan.edges |= dict.fromkeys(members, self._quantizer(root, layers, bool(others) or given_out))
+        self.plan.tables = {name: base for name, base in self.plan.tables.items() if name in self.plan.edges}
+
+    def _is_layer(self, node: ir.Node) -> bool:
+        """Whether it is an integer layer, and not the sum that adds its bias."""
+        return node.metadata_props.get(LAYER) in self.plan.integer and BIAS not in node.metadata_props
+
+    def _inner_to_tables(self) -> set[str]:
+        """Values that a table computes through, and nothing else reads."""
+        inner: set[str] = set()
+        for name, base in self.plan.tables.items():
+            ahead = [self._value(name)]
+            while ahead:
+                for value in ahead.pop().producer().inputs:
+                    if value is not None and constant(value) is None and value.name != base and value.name not in self.plan.tables:
+                        inner.add(value.name)
+                        ahead.append(value)
+        return inner
+
+    def _lacks_bias(self, root: str) -> bool:
+        """Whether a layer's bias is yet to be added."""
+        readers = self.readers(self._value(root))
+        return len(readers) == 1 and BIAS in readers[0].metadata_props
+
+    def _only_clamped(self, root: str, members: list[str]) -> bool:
+        """Whether a clamp alone reads what an operator makes: its own output is then the quantized value."""
+        readers = self.readers(self._value(root))
+        alone = len(members) == 1 and len(readers) == 1 and root not in self.outputs and self._value(root).producer() is not None
+        return alone and readers[0].outputs[0].name in self.plan.clamped
+
+    def _maker(self, root: str, touching: set[str]) -> str | None:
+        """The operator that computes the group, if only a quantizer after it lets it compute on integers (a linear needs none).
+
+        It is seen through the clamps that the quantizer absorbs.
+        """
+        producer = self._value(root).producer()
+        while producer is not None and producer.outputs[0].name in self.plan.clamped:
+            producer = producer.inputs[0].producer()
+        if producer is None:
+            return None
+        convolves = self._is_layer(producer) and producer.op_type == "Conv"
+        integer = convolves or self._joins(producer, touching) or producer.outputs[0].name in self.plan.tables
+        return producer.op_type if integer else None
+
+    def _joins(self, node: ir.Node, touching: set[str]) -> bool:
+        dynamic = [value for value in node.inputs if value is not None and constant(value) is None]
+        pooling = node.op_type in ("GlobalAveragePool", "AveragePool")
+        return node.name in touching and node.op_type in JOINT and (pooling or len(dynamic) == len(node.inputs))
+
+    def _quantizer(self, root: str, layers: Iterable[ir.Node], shared: bool) -> Affine:
+        own = {self.plan.inputs[node.metadata_props[LAYER]] for node in layers}
+        if len(own) == 1 and not shared:
+            return own.pop()
+        edge = self.names.get(root)
+        if edge in self.ranges:
+            return Affine.of_range(*self.ranges[edge])
+        self.plan.measured.append(root)
+        return Affine.of_range(self.probe[root].min(), self.probe[root].max())
+
+
+def _moves(node: ir.Node) -> bool:
+    """Whether the node's output holds only numbers of its first input (and zero, which every quantizer has)."""
+    filled = constant(node.inputs[2]) if node.op_type == "Pad" and len(node.inputs) > 2 else None
+    zeros = node.op_type != "Pad" or (all(a.value == "constant" for a in node.attributes.values()) and (filled is None or not filled.any()))
+    return node.op_type in MOVES and zeros and node.inputs[0].dtype == ir.DataType.FLOAT and constant(node.inputs[0]) is None
+
+
+def _bounds(node: ir.Node) -> tuple[float, float] | None:
+    """(lowest, highest) value that a clamp lets through; None where they are computed."""
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    ends = []
+    for index, default in ((1, -np.inf), (2, np.inf)):
+        value = node.inputs[index] if len(node.inputs) > index else None
+        if value is not None and constant(value) is None:
+            return None
+        ends.append(default if value is None else float(constant(value).reshape(())))
+    return ends[0], ends[1]

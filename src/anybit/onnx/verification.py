@@ -1,0 +1,265 @@
+"""What an exported file promises, checked on real inputs: that it is the run's, that it is fast, that it computes what the reference says.
+
+    the run's       every constant and operator of the file is what exporting the run gives
+    fused           every layer that computes on integers has an integer kernel in the graph that the runtime makes of the file
+    bitwise         the runtime's codes and outputs are those of the integer interpreter, where no float operator stands between
+    one code        ... else no code is further than one from it, operator by operator
+
+A check that this machine cannot make is skipped by name, never silently.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from anybit.batches import Batch, call, first_tensor
+from anybit.layers import quantized_layers
+from anybit.onnx.file import Exported, outputs, session
+from anybit.onnx.floats import LAYER, constant, input_tensors
+from anybit.onnx.interpreter import Interpretation, interpret
+
+KERNELS = {"QLinearConv", "QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "NhwcQLinearConv"}
+"""What the runtime calls layers that compute on integers."""
+
+
+RUN = "anybit.run"
+"""Key of the file's metadata: the hash of the run's packed model."""
+
+
+@dataclass
+class Verdict:
+    """failures   what is promised and not so, each in a sentence that names the layer;   skipped  check -> why
+    kernels    layer -> the runtime's integer kernel;   floats  layer -> why it computes in float
+    """
+
+    failures: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
+    floats: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": not self.failures, **self.__dict__}
+
+
+def verify_file(path: Path, file: ir.Model, made: Exported, model: nn.Module, batch: Batch) -> Verdict:
+    """Check `file`, read from `path`, against what exporting canonical `model` made, on real inputs."""
+    verdict = Verdict()
+    if file.metadata_props.get(RUN) != made.integer.metadata_props.get(RUN):
+        verdict.failures.append("The file was exported from another run than this one, or the run has changed since.")
+        return verdict
+    _check_contents(verdict, file, made.integer)
+    if any(_signature(values[0]) != _signature(values[1]) for values in _ends(file, made.integer)):
+        verdict.failures.append("The file's inputs and outputs are not those of the run.")
+        return verdict
+    _check_kernels(verdict, path, made, model)
+    _check_numbers(verdict, path, file, made, batch)
+    return verdict
+
+
+def _check_contents(verdict: Verdict, file: ir.Model, expected: ir.Model) -> None:
+    """The file's constants and operators are those that exporting the run gives; only names may differ."""
+    found, wanted = _contents(file), _contents(expected)
+    for name in wanted:
+        if name not in found:
+            verdict.failures.append(f"{name} is missing from the file.")
+        elif found[name] is not None and found[name].shape != wanted[name].shape:
+            verdict.failures.append(f"{name} has the shape {found[name].shape} in the file; the run gives {wanted[name].shape}.")
+        elif (different := int((found[name] != wanted[name]).sum())) > 0:
+            stored = f"{different} of {wanted[name].size} stored numbers are not the run's"
+            verdict.failures.append(f"{name}: {stored}. {_readers(expected, name)}")
+    verdict.failures += [f"{name} is in the file and not in what the run gives." for name in found if name not in wanted]
+    operators = [[(node.op_type, [v and v.name for v in node.inputs]) for node in model.graph] for model in (file, expected)]
+    if operators[0] != operators[1]:
+        index = next((i for i, (a, b) in enumerate(zip(*operators, strict=False)) if a != b), min(map(len, operators)))
+        node = list(expected.graph)[index] if index < len(operators[1]) else None
+        where = "at its end" if node is None else f"from {_place(node)} on"
+        verdict.failures.append(f"The operators of the file are not those that the run gives, {where}.")
+
+
+def _ends(file: ir.Model, expected: ir.Model) -> list[tuple[Sequence[ir.Value], Sequence[ir.Value]]]:
+    return [(file.graph.inputs, expected.graph.inputs), (file.graph.outputs, expected.graph.outputs)]
+
+
+def _signature(values: Sequence[ir.Value]) -> list[tuple]:
+    return [(value.name, str(value.dtype), None if value.shape is None else [str(size) for size in value.shape]) for value in values]
+
+
+def _contents(model: ir.Model) -> dict[str, np.ndarray]:
+    return {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+
+
+def _readers(model: ir.Model, name: str) -> str:
+    """Which layers a shared constant serves."""
+    value = model.graph.initializers[name]
+    places = sorted({_served(use.node) for use in value.uses()})
+    return f"It serves {', '.join(places[:3])}{' and others' if len(places) > 3 else ''}."
+
+
+def _served(node: ir.Node) -> str:
+    """The first named operator at or after a node."""
+    while not node.name or node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip"):
+        uses = [use.node for value in node.outputs for use in value.uses()]
+        if not uses:
+            break
+        node = uses[0]
+    return _place(node)
+
+
+def _place(node: ir.Node | None) -> str:
+    """The layer or operator that a node belongs to: its own name, or that of the nearest named one before it."""
+    while node is not None and (not node.name or node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip")):
+        node = next((value.producer() for value in node.inputs if value is not None and constant(value) is None), None)
+    return "the input" if node is None else node.name
+
+
+# Kernels
+
+
+def _check_kernels(verdict: Verdict, path: Path, made: Exported, model: nn.Module) -> None:
+    """Count the integer kernels of the graph that the runtime makes of the file."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        session(path, optimized=optimized)
+        nodes = onnx.load(optimized, load_external_data=False).graph.node
+    kinds = {node.name.split("_token_")[0]: node.op_type for node in nodes if node.op_type in KERNELS}
+    for layer, module in quantized_layers(model).items():
+        if layer in kinds:
+            verdict.kernels[layer] = kinds[layer]
+        elif layer in made.plan.integer:
+            verdict.floats[layer] = "the runtime did not fuse it with its quantizers"
+            verdict.failures.append(f"{layer}: the runtime computes it in float, though its operands are integers.")
+        else:
+            verdict.floats[layer] = _why_float(made.floating, layer, module)
+
+
+def _why_float(graph: ir.Model, layer: str, module: nn.Module) -> str:
+    if module.weight_quantizer is None:
+        return "its weights are float"
+    kind = next((node.op_type for node in graph.graph if node.metadata_props.get(LAYER) == layer), "unused")
+    if kind == "Gather":
+        return "an embedding looks rows up"
+    return "its activations are float" if module.input_quantizer is None else f"the runtime has no integer kernel for {kind}"
+
+
+# Numbers
+
+
+def _check_numbers(verdict: Verdict, path: Path, file: ir.Model, made: Exported, batch: Batch) -> None:
+    """The runtime's codes and outputs beside the interpreter's, on one batch."""
+    missing = lacks_exact_kernels()
+    feeds = {value.name: tensor for value, tensor in zip(file.graph.inputs, input_tensors(batch), strict=True)}
+    reference = interpret(made.integer, feeds)
+    given = dict(zip((v.name for v in file.graph.outputs), outputs(session(path), [batch]), strict=True))
+    same = all(np.array_equal(array, reference.values[name].numpy()) for name, array in given.items())
+    verdict.numbers |= {"bitwise": same, "in_float": reference.in_float}
+    if missing:
+        verdict.skipped["bitwise"] = missing
+        return
+    if not same:
+        _locate(verdict, file, reference, batch)
+
+
+def _locate(verdict: Verdict, file: ir.Model, reference: Interpretation, batch: Batch) -> None:
+    """Name the first operator whose codes differ by more than what stands before it allows."""
+    shown = with_codes(file)
+    running = session(shown)
+    names = [value.name for value in running.get_outputs()]
+    found = dict(zip(names, outputs(running, [batch], names), strict=True))
+    started = False
+    for node in file.graph:
+        name = node.outputs[0].name
+        started = started or node.name in reference.in_float
+        if name not in found or name not in reference.values:
+            continue
+        ours = reference.values[name].numpy()
+        if found[name].shape != ours.shape:
+            verdict.failures.append(f"{_place(node)}: the runtime gives the shape {found[name].shape}, the reference {ours.shape}.")
+            return
+        if found[name].dtype != np.uint8 or (found[name] == ours).all():
+            continue
+        apart = np.abs(found[name].astype(int) - ours.astype(int))
+        if started and apart.max() <= 1:
+            verdict.numbers.setdefault("one_code_apart", _place(node))
+            continue
+        if started and "one_code_apart" in verdict.numbers:
+            return  # what follows a flip differs by what the network makes of it
+        verdict.failures.append(
+            f"{_place(node)}: {int((apart > 0).sum())} of {apart.size} codes differ between the runtime and the reference, by up to "
+            f"{apart.max()}."
+        )
+        return
+
+
+def with_codes(model: ir.Model) -> ir.Model:
+    """The same graph, which also gives out the codes of every quantized value."""
+    shown = ir.from_proto(ir.to_proto(model))
+    kinds = {"QuantizeLinear", "Clip", "Gather"}
+    for node in shown.graph:
+        value = node.outputs[0]
+        if node.op_type in kinds and node.name and not value.is_graph_output() and any(constant(v) is None for v in node.inputs if v):
+            value.type = ir.TensorType(ir.DataType.UINT8)
+            shown.graph.outputs.append(value)
+    return shown
+
+
+def lacks_exact_kernels() -> str | None:
+    """Why the runtime's integer kernels may differ from exact sums on this processor; None where they do not."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0]
+    except (OSError, IndexError):
+        return "the processor's instructions are not known here"
+    return None if "vnni" in flags else "this processor has no VNNI instructions; without them 8-bit sums may saturate"
+
+
+# The simulation beside it
+
+
+@torch.no_grad()
+def flipped_codes(model: nn.Module, made: Exported, batch: Batch) -> dict[str, float]:
+    """Layer -> share of its input's codes that differ between the simulated and the integer network; of layers with grids of their own."""
+    simulated: dict[str, Tensor] = {}
+    hooks = []
+    for name, layer in quantized_layers(model).items():
+        if layer.input_quantizer is not None:
+
+            def keep(module, args, kwargs, name=name):
+                simulated[name] = module.input_quantizer.codes(first_tensor((args, kwargs)))
+
+            hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
+    try:
+        call(model, batch.inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    feeds = {value.name: tensor for value, tensor in zip(made.integer.graph.inputs, input_tensors(batch), strict=True)}
+    values = interpret(made.integer, feeds).values
+    flipped = {}
+    for node in made.integer.graph:
+        if node.name in simulated and node.inputs[0].producer() is not None and node.inputs[0].producer().op_type == "DequantizeLinear":
+            source = node.inputs[0].producer()
+            own = made.plan.inputs[node.name]
+            scale, zero_point = (constant(value).item() for value in source.inputs[1:])
+            codes = values.get(source.inputs[0].name)
+            if (scale, zero_point) == (np.float32(own.scale).item(), own.zero_point) and codes.numel() == simulated[node.name].numel():
+                different = codes.flatten().float() != simulated[node.name].flatten()
+                flipped[node.name] = float(different.float().mean())
+    return flipped
+
+
+def differences(simulated: Tensor, given: np.ndarray) -> dict[str, float]:
+    """How far the file's outputs are from the simulation's: the largest difference beside the largest output, and top-1 agreement."""
+    there = torch.from_numpy(given)
+    numbers = {"largest_difference": float((simulated - there).abs().max()), "largest_output": float(simulated.abs().max())}
+    if simulated.dim() == 2 and simulated.shape[1] > 1:
+        numbers["agreement"] = 100 * float((simulated.argmax(1) == there.argmax(1)).float().mean())
+    return numbers

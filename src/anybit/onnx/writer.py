@@ -1,0 +1,320 @@
+"""The float graph and its plan -> an ONNX graph in which every integer operator stands between quantizers that runtimes fuse with it.
+
+    x --QuantizeLinear--> uint8 [--Clip--> fewer bits, ReLU, ReLU6] --DequantizeLinear--> Conv, Gemm, Add, ... --QuantizeLinear--> ...
+
+Weights are int8 codes, unpacked from what `storage` keeps, with a scale for each output channel and explicit zero points; biases are int32
+in units of input scale times weight scale. Operators that only move numbers work on the codes themselves.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from anybit.layers import Pruned, codes_of, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.onnx.floats import BIAS, IR_VERSION, LAYER, OPSET, constant
+from anybit.onnx.plan import MOVES, Affine, Plan
+from anybit.onnx.storage import stored
+
+LARGEST_BIAS = 2**30
+"""An int32 bias leaves as much room again for the sum that it joins."""
+
+
+def write_graph(model: nn.Module, graph: ir.Model, plan: Plan, about: Mapping[str, str]) -> ir.Model:
+    """The integer graph of canonical `model`, whose float graph and plan these are; `about` becomes the file's metadata."""
+    return _Writer(model, graph, plan).model(about)
+
+
+class _Writer:
+    """Goes through the float graph once, in order.
+
+    floats  value of the float graph -> the same numbers in the new graph (rounded, where it is quantized)
+    codes   value -> its uint8 codes, where it is quantized
+    """
+
+    def __init__(self, model: nn.Module, graph: ir.Model, plan: Plan):
+        self.layers, self.source, self.plan = quantized_layers(model), graph.graph, plan
+        self.nodes: list[ir.Node] = []
+        self.constants: dict[str, ir.Value] = {}
+        self.floats: dict[str, ir.Value] = {}
+        self.codes: dict[str, ir.Value] = {}
+        self.requantized: dict[tuple[str, Affine], ir.Value] = {}
+        self.units: dict[str, Affine] = {}  # layer -> the grid of its input
+
+    def model(self, about: Mapping[str, str]) -> ir.Model:
+        inputs = []
+        for value in self.source.inputs:
+            given = ir.Value(name=value.name, shape=value.shape, type=value.type)
+            inputs.append(given)
+            self.floats[value.name] = given
+            if value.name in self.plan.edges:
+                self._quantize(value.name, given, self.plan.edges[value.name])
+        inner = self._computed_by_tables()
+        for node in self.source:
+            if node.outputs[0].name not in inner:
+                self._node(node)
+        outputs = [self._output(value) for value in self.source.outputs]
+        made = ir.Graph(inputs, outputs, nodes=self.nodes, opset_imports={"": OPSET}, name="anybit", initializers=self._used(outputs))
+        result = ir.Model(made, ir_version=IR_VERSION, producer_name="anybit")
+        result.metadata_props.update(about)
+        return result
+
+    def _output(self, value: ir.Value) -> ir.Value:
+        """The model's output under its own name."""
+        made = self.floats[value.name]
+        if made.producer() is None or made.name != value.name:
+            made = self.emit("Identity", [made], {}, value.name)
+        made.shape, made.type = value.shape, value.type
+        return made
+
+    def _used(self, outputs: Sequence[ir.Value]) -> list[ir.Value]:
+        """Drop nodes that nothing reads; the initializers that are left."""
+        needed = {id(value) for value in outputs}
+        kept = []
+        for node in reversed(self.nodes):
+            if any(id(value) in needed for value in node.outputs):
+                kept.append(node)
+                needed |= {id(value) for value in node.inputs if value is not None}
+        self.nodes = kept[::-1]
+        return [value for value in self.constants.values() if id(value) in needed]
+
+    # Building
+
+    def emit(self, kind: str, inputs: Sequence[ir.Value], attributes: Mapping[str, Any], name: str) -> ir.Value:
+        """A new node's output. What no reader of the file looks for has no name: names are bytes."""
+        node = ir.node(kind, inputs, dict(attributes), name=name)
+        node.outputs[0].name = name or f"v{len(self.nodes)}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """An initializer; the same name gives the same one."""
+        if name not in self.constants:
+            tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
+            self.constants[name] = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        return self.constants[name]
+
+    def _scale(self, affine: Affine) -> list[ir.Value]:
+        """[scale, zero point]; equal ones are shared."""
+        return [
+            self.constant(f"scale_{affine.scale!r}", np.float32(affine.scale)[()].reshape(())),
+            self.constant(f"zero_point_{affine.zero_point}", np.array(affine.zero_point, np.uint8)),
+        ]
+
+    def _clipped(self, codes: ir.Value, affine: Affine, name: str, low: float = -np.inf, high: float = np.inf) -> ir.Value:
+        """Codes kept within the quantizer's bits and the codes of two values."""
+        lowest = 0 if low == -np.inf else affine.code(low)
+        highest = affine.highest if high == np.inf else affine.code(high)
+        if (lowest, highest) == (0, 255):
+            return codes
+        ends = [self.constant(f"code_{end}", np.array(end, np.uint8)) for end in (lowest, highest)]
+        return self.emit("Clip", [codes, *ends], {}, "")
+
+    def _quantize(self, name: str, value: ir.Value, affine: Affine, low: float = -np.inf, high: float = np.inf) -> None:
+        """Quantize what the float graph calls `name`, clamped; from now on its readers get the rounded numbers."""
+        codes = self._clipped(self.emit("QuantizeLinear", [value, *self._scale(affine)], {}, f"{name}.quantized"), affine, name, low, high)
+        self._as_codes(name, codes, affine)
+
+    def _as_codes(self, name: str, codes: ir.Value, affine: Affine) -> None:
+        self.codes[name] = codes
+        self.floats[name] = self.emit("DequantizeLinear", [codes, *self._scale(affine)], {}, "")
+
+    # The nodes
+
+    def _node(self, node: ir.Node) -> None:
+        output = node.outputs[0]
+        affine = self.plan.edges.get(output.name)
+        layer = node.metadata_props.get(LAYER)
+        if layer is not None:
+            made = self._layer(node, layer)
+        elif affine is not None and output.name in self.plan.tables:
+            return self._as_codes(output.name, self._table(node, affine), affine)
+        elif node.op_type in MOVES and node.inputs[0].name in self.codes and affine == self.plan.edges.get(node.inputs[0].name):
+            rest = [self._operand(value) for value in node.inputs[1:]]
+            if node.op_type == "Pad":  # zero is a code
+                rest[1:] = [self._scale(affine)[1], *rest[2:]]
+            moved = self.emit(node.op_type, [self.codes[node.inputs[0].name], *rest], node.attributes, node.name)
+            return self._as_codes(output.name, moved, affine)
+        elif affine is not None and output.name in self.plan.clamped:
+            source, low, high = self.plan.clamped[output.name]
+            return self._quantize(output.name, self.floats[source], affine, low, high)
+        else:
+            made = self._copied(node)
+        self.floats[output.name] = made
+        if affine is not None:
+            self._quantize(output.name, made, affine)
+
+    def _operand(self, value: ir.Value | None) -> ir.Value | None:
+        if value is None or value.name in self.floats:
+            return None if value is None else self.floats[value.name]
+        return self.constant(value.name, constant(value))
+
+    def _copied(self, node: ir.Node) -> ir.Value:
+        """The node as it is, on the new graph's values."""
+        made = ir.Node(
+            node.domain, node.op_type, [self._operand(value) for value in node.inputs], list(node.attributes.values()),
+            num_outputs=len(node.outputs), name=node.name,
+        )  # fmt: skip
+        for new, old in zip(made.outputs, node.outputs, strict=True):
+            new.name, new.shape, new.type = old.name, old.shape, old.type
+            self.floats[old.name] = new
+        self.nodes.append(made)
+        return made.outputs[0]
+
+    # Layers
+
+    def _layer(self, node: ir.Node, name: str) -> ir.Value:
+        """A layer, or the sum that adds its bias where the exporter wrote one."""
+        layer, integer = self.layers[name], name in self.plan.integer
+        operands = [self._operand(value) for value in node.inputs]
+        if layer.weight_quantizer is None and name not in self.plan.inputs:
+            return self._copied(node)
+        if node.metadata_props.get(BIAS):
+            if integer:
+                operands[1] = self._integer_bias(name, constant(node.inputs[1]))
+            return self.emit(node.op_type, operands, {}, node.name)
+        if name in self.plan.inputs:
+            operands[0] = self._input(node, name)
+        transposed = node.op_type in ("Gemm", "MatMul")
+        attributes = {key: value for key, value in node.attributes.items() if key != "transB"}
+        if layer.weight_quantizer is None:
+            return self.emit(node.op_type, operands, node.attributes, node.name)
+        at = 0 if node.op_type == "Gather" else 1
+        if integer:
+            operands[at] = self._integer_weight(name, layer, transposed)
+            if len(node.inputs) > 2:
+                operands[2] = self._integer_bias(name, constant(node.inputs[2]))
+        else:
+            operands[at] = self._float_weight(name, layer, transposed)
+        return self.emit(node.op_type, operands, attributes, node.name)
+
+    def _read_as(self, source: str, name: str) -> Affine:
+        """The grid of the codes that a layer reads: its own, or the edge's where both have 8 bits."""
+        own, edge = self.plan.inputs[name], self.plan.edges.get(source)
+        return edge if edge is not None and own.highest == 255 and name in self.plan.integer else own
+
+    def _input(self, node: ir.Node, name: str) -> ir.Value:
+        """The layer's input, rounded to the grid that it reads."""
+        source = node.inputs[0].name
+        affine = self.units[name] = self._read_as(source, name)
+        if self.plan.edges.get(source) == affine:
+            return self.floats[source]
+        if (source, affine) not in self.requantized:
+            codes = self.emit("QuantizeLinear", [self.floats[source], *self._scale(affine)], {}, "")
+            codes = self._clipped(codes, affine, f"{name}.input")
+            self.requantized[source, affine] = self.emit("DequantizeLinear", [codes, *self._scale(affine)], {}, f"{name}.input")
+        return self.requantized[source, affine]
+
+    def _integer_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:
+        codes, scale, bits = weight_numbers(layer)
+        if layer.bias is not None:
+            codes, scale = with_room(codes, scale, layer.bias.detach().numpy() / np.float32(self.units[name].scale), bits)
+        held = stored(name, _shaped(layer, codes, transposed), bits, self.emit, self.constant)
+        zeros = self.constant(f"zeros_int8_{len(scale)}", np.zeros(len(scale), np.int8))
+        operands = [held, self.constant(f"{name}.scale", scale), zeros]
+        return self.emit("DequantizeLinear", operands, {"axis": 1 if transposed else 0}, "")
+
+    def _float_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:
+        """Codes times scale in plain operators, which a runtime folds into a float weight."""
+        codes, scale, bits = weight_numbers(layer)
+        held = stored(name, _shaped(layer, codes, transposed), bits, self.emit, self.constant)
+        held = self.emit("Cast", [held], {"to": int(ir.DataType.FLOAT)}, "")
+        factors = _shaped(layer, torch.from_numpy(scale)[:, None].expand(codes.shape), transposed)
+        for axis in range(factors.ndim):  # one factor along every axis on which they are all the same
+            first = factors.take([0], axis)
+            factors = first if (factors == first).all() else factors
+        return self.emit("Mul", [held, self.constant(f"{name}.scale", factors)], {}, "")
+
+    def _integer_bias(self, name: str, bias: np.ndarray) -> ir.Value:
+        """int32 codes in units of the input's scale times each channel's, which a runtime multiplies when it loads them."""
+        unit, scale = np.float32(self.units[name].scale), constant(self.constants[f"{name}.scale"])
+        codes = np.rint(bias.astype(np.float64) / (unit * scale)).astype(np.int32)
+        units = self.emit("Mul", [self.constants[f"scale_{self.units[name].scale!r}"], self.constants[f"{name}.scale"]], {}, "")
+        zeros = self.constant(f"zeros_int32_{len(scale)}", np.zeros(len(scale), np.int32))
+        return self.emit("DequantizeLinear", [self.constant(f"{name}.bias_codes", codes), units, zeros], {"axis": 0}, "")
+
+    # Functions of one value
+
+    def _computed_by_tables(self) -> set[str]:
+        """Values that only tables are computed through."""
+        made: set[str] = set()
+        for node in reversed(list(self.source)):
+            readers = [use.node for use in node.outputs[0].uses()]
+            tabled = node.outputs[0].name in self.plan.tables
+            through = [r for r in readers if r.outputs[0].name in self.plan.tables or r.outputs[0].name in made]
+            bases = set(self.plan.tables.values())
+            given_out = node.outputs[0].is_graph_output()
+            if readers and len(through) == len(readers) and not tabled and node.outputs[0].name not in bases and not given_out:
+                made.add(node.outputs[0].name)
+        return made
+
+    def _table(self, node: ir.Node, affine: Affine) -> ir.Value:
+        """Codes of a function of one value, looked up by that value's codes."""
+        output, base = node.outputs[0], self.plan.tables[node.outputs[0].name]
+        edge = self.plan.edges[base]
+        values = (np.arange(256) - edge.zero_point).astype(np.float32) * np.float32(edge.scale)
+        results = evaluated(self.source, base, output, values)
+        codes = np.clip(np.rint(results / np.float32(affine.scale)) + affine.zero_point, 0, affine.highest).astype(np.uint8)
+        index = self.emit("Cast", [self.codes[base]], {"to": int(ir.DataType.INT32)}, "")
+        return self.emit("Gather", [self.constant(f"{node.name}.table", codes), index], {"axis": 0}, node.name)
+
+
+def weight_numbers(layer: nn.Module) -> tuple[torch.Tensor, np.ndarray, int]:
+    """(codes as rows, int8; a scale for each row; bits) of a layer with a weight quantizer; zeros of no bits where it is pruned."""
+    if isinstance(layer.weight_quantizer, Pruned):
+        rows = weight_rows(layer, float_weight(layer))
+        return torch.zeros(rows.shape, dtype=torch.int8), np.ones(len(rows), np.float32), 0
+    return codes_of(layer), layer.weight_quantizer.scale.detach().flatten().numpy().astype(np.float32), layer.weight_quantizer.bits
+
+
+def with_room(codes: torch.Tensor, scale: np.ndarray, bias: np.ndarray, bits: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Codes and scales of coarser steps in the channels whose bias (in units of the input's scale) would not fit into int32.
+
+    Such a channel's weights are all but zero beside its bias: what they lose is less than the bias's own rounding elsewhere.
+    """
+    least = np.abs(bias).astype(np.float64) / LARGEST_BIAS
+    tight = torch.from_numpy(scale < least)
+    if not tight.any() or not bits:
+        return codes, np.maximum(scale, least).astype(np.float32) if not bits else scale
+    wider = np.where(scale < least, least, scale).astype(np.float32)
+    smaller = (codes * torch.from_numpy(scale / wider)[:, None]).round().to(torch.int8)
+    return torch.where(tight[:, None], smaller, codes), wider
+
+
+def evaluated(graph: ir.Graph, base: str, output: ir.Value, values: np.ndarray) -> np.ndarray:
+    """What the nodes between value `base` and `output` make of `values`, by the reference implementation of the operators."""
+    from onnx.reference import ReferenceEvaluator
+
+    between, ahead = {}, [output]
+    while ahead:
+        value = ahead.pop()
+        if value is not None and value.name != base and value.producer() is not None and value.name not in between:
+            between[value.name] = value.producer()
+            ahead.extend(value.producer().inputs)
+    nodes = [node for node in graph if node.outputs[0].name in between]
+    start = ir.Value(name=base, shape=ir.Shape([len(values)]), type=ir.TensorType(ir.DataType.FLOAT))
+    made: dict[str, ir.Value] = {base: start}
+    copies = []
+    for node in nodes:
+        inputs = []
+        for value in node.inputs:
+            if value is not None and value.name not in made:
+                held = ir.tensor(constant(value), name=value.name)
+                made[value.name] = ir.Value(name=value.name, shape=held.shape, type=ir.TensorType(held.dtype), const_value=held)
+            inputs.append(None if value is None else made[value.name])
+        copy = ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=1, name=node.name)
+        made[node.outputs[0].name] = copy.outputs[0]
+        copy.outputs[0].name, copy.outputs[0].type = node.outputs[0].name, ir.TensorType(ir.DataType.FLOAT)
+        copies.append(copy)
+    constants = [value for value in made.values() if value.const_value is not None]
+    part = ir.Graph([start], [made[output.name]], nodes=copies, initializers=constants, opset_imports={"": OPSET}, name="function")
+    return ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=IR_VERSION))).run(None, {base: values})[0]
+
+
+def _shaped(layer: nn.Module, rows: torch.Tensor, transposed: bool) -> np.ndarray:
+    """Rows in the weight's own shape; a linear's [inputs, outputs]."""
+    shaped = from_rows(layer, rows).numpy()
+    return np.ascontiguousarray(shaped.T if transposed else shaped)
