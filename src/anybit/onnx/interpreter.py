@@ -52,19 +52,25 @@ class Codes:
 
 @dataclass(frozen=True)
 class Pending:
-    """What an integer operator has summed, until a quantizer takes it to its grid; `values` is what it is in float."""
+    """What an integer operator has summed, until a quantizer takes it to its grid.
 
-    rounded: Callable[[float, int], Tensor]
+    values  what it is in float, where no quantizer follows;   exactly  whether a runtime computes that from the exact sum, too
+    """
+
+    rounded: Callable[[Tensor, Tensor], Tensor]
     values: Callable[[], Tensor]
+    exactly: bool = False
 
 
 @dataclass
 class Interpretation:
     """values     name -> float tensors and codes of the graph, as a runtime gives them
+    constants  name -> what depends on no input, unpacked weights among them
     in_float   names of the nodes that were computed in float, though not on constants
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
     in_float: list[str] = field(default_factory=list)
 
 
@@ -79,6 +85,8 @@ def interpret(model: ir.Model, inputs: Mapping[str, Tensor]) -> Interpretation:
         constants.add(name)
     for node in model.graph:
         given = [None if value is None else held[value.name] for value in node.inputs]
+        if node.op_type != "QuantizeLinear":
+            done.in_float += [place for value in node.inputs if (place := _summed_in_float(value, held))]
         fixed = all(value is None or value.name in constants for value in node.inputs)
         if fixed:
             constants.update(value.name for value in node.outputs)
@@ -90,8 +98,16 @@ def interpret(model: ir.Model, inputs: Mapping[str, Tensor]) -> Interpretation:
                 done.in_float.append(node.name)
             result = _in_float(node, [_plain(value) for value in given])
         held[node.outputs[0].name] = result
+    done.in_float += [place for value in model.graph.outputs if (place := _summed_in_float(value, held))]
     done.values = {name: _plain(value) for name, value in held.items() if name not in constants}
+    done.constants = {name: _plain(held[name]) for name in constants}
     return done
+
+
+def _summed_in_float(value: ir.Value | None, held: Mapping[str, Any]) -> str | None:
+    """The node behind a sum or a pool that no quantizer takes up: a runtime adds it up in float, in an order of its own."""
+    pending = None if value is None else held.get(value.name)
+    return value.producer().name if isinstance(pending, Pending) and not pending.exactly else None
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -150,7 +166,7 @@ def _scaled(total: Tensor, inputs: list[Any], channel: int) -> Pending:
     """The int32 sum of a layer (bias included), and what it stands for: sx sw for each channel."""
     scale = inputs[0].scale * inputs[1].scale
     along = scale.reshape([-1 if axis == channel % total.dim() else 1 for axis in range(total.dim())]) if scale.dim() else scale
-    return Pending(lambda sy, zy: _rounded(total.float() * (along / sy), zy), lambda: total.float() * along)
+    return Pending(lambda sy, zy: _rounded(total.float() * (along / sy), zy), lambda: total.float() * along, True)
 
 
 def _convolution(inputs: list[Any], settings: Mapping[str, Any]) -> Any:

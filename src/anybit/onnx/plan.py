@@ -30,6 +30,8 @@ ELEMENTWISE = {
     "Sigmoid", "Tanh", "Gelu", "HardSwish", "HardSigmoid", "LeakyRelu", "Elu", "Selu", "Celu", "Mish", "Softplus", "Softsign",
     "Relu", "Clip",
 }  # fmt: skip
+SMALLEST_SCALE = 1e-30
+"""Below it a range is as good as empty, and its quotients leave float32."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Affine:
     def of_range(cls, low: float, high: float) -> "Affine":
         """8 bits over a range, 0 included; the scale is a float32."""
         low, high = min(float(low), 0.0), max(float(high), 0.0)
-        scale = float(np.float32((high - low) / 255)) if high > low else 1.0
+        scale = float(np.float32((high - low) / 255))
+        scale = scale if scale > SMALLEST_SCALE else 1.0
         return cls(scale, int(np.clip(np.rint(-low / scale), 0, 255)))
 
     def code(self, value: float) -> int:

@@ -1,4 +1,4 @@
-"""Weight codes of any 0..8 bits in an ONNX file: packed bytes, and standard operators that unpack them to int8 when a runtime loads it.
+"""Weight codes of 2..8 bits (or none) in an ONNX file: packed bytes, and standard operators that unpack them to int8 at load.
 
     8 bits      an int8 initializer
     4 bits      an int4 initializer and a Cast

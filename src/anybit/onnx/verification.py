@@ -198,6 +198,12 @@ def _locate(verdict: Verdict, file: ir.Model, reference: Interpretation, batch: 
             f"{apart.max()}."
         )
         return
+    for value in file.graph.outputs:
+        apart = np.abs(found[value.name] - reference.values[value.name].numpy()).max(initial=0)
+        if apart and not reference.in_float:
+            verdict.failures.append(
+                f"{_place(value.producer())}: its output differs between the runtime and the reference, by {apart:.4g}."
+            )
 
 
 def with_codes(model: ir.Model) -> ir.Model:

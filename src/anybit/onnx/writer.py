@@ -38,6 +38,7 @@ class _Writer:
     def __init__(self, model: nn.Module, graph: ir.Model, plan: Plan):
         self.layers, self.source, self.plan = quantized_layers(model), graph.graph, plan
         self.nodes: list[ir.Node] = []
+        self.taken = {value.name for value in self.source.inputs}  # names of values
         self.constants: dict[str, ir.Value] = {}
         self.floats: dict[str, ir.Value] = {}
         self.codes: dict[str, ir.Value] = {}
@@ -66,7 +67,8 @@ class _Writer:
         """The model's output under its own name."""
         made = self.floats[value.name]
         if made.producer() is None or made.name != value.name:
-            made = self.emit("Identity", [made], {}, value.name)
+            made = self.emit("Identity", [made], {}, "")
+            made.name = value.name
         made.shape, made.type = value.shape, value.type
         return made
 
@@ -86,7 +88,11 @@ class _Writer:
     def emit(self, kind: str, inputs: Sequence[ir.Value], attributes: Mapping[str, Any], name: str) -> ir.Value:
         """A new node's output. What no reader of the file looks for has no name: names are bytes."""
         node = ir.node(kind, inputs, dict(attributes), name=name)
-        node.outputs[0].name = name or f"v{len(self.nodes)}"
+        name = name or f"v{len(self.nodes)}"
+        while name in self.taken:
+            name += "_"
+        self.taken.add(name)
+        node.outputs[0].name = name
         self.nodes.append(node)
         return node.outputs[0]
 
@@ -158,6 +164,7 @@ class _Writer:
             node.domain, node.op_type, [self._operand(value) for value in node.inputs], list(node.attributes.values()),
             num_outputs=len(node.outputs), name=node.name,
         )  # fmt: skip
+        self.taken |= {value.name for value in node.outputs}
         for new, old in zip(made.outputs, node.outputs, strict=True):
             new.name, new.shape, new.type = old.name, old.shape, old.type
             self.floats[old.name] = new
@@ -276,9 +283,11 @@ def with_room(codes: torch.Tensor, scale: np.ndarray, bias: np.ndarray, bits: in
     Such a channel's weights are all but zero beside its bias: what they lose is less than the bias's own rounding elsewhere.
     """
     least = np.abs(bias).astype(np.float64) / LARGEST_BIAS
+    if not bits:  # any scale will do, and a fine one keeps the bias
+        return codes, np.where(least > 0, least, 1.0).astype(np.float32)
     tight = torch.from_numpy(scale < least)
-    if not tight.any() or not bits:
-        return codes, np.maximum(scale, least).astype(np.float32) if not bits else scale
+    if not tight.any():
+        return codes, scale
     wider = np.where(scale < least, least, scale).astype(np.float32)
     smaller = (codes * torch.from_numpy(scale / wider)[:, None]).round().to(torch.int8)
     return torch.where(tight[:, None], smaller, codes), wider

@@ -1,0 +1,123 @@
+"""Networks for the exporter's tests, at random mixed schemes: every operator that it promises to carry."""
+
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from anybit import stages
+from anybit.batches import Batch
+from anybit.candidates import Candidates, activation_candidate, apply_scheme, weight_candidate
+from anybit.capture import input_samples
+from anybit.checkpoint import Canonical
+from anybit.layers import quantized_layers
+from anybit.scheme import Precision, Scheme
+
+
+class Activated(nn.Module):
+    """Convolutions, one of them depthwise, a concatenation, both pools and a linear around one activation function."""
+
+    def __init__(self, activation=F.relu):
+        super().__init__()
+        self.activation = activation
+        self.first, self.depth, self.point = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 12, 1)
+        self.joined, self.head = nn.Conv2d(20, 8, 3, stride=2), nn.Linear(8, 10)
+
+    def forward(self, x):
+        a = self.activation(self.first(x))
+        b = self.activation(self.point(self.activation(self.depth(a))))
+        h = self.activation(self.joined(torch.cat([a, b], 1)))
+        return self.head(F.max_pool2d(F.avg_pool2d(h, 2, 1), 2, ceil_mode=True).mean((2, 3)))
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation: a product with a gate for each channel; a constant added; a flattened picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.squeeze, self.excite = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.second, self.hidden, self.head = nn.Conv2d(8, 8, 3), nn.Linear(200, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        h = F.relu(self.first(x))
+        h = h * torch.sigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(h, 1)))))
+        return self.head(F.relu(self.hidden(F.avg_pool2d(self.second(h) + 0.5, 2).flatten(1))))
+
+
+class Joined(nn.Module):
+    """Sums of two branches, one clamped for its reader alone; channels padded with zeros; two outputs of two layers' own ranges."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 12, 1, bias=False)
+        self.last, self.other = nn.Conv2d(12, 5, 3, dilation=2), nn.Conv2d(12, 2, 12, groups=2)
+
+    def forward(self, x):
+        h = F.relu(self.first(x))
+        h = h + self.second(F.relu6(h))
+        wide = F.pad(h[:, ::2], (0, 0, 0, 0, 4, 4)) + self.third(F.relu(h))
+        return self.last(wide), self.other(wide)
+
+
+class Mixed(nn.Module):
+    """Tokens: a norm in float between linears of three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.up, self.down = nn.Linear(12, 16), nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 3, bias=False)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.head((h + self.down(F.gelu(self.up(self.norm(h))))).mean(1))
+
+
+class Asymmetric(nn.Module):
+    """Padding before a strided convolution, as other frameworks pad."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, stride=2), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        return self.second(F.relu6(self.first(F.pad(x, (0, 1, 0, 1)))).relu())
+
+
+PICTURE, WORDS = (3, 12, 12), (7, 12)
+EXACT = {
+    "relu": (Activated, PICTURE),
+    "relu6": (lambda: Activated(F.relu6), PICTURE),
+    "silu": (lambda: Activated(F.silu), PICTURE),
+    "gelu": (lambda: Activated(F.gelu), PICTURE),
+    "hardswish": (lambda: Activated(F.hardswish), PICTURE),
+    "leaky relu": (lambda: Activated(F.leaky_relu), PICTURE),
+    "tanh": (lambda: Activated(torch.tanh), PICTURE),
+    "gated": (Gated, PICTURE),
+    "joined": (Joined, PICTURE),
+    "mixed": (Mixed, WORDS),
+    "asymmetric": (Asymmetric, PICTURE),
+}
+"""name -> (makes the network, shape of an input): all that the integer reference promises bit for bit."""
+
+
+def inputs(shape, count=16, seed=1):
+    return Batch(torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def random_precision(draw: random.Random) -> Precision:
+    return Precision(draw.randint(2, 8), draw.randint(4, 8))
+
+
+def canonical_of(model: nn.Module, batch: Batch, precision) -> Canonical:
+    """`model` rounded to nearest at `precision(layer)`, with edge ranges of `batch`: no calibration, which takes longer."""
+    network = stages.observe_network(model.eval(), batch, stages.CalibrateSettings((8,), (8,)))
+    samples, layers = input_samples(network.folded, network.names, [batch], 2**12, 0), quantized_layers(network.prepared)
+    scheme, candidates = Scheme({name: precision(name) for name in network.names}), Candidates()
+    for name, chosen in scheme.items():
+        if chosen.weight_bits:
+            candidates.weights[name, chosen.weight_bits] = weight_candidate(layers[name], chosen.weight_bits, "minmax")
+        if chosen.activation_bits:
+            candidates.activations[name, chosen.activation_bits] = activation_candidate(samples[name], chosen.activation_bits, "minmax")
+    ready = apply_scheme(network.prepared, scheme, candidates).eval()
+    return Canonical(ready, network.norms, stages.edge_ranges(ready, network.wiring, [batch]))

@@ -1,0 +1,364 @@
+"""An exported file is as small as its bits, runs on integer kernels, and computes what the integer reference computes."""
+
+import random
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+import torch.nn.functional as F
+from exported import EXACT, Activated, canonical_of, inputs, random_precision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from torch import nn
+
+import anybit
+from anybit.batches import call, evaluating
+from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
+from anybit.layers import quantized_layers
+from anybit.onnx import file as onnx_file
+from anybit.onnx.file import exported, ideal_bytes
+from anybit.onnx.floats import input_tensors
+from anybit.onnx.interpreter import interpret
+from anybit.onnx.plan import Affine
+from anybit.onnx.storage import PLANES, field_table, pack_fields, stored
+from anybit.onnx.verification import flipped_codes, lacks_exact_kernels, verify_file
+from anybit.onnx.writer import LARGEST_BIAS, with_room
+from anybit.scheme import Precision
+
+exactly = pytest.mark.skipif(lacks_exact_kernels() is not None, reason=f"bitwise equality: {lacks_exact_kernels()}")
+
+
+def made_of(name, seed=0, precision=None):
+    """(canonical model, its graphs, inputs) of one of EXACT at a random mixed scheme."""
+    network, shape = EXACT[name]
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    batch = inputs(shape)
+    canonical = canonical_of(network(), batch, precision or (lambda layer: random_precision(draw)))
+    return canonical, exported(canonical, batch), inputs(shape, 24, seed=7)
+
+
+def runtime_outputs(graph, batch):
+    return onnx_file.outputs(onnx_file.session(graph), [batch])
+
+
+# Storage
+
+
+class _Emitted:
+    """A graph of unpacking operators alone."""
+
+    def __init__(self):
+        self.nodes, self.constants = [], {}
+
+    def emit(self, kind, inputs, attributes, name):
+        node = ir.node(kind, inputs, attributes)
+        node.outputs[0].name = f"v{len(self.nodes)}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name, array):
+        if name not in self.constants:
+            held = ir.tensor(array, name=name)
+            self.constants[name] = ir.Value(name=name, shape=held.shape, type=ir.TensorType(held.dtype), const_value=held)
+        return self.constants[name]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([0, 2, 3, 4, 5, 6, 7, 8]), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(0, 2**16))
+def test_codes_come_back_from_what_is_stored(bits, shape, seed):
+    half = 2 ** (bits - 1) if bits else 0
+    codes = np.random.default_rng(seed).integers(-half, max(half, 1), shape).astype(np.int8)
+    part = _Emitted()
+    value = stored("layer", codes, bits, part.emit, part.constant)
+    kept = ir.node("Identity", [value])
+    kept.outputs[0].name, kept.outputs[0].type = "codes", ir.TensorType(ir.DataType.INT8)
+    graph = ir.Graph([], kept.outputs, nodes=[*part.nodes, kept], initializers=list(part.constants.values()), opset_imports={"": 21})
+    (there,) = onnx_file.session(ir.Model(graph, ir_version=10)).run(None, {})
+    assert there.dtype == np.int8 and np.array_equal(there, codes)
+    assert np.array_equal(interpret(ir.Model(graph, ir_version=10), {}).constants["codes"].numpy(), codes)
+    taken = sum(value.const_value.nbytes for name, value in part.constants.items() if name.startswith("layer.packed"))
+    assert taken <= -(-codes.size // 8) * bits if bits in PLANES else taken <= codes.size
+
+
+def test_a_table_says_what_every_field_of_every_byte_is_worth():
+    for width, shift, signed in [(1, 2, True), (2, 0, False), (2, 4, True), (4, 0, False)]:
+        fields = np.random.default_rng(0).integers(0, 2**width, 64).astype(np.uint8)
+        worth = field_table(width, shift, signed)[pack_fields(fields, width)].reshape(-1).astype(int)
+        expected = fields.astype(int) - (2**width * (fields >= 2 ** (width - 1)) if signed else 0)
+        assert (worth == expected << shift).all()
+
+
+# The numbers
+
+
+@exactly
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", EXACT)
+def test_the_runtime_computes_what_the_integer_reference_does(name, seed):
+    _, made, batch = made_of(name, seed)
+    feeds = dict(zip([value.name for value in made.integer.graph.inputs], input_tensors(batch), strict=True))
+    reference = interpret(made.integer, feeds)
+    assert name == "mixed" or not reference.in_float  # its norm and its mean over tokens
+    for value, there in zip(made.integer.graph.outputs, runtime_outputs(made.integer, batch), strict=True):
+        assert np.array_equal(there, reference.values[value.name].numpy())
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_at_eight_bits_the_file_is_close_to_the_simulation(name):
+    canonical, made, batch = made_of(name, precision=lambda layer: Precision(8, 8))
+    with evaluating(canonical.model), torch.no_grad():
+        simulated = call(canonical.model, batch.inputs)
+    for ours, there in zip(simulated if isinstance(simulated, tuple) else (simulated,), runtime_outputs(made.integer, batch), strict=True):
+        assert torch.from_numpy(there).sub(ours).norm() < 0.05 * ours.norm()
+
+
+@pytest.mark.parametrize(("bias", "most"), [(False, 1e-4), (True, 0.03)])
+def test_without_shared_tensors_codes_are_the_simulations(bias, most):
+    """A chain has no edges: the file's quantizers are the layers' own. Codes differ where float sums round otherwise, and where an int32
+    bias does, which counts in units of input scale times weight scale."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, bias=bias), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4, bias=bias), nn.ReLU6(), nn.Flatten()]
+    batch = inputs((3, 12, 12))
+    canonical = canonical_of(nn.Sequential(*layers, nn.Linear(512, 4, bias=bias)), batch, lambda layer: Precision(5, 6))
+    flipped = flipped_codes(canonical.model, exported(canonical, batch), batch)
+    assert set(flipped) == {"0", "2", "5"} and max(flipped.values()) < most
+
+
+def test_a_network_that_ends_in_a_pool_says_that_it_is_summed_in_float():
+    torch.manual_seed(0)
+    pooled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    batch = inputs((3, 12, 12))
+    made = exported(canonical_of(pooled, batch, lambda layer: Precision(8, 8)), batch)
+    reference = interpret(made.integer, {made.integer.graph.inputs[0].name: batch.inputs})
+    assert len(reference.in_float) == 1
+    assert np.allclose(runtime_outputs(made.integer, batch)[0], reference.values[made.integer.graph.outputs[0].name].numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["relu", "silu", "joined", "mixed"])
+def test_every_quantized_layer_has_an_integer_kernel(name, tmp_path):
+    canonical, made, batch = made_of(name)
+    onnx_file.save(made.integer, tmp_path / "net.onnx")
+    verdict = verify_file(tmp_path / "net.onnx", onnx_file.load(tmp_path / "net.onnx"), made, canonical.model, batch)
+    assert not verdict.failures and set(verdict.kernels) == set(canonical.scheme) and not verdict.floats
+
+
+def test_layers_that_stay_float_are_named_with_the_reason(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.up, self.free, self.whole, self.last = (
+                nn.Embedding(9, 4), nn.ConvTranspose1d(4, 4, 2, stride=2), nn.Conv1d(4, 6, 3), nn.Conv1d(6, 6, 3), nn.Linear(6, 3)
+            )  # fmt: skip
+
+        def forward(self, words):
+            h = F.relu(self.up(self.words(words).transpose(1, 2)))
+            return self.last(F.relu(self.whole(F.relu(self.free(h)))).mean(2))
+
+    precisions = {"words": "W3", "up": "W4A8", "free": "W3", "whole": "float", "last": "W0A8"}
+    batch = anybit.batches.Batch(torch.randint(9, (12, 8), generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(0)
+    canonical = canonical_of(Net(), batch, lambda layer: Precision.parse(precisions[layer]))
+    made = exported(canonical, batch)
+    onnx_file.save(made.integer, tmp_path / "net.onnx")
+    verdict = verify_file(tmp_path / "net.onnx", onnx_file.load(tmp_path / "net.onnx"), made, canonical.model, batch)
+    assert set(verdict.floats) == {"words", "up", "free", "whole"} and not verdict.failures
+    for layer, reason in {"words": "embedding", "up": "ConvTranspose", "free": "activations", "whole": "weights"}.items():
+        assert reason in verdict.floats[layer]
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    (there,) = runtime_outputs(made.integer, batch)
+    assert np.allclose(there, simulated.numpy(), atol=1e-5)
+
+
+def test_weights_alone_quantized_give_the_simulations_numbers():
+    canonical, made, batch = made_of("relu", precision=lambda layer: Precision(3, None))
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert not any(node.op_type == "QuantizeLinear" for node in made.integer.graph)
+    assert np.allclose(runtime_outputs(made.integer, batch)[0], simulated.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_batch_is_any_size():
+    _, made, batch = made_of("joined")
+    running = onnx_file.session(made.integer)
+    whole = onnx_file.outputs(running, [batch])
+    single = [running.run(None, {"x": batch.inputs[i : i + 1].numpy()}) for i in range(3)]
+    for index, array in enumerate(whole):
+        assert np.array_equal(array[:3], np.concatenate([part[index] for part in single]))
+
+
+# Size
+
+
+def test_the_file_shrinks_with_its_bits():
+    class Wide(nn.Sequential):
+        def __init__(self):
+            super().__init__(
+                nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 128, 3), nn.Flatten(), nn.Linear(128, 9)
+            )
+
+    batch = inputs((3, 7, 7))
+    for bits in range(2, 9):
+        canonical = canonical_of(Wide(), batch, lambda layer, bits=bits: Precision(bits, 8))
+        content = ir.to_proto(exported(canonical, batch).integer).SerializeToString()
+        assert ideal_bytes(canonical) < len(content) < ideal_bytes(canonical) + 16_000, bits
+
+
+# Corners
+
+
+def test_a_bias_beyond_int32_takes_coarser_weights():
+    codes, scale = torch.tensor([[100, -50], [3, 4]], dtype=torch.int8), np.array([1e-9, 0.1], np.float32)
+    coarser, wider = with_room(codes, scale, np.array([50.0, 1.0]), 8)
+    assert 50 / wider[0] <= LARGEST_BIAS * 1.001 and wider[1] == scale[1]
+    assert coarser[1].tolist() == [3, 4] and coarser[0].abs().max() < 100
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3))
+def test_an_edge_holds_its_range_and_zero_exactly(a, b):
+    low, high = sorted((a, b))
+    affine = Affine.of_range(low, high)
+    assert affine.scale > 0 and 0 <= affine.zero_point <= 255
+    for value in (low, 0.0, high):
+        stands_for = (affine.code(value) - affine.zero_point) * affine.scale
+        assert abs(stands_for - value) <= affine.scale * 1.01
+    assert affine.code(0.0) == affine.zero_point
+
+
+# The verbs
+
+
+@pytest.fixture
+def exported_run(run_folder, calibrated, tmp_path):
+    model, data, _ = calibrated
+    path = tmp_path / "net.onnx"
+    anybit.export(run_folder, path, model=model, data=data)
+    return run_folder, path, model, data
+
+
+def test_a_run_is_exported_verified_and_timed(exported_run):
+    run, path, model, data = exported_run
+    found = anybit.verify(run, path, model=model, data=data)
+    assert found["ok"] and not found["failures"] and found["simulation"]["agreement"] > 80
+    assert set(found["kernels"]) | set(found["floats"]) == set(anybit.load(run, model).scheme)
+    timed = anybit.bench(run, path, model=model, data=data, rounds=2)
+    assert timed["bytes"] == path.stat().st_size < timed["float_bytes"] and timed["onnxruntime"]["faster"]["ratio"] > 0
+
+
+def edited(path, change):
+    """The file with `change` applied to the first initializer that it takes (and says so)."""
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor).copy()
+        if change(tensor.name, array):
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+            onnx.save(model, path)
+            return tensor.name
+    raise AssertionError("nothing was edited")
+
+
+def _code(name, array):
+    if ".codes" in name or ".packed" in name:
+        array.reshape(-1)[0] = array.reshape(-1)[0] ^ array.reshape(-1)[0].__class__(1)
+        return True
+    return False
+
+
+def _scale(name, array):
+    if name.endswith(".scale"):
+        array[0] *= 1.5
+        return True
+    return False
+
+
+def _zero_point(name, array):
+    if name.startswith("zero_point") and array < 255:
+        array[...] = array + 1
+        return True
+    return False
+
+
+@pytest.mark.parametrize("change", [_code, _scale, _zero_point])
+def test_verify_names_the_layer_that_was_altered(change, exported_run):
+    run, path, model, data = exported_run
+    name = edited(path, change)
+    found = anybit.verify(run, path, model=model, data=data)
+    layers = list(anybit.load(run, model).scheme)
+    owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+    assert not found["ok"] and found["failures"][0].startswith(name)
+    assert any((owner or layers[0]) in failure for failure in found["failures"])
+
+
+def test_an_altered_operator_is_named(exported_run):
+    run, path, model, data = exported_run
+    content = onnx.load(path)
+    node = next(node for node in content.graph.node if node.op_type == "Conv")
+    next(attribute for attribute in node.attribute if attribute.name == "pads").ints[:] = [0, 0, 2, 2]
+    onnx.save(content, path)
+    found = anybit.verify(run, path, model=model, data=data)
+    assert not found["ok"] and node.name in found["failures"][0]
+
+
+def test_a_file_of_another_run_is_refused(exported_run, tmp_path):
+    _, path, model, data = exported_run
+    other = anybit.calibrate(model, data, "3bit", samples=40, weight_bits=(2, 4), activation_bits=(8,), pipeline="light").save(
+        tmp_path / "b"
+    )
+    found = anybit.verify(other, path, model=model, data=data)
+    assert not found["ok"] and "another run" in found["failures"][0]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file", b"\x08\x0a" * 50])
+def test_what_is_no_file_of_anybits_is_an_error(content, exported_run):
+    run, path, model, data = exported_run
+    path.write_bytes(content)
+    with pytest.raises(InvalidFile, match=r"net\.onnx"):
+        anybit.verify(run, path, model=model, data=data)
+
+
+def test_a_file_that_is_there_is_not_replaced_unasked(exported_run):
+    run, path, model, data = exported_run
+    before = path.read_bytes()
+    with pytest.raises(InvalidSetting, match="overwrite"):
+        anybit.export(run, path, model=model, data=data)
+    assert path.read_bytes() == before
+    anybit.export(run, path, model=model, data=data, overwrite=True)
+    assert path.read_bytes() == before
+
+
+def test_an_operator_that_cannot_be_exported_is_named_and_leaves_no_file(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.special.bessel_j0(self.layer(x))
+
+    result = anybit.calibrate(Odd(), torch.randn(24, 4), samples=24, weight_bits=(8,), activation_bits=(8,), pipeline="light")
+    run = result.save(tmp_path / "run")
+    with pytest.raises(UnsupportedModel, match="bessel_j0"):
+        anybit.export(run, tmp_path / "net.onnx", model=Odd(), data=torch.randn(4, 4))
+    assert [item.name for item in tmp_path.iterdir() if item.name.endswith(".onnx")] == []
+
+
+def test_an_older_runtime_is_told_the_operator_set(monkeypatch, exported_run):
+    run, path, model, data = exported_run
+    monkeypatch.setattr("anybit.onnx.writer.IR_VERSION", 99)
+    with pytest.raises(UnsupportedModel, match="operator set"):
+        anybit.export(run, path.with_name("new.onnx"), model=model, data=data)
+    assert not path.with_name("new.onnx").exists()
+
+
+def test_the_network_is_left_as_it_was():
+    canonical, *_ = made_of("relu")
+    before = {name: tensor.clone() for name, tensor in canonical.model.state_dict().items()}
+    exported(canonical, inputs((3, 12, 12)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in canonical.model.state_dict().items())
+    assert all(layer.weight_quantizer is not None for layer in quantized_layers(canonical.model).values())
+    assert isinstance(canonical.model, Activated)
