@@ -1,0 +1,185 @@
+"""Exported files measured: size against the bits, latency against float32 in the same runtime, equality with the integer reference.
+
+    python benchmarks/export_networks.py STUDY [--data cifar10.npz --weights resnet20_cifar10.safetensors] [--images FOLDER --test FOLDER]
+
+    shapes     ResNet-18, ResNet-50 and MobileNetV2 shapes with random weights: uniform and random mixed schemes
+    exact      small networks of every operator at random mixed schemes: bit for bit or not, and by how much
+    resnet20   CIFAR-10: accuracy of the exported file beside the simulation's, at W8A8, W4A8, W4A4 and a mixed scheme
+    lite0      EfficientNet-lite0: the same, on pictures
+
+Latencies are of one thread, in turns with float32; let nothing else run meanwhile.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+import anybit
+from anybit.batches import Batch
+from anybit.evaluation import outputs_of
+from anybit.exports import measured
+from anybit.onnx import file as onnx_file
+from anybit.onnx.file import exported, ideal_bytes
+from anybit.onnx.floats import input_tensors
+from anybit.onnx.interpreter import interpret
+from anybit.onnx.verification import verify_file
+from anybit.reporting import environment
+from anybit.scheme import Precision
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import exported as networks  # noqa: E402  (tests/exported.py: the same networks and the same rounding to nearest)
+import shapes  # noqa: E402
+
+
+class Results:
+    """One JSON entry a measurement; a finished one is not made again."""
+
+    def __init__(self, folder: Path, study: str):
+        self.file = folder / f"export_{study}.json"
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        return json.loads(self.file.read_text())["entries"] if self.file.is_file() else {}
+
+    def add(self, key: str, entry: dict[str, Any]) -> None:
+        entry.pop("environment", None)
+        about = {"environment": environment() | {"onnxruntime": onnxruntime.__version__}, "entries": self.entries | {key: entry}}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps(about, indent=1) + "\n")
+        print(key, {name: value for name, value in entry.items() if name != "layers"}, flush=True)
+
+
+def same(made: Any, batch: Batch) -> dict[str, Any]:
+    """Whether the runtime's outputs are the interpreter's, bit for bit."""
+    feeds = dict(zip([value.name for value in made.integer.graph.inputs], input_tensors(batch), strict=True))
+    reference = interpret(made.integer, feeds)
+    given = onnx_file.outputs(onnx_file.session(made.integer), [batch])
+    pairs = [(array, reference.values[v.name].numpy()) for array, v in zip(given, made.integer.graph.outputs, strict=True)]
+    return {
+        "bitwise": all(np.array_equal(a, b) for a, b in pairs),
+        "largest_difference": max(float(np.abs(a - b).max()) for a, b in pairs),
+        "in_float": reference.in_float,
+    }
+
+
+def kernels(made: Any, model: torch.nn.Module, batch: Batch) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.onnx"
+        onnx_file.save(made.integer, path)
+        verdict = verify_file(path, onnx_file.load(path), made, model, batch)
+    return {"kernels": len(verdict.kernels), "failures": len(verdict.failures)}
+
+
+def measure_shapes(arguments: argparse.Namespace, results: Results) -> None:
+    for name in ("resnet18", "mobilenet_v2", "resnet50"):
+        schemes = {f"W{w}A{a}": Precision(w, a) for w, a in ((8, 8), (4, 8), (3, 8), (2, 8), (4, 4))}
+        keys = [*schemes, *(f"random {seed}" for seed in range(arguments.seeds))]
+        for key in keys if name != "resnet50" else [*keys[:2], keys[-1]]:
+            if f"{name} {key}" in results.entries or (arguments.only and arguments.only not in f"{name} {key}"):
+                continue
+            draw = random.Random(key)
+            batch = networks.inputs((3, 224, 224), 2)
+            wanted = (lambda layer, p=schemes[key]: p) if key in schemes else (lambda layer, d=draw: networks.random_precision(d))
+            canonical = networks.canonical_of(getattr(shapes, name)(), batch, wanted)
+            made = exported(canonical, batch)
+            entry = measured(made.floating, made.integer, networks.inputs((3, 224, 224), 1, seed=5), arguments.rounds)
+            entry |= {"ideal_bytes": ideal_bytes(canonical), "layers": {n: str(p) for n, p in canonical.scheme.items()}}
+            entry |= same(made, networks.inputs((3, 224, 224), 2, seed=6)) | kernels(made, canonical.model, batch)
+            results.add(f"{name} {key}", entry)
+
+
+def measure_exact(arguments: argparse.Namespace, results: Results) -> None:
+    for name, (network, shape) in networks.EXACT.items():
+        for seed in range(max(3, arguments.seeds)):
+            key = f"{name} seed {seed}"
+            if key not in results.entries:
+                torch.manual_seed(seed)
+                draw = random.Random(seed)
+                batch = networks.inputs(shape)
+                canonical = networks.canonical_of(network(), batch, lambda layer, d=draw: networks.random_precision(d))
+                results.add(key, same(exported(canonical, batch), networks.inputs(shape, 64, seed=9)))
+
+
+def measure_accuracy(results: Results, key: str, canonical: Any, test: Any, batch_size: int, rounds: int) -> None:
+    """The exported file on the whole test set beside the simulation."""
+    start = time.perf_counter()
+    batches = list(test.batches(batch_size))
+    labels = torch.cat([batch.labels for batch in batches])
+    made = exported(canonical, batches[0])
+    simulated = outputs_of(canonical.model, batches).argmax(1)
+    given = torch.from_numpy(onnx_file.outputs(onnx_file.session(made.integer), batches)[0]).argmax(1)
+    right = (simulated == labels).float(), (given == labels).float()
+    apart = (right[1] - right[0]) * 100
+    one = Batch(batches[0].inputs[:1])
+    results.add(
+        key,
+        measured(made.floating, made.integer, one, rounds)
+        | same(made, Batch(batches[0].inputs[:16]))
+        | kernels(made, canonical.model, batches[0])
+        | {
+            "simulated": 100 * float(right[0].mean()), "exported": 100 * float(right[1].mean()), "images": len(labels),
+            "difference": float(apart.mean()), "standard_error": float(apart.std() / len(apart) ** 0.5),
+            "agreement": 100 * float((simulated == given).float().mean()), "ideal_bytes": ideal_bytes(canonical),
+            "layers": {name: str(precision) for name, precision in canonical.scheme.items()}, "seconds": time.perf_counter() - start,
+        },
+    )  # fmt: skip
+
+
+SCHEMES = {
+    "W8A8": {"weight_bits": (8,), "activation_bits": (8,)},
+    "W4A8": {"weight_bits": (4,), "activation_bits": (8,)},
+    "W4A4": {"weight_bits": (4,), "activation_bits": (4,)},
+    "mixed 4bit": {"weight_bits": (2, 3, 4, 6, 8), "activation_bits": (4, 6, 8), "budget": "4bit"},
+}
+
+
+def measure_resnet20(arguments: argparse.Namespace, results: Results) -> None:
+    from study import PREPROCESSING
+
+    from anybit.references import load_data, load_model
+
+    train, test = load_data(arguments.data, PREPROCESSING), load_data(f"{arguments.data}#test", PREPROCESSING)
+    for key, settings in SCHEMES.items():
+        if key not in results.entries and not (arguments.only and arguments.only not in key):
+            network = load_model(str(ROOT / "examples/resnet20_cifar10.py") + ":network", arguments.weights)
+            result = anybit.calibrate(network, train, samples=1024, **settings)
+            measure_accuracy(results, key, result.canonical, test, 250, arguments.rounds)
+
+
+def measure_lite0(arguments: argparse.Namespace, results: Results) -> None:
+    from anybit.references import Preprocessing, load_data, load_model
+
+    preprocessing = Preprocessing((0.498039,) * 3, (0.501961,) * 3, 224, None, "bicubic")
+    images, test = load_data(arguments.images, preprocessing), load_data(arguments.test, preprocessing)
+    for key, settings in SCHEMES.items():
+        if key not in results.entries and not (arguments.only and arguments.only not in key):
+            network = load_model(str(ROOT / "examples/efficientnet_lite0.py") + ":network")
+            quick = {"samples": 192, "batch_size": 32, "candidate_steps": 10, "steps": 25}
+            result = anybit.calibrate(network, images, **quick, **settings)
+            measure_accuracy(results, key, result.canonical, test, 32, arguments.rounds)
+
+
+STUDIES = {"shapes": measure_shapes, "exact": measure_exact, "resnet20": measure_resnet20, "lite0": measure_lite0}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    for name in ("--data", "--weights", "--images", "--test", "--only"):
+        parser.add_argument(name)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=20)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    STUDIES[arguments.study](arguments, Results(arguments.results, arguments.study))
