@@ -108,6 +108,13 @@ def test_the_runtime_computes_what_the_integer_reference_does(name, seed):
 
 
 @pytest.mark.parametrize("name", EXACT)
+def test_nothing_in_the_file_is_computed_in_vain(name):
+    _, made, _ = made_of(name)
+    for node in made.integer.graph:
+        assert any(value.uses() or value.is_graph_output() for value in node.outputs), node.op_type
+
+
+@pytest.mark.parametrize("name", EXACT)
 def test_at_eight_bits_the_file_is_close_to_the_simulation(name):
     canonical, made, batch = made_of(name, precision=lambda layer: Precision(8, 8))
     with evaluating(canonical.model), torch.no_grad():

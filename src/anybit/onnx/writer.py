@@ -58,7 +58,8 @@ class _Writer:
             if node.outputs[0].name not in inner:
                 self._node(node)
         outputs = [self._output(value) for value in self.source.outputs]
-        made = ir.Graph(inputs, outputs, nodes=self.nodes, opset_imports={"": OPSET}, name="anybit", initializers=self._used(outputs))
+        nodes, constants = self._used(outputs)
+        made = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": OPSET}, name="anybit", initializers=constants)
         result = ir.Model(made, ir_version=IR_VERSION, producer_name="anybit")
         result.metadata_props.update(about)
         return result
@@ -72,16 +73,15 @@ class _Writer:
         made.shape, made.type = value.shape, value.type
         return made
 
-    def _used(self, outputs: Sequence[ir.Value]) -> list[ir.Value]:
-        """Drop nodes that nothing reads; the initializers that are left."""
+    def _used(self, outputs: Sequence[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
+        """(nodes, initializers) that the outputs depend on: a runtime would run the others, too."""
         needed = {id(value) for value in outputs}
         kept = []
         for node in reversed(self.nodes):
             if any(id(value) in needed for value in node.outputs):
                 kept.append(node)
                 needed |= {id(value) for value in node.inputs if value is not None}
-        self.nodes = kept[::-1]
-        return [value for value in self.constants.values() if id(value) in needed]
+        return kept[::-1], [value for value in self.constants.values() if id(value) in needed]
 
     # Building
 
