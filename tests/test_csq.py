@@ -241,7 +241,7 @@ def test_planes_that_fit_the_budget_keep_their_signs():
 
 def test_the_penalty_closes_planes_above_the_budget_and_opens_them_below():
     for budget, sign in (("3bit", 1), ("8bit", -1)):
-        growth, _, _ = growth_of(Residual, budget)
+        growth, _, _ = growth_of(Residual, budget, ramp=0.0, anchor=False)
         if sign < 0:
             for weight in growth.gated.values():
                 weight.planes.data[:4] = -1
@@ -249,13 +249,40 @@ def test_the_penalty_closes_planes_above_the_budget_and_opens_them_below():
         assert all((sign * weight.planes.grad > 0).all() for weight in growth.gated.values())
 
 
-def test_the_penaltys_weights_are_the_budgets():
-    growth, network, _ = growth_of(Residual, "3bit")
+@pytest.mark.parametrize("weighting", [0.0, 0.5, 1.0])
+def test_the_penaltys_weights_are_a_power_of_the_budgets(weighting):
+    growth, network, _ = growth_of(Residual, "3bit", ramp=0.0, weighting=weighting)
     growth.penalty().backward()
     weights = {name: network.costs.layers[name].weights for name in growth.gated}
     gradients = {name: float(weight.planes.grad[0]) for name, weight in growth.gated.items()}
     for name in weights:
-        assert gradients[name] / gradients["fc"] == pytest.approx(weights[name] / weights["fc"], rel=1e-4)
+        assert gradients[name] / gradients["fc"] == pytest.approx((weights[name] / weights["fc"]) ** weighting, rel=1e-4)
+
+
+def test_the_penaltys_budget_falls_to_the_users():
+    growth, _, _ = growth_of(Residual, "3bit", fix=0.5, ramp=0.8)
+    distances = []
+    for progress in (0.0, 0.1, 0.2, 0.3, 0.4, 0.45):
+        growth.searched = progress / 0.5
+        distances.append(growth.penalty().item() / growth.settings.strength)
+    assert distances[0] == 0 and sorted(distances) == distances and distances[4] == pytest.approx(distances[5])
+    at_once, _, _ = growth_of(Residual, "3bit", ramp=0.0)
+    assert distances[5] == pytest.approx(at_once.penalty().item() / at_once.settings.strength)
+
+
+def test_the_highest_plane_is_an_anchor_unless_a_layer_may_go():
+    for prune in (False, True):
+        growth, _, x = growth_of(Residual, "3bit", ramp=0.0, prune=prune)
+        (call(growth.model, x).square().mean() + growth.penalty()).backward()
+        for weight in growth.gated.values():
+            assert bool(weight.planes.grad[-1] == 0) == (not prune) and (weight.planes.grad[:-1] != 0).all()
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=6))
+@few
+def test_anchored_planes_reach_to_the_highest(logits):
+    for bits, (_, planes) in _likeliest(logits, True):
+        assert not bits or planes[-1] == len(logits) - 1
 
 
 def test_bytes_are_counted_as_the_file_is():

@@ -91,6 +91,7 @@ def test_a_runs_scheme_is_trained_where_the_run_is_named(tmp_path):
 
 OPTIONS = [{"distill": 0.5}, {"from_scratch": True}, {"half": True}, {"augment": "flip,crop2"}, {"per_channel": True}, {"seed": 1}]
 OPTIONS += [{name: 3e-2} for name in ("rate", "gate_rate", "plane_rate", "scale_rate", "strength")]
+OPTIONS += [{"anchor": False}, {"ramp": 0.0}, {"weighting": 1.0}]
 
 
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)

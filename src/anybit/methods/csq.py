@@ -16,6 +16,10 @@ DAC 2023 (arXiv 2212.02770); its equations from the paper's abstract and the aut
   * A budget is counted as everywhere in anybit: two's-complement bits, each layer weighted by its parameters, every layer included.
     n adjacent planes and a sign are n + 1 bits; of planes with gaps, highest minus lowest plus one counts. Dead low planes become a larger
     scale. The penalty has the same weights. The paper's count (planes, layers unweighted) is reported beside.
+  * A layer's highest plane stays open until the planes are decided (unless `prune` lets a layer lose all): the batch norm behind a layer
+    hides that all its planes close alike, so that without an anchor they do, whatever the layer needs.
+  * The penalty does not see the whole distance to the budget at once: its own budget falls from all planes to the user's over the first
+    `ramp` of the search. A layer's part in it is a power (`weighting`) of its share of the weights.
   * Which planes stay is decided once, at `fix` of the run, by an allocation: the most likely planes under the gates' own odds that fit the
     budget. Their signs alone overshoot it, and gates that are left soft to the end come to rest half open, where the penalty balances.
   * The second phase starts as the first did: from the weights as they then are, with logits made new for the planes that stay and beta
@@ -56,6 +60,9 @@ class CSQSettings:
     per_channel          a scale for each output channel instead of one a layer
     prune                a layer may lose all its planes (W0)
     strength             lambda
+    anchor               keep every layer's highest plane open while planes are decided
+    ramp                 share of the search over which the penalty's budget falls to the user's; 0 is at once, as published
+    weighting            power of a layer's weights that its planes are penalized by: 1 as the budget counts, 0 all alike, as published
     fix, harden          shares of the run at which the planes are fixed and the weight gates hardened
     logit                size of the logits of a gate that starts decided, at beta 1: 1 leaves it at 0.73 or 0.27, 3 at 0.95 or 0.05
     plane_temperature    beta of the plane gates when they are fixed
@@ -71,6 +78,9 @@ class CSQSettings:
     per_channel: bool = False
     prune: bool = False
     strength: float = 0.3
+    anchor: bool = True
+    ramp: float = 0.8
+    weighting: float = 0.5
     fix: float = 0.15
     harden: float = 0.9
     logit: float = 3.0
@@ -93,6 +103,8 @@ class CSQSettings:
         for name in ("weight_gates", "plane_gates"):
             if getattr(self, name) not in ("soft", "straight-through"):
                 raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose soft or straight-through.")
+        if not 0 <= self.ramp <= 1 or not 0 <= self.weighting <= 1:
+            raise InvalidSetting(f"ramp {self.ramp} and weighting {self.weighting} must be from 0 to 1.")
         if self.phase not in ("restart", "rewind", "continue"):
             raise InvalidSetting(f"phase {self.phase!r} is unknown. Choose restart, rewind or continue.")
         for name in ("logit", "strength", "gate_rate", "plane_rate", "scale_rate", "rate"):
@@ -168,9 +180,10 @@ class GatedWeight(nn.Module):
         weight_gates: Gates = "soft",
         plane_gates: Gates = "soft",
         logit: float = CSQSettings.logit,
+        anchor: bool = False,
     ):
         super().__init__()
-        self.weight_gates, self.plane_gates, self.logit = weight_gates, plane_gates, logit
+        self.weight_gates, self.plane_gates, self.logit, self.anchor = weight_gates, plane_gates, logit, anchor
         self.register_buffer("live", None, persistent=False)
         self.positive = nn.Parameter(rows.new_empty(planes, *rows.shape))
         self.negative = nn.Parameter(rows.new_empty(planes, *rows.shape))
@@ -203,10 +216,11 @@ class GatedWeight(nn.Module):
         """g, [N]."""
         if self.live is not None:
             return self.live.to(self.planes.dtype)
+        planes = torch.cat([self.planes[:-1], self.planes[-1:].detach()]) if self.anchor else self.planes
         if self.plane_gates == "straight-through":
-            soft = torch.sigmoid(self.planes)
-            return soft + ((self.planes >= 0).to(soft.dtype) - soft).detach()
-        return gate(self.planes, self.plane_temperature, "soft")
+            soft = torch.sigmoid(planes)
+            return soft + ((planes >= 0).to(soft.dtype) - soft).detach()
+        return gate(planes, self.plane_temperature, "soft")
 
     def shrinkage(self) -> Tensor:
         """What decided gates make of a weight at the start: tanh(c beta / 2) of its bits, f(1) of its planes; 1 where they are hard."""
@@ -288,11 +302,17 @@ class Growth:
                 continue
             rows, planes = weight_rows(layer, float_weight(layer)).detach(), most - 1
             layer.weight_quantizer = GatedWeight(
-                rows, planes, settings.per_channel, settings.weight_gates, settings.plane_gates, settings.logit
+                rows,
+                planes,
+                settings.per_channel,
+                settings.weight_gates,
+                settings.plane_gates,
+                settings.logit,
+                settings.anchor and not settings.prune,
             )
             if len(options) == 1:
                 layer.weight_quantizer.fix(range(planes))
-        self.hard = False
+        self.hard, self.searched = False, 0.0
         self.certificate: dict[str, Any] = {}
 
     @property
@@ -326,6 +346,7 @@ class Growth:
         if progress >= s.harden and not self.hard:
             self.harden()
         search, settle = min(progress / s.fix, 1), min(max(progress - s.fix, 0) / max(s.harden - s.fix, 1e-9), 1)
+        self.searched = search
         before = s.final_temperature if s.phase == "rewind" else s.fix_temperature
         after = s.fix_temperature if s.phase == "continue" else 1.0
         temperature = before**search if progress < s.fix else after * (s.final_temperature / after) ** settle
@@ -343,17 +364,27 @@ class Growth:
         return task_loss
 
     def penalty(self) -> Tensor:
-        """lambda dS times the soft mean bits of a weight; 0 once all planes are fixed."""
+        """lambda dS times the soft mean bits of a layer, weighted; 0 once all planes are fixed."""
         growing = self.growing
         if not growing or self.budget is None:
             return torch.zeros((), device=next(self.model.parameters()).device)
-        total = sum(self.costs.layers[name].weights for name in self.choices)
-        soft_bits = sum(self.costs.layers[name].weights / total * weight.plane_gate().sum() for name, weight in growing.items())
-        return self.settings.strength * self.excess() * soft_bits
+        shares = {name: self.costs.layers[name].weights ** self.settings.weighting for name in self.choices}
+        soft_bits = sum(shares[name] * weight.plane_gate().sum() for name, weight in growing.items()) / sum(shares.values())
+        reached = min(1.0, self.searched / self.settings.ramp) if self.settings.ramp else 1.0
+        largest = self.scheme_of_all_planes()
+        distance = self._excess(largest)
+        return self.settings.strength * (self.excess() - (1 - reached) * max(distance, 0.0)) * soft_bits
+
+    def scheme_of_all_planes(self) -> Scheme:
+        """Where the search starts."""
+        return Scheme({name: options[-1] for name, options in self.choices.items()})
 
     def excess(self) -> float:
         """dS: bits a weight that the scheme now has above the budget (below zero: has in hand)."""
-        total, scheme = sum(self.costs.layers[name].weights for name in self.choices), self.scheme()
+        return self._excess(self.scheme())
+
+    def _excess(self, scheme: Scheme) -> float:
+        total = sum(self.costs.layers[name].weights for name in self.choices)
         amounts = {"bits": self.costs.weight_bits(scheme) * total, "bytes": 8 * self.costs.file_size(scheme)}
         over = []
         for condition in self.budget.conditions:
@@ -372,7 +403,7 @@ class Growth:
         A gate at logit m is open with odds exp(m), so a set of planes has the log likelihood sum of their m, up to a constant. It counts
         once for every weight of the layer, as the penalty and the budget do.
         """
-        best = {name: dict(_likeliest(weight.planes.detach().tolist())) for name, weight in self.growing.items()}
+        best = {name: dict(_likeliest(weight.planes.detach().tolist(), weight.anchor)) for name, weight in self.growing.items()}
         losses = {
             (name, precision): -self.costs.layers[name].weights * best[name][precision.weight_bits][0] if name in best else 0.0
             for name, options in self.choices.items()
@@ -452,13 +483,16 @@ def freeze_layer(layer: nn.Module) -> None:
     fill(layer, weights, inputs.freeze() if isinstance(inputs, LearnedInput) else inputs)
 
 
-def _likeliest(logits: list[float]) -> Iterator[tuple[int, tuple[float, list[int]]]]:
-    """bits -> (log odds, planes) of the likeliest planes that need so many bits; between highest and lowest, those with m >= 0."""
+def _likeliest(logits: list[float], anchored: bool = False) -> Iterator[tuple[int, tuple[float, list[int]]]]:
+    """bits -> (log odds, planes) of the likeliest planes that need so many bits; between highest and lowest, those with m >= 0.
+
+    The highest plane is among them where it is `anchored`.
+    """
     yield 0, (0.0, [])
     count = len(logits)
     for width in range(1, count + 1):
         options = []
-        for low in range(count - width + 1):
+        for low in range(count - width if anchored else 0, count - width + 1):
             planes = [b for b in range(low, low + width) if b in (low, low + width - 1) or logits[b] >= 0]
             options.append((sum(max(logits[b], -1e3) for b in planes), planes))  # a pruned plane has no odds, and JSON no infinity
         yield width + 1, max(options)
