@@ -2,7 +2,7 @@
 
     python benchmarks/export_networks.py STUDY [--data cifar10.npz --weights resnet20_cifar10.safetensors] [--images FOLDER --test FOLDER]
 
-    shapes     ResNet-18, ResNet-50 and MobileNetV2 shapes with random weights: uniform and random mixed schemes
+    shapes     ResNet-18, ResNet-50, MobileNetV2 and BERT-base shapes with random weights: uniform and random mixed schemes
     exact      small networks of every operator at random mixed schemes: bit for bit or not, and by how much
     resnet20   CIFAR-10: accuracy of the exported file beside the simulation's, at W8A8, W4A8, W4A4 and a mixed scheme
     lite0      EfficientNet-lite0: the same, on pictures
@@ -81,21 +81,25 @@ def kernels(made: Any, model: torch.nn.Module, batch: Batch) -> dict[str, int]:
     return {"kernels": len(verdict.kernels), "failures": len(verdict.failures)}
 
 
+SHAPES = {"resnet18": (3, 224, 224), "mobilenet_v2": (3, 224, 224), "resnet50": (3, 224, 224), "bert_base": (128, 768)}
+"""name -> shape of an input"""
+
+
 def measure_shapes(arguments: argparse.Namespace, results: Results) -> None:
-    for name in ("resnet18", "mobilenet_v2", "resnet50"):
+    for name, shape in SHAPES.items():
         schemes = {f"W{w}A{a}": Precision(w, a) for w, a in ((8, 8), (4, 8), (3, 8), (2, 8), (4, 4))}
         keys = [*schemes, *(f"random {seed}" for seed in range(arguments.seeds))]
-        for key in keys if name != "resnet50" else [*keys[:2], keys[-1]]:
+        for key in keys if name in ("resnet18", "mobilenet_v2") else [*keys[:2], keys[-1]]:
             if f"{name} {key}" in results.entries or (arguments.only and arguments.only not in f"{name} {key}"):
                 continue
             draw = random.Random(key)
-            batch = networks.inputs((3, 224, 224), 2)
+            batch = networks.inputs(shape, 2)
             wanted = (lambda layer, p=schemes[key]: p) if key in schemes else (lambda layer, d=draw: networks.random_precision(d))
             canonical = networks.canonical_of(getattr(shapes, name)(), batch, wanted)
             made = exported(canonical, batch)
-            entry = measured(made.floating, made.integer, networks.inputs((3, 224, 224), 1, seed=5), arguments.rounds)
+            entry = measured(made.floating, made.integer, networks.inputs(shape, 1, seed=5), arguments.rounds)
             entry |= {"ideal_bytes": ideal_bytes(canonical), "layers": {n: str(p) for n, p in canonical.scheme.items()}}
-            entry |= same(made, networks.inputs((3, 224, 224), 2, seed=6)) | kernels(made, canonical.model, batch)
+            entry |= same(made, networks.inputs(shape, 2, seed=6)) | kernels(made, canonical.model, batch)
             results.add(f"{name} {key}", entry)
 
 

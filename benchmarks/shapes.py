@@ -93,6 +93,36 @@ class MobileNetV2(nn.Module):
         return self.head(self.top(self.blocks(self.stem(x))).mean((2, 3)))
 
 
+class Encoder(nn.Module):
+    """One transformer layer, norms after its sums (Devlin et al., 2019)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.joined = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        query, key, value = (f(x).view(batch, length, self.heads, -1).transpose(1, 2) for f in (self.query, self.key, self.value))
+        attention = (query @ key.transpose(2, 3) * (width // self.heads) ** -0.5).softmax(-1)
+        x = self.first(x + self.joined((attention @ value).transpose(1, 2).reshape(batch, length, width)))
+        return self.second(x + self.down(F.gelu(self.up(x))))
+
+
+class Bert(nn.Sequential):
+    """The encoder of BERT-base on embedded words [N, 128, 768]; attention itself stays float."""
+
+    def __init__(self):
+        super().__init__(*(Encoder(768, 12) for _ in range(12)))
+
+
+def bert_base() -> nn.Module:
+    torch.manual_seed(0)
+    return Bert().eval()
+
+
 def resnet18() -> nn.Module:
     return _random(ResNet(Basic, (2, 2, 2, 2)))
 

@@ -31,14 +31,14 @@ from anybit.scheme import Precision
 exactly = pytest.mark.skipif(lacks_exact_kernels() is not None, reason=f"bitwise equality: {lacks_exact_kernels()}")
 
 
-def made_of(name, seed=0, precision=None):
+def made_of(name, seed=0, precision=None, tables=True):
     """(canonical model, its graphs, inputs) of one of EXACT at a random mixed scheme."""
     network, shape = EXACT[name]
     torch.manual_seed(seed)
     draw = random.Random(seed)
     batch = inputs(shape)
     canonical = canonical_of(network(), batch, precision or (lambda layer: random_precision(draw)))
-    return canonical, exported(canonical, batch), inputs(shape, 24, seed=7)
+    return canonical, exported(canonical, batch, tables=tables), inputs(shape, 24, seed=7)
 
 
 def runtime_outputs(graph, batch):
@@ -198,6 +198,15 @@ def test_the_batch_is_any_size():
         assert np.array_equal(array[:3], np.concatenate([part[index] for part in single]))
 
 
+@exactly
+@pytest.mark.parametrize("name", ["silu", "gelu", "hardswish", "mixed", "gated"])
+def test_functions_in_float_are_within_a_code_of_the_reference(name, tmp_path):
+    canonical, made, batch = made_of(name, tables=False)
+    onnx_file.save(made.integer, tmp_path / "net.onnx")
+    verdict = verify_file(tmp_path / "net.onnx", onnx_file.load(tmp_path / "net.onnx"), made, canonical.model, batch)
+    assert not verdict.failures and verdict.numbers["in_float"] and set(verdict.kernels) == set(canonical.scheme)
+
+
 # Size
 
 
@@ -296,6 +305,7 @@ def test_verify_names_the_layer_that_was_altered(change, exported_run):
     name = edited(path, change)
     found = anybit.verify(run, path, model=model, data=data)
     layers = list(anybit.load(run, model).scheme)
+    assert len(found["failures"]) > 1  # the stored number, and what the runtime makes of it
     owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
     assert not found["ok"] and found["failures"][0].startswith(name)
     assert any((owner or layers[0]) in failure for failure in found["failures"])

@@ -676,6 +676,7 @@ def export(
     onnx: Annotated[Path, typer.Option("--onnx", help="The file to write.")],
     data: RunData = None,
     model: Model = None,
+    tables: Annotated[bool, typer.Option("--tables", help="SiLU, GELU and the like as tables of codes: exact, slower.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -683,7 +684,7 @@ def export(
     with _reported_errors():
         from anybit import exports
 
-        found = exports.export(run, onnx, model=model, data=data, overwrite=overwrite)
+        found = exports.export(run, onnx, model=model, data=data, tables=tables, overwrite=overwrite)
     if as_json:
         print(json.dumps(found))
         return

@@ -30,11 +30,13 @@ def export(
     *,
     model: nn.Module | str | None = None,
     data: Any = None,
+    tables: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a run as an ONNX file: weights packed at their bits, int8 kernels when it runs. Returns what it holds.
 
     model   as for `load`;   data  inputs of the network, of which a few are run; left out, those that the run was made with
+    tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
 
     Raises UnsupportedModel naming the operator where the network cannot be exported; no file is left then.
     """
@@ -42,7 +44,7 @@ def export(
     if path.exists() and not overwrite:
         raise InvalidSetting(f"{path} exists. Choose another --onnx, or give --overwrite.")
     canonical, file = opened(run, model)
-    made = exported(canonical, _first(inputs_for(run, file, data), onnx_file.PROBE), {RUN: file.sha256})
+    made = exported(canonical, _first(inputs_for(run, file, data), onnx_file.PROBE), {RUN: file.sha256}, tables)
     onnx_file.save(made.integer, path)
     layers = len(canonical.scheme)
     return {
@@ -82,7 +84,7 @@ def verify(
     given = onnx_file.load(path)
     inputs = inputs_for(run, file, data, workers)
     first = _first(inputs, CHECKED)
-    made = exported(canonical, first, {RUN: file.sha256})
+    made = exported(canonical, first, {RUN: file.sha256}, given.metadata_props.get(onnx_file.FUNCTIONS) == "tables")
     verdict = verify_file(path, given, made, canonical.model, first)
     report = verdict.to_json() | {"quantized_layers": len(canonical.scheme), "environment": _environment()}
     if not verdict.numbers:  # it could not be run as this one

@@ -18,6 +18,9 @@ from anybit.onnx.plan import Plan, make_plan
 from anybit.onnx.storage import stored_bytes
 from anybit.onnx.writer import write_graph
 
+FUNCTIONS = "anybit.functions"
+"""Key of the file's metadata: how functions of one tensor are computed, "float" or "tables"."""
+
 PROBE = 2
 """Inputs on which tensors of the graph are recognized."""
 
@@ -31,15 +34,19 @@ class Exported:
     plan: Plan
 
 
-def exported(canonical: Canonical, example: Batch, about: Mapping[str, str] | None = None) -> Exported:
-    """The canonical model as graphs; `example` is a batch of real inputs, of which a few are run."""
+def exported(canonical: Canonical, example: Batch, about: Mapping[str, str] | None = None, tables: bool = False) -> Exported:
+    """The canonical model as graphs; `example` is a batch of real inputs, of which a few are run.
+
+    tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
+    """
     model = canonical.model.cpu().eval()
     floating = float_graph(model, example, quantized_layers(model))
     probe = probe_of(example, PROBE)
     values = values_on(floating, input_tensors(probe))
     names = edge_names(model, values, probe)
-    plan = make_plan(model, floating, canonical.edges, names, values)
-    return Exported(write_graph(model, floating, plan, about or {}), floating, plan)
+    plan = make_plan(model, floating, canonical.edges, names, values, tables)
+    about = {**(about or {}), FUNCTIONS: "tables" if tables else "float"}
+    return Exported(write_graph(model, floating, plan, about), floating, plan)
 
 
 def ideal_bytes(canonical: Canonical) -> int:

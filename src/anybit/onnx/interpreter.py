@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybit.errors import UnsupportedModel
+from anybit.onnx.floats import IR_VERSION, OPSET
 
 f32 = np.float32
 
@@ -65,19 +66,42 @@ class Pending:
 @dataclass
 class Interpretation:
     """values     name -> float tensors and codes of the graph, as a runtime gives them
+    apart      name of a value that a runtime gave -> how far it is from what the interpreter makes of what that runtime gave before
     constants  name -> what depends on no input, unpacked weights among them
     in_float   names of the nodes that were computed in float, though not on constants
+    rounded    names of the codes that such a node's numbers were rounded to
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     in_float: list[str] = field(default_factory=list)
+    rounded: set[str] = field(default_factory=set)
+    apart: dict[str, "Apart"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Of a value's `size` numbers `count` differ, by at most `largest`."""
+
+    count: int
+    size: int
+    largest: float
+
+    @classmethod
+    def between(cls, ours: Tensor, theirs: Tensor) -> "Apart":
+        distance = (ours.double() - theirs.double()).abs()
+        return cls(int((distance > 0).sum()), distance.numel(), float(distance.max()) if distance.numel() else 0.0)
 
 
 @torch.no_grad()
-def interpret(model: ir.Model, inputs: Mapping[str, Tensor]) -> Interpretation:
-    """Run the graph on `inputs`; raises UnsupportedModel naming the operator that has no implementation."""
-    done = Interpretation()
+def interpret(model: ir.Model, inputs: Mapping[str, Tensor], runtime: Mapping[str, Tensor] | None = None) -> Interpretation:
+    """Run the graph on `inputs`; raises UnsupportedModel naming the operator that has no implementation.
+
+    `runtime` holds values that a runtime gave. Each is compared with the interpreter's, and then taken over in its place, so that every
+    operator is judged by itself: a difference shows where it arises, and nowhere after.
+    """
+    done, runtime = Interpretation(), runtime or {}
+    floats: set[str] = set()  # values that come from an operator computed in float, with no quantizer since
     held: dict[str, Any] = dict(inputs)
     constants: set[str] = set()
     for name, value in model.graph.initializers.items():
@@ -86,7 +110,9 @@ def interpret(model: ir.Model, inputs: Mapping[str, Tensor]) -> Interpretation:
     for node in model.graph:
         given = [None if value is None else held[value.name] for value in node.inputs]
         if node.op_type != "QuantizeLinear":
-            done.in_float += [place for value in node.inputs if (place := _summed_in_float(value, held))]
+            summed = [place for value in node.inputs if (place := _summed_in_float(value, held))]
+            done.in_float += summed
+            floats.update(value.name for value in node.outputs if summed)
         fixed = all(value is None or value.name in constants for value in node.inputs)
         if fixed:
             constants.update(value.name for value in node.outputs)
@@ -96,8 +122,15 @@ def interpret(model: ir.Model, inputs: Mapping[str, Tensor]) -> Interpretation:
         if result is None:
             if not fixed:
                 done.in_float.append(node.name)
+                floats.update(value.name for value in node.outputs)
             result = _in_float(node, [_plain(value) for value in given])
-        held[node.outputs[0].name] = result
+        name = node.outputs[0].name
+        if any(value is not None and value.name in floats for value in node.inputs):
+            (done.rounded if node.op_type == "QuantizeLinear" else floats).add(name)
+        if name in runtime:
+            done.apart[name] = Apart.between(_plain(result), runtime[name])
+            result = runtime[name]
+        held[name] = result
     done.in_float += [place for value in model.graph.outputs if (place := _summed_in_float(value, held))]
     done.values = {name: _plain(value) for name, value in held.items() if name not in constants}
     done.constants = {name: _plain(held[name]) for name in constants}
@@ -121,13 +154,20 @@ def _plain(value: Any) -> Tensor | None:
 
 
 def _in_float(node: ir.Node, inputs: list[Tensor | None]) -> Tensor:
-    """One operator by its reference implementation."""
+    """One operator by its reference implementation: a graph of it alone, whose inputs have types and shapes."""
+    from onnx import TensorProto, helper, numpy_helper
     from onnx.reference import ReferenceEvaluator
 
+    given = {value.name: tensor.numpy() for value, tensor in zip(node.inputs, inputs, strict=True) if value is not None}
+    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in given.items()}
+    takes = [helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in given.items() if array.size > 1]
+    fixed = [numpy_helper.from_array(array, name) for name, array in given.items() if array.size <= 1]
+    makes = [helper.make_tensor_value_info(value.name, TensorProto.FLOAT, None) for value in node.outputs[:1]]
+    graph = helper.make_graph([ir.to_proto(node)], "one", takes, makes, fixed)
     try:
-        proto = ir.to_proto(node)
-        feeds = {value.name: tensor.numpy() for value, tensor in zip(node.inputs, inputs, strict=True) if value is not None}
-        return torch.from_numpy(np.asarray(ReferenceEvaluator(proto).run(None, feeds)[0]))
+        alone = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+        feeds = {info.name: given[info.name] for info in takes}
+        return torch.from_numpy(np.asarray(ReferenceEvaluator(alone).run(None, feeds)[0]))
     except (NotImplementedError, RuntimeError, TypeError) as error:
         raise UnsupportedModel(f"{node.name}: operator {node.op_type} cannot be interpreted: {error}") from error
 

@@ -5,7 +5,8 @@
                                after it, one of 8 bits reads the edge itself
     what only moves numbers    (reshape, transpose, maximum pool, slice) shares the codes of what it reads
     what only clamps           (ReLU, ReLU6) is a bound on the codes: rounding is monotonic, so clamping before or after it is the same
-    a function of one tensor   (SiLU, GELU, hard-swish, x + 1) is a table from codes to codes
+    a function of one tensor   (SiLU, GELU, hard-swish, x + 1) is computed in float between quantizers, or is a table from codes to codes,
+                               which is exact and slower
 
 The model's outputs stay float where the layer before them gives floats without being slower (a linear), and a quantizer never stands
 between two operators that both compute in float.
@@ -81,26 +82,29 @@ def make_plan(
     edges: Mapping[str, tuple[float, float]],
     names: Mapping[str, str],
     probe: Mapping[str, np.ndarray],
+    tables: bool = False,
 ) -> Plan:
     """The plan for `graph`, the float graph of canonical `model`.
 
     edges   edge -> its range, of the run;   names   value -> edge;   probe   value -> its numbers on a few inputs
+    tables  whether functions of one value become tables
     """
-    return _Planner(model, graph, edges, names, probe).plan
+    return _Planner(model, graph, edges, names, probe, tables).plan
 
 
 class _Planner:
     """The steps of `make_plan`, which share the graph."""
 
-    def __init__(self, model, graph, edges, names, probe):
+    def __init__(self, model, graph, edges, names, probe, tables):
         self.graph, self.ranges, self.names, self.probe = graph.graph, edges, names, probe
         self.plan = Plan()
         self.outputs = {value.name for value in self.graph.outputs}
+        self.functions: set[str] = set()  # values that are elementwise functions of one other, clamps alone aside
         self.root: dict[str, str] = {}  # value -> the value that it shares codes with
         self._layers(model)
         self._clamps_and_moves()
         touching = self._touching()
-        self._functions(touching)
+        self._functions(touching, tables)
         self._edges(touching)
 
     def _layers(self, model: nn.Module) -> None:
@@ -141,7 +145,7 @@ class _Planner:
                     ahead.append(other)
         return reached
 
-    def _functions(self, touching: set[str]) -> None:
+    def _functions(self, touching: set[str], tables: bool) -> None:
         """Values that are elementwise functions of one value, and not clamps of it alone."""
         base: dict[str, str] = {}
         for node in self.graph:
@@ -155,7 +159,8 @@ class _Planner:
             if len(bases) == 1 and scalars and (of_a_function or output.name not in self.plan.clamped):
                 base[output.name] = bases.pop()
                 self.plan.clamped.pop(output.name, None)
-        self.plan.tables = {
+        self.functions = set(base)
+        self.plan.tables = {} if not tables else {
             name: source for name, source in base.items()
             if name in self.outputs or any(reader.outputs[0].name not in base for reader in self.readers(self._value(name)))
         }  # fmt: skip
@@ -234,6 +239,8 @@ class _Planner:
 
     def _joins(self, node: ir.Node, touching: set[str]) -> bool:
         dynamic = [value for value in node.inputs if value is not None and constant(value) is None]
+        if node.outputs[0].name in self.functions:
+            return False
         pooling = node.op_type in ("GlobalAveragePool", "AveragePool")
         return node.name in touching and node.op_type in JOINT and (pooling or len(dynamic) == len(node.inputs))
 

@@ -43,6 +43,7 @@ class _Writer:
         self.floats: dict[str, ir.Value] = {}
         self.codes: dict[str, ir.Value] = {}
         self.requantized: dict[tuple[str, Affine], ir.Value] = {}
+        self.rows: dict[str, tuple[ir.Value, ir.Value]] = {}  # name of a value -> (it as a matrix, its shape): what linears make
         self.units: dict[str, Affine] = {}  # layer -> the grid of its input
 
     def model(self, about: Mapping[str, str]) -> ir.Model:
@@ -121,8 +122,9 @@ class _Writer:
 
     def _quantize(self, name: str, value: ir.Value, affine: Affine, low: float = -np.inf, high: float = np.inf) -> None:
         """Quantize what the float graph calls `name`, clamped; from now on its readers get the rounded numbers."""
-        codes = self._clipped(self.emit("QuantizeLinear", [value, *self._scale(affine)], {}, f"{name}.quantized"), affine, name, low, high)
-        self._as_codes(name, codes, affine)
+        rows, shape = self.rows.get(value.name, (value, None))
+        codes = self._clipped(self.emit("QuantizeLinear", [rows, *self._scale(affine)], {}, f"{name}.quantized"), affine, name, low, high)
+        self._as_codes(name, codes if shape is None else self.emit("Reshape", [codes, shape], {}, ""), affine)
 
     def _as_codes(self, name: str, codes: ir.Value, affine: Affine) -> None:
         self.codes[name] = codes
@@ -136,6 +138,8 @@ class _Writer:
         layer = node.metadata_props.get(LAYER)
         if layer is not None:
             made = self._layer(node, layer)
+            if made is None:
+                return
         elif affine is not None and output.name in self.plan.tables:
             return self._as_codes(output.name, self._table(node, affine), affine)
         elif node.op_type in MOVES and node.inputs[0].name in self.codes and affine == self.plan.edges.get(node.inputs[0].name):
@@ -173,16 +177,19 @@ class _Writer:
 
     # Layers
 
-    def _layer(self, node: ir.Node, name: str) -> ir.Value:
-        """A layer, or the sum that adds its bias where the exporter wrote one."""
+    def _layer(self, node: ir.Node, name: str) -> ir.Value | None:
+        """A layer; None of one whose bias is yet to be added, if it is made together with it."""
         layer, integer = self.layers[name], name in self.plan.integer
-        operands = [self._operand(value) for value in node.inputs]
         if layer.weight_quantizer is None and name not in self.plan.inputs:
             return self._copied(node)
-        if node.metadata_props.get(BIAS):
-            if integer:
-                operands[1] = self._integer_bias(name, constant(node.inputs[1]))
-            return self.emit(node.op_type, operands, {}, node.name)
+        if BIAS in node.metadata_props:
+            if not integer:
+                return self._copied(node)
+            return self._matrix_product(node.inputs[0].producer(), name, constant(node.inputs[1]))
+        if integer and node.op_type == "MatMul":
+            alone = not any(BIAS in use.node.metadata_props for use in node.outputs[0].uses())
+            return self._matrix_product(node, name, None) if alone else None
+        operands = [self._operand(value) for value in node.inputs]
         if name in self.plan.inputs:
             operands[0] = self._input(node, name)
         transposed = node.op_type in ("Gemm", "MatMul")
@@ -197,6 +204,23 @@ class _Writer:
         else:
             operands[at] = self._float_weight(name, layer, transposed)
         return self.emit(node.op_type, operands, attributes, node.name)
+
+    def _matrix_product(self, node: ir.Node, name: str, bias: np.ndarray | None) -> ir.Value:
+        """A linear on more than two dimensions as one on a matrix of rows, for which runtimes have a kernel, bias and rounding in it."""
+        given = self._input(node, name)
+        source, *grid = given.producer().inputs
+        width = self._constant_of("row_length", [-1, node.inputs[0].shape[-1]])
+        rows = self.emit("DequantizeLinear", [self.emit("Reshape", [source, width], {}, ""), *grid], {}, "")
+        operands = [rows, self._integer_weight(name, self.layers[name], True)]
+        made = self.emit("Gemm", operands if bias is None else [*operands, self._integer_bias(name, bias)], {}, name)
+        # The batch is the one dimension that is not known; it is the first.
+        shape = self._constant_of("shape", [-1, *node.inputs[0].shape[1:-1], operands[1].producer().inputs[1].shape[0]])
+        whole = self.emit("Reshape", [made, shape], {}, "")
+        self.rows[whole.name] = made, shape
+        return whole
+
+    def _constant_of(self, kind: str, sizes: Sequence[int]) -> ir.Value:
+        return self.constant("_".join([kind, *map(str, sizes)]), np.array([int(size) for size in sizes], np.int64))
 
     def _read_as(self, source: str, name: str) -> Affine:
         """The grid of the codes that a layer reads: its own, or the edge's where both have 8 bits."""
