@@ -8,10 +8,7 @@ from torch import nn
 
 from anybit import stages
 from anybit.batches import Batch
-from anybit.candidates import Candidates, activation_candidate, apply_scheme, weight_candidate
-from anybit.capture import input_samples
 from anybit.checkpoint import Canonical
-from anybit.layers import quantized_layers
 from anybit.scheme import Precision, Scheme
 
 
@@ -112,12 +109,5 @@ def random_precision(draw: random.Random) -> Precision:
 def canonical_of(model: nn.Module, batch: Batch, precision) -> Canonical:
     """`model` rounded to nearest at `precision(layer)`, with edge ranges of `batch`: no calibration, which takes longer."""
     network = stages.observe_network(model.eval(), batch, stages.CalibrateSettings((8,), (8,)))
-    samples, layers = input_samples(network.folded, network.names, [batch], 2**12, 0), quantized_layers(network.prepared)
-    scheme, candidates = Scheme({name: precision(name) for name in network.names}), Candidates()
-    for name, chosen in scheme.items():
-        if chosen.weight_bits:
-            candidates.weights[name, chosen.weight_bits] = weight_candidate(layers[name], chosen.weight_bits, "minmax")
-        if chosen.activation_bits:
-            candidates.activations[name, chosen.activation_bits] = activation_candidate(samples[name], chosen.activation_bits, "minmax")
-    ready = apply_scheme(network.prepared, scheme, candidates).eval()
+    ready = stages.rounded(network, [batch], Scheme({name: precision(name) for name in network.names}))
     return Canonical(ready, network.norms, stages.edge_ranges(ready, network.wiring, [batch]))

@@ -181,6 +181,18 @@ def test_layers_that_stay_float_are_named_with_the_reason(tmp_path):
     assert np.allclose(there, simulated.numpy(), atol=1e-5)
 
 
+def test_a_layer_kept_float_between_integer_ones_stays_float(tmp_path):
+    """The runtime rounds the float weights of a layer that stands between quantizers to 8 bits, where it is let."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(288, 16), nn.ReLU()]
+    batch = inputs((3, 12, 12))
+    canonical = canonical_of(nn.Sequential(*layers, nn.Linear(16, 4)), batch, lambda n: Precision.parse("float" if n in "26" else "W8A8"))
+    made = exported(canonical, batch)
+    onnx_file.save(made.integer, tmp_path / "net.onnx")
+    verdict = verify_file(tmp_path / "net.onnx", onnx_file.load(tmp_path / "net.onnx"), made, canonical.model, batch)
+    assert set(verdict.floats) == {"2", "6"} and set(verdict.kernels) == {"0", "4", "8"} and not verdict.failures
+
+
 def test_weights_alone_quantized_give_the_simulations_numbers():
     canonical, made, batch = made_of("relu", precision=lambda layer: Precision(3, None))
     with torch.no_grad():

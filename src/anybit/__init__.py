@@ -24,6 +24,7 @@ _HOMES = {
     "export": "anybit.exports",
     "verify": "anybit.exports",
     "bench": "anybit.exports",
+    "profile": "anybit.exports",
     "inspect": "anybit.roads",
     "load": "anybit.roads",
     "Result": "anybit.roads",

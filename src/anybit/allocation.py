@@ -70,7 +70,7 @@ class Allocation:
 
 
 def make_problem(choices: Mapping[str, Sequence[Precision]], table: SensitivityTable, costs: CostModel, budget: Budget | None) -> Problem:
-    """The problem of least predicted loss under `budget`'s limits on bits, bytes, percent and BOPs."""
+    """The problem of least predicted loss under `budget`'s limits on bits, bytes, percent, BOPs and latency."""
     names = list(choices)
     for name in names:
         if not choices[name]:
@@ -109,7 +109,12 @@ def _linear(condition: Condition, choices: Mapping[str, Sequence[Precision]], co
     if condition.quantity == "bops":
         per_layer = {name: np.array([float(costs.layer_bops(name, p)) for p in choices[name]]) for name in choices}
         return "bops", per_layer, condition.limit, lambda amount: f"bops={math.ceil(amount / 1e5) / 10:.1f}M"
-    raise InvalidSetting(f"A budget of {condition.quantity} needs a measured table, which this command has none of.")
+    if condition.quantity == "latency" and costs.latency is not None:
+        table = costs.latency
+        per_layer = {name: np.array([table.layer(name, p) for p in choices[name]]) for name in choices}
+        rest = table.rest["int8"]
+        return "latency", per_layer, condition.limit - rest, lambda amount: f"latency={math.ceil((amount + rest) * 1e7) / 1e4:g}ms"
+    raise InvalidSetting(f"A budget of {condition.quantity} needs a measured table: run anybit profile on this model and data first.")
 
 
 def allocate(problem: Problem, objective: Mapping[str, np.ndarray] | None = None, name: str = "least predicted loss") -> Allocation:

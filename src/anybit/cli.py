@@ -46,7 +46,8 @@ Data = Annotated[str | None, typer.Option("--data", help="Inputs: a folder of im
 RunData = Annotated[str | None, typer.Option("--data", help="Inputs, preprocessed as the run's (default: what it was made with).")]
 Test = Annotated[str | None, typer.Option("--test", help="Labelled data for the report; nothing is chosen on it.")]
 Budgets = Annotated[
-    list[str] | None, typer.Option("--budget", help="4bit, 120kB, 12.5%, bops=2.1G, loss=0.02, drop=1%; join with commas, or repeat.")
+    list[str] | None,
+    typer.Option("--budget", help="4bit, 120kB, 12.5%, bops=2.1G, latency=3ms, loss=0.02, drop=1%; join with commas, or repeat."),
 ]
 Keep = Annotated[list[str] | None, typer.Option("--keep", help="PATTERN=W8A8 or PATTERN=float: pin layers; patterns match whole names.")]
 Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
@@ -747,6 +748,44 @@ def bench(
         from anybit.reporting import print_bench
 
         print_bench(found)
+
+
+@app.command()
+def profile(
+    model: Model = None,
+    weights: Weights = None,
+    data: Data = None,
+    keep: Keep = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize: Resize = None,
+    interpolation: Interpolation = "bilinear",
+    rounds: Annotated[int, typer.Option(help="Turns of float32, 8 bits and alternating, each about a twentieth of a second.")] = 20,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure again what was measured before.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """How long each layer takes in float and on integers on this machine: the table behind --budget latency=3ms."""
+    with _reported_errors():
+        from anybit import exports
+
+        given = _preprocessing(mean, std, size, resize, interpolation)
+        found = exports.profile(
+            _require(model, "--model"),
+            _require(data, "--data"),
+            weights=weights,
+            preprocessing=given,
+            keep=_kept(keep),
+            rounds=rounds,
+            overwrite=overwrite,
+        )
+    if as_json:
+        print(json.dumps(found))
+    else:
+        from anybit.reporting import print_profile
+
+        print_profile(found, layers=not quiet)
 
 
 @app.command()

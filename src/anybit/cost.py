@@ -34,6 +34,39 @@ class LayerSize:
 
 
 @dataclass(frozen=True)
+class LatencyTable:
+    """Seconds of one forward pass of one sample, measured on one machine with one runtime.
+
+    layers    name -> {"float32": seconds, "int8": seconds}; bits below 8 run as int8
+    rest      the same of everything that is no layer
+    boundary  seconds for each number that goes from float to integers or back
+    crossing  name -> numbers that do where this layer alone computes in float: its input and its output
+    """
+
+    layers: Mapping[str, Mapping[str, float]]
+    rest: Mapping[str, float]
+    boundary: float
+    crossing: Mapping[str, int]
+
+    def layer(self, name: str, precision: Precision) -> float:
+        """The layer's seconds; of a float one with both its boundaries, as if its neighbours computed on integers."""
+        kernel = kernel_class(precision)
+        return self.layers[name][kernel] + (self.boundary * self.crossing[name] if kernel == "float32" else 0.0)
+
+    def total(self, scheme: Mapping[str, Precision]) -> float:
+        """Predicted seconds; float layers beside each other are counted as if they stood alone, so that it is seldom less in truth."""
+        kinds = {kernel_class(precision) for precision in scheme.values()}
+        if kinds == {"float32"}:
+            return self.rest["float32"] + sum(self.layers[name]["float32"] for name in scheme)
+        return self.rest["int8"] + sum(self.layer(name, precision) for name, precision in scheme.items())
+
+
+def kernel_class(precision: Precision) -> str:
+    """What a layer runs as: "int8" where weights and input are quantized, whatever the bits, else "float32"."""
+    return "float32" if precision.weight_bits is None or precision.activation_bits is None else "int8"
+
+
+@dataclass(frozen=True)
 class CostModel:
     """Costs of every scheme of one prepared model.
 
@@ -42,6 +75,7 @@ class CostModel:
     others       entries of another type, stored under their own keys
     edges        number of stored edge ranges
     float_bytes  of the float32 weights' file
+    latency      measured on this machine, where it was
     """
 
     layers: Mapping[str, LayerSize]
@@ -49,6 +83,7 @@ class CostModel:
     others: Mapping[str, TensorSpec]
     edges: int
     float_bytes: int
+    latency: LatencyTable | None = None
 
     @classmethod
     def of(cls, prepared: nn.Module, names: list[str], wiring: Wiring | None, edges: int, float_model: nn.Module) -> "CostModel":
@@ -108,7 +143,7 @@ class CostModel:
             "bytes": size,
             "percent": 100 * size / self.float_bytes,
             "bops": self.bops(scheme),
-        }
+        } | ({"latency": self.latency.total(scheme)} if self.latency else {})
 
 
 def macs_per_sample(layer: nn.Module, name: str, wiring: Wiring) -> int:

@@ -1,5 +1,6 @@
-"""From a run folder to a file that runs, and back: export, verify and bench, one function a verb."""
+"""From a run folder to a file that runs, and what it takes there: export, verify, bench and profile, one function a verb."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ from anybit.evaluation import Metric, outputs_of, score
 from anybit.onnx import file as onnx_file
 from anybit.onnx.file import exported, ideal_bytes
 from anybit.onnx.floats import input_tensors, probe_of
+from anybit.onnx.latency import keep as keep_table
+from anybit.onnx.latency import measure_latency, recalled
 from anybit.onnx.timing import faster, in_turns, openvino_runner
 from anybit.onnx.verification import RUN, differences, flipped_codes, verify_file
+from anybit.references import Preprocessing, as_samples, load_data, load_model
 from anybit.reporting import environment
 from anybit.roads import inputs_for, opened
+from anybit.scheme import Precision
+from anybit.stages import CalibrateSettings, observe_network
 
 CHECKED = 64
 """Inputs on which codes are compared one by one."""
@@ -122,6 +128,41 @@ def bench(
     given = made.integer if onnx is None else onnx_file.load(Path(onnx))
     return measured(made.floating, given, probe_of(example, batch_size), rounds, threads) | {
         "ideal_bytes": ideal_bytes(canonical),
+    }
+
+
+def profile(
+    model: nn.Module | str,
+    data: Any,
+    *,
+    weights: str | Path | None = None,
+    preprocessing: Preprocessing = Preprocessing(),
+    keep: Mapping[str, Precision | str] | None = None,
+    rounds: int = 20,
+    overwrite: bool = False,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Measure how long each layer takes in float and on integers on this machine, and keep it for budgets of latency.
+
+    model, data, weights, preprocessing, keep  as for `calibrate`
+    overwrite   measure again where the network has been measured on this machine and runtime before
+    """
+    network = load_model(model, None if weights is None else str(weights)) if isinstance(model, str) else model
+    samples = load_data(data, preprocessing, workers) if isinstance(data, str) else as_samples(data, workers)
+    batch = _first(samples, onnx_file.PROBE)
+    ready = observe_network(network.eval(), batch, CalibrateSettings((8,), (8, None), keep=dict(keep or {})))
+    found = None if overwrite else recalled(ready)
+    if found is None:
+        table, about = measure_latency(ready, batch, rounds)
+        keep_table(ready, table, about)
+    else:
+        table, about = found
+    return {
+        "layers": {name: {**row, "boundaries": table.boundary * table.crossing[name]} for name, row in table.layers.items()},
+        "rest": dict(table.rest),
+        "recalled": found is not None,
+        **about,
+        "environment": _environment(),
     }
 
 

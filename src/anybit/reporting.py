@@ -137,6 +137,9 @@ def print_report(report: Mapping[str, Any]) -> None:
     if report.get("units"):
         errors = [[name, unit["before"], unit["after"], str(unit["steps"])] for name, unit in report["units"].items() if unit]
         print_table("Units (relative error on held-out inputs)", ["unit", "before", "after", "steps kept"], errors)
+    if "latency" in report:
+        seconds = {kind: f"{1e3 * value:.4g} ms" for kind, value in report["latency"].items()}
+        print(f"Latency: predicted {seconds['predicted']}, measured {seconds['exported']}, float32 {seconds['float32']}")
     stages = [[s["stage"], f"{s['seconds']:.1f} s", human_bytes(s["peak_bytes"])] for s in report["stages"]]
     print_table("Stages", ["stage", "time", "peak memory"], stages)
 
@@ -292,6 +295,17 @@ def print_bench(found: Mapping[str, Any]) -> None:
                 f"{runtime}: {faster['ratio']:.2f}x as fast as its float32 (half of {found['rounds']} rounds between {faster['low']:.2f}x "
                 f"and {faster['high']:.2f}x), batch {found['batch_size']}, {found['threads']} thread(s)"
             )
+
+
+def print_profile(found: Mapping[str, Any], layers: bool = True) -> None:
+    """Each layer in float and on integers, and whole networks."""
+    rows = [[name, *(1e6 * row[kind] for kind in ("float32", "int8", "boundaries"))] for name, row in found["layers"].items()]
+    if layers:
+        rows.append(["everything else", *(1e6 * found["rest"][kind] for kind in ("float32", "int8")), None])
+        print_table("Microseconds of one sample", ["layer", "float32", "int8", "boundaries, if float alone"], rows)
+    whole = found["measured"]
+    print(f"whole network: float32 {1e3 * whole['float32']:.4g} ms, 8 bits {1e3 * whole['int8']:.4g} ms", end="")
+    print(f", every second layer float {1e3 * whole['alternating']:.4g} ms" + (" (measured before)" if found["recalled"] else ""))
 
 
 def _shape(numbers: Iterable[int]) -> str:

@@ -190,7 +190,7 @@ def prepare_bench(
         check_finite(calibration.fitting + calibration.held_out)
         if settings.mirror:
             calibration = stages.mirrored(calibration)
-        network = stages.observe_network(model, _example(calibration), settings)
+        network = _with_latencies(stages.observe_network(model, _example(calibration), settings), budgets)
         for budget in budgets:
             stages.check_feasible(network, budget)
     with clock.stage("float outputs"), torch.no_grad():
@@ -223,6 +223,25 @@ def prepare_bench(
     return Bench(network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors)
 
 
+def _with_latencies(network: Network, budgets: Sequence[Budget]) -> Network:
+    """The network with this machine's measured latencies among its costs, where a budget limits them."""
+    if all(budget.limit("latency") is None for budget in budgets):
+        return network
+    from anybit.onnx.latency import recalled  # optional packages
+
+    found = recalled(network)
+    if found is None:
+        raise InvalidSetting("A budget of latency needs a table measured on this machine: run anybit profile on this model and data first.")
+    return replace(network, costs=replace(network.costs, latency=found[0]))
+
+
+def _latencies(network: Network, canonical: Canonical, example: Batch) -> dict[str, float]:
+    """What the table predicted of the finished network, and what it takes once exported; seconds of one sample."""
+    from anybit.onnx.latency import latency_of
+
+    return {"predicted": network.costs.latency.total(canonical.scheme), **latency_of(canonical, example)}
+
+
 def _example(calibration: Calibration) -> Batch:
     first = calibration.fitting[0]
     return Batch(map_tensors(first.inputs, lambda tensor: tensor[:2]))
@@ -252,6 +271,9 @@ def _finish(
         with clock.stage("test"):
             report |= _tests(bench, canonical.model, test)
     canonical.model.cpu()
+    if budget is not None and budget.limit("latency") is not None:
+        with clock.stage("latency"):
+            report["latency"] = _latencies(network, canonical, bench.calibration.fitting[0].to("cpu"))
     report["stages"] = clock.stages
     about = {**about, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task}
     return Result(canonical, report, about, bench.candidates, dict(saved))
@@ -724,7 +746,7 @@ def allocate(
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
         if settings.mirror:
             calibration = stages.mirrored(calibration)
-        network = stages.observe_network(float_model, _example(calibration), settings)
+        network = _with_latencies(stages.observe_network(float_model, _example(calibration), settings), [Budget.parse(budget)])
         found = {name: (size.rows, size.columns) for name, size in network.costs.layers.items()}
         if found != shapes:
             different = sorted(set(found.items()) ^ set(shapes.items()))[0][0]

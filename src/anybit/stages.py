@@ -425,7 +425,7 @@ def uniform_rows(
 
 
 def fits(costs: CostModel, scheme: Scheme, budget: Budget) -> bool:
-    """Whether the scheme's exact costs meet every condition on bits, bytes, percent and BOPs."""
+    """Whether the scheme's costs meet every condition on bits, bytes, percent, BOPs and latency."""
     amounts = costs.summary(scheme)
     amounts["bits"] = amounts.pop("weight_bits")
     return all(amounts[c.quantity] <= c.limit * (1 + 1e-12) for c in budget.conditions if c.quantity in amounts)
@@ -583,6 +583,18 @@ def edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch]) -> d
     for batch in batches:
         observe(model, batch, widen)
     return {name: ends.get(name, (0.0, 0.0)) for name in wiring.edges()}
+
+
+def rounded(network: Network, batches: Sequence[Batch], scheme: Scheme) -> nn.Module:
+    """The canonical model of `scheme` by rounding to nearest over whole ranges: for speed and size, where accuracy does not matter."""
+    samples, layers = input_samples(network.folded, network.names, batches, 2**12, 0), quantized_layers(network.prepared)
+    candidates = Candidates()
+    for name, (weight_bits, activation_bits) in ((name, (p.weight_bits, p.activation_bits)) for name, p in scheme.items()):
+        if weight_bits:
+            candidates.weights[name, weight_bits] = weight_candidate(layers[name], weight_bits, "minmax")
+        if activation_bits:
+            candidates.activations[name, activation_bits] = activation_candidate(samples[name], activation_bits, "minmax")
+    return apply_scheme(network.prepared, scheme, candidates).eval()
 
 
 def task_of(settings: CalibrateSettings, reference: Tensor) -> str:

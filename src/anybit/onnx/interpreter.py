@@ -382,6 +382,7 @@ _OPERATORS: dict[str, Callable[[list[Any], Mapping[str, Any]], Any]] = {
     "Pad": _moved(_pad),
     "Clip": _moved(_clip),
     "Identity": lambda inputs, settings: inputs[0],
+    "Max": lambda inputs, settings: inputs[0] if len(inputs) == 1 else None,
     "Relu": _moved(lambda x, rest, settings: x.clamp(min=0)),
     "Cast": _moved(lambda x, rest, settings: x.to(_NUMPY_TYPES[ir.DataType(settings["to"])])),
     "Gather": _moved(lambda x, rest, settings: x[rest[0].long()] if settings.get("axis", 0) == 0 else None),

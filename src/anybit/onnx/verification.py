@@ -134,8 +134,10 @@ def _check_kernels(verdict: Verdict, path: Path, made: Exported, model: nn.Modul
         nodes = onnx.load(optimized, load_external_data=False).graph.node
     kinds = {node.name.split("_token_")[0]: node.op_type for node in nodes if node.op_type in KERNELS}
     for layer, module in quantized_layers(model).items():
-        if layer in kinds:
+        if layer in kinds and layer in made.plan.integer:
             verdict.kernels[layer] = kinds[layer]
+        elif layer in kinds:
+            verdict.failures.append(f"{layer}: the runtime computes it on integers, though it is to stay float.")
         elif layer in made.plan.integer:
             verdict.floats[layer] = "the runtime did not fuse it with its quantizers"
             verdict.failures.append(f"{layer}: the runtime computes it in float, though its operands are integers.")

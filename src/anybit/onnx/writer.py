@@ -181,7 +181,7 @@ class _Writer:
         """A layer; None of one whose bias is yet to be added, if it is made together with it."""
         layer, integer = self.layers[name], name in self.plan.integer
         if layer.weight_quantizer is None and name not in self.plan.inputs:
-            return self._copied(node)
+            return self._kept_float(node)
         if BIAS in node.metadata_props:
             if not integer:
                 return self._copied(node)
@@ -194,6 +194,7 @@ class _Writer:
             operands[0] = self._input(node, name)
         transposed = node.op_type in ("Gemm", "MatMul")
         attributes = {key: value for key, value in node.attributes.items() if key != "transB"}
+        operands[0] = operands[0] if integer else self._apart(operands[0])
         if layer.weight_quantizer is None:
             return self.emit(node.op_type, operands, node.attributes, node.name)
         at = 0 if node.op_type == "Gather" else 1
@@ -204,6 +205,21 @@ class _Writer:
         else:
             operands[at] = self._float_weight(name, layer, transposed)
         return self.emit(node.op_type, operands, attributes, node.name)
+
+    def _kept_float(self, node: ir.Node) -> ir.Value:
+        """A layer that computes in float, as it is."""
+        operands = [self._operand(value) for value in node.inputs]
+        if BIAS not in node.metadata_props:
+            operands[0] = self._apart(operands[0])
+        return self.emit(node.op_type, operands, node.attributes, node.name)
+
+    def _apart(self, value: ir.Value) -> ir.Value:
+        """The same numbers, behind an operator that runtimes do not see through.
+
+        ONNX Runtime quantizes the float weights of a layer that stands between quantizers, unasked.
+        """
+        rounded = value.producer() is not None and value.producer().op_type == "DequantizeLinear"
+        return self.emit("Max", [value], {}, "") if rounded else value
 
     def _matrix_product(self, node: ir.Node, name: str, bias: np.ndarray | None) -> ir.Value:
         """A linear on more than two dimensions as one on a matrix of rows, for which runtimes have a kernel, bias and rounding in it."""

@@ -1,0 +1,176 @@
+"""How long every layer takes in float and on integers, on this machine: what a budget of latency is counted by.
+
+    1. The network is exported twice, in float32 and with every layer at 8 bits, and the runtime's profiler tells each kernel's time.
+       Times of kernels are scaled such that they add up to the latency without the profiler.
+    2. A third export has every second layer in float. What it takes above the sum of its parts is what its boundaries cost, shared among
+       the numbers that cross them.
+
+Bits enter through the kernel alone: whatever has 2 to 8 bits runs as int8.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from anybit.batches import Batch
+from anybit.checkpoint import Canonical, read_json, write_json
+from anybit.cost import LatencyTable
+from anybit.errors import InvalidFile
+from anybit.onnx.file import exported, session
+from anybit.onnx.floats import LAYER, input_tensors, probe_of
+from anybit.onnx.timing import in_turns
+from anybit.reporting import processor
+from anybit.scheme import FLOAT, Precision, Scheme
+from anybit.stages import Network, edge_ranges, rounded
+
+INT8 = Precision(8, 8)
+
+
+def measure_latency(network: Network, batch: Batch, rounds: int = 20, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]]:
+    """(the table, what was measured and predicted of whole networks) for one sample a forward pass."""
+    free = [name for name in network.names if len(network.choices[name]) > 1 or network.choices[name][0] != FLOAT]
+    whole = {name: INT8 if name in free else FLOAT for name in network.names}
+    striped = {name: FLOAT if name in free[1::2] else precision for name, precision in whole.items()}
+    graphs: dict[str, ir.Model] = {}
+    for kind, precisions in (("int8", whole), ("alternating", striped)):
+        model = rounded(network, [batch], Scheme(precisions))
+        made = exported(Canonical(model, network.norms, edge_ranges(model, network.wiring, [batch])), batch)
+        graphs[kind], graphs["float32"] = made.integer, made.floating
+    one = probe_of(batch, 1)
+    runners = {kind: _runner(graph, one, threads) for kind, graph in graphs.items()}
+    seconds = {kind: float(np.median(times)) for kind, times in in_turns(runners, rounds).items()}
+    parts = {kind: _kernels(graphs[kind], one, seconds[kind], threads) for kind in ("float32", "int8")}
+    layers = {name: {kind: parts[kind][0].get(name, 0.0) for kind in parts} for name in network.names}
+    crossing = {name: _crossing(network, name) for name in network.names}
+    table = LatencyTable(layers, {kind: rest for kind, (_, rest) in parts.items()}, 0.0, crossing)
+    apart = seconds["alternating"] - table.total(Scheme(striped))
+    crossed = sum(crossing[name] for name in free[1::2])
+    table = LatencyTable(table.layers, table.rest, max(0.0, apart / crossed) if crossed else 0.0, crossing)
+    return table, {"measured": seconds, "predicted_int8": table.total(Scheme(whole)), "threads": threads, "rounds": rounds}
+
+
+def latency_of(canonical: Canonical, batch: Batch, rounds: int = 20, threads: int = 1) -> dict[str, float]:
+    """Seconds of a finished network as it is exported, and of its float32 file, in turns."""
+    made = exported(canonical, batch)
+    one = probe_of(batch, 1)
+    runners = {"exported": _runner(made.integer, one, threads), "float32": _runner(made.floating, one, threads)}
+    return {kind: float(np.median(times)) for kind, times in in_turns(runners, rounds).items()}
+
+
+def _runner(graph: ir.Model, batch: Batch, threads: int):
+    running = session(graph, threads)
+    feeds = {value.name: tensor.numpy() for value, tensor in zip(running.get_inputs(), input_tensors(batch), strict=True)}
+    return lambda: running.run(None, feeds)
+
+
+def _crossing(network: Network, name: str) -> int:
+    operation = network.wiring.operation(name)
+    shapes = [network.wiring.input_shapes[name], operation.shape]
+    return sum(int(np.prod(shape)) for shape in shapes) // network.wiring.batch_size
+
+
+def _kernels(graph: ir.Model, batch: Batch, seconds: float, threads: int, runs: int = 20) -> tuple[dict[str, float], float]:
+    """(seconds of each layer, of the rest), which add up to `seconds`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level, options.enable_profiling = threads, 3, True
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        running = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), options, providers=["CPUExecutionProvider"])
+        feeds = {value.name: tensor.numpy() for value, tensor in zip(running.get_inputs(), input_tensors(batch), strict=True)}
+        for _ in range(runs):
+            running.run(None, feeds)
+        events = json.loads(Path(running.end_profiling()).read_text())
+    times = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            times[event["name"].removesuffix("_kernel_time")].append(event["dur"])
+    medians = {name: float(np.median(durations)) for name, durations in times.items()}
+    scale = seconds / max(sum(medians.values()), 1e-12)
+    owners = _owners(graph, list(medians))
+    layers: dict[str, float] = defaultdict(float)
+    rest = 0.0
+    for name, duration in medians.items():
+        if owners.get(name) is None:
+            rest += duration * scale
+        else:
+            layers[owners[name]] += duration * scale
+    return dict(layers), rest
+
+
+def _owners(graph: ir.Model, kernels: Sequence[str]) -> dict[str, str]:
+    """Kernel -> its layer. Kernels are named after their node, or after the value that a fused one gives."""
+    named = {node.name: node.metadata_props.get(LAYER, node.name) for node in graph.graph if _is_layer(node)}
+    owners = {kernel: named[kernel.split("_token_")[0]] for kernel in kernels if kernel.split("_token_")[0] in named}
+    makers = {value.name: node for node in graph.graph for value in node.outputs}
+    for kernel in kernels:
+        node = makers.get(kernel.removesuffix("_nchwc"))
+        if kernel in owners or node is None or not kernel.endswith("_nchwc"):
+            continue
+        ahead, seen = [node], set()
+        while ahead:  # a fused kernel is named after the last of its operators
+            node = ahead.pop(0)
+            if _is_layer(node):
+                if named[node.name] not in owners.values():
+                    owners[kernel] = named[node.name]
+                    break
+                continue
+            if node.name not in seen and len(seen) < 6:
+                seen.add(node.name)
+                ahead += [value.producer() for value in node.inputs if value is not None and value.producer() is not None]
+    return owners
+
+
+def _is_layer(node: ir.Node) -> bool:
+    return node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and bool(node.name)
+
+
+# The cache
+
+
+def _place(network: Network, threads: int) -> Path:
+    """Where the table of a network of this shape, on this machine and runtime, is kept."""
+    import onnxruntime
+
+    operations = [[op.name, op.kind, list(op.shape[1:])] for op in network.wiring.operations]
+    weights = [[name, size.rows, size.columns] for name, size in network.costs.layers.items()]
+    told = json.dumps([1, operations, weights, processor(), onnxruntime.__version__, threads])
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit" / "latency"
+    return home / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
+
+
+def keep(network: Network, table: LatencyTable, about: Mapping[str, Any], threads: int = 1) -> Path:
+    """Write the table where `recalled` finds it."""
+    place = _place(network, threads)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft = place.with_suffix(".tmp")
+    write_json(draft, {"version": 1, **asdict(table), "about": dict(about)})
+    draft.replace(place)
+    return place
+
+
+def recalled(network: Network, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]] | None:
+    """(the table, what was measured) of an earlier `keep` for the same network, machine and runtime; None where there is none."""
+    place = _place(network, threads)
+    if not place.is_file():
+        return None
+    data = read_json(place)
+    try:
+        layers = {name: {kind: float(row[kind]) for kind in ("float32", "int8")} for name, row in data["layers"].items()}
+        rest = {kind: float(data["rest"][kind]) for kind in ("float32", "int8")}
+        crossing = {name: int(data["crossing"][name]) for name in layers}
+        if set(layers) != set(network.names):
+            raise KeyError("layers")
+        return LatencyTable(layers, rest, float(data["boundary"]), crossing), dict(data["about"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidFile(f"{place} is no table of latencies ({error}). Measure again: anybit profile --overwrite.") from error

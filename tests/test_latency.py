@@ -1,0 +1,91 @@
+"""Budgets of latency are counted by a measured table: what it adds up to, what it allocates, where it is kept."""
+
+import pytest
+import torch
+from exported import EXACT, inputs
+from networks import Residual, make, pictures
+
+import anybit
+from anybit import stages
+from anybit.batches import Batch
+from anybit.cost import LatencyTable, kernel_class
+from anybit.errors import InfeasibleBudget, InvalidFile, InvalidSetting
+from anybit.onnx import latency
+from anybit.scheme import FLOAT, Precision, Scheme
+
+INT8 = Precision(4, 8)
+
+
+def table_of(names):
+    """Float layers three times as slow, boundaries dear."""
+    layers = {name: {"float32": 3e-4 * (index + 1), "int8": 1e-4 * (index + 1)} for index, name in enumerate(names)}
+    return LatencyTable(layers, {"float32": 5e-4, "int8": 6e-4}, 1e-8, {name: 1000 for name in names})
+
+
+def ready(model, batch):
+    return stages.observe_network(model, batch, stages.CalibrateSettings((8,), (8, None)))
+
+
+@pytest.mark.parametrize(("text", "kernel"), [("W4A8", "int8"), ("W0A4", "int8"), ("W3", "float32"), ("float", "float32")])
+def test_a_layer_runs_on_integers_where_both_operands_are(text, kernel):
+    assert kernel_class(Precision.parse(text)) == kernel
+
+
+def test_a_float_layer_among_integer_ones_pays_for_its_boundaries():
+    table = table_of(["a", "b"])
+    whole, mixed = table.total({"a": INT8, "b": INT8}), table.total({"a": INT8, "b": FLOAT})
+    assert whole == pytest.approx(6e-4 + 1e-4 + 2e-4) and mixed == pytest.approx(6e-4 + 1e-4 + 6e-4 + 1e-5)
+    assert table.total({"a": FLOAT, "b": FLOAT}) == pytest.approx(5e-4 + 3e-4 + 6e-4)
+
+
+@pytest.mark.parametrize("name", ["relu", "silu", "mixed"])
+def test_measured_parts_add_up_to_measured_wholes(name):
+    network, shape = EXACT[name]
+    torch.manual_seed(0)
+    table, about = latency.measure_latency(ready(network().eval(), inputs(shape, 2)), inputs(shape, 2), rounds=2)
+    for kind in ("float32", "int8"):
+        assert sum(row[kind] for row in table.layers.values()) + table.rest[kind] == pytest.approx(about["measured"][kind], rel=1e-6)
+        assert all(row[kind] > 0 for row in table.layers.values()), kind
+    assert table.boundary >= 0 and all(count > 0 for count in table.crossing.values())
+
+
+def test_a_budget_of_latency_is_kept_and_measured_again(quick):
+    model, data = make(Residual), pictures(40)
+    quick |= {"activation_bits": (8, None), "pipeline": "light"}
+    with pytest.raises(InvalidSetting, match="anybit profile"):
+        anybit.calibrate(model, data, "latency=2ms", **quick)
+    observed = ready(model, Batch(data[:2]))
+    table = table_of(observed.names)
+    latency.keep(observed, table, {"measured": {}})
+    least = table.total(Scheme.uniform(observed.names, INT8))
+    result = anybit.calibrate(model, data, f"latency={1e3 * least * 1.05:.6f}ms", **quick)
+    assert table.total(result.scheme) <= least * 1.05
+    assert result.report["latency"]["predicted"] == pytest.approx(table.total(result.scheme)) == result.report["result"]["latency"]
+    assert result.report["latency"]["exported"] > 0
+    with pytest.raises(InfeasibleBudget, match="latency="):
+        anybit.calibrate(model, data, f"latency={1e3 * least / 2:.6f}ms", **quick)
+
+
+def test_allocate_counts_latency_too(run_folder, calibrated):
+    model, data, result = calibrated
+    observed = ready(model, Batch(data[:2]))
+    latency.keep(observed, table_of(observed.names), {})
+    found = anybit.allocate(run_folder, "latency=100ms,3bit", model=model, data=data)
+    assert found.report["latency"]["predicted"] > 0 and found.report["result"]["weight_bits"] <= 3 < result.report["result"]["weight_bits"]
+
+
+def test_profiles_are_recalled_for_the_same_network_alone():
+    data = pictures(4)
+    first = anybit.profile(make(Residual), data, rounds=1)
+    again = anybit.profile(make(Residual, seed=3), data, rounds=1)  # other weights, the same shape
+    assert not first["recalled"] and again["recalled"] and again["layers"] == first["layers"]
+    assert not anybit.profile(make(Residual), data, rounds=1, overwrite=True)["recalled"]
+    assert not anybit.profile(make(Residual), torch.randn(4, 3, 12, 12), rounds=1)["recalled"]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"layers": {"x": 1}}', '{"layers": 3}'])
+def test_a_damaged_table_is_named(content):
+    observed = ready(make(Residual), Batch(pictures(2)))
+    latency.keep(observed, table_of(observed.names), {}).write_text(content)
+    with pytest.raises(InvalidFile, match="--overwrite"):
+        latency.recalled(observed)
