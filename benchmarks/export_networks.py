@@ -3,6 +3,7 @@
     python benchmarks/export_networks.py STUDY [--data cifar10.npz --weights resnet20_cifar10.safetensors] [--images FOLDER --test FOLDER]
 
     shapes     ResNet-18, ResNet-50, MobileNetV2 and BERT-base shapes with random weights: uniform and random mixed schemes
+    linears    three 4,096 x 4,096 linears with packed weights, one row at a time
     exact      small networks of every operator at random mixed schemes: bit for bit or not, and by how much
     resnet20   CIFAR-10: accuracy of the exported file beside the simulation's, at W8A8, W4A8, W4A4 and a mixed scheme
     lite0      EfficientNet-lite0: the same, on pictures
@@ -119,6 +120,20 @@ def measure_shapes(arguments: argparse.Namespace, results: Results) -> None:
             results.add(f"{name} {key}", entry)
 
 
+def measure_linears(arguments: argparse.Namespace, results: Results) -> None:
+    """Weight-only: packed weights where they are read, one row at a time."""
+    for bits in (2, 3, 4, 8):
+        if f"W{bits}" not in results.entries:
+            batch = networks.inputs((4096,), 4)
+            canonical = networks.canonical_of(shapes.linears_4096(), batch, lambda layer, bits=bits: Precision(bits, None))
+            made = exported(canonical, batch, weight_only=True)
+            entry = measured(made.floating, made.integer, networks.inputs((4096,), 1, seed=5), arguments.rounds)
+            given = torch.from_numpy(onnx_file.outputs(onnx_file.session(made.integer), [batch])[0])
+            simulated = outputs_of(canonical.model, [batch])
+            apart = float((given - simulated).abs().max() / simulated.abs().max())
+            results.add(f"W{bits}", entry | {"ideal_bytes": ideal_bytes(canonical), "largest_difference_of_largest_output": apart})
+
+
 def measure_exact(arguments: argparse.Namespace, results: Results) -> None:
     for name, (network, shape) in networks.EXACT.items():
         for seed in range(max(3, arguments.seeds)):
@@ -189,7 +204,13 @@ def measure_lite0(arguments: argparse.Namespace, results: Results) -> None:
             measure_accuracy(results, key, result.canonical, test, 32)
 
 
-STUDIES = {"shapes": measure_shapes, "exact": measure_exact, "resnet20": measure_resnet20, "lite0": measure_lite0}
+STUDIES = {
+    "shapes": measure_shapes,
+    "linears": measure_linears,
+    "exact": measure_exact,
+    "resnet20": measure_resnet20,
+    "lite0": measure_lite0,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

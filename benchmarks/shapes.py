@@ -123,6 +123,12 @@ def bert_base() -> nn.Module:
     return Bert().eval()
 
 
+def linears_4096() -> nn.Module:
+    """Three square linears: for one row at a time, reading their weights is all the work."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096)).eval()
+
+
 def resnet18() -> nn.Module:
     return _random(ResNet(Basic, (2, 2, 2, 2)))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
+from tables_export import SECTIONS as EXPORT_SECTIONS
 from tables_grow import SECTIONS as GROW_SECTIONS
 from tables_train_once import SECTIONS as TRAIN_ONCE_SECTIONS
 from written import RESULTS, ROOT, entries, paired_interval, spread, table
@@ -296,7 +297,7 @@ def readme_section() -> str:
 def main() -> None:
     """Fill the tables into the text of docs/results.in.md and of the README."""
     text = (ROOT / "docs" / "results.in.md").read_text()
-    for name, section in {**SECTIONS, **GROW_SECTIONS, **TRAIN_ONCE_SECTIONS}.items():
+    for name, section in {**SECTIONS, **GROW_SECTIONS, **TRAIN_ONCE_SECTIONS, **EXPORT_SECTIONS}.items():
         text = text.replace(f"<!-- {name} -->", section())
     (ROOT / "docs" / "results.md").write_text(text)
     readme = (ROOT / "README.md").read_text()

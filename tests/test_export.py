@@ -201,6 +201,21 @@ def test_weights_alone_quantized_give_the_simulations_numbers():
     assert np.allclose(runtime_outputs(made.integer, batch)[0], simulated.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+def test_weight_only_linears_run_on_packed_weights(bits, tmp_path):
+    torch.manual_seed(0)
+    batch = inputs((64,))
+    network = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32), nn.GELU(), nn.Linear(32, 8))
+    canonical = canonical_of(network, batch, lambda layer: Precision(bits, None))
+    made = exported(canonical, batch, weight_only=True)
+    onnx_file.save(made.integer, tmp_path / "net.onnx")
+    verdict = verify_file(tmp_path / "net.onnx", onnx_file.load(tmp_path / "net.onnx"), made, canonical.model, batch)
+    assert not verdict.failures and all("MatMulNBits" in reason for reason in verdict.floats.values()) and len(verdict.floats) == 3
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert torch.from_numpy(runtime_outputs(made.integer, batch)[0]).sub(simulated).norm() < 0.03 * simulated.norm()
+
+
 def test_the_batch_is_any_size():
     _, made, batch = made_of("joined")
     running = onnx_file.session(made.integer)

@@ -678,6 +678,7 @@ def export(
     data: RunData = None,
     model: Model = None,
     tables: Annotated[bool, typer.Option("--tables", help="SiLU, GELU and the like as tables of codes: exact, slower.")] = False,
+    weight_only: Annotated[bool, typer.Option("--weight-only", help="Linears with float inputs run on packed weights.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -685,7 +686,7 @@ def export(
     with _reported_errors():
         from anybit import exports
 
-        found = exports.export(run, onnx, model=model, data=data, tables=tables, overwrite=overwrite)
+        found = exports.export(run, onnx, model=model, data=data, tables=tables, weight_only=weight_only, overwrite=overwrite)
     if as_json:
         print(json.dumps(found))
         return

@@ -37,12 +37,14 @@ def export(
     model: nn.Module | str | None = None,
     data: Any = None,
     tables: bool = False,
+    weight_only: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a run as an ONNX file: weights packed at their bits, int8 kernels when it runs. Returns what it holds.
 
     model   as for `load`;   data  inputs of the network, of which a few are run; left out, those that the run was made with
     tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
+    weight_only  linears with float inputs keep their weights packed as they run, at 2, 4 or 8 bits: faster where a few rows are computed
 
     Raises UnsupportedModel naming the operator where the network cannot be exported; no file is left then.
     """
@@ -50,7 +52,7 @@ def export(
     if path.exists() and not overwrite:
         raise InvalidSetting(f"{path} exists. Choose another --onnx, or give --overwrite.")
     canonical, file = opened(run, model)
-    made = exported(canonical, _first(inputs_for(run, file, data), onnx_file.PROBE), {RUN: file.sha256}, tables)
+    made = exported(canonical, _first(inputs_for(run, file, data), onnx_file.PROBE), {RUN: file.sha256}, tables, weight_only)
     onnx_file.save(made.integer, path)
     layers = len(canonical.scheme)
     return {
@@ -90,7 +92,9 @@ def verify(
     given = onnx_file.load(path)
     inputs = inputs_for(run, file, data, workers)
     first = _first(inputs, CHECKED)
-    made = exported(canonical, first, {RUN: file.sha256}, given.metadata_props.get(onnx_file.FUNCTIONS) == "tables")
+    how = given.metadata_props
+    tables, weight_only = how.get(onnx_file.FUNCTIONS) == "tables", how.get(onnx_file.LINEARS) == "packed"
+    made = exported(canonical, first, {RUN: file.sha256}, tables, weight_only)
     verdict = verify_file(path, given, made, canonical.model, first)
     report = verdict.to_json() | {"quantized_layers": len(canonical.scheme), "environment": _environment()}
     if not verdict.numbers:  # it could not be run as this one

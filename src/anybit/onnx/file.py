@@ -16,10 +16,13 @@ from anybit.layers import Pruned, float_weight, quantized_layers
 from anybit.onnx.floats import OPSET, edge_names, float_graph, input_tensors, probe_of, values_on
 from anybit.onnx.plan import Plan, make_plan
 from anybit.onnx.storage import stored_bytes
-from anybit.onnx.writer import write_graph
+from anybit.onnx.writer import TWO_BIT_VERSIONS, write_graph
 
 FUNCTIONS = "anybit.functions"
 """Key of the file's metadata: how functions of one tensor are computed, "float" or "tables"."""
+
+LINEARS = "anybit.linears"
+"""How linears with float inputs run, on "packed" or on "unpacked" weights."""
 
 PROBE = 2
 """Inputs on which tensors of the graph are recognized."""
@@ -34,10 +37,13 @@ class Exported:
     plan: Plan
 
 
-def exported(canonical: Canonical, example: Batch, about: Mapping[str, str] | None = None, tables: bool = False) -> Exported:
+def exported(
+    canonical: Canonical, example: Batch, about: Mapping[str, str] | None = None, tables: bool = False, weight_only: bool = False
+) -> Exported:
     """The canonical model as graphs; `example` is a batch of real inputs, of which a few are run.
 
     tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
+    weight_only  linears with float inputs keep their weights packed as they run
     """
     model = canonical.model.cpu().eval()
     floating = float_graph(model, example, quantized_layers(model))
@@ -45,8 +51,8 @@ def exported(canonical: Canonical, example: Batch, about: Mapping[str, str] | No
     values = values_on(floating, input_tensors(probe))
     names = edge_names(model, values, probe)
     plan = make_plan(model, floating, canonical.edges, names, values, tables)
-    about = {**(about or {}), FUNCTIONS: "tables" if tables else "float"}
-    return Exported(write_graph(model, floating, plan, about), floating, plan)
+    about = {**(about or {}), FUNCTIONS: "tables" if tables else "float", LINEARS: "packed" if weight_only else "unpacked"}
+    return Exported(write_graph(model, floating, plan, about, weight_only), floating, plan)
 
 
 def ideal_bytes(canonical: Canonical) -> int:
@@ -85,7 +91,7 @@ def load(path: Path) -> ir.Model:
         model = ir.from_proto(proto)
     except Exception as error:  # protobuf, the checker and the converter raise kinds of their own
         raise InvalidFile(f"{path} is not a valid ONNX file: {str(error).splitlines()[0] if str(error) else error!r}") from error
-    if model.producer_name != "anybit" or model.graph.opset_imports.get("") != OPSET:
+    if model.producer_name != "anybit" or model.graph.opset_imports.get("") not in (OPSET, TWO_BIT_VERSIONS[0]):
         raise InvalidFile(f"{path} was not written by anybit export. Export the run again.")
     return model
 
@@ -104,8 +110,8 @@ def session(source: Path | ir.Model, threads: int = 1, optimized: Path | None = 
     except Exception as error:  # its errors derive from Exception alone
         first = str(error).splitlines()[0]
         raise UnsupportedModel(
-            f"ONNX Runtime {onnxruntime.__version__} does not load the file: {first}. It is written in operator set {OPSET}; "
-            "a newer runtime may know it."
+            f"ONNX Runtime {onnxruntime.__version__} does not load the file: {first}. It is written in operator set {OPSET} "
+            f"({TWO_BIT_VERSIONS[0]} with packed two-bit linears); a newer runtime may know it."
         ) from error
 
 

@@ -144,7 +144,9 @@ def _summed_in_float(value: ir.Value | None, held: Mapping[str, Any]) -> str | N
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array.astype(np.int8) if array.dtype.kind == "V" or "int4" in str(array.dtype) else array))
+    """An initializer; two- and four-bit integers as int8."""
+    narrow = array.dtype.name in ("int2", "int4")
+    return torch.from_numpy(np.array(array.astype(np.int8) if narrow else array))
 
 
 def _plain(value: Any) -> Tensor | None:
@@ -188,8 +190,8 @@ def _rounded(steps: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def _dequantize(inputs: list[Any], settings: Mapping[str, Any]) -> Codes:
-    codes, scale, zero_point = inputs
-    return Codes(codes, scale, zero_point, settings.get("axis", 1))
+    codes, scale, *rest = inputs
+    return Codes(codes, scale, rest[0] if rest else torch.zeros_like(scale, dtype=torch.int32), settings.get("axis", 1))
 
 
 # Layers

@@ -133,6 +133,7 @@ def _check_kernels(verdict: Verdict, path: Path, made: Exported, model: nn.Modul
         session(path, optimized=optimized)
         nodes = onnx.load(optimized, load_external_data=False).graph.node
     kinds = {node.name.split("_token_")[0]: node.op_type for node in nodes if node.op_type in KERNELS}
+    packed = {node.name.split("_token_")[0] for node in nodes if node.op_type == "MatMulNBits"}
     for layer, module in quantized_layers(model).items():
         if layer in kinds and layer in made.plan.integer:
             verdict.kernels[layer] = kinds[layer]
@@ -143,6 +144,8 @@ def _check_kernels(verdict: Verdict, path: Path, made: Exported, model: nn.Modul
             verdict.failures.append(f"{layer}: the runtime computes it in float, though its operands are integers.")
         else:
             verdict.floats[layer] = _why_float(made.floating, layer, module)
+            if layer in packed:
+                verdict.floats[layer] += "; its weights stay packed as it runs (MatMulNBits)"
 
 
 def _why_float(graph: ir.Model, layer: str, module: nn.Module) -> str:

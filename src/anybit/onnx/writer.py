@@ -9,6 +9,7 @@ in units of input scale times weight scale. Operators that only move numbers wor
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -19,13 +20,19 @@ from anybit.onnx.floats import BIAS, IR_VERSION, LAYER, OPSET, constant
 from anybit.onnx.plan import MOVES, Affine, Plan
 from anybit.onnx.storage import stored
 
+TWO_BIT_VERSIONS = (25, 13)
+"""Operator set and file format that have two-bit integers: asked for only where they are used."""
+
 LARGEST_BIAS = 2**30
 """An int32 bias leaves as much room again for the sum that it joins."""
 
 
-def write_graph(model: nn.Module, graph: ir.Model, plan: Plan, about: Mapping[str, str]) -> ir.Model:
-    """The integer graph of canonical `model`, whose float graph and plan these are; `about` becomes the file's metadata."""
-    return _Writer(model, graph, plan).model(about)
+def write_graph(model: nn.Module, graph: ir.Model, plan: Plan, about: Mapping[str, str], weight_only: bool = False) -> ir.Model:
+    """The integer graph of canonical `model`, whose float graph and plan these are; `about` becomes the file's metadata.
+
+    weight_only  linears with float inputs keep their weights packed as they run: what a batch of one waits for is reading them
+    """
+    return _Writer(model, graph, plan, weight_only).model(about)
 
 
 class _Writer:
@@ -35,7 +42,8 @@ class _Writer:
     codes   value -> its uint8 codes, where it is quantized
     """
 
-    def __init__(self, model: nn.Module, graph: ir.Model, plan: Plan):
+    def __init__(self, model: nn.Module, graph: ir.Model, plan: Plan, weight_only: bool = False):
+        self.weight_only, self.versions = weight_only, (OPSET, IR_VERSION)
         self.layers, self.source, self.plan = quantized_layers(model), graph.graph, plan
         self.nodes: list[ir.Node] = []
         self.taken = {value.name for value in self.source.inputs}  # names of values
@@ -60,8 +68,8 @@ class _Writer:
                 self._node(node)
         outputs = [self._output(value) for value in self.source.outputs]
         nodes, constants = self._used(outputs)
-        made = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": OPSET}, name="anybit", initializers=constants)
-        result = ir.Model(made, ir_version=IR_VERSION, producer_name="anybit")
+        made = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": self.versions[0]}, name="anybit", initializers=constants)
+        result = ir.Model(made, ir_version=self.versions[1], producer_name="anybit")
         result.metadata_props.update(about)
         return result
 
@@ -204,7 +212,9 @@ class _Writer:
                 operands[2] = self._integer_bias(name, constant(node.inputs[2]))
         else:
             operands[at] = self._float_weight(name, layer, transposed)
-        return self.emit(node.op_type, operands, attributes, node.name)
+        made = self.emit(node.op_type, operands, attributes, node.name)
+        fused = self.weight_only and node.op_type == "Gemm" and not integer  # with its activation, before it meets its packed weights
+        return self.emit("Max", [made], {}, "") if fused else made
 
     def _kept_float(self, node: ir.Node) -> ir.Value:
         """A layer that computes in float, as it is."""
@@ -267,6 +277,8 @@ class _Writer:
     def _float_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:
         """Codes times scale in plain operators, which a runtime folds into a float weight."""
         codes, scale, bits = weight_numbers(layer)
+        if self.weight_only and transposed and bits:
+            return self._packed_weight(name, _shaped(layer, codes, transposed), scale, bits)
         held = stored(name, _shaped(layer, codes, transposed), bits, self.emit, self.constant)
         held = self.emit("Cast", [held], {"to": int(ir.DataType.FLOAT)}, "")
         factors = _shaped(layer, torch.from_numpy(scale)[:, None].expand(codes.shape), transposed)
@@ -274,6 +286,14 @@ class _Writer:
             first = factors.take([0], axis)
             factors = first if (factors == first).all() else factors
         return self.emit("Mul", [held, self.constant(f"{name}.scale", factors)], {}, "")
+
+    def _packed_weight(self, name: str, codes: np.ndarray, scale: np.ndarray, bits: int) -> ir.Value:
+        """Codes [inputs, outputs] in the narrowest type of 2, 4 or 8 bits, dequantized where they are read: one kernel with the product."""
+        kind = next(kind for most, kind in ((2, ml_dtypes.int2), (4, ml_dtypes.int4), (8, np.int8)) if bits <= most)
+        if bits <= 2:
+            self.versions = TWO_BIT_VERSIONS
+        operands = [self.constant(f"{name}.packed", codes.astype(kind)), self.constant(f"{name}.scale", scale)]
+        return self.emit("DequantizeLinear", operands, {"axis": 1}, "")
 
     def _integer_bias(self, name: str, bias: np.ndarray) -> ir.Value:
         """int32 codes in units of the input's scale times each channel's, which a runtime multiplies when it loads them."""

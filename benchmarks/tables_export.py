@@ -1,0 +1,101 @@
+"""The sections of docs/results.md on exported files; `tables.py` puts them in."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from written import entries, table
+
+NAMES = {
+    "resnet18": "ResNet-18",
+    "resnet50": "ResNet-50",
+    "mobilenet_v2": "MobileNetV2",
+    "bert_base": "BERT-base encoder, 128 words",
+    "resnet20": "ResNet-20, 32 x 32",
+}
+
+
+def faster(run: Mapping[str, Any], runtime: str = "onnxruntime") -> str:
+    """ "3.31 (3.28 to 3.35)" """
+    if runtime not in run:
+        return ""
+    found = run[runtime]["faster"]
+    return f"{found['ratio']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+
+
+def over(run: Mapping[str, Any]) -> str:
+    return f"{100 * (run['bytes'] / run['ideal_bytes'] - 1):.1f} %"
+
+
+def shapes_section() -> str:
+    rows = []
+    for key, run in entries("export_shapes").items():
+        name, _, scheme = key.partition(" ")
+        scheme = "random W2..8 A4..8" if scheme.startswith("random") else scheme
+        exact = "yes" if run["bitwise"] else "" if run["in_float"] else "no"
+        size, kernels = f"{run['float_bytes'] / run['bytes']:.2f}x", f"{run['kernels']} of {len(run['layers'])}"
+        rows.append([NAMES[name], scheme, faster(run), faster(run, "openvino"), size, over(run), kernels, exact])
+    columns = [
+        "shape",
+        "scheme",
+        "times float32's speed (quartiles)",
+        "in OpenVINO",
+        "smaller",
+        "above its bits",
+        "on integers",
+        "bit for bit",
+    ]
+    columns, rows = _filled(columns, rows)
+    return table(columns, rows) if rows else "Not run."
+
+
+def _filled(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Without the columns that no row fills."""
+    kept = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+    return [columns[index] for index in kept], [[row[index] for index in kept] for row in rows]
+
+
+def linears_section() -> str:
+    rows = [
+        [
+            key,
+            faster(run),
+            f"{run['float_bytes'] / run['bytes']:.2f}x",
+            over(run),
+            f"{100 * run['largest_difference_of_largest_output']:.2f} %",
+        ]
+        for key, run in entries("export_linears").items()
+    ]
+    columns = ["weights", "times float32's speed (quartiles)", "smaller", "above its bits", "largest difference, of the largest output"]
+    return table(columns, rows) if rows else "Not run."
+
+
+def exact_section() -> str:
+    runs = entries("export_exact")
+    if not runs:
+        return "Not run."
+    exact = [key for key, run in runs.items() if run["bitwise"]]
+    networks = {key.rpartition(" seed")[0] for key in runs}
+    text = f"{len(exact)} of {len(runs)} random mixed schemes of {len(networks)} small networks, 64 inputs each, bit for bit."
+    other = [f"{key}: {run['largest_difference']:.3g}" for key, run in runs.items() if not run["bitwise"]]
+    return text + (f" Not so: {'; '.join(other)}." if other else "")
+
+
+def accuracy_section() -> str:
+    rows = []
+    for network, name in (("ResNet-20, CIFAR-10", "export_resnet20"), ("EfficientNet-lite0, ImageNet-like", "export_lite0")):
+        for key, run in entries(name).items():
+            half = 1.96 * run["standard_error"]
+            apart = f"{run['difference']:+.2f} ({run['difference'] - half:+.2f} to {run['difference'] + half:+.2f})"
+            exact = "yes" if run["bitwise"] else "no"
+            accuracies = [f"{run[kind]:.2f}" for kind in ("simulated", "exported")]
+            rows.append([network, key, *accuracies, apart, f"{run['agreement']:.2f} %", f"{run['bytes'] / 1000:.1f} kB", over(run), exact])
+    columns = ["network", "scheme", "simulated", "exported", "difference (95 %)", "same class", "file", "above its bits", "bit for bit"]
+    return table(columns, rows) if rows else "Not run."
+
+
+SECTIONS = {
+    "EXPORTSHAPES": shapes_section,
+    "EXPORTLINEARS": linears_section,
+    "EXPORTEXACT": exact_section,
+    "EXPORTACCURACY": accuracy_section,
+}
