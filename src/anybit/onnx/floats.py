@@ -9,7 +9,6 @@ exporters translate into slow or wrong graphs. Tidying changes no value:
 """
 
 import ast
-import copy
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,9 +39,10 @@ LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
 def float_graph(model: nn.Module, example: Batch, layers: Iterable[str]) -> ir.Model:
     """`model` (canonical) with its quantizers off, exported and tidied; the first dimension of inputs and outputs is the batch.
 
-    Raises UnsupportedModel naming the operator, where the exporter does not know one.
+    Raises UnsupportedModel naming the operator, where the exporter does not know one, InvalidInput where the model refuses the inputs.
     """
-    plain = copy.deepcopy(emptied(model)).eval()
+    plain = emptied(model).eval()
+    observe(plain, probe_of(example, 2))  # inputs that the model refuses are named as such
     inputs = map_tensors(example.inputs, lambda tensor: tensor[:2] if len(tensor) > 1 else torch.cat([tensor, tensor]))
     given = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": inputs if isinstance(inputs, tuple) else (inputs,)}
     batch = torch.export.Dim("batch", min=1)
