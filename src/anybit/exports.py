@@ -26,6 +26,9 @@ from anybit.roads import inputs_for, opened
 from anybit.scheme import Precision
 from anybit.stages import CalibrateSettings, observe_network
 
+EXAMPLES = 32
+"""Inputs that an export takes: a few tell its tensors apart, all give the ranges that the run does not have."""
+
 CHECKED = 64
 """Inputs on which codes are compared one by one."""
 
@@ -52,7 +55,7 @@ def export(
     if path.exists() and not overwrite:
         raise InvalidSetting(f"{path} exists. Choose another --onnx, or give --overwrite.")
     canonical, file = opened(run, model)
-    made = exported(canonical, _first(inputs_for(run, file, data), onnx_file.PROBE), {RUN: file.sha256}, tables, weight_only)
+    made = exported(canonical, _first(inputs_for(run, file, data), EXAMPLES), {RUN: file.sha256}, tables, weight_only)
     onnx_file.save(made.integer, path)
     layers = len(canonical.scheme)
     return {
@@ -62,7 +65,7 @@ def export(
         "layers": layers,
         "integer_layers": len(made.plan.integer),
         "edges": len(set(made.plan.edges.values())),
-        "measured_edges": made.plan.measured,
+        "measured_edges": list(made.plan.measured),
     }
 
 
@@ -94,7 +97,7 @@ def verify(
     first = _first(inputs, CHECKED)
     how = given.metadata_props
     tables, weight_only = how.get(onnx_file.FUNCTIONS) == "tables", how.get(onnx_file.LINEARS) == "packed"
-    made = exported(canonical, first, {RUN: file.sha256}, tables, weight_only)
+    made = exported(canonical, first, {RUN: file.sha256}, tables, weight_only, onnx_file.measured_in(given))
     verdict = verify_file(path, given, made, canonical.model, first)
     report = verdict.to_json() | {"quantized_layers": len(canonical.scheme), "environment": _environment()}
     if not verdict.numbers:  # it could not be run as this one

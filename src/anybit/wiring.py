@@ -162,12 +162,14 @@ class Wiring:
         return [Unit(name, tuple(members)) for name, members in units.items()]
 
     def edges(self) -> list[str]:
-        """Names of the tensors that a runtime keeps as integers: the inputs ("input/0", ...) and every operation's output, except
-        reshapes (their input's range holds) and outputs that only a clamp reads (ReLU; the clamp's output is the edge)."""
+        """Names of the tensors that a runtime keeps as integers: the inputs ("input/0", ...) and every operation's output, except reshapes
+        (their input's range holds), what only a clamp reads (ReLU; the clamp's output is the edge), and what goes into a batch norm that
+        folds."""
         names = [f"input/{index}" for index in range(len(self.input_values))]
         for op in self.operations:
             reader = self.only_reader(op.outputs[0]) if op.outputs else None
-            if op.kind not in RESHAPES and not (reader is not None and (reader.kind in CLAMPS or reader.kind == BATCH_NORM)):
+            folds = reader is not None and reader.kind == BATCH_NORM and op.kind == LAYER
+            if op.kind not in RESHAPES and not folds and not (reader is not None and reader.kind in CLAMPS):
                 names.append(op.name)
         return list(dict.fromkeys(names))
 

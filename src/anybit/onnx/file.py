@@ -1,5 +1,6 @@
 """The exported file: made from a canonical model, written whole or not at all, read strictly, and loaded by the runtime."""
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ import onnx_ir as ir
 
 from anybit.batches import Batch
 from anybit.checkpoint import Canonical
-from anybit.errors import InvalidFile, InvalidInput, UnsupportedModel
-from anybit.layers import Pruned, float_weight, quantized_layers
-from anybit.onnx.floats import OPSET, edge_names, float_graph, input_tensors, probe_of, values_on
+from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.layers import Pruned, emptied, float_weight, quantized_layers
+from anybit.onnx.floats import OPSET, check_graph, edge_names, float_graph, input_tensors, probe_of, ranges_on, values_on
 from anybit.onnx.plan import Plan, make_plan
 from anybit.onnx.storage import stored_bytes
 from anybit.onnx.writer import TWO_BIT_VERSIONS, write_graph
@@ -24,7 +25,10 @@ FUNCTIONS = "anybit.functions"
 LINEARS = "anybit.linears"
 """How linears with float inputs run, on "packed" or on "unpacked" weights."""
 
-PROBE = 2
+MEASURED = "anybit.measured"
+"""Ranges of tensors that no edge of the run is, taken from the inputs of the export: name -> [low, high], as JSON."""
+
+PROBE = 4
 """Inputs on which tensors of the graph are recognized."""
 
 
@@ -38,20 +42,37 @@ class Exported:
 
 
 def exported(
-    canonical: Canonical, example: Batch, about: Mapping[str, str] | None = None, tables: bool = False, weight_only: bool = False
+    canonical: Canonical,
+    example: Batch,
+    about: Mapping[str, str] | None = None,
+    tables: bool = False,
+    weight_only: bool = False,
+    measured: Mapping[str, tuple[float, float]] | None = None,
 ) -> Exported:
     """The canonical model as graphs; `example` is a batch of real inputs, of which a few are run.
 
     tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
     weight_only  linears with float inputs keep their weights packed as they run
+    measured     ranges of tensors that no edge of the run is, as an earlier export took them from its inputs
     """
     model = canonical.model.cpu().eval()
-    floating = float_graph(model, example, quantized_layers(model))
+    plain, layers = emptied(model).eval(), quantized_layers(model)
+    floating = float_graph(plain, example, layers)
     probe = probe_of(example, PROBE)
     values = values_on(floating, input_tensors(probe))
-    names = edge_names(model, values, probe)
-    plan = make_plan(model, floating, canonical.edges, names, values, tables)
+    rounds = [name for name, layer in layers.items() if layer.weight_quantizer is not None or layer.input_quantizer is not None]
+    check_graph(plain, floating, values, probe, rounds)
+    names = edge_names(plain, values, probe, canonical.edges)
+    wider: dict[str, tuple[float, float]] = dict(measured or {})
+
+    def measure(name: str) -> tuple[float, float]:
+        if name not in wider:
+            wider.update(ranges_on(floating, input_tensors(example), PROBE))
+        return wider[name]
+
+    plan = make_plan(model, floating, canonical.edges, names, measure, tables)
     about = {**(about or {}), FUNCTIONS: "tables" if tables else "float", LINEARS: "packed" if weight_only else "unpacked"}
+    about[MEASURED] = json.dumps(plan.measured)
     return Exported(write_graph(model, floating, plan, about, weight_only), floating, plan)
 
 
@@ -67,9 +88,14 @@ def ideal_bytes(canonical: Canonical) -> int:
 
 def save(model: ir.Model, path: Path) -> None:
     """Write the graph, all of it or nothing, once the runtime has loaded it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as draft:
-        place = Path(draft.name)
+    if path.is_dir():
+        raise InvalidSetting(f"{path} is a folder. Name a file with --onnx.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as draft:
+            place = Path(draft.name)
+    except OSError as error:
+        raise InvalidSetting(f"{path} cannot be written: {error}. Choose another --onnx.") from error
     try:
         place.write_bytes(ir.to_proto(model).SerializeToString())
         session(place)
@@ -113,6 +139,15 @@ def session(source: Path | ir.Model, threads: int = 1, optimized: Path | None = 
             f"ONNX Runtime {onnxruntime.__version__} does not load the file: {first}. It is written in operator set {OPSET} "
             f"({TWO_BIT_VERSIONS[0]} with packed two-bit linears); a newer runtime may know it."
         ) from error
+
+
+def measured_in(model: ir.Model) -> dict[str, tuple[float, float]]:
+    """The ranges that the file's export took from its inputs; raises InvalidFile where they are no ranges."""
+    try:
+        found = json.loads(model.metadata_props.get(MEASURED, "{}"))
+        return {str(name): (float(low), float(high)) for name, (low, high) in found.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InvalidFile(f"The file's measured ranges cannot be read ({error}). Export the run again.") from error
 
 
 def outputs(running: Any, batches: Sequence[Batch], names: Sequence[str] | None = None) -> list[np.ndarray]:

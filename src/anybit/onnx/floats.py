@@ -13,15 +13,16 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from anybit.batches import Batch, map_tensors, tensors_in
+from anybit.batches import Batch, call, map_tensors, tensors_in
 from anybit.errors import UnsupportedModel
-from anybit.layers import emptied
+from anybit.layers import float_weight
 from anybit.wiring import observe
 
 OPSET, IR_VERSION = 21, 10
@@ -36,12 +37,11 @@ BIAS = "bias"
 LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
 
 
-def float_graph(model: nn.Module, example: Batch, layers: Iterable[str]) -> ir.Model:
-    """`model` (canonical) with its quantizers off, exported and tidied; the first dimension of inputs and outputs is the batch.
+def float_graph(plain: nn.Module, example: Batch, layers: Iterable[str]) -> ir.Model:
+    """`plain` (the canonical model with its quantizers off), exported and tidied; the first dimension of inputs and outputs is the batch.
 
     Raises UnsupportedModel naming the operator, where the exporter does not know one, InvalidInput where the model refuses the inputs.
     """
-    plain = emptied(model).eval()
     observe(plain, probe_of(example, 2))  # inputs that the model refuses are named as such
     inputs = map_tensors(example.inputs, lambda tensor: tensor[:2] if len(tensor) > 1 else torch.cat([tensor, tensor]))
     given = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": inputs if isinstance(inputs, tuple) else (inputs,)}
@@ -54,7 +54,12 @@ def float_graph(model: nn.Module, example: Batch, layers: Iterable[str]) -> ir.M
         raise UnsupportedModel(f"The network cannot be exported to ONNX: {_reason(error)}") from error
     graph = program.model
     graph.ir_version = IR_VERSION
-    _name_layers(graph, set(layers))
+    for value in graph.graph.inputs:
+        if value.shape is not None and len(value.shape) and isinstance(value.shape[0], int):
+            raise UnsupportedModel(
+                "The network's forward fixes the size of the batch (by len(x), or int(x.shape[0])). Let it use x.shape[0] as it is, or -1."
+            )
+    _name_layers(graph, {name: float_weight(plain.get_submodule(name)).detach().numpy() for name in layers})
     _pool_means(graph)
     _merge_padding(graph)
     return graph
@@ -80,20 +85,34 @@ def _reason(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _name_layers(model: ir.Model, layers: set[str]) -> None:
-    seen: dict[str, int] = {}
+def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
+    """Mark the node that computes each layer: an operator in the layer's scope on the layer's own weight."""
+    seen = dict.fromkeys(weights, 1)  # no other node gets a layer's name
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        layer = next((scope for scope in reversed(scopes) if scope in layers), None)
-        if node.op_type in LAYER_OPERATORS and layer is not None:
-            node.metadata_props[LAYER] = layer
+        layer = next((scope for scope in reversed(scopes) if scope in weights), None)
+        if layer is not None and node.op_type in LAYER_OPERATORS and _is_weight(_weight_of(node), weights[layer]):
+            node.metadata_props[LAYER] = node.name = layer
+            continue
         maker = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-        added = node.op_type == "Add" and layer is not None and maker is not None and maker.op_type == "MatMul"
-        if added and maker.metadata_props.get(LAYER) == layer and constant(node.inputs[1]) is not None:
+        of_the_layer = maker is not None and maker.op_type == "MatMul" and layer is not None and maker.metadata_props.get(LAYER) == layer
+        if of_the_layer and node.op_type == "Add" and getattr(constant(node.inputs[1]), "ndim", 0) == 1:
             node.metadata_props.update({LAYER: layer, BIAS: layer})
-        name = (layer if node.op_type in LAYER_OPERATORS else None) or ".".join(filter(None, [_owner(scopes), node.op_type.lower()]))
+        name = ".".join(filter(None, [_owner(scopes), node.op_type.lower()]))
         seen[name] = seen.get(name, 0) + 1
         node.name = name if seen[name] == 1 else f"{name}.{seen[name]}"
+
+
+def _weight_of(node: ir.Node) -> np.ndarray | None:
+    """The constant that a layer's operator computes with."""
+    return constant(node.inputs[0 if node.op_type == "Gather" else 1])
+
+
+def _is_weight(found: np.ndarray | None, weight: np.ndarray) -> bool:
+    """Whether `found` is the layer's weight, as it is or transposed."""
+    if found is None or found.size != weight.size:
+        return False
+    return np.array_equal(found, weight) or (found.ndim == 2 and np.array_equal(found.T, weight))
 
 
 def _owner(scopes: Sequence[str]) -> str:
@@ -159,7 +178,8 @@ def values_on(model: ir.Model, inputs: Sequence[Tensor]) -> dict[str, np.ndarray
     shown = ir.from_proto(ir.to_proto(model))
     given = {value.name for value in shown.graph.outputs}
     for node in shown.graph:
-        shown.graph.outputs.extend(v for v in node.outputs if v.name not in given and v.dtype == ir.DataType.FLOAT)
+        new = [value for value in node.outputs if value.name not in given and isinstance(value.type, ir.TensorType)]
+        shown.graph.outputs.extend(value for value in new if value.dtype == ir.DataType.FLOAT)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
@@ -170,25 +190,84 @@ def values_on(model: ir.Model, inputs: Sequence[Tensor]) -> dict[str, np.ndarray
     return {value.name: feeds[value.name] for value in model.graph.inputs} | dict(zip(names, session.run(names, feeds), strict=True))
 
 
-def edge_names(model: nn.Module, values: Mapping[str, np.ndarray], probe: Batch) -> dict[str, str]:
+def ranges_on(model: ir.Model, inputs: Sequence[Tensor], size: int) -> dict[str, tuple[float, float]]:
+    """(low, high) of every float value of the graph on these inputs, `size` at a time."""
+    ends: dict[str, tuple[float, float]] = {}
+    for parts in zip(*(tensor.split(size) for tensor in inputs), strict=True):
+        for name, array in values_on(model, parts).items():
+            low, high = ends.get(name, (np.inf, -np.inf))
+            ends[name] = (min(low, float(array.min(initial=np.inf))), max(high, float(array.max(initial=-np.inf))))
+    return ends
+
+
+def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarray], probe: Batch, quantized: Iterable[str]) -> None:
+    """Raise UnsupportedModel where the graph does not compute what `plain` does on the probe inputs.
+
+    Exporters have gaps of their own; and a layer's class may have a forward that does more than the layer's operator, whose operands are
+    then not what the quantizers round. `quantized` names the layers that have some.
+    """
+    inputs: dict[str, np.ndarray] = {}
+
+    def keep(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs[name] = tensors_in((args, kwargs))[0].detach().float().numpy().copy()
+
+    hooks = [plain.get_submodule(name).register_forward_pre_hook(partial(keep, name), with_kwargs=True) for name in quantized]
+    try:
+        with torch.no_grad():
+            outputs = tensors_in(call(plain, probe.inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    nodes = {node.name: node for node in graph.graph if node.metadata_props.get(LAYER) == node.name}
+    for name, given in inputs.items():
+        node = nodes.get(name)
+        read = None if node is None else values.get(node.inputs[1 if node.op_type == "Gather" else 0].name)
+        if node is None or (read is not None and not _reads(node, read, given)):
+            raise UnsupportedModel(
+                f"{name}: the forward of {type(plain.get_submodule(name)).__name__} does not compute with its weight and input as they "
+                f"are, so that an integer kernel cannot take its place. Keep the layer float: --keep '{name}=float'."
+            )
+    for value, output in zip(graph.graph.outputs, outputs, strict=True):
+        if value.name in values and not _alike(values[value.name], output.float().numpy()):
+            raise UnsupportedModel(
+                f"The ONNX exporter changes the network: its output {value.name} is not what the network gives. It translates one of "
+                "the network's operators only in part; replace that one."
+            )
+
+
+def _reads(node: ir.Node, read: np.ndarray, given: np.ndarray) -> bool:
+    """Whether what the operator reads is what the layer was given: the same, but for zeros around it that are the operator's padding now."""
+    if node.op_type == "Conv" and read.size < given.size:
+        return _alike(np.abs(read).sum(), np.abs(given).sum())
+    return _alike(read, given)
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal but for the order of float sums."""
+    return a.size == b.size and bool(np.allclose(np.reshape(a, -1), np.reshape(b, -1), rtol=1e-3, atol=1e-3 * np.abs(b).max(initial=1e-12)))
+
+
+def edge_names(
+    plain: nn.Module, values: Mapping[str, np.ndarray], probe: Batch, ranges: Mapping[str, tuple[float, float]]
+) -> dict[str, str]:
     """Value of the graph -> the edge (named as `wiring` does) that holds the same numbers on the probe inputs.
 
-    Exporters rename, merge and split operators; numbers on real inputs say which tensor is which whatever they do.
+    Exporters rename, merge and split operators; numbers on real inputs say which tensor is which whatever they do. Of several edges that
+    hold the same numbers there the one of the widest range is taken: a clamp that nothing met yet, say, from what it clamps.
     """
     edges: dict[tuple[int, ...], list[tuple[str, np.ndarray]]] = {}
 
     def keep(name: str, tensor: Tensor) -> None:
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and name in ranges:
             edges.setdefault(tuple(tensor.shape), []).append((name, tensor.detach().float().numpy().copy()))
 
-    observe(emptied(model), probe, keep)
+    observe(plain, probe, keep)
     found = {}
     for name, array in values.items():
         tolerance = 1e-4 * (np.abs(array).max(initial=0) + 1e-12)
-        alike = ((np.abs(array - other).max(initial=0), edge) for edge, other in edges.get(array.shape, []))
-        distance, edge = min(alike, default=(np.inf, ""))
-        if distance <= tolerance:
-            found[name] = edge
+        alike = [edge for edge, other in edges.get(array.shape, []) if np.abs(array - other).max(initial=0) <= tolerance]
+        if alike:
+            found[name] = max(alike, key=lambda edge: ranges[edge][1] - ranges[edge][0])
     return found
 
 

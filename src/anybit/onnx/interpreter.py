@@ -27,6 +27,9 @@ from anybit.onnx.floats import IR_VERSION, OPSET
 
 f32 = np.float32
 
+ARITHMETIC = {"Conv", "Gemm", "MatMul", "Add", "Mul", "GlobalAveragePool", "AveragePool"}
+"""Operators whose float form a runtime may compute in another order."""
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -69,12 +72,14 @@ class Interpretation:
     apart      name of a value that a runtime gave -> how far it is from what the interpreter makes of what that runtime gave before
     constants  name -> what depends on no input, unpacked weights among them
     in_float   names of the nodes that were computed in float, though not on constants
-    rounded    names of the codes that such a node's numbers were rounded to
+    floats     names of the values that come from such a node, with no quantizer since
+    rounded    names of the codes that such values were rounded to
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     in_float: list[str] = field(default_factory=list)
+    floats: set[str] = field(default_factory=set)
     rounded: set[str] = field(default_factory=set)
     apart: dict[str, "Apart"] = field(default_factory=dict)
 
@@ -101,7 +106,6 @@ def interpret(model: ir.Model, inputs: Mapping[str, Tensor], runtime: Mapping[st
     operator is judged by itself: a difference shows where it arises, and nowhere after.
     """
     done, runtime = Interpretation(), runtime or {}
-    floats: set[str] = set()  # values that come from an operator computed in float, with no quantizer since
     held: dict[str, Any] = dict(inputs)
     constants: set[str] = set()
     for name, value in model.graph.initializers.items():
@@ -112,26 +116,33 @@ def interpret(model: ir.Model, inputs: Mapping[str, Tensor], runtime: Mapping[st
         if node.op_type != "QuantizeLinear":
             summed = [place for value in node.inputs if (place := _summed_in_float(value, held))]
             done.in_float += summed
-            floats.update(value.name for value in node.outputs if summed)
+            done.floats.update(value.name for value in node.outputs if summed)
         fixed = all(value is None or value.name in constants for value in node.inputs)
         if fixed:
             constants.update(value.name for value in node.outputs)
         settings = {name: attribute.value for name, attribute in node.attributes.items()}
         operator = _OPERATORS.get(node.op_type)
-        result = None if operator is None else operator(given, settings)
-        if result is None:
-            if not fixed:
-                done.in_float.append(node.name)
-                floats.update(value.name for value in node.outputs)
-            result = _in_float(node, [_plain(value) for value in given])
-        name = node.outputs[0].name
-        if any(value is not None and value.name in floats for value in node.inputs):
-            (done.rounded if node.op_type == "QuantizeLinear" else floats).add(name)
-        if name in runtime:
-            done.apart[name] = Apart.between(_plain(result), runtime[name])
-            result = runtime[name]
-        held[name] = result
-    done.in_float += [place for value in model.graph.outputs if (place := _summed_in_float(value, held))]
+        results = [] if operator is None else [operator(given, settings)]
+        if not results or results[0] is None:
+            results = _in_float(node, [_plain(value) for value in given])
+            arithmetic = not fixed
+        else:
+            arithmetic = not fixed and node.op_type in ARITHMETIC and isinstance(results[0], Tensor)
+        if arithmetic:
+            done.in_float.append(node.name)
+            done.floats.update(value.name for value in node.outputs)
+        inexact = any(value is not None and value.name in done.floats for value in node.inputs)
+        for value, result in zip(node.outputs, results, strict=False):
+            if inexact:
+                (done.rounded if node.op_type == "QuantizeLinear" else done.floats).add(value.name)
+            if value.name in runtime:
+                done.apart[value.name] = Apart.between(_plain(result), runtime[value.name])
+                result = runtime[value.name]
+            held[value.name] = result
+    for value in model.graph.outputs:
+        if place := _summed_in_float(value, held):
+            done.in_float.append(place)
+            done.floats.add(value.name)
     done.values = {name: _plain(value) for name, value in held.items() if name not in constants}
     done.constants = {name: _plain(held[name]) for name in constants}
     return done
@@ -155,7 +166,7 @@ def _plain(value: Any) -> Tensor | None:
     return value
 
 
-def _in_float(node: ir.Node, inputs: list[Tensor | None]) -> Tensor:
+def _in_float(node: ir.Node, inputs: list[Tensor | None]) -> list[Tensor]:
     """One operator by its reference implementation: a graph of it alone, whose inputs have types and shapes."""
     from onnx import TensorProto, helper, numpy_helper
     from onnx.reference import ReferenceEvaluator
@@ -164,14 +175,15 @@ def _in_float(node: ir.Node, inputs: list[Tensor | None]) -> Tensor:
     kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in given.items()}
     takes = [helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in given.items() if array.size > 1]
     fixed = [numpy_helper.from_array(array, name) for name, array in given.items() if array.size <= 1]
-    makes = [helper.make_tensor_value_info(value.name, TensorProto.FLOAT, None) for value in node.outputs[:1]]
+    makes = [helper.make_tensor_value_info(value.name, TensorProto.FLOAT, None) for value in node.outputs]
     graph = helper.make_graph([ir.to_proto(node)], "one", takes, makes, fixed)
     try:
         alone = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
         feeds = {info.name: given[info.name] for info in takes}
-        return torch.from_numpy(np.asarray(ReferenceEvaluator(alone).run(None, feeds)[0]))
-    except (NotImplementedError, RuntimeError, TypeError) as error:
-        raise UnsupportedModel(f"{node.name}: operator {node.op_type} cannot be interpreted: {error}") from error
+        return [torch.from_numpy(np.asarray(array)) for array in ReferenceEvaluator(alone).run(None, feeds)]
+    except Exception as error:  # the reference has gaps of many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedModel(f"{node.name}: operator {node.op_type} cannot be interpreted: {reason}") from error
 
 
 # Quantizers
@@ -242,7 +254,7 @@ def _linear(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
     if not all(isinstance(value, Codes) for value in inputs):
         return None
     x, weight = inputs[:2]
-    total = _exact(torch.matmul, x.offsets(), weight.offsets(), weight.codes.shape[0])
+    total = _exact(torch.matmul, x.offsets(), weight.offsets(), weight.codes.shape[-2])
     if len(inputs) > 2:
         total = total + inputs[2].codes
     return _scaled(total, inputs, -1)
@@ -291,7 +303,8 @@ def _average(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
     if settings.get("ceil_mode", 0) or list(pads[:spatial]) != list(pads[spatial:]) or set(settings.get("dilations", [1])) != {1}:
         return None
     function, strides = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1], settings.get("strides", [1] * spatial)
-    return function(x, settings["kernel_shape"], strides, pads[:spatial], False, bool(settings.get("count_include_pad", 0)))
+    mean = function(x, settings["kernel_shape"], strides, pads[:spatial], False, bool(settings.get("count_include_pad", 0)))
+    return Pending(lambda sy, zy: _rounded(mean / sy, zy), lambda: mean) if isinstance(inputs[0], Codes) else mean
 
 
 def _concatenation(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
@@ -358,6 +371,22 @@ def _clip(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
     return x.clamp(low, high)
 
 
+def _cast(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor | None:
+    kind = _NUMPY_TYPES.get(ir.DataType(settings["to"]))
+    return None if kind is None else x.to(kind)
+
+
+def _squeeze(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
+    return x.squeeze(tuple(rest[0].tolist())) if rest else x.squeeze()
+
+
+def _unsqueeze(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
+    total = x.dim() + rest[0].numel()
+    for axis in sorted(axis % total for axis in rest[0].tolist()):
+        x = x.unsqueeze(axis)
+    return x
+
+
 _NUMPY_TYPES = {
     ir.DataType.INT8: torch.int8,
     ir.DataType.INT32: torch.int32,
@@ -386,7 +415,9 @@ _OPERATORS: dict[str, Callable[[list[Any], Mapping[str, Any]], Any]] = {
     "Identity": lambda inputs, settings: inputs[0],
     "Max": lambda inputs, settings: inputs[0] if len(inputs) == 1 else None,
     "Relu": _moved(lambda x, rest, settings: x.clamp(min=0)),
-    "Cast": _moved(lambda x, rest, settings: x.to(_NUMPY_TYPES[ir.DataType(settings["to"])])),
+    "Cast": _moved(_cast),
+    "Squeeze": _moved(_squeeze),
+    "Unsqueeze": _moved(_unsqueeze),
     "Gather": _moved(lambda x, rest, settings: x[rest[0].long()] if settings.get("axis", 0) == 0 else None),
-    "Expand": _moved(lambda x, rest, settings: x.expand(*rest[0].tolist()).contiguous()),
+    "Expand": _moved(lambda x, rest, settings: x.expand(torch.broadcast_shapes(x.shape, rest[0].tolist())).contiguous()),
 }

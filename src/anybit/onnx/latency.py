@@ -138,20 +138,21 @@ def _is_layer(node: ir.Node) -> bool:
 # The cache
 
 
-def _place(network: Network, threads: int) -> Path:
+def _table_file(network: Network, threads: int) -> Path:
     """Where the table of a network of this shape, on this machine and runtime, is kept."""
     import onnxruntime
 
     operations = [[op.name, op.kind, list(op.shape[1:])] for op in network.wiring.operations]
     weights = [[name, size.rows, size.columns] for name, size in network.costs.layers.items()]
-    told = json.dumps([1, operations, weights, processor(), onnxruntime.__version__, threads])
+    floats = [name for name, choices in network.choices.items() if list(choices) == [FLOAT]]
+    told = json.dumps([1, operations, weights, floats, processor(), onnxruntime.__version__, threads])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit" / "latency"
     return home / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
 
 
 def keep(network: Network, table: LatencyTable, about: Mapping[str, Any], threads: int = 1) -> Path:
     """Write the table where `recalled` finds it."""
-    place = _place(network, threads)
+    place = _table_file(network, threads)
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = place.with_suffix(".tmp")
     write_json(draft, {"version": 1, **asdict(table), "about": dict(about)})
@@ -161,7 +162,7 @@ def keep(network: Network, table: LatencyTable, about: Mapping[str, Any], thread
 
 def recalled(network: Network, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]] | None:
     """(the table, what was measured) of an earlier `keep` for the same network, machine and runtime; None where there is none."""
-    place = _place(network, threads)
+    place = _table_file(network, threads)
     if not place.is_file():
         return None
     data = read_json(place)

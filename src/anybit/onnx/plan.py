@@ -12,8 +12,9 @@ The model's outputs stay float where the layer before them gives floats without 
 between two operators that both compute in float.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -65,7 +66,7 @@ class Plan:
     edges      value -> its quantizer; values that share codes share it
     clamped    value -> (producer's value, lowest, highest) of a clamp that its quantizer absorbs
     tables     value -> the value that it is a function of
-    measured   values whose range no edge of the run has: it was taken from the probe inputs
+    measured   range of every value that no edge of the run is
     """
 
     integer: set[str] = field(default_factory=set)
@@ -73,7 +74,7 @@ class Plan:
     edges: dict[str, Affine] = field(default_factory=dict)
     clamped: dict[str, tuple[str, float, float]] = field(default_factory=dict)
     tables: dict[str, str] = field(default_factory=dict)
-    measured: list[str] = field(default_factory=list)
+    measured: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def make_plan(
@@ -81,22 +82,23 @@ def make_plan(
     graph: ir.Model,
     edges: Mapping[str, tuple[float, float]],
     names: Mapping[str, str],
-    probe: Mapping[str, np.ndarray],
+    measure: Callable[[str], tuple[float, float]],
     tables: bool = False,
 ) -> Plan:
     """The plan for `graph`, the float graph of canonical `model`.
 
-    edges   edge -> its range, of the run;   names   value -> edge;   probe   value -> its numbers on a few inputs
-    tables  whether functions of one value become tables
+    edges    edge -> its range, of the run;   names  value -> edge
+    measure  the range of a value that no edge is
+    tables   whether functions of one value become tables
     """
-    return _Planner(model, graph, edges, names, probe, tables).plan
+    return _Planner(model, graph, edges, names, measure, tables).plan
 
 
 class _Planner:
     """The steps of `make_plan`, which share the graph."""
 
-    def __init__(self, model, graph, edges, names, probe, tables):
-        self.graph, self.ranges, self.names, self.probe = graph.graph, edges, names, probe
+    def __init__(self, model, graph, edges, names, measure, tables):
+        self.graph, self.ranges, self.names, self.measure = graph.graph, edges, names, measure
         self.plan = Plan()
         self.outputs = {value.name for value in self.graph.outputs}
         self.functions: set[str] = set()  # values that are elementwise functions of one other, clamps alone aside
@@ -166,18 +168,17 @@ class _Planner:
         }  # fmt: skip
 
     def _value(self, name: str) -> ir.Value:
-        return self._values[name]
+        return self.values[name]
 
-    @property
-    def _values(self) -> dict[str, ir.Value]:
-        if not hasattr(self, "_found"):
-            self._found = {value.name: value for node in self.graph for value in node.outputs} | {v.name: v for v in self.graph.inputs}
-        return self._found
+    @cached_property
+    def values(self) -> dict[str, ir.Value]:
+        """All that the graph takes and makes."""
+        return {value.name: value for node in self.graph for value in node.outputs} | {value.name: value for value in self.graph.inputs}
 
     def _edges(self, touching: set[str]) -> None:
         """Every group of values that share codes gets one quantizer, where an integer operator makes or reads it."""
         groups: dict[str, list[str]] = {}
-        for value in self._values.values():
+        for value in self.values.values():
             if value.dtype == ir.DataType.FLOAT:
                 groups.setdefault(self.root.get(value.name, value.name), []).append(value.name)
         bases = set(self.plan.tables.values())
@@ -189,7 +190,7 @@ class _Planner:
             layers = [node for node in readers if self._is_layer(node)]
             others = [node for node in readers if not self._is_layer(node)]
             maker = self._maker(root, touching)
-            wanted = layers or root in bases or maker or any(self._joins(node, touching) for node in others)
+            wanted = layers or bases & set(members) or maker or any(self._joins(node, touching) for node in others)
             given_out = any(name in self.outputs for name in members)
             if not wanted or (given_out and not readers and maker != "Conv"):
                 continue
@@ -251,8 +252,8 @@ class _Planner:
         edge = self.names.get(root)
         if edge in self.ranges:
             return Affine.of_range(*self.ranges[edge])
-        self.plan.measured.append(root)
-        return Affine.of_range(self.probe[root].min(), self.probe[root].max())
+        self.plan.measured[root] = self.measure(root)
+        return Affine.of_range(*self.plan.measured[root])
 
 
 def _moves(node: ir.Node) -> bool:

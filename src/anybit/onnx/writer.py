@@ -97,20 +97,24 @@ class _Writer:
     def emit(self, kind: str, inputs: Sequence[ir.Value], attributes: Mapping[str, Any], name: str) -> ir.Value:
         """A new node's output. What no reader of the file looks for has no name: names are bytes."""
         node = ir.node(kind, inputs, dict(attributes), name=name)
-        name = name or f"v{len(self.nodes)}"
-        while name in self.taken:
-            name += "_"
-        self.taken.add(name)
-        node.outputs[0].name = name
+        node.outputs[0].name = self._untaken(name or f"v{len(self.nodes)}")
         self.nodes.append(node)
         return node.outputs[0]
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """An initializer; the same name gives the same one."""
         if name not in self.constants:
-            tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
-            self.constants[name] = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            unique = self._untaken(name)
+            tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=unique)
+            self.constants[name] = ir.Value(name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         return self.constants[name]
+
+    def _untaken(self, name: str) -> str:
+        """`name`, or one like it where a layer is called so."""
+        while name in self.taken:
+            name += "_"
+        self.taken.add(name)
+        return name
 
     def _scale(self, affine: Affine) -> list[ir.Value]:
         """[scale, zero point]; equal ones are shared."""
@@ -119,7 +123,7 @@ class _Writer:
             self.constant(f"zero_point_{affine.zero_point}", np.array(affine.zero_point, np.uint8)),
         ]
 
-    def _clipped(self, codes: ir.Value, affine: Affine, name: str, low: float = -np.inf, high: float = np.inf) -> ir.Value:
+    def _clipped(self, codes: ir.Value, affine: Affine, low: float = -np.inf, high: float = np.inf) -> ir.Value:
         """Codes kept within the quantizer's bits and the codes of two values."""
         lowest = 0 if low == -np.inf else affine.code(low)
         highest = affine.highest if high == np.inf else affine.code(high)
@@ -131,7 +135,7 @@ class _Writer:
     def _quantize(self, name: str, value: ir.Value, affine: Affine, low: float = -np.inf, high: float = np.inf) -> None:
         """Quantize what the float graph calls `name`, clamped; from now on its readers get the rounded numbers."""
         rows, shape = self.rows.get(value.name, (value, None))
-        codes = self._clipped(self.emit("QuantizeLinear", [rows, *self._scale(affine)], {}, f"{name}.quantized"), affine, name, low, high)
+        codes = self._clipped(self.emit("QuantizeLinear", [rows, *self._scale(affine)], {}, f"{name}.quantized"), affine, low, high)
         self._as_codes(name, codes if shape is None else self.emit("Reshape", [codes, shape], {}, ""), affine)
 
     def _as_codes(self, name: str, codes: ir.Value, affine: Affine) -> None:
@@ -162,8 +166,9 @@ class _Writer:
         else:
             made = self._copied(node)
         self.floats[output.name] = made
-        if affine is not None:
-            self._quantize(output.name, made, affine)
+        for value in node.outputs:
+            if value.name in self.plan.edges:
+                self._quantize(value.name, self.floats[value.name], self.plan.edges[value.name])
 
     def _operand(self, value: ir.Value | None) -> ir.Value | None:
         if value is None or value.name in self.floats:
@@ -191,10 +196,13 @@ class _Writer:
         if layer.weight_quantizer is None and name not in self.plan.inputs:
             return self._kept_float(node)
         if BIAS in node.metadata_props:
+            product = node.inputs[0].producer()
+            if integer and _row_shape(product) is not None:
+                return self._matrix_product(product, name, constant(node.inputs[1]))
             if not integer:
                 return self._copied(node)
-            return self._matrix_product(node.inputs[0].producer(), name, constant(node.inputs[1]))
-        if integer and node.op_type == "MatMul":
+            return self.emit("Add", [self._operand(node.inputs[0]), self._integer_bias(name, constant(node.inputs[1]))], {}, node.name)
+        if integer and node.op_type == "MatMul" and _row_shape(node) is not None:
             alone = not any(BIAS in use.node.metadata_props for use in node.outputs[0].uses())
             return self._matrix_product(node, name, None) if alone else None
         operands = [self._operand(value) for value in node.inputs]
@@ -235,12 +243,12 @@ class _Writer:
         """A linear on more than two dimensions as one on a matrix of rows, for which runtimes have a kernel, bias and rounding in it."""
         given = self._input(node, name)
         source, *grid = given.producer().inputs
-        width = self._constant_of("row_length", [-1, node.inputs[0].shape[-1]])
-        rows = self.emit("DequantizeLinear", [self.emit("Reshape", [source, width], {}, ""), *grid], {}, "")
+        inner, width = _row_shape(node)
+        flat = self._constant_of("rows", [-1, width])
+        rows = self.emit("DequantizeLinear", [self.emit("Reshape", [source, flat], {}, ""), *grid], {}, "")
         operands = [rows, self._integer_weight(name, self.layers[name], True)]
         made = self.emit("Gemm", operands if bias is None else [*operands, self._integer_bias(name, bias)], {}, name)
-        # The batch is the one dimension that is not known; it is the first.
-        shape = self._constant_of("shape", [-1, *node.inputs[0].shape[1:-1], operands[1].producer().inputs[1].shape[0]])
+        shape = self._constant_of("shape", [-1, *inner, weight_rows(self.layers[name], float_weight(self.layers[name])).shape[0]])
         whole = self.emit("Reshape", [made, shape], {}, "")
         self.rows[whole.name] = made, shape
         return whole
@@ -261,7 +269,7 @@ class _Writer:
             return self.floats[source]
         if (source, affine) not in self.requantized:
             codes = self.emit("QuantizeLinear", [self.floats[source], *self._scale(affine)], {}, "")
-            codes = self._clipped(codes, affine, f"{name}.input")
+            codes = self._clipped(codes, affine)
             self.requantized[source, affine] = self.emit("DequantizeLinear", [codes, *self._scale(affine)], {}, f"{name}.input")
         return self.requantized[source, affine]
 
@@ -307,12 +315,11 @@ class _Writer:
 
     def _computed_by_tables(self) -> set[str]:
         """Values that only tables are computed through."""
-        made: set[str] = set()
+        made, bases = set(), set(self.plan.tables.values())
         for node in reversed(list(self.source)):
             readers = [use.node for use in node.outputs[0].uses()]
             tabled = node.outputs[0].name in self.plan.tables
             through = [r for r in readers if r.outputs[0].name in self.plan.tables or r.outputs[0].name in made]
-            bases = set(self.plan.tables.values())
             given_out = node.outputs[0].is_graph_output()
             if readers and len(through) == len(readers) and not tabled and node.outputs[0].name not in bases and not given_out:
                 made.add(node.outputs[0].name)
@@ -327,6 +334,13 @@ class _Writer:
         codes = np.clip(np.rint(results / np.float32(affine.scale)) + affine.zero_point, 0, affine.highest).astype(np.uint8)
         index = self.emit("Cast", [self.codes[base]], {"to": int(ir.DataType.INT32)}, "")
         return self.emit("Gather", [self.constant(f"{node.name}.table", codes), index], {"axis": 0}, node.name)
+
+
+def _row_shape(node: ir.Node) -> tuple[list[int], int] | None:
+    """(dimensions between the first, which is the batch, and the last; the last) of a linear's input; None where they are not known."""
+    shape = node.inputs[0].shape
+    known = shape is not None and len(shape) > 1 and all(isinstance(size, int) for size in shape[1:])
+    return ([int(size) for size in shape[1:-1]], int(shape[-1])) if known else None
 
 
 def weight_numbers(layer: nn.Module) -> tuple[torch.Tensor, np.ndarray, int]:
