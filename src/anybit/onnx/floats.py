@@ -236,7 +236,7 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
 
 
 def _reads(node: ir.Node, read: np.ndarray, given: np.ndarray) -> bool:
-    """Whether what the operator reads is what the layer was given: the same, but for zeros around it that are the operator's padding now."""
+    """Whether what the operator reads is what the layer was given, but for zeros around it that are the operator's padding now."""
     if node.op_type == "Conv" and read.size < given.size:
         return _alike(np.abs(read).sum(), np.abs(given).sum())
     return _alike(read, given)
