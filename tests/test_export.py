@@ -406,3 +406,153 @@ def test_the_network_is_left_as_it_was():
     assert all(torch.equal(tensor, before[name]) for name, tensor in canonical.model.state_dict().items())
     assert all(layer.weight_quantizer is not None for layer in quantized_layers(canonical.model).values())
     assert isinstance(canonical.model, Activated)
+
+
+# What was once wrong
+
+
+def verdict_of(canonical, made, batch, folder):
+    onnx_file.save(made.integer, folder / "net.onnx")
+    return verify_file(folder / "net.onnx", onnx_file.load(folder / "net.onnx"), made, canonical.model, batch)
+
+
+class Odd(nn.Module):
+    """A function of named layers, for networks of one line."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def odd(function, shape=(3, 8, 8), precision="W8A8", **layers):
+    torch.manual_seed(0)
+    batch = inputs(shape)
+    return canonical_of(Odd(function, **layers).eval(), batch, lambda layer: Precision.parse(precision)), batch
+
+
+def conv(narrow, wide, kernel=3, **more):
+    return nn.Conv2d(narrow, wide, kernel, **more)
+
+
+@pytest.mark.parametrize(
+    ("function", "layers", "shape"),
+    [
+        (
+            lambda s, x: sum(f(p) for f, p in zip((s.b, s.c), s.a(x).chunk(2, 1), strict=True)),
+            {"a": (3, 8), "b": (4, 4), "c": (4, 4)},
+            (3, 8, 8),
+        ),
+        (lambda s, x: s.b(F.relu(s.a(x.transpose(0, 1)))).transpose(0, 1), {"a": 6, "b": 6}, (5, 6)),
+        (lambda s, x: s.b(F.silu(s.a(x).transpose(1, 2)).transpose(1, 2)), {"a": 6, "b": 6}, (5, 6)),
+        (lambda s, x: s.b(torch.cat([s.a(x.mean(1, keepdim=True)).expand(-1, 2, -1), x], 1)), {"a": 6, "b": 6}, (5, 6)),
+        (lambda s, x: s.relu(F.relu(s.flat(x))), {"flat": (3, 8), "relu": (8, 4)}, (3, 8, 8)),
+    ],
+    ids=["split", "sequence first", "moved function", "class token", "names of operators"],
+)
+@pytest.mark.parametrize("tables", [False, True])
+@pytest.mark.parametrize("precision", ["W8A8", "W3A8"])
+def test_unusual_graphs_are_carried(function, layers, shape, tables, precision, tmp_path):
+    made_layers = {name: nn.Linear(6, size) if isinstance(size, int) else conv(*size) for name, size in layers.items()}
+    canonical, batch = odd(function, shape, precision, **made_layers)
+    made = exported(canonical, batch, tables=tables)
+    verdict = verdict_of(canonical, made, batch, tmp_path)
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert not verdict.failures
+    assert torch.from_numpy(runtime_outputs(made.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
+@pytest.mark.parametrize("cls", [Standardized, Scaled])
+def test_a_layer_whose_forward_is_more_than_its_operator_is_refused_by_name(cls):
+    canonical, batch = odd(lambda s, x: s.odd(x), odd=cls(3, 4, 3))
+    with pytest.raises(UnsupportedModel, match=rf"odd: the forward of .*{cls.__name__}"):
+        exported(canonical, batch)
+
+
+def test_what_the_exporter_drops_is_noticed():
+    canonical, batch = odd(lambda s, x: s.b(F.avg_pool2d(s.a(x), 2, 2, divisor_override=3)), a=conv(3, 8), b=conv(8, 4, 1))
+    with pytest.raises(UnsupportedModel, match="exporter changes the network"):
+        exported(canonical, batch)
+
+
+def test_a_batch_that_forward_fixes_is_refused():
+    canonical, batch = odd(lambda s, x: s.a(x).reshape(len(x), -1), a=conv(3, 4))
+    with pytest.raises(UnsupportedModel, match="size of the batch"):
+        exported(canonical, batch)
+
+
+def test_of_edges_that_look_alike_the_widest_is_taken():
+    """On the first inputs no value meets the clamp: by its numbers there the clamped tensor is the other one, too."""
+    torch.manual_seed(0)
+    layers = {"z": conv(3, 8), "b": conv(8, 8, 1), "c": conv(8, 4, 1)}
+    batch = inputs((3, 8, 8))
+    batch.inputs[:4] *= 1e-3
+    network = Odd(lambda s, x: (lambda h: s.c(h + s.b(h.clamp(-0.5, 0.5))))(s.z(x)), **layers).eval()
+    canonical = canonical_of(network, batch, lambda layer: Precision(8, 8))
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert torch.from_numpy(runtime_outputs(exported(canonical, batch).integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
+def test_a_float_layer_at_the_end_is_no_failure(tmp_path):
+    canonical, batch = odd(lambda s, x: s.b(F.relu(s.a(x))), precision="W4", a=conv(3, 8), b=conv(8, 16))
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and set(verdict.floats) == {"a", "b"}
+
+
+def test_a_setting_that_was_altered_is_noticed(tmp_path):
+    canonical, batch = odd(lambda s, x: F.leaky_relu(s.a(x).mean((2, 3)), 0.01), a=conv(3, 8))
+    made = exported(canonical, batch)
+    onnx_file.save(made.integer, tmp_path / "net.onnx")
+    content = onnx.load(tmp_path / "net.onnx")
+    next(node for node in content.graph.node if node.op_type == "LeakyRelu").attribute[0].f = 0.5
+    onnx.save(content, tmp_path / "net.onnx")
+    verdict = verify_file(tmp_path / "net.onnx", onnx_file.load(tmp_path / "net.onnx"), made, canonical.model, batch)
+    assert any("leakyrelu" in failure for failure in verdict.failures)
+
+
+def test_exchanged_outputs_are_noticed(tmp_path):
+    canonical, batch = odd(
+        lambda s, x: (lambda h: (s.a(h), s.b(h)))(F.gelu(s.z(x))), (6,), z=nn.Linear(6, 6), a=nn.Linear(6, 3), b=nn.Linear(6, 3)
+    )
+    made = exported(canonical, batch)
+    onnx_file.save(made.integer, tmp_path / "net.onnx")
+    content = onnx.load(tmp_path / "net.onnx")
+    first, second = (output.name for output in content.graph.output)
+    for node in content.graph.node:
+        node.output[:] = [{first: second, second: first}.get(name, name) for name in node.output]
+    onnx.save(content, tmp_path / "net.onnx")
+    assert verify_file(tmp_path / "net.onnx", onnx_file.load(tmp_path / "net.onnx"), made, canonical.model, batch).failures
+
+
+def test_ranges_that_an_export_measured_are_what_verify_uses(tmp_path):
+    """Other inputs than the export's own give other ranges, and the file is the run's all the same."""
+    torch.manual_seed(0)
+    network = Odd(lambda s, x: s.b(s.norm(s.a(x))), a=conv(3, 8), norm=nn.GroupNorm(2, 8), b=conv(8, 4))
+    batch = inputs((3, 8, 8))
+    result = anybit.calibrate(network, batch.inputs, samples=16, weight_bits=(8,), activation_bits=(8,), pipeline="light")
+    result.canonical.edges = {}  # every range is measured
+    canonical = result.canonical
+    made = exported(canonical, batch)
+    assert made.plan.measured
+    onnx_file.save(made.integer, tmp_path / "net.onnx")
+    file = onnx_file.load(tmp_path / "net.onnx")
+    other = inputs((3, 8, 8), seed=5)
+    again = exported(canonical, other, measured=onnx_file.measured_in(file))
+    assert not verify_file(tmp_path / "net.onnx", file, again, canonical.model, other).failures
+    assert verify_file(tmp_path / "net.onnx", file, exported(canonical, other), canonical.model, other).failures

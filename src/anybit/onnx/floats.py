@@ -218,6 +218,12 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
     finally:
         for hook in hooks:
             hook.remove()
+    for value, output in zip(graph.graph.outputs, outputs, strict=True):
+        if value.name in values and not _alike(values[value.name], output.float().numpy()):
+            raise UnsupportedModel(
+                f"The ONNX exporter changes the network: its output {value.name} is not what the network gives. It translates one of "
+                "the network's operators only in part; replace that one."
+            )
     nodes = {node.name: node for node in graph.graph if node.metadata_props.get(LAYER) == node.name}
     for name, given in inputs.items():
         node = nodes.get(name)
@@ -226,12 +232,6 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
             raise UnsupportedModel(
                 f"{name}: the forward of {type(plain.get_submodule(name)).__name__} does not compute with its weight and input as they "
                 f"are, so that an integer kernel cannot take its place. Keep the layer float: --keep '{name}=float'."
-            )
-    for value, output in zip(graph.graph.outputs, outputs, strict=True):
-        if value.name in values and not _alike(values[value.name], output.float().numpy()):
-            raise UnsupportedModel(
-                f"The ONNX exporter changes the network: its output {value.name} is not what the network gives. It translates one of "
-                "the network's operators only in part; replace that one."
             )
 
 
