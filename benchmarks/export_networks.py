@@ -143,7 +143,7 @@ def measure_exact(arguments: argparse.Namespace, results: Results) -> None:
                 draw = random.Random(seed)
                 batch = networks.inputs(shape)
                 canonical = networks.canonical_of(network(), batch, lambda layer, d=draw: networks.random_precision(d))
-                results.add(key, same(exported(canonical, batch), networks.inputs(shape, 64, seed=9)))
+                results.add(key, same(exported(canonical, batch, tables=True), networks.inputs(shape, 64, seed=9)))
 
 
 def measure_accuracy(results: Results, key: str, canonical: Any, test: Any, batch_size: int) -> None:

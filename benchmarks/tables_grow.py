@@ -42,7 +42,7 @@ def methods_section() -> str:
 def tried_section() -> str:
     """Earlier settings; each entry's JSON has them all."""
     rows = [[key, f"{run['top1']:.2f}"] for key, run in entries("grow_resnet20_tried").items()]
-    return table(["one run each, learning rate 1e-3, no distillation", "top-1"], rows) if rows else "Not run."
+    return table(["one run each", "top-1"], rows) if rows else "Not run."
 
 
 def choices_section() -> str:
