@@ -17,7 +17,7 @@ from torch import nn
 import anybit
 from anybit.batches import call, evaluating
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
-from anybit.layers import quantized_layers
+from anybit.layers import fill, quantized_layers
 from anybit.onnx import file as onnx_file
 from anybit.onnx.file import exported, ideal_bytes
 from anybit.onnx.floats import input_tensors
@@ -26,6 +26,7 @@ from anybit.onnx.plan import Affine
 from anybit.onnx.storage import PLANES, field_table, pack_fields, stored
 from anybit.onnx.verification import flipped_codes, lacks_exact_kernels, verify_file
 from anybit.onnx.writer import LARGEST_BIAS, with_room
+from anybit.quantizers import UniformQuantizer
 from anybit.scheme import Precision
 
 exactly = pytest.mark.skipif(lacks_exact_kernels() is not None, reason=f"bitwise equality: {lacks_exact_kernels()}")
@@ -507,6 +508,14 @@ def test_of_edges_that_look_alike_the_widest_is_taken():
     with torch.no_grad():
         simulated = canonical.model(batch.inputs)
     assert torch.from_numpy(runtime_outputs(exported(canonical, batch).integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
+def test_a_layer_with_one_scale_is_carried(tmp_path):
+    canonical, batch = odd(lambda s, x: s.b(F.relu(s.a(x))), a=conv(3, 8), b=conv(8, 16))
+    for layer in quantized_layers(canonical.model).values():
+        fill(layer, UniformQuantizer(8, True, layer.weight_quantizer.scale.max().reshape(1, 1)), layer.input_quantizer)
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and set(verdict.kernels) == {"a", "b"}
 
 
 def test_a_float_layer_at_the_end_is_no_failure(tmp_path):

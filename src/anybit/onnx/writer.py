@@ -171,9 +171,10 @@ class _Writer:
                 self._quantize(value.name, self.floats[value.name], self.plan.edges[value.name])
 
     def _operand(self, value: ir.Value | None) -> ir.Value | None:
-        if value is None or value.name in self.floats:
-            return None if value is None else self.floats[value.name]
-        return self.constant(value.name, constant(value))
+        """What a node of the new graph reads in its place."""
+        if value is None:
+            return None
+        return self.floats[value.name] if value.name in self.floats else self.constant(value.name, constant(value))
 
     def _copied(self, node: ir.Node) -> ir.Value:
         """The node as it is, on the new graph's values."""
@@ -348,7 +349,8 @@ def weight_numbers(layer: nn.Module) -> tuple[torch.Tensor, np.ndarray, int]:
     if isinstance(layer.weight_quantizer, Pruned):
         rows = weight_rows(layer, float_weight(layer))
         return torch.zeros(rows.shape, dtype=torch.int8), np.ones(len(rows), np.float32), 0
-    return codes_of(layer), layer.weight_quantizer.scale.detach().flatten().numpy().astype(np.float32), layer.weight_quantizer.bits
+    codes, scale = codes_of(layer), layer.weight_quantizer.scale.detach().flatten()
+    return codes, scale.expand(len(codes)).numpy().astype(np.float32), layer.weight_quantizer.bits  # one scale serves all rows
 
 
 def with_room(codes: torch.Tensor, scale: np.ndarray, bias: np.ndarray, bits: int) -> tuple[torch.Tensor, np.ndarray]:
