@@ -232,3 +232,10 @@ def test_sizes_are_read_in_thousands_or_in_powers_of_two(text, size):
 def test_a_malformed_size_is_refused(text):
     with pytest.raises(InvalidSetting, match=r"cannot be read\. Write 500MB or 2GiB"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"), [("bops=8444.8M", 8_444_800_000), ("bops=2.1G", 2_100_000_000), ("0.3MB", 300_000), ("latency=0.3339ms", 0.0003339)]
+)
+def test_a_budget_is_what_is_written_to_the_last_digit(text, limit):
+    assert Budget.parse(text).conditions[0].limit == limit

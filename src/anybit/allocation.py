@@ -113,7 +113,7 @@ def _linear(condition: Condition, choices: Mapping[str, Sequence[Precision]], co
         table = costs.latency
         per_layer = {name: np.array([table.layer(name, p) for p in choices[name]]) for name in choices}
         rest = table.rest["int8"]
-        return "latency", per_layer, condition.limit - rest, lambda amount: f"latency={math.ceil((amount + rest) * 1e7) / 1e4:g}ms"
+        return "latency", per_layer, condition.limit - rest, lambda amount: f"latency={math.ceil((amount + rest) * 1e7) / 1e4:.4f}ms"
     raise InvalidSetting(f"A budget of {condition.quantity} needs a measured table: run anybit profile on this model and data first.")
 
 

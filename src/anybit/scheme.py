@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from types import MappingProxyType
 
 from anybit.errors import InvalidSetting, SchemeMismatch
@@ -214,7 +215,8 @@ def _parse_condition(part: str) -> Condition:
     for pattern, quantity, units in _FORMS:
         match = re.fullmatch(pattern, part)
         if match:
-            limit = float(match[1]) * (units[match[2]] if units else 1)
+            # In decimals, as it is written: in binary 8444.8 times a million is a little less than 8,444,800,000.
+            limit = float(Decimal(match[1]) * Decimal(str(units[match[2]] if units else 1)))
             if limit <= 0:
                 raise InvalidSetting(f"Budget {part!r} must be above zero.")
             return Condition(quantity, limit)
@@ -229,4 +231,4 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(rf"{_NUMBER}(B|kB|KB|MB|GB|KiB|MiB|GiB)", text)
     if not match:
         raise InvalidSetting(f"Size {text!r} cannot be read. Write 500MB or 2GiB.")
-    return int(float(match[1]) * UNITS["bytes"][match[2]])
+    return int(Decimal(match[1]) * Decimal(str(UNITS["bytes"][match[2]])))
