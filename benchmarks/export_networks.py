@@ -105,15 +105,18 @@ def network_of(name: str) -> torch.nn.Module:
 def measure_shapes(arguments: argparse.Namespace, results: Results) -> None:
     for name, shape in SHAPES.items():
         schemes = {f"W{w}A{a}": Precision(w, a) for w, a in ((8, 8), (4, 8), (3, 8), (2, 8), (4, 4))}
+        schemes |= {"W8A8 tables": Precision(8, 8)} if name == "bert_base" else {}  # its GELU is the one function among the shapes
         keys = [*schemes, *(f"random {seed}" for seed in range(arguments.seeds))]
-        for key in keys if name in ("resnet18", "mobilenet_v2") else [*keys[:2], keys[-1]]:
+        for key in (
+            keys if name in ("resnet18", "mobilenet_v2") else [*keys[:2], *(key for key in keys if key.endswith("tables")), keys[-1]]
+        ):
             if f"{name} {key}" in results.entries or (arguments.only and arguments.only not in f"{name} {key}"):
                 continue
             draw = random.Random(key)
             batch = networks.inputs(shape, 2)
             wanted = (lambda layer, p=schemes[key]: p) if key in schemes else (lambda layer, d=draw: networks.random_precision(d))
             canonical = networks.canonical_of(network_of(name), batch, wanted)
-            made = exported(canonical, batch)
+            made = exported(canonical, batch, tables=key.endswith("tables"))
             entry = measured(made.floating, made.integer, networks.inputs(shape, 1, seed=5), arguments.rounds)
             entry |= {"ideal_bytes": ideal_bytes(canonical), "layers": {n: str(p) for n, p in canonical.scheme.items()}}
             entry |= same(made, networks.inputs(shape, 2, seed=6)) | kernels(made, canonical.model, batch)

@@ -589,11 +589,11 @@ def rounded(network: Network, batches: Sequence[Batch], scheme: Scheme) -> nn.Mo
     """The canonical model of `scheme` by rounding to nearest over whole ranges: for speed and size, where accuracy does not matter."""
     samples, layers = input_samples(network.folded, network.names, batches, 2**12, 0), quantized_layers(network.prepared)
     candidates = Candidates()
-    for name, (weight_bits, activation_bits) in ((name, (p.weight_bits, p.activation_bits)) for name, p in scheme.items()):
-        if weight_bits:
-            candidates.weights[name, weight_bits] = weight_candidate(layers[name], weight_bits, "minmax")
-        if activation_bits:
-            candidates.activations[name, activation_bits] = activation_candidate(samples[name], activation_bits, "minmax")
+    for name, precision in scheme.items():
+        if bits := precision.weight_bits:
+            candidates.weights[name, bits] = weight_candidate(layers[name], bits, "minmax")
+        if bits := precision.activation_bits:
+            candidates.activations[name, bits] = activation_candidate(samples[name], bits, "minmax")
     return apply_scheme(network.prepared, scheme, candidates).eval()
 
 

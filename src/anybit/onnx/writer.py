@@ -119,7 +119,7 @@ class _Writer:
     def _scale(self, affine: Affine) -> list[ir.Value]:
         """[scale, zero point]; equal ones are shared."""
         return [
-            self.constant(f"scale_{affine.scale!r}", np.float32(affine.scale)[()].reshape(())),
+            self.constant(f"scale_{affine.scale!r}", np.array(affine.scale, np.float32)),
             self.constant(f"zero_point_{affine.zero_point}", np.array(affine.zero_point, np.uint8)),
         ]
 
