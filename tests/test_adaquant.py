@@ -265,4 +265,4 @@ def test_a_scheme_with_float_and_pruned_layers_is_reconstructed():
     model = apply_scheme(network.prepared, scheme, candidates)
     starts = free_weights(network, candidates, scheme)
     errors = sequential(model, network.folded, network.units, starts, network.wiring, calibration, AdaQuantSettings(steps=3), 2**30)
-    assert scheme_of(model) == scheme and errors["conv1"] == {} and errors["conv2"] == {}
+    assert scheme_of(model) == scheme and set(errors) == {"fc"}  # nothing to fit in the others

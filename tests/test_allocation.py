@@ -268,7 +268,11 @@ def test_an_infeasible_budget_names_binding_layers_and_one_that_is_feasible(netw
     choices, costs = network
     with pytest.raises(InfeasibleBudget) as error:
         allocate(make_problem(choices, plain_table(choices), costs, Budget.parse(text)))
-    largest = max(choices, key=lambda name: costs.layers[name].weights * min(p.stored_weight_bits for p in choices[name]))
+    cost = {
+        "bit": lambda name, p: costs.layers[name].weights * p.stored_weight_bits,
+        "bops=1": costs.layer_bops,
+    }.get(text.lstrip("0.1"), costs.layer_bytes)
+    largest = max(choices, key=lambda name: min(cost(name, p) for p in choices[name]))
     assert re.search(rf"The smallest scheme needs .*, more than the budget of .* \(layers .*{largest}.* bind\)", str(error.value))
     enough = re.search(r"raise the budget to (.*)\.$", str(error.value))[1]
     try:

@@ -30,7 +30,7 @@ def prepared_with_candidates(name: str) -> tuple[nn.Module, Candidates]:
     sample = torch.linspace(-1, 3, 200)
     weights = {(n, bits): weight_candidate(prepared.get_submodule(n), bits, "minmax") for n in names for bits in WEIGHT_BITS}
     return prepared, Candidates(
-        weights, {(n, bits): activation_candidate(sample, bits, "minmax") for n in names for bits in ACTIVATION_BITS}
+        weights, {(n, bits): activation_candidate([sample], bits, "minmax") for n in names for bits in ACTIVATION_BITS}
     )
 
 
@@ -152,6 +152,6 @@ def test_weights_that_are_not_finite_are_named_by_layer(value):
 
 
 def test_activations_that_are_not_finite_are_named_by_layer():
-    samples = {"conv1": torch.ones(3), "fc": torch.tensor([1.0, float("inf")])}
+    samples = {"conv1": [torch.ones(3)], "fc": [torch.ones(2), torch.tensor([1.0, float("inf")])]}
     with pytest.raises(InvalidInput, match="fc"):
         check_finite_samples(samples)

@@ -1,9 +1,11 @@
 """What every method must hold. Adding a method is adding its line to METHODS."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
+from language import covered, inputs
 from networks import Residual, assert_untouched, make, pictures, snapshot
 
 import anybit
@@ -12,6 +14,7 @@ from anybit.batchnorm import reestimate
 from anybit.candidates import apply_scheme
 from anybit.evaluation import distance, outputs_of
 from anybit.layers import codes_of, quantized_layers, scheme_of, weight_rows
+from anybit.matmul import Matmul
 from anybit.quantizers import UniformQuantizer
 from anybit.references import as_samples
 from anybit.scheme import Precision, Scheme
@@ -28,7 +31,8 @@ def grown(model, x, weight_bits, activation_bits):
 
 def trained(model, x, weight_bits, activation_bits):
     """LSQ at the wanted bits, on the float network's own outputs."""
-    scheme = Scheme.uniform(quantizable(model, x), Precision(weight_bits[0], activation_bits[0]))
+    wanted = Precision(weight_bits[0], activation_bits[0])
+    scheme = Scheme({name: of_kind(model.get_submodule(name), wanted) for name in quantizable(model, x)})
     return anybit.grow(model, x, scheme=scheme, distill=1.0, epochs=15, batch_size=16)
 
 
@@ -37,7 +41,9 @@ def subnet(model, x, weight_bits, activation_bits):
     bits = {weight_bits[0], activation_bits[0], 8} | ({6} if weight_bits == activation_bits == (8,) else set())
     wanted = {"bits": tuple(sorted(bits)), "label": "teacher", "distill": 1.0, "epochs": 30, "batch_size": 16, "held_out": 0.05}
     supernet = anybit.train(model, x, **wanted)
-    return anybit.extract(supernet, scheme=Scheme.uniform(supernet.choices, Precision(weight_bits[0], activation_bits[0])), data=x)
+    wanted = Precision(weight_bits[0], activation_bits[0])
+    scheme = Scheme({name: of_kind(model.get_submodule(name), wanted) for name in supernet.choices})
+    return anybit.extract(supernet, scheme=scheme, data=x)
 
 
 # name -> function of (network, inputs, weight_bits=(one,), activation_bits=(one,)) that returns a Result
@@ -94,3 +100,42 @@ def test_every_method_ends_in_the_canonical_form(method, text, tmp_path):
     loaded = anybit.load(folder, model=make(Residual, seed=3))
     assert torch.equal(loaded(x), result.model(x)) and loaded.scheme == result.scheme
     assert (folder / "model.safetensors").stat().st_size == result.report["result"]["bytes"]
+
+
+def of_kind(layer, precision: Precision) -> Precision:
+    """What of a precision a layer can have: an embedding reads no activation, a product has no weight."""
+    if isinstance(layer, torch.nn.Embedding):
+        return Precision(precision.weight_bits, None)
+    return Precision(None, precision.activation_bits) if isinstance(layer, Matmul) else precision
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_a_transformer(method, tmp_path):
+    batch, precision = inputs("bert", 48), Precision(4, 8)
+    model = covered("bert")
+    sentences = [{name: tensor[index] for name, tensor in batch.inputs.items()} for index in range(len(batch))]
+    result = METHODS[method](model, sentences, weight_bits=(4,), activation_bits=(8,))
+
+    layers = quantized_layers(result.model)
+    assert result.scheme == Scheme({name: of_kind(layer, precision) for name, layer in layers.items()})
+    for layer in layers.values():
+        if isinstance(layer, Matmul):
+            assert type(layer.input_quantizer) is UniformQuantizer and layer.input_quantizer.scale.shape == (2,)
+        else:
+            assert torch.equal(weight_rows(layer, layer.weight), codes_of(layer).float() * layer.weight_quantizer.scale)
+    reference, found = (outputs_of(one, [batch]) for one in (model, result.model))
+    scrambled = outputs_of(covered_with_noise(model), [batch])
+    assert distance(found, reference, "classification") < distance(scrambled, reference, "classification")
+    loaded = anybit.load(result.save(tmp_path / "run"), model=covered("bert"))
+    assert torch.equal(outputs_of(loaded, [batch]), found)
+
+
+def covered_with_noise(model):
+    """The network with every weight rounded to two bits, nothing fitted: what a method must be better than."""
+    noisy = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            if parameter.dim() > 1:
+                step = parameter.abs().max()
+                parameter.copy_((parameter / step).round() * step)
+    return noisy

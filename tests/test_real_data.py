@@ -1,4 +1,4 @@
-"""The main job on real data through the command line: ResNet-20, CIFAR-10. Skipped where the data folder is missing."""
+"""The main job on real data through the command line: ResNet-20 on CIFAR-10, MiniLM on SST-2. Skipped where the data folder is missing."""
 
 import json
 import os
@@ -79,3 +79,18 @@ def test_the_advanced_pipeline_beats_the_light_one_at_two_bits(cifar, tmp_path):
         more = ["--pipeline", pipeline, "--steps", "100", "--output", str(tmp_path / pipeline)]
         found[pipeline] = anybit("calibrate", *network, *pictures, *fixed, *more)["test"]["top1"]
     assert found["advanced"] > found["light"] + 5
+
+
+def test_minilm_from_the_command_line(tmp_path):
+    texts = DATA / "data" / "sst2"
+    lines = (texts / "dev.tsv").read_text(encoding="utf8").splitlines(keepends=True)
+    (tmp_path / "dev.tsv").write_text("".join(lines[:151]), encoding="utf8")
+    model, data = ["--model", f"hf:{DATA / 'weights' / 'minilm-sst2'}"], ["--data", str(texts / "train.tsv")]
+    whole = anybit("evaluate", *model, "--data", str(tmp_path / "dev.tsv"))
+    assert whole["top1"] > 85
+    fixed = ["--weight-bits", "8", "--activation-bits", "8", "--pipeline", "light", "--samples", "48", "--batch-size", "16"]
+    run = tmp_path / "run"
+    found = anybit("calibrate", *model, *data, "--test", str(tmp_path / "dev.tsv"), *fixed, "--output", str(run))
+    assert found["test"]["kl"] < 0.02 and found["test"]["agreement"] > 97
+    assert found["result"]["bytes"] == (run / "model.safetensors").stat().st_size < 0.26 * 4 * 22_713_986
+    assert anybit("evaluate", str(run), "--data", str(tmp_path / "dev.tsv"))["top1"] == pytest.approx(found["test"]["top1"], abs=0.4)

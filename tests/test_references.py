@@ -79,7 +79,7 @@ def test_an_optional_package_that_is_missing_is_one_sentence_with_the_command(pa
 def test_every_optional_package_is_an_extra():
     root = Path(__file__).parent.parent
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    offered = {re.match(r"[\w-]+", requirement)[0] for extra in ("images", "timm", "torchvision") for requirement in extras[extra]}
+    offered = {re.match(r"[\w-]+", requirement)[0] for extra in ("images", "timm", "torchvision", "hf") for requirement in extras[extra]}
     used = set(re.findall(r'_optional\("[\w.]+", "([\w-]+)"', "".join(path.read_text() for path in (root / "src").rglob("*.py"))))
     assert used == offered
 

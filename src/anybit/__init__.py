@@ -28,6 +28,7 @@ _HOMES = {
     "inspect": "anybit.roads",
     "load": "anybit.roads",
     "Result": "anybit.roads",
+    "Matmul": "anybit.matmul",
     "Precision": "anybit.scheme",
     "Scheme": "anybit.scheme",
     "Budget": "anybit.scheme",

@@ -6,7 +6,7 @@ The one seeded split into fitting and held-out inputs is made here, once a run.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,70 @@ from anybit.errors import InvalidInput, InvalidSetting
 Inputs = Tensor | tuple | dict
 
 
+class Reader(Protocol):
+    """What a task reads in a model's output, and scores of its own beside those of `evaluation`."""
+
+    task: str
+
+    def read(self, output: Any, batch: "Batch") -> Tensor:
+        """One row a prediction, of one shape in every batch: what is compared with the float model's, and scored."""
+
+    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """By name; {} where there are none."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """`inputs`: a tensor, a tuple (positional) or a dict (keyword arguments); `labels`: int64 [N] or None."""
+    """`inputs`: a tensor, a tuple (positional) or a dict (keyword arguments); `labels`: int64 [N] or None.
+
+    `reader` reads the model's output; None reads its first tensor.
+    """
 
     inputs: Inputs
     labels: Tensor | None = None
+    reader: Reader | None = None
 
     def __len__(self) -> int:
         return len(first_tensor(self.inputs))
 
+    @property
+    def mask(self) -> Tensor | None:
+        """bool [N, T]: which of the tokens are real and which padding; None where samples are not padded to one length."""
+        mask = self.inputs.get("attention_mask") if isinstance(self.inputs, dict) else None
+        return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""
-        return Batch(map_tensors(self.inputs, lambda t: t.to(device)), None if self.labels is None else self.labels.to(device))
+        labels = None if self.labels is None else self.labels.to(device)
+        return Batch(map_tensors(self.inputs, lambda t: t.to(device)), labels, self.reader)
+
+    def head(self, count: int) -> "Batch":
+        """The inputs of its first samples, without labels."""
+        return Batch(map_tensors(self.inputs, lambda tensor: tensor[:count]), None, self.reader)
+
+
+def predict(model: nn.Module, batch: Batch) -> Tensor:
+    """What the batch's reader reads in the output of `model`."""
+    output = call(model, batch.inputs)
+    return first_tensor(output) if batch.reader is None else batch.reader.read(output, batch)
+
+
+def real(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """The values of `tensor` that belong to real tokens, by `mask` [N, T]; all of it where its dimensions are not those of tokens.
+
+    Tokens run along the last dimension but one, [N, ..., T, features], or are flattened, [N T, features]; what all samples share,
+    [1, ..., T, features], has a real token where any sample has.
+    """
+    if mask is None or tensor.dim() < 2:
+        return tensor
+    if tensor.dim() == 2:
+        return tensor[mask.flatten()] if len(tensor) == mask.numel() > len(mask) else tensor
+    if len(tensor) == 1:
+        mask = mask.any(0, keepdim=True)
+    if len(tensor) != len(mask) or tensor.shape[-2] != mask.shape[1]:
+        return tensor
+    between = [1] * (tensor.dim() - 3)
+    return tensor[mask.view(len(mask), *between, -1).expand(tensor.shape[:-1])]
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -105,7 +156,8 @@ class Samples:
 
     `workers` processes load them, which changes nothing but speed, unless the data set draws at random: each worker draws from `seed`
     and its own number. `collate` makes a batch of items, as a DataLoader's collate_fn does;
-    `loading` are other arguments for the DataLoader. An array data set answers whole batches through `__getitems__`.
+    `loading` are other arguments for the DataLoader; `reader` reads the model's output on them. An array data set answers whole batches
+    through `__getitems__`.
     """
 
     dataset: Dataset | Sequence
@@ -115,6 +167,7 @@ class Samples:
     seed: int = 0
     collate: Callable[[list], Any] = stacked
     loading: Mapping[str, Any] = field(default_factory=dict)
+    reader: Reader | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -133,19 +186,33 @@ class Samples:
             raise InvalidSetting(f"batch size {size} must be at least 1 and workers {self.workers} at least 0.")
         generator = torch.Generator().manual_seed(self.seed)
         how: dict[str, Any] = {"num_workers": self.workers, "collate_fn": self._collate, "generator": generator, **self.loading}
-        for inputs, labels in DataLoader(self.dataset, batch_size=size, **how):
-            yield Batch(inputs, labels).to(self.device)
+        for batch in DataLoader(self.dataset, batch_size=size, **how):
+            labels = batch.labels if self.labelled else None
+            yield replace(batch, labels=labels, reader=batch.reader or self.reader).to(self.device)
 
-    def _collate(self, items) -> tuple[Inputs, Tensor | None]:
+    def by_length(self) -> "Samples":
+        """The same samples with those of like length together, where the data set tells lengths: batches are padded less."""
+        lengths = _lengths(self.dataset)
+        return self if lengths is None else self.subset(sorted(range(len(self)), key=lambda index: lengths[index]))
+
+    def _collate(self, items) -> Batch:
         if isinstance(items, Batch):  # an array data set has made the batch already
-            return items.inputs, items.labels
+            return items
         inputs, labels = self.collate(items), None
         if self.labelled:
             *inputs, labels = inputs
             inputs, labels = inputs[0] if len(inputs) == 1 else inputs, torch.as_tensor(labels)
         if isinstance(inputs, (list, tuple)):
             inputs = inputs[0] if len(inputs) == 1 else tuple(inputs)
-        return inputs, labels
+        return Batch(inputs, labels)
+
+
+def _lengths(dataset: Any) -> Sequence[int] | None:
+    """The samples' lengths that a data set tells, seen through subsets."""
+    if isinstance(dataset, Subset):
+        lengths = _lengths(dataset.dataset)
+        return None if lengths is None else [lengths[index] for index in dataset.indices]
+    return getattr(dataset, "lengths", None)
 
 
 class ArrayDataset(Dataset):
@@ -215,14 +282,17 @@ def split(samples: Samples, seed: int, held_out: float, batch_size: int) -> Cali
     kept = min(max(1, round(total * held_out)), total - 1)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     return Calibration(
-        list(samples.subset(order[kept:]).batches(batch_size)),
-        list(samples.subset(order[:kept]).batches(batch_size)),
+        list(samples.subset(order[kept:]).by_length().batches(batch_size)),
+        list(samples.subset(order[:kept]).by_length().batches(batch_size)),
     )
 
 
 def check_finite(batches: Iterable[Batch]) -> None:
-    """Raise InvalidInput where an input holds NaN or infinity."""
+    """Raise InvalidInput where an input holds NaN or infinity, or a sample nothing but padding."""
     for index, batch in enumerate(batches):
+        if batch.mask is not None and not batch.mask.any(1).all():
+            sample = int(torch.nonzero(~batch.mask.any(1))[0])
+            raise InvalidInput(f"Batch {index} of the data holds a sample that is all padding (sample {sample}). Leave empty texts out.")
         for tensor in tensors_in(batch.inputs):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 sample = int(torch.nonzero(~torch.isfinite(tensor.reshape(len(tensor), -1)).all(1))[0])

@@ -276,4 +276,4 @@ def join(batches: list[Batch]) -> Batch:
     """All `batches` as one."""
     flat = [iter(tensors) for tensors in zip(*(tensors_in(batch.inputs) for batch in batches), strict=True)]
     joined = iter([torch.cat(list(tensors)) for tensors in flat])
-    return Batch(map_tensors(batches[0].inputs, lambda _: next(joined)))
+    return Batch(map_tensors(batches[0].inputs, lambda _: next(joined)), None, batches[0].reader)

@@ -5,6 +5,7 @@ A precision combines one of each, so five by three choices cost five reconstruct
 """
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +29,7 @@ class WeightCandidate:
 
 @dataclass(frozen=True)
 class ActivationCandidate:
-    """scale and integer zero point, both 0-d."""
+    """scale and integer zero point, both 0-d; both [2] for the two operands of a matmul."""
 
     scale: Tensor
     zero_point: Tensor
@@ -66,9 +67,10 @@ def frozen_candidate(layer: nn.Module) -> WeightCandidate:
     return WeightCandidate(codes, quantizer.scale.clone(), None if bias is None else bias.detach().clone())
 
 
-def activation_candidate(sample: Tensor, bits: int, estimator: str) -> ActivationCandidate:
-    """The range of a sample of the layer's input values."""
-    return ActivationCandidate(*activation_range(sample, bits, estimator))
+def activation_candidate(samples: Sequence[Tensor], bits: int, estimator: str) -> ActivationCandidate:
+    """The range of a sample of the layer's input values, or of both operands' of a matmul."""
+    ranges = [activation_range(sample, bits, estimator) for sample in samples]
+    return ActivationCandidate(*ranges[0]) if len(ranges) == 1 else ActivationCandidate(*map(torch.stack, zip(*ranges, strict=True)))
 
 
 def install(layer: nn.Module, weights: WeightCandidate | None, inputs: ActivationCandidate | None, precision: Precision) -> None:
@@ -114,8 +116,8 @@ def check_finite_weights(model: nn.Module) -> None:
             raise UnsupportedModel(f"{name} holds {count} value(s) that are NaN or infinite. Repair or retrain the network first.")
 
 
-def check_finite_samples(samples: dict[str, Tensor]) -> None:
+def check_finite_samples(samples: Mapping[str, Sequence[Tensor]]) -> None:
     """Raise InvalidInput naming the first layer whose input is not finite."""
-    for name, sample in samples.items():
-        if not torch.isfinite(sample).all():
+    for name, operands in samples.items():
+        if not all(torch.isfinite(sample).all() for sample in operands):
             raise InvalidInput(f"The input of layer {name} is NaN or infinite on the calibration data. Check the data and the network.")

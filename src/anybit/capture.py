@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybit.batches import Batch, call, map_leaves, tensors_in
+from anybit.batches import Batch, call, map_leaves, real, tensors_in
 from anybit.errors import AnybitError, UnsupportedModel
+from anybit.matmul import Matmul
 
 
 class _Stop(Exception):
@@ -39,6 +40,20 @@ class Store:
     def rows(self, indices: Tensor) -> Tensor:
         """The rows of the samples `indices`, as the layer saw them."""
         return self.tensor[indices].flatten(0, 1)
+
+
+@dataclass
+class BatchStore:
+    """One captured tensor, batch by batch as it came: samples padded to the length of their batch do not stack."""
+
+    tensors: list[Tensor]
+
+    def add(self, part: Tensor, budget: "MemoryBudget") -> None:
+        self.tensors.append(budget.allocate(tuple(part.shape), part.dtype).copy_(part))
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """The tensor of the one batch that `indices` names."""
+        return self.tensors[int(indices)]
 
 
 class MemoryBudget:
@@ -69,25 +84,33 @@ class Captured:
     """What went into a module and what came out, sample by sample.
 
     `arguments` are the (args, kwargs) of its forward, as nested as they came, every tensor of the batch replaced by its Store; a tensor
-    that is the same for all samples (a mask) is kept once.
+    that is the same for all samples (a mask) is kept once. Of padded batches `masks` say which tokens are real; they are kept whole.
     """
 
     arguments: tuple[tuple, dict]
-    output: Store | None
+    output: Store | BatchStore | None
     device: torch.device
+    masks: list[Tensor] | None = None
 
     def batch(self, indices: Tensor) -> tuple[tuple, dict]:
-        """(args, kwargs) of the samples `indices`, on the device they came from."""
-        return map_leaves(self.arguments, Store, lambda store: store.rows(indices).to(self.device))
+        """(args, kwargs) of the samples `indices` (of padded data: of one batch), on the device they came from."""
+        return map_leaves(self.arguments, (Store, BatchStore), lambda store: store.rows(indices).to(self.device))
 
     def outputs(self, indices: Tensor) -> Tensor:
-        """The outputs of the samples `indices`."""
+        """The outputs of the samples `indices` (of padded data: of one batch)."""
         return self.output.rows(indices).to(self.device)
 
 
 @torch.no_grad()
-def carry(source: Callable[[Tensor], Tensor], count: int, budget: "MemoryBudget", size: int = 64) -> Store:
-    """A store of `source(indices)`, computed `size` samples at a time."""
+def carry(
+    source: Callable[[Tensor], Tensor], count: int, budget: "MemoryBudget", whole_batches: bool, size: int = 64
+) -> Store | BatchStore:
+    """A store of `source(indices)`, computed `size` samples at a time, or `count` whole batches one by one."""
+    if whole_batches:
+        kept = BatchStore([])
+        for index in chunks(count, 1):
+            kept.add(source(index), budget)
+        return kept
     store: Store | None = None
     for indices in chunks(count, size):
         part = source(indices)
@@ -101,9 +124,12 @@ def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, b
     """Inputs (and `outputs`, if asked) of module `name` over `batches`, which hold `count` samples together.
 
     Tensors are copied the moment they pass: a later in-place operation (`out += shortcut`) would rewrite them.
-    The pass stops once the module has run. Raises UnsupportedModel where the module's rows cannot be told apart by sample.
+    The pass stops once the module has run. Raises UnsupportedModel where the module's rows cannot be told apart by sample; padded
+    batches are kept as they are.
     """
-    recorder = _Recorder(name, count, budget, outputs)
+    batches = list(batches)
+    padded = _differ_in_length([batch.mask for batch in batches])
+    recorder = _WholeBatches(name, budget, outputs) if padded else _Recorder(name, count, budget, outputs)
     module = model.get_submodule(name)
     hooks = [module.register_forward_pre_hook(recorder.before, with_kwargs=True), module.register_forward_hook(recorder.after)]
     try:
@@ -114,9 +140,18 @@ def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, b
     finally:
         for hook in hooks:
             hook.remove()
-    if any(store is not None and store.filled != count for store in [*recorder.stores, recorder.output]):
+    if not recorder.complete(len(batches)):
         raise UnsupportedModel(f"Unit {name} does not run once for every input: it is skipped or repeated. Keep its layers float.")
-    return recorder.captured
+    captured = recorder.captured
+    if padded:
+        captured.masks = [batch.mask for batch in batches]
+    return captured
+
+
+def _differ_in_length(masks: list[Tensor | None]) -> bool:
+    """Whether any batch is padded, or has another length than the others: samples of one length stack, masked or not."""
+    given = [mask for mask in masks if mask is not None]
+    return len({mask.shape[1] for mask in given}) > 1 or not all(mask.all() for mask in given)
 
 
 @dataclass(frozen=True)
@@ -137,6 +172,10 @@ class _Recorder:
         self.stores: list[Store | None] = []  # None: the rows are not the batch's
         self.same: set[int] = set()  # tensors that were the same in every batch so far
         self.output: Store | None = None
+
+    def complete(self, batches: int) -> bool:
+        """Whether every sample was seen once."""
+        return all(store is None or store.filled == self.count for store in [*self.stores, self.output])
 
     @property
     def captured(self) -> Captured:
@@ -168,8 +207,7 @@ class _Recorder:
             raise _Stop
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not isinstance(output, Tensor):
-            raise UnsupportedModel(f"Unit {self.name} returns a {type(output).__name__}; it must return one tensor. Name other blocks.")
+        _check_tensor(self.name, output)
         self.output = self.output or self._store(output)
         self._check(output, self.output)
         self.output.add(output, self.batch_size)
@@ -190,30 +228,80 @@ class _Recorder:
         )
 
 
+def _check_tensor(name: str, output: Any) -> None:
+    if not isinstance(output, Tensor):
+        raise UnsupportedModel(f"Unit {name} returns a {type(output).__name__}; it must return one tensor. Name other blocks.")
+
+
+class _WholeBatches:
+    """The two hooks of `capture` for padded batches, whose lengths differ: nothing is cut by sample."""
+
+    def __init__(self, name: str, budget: MemoryBudget, outputs: bool):
+        self.name, self.budget, self.outputs, self.calls = name, budget, outputs, 0
+        self.places: Any = None
+        self.stores: list[BatchStore] = []
+        self.output = BatchStore([]) if outputs else None
+        self.device = torch.device("cpu")
+
+    def complete(self, batches: int) -> bool:
+        """Whether every batch was seen once."""
+        return all(len(store.tensors) == batches for store in [*self.stores, *([self.output] if self.output else [])])
+
+    @property
+    def captured(self) -> Captured:
+        return Captured(map_leaves(self.places, _Place, lambda place: self.stores[place.number]), self.output, self.device)
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        parts = tensors_in((args, kwargs))
+        if not self.calls:
+            numbers = iter(range(len(parts)))
+            self.places = map_leaves((args, kwargs), Tensor, lambda _: _Place(next(numbers)))
+            self.stores, self.device = [BatchStore([]) for _ in parts], parts[0].device
+        self.calls += 1
+        for store, part in zip(self.stores, parts, strict=True):
+            store.add(part, self.budget)
+        if not self.outputs:
+            raise _Stop
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        _check_tensor(self.name, output)
+        self.output.add(output, self.budget)
+        raise _Stop
+
+
 @torch.no_grad()
-def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Batch], values: int, seed: int) -> dict[str, Tensor]:
-    """About `values` values of each layer's input over all batches, flat, always with the smallest and the largest one."""
+def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Batch], values: int, seed: int) -> dict[str, list[Tensor]]:
+    """About `values` values of each layer's input over all batches, flat, always with the smallest and the largest one; of padding none.
+
+    One tensor a layer, two of a matmul: one an operand.
+    """
     batches = list(batches)
     each = max(1, values // max(1, len(batches)))
     generator = torch.Generator().manual_seed(seed)
-    samples: dict[str, list[Tensor]] = {name: [] for name in layers}
+    samples: dict[str, list[list[Tensor]]] = {name: [] for name in layers}
+    mask: Tensor | None = None
 
     def keep(name: str) -> Callable:
         def hook(module, args, kwargs) -> None:
-            flat = tensors_in((args, kwargs))[0].detach().reshape(-1)
-            picked = flat if len(flat) <= each else flat[torch.randint(len(flat), (each,), generator=generator)]
-            samples[name].append(torch.cat([picked, flat.min()[None], flat.max()[None]]).float())
+            operands = tensors_in((args, kwargs))[: 2 if isinstance(module, Matmul) else 1]
+            samples[name].append([pick(operand.detach()) for operand in operands])
 
         return hook
+
+    def pick(tensor: Tensor) -> Tensor:
+        flat = real(tensor, mask).reshape(-1)
+        picked = flat if len(flat) <= each else flat[torch.randint(len(flat), (each,), generator=generator)]
+        return torch.cat([picked, flat.min()[None], flat.max()[None]]).float()
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True) for name in samples]
     try:
         for batch in batches:
+            mask = batch.mask
             call(model, batch.inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(parts) for name, parts in samples.items() if parts}
+    return {name: [torch.cat(operand) for operand in zip(*parts, strict=True)] for name, parts in samples.items() if parts}
 
 
 def chunks(count: int, size: int) -> Iterator[Tensor]:

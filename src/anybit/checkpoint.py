@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from anybit import batchnorm
 from anybit.candidates import ActivationCandidate, Candidates, WeightCandidate, install
-from anybit.cost import leftovers, spec_of
+from anybit.cost import leftovers, operands_of, spec_of
 from anybit.errors import AnybitError, InvalidFile, InvalidSetting, SchemeMismatch
+from anybit.evaluation import Task
 from anybit.layers import codes_of, float_weight, prepare, quantized_layers, scheme_of, weight_rows
 from anybit.packing import StoredLayer, layout, pack, packed_bytes, unpack
 from anybit.references import Preprocessing
@@ -38,12 +39,15 @@ FORMAT_VERSION = 1
 
 
 class LayerRecord(BaseModel):
-    """One layer of scheme.json: its precision and its weight's shape as rows x columns."""
+    """One layer of scheme.json: its precision and its weight's shape as rows x columns (0 x 0 of a matmul).
+
+    With a scale for each group of inputs, the rows are the groups: their columns do not reach across the layer's inputs.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     precision: str
-    rows: int = Field(gt=0)
-    columns: int = Field(gt=0)
+    rows: int = Field(ge=0)
+    columns: int = Field(ge=0)
 
 
 class SchemeFile(BaseModel):
@@ -60,7 +64,7 @@ class SchemeFile(BaseModel):
     model: dict[str, Any] = {}
     data: dict[str, Any] = {}
     preprocessing: dict[str, Any] = {}
-    task: Literal["classification", "regression"] = "classification"
+    task: Task = "classification"
     sha256: str
 
     @property
@@ -101,8 +105,8 @@ def packed_tensors(canonical: Canonical) -> dict[str, Tensor]:
             codes.append(torch.from_numpy(pack(codes_of(layer).numpy(), precision.weight_bits)))
             scales.append(layer.weight_quantizer.scale.flatten())
         if precision.activation_bits:
-            input_scales.append(layer.input_quantizer.scale.reshape(1))
-            zero_points.append(layer.input_quantizer.zero_point.reshape(1).to(torch.uint8))
+            input_scales.append(layer.input_quantizer.scale.reshape(-1))
+            zero_points.append(layer.input_quantizer.zero_point.reshape(-1).to(torch.uint8))
     numbers, others = leftovers(canonical.model, [name for name in scheme if name not in kept_float])
     shared = {
         "codes": codes,
@@ -177,7 +181,8 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     check_names([*file.layers, *file.folded, *file.folded.values()], names, "The model")
     check_folded(file, float_model, "scheme.json")
     folded, _ = batchnorm.fold(float_model, file.folded)
-    model = prepare(folded, list(file.layers), [name for name, precision in scheme.items() if precision.weight_bits is None])
+    kept_float = [name for name, precision in scheme.items() if precision.weight_bits is None]
+    model = prepare(folded, list(file.layers), kept_float, _groups(folded, file))
     layers = quantized_layers(model)
     for name, record in file.layers.items():
         shape = tuple(weight_rows(layers[name], float_weight(layers[name])).shape)
@@ -187,7 +192,10 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
             )
     coded = [name for name, precision in scheme.items() if precision.weight_bits is not None]
     numbers, others = leftovers(model, coded)
-    stored = [StoredLayer(r.rows, r.columns, scheme[n].weight_bits, int(bool(scheme[n].activation_bits))) for n, r in file.layers.items()]
+    stored = [
+        StoredLayer(record.rows, record.columns, scheme[name].weight_bits, operands_of(layers[name]) * bool(scheme[name].activation_bits))
+        for name, record in file.layers.items()
+    ]
     specs = layout(stored, len(file.edges), sum(t.numel() for t in numbers.values()), {key: spec_of(t) for key, t in others.items()})
     tensors = read_tensors(folder / "model.safetensors", {name: (spec.dtype, spec.shape) for name, spec in specs.items()})
     cursor = {name: 0 for name in tensors}
@@ -205,11 +213,11 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
             codes = torch.from_numpy(unpack(stream, precision.weight_bits, record.rows * record.columns)).view(record.rows, record.columns)
             weights = WeightCandidate(codes, _positive(take("weight_scales", record.rows), name)[:, None], None)
         if precision.activation_bits:
-            scale = _positive(take("activation_scales", 1), name)[0]
-            zero_point = take("activation_zero_points", 1)[0].float()
-            if zero_point > 2**precision.activation_bits - 1:
-                raise InvalidFile(f"{name}: activation zero point {int(zero_point)} is above {2**precision.activation_bits - 1}.")
-            inputs = ActivationCandidate(scale, zero_point)
+            count = operands_of(layer)
+            scale, zero_point = _positive(take("activation_scales", count), name), take("activation_zero_points", count).float()
+            if zero_point.max() > 2**precision.activation_bits - 1:
+                raise InvalidFile(f"{name}: activation zero point {int(zero_point.max())} is above {2**precision.activation_bits - 1}.")
+            inputs = ActivationCandidate(*((scale, zero_point) if count > 1 else (scale[0], zero_point[0])))
         install(layer, weights, inputs, precision)
     with torch.no_grad():
         for tensor in numbers.values():
@@ -218,6 +226,17 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
             tensor.copy_(tensors[key])
     edges = dict(zip(file.edges, [tuple(row) for row in tensors["edges"].tolist()], strict=True)) if file.edges else {}
     return Canonical(model.eval(), file.folded, edges)
+
+
+def _groups(model: nn.Module, file: SchemeFile) -> dict[str, int]:
+    """layer -> group size, of those whose rows in the file are shorter than the model's."""
+    groups = {}
+    for name, record in file.layers.items():
+        layer = model.get_submodule(name)
+        whole = isinstance(layer, (nn.Linear, nn.Embedding)) and layer.weight.numel() == record.rows * record.columns
+        if whole and 0 < record.columns < layer.weight.shape[1]:
+            groups[name] = record.columns
+    return groups
 
 
 def check_folded(file: Any, float_model: nn.Module, name: str) -> None:

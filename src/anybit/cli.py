@@ -39,10 +39,14 @@ class UnitKind(StrEnum):
 
 
 Model = Annotated[
-    str | None, typer.Option("--model", help="The network: package.module:function, FILE.py:function, timm:NAME, torchvision:NAME.")
+    str | None,
+    typer.Option("--model", help="The network: package.module:function, FILE.py:function, hf:FOLDER or NAME, timm:NAME, torchvision:NAME."),
 ]
 Weights = Annotated[str | None, typer.Option(help="State dict to load into it (.safetensors, .pt, .pth).")]
-Data = Annotated[str | None, typer.Option("--data", help="Inputs: a folder of images, FILE.npz, FILE.npz#test, FILE.py:function.")]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help="Inputs: a folder of images, FILE.npz, FILE.npz#test, texts (.tsv, .csv, .jsonl, .txt), FILE.py:function."),
+]
 RunData = Annotated[str | None, typer.Option("--data", help="Inputs, preprocessed as the run's (default: what it was made with).")]
 Test = Annotated[str | None, typer.Option("--test", help="Labelled data for the report; nothing is chosen on it.")]
 Budgets = Annotated[
@@ -58,6 +62,12 @@ Std = Annotated[str | None, typer.Option(help="Standard deviation of each channe
 Size = Annotated[int | None, typer.Option(help="Sides of the input picture.")]
 Resize = Annotated[int | None, typer.Option(help="Short side before a centre crop to --size.")]
 Interpolation = Annotated[str, typer.Option(help="nearest, bilinear, bicubic or lanczos.")]
+Columns = Annotated[
+    str | None,
+    typer.Option(help="Of texts: text=NAME,pair=NAME,label=NAME or question=,context=,answers=; numbers from 0 where there is no header."),
+]
+Length = Annotated[int | None, typer.Option(help="Most tokens of a text; longer ones are cut (default: they are an error).")]
+Stride = Annotated[int | None, typer.Option(help="Tokens by which the windows of a long context overlap (default: 128).")]
 BatchSize = Annotated[int, typer.Option(help="Inputs a forward pass.")]
 Workers = Annotated[int, typer.Option(help="Processes that load data; changes speed alone.")]
 Memory = Annotated[str, typer.Option(help="Memory for captured activations; more spills to disk.")]
@@ -66,7 +76,10 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, 
 MetricOption = Annotated[
     str | None, typer.Option("--metric", help="FILE.py:function of (outputs, labels), higher is better: reported, and what drop= counts.")
 ]
-Task = Annotated[str | None, typer.Option(help="classification or regression, where the outputs do not tell.")]
+Task = Annotated[
+    str | None,
+    typer.Option(help="classification, regression, embedding, question-answering or language-model, where the network does not tell."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.")]
 
@@ -160,10 +173,10 @@ def _require(value: str | None, option: str) -> str:
     return value
 
 
-def _preprocessing(mean, std, size, resize, interpolation):
+def _preprocessing(mean, std, size, resize, interpolation, columns, length, stride):
     from anybit.references import Preprocessing
 
-    return Preprocessing(_numbers(mean, "--mean"), _numbers(std, "--std"), size, resize, interpolation)
+    return Preprocessing(_numbers(mean, "--mean"), _numbers(std, "--std"), size, resize, interpolation, columns, length, stride)
 
 
 def _set_threads(threads: int | None) -> None:
@@ -220,6 +233,7 @@ def calibrate(
     bn_target: Annotated[
         str, typer.Option(help="float: the float network's statistics; prior: beta and |gamma| (the paper's form).")
     ] = "float",
+    group: Annotated[int | None, typer.Option(help="A weight scale for each so many inputs of a linear's or embedding's channel.")] = None,
     memory: Memory = "2GiB",
     seed: Seed = 0,
     mean: Mean = None,
@@ -227,6 +241,9 @@ def calibrate(
     size: Size = None,
     resize: Resize = None,
     interpolation: Interpolation = "bilinear",
+    columns: Columns = None,
+    length: Length = None,
+    stride: Stride = None,
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     threads: Threads = None,
@@ -249,7 +266,7 @@ def calibrate(
             _require(data, "--data"),
             list(budget) if budget else None,
             weights=weights,
-            preprocessing=_preprocessing(mean, std, size, resize, interpolation),
+            preprocessing=_preprocessing(mean, std, size, resize, interpolation, columns, length, stride),
             test=test,
             metric=_metric(metric),
             workers=workers,
@@ -279,6 +296,7 @@ def calibrate(
             bn_prior=bn_prior,
             bn_target=bn_target,
             memory=parse_size(memory),
+            group=group,
             seed=seed,
             batch_size=batch_size,
             task=task,
@@ -374,6 +392,9 @@ def grow(
     size: Size = None,
     resize: Resize = None,
     interpolation: Interpolation = "bilinear",
+    columns: Columns = None,
+    length: Length = None,
+    stride: Stride = None,
     batch_size: Annotated[int, typer.Option(help="Inputs a training step, of all processes together.")] = 256,
     workers: Workers = 0,
     threads: Threads = None,
@@ -405,7 +426,7 @@ def grow(
             budget,
             scheme=scheme,
             weights=weights,
-            preprocessing=_preprocessing(mean, std, size, resize, interpolation),
+            preprocessing=_preprocessing(mean, std, size, resize, interpolation, columns, length, stride),
             test=test,
             metric=_metric(metric),
             checkpoint=output / CHECKPOINT,
@@ -476,6 +497,9 @@ def train(
     size: Size = None,
     resize: Resize = None,
     interpolation: Interpolation = "bilinear",
+    columns: Columns = None,
+    length: Length = None,
+    stride: Stride = None,
     batch_size: Annotated[int, typer.Option(help="Inputs a training step, of all processes together.")] = 256,
     workers: Workers = 0,
     threads: Threads = None,
@@ -500,7 +524,7 @@ def train(
             _require(model, "--model"),
             _require(train, "--train"),
             weights=weights,
-            preprocessing=_preprocessing(mean, std, size, resize, interpolation),
+            preprocessing=_preprocessing(mean, std, size, resize, interpolation, columns, length, stride),
             test=test,
             metric=_metric(metric),
             checkpoint=output / CHECKPOINT,
@@ -640,6 +664,9 @@ def evaluate(
     size: Size = None,
     resize: Resize = None,
     interpolation: Interpolation = "bilinear",
+    columns: Columns = None,
+    length: Length = None,
+    stride: Stride = None,
     batch_size: BatchSize = 128,
     workers: Workers = 0,
     threads: Threads = None,
@@ -651,17 +678,18 @@ def evaluate(
     """Accuracy and loss of a run, or of a float network, on labelled data."""
     with _reported_errors():
         from anybit import roads
-        from anybit.references import load_data, load_model
+        from anybit.references import completed, load_data, load_model
 
         _set_threads(threads)
-        given = _preprocessing(mean, std, size, resize, interpolation)
+        given = _preprocessing(mean, std, size, resize, interpolation, columns, length, stride)
         if run is not None:
             network = roads.load(run, model)
             preprocessing = given if given.to_json() != {"interpolation": "bilinear"} else roads.preprocessing_of(run)
             task = task or roads.task_of(run)
         else:
-            network, preprocessing = load_model(_require(model, "RUN or --model"), weights), given
-        samples = load_data(_require(data, "--data"), preprocessing, workers)
+            network = load_model(_require(model, "RUN or --model"), weights, task)
+            preprocessing = completed(given, network)
+        samples = load_data(_require(data, "--data"), preprocessing, workers, network)
         scores = roads.evaluate(network, samples, _metric(metric), task, batch_size, device=device)
     if as_json:
         print(json.dumps(scores))
@@ -762,6 +790,9 @@ def profile(
     size: Size = None,
     resize: Resize = None,
     interpolation: Interpolation = "bilinear",
+    columns: Columns = None,
+    length: Length = None,
+    stride: Stride = None,
     rounds: Annotated[int, typer.Option(help="Turns of float32, 8 bits and alternating, each about a twentieth of a second.")] = 20,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure again what was measured before.")] = False,
     quiet: Quiet = False,
@@ -771,7 +802,7 @@ def profile(
     with _reported_errors():
         from anybit import exports
 
-        given = _preprocessing(mean, std, size, resize, interpolation)
+        given = _preprocessing(mean, std, size, resize, interpolation, columns, length, stride)
         found = exports.profile(
             _require(model, "--model"),
             _require(data, "--data"),
@@ -801,6 +832,10 @@ def inspect(
     size: Size = None,
     resize: Resize = None,
     interpolation: Interpolation = "bilinear",
+    columns: Columns = None,
+    length: Length = None,
+    stride: Stride = None,
+    task: Task = None,
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -808,11 +843,12 @@ def inspect(
     """Layers, shapes, what is covered, and what each bit-width would cost; --data shows shapes of inputs and outputs, and BOPs."""
     with _reported_errors():
         from anybit import roads
-        from anybit.references import load_data, load_model
+        from anybit.references import completed, load_data, load_model
 
         _set_threads(threads)
-        samples = None if data is None else load_data(data, _preprocessing(mean, std, size, resize, interpolation))
-        network = load_model(_require(model, "--model"), weights)
+        network = load_model(_require(model, "--model"), weights, task)
+        given = completed(_preprocessing(mean, std, size, resize, interpolation, columns, length, stride), network)
+        samples = None if data is None else load_data(data, given, model=network)
         found = roads.inspect(network, samples, weight_bits=_bits(weight_bits, "--weight-bits"), keep=_kept(keep))
     if as_json:
         print(json.dumps(found))

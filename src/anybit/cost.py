@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from anybit.layers import float_weight, quantized_layers, weight_rows
+from anybit.matmul import Matmul
 from anybit.packing import PACKED_METADATA, StoredLayer, TensorSpec, file_bytes, layout, packed_bytes
 from anybit.scheme import FLOAT_BITS, Precision, Scheme
 from anybit.wiring import Wiring
@@ -22,11 +23,12 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Weight as rows x columns, and multiply-accumulates of one sample."""
+    """Weight as rows x columns, multiply-accumulates of one sample, and how many activations it reads (two of a matmul)."""
 
     rows: int
     columns: int
     macs: int
+    operands: int = 1
 
     @property
     def weights(self) -> int:
@@ -95,7 +97,8 @@ class CostModel:
         for name in names:
             layer = prepared.get_submodule(name)
             rows = weight_rows(layer, float_weight(layer))
-            layers[name] = LayerSize(rows.shape[0], rows.shape[1], macs_per_sample(layer, name, wiring) if wiring else 0)
+            macs = macs_per_sample(layer, name, wiring) if wiring else 0
+            layers[name] = LayerSize(rows.shape[0], rows.shape[1], macs, operands_of(layer))
         leftover, others = leftovers(prepared, names)
         numbers = sum(tensor.numel() for tensor in leftover.values())
         float_state = {key: TensorSpec(_DTYPES[t.dtype], tuple(t.shape)) for key, t in float_model.state_dict().items()}
@@ -111,13 +114,14 @@ class CostModel:
         return sum(self.layer_bops(name, precision) for name, precision in scheme.items())
 
     def layer_bops(self, name: str, precision: Precision) -> int:
-        """Multiply-accumulates times weight bits times activation bits."""
-        return self.layers[name].macs * precision.stored_weight_bits * (precision.activation_bits or FLOAT_BITS)
+        """Multiply-accumulates times weight bits times activation bits; of a matmul, times the bits of either operand."""
+        size, activation_bits = self.layers[name], precision.activation_bits or FLOAT_BITS
+        return size.macs * (activation_bits if size.operands == 2 else precision.stored_weight_bits) * activation_bits
 
     def layer_bytes(self, name: str, precision: Precision) -> int:
         """Bytes that the layer's weight and quantizers add to the file, its share of the header aside."""
         size = self.layers[name]
-        inputs = 5 if precision.activation_bits else 0
+        inputs = 5 * size.operands if precision.activation_bits else 0
         if precision.weight_bits is None:
             return size.weights * 4 + inputs
         return packed_bytes(size.weights, precision.weight_bits) + (4 * size.rows if precision.weight_bits else 0) + inputs
@@ -125,8 +129,9 @@ class CostModel:
     def file_size(self, scheme: Scheme) -> int:
         """Exact bytes of model.safetensors."""
         stored = [
-            StoredLayer(self.layers[name].rows, self.layers[name].columns, precision.weight_bits, int(bool(precision.activation_bits)))
+            StoredLayer(size.rows, size.columns, precision.weight_bits, size.operands * bool(precision.activation_bits))
             for name, precision in scheme.items()
+            for size in [self.layers[name]]
         ]
         kept_float = sum(self.layers[name].weights for name, precision in scheme.items() if precision.weight_bits is None)
         return file_bytes(layout(stored, self.edges, self.leftover + kept_float, self.others), PACKED_METADATA)
@@ -152,11 +157,18 @@ def macs_per_sample(layer: nn.Module, name: str, wiring: Wiring) -> int:
     if isinstance(layer, nn.Embedding):
         return 0
     weights = float_weight(layer).numel()
+    if isinstance(layer, Matmul):
+        return _product(operation.shape) * wiring.input_shapes[name][-1] // wiring.batch_size
     if isinstance(layer, nn.Linear):
         return weights * _product(operation.shape[:-1]) // wiring.batch_size
     if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return weights * _product(wiring.input_shapes[name][2:])
     return weights * _product(operation.shape[2:])
+
+
+def operands_of(layer: nn.Module) -> int:
+    """How many activations a layer reads."""
+    return 2 if isinstance(layer, Matmul) else 1
 
 
 def _product(numbers) -> int:

@@ -1,32 +1,51 @@
 """What a model's outputs are worth: accuracy with labels, distance to the float model without."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
 
-from anybit.batches import Batch, call, evaluating, first_tensor
+from anybit.batches import Batch, Reader, evaluating, predict
 from anybit.errors import InvalidInput
 
 Metric = Callable[[Tensor, Tensor], float]
-TASKS = ("classification", "regression")
+Task = Literal["classification", "regression", "embedding", "question-answering", "language-model"]
+COUNTED: dict[str, str | None] = {
+    "classification": "top1",
+    "regression": None,
+    "embedding": "spearman",
+    "question-answering": "f1",
+    "language-model": "top1",
+}
+"""Task -> the score in percent that a limit on the drop counts in, where there is one."""
+TASKS = get_args(Task)
+NUMBERS = 2**24
+"""Outputs whose distance or loss is computed at once, in double precision: a vocabulary makes many."""
+
+
+def compares_classes(task: str) -> bool:
+    """Whether outputs are logits, whose distance is a KL divergence."""
+    return task in ("classification", "question-answering", "language-model")
 
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """The first output of every sample, [N, ...], in evaluation mode."""
+    """What is read in the output on every sample, [N, ...], in evaluation mode."""
     with evaluating(model):
-        outputs = [first_tensor(call(model, batch.inputs)) for batch in batches]
+        outputs = [predict(model, batch) for batch in batches]
     if not outputs:
         raise InvalidInput("The data is empty: there is nothing to run the model on.")
     return torch.cat(outputs)
 
 
-def guess_task(outputs: Tensor) -> str:
-    """ "classification" where outputs are [N, classes >= 2], else "regression"; the user's --task overrules it."""
+def guess_task(outputs: Tensor, reader: Reader | None = None) -> str:
+    """The reader's; else "classification" where outputs are [N, classes >= 2], or "regression"; the user's --task overrules it."""
+    if reader is not None:
+        return reader.task
     return "classification" if outputs.dim() == 2 and outputs.shape[1] >= 2 else "regression"
 
 
@@ -36,13 +55,24 @@ def distance(outputs: Tensor, reference: Tensor, task: str) -> float:
 
 
 def sample_distances(outputs: Tensor, reference: Tensor, task: str) -> Tensor:
-    """The same for each sample, [N]; for regression each is divided by the mean square of the reference."""
-    if task == "classification":
-        log_p, log_q = F.log_softmax(reference.double(), -1), F.log_softmax(outputs.double(), -1)
-        terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0)  # a class that both rule out adds nothing
-        return terms.sum(-1).clamp_min(0)  # rounding alone can make it -1e-17
+    """The same for each sample, [N]; where outputs are no logits each is divided by the mean square of the reference."""
+    if compares_classes(task):
+        return torch.cat([_divergence(some.double(), float_ones.double()) for some, float_ones in _in_parts(outputs, reference)])
     error = (outputs.double() - reference.double()).square().reshape(len(outputs), -1).mean(1)
     return error / reference.double().square().mean().clamp_min(1e-30)
+
+
+def _in_parts(outputs: Tensor, beside: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some samples of both after the others, so that the outputs have NUMBERS at most."""
+    count = max(1, NUMBERS // max(1, outputs[:1].numel()))
+    return zip(outputs.split(count), beside.split(count), strict=True)
+
+
+def _divergence(outputs: Tensor, reference: Tensor) -> Tensor:
+    """KL divergence of each sample's classes, [N]; the mean of several where a sample has several."""
+    log_p, log_q = F.log_softmax(reference, -1), F.log_softmax(outputs, -1)
+    terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0)  # a class that both rule out adds nothing
+    return terms.sum(-1).clamp_min(0).reshape(len(outputs), -1).mean(1)  # rounding alone can make it -1e-17
 
 
 def agreement(outputs: Tensor, reference: Tensor) -> float:
@@ -55,13 +85,23 @@ def correct(outputs: Tensor, labels: Tensor) -> Tensor:
     return outputs.argmax(-1) == labels
 
 
+def places(outputs: Tensor, labels: Tensor) -> Tensor:
+    """The label's place among the classes, [N], 0 the first; of equal classes the one of the lower number is before the other."""
+    own = outputs.gather(1, labels[:, None])
+    before = torch.arange(outputs.shape[1], device=outputs.device) < labels[:, None]
+    return (outputs > own).sum(1) + ((outputs == own) & before).sum(1)
+
+
 def check_labels(outputs: Tensor, labels: Tensor, task: str) -> None:
     """Raise InvalidInput where `labels` are not what a network with such `outputs` can be right about."""
-    if task == "classification" and (labels.dim() != 1 or labels.is_floating_point()):
+    classes = task in ("classification", "language-model")
+    if classes and (labels.dim() != 1 or labels.is_floating_point()):
         raise InvalidInput(f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}.")
-    if task != "classification" and outputs.numel() != labels.numel():
+    if task == "regression" and outputs.numel() != labels.numel():
         raise InvalidInput(f"Targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}.")
-    if task == "classification" and (labels.min() < 0 or labels.max() >= outputs.shape[-1]):
+    if task == "embedding" and len(outputs) % 2:
+        raise InvalidInput("Embeddings are scored by pairs of sentences. Name the second one's column with --columns pair=NAME.")
+    if classes and (labels.min() < 0 or labels.max() >= outputs.shape[-1]):
         raise InvalidInput(
             f"Labels run from {int(labels.min())} to {int(labels.max())}, but the model has {outputs.shape[-1]} classes. "
             "Check that the data set's class numbers are the model's."
@@ -73,20 +113,34 @@ def metric_name(metric: Metric) -> str:
     return getattr(metric, "__name__", "metric")
 
 
-def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = None) -> dict[str, float]:
-    """top1, top5 and loss (cross-entropy) of a classifier, squared error of a regression; plus the user's metric."""
+def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = None, reader: Reader | None = None) -> dict[str, float]:
+    """What the task counts, and the user's metric; the reader's own scores join them.
+
+    classification  top1, top5 and loss (cross-entropy)         language-model  the same of next tokens, and perplexity
+    regression      loss (squared error)                        embedding       spearman, pearson: correlation of the labels with the
+                                                                                cosine of each two outputs, in percent
+    """
     if len(labels) != len(outputs):
         raise InvalidInput(f"{len(labels)} labels for {len(outputs)} outputs. Give one label a sample.")
     result: dict[str, float] = {}
     check_labels(outputs, labels, task)
-    if task == "classification":
+    if task in ("classification", "language-model"):
         classes = outputs.shape[-1]
         result["top1"] = 100 * float(correct(outputs, labels).double().mean())
         if classes > 5:
-            result["top5"] = 100 * float((outputs.argsort(descending=True, stable=True)[:, :5] == labels[:, None]).any(1).double().mean())
-        result["loss"] = float(F.cross_entropy(outputs.double(), labels))
-    else:
+            result["top5"] = 100 * float((places(outputs, labels) < 5).double().mean())
+        losses = [F.cross_entropy(some.double(), theirs, reduction="sum") for some, theirs in _in_parts(outputs, labels)]
+        result["loss"] = float(sum(losses) / len(labels))
+        if task == "language-model":
+            result["perplexity"] = math.exp(min(result["loss"], 700.0))
+    elif task == "embedding":
+        cosines = F.cosine_similarity(outputs[0::2].double(), outputs[1::2].double()).cpu().numpy()
+        result["spearman"] = 100 * float(spearmanr(cosines, labels[0::2].cpu().numpy()).statistic)
+        result["pearson"] = 100 * float(pearsonr(cosines, labels[0::2].cpu().numpy()).statistic)
+    elif task == "regression":
         result["loss"] = float((outputs.double().flatten() - labels.double().flatten()).square().mean())
+    if reader is not None:
+        result |= reader.score(outputs, labels)
     if metric is not None:
         name = metric_name(metric)
         result[name] = float(metric(outputs, labels))
@@ -100,19 +154,21 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score `model` on labelled batches; with the float model's outputs as `reference`, their KL divergence and top-1 agreement too."""
     labels: list[Tensor] = []
+    readers: list[Reader | None] = [None]
 
     def watched() -> Iterable[Batch]:
         for batch in batches:
             if batch.labels is None:
                 raise InvalidInput("Evaluation needs labels, and this data has none. Give a labelled set to --data or --test.")
             labels.append(batch.labels)
+            readers[0] = batch.reader
             yield batch
 
     outputs = outputs_of(model, watched())
-    task = task or guess_task(outputs)
-    result: dict[str, Any] = {"samples": len(outputs), **score(outputs, torch.cat(labels), task, metric)}
+    task = task or guess_task(outputs, readers[0])
+    result: dict[str, Any] = {"samples": len(outputs), **score(outputs, torch.cat(labels), task, metric, readers[0])}
     if reference is not None:
-        result["kl" if task == "classification" else "error"] = distance(outputs, reference, task)
-        if task == "classification":
+        result["kl" if compares_classes(task) else "error"] = distance(outputs, reference, task)
+        if compares_classes(task):
             result["agreement"] = agreement(outputs, reference)
     return result

@@ -106,10 +106,13 @@ def observe_trainable(model: nn.Module, example: Batch, settings: GrowSettings, 
     if scheme is not None:
         scheme.check_names(network.names)
         Scheme(dict.fromkeys(network.names, Precision())).check_names(scheme)
+        stages.check_kinds(scheme, network)
         return replace(network, choices={name: [scheme[name]] for name in network.names})
     kept = match_patterns(settings.keep, network.names)
     choices = {
-        name: list(options) if name in kept else plane_choices(settings.csq, options[0].activation_bits)
+        name: list(options)
+        if name in kept or not network.costs.layers[name].weights
+        else plane_choices(settings.csq, options[0].activation_bits)
         for name, options in network.choices.items()
     }
     return replace(network, choices=choices)

@@ -4,16 +4,18 @@ A slot holds None (empty: the layer computes exactly what its float class does) 
 value. A layer is swapped by subclassing *its own* class, so a forward of the user's own keeps running, every state-dict key stays, and
 control flow is untouched: the subclass hands its forward a quantized input, and its `weight` attribute reads as the quantized weight.
 
-All weight quantizers see the weight as rows [output channels, fan-in]; `weight_rows` and `from_rows` convert.
+All weight quantizers see the weight as rows [output channels, fan-in], or [groups, group size] where a layer has a scale for each group
+of inputs; `weight_rows` and `from_rows` convert. A matmul has no weight, which is 0 x 0 here, and an input slot for both its operands.
 """
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from anybit.errors import UnsupportedModel
+from anybit.matmul import Matmul
 from anybit.quantizers import UniformQuantizer
 from anybit.scheme import Precision, Scheme
 from anybit.wiring import COVERED, Wiring
@@ -24,6 +26,7 @@ class QuantizedLayer:
 
     weight_quantizer: nn.Module | None
     input_quantizer: nn.Module | None
+    weight_group: int | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -74,6 +77,15 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
     pass
 
 
+class QuantizedMatmul(QuantizedLayer, Matmul):
+    weight = None
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.input_quantizer is not None:
+            left, right = self.input_quantizer(left, 0), self.input_quantizer(right, 1)
+        return Matmul.forward(self, left, right)
+
+
 _SWAPPED = {cls.__mro__[2]: cls for cls in QuantizedLayer.__subclasses__()}  # nn.Conv2d -> QuantizedConv2d, ...
 
 
@@ -104,6 +116,8 @@ def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str],
                 uncovered[name] = f"{type(module).__name__} whose forward did not run on the data (unused, or read directly by its parent)"
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             uncovered[name] = f"{type(module).__name__} is not a class that anybit covers; it stays float"
+    for product in wiring.products() if wiring else ():
+        uncovered[product.name] = "a product of two activations that is no layer; it stays float (anybit.Matmul in its place is covered)"
     return covered, uncovered
 
 
@@ -117,9 +131,10 @@ def check_single_use(wiring: Wiring, names: Iterable[str]) -> None:
             )
 
 
-def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] = ()) -> nn.Module:
+def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] = (), groups: Mapping[str, int] = {}) -> nn.Module:
     """A copy of `model` whose layers `names` have empty slots; its outputs are bitwise those of `model`.
 
+    `groups` are the layers that have a weight scale for each so many inputs of a channel, instead of one a channel.
     Raises UnsupportedModel where a name is not a layer that anybit covers, or where two that are not `kept_float` share a weight.
     """
     prepared = copy.deepcopy(model)
@@ -135,11 +150,13 @@ def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] 
         if not isinstance(layer, COVERED):
             raise UnsupportedModel(f"{name} is a {type(layer).__name__}; anybit covers {', '.join(cls.__name__ for cls in COVERED)}.")
         parameter = layer._parameters.get("weight")
+        if isinstance(layer, Matmul):
+            parameter = float_weight(layer)
         if parameter is None:
             raise UnsupportedModel(f"{name}: the weight is computed (a parametrization or weight norm). Remove the parametrization first.")
         if parameter.dtype != torch.float32 and name not in kept_float:
             raise UnsupportedModel(f"{name}: the weight is {parameter.dtype}. Convert the network first: model.float().")
-        sharing = owners[id(parameter)]
+        sharing = owners.get(id(parameter), [])
         if len(sharing) > 1 and not set(sharing) <= set(kept_float):
             keeps = " ".join(f"--keep '{owner}=float'" for owner in sharing)
             raise UnsupportedModel(
@@ -148,7 +165,21 @@ def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] 
         layer.__class__ = _swapped_class(type(layer))
         layer.register_module("weight_quantizer", None)
         layer.register_module("input_quantizer", None)
+        if name in groups:
+            layer.weight_group = _checked_group(name, layer, groups[name])
     return prepared
+
+
+def takes_groups(layer: nn.Module, group: int) -> bool:
+    """Whether the layer's weight can have a scale for each `group` inputs of a channel: a linear or an embedding of a multiple of them."""
+    return isinstance(layer, (nn.Linear, nn.Embedding)) and layer.weight.shape[1] % group == 0
+
+
+def _checked_group(name: str, layer: nn.Module, group: int) -> int:
+    if group < 1 or not takes_groups(layer, group):
+        shape = " x ".join(map(str, float_weight(layer).shape))
+        raise UnsupportedModel(f"{name}: groups of {group} weights do not divide a {type(layer).__name__} of {shape}. Choose another size.")
+    return group
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -157,14 +188,15 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def float_weight(layer: nn.Module) -> nn.Parameter:
-    """The stored weight, whatever is in the slot."""
-    return layer._parameters["weight"]
+    """The stored weight, whatever is in the slot; an empty one of a matmul."""
+    return nn.Parameter(torch.empty(0, 0)) if isinstance(layer, Matmul) else layer._parameters["weight"]
 
 
 def weight_rows(layer: nn.Module, weight: Tensor) -> Tensor:
-    """`weight` as rows [output channels, fan-in]; for an embedding a row is a word."""
+    """`weight` as rows [output channels, fan-in]; for an embedding a row is a word. With groups, each group of a channel is a row."""
     if not isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return weight.flatten(1)
+        group = getattr(layer, "weight_group", None)
+        return weight.flatten(1) if group is None else weight.reshape(-1, group)
     # [in, out / groups, ...] -> [groups, in / groups, out / groups, ...] -> [groups, out / groups, in / groups, ...]
     grouped = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)
     return grouped.flatten(0, 1).flatten(1)
@@ -193,7 +225,9 @@ def emptied(model: nn.Module) -> nn.Module:
     """A float copy: the classes that `prepare` found, with the weights that the slots give. A road can start where another ended."""
     plain = copy.deepcopy(model)
     for layer in quantized_layers(plain).values():
-        float_weight(layer).copy_(layer.weight)
+        if layer.weight is not None:
+            float_weight(layer).copy_(layer.weight)
+        layer.__dict__.pop("weight_group", None)
         del layer._modules["weight_quantizer"], layer._modules["input_quantizer"]
         layer.__class__ = type(layer).__mro__[2]
     return plain

@@ -12,8 +12,8 @@ class UniformQuantizer(nn.Module):
 
     bits        2..8
     signed      True for weights (two's complement), False for activations
-    scale       [channels, 1] for a weight's rows, 0-d for an activation; positive and finite
-    zero_point  0-d integer; 0 for weights
+    scale       [channels, 1] for a weight's rows, 0-d for an activation, [2] for the two operands of a matmul; positive and finite
+    zero_point  0-d or [2] integer; 0 for weights
     """
 
     scale: Tensor
@@ -30,19 +30,26 @@ class UniformQuantizer(nn.Module):
         """(quant_min, quant_max)."""
         return quant_limits(self.bits, self.signed)
 
-    def codes(self, x: Tensor) -> Tensor:
+    def codes(self, x: Tensor, operand: int | None = None) -> Tensor:
         """Integers, in x's floating-point type."""
-        return quantize(x, self.scale.to(x.dtype), self.zero_point.to(x.dtype), *self.limits)
+        scale, zero_point = of_operand(self.scale, operand), of_operand(self.zero_point, operand)
+        return quantize(x, scale.to(x.dtype), zero_point.to(x.dtype), *self.limits)
 
     def values(self, codes: Tensor) -> Tensor:
         """What the codes stand for."""
         return dequantize(codes, self.scale.to(codes.dtype), self.zero_point.to(codes.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.scale.to(x.dtype), self.zero_point.to(x.dtype), *self.limits)
+    def forward(self, x: Tensor, operand: int | None = None) -> Tensor:
+        scale, zero_point = of_operand(self.scale, operand), of_operand(self.zero_point, operand)
+        return fake_quantize(x, scale.to(x.dtype), zero_point.to(x.dtype), *self.limits)
 
     def extra_repr(self) -> str:
         return f"{self.bits} bits, {'signed' if self.signed else 'unsigned'}, {self.scale.numel()} scale(s)"
+
+
+def of_operand(numbers: Tensor, operand: int | None) -> Tensor:
+    """The number of one operand of a matmul; of a layer, which has one input, the number itself."""
+    return numbers if operand is None else numbers[operand]
 
 
 class LearnedInput(nn.Module):
@@ -56,8 +63,9 @@ class LearnedInput(nn.Module):
         self.log_scale = nn.Parameter(quantizer.scale.log())
         self.register_buffer("zero_point", quantizer.zero_point)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.log_scale.exp(), self.zero_point, *self.limits)
+    def forward(self, x: Tensor, operand: int | None = None) -> Tensor:
+        scale, zero_point = of_operand(self.log_scale, operand).exp(), of_operand(self.zero_point, operand)
+        return fake_quantize(x, scale, zero_point, *self.limits)
 
     def freeze(self) -> UniformQuantizer:
         return UniformQuantizer(self.bits, False, self.log_scale.exp(), self.zero_point)

@@ -1,7 +1,8 @@
 """What `--model` and `--data` name: references turned into networks and samples.
 
-A model reference is code that runs: `package.module:function`, `path/to/file.py:function`, `timm:NAME`, `torchvision:NAME`.
-A data reference is a folder of images, a `.npz` file, or a function that returns a data set.
+A model reference is code that runs: `package.module:function`, `path/to/file.py:function`, `timm:NAME`, `torchvision:NAME`; or a Hugging
+Face model, whose files are data: `hf:FOLDER`, `hf:NAME`. A data reference is a folder of images, a `.npz` file, texts (`.tsv`, `.csv`,
+`.jsonl`, `.txt`, `hf:NAME`), or a function that returns a data set.
 """
 
 import importlib
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, d
 
 from anybit.batches import ArrayDataset, Samples
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
+from anybit.texts import SUFFIXES, parse_columns, read_rows
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -28,11 +30,14 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pictures become inputs; stated by the user, recorded in the run, never guessed.
+    """How pictures and texts become inputs; stated by the user or by the model's own files, recorded in the run, never guessed.
 
     mean, std      of each channel, for pixels scaled to 0..1 (None: no normalization)
     size           both sides of the input; resize: the short side before a centre crop to `size` (None: both sides are resized to it)
     interpolation  of the resizing
+    columns        of texts: role=column, joined by commas
+    length         the most tokens of a text, longer ones are cut (None: a text that is too long is an error)
+    stride         tokens by which the windows of a long context overlap
     """
 
     mean: tuple[float, ...] | None = None
@@ -40,8 +45,12 @@ class Preprocessing:
     size: int | None = None
     resize: int | None = None
     interpolation: str = "bilinear"
+    columns: str | None = None
+    length: int | None = None
+    stride: int | None = None
 
     def __post_init__(self):
+        parse_columns(self.columns)
         if self.interpolation not in INTERPOLATIONS:
             raise InvalidSetting(f"Interpolation {self.interpolation!r} is unknown. Choose from {', '.join(INTERPOLATIONS)}.")
         if self.std is not None and not all(0 < value < math.inf for value in self.std):
@@ -50,7 +59,7 @@ class Preprocessing:
             raise InvalidSetting(f"--mean {self.mean} must be finite in every channel.")
         if self.resize and self.size and self.size > self.resize:
             raise InvalidSetting(f"--size {self.size} cannot be cropped from a short side of {self.resize}. Give a larger --resize.")
-        for name in ("size", "resize"):
+        for name in ("size", "resize", "length", "stride"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InvalidSetting(f"--{name} {getattr(self, name)} must be at least 1.")
 
@@ -70,23 +79,56 @@ def absolute(reference: str) -> str:
     place, separator, name = reference.rpartition(":")
     if place.endswith(".py"):
         return f"{Path(place).resolve()}{separator}{name}"
+    if reference.startswith("hf:"):
+        return f"hf:{Path(reference[3:]).resolve()}" if Path(reference[3:]).is_dir() else reference
     path, _, part = reference.partition("#")
     return str(Path(path).resolve()) + (f"#{part}" if part else "") if Path(path).exists() else reference
 
 
-def load_model(reference: str, weights: str | None = None) -> nn.Module:
-    """The network that `reference` names, in evaluation mode, with the state dict of `weights` (.safetensors, .pt, .pth) if given."""
+def load_model(reference: str, weights: str | None = None, task: str | None = None) -> nn.Module:
+    """The network that `reference` names, in evaluation mode, with the state dict of `weights` (.safetensors, .pt, .pth) if given.
+
+    `task` chooses the head of a Hugging Face model; None takes the one that it was saved with.
+    """
     kind, _, name = reference.partition(":")
-    if kind == "hf":
-        raise InvalidSetting("Hugging Face models are not covered yet. Give a function that returns the network: FILE.py:function.")
     make = {"timm": _from_timm, "torchvision": _from_torchvision}.get(kind)
-    function = (lambda: make(name, weights is None)) if make else load_callable(reference, "--model")
-    model = _called(function, f"--model {reference}")
+    if kind == "hf":
+        model = _huggingface(f"--model {reference}").load(name, task)
+    else:
+        function = (lambda: make(name, weights is None)) if make else load_callable(reference, "--model")
+        model = _called(function, f"--model {reference}")
     if not isinstance(model, nn.Module):
         raise InvalidSetting(f"--model {reference} returned a {type(model).__name__}, not a torch.nn.Module.")
+    model = covered(model)
     if weights:
         load_weights(model, Path(weights))
     return model.eval()
+
+
+def _huggingface(what: str) -> Any:
+    """The module of Hugging Face models, whose package is optional; `what` needs it."""
+    _optional("transformers", "transformers", what)
+    return importlib.import_module("anybit.huggingface")
+
+
+def covered(model: nn.Module) -> nn.Module:
+    """The network itself, or where it is one of transformers' an adapted copy, whose attention anybit covers."""
+    if not is_transformers(model) or "scores" in {name.rpartition(".")[2] for name, _ in model.named_modules()}:
+        return model
+    return _huggingface(f"A {type(model).__name__}").adapted(model)
+
+
+def is_transformers(model: Any) -> bool:
+    """Whether `model` is one of transformers' models; that package is not imported to know it."""
+    package = sys.modules.get("transformers")
+    return package is not None and isinstance(model, package.PreTrainedModel)
+
+
+def completed(preprocessing: Preprocessing, model: nn.Module) -> Preprocessing:
+    """The preprocessing, or where none was given the one that a Hugging Face model's own files state for pictures."""
+    if preprocessing != Preprocessing() or not is_transformers(model):
+        return preprocessing
+    return Preprocessing(**_huggingface("the model").picture_settings(model))
 
 
 def _from_timm(name: str, pretrained: bool) -> nn.Module:
@@ -186,8 +228,9 @@ def _optional(module: str, package: str, what: str):
         raise MissingPackage(f"{what} needs {package}, which does not import ({why}): run `pip install {package}`.") from error
 
 
-def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), workers: int = 0) -> Samples:
-    """The samples that `reference` names: an image folder, `file.npz` or `file.npz#test`, or a function returning a data set or loader."""
+def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), workers: int = 0, model: nn.Module | None = None) -> Samples:
+    """The samples that `reference` names: an image folder, `file.npz` or `file.npz#test`, texts, or a function returning a data set or
+    loader. Texts are tokenized by the tokenizer of `model`."""
     path, _, part = reference.partition("#")
     if path.endswith(".npz"):
         x, y = _read_npz(Path(path), part)
@@ -196,22 +239,51 @@ def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), wo
         return Samples(ArrayDataset(x, y, preprocessing.mean, preprocessing.std), y is not None, workers)
     if Path(path).is_dir():
         dataset = ImageFolder(Path(path), preprocessing)
-        return Samples(dataset, dataset.labelled, workers)
-    if reference.startswith("hf:") or path.endswith((".tsv", ".csv", ".jsonl")):
-        raise InvalidSetting(
-            f"--data {reference}: text and Hugging Face data are not covered yet. Give a function that returns a data set."
-        )
+        return _read_by(model, Samples(dataset, dataset.labelled, workers))
+    if reference.startswith("hf:") or (path.endswith(SUFFIXES) and Path(path).is_file()):
+        return _texts(reference, preprocessing, workers, model)
     if ":" not in reference:
-        raise InvalidInput(f"--data {reference}: there is no such folder or .npz file.")
+        raise InvalidInput(f"--data {reference}: there is no such folder, .npz file or file of texts ({', '.join(SUFFIXES)}).")
     dataset = _called(load_callable(reference, "--data"), f"--data {reference}")
-    return as_samples(dataset, workers)
+    return as_samples(dataset, workers, model)
 
 
-def as_samples(data: Any, workers: int = 0) -> Samples:
+def _texts(reference: str, preprocessing: Preprocessing, workers: int, model: nn.Module | None) -> Samples:
+    """The samples of a file of texts or of a Hugging Face data set."""
+    if not is_transformers(model):
+        raise InvalidSetting(
+            f"--data {reference} holds texts, which the tokenizer of a Hugging Face model reads: give --model hf:FOLDER. For another "
+            "network give a function that returns a data set of tokens."
+        )
+    place, _, part = reference.partition("#")
+    made = _huggingface(f"--data {reference}")
+    if place.startswith("hf:"):
+        _optional("datasets", "datasets", f"--data {reference}")
+        rows = made.hub_rows(place[3:], part, parse_columns(preprocessing.columns))
+    else:
+        rows = read_rows(Path(place), preprocessing.columns)
+    return made.text_samples(model, rows, reference, preprocessing.length, preprocessing.stride, workers)
+
+
+def _read_by(model: nn.Module | None, samples: Samples) -> Samples:
+    """The samples with the reader of a Hugging Face model, whose outputs are many."""
+    if samples.reader is not None or not is_transformers(model):
+        return samples
+    return replace(samples, reader=_huggingface("the model").reader_of(model))
+
+
+def as_samples(data: Any, workers: int = 0, model: nn.Module | None = None) -> Samples:
     """Samples from what a user has at hand: Samples, a DataLoader, a data set, a tensor or array, or (x, y).
 
-    Of a DataLoader, its data set, its collate_fn and how it loads are taken; which samples, in what order, how many at once is drawn here.
+    Outputs are read as the head of `model` asks for, where it is a Hugging Face model. Of a DataLoader, its data set, its collate_fn and
+    how it loads are taken; which samples, in what order, how many at once is drawn here.
     """
+    if isinstance(data, Sequence) and len(data) and isinstance(data[0], str):
+        raise InvalidInput("Texts as they are cannot be used: write them to a file (--data texts.tsv), or give tokens.")
+    return _read_by(model, _as_samples(data, workers))
+
+
+def _as_samples(data: Any, workers: int) -> Samples:
     if isinstance(data, Samples):
         return data
     if isinstance(data, DataLoader):
@@ -235,7 +307,7 @@ def _samples_of_loader(loader: DataLoader, workers: int) -> Samples:
     sampler = loader.sampler
     dataset = Subset(loader.dataset, list(sampler.indices)) if isinstance(sampler, SubsetRandomSampler) else loader.dataset
     loading = {name: getattr(loader, name) for name in ("worker_init_fn", "multiprocessing_context", "timeout")}
-    samples = replace(as_samples(dataset, workers or loader.num_workers), loading=loading)
+    samples = replace(_as_samples(dataset, workers or loader.num_workers), loading=loading)
     if loader.collate_fn is default_collate:
         return samples
     first = loader.collate_fn([dataset[0]])

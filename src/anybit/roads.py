@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from anybit import growth, searches, stages, subnets, training
-from anybit.batches import Batch, Calibration, Samples, check_finite, draw, map_tensors, split, tensors_in
+from anybit.batches import Batch, Calibration, Samples, check_finite, draw, split, tensors_in
 from anybit.candidates import Candidates, apply_scheme
 from anybit.checkpoint import (
     Canonical,
@@ -38,7 +38,7 @@ from anybit.evaluation import evaluate as evaluate_model
 from anybit.layers import float_weight
 from anybit.pages import growth_page
 from anybit.processes import join_processes, share_state
-from anybit.references import Preprocessing, absolute, as_samples, code_of, load_data, load_model
+from anybit.references import Preprocessing, absolute, as_samples, code_of, completed, covered, load_data, load_model
 from anybit.reporting import StageClock, environment
 from anybit.scheme import Budget, Precision, Scheme
 from anybit.searches import Evaluations, Search
@@ -119,11 +119,11 @@ def calibrate(
     twice = [text for text, count in Counter(map(str, budgets)).items() if count > 1]
     if twice:
         raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
-    model, about = _followed_model(model, weights, data, preprocessing)
-    samples = draw(_samples(data, workers, preprocessing), wanted.samples, wanted.seed).on(device)
+    model, preprocessing, about = _followed_model(model, weights, data, preprocessing, wanted.task)
+    samples = draw(_samples(data, workers, preprocessing, model), wanted.samples, wanted.seed).on(device)
     if test is None:
         _check_metric(metric, samples)
-    tests = None if test is None else _checked_tests(_samples(test, workers, preprocessing).on(device), model)
+    tests = None if test is None else _checked_tests(_samples(test, workers, preprocessing, model).on(device), model)
     clock = StageClock()
     bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one], clock, metric)
     saved = {
@@ -136,18 +136,20 @@ def calibrate(
 
 
 def _followed_model(
-    model: nn.Module | str, weights: str | Path | None, data: Any, preprocessing: Preprocessing
-) -> tuple[nn.Module, dict[str, Any]]:
-    """(the network, what a run records of where it and its data came from, references made absolute)."""
+    model: nn.Module | str, weights: str | Path | None, data: Any, preprocessing: Preprocessing, task: str | None
+) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
+    """(the network, the preprocessing, what a run records of where the network and its data came from, references made absolute)."""
     about: dict[str, Any] = {}
     if isinstance(model, str):
         about["model"] = {"reference": absolute(model), "weights": None if weights is None else str(Path(weights).resolve())}
-        model = load_model(model, about["model"]["weights"])
+        model = load_model(model, about["model"]["weights"], task)
     elif weights is not None:
         raise InvalidSetting(f"The weights {weights} go with a model's reference, and a network was given. Load them into it yourself.")
+    model = covered(model)
+    preprocessing = completed(preprocessing, model)
     if isinstance(data, str):
         about |= {"data": {"reference": absolute(data)}, "preprocessing": preprocessing.to_json()}
-    return model, about
+    return model, preprocessing, about
 
 
 def _check_metric(metric: Metric | None, samples: Samples) -> None:
@@ -196,10 +198,10 @@ def prepare_bench(
     with clock.stage("float outputs"), torch.no_grad():
         references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
         reference = outputs_of(network.folded, calibration.held_out)
-        task = stages.task_of(settings, reference)
-        for batch in calibration.held_out if samples.labelled else ():
-            check_labels(reference[: len(batch)], batch.labels, task)
-        if not torch.isfinite(torch.cat([reference, *references])).all():
+        task = stages.task_of(settings, reference, calibration.held_out[0])
+        if samples.labelled:
+            check_labels(reference, torch.cat([batch.labels for batch in calibration.held_out]), task)
+        if not all(torch.isfinite(outputs).all() for outputs in (reference, *references)):
             stages.finite_samples(network, calibration, settings)  # names the layer, where it is one's input
             raise UnsupportedModel(
                 "The float network's outputs are NaN or infinite on the calibration data. Check the network and the data."
@@ -243,8 +245,8 @@ def _latencies(network: Network, canonical: Canonical, example: Batch) -> dict[s
 
 
 def _example(calibration: Calibration) -> Batch:
-    first = calibration.fitting[0]
-    return Batch(map_tensors(first.inputs, lambda tensor: tensor[:2]))
+    padded = calibration.fitting[0].mask is not None
+    return calibration.fitting[-1 if padded else 0].head(2)  # texts go by length: the longest
 
 
 def _finish(
@@ -355,7 +357,7 @@ def grow(
     budget = Budget.parse(budget) if budget is not None else None
     scheme = read_scheme(Path(scheme)).scheme if isinstance(scheme, (str, Path)) else scheme
     clock = StageClock()
-    float_model, samples, tests, about = _training_inputs(model, weights, train, test, metric, preprocessing, workers, device)
+    float_model, samples, tests, about = _training_inputs(model, weights, train, test, metric, preprocessing, workers, device, wanted.task)
     with clock.stage("observe and fold"):
         if len(samples) == 0:
             raise InvalidInput("The training data is empty.")
@@ -364,10 +366,10 @@ def grow(
         share_state(float_model)
         start = growth.forgotten(float_model, plain, wanted.train.seed) if wanted.from_scratch else float_model
         share_state(start)
-        network = growth.observe_trainable(start, Batch(map_tensors(plain[0].inputs, lambda t: t[:2])), wanted, scheme)
+        network = growth.observe_trainable(start, plain[0].head(2), wanted, scheme)
         if budget is not None:
             growth.check_feasible(network, budget)
-        task = wanted.task or guess_task(outputs_of(float_model, plain[:1]))
+        task = wanted.task or guess_task(outputs_of(float_model, plain[:1]), plain[0].reader)
         trainee = growth.make_trainee(network, plain, budget, scheme is not None, wanted)
     if tests is not None:  # before the long work, which bad labels or a bad metric would waste
         reference = outputs_of(float_model, tests.batches(256))
@@ -421,15 +423,16 @@ def _training_inputs(
     preprocessing: Preprocessing,
     workers: int,
     device: str,
+    task: str | None,
 ) -> tuple[nn.Module, Samples, Samples | None, dict[str, Any]]:
     """(the float network, training samples, test samples, what a run records of them), on this process's device."""
     if metric is not None and test is None:
         raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or no --metric.")
-    model, about = _followed_model(model, weights, data, preprocessing)
+    model, preprocessing, about = _followed_model(model, weights, data, preprocessing, task)
     device = join_processes(device)
     float_model = on_device(model, device).eval()
-    samples = _samples(data, workers, preprocessing).on(device)
-    tests = None if test is None else _checked_tests(_samples(test, workers, preprocessing).on(device), model)
+    samples = _samples(data, workers, preprocessing, model).on(device)
+    tests = None if test is None else _checked_tests(_samples(test, workers, preprocessing, model).on(device), model)
     return float_model, samples, tests, about
 
 
@@ -459,7 +462,7 @@ def train(
     """
     wanted = subnets.SupernetSettings.of(**settings)
     clock = StageClock()
-    float_model, samples, tests, about = _training_inputs(model, weights, data, test, metric, preprocessing, workers, device)
+    float_model, samples, tests, about = _training_inputs(model, weights, data, test, metric, preprocessing, workers, device, wanted.task)
     with clock.stage("observe and fold"):
         if len(samples) < 2:
             raise InvalidInput(f"{len(samples)} training sample(s): at least two are needed, one to train on and one to hold out.")
@@ -467,9 +470,9 @@ def train(
         plain = growth.plain_batches(fitting, wanted.train)
         check_finite(plain)
         share_state(float_model)
-        network = subnets.observe_supernet(float_model, Batch(map_tensors(plain[0].inputs, lambda t: t[:2])), wanted)
+        network = subnets.observe_supernet(float_model, plain[0].head(2), wanted)
         outputs = outputs_of(float_model, plain[:1])
-        task = wanted.task or guess_task(outputs)
+        task = wanted.task or guess_task(outputs, plain[0].reader)
         method = subnets.make_multiquant(network, plain, wanted, outputs.shape[-1] if task == "classification" else None)
     edges = network.wiring.edges()
     supernet = Supernet(on_device(float_model, "cpu"), method, wanted, network.norms, network.costs, edges, task, about=about)
@@ -627,7 +630,7 @@ def extract(
         if batches is None:
             canonical.edges = supernet.stored_edges()
         else:
-            wiring = observe(canonical.model, Batch(map_tensors(batches[0].inputs, lambda t: t[:2])))
+            wiring = observe(canonical.model, batches[0].head(2))
             canonical.edges = stages.edge_ranges(canonical.model, wiring, batches[:8])
     ladder: list[dict[str, Any]] = []
     if polish:
@@ -650,7 +653,7 @@ def extract(
     if test is not None:
         with clock.stage("test"):
             preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
-            tests = _checked_tests(_samples(test, workers, preprocessing), canonical.model)
+            tests = _checked_tests(_samples(test, workers, preprocessing, canonical.model), canonical.model)
             report["test"] = evaluate_model(canonical.model, tests.batches(256), supernet.task, metric)
     about = {**supernet.about, "budget": report["budget"], "task": supernet.task}
     return Result(canonical, report | {"stages": clock.stages}, about)
@@ -675,7 +678,7 @@ def _supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, wo
         data = supernet.about.get("data", {}).get("reference")
         if not isinstance(data, str) or isinstance(run, Supernet) or not is_own(Path(run), SUPERNET_JSON):
             raise InvalidSetting("The supernet does not name data that may be followed. Give its training data with --data.")
-    return _samples(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})))
+    return _samples(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})), supernet.model)
 
 
 def _identity(model: nn.Module, samples: Samples, first: Batch, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -740,7 +743,7 @@ def allocate(
     settings = replace(_settings_from(saved["settings"]), **{name: value for name, value in given.items() if value is not None})
     clock = StageClock()
     recorded = Preprocessing.from_json(file.preprocessing)
-    samples = _samples(_recorded_data(folder, file) if data is None else data, workers, recorded).on(device)
+    samples = _samples(_recorded_data(folder, file) if data is None else data, workers, recorded, float_model).on(device)
     _check_metric(metric, samples)
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
@@ -787,7 +790,7 @@ def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
     """The saved model, ready to run on preprocessed inputs, its bits in `.scheme`; outputs are bitwise those that were saved.
 
     `model` is the float network's architecture (a network or a reference). It may be left out for a run that this user's own anybit
-    wrote, and for timm: and torchvision: references; a reference in any other folder is code from elsewhere and is not followed.
+    wrote, and for timm:, torchvision: and hf: references; a reference in any other folder is code from elsewhere and is not followed.
     """
     canonical, _ = opened(folder, model)
     canonical.model.scheme = canonical.scheme
@@ -801,28 +804,28 @@ def opened(folder: str | Path, model: nn.Module | str | None = None) -> tuple[Ca
     return read_canonical(folder, _float_model(folder, file, model), file), file
 
 
-def inputs_for(folder: str | Path, file: SchemeFile, data: Any = None, workers: int = 0) -> Samples:
-    """Samples for a run folder: `data`, preprocessed as the run's own, or what the run was made with."""
+def inputs_for(folder: str | Path, file: SchemeFile, model: nn.Module, data: Any = None, workers: int = 0) -> Samples:
+    """Samples for a run folder and its `model`: `data`, preprocessed as the run's own, or what the run was made with."""
     folder = Path(folder)
     reference = _recorded_data(folder, file) if data is None else data
-    return _samples(reference, workers, Preprocessing.from_json(file.preprocessing))
+    return _samples(reference, workers, Preprocessing.from_json(file.preprocessing), model)
 
 
 def _float_model(folder: Path, file: Any, model: nn.Module | str | None, named_in: str = "scheme.json") -> nn.Module:
     """The float network of a folder: `model`, or the reference that `file`, read from `named_in`, holds."""
     if isinstance(model, nn.Module):
-        return model
+        return covered(model)
     if model is not None:
-        return load_model(model, file.model.get("weights"))
+        return load_model(model, file.model.get("weights"), file.task)
     reference = file.model.get("reference")
     if not isinstance(reference, str):
         raise InvalidSetting(f"{folder} does not say which network it is of. Give it: load(folder, model=...) or --model.")
-    if not is_own(folder, named_in) and not reference.startswith(("timm:", "torchvision:")):
+    if not is_own(folder, named_in) and not reference.startswith(("timm:", "torchvision:", "hf:")):
         raise InvalidSetting(
             f"{folder} was not written by your own anybit, and its model reference {reference!r} is code. "
             "If you trust it, name it yourself: load(folder, model=...) or --model."
         )
-    return load_model(reference, file.model.get("weights"))
+    return load_model(reference, file.model.get("weights"), file.task)
 
 
 def evaluate(
@@ -833,9 +836,11 @@ def evaluate(
     batch_size: int = 128,
     workers: int = 0,
     device: str = "cpu",
+    preprocessing: Preprocessing = Preprocessing(),
 ) -> dict[str, Any]:
-    """Top-1, top-5 and loss (and the user's metric) of a network on labelled data."""
-    samples = _samples(data, workers)
+    """What the task counts (`evaluation.score`), and the user's metric, of a network on labelled data."""
+    model = covered(model)
+    samples = _samples(data, workers, completed(preprocessing, model), model)
     if len(samples) == 0:
         raise InvalidInput("There is nothing to evaluate on: the data is empty.")
     check_inputs(model, samples)
@@ -848,7 +853,7 @@ def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, An
     `data` needs one input. Without it, what only a forward pass shows is None (shapes of inputs and outputs, MACs, BOPs, folds, blocks),
     a layer that never runs is taken for covered, and the sizes are those with every batch norm unfolded.
     """
-    wanted = CalibrateSettings(**settings)
+    wanted, model = CalibrateSettings(**settings), covered(model)
     network = stages.unobserved_network(model, wanted) if data is None else stages.observe_network(*_observable(model, data), wanted)
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
     layers = {
@@ -870,7 +875,7 @@ def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, An
 
 
 def _observable(model: nn.Module, data: Any) -> tuple[nn.Module, Batch]:
-    samples = _samples(data, 0)
+    samples = _samples(data, 0, model=model)
     batch = next(iter(samples.subset(range(min(2, len(samples)))).batches(2)), None)
     if batch is None:
         raise InvalidInput("The data set is empty; inspect needs at least one input.")
@@ -915,5 +920,5 @@ def task_of(run: str | Path) -> str:
     return read_scheme(Path(run)).task
 
 
-def _samples(data: Any, workers: int, preprocessing: Preprocessing = Preprocessing()) -> Samples:
-    return load_data(data, preprocessing, workers) if isinstance(data, str) else as_samples(data, workers)
+def _samples(data: Any, workers: int, preprocessing: Preprocessing = Preprocessing(), model: nn.Module | None = None) -> Samples:
+    return load_data(data, preprocessing, workers, model) if isinstance(data, str) else as_samples(data, workers, model)

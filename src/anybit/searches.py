@@ -15,7 +15,7 @@ from anybit import stages
 from anybit.batches import Batch, Samples
 from anybit.checkpoint import new_folder, read_json, remember, write_json
 from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
-from anybit.evaluation import Metric, metric_name
+from anybit.evaluation import COUNTED, Metric, metric_name
 from anybit.pages import search_page
 from anybit.progress import track
 from anybit.reporting import environment
@@ -130,13 +130,15 @@ def searched(
         )
     search_on, measure_on = (list(held_out.subset(range(at, at + images)).batches(256)) for at in (0, images))
     bn = bn_batches(fitting, supernet.settings)
-    key = metric_name(metric) if metric else "top1" if supernet.task == "classification" else "loss"
+    key = metric_name(metric) if metric else COUNTED[supernet.task] or "loss"
 
     def score(scheme: Scheme, test: Sequence[Batch], where: str) -> float:
         def measure() -> float:
             told = scores(supernet, scheme, bn, test, metric)
             # Of two subnets that get as many right the one of lower loss is the better; a metric of the user's own is taken as it is.
-            return {"loss": -told["loss"], "top1": told.get("top1", 0.0) - TIE * min(told["loss"], 100.0)}.get(key, told[key])
+            if key == "loss":
+                return -told["loss"]
+            return told[key] - (TIE * min(told["loss"], 100.0) if key == "top1" else 0.0)
 
         return done.recall(f"{where} {images} {json.dumps(scheme.to_json())}", measure)
 

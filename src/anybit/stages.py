@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from anybit import batchnorm
 from anybit.allocation import Allocation, allocate, best_allocations, least_costs, make_problem
-from anybit.batches import Batch, Calibration
+from anybit.batches import Batch, Calibration, real
 from anybit.candidates import (
     Candidates,
     activation_candidate,
@@ -25,14 +25,15 @@ from anybit.candidates import (
 )
 from anybit.capture import input_samples
 from anybit.cost import CostModel
-from anybit.errors import InfeasibleBudget, InvalidSetting, UnsupportedModel
-from anybit.evaluation import TASKS, Metric, correct, distance, guess_task, outputs_of
-from anybit.layers import check_single_use, coverage, float_weight, prepare, quantized_layers, weight_rows
+from anybit.errors import InfeasibleBudget, InvalidSetting, SchemeMismatch, UnsupportedModel
+from anybit.evaluation import COUNTED, TASKS, Metric, distance, guess_task, outputs_of, score
+from anybit.layers import check_single_use, coverage, float_weight, prepare, quantized_layers, takes_groups, weight_rows
+from anybit.matmul import Matmul
 from anybit.methods.adaquant import AdaQuantSettings, BiasTuningSettings, parallel, sequential, tune_biases
 from anybit.ranges import ESTIMATORS
 from anybit.scheme import FLOAT, Budget, Condition, Precision, Scheme, check_bits, match_patterns
 from anybit.sensitivity import SensitivityTable, measure_sensitivity
-from anybit.wiring import Unit, Wiring, observe
+from anybit.wiring import LAYER, Unit, Wiring, observe
 
 PIPELINES = ("advanced", "light")
 
@@ -60,6 +61,8 @@ class CalibrateSettings:
     bn_prior                      weight of the target in the measured statistics, of candidates and in batch-norm tuning alike
     bn_target                     "float" or "prior" (the paper's form)
     memory                        bytes that captured activations may take before they spill to disk
+    group                         a weight scale for each so many inputs of a channel, in linears and embeddings that have a multiple of
+                                  them and no batch norm; None: one a channel
     """
 
     weight_bits: tuple[int, ...] = (2, 3, 4, 6, 8)
@@ -89,6 +92,7 @@ class CalibrateSettings:
     bn_prior: float = 0.0
     bn_target: str = "float"
     memory: int = 2**31
+    group: int | None = None
     task: str | None = None
 
     def __post_init__(self):
@@ -117,6 +121,8 @@ class CalibrateSettings:
         for name, least in (("batch_size", 1), ("candidate_steps", 1), ("alternatives", 1), ("memory", 0), ("bn_prior", 0)):
             if getattr(self, name) < least:
                 raise InvalidSetting(f"{name} {getattr(self, name)} must be at least {least}.")
+        if self.group is not None and self.group < 2:
+            raise InvalidSetting(f"group {self.group} must be at least 2 weights: 128, 64 and 32 are usual.")
         if self.bn_prior >= 1:
             raise InvalidSetting(f"bn_prior {self.bn_prior} must be below 1.")
 
@@ -155,13 +161,9 @@ class Network:
         return list(self.choices)
 
     def uniform(self, weight_bits: int, activation_bits: int | None) -> Scheme:
-        """These bits everywhere, except in kept layers; embeddings have no activation bits."""
-        wanted = Precision(weight_bits, activation_bits)
-        chosen = {}
-        for name, options in self.choices.items():
-            weights_only = Precision(weight_bits, None)
-            chosen[name] = wanted if wanted in options else weights_only if weights_only in options else options[0]
-        return Scheme(chosen)
+        """These bits everywhere, except in kept layers; embeddings have no activation bits, matmuls no weights."""
+        wanted = (Precision(weight_bits, activation_bits), Precision(weight_bits, None), Precision(None, activation_bits))
+        return Scheme({n: next((p for p in wanted if p in options), options[0]) for n, options in self.choices.items()})
 
 
 def observe_network(model: nn.Module, example: Batch, settings: CalibrateSettings) -> Network:
@@ -176,13 +178,27 @@ def observe_network(model: nn.Module, example: Batch, settings: CalibrateSetting
     check_single_use(wiring, [name for name in names if name not in kept_float])
     folded, norms, promised = batchnorm.fold_checked(model, batchnorm.foldable(model, wiring), example)
     wiring = observe(folded, example)
-    prepared = prepare(folded, names, kept_float)
+    prepared = prepare(folded, names, kept_float, _groups(folded, [name for name in names if name not in norms], settings))
     layers = quantized_layers(prepared)
     choices = {name: _choices(layers[name], kept.get(name), settings) for name in names}
     blocks = wiring.blocks(list(settings.blocks) if settings.blocks is not None else None) if settings.unit == "block" else []
-    units = wiring.units(names, blocks)
+    fitted = {name for name in names if is_reconstructed(layers[name]) and any(p.weight_bits for p in choices[name])}
+    units = [unit for unit in wiring.units(names, blocks) if fitted & set(unit.layers)]
     costs = CostModel.of(prepared, names, wiring, len(wiring.edges()), model)
     return Network(model, folded, prepared, wiring, norms, promised, choices, uncovered, units, costs)
+
+
+def is_reconstructed(layer: nn.Module) -> bool:
+    """Whether AdaQuant has anything to do: not for an embedding, whose words are looked up and never summed, so that rounding each to
+    nearest is the least error already; nor for a matmul."""
+    return not isinstance(layer, (nn.Embedding, Matmul))
+
+
+def _groups(model: nn.Module, names: Sequence[str], settings: CalibrateSettings) -> dict[str, int]:
+    """layer -> group size, of the layers that take it."""
+    if settings.group is None:
+        return {}
+    return {name: settings.group for name in names if takes_groups(model.get_submodule(name), settings.group)}
 
 
 def unobserved_network(model: nn.Module, settings: CalibrateSettings) -> Network:
@@ -192,7 +208,8 @@ def unobserved_network(model: nn.Module, settings: CalibrateSettings) -> Network
     if not names:
         raise UnsupportedModel("The model has no layer to quantize: no convolution, linear or embedding.")
     kept = match_patterns(settings.keep, names)
-    prepared = prepare(model, names, [name for name, precision in kept.items() if precision.weight_bits is None])
+    kept_float = [name for name, precision in kept.items() if precision.weight_bits is None]
+    prepared = prepare(model, names, kept_float, _groups(model, names, settings))
     layers = quantized_layers(prepared)
     choices = {name: _choices(layers[name], kept.get(name), settings) for name in names}
     costs = CostModel.of(prepared, names, None, 0, model)
@@ -200,11 +217,25 @@ def unobserved_network(model: nn.Module, settings: CalibrateSettings) -> Network
 
 
 def _choices(layer: nn.Module, kept: Precision | None, settings: CalibrateSettings) -> list[Precision]:
-    takes_input = not isinstance(layer, nn.Embedding)
-    if kept is not None:
-        return [kept if takes_input else Precision(kept.weight_bits, None)]
-    activation_bits = settings.activation_bits if takes_input else (None,)
-    return [Precision(w, a) for w in sorted(settings.weight_bits) for a in sorted(activation_bits, key=lambda bits: bits or 32)]
+    weight_bits: Sequence[int | None] = sorted(settings.weight_bits) if kept is None else (kept.weight_bits,)
+    activation_bits = sorted(settings.activation_bits, key=lambda bits: bits or 32) if kept is None else (kept.activation_bits,)
+    if isinstance(layer, nn.Embedding):  # it reads numbers of words
+        activation_bits = (None,)
+    if isinstance(layer, Matmul):  # it reads activations alone
+        weight_bits = (None,)
+    return [Precision(w, a) for w in weight_bits for a in activation_bits]
+
+
+def check_kinds(scheme: Scheme, network: Network) -> None:
+    """Raise SchemeMismatch where a scheme gives bits to what a layer does not have."""
+    for name, precision in scheme.items():
+        layer = network.folded.get_submodule(name)
+        if isinstance(layer, nn.Embedding) and precision.activation_bits is not None:
+            raise SchemeMismatch(f"{name} is an embedding, whose input is no activation: write {Precision(precision.weight_bits)}.")
+        if isinstance(layer, Matmul) and precision.weight_bits is not None:
+            raise SchemeMismatch(
+                f"{name} is a product of activations, without weights: write {Precision(None, precision.activation_bits)}."
+            )
 
 
 def range_candidates(network: Network, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
@@ -221,7 +252,7 @@ def range_candidates(network: Network, calibration: Calibration, settings: Calib
     return candidates
 
 
-def finite_samples(network: Network, calibration: Calibration, settings: CalibrateSettings) -> dict[str, Tensor]:
+def finite_samples(network: Network, calibration: Calibration, settings: CalibrateSettings) -> dict[str, list[Tensor]]:
     """Values of each layer's input on the fitting inputs; raises InvalidInput naming the first layer whose input is not finite."""
     samples = input_samples(network.folded, network.names, calibration.fitting, 2**17, settings.seed)
     check_finite_samples(samples)
@@ -276,7 +307,7 @@ def free_weights(network: Network, ranged: Candidates, scheme: Mapping[str, Prec
     starts = {}
     for name, precision in scheme.items():
         if precision.weight_bits:
-            layer = network.folded.get_submodule(name)
+            layer = network.prepared.get_submodule(name)
             rows = weight_rows(layer, float_weight(layer)).detach()
             starts[name] = rows / ranged.weights[name, precision.weight_bits].scale
     return starts
@@ -291,7 +322,9 @@ def reconstructed_candidates(
         bits: free_weights(network, ranged, {n: Precision(bits) for n in network.names if (n, bits) in candidates.weights})
         for bits in variants
     }
-    units = network.wiring.units(network.names, [])
+    layers = quantized_layers(network.prepared)
+    free = [name for name, options in network.choices.items() if is_reconstructed(layers[name]) and any(p.weight_bits for p in options)]
+    units = network.wiring.units(free, [])
     changed = Candidates(dict(candidates.weights), candidates.activations)
     wanted = adaquant_settings(settings, settings.candidate_steps)
     errors = parallel(variants, network.folded, units, starts, network.wiring, calibration, wanted, settings.memory)
@@ -339,22 +372,24 @@ class Judge:
         return self.of_model(apply_scheme(self.network.prepared, scheme, self.candidates))
 
     def of_model(self, model: nn.Module) -> dict[str, float]:
-        """{"loss": distance, and where there are labels "top1": percent of a classifier, "metric": the user's}."""
+        """{"loss": distance, and where there are labels what the task counts ("top1", ...), "metric": the user's}."""
         return self.of_outputs(outputs_of(model, self.held_out))
 
     def of_outputs(self, outputs: Tensor) -> dict[str, float]:
         """The same of outputs on the held-out inputs."""
         result = {"loss": distance(outputs, self.reference, self.task)}
-        if self.labels is not None and self.task == "classification":
-            result["top1"] = 100 * float(correct(outputs, self.labels).double().mean())
+        counted = COUNTED[self.task]
+        if self.labels is not None and counted is not None:
+            told = score(outputs, self.labels, self.task, reader=self.held_out[0].reader)
+            result |= {counted: told[counted]} if counted in told else {}
         if self.labels is not None and self.metric is not None:
             result["metric"] = float(self.metric(outputs, self.labels))
         return result
 
     @property
-    def counted(self) -> str:
+    def counted(self) -> str | None:
         """What a limit on the drop counts in."""
-        return "top1" if self.metric is None else "metric"
+        return COUNTED[self.task] if self.metric is None else "metric"
 
     @property
     def labels(self) -> Tensor | None:
@@ -440,7 +475,7 @@ def measured_row(network: Network, table: SensitivityTable, name: str, scheme: S
 
 def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, settings: CalibrateSettings, judge: Judge) -> Choice:
     """The smallest scheme whose metric (or top-1) on the held-out inputs is within the allowed drop: bisection on mean weight bits."""
-    if judge.labels is None or (judge.metric is None and judge.task != "classification"):
+    if judge.labels is None or judge.counted is None:
         raise InvalidSetting(
             "A budget of drop= needs labelled data, and a --metric where the network is no classifier. Give them, or use loss=."
         )
@@ -572,17 +607,39 @@ def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Bat
 
 def edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch]) -> dict[str, tuple[float, float]]:
     """(low, high) of every edge of the finished model over `batches`, for integer runtimes."""
-    names = set(wiring.edges())
+    names, pairs = set(wiring.edges()), _token_pairs(model, wiring)
     ends: dict[str, tuple[float, float]] = {}
+
+    mask: Tensor | None = None
 
     def widen(name: str, tensor: Tensor) -> None:
         if name in names and tensor.is_floating_point():
+            tensor = real(tensor, mask) if name not in pairs or mask is None else tensor[_both(mask).expand(tensor.shape)]
             low, high = ends.get(name, (float("inf"), float("-inf")))
             ends[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))
 
     for batch in batches:
+        mask = batch.mask
         observe(model, batch, widen)
     return {name: ends.get(name, (0.0, 0.0)) for name in wiring.edges()}
+
+
+def _token_pairs(model: nn.Module, wiring: Wiring) -> set[str]:
+    """Names of the tensors with a number for each pair of tokens, [N, heads, T, T]: products of queries and keys, and what functions make
+    of them. Where one of the pair is padding, a mask has put a huge number."""
+    names: set[str] = set()
+    values: set[int] = set()
+    for op in wiring.operations:
+        layer = model.get_submodule(op.name) if op.kind == LAYER else None
+        if (layer is None and values & set(op.inputs)) or (isinstance(layer, Matmul) and layer.transposed):
+            names.add(op.name)
+            values |= set(op.outputs)
+    return names
+
+
+def _both(mask: Tensor) -> Tensor:
+    """bool [N, 1, T, T]: pairs of real tokens."""
+    return mask[:, None, :, None] & mask[:, None, None, :]
 
 
 def rounded(network: Network, batches: Sequence[Batch], scheme: Scheme) -> nn.Module:
@@ -597,8 +654,8 @@ def rounded(network: Network, batches: Sequence[Batch], scheme: Scheme) -> nn.Mo
     return apply_scheme(network.prepared, scheme, candidates).eval()
 
 
-def task_of(settings: CalibrateSettings, reference: Tensor) -> str:
-    return settings.task or guess_task(reference)
+def task_of(settings: CalibrateSettings, reference: Tensor, batch: Batch) -> str:
+    return settings.task or guess_task(reference, batch.reader)
 
 
 def mirrored(calibration: Calibration) -> Calibration:

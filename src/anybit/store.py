@@ -5,8 +5,8 @@
     codes                    I8  [weights]             at 8 bits, of all layers with quantized weights, in the file's order
     code_scales              F32 [channels]            s, one a row of the weight matrix
     weight_scales            F32 [widths x channels]   s_b, the widths of one layer after another
-    activation_scales        F32 [widths]              of the quantized inputs
-    activation_zero_points   U8  [widths]
+    activation_scales        F32 [widths x operands]   of the quantized inputs, of both operands where a layer is a matmul
+    activation_zero_points   U8  [widths x operands]
     floats                   F32 [numbers]             all other float32 entries of the state dict, in its order
     statistics               F32 [subnets, numbers]    mean and variance of every batch norm, of the subnets whose statistics are kept
     edges                    F32 [subnets, edges, 2]   and observed ends of the tensors between layers
@@ -33,12 +33,14 @@ STORE_BITS = 8
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One layer: its weight as rows x columns, and the bit-widths of its weights and input; (None,) where they are float."""
+    """One layer: its weight as rows x columns, the bit-widths of its weights and input ((None,) where they are float), and how many
+    activations it reads."""
 
     rows: int
     columns: int
     weight_bits: tuple[int | None, ...]
     activation_bits: tuple[int | None, ...]
+    operands: int = 1
 
     @property
     def has_codes(self) -> bool:
@@ -53,13 +55,13 @@ class StoredLayer:
 class LayerTensors:
     """What the file holds of one layer.
 
-    codes int8 [rows, columns], code_scale [rows]; weight_scales bits -> [rows]; ranges bits -> (scale, zero point)
+    codes int8 [rows, columns], code_scale [rows]; weight_scales bits -> [rows]; ranges bits -> (scale, zero point) of each operand
     """
 
     codes: np.ndarray | None
     code_scale: np.ndarray | None
     weight_scales: Mapping[int, np.ndarray]
-    ranges: Mapping[int, tuple[float, int]]
+    ranges: Mapping[int, list[tuple[float, int]]]
 
 
 def lower(codes: np.ndarray, code_scale: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
@@ -87,8 +89,13 @@ def split_tensors(layers: Mapping[str, StoredLayer], tensors: Mapping[str, np.nd
             )
             scales = {bits: take("weight_scales", layer.rows) for bits in layer.weight_bits}
         first, widths = taken["activation_scales"], [bits for bits in layer.activation_bits if bits]
-        zeros = tensors.get("activation_zero_points", empty)[first : first + len(widths)]
-        ranges = {b: (float(s), int(z)) for b, s, z in zip(widths, take("activation_scales", len(widths)), zeros, strict=True)}
+        count = len(widths) * layer.operands
+        zeros = tensors.get("activation_zero_points", empty)[first : first + count].reshape(-1, layer.operands)
+        steps = take("activation_scales", count).reshape(-1, layer.operands)
+        ranges = {
+            bits: [(float(s), int(z)) for s, z in zip(scale, zero, strict=True)]
+            for bits, scale, zero in zip(widths, steps, zeros, strict=True)
+        }
         found[name] = LayerTensors(codes, code_scale, scales, ranges)
     return found
 
@@ -107,7 +114,7 @@ def slice_subnet(folder: str | Path, scheme: Scheme | Mapping[str, str]) -> dict
         if hashlib.sha256(data).hexdigest() != about["sha256"]:
             raise ValueError(f"{FILE} is not the file that supernet.json was written with")
         layers = {
-            name: StoredLayer(row["rows"], row["columns"], tuple(row["weight_bits"]), tuple(row["activation_bits"]))
+            name: StoredLayer(row["rows"], row["columns"], tuple(row["weight_bits"]), tuple(row["activation_bits"]), row.get("operands", 1))
             for name, row in about["layers"].items()
         }
         parts = split_tensors(layers, load(data))
@@ -134,6 +141,12 @@ def check_choices(scheme: Mapping[str, Precision], choices: Mapping[str, Sequenc
 
 def to_json(layers: Mapping[str, StoredLayer]) -> dict[str, Any]:
     return {
-        name: {"rows": r.rows, "columns": r.columns, "weight_bits": list(r.weight_bits), "activation_bits": list(r.activation_bits)}
-        for name, r in layers.items()
+        name: {
+            "rows": one.rows,
+            "columns": one.columns,
+            "weight_bits": list(one.weight_bits),
+            "activation_bits": list(one.activation_bits),
+            "operands": one.operands,
+        }
+        for name, one in layers.items()
     }

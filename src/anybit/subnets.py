@@ -19,7 +19,7 @@ from anybit.layers import float_weight, from_rows, prepare, quantized_layers, we
 from anybit.methods.multiquant import MultiQuant, MultiQuantSettings, SwitchableInput, SwitchableNorm, SwitchableWeight
 from anybit.quantizers import UniformQuantizer
 from anybit.ranges import weight_scale
-from anybit.scheme import MAX_BITS, Precision, Scheme, check_bits
+from anybit.scheme import FLOAT, MAX_BITS, Precision, Scheme, check_bits
 from anybit.stages import CalibrateSettings, Network
 from anybit.store import STORE_BITS
 from anybit.training import TrainSettings, epoch_batches
@@ -146,9 +146,9 @@ def uniform(choices: Mapping[str, Sequence[Precision]], bits: int) -> Scheme:
     """Every layer at `bits`; kept layers, which have no choice, as they are kept. Raises SchemeMismatch where `bits` was not trained."""
     chosen = {}
     for name, options in choices.items():
-        wanted = [p for p in options if p.weight_bits == bits and p.activation_bits in (bits, None)]
+        wanted = [p for p in options if p != FLOAT and {p.weight_bits, p.activation_bits} <= {bits, None}]
         if not wanted and len(options) > 1:
-            there = ", ".join(str(width) for width in widths_of(options)[0])
+            there = ", ".join(str(width) for width in widths_of(options)[0] or widths_of(options)[1])
             raise SchemeMismatch(f"{name} was not trained at {bits} bits. Choose from {there}, or train again with those --bits.")
         chosen[name] = (wanted or list(options))[0]
     return Scheme(chosen)

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anybit import batchnorm, stages, store
-from anybit.batches import Batch, Samples, draw, map_tensors, split
+from anybit.batches import Batch, Samples, draw, split
 from anybit.candidates import ActivationCandidate, Candidates, frozen_candidate
 from anybit.checkpoint import Canonical, check_folded, digest_in, new_folder, read_json, read_tensors, remember, sha256_of, write_json
 from anybit.cost import CostModel, LayerSize, leftovers, spec_of
 from anybit.errors import InvalidFile, SchemeMismatch
-from anybit.evaluation import Metric, outputs_of
+from anybit.evaluation import Metric, Task, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
 from anybit.layers import float_weight, from_rows, prepare, quantized_layers, weight_rows
 from anybit.methods.multiquant import MultiQuant, SwitchableInput, SwitchableWeight
@@ -231,7 +231,7 @@ def polished(
     calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
     if settings.mirror:
         calibration = stages.mirrored(calibration)
-    example = Batch(map_tensors(calibration.fitting[0].inputs, lambda tensor: tensor[:2]))
+    example = calibration.fitting[0].head(2)
     fixed = replace(settings, keep={glob.escape(name): precision for name, precision in scheme.items()})
     network = stages.observe_network(supernet.as_float(bn), example, fixed)
     own = candidates_of(canonical)
@@ -255,7 +255,7 @@ def stored_layers(supernet: Supernet) -> dict[str, StoredLayer]:
     for name, options in supernet.choices.items():
         size = supernet.costs.layers[name]
         weights, inputs = widths_of(options)
-        found[name] = StoredLayer(size.rows, size.columns, tuple(weights) or (None,), tuple(inputs) or (None,))
+        found[name] = StoredLayer(size.rows, size.columns, tuple(weights) or (None,), tuple(inputs) or (None,), size.operands)
     return found
 
 
@@ -302,12 +302,13 @@ class SupernetLayer(BaseModel):
     """One layer of supernet.json."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    rows: int = Field(gt=0)
-    columns: int = Field(gt=0)
+    rows: int = Field(ge=0)
+    columns: int = Field(ge=0)
     weight_bits: list[int | None] = Field(min_length=1)
     activation_bits: list[int | None] = Field(min_length=1)
     macs: int = Field(ge=0)
     per_channel: bool
+    operands: Literal[1, 2] = 1
 
 
 class SupernetFile(BaseModel):
@@ -324,7 +325,7 @@ class SupernetFile(BaseModel):
     model: dict[str, Any] = {}
     data: dict[str, Any] = {}
     preprocessing: dict[str, Any] = {}
-    task: Literal["classification", "regression"] = "classification"
+    task: Task = "classification"
     sha256: str
 
     def digest(self) -> str:
@@ -335,7 +336,7 @@ class SupernetFile(BaseModel):
     def stored(self) -> dict[str, StoredLayer]:
         """The layers as `store` knows them."""
         return {
-            name: StoredLayer(one.rows, one.columns, tuple(one.weight_bits), tuple(one.activation_bits))
+            name: StoredLayer(one.rows, one.columns, tuple(one.weight_bits), tuple(one.activation_bits), one.operands)
             for name, one in self.layers.items()
         }
 
@@ -401,7 +402,7 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     known = [Known(Scheme.parse(scheme), row, end) for scheme, row, end in zip(file.subnets, rows, ends, strict=True)]
     folded, _ = batchnorm.fold(float_model, file.folded)
     costs = CostModel.of(prepare(folded, list(layers), kept_float), list(layers), None, len(file.edges), float_model)
-    costs = replace(costs, layers={name: LayerSize(one.rows, one.columns, one.macs) for name, one in file.layers.items()})
+    costs = replace(costs, layers={name: LayerSize(one.rows, one.columns, one.macs, one.operands) for name, one in file.layers.items()})
     about = {"model": file.model, "data": file.data, "preprocessing": file.preprocessing}
     report = read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
     return Supernet(float_model, method, settings, file.folded, costs, file.edges, file.task, known, about, report)
@@ -410,13 +411,14 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
 def _blank(layer: StoredLayer, per_channel: bool) -> tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:
     """Scales and ranges of the right shapes, to be overwritten."""
     scales = {bits: torch.ones(layer.rows if per_channel else 1, 1) for bits in layer.weight_bits if bits}
-    return scales, {bits: (torch.ones(()), torch.zeros(())) for bits in layer.activation_bits if bits}
+    shape = () if layer.operands == 1 else (layer.operands,)
+    return scales, {bits: (torch.ones(shape), torch.zeros(shape)) for bits in layer.activation_bits if bits}
 
 
 def _expected(layers: Mapping[str, StoredLayer], floats: Sequence[int], subnets: int, statistics: int, edges: int) -> dict[str, TensorSpec]:
     """The shared tensors of the file; those with nothing in them are left out."""
     coded = [layer for layer in layers.values() if layer.has_codes]
-    inputs = sum(1 for layer in layers.values() for bits in layer.activation_bits if bits)
+    inputs = sum(layer.operands for layer in layers.values() for bits in layer.activation_bits if bits)
     shared = {
         "codes": TensorSpec("I8", (sum(layer.rows * layer.columns for layer in coded),)),
         "code_scales": TensorSpec("F32", (sum(layer.rows for layer in coded),)),
@@ -439,5 +441,6 @@ def _load(layer: nn.Module, part: LayerTensors) -> None:
         scales = torch.from_numpy(np.stack([scale for scale in part.weight_scales.values()]))[:, :, None]
         weights.load(scales if weights.start.shape[1] > 1 else scales[:, :1])
     if inputs is not None:
-        inputs.load(torch.tensor([scale for scale, _ in part.ranges.values()]))
-        inputs.offsets.copy_(torch.tensor([float(zero) for _, zero in part.ranges.values()]) / inputs.limits[:, 1])
+        scales, zeros = torch.tensor([list(zip(*operands, strict=True)) for operands in part.ranges.values()]).unbind(1)
+        inputs.load(scales.view_as(inputs.start))
+        inputs.offsets.copy_(zeros.view_as(inputs.offsets) / inputs.highest())

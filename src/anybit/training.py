@@ -23,14 +23,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anybit.batches import Batch, Samples, call, first_tensor
+from anybit.batches import Batch, Samples, first_tensor, predict
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
-from anybit.evaluation import check_labels
+from anybit.evaluation import check_labels, compares_classes
 from anybit.processes import average, average_gradients, average_tensors, rank, world
 from anybit.progress import note, track
 from anybit.wiring import BATCH_NORMS
 
 SMALLEST_GAMMA = 1e-5
+TRAINED_ON_CLASSES = ("classification", "language-model")
 
 
 class Trainee(Protocol):
@@ -170,7 +171,7 @@ def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
     if epoch + 1 == run.settings.epochs:
         run.trainee.at(1.0)
     loss, _, right = torch.stack(told).mean(0).tolist()
-    labelled = run.task == "classification" and samples.labelled
+    labelled = run.task in TRAINED_ON_CLASSES and samples.labelled
     return {"loss": loss, "train_top1": 100 * right if labelled else None}
 
 
@@ -197,10 +198,10 @@ def _step(run: _Run, batch: Batch, progress: float) -> Tensor:
 def _pass(run: _Run, batch: Batch) -> Tensor:
     """Add one pass's gradients, unless its loss is no number; returns what `_step` does, of this pass."""
     with _autocast(run.settings, batch):
-        outputs = first_tensor(call(run.forward, batch.inputs))
+        outputs = predict(run.forward, batch)
         loss = run.trainee.loss(outputs, batch, task_loss(outputs, batch, run.task, run.teacher, run.settings.distill))
     penalty = run.trainee.penalty().to(loss.device)
-    classes = run.task == "classification" and batch.labels is not None
+    classes = run.task in TRAINED_ON_CLASSES and batch.labels is not None
     right = (outputs.argmax(-1) == batch.labels).float().mean() if classes else torch.zeros_like(loss)
     told = average(torch.stack([loss.detach().float(), penalty.detach(), right.detach()]))  # of all, so that all stop together
     if torch.isfinite(told).all():
@@ -241,7 +242,9 @@ def learning_rate(progress: float, warmup: float) -> float:
 def task_loss(outputs: Tensor, batch: Batch, task: str, teacher: nn.Module | None, distill: float) -> Tensor:
     """Cross-entropy of a classifier (squared error of a regression), joined by the divergence from the teacher's outputs."""
     loss = torch.zeros((), device=outputs.device)
-    classes = task == "classification"
+    classes = task in TRAINED_ON_CLASSES
+    if distill < 1 and task not in (*TRAINED_ON_CLASSES, "regression"):
+        raise InvalidSetting(f"A network for {task} is trained on the float network's outputs alone here: give --distill 1.")
     if distill < 1:
         if batch.labels is None:
             raise InvalidInput("Training needs labels, and this data has none. Give labelled data, or --distill 1.")
@@ -251,8 +254,8 @@ def task_loss(outputs: Tensor, batch: Batch, task: str, teacher: nn.Module | Non
         loss = (1 - distill) * loss
     if distill > 0:
         with torch.no_grad():
-            target = first_tensor(call(teacher, batch.inputs)).float()
-        if classes:
+            target = predict(teacher, batch).float()
+        if compares_classes(task):
             apart = F.kl_div(F.log_softmax(outputs.float(), -1), F.log_softmax(target, -1), log_target=True, reduction="batchmean")
         else:
             apart = F.mse_loss(outputs.float(), target)
@@ -325,13 +328,13 @@ def augmented(batch: Batch, augment: str, global_size: int, generator: torch.Gen
             shifts = torch.randint(0, 2 * pixels + 1, (global_size, 2), generator=generator)[which::of].tolist()
             padded, (height, width) = F.pad(inputs, (pixels,) * 4), inputs.shape[-2:]
             inputs = torch.stack([p[:, y : y + height, x : x + width] for p, (y, x) in zip(padded, shifts, strict=True)])
-    return Batch(inputs, batch.labels)
+    return replace(batch, inputs=inputs)
 
 
 def channels_last(batch: Batch) -> Batch:
     """Pictures with their channels innermost in memory: convolutions hand the layout on."""
     if isinstance(batch.inputs, Tensor) and batch.inputs.dim() == 4:
-        return Batch(batch.inputs.contiguous(memory_format=torch.channels_last), batch.labels)
+        return replace(batch, inputs=batch.inputs.contiguous(memory_format=torch.channels_last))
     return batch
 
 

@@ -18,11 +18,15 @@ from torch.overrides import TorchFunctionMode
 
 from anybit.batches import Batch, call, evaluating, tensors_in
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.matmul import Matmul
 
-COVERED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.Embedding)
+COVERED = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.Embedding, Matmul,
+)  # fmt: skip
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 LAYER, BATCH_NORM = "a layer", "a batch norm"  # kinds that no function's name can be
+PRODUCTS = {"matmul", "bmm", "baddbmm", "mm", "addmm", "einsum", "scaled_dot_product_attention"}
 JOINS = {"add", "sub", "mul", "cat", "concat", "concatenate", "stack"}
 RESHAPES = {
     "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "getitem", "chunk", "split",
@@ -129,6 +133,10 @@ class Wiring:
     def joins(self) -> list[Operation]:
         """Sums, products and concatenations of several observed values."""
         return [op for op in self.operations if op.kind in JOINS and len(set(op.inputs)) > 1]
+
+    def products(self) -> list[Operation]:
+        """Matrix products of several observed values that no layer computes."""
+        return [op for op in self.operations if op.kind in PRODUCTS and len(set(op.inputs)) > 1]
 
     def blocks(self, named: list[str] | None = None) -> list[str]:
         """Modules to reconstruct whole: the innermost ones whose forward joins values, and others of the same class.

@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybit.batches import Batch, Calibration, call, first_tensor
+from anybit.batches import Batch, Calibration, predict, real
 from anybit.capture import Captured, MemoryBudget, capture, carry, chunks
 from anybit.errors import AnybitError
-from anybit.evaluation import distance, outputs_of
+from anybit.evaluation import compares_classes, distance, outputs_of
 from anybit.layers import QuantizedLayer, fill, float_weight, from_rows, quantized_layers, weight_rows
 from anybit.numerics import fake_quantize
 from anybit.progress import track
@@ -88,8 +88,9 @@ class DroppedInput(LearnedInput):
         return mix(x, quantized, self.drop) if self.training and self.drop else quantized
 
 
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error over the target's power."""
+def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Squared error over the target's power, of real tokens alone where `mask` says which they are."""
+    output, target = real(output, mask), real(target, mask)
     return (output - target).square().sum() / target.square().sum().clamp_min(1e-30)
 
 
@@ -103,11 +104,26 @@ def mix(x: Tensor, quantized: Tensor, drop: float) -> Tensor:
 
 @dataclass(frozen=True)
 class UnitData:
-    """What one unit is fitted to: its float inputs with the float outputs, and the inputs it will really see (None: the float ones)."""
+    """What one unit is fitted to: its float inputs with the float outputs, and the inputs it will really see (None: the float ones).
+
+    `count` samples; of padded data, whose batches are kept whole, `count` batches.
+    """
 
     float_side: Captured
     quantized_side: Captured | None
     count: int
+
+    def draw(self, size: int) -> Tensor:
+        """Indices of `size` random samples, or of one batch."""
+        return torch.randint(self.count, (1 if self.float_side.masks else min(size, self.count),))
+
+    def parts(self, limit: int | None = None) -> Iterator[Tensor]:
+        """Indices of everything (of the first `limit`), a forward pass at a time."""
+        return chunks(min(self.count, limit or self.count), 1 if self.float_side.masks else 64)
+
+    def mask(self, indices: Tensor) -> Tensor | None:
+        """Which tokens of these samples are real; None where nothing is padded."""
+        return self.float_side.masks[int(indices)] if self.float_side.masks else None
 
     def arguments(self, indices: Tensor, drop: float = 0.0) -> tuple[tuple, dict]:
         """(args, kwargs) of some samples on the quantized side, a share `drop` of their elements float."""
@@ -205,15 +221,17 @@ def _carried_side(
     finish = wiring.activation_after(previous.name) or _identity
     before, float_module = model.get_submodule(previous.name), float_model.get_submodule(unit.name)
 
+    whole = side.float_side.masks is not None
+
     def quantized_output(indices: Tensor) -> Tensor:
         args, kwargs = side.arguments(indices)
         return finish(before(*args, **kwargs))
 
     device = side.float_side.device
-    float_input = carry(lambda indices: finish(side.targets(indices)), side.count, budget)
-    float_output = carry(lambda indices: float_module(float_input.rows(indices).to(device)), side.count, budget)
-    quantized_input = carry(quantized_output, side.count, budget)
-    float_side = Captured(((float_input,), {}), float_output, device)
+    float_input = carry(lambda indices: finish(side.targets(indices)), side.count, budget, whole)
+    float_output = carry(lambda indices: float_module(float_input.rows(indices).to(device)), side.count, budget, whole)
+    quantized_input = carry(quantized_output, side.count, budget, whole)
+    float_side = Captured(((float_input,), {}), float_output, device, side.float_side.masks)
     return UnitData(float_side, Captured(((quantized_input,), {}), None, device), side.count)
 
 
@@ -248,7 +266,7 @@ def _capture_sides(
     for batches, count in zip((calibration.fitting, calibration.held_out), calibration.count(), strict=True):
         float_side = capture(float_model, unit.name, batches, count, budget, outputs=True)
         quantized_side = None if model is None else capture(model, unit.name, batches, count, budget)
-        sides.append(UnitData(float_side, quantized_side, count))
+        sides.append(UnitData(float_side, quantized_side, len(batches) if float_side.masks else count))
     return sides
 
 
@@ -265,9 +283,9 @@ def _descend(module: nn.Module, layers: dict[str, nn.Module], fitting: UnitData,
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     _set_dropping(layers, True)
     for step in range(1, settings.steps + 1):
-        indices = torch.randint(fitting.count, (min(settings.batch_size, fitting.count),))
+        indices = fitting.draw(settings.batch_size)
         args, kwargs = fitting.arguments(indices, settings.drop)
-        loss = relative_error(finish(module(*args, **kwargs)), finish(fitting.targets(indices)))
+        loss = relative_error(finish(module(*args, **kwargs)), finish(fitting.targets(indices)), fitting.mask(indices))
         if not torch.isfinite(loss):
             raise AnybitError(f"The reconstruction error became {float(loss)} at step {step}. Lower the learning rates.")
         optimizer.zero_grad()
@@ -308,10 +326,10 @@ def _freeze(layers: dict[str, nn.Module]) -> None:
 def _error(module: nn.Module, data: UnitData, finish: Callable[[Tensor], Tensor], limit: int | None = None) -> float:
     """Squared error over power of the unit's output on (the first `limit` samples of) `data`, nothing dropped."""
     error, power = 0.0, 0.0
-    for indices in chunks(min(data.count, limit or data.count), 64):
+    for indices in data.parts(limit):
         args, kwargs = data.arguments(indices)
-        target = finish(data.targets(indices))
-        error += float((finish(module(*args, **kwargs)) - target).square().sum())
+        target = real(finish(data.targets(indices)), data.mask(indices))
+        error += float((real(finish(module(*args, **kwargs)), data.mask(indices)) - target).square().sum())
         power += float(target.square().sum())
     return error / max(power, 1e-30)
 
@@ -395,7 +413,7 @@ def tune_biases(
     for epoch in track(range(1, settings.epochs + 1), "bias tuning"):
         for index in torch.randperm(len(fitting), generator=generator).tolist():
             with torch.enable_grad():
-                loss = output_loss(first_tensor(call(model, fitting[index].inputs)), references[index], task)
+                loss = output_loss(predict(model, fitting[index]), references[index], task)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -434,6 +452,6 @@ def _tuned_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
 
 def output_loss(outputs: Tensor, reference: Tensor, task: str) -> Tensor:
     """What `evaluation.distance` measures, differentiable and in the model's own precision."""
-    if task == "classification":
+    if compares_classes(task):
         return F.kl_div(F.log_softmax(outputs, -1), F.log_softmax(reference, -1), reduction="none", log_target=True).sum(-1).mean()
     return relative_error(outputs, reference)

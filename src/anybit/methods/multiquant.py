@@ -44,7 +44,7 @@ from anybit.errors import InvalidFile, InvalidSetting
 from anybit.layers import fill, float_weight, quantized_layers, weight_rows
 from anybit.numerics import fake_quantize, quant_limits
 from anybit.processes import average
-from anybit.quantizers import UniformQuantizer
+from anybit.quantizers import UniformQuantizer, of_operand
 from anybit.scheme import FLOAT_BITS, Precision, Scheme, check_bits, check_positive
 from anybit.store import check_choices
 
@@ -155,25 +155,32 @@ class SwitchableWeight(_Switchable):
 
 
 class SwitchableInput(_Switchable):
-    """The input slot of a supernet's layer: bits -> (scale, zero point), 0-d each. Offsets are trained as shares of the range."""
+    """The input slot of a supernet's layer: bits -> (scale, zero point), 0-d each, or [2] each of a matmul's operands.
+
+    Offsets are trained as shares of the range.
+    """
 
     def __init__(self, ranges: Mapping[int, tuple[Tensor, Tensor]], factors: Mapping[int, float] = {}, train_offsets: bool = False):
         super().__init__({bits: scale for bits, (scale, _) in ranges.items()}, False, factors)
         zeros = torch.stack([zero.detach() for _, zero in ranges.values()])
-        self.offsets = nn.Parameter(zeros / self.limits[:, 1], requires_grad=train_offsets)
+        self.offsets = nn.Parameter(zeros / self.highest(), requires_grad=train_offsets)
+
+    def highest(self) -> Tensor:
+        """The highest code of every bit-width, of as many dimensions as the offsets."""
+        return self.limits[:, 1].view(-1, *[1] * (self.start.dim() - 1))
 
     def zero_points(self) -> Tensor:
-        """The integer zero point of every bit-width, [widths]; the gradient passes the rounding."""
-        free = self.offsets.clamp(0, 1) * self.limits[:, 1]
+        """The integer zero point of every bit-width, [widths, ...]; the gradient passes the rounding."""
+        free = self.offsets.clamp(0, 1) * self.highest()
         return free + (free.round() - free).detach()
 
     def zero_point(self) -> Tensor:
         """The one in use."""
         return self.at_hand(self.zero_points())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, operand: int | None = None) -> Tensor:
         low, high = self.at_hand(self.limits).unbind()
-        return fake_quantize(x, self.scale(), self.zero_point(), low, high)
+        return fake_quantize(x, of_operand(self.scale(), operand), of_operand(self.zero_point(), operand), low, high)
 
     def freeze(self) -> UniformQuantizer:
         return UniformQuantizer(self.bits, False, self.scale(), self.zero_point().detach().round())
