@@ -1,6 +1,6 @@
 """From a run folder to a file that runs, and what it takes there: export, verify, bench and profile, one function a verb."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from anybit.batches import Batch, Samples
+from anybit.batches import Batch, Samples, call
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.evaluation import Metric, outputs_of, score
 from anybit.onnx import file as onnx_file
@@ -20,7 +20,7 @@ from anybit.onnx.latency import keep as keep_table
 from anybit.onnx.latency import measure_latency, recalled
 from anybit.onnx.timing import faster, in_turns, openvino_runner
 from anybit.onnx.verification import RUN, differences, flipped_codes, verify_file
-from anybit.references import Preprocessing, as_samples, load_data, load_model
+from anybit.references import Preprocessing, as_samples, completed, covered, load_data, load_model
 from anybit.reporting import environment
 from anybit.roads import inputs_for, opened
 from anybit.scheme import Precision
@@ -55,7 +55,7 @@ def export(
     if path.exists() and not overwrite:
         raise InvalidSetting(f"{path} exists. Choose another --onnx, or give --overwrite.")
     canonical, file = opened(run, model)
-    made = exported(canonical, _first(inputs_for(run, file, data), EXAMPLES), {RUN: file.sha256}, tables, weight_only)
+    made = exported(canonical, _first(inputs_for(run, file, canonical.model, data), EXAMPLES), {RUN: file.sha256}, tables, weight_only)
     onnx_file.save(made.integer, path)
     layers = len(canonical.scheme)
     return {
@@ -93,7 +93,7 @@ def verify(
     path = Path(onnx)
     canonical, file = opened(run, model)
     given = onnx_file.load(path)
-    inputs = inputs_for(run, file, data, workers)
+    inputs = inputs_for(run, file, canonical.model, data, workers)
     first = _first(inputs, CHECKED)
     how = given.metadata_props
     tables, weight_only = how.get(onnx_file.FUNCTIONS) == "tables", how.get(onnx_file.LINEARS) == "packed"
@@ -105,17 +105,31 @@ def verify(
     inputs = inputs.subset(range(min(samples or len(inputs), len(inputs))))
     batches = list(inputs.batches(CHECKED))
     running = onnx_file.session(path, torch.get_num_threads())
-    there = onnx_file.outputs(running, batches)[0]
+    there = _predicted(running, canonical.model, batches)
     simulated = outputs_of(canonical.model, batches)
     flips = flipped_codes(canonical.model, made, probe_of(first, 8))
     report |= {"inputs": len(inputs), "simulation": differences(simulated, there) | {"flipped_codes": flips}}
     if inputs.labelled:
         labels = torch.cat([batch.labels for batch in batches])
         report["accuracy"] = {
-            "simulated": score(simulated, labels, file.task, metric),
-            "exported": score(torch.from_numpy(there), labels, file.task, metric),
+            "simulated": score(simulated, labels, file.task, metric, first.reader),
+            "exported": score(there, labels, file.task, metric, first.reader),
         }
     return report
+
+
+def _predicted(running: Any, model: nn.Module, batches: Sequence[Batch]) -> torch.Tensor:
+    """What is read in the file's outputs, which go by the names that the network gives them."""
+    if batches[0].reader is None:
+        return torch.from_numpy(onnx_file.outputs(running, batches)[0])
+    with torch.no_grad():
+        output = call(model, batches[0].head(1).inputs)
+    names = [name for name, value in output.items() if isinstance(value, torch.Tensor)] if isinstance(output, Mapping) else ["output"]
+    parts = []
+    for batch in batches:
+        arrays = map(torch.from_numpy, onnx_file.outputs(running, [batch]))
+        parts.append(batch.reader.read(dict(zip(names, arrays, strict=True)), batch))
+    return torch.cat(parts)
 
 
 def bench(
@@ -130,7 +144,7 @@ def bench(
 ) -> dict[str, Any]:
     """Size of the exported file against its bits, and its latency against the float network's in the same runtime, in turns."""
     canonical, file = opened(run, model)
-    example = _first(inputs_for(run, file, data), max(batch_size, onnx_file.PROBE))
+    example = _first(inputs_for(run, file, canonical.model, data), max(batch_size, onnx_file.PROBE))
     made = exported(canonical, example)
     given = made.integer if onnx is None else onnx_file.load(Path(onnx))
     return measured(made.floating, given, probe_of(example, batch_size), rounds, threads) | {
@@ -154,8 +168,9 @@ def profile(
     model, data, weights, preprocessing, keep  as for `calibrate`
     overwrite   measure again where the network has been measured on this machine and runtime before
     """
-    network = load_model(model, None if weights is None else str(weights)) if isinstance(model, str) else model
-    samples = load_data(data, preprocessing, workers) if isinstance(data, str) else as_samples(data, workers)
+    network = load_model(model, None if weights is None else str(weights)) if isinstance(model, str) else covered(model)
+    given = completed(preprocessing, network)
+    samples = load_data(data, given, workers, network) if isinstance(data, str) else as_samples(data, workers, network)
     batch = _first(samples, onnx_file.PROBE)
     ready = observe_network(network.eval(), batch, CalibrateSettings((8,), (8, None), keep=dict(keep or {})))
     found = None if overwrite else recalled(ready)

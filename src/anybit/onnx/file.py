@@ -154,9 +154,21 @@ def outputs(running: Any, batches: Sequence[Batch], names: Sequence[str] | None 
     """The session's outputs on batches, joined."""
     parts = []
     for batch in batches:
-        feeds = {value.name: tensor.numpy() for value, tensor in zip(running.get_inputs(), input_tensors(batch), strict=True)}
+        feeds = _feeds([value.name for value in running.get_inputs()], batch)
         try:
             parts.append(running.run(names, feeds))
         except Exception as error:  # as above
             raise InvalidInput(f"ONNX Runtime refuses the inputs: {' '.join(str(error).split())}") from error
     return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+
+def _feeds(names: Sequence[str], batch: Batch) -> dict[str, np.ndarray]:
+    """The batch's inputs under the names that the file has for them: by name where they have some, else in order."""
+    if isinstance(batch.inputs, dict):
+        lacking = [name for name in names if name not in batch.inputs]
+        if lacking:
+            raise InvalidInput(
+                f"The file takes an input {lacking[0]!r}; the data has {', '.join(batch.inputs)}. Give data as at the export."
+            )
+        return {name: batch.inputs[name].numpy() for name in names}
+    return {name: tensor.numpy() for name, tensor in zip(names, input_tensors(batch), strict=True)}

@@ -38,15 +38,20 @@ LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
 
 
 def float_graph(plain: nn.Module, example: Batch, layers: Iterable[str]) -> ir.Model:
-    """`plain` (the canonical model with its quantizers off), exported and tidied; the first dimension of inputs and outputs is the batch.
+    """`plain` (the canonical model with its quantizers off), exported and tidied; the first dimension of inputs and outputs is the batch,
+    the second of padded texts their length.
 
     Raises UnsupportedModel naming the operator, where the exporter does not know one, InvalidInput where the model refuses the inputs.
     """
     observe(plain, probe_of(example, 2))  # inputs that the model refuses are named as such
     inputs = map_tensors(example.inputs, lambda tensor: tensor[:2] if len(tensor) > 1 else torch.cat([tensor, tensor]))
     given = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": inputs if isinstance(inputs, tuple) else (inputs,)}
-    batch = torch.export.Dim("batch", min=1)
-    shapes = map_tensors(inputs if isinstance(inputs, (dict, tuple)) else (inputs,), lambda _: {0: batch})
+    sizes, length = {0: torch.export.Dim("batch", min=1)}, None if example.mask is None else example.mask.shape[1]
+    tokens = {} if length is None else {1: torch.export.Dim("tokens", min=1)}
+    shapes = map_tensors(
+        inputs if isinstance(inputs, (dict, tuple)) else (inputs,),
+        lambda tensor: sizes | tokens if tensor.dim() > 1 and tensor.shape[1] == length else sizes,
+    )
     try:
         with _quiet():
             program = torch.onnx.export(plain, **given, dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, verbose=False)
@@ -91,7 +96,7 @@ def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         layer = next((scope for scope in reversed(scopes) if scope in weights), None)
-        if layer is not None and node.op_type in LAYER_OPERATORS and _is_weight(_weight_of(node), weights[layer]):
+        if layer is not None and node.op_type in LAYER_OPERATORS and _computes(node, weights[layer]):
             node.metadata_props[LAYER] = node.name = layer
             continue
         maker = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
@@ -101,6 +106,13 @@ def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
         name = ".".join(filter(None, [_owner(scopes), node.op_type.lower()]))
         seen[name] = seen.get(name, 0) + 1
         node.name = name if seen[name] == 1 else f"{name}.{seen[name]}"
+
+
+def _computes(node: ir.Node, weight: np.ndarray) -> bool:
+    """Whether the operator is the layer of this weight; a matmul, which has none, multiplies what no constant is."""
+    if not weight.size:
+        return node.op_type == "MatMul" and all(constant(value) is None for value in node.inputs)
+    return _is_weight(_weight_of(node), weight)
 
 
 def _weight_of(node: ir.Node) -> np.ndarray | None:
@@ -195,6 +207,8 @@ def ranges_on(model: ir.Model, inputs: Sequence[Tensor], size: int) -> dict[str,
     ends: dict[str, tuple[float, float]] = {}
     for parts in zip(*(tensor.split(size) for tensor in inputs), strict=True):
         for name, array in values_on(model, parts).items():
+            if array.dtype.kind != "f":
+                continue
             low, high = ends.get(name, (np.inf, -np.inf))
             ends[name] = (min(low, float(array.min(initial=np.inf))), max(high, float(array.max(initial=-np.inf))))
     return ends
@@ -273,7 +287,7 @@ def edge_names(
 
 def probe_of(batch: Batch, count: int) -> Batch:
     """The first `count` samples."""
-    return Batch(map_tensors(batch.inputs, lambda tensor: tensor[:count]))
+    return batch.head(count)
 
 
 def input_tensors(batch: Batch) -> list[Tensor]:

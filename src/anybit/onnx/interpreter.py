@@ -125,7 +125,7 @@ def interpret(model: ir.Model, inputs: Mapping[str, Tensor], runtime: Mapping[st
         results = [] if operator is None else [operator(given, settings)]
         if not results or results[0] is None:
             results = _in_float(node, [_plain(value) for value in given])
-            arithmetic = not fixed
+            arithmetic = not fixed and any(result.is_floating_point() for result in results)
         else:
             arithmetic = not fixed and node.op_type in ARITHMETIC and isinstance(results[0], Tensor)
         if arithmetic:

@@ -12,7 +12,7 @@ The model's outputs stay float where the layer before them gives floats without 
 between two operators that both compute in float.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,6 +21,7 @@ import onnx_ir as ir
 from torch import nn
 
 from anybit.layers import quantized_layers, scheme_of
+from anybit.matmul import Matmul
 from anybit.onnx.floats import BIAS, LAYER, constant
 
 MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice", "Pad"}
@@ -62,7 +63,7 @@ class Plan:
     """What the writer needs to know of each value and node, by name.
 
     integer    layers that compute on integers
-    inputs     layer -> the quantizer of its input (all layers that have one, integer or not)
+    inputs     layer -> the quantizer of its input, or of both operands of a matmul (all layers that have one, integer or not)
     edges      value -> its quantizer; values that share codes share it
     clamped    value -> (producer's value, lowest, highest) of a clamp that its quantizer absorbs
     tables     value -> the value that it is a function of
@@ -70,7 +71,7 @@ class Plan:
     """
 
     integer: set[str] = field(default_factory=set)
-    inputs: dict[str, Affine] = field(default_factory=dict)
+    inputs: dict[str, tuple[Affine, ...]] = field(default_factory=dict)
     edges: dict[str, Affine] = field(default_factory=dict)
     clamped: dict[str, tuple[str, float, float]] = field(default_factory=dict)
     tables: dict[str, str] = field(default_factory=dict)
@@ -107,6 +108,7 @@ class _Planner:
         self._clamps_and_moves()
         touching = self._touching()
         self._functions(touching, tables)
+        self.reaching, self.convolved = self._reaching(), self._convolved()
         self._edges(touching)
 
     def _layers(self, model: nn.Module) -> None:
@@ -117,8 +119,10 @@ class _Planner:
                 continue
             quantizer = modules[layer].input_quantizer
             if quantizer is not None:
-                self.plan.inputs[layer] = Affine(float(quantizer.scale), int(quantizer.zero_point), quantizer.limits[1])
-            if quantizer is not None and scheme[layer].weight_bits is not None and node.op_type in ("Conv", "Gemm", "MatMul"):
+                grids = zip(quantizer.scale.reshape(-1).tolist(), quantizer.zero_point.reshape(-1).tolist(), strict=True)
+                self.plan.inputs[layer] = tuple(Affine(scale, int(zero_point), quantizer.limits[1]) for scale, zero_point in grids)
+            has_kernel = node.op_type in ("Conv", "Gemm", "MatMul") and modules[layer].weight_group is None
+            if quantizer is not None and has_kernel and (scheme[layer].weight_bits is not None or isinstance(modules[layer], Matmul)):
                 self.plan.integer.add(layer)
 
     def readers(self, value: ir.Value) -> list[ir.Node]:
@@ -167,6 +171,34 @@ class _Planner:
             if name in self.outputs or any(reader.outputs[0].name not in base for reader in self.readers(self._value(name)))
         }  # fmt: skip
 
+    def _reaching(self) -> set[str]:
+        """Nodes whose numbers go on into an integer layer, a pool or the outputs, through nothing but what runtimes compute on integers.
+
+        A sum that only a norm reads is none: on integers it would be rounded for nothing.
+        """
+        reaching: set[str] = set()
+        for node in reversed(list(self.graph)):
+            given_out = any(value.name in self.outputs for value in node.outputs)
+            if given_out or any(self._takes_codes(reader, reaching) for value in node.outputs for reader in self.readers(value)):
+                reaching.add(node.name)
+        return reaching
+
+    def _convolved(self) -> set[str]:
+        """Nodes that compute on integers what convolutions made: a linear gives floats without being slower, a convolution does not."""
+        convolved: set[str] = set()
+        for node in self.graph:
+            before = [value.producer() for value in node.inputs if value is not None and value.producer() is not None]
+            passes = node.op_type in MOVES | CLAMPS | JOINT or node.outputs[0].name in self.functions
+            if (self._is_layer(node) and node.op_type == "Conv") or (passes and any(maker.name in convolved for maker in before)):
+                convolved.add(node.name)
+        return convolved
+
+    def _takes_codes(self, reader: ir.Node, reaching: Collection[str]) -> bool:
+        if self._is_layer(reader):
+            return True
+        passes = reader.op_type in MOVES | CLAMPS or reader.outputs[0].name in self.functions
+        return reader.name in reaching and (passes or (reader.op_type in JOINT and _on_codes(reader)))
+
     def _value(self, name: str) -> ir.Value:
         return self.values[name]
 
@@ -192,9 +224,12 @@ class _Planner:
             maker = self._maker(root, touching)
             wanted = layers or bases & set(members) or maker or any(self._joins(node, touching) for node in others)
             given_out = any(name in self.outputs for name in members)
+            joined = any(self._joins(node, touching) for node in others)
+            if layers and not maker and not joined and not bases & set(members) and len(self._own(members, layers)) + bool(others) > 1:
+                continue  # each layer rounds the floats by itself, as simulated
             if not wanted or (given_out and not readers and maker != "Conv"):
                 continue
-            self.plan.edges |= dict.fromkeys(members, self._quantizer(root, layers, bool(others) or given_out))
+            self.plan.edges |= dict.fromkeys(members, self._quantizer(root, members, layers, bool(others) or given_out))
         self.plan.tables = {name: base for name, base in self.plan.tables.items() if name in self.plan.edges}
 
     def _is_layer(self, node: ir.Node) -> bool:
@@ -240,13 +275,13 @@ class _Planner:
 
     def _joins(self, node: ir.Node, touching: set[str]) -> bool:
         dynamic = [value for value in node.inputs if value is not None and constant(value) is None]
-        if node.outputs[0].name in self.functions:
+        if node.outputs[0].name in self.functions or not _on_codes(node) or node.name not in self.reaching & self.convolved:
             return False
         pooling = node.op_type in ("GlobalAveragePool", "AveragePool")
         return node.name in touching and node.op_type in JOINT and (pooling or len(dynamic) == len(node.inputs))
 
-    def _quantizer(self, root: str, layers: Iterable[ir.Node], shared: bool) -> Affine:
-        own = {self.plan.inputs[node.metadata_props[LAYER]] for node in layers}
+    def _quantizer(self, root: str, members: Collection[str], layers: Iterable[ir.Node], shared: bool) -> Affine:
+        own = self._own(members, layers)
         if len(own) == 1 and not shared:
             return own.pop()
         edge = self.names.get(root)
@@ -254,6 +289,23 @@ class _Planner:
             return Affine.of_range(*self.ranges[edge])
         self.plan.measured[root] = self.measure(root)
         return Affine.of_range(*self.plan.measured[root])
+
+    def _own(self, members: Collection[str], layers: Iterable[ir.Node]) -> set[Affine]:
+        """The quantizers of the layers that read any of these values."""
+        return {
+            affine
+            for node in layers
+            for value, affine in zip(node.inputs, self.plan.inputs[node.metadata_props[LAYER]], strict=False)
+            if value.name in members
+        }
+
+
+def _on_codes(node: ir.Node) -> bool:
+    """Whether a sum, product or the like is to be computed on integers: not the one that masks a softmax, whose huge numbers leave no codes
+    for others, and not that of a norm with its factor for each row."""
+    sizes = [value.shape[-1] for value in node.inputs if value is not None and value.shape is not None and len(value.shape) == 3]
+    factors = node.op_type == "Mul" and len(set(map(str, sizes))) > 1 and 1 in sizes
+    return not factors and all(use.node.op_type != "Softmax" for use in node.outputs[0].uses())
 
 
 def _moves(node: ir.Node) -> bool:

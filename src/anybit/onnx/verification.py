@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from anybit.batches import Batch, call, first_tensor
 from anybit.errors import UnsupportedModel
 from anybit.layers import quantized_layers
+from anybit.matmul import Matmul
 from anybit.onnx.file import Exported, outputs, session
 from anybit.onnx.floats import LAYER, constant, input_tensors
 from anybit.onnx.interpreter import interpret
@@ -164,7 +165,9 @@ def _check_kernels(verdict: Verdict, path: Path, made: Exported, model: nn.Modul
 
 def _why_float(graph: ir.Model, layer: str, module: nn.Module) -> str:
     if module.weight_quantizer is None:
-        return "its weights are float"
+        return "its operands are float" if isinstance(module, Matmul) else "its weights are float"
+    if module.weight_group is not None:
+        return "its weights have scales for groups of inputs, which integer kernels do not"
     kind = next((node.op_type for node in graph.graph if node.metadata_props.get(LAYER) == layer), None)
     if kind is None:
         return "it does not depend on the inputs, and was computed once"
@@ -225,10 +228,10 @@ def _compare_operators(verdict: Verdict, file: ir.Model, expected: ir.Model, fee
 def with_codes(model: ir.Model) -> ir.Model:
     """The same graph, which also gives out the codes of every quantized value."""
     shown = ir.from_proto(ir.to_proto(model))
-    kinds = {"QuantizeLinear", "Clip", "Gather"}
     for node in shown.graph:
-        value = node.outputs[0]
-        if node.op_type in kinds and node.name and not value.is_graph_output() and any(constant(v) is None for v in node.inputs if v):
+        value, table = node.outputs[0], constant(node.inputs[0]) if node.op_type == "Gather" else None
+        makes_codes = node.op_type in ("QuantizeLinear", "Clip") or (table is not None and table.dtype == np.uint8)
+        if makes_codes and node.name and not value.is_graph_output() and any(constant(v) is None for v in node.inputs if v):
             value.type = ir.TensorType(ir.DataType.UINT8)
             shown.graph.outputs.append(value)
     return shown
@@ -255,7 +258,7 @@ def flipped_codes(model: nn.Module, made: Exported, batch: Batch) -> dict[str, f
         if layer.input_quantizer is not None:
 
             def keep(module, args, kwargs, name=name):
-                simulated[name] = module.input_quantizer.codes(first_tensor((args, kwargs)))
+                simulated[name] = module.input_quantizer.codes(first_tensor((args, kwargs)), 0 if isinstance(module, Matmul) else None)
 
             hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
     try:
@@ -269,7 +272,7 @@ def flipped_codes(model: nn.Module, made: Exported, batch: Batch) -> dict[str, f
     for node in made.integer.graph:
         if node.name in simulated and node.inputs[0].producer() is not None and node.inputs[0].producer().op_type == "DequantizeLinear":
             source = node.inputs[0].producer()
-            own = made.plan.inputs[node.name]
+            own = made.plan.inputs[node.name][0]
             scale, zero_point = (constant(value).item() for value in source.inputs[1:])
             codes = values.get(source.inputs[0].name)
             if (scale, zero_point) == (np.float32(own.scale).item(), own.zero_point) and codes.numel() == simulated[node.name].numel():
@@ -278,9 +281,8 @@ def flipped_codes(model: nn.Module, made: Exported, batch: Batch) -> dict[str, f
     return flipped
 
 
-def differences(simulated: Tensor, given: np.ndarray) -> dict[str, float]:
+def differences(simulated: Tensor, there: Tensor) -> dict[str, float]:
     """How far the file's outputs are from the simulation's: the largest difference beside the largest output, and top-1 agreement."""
-    there = torch.from_numpy(given)
     numbers = {"largest_difference": float((simulated - there).abs().max()), "largest_output": float(simulated.abs().max())}
     if simulated.dim() == 2 and simulated.shape[1] > 1:
         numbers["agreement"] = 100 * float((simulated.argmax(1) == there.argmax(1)).float().mean())

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from anybit.layers import Pruned, codes_of, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.matmul import Matmul
 from anybit.onnx.floats import BIAS, IR_VERSION, LAYER, OPSET, constant
 from anybit.onnx.plan import MOVES, Affine, Plan
 from anybit.onnx.storage import stored
@@ -52,6 +53,7 @@ class _Writer:
         self.codes: dict[str, ir.Value] = {}
         self.requantized: dict[tuple[str, Affine], ir.Value] = {}
         self.rows: dict[str, tuple[ir.Value, ir.Value]] = {}  # name of a value -> (it as a matrix, its shape): what linears make
+        self.leads: dict[str, ir.Value] = {}  # name of a value -> all its sizes but the last, where they are known as it runs alone
         self.units: dict[str, Affine] = {}  # layer -> the grid of its input
 
     def model(self, about: Mapping[str, str]) -> ir.Model:
@@ -194,6 +196,9 @@ class _Writer:
     def _layer(self, node: ir.Node, name: str) -> ir.Value | None:
         """A layer; None of one whose bias is yet to be added, if it is made together with it."""
         layer, integer = self.layers[name], name in self.plan.integer
+        if isinstance(layer, Matmul):
+            read = [self._input(node, name, index) for index in range(2)] if integer else map(self._operand, node.inputs)
+            return self.emit(node.op_type, list(read), {}, node.name)
         if layer.weight_quantizer is None and name not in self.plan.inputs:
             return self._kept_float(node)
         if BIAS in node.metadata_props:
@@ -245,31 +250,40 @@ class _Writer:
         given = self._input(node, name)
         source, *grid = given.producer().inputs
         inner, width = _row_shape(node)
+        channels = weight_rows(self.layers[name], float_weight(self.layers[name])).shape[0]
         flat = self._constant_of("rows", [-1, width])
         rows = self.emit("DequantizeLinear", [self.emit("Reshape", [source, flat], {}, ""), *grid], {}, "")
         operands = [rows, self._integer_weight(name, self.layers[name], True)]
         made = self.emit("Gemm", operands if bias is None else [*operands, self._integer_bias(name, bias)], {}, name)
-        shape = self._constant_of("shape", [-1, *inner, weight_rows(self.layers[name], float_weight(self.layers[name])).shape[0]])
+        shape = self._constant_of("shape", [-1, *inner, channels]) if inner is not None else self._shape_like(source, channels)
         whole = self.emit("Reshape", [made, shape], {}, "")
         self.rows[whole.name] = made, shape
         return whole
 
+    def _shape_like(self, source: ir.Value, last: int) -> ir.Value:
+        """The shape of `source` with another last size, found as it runs: of texts neither their number nor their length is known."""
+        if source.name not in self.leads:
+            self.leads[source.name] = self.emit("Shape", [source], {"start": 0, "end": -1}, "")
+        return self.emit("Concat", [self.leads[source.name], self._constant_of("size", [last])], {"axis": 0}, "")
+
     def _constant_of(self, kind: str, sizes: Sequence[int]) -> ir.Value:
         return self.constant("_".join([kind, *map(str, sizes)]), np.array([int(size) for size in sizes], np.int64))
 
-    def _read_as(self, source: str, name: str) -> Affine:
+    def _read_as(self, source: str, name: str, operand: int) -> Affine:
         """The grid of the codes that a layer reads: its own, or the edge's where both have 8 bits."""
-        own, edge = self.plan.inputs[name], self.plan.edges.get(source)
+        own, edge = self.plan.inputs[name][operand], self.plan.edges.get(source)
         return edge if edge is not None and own.highest == 255 and name in self.plan.integer else own
 
-    def _input(self, node: ir.Node, name: str) -> ir.Value:
-        """The layer's input, rounded to the grid that it reads."""
-        source = node.inputs[0].name
-        affine = self.units[name] = self._read_as(source, name)
+    def _input(self, node: ir.Node, name: str, operand: int = 0) -> ir.Value:
+        """The layer's input (of a matmul, one of them), rounded to the grid that it reads."""
+        source = node.inputs[operand].name
+        affine = self.units[name] = self._read_as(source, name, operand)
         if self.plan.edges.get(source) == affine:
             return self.floats[source]
         if (source, affine) not in self.requantized:
-            codes = self.emit("QuantizeLinear", [self.floats[source], *self._scale(affine)], {}, "")
+            maker = self.floats[source].producer()
+            after_floats = maker is not None and maker.op_type != "DequantizeLinear"  # verify looks for codes that floats were rounded to
+            codes = self.emit("QuantizeLinear", [self.floats[source], *self._scale(affine)], {}, f"{name}.rounded" if after_floats else "")
             codes = self._clipped(codes, affine)
             self.requantized[source, affine] = self.emit("DequantizeLinear", [codes, *self._scale(affine)], {}, f"{name}.input")
         return self.requantized[source, affine]
@@ -287,7 +301,9 @@ class _Writer:
         """Codes times scale in plain operators, which a runtime folds into a float weight."""
         codes, scale, bits = weight_numbers(layer)
         if self.weight_only and transposed and bits:
-            return self._packed_weight(name, _shaped(layer, codes, transposed), scale, bits)
+            return self._packed_weight(name, layer, _shaped(layer, codes, transposed), scale, bits)
+        if layer.weight_group is not None:
+            return self._grouped_weight(name, layer, transposed)
         held = stored(name, _shaped(layer, codes, transposed), bits, self.emit, self.constant)
         held = self.emit("Cast", [held], {"to": int(ir.DataType.FLOAT)}, "")
         factors = _shaped(layer, torch.from_numpy(scale)[:, None].expand(codes.shape), transposed)
@@ -296,13 +312,25 @@ class _Writer:
             factors = first if (factors == first).all() else factors
         return self.emit("Mul", [held, self.constant(f"{name}.scale", factors)], {}, "")
 
-    def _packed_weight(self, name: str, codes: np.ndarray, scale: np.ndarray, bits: int) -> ir.Value:
+    def _grouped_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:
+        """A scale for each row of a group, in plain operators on the groups, which then become the weight's own rows."""
+        codes, scale, bits = weight_numbers(layer)
+        held = self.emit("Cast", [stored(name, codes.numpy(), bits, self.emit, self.constant)], {"to": int(ir.DataType.FLOAT)}, "")
+        held = self.emit("Mul", [held, self.constant(f"{name}.scale", scale[:, None])], {}, "")
+        held = self.emit("Reshape", [held, self._constant_of("shape", list(float_weight(layer).shape))], {}, "")
+        return self.emit("Transpose", [held], {"perm": [1, 0]}, "") if transposed else held
+
+    def _packed_weight(self, name: str, layer: nn.Module, codes: np.ndarray, scale: np.ndarray, bits: int) -> ir.Value:
         """Codes [inputs, outputs] in the narrowest type of 2, 4 or 8 bits, dequantized where they are read: one kernel with the product."""
+        if layer.weight_group is not None:  # [outputs x groups] -> [groups, outputs]
+            scale, how = scale.reshape(codes.shape[1], -1).T.copy(), {"axis": 0, "block_size": layer.weight_group}
+        else:
+            how = {"axis": 1}
         kind = next(kind for most, kind in ((2, ml_dtypes.int2), (4, ml_dtypes.int4), (8, np.int8)) if bits <= most)
         if bits <= 2:
             self.versions = TWO_BIT_VERSIONS
         operands = [self.constant(f"{name}.packed", codes.astype(kind)), self.constant(f"{name}.scale", scale)]
-        return self.emit("DequantizeLinear", operands, {"axis": 1}, "")
+        return self.emit("DequantizeLinear", operands, how, "")
 
     def _integer_bias(self, name: str, bias: np.ndarray) -> ir.Value:
         """int32 codes in units of the input's scale times each channel's, which a runtime multiplies when it loads them."""
@@ -337,11 +365,14 @@ class _Writer:
         return self.emit("Gather", [self.constant(f"{node.name}.table", codes), index], {"axis": 0}, node.name)
 
 
-def _row_shape(node: ir.Node) -> tuple[list[int], int] | None:
-    """(dimensions between the first, which is the batch, and the last; the last) of a linear's input; None where they are not known."""
+def _row_shape(node: ir.Node) -> tuple[list[int] | None, int] | None:
+    """(dimensions between the first, which is the batch, and the last, None where only a run tells; the last) of a linear's input; None
+    where the last is not known."""
     shape = node.inputs[0].shape
-    known = shape is not None and len(shape) > 1 and all(isinstance(size, int) for size in shape[1:])
-    return ([int(size) for size in shape[1:-1]], int(shape[-1])) if known else None
+    if shape is None or len(shape) < 2 or not isinstance(shape[-1], int):
+        return None
+    inner = [int(size) for size in shape[1:-1]] if all(isinstance(size, int) for size in shape[1:-1]) else None
+    return inner, int(shape[-1])
 
 
 def weight_numbers(layer: nn.Module) -> tuple[torch.Tensor, np.ndarray, int]:
