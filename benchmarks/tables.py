@@ -13,6 +13,7 @@ import numpy as np
 from scipy.stats import spearmanr
 from tables_export import SECTIONS as EXPORT_SECTIONS
 from tables_grow import SECTIONS as GROW_SECTIONS
+from tables_text import SECTIONS as TEXT_SECTIONS
 from tables_train_once import SECTIONS as TRAIN_ONCE_SECTIONS
 from written import RESULTS, ROOT, entries, paired_interval, spread, table
 
@@ -291,13 +292,16 @@ def readme_section() -> str:
     for name, run in entries("efficientnet_lite0").items():
         size = f"{run['result']['bytes'] / 1e6:.1f} MB ({run['result']['percent']:.1f} %)"
         rows.append(["EfficientNet-lite0, ImageNet-like", name, f"{run['float_test']['top1']:.1f}", f"{run['test']['top1']:.1f}", size])
+    for name, run in {**entries("minilm_uniform"), **entries("minilm_mixed")}.items():
+        size = f"{run['bytes'] / 1e6:.1f} MB ({run['percent']:.1f} %)"
+        rows.append(["MiniLM-L6, SST-2", name, f"{run['float']['top1']:.1f}", f"{run['top1']:.1f}", size])
     return table(["network", "scheme", "float", "top-1", "file (of float32)"], rows)
 
 
 def main() -> None:
     """Fill the tables into the text of docs/results.in.md and of the README."""
     text = (ROOT / "docs" / "results.in.md").read_text()
-    for name, section in {**SECTIONS, **GROW_SECTIONS, **TRAIN_ONCE_SECTIONS, **EXPORT_SECTIONS}.items():
+    for name, section in {**SECTIONS, **GROW_SECTIONS, **TRAIN_ONCE_SECTIONS, **TEXT_SECTIONS, **EXPORT_SECTIONS}.items():
         text = text.replace(f"<!-- {name} -->", section())
     (ROOT / "docs" / "results.md").write_text(text)
     readme = (ROOT / "README.md").read_text()

@@ -1,0 +1,195 @@
+"""GPTQ of LLM Compressor on the decoder that benchmarks/decoder.py trains: perplexity, KL divergence and time as JSON. One entry a run; a
+finished one is not run again.
+
+The weights of the decoder's linears, symmetric, one scale for each group of inputs; embedding, output layer and activations stay float
+(`decoder.py linears` is the same of anybit). Calibrated on the same 128 blocks of the training text, measured on the same blocks of the
+held-out text. Recipes:
+
+    gptq         as the tool has it: scales from the largest weight of a group, columns ordered by their activations ("static")
+    gptq-mse     the same with scales searched for the least error
+    gptq-damped  gptq with a tenth of the Hessian's mean diagonal added to it, not a hundredth
+    nearest      the codes nearest to the weights, without GPTQ
+
+Set up an environment of its own and run, one process at a time for honest seconds:
+
+    python -m venv venv && venv/bin/pip install -r requirements_gptq.txt
+    OMP_NUM_THREADS=1 venv/bin/python gptq_decoder.py --folder FOLDER --output out.json
+
+FOLDER holds the network, its tokenizer, train.txt and test.txt, as `decoder.py train` leaves them.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from loguru import logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LENGTH = 128
+BLOCKS = 128
+BATCH = 16
+RECIPES: dict[str, dict[str, Any]] = {
+    "gptq": {"observer": "memoryless_minmax", "dampening_frac": 0.01},
+    "gptq-mse": {"observer": "memoryless_mse", "dampening_frac": 0.01},
+    "gptq-damped": {"observer": "memoryless_minmax", "dampening_frac": 0.1},
+    "nearest": {"observer": "memoryless_minmax"},
+}
+
+
+# Data
+
+
+def blocks_of(folder: Path, part: str) -> Tensor:
+    """train.txt or test.txt as one text in blocks of LENGTH tokens, [N, LENGTH], as anybit cuts it; the rest of the text is left out."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is not None:
+        raise ValueError("A tokenizer with a token for the end of a text is not what decoder.py trains with: each sentence would need one.")
+    lines = [line for line in (folder / f"{part}.txt").read_text(encoding="utf8").splitlines() if line.strip()]
+    tokens = [token for sentence in tokenizer(lines, verbose=False)["input_ids"] for token in sentence]
+    count = len(tokens) // LENGTH
+    return torch.tensor(tokens[: count * LENGTH]).view(count, LENGTH)
+
+
+def drawn(blocks: Tensor, seed: int) -> Tensor:
+    """The blocks that anybit draws by the same seed."""
+    return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:BLOCKS]]
+
+
+def batches(blocks: Tensor) -> DataLoader:
+    return DataLoader([{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} for tokens in blocks], BATCH)
+
+
+@torch.no_grad()
+def log_chances(network: nn.Module, tokens: Tensor) -> Tensor:
+    """Logarithms of the next tokens' probabilities, [N (T - 1), vocabulary]."""
+    return network(input_ids=tokens, use_cache=False).logits[:, :-1].float().flatten(0, 1).log_softmax(-1)
+
+
+def measure(network: nn.Module, blocks: Tensor, reference: Sequence[Tensor] | None = None) -> dict[str, float]:
+    """Perplexity of the next tokens, and their KL divergence from `reference`, the float network's `log_chances` batch by batch."""
+    loss, divergence, count = 0.0, 0.0, 0
+    for number, tokens in enumerate(blocks.split(BATCH)):
+        found, labels = log_chances(network, tokens), tokens[:, 1:].flatten()
+        loss += float(F.nll_loss(found, labels, reduction="sum"))
+        if reference is not None:
+            divergence += float(F.kl_div(found, reference[number], reduction="sum", log_target=True))
+        count += len(labels)
+    kl = {} if reference is None else {"kl": divergence / count}
+    return {"perplexity": math.exp(loss / count), "loss": loss / count, **kl, "tokens": count}
+
+
+# Quantization
+
+
+def modifier(recipe: str, bits: int, group: int | None) -> GPTQModifier | QuantizationModifier:
+    how = dict(RECIPES[recipe])
+    shape = {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
+    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, observer=how.pop("observer"), **shape)
+    scheme = {"config_groups": {"linears": QuantizationScheme(targets=["Linear"], weights=weights)}, "ignore": ["lm_head"]}
+    return QuantizationModifier(**scheme) if recipe == "nearest" else GPTQModifier(**scheme, **how)
+
+
+def linear_bytes(network: nn.Module, bits: int, group: int | None) -> int:
+    """Of the decoder's linears: their codes, and float32 scales."""
+    layers = [layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"]
+    return sum(layer.weight.numel() * bits // 8 + 4 * layer.weight.numel() // (group or layer.in_features) for layer in layers)
+
+
+def run(folder: Path, calibration: Tensor, test: Tensor, reference: Sequence[Tensor], recipe: str, bits: int, group: int | None) -> dict:
+    network = load(folder)
+    size = linear_bytes(network, bits, group)
+    started = time.perf_counter()
+    oneshot(
+        model=network,
+        dataset=batches(calibration),
+        recipe=[modifier(recipe, bits, group)],
+        num_calibration_samples=len(calibration),
+        batch_size=BATCH,
+        max_seq_length=LENGTH,
+    )
+    seconds = time.perf_counter() - started
+    return {
+        "peer": "llmcompressor",
+        "recipe": {"name": recipe, **RECIPES[recipe]},
+        "weight_bits": bits,
+        "group": group,
+        **measure(network.eval(), test, reference),
+        "linear_bytes": size,
+        "seconds": seconds,
+    }
+
+
+def load(folder: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+# Report
+
+
+def cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def environment(threads: int) -> dict[str, Any]:
+    packages = ("llmcompressor", "compressed-tensors", "transformers", "torch", "numpy")
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": threads},
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
+    parser.add_argument("--groups", nargs="+", type=int, default=[128, 32], help="0: one scale a channel")
+    parser.add_argument("--seed", type=int, default=0, help="by which the calibration blocks are drawn")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    logger.disable("llmcompressor")
+    torch.set_num_threads(args.threads)
+    calibration, test = drawn(blocks_of(args.folder, "train"), args.seed), blocks_of(args.folder, "test")
+    network = load(args.folder)
+    reference = [log_chances(network, tokens) for tokens in test.split(BATCH)]
+    entries: dict[str, Any] = json.loads(args.output.read_text())["entries"] if args.output.is_file() else {}
+    entries.setdefault("float", measure(network, test))
+    del network
+    for bits in args.bits:
+        for group in args.groups:
+            for recipe in args.recipes:
+                key = f"W{bits}, " + (f"groups of {group}" if group else "a scale a channel") + f", {recipe}"
+                if key in entries:
+                    continue
+                found = run(args.folder, calibration, test, reference, recipe, bits, group or None)
+                entries[key] = found | {"blocks": len(calibration), "length": LENGTH, "seed": args.seed}
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.write_text(json.dumps({"environment": environment(args.threads), "entries": entries}, indent=1) + "\n")
+                print(key, {name: found[name] for name in ("perplexity", "kl", "seconds")}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
