@@ -217,6 +217,7 @@ def calibrate(
     held_out: Annotated[float, typer.Option(help="Share of them that is held out.")] = 0.2,
     steps: Annotated[int, typer.Option(help="Adam steps a unit on the chosen scheme.")] = 300,
     candidate_steps: Annotated[int, typer.Option(help="Adam steps a layer for each candidate.")] = 60,
+    step_batch: Annotated[int, typer.Option(help="Inputs that such a step sees; of padded texts it sees a whole batch.")] = 32,
     unit: Annotated[UnitKind, typer.Option(help="What is reconstructed at once.")] = UnitKind.block,
     block: Annotated[list[str] | None, typer.Option(help="Name the blocks instead of finding them; repeat.")] = None,
     start: Annotated[
@@ -284,6 +285,7 @@ def calibrate(
             held_out=held_out,
             steps=steps,
             candidate_steps=candidate_steps,
+            step_batch=step_batch,
             unit=unit.value,
             blocks=tuple(block) if block else None,
             start=start,

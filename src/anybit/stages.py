@@ -50,6 +50,7 @@ class CalibrateSettings:
     estimator                     range estimator: "mse", "minmax" or "percentile"
     unit                          what is reconstructed at once: "block" or "layer"; `blocks` names the blocks instead of finding them
     steps, candidate_steps        of Adam a unit, sequential and for each candidate
+    step_batch                    inputs that such a step sees; of padded texts it sees a whole batch
     start                         where sequential AdaQuant starts: "ranges", "matched" statistics (as ranges where no batch norm folds), or
                                   None: the codes of parallel AdaQuant where it ran, else ranges
     drop                          share of activation quantizations dropped while reconstructing (0: none)
@@ -82,6 +83,7 @@ class CalibrateSettings:
     blocks: tuple[str, ...] | None = None
     steps: int = 300
     candidate_steps: int = 60
+    step_batch: int = 32
     start: str | None = None
     drop: float = 0.0
     mirror: bool = False
@@ -118,7 +120,14 @@ class CalibrateSettings:
             raise InvalidSetting(f"task {self.task!r} is unknown. Choose from {', '.join(TASKS)}.")
         if not 0 < self.held_out < 1 or not 0 <= self.drop <= 1 or self.samples < 2 or self.steps < 1:
             raise InvalidSetting("held_out must be between 0 and 1, drop from 0 to 1, samples at least 2 and steps at least 1.")
-        for name, least in (("batch_size", 1), ("candidate_steps", 1), ("alternatives", 1), ("memory", 0), ("bn_prior", 0)):
+        for name, least in (
+            ("batch_size", 1),
+            ("step_batch", 1),
+            ("candidate_steps", 1),
+            ("alternatives", 1),
+            ("memory", 0),
+            ("bn_prior", 0),
+        ):
             if getattr(self, name) < least:
                 raise InvalidSetting(f"{name} {getattr(self, name)} must be at least {least}.")
         if self.group is not None and self.group < 2:
@@ -336,7 +345,7 @@ def reconstructed_candidates(
 
 
 def adaquant_settings(settings: CalibrateSettings, steps: int) -> AdaQuantSettings:
-    return AdaQuantSettings(steps=steps, drop=settings.drop, seed=settings.seed)
+    return AdaQuantSettings(steps=steps, batch_size=settings.step_batch, drop=settings.drop, seed=settings.seed)
 
 
 def has_choice(network: Network) -> bool:
