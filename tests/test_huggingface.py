@@ -298,7 +298,7 @@ def test_perplexity_is_that_of_the_networks_own_loss(tmp_path):
     data = write_tsv(tmp_path / "texts.tsv", 30)
     samples = load_data(str(data), Preprocessing(length=10), model=model)
     blocks = torch.cat([batch.inputs["input_ids"] for batch in samples.batches(4)])
-    stream = [token for text in sentences(30) for token in [*tokenizer()(text)["input_ids"], 3]]
+    stream = [token for text in sentences(30) for token in tokenizer()(text)["input_ids"]]  # each with its end mark
     assert blocks.flatten().tolist() == stream[: blocks.numel()]
     losses = [make("llama")(input_ids=block[None], labels=block[None]).loss.item() for block in blocks]
     assert anybit.evaluate(model, samples)["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-3)
@@ -320,7 +320,7 @@ def refused(tmp_path, content, name="texts.tsv", kind="bert", **how):
     ("label\tsentence\n0\tword1\n1\t \n", {}, "line 3: the text is empty"),
     ("label\tsentence\n0\tword1\n", {"columns": "text=words"}, "no column 'words' for the text; it has label, sentence"),
     ("label\twords\n0\tword1\n", {}, "no column of texts"),
-    ("label\tsentence\nmaybe\tword1\n", {}, "label 'maybe' is no number"),
+    ("label\tsentence\nmaybe\tword1\n", {}, "label 'maybe' is no class number"),
     ("", {}, "holds no rows"),
     ("label\tsentence\n1\t" + "word1 " * 50 + "\n", {}, "52 tokens, more than the 40"),
     ("label\tsentence\n1\tword1\n", {"length": 99}, "the network takes 2 to 40 tokens"),
@@ -370,6 +370,125 @@ def test_weights_that_are_not_safetensors_are_refused(tmp_path):
         load_model(f"hf:{place}")
 
 
+def test_a_label_that_is_no_class_is_refused(tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "word1", "label": 0.7}\n{"text": "word2", "label": 1.0}\n', encoding="utf8")
+    model = load_model(f"hf:{folder('bert', tmp_path / 'bert')}")
+    with pytest.raises(InvalidInput, match=r"0\.7 is no class number"):
+        load_data(str(tmp_path / "texts.jsonl"), model=model)
+
+
+def test_embeddings_are_not_scored_without_pairs(tmp_path):
+    model = load_model(f"hf:{folder('bert embedding', tmp_path / 'bert')}")
+    with pytest.raises(InvalidInput, match="pairs"):
+        load_data(str(write_tsv(tmp_path / "texts.tsv", 8)), model=model)
+    rows = [{name: tensor[i] for name, tensor in inputs("bert", 8).inputs.items()} | {"labels": torch.tensor(float(i))} for i in range(8)]
+    with pytest.raises(InvalidInput, match="pairs"):
+        anybit.evaluate(model, rows)
+    (tmp_path / "one.tsv").write_text("text\tpair\tlabel\nword1\tword2\t3\n", encoding="utf8")
+    with pytest.raises(InvalidInput, match="at least two"):
+        anybit.evaluate(model, str(tmp_path / "one.tsv"), preprocessing=Preprocessing(columns="text=text,pair=pair,label=label"))
+
+
+def test_files_that_lack_weights_are_refused_and_a_lacking_head_is_drawn(tmp_path):
+    place = folder("bert", tmp_path / "bert")
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    with pytest.raises(InvalidSetting, match=r"its files lack bert\.encoder\.layer\.2.* and .* more"):
+        load_model(f"hf:{place}")
+    assert load_model(f"hf:{folder('bert embedding', tmp_path / 'body')}", None, "classification").classifier.weight.shape == (2, 16)
+
+
+def test_damaged_weights_are_refused_by_name(tmp_path):
+    place = folder("bert", tmp_path / "bert")
+    (place / "model.safetensors").write_bytes((place / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(InvalidSetting, match="cannot be loaded"):
+        load_model(f"hf:{place}")
+
+
+@pytest.mark.parametrize("kind", ["bert answers", "bert embedding"])
+def test_a_tokenizer_that_pads_on_the_left_changes_nothing(kind, tmp_path):
+    from language import WORDS
+
+    found = []
+    for side in ("right", "left"):
+        place = folder(kind, tmp_path / side)
+        config = json.loads((place / "tokenizer_config.json").read_text())
+        (place / "tokenizer_config.json").write_text(json.dumps(config | {"padding_side": side}))
+        if kind == "bert embedding":
+            (place / "1_Pooling").mkdir()
+            (place / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+        model = load_model(f"hf:{place}")
+        file = tmp_path / "data.jsonl"
+        if kind == "bert answers":
+            rows = [{"question": WORDS[i], "context": " ".join(WORDS[i : 2 * i + 1]), "answers": WORDS[i]} for i in range(1, 9)]
+        else:
+            rows = [
+                {"text": one, "pair": two, "label": i} for i, (one, two) in enumerate(zip(sentences(9, 1), sentences(9, 2), strict=True))
+            ]
+        file.write_text("\n".join(map(json.dumps, rows)), encoding="utf8")
+        samples = load_data(str(file), Preprocessing(length=30, stride=4), model=model)
+        found.append(outputs_of(model, samples.batches(4)))
+    assert torch.allclose(*found, atol=1e-5)
+
+
+def test_pooling_that_is_not_covered_is_refused(tmp_path):
+    place = folder("bert embedding", tmp_path / "bert")
+    (place / "1_Pooling").mkdir()
+    (place / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": false, "pooling_mode_lasttoken": true}')
+    with pytest.raises(UnsupportedModel, match="pooling_mode_lasttoken"):
+        load_data(
+            str(write_tsv(tmp_path / "texts.tsv", 4)), Preprocessing(columns="text=sentence,pair=sentence"), model=load_model(f"hf:{place}")
+        )
+
+
+def test_positions_that_begin_after_the_paddings_are_counted():
+    config = transformers.RobertaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=30,
+                                        max_position_embeddings=40, pad_token_id=1)  # fmt: skip
+    model = transformers.RobertaForSequenceClassification(config)
+    assert huggingface._length_of(model) == 38
+    model(input_ids=torch.full((1, 38), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, 39), 5))
+
+
+def test_a_dict_with_labels_is_an_input_and_its_label(tmp_path):
+    model, samples = texts(tmp_path)
+    told = anybit.evaluate(model, samples)
+    rows = [{name: x[0] for name, x in b.inputs.items()} | {"labels": b.labels[0]} for b in samples.batches(1)]
+    loader = torch.utils.data.DataLoader(rows, collate_fn=lambda items: tokenizer().pad(items, return_tensors="pt"), batch_size=4)
+    again = anybit.evaluate(model, loader)
+    assert again["samples"] == told["samples"] and again["loss"] == pytest.approx(told["loss"], rel=1e-5)
+
+
+def test_a_later_verb_keeps_what_the_run_recorded_but_for_what_is_given(tmp_path):
+    from anybit.references import changed
+
+    recorded = Preprocessing(length=12, columns="text=a")
+    assert changed(recorded, Preprocessing(columns="text=b")) == Preprocessing(length=12, columns="text=b")
+    assert changed(recorded, Preprocessing()) == recorded
+
+
+def test_a_network_of_ones_own_has_its_products_masked():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.query, self.key = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.scores, self.mixture, self.fc = Matmul(transposed=True), Matmul(), nn.Linear(8, 3)
+
+        def forward(self, input_ids, attention_mask):
+            x = self.words(input_ids)
+            scores = self.scores(self.query(x), self.key(x)) + (1 - attention_mask[:, None].float()) * -1e9
+            mixed = self.mixture(scores.softmax(-1), x)
+            return self.fc((mixed * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True))
+
+    torch.manual_seed(0)
+    rows = [{"input_ids": torch.randint(20, (6,)), "attention_mask": (torch.arange(6) < 2 + i % 5).long()} for i in range(24)]
+    result = anybit.calibrate(Own().eval(), rows, "4bit", **QUICK)
+    assert {"scores", "mixture"} <= set(result.scheme)
+    assert all(low > -1e8 for low, _ in result.canonical.edges.values() if low > -1e9 * 0.99)
+    assert result.canonical.edges["scores"][0] > -100
+
+
 # Groups
 
 
@@ -400,6 +519,8 @@ def test_groups_are_reconstructed():
 def test_a_group_that_divides_nothing_is_refused():
     with pytest.raises(InvalidSetting, match="group 1 "):
         CalibrateSettings(group=1)
+    with pytest.raises(InvalidSetting, match="group 7 divides the inputs of no"):
+        observe_network(covered("bert"), inputs("bert"), CalibrateSettings(group=7))
 
 
 def test_an_unquantized_network_with_groups_is_bitwise_the_float_one():
@@ -541,7 +662,7 @@ def test_weights_in_groups_are_exported_as_they_are(weight_only, tmp_path):
     # Packed kernels round their inputs to 8 bits a block; weights that are unpacked at load give the simulation's own numbers.
     assert found["simulation"]["largest_difference"] <= (0.1 if weight_only else 1e-4) * found["simulation"]["largest_output"]
     if weight_only:
-        assert any("MatMulNBits" in reason for reason in found["floats"].values())
+        assert found["numbers"]["bitwise"] is not None and any("MatMulNBits" in reason for reason in found["floats"].values())
 
 
 def test_layers_in_groups_compute_in_float_and_say_so(tmp_path):

@@ -56,12 +56,19 @@ def test_plain_lines_are_texts(tmp_path):
 @pytest.mark.parametrize(("name", "content", "columns", "message"), [
     ("a.jsonl", '{"text": "a"}\n[1]\n', None, "line 2: a JSON object"),
     ("a.jsonl", '{"text": "a"}\n{\n', None, "line 2: not JSON"),
-    ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', None, "line 2: the text is empty"),
+    ("a.jsonl", '{"text": "a"}\n{"text": ""}\n', None, "line 2: the text is empty"),
     ("a.tsv", "text\tlabel\nword\t1\n", "text=nothing", "no column 'nothing'"),
     ("a.tsv", "text\tlabel\nword\t1\n", "words", "cannot be read"),
     ("a.tsv", "text\tlabel\nword\t1\n", "noise=text", "cannot be read"),
     ("a.tsv", "a\tb\nword\t1\n", None, "no column of texts"),
     ("a.tsv", "text\tlabel\n\t1\n", None, "line 2: the text is empty"),
+    ("a.csv", "text,label\nword, word,1\n", None, "line 2: 3 columns, and the header names 2"),
+    ("a.csv", 'text,label\n\n"two\nlines",1\n ,1\n', None, "line 5: the text is empty"),
+    ("a.jsonl", '\n{"text": "a"}\n\n{"text": 42}\n', None, "line 4: the text is a int"),
+    ("a.txt", "\n \n", None, "holds no rows"),
+    ("a.txt", "word\n", "text=0", "no columns"),
+    ("a.tsv", "text\nword\n", "text=²", "no column '²'"),
+    ("a.tsv", "text\nword\n", "text=a,text=b", "twice"),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_file_is_said_with_its_line(name, content, columns, message, tmp_path):
     with pytest.raises(AnybitError, match=message) as raised:
@@ -78,6 +85,19 @@ def test_any_content_gives_rows_or_one_error(tmp_path_factory, content, name, co
     except AnybitError:
         return
     assert all(row["text"].strip() for row in rows)
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), [
+    ("a.tsv", "\ufefflabel\tsentence\n1\tword\n", [{"text": "word", "label": "1"}]),
+    ("a.tsv", "sentence\none, two, three\n", [{"text": "one, two, three"}]),
+    ("a.jsonl", '{"text": "one\u2028two"}\r\n{"text": "three"}\r\n', [{"text": "one\u2028two"}, {"text": "three"}]),
+    ("a.tsv", "sentence\none\u2028two\n", [{"text": "one\u2028two"}]),
+    ("a.txt", "\ufeffone\x85two\r\nthree\n", [{"text": "one\x85two"}, {"text": "three"}]),
+    ("a.csv", "sentence,label\rone,1\r", [{"text": "one", "label": "1"}]),
+])  # fmt: skip
+def test_marks_and_line_ends_of_other_programs_change_no_row(name, content, expected, tmp_path):
+    (tmp_path / name).write_bytes(content.encode("utf8"))
+    assert [dict(row) for row in read_rows(tmp_path / name)] == expected
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
@@ -130,6 +150,27 @@ def test_answers_score_as_worked_out_by_hand(text, accepted, exact, overlap):
 def test_accepted_answers_are_read_in_every_form():
     assert gold_answers({"text": ["a", "b"], "answer_start": [1, 2]}) == ["a", "b"]
     assert gold_answers(["a"]) == ["a"] and gold_answers("a") == ["a"] and gold_answers([]) == [""]
+    assert all(gold_answers(other) is None for other in (None, 42, [None], ["x", None], {"answer_start": [1]}, [{"text": "x"}]))
+
+
+@pytest.mark.parametrize("answers", [None, 42, ["x", None], {"answer_start": [1]}])
+def test_answers_of_another_form_are_refused_before_any_work(answers):
+    rows = [
+        {"question": "word1", "context": "word2 word3", "answers": "word2"},
+        {"question": "word1", "context": "word2", "answers": answers},
+    ]
+    with pytest.raises(InvalidInput, match="the answers of question 2"):
+        Questions(rows, Encoding(tokenizer(), 24, True, 6), "here")
+
+
+@pytest.mark.parametrize("length", range(6, 14))
+def test_any_length_gives_windows_or_one_error(length):
+    rows = [{"question": "word1 word2 word3", "context": " ".join(WORDS), "answers": "word9"}]
+    try:
+        windows = Questions(rows, Encoding(tokenizer(), length, True, 4), "here").windows
+    except InvalidInput:
+        return
+    assert {place for window in windows for place in window.offsets if place} == set(_places(rows[0]["context"]))
 
 
 def test_the_likeliest_answer_ends_after_it_starts_and_lies_in_the_context():
@@ -210,7 +251,7 @@ def test_logits_of_padding_are_ruled_out_and_make_no_nan():
 
 def test_a_question_that_leaves_no_room_is_refused():
     rows = [{"question": " ".join(WORDS[:20]), "context": " ".join(WORDS), "answers": "word1"}]
-    with pytest.raises(InvalidInput, match="leaves no room"):
+    with pytest.raises(InvalidInput, match="leaves room for 1 of its context"):
         Questions(rows, Encoding(tokenizer(), 24, True, 6), "here")
 
 

@@ -199,6 +199,9 @@ class Samples:
         if isinstance(items, Batch):  # an array data set has made the batch already
             return items
         inputs, labels = self.collate(items), None
+        if isinstance(inputs, Mapping) and "labels" in inputs:  # as transformers' own collators call them
+            inputs = dict(inputs)
+            return Batch(inputs, torch.as_tensor(inputs.pop("labels")))
         if self.labelled:
             *inputs, labels = inputs
             inputs, labels = inputs[0] if len(inputs) == 1 else inputs, torch.as_tensor(labels)

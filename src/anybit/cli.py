@@ -680,13 +680,13 @@ def evaluate(
     """Accuracy and loss of a run, or of a float network, on labelled data."""
     with _reported_errors():
         from anybit import roads
-        from anybit.references import completed, load_data, load_model
+        from anybit.references import changed, completed, load_data, load_model
 
         _set_threads(threads)
         given = _preprocessing(mean, std, size, resize, interpolation, columns, length, stride)
         if run is not None:
             network = roads.load(run, model)
-            preprocessing = given if given.to_json() != {"interpolation": "bilinear"} else roads.preprocessing_of(run)
+            preprocessing = changed(roads.preprocessing_of(run), given)
             task = task or roads.task_of(run)
         else:
             network = load_model(_require(model, "RUN or --model"), weights, task)

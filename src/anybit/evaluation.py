@@ -99,8 +99,10 @@ def check_labels(outputs: Tensor, labels: Tensor, task: str) -> None:
         raise InvalidInput(f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}.")
     if task == "regression" and outputs.numel() != labels.numel():
         raise InvalidInput(f"Targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}.")
-    if task == "embedding" and len(outputs) % 2:
-        raise InvalidInput("Embeddings are scored by pairs of sentences. Name the second one's column with --columns pair=NAME.")
+    if task == "embedding" and (len(outputs) % 2 or len(labels) < 4 or len(labels[0::2].unique()) < 2):
+        raise InvalidInput("Embeddings are scored by pairs of sentences of different scores. Give at least two (--columns pair=NAME).")
+    if task == "embedding" and not torch.equal(labels[0::2], labels[1::2]):
+        raise InvalidInput("Embeddings are scored by pairs of sentences, one after the other with one score. Give both the same label.")
     if classes and (labels.min() < 0 or labels.max() >= outputs.shape[-1]):
         raise InvalidInput(
             f"Labels run from {int(labels.min())} to {int(labels.max())}, but the model has {outputs.shape[-1]} classes. "

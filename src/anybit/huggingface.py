@@ -7,12 +7,13 @@ Attention is covered through transformers' own attention interface: a function t
 import copy
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
@@ -22,6 +23,7 @@ from transformers.utils import cached_file
 from anybit.batches import Reader, Samples
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.matmul import Matmul
+from anybit.progress import note
 from anybit.texts import (
     Answers,
     Blocks,
@@ -97,6 +99,7 @@ def adapted(model: nn.Module) -> nn.Module:
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder, which is not covered yet. Encoders and decoders are.")
     model = copy.deepcopy(model)
+    model.config.return_dict = True
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # whole sequences are run at once
     for module in model.modules():
@@ -155,14 +158,27 @@ def load(name: str, task: str | None = None) -> nn.Module:
         loader = _loader(config, task)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = loader.from_pretrained(place, config=config, **how)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+            model, told = loader.from_pretrained(place, config=config, output_loading_info=True, **how)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         said = " ".join(str(error).split())
         raise InvalidSetting(f"--model hf:{name} cannot be loaded: {said[:300]}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
+    _check_whole(name, model, told["missing_keys"])
     return adapted(model.eval())
+
+
+def _check_whole(name: str, model: nn.Module, drawn: Iterable[str]) -> None:
+    """Raise InvalidSetting where weights that the files lack, and that were drawn, are more than a head's; say so of a head."""
+    body = [key for key in sorted(drawn) if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]
+    if type(model).__name__.endswith("Model") and not type(model).__name__.endswith("LMHeadModel"):
+        body = [key for key in sorted(drawn) if not key.startswith("pooler.")]
+    if body:
+        more = f" and {len(body) - 1} more" if len(body) > 1 else ""
+        raise InvalidSetting(f"--model hf:{name}: its files lack {body[0]}{more}, which its configuration asks for. Complete the files.")
+    if drawn:
+        note(f"hf:{name} has no {', '.join(sorted(drawn)[:2])}: drawn at random, to be trained or for coverage alone")
 
 
 def _loader(config: Any, task: str | None) -> Any:
@@ -183,9 +199,9 @@ def task_of(model: nn.Module) -> str:
         return "language-model"
     if name.endswith("ForQuestionAnswering"):
         return "question-answering"
-    if name.endswith("Classification"):
+    if name.endswith(("ForSequenceClassification", "ForImageClassification")):
         return "regression" if getattr(model.config, "num_labels", 2) == 1 else "classification"
-    if name.endswith("Model"):
+    if name.endswith("Model") and "Heads" not in name:
         return "embedding"
     raise UnsupportedModel(
         f"{name} has a head that is not covered: classes and values of sequences and pictures, answers, next tokens and embeddings are."
@@ -203,9 +219,12 @@ def reader_of(model: nn.Module) -> Reader:
 
 
 def _pooling(model: nn.Module) -> str:
-    """ "first" where the model's sentence-embedding configuration takes the first token, else "mean"."""
-    found = _json_of(model, "1_Pooling/config.json")
-    return "first" if found.get("pooling_mode_cls_token") else "mean"
+    """ "first" where the model's sentence-embedding configuration takes the first token, else "mean"; others are refused by name."""
+    modes = {mode: on for mode, on in _json_of(model, "1_Pooling/config.json").items() if mode.startswith("pooling_mode_") and on}
+    others = sorted(set(modes) - {"pooling_mode_mean_tokens", "pooling_mode_cls_token"})
+    if others or len(modes) > 1:
+        raise UnsupportedModel(f"{model.name_or_path} pools its tokens by {', '.join(sorted(modes))}; the mean and the first are covered.")
+    return "first" if "pooling_mode_cls_token" in modes else "mean"
 
 
 def _json_of(model: nn.Module, file: str) -> dict[str, Any]:
@@ -258,8 +277,10 @@ def text_samples(
         end = encoding.tokenizer.eos_token_id
         separate = [] if end is None else [end]
         rows_of_tokens = encoding.tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]
-        tokens = [token for one in rows_of_tokens for token in [*one, *separate]]
+        tokens = [token for one in rows_of_tokens for token in [*one, *([] if one[-1:] == separate else separate)]]
         return Samples(Blocks(tokens, encoding.length, where), True, workers, reader=NextTokens())
+    if task == "embedding" and "label" in rows[0] and "pair" not in rows[0]:
+        raise InvalidInput(f"{where}: embeddings are scored by pairs of texts. Name the second one's column with --columns pair=NAME.")
     labels = [_label(row["label"], task, model, where) for row in rows] if "label" in rows[0] else None
     texts = Texts(rows, labels, encoding, where, apart=task == "embedding")
     return Samples(texts, labels is not None, workers, reader=reader_of(model))
@@ -278,6 +299,9 @@ def _encoding(model: nn.Module, length: int | None, stride: int | None) -> Encod
         raise InvalidSetting(f"{model.name_or_path} comes without a tokenizer: it has no words. Put tokenizer.json beside it.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "right"  # places in a text are counted from its first token
     most = _length_of(model)
     if length is not None and not 2 <= length <= most:
         raise InvalidSetting(f"--length {length}: the network takes 2 to {most} tokens.")
@@ -286,19 +310,26 @@ def _encoding(model: nn.Module, length: int | None, stride: int | None) -> Encod
 
 
 def _length_of(model: nn.Module) -> int:
-    """The most tokens that the network takes."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 2048)
+    """The most tokens that the network takes; of RoBERTa's family positions begin after the padding's."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
+    taken = tables[0].padding_idx + 1 if tables and tables[0].padding_idx is not None else 0
+    return most - taken if isinstance(most, int) and most > taken else 2048
 
 
 def _label(value: Any, task: str, model: nn.Module, where: str) -> int | float:
     names = getattr(model.config, "label2id", None) or {}
-    if task == "classification" and value in names:
+    if task == "classification" and isinstance(value, str) and value in names:
         return int(names[value])
     try:
-        return int(value) if task == "classification" else float(value)
-    except (TypeError, ValueError) as error:
+        number = float(value)
+        if task == "classification" and number != int(number):
+            raise ValueError
+        return int(number) if task == "classification" else number
+    except (TypeError, ValueError, OverflowError) as error:
         known = f" nor one of the model's ({', '.join(map(str, names))})" if task == "classification" else ""
-        raise InvalidInput(f"{where}: the label {value!r} is no number{known}. Name another column with --columns label=NAME.") from error
+        kind = "class number" if task == "classification" else "number"
+        raise InvalidInput(f"{where}: the label {value!r} is no {kind}{known}. Name another column with --columns label=NAME.") from error
 
 
 def hub_rows(name: str, part: str, columns: Mapping[str, str | int]) -> list[Row]:
@@ -310,4 +341,6 @@ def hub_rows(name: str, part: str, columns: Mapping[str, str | int]) -> list[Row
     except Exception as error:  # the library raises whatever its readers do
         said = " ".join(str(error).split())
         raise InvalidInput(f"--data hf:{name} cannot be loaded: {type(error).__name__}: {said[:300]}") from error
-    return with_roles([dict(row) for row in found], columns, f"hf:{name}")
+    if len(found) == 0:
+        raise InvalidInput(f"--data hf:{name} holds no rows.")
+    return with_roles([(number, dict(row)) for number, row in enumerate(found, 1)], columns, f"hf:{name}")

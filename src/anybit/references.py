@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,12 @@ class Preprocessing:
         if unknown:
             raise InvalidFile(f"Unknown preprocessing {', '.join(sorted(unknown))}: written by a newer anybit, or edited.")
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+def changed(recorded: Preprocessing, given: Preprocessing) -> Preprocessing:
+    """What a run recorded, with what is now given otherwise than by default in its place."""
+    defaults = Preprocessing()
+    return replace(recorded, **{f.name: value for f in fields(given) if (value := getattr(given, f.name)) != getattr(defaults, f.name)})
 
 
 def absolute(reference: str) -> str:
@@ -297,8 +303,12 @@ def _as_samples(data: Any, workers: int) -> Samples:
         raise InvalidInput(f"Data of type {type(data).__name__} cannot be used. Give a data set with a length, a loader, or arrays (x, y).")
     if len(data) == 0:
         raise InvalidInput("The data set is empty.")
-    first = data[0]
-    return Samples(data, isinstance(first, (tuple, list)) and len(first) > 1, workers)
+    return Samples(data, _has_labels(data[0]), workers)
+
+
+def _has_labels(item: Any) -> bool:
+    """Whether an item, or a batch, is an input with its label: a pair, or a dict with `labels` as transformers' collators make them."""
+    return "labels" in item if isinstance(item, Mapping) else isinstance(item, (tuple, list)) and len(item) > 1
 
 
 def _samples_of_loader(loader: DataLoader, workers: int) -> Samples:
@@ -311,7 +321,7 @@ def _samples_of_loader(loader: DataLoader, workers: int) -> Samples:
     if loader.collate_fn is default_collate:
         return samples
     first = loader.collate_fn([dataset[0]])
-    return replace(samples, dataset=dataset, labelled=isinstance(first, (tuple, list)) and len(first) > 1, collate=loader.collate_fn)
+    return replace(samples, dataset=dataset, labelled=_has_labels(first), collate=loader.collate_fn)
 
 
 def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray | None]:

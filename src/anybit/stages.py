@@ -204,10 +204,13 @@ def is_reconstructed(layer: nn.Module) -> bool:
 
 
 def _groups(model: nn.Module, names: Sequence[str], settings: CalibrateSettings) -> dict[str, int]:
-    """layer -> group size, of the layers that take it."""
+    """layer -> group size, of the layers that take it; raises InvalidSetting where none does."""
     if settings.group is None:
         return {}
-    return {name: settings.group for name in names if takes_groups(model.get_submodule(name), settings.group)}
+    groups = {name: settings.group for name in names if takes_groups(model.get_submodule(name), settings.group)}
+    if not groups:
+        raise InvalidSetting(f"group {settings.group} divides the inputs of no linear or embedding of this network. Choose another size.")
+    return groups
 
 
 def unobserved_network(model: nn.Module, settings: CalibrateSettings) -> Network:
@@ -623,7 +626,7 @@ def edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch]) -> d
 
     def widen(name: str, tensor: Tensor) -> None:
         if name in names and tensor.is_floating_point():
-            tensor = real(tensor, mask) if name not in pairs or mask is None else tensor[_both(mask).expand(tensor.shape)]
+            tensor = _of_real_pairs(tensor, mask) if name in pairs and mask is not None else real(tensor, mask)
             low, high = ends.get(name, (float("inf"), float("-inf")))
             ends[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))
 
@@ -646,9 +649,14 @@ def _token_pairs(model: nn.Module, wiring: Wiring) -> set[str]:
     return names
 
 
-def _both(mask: Tensor) -> Tensor:
-    """bool [N, 1, T, T]: pairs of real tokens."""
-    return mask[:, None, :, None] & mask[:, None, None, :]
+def _of_real_pairs(tensor: Tensor, mask: Tensor) -> Tensor:
+    """The numbers of `tensor` [N, ..., T, T] that are of two real tokens; all of a tensor of another shape."""
+    count, length = mask.shape
+    if tensor.dim() < 3 or tensor.shape[0] != count or tensor.shape[-2:] != (length, length):
+        return tensor
+    between = [1] * (tensor.dim() - 3)
+    pairs = mask.view(count, *between, length, 1) & mask.view(count, *between, 1, length)
+    return tensor[pairs.expand(tensor.shape)]
 
 
 def rounded(network: Network, batches: Sequence[Batch], scheme: Scheme) -> nn.Module:

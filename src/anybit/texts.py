@@ -4,6 +4,7 @@ No text library is imported here: a tokenizer is anything that is called like on
 """
 
 import csv
+import io
 import json
 import re
 import string
@@ -24,7 +25,7 @@ from anybit.errors import InvalidFile, InvalidInput, InvalidSetting
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".txt")
 ROLES = {
     "text": ("sentence", "text", "sentence1", "premise"),
-    "pair": ("sentence2", "hypothesis"),
+    "pair": ("sentence2", "hypothesis", "pair", "text_pair"),
     "label": ("label", "score"),
     "question": ("question",),
     "context": ("context",),
@@ -48,45 +49,54 @@ def read_rows(path: Path, columns: str | None = None) -> list[Row]:
     """
     wanted = parse_columns(columns)
     try:
-        content = path.read_text(encoding="utf8")
+        content = path.read_bytes().decode("utf-8-sig")  # what begins a file in some programs is no part of its first column's name
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidFile(f"{path} cannot be read as text: {error}") from error
+    content = content.replace("\r\n", "\n").replace("\r", "\n")
+    lines = content.split("\n")  # and at nothing else: a text may hold what Unicode calls a line's end
     if path.suffix == ".txt":
-        return [{"text": line} for line in content.splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        table = [_object(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
-        first = 1
+        if wanted:
+            raise InvalidSetting(f"{path} has one text a line and no columns. Leave --columns out.")
+        table: list[tuple[int, Row]] = [(number, {"text": line}) for number, line in enumerate(lines, 1) if line.strip()]
+    elif path.suffix == ".jsonl":
+        table = [(number, _object(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
     else:
-        table, first = _separated(path, content, any(isinstance(column, int) for column in wanted.values()))
+        table = _separated(path, content, any(isinstance(column, int) for column in wanted.values()))
     if not table:
         raise InvalidInput(f"{path} holds no rows. Give at least 2 texts (a few hundred work well).")
-    return with_roles(table, wanted, str(path), first)
+    return with_roles(table, wanted, str(path))
 
 
 def _object(path: Path, number: int, line: str) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}, line {number}: not JSON ({error}).") from error
     if not isinstance(row, dict):
         raise InvalidInput(f"{path}, line {number}: a JSON object of column: value is needed, not a {type(row).__name__}.")
     return row
 
 
-def _separated(path: Path, content: str, bare: bool) -> tuple[list[dict], int]:
-    """Rows of column -> text, and the line of the first one. Tabs separate where the first line has one, whatever the file's name."""
-    lines = content.splitlines()
-    tabs = bool(lines) and "\t" in lines[0]
+def _separated(path: Path, content: str, bare: bool) -> list[tuple[int, Row]]:
+    """(line, row of column -> text). Tabs separate in a .tsv, and where the first line has one, whatever the file's name."""
+    tabs = path.suffix == ".tsv" or "\t" in content.partition("\n")[0]
     # Between tabs quotes are characters like others: real files hold them unpaired.
     how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    reader = csv.reader(io.StringIO(content, newline=""), **how)
     try:
-        cells = [row for row in csv.reader(lines if tabs else content.splitlines(keepends=True), **how) if row]
+        cells = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
-        raise InvalidFile(f"{path} cannot be read as separated columns: {error}") from error
+        raise InvalidFile(f"{path}, line {reader.line_num}: cannot be read as separated columns: {error}") from error
     if not cells:
-        return [], 1
-    header: list = list(range(max(map(len, cells)))) if bare else cells.pop(0)
-    return [dict(zip(header, row, strict=False)) for row in cells], 1 if bare else 2
+        return []
+    header: list = list(range(max(len(row) for _, row in cells))) if bare else cells.pop(0)[1]
+    for number, row in cells:
+        if len(row) > len(header):
+            raise InvalidInput(
+                f"{path}, line {number}: {len(row)} columns, and the header names {len(header)}. Put texts with "
+                f"{'tabs' if tabs else 'commas'} into quotes, or separate by {'commas' if tabs else 'tabs'}."
+            )
+    return [(number, dict(zip(header, row, strict=False))) for number, row in cells]
 
 
 def parse_columns(text: str | None) -> dict[str, str | int]:
@@ -96,13 +106,15 @@ def parse_columns(text: str | None) -> dict[str, str | int]:
         role, separator, column = part.partition("=")
         if not separator or role not in ROLES or not column:
             raise InvalidSetting(f"--columns {text!r} cannot be read. Write roles ({', '.join(ROLES)}): text=sentence,label=label.")
-        found[role] = int(column) if column.isdigit() else column
+        if role in found:
+            raise InvalidSetting(f"--columns {text!r} names the {role} twice.")
+        found[role] = int(column) if column.isascii() and column.isdigit() else column
     return found
 
 
-def with_roles(table: Sequence[Mapping], wanted: Mapping[str, str | int], where: str, first: int = 1) -> list[Row]:
-    """Rows of column -> value as rows of role -> value; lines are counted from `first`. Raises InvalidInput on a lacking column or text."""
-    there = list(table[0])
+def with_roles(table: Sequence[tuple[int, Mapping]], wanted: Mapping[str, str | int], where: str) -> list[Row]:
+    """Numbered rows of column -> value as rows of role -> value. Raises InvalidInput on a lacking column or text, with its number."""
+    there = list(table[0][1])
     for role, column in wanted.items():
         if column not in there:
             names = ", ".join(map(str, there))
@@ -116,10 +128,12 @@ def with_roles(table: Sequence[Mapping], wanted: Mapping[str, str | int], where:
         names = ", ".join(map(str, there))
         raise InvalidInput(f"{where} has no column of texts ({names}). Name it: --columns text=NAME (and label=NAME, pair=NAME).")
     rows = []
-    for number, row in enumerate(table, first):
+    for number, row in table:
         found = {role: row.get(column) for role, column in chosen.items()}
         for role in {"text", "pair", "question", "context"} & set(found):
-            if not isinstance(found[role], str) or not found[role].strip():
+            if found[role] is not None and not isinstance(found[role], str):
+                raise InvalidInput(f"{where}, line {number}: the {role} is a {type(found[role]).__name__}, not a text.")
+            if not found[role] or not found[role].strip():
                 raise InvalidInput(f"{where}, line {number}: the {role} is empty. Leave such lines out.")
         rows.append(found)
     return rows
@@ -241,6 +255,12 @@ class Questions(Dataset):
 
     def __init__(self, rows: Sequence[Row], encoding: Encoding, where: str):
         self.rows, self.encoding = rows, encoding
+        for number, row in enumerate(rows, 1):
+            if "answers" in row and gold_answers(row["answers"]) is None:
+                raise InvalidInput(
+                    f"{where}: the answers of question {number} are {str(row['answers'])[:60]!r}. Write a text, a list of texts, or "
+                    '{"text": [...]}, as JSON.'
+                )
         self.windows = [window for number, row in enumerate(rows) for window in _windows(number, row, encoding, where)]
         self.lengths = [len(window.tokens["input_ids"]) for window in self.windows]
 
@@ -258,11 +278,12 @@ class Questions(Dataset):
 
 def _windows(number: int, row: Row, encoding: Encoding, where: str) -> list[Window]:
     tokenizer, how = encoding.tokenizer, {"truncation": "only_second", "max_length": encoding.length, "verbose": False}
-    asked = len(tokenizer(row["question"], verbose=False)["input_ids"])
-    if asked + encoding.stride >= encoding.length:
+    asked = len(tokenizer(row["question"], add_special_tokens=False, verbose=False)["input_ids"])
+    room = encoding.length - asked - tokenizer.num_special_tokens_to_add(pair=True)
+    if encoding.stride >= room:
         raise InvalidInput(
-            f"{where}: question {number + 1} has {asked} tokens, which leaves no room for its context in {encoding.length} with windows "
-            f"that overlap by {encoding.stride}. Raise --length, or lower --stride."
+            f"{where}: question {number + 1} has {asked} tokens, which leaves room for {max(room, 0)} of its context in {encoding.length}, "
+            f"and windows are to overlap by {encoding.stride}. Raise --length, or lower --stride."
         )
     made = tokenizer(
         row["question"], row["context"], stride=encoding.stride, return_overflowing_tokens=True, return_offsets_mapping=True, **how
@@ -310,10 +331,15 @@ class SentenceEmbedding(FirstOutput):
         super().__init__("embedding")
         self.pooling = pooling
 
+    def first(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Each sentence's first real token."""
+        places = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device) if mask is None else mask.int().argmax(1)
+        return tokens[torch.arange(len(tokens), device=tokens.device), places]
+
     def read(self, output: Any, batch: Batch) -> Tensor:
         tokens = first_tensor(output)
         if self.pooling == "first":
-            return tokens[:, 0]
+            return self.first(tokens, batch.mask)
         mask = torch.ones(tokens.shape[:2], device=tokens.device) if batch.mask is None else batch.mask
         weights = mask.to(tokens.dtype)[:, :, None]
         return (tokens * weights).sum(1) / weights.sum(1)
@@ -365,10 +391,11 @@ def best_answer(
     return score, context[offsets[s][0] : offsets[e][1]]
 
 
-def gold_answers(answers: Any) -> list[str]:
-    """The accepted texts: {"text": [...]}, a list of texts, or one text."""
-    texts = answers["text"] if isinstance(answers, Mapping) else answers
-    return [texts] if isinstance(texts, str) else list(texts) or [""]
+def gold_answers(answers: Any) -> list[str] | None:
+    """The accepted texts: {"text": [...]}, a list of texts, or one text; "" where there are none. None of anything else."""
+    texts = answers.get("text") if isinstance(answers, Mapping) else answers
+    texts = [texts] if isinstance(texts, str) else texts
+    return (list(texts) or [""]) if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts) else None
 
 
 def answer_scores(text: str, accepted: Sequence[str]) -> tuple[float, float]:

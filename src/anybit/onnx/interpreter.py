@@ -33,12 +33,13 @@ ARITHMETIC = {"Conv", "Gemm", "MatMul", "Add", "Mul", "GlobalAveragePool", "Aver
 
 @dataclass(frozen=True)
 class Codes:
-    """Integers with the grid that they are on; `axis` of the scale's dimension where it has one."""
+    """Integers with the grid that they are on; `axis` of the scale's dimension where it has one, `block` numbers of which share a scale."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
     axis: int = 1
+    block: int = 0
 
     def offsets(self) -> Tensor:
         """codes - zero point, int32."""
@@ -51,6 +52,8 @@ class Codes:
     def _along(self, numbers: Tensor) -> Tensor:
         if numbers.dim() == 0:
             return numbers
+        if self.block:  # a number for each block of so many along the axis, and for each place on the others
+            return numbers.repeat_interleave(self.block, self.axis) if numbers.dim() > 1 else numbers
         return numbers.reshape([-1 if axis == self.axis % self.codes.dim() else 1 for axis in range(self.codes.dim())])
 
 
@@ -203,7 +206,13 @@ def _rounded(steps: Tensor, zero_point: Tensor) -> Tensor:
 
 def _dequantize(inputs: list[Any], settings: Mapping[str, Any]) -> Codes:
     codes, scale, *rest = inputs
-    return Codes(codes, scale, rest[0] if rest else torch.zeros_like(scale, dtype=torch.int32), settings.get("axis", 1))
+    return Codes(
+        codes,
+        scale,
+        rest[0] if rest else torch.zeros_like(scale, dtype=torch.int32),
+        settings.get("axis", 1),
+        settings.get("block_size", 0),
+    )
 
 
 # Layers
