@@ -15,11 +15,9 @@ sentences, so that held-out phrases can lie within ones of the training text: th
 """
 
 import argparse
-import gc
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -28,12 +26,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from study import Entries
 from torch import Tensor, nn
 
 import anybit
 from anybit.batches import Batch, draw, evaluating, predict
 from anybit.references import Preprocessing, load_data, load_model
-from anybit.reporting import environment
 from anybit.texts import read_rows
 
 LENGTH = 128
@@ -149,34 +147,17 @@ def measure(model: nn.Module, batches: Sequence[Batch], reference: Iterable[Tens
 # The network, quantized
 
 
-class Study:
+class Study(Entries):
     """The folder of the network and its texts, and the file that keeps what was measured."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.arguments = arguments
-        self.file = arguments.results / f"decoder_{arguments.study}.json"
+        super().__init__(arguments, f"decoder_{arguments.study}")
         if arguments.study != "train":
             self.model = load_model(f"hf:{arguments.folder}")
             # Drawn once and here, so that every method, and a peer that draws alike, sees the same blocks.
             self.blocks = replace(draw(texts_of(arguments.folder, "train", self.model), BLOCKS, 0), labelled=False)
             self.test = list(texts_of(arguments.folder, "test", self.model).batches(16))
             self.reference = list(log_chances(self.model, self.test))
-
-    @property
-    def entries(self) -> dict[str, Any]:
-        return json.loads(self.file.read_text())["entries"] if self.file.is_file() else {}
-
-    def measured(self, key: str, run: Callable[[], dict[str, Any]]) -> None:
-        """Run and keep one entry, unless it is there or not asked for."""
-        if key in self.entries or (self.arguments.only and self.arguments.only not in key):
-            return
-        start = time.perf_counter()
-        entry = run() | {"total_seconds": time.perf_counter() - start}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        about = {"environment": environment(), "entries": self.entries | {key: entry}}
-        self.file.write_text(json.dumps(about, indent=1) + "\n")
-        print(key, {k: v for k, v in entry.items() if isinstance(v, (int, float))}, flush=True)
-        gc.collect()
 
     def calibrated(self, **settings: Any) -> dict[str, Any]:
         # A step on 4 blocks sees 512 tokens; on the default's 32 it would see 4,096, and take eight times as long.

@@ -19,32 +19,28 @@ over pairs where the score is a correlation.
 
 import argparse
 import base64
-import json
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import spearmanr
+from study import Entries
 
 import anybit
 from anybit.batches import draw
 from anybit.evaluation import compares_classes, distance, outputs_of, score
 from anybit.references import Preprocessing, load_data, load_model
-from anybit.reporting import environment
 
 SAMPLES = 512
 
 
-class Study:
+class Study(Entries):
     """A network, its texts, and the file that keeps what was measured."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.arguments = arguments
-        self.file = arguments.results / f"minilm_{arguments.study}.json"
+        super().__init__(arguments, f"minilm_{arguments.study}")
         self.model = load_model(f"hf:{arguments.model}")
         self.texts = Preprocessing(columns=arguments.columns, length=128)
         self.train, self.test = (load_data(str(path), self.texts, model=self.model) for path in (arguments.train, arguments.test))
@@ -52,21 +48,6 @@ class Study:
         self.batches = list(self.test.by_length().batches(64))
         self.labels = torch.cat([batch.labels for batch in self.batches])
         self.reference = outputs_of(self.model, self.batches)
-
-    @property
-    def entries(self) -> dict[str, Any]:
-        return json.loads(self.file.read_text())["entries"] if self.file.is_file() else {}
-
-    def measured(self, key: str, run: Callable[[], dict[str, Any]]) -> None:
-        """Run and keep one entry, unless it is there or not asked for."""
-        if key in self.entries or (self.arguments.only and self.arguments.only not in key):
-            return
-        start = time.perf_counter()
-        entry = run() | {"total_seconds": time.perf_counter() - start}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        about = {"environment": environment(), "entries": self.entries | {key: entry}}
-        self.file.write_text(json.dumps(about, indent=1) + "\n")
-        print(key, {k: v for k, v in entry.items() if isinstance(v, (int, float))}, flush=True)
 
     def calibrated(self, budget: str | None, **settings: Any) -> dict[str, Any]:
         unlabelled = draw(self.train, SAMPLES, 0)

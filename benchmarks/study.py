@@ -1,4 +1,4 @@
-"""What the ResNet-20 benchmarks share: the network, the data, one JSON entry a run."""
+"""What benchmarks share: one JSON entry a run; and those of ResNet-20 the network and the data."""
 
 import argparse
 import base64
@@ -21,28 +21,16 @@ ROOT = Path(__file__).parent.parent
 PREPROCESSING = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class Study:
-    """CIFAR-10, the trained network, and the file that keeps what was measured; a finished entry is not run again."""
+class Entries:
+    """The JSON file of one study, one entry a run; a finished entry is not run again."""
 
-    def __init__(self, arguments: argparse.Namespace, prefix: str):
+    def __init__(self, arguments: argparse.Namespace, name: str):
         self.arguments = arguments
-        self.train = Samples(load_data(arguments.data, PREPROCESSING).dataset, labelled=True)
-        self.test = load_data(f"{arguments.data}#test", PREPROCESSING)
-        self.file = arguments.results / f"{prefix}_{arguments.study.replace('-', '_')}.json"
+        self.file = arguments.results / f"{name}.json"
 
     @property
     def entries(self) -> dict[str, Any]:
         return json.loads(self.file.read_text())["entries"] if self.file.is_file() else {}
-
-    @property
-    def seeds(self) -> int:
-        return self.arguments.seeds
-
-    def network(self) -> torch.nn.Module:
-        return load_model(str(ROOT / "examples/resnet20_cifar10.py") + ":network", self.arguments.weights)
-
-    def labels(self) -> torch.Tensor:
-        return torch.cat([batch.labels for batch in self.test.batches(1000)])
 
     def measured(self, key: str, run: Callable[[], dict[str, Any]]) -> None:
         """Run and keep one entry, unless it is there or not asked for."""
@@ -54,6 +42,25 @@ class Study:
         about = {"environment": environment(), "entries": self.entries | {key: entry}}
         self.file.write_text(json.dumps(about, indent=1) + "\n")
         print(key, {k: v for k, v in entry.items() if isinstance(v, (int, float))}, flush=True)
+
+
+class Study(Entries):
+    """CIFAR-10, the trained network, and the file that keeps what was measured; a finished entry is not run again."""
+
+    def __init__(self, arguments: argparse.Namespace, prefix: str):
+        super().__init__(arguments, f"{prefix}_{arguments.study.replace('-', '_')}")
+        self.train = Samples(load_data(arguments.data, PREPROCESSING).dataset, labelled=True)
+        self.test = load_data(f"{arguments.data}#test", PREPROCESSING)
+
+    @property
+    def seeds(self) -> int:
+        return self.arguments.seeds
+
+    def network(self) -> torch.nn.Module:
+        return load_model(str(ROOT / "examples/resnet20_cifar10.py") + ":network", self.arguments.weights)
+
+    def labels(self) -> torch.Tensor:
+        return torch.cat([batch.labels for batch in self.test.batches(1000)])
 
     def row(self, result: anybit.Result) -> dict[str, Any]:
         """The result on the whole test set, image by image for paired intervals, with what it costs."""
