@@ -218,9 +218,11 @@ def _import_file(path: Path, option: str):
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickled workers look their module up
     sys.path.insert(0, str(path.parent.resolve()))
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # as a script that is run, it leaves nothing beside itself
     try:
         spec.loader.exec_module(module)
     finally:
+        sys.dont_write_bytecode = writes
         sys.path.remove(str(path.parent.resolve()))
     return module
 
