@@ -9,7 +9,7 @@ is not run again.
     mixed       SST-2: 4 and 3 bits on average over embeddings, linears and matmuls; sequential AdaQuant from parallel AdaQuant's codes, and
                 from the ranges
     groups      SST-2: weights alone at 4 and 3 bits, a scale a channel and a scale for each 128, 64 and 32 inputs
-    embeddings  STS-B: sentence embeddings at W8A8, W4A8, W4A4 and 4 bits on average
+    embeddings  STS-B: sentence embeddings at W8A8, W4A8, W3A8, W4A4, and 4 and 3 bits on average
     exported    SST-2: the light pipeline at W8A8, W4A8 and W4 in groups of 32, as ONNX files: size, speed, accuracy beside the simulation's
     roads       SST-2: grow to 4 bits, and a supernet of 4, 6 and 8 bits, one epoch of 12,800 sentences each
 
@@ -119,7 +119,8 @@ def groups(study: Study) -> None:
 
 def embeddings(study: Study) -> None:
     uniform(study)
-    study.measured("4bit", lambda: study.calibrated("4bit", activation_bits=(8,)))
+    for budget in ("4bit", "3bit"):
+        study.measured(budget, lambda budget=budget: study.calibrated(budget, activation_bits=(8,)))
 
 
 def exported(study: Study) -> None:
