@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import anybit
-from anybit.errors import AnybitError, InvalidFile
+from anybit.errors import InvalidFile
 
 Value = TypeVar("Value")
 RECORD = "record"
@@ -169,20 +169,11 @@ def results_folder() -> Path:
 
 @dataclass(frozen=True)
 class Entry:
-    """A kept file: when it was last used, in seconds since 1970."""
+    """A kept result's file: when it was last used, in seconds since 1970."""
 
     path: Path
     bytes: int
     used: float
-
-    @property
-    def damage(self) -> str | None:
-        """What is wrong with it; None where its bytes are those that were written."""
-        try:
-            _read(self.path)
-        except (OSError, AnybitError, ValueError, KeyError, TypeError) as error:
-            return _words(error)
-        return None
 
 
 def entries(folder: Path) -> list[Entry]:
@@ -207,6 +198,20 @@ def trim(folder: Path, limit: int) -> int:
         total -= entry.bytes
         removed += entry.bytes
     return removed
+
+
+def remove_damaged(folder: Path) -> dict[Path, str]:
+    """Remove the results whose bytes are not those that were written; file -> what is wrong with it."""
+    damaged = {}
+    for entry in entries(folder):
+        try:
+            _read(entry.path)
+        except FileNotFoundError:  # another process has trimmed it
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            damaged[entry.path] = _words(error)
+            entry.path.unlink(missing_ok=True)
+    return damaged
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

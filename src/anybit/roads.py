@@ -36,6 +36,7 @@ from anybit.evaluation import evaluate as evaluate_model
 from anybit.layers import float_weight
 from anybit.pages import growth_page
 from anybit.processes import join_processes, share_state
+from anybit.progress import note
 from anybit.references import Preprocessing, absolute, as_samples, code_of, completed, covered, load_data, load_model
 from anybit.reporting import StageClock, environment
 from anybit.resume import LIMIT, Recall, code_version, digest, machine, results_folder, trim
@@ -135,8 +136,7 @@ def calibrate(
         "settings": wanted.to_json(),
     }
     results = [_finish(bench, one, about, saved, StageClock(list(clock.stages)), tests) for one in budgets]
-    if recall.folder is not None:
-        trim(recall.folder, LIMIT)
+    _settle(recall)
     return results if isinstance(budget, (list, tuple)) else results[0]
 
 
@@ -145,6 +145,15 @@ def recall_in(cache: str | Path | bool) -> Recall:
     if isinstance(cache, bool):
         return Recall(results_folder() if cache else None)
     return Recall(Path(cache))
+
+
+def _settle(recall: Recall) -> None:
+    """Tell what was taken up, and keep the cache within its limit."""
+    if recall.counts["recalled"]:
+        made = recall.counts["made"]
+        note(f"{recall.counts['recalled']} results taken up from the cache, {made} made anew")
+    if recall.folder is not None:
+        trim(recall.folder, LIMIT)
 
 
 def _followed_model(

@@ -107,6 +107,8 @@ class CalibrateSettings:
     def __post_init__(self):
         parsed = {pattern: Precision.parse(p) if isinstance(p, str) else p for pattern, p in self.keep.items()}
         object.__setattr__(self, "keep", parsed)
+        if isinstance(self.sensitivity_base, str):
+            object.__setattr__(self, "sensitivity_base", Precision.parse(self.sensitivity_base))
         for name in ("weight_bits", "activation_bits"):
             values = getattr(self, name)
             if not values:
@@ -260,7 +262,7 @@ def check_kinds(scheme: Scheme, network: Network) -> None:
 # Settings by the first result that depends on them: a change of one leaves what was made before it. All others count from the beginning.
 MATCHING = ("bn_tuning", "bn_prior", "bn_target")
 PARALLEL = ("candidate_steps", "step_batch", "drop")
-SENSITIVITY = ("sensitivity_base", "pairs")
+SENSITIVITY = ("pairs",)
 LATER = ("pipeline", "parallel", "alternatives", "memory", "steps", "start", "sequential", "bias_tuning", "tune_scales")
 
 

@@ -229,7 +229,8 @@ def sequential(
 
     for unit in track(units, "sequential AdaQuant"):
         recall = recall.under(unit.name)  # and on every unit before it
-        report[unit.name] = _recalled_unit(model, unit, starts, partial(reach, unit), wiring, settings, recall)
+        name = f"sequential AdaQuant of {unit.name}"
+        report[unit.name] = _recalled_unit(name, model, unit, starts, partial(reach, unit), wiring, settings, recall)
         through.append(unit)
     return report
 
@@ -274,12 +275,14 @@ def parallel(
     for unit in track(units, "parallel AdaQuant"):
         sides = cache(partial(_capture_sides, None, float_model, unit, calibration, MemoryBudget(memory)))
         for bits, model in variants.items():
-            result = _recalled_unit(model, unit, starts[bits], sides, wiring, settings, recall.under(unit.name, bits))
+            name = f"parallel AdaQuant of {unit.name} at W{bits}"
+            result = _recalled_unit(name, model, unit, starts[bits], sides, wiring, settings, recall)
             report.setdefault(unit.name, {})[bits] = result
     return report
 
 
 def _recalled_unit(
+    name: str,
     model: nn.Module,
     unit: Unit,
     starts: Mapping[str, Tensor],
@@ -299,7 +302,7 @@ def _recalled_unit(
         restore(model, layers, kept.tensors)
         return {key: int(value) if key == "steps" else float(value) for key, value in kept.record.items()}
 
-    return recall(f"AdaQuant of {unit.name}", make, read)
+    return recall(name, make, read)
 
 
 def _capture_sides(
