@@ -215,6 +215,7 @@ def prepare_bench(
         if settings.mirror:
             calibration = stages.mirrored(calibration)
         network = _with_latencies(stages.observe_network(model, _example(calibration), settings), budgets)
+        stages.check_memory(network, calibration, settings)
         for budget in budgets:
             stages.check_feasible(network, budget)
     with clock.stage("float outputs"), torch.no_grad():
@@ -295,8 +296,9 @@ def _finish(
         if budget is not None and budget.limit("drop") is not None:
             model = _within_drop(bench, budget, choice.scheme, model)
     with clock.stage("edge ranges"):
-        recall = bench.judge.recall.under("edges", digest(model.state_dict().values()))
-        edges = recall.value("edge ranges", lambda: stages.edge_ranges(model, network.wiring, bench.calibration.fitting), as_ranges)
+        part = stages.samples_at_once(network.wiring, stages.OBSERVED, bench.settings.memory, 8)
+        recall = bench.judge.recall.under("edges", digest(model.state_dict().values()), part)
+        edges = recall.value("edge ranges", lambda: stages.edge_ranges(model, network.wiring, bench.calibration.fitting, part), as_ranges)
     canonical = Canonical(model.eval(), network.norms, edges)
     report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
     if test is not None:
@@ -765,6 +767,7 @@ def allocate(
         if settings.mirror:
             calibration = stages.mirrored(calibration)
         network = _with_latencies(stages.observe_network(float_model, _example(calibration), settings), [Budget.parse(budget)])
+        stages.check_memory(network, calibration, replace(settings, sequential=False, parallel=False, bias_tuning=False))
         found = {name: (size.rows, size.columns) for name, size in network.costs.layers.items()}
         if found != shapes:
             different = sorted(set(found.items()) ^ set(shapes.items()))[0][0]

@@ -68,7 +68,8 @@ class CalibrateSettings:
     tune_scales                   bias tuning trains the scales too (off in the paper)
     bn_prior                      weight of the target in the measured statistics, of candidates and in batch-norm tuning alike
     bn_target                     "float" or "prior" (the paper's form)
-    memory                        bytes that captured activations may take before they spill to disk
+    memory                        bytes of activations that are held at once: what a step of work needs, and what is captured, the rest of
+                                  which spills to disk
     group                         a weight scale for each so many inputs of a channel, in linears and embeddings that have a multiple of
                                   them and no batch norm; None: one a channel
     """
@@ -388,8 +389,8 @@ def reconstructed_candidates(
     free = [name for name, options in network.choices.items() if is_reconstructed(layers[name]) and any(p.weight_bits for p in options)]
     units = network.wiring.units(free, [])
     changed = Candidates(dict(candidates.weights), candidates.activations)
-    wanted = adaquant_settings(settings, settings.candidate_steps)
-    errors = parallel(variants, network.folded, units, starts, network.wiring, calibration, wanted, settings.memory, recall)
+    wanted, room = adaquant_settings(settings, settings.candidate_steps), memory_to_capture(network, calibration, settings)
+    errors = parallel(variants, network.folded, units, starts, network.wiring, calibration, wanted, room, recall)
     for bits, model in variants.items():
         for name in network.names:
             if (name, bits) in candidates.weights:
@@ -672,10 +673,8 @@ def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]
         recall = under_settings(recall, settings, ("steps", "start", *PARALLEL))
         changed, starts = sequential_start(bench, scheme)
         wanted = adaquant_settings(settings, settings.steps)
-        unit_recall = recall.under("units")
-        fit = partial(
-            sequential, changed, network.folded, network.units, starts, network.wiring, calibration, wanted, settings.memory, unit_recall
-        )
+        room, units = memory_to_capture(network, calibration, settings), recall.under("units")
+        fit = partial(sequential, changed, network.folded, network.units, starts, network.wiring, calibration, wanted, room, units)
         errors = offer("sequential AdaQuant", changed, list(starts), fit)
     if settings.bn_tuning and bench.targets:
         changed = copy.deepcopy(model)
@@ -691,8 +690,9 @@ def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]
     if settings.does("bias_tuning"):
         changed = copy.deepcopy(model)
         coded = [name for name, layer in quantized_layers(changed).items() if isinstance(layer.weight_quantizer, UniformQuantizer)]
-        recall = under_settings(recall, settings, ("tune_scales",))
-        wanted = BiasTuningSettings(scales=settings.tune_scales, seed=settings.seed)
+        part = samples_at_once(network.wiring, TRAINED, settings.memory, settings.batch_size)
+        recall = under_settings(recall, settings, ("tune_scales",)).under(part)
+        wanted = BiasTuningSettings(scales=settings.tune_scales, seed=settings.seed, part=part)
         references = list(bench.references)
         fit = partial(tune_biases, changed, calibration.fitting, references, calibration.held_out, judge.reference, judge.task, wanted)
         offer("bias tuning", changed, coded, fit)
@@ -715,10 +715,67 @@ def sequential_start(bench: Bench, scheme: Scheme) -> tuple[nn.Module, dict[str,
     return apply_scheme(bench.network.prepared, scheme, candidates), free
 
 
+RUNNING = 4
+"""Of its largest tensor, how many a forward pass holds at once."""
+TRAINED = 3
+"""Of each tensor, how many a forward and backward pass holds at once: the value, its quantized form, a gradient."""
+
+
+OBSERVED = 2
+"""Of each tensor, how many a pass holds that observes all of them."""
+
+
+def sample_bytes(wiring: Wiring) -> dict[str, int]:
+    """Operation -> bytes of what one sample is in its output."""
+    return {op.name: 4 * torch.Size(op.shape).numel() // wiring.batch_size for op in wiring.operations}
+
+
+def working_memory(network: Network, padded: bool, settings: CalibrateSettings) -> dict[str, tuple[int, str]]:
+    """What the steps of a run hold of activations, however little is captured: kind of step -> (bytes, what would take less)."""
+    sizes = sample_bytes(network.wiring)
+    needs = {"a forward pass": (RUNNING * settings.batch_size * max(sizes.values()), "--batch-size")}
+    if settings.does("sequential") or settings.does("parallel"):
+        step = settings.batch_size if padded else settings.step_batch
+        inside = [
+            sum(sizes[op.name] for op in network.wiring.operations if op.name in unit.layers or f"{op.owner}.".startswith(f"{unit.name}."))
+            for unit in network.units
+        ]
+        needs["a step of AdaQuant"] = (TRAINED * step * max(inside, default=0), "--batch-size" if padded else "--step-batch")
+    if settings.does("bias_tuning"):
+        needs["tuning biases on one input"] = (TRAINED * sum(sizes.values()), "--no-bias-tuning")
+    needs["observing one input"] = (OBSERVED * sum(sizes.values()), "smaller inputs")
+    return needs
+
+
+def check_memory(network: Network, calibration: Calibration, settings: CalibrateSettings) -> None:
+    """Raise InvalidSetting, naming the least that works, where a step alone takes more than the memory that is allowed."""
+    needs = working_memory(network, calibration.fitting[0].mask is not None, settings)
+    step, (least, instead) = max(needs.items(), key=lambda item: item[1][0])
+    if settings.memory < least:
+        raise InvalidSetting(
+            f"memory {settings.memory / 1e6:.4g}MB is less than the {_megabytes(least)} of activations that {step} holds. "
+            f"Give at least --memory {_megabytes(least)}, or less to do at once: {instead}."
+        )
+
+
+def _megabytes(count: int) -> str:
+    return f"{-(-count // 10**6)}MB"
+
+
+def memory_to_capture(network: Network, calibration: Calibration, settings: CalibrateSettings) -> int:
+    """Bytes that captured activations may take beside a step of AdaQuant."""
+    needs = working_memory(network, calibration.fitting[0].mask is not None, settings)
+    return max(0, settings.memory - max(least for least, _ in needs.values()))
+
+
+def samples_at_once(wiring: Wiring, copies: int, memory: int, most: int) -> int:
+    """How many samples a pass that holds so many copies of every tensor has room for, from 1 to `most`."""
+    return min(most, max(1, memory // (copies * sum(sample_bytes(wiring).values()))))
+
+
 def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Batch]:
-    """As many of the first batches as one joined forward pass can hold: four of its largest tensors at once."""
-    largest = max(torch.Size(op.shape).numel() for op in wiring.operations) // wiring.batch_size
-    room = max(1, memory // (4 * 4 * largest))
+    """As many of the first batches as one joined forward pass can hold."""
+    room = max(1, memory // (RUNNING * max(sample_bytes(wiring).values())))
     kept, count = [], 0
     for batch in batches:
         if kept and count + len(batch) > room:
@@ -728,8 +785,8 @@ def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Bat
     return kept
 
 
-def edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch]) -> dict[str, tuple[float, float]]:
-    """(low, high) of every edge of the finished model over `batches`, for integer runtimes."""
+def edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch], part: int = 8) -> dict[str, tuple[float, float]]:
+    """(low, high) of every edge of the finished model over `batches`, for integer runtimes; every tensor of `part` samples at once."""
     names, pairs = set(wiring.edges()), _token_pairs(model, wiring)
     ends: dict[str, tuple[float, float]] = {}
 
@@ -742,8 +799,9 @@ def edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch]) -> d
             ends[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))
 
     for batch in batches:
-        mask = batch.mask
-        observe(model, batch, widen)
+        for some in batch.parts(part):
+            mask = some.mask
+            observe(model, some, widen)
     return {name: ends.get(name, (0.0, 0.0)) for name in wiring.edges()}
 
 
