@@ -51,6 +51,7 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
         name = wiring.batch_norm_after(layer)
         norm, source = (model.get_submodule(name) if name else None), model.get_submodule(layer)
         plain = isinstance(norm, BATCH_NORMS) and type(norm).forward is nn.BatchNorm2d.forward and norm.running_mean is not None
+        plain = plain and source.weight.dtype == torch.float32  # another type has no digits to spare
         if plain and not isinstance(source, nn.Embedding) and weights[id(source.weight)] == 1:
             pairs[layer] = name
     return pairs
@@ -59,15 +60,25 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
 def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch) -> tuple[nn.Module, dict[str, str], dict]:
     """(folded copy, the pairs that were folded, their promised statistics), held against the model's own outputs on `example`.
 
-    A layer whose forward is its own (an activation inside, a standardized weight) may not be affine in its weight: where folding changes
-    the outputs, such layers keep their batch norm. Raises UnsupportedModel where the outputs differ even so.
+    A layer whose forward is its own (an activation inside, a standardized weight) may not be affine in its weight, and a weight may be
+    read by more than its layer: where folding changes the outputs, such layers keep their batch norm. Raises UnsupportedModel where the
+    outputs differ even so.
     """
     own_forward = {name for name in pairs if not any(type(model.get_submodule(name)).forward is cls.forward for cls in COVERED)}
-    for kept in (pairs, {name: norm for name, norm in pairs.items() if name not in own_forward}):
+    plain = {name: norm for name, norm in pairs.items() if name not in own_forward}
+    for wanted in (lambda: pairs, lambda: plain, lambda: _harmless(model, plain, example)):
+        kept = wanted()
         folded, promised = fold(model, kept)
         if _same_outputs(model, folded, example):
             return folded, dict(kept), promised
-    raise UnsupportedModel("Folding the batch norms changes the network's outputs. Fold them yourself, or name the layers with --keep.")
+    raise UnsupportedModel(
+        f"Folding the batch norms of {', '.join(pairs)} changes the network's outputs. Fold them yourself before the run."
+    )
+
+
+def _harmless(model: nn.Module, pairs: Mapping[str, str], example: Batch) -> dict[str, str]:
+    """Those of `pairs` that change no output when each is folded alone."""
+    return {layer: norm for layer, norm in pairs.items() if _same_outputs(model, fold(model, {layer: norm})[0], example)}
 
 
 @torch.no_grad()
@@ -140,8 +151,12 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[nn.Mo
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    """Put `module` in place of the one called `name`, under every name that the network has for it."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, own in list(parent._modules.items()):
+            if own is old:
+                setattr(parent, child, module)
 
 
 @torch.no_grad()

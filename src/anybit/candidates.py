@@ -111,7 +111,7 @@ def apply_scheme(prepared: nn.Module, scheme: Scheme, candidates: Candidates) ->
 def check_finite_weights(model: nn.Module) -> None:
     """Raise UnsupportedModel naming the first parameter or buffer that holds NaN or infinity."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             raise UnsupportedModel(f"{name} holds {count} value(s) that are NaN or infinite. Repair or retrain the network first.")
 
