@@ -100,7 +100,8 @@ class CostModel:
             rows = weight_rows(layer, float_weight(layer))
             macs = macs_per_sample(layer, name, wiring) if wiring else 0
             layers[name] = LayerSize(rows.shape[0], rows.shape[1], macs, operands_of(layer))
-        leftover, others = leftovers(prepared, names)
+        float32 = [name for name in names if float_weight(prepared.get_submodule(name)).dtype == torch.float32]
+        leftover, others = leftovers(prepared, float32)  # a weight of another type is kept, under its own key
         numbers = sum(tensor.numel() for tensor in leftover.values())
         float_state = {key: TensorSpec(STORED_TYPES[t.dtype], tuple(t.shape)) for key, t in float_model.state_dict().items()}
         return cls(layers, numbers, {key: spec_of(t) for key, t in others.items()}, edges, file_bytes(float_state))
@@ -134,7 +135,11 @@ class CostModel:
             for name, precision in scheme.items()
             for size in [self.layers[name]]
         ]
-        kept_float = sum(self.layers[name].weights for name, precision in scheme.items() if precision.weight_bits is None)
+        kept_float = sum(
+            self.layers[name].weights
+            for name, precision in scheme.items()
+            if precision.weight_bits is None and f"{name}.weight" not in self.others
+        )
         return file_bytes(layout(stored, self.edges, self.leftover + kept_float, self.others), PACKED_METADATA)
 
     def overhead(self, scheme: Scheme) -> int:

@@ -110,9 +110,8 @@ def moving_state(model: nn.Module, example: Batch, before: Mapping[str, Tensor])
 
     Raises UnsupportedModel where a pass changes a parameter, or where the same inputs give other outputs the second time.
     """
-    first = _run(model, example)
     try:
-        second = _run(model, example)
+        first, second = _run(model, example), _run(model, example)
     except Exception as error:
         raise UnsupportedModel(
             f"The network runs once on an input and not again ({_said(error)}). Reset what it keeps in each pass."
