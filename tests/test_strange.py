@@ -534,8 +534,19 @@ def test_a_write_in_place_between_a_layer_and_its_batch_norm_keeps_them_apart():
     assert wiring.batch_norm_after("conv2") == "bn2"
 
 
-def test_a_weight_that_is_read_elsewhere_keeps_its_batch_norm_and_the_others_fold():
-    model = with_forward(lambda self, x: Plain.forward(self, x) + self.conv1.weight.mean())
+@pytest.mark.parametrize("share", [1.0, 1e-6])  # what folding would change must not have to be large to be seen
+def test_a_weight_that_is_read_elsewhere_keeps_its_batch_norm_and_the_others_fold(share):
+    model = with_forward(lambda self, x: Plain.forward(self, x) + share * self.conv1.weight.mean())
+    assert calibrated(model).canonical.folded == {"conv2": "bn2"}
+
+
+def test_what_asks_a_weight_for_its_type_reads_nothing():
+    model = with_forward(lambda self, x: Plain.forward(self, x.to(self.conv1.weight.dtype) * self.conv1.weight.shape[1]))
+    assert calibrated(model).canonical.folded == {"conv1": "bn1", "conv2": "bn2"}
+
+
+def test_a_batch_norm_whose_numbers_are_read_elsewhere_stays():
+    model = with_forward(lambda self, x: Plain.forward(self, x) + self.bn1.running_mean.mean())
     assert calibrated(model).canonical.folded == {"conv2": "bn2"}
 
 

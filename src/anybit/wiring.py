@@ -90,6 +90,8 @@ class Wiring:
     """Values that something reads which is no operation here: a comparison, an index, a number taken out, a write in place."""
     surroundings: dict[str, str] = field(default_factory=dict)
     """Layer -> what is around it in the forward and would not be when it is run alone (vmap, autocast, gradients)."""
+    read_weights: frozenset[str] = frozenset()
+    """Layers whose weight or bias something besides them reads."""
 
     def operation(self, name: str) -> Operation:
         """The (first) operation of that name."""
@@ -233,6 +235,9 @@ class _Observer(TorchFunctionMode):
         self.module_inputs: dict[str, int] = {}
         self.escaped: set[int] = set()
         self.surroundings: dict[str, str] = {}
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, COVERED)]
+        self.weights = {id(parameter): name for name, module in layers for parameter in module.parameters(recurse=False)}
+        self.read_weights: set[str] = set()
 
     def begin(self, batch: Batch) -> None:
         self.input_values = tuple(self._new_value(tensor) for tensor in tensors_in(batch.inputs))
@@ -247,7 +252,7 @@ class _Observer(TorchFunctionMode):
         return Wiring(
             tuple(self.operations), self.calls, self.module_outputs,
             self.input_values, given_out, batch_size, self.classes, self.input_shapes, self.module_inputs, frozenset(self.escaped),
-            self.surroundings,
+            self.surroundings, frozenset(self.read_weights),
         )  # fmt: skip
 
     def hooks(self) -> ExitStack:
@@ -291,7 +296,11 @@ class _Observer(TorchFunctionMode):
             reads = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self.values]
             makes = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
             kind = _bare_name(func)
-            if reads and not makes and (tensors_in(output) or kind in ESCAPES):
+            gives = bool(tensors_in(output)) or kind in ESCAPES
+            if gives:
+                read = (self.weights.get(id(tensor)) for tensor in tensors_in((args, kwargs)))
+                self.read_weights.update(name for name in read if name is not None)
+            if reads and not makes and gives:
                 self.escaped.update(self.values[id(tensor)] for tensor in reads)
                 if kind == "setitem" and args[0] is reads[0]:
                     self._new_value(args[0])
