@@ -21,7 +21,9 @@ from typing import Any
 from study import ROOT, Entries
 
 BUDGETS = {"2 GiB": 2**31, "1 GiB": 2**30, "512 MiB": 2**29, "256 MiB": 2**28}
-COMMON = {"samples": 96, "batch_size": 8, "step_batch": 8, "candidate_steps": 3, "steps": 6, "weight_bits": (3, 4, 6), "activation_bits": (8,)}
+COMMON = {
+    "samples": 96, "batch_size": 8, "step_batch": 8, "candidate_steps": 3, "steps": 6, "weight_bits": (3, 4, 6), "activation_bits": (8,),
+}  # fmt: skip
 
 
 class Watch(threading.Thread):

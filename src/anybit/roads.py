@@ -1,6 +1,5 @@
 """One function a verb, each a list of stages. The command line and `anybit.*` call the same ones."""
 
-import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +37,7 @@ from anybit.pages import growth_page
 from anybit.processes import join_processes, share_state
 from anybit.progress import note
 from anybit.references import Preprocessing, absolute, as_samples, code_of, completed, covered, load_data, load_model
+from anybit.refusals import check_network, check_rows, copied, once_a_batch, restore
 from anybit.reporting import StageClock, environment
 from anybit.resume import LIMIT, Recall, code_version, digest, machine, results_folder, trim
 from anybit.scheme import Budget, Precision, Scheme
@@ -87,6 +87,7 @@ class Result:
             write_candidates(folder, self.candidates, self.table)
 
 
+@torch.inference_mode(False)
 def calibrate(
     model: nn.Module | str,
     data: Any,
@@ -167,6 +168,7 @@ def _followed_model(
     elif weights is not None:
         raise InvalidSetting(f"The weights {weights} go with a model's reference, and a network was given. Load them into it yourself.")
     model = covered(model)
+    check_network(model)
     preprocessing = completed(preprocessing, model)
     if isinstance(data, str):
         about |= {"data": {"reference": absolute(data)}, "preprocessing": preprocessing.to_json()}
@@ -188,13 +190,14 @@ def _checked_tests(samples: Samples, model: nn.Module) -> Samples:
 
 def check_inputs(model: nn.Module, samples: Samples) -> None:
     """Raise InvalidInput where the model refuses the first samples."""
-    observe(copy.deepcopy(model).cpu(), next(samples.on("cpu").subset(range(min(2, len(samples)))).batches(2)))
+    observe(copied(model).cpu(), next(samples.on("cpu").subset(range(min(2, len(samples)))).batches(2)))
 
 
 def on_device(model: nn.Module, device: str) -> nn.Module:
     """A copy of the model on `device`."""
+    model = copied(model)
     try:
-        return copy.deepcopy(model).to(device)
+        return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidSetting(f"--device {device} cannot be used here: {error}") from error
 
@@ -218,8 +221,9 @@ def prepare_bench(
         stages.check_memory(network, calibration, settings)
         for budget in budgets:
             stages.check_feasible(network, budget)
-    with clock.stage("float outputs"), torch.no_grad():
+    with clock.stage("float outputs"), torch.no_grad(), once_a_batch(network.folded, network.used_once):
         references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
+        check_rows(network.folded, references, calibration.fitting)
         reference = outputs_of(network.folded, calibration.held_out)
         task = stages.task_of(settings, reference, calibration.held_out[0])
         if samples.labelled:
@@ -299,6 +303,7 @@ def _finish(
         part = stages.samples_at_once(network.wiring, stages.OBSERVED, bench.settings.memory, 8)
         recall = bench.judge.recall.under("edges", digest(model.state_dict().values()), part)
         edges = recall.value("edge ranges", lambda: stages.edge_ranges(model, network.wiring, bench.calibration.fitting, part), as_ranges)
+    restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
     report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
     if test is not None:
@@ -353,6 +358,7 @@ def _tests(bench: Bench, model: nn.Module, samples: Samples) -> dict[str, Any]:
     }
 
 
+@torch.inference_mode(False)
 def grow(
     model: nn.Module | str,
     train: Any,
@@ -468,6 +474,7 @@ def _training_inputs(
     return float_model, samples, tests, about
 
 
+@torch.inference_mode(False)
 def train(
     model: nn.Module | str,
     data: Any,
@@ -834,7 +841,9 @@ def inputs_for(folder: str | Path, file: SchemeFile, model: nn.Module, data: Any
 def _float_model(folder: Path, file: Any, model: nn.Module | str | None, named_in: str = "scheme.json") -> nn.Module:
     """The float network of a folder: `model`, or the reference that `file`, read from `named_in`, holds."""
     if isinstance(model, nn.Module):
-        return covered(model)
+        model = covered(model)
+        check_network(model)
+        return model
     if model is not None:
         return load_model(model, file.model.get("weights"), file.task)
     reference = file.model.get("reference")
@@ -874,6 +883,7 @@ def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, An
     a layer that never runs is taken for covered, and the sizes are those with every batch norm unfolded.
     """
     wanted, model = CalibrateSettings(**settings), covered(model)
+    check_network(model)
     network = stages.unobserved_network(model, wanted) if data is None else stages.observe_network(*_observable(model, data), wanted)
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
     layers = {
@@ -899,7 +909,7 @@ def _observable(model: nn.Module, data: Any) -> tuple[nn.Module, Batch]:
     batch = next(iter(samples.subset(range(min(2, len(samples)))).batches(2)), None)
     if batch is None:
         raise InvalidInput("The data set is empty; inspect needs at least one input.")
-    return copy.deepcopy(model).eval(), batch
+    return copied(model).eval(), batch
 
 
 def _seen(network: Network, name: str, observed: bool) -> dict[str, Any]:

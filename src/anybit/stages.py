@@ -23,7 +23,7 @@ from anybit.candidates import (
     check_finite_weights,
     from_tensors,
     frozen_candidate,
-    restore,
+    put_back,
     snapshot,
     to_tensors,
     weight_candidate,
@@ -32,11 +32,12 @@ from anybit.capture import input_samples
 from anybit.cost import CostModel
 from anybit.errors import InfeasibleBudget, InvalidSetting, SchemeMismatch, UnsupportedModel
 from anybit.evaluation import COUNTED, TASKS, Metric, distance, guess_task, outputs_of, score
-from anybit.layers import check_single_use, coverage, float_weight, prepare, quantized_layers, takes_groups, weight_rows
+from anybit.layers import check_float32, check_plain_use, coverage, float_weight, prepare, quantized_layers, takes_groups, weight_rows
 from anybit.matmul import Matmul
 from anybit.methods.adaquant import AdaQuantSettings, BiasTuningSettings, parallel, sequential, tune_biases
 from anybit.quantizers import UniformQuantizer
 from anybit.ranges import ESTIMATORS
+from anybit.refusals import check_differentiable, check_network, check_outputs, moving_state, restore, state_of
 from anybit.resume import Kept, Recall, code_version, digest, machine
 from anybit.scheme import FLOAT, Budget, Condition, Precision, Scheme, check_bits, match_patterns
 from anybit.sensitivity import SensitivityTable, measure_sensitivity
@@ -161,7 +162,8 @@ class CalibrateSettings:
 
 @dataclass(frozen=True)
 class Network:
-    """A float network made ready: folded, with empty slots, observed. Nothing here is changed by any stage."""
+    """A float network made ready: folded, with empty slots, observed. Nothing here is changed by any stage, except what the network's own
+    forward changes: `moving` holds those buffers as they were given."""
 
     float_model: nn.Module
     folded: nn.Module
@@ -173,6 +175,12 @@ class Network:
     uncovered: Mapping[str, str]
     units: Sequence[Unit]
     costs: CostModel
+    moving: Mapping[str, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def used_once(self) -> list[str]:
+        """Layers that are not kept float in everything: they must run once in every pass."""
+        return [name for name, options in self.choices.items() if options != [FLOAT]]
 
     @property
     def names(self) -> list[str]:
@@ -187,16 +195,24 @@ class Network:
 
 def observe_network(model: nn.Module, example: Batch, settings: CalibrateSettings) -> Network:
     """Observe, check, fold and prepare copies of `model`; `example` is a small batch of inputs."""
+    check_network(model)
     check_finite_weights(model)
+    check_float32(model, _not_kept_float(coverage(model)[0], settings))  # before a type that differs makes the network refuse its input
+    given = state_of(model)
     wiring = observe(model, example)
     names, uncovered = coverage(model, wiring)
     if not names:
-        raise UnsupportedModel("The model has no layer to quantize: no convolution, linear or embedding ran on the data.")
+        others = "".join(f" {name or 'The network itself'}: {why}." for name, why in uncovered.items())
+        raise UnsupportedModel(f"The model has no layer to quantize: no convolution, linear or embedding ran on the data.{others}")
     kept = match_patterns(settings.keep, names)
     kept_float = [name for name, precision in kept.items() if precision.weight_bits is None]
-    check_single_use(wiring, [name for name in names if name not in kept_float])
+    check_plain_use(wiring, [name for name in names if name not in kept_float])
+    moving = moving_state(model, example, given)
+    check_outputs(model, example)
     folded, norms, promised = batchnorm.fold_checked(model, batchnorm.foldable(model, wiring), example)
     wiring = observe(folded, example)
+    for network in (model, folded):
+        restore(network, moving)
     prepared = prepare(folded, names, kept_float, _groups(folded, [name for name in names if name not in norms], settings))
     layers = quantized_layers(prepared)
     choices = {name: _choices(layers[name], kept.get(name), settings) for name in names}
@@ -204,7 +220,14 @@ def observe_network(model: nn.Module, example: Batch, settings: CalibrateSetting
     fitted = {name for name in names if is_reconstructed(layers[name]) and any(p.weight_bits for p in choices[name])}
     units = [unit for unit in wiring.units(names, blocks) if fitted & set(unit.layers)]
     costs = CostModel.of(prepared, names, wiring, len(wiring.edges()), model)
-    return Network(model, folded, prepared, wiring, norms, promised, choices, uncovered, units, costs)
+    if settings.does("bias_tuning"):
+        check_differentiable(prepared, [unit.name for unit in units if unit.name not in names], example)
+    return Network(model, folded, prepared, wiring, norms, promised, choices, uncovered, units, costs, moving)
+
+
+def _not_kept_float(names: Sequence[str], settings: CalibrateSettings) -> list[str]:
+    kept = match_patterns(settings.keep, names)
+    return [name for name in names if name not in kept or kept[name].weight_bits is not None]
 
 
 def is_reconstructed(layer: nn.Module) -> bool:
@@ -225,6 +248,7 @@ def _groups(model: nn.Module, names: Sequence[str], settings: CalibrateSettings)
 
 def unobserved_network(model: nn.Module, settings: CalibrateSettings) -> Network:
     """What can be said of `model` before any input is seen: nothing folded, no units, no shapes."""
+    check_network(model)
     check_finite_weights(model)
     names, uncovered = coverage(model)
     if not names:
@@ -312,7 +336,7 @@ def range_candidates(network: Network, calibration: Calibration, settings: Calib
 
 def finite_samples(network: Network, calibration: Calibration, settings: CalibrateSettings) -> dict[str, list[Tensor]]:
     """Values of each layer's input on the fitting inputs; raises InvalidInput naming the first layer whose input is not finite."""
-    samples = input_samples(network.folded, network.names, calibration.fitting, 2**17, settings.seed)
+    samples = input_samples(network.folded, network.used_once, calibration.fitting, 2**17, settings.seed)
     check_finite_samples(samples)
     return samples
 
@@ -659,7 +683,7 @@ def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]
 
         def read(kept: Kept) -> tuple[dict[str, Any], dict[str, float]]:
             found = dict(kept.record["told"]), as_scores(kept.record["measured"])
-            restore(changed, names, kept.tensors)
+            put_back(changed, names, kept.tensors)
             return found
 
         told, measured = recall(step, make, read)

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybit.batches import Batch, Calibration, predict, real
-from anybit.candidates import restore, snapshot
+from anybit.candidates import put_back, snapshot
 from anybit.capture import Captured, MemoryBudget, capture, carry, chunks
 from anybit.errors import AnybitError
 from anybit.evaluation import compares_classes, distance, outputs_of
@@ -300,7 +300,7 @@ def _recalled_unit(
         return Kept(errors, snapshot(model, layers))
 
     def read(kept: Kept) -> dict[str, float]:
-        restore(model, layers, kept.tensors)
+        put_back(model, layers, kept.tensors)
         return {key: int(value) if key == "steps" else float(value) for key, value in kept.record.items()}
 
     return recall(name, make, read)
