@@ -37,7 +37,7 @@ from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, SchemeMisma
 from anybit.evaluation import Metric, check_labels, guess_task, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
 from anybit.layers import float_weight
-from anybit.pages import growth_page
+from anybit.pages import run_page, runs_page
 from anybit.processes import join_processes, share_state
 from anybit.references import Preprocessing, absolute, as_samples, code_of, completed, covered, load_data, load_model
 from anybit.reporting import StageClock, environment
@@ -82,8 +82,7 @@ class Result:
         size = (folder / "model.safetensors").stat().st_size
         assert size == self.report["result"]["bytes"], f"counted {self.report['result']['bytes']} bytes, wrote {size}"
         write_json(folder / "report.json", self.report)
-        if "epochs" in self.report:
-            (folder / "report.html").write_text(growth_page(self.report), encoding="utf8")
+        (folder / "report.html").write_text(run_page(self.report), encoding="utf8")
         if self.candidates is not None:
             write_candidates(folder, self.candidates, self.table)
 
@@ -923,7 +922,9 @@ def save_all(results: Result | Sequence[Result], output: str | Path, overwrite: 
         for name, result in zip(names, results, strict=True):
             (draft / name).mkdir()
             result.write(draft / name)
-        write_json(draft / "report.json", {"version": 1, "budgets": {name: r.report for name, r in zip(names, results, strict=True)}})
+        reports = {name: result.report for name, result in zip(names, results, strict=True)}
+        write_json(draft / "report.json", {"version": 1, "budgets": reports})
+        (draft / "report.html").write_text(runs_page(reports), encoding="utf8")
     for name in names:
         remember(output / name)
     return [output / name for name in names]
