@@ -14,9 +14,10 @@ from anybit.scheme import Precision
 Figure = dict[str, Any]
 
 COLOURS = 6
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "triangle-down")  # one more than colours: 42 pairs
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 FLOAT_HEIGHT = 9  # where float stands on an axis of 2 to 8 bits
+EPOCHS = {"title": {"text": "epoch"}, "tickformat": "d"}
 LONGEST = 24  # letters of a name on an axis; hovering and the tables tell all of it
 
 
@@ -50,17 +51,17 @@ def loss_over_size(record: Record) -> Figure:
     return _over_size(traces, "loss on held-out inputs")
 
 
-def accuracy_over_size(record: Record, counted: str) -> Figure:
+def accuracy_over_size(record: Record, score: str, words: str) -> Figure:
     """What the schemes scored on held-out inputs; the end on the test data, beside the float network."""
     traces = []
     for kind, symbol, of in (("uniform", "diamond", 5), ("allocated", "square", 0)):
         rows = [row for row in record.schemes if row.name.startswith("uniform") == (kind == "uniform")]
-        points = [(row.bytes, getattr(row, counted), told(row)) for row in rows if getattr(row, counted) is not None]
+        points = [(row.bytes, getattr(row, score), told(row)) for row in rows if getattr(row, score) is not None]
         traces.append(_markers(points, f"{kind}, held-out", symbol, colour(of)))
-    if record.result is not None and record.tested(counted) is not None:
-        point = (record.result.bytes, record.tested(counted), "this file, on test data")
+    if record.result is not None and record.tested(score) is not None:
+        point = (record.result.bytes, record.tested(score), "this file, on test data")
         traces.append(_markers([point], "this file, test data", "star", colour(1), 14))
-    return _over_size([*traces, *_level(traces, record.float_test.get(counted), "float network, test data")], counted, log=False)
+    return _over_size([*traces, *_level(traces, record.float_test.get(score), "float network, test data")], words, log=False)
 
 
 def losses_side_by_side(records: Mapping[str, Record]) -> Figure:
@@ -78,24 +79,23 @@ def losses_side_by_side(records: Mapping[str, Record]) -> Figure:
     return _over_size(traces, "loss on held-out inputs")
 
 
-def tests_side_by_side(records: Mapping[str, Record], key: str) -> Figure:
+def tests_side_by_side(records: Mapping[str, Record], key: str, words: str) -> Figure:
     """What every run's file scored on its test data over its size; of a supernet each uniform subnet."""
     traces = []
     for index, (name, record) in enumerate(records.items()):
         traces.append(_markers(tested_points(name, record, key), name, SYMBOLS[index % len(SYMBOLS)], colour(index), 13))
     floats = {score for record in records.values() if (score := record.float_test.get(key)) is not None}
     level = _level(traces, floats.pop(), "float network") if len(floats) == 1 else []
-    return _over_size([*traces, *level], f"{key} on test data", log=False)
+    return _over_size([*traces, *level], f"{words} on test data", log=False)
 
 
 def tested_points(name: str, record: Record, key: str) -> list[tuple[float, float, str]]:
     """(bytes, score, words) of what a run tested."""
-    if record.result is not None and record.tested(key) is not None:
-        return [(record.result.bytes, record.tested(key), name)]
-    scores = {subnet: row.get(key) for subnet, row in record.test.items() if isinstance(row, dict)}
-    return [
-        (amounts.bytes, scores[subnet], f"{name}, {subnet}") for subnet, amounts in record.subnets.items() if scores.get(subnet) is not None
-    ]
+    if record.result is not None:
+        found = [(record.result.bytes, record.tested(key), name)]
+    else:
+        found = [(amounts.bytes, record.tested(key, subnet), f"{name}, {subnet}") for subnet, amounts in record.subnets.items()]
+    return [point for point in found if point[1] is not None]
 
 
 def frontier_line(record: Record, name: str, index: int) -> Figure:
@@ -120,6 +120,8 @@ def bits_along_network(records: Mapping[str, Record]) -> Figure:
     names = list(dict.fromkeys(name for record in records.values() for name in record.layers))
     traces = []
     for index, (run, record) in enumerate(records.items()):
+        if not record.layers:
+            continue
         rows = [record.layers.get(name) for name in names]
         words = [
             html.escape(f"{run + ', ' if len(records) > 1 else ''}{name}: {row.precision if row else 'not in this run'}")
@@ -255,7 +257,7 @@ def bits_over_epochs(epochs: Sequence[Epoch]) -> Figure:
         "colorbar": {"title": {"text": "bits"}},
     }
     layout = {
-        "xaxis": {"title": {"text": "epoch"}},
+        "xaxis": EPOCHS,
         "yaxis": _name_axis(names) | {"autorange": "reversed"},
         "height": 200 + 22 * len(names),
     }
@@ -265,7 +267,7 @@ def bits_over_epochs(epochs: Sequence[Epoch]) -> Figure:
 def mean_bits_over_epochs(epochs: Sequence[Epoch]) -> Figure:
     """Bits a weight of the whole network."""
     line = {"x": [row.epoch for row in epochs], **_line([row.weight_bits for row in epochs], 0, "bits a weight", 0, "solid")}
-    return {"data": [line], "layout": {"xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": "bits a weight"}}}}
+    return {"data": [line], "layout": {"xaxis": EPOCHS, "yaxis": {"title": {"text": "bits a weight"}}}}
 
 
 def scores_over_epochs(epochs: Sequence[Epoch], key: str) -> Figure:
@@ -275,7 +277,7 @@ def scores_over_epochs(epochs: Sequence[Epoch], key: str) -> Figure:
         {"x": numbers, **_line([getattr(row, kind).get(key) for row in epochs], index, f"{kind} {key}", index, DASHES[index])}
         for index, kind in enumerate(("soft", "frozen"))
     ]
-    return {"data": traces, "layout": {"xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": html.escape(key)}}}}
+    return {"data": traces, "layout": {"xaxis": EPOCHS, "yaxis": {"title": {"text": html.escape(key)}}}}
 
 
 def _points(points: Iterable[tuple[float, float, str]]) -> Figure:

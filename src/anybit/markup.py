@@ -42,6 +42,10 @@ def section(heading: str, *parts: str) -> str:
     return f"<section><h2>{text(heading)}</h2>{''.join(parts)}</section>\n"
 
 
+def subheading(words: str) -> str:
+    return f"<h3>{text(words)}</h3>"
+
+
 def details(summary: str, *parts: str) -> str:
     return f"<details><summary>{text(summary)}</summary>{''.join(parts)}</details>"
 
@@ -56,11 +60,14 @@ def pairs(items: Sequence[tuple[str, str]], shown: Sequence[str] = ()) -> str:
 def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The first cell of a row is its heading."""
     head = "".join(f'<th scope="col">{text(column)}</th>' for column in columns)
-    body = "".join(
-        f'<tr><th scope="row">{text(cells[0])}</th>{"".join(f"<td>{text(cell)}</td>" for cell in cells[1:])}</tr>' for cells in rows
-    )
-    table = f"<table><caption>{text(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}">{table}</div>'
+    body = "".join(f'<tr><th scope="row">{text(first)}</th>{"".join(map(_cell, others))}</tr>' for first, *others in rows)
+    inside = f"<table><caption>{text(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}">{inside}</div>'
+
+
+def _cell(words: str) -> str:
+    """Numbers stay on one line."""
+    return f"<td{' class=long' if len(words) > 40 else ''}>{text(words)}</td>"
 
 
 def plot(key: str, figure: Any, label: str) -> str:

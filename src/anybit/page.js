@@ -43,7 +43,7 @@
     return `${count.toFixed(1)} GB`;
   }
 
-  const loss = (value) => String(Number(value.toPrecision(3)));
+  const loss = (value) => (value === 0 || Math.abs(value) >= 1e-4 ? String(Number(value.toPrecision(3))) : value.toExponential(2));
 
   function bitsOf(precision, letter) {
     const found = new RegExp(`${letter}(\\d+)`).exec(precision);

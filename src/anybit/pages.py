@@ -3,16 +3,18 @@
 A page is a function of its `records` alone."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from anybit import figures, markup
 from anybit.errors import InvalidSetting
-from anybit.records import Record, Table, read_records, record_of
+from anybit.records import Amounts, Record, Table, counted, read_records, record_of
 from anybit.reporting import human_bytes, human_count
 from anybit.scheme import Precision
 
+WORDS = {"metric": "metric", "top1": "top-1", "spearman": "spearman", "f1": "f1", "loss": "loss"}
 SLIDER_PLACES = 200
 SHOWN_BUDGETS = 12  # rows of the slider's table for those without JavaScript
 WORST = 15  # layers in the plot of those that hurt most; the table has all
@@ -28,12 +30,20 @@ def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Pa
         raise InvalidSetting(f"{path} exists. Choose another --output{'' if path.is_dir() else ', or give --overwrite'}.")
     if not runs:
         raise InvalidSetting("There is no run to report on. Name at least one run folder.")
-    made = page({name: record for run in runs for name, record in read_records(Path(run)).items()})
+    made = page(_shortly_named({name: record for run in runs for name, record in read_records(Path(run)).items()}))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.tmp")
     draft.write_text(made, encoding="utf8")
     draft.replace(path)
     return path
+
+
+def _shortly_named(records: Mapping[str, Record]) -> dict[str, Record]:
+    """Names without the folder that all have in common."""
+    if len(records) == 1:
+        return dict(records)
+    common = os.path.commonpath([os.path.abspath(name) for name in records])
+    return {os.path.relpath(name, common): record for name, record in records.items()}
 
 
 def run_page(report: Mapping[str, Any]) -> str:
@@ -64,9 +74,9 @@ def _of_one(record: Record) -> list[str]:
         _what_hurts(record, record.table) if record.table else "",
         _training(record) if record.epochs else "",
         _subnets(record) if record.subnets else "",
-        _ladder(record) if record.ladder else "",
-        _certificate(record),
-        _settings(record),
+        _ladders({"this run": record}),
+        _certificates({"this run": record}),
+        _settings({"this run": record}),
     ]
 
 
@@ -77,9 +87,9 @@ def _of_several(records: Mapping[str, Record]) -> list[str]:
         _tests_side_by_side(records),
         *_explorers(records),
         _bits(records) if any(record.layers for record in records.values()) else "",
-        *(_ladder(record, f" of {name}") for name, record in records.items() if record.ladder),
-        *(_certificate(record, f" of {name}") for name, record in records.items()),
-        *(_settings(record, f" of {name}") for name, record in records.items()),
+        _ladders(records),
+        _certificates(records),
+        _settings(records),
     ]
 
 
@@ -116,39 +126,53 @@ def _asked(record: Record) -> str:
 
 def _accuracy(record: Record) -> str:
     """What was tested, against float, in a sentence."""
-    key = next((key for key in ("top1", "metric", "loss") if record.tested(key) is not None), None)
-    if key is None:
-        return (
-            "Its accuracy was not tested: --test takes labelled data. What follows compares it with the float network on held-out inputs."
-        )
-    scored, before = record.tested(key), record.float_test.get(key)
-    words = {"top1": "%.2f %% right (top-1)", "metric": "%.4g by your metric", "loss": "a loss of %.4g"}[key]
-    against = "" if before is None else f"; the float network gets {words % before}"
-    return f"On the test data it gets {words % scored}{against}."
+    score = record.score_tested()
+    if score is None:
+        return "Its accuracy was not tested: --test takes labelled data. Below it is compared with the float network on held-out inputs."
+    scored, before = record.tested(score), record.float_test.get(score)
+    if score == "top1":
+        words = f"On the test data it gets {scored:.2f} % right (top-1)"
+        return f"{words}." if before is None else f"{words}, the float network {before:.2f} %: {_difference(scored - before)}."
+    beside = "" if before is None else f", the float network's {_number(before)}"
+    return f"On the test data its {WORDS[score]} is {_number(scored)}{beside}."
+
+
+def _difference(points: float) -> str:
+    if abs(points) < 0.005:
+        return "no difference"
+    return f"{abs(points):.2f} points {'more' if points > 0 else 'less'}"
 
 
 def _runs(records: Mapping[str, Record]) -> str:
-    rows = []
-    for name, record in records.items():
-        for label, amounts in _sized(name, record):
-            own = label == name
-            scores = [record.final_loss, record.tested("top1"), record.float_test.get("top1")] if own else [None] * 3
-            sizes = [human_bytes(amounts.bytes), f"{amounts.percent:.1f}", f"{amounts.weight_bits:.2f}", human_count(amounts.bops)]
-            rows.append([label, record.road, record.budget or "", *sizes, *map(_number, scores)])
-    columns = ["run", "road", "budget", "size", "% of float", "bits a weight", "BOPs", "held-out loss", "test top-1", "float top-1"]
-    lead = "Sizes are those of the files; losses are distances to the float network's outputs on held-out inputs."
-    return markup.header("anybit", f"{len(records)} runs side by side", lead) + markup.section(
-        "The runs", markup.table("What each run ended with", columns, rows)
-    )
+    score = _score_tested(records)
+    rows = [row for name, record in records.items() for row in _ended_with(name, record, score)]
+    columns = ["run", "road", "budget", "size", "% of float", "bits a weight", "BOPs", "held-out loss"]
+    columns += [f"test {WORDS[score]}", f"float {WORDS[score]}"] if score else []
+    lead = "Sizes are those of the files; a held-out loss is the distance to the float network's outputs on held-out inputs."
+    table = markup.table("What each run ended with", columns, rows)
+    return markup.header("anybit", f"{len(records)} runs side by side", lead) + markup.section("The runs", table)
 
 
-def _sized(name: str, record: Record) -> list[tuple[str, Any]]:
-    """(label, amounts): the run's network, what a search found for its budgets, or a supernet's uniform subnets."""
+def _score_tested(records: Mapping[str, Record]) -> str | None:
+    return next((score for record in records.values() if (score := record.score_tested())), None)
+
+
+def _ended_with(name: str, record: Record, score: str | None) -> Iterable[list[str]]:
+    """A row for the run's network, for what a search found within each budget, or for each uniform subnet of a supernet."""
+
+    def row(label: str, budget: str | None, amounts: Amounts, loss: float | None, tested: float | None) -> list[str]:
+        sizes = [human_bytes(amounts.bytes), f"{amounts.percent:.1f}", f"{amounts.weight_bits:.2f}", human_count(amounts.bops)]
+        scores = [_number(tested), _number(record.float_test.get(score))] if score else []
+        return [label, record.road, budget or "", *sizes, _number(loss), *scores]
+
     if record.result is not None:
-        return [(name, record.result)]
-    if record.search is not None and record.search.budgets:
-        return [(f"{name}, {budget}", found) for budget, found in record.search.budgets.items()]
-    return [(f"{name}, {subnet}", amounts) for subnet, amounts in record.subnets.items()]
+        yield row(name, record.budget, record.result, record.final_loss, record.tested(score) if score else None)
+    elif record.search is not None and record.search.budgets:
+        for budget, found in record.search.budgets.items():
+            yield row(f"{name}, {budget}", budget, found, None, None)
+    else:
+        for subnet, amounts in record.subnets.items():
+            yield row(f"{name}, {subnet}", None, amounts, None, record.tested(score, subnet) if score else None)
 
 
 # Sizes, losses, accuracies
@@ -161,17 +185,20 @@ def _sizes_and_losses(record: Record) -> str:
     )
     label = "Loss on held-out inputs over the size of the file: predicted frontier, uniform schemes, allocated schemes, the chosen one."
     parts = [markup.paragraph(intro), markup.plot("losses", figures.loss_over_size(record), label)]
-    counted = next((key for key in ("metric", "top1") if any(getattr(row, key) is not None for row in record.schemes)), None)
-    if counted:
-        label = f"{counted} over the size of the file: schemes on held-out inputs, the finished file and the float network on test data."
-        parts.append(markup.plot("accuracies", figures.accuracy_over_size(record, counted), label))
-    tables = [_schemes_table(record, "Schemes that were measured on held-out inputs", counted)]
+    score = counted(record.schemes)
+    if score:
+        label = (
+            f"{WORDS[score]} over the size of the file: schemes on held-out inputs, the finished file and the float network on test data."
+        )
+        parts.append(markup.plot("accuracies", figures.accuracy_over_size(record, score, WORDS[score]), label))
+    tables = [_schemes_table(record, "Schemes that were measured on held-out inputs")]
     if record.table is not None:
         tables.append(_uniforms_table(record.table))
     return markup.section("Size against loss", *parts, markup.details("As tables", *tables))
 
 
-def _schemes_table(record: Record, caption: str, counted: str | None = None) -> str:
+def _schemes_table(record: Record, caption: str) -> str:
+    score = counted(record.schemes)
     rows = [
         [
             f"{row.name} (chosen)" if row.chosen else row.name,
@@ -179,13 +206,12 @@ def _schemes_table(record: Record, caption: str, counted: str | None = None) -> 
             f"{row.weight_bits:.2f}",
             _number(row.predicted),
             _number(row.measured),
-            *([_number(getattr(row, counted))] if counted else []),
+            *([_number(getattr(row, score))] if score else []),
         ]
         for row in record.schemes
     ]
-    return markup.table(
-        caption, ["scheme", "size", "bits a weight", "predicted loss", "measured loss", *([counted] if counted else [])], rows
-    )
+    columns = ["scheme", "size", "bits a weight", "predicted loss", "measured loss", *([WORDS[score]] if score else [])]
+    return markup.table(caption, columns, rows)
 
 
 def _uniforms_table(table: Table) -> str:
@@ -205,15 +231,15 @@ def _losses_side_by_side(records: Mapping[str, Record]) -> str:
 
 def _tests_side_by_side(records: Mapping[str, Record]) -> str:
     """The first score that any run tested; nothing where none did."""
-    for score in ("top1", "metric", "loss"):
-        points = [point for name, record in records.items() for point in figures.tested_points(name, record, score)]
-        if points:
-            rows = [[words, human_bytes(size), _number(value)] for size, value, words in points]
-            plot = markup.plot("tests", figures.tests_side_by_side(records, score), f"{score} on test data over the size of the file.")
-            return markup.section(
-                "Size against accuracy", plot, markup.details("As a table", markup.table("Tested", ["run", "size", score], rows))
-            )
-    return ""
+    score = _score_tested(records)
+    if score is None:
+        return ""
+    points = [point for name, record in records.items() for point in figures.tested_points(name, record, score)]
+    rows = [[words, human_bytes(size), _number(value)] for size, value, words in points]
+    figure = figures.tests_side_by_side(records, score, WORDS[score])
+    plot = markup.plot("tests", figure, f"{WORDS[score]} on test data over the size of the file, a shape for each run.")
+    twin = markup.details("As a table", markup.table("Tested", ["run", "size", WORDS[score]], rows))
+    return markup.section("Size against accuracy" if score != "loss" else "Size against loss on test data", plot, twin)
 
 
 # Bits, layer by layer
@@ -280,16 +306,23 @@ def _hurting(record: Record, table: Table) -> list[dict[str, Any]]:
     return rows
 
 
-def _ladder(record: Record, of: str = "") -> str:
-    counted = next((key for key in ("metric", "top1") if any(getattr(row, key) is not None for row in record.ladder)), None)
+def _ladders(records: Mapping[str, Record]) -> str:
+    climbed = {name: record for name, record in records.items() if record.ladder}
+    if not climbed:
+        return ""
+    intro = "A step that does not lower the loss on held-out inputs is not kept; the next one starts where the last kept one ended."
+    plots = [markup.plot("ladder", figures.ladder(record), "Held-out loss after each step.") for record in climbed.values()]
+    tables = [_ladder_table(record, name if len(records) > 1 else "Steps") for name, record in climbed.items()]
+    return markup.section("What each step gained", markup.paragraph(intro), *(plots if len(records) == 1 else []), *tables)
+
+
+def _ladder_table(record: Record, caption: str) -> str:
+    score = counted(record.ladder)
     rows = [
-        [row.step, _number(row.loss), *([_number(getattr(row, counted))] if counted else []), "kept" if row.kept else "not kept"]
+        [row.step, _number(row.loss), *([_number(getattr(row, score))] if score else []), "kept" if row.kept else "not kept"]
         for row in record.ladder
     ]
-    columns = ["step", "held-out loss", *([counted] if counted else []), ""]
-    intro = "A step that does not lower the loss on held-out inputs is not kept; the next one starts where the last kept one ended."
-    plot = "" if of else markup.paragraph(intro) + markup.plot("ladder", figures.ladder(record), "Held-out loss after each step.")
-    return markup.section(f"What each step gained{of}", plot, markup.table(f"Steps{of}", columns, rows))
+    return markup.table(caption, ["step", "held-out loss", *([WORDS[score]] if score else []), "kept?"], rows)
 
 
 # The slider
@@ -336,7 +369,9 @@ def _controls(key: str, data: Mapping[str, Any], record: Record) -> str:
         '<p class="buttons"><button type="button">Previous scheme</button><button type="button">Next scheme</button></p>'
         f"{markup.pairs([('size', ''), ('bits a weight', ''), ('predicted loss', '')], shown=('size', 'bits', 'loss'))}"
         '<p data-show="next"></p><p class="unseen" role="status" data-show="status"></p>'
-        f'<div class="strip" data-show="strip" aria-hidden="true"></div>{_scheme_table(data["layers"], record)}</div>'
+        '<div class="strip" data-show="strip" aria-hidden="true"></div>'
+        '<p class="key">Bars: bits of the weights of each layer. Line: of its input.</p>'
+        f"{_scheme_table(data['layers'], record)}</div>"
     )
 
 
@@ -422,7 +457,7 @@ def _training(record: Record) -> str:
         )
         columns.append("bits a weight")
         rows = [[*cells, _number(row.weight_bits)] for cells, row in zip(rows, epochs, strict=True)]
-    score = next((key for key in ("top1", "loss") if key in epochs[-1].frozen), None)
+    score = next((key for key in WORDS if epochs[-1].frozen.get(key) is not None), None)
     if score:
         label = f"{score} by epoch, as the network trains and as it would be saved."
         parts.append(markup.plot("scores", figures.scores_over_epochs(epochs, score), label))
@@ -452,13 +487,15 @@ def _searched(record: Record) -> str:
 
 
 def _subnets(record: Record) -> str:
-    scored = sorted({key for row in record.test.values() if isinstance(row, dict) for key in row} & {"top1", "metric", "loss"})
+    scored = [key for key in WORDS if any(record.tested(key, name) is not None for name in record.subnets)]
     rows = []
     for name, amounts in record.subnets.items():
-        scores = record.test.get(name)
-        told = [_number(scores.get(key) if isinstance(scores, dict) else None) for key in scored]
+        told = [_number(record.tested(key, name)) for key in scored]
         rows.append([name, human_bytes(amounts.bytes), f"{amounts.weight_bits:.2f}", human_count(amounts.bops), *told])
-    return markup.section("Uniform subnets", markup.table("Uniform subnets", ["subnet", "size", "bits a weight", "BOPs", *scored], rows))
+    return markup.section(
+        "Uniform subnets",
+        markup.table("Uniform subnets", ["subnet", "size", "bits a weight", "BOPs", *(WORDS[key] for key in scored)], rows),
+    )
 
 
 def _scheme(scheme: Mapping[str, Precision]) -> str:
@@ -468,9 +505,12 @@ def _scheme(scheme: Mapping[str, Precision]) -> str:
 # What stands behind it
 
 
-def _certificate(record: Record, of: str = "") -> str:
-    said = list(_in_plain_words(record))
-    return markup.section(f"How sure this is{of}", *map(markup.paragraph, said)) if said else ""
+def _certificates(records: Mapping[str, Record]) -> str:
+    parts = []
+    for name, record in records.items():
+        said = [markup.paragraph(words) for words in _in_plain_words(record)]
+        parts += [markup.subheading(name), *said] if said and len(records) > 1 else said
+    return markup.section("How sure this is", *parts) if parts else ""
 
 
 def _in_plain_words(record: Record) -> Iterable[str]:
@@ -492,10 +532,12 @@ def _solved(record: Record) -> str:
     certificate = record.certificate
     value, bound = (float(certificate.get(key, 0)) for key in ("value", "bound"))
     better = "so there is none better" if value <= bound else f"so none can be better by more than {_number(value - bound)}"
+    if record.schemes:
+        better += ", as far as the prediction is right"
     return (
         f"An integer program ({certificate.get('solver', 'unnamed')}) looked for the {certificate.get('objective', 'best scheme')} "
         f"within {record.budget}. Its best scheme reaches {_number(value)}. It proved that none within the budget reaches less than "
-        f"{_number(bound)} (gap {_number(100 * float(certificate.get('gap', 0)))} %), {better}, as far as the prediction is right."
+        f"{_number(bound)} (gap {_number(100 * float(certificate.get('gap', 0)))} %), {better}."
     )
 
 
@@ -520,17 +562,14 @@ def _reason(record: Record) -> str:
     return "No other measured less."
 
 
-def _settings(record: Record, of: str = "") -> str:
-    flat = {**record.settings, **{f"environment {key}": value for key, value in record.environment.items()}}
-    rows = [[str(key), value if isinstance(value, str) else json.dumps(value)] for key, value in flat.items()]
-    return (
-        markup.section(
-            f"How it was made{of}",
-            markup.details("Settings and environment", markup.table(f"Settings and environment{of}", ["what", "value"], rows)),
-        )
-        if rows
-        else ""
-    )
+def _settings(records: Mapping[str, Record]) -> str:
+    parts = []
+    for name, record in records.items():
+        flat = {**record.settings, **{f"environment: {key}": value for key, value in record.environment.items()}}
+        rows = [[key, value if isinstance(value, str) else json.dumps(value)] for key, value in flat.items()]
+        title = "Settings and environment" + (f" of {name}" if len(records) > 1 else "")
+        parts += [markup.details(title, markup.table(title, ["what", "value"], rows))] if rows else []
+    return markup.section("How it was made", *parts) if parts else ""
 
 
 def _number(value: float | None) -> str:

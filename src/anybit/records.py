@@ -16,6 +16,7 @@ from anybit.scheme import Precision
 
 Bits = Annotated[Precision, BeforeValidator(lambda text: text if isinstance(text, Precision) else Precision.parse(text))]
 Scores = dict[str, float | None]
+SCORES = ("metric", "top1", "spearman", "f1")  # higher is better; the user's own first
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -39,24 +40,34 @@ class LayerRow(Part):
     predicted_loss: float | None = None
 
 
-class SchemeRow(Amounts):
+class Scored(Part):
+    """What held-out inputs with labels may have scored."""
+
+    metric: float | None = None
+    top1: float | None = None
+    spearman: float | None = None
+    f1: float | None = None
+
+
+class SchemeRow(Amounts, Scored):
     """A scheme that was measured on held-out inputs before one was chosen."""
 
     name: str
     scheme: dict[str, Bits]
     predicted: float
     measured: float | None = None
-    top1: float | None = None
-    metric: float | None = None
     chosen: bool
 
 
-class LadderRow(Part):
+class LadderRow(Scored):
     step: str
     kept: bool
     loss: float
-    top1: float | None = None
-    metric: float | None = None
+
+
+def counted(rows: Sequence[Scored]) -> str | None:
+    """The first of the scores that any of `rows` has."""
+    return next((score for score in SCORES if any(getattr(row, score) is not None for row in rows)), None)
 
 
 class Cell(Part):
@@ -170,10 +181,15 @@ class Record(Part):
         """On held-out inputs, after the last step that was kept."""
         return next((row.loss for row in reversed(self.ladder) if row.kept), None)
 
-    def tested(self, key: str) -> float | None:
-        """What the run's own network scored on the test data."""
-        value = self.test.get(key)
+    def tested(self, score: str, subnet: str | None = None) -> float | None:
+        """What the run's own network, or a subnet, scored on the test data."""
+        scores = self.test if subnet is None else self.test.get(subnet)
+        value = scores.get(score) if isinstance(scores, dict) else None
         return None if isinstance(value, dict) else value
+
+    def score_tested(self) -> str | None:
+        """The first of the scores that test data gave, or "loss"."""
+        return next((s for s in (*SCORES, "loss") if any(self.tested(s, of) is not None for of in (None, *self.subnets))), None)
 
 
 def record_of(report: Mapping[str, Any], where: str = "The report") -> Record:
