@@ -70,12 +70,12 @@ def losses_side_by_side(records: Mapping[str, Record]) -> Figure:
     for index, (name, record) in enumerate(records.items()):
         same = next((other for other in list(records.values())[:index] if other.table == record.table), None)
         if record.table is not None and same is None:
-            traces.append(frontier_line(record, f"{name}: best for its size, predicted", index))
+            traces.append(frontier_line(record, f"{_short(name)}: predicted best", index))
         symbol = SYMBOLS[index % len(SYMBOLS)]
         measured = [(row.bytes, row.measured, f"{name}, {told(row)}") for row in record.schemes if row.measured is not None]
-        traces.append(_markers(measured, f"{name}: measured", f"{symbol}-open", colour(index)))
+        traces.append(_markers(measured, f"{_short(name)}: measured", f"{symbol}-open", colour(index)))
         if record.final_loss is not None and record.result is not None:
-            traces.append(_markers([(record.result.bytes, record.final_loss, name)], f"{name}: result", symbol, colour(index), 15))
+            traces.append(_markers([(record.result.bytes, record.final_loss, name)], f"{_short(name)}: result", symbol, colour(index), 15))
     return _over_size(traces, "loss on held-out inputs")
 
 
@@ -83,7 +83,7 @@ def tests_side_by_side(records: Mapping[str, Record], key: str, words: str) -> F
     """What every run's file scored on its test data over its size; of a supernet each uniform subnet."""
     traces = []
     for index, (name, record) in enumerate(records.items()):
-        traces.append(_markers(tested_points(name, record, key), name, SYMBOLS[index % len(SYMBOLS)], colour(index), 13))
+        traces.append(_markers(tested_points(name, record, key), _short(name), SYMBOLS[index % len(SYMBOLS)], colour(index), 13))
     floats = {score for record in records.values() if (score := record.float_test.get(key)) is not None}
     level = _level(traces, floats.pop(), "float network") if len(floats) == 1 else []
     return _over_size([*traces, *level], f"{words} on test data", log=False)
@@ -129,7 +129,7 @@ def bits_along_network(records: Mapping[str, Record]) -> Figure:
         ]
         of_weights = [row and _height(row.precision.weight_bits, row.weights > 0) for row in rows]
         of_inputs = [row and _height(row.precision.activation_bits, True) for row in rows]
-        label = "" if len(records) == 1 else f"{run}: "
+        label = "" if len(records) == 1 else f"{_short(run)}: "
         shared = {"x": list(range(len(names))), "text": words, "hovertemplate": "%{text}<extra></extra>"}
         if len(records) == 1:
             traces.append(
@@ -330,5 +330,9 @@ def _name_axis(names: Sequence[str]) -> Figure:
     """Names along an axis of numbers, so that names may be long, alike at their beginning, or the same."""
     every = max(1, -(-len(names) // 40))
     places = range(0, len(names), every)
-    short = [name if len(name) <= LONGEST else "…" + name[1 - LONGEST :] for name in names]
-    return {"tickvals": list(places), "ticktext": [html.escape(short[place]) for place in places], "automargin": True}
+    return {"tickvals": list(places), "ticktext": [html.escape(_short(names[place])) for place in places], "automargin": True}
+
+
+def _short(name: str) -> str:
+    """The end of a long name, where layers and runs differ."""
+    return name if len(name) <= LONGEST else "…" + name[1 - LONGEST :]

@@ -363,8 +363,8 @@ def _controls(key: str, data: Mapping[str, Any], record: Record) -> str:
     low, high = (-(-size // place) * place for size in (sizes[0], sizes[-1]))
     now = record.result.bytes if record.result else low
     return (
-        f'<div class="controls" hidden><label for="{key}-slider">Budget for the file: '
-        f'<output data-show="budget" for="{key}-slider"></output></label>'
+        f'<div class="controls" hidden><p class="budget"><label for="{key}-slider">Budget for the file</label> '
+        '<span data-show="budget" aria-hidden="true"></span></p>'
         f'<input type="range" id="{key}-slider" min="{low}" max="{high}" step="{place}" value="{now}" aria-describedby="{key}-note">'
         '<p class="buttons"><button type="button">Previous scheme</button><button type="button">Next scheme</button></p>'
         f"{markup.pairs([('size', ''), ('bits a weight', ''), ('predicted loss', '')], shown=('size', 'bits', 'loss'))}"
@@ -384,7 +384,7 @@ def _scheme_table(names: Sequence[str], record: Record) -> str:
     head = '<tr><th scope="col">layer</th><th scope="col">this run</th><th scope="col">at this budget</th></tr>'
     return (
         '<div class="scroll tall" tabindex="0" role="region" aria-label="Scheme at this budget"><table>'
-        "<caption>Precision of every layer, as the run has it and at this budget</caption>"
+        "<caption>Precision of every layer, as the run has it and at this budget (\u2260 where they differ)</caption>"
         f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -515,7 +515,7 @@ def _certificates(records: Mapping[str, Record]) -> str:
 
 def _in_plain_words(record: Record) -> Iterable[str]:
     """What was solved, how far from the best it can be, what was measured, what was chosen and why."""
-    if record.certificate.get("bound") is not None:
+    if record.certificate.value is not None and record.certificate.bound is not None:
         yield _solved(record)
     elif record.schemes and record.budget is None:
         yield "No budget was given: every layer has its largest candidate, and nothing was solved for."
@@ -523,21 +523,20 @@ def _in_plain_words(record: Record) -> Iterable[str]:
         yield _measured(record)
     if record.uncovered:
         yield "Not quantized: " + "; ".join(f"{name} ({why})" for name, why in record.uncovered.items()) + "."
-    seed = record.certificate.get("seed", record.settings.get("seed"))
-    if seed is not None:
-        yield f"Every draw came from seed {seed}: the same command on the same machine gives the same file."
+    if record.certificate.seed is not None:
+        yield f"Every draw came from seed {record.certificate.seed}: the same command on the same machine gives the same file."
 
 
 def _solved(record: Record) -> str:
     certificate = record.certificate
-    value, bound = (float(certificate.get(key, 0)) for key in ("value", "bound"))
+    value, bound = certificate.value, certificate.bound
     better = "so there is none better" if value <= bound else f"so none can be better by more than {_number(value - bound)}"
     if record.schemes:
         better += ", as far as the prediction is right"
     return (
-        f"An integer program ({certificate.get('solver', 'unnamed')}) looked for the {certificate.get('objective', 'best scheme')} "
+        f"An integer program ({certificate.solver or 'its solver is not named'}) looked for the {certificate.objective or 'best scheme'} "
         f"within {record.budget}. Its best scheme reaches {_number(value)}. It proved that none within the budget reaches less than "
-        f"{_number(bound)} (gap {_number(100 * float(certificate.get('gap', 0)))} %), {better}."
+        f"{_number(bound)} (gap {_number(100 * (certificate.gap or 0.0))} %), {better}."
     )
 
 

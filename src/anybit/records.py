@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -110,6 +110,17 @@ def _nearest(wanted: Precision, options: Sequence[Precision]) -> Precision:
     return next((part for part in parts if part in options), options[0])
 
 
+class Certificate(Part):
+    """What a solver proved: the value that it reached and the least that any other could."""
+
+    solver: str | None = None
+    objective: str | None = None
+    value: float | None = None
+    bound: float | None = None
+    gap: float | None = None
+    seed: int | None = None
+
+
 class Epoch(Part):
     epoch: int
     loss: float
@@ -145,7 +156,7 @@ class SearchRecord(Part):
 class Record(Part):
     """One run's report, of any road. `test` is of the run's network, or of each uniform subnet of a supernet."""
 
-    version: Literal[1]
+    version: Annotated[int, Field(ge=1, le=1)]
     road: str = "calibrate"
     budget: str | None = None
     result: Amounts | None = None
@@ -153,7 +164,7 @@ class Record(Part):
     layers: dict[str, LayerRow] = {}
     schemes: list[SchemeRow] = []
     table: Table | None = None
-    certificate: dict[str, Any] = {}
+    certificate: Certificate = Certificate()
     ladder: list[LadderRow] = []
     epochs: list[Epoch] = []
     subnets: dict[str, Amounts] = {}
