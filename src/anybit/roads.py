@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from anybit import growth, searches, stages, subnets, training
+from anybit.allocation import fixed_bytes
 from anybit.batches import Batch, Calibration, Samples, check_finite, draw, split, tensors_in
 from anybit.candidates import Candidates, apply_scheme, to_tensors
 from anybit.checkpoint import (
@@ -33,7 +34,7 @@ from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, SchemeMisma
 from anybit.evaluation import Metric, check_labels, guess_task, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
 from anybit.layers import float_weight
-from anybit.pages import growth_page
+from anybit.pages import run_page, runs_page
 from anybit.processes import join_processes, share_state
 from anybit.progress import note
 from anybit.references import Preprocessing, absolute, as_samples, code_of, completed, covered, load_data, load_model
@@ -81,8 +82,7 @@ class Result:
         size = (folder / "model.safetensors").stat().st_size
         assert size == self.report["result"]["bytes"], f"counted {self.report['result']['bytes']} bytes, wrote {size}"
         write_json(folder / "report.json", self.report)
-        if "epochs" in self.report:
-            (folder / "report.html").write_text(growth_page(self.report), encoding="utf8")
+        (folder / "report.html").write_text(run_page(self.report), encoding="utf8")
         if self.candidates is not None:
             write_candidates(folder, self.candidates, self.table)
 
@@ -340,12 +340,30 @@ def _report(bench: Bench, scheme: Scheme, choice: stages.Choice, budget: Budget 
         "float_bytes": network.costs.float_bytes,
         "layers": layers,
         "schemes": rows,
+        "table": _table(bench),
         "certificate": choice.certificate(settings.seed),
         "candidate_errors": bench.errors,
         "inputs": dict(zip(("fitting", "held_out"), bench.calibration.count(), strict=True)),
         "uncovered": dict(network.uncovered),
         "settings": settings.to_json(),
         "environment": environment(),
+    }
+
+
+def _table(bench: Bench) -> dict[str, Any]:
+    """Every candidate precision's predicted loss and costs: what other budgets would give can be told from it, without the network."""
+    choices, costs = bench.network.choices, bench.network.costs
+    return {
+        "floor": bench.table.floor,
+        "fixed_bytes": fixed_bytes(choices, costs),
+        "weights": sum(size.weights for size in costs.layers.values()),
+        "layers": {
+            name: {
+                str(p): {"loss": bench.table.loss(name, p), "bytes": costs.layer_bytes(name, p), "bops": costs.layer_bops(name, p)}
+                for p in precisions
+            }
+            for name, precisions in choices.items()
+        },
     }
 
 
@@ -934,7 +952,9 @@ def save_all(results: Result | Sequence[Result], output: str | Path, overwrite: 
         for name, result in zip(names, results, strict=True):
             (draft / name).mkdir()
             result.write(draft / name)
-        write_json(draft / "report.json", {"version": 1, "budgets": {name: r.report for name, r in zip(names, results, strict=True)}})
+        reports = {name: result.report for name, result in zip(names, results, strict=True)}
+        write_json(draft / "report.json", {"version": 1, "budgets": reports})
+        (draft / "report.html").write_text(runs_page(reports), encoding="utf8")
     for name in names:
         remember(output / name)
     return [output / name for name in names]
