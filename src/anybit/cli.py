@@ -1,13 +1,15 @@
 """The command line: paths, options and printing. All work is done by `roads`."""
 
+import inspect
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from enum import StrEnum
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,6 +84,13 @@ Task = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print each event as it happens, in a line on stderr.")]
+Log = Annotated[Path | None, typer.Option("--log", help="Append each event to this file as it happens, one JSON object a line.")]
+TELLING = {
+    name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+    for name, kind, default in (("log", Log, None), ("verbose", Verbose, False), ("quiet", Quiet, False))
+}
+Work = Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
@@ -97,23 +106,63 @@ def _reported_errors() -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
+def told(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb that works for longer than a moment. `--log`, `--verbose` and `--quiet` join its options, where it has them not yet, and its
+    first parameter is `work`: called with nothing, the block in which it works, told of as those options say, its errors reported."""
+
+    @wraps(verb)
+    def command(**options: Any) -> None:
+        settings = {name: value for name, value in options.items() if name not in (*TELLING, "as_json")}
+        telling = {name: options[name] for name in TELLING}
+
+        def work() -> AbstractContextManager[None]:
+            return _work(verb.__name__, settings, silent=options.get("as_json", False), **telling)
+
+        verb(work, **{name: value for name, value in options.items() if name in own})
+
+    own = {name: parameter for name, parameter in inspect.signature(verb).parameters.items() if name != "work"}
+    command.__signature__ = inspect.Signature([*own.values(), *(option for name, option in TELLING.items() if name not in own)])
+    return command
+
+
 @contextmanager
-def _progress(quiet: bool) -> Iterator[None]:
-    """Bars with time left on a terminal, plain lines elsewhere, nothing when quiet. All on stderr: stdout is for results."""
-    from anybit.progress import listening
+def _work(verb: str, settings: Mapping[str, Any], silent: bool, log: Path | None, verbose: bool, quiet: bool) -> Iterator[None]:
+    """Report errors, and tell of the work: how far it is on the terminal, each event in a line where `verbose`, and all into `log`."""
+    with _reported_errors(), ExitStack() as stack:
+        if verbose and quiet:
+            raise InvalidSetting("--verbose and --quiet contradict each other. Give one of them.")
+        if log is not None and "output" in settings and log.resolve().is_relative_to(settings["output"].resolve()):
+            raise InvalidSetting(f"--log {log} is inside the run folder, which is written whole or not at all. Put the log beside it.")
+        if os.environ.get("RANK", "0") == "0":  # of several processes one tells
+            from anybit.logs import appended, completing, readable, verb_told
+            from anybit.progress import listening
 
-    if quiet or os.environ.get("RANK", "0") != "0":  # of several processes one tells
+            listener, show = stack.enter_context(_terminal(bars=not (quiet or silent)))
+            sinks = [stack.enter_context(appended(log))] if log is not None else []
+            if verbose:
+                sinks.append(lambda record: show(readable(record)))
+            elif not (quiet or silent):
+                sinks.append(lambda record: "note" in record and show(record["note"]))
+            stack.enter_context(listening(listener, completing(*sinks)))
+            stack.enter_context(verb_told(verb, settings))
         yield
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bars, listening(_bar_listener(bars), bars.console.print):
-            yield
-    else:
-        with listening(_line_listener(), lambda line: print(line, file=sys.stderr)):
-            yield
+
+@contextmanager
+def _terminal(bars: bool) -> Iterator[tuple[Callable[[str, int, int], None] | None, Callable[[str], None]]]:
+    """(what shows how far the work is, if it is to be shown; what shows a line): bars with time left on a terminal, plain lines elsewhere.
+
+    All on stderr: stdout is for results.
+    """
+    if not bars or not sys.stderr.isatty():
+        yield _line_listener() if bars else None, partial(print, file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        yield _bar_listener(shown), partial(shown.console.print, markup=False, highlight=False)
 
 
 def _bar_listener(bars) -> Callable[[str, int, int], None]:
@@ -197,7 +246,9 @@ def _metric(reference: str | None):
 
 
 @app.command()
+@told
 def calibrate(
+    work: Work,
     output: Output,
     model: Model = None,
     weights: Weights = None,
@@ -256,7 +307,7 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """From a trained network, a few hundred inputs and a budget to a low-bit network, its scheme and a measured report."""
-    with _reported_errors(), _progress(quiet or as_json):
+    with work():
         from anybit import roads
         from anybit.checkpoint import check_free
 
@@ -328,7 +379,9 @@ def _summary(report: dict) -> dict:
 
 
 @app.command()
+@told
 def allocate(
+    work: Work,
     run: Annotated[Path, typer.Argument(help="A run folder of calibrate.")],
     output: Output,
     budget: Budgets = None,
@@ -345,7 +398,7 @@ def allocate(
     as_json: AsJson = False,
 ) -> None:
     """New budgets from the candidates and table of a calibrate run, in seconds."""
-    with _reported_errors(), _progress(quiet or as_json):
+    with work():
         from anybit import roads
         from anybit.checkpoint import check_free
 
@@ -359,7 +412,9 @@ def allocate(
 
 
 @app.command()
+@told
 def grow(
+    work: Work,
     output: Output,
     model: Model = None,
     weights: Weights = None,
@@ -408,7 +463,7 @@ def grow(
     as_json: AsJson = False,
 ) -> None:
     """Train a network to a budget while its mixed-precision scheme grows; an interrupted run continues where it is started again."""
-    with _reported_errors(), _progress(quiet or as_json):
+    with work():
         from anybit import roads
         from anybit.checkpoint import CHECKPOINT, check_free
         from anybit.processes import rank
@@ -466,7 +521,9 @@ def grow(
 
 
 @app.command()
+@told
 def train(
+    work: Work,
     output: Output,
     model: Model = None,
     weights: Weights = None,
@@ -513,7 +570,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one network for every bit-width; `search` and `extract` take subnets from it. An interrupted run continues where it began."""
-    with _reported_errors(), _progress(quiet or as_json):
+    with work():
         from anybit import roads
         from anybit.checkpoint import CHECKPOINT, check_free
         from anybit.processes import rank
@@ -583,7 +640,9 @@ def _factors(text: str | None) -> dict[int, float]:
 
 
 @app.command()
+@told
 def search(
+    work: Work,
     run: Annotated[Path, typer.Argument(help="A supernet's folder.")],
     output: Output,
     data: Data = None,
@@ -603,7 +662,7 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """The best schemes of a supernet along the range of costs, and the best for each budget; what was evaluated once is not again."""
-    with _reported_errors(), _progress(quiet or as_json):
+    with work():
         from anybit import roads
         from anybit.checkpoint import check_free
 
@@ -624,7 +683,9 @@ def search(
 
 
 @app.command()
+@told
 def extract(
+    work: Work,
     run: Annotated[Path, typer.Argument(help="A supernet's folder, or a search's.")],
     output: Output,
     budget: Annotated[str | None, typer.Option("--budget", help="The best known subnet that fits it.")] = None,
@@ -643,7 +704,7 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """A subnet of a supernet or of a search as an ordinary run folder, polished by calibrate where that is asked for."""
-    with _reported_errors(), _progress(quiet or as_json):
+    with work():
         from anybit import roads
         from anybit.checkpoint import check_free
 
@@ -656,7 +717,9 @@ def extract(
 
 
 @app.command()
+@told
 def evaluate(
+    work: Work,
     run: Annotated[Path | None, typer.Argument(help="A run folder; or give --model for the float network.")] = None,
     model: Model = None,
     weights: Weights = None,
@@ -678,7 +741,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Accuracy and loss of a run, or of a float network, on labelled data."""
-    with _reported_errors():
+    with work():
         from anybit import roads
         from anybit.references import changed, completed, load_data, load_model
 
@@ -702,7 +765,9 @@ def evaluate(
 
 
 @app.command()
+@told
 def export(
+    work: Work,
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     onnx: Annotated[Path, typer.Option("--onnx", help="The file to write.")],
     data: RunData = None,
@@ -710,10 +775,11 @@ def export(
     tables: Annotated[bool, typer.Option("--tables", help="SiLU, GELU and the like as tables of codes: exact, slower.")] = False,
     weight_only: Annotated[bool, typer.Option("--weight-only", help="Linears with float inputs run on packed weights.")] = False,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a run as an ONNX file: weights packed at their bits, integer kernels when it runs."""
-    with _reported_errors():
+    with work():
         from anybit import exports
 
         found = exports.export(run, onnx, model=model, data=data, tables=tables, weight_only=weight_only, overwrite=overwrite)
@@ -724,6 +790,8 @@ def export(
 
     over = 100 * (found["bytes"] / found["ideal_bytes"] - 1) if found["ideal_bytes"] else 0
     print(f"{onnx}: {human_bytes(found['bytes'])}, {over:.1f} % above the {human_bytes(found['ideal_bytes'])} of its weights' bits")
+    if quiet:
+        return
     print(f"{found['integer_layers']} of {found['layers']} layers on integers")
     if found["measured_edges"]:
         count = len(found["measured_edges"])
@@ -731,7 +799,9 @@ def export(
 
 
 @app.command()
+@told
 def verify(
+    work: Work,
     run: Annotated[Path, typer.Argument(help="The run folder that was exported.")],
     onnx: Annotated[Path, typer.Argument(help="The exported file.")],
     data: RunData = None,
@@ -740,10 +810,11 @@ def verify(
     metric: MetricOption = None,
     workers: Workers = 0,
     threads: Threads = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Check an exported file against its run: its contents, its integer kernels, its numbers. Exit status 1 where a promise fails."""
-    with _reported_errors():
+    with work():
         from anybit import exports
 
         _set_threads(threads)
@@ -753,12 +824,14 @@ def verify(
     else:
         from anybit.reporting import print_verdict
 
-        print_verdict(found)
+        print_verdict(found, numbers=not quiet)
     raise typer.Exit(0 if found["ok"] else 1)
 
 
 @app.command()
+@told
 def bench(
+    work: Work,
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     onnx: Annotated[Path | None, typer.Argument(help="The exported file (default: what the run would be exported as).")] = None,
     data: RunData = None,
@@ -769,7 +842,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Size of the exported file against its bits, and latency against the same runtime's float32 file, in turns."""
-    with _reported_errors():
+    with work():
         from anybit import exports
 
         found = exports.bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads)
@@ -782,7 +855,9 @@ def bench(
 
 
 @app.command()
+@told
 def profile(
+    work: Work,
     model: Model = None,
     weights: Weights = None,
     data: Data = None,
@@ -801,7 +876,7 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """How long each layer takes in float and on integers on this machine: the table behind --budget latency=3ms."""
-    with _reported_errors():
+    with work():
         from anybit import exports
 
         given = _preprocessing(mean, std, size, resize, interpolation, columns, length, stride)

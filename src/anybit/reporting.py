@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from anybit.progress import tell
+
 
 @dataclass
 class StageClock:
@@ -22,9 +24,11 @@ class StageClock:
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage."""
         _reset_peak()
+        tell("stage begins", stage=name)
         start = time.perf_counter()
         yield
         self.stages.append({"stage": name, "seconds": time.perf_counter() - start, "peak_bytes": peak_memory()})
+        tell("stage ends", **self.stages[-1])
 
 
 def _reset_peak() -> None:
@@ -248,9 +252,9 @@ def scores_line(scores: Mapping[str, float]) -> str:
     return "  ".join(f"{key} {value:.2f}" if key.startswith("top") else f"{key} {value:.5g}" for key, value in scores.items())
 
 
-def print_verdict(found: Mapping[str, Any]) -> None:
-    """What an exported file kept of its promises, and how it compares with the simulation."""
-    if found["numbers"]:
+def print_verdict(found: Mapping[str, Any], numbers: bool = True) -> None:
+    """What an exported file kept of its promises and, with `numbers`, how it compares with the simulation."""
+    if found["numbers"] and numbers:
         _print_numbers(found)
     for failure in found["failures"]:
         print(f"FAILED: {failure}")

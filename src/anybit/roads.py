@@ -38,6 +38,7 @@ from anybit.evaluation import evaluate as evaluate_model
 from anybit.layers import float_weight
 from anybit.pages import growth_page
 from anybit.processes import join_processes, share_state
+from anybit.progress import tell
 from anybit.references import Preprocessing, absolute, as_samples, code_of, completed, covered, load_data, load_model
 from anybit.reporting import StageClock, environment
 from anybit.scheme import Budget, Precision, Scheme
@@ -261,6 +262,7 @@ def _finish(
     network, settings = bench.network, bench.settings
     with clock.stage("allocation"):
         choice = stages.choose_scheme(network, bench.table, budget, settings, bench.judge)
+        tell("allocation", budget=budget and str(budget), certificate=choice.certificate(settings.seed), scheme=choice.scheme)
     with clock.stage("polish"):
         model, ladder, errors = stages.polish(bench, choice.scheme)
         if budget is not None and budget.limit("drop") is not None:
@@ -277,8 +279,14 @@ def _finish(
         with clock.stage("latency"):
             report["latency"] = _latencies(network, canonical, bench.calibration.fitting[0].to("cpu"))
     report["stages"] = clock.stages
+    tell("result", budget=report["budget"], **report["result"], **_scores(report))
     about = {**about, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task}
     return Result(canonical, report, about, bench.candidates, dict(saved))
+
+
+def _scores(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured on test data."""
+    return {key: report[key] for key in ("test", "float_test") if key in report}
 
 
 def _within_drop(bench: Bench, budget: Budget, scheme: Scheme, polished: nn.Module) -> nn.Module:
@@ -411,6 +419,8 @@ def grow(
     report["stages"] = clock.stages
     certificate = {**trainee.decisions().get("certificate", {}), "seed": wanted.train.seed}
     about |= {"budget": str(budget) if budget else None, "task": task, "certificate": certificate}
+    tell("allocation", budget=report["budget"], certificate=certificate, scheme=canonical.scheme)
+    tell("result", budget=report["budget"], **report["result"], **_scores(report))
     return Result(canonical, report | {"certificate": certificate}, about)
 
 
@@ -517,6 +527,7 @@ def train(
         "environment": environment(),
         "stages": clock.stages,
     }
+    tell("result", subnets=supernet.report["subnets"], **_scores(report))
     return supernet
 
 
@@ -655,6 +666,7 @@ def extract(
             preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
             tests = _checked_tests(_samples(test, workers, preprocessing, canonical.model), canonical.model)
             report["test"] = evaluate_model(canonical.model, tests.batches(256), supernet.task, metric)
+    tell("result", budget=report["budget"], **report["result"], **_scores(report))
     about = {**supernet.about, "budget": report["budget"], "task": supernet.task}
     return Result(canonical, report | {"stages": clock.stages}, about)
 
@@ -844,7 +856,9 @@ def evaluate(
     if len(samples) == 0:
         raise InvalidInput("There is nothing to evaluate on: the data is empty.")
     check_inputs(model, samples)
-    return evaluate_model(on_device(model, device), samples.on(device).batches(batch_size), task, metric)
+    scores = evaluate_model(on_device(model, device), samples.on(device).batches(batch_size), task, metric)
+    tell("result", **scores)
+    return scores
 
 
 def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from anybit.evaluation import COUNTED, TASKS, Metric, distance, guess_task, outp
 from anybit.layers import check_single_use, coverage, float_weight, prepare, quantized_layers, takes_groups, weight_rows
 from anybit.matmul import Matmul
 from anybit.methods.adaquant import AdaQuantSettings, BiasTuningSettings, parallel, sequential, tune_biases
+from anybit.progress import tell
 from anybit.ranges import ESTIMATORS
 from anybit.scheme import FLOAT, Budget, Condition, Precision, Scheme, check_bits, match_patterns
 from anybit.sensitivity import SensitivityTable, measure_sensitivity
@@ -482,7 +483,9 @@ def measured_row(network: Network, table: SensitivityTable, name: str, scheme: S
     """What the table predicts of a scheme, what the held-out inputs say, and its costs."""
     measured = judge.of_scheme(scheme)
     loss = measured.pop("loss")
-    return {"name": name, "scheme": scheme, "predicted": table.total(scheme), "measured": loss, **measured, **network.costs.summary(scheme)}
+    row = {"name": name, "scheme": scheme, "predicted": table.total(scheme), "measured": loss, **measured, **network.costs.summary(scheme)}
+    tell("scheme", **row)
+    return row
 
 
 def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, settings: CalibrateSettings, judge: Judge) -> Choice:
@@ -560,12 +563,15 @@ def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]
     better = not rounded["loss"] < matched["loss"]
     model, errors = (candidate if better else ranged), {}
     ladder = [{"step": "ranges", "kept": not better, **rounded}, {"step": "candidates", "kept": better, **matched}]
+    for row in ladder:
+        tell("step", **row)
 
     def offer(step: str, changed: nn.Module, **more) -> None:
         nonlocal model
         measured = judge.of_model(changed)
         kept = measured["loss"] < next(row["loss"] for row in reversed(ladder) if row["kept"])
         ladder.append({"step": step, "kept": kept, **measured, **more})
+        tell("step", **ladder[-1])
         if kept:
             model = changed
 

@@ -37,7 +37,7 @@ from anybit.errors import AnybitError
 from anybit.evaluation import compares_classes, distance, outputs_of
 from anybit.layers import QuantizedLayer, fill, float_weight, from_rows, quantized_layers, weight_rows
 from anybit.numerics import fake_quantize
-from anybit.progress import track
+from anybit.progress import tell, track
 from anybit.quantizers import LearnedInput, UniformQuantizer
 from anybit.wiring import Unit, Wiring
 
@@ -210,6 +210,7 @@ def sequential(
         else:
             sides = _capture_sides(model, float_model, unit, calibration, budget)
         report[unit.name] = _reconstruct_unit(model, unit, starts, *sides, wiring, settings)
+        tell("unit", unit=unit.name, **report[unit.name])
         previous = unit
     return report
 
@@ -255,6 +256,7 @@ def parallel(
         for bits, model in variants.items():
             result = _reconstruct_unit(model, unit, starts[bits], fitting, held_out, wiring, settings)
             report.setdefault(unit.name, {})[bits] = result
+            tell("unit", unit=unit.name, bits=bits, **result)
     return report
 
 
@@ -419,6 +421,7 @@ def tune_biases(
             optimizer.step()
             schedule.step()
         after = distance(outputs_of(model, held_out), held_out_reference, task)
+        tell("tuning", epoch=epoch, loss=after)
         if after < result["after"]:
             result |= {"after": after, "epochs": epoch}
             best = [parameter.detach().clone() for parameter in parameters]
