@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from torch.utils.data import Dataset
 
 import anybit
 from anybit import roads, stages
+from anybit.allocation import HEADER_SLACK
 from anybit.batches import Samples
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.layers import scheme_of
@@ -121,6 +124,17 @@ def test_the_report_says_what_the_result_is(calibrated):
     assert set(uniform) == {"uniform W2A4", "uniform W2A8", "uniform W4A4", "uniform W4A8"}
     assert report["inputs"] == {"fitting": 32, "held_out": 8}
     assert all(stage["seconds"] >= 0 and stage["peak_bytes"] > 0 for stage in report["stages"])
+
+
+def test_the_reports_table_tells_size_and_predicted_loss_of_every_measured_scheme(calibrated):
+    report = json.loads(json.dumps(calibrated[2].report))
+    table, layers = report["table"], report["table"]["layers"]
+    assert table["weights"] == sum(layer["weights"] for layer in report["layers"].values())
+    for row in report["schemes"]:
+        cells = [layers[name][precision] for name, precision in row["scheme"].items()]
+        assert abs(table["fixed_bytes"] + sum(cell["bytes"] for cell in cells) - row["bytes"]) <= HEADER_SLACK
+        assert table["floor"] + sum(cell["loss"] for cell in cells) == pytest.approx(row["predicted"])
+        assert sum(cell["bops"] for cell in cells) == row["bops"]
 
 
 @pytest.mark.parametrize("budget", ["4200B", "45%", "6.5bit", "5bit,bops=6M", "bops=4M"])

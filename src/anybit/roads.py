@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from anybit import growth, searches, stages, subnets, training
+from anybit.allocation import fixed_bytes
 from anybit.batches import Batch, Calibration, Samples, check_finite, draw, split, tensors_in
 from anybit.candidates import Candidates, apply_scheme
 from anybit.checkpoint import (
@@ -311,12 +312,30 @@ def _report(bench: Bench, scheme: Scheme, choice: stages.Choice, budget: Budget 
         "float_bytes": network.costs.float_bytes,
         "layers": layers,
         "schemes": rows,
+        "table": _table(bench),
         "certificate": choice.certificate(settings.seed),
         "candidate_errors": bench.errors,
         "inputs": dict(zip(("fitting", "held_out"), bench.calibration.count(), strict=True)),
         "uncovered": dict(network.uncovered),
         "settings": settings.to_json(),
         "environment": environment(),
+    }
+
+
+def _table(bench: Bench) -> dict[str, Any]:
+    """Every candidate precision's predicted loss and costs: what other budgets would give can be told from it, without the network."""
+    choices, costs = bench.network.choices, bench.network.costs
+    return {
+        "floor": bench.table.floor,
+        "fixed_bytes": fixed_bytes(choices, costs),
+        "weights": sum(size.weights for size in costs.layers.values()),
+        "layers": {
+            name: {
+                str(p): {"loss": bench.table.loss(name, p), "bytes": costs.layer_bytes(name, p), "bops": costs.layer_bops(name, p)}
+                for p in precisions
+            }
+            for name, precisions in choices.items()
+        },
     }
 
 
