@@ -935,6 +935,44 @@ def inspect(
         print_inspection(found, layers=not quiet)
 
 
+@app.command()
+def diff(
+    run: Annotated[Path, typer.Argument(help="A run folder, of any road.")],
+    run2: Annotated[Path, typer.Argument(help="Another.")],
+    as_json: AsJson = False,
+) -> None:
+    """What differs between two runs: settings, versions, references, bits, size, errors, accuracy, and whether the weights are the same."""
+    with _reported_errors():
+        from anybit import comparison
+
+        found = comparison.diff(run, run2)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        from anybit.reporting import print_difference
+
+        print_difference(found)
+
+
+@app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    layer: Annotated[str, typer.Argument(help="One of its layers.")],
+    as_json: AsJson = False,
+) -> None:
+    """Why a layer has its bits: what each precision would lose and cost, the shadow price, one step more or less, reconstruction errors."""
+    with _reported_errors():
+        from anybit import explanation
+
+        found = explanation.explain(run, layer)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        from anybit.reporting import print_explanation
+
+        print_explanation(found)
+
+
 def main() -> None:
     """Entry point of the `anybit` command."""
     warnings.formatwarning = lambda message, *where, **line: f"warning: {' '.join(str(message).split())}\n"
