@@ -270,8 +270,6 @@ def test_bad_input_ends_with_status_2_and_one_line(case, here):
     arguments, message = BAD[case]
     torch.save(torch.nn.Linear(2, 2).state_dict(), "other.pt")
     Path("broken.pt").write_bytes(b"garbage")
-    import onnxruntime  # noqa: F401  its first import makes a folder in the user's cache
-
     before = sorted(os.listdir())
     done = calibrate("--quiet", *arguments)
     assert done.exit_code == 2, done.exception

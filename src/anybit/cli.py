@@ -82,6 +82,7 @@ Task = Annotated[
     str | None,
     typer.Option(help="classification, regression, embedding, question-answering or language-model, where the network does not tell."),
 ]
+Cache = Annotated[bool, typer.Option(help="Keep results of stages and take them up again, from the user's cache directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Print each event as it happens, in a line on stderr.")]
@@ -287,6 +288,7 @@ def calibrate(
     ] = "float",
     group: Annotated[int | None, typer.Option(help="A weight scale for each so many inputs of a linear's or embedding's channel.")] = None,
     memory: Memory = "2GiB",
+    cache: Cache = True,
     seed: Seed = 0,
     mean: Mean = None,
     std: Std = None,
@@ -323,6 +325,7 @@ def calibrate(
             metric=_metric(metric),
             workers=workers,
             device=device,
+            cache=cache,
             weight_bits=_bits(weight_bits, "--weight-bits"),
             activation_bits=_bits(activation_bits, "--activation-bits"),
             keep=_kept(keep),
@@ -389,6 +392,7 @@ def allocate(
     model: Model = None,
     batch_size: Annotated[int | None, typer.Option(help="Inputs a forward pass; the run's where left out.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory for captured activations; the run's where left out.")] = None,
+    cache: Cache = True,
     workers: Workers = 0,
     threads: Threads = None,
     metric: MetricOption = None,
@@ -404,7 +408,8 @@ def allocate(
 
         check_free(output, overwrite)
         _set_threads(threads)
-        how = {"metric": _metric(metric), "device": device, "batch_size": batch_size, "memory": parse_size(memory) if memory else None}
+        room = parse_size(memory) if memory else None
+        how = {"metric": _metric(metric), "device": device, "batch_size": batch_size, "memory": room, "cache": cache}
         _require(budget, "--budget")
         results = [roads.allocate(run, one, data, model, workers, **how) for one in budget]
         folders = roads.save_all(results if len(results) > 1 else results[0], output, overwrite)
@@ -651,6 +656,7 @@ def search(
     strategy: Annotated[str, typer.Option(help="monte-carlo, uniform or integer-program.")] = "monte-carlo",
     quantity: Annotated[str, typer.Option(help="The cost of the front: bits, bytes or bops.")] = "bits",
     images: Annotated[int, typer.Option(help="Held-out inputs a subnet is evaluated on; others measure the front again.")] = 2500,
+    cache: Cache = True,
     seed: Seed = 0,
     model: Model = None,
     workers: Workers = 0,
@@ -669,7 +675,7 @@ def search(
         check_free(output, overwrite)
         _set_threads(threads)
         wanted = {"evaluations": evaluations, "strategy": strategy, "quantity": quantity, "seed": seed}
-        how = {"model": model, "images": images, "metric": _metric(metric), "workers": workers, "device": device}
+        how = {"model": model, "images": images, "metric": _metric(metric), "workers": workers, "device": device, "cache": cache}
         found = roads.search(run, data, budget or (), **how, **wanted)
         folder = found.save(output, overwrite)
     if as_json:
@@ -694,6 +700,7 @@ def extract(
     polish: Annotated[bool, typer.Option("--polish", help="Then sequential AdaQuant, batch-norm and bias tuning on --data.")] = False,
     samples: Annotated[int, typer.Option(help="Inputs drawn to polish on.")] = 1024,
     steps: Annotated[int, typer.Option(help="Adam steps a unit when polishing.")] = 300,
+    cache: Cache = True,
     test: Test = None,
     model: Model = None,
     workers: Workers = 0,
@@ -711,7 +718,7 @@ def extract(
         check_free(output, overwrite)
         _set_threads(threads)
         how = {"scheme": scheme, "data": data, "test": test, "model": model, "metric": _metric(metric), "workers": workers}
-        wanted = {"polish": True, "samples": samples, "steps": steps} if polish else {}
+        wanted = {"polish": True, "samples": samples, "steps": steps, "cache": cache} if polish else {}
         folder = roads.extract(run, budget, **how, **wanted).save(output, overwrite)
     _print_results([folder], as_json, quiet)
 
@@ -971,6 +978,32 @@ def explain(
         from anybit.reporting import print_explanation
 
         print_explanation(found)
+
+
+@app.command()
+def cache(
+    trim: Annotated[str | None, typer.Option(help="Remove the least recently used results until so much is left: 500MB, 0B.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Read every result; name and remove the damaged ones.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Results that were kept to be taken up again: where they are, how much they take; --trim makes room."""
+    with _reported_errors():
+        from anybit import resume
+
+        folder = resume.results_folder()
+        removed = 0 if trim is None else resume.trim(folder, parse_size(trim))
+        damaged = resume.remove_damaged(folder) if check else {}
+        kept = resume.entries(folder)
+    found = {
+        "folder": str(folder), "results": len(kept), "bytes": sum(entry.bytes for entry in kept), "limit": resume.LIMIT,
+        "removed_bytes": removed, "damaged": {str(path): reason for path, reason in damaged.items()},
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps(found))
+    else:
+        from anybit.reporting import print_cache
+
+        print_cache(found)
 
 
 def main() -> None:

@@ -384,6 +384,15 @@ def print_profile(found: Mapping[str, Any], layers: bool = True) -> None:
     print(f", every second layer float {1e3 * whole['alternating']:.4g} ms" + (" (measured before)" if found["recalled"] else ""))
 
 
+def print_cache(found: Mapping[str, Any]) -> None:
+    """What is kept, and what was removed."""
+    for path, reason in found["damaged"].items():
+        print(f"damaged and removed: {path}: {reason}")
+    if found["removed_bytes"]:
+        print(f"{human_bytes(found['removed_bytes'])} removed")
+    print(f"{found['folder']}: {found['results']} results, {human_bytes(found['bytes'])} of at most {human_bytes(found['limit'])}")
+
+
 def _shape(numbers: Iterable[int]) -> str:
     return "x".join(map(str, numbers))
 

@@ -26,12 +26,15 @@ held-out inputs is kept. The KL is a mean over samples (the release also divides
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybit.batches import Batch, Calibration, predict, real
+from anybit.candidates import restore, snapshot
 from anybit.capture import Captured, MemoryBudget, capture, carry, chunks
 from anybit.errors import AnybitError
 from anybit.evaluation import compares_classes, distance, outputs_of
@@ -39,6 +42,7 @@ from anybit.layers import QuantizedLayer, fill, float_weight, from_rows, quantiz
 from anybit.numerics import fake_quantize
 from anybit.progress import tell, track
 from anybit.quantizers import LearnedInput, UniformQuantizer
+from anybit.resume import Kept, Recall
 from anybit.wiring import Unit, Wiring
 
 
@@ -194,24 +198,41 @@ def sequential(
     calibration: Calibration,
     settings: AdaQuantSettings,
     memory: int,
+    recall: Recall = Recall(),
 ) -> dict[str, dict[str, float]]:
     """Reconstruct the units of `model`, in place, one after the other: each sees what the already quantized network gives it.
 
     `float_model` is the folded network that `model` was made from, `starts` the free weights of all layers (see `reconstruct`), `memory`
     the bytes that captured tensors may take before they spill to disk. What a unit sees is carried over from the unit before it where
     that is all that feeds it, and captured from the inputs on otherwise. Returns each unit's errors.
+
+    `recall` keeps what each unit has come to and takes it up again. Units that it takes up are still carried through to the next one that
+    it does not have, since what is carried and what is captured may differ in their last bits.
     """
     report: dict[str, dict[str, float]] = {}
-    previous, sides = None, []
+    sides: list[UnitData] = []
+    through: list[Unit] = []  # the units since the one that `sides` are of, which is the first
+
+    def reach(unit: Unit) -> list[UnitData]:
+        """What `unit` sees, from the nearest of the units before it whose data are at hand or must be captured."""
+        nonlocal sides, through
+        path = [*through, unit]
+        fresh = [at for at, (before, after) in enumerate(pairwise(path), 1) if not wiring.feeds(before.name, after.name)]
+        if fresh or not sides:
+            path = path[fresh[-1] if fresh else 0 :]
+            sides = _capture_sides(model, float_model, path[0], calibration, MemoryBudget(memory // 2))
+        for before, after in pairwise(path):
+            budget = MemoryBudget(memory // 2)  # this unit's tensors and the previous one's are held at once
+            sides = [_carried_side(side, model, float_model, before, after, wiring, budget) for side in sides]
+        through = []
+        return sides
+
     for unit in track(units, "sequential AdaQuant"):
-        budget = MemoryBudget(memory // 2)  # this unit's tensors and the previous one's are held at once
-        if previous is not None and wiring.feeds(previous.name, unit.name):
-            sides = [_carried_side(side, model, float_model, previous, unit, wiring, budget) for side in sides]
-        else:
-            sides = _capture_sides(model, float_model, unit, calibration, budget)
-        report[unit.name] = _reconstruct_unit(model, unit, starts, *sides, wiring, settings)
+        recall = recall.under(unit.name)  # and on every unit before it
+        name = f"sequential AdaQuant of {unit.name}"
+        report[unit.name] = _recalled_unit(name, model, unit, starts, partial(reach, unit), wiring, settings, recall)
+        through.append(unit)
         tell("unit", unit=unit.name, **report[unit.name])
-        previous = unit
     return report
 
 
@@ -245,19 +266,45 @@ def parallel(
     calibration: Calibration,
     settings: AdaQuantSettings,
     memory: int,
+    recall: Recall = Recall(),
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Reconstruct every unit of every variant (bits -> model), in place, with the float network's inputs: no unit depends on another,
-    so layers of any bits can be put together afterwards. What a unit sees is captured once for all variants.
+    so layers of any bits can be put together afterwards. What a unit sees is captured once for all variants, unless `recall` has kept what
+    all of them have come to.
     """
     report: dict[str, dict[int, dict[str, float]]] = {}
     for unit in track(units, "parallel AdaQuant"):
-        budget = MemoryBudget(memory)
-        fitting, held_out = _capture_sides(None, float_model, unit, calibration, budget)
+        sides = cache(partial(_capture_sides, None, float_model, unit, calibration, MemoryBudget(memory)))
         for bits, model in variants.items():
-            result = _reconstruct_unit(model, unit, starts[bits], fitting, held_out, wiring, settings)
+            name = f"parallel AdaQuant of {unit.name} at W{bits}"
+            result = _recalled_unit(name, model, unit, starts[bits], sides, wiring, settings, recall)
             report.setdefault(unit.name, {})[bits] = result
             tell("unit", unit=unit.name, bits=bits, **result)
     return report
+
+
+def _recalled_unit(
+    name: str,
+    model: nn.Module,
+    unit: Unit,
+    starts: Mapping[str, Tensor],
+    sides: Callable[[], list[UnitData]],
+    wiring: Wiring,
+    settings,
+    recall: Recall,
+) -> dict[str, float]:
+    """The unit reconstructed, in place, on what `sides` gives, or as an earlier run left it; its errors."""
+    layers = [name for name in unit.layers if name in starts]
+
+    def make() -> Kept:
+        errors = _reconstruct_unit(model, unit, starts, *sides(), wiring, settings)
+        return Kept(errors, snapshot(model, layers))
+
+    def read(kept: Kept) -> dict[str, float]:
+        restore(model, layers, kept.tensors)
+        return {key: int(value) if key == "steps" else float(value) for key, value in kept.record.items()}
+
+    return recall(name, make, read)
 
 
 def _capture_sides(
