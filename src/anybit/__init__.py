@@ -28,6 +28,8 @@ _HOMES = {
     "profile": "anybit.exports",
     "inspect": "anybit.roads",
     "load": "anybit.roads",
+    "diff": "anybit.comparison",
+    "explain": "anybit.explanation",
     "Result": "anybit.roads",
     "Matmul": "anybit.matmul",
     "Precision": "anybit.scheme",

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import anybit
 from anybit.errors import InvalidFile
+from anybit.progress import tell
 
 Value = TypeVar("Value")
 RECORD = "record"
@@ -72,6 +73,7 @@ class Recall:
                 warnings.warn(f"{path}, the kept result of {name}, is damaged ({_words(error)}): it is made again.", stacklevel=2)
             else:
                 self.counts["recalled"] += 1
+                tell("recalled", result=name)
                 return value
         made = make()
         kept = replace(made, record=json.loads(json.dumps(made.record)))  # as it will be read

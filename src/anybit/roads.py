@@ -36,7 +36,7 @@ from anybit.evaluation import evaluate as evaluate_model
 from anybit.layers import float_weight
 from anybit.pages import run_page, runs_page
 from anybit.processes import join_processes, share_state
-from anybit.progress import note
+from anybit.progress import tell
 from anybit.references import Preprocessing, absolute, as_samples, code_of, completed, covered, load_data, load_model
 from anybit.refusals import check_network, check_rows, copied, once_a_batch, restore
 from anybit.reporting import StageClock, environment
@@ -152,7 +152,7 @@ def _settle(recall: Recall) -> None:
     """Tell what was taken up, and keep the cache within its limit."""
     if recall.counts["recalled"]:
         made = recall.counts["made"]
-        note(f"{recall.counts['recalled']} results taken up from the cache, {made} made anew")
+        tell("note", note=f"{recall.counts['recalled']} results taken up from the cache, {made} made anew")
     if recall.folder is not None:
         trim(recall.folder, LIMIT)
 
@@ -295,6 +295,7 @@ def _finish(
     network = bench.network
     with clock.stage("allocation"):
         choice = stages.chosen_scheme(bench, budget)
+        tell("allocation", budget=budget and str(budget), certificate=choice.certificate(bench.settings.seed), scheme=choice.scheme)
     with clock.stage("polish"):
         model, ladder, errors = stages.polish(bench, choice.scheme)
         if budget is not None and budget.limit("drop") is not None:
@@ -314,8 +315,14 @@ def _finish(
         with clock.stage("latency"):
             report["latency"] = _latencies(network, canonical, bench.calibration.fitting[0].to("cpu"))
     report["stages"] = clock.stages
+    tell("result", budget=report["budget"], **report["result"], **_scores(report))
     about = {**about, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task}
     return Result(canonical, report, about, bench.candidates, dict(saved))
+
+
+def _scores(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured on test data."""
+    return {key: report[key] for key in ("test", "float_test") if key in report}
 
 
 def _within_drop(bench: Bench, budget: Budget, scheme: Scheme, polished: nn.Module) -> nn.Module:
@@ -467,6 +474,8 @@ def grow(
     report["stages"] = clock.stages
     certificate = {**trainee.decisions().get("certificate", {}), "seed": wanted.train.seed}
     about |= {"budget": str(budget) if budget else None, "task": task, "certificate": certificate}
+    tell("allocation", budget=report["budget"], certificate=certificate, scheme=canonical.scheme)
+    tell("result", budget=report["budget"], **report["result"], **_scores(report))
     return Result(canonical, report | {"certificate": certificate}, about)
 
 
@@ -574,6 +583,7 @@ def train(
         "environment": environment(),
         "stages": clock.stages,
     }
+    tell("result", subnets=supernet.report["subnets"], **_scores(report))
     return supernet
 
 
@@ -703,6 +713,7 @@ def extract(
             preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
             tests = _checked_tests(_samples(test, workers, preprocessing, canonical.model), canonical.model)
             report["test"] = evaluate_model(canonical.model, tests.batches(256), supernet.task, metric)
+    tell("result", budget=report["budget"], **report["result"], **_scores(report))
     about = {**supernet.about, "budget": report["budget"], "task": supernet.task}
     return Result(canonical, report | {"stages": clock.stages}, about)
 
@@ -891,7 +902,9 @@ def evaluate(
     if len(samples) == 0:
         raise InvalidInput("There is nothing to evaluate on: the data is empty.")
     check_inputs(model, samples)
-    return evaluate_model(on_device(model, device), samples.on(device).batches(batch_size), task, metric)
+    scores = evaluate_model(on_device(model, device), samples.on(device).batches(batch_size), task, metric)
+    tell("result", **scores)
+    return scores
 
 
 def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, Any]:

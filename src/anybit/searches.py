@@ -14,7 +14,7 @@ from anybit.checkpoint import new_folder, read_json, remember, write_json
 from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
 from anybit.evaluation import COUNTED, Metric, metric_name
 from anybit.pages import run_page
-from anybit.progress import track
+from anybit.progress import tell, track
 from anybit.reporting import environment
 from anybit.resume import Kept, Recall
 from anybit.scheme import Budget, Scheme
@@ -117,7 +117,9 @@ def searched(
 
     def evaluate(scheme: Scheme) -> float:
         next(progress, None)
-        return score(scheme, search_on, "search")
+        found = score(scheme, search_on, "search")
+        tell("subnet", score=found, cost=total_cost(supernet.costs, settings.quantity, scheme), scheme=scheme)
+        return found
 
     uniform_ones = list(uniform_schemes(supernet).values())
     found = recalled_search(recall, settings, images, lambda: search(supernet.choices, supernet.costs, evaluate, settings, uniform_ones))
@@ -158,6 +160,7 @@ def searched(
         "settings": asdict(settings),
         "environment": environment(),
     }
+    tell("result", budgets=report["budgets"], hypervolume=report["hypervolume"]["value"], rank_correlation=found.rank_correlation)
     return Search(supernet, chosen, report)
 
 

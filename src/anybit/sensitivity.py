@@ -17,7 +17,7 @@ from anybit.batches import Batch
 from anybit.candidates import Candidates, apply_scheme
 from anybit.errors import UnsupportedModel
 from anybit.evaluation import distance, outputs_of
-from anybit.progress import track
+from anybit.progress import tell, track
 from anybit.resume import Recall
 from anybit.scheme import FLOAT, Precision, Scheme
 
@@ -114,4 +114,5 @@ def measure_sensitivity(
         if not value < float("inf"):
             raise UnsupportedModel(f"{layer} at {precision} makes the outputs NaN or infinite. Exclude that bit-width or --keep the layer.")
         measured[layer, precision] = value
+        tell("sensitivity", layer=layer, precision=str(precision), loss=value)
     return SensitivityTable(measured, base, sum(map(len, held_out)), pairs, floor)

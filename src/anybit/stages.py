@@ -35,6 +35,7 @@ from anybit.evaluation import COUNTED, TASKS, Metric, distance, guess_task, outp
 from anybit.layers import check_float32, check_plain_use, coverage, float_weight, prepare, quantized_layers, takes_groups, weight_rows
 from anybit.matmul import Matmul
 from anybit.methods.adaquant import AdaQuantSettings, BiasTuningSettings, parallel, sequential, tune_biases
+from anybit.progress import tell
 from anybit.quantizers import UniformQuantizer
 from anybit.ranges import ESTIMATORS
 from anybit.refusals import check_differentiable, check_network, check_outputs, moving_state, restore, state_of
@@ -592,7 +593,9 @@ def measured_row(network: Network, table: SensitivityTable, name: str, scheme: S
     """What the table predicts of a scheme, what the held-out inputs say, and its costs."""
     measured = judge.of_scheme(scheme)
     loss = measured.pop("loss")
-    return {"name": name, "scheme": scheme, "predicted": table.total(scheme), "measured": loss, **measured, **network.costs.summary(scheme)}
+    row = {"name": name, "scheme": scheme, "predicted": table.total(scheme), "measured": loss, **measured, **network.costs.summary(scheme)}
+    tell("scheme", **row)
+    return row
 
 
 def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, settings: CalibrateSettings, judge: Judge) -> Choice:
@@ -672,6 +675,8 @@ def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]
     better = not rounded["loss"] < matched["loss"]
     model, errors = (candidate if better else ranged), {}
     ladder = [{"step": "ranges", "kept": not better, **rounded}, {"step": "candidates", "kept": better, **matched}]
+    for row in ladder:
+        tell("step", **row)
 
     def offer(step: str, changed: nn.Module, names: Sequence[str], change: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """`change` works on the layers `names` of `changed`, in place; what it tells. The network is `changed` where that is better."""
@@ -689,6 +694,7 @@ def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]
         told, measured = recall(step, make, read)
         kept = measured["loss"] < next(row["loss"] for row in reversed(ladder) if row["kept"])
         ladder.append({"step": step, "kept": kept, **measured, **{key: told[key] for key in told if key in ("images", "epochs")}})
+        tell("step", **ladder[-1])
         if kept:
             model = changed
         return told

@@ -40,7 +40,7 @@ from anybit.errors import AnybitError
 from anybit.evaluation import compares_classes, distance, outputs_of
 from anybit.layers import QuantizedLayer, fill, float_weight, from_rows, quantized_layers, weight_rows
 from anybit.numerics import fake_quantize
-from anybit.progress import track
+from anybit.progress import tell, track
 from anybit.quantizers import LearnedInput, UniformQuantizer
 from anybit.resume import Kept, Recall
 from anybit.wiring import Unit, Wiring
@@ -233,6 +233,7 @@ def sequential(
         name = f"sequential AdaQuant of {unit.name}"
         report[unit.name] = _recalled_unit(name, model, unit, starts, partial(reach, unit), wiring, settings, recall)
         through.append(unit)
+        tell("unit", unit=unit.name, **report[unit.name])
     return report
 
 
@@ -279,6 +280,7 @@ def parallel(
             name = f"parallel AdaQuant of {unit.name} at W{bits}"
             result = _recalled_unit(name, model, unit, starts[bits], sides, wiring, settings, recall)
             report.setdefault(unit.name, {})[bits] = result
+            tell("unit", unit=unit.name, bits=bits, **result)
     return report
 
 
@@ -467,6 +469,7 @@ def tune_biases(
             optimizer.step()
             schedule.step()
         after = distance(outputs_of(model, held_out), held_out_reference, task)
+        tell("tuning", epoch=epoch, loss=after)
         if after < result["after"]:
             result |= {"after": after, "epochs": epoch}
             best = [parameter.detach().clone() for parameter in parameters]
