@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from test_cli import SCRIPT, anybit_cli
 
 import anybit
 from anybit import resume
+from anybit.checkpoint import new_folder
 from anybit.resume import Kept, Recall, entries, remove_damaged, trim
 
 
@@ -322,3 +324,41 @@ def test_the_cache_is_shown_and_trimmed(here):
 def test_no_cache_keeps_nothing(here):
     assert anybit_cli(*COMMAND, "--output", "run", "--pipeline", "light", "--no-cache").exit_code == 0
     assert entries(resume.results_folder()) == []
+
+
+def test_a_full_disk_leaves_what_was_finished_and_nothing_half_written(here):
+    limited = [sys.executable, "-c", LIMITED, *COMMAND, "--threads", "1", "--output", "run"]
+    process = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 2, process.stderr
+    assert "anybit: run cannot be written" in process.stderr.splitlines()[-1] and "the same command continues" in process.stderr
+    assert {path.name for path in here.iterdir()} == {"m.py", "x.npz"}
+    process = started("run")
+    told = process.communicate(timeout=120)[1]
+    recalled, made = map(int, re.search(r"(\d+) results taken up from the cache, (\d+) made anew", told).groups())
+    assert process.returncode == 0 and recalled > 20 and made < 5  # the few that were too large to keep
+
+
+# No file of this process may grow beyond some kilobytes, as if the disk were full: results of layers fit, the run's files do not.
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
+sys.argv[0] = "anybit"
+from anybit.cli import main
+main()
+"""
+
+
+def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (tmp_path / f".run.{process.pid}.abc").mkdir()
+    (tmp_path / f".run.{process.pid}.old.abc").mkdir()
+    (tmp_path / f".run.{os.getpid()}.abc").mkdir()
+    (tmp_path / ".run.notes.txt").write_text("mine")
+    with new_folder(tmp_path / "run") as draft:
+        (draft / "report.json").write_text("{}")
+    kept = {"run", f".run.{process.pid}.old.abc", f".run.{os.getpid()}.abc", ".run.notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    with new_folder(tmp_path / "run", overwrite=True) as draft:
+        (draft / "report.json").write_text("{}")
+    assert {path.name for path in tmp_path.iterdir()} == kept - {f".run.{process.pid}.old.abc"}

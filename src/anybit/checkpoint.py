@@ -6,6 +6,7 @@ report.json          the measured report; report.html shows it
 candidates.safetensors, candidates.json    what `anybit allocate` needs to serve another budget (only in calibrate's folders)
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -333,20 +334,45 @@ def sha256_of(path: Path) -> str:
 def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A fresh folder to write into, moved to `path` when the block ends well and removed when it does not."""
     check_free(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield draft
-        draft.chmod(0o755)
-        if path.exists():  # the old run goes only once the new one stands in its place
-            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
-            path.rename(aside)
-            draft.rename(path)
-            shutil.rmtree(aside.parent)
-        else:
-            draft.rename(path)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_behind(path)
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent))
+        try:
+            yield draft
+            draft.chmod(0o755)
+            if path.exists():  # the old run goes only once the new one stands in its place
+                aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.old.", dir=path.parent)) / path.name
+                path.rename(aside)
+                draft.rename(path)
+                shutil.rmtree(aside.parent)
+            else:
+                draft.rename(path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise AnybitError(
+            f"{path} cannot be written: {error}. Nothing is left there. Make room, or choose another --output; what was finished is kept, "
+            "and the same command continues."
+        ) from error
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Remove the drafts of `path` that a killed process has left; an old run that was being replaced goes only if another is there."""
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
+        writer = draft.name.removeprefix(f".{path.name}.").split(".")
+        if writer[0].isdigit() and not _is_alive(int(writer[0])) and (writer[1] != "old" or path.exists()):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 CHECKPOINT = "checkpoint.safetensors"

@@ -1,0 +1,186 @@
+"""Killed and run again: whether a run ends with the same bytes, what a kill loses, what keeping the results costs. One JSON entry a run.
+
+python examples/digits.py runs/digits
+python benchmarks/resume.py kills --weights runs/digits/weights.safetensors --data runs/digits/digits.npz
+python benchmarks/resume.py cost  --weights runs/digits/weights.safetensors --data runs/digits/digits.npz
+
+kills   100 runs of `anybit calibrate`, each with an empty cache, killed with SIGKILL at random moments up to three times and then let
+        finish. Of each kill: the stage, how many results the killed process had taken up, and the seconds since its last event, which
+        is the work that is lost. The run's files are compared with those of a run that was never killed.
+cost    processor seconds of a run that keeps its results against one that does not, in turns.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from study import ROOT, Entries
+
+MEASURED = ("stages", "environment")
+FILES = ("scheme.json", "model.safetensors", "candidates.json", "candidates.safetensors")
+
+
+class Run:
+    """One run in a folder of its own: its cache, its log, its output."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path, *more: str):
+        self.folder, self.log, self.started = folder, folder / "log.jsonl", 0
+        given = ["--model", f"{ROOT / 'examples/digits.py'}:network", "--weights", arguments.weights, "--data", arguments.data]
+        given += ["--samples", "128", "--steps", "60", "--candidate-steps", "20", "--budget", "3bit", "--threads", "1", "--quiet"]
+        self.command = [sys.executable, "-m", "anybit", "calibrate", *given, "--output", str(folder / "run"), "--log", str(self.log), *more]
+        self.environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "XDG_STATE_HOME": str(folder / "state")}
+
+    def start(self) -> subprocess.Popen:
+        self.started += 1
+        return subprocess.Popen(self.command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def finish(self) -> str:
+        """Run to the end; what it said."""
+        process = self.start()
+        said = process.communicate()[1]
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(self.command)} ended with {process.returncode}: {said}")
+        return said
+
+    def events(self) -> list[dict[str, Any]]:
+        """What the last process told, nothing while it has not begun."""
+        rows, begun = [], 0
+        for line in self.log.read_text().splitlines() if self.log.is_file() else ():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the kill cut it off
+                continue
+            begun += row["event"] == "begins"
+            rows = [row] if row["event"] == "begins" else [*rows, row]
+        return rows if begun == self.started else []
+
+    def contents(self) -> dict[str, bytes]:
+        """The finished run's files, times and memory left out."""
+        files = {name: (self.folder / "run" / name).read_bytes() for name in FILES}
+        report = json.loads((self.folder / "run" / "report.json").read_text())
+        return files | {"report.json": json.dumps({key: value for key, value in report.items() if key not in MEASURED}).encode()}
+
+
+def killed_at(run: Run, events: int, seconds: float) -> dict[str, Any] | None:
+    """Kill the run so long after it has told so many events (what it took up not counted); None where it had ended by then."""
+    process = run.start()
+    while process.poll() is None and len(_made(run.events())) < events:
+        time.sleep(0.02)
+    try:
+        process.communicate(timeout=seconds)
+        return None
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        at = time.time()
+        process.communicate()
+    told = run.events()
+    recalled = sum(row["event"] == "recalled" for row in told)
+    return {"stage": _stage(told), "recalled": recalled, "lost_seconds": at - _seconds(told[-1]["time"])}
+
+
+def _made(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in events if row["event"] != "recalled"]
+
+
+def _stage(events: list[dict[str, Any]]) -> str:
+    """Where the last event left the run; polishing is told by its steps."""
+    last = next((row for row in reversed(events) if row["event"] in ("stage begins", "stage ends")), {"event": "", "stage": "start"})
+    if last["event"] == "stage ends":
+        return f"after {last['stage']}"
+    steps = [row["step"] for row in events if row["event"] == "step"]
+    order = ["ranges", "candidates", "sequential AdaQuant", "batch-norm tuning", "bias tuning", "the end"]
+    return last["stage"] if last["stage"] != "polish" else f"polish: {order[len(steps)]}"
+
+
+def _seconds(text: str) -> float:
+    from datetime import datetime
+
+    return datetime.fromisoformat(text).timestamp()
+
+
+def kills(arguments: argparse.Namespace, results: Entries) -> None:
+    place = Path(tempfile.mkdtemp(prefix="anybit-kills-"))
+    reference = Run(arguments, place / "reference", "--no-cache")
+    reference.folder.mkdir()
+    reference.finish()
+    wanted, events = reference.contents(), reference.events()
+    times = [_seconds(row["time"]) - _seconds(events[0]["time"]) for row in events]
+    units = [row["seconds"] for row in events if row["event"] == "unit"]
+
+    def one(seed: int) -> dict[str, Any]:
+        rng, run = random.Random(seed), Run(arguments, place / str(seed))
+        run.folder.mkdir()
+        found = []
+        for _ in range(rng.randint(1, 3)):
+            moment = rng.uniform(0, times[-1])
+            before = sum(at <= moment for at in times)
+            kill = killed_at(run, before, moment - times[before - 1])
+            if kill is None:
+                break
+            found.append(kill)
+        if not (run.folder / "run").is_dir():
+            run.finish()
+        different = [name for name, data in run.contents().items() if data != wanted[name]]
+        drafts = [path.name for path in run.folder.rglob("*.tmp")]
+        recalled = sum(row["event"] == "recalled" for row in run.events())
+        shutil.rmtree(run.folder)
+        return {"kills": found, "same_bytes": not different, "different": different, "finally_recalled": recalled, "left_behind": drafts}
+
+    results.measured("reference", lambda: {"seconds": times[-1], "longest_unit_seconds": max(units), "events": len(events)})
+    for seed in range(arguments.runs):
+        results.measured(f"run {seed}", lambda seed=seed: one(seed))
+    shutil.rmtree(place)
+    runs = [entry for key, entry in results.entries.items() if key.startswith("run ")]
+    stages = [kill["stage"] for entry in runs for kill in entry["kills"]]
+    inside = sum("AdaQuant" in stage for stage in stages)
+    same = sum(entry["same_bytes"] for entry in runs)
+    print(f"{same} of {len(runs)} runs ended with the same bytes; {len(stages)} kills, {inside} of them inside AdaQuant")
+
+
+def cost(arguments: argparse.Namespace, results: Entries) -> None:
+    def processor_seconds(*more: str) -> float:
+        with tempfile.TemporaryDirectory(prefix="anybit-cost-") as place:
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            Run(arguments, Path(place), *more).finish()
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    def turns() -> dict[str, Any]:
+        pairs = [(processor_seconds(), processor_seconds("--no-cache")) for _ in range(arguments.rounds)]
+        ratios = sorted(kept / plain for kept, plain in pairs)
+        quartiles = statistics.quantiles(ratios, n=4)
+        return {"ratio": statistics.median(ratios), "low": quartiles[0], "high": quartiles[2], "rounds": arguments.rounds, "pairs": pairs}
+
+    results.measured("digits", turns)
+
+
+STUDIES = {"kills": kills, "cost": cost}
+
+
+def main() -> None:
+    """Run one study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only")
+    arguments = parser.parse_args()
+    STUDIES[arguments.study](arguments, Entries(arguments, f"resume_{arguments.study}"))
+
+
+if __name__ == "__main__":
+    main()
