@@ -203,6 +203,8 @@ def make(cls: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
                 nn.init.uniform_(norm.weight, 0.5, 1.5)
                 norm.weight.data[::3] *= -1
                 nn.init.normal_(norm.bias, std=0.3)
+                if norm.running_mean is None:
+                    continue
                 norm.running_mean.normal_(std=0.2)
                 norm.running_var.uniform_(0.2, 1.0)
     return model.eval()

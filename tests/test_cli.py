@@ -144,7 +144,7 @@ def test_json_of_several_budgets_is_one_object(here):
     assert [(one["folder"], one["budget"]) for one in summary["runs"]] == [("run/5bit", "5bit"), ("run/6bit", "6bit")]
     for one in summary["runs"]:
         assert one["result"]["bytes"] == Path(one["folder"], "model.safetensors").stat().st_size
-    assert {path.name for path in Path("run").iterdir()} == {"5bit", "6bit", "report.json"}
+    assert {path.name for path in Path("run").iterdir()} == {"5bit", "6bit", "report.json", "report.html"}
     assert anybit.load("run/5bit").scheme
 
 

@@ -75,3 +75,13 @@ def test_a_file_imports_only_from_files_above_it():
                 one_module = statement.module != "anybit"
                 for imported in [statement.module.split(".")[-1]] if one_module else [alias.name for alias in statement.names]:
                     assert imported not in modules or place[imported] < place[name], f"{name} imports {imported}"
+
+
+def test_what_the_docs_say_is_said_of_refused_networks_is_in_the_code():
+    table = (ROOT / "docs" / "reliability.md").read_text().split("## Networks")[1].split("\n## ")[0]
+    said = re.findall(r"^\|[^|]+\| `([^`]+)` \|", table, re.MULTILINE)
+    code = "".join(path.read_text() for path in (ROOT / "src" / "anybit").rglob("*.py"))
+    code = re.sub(r'"\n\s+f?"', "", code)  # strings that go over lines
+    assert len(said) > 15 and [text for text in said if text not in code] == []
+    quoted = re.findall(r'named: "([^"]+)"', table)
+    assert quoted and all(text in code for text in quoted)

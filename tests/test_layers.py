@@ -24,7 +24,7 @@ from torch import nn
 from anybit.batches import Batch
 from anybit.errors import UnsupportedModel
 from anybit.layers import (
-    check_single_use,
+    check_plain_use,
     codes_of,
     coverage,
     emptied,
@@ -171,9 +171,9 @@ def test_gradients_reach_the_stored_weight_through_the_slot():
 
 def test_a_layer_called_twice_is_refused_with_the_remedy():
     wiring = observe(make(CalledTwice), Batch(numbers(2, 4)))
-    check_single_use(wiring, ["first", "fc"])
+    check_plain_use(wiring, ["first", "fc"])
     with pytest.raises(UnsupportedModel, match=r"again runs 2 times.*--keep 'again=float'"):
-        check_single_use(wiring, wiring.layer_names())
+        check_plain_use(wiring, wiring.layer_names())
 
 
 def test_layers_that_share_a_weight_are_refused_by_name():

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from anybit.allocation import HEADER_SLACK
 from anybit.batches import Samples
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.layers import scheme_of
-from anybit.scheme import Precision
+from anybit.scheme import Precision, parse_size
 
 FAST = {**QUICK, "pipeline": "light", "samples": 24, "weight_bits": (4, 8), "activation_bits": (8,)}
 
@@ -99,13 +100,23 @@ def test_the_global_random_state_is_left_as_it_was(tmp_path):
 def test_one_seed_gives_the_same_bytes(tmp_path):
     for folder in ("one", "other"):
         torch.manual_seed(len(folder))  # nothing may depend on the state outside
-        anybit.calibrate(make(Residual), pictures(40), "4bit", **QUICK).save(tmp_path / folder)
+        anybit.calibrate(make(Residual), pictures(40), "4bit", cache=False, **QUICK).save(tmp_path / folder)
     for name in ("scheme.json", "model.safetensors", "candidates.safetensors", "candidates.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes(), name
 
 
-def test_the_memory_budget_changes_no_result():
-    results = [anybit.calibrate(make(Residual), pictures(40), "4bit", memory=memory, bn_tuning=False, **QUICK) for memory in (0, 2**31)]
+def least_memory(message: str) -> int:
+    """The least that an error names."""
+    return parse_size(re.search(r"at least --memory (\S+),", message)[1])
+
+
+def test_too_little_memory_names_the_least_which_works_and_changes_no_result():
+    settings = {**QUICK, "bn_tuning": False, "bias_tuning": False}  # what these see at once depends on the memory
+    network, inputs = make(Residual), pictures(40)
+    with pytest.raises(InvalidSetting, match="a step of AdaQuant") as refused:
+        anybit.calibrate(network, inputs, "4bit", memory=10**5, **settings)
+    least = least_memory(str(refused.value))
+    results = [anybit.calibrate(network, inputs, "4bit", memory=memory, cache=False, **settings) for memory in (least, 2**31)]
     states = [result.model.state_dict() for result in results]
     assert results[0].scheme == results[1].scheme
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())

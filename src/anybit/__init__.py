@@ -21,6 +21,7 @@ _HOMES = {
     "extract": "anybit.roads",
     "load_supernet": "anybit.roads",
     "evaluate": "anybit.roads",
+    "report": "anybit.pages",
     "export": "anybit.exports",
     "verify": "anybit.exports",
     "bench": "anybit.exports",

@@ -58,6 +58,11 @@ class Batch:
         """The inputs of its first samples, without labels."""
         return Batch(map_tensors(self.inputs, lambda tensor: tensor[:count]), None, self.reader)
 
+    def parts(self, size: int) -> Iterator["Batch"]:
+        """The inputs of its samples, at most `size` at a time, without labels."""
+        for start in range(0, len(self), size):
+            yield Batch(map_tensors(self.inputs, lambda tensor, start=start: tensor[start : start + size]), None, self.reader)
+
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:
     """What the batch's reader reads in the output of `model`."""
@@ -145,6 +150,10 @@ def stacked(items: list) -> Any:
     """Items as one batch, tensor beside tensor; raises InvalidInput where their shapes differ."""
     try:
         return default_collate(items)
+    except TypeError as error:
+        raise InvalidInput(
+            f"The samples cannot be made a batch: {error}. Give tensors, tuples or dicts, or a loader's collate_fn."
+        ) from error
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise InvalidInput(f"The samples do not fit into one batch: {reason}. Give all the same shape (--size for pictures).") from error
@@ -222,7 +231,7 @@ class ArrayDataset(Dataset):
     """Images uint8 [N, H, W, C] (or [N, H, W], one channel), or any other array [N, ...], with labels [N] or None.
 
     Images are divided by 255, laid out as [N, C, H, W] and normalized by `mean` and `std` of each channel. Integers stay integers
-    (tokens), other numbers become float32. Answers whole batches at once.
+    (tokens), complex numbers complex, other numbers become float32. Answers whole batches at once.
     """
 
     def __init__(self, x, y=None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
@@ -255,6 +264,8 @@ class ArrayDataset(Dataset):
         labels = None if self.y is None else torch.from_numpy(self.y[indices])
         if labels is not None and not labels.is_floating_point():
             labels = labels.long()
+        if x.is_complex():
+            return Batch(x.contiguous().to(torch.complex64), labels)
         return Batch(x.contiguous() if x.dtype in (torch.int64, torch.int32) else x.contiguous().float(), labels)
 
 
@@ -297,6 +308,6 @@ def check_finite(batches: Iterable[Batch]) -> None:
             sample = int(torch.nonzero(~batch.mask.any(1))[0])
             raise InvalidInput(f"Batch {index} of the data holds a sample that is all padding (sample {sample}). Leave empty texts out.")
         for tensor in tensors_in(batch.inputs):
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
                 sample = int(torch.nonzero(~torch.isfinite(tensor.reshape(len(tensor), -1)).all(1))[0])
                 raise InvalidInput(f"Batch {index} of the data holds NaN or infinity (sample {sample} of the batch). Clean the inputs.")

@@ -43,7 +43,7 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
     """Layer -> the batch norm that folds into it: its only reader, both called once, with running statistics.
 
     A batch norm of the user's own class with a forward of its own (an activation inside, say) stays, and so does one after a layer whose
-    weight another layer shares.
+    weight another layer shares or reads.
     """
     weights = Counter(id(module.weight) for module in model.modules() if isinstance(module, COVERED))
     pairs = {}
@@ -51,7 +51,9 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
         name = wiring.batch_norm_after(layer)
         norm, source = (model.get_submodule(name) if name else None), model.get_submodule(layer)
         plain = isinstance(norm, BATCH_NORMS) and type(norm).forward is nn.BatchNorm2d.forward and norm.running_mean is not None
-        if plain and not isinstance(source, nn.Embedding) and weights[id(source.weight)] == 1:
+        plain = plain and source.weight.dtype == torch.float32  # another type has no digits to spare
+        own = weights[id(source.weight)] == 1 and layer not in wiring.read_weights
+        if plain and own and not isinstance(source, nn.Embedding):
             pairs[layer] = name
     return pairs
 
@@ -59,20 +61,34 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
 def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch) -> tuple[nn.Module, dict[str, str], dict]:
     """(folded copy, the pairs that were folded, their promised statistics), held against the model's own outputs on `example`.
 
-    A layer whose forward is its own (an activation inside, a standardized weight) may not be affine in its weight: where folding changes
-    the outputs, such layers keep their batch norm. Raises UnsupportedModel where the outputs differ even so.
+    A layer whose forward is its own (an activation inside, a standardized weight) may not be affine in its weight, and a batch norm may be
+    read by more than its call: where folding changes the outputs, such layers keep their batch norm. Raises UnsupportedModel where the
+    outputs differ even so.
     """
     own_forward = {name for name in pairs if not any(type(model.get_submodule(name)).forward is cls.forward for cls in COVERED)}
-    for kept in (pairs, {name: norm for name, norm in pairs.items() if name not in own_forward}):
+    plain = {name: norm for name, norm in pairs.items() if name not in own_forward}
+    for wanted in (lambda: pairs, lambda: plain, lambda: _harmless(model, plain, example)):
+        kept = wanted()
         folded, promised = fold(model, kept)
         if _same_outputs(model, folded, example):
             return folded, dict(kept), promised
-    raise UnsupportedModel("Folding the batch norms changes the network's outputs. Fold them yourself, or name the layers with --keep.")
+    raise UnsupportedModel(
+        f"Folding the batch norms of {', '.join(pairs)} changes the network's outputs. Fold them yourself before the run."
+    )
+
+
+def _harmless(model: nn.Module, pairs: Mapping[str, str], example: Batch) -> dict[str, str]:
+    """Those of `pairs` that change no output when each is folded alone."""
+    return {layer: norm for layer, norm in pairs.items() if _same_outputs(model, fold(model, {layer: norm})[0], example)}
 
 
 @torch.no_grad()
 def _same_outputs(model: nn.Module, folded: nn.Module, example: Batch) -> bool:
-    before, after = (outputs_of(network, [example]) for network in (model, folded))
+    before = outputs_of(model, [example])
+    try:
+        after = outputs_of(folded, [example])
+    except Exception:  # the forward reads what a batch norm has and nothing else
+        return False
     if not torch.isfinite(before).all():
         return True  # the data or the network is at fault, which is found and named later
     return bool((before - after).abs().max() <= 1e-3 * before.abs().max().clamp_min(1e-6))
@@ -140,8 +156,12 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[nn.Mo
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    """Put `module` in place of the one called `name`, under every name that the network has for it."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, own in list(parent._modules.items()):
+            if own is old:
+                setattr(parent, child, module)
 
 
 @torch.no_grad()

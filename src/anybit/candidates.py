@@ -190,7 +190,7 @@ def snapshot(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+def put_back(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
     """Put what `snapshot` gave back, in place, into layers of the same bits. Raises InvalidFile where it is of others."""
     layers = {name: model.get_submodule(name) for name in names}
     floats = {f"{name}|{part}" for name in layers for part in ("weight", "bias")}
@@ -224,7 +224,7 @@ def restore(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor
 def check_finite_weights(model: nn.Module) -> None:
     """Raise UnsupportedModel naming the first parameter or buffer that holds NaN or infinity."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             raise UnsupportedModel(f"{name} holds {count} value(s) that are NaN or infinite. Repair or retrain the network first.")
 

@@ -1,6 +1,6 @@
 """A unit's inputs and outputs, held within a memory budget. The only place that spills to disk."""
 
-import shutil
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -69,14 +69,19 @@ class MemoryBudget:
         if self.used + size <= self.limit:
             self.used += size
             return torch.empty(shape, dtype=dtype)
-        if size > shutil.disk_usage(tempfile.gettempdir()).free:
+        try:
+            with tempfile.NamedTemporaryFile(prefix="anybit-") as file:  # the name goes at once; the mapping keeps the bytes
+                if size:
+                    os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills later would end the process with no word
+                spilled = torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+        except OSError as error:
             raise AnybitError(
                 f"{size:,} bytes of activations do not fit into the rest of the memory budget ({self.limit:,} bytes) nor on the disk of "
-                f"{tempfile.gettempdir()}. Raise --memory, calibrate on fewer --samples, or point TMPDIR at a larger disk."
-            )
+                f"{tempfile.gettempdir()} ({error.strerror}). Raise --memory, calibrate on fewer --samples, or point TMPDIR at a larger "
+                "disk. What was finished is kept: the same command continues."
+            ) from error
         self.spilled += size
-        with tempfile.NamedTemporaryFile(prefix="anybit-") as file:  # the name goes at once; the mapping keeps the bytes
-            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+        return spilled
 
 
 @dataclass
@@ -188,7 +193,7 @@ class _Recorder:
         return Captured(map_leaves(self.places, _Place, held), self.output, self.first[0].device)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        parts = tensors_in((args, kwargs))
+        parts = [part.detach() for part in tensors_in((args, kwargs))]  # a forward may take gradients of its own
         if not self.calls:
             numbers = iter(range(len(parts)))
             self.places = map_leaves((args, kwargs), Tensor, lambda _: _Place(next(numbers)))
@@ -210,7 +215,7 @@ class _Recorder:
         _check_tensor(self.name, output)
         self.output = self.output or self._store(output)
         self._check(output, self.output)
-        self.output.add(output, self.batch_size)
+        self.output.add(output.detach(), self.batch_size)
         raise _Stop
 
     def _store(self, part: Tensor) -> Store | None:
@@ -284,12 +289,16 @@ def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Bat
     def keep(name: str) -> Callable:
         def hook(module, args, kwargs) -> None:
             operands = tensors_in((args, kwargs))[: 2 if isinstance(module, Matmul) else 1]
-            samples[name].append([pick(operand.detach()) for operand in operands])
+            samples[name].append([pick(name, operand.detach()) for operand in operands])
 
         return hook
 
-    def pick(tensor: Tensor) -> Tensor:
+    def pick(name: str, tensor: Tensor) -> Tensor:
         flat = real(tensor, mask).reshape(-1)
+        if not len(flat):
+            raise UnsupportedModel(
+                f"Layer {name} reads an input of shape {tuple(tensor.shape)}, without a value. Keep it: --keep '{name}=float'."
+            )
         picked = flat if len(flat) <= each else flat[torch.randint(len(flat), (each,), generator=generator)]
         return torch.cat([picked, flat.min()[None], flat.max()[None]]).float()
 

@@ -2,7 +2,7 @@
 
 scheme.json          the scheme, the certificate, what the packed file's numbers belong to, and its SHA-256
 model.safetensors    packed codes, scales, edge ranges, float leftovers (layout: `packing`)
-report.json          the measured report; report.html shows it, where a training or a search has something to show
+report.json          the measured report; report.html shows it
 candidates.safetensors, candidates.json    what `anybit allocate` needs to serve another budget (only in calibrate's folders)
 """
 

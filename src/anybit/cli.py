@@ -772,6 +772,19 @@ def evaluate(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, of any roads; one that holds several runs counts as each of them.")],
+    output: Annotated[Path, typer.Option("--output", help="The HTML file to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Several runs side by side on one page that asks nothing of the network."""
+    with _reported_errors():
+        from anybit import pages
+
+        print(pages.report(*runs, output=output, overwrite=overwrite))
+
+
+@app.command()
 @told
 def export(
     work: Work,

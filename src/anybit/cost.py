@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from anybit.layers import float_weight, quantized_layers, weight_rows
+from anybit.layers import QuantizedLayer, float_weight, weight_rows
 from anybit.matmul import Matmul
 from anybit.packing import PACKED_METADATA, StoredLayer, TensorSpec, file_bytes, layout, packed_bytes
 from anybit.scheme import FLOAT_BITS, Precision, Scheme
 from anybit.wiring import Wiring
 
-_DTYPES = {
+STORED_TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
     torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16",
 }  # fmt: skip
 
 
@@ -99,9 +100,10 @@ class CostModel:
             rows = weight_rows(layer, float_weight(layer))
             macs = macs_per_sample(layer, name, wiring) if wiring else 0
             layers[name] = LayerSize(rows.shape[0], rows.shape[1], macs, operands_of(layer))
-        leftover, others = leftovers(prepared, names)
+        float32 = [name for name in names if float_weight(prepared.get_submodule(name)).dtype == torch.float32]
+        leftover, others = leftovers(prepared, float32)  # a weight of another type is kept, under its own key
         numbers = sum(tensor.numel() for tensor in leftover.values())
-        float_state = {key: TensorSpec(_DTYPES[t.dtype], tuple(t.shape)) for key, t in float_model.state_dict().items()}
+        float_state = {key: TensorSpec(STORED_TYPES[t.dtype], tuple(t.shape)) for key, t in float_model.state_dict().items()}
         return cls(layers, numbers, {key: spec_of(t) for key, t in others.items()}, edges, file_bytes(float_state))
 
     def weight_bits(self, scheme: Scheme) -> float:
@@ -133,7 +135,11 @@ class CostModel:
             for name, precision in scheme.items()
             for size in [self.layers[name]]
         ]
-        kept_float = sum(self.layers[name].weights for name, precision in scheme.items() if precision.weight_bits is None)
+        kept_float = sum(
+            self.layers[name].weights
+            for name, precision in scheme.items()
+            if precision.weight_bits is None and f"{name}.weight" not in self.others
+        )
         return file_bytes(layout(stored, self.edges, self.leftover + kept_float, self.others), PACKED_METADATA)
 
     def overhead(self, scheme: Scheme) -> int:
@@ -180,13 +186,15 @@ def _product(numbers) -> int:
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
     """Stored type and shape of a tensor."""
-    return TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape))
+    return TensorSpec(STORED_TYPES[tensor.dtype], tuple(tensor.shape))
 
 
 def leftovers(prepared: nn.Module, names: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The state dict without the weights of layers `names` and without quantizers: (float32 entries, all others), in its order."""
-    skipped = {f"{name}.weight" for name in names}
-    quantizers = tuple(f"{name}.{slot}_quantizer." for name in quantized_layers(prepared) for slot in ("weight", "input"))
+    coded = {id(prepared.get_submodule(name)) for name in names}
+    places = [(name, module) for name, module in prepared.named_modules(remove_duplicate=False) if isinstance(module, QuantizedLayer)]
+    skipped = {f"{name}.weight" for name, module in places if id(module) in coded}  # under every name that the network has for it
+    quantizers = tuple(f"{name}.{slot}_quantizer." for name, _ in places for slot in ("weight", "input"))
     float32, others = {}, {}
     for key, tensor in prepared.state_dict().items():
         if key not in skipped and not key.startswith(quantizers):

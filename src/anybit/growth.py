@@ -21,6 +21,7 @@ from anybit.layers import prepare, quantized_layers
 from anybit.methods.csq import CSQSettings, Growth, check_budget, plane_choices
 from anybit.methods.lsq import FixedScheme, LSQSettings
 from anybit.quantizers import LearnedInput, UniformQuantizer
+from anybit.refusals import once_a_batch
 from anybit.scheme import Budget, Precision, Scheme, match_patterns
 from anybit.stages import CalibrateSettings, Network
 from anybit.training import Trainee, TrainSettings
@@ -131,7 +132,8 @@ def make_trainee(network: Network, plain: Sequence[Batch], budget: Budget | None
     kept_float = [name for name, options in network.choices.items() if options[0].weight_bits is None]
     model = prepare(unfolded, network.names, kept_float)
     layers = quantized_layers(model)
-    samples = input_samples(network.folded, network.names, plain, 2**17, settings.train.seed)
+    with once_a_batch(network.folded, network.used_once):
+        samples = input_samples(network.folded, network.used_once, plain, 2**17, settings.train.seed)
     check_finite_samples(samples)
     for name, options in network.choices.items():
         bits = options[0].activation_bits

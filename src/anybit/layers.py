@@ -113,7 +113,10 @@ def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str],
     for name, module in model.named_modules():
         if isinstance(module, COVERED):
             if name not in covered:
-                uncovered[name] = f"{type(module).__name__} whose forward did not run on the data (unused, or read directly by its parent)"
+                uncovered[name] = (
+                    f"{type(module).__name__} whose forward did not run on the first inputs (unused, chosen by the inputs, or read "
+                    "directly by its parent); it stays float"
+                )
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             uncovered[name] = f"{type(module).__name__} is not a class that anybit covers; it stays float"
     for product in wiring.products() if wiring else ():
@@ -121,9 +124,14 @@ def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str],
     return covered, uncovered
 
 
-def check_single_use(wiring: Wiring, names: Iterable[str]) -> None:
-    """Raise UnsupportedModel naming the first of `names` that runs more than once: one range cannot serve two inputs well."""
+def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
+    """Raise UnsupportedModel naming the first of `names` that runs more than once, for one range cannot serve two inputs well, or in
+    surroundings that it would not have when it is run alone."""
     for name in names:
+        if name in wiring.surroundings:
+            raise UnsupportedModel(
+                f"Layer {name} runs {wiring.surroundings[name]}. Let the forward call it plainly, or keep it float: --keep '{name}=float'."
+            )
         if wiring.calls[name] > 1:
             raise UnsupportedModel(
                 f"Layer {name} runs {wiring.calls[name]} times in one forward pass, and one input range would have to serve them all. "
@@ -137,14 +145,16 @@ def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] 
     `groups` are the layers that have a weight scale for each so many inputs of a channel, instead of one a channel.
     Raises UnsupportedModel where a name is not a layer that anybit covers, or where two that are not `kept_float` share a weight.
     """
+    names = list(names)
+    check_float32(model, [name for name in names if name not in kept_float])
     prepared = copy.deepcopy(model)
     for module in prepared.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fused path would read the weights and skip the layers' own forward
     owners: dict[int, list[str]] = {}
     for name, module in prepared.named_modules():
-        if isinstance(module, COVERED) and module._parameters.get("weight") is not None:
-            owners.setdefault(id(module._parameters["weight"]), []).append(name)
+        for parameter in {id(p): p for p in module._parameters.values() if p is not None}.values():
+            owners.setdefault(id(parameter), []).append(name)
     for name in names:
         layer = prepared.get_submodule(name)
         if not isinstance(layer, COVERED):
@@ -154,20 +164,57 @@ def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] 
             parameter = float_weight(layer)
         if parameter is None:
             raise UnsupportedModel(f"{name}: the weight is computed (a parametrization or weight norm). Remove the parametrization first.")
-        if parameter.dtype != torch.float32 and name not in kept_float:
-            raise UnsupportedModel(f"{name}: the weight is {parameter.dtype}. Convert the network first: model.float().")
         sharing = owners.get(id(parameter), [])
-        if len(sharing) > 1 and not set(sharing) <= set(kept_float):
-            keeps = " ".join(f"--keep '{owner}=float'" for owner in sharing)
+        covered = [owner for owner in sharing if isinstance(prepared.get_submodule(owner), COVERED)]
+        if len(sharing) > 1 and not set(covered) <= set(kept_float):
+            keeps = " ".join(f"--keep '{owner}=float'" for owner in covered)
             raise UnsupportedModel(
-                f"{' and '.join(sharing)} share one weight, which cannot have two ranges. Clone the weight, or keep all float: {keeps}."
+                f"{' and '.join(map(_named, sharing))} share one weight, which cannot have two ranges. Clone the weight, or keep all "
+                f"float: {keeps}."
             )
+        bias = layer._parameters.get("bias")
+        if bias is not None and len(owners[id(bias)]) > 1:  # each is tuned for its own layer
+            layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        if isinstance(layer, nn.Embedding):
+            layer.sparse = False  # a quantizer passes no sparse gradient on
         layer.__class__ = _swapped_class(type(layer))
         layer.register_module("weight_quantizer", None)
         layer.register_module("input_quantizer", None)
         if name in groups:
             layer.weight_group = _checked_group(name, layer, groups[name])
     return prepared
+
+
+def _named(name: str) -> str:
+    return name or "the network itself"
+
+
+def check_float32(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise UnsupportedModel naming the first of the layers `names` whose weight has another type."""
+    for name in names:
+        parameter = model.get_submodule(name)._parameters.get("weight")
+        if parameter is not None and parameter.dtype != torch.float32:
+            raise UnsupportedModel(f"{name}: the weight is {parameter.dtype}. Convert the network first: model.float().")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network under DataParallel, DistributedDataParallel and torch.compile; a copy where a part of it is wrapped.
+
+    Layers so have the names that the network's author gave them, and their forward is Python that can be observed.
+    """
+    while (inner := _wrapped(model)) is not None:
+        model = inner
+    instead: dict[int, nn.Module] = {}  # what a copy puts in place of each wrapper
+    for module in reversed(list(model.modules())):
+        if (inner := _wrapped(module)) is not None:
+            instead[id(module)] = copy.deepcopy(inner, instead)
+    return copy.deepcopy(model, instead) if instead else model
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return module.module
+    return dict(module.named_children()).get("_orig_mod")  # as torch.compile calls it, whose own module takes seconds to import
 
 
 def takes_groups(layer: nn.Module, group: int) -> bool:

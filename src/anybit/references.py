@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, d
 
 from anybit.batches import ArrayDataset, Samples
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
+from anybit.layers import unwrapped
 from anybit.texts import SUFFIXES, parse_columns, read_rows
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
@@ -120,7 +121,8 @@ def _huggingface(what: str) -> Any:
 
 
 def covered(model: nn.Module) -> nn.Module:
-    """The network itself, or where it is one of transformers' an adapted copy, whose attention anybit covers."""
+    """The network itself, out of what wraps it; where it is one of transformers' an adapted copy, whose attention anybit covers."""
+    model = unwrapped(model)
     if not is_transformers(model) or "scores" in {name.rpartition(".")[2] for name, _ in model.named_modules()}:
         return model
     return _huggingface(f"A {type(model).__name__}").adapted(model)
@@ -301,13 +303,18 @@ def _as_samples(data: Any, workers: int) -> Samples:
     if isinstance(data, (torch.Tensor, np.ndarray)):
         data = (data, None)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (torch.Tensor, np.ndarray)):
-        x, y = (part.detach().cpu().numpy() if isinstance(part, torch.Tensor) else part for part in data)
+        x, y = (_array(part) if isinstance(part, torch.Tensor) else part for part in data)
         return Samples(ArrayDataset(x, y), y is not None, workers)
     if not (isinstance(data, (Dataset, Sequence)) and hasattr(data, "__len__")):
         raise InvalidInput(f"Data of type {type(data).__name__} cannot be used. Give a data set with a length, a loader, or arrays (x, y).")
     if len(data) == 0:
         raise InvalidInput("The data set is empty.")
     return Samples(data, _has_labels(data[0]), workers)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu().resolve_conj()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # numpy has no bfloat16; every value of it is a float32
 
 
 def _has_labels(item: Any) -> bool:

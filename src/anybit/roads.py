@@ -1,6 +1,5 @@
 """One function a verb, each a list of stages. The command line and `anybit.*` call the same ones."""
 
-import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,10 +34,11 @@ from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, SchemeMisma
 from anybit.evaluation import Metric, check_labels, guess_task, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
 from anybit.layers import float_weight
-from anybit.pages import growth_page
+from anybit.pages import run_page, runs_page
 from anybit.processes import join_processes, share_state
 from anybit.progress import tell
 from anybit.references import Preprocessing, absolute, as_samples, code_of, completed, covered, load_data, load_model
+from anybit.refusals import check_network, check_rows, copied, once_a_batch, restore
 from anybit.reporting import StageClock, environment
 from anybit.resume import LIMIT, Recall, code_version, digest, machine, results_folder, trim
 from anybit.scheme import Budget, Precision, Scheme
@@ -82,12 +82,12 @@ class Result:
         size = (folder / "model.safetensors").stat().st_size
         assert size == self.report["result"]["bytes"], f"counted {self.report['result']['bytes']} bytes, wrote {size}"
         write_json(folder / "report.json", self.report)
-        if "epochs" in self.report:
-            (folder / "report.html").write_text(growth_page(self.report), encoding="utf8")
+        (folder / "report.html").write_text(run_page(self.report), encoding="utf8")
         if self.candidates is not None:
             write_candidates(folder, self.candidates, self.table)
 
 
+@torch.inference_mode(False)
 def calibrate(
     model: nn.Module | str,
     data: Any,
@@ -168,6 +168,7 @@ def _followed_model(
     elif weights is not None:
         raise InvalidSetting(f"The weights {weights} go with a model's reference, and a network was given. Load them into it yourself.")
     model = covered(model)
+    check_network(model)
     preprocessing = completed(preprocessing, model)
     if isinstance(data, str):
         about |= {"data": {"reference": absolute(data)}, "preprocessing": preprocessing.to_json()}
@@ -189,13 +190,14 @@ def _checked_tests(samples: Samples, model: nn.Module) -> Samples:
 
 def check_inputs(model: nn.Module, samples: Samples) -> None:
     """Raise InvalidInput where the model refuses the first samples."""
-    observe(copy.deepcopy(model).cpu(), next(samples.on("cpu").subset(range(min(2, len(samples)))).batches(2)))
+    observe(copied(model).cpu(), next(samples.on("cpu").subset(range(min(2, len(samples)))).batches(2)))
 
 
 def on_device(model: nn.Module, device: str) -> nn.Module:
     """A copy of the model on `device`."""
+    model = copied(model)
     try:
-        return copy.deepcopy(model).to(device)
+        return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidSetting(f"--device {device} cannot be used here: {error}") from error
 
@@ -216,10 +218,12 @@ def prepare_bench(
         if settings.mirror:
             calibration = stages.mirrored(calibration)
         network = _with_latencies(stages.observe_network(model, _example(calibration), settings), budgets)
+        stages.check_memory(network, calibration, settings)
         for budget in budgets:
             stages.check_feasible(network, budget)
-    with clock.stage("float outputs"), torch.no_grad():
+    with clock.stage("float outputs"), torch.no_grad(), once_a_batch(network.folded, network.used_once):
         references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
+        check_rows(network.folded, references, calibration.fitting)
         reference = outputs_of(network.folded, calibration.held_out)
         task = stages.task_of(settings, reference, calibration.held_out[0])
         if samples.labelled:
@@ -297,8 +301,10 @@ def _finish(
         if budget is not None and budget.limit("drop") is not None:
             model = _within_drop(bench, budget, choice.scheme, model)
     with clock.stage("edge ranges"):
-        recall = bench.judge.recall.under("edges", digest(model.state_dict().values()))
-        edges = recall.value("edge ranges", lambda: stages.edge_ranges(model, network.wiring, bench.calibration.fitting), as_ranges)
+        part = stages.samples_at_once(network.wiring, stages.OBSERVED, bench.settings.memory, 8)
+        recall = bench.judge.recall.under("edges", digest(model.state_dict().values()), part)
+        edges = recall.value("edge ranges", lambda: stages.edge_ranges(model, network.wiring, bench.calibration.fitting, part), as_ranges)
+    restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
     report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
     if test is not None:
@@ -377,6 +383,7 @@ def _tests(bench: Bench, model: nn.Module, samples: Samples) -> dict[str, Any]:
     }
 
 
+@torch.inference_mode(False)
 def grow(
     model: nn.Module | str,
     train: Any,
@@ -494,6 +501,7 @@ def _training_inputs(
     return float_model, samples, tests, about
 
 
+@torch.inference_mode(False)
 def train(
     model: nn.Module | str,
     data: Any,
@@ -795,6 +803,7 @@ def allocate(
         if settings.mirror:
             calibration = stages.mirrored(calibration)
         network = _with_latencies(stages.observe_network(float_model, _example(calibration), settings), [Budget.parse(budget)])
+        stages.check_memory(network, calibration, replace(settings, sequential=False, parallel=False, bias_tuning=False))
         found = {name: (size.rows, size.columns) for name, size in network.costs.layers.items()}
         if found != shapes:
             different = sorted(set(found.items()) ^ set(shapes.items()))[0][0]
@@ -861,7 +870,9 @@ def inputs_for(folder: str | Path, file: SchemeFile, model: nn.Module, data: Any
 def _float_model(folder: Path, file: Any, model: nn.Module | str | None, named_in: str = "scheme.json") -> nn.Module:
     """The float network of a folder: `model`, or the reference that `file`, read from `named_in`, holds."""
     if isinstance(model, nn.Module):
-        return covered(model)
+        model = covered(model)
+        check_network(model)
+        return model
     if model is not None:
         return load_model(model, file.model.get("weights"), file.task)
     reference = file.model.get("reference")
@@ -903,6 +914,7 @@ def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, An
     a layer that never runs is taken for covered, and the sizes are those with every batch norm unfolded.
     """
     wanted, model = CalibrateSettings(**settings), covered(model)
+    check_network(model)
     network = stages.unobserved_network(model, wanted) if data is None else stages.observe_network(*_observable(model, data), wanted)
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
     layers = {
@@ -928,7 +940,7 @@ def _observable(model: nn.Module, data: Any) -> tuple[nn.Module, Batch]:
     batch = next(iter(samples.subset(range(min(2, len(samples)))).batches(2)), None)
     if batch is None:
         raise InvalidInput("The data set is empty; inspect needs at least one input.")
-    return copy.deepcopy(model).eval(), batch
+    return copied(model).eval(), batch
 
 
 def _seen(network: Network, name: str, observed: bool) -> dict[str, Any]:
@@ -953,7 +965,9 @@ def save_all(results: Result | Sequence[Result], output: str | Path, overwrite: 
         for name, result in zip(names, results, strict=True):
             (draft / name).mkdir()
             result.write(draft / name)
-        write_json(draft / "report.json", {"version": 1, "budgets": {name: r.report for name, r in zip(names, results, strict=True)}})
+        reports = {name: result.report for name, result in zip(names, results, strict=True)}
+        write_json(draft / "report.json", {"version": 1, "budgets": reports})
+        (draft / "report.html").write_text(runs_page(reports), encoding="utf8")
     for name in names:
         remember(output / name)
     return [output / name for name in names]

@@ -13,7 +13,7 @@ from anybit.batches import Batch, Samples
 from anybit.checkpoint import new_folder, read_json, remember, write_json
 from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
 from anybit.evaluation import COUNTED, Metric, metric_name
-from anybit.pages import search_page
+from anybit.pages import run_page
 from anybit.progress import tell, track
 from anybit.reporting import environment
 from anybit.resume import Kept, Recall
@@ -75,7 +75,7 @@ class Search:
         with new_folder(Path(folder), overwrite) as draft:
             write_supernet(draft, self.supernet)
             write_json(draft / SEARCH, self.report)
-            (draft / "report.html").write_text(search_page(self.report), encoding="utf8")
+            (draft / "report.html").write_text(run_page(self.supernet.report | {"search": self.report}), encoding="utf8")
             write_json(draft / "report.json", self.supernet.report | {"search": {k: v for k, v in self.report.items() if k != "evaluated"}})
         remember(Path(folder), JSON)
         return Path(folder)

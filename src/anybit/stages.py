@@ -23,7 +23,7 @@ from anybit.candidates import (
     check_finite_weights,
     from_tensors,
     frozen_candidate,
-    restore,
+    put_back,
     snapshot,
     to_tensors,
     weight_candidate,
@@ -32,12 +32,13 @@ from anybit.capture import input_samples
 from anybit.cost import CostModel
 from anybit.errors import InfeasibleBudget, InvalidSetting, SchemeMismatch, UnsupportedModel
 from anybit.evaluation import COUNTED, TASKS, Metric, distance, guess_task, outputs_of, score
-from anybit.layers import check_single_use, coverage, float_weight, prepare, quantized_layers, takes_groups, weight_rows
+from anybit.layers import check_float32, check_plain_use, coverage, float_weight, prepare, quantized_layers, takes_groups, weight_rows
 from anybit.matmul import Matmul
 from anybit.methods.adaquant import AdaQuantSettings, BiasTuningSettings, parallel, sequential, tune_biases
 from anybit.progress import tell
 from anybit.quantizers import UniformQuantizer
 from anybit.ranges import ESTIMATORS
+from anybit.refusals import check_differentiable, check_network, check_outputs, moving_state, restore, state_of
 from anybit.resume import Kept, Recall, code_version, digest, machine
 from anybit.scheme import FLOAT, Budget, Condition, Precision, Scheme, check_bits, match_patterns
 from anybit.sensitivity import SensitivityTable, measure_sensitivity
@@ -69,7 +70,8 @@ class CalibrateSettings:
     tune_scales                   bias tuning trains the scales too (off in the paper)
     bn_prior                      weight of the target in the measured statistics, of candidates and in batch-norm tuning alike
     bn_target                     "float" or "prior" (the paper's form)
-    memory                        bytes that captured activations may take before they spill to disk
+    memory                        bytes of activations that are held at once: what a step of work needs, and what is captured, the rest of
+                                  which spills to disk
     group                         a weight scale for each so many inputs of a channel, in linears and embeddings that have a multiple of
                                   them and no batch norm; None: one a channel
     """
@@ -161,7 +163,8 @@ class CalibrateSettings:
 
 @dataclass(frozen=True)
 class Network:
-    """A float network made ready: folded, with empty slots, observed. Nothing here is changed by any stage."""
+    """A float network made ready: folded, with empty slots, observed. Nothing here is changed by any stage, except what the network's own
+    forward changes: `moving` holds those buffers as they were given."""
 
     float_model: nn.Module
     folded: nn.Module
@@ -173,6 +176,12 @@ class Network:
     uncovered: Mapping[str, str]
     units: Sequence[Unit]
     costs: CostModel
+    moving: Mapping[str, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def used_once(self) -> list[str]:
+        """Layers that are not kept float in everything: they must run once in every pass."""
+        return [name for name, options in self.choices.items() if options != [FLOAT]]
 
     @property
     def names(self) -> list[str]:
@@ -187,16 +196,24 @@ class Network:
 
 def observe_network(model: nn.Module, example: Batch, settings: CalibrateSettings) -> Network:
     """Observe, check, fold and prepare copies of `model`; `example` is a small batch of inputs."""
+    check_network(model)
     check_finite_weights(model)
+    check_float32(model, _not_kept_float(coverage(model)[0], settings))  # before a type that differs makes the network refuse its input
+    given = state_of(model)
     wiring = observe(model, example)
     names, uncovered = coverage(model, wiring)
     if not names:
-        raise UnsupportedModel("The model has no layer to quantize: no convolution, linear or embedding ran on the data.")
+        others = "".join(f" {name or 'The network itself'}: {why}." for name, why in uncovered.items())
+        raise UnsupportedModel(f"The model has no layer to quantize: no convolution, linear or embedding ran on the data.{others}")
     kept = match_patterns(settings.keep, names)
     kept_float = [name for name, precision in kept.items() if precision.weight_bits is None]
-    check_single_use(wiring, [name for name in names if name not in kept_float])
+    check_plain_use(wiring, [name for name in names if name not in kept_float])
+    moving = moving_state(model, example, given)
+    check_outputs(model, example)
     folded, norms, promised = batchnorm.fold_checked(model, batchnorm.foldable(model, wiring), example)
     wiring = observe(folded, example)
+    for network in (model, folded):
+        restore(network, moving)
     prepared = prepare(folded, names, kept_float, _groups(folded, [name for name in names if name not in norms], settings))
     layers = quantized_layers(prepared)
     choices = {name: _choices(layers[name], kept.get(name), settings) for name in names}
@@ -204,7 +221,14 @@ def observe_network(model: nn.Module, example: Batch, settings: CalibrateSetting
     fitted = {name for name in names if is_reconstructed(layers[name]) and any(p.weight_bits for p in choices[name])}
     units = [unit for unit in wiring.units(names, blocks) if fitted & set(unit.layers)]
     costs = CostModel.of(prepared, names, wiring, len(wiring.edges()), model)
-    return Network(model, folded, prepared, wiring, norms, promised, choices, uncovered, units, costs)
+    if settings.does("bias_tuning"):
+        check_differentiable(prepared, [unit.name for unit in units if unit.name not in names], example)
+    return Network(model, folded, prepared, wiring, norms, promised, choices, uncovered, units, costs, moving)
+
+
+def _not_kept_float(names: Sequence[str], settings: CalibrateSettings) -> list[str]:
+    kept = match_patterns(settings.keep, names)
+    return [name for name in names if name not in kept or kept[name].weight_bits is not None]
 
 
 def is_reconstructed(layer: nn.Module) -> bool:
@@ -225,6 +249,7 @@ def _groups(model: nn.Module, names: Sequence[str], settings: CalibrateSettings)
 
 def unobserved_network(model: nn.Module, settings: CalibrateSettings) -> Network:
     """What can be said of `model` before any input is seen: nothing folded, no units, no shapes."""
+    check_network(model)
     check_finite_weights(model)
     names, uncovered = coverage(model)
     if not names:
@@ -312,7 +337,7 @@ def range_candidates(network: Network, calibration: Calibration, settings: Calib
 
 def finite_samples(network: Network, calibration: Calibration, settings: CalibrateSettings) -> dict[str, list[Tensor]]:
     """Values of each layer's input on the fitting inputs; raises InvalidInput naming the first layer whose input is not finite."""
-    samples = input_samples(network.folded, network.names, calibration.fitting, 2**17, settings.seed)
+    samples = input_samples(network.folded, network.used_once, calibration.fitting, 2**17, settings.seed)
     check_finite_samples(samples)
     return samples
 
@@ -389,8 +414,8 @@ def reconstructed_candidates(
     free = [name for name, options in network.choices.items() if is_reconstructed(layers[name]) and any(p.weight_bits for p in options)]
     units = network.wiring.units(free, [])
     changed = Candidates(dict(candidates.weights), candidates.activations)
-    wanted = adaquant_settings(settings, settings.candidate_steps)
-    errors = parallel(variants, network.folded, units, starts, network.wiring, calibration, wanted, settings.memory, recall)
+    wanted, room = adaquant_settings(settings, settings.candidate_steps), memory_to_capture(network, calibration, settings)
+    errors = parallel(variants, network.folded, units, starts, network.wiring, calibration, wanted, room, recall)
     for bits, model in variants.items():
         for name in network.names:
             if (name, bits) in candidates.weights:
@@ -663,7 +688,7 @@ def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]
 
         def read(kept: Kept) -> tuple[dict[str, Any], dict[str, float]]:
             found = dict(kept.record["told"]), as_scores(kept.record["measured"])
-            restore(changed, names, kept.tensors)
+            put_back(changed, names, kept.tensors)
             return found
 
         told, measured = recall(step, make, read)
@@ -678,10 +703,8 @@ def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]
         recall = under_settings(recall, settings, ("steps", "start", *PARALLEL))
         changed, starts = sequential_start(bench, scheme)
         wanted = adaquant_settings(settings, settings.steps)
-        unit_recall = recall.under("units")
-        fit = partial(
-            sequential, changed, network.folded, network.units, starts, network.wiring, calibration, wanted, settings.memory, unit_recall
-        )
+        room, units = memory_to_capture(network, calibration, settings), recall.under("units")
+        fit = partial(sequential, changed, network.folded, network.units, starts, network.wiring, calibration, wanted, room, units)
         errors = offer("sequential AdaQuant", changed, list(starts), fit)
     if settings.bn_tuning and bench.targets:
         changed = copy.deepcopy(model)
@@ -697,8 +720,9 @@ def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]
     if settings.does("bias_tuning"):
         changed = copy.deepcopy(model)
         coded = [name for name, layer in quantized_layers(changed).items() if isinstance(layer.weight_quantizer, UniformQuantizer)]
-        recall = under_settings(recall, settings, ("tune_scales",))
-        wanted = BiasTuningSettings(scales=settings.tune_scales, seed=settings.seed)
+        part = samples_at_once(network.wiring, TRAINED, settings.memory, settings.batch_size)
+        recall = under_settings(recall, settings, ("tune_scales",)).under(part)
+        wanted = BiasTuningSettings(scales=settings.tune_scales, seed=settings.seed, part=part)
         references = list(bench.references)
         fit = partial(tune_biases, changed, calibration.fitting, references, calibration.held_out, judge.reference, judge.task, wanted)
         offer("bias tuning", changed, coded, fit)
@@ -721,10 +745,67 @@ def sequential_start(bench: Bench, scheme: Scheme) -> tuple[nn.Module, dict[str,
     return apply_scheme(bench.network.prepared, scheme, candidates), free
 
 
+RUNNING = 4
+"""Of its largest tensor, how many a forward pass holds at once."""
+TRAINED = 3
+"""Of each tensor, how many a forward and backward pass holds at once: the value, its quantized form, a gradient."""
+
+
+OBSERVED = 2
+"""Of each tensor, how many a pass holds that observes all of them."""
+
+
+def sample_bytes(wiring: Wiring) -> dict[str, int]:
+    """Operation -> bytes of what one sample is in its output."""
+    return {op.name: 4 * torch.Size(op.shape).numel() // wiring.batch_size for op in wiring.operations}
+
+
+def working_memory(network: Network, padded: bool, settings: CalibrateSettings) -> dict[str, tuple[int, str]]:
+    """What the steps of a run hold of activations, however little is captured: kind of step -> (bytes, what would take less)."""
+    sizes = sample_bytes(network.wiring)
+    needs = {"a forward pass": (RUNNING * settings.batch_size * max(sizes.values()), "--batch-size")}
+    if settings.does("sequential") or settings.does("parallel"):
+        step = settings.batch_size if padded else settings.step_batch
+        inside = [
+            sum(sizes[op.name] for op in network.wiring.operations if op.name in unit.layers or f"{op.owner}.".startswith(f"{unit.name}."))
+            for unit in network.units
+        ]
+        needs["a step of AdaQuant"] = (TRAINED * step * max(inside, default=0), "--batch-size" if padded else "--step-batch")
+    if settings.does("bias_tuning"):
+        needs["tuning biases on one input"] = (TRAINED * sum(sizes.values()), "--no-bias-tuning")
+    needs["observing one input"] = (OBSERVED * sum(sizes.values()), "smaller inputs")
+    return needs
+
+
+def check_memory(network: Network, calibration: Calibration, settings: CalibrateSettings) -> None:
+    """Raise InvalidSetting, naming the least that works, where a step alone takes more than the memory that is allowed."""
+    needs = working_memory(network, calibration.fitting[0].mask is not None, settings)
+    step, (least, instead) = max(needs.items(), key=lambda item: item[1][0])
+    if settings.memory < least:
+        raise InvalidSetting(
+            f"memory {settings.memory / 1e6:.4g}MB is less than the {_megabytes(least)} of activations that {step} holds. "
+            f"Give at least --memory {_megabytes(least)}, or less to do at once: {instead}."
+        )
+
+
+def _megabytes(count: int) -> str:
+    return f"{-(-count // 10**6)}MB"
+
+
+def memory_to_capture(network: Network, calibration: Calibration, settings: CalibrateSettings) -> int:
+    """Bytes that captured activations may take beside a step of AdaQuant."""
+    needs = working_memory(network, calibration.fitting[0].mask is not None, settings)
+    return max(0, settings.memory - max(least for least, _ in needs.values()))
+
+
+def samples_at_once(wiring: Wiring, copies: int, memory: int, most: int) -> int:
+    """How many samples a pass that holds so many copies of every tensor has room for, from 1 to `most`."""
+    return min(most, max(1, memory // (copies * sum(sample_bytes(wiring).values()))))
+
+
 def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Batch]:
-    """As many of the first batches as one joined forward pass can hold: four of its largest tensors at once."""
-    largest = max(torch.Size(op.shape).numel() for op in wiring.operations) // wiring.batch_size
-    room = max(1, memory // (4 * 4 * largest))
+    """As many of the first batches as one joined forward pass can hold."""
+    room = max(1, memory // (RUNNING * max(sample_bytes(wiring).values())))
     kept, count = [], 0
     for batch in batches:
         if kept and count + len(batch) > room:
@@ -734,8 +815,8 @@ def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Bat
     return kept
 
 
-def edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch]) -> dict[str, tuple[float, float]]:
-    """(low, high) of every edge of the finished model over `batches`, for integer runtimes."""
+def edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch], part: int = 8) -> dict[str, tuple[float, float]]:
+    """(low, high) of every edge of the finished model over `batches`, for integer runtimes; every tensor of `part` samples at once."""
     names, pairs = set(wiring.edges()), _token_pairs(model, wiring)
     ends: dict[str, tuple[float, float]] = {}
 
@@ -748,8 +829,9 @@ def edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch]) -> d
             ends[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))
 
     for batch in batches:
-        mask = batch.mask
-        observe(model, batch, widen)
+        for some in batch.parts(part):
+            mask = some.mask
+            observe(model, some, widen)
     return {name: ends.get(name, (0.0, 0.0)) for name in wiring.edges()}
 
 

@@ -19,6 +19,7 @@ from anybit.layers import float_weight, from_rows, prepare, quantized_layers, we
 from anybit.methods.multiquant import MultiQuant, MultiQuantSettings, SwitchableInput, SwitchableNorm, SwitchableWeight
 from anybit.quantizers import UniformQuantizer
 from anybit.ranges import weight_scale
+from anybit.refusals import once_a_batch
 from anybit.scheme import FLOAT, MAX_BITS, Precision, Scheme, check_bits
 from anybit.stages import CalibrateSettings, Network
 from anybit.store import STORE_BITS
@@ -107,7 +108,8 @@ def make_multiquant(network: Network, plain: Sequence[Batch], settings: Supernet
     unfolded = copy.deepcopy(network.float_model)
     batchnorm.flip_negative(unfolded, network.norms)
     model = prepare(unfolded, network.names, [name for name, options in network.choices.items() if options[0].weight_bits is None])
-    samples = input_samples(network.folded, network.names, plain, 2**17, settings.train.seed)
+    with once_a_batch(network.folded, network.used_once):
+        samples = input_samples(network.folded, network.used_once, plain, 2**17, settings.train.seed)
     check_finite_samples(samples)
     wanted = settings.multiquant
     for name, layer in quantized_layers(model).items():

@@ -240,6 +240,7 @@ def polished(
     example = calibration.fitting[0].head(2)
     fixed = replace(settings, keep={glob.escape(name): precision for name, precision in scheme.items()})
     network = stages.observe_network(supernet.as_float(bn), example, fixed)
+    stages.check_memory(network, calibration, settings)
     own = candidates_of(canonical)
     with torch.no_grad():
         references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]

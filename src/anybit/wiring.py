@@ -37,6 +37,8 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "hardsigmoid": F.hardsigmoid, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "leaky_relu": F.leaky_relu, "elu": F.elu,
     "mish": F.mish, "clamp": torch.clamp, "clip": torch.clamp,
 }  # fmt: skip
+ESCAPES = {"setitem", "item", "tolist", "numpy", "array", "bool", "float", "int", "index", "equal", "allclose", "is_nonzero"}
+"""Functions that read values and give back no tensor."""
 CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clip"}
 """Activations that only bound values: after them fewer values are left, none is new."""
 
@@ -84,6 +86,12 @@ class Wiring:
     classes: dict[str, str] = field(default_factory=dict)
     input_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     module_inputs: dict[str, int] = field(default_factory=dict)
+    escaped: frozenset[int] = frozenset()
+    """Values that something reads which is no operation here: a comparison, an index, a number taken out, a write in place."""
+    surroundings: dict[str, str] = field(default_factory=dict)
+    """Layer -> what is around it in the forward and would not be when it is run alone (vmap, autocast, gradients)."""
+    read_weights: frozenset[str] = frozenset()
+    """Layers whose weight or bias something besides them reads."""
 
     def operation(self, name: str) -> Operation:
         """The (first) operation of that name."""
@@ -96,7 +104,7 @@ class Wiring:
     def only_reader(self, value: int) -> Operation | None:
         """The one operation that reads `value`, where nothing else does and the model does not give it out."""
         readers = self.readers(value)
-        return readers[0] if len(readers) == 1 and value not in self.output_values else None
+        return readers[0] if len(readers) == 1 and value not in self.output_values and value not in self.escaped else None
 
     def layer_names(self) -> list[str]:
         """Layers of a covered class that ran, in order of their first call."""
@@ -225,6 +233,11 @@ class _Observer(TorchFunctionMode):
         self.classes: dict[str, str] = {}
         self.input_shapes: dict[str, tuple[int, ...]] = {}
         self.module_inputs: dict[str, int] = {}
+        self.escaped: set[int] = set()
+        self.surroundings: dict[str, str] = {}
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, COVERED)]
+        self.weights = {id(parameter): name for name, module in layers for parameter in module.parameters(recurse=False)}
+        self.read_weights: set[str] = set()
 
     def begin(self, batch: Batch) -> None:
         self.input_values = tuple(self._new_value(tensor) for tensor in tensors_in(batch.inputs))
@@ -238,7 +251,8 @@ class _Observer(TorchFunctionMode):
         given_out = tuple(self.values[id(tensor)] for tensor in tensors if id(tensor) in self.values)
         return Wiring(
             tuple(self.operations), self.calls, self.module_outputs,
-            self.input_values, given_out, batch_size, self.classes, self.input_shapes, self.module_inputs,
+            self.input_values, given_out, batch_size, self.classes, self.input_shapes, self.module_inputs, frozenset(self.escaped),
+            self.surroundings, frozenset(self.read_weights),
         )  # fmt: skip
 
     def hooks(self) -> ExitStack:
@@ -257,7 +271,12 @@ class _Observer(TorchFunctionMode):
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and id(args[0]) in self.values:
             self.module_inputs[name] = self.values[id(args[0])]
         if isinstance(module, COVERED):
-            self.input_shapes[name] = tuple(tensors_in((args, kwargs))[0].shape)
+            read = tensors_in((args, kwargs))
+            if not read:
+                raise UnsupportedModel(f"Layer {name} runs on no tensor. Give it one, or take the layer out.")
+            self.input_shapes[name] = tuple(read[0].shape)
+            if how := _surroundings(read[0]):
+                self.surroundings[name] = how
         self.inside_leaf += isinstance(module, COVERED + BATCH_NORMS)
 
     def _leave(self, name: str, module: nn.Module, args, kwargs, output) -> None:
@@ -276,8 +295,16 @@ class _Observer(TorchFunctionMode):
         if not self.inside_leaf:
             reads = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self.values]
             makes = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+            kind = _bare_name(func)
+            gives = bool(tensors_in(output)) or kind in ESCAPES
+            if gives:
+                read = (self.weights.get(id(tensor)) for tensor in tensors_in((args, kwargs)))
+                self.read_weights.update(name for name in read if name is not None)
+            if reads and not makes and gives:
+                self.escaped.update(self.values[id(tensor)] for tensor in reads)
+                if kind == "setitem" and args[0] is reads[0]:
+                    self._new_value(args[0])
             if reads and makes:
-                kind = _bare_name(func)
                 owner = self.stack[-1]
                 self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, (args, kwargs), output, _activation(kind, args, kwargs))
         return output
@@ -306,6 +333,15 @@ class _Observer(TorchFunctionMode):
         self.values[id(tensor)] = self.made
         self.made += 1
         return self.made - 1
+
+
+def _surroundings(tensor: Tensor) -> str | None:
+    """What is around a layer that reads `tensor` and would not be there when it is run alone; None in a plain forward."""
+    if torch._C._functorch.is_batchedtensor(tensor):
+        return "inside torch.vmap"
+    if torch.is_autocast_enabled(tensor.device.type):
+        return "under torch.autocast, in half precision"
+    return "with gradients enabled by the network's forward" if torch.is_grad_enabled() else None
 
 
 def _float_class(module: nn.Module) -> type:

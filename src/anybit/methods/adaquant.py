@@ -25,7 +25,7 @@ held-out inputs is kept. The KL is a mean over samples (the release also divides
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybit.batches import Batch, Calibration, predict, real
-from anybit.candidates import restore, snapshot
+from anybit.candidates import put_back, snapshot
 from anybit.capture import Captured, MemoryBudget, capture, carry, chunks
 from anybit.errors import AnybitError
 from anybit.evaluation import compares_classes, distance, outputs_of
@@ -110,12 +110,13 @@ def mix(x: Tensor, quantized: Tensor, drop: float) -> Tensor:
 class UnitData:
     """What one unit is fitted to: its float inputs with the float outputs, and the inputs it will really see (None: the float ones).
 
-    `count` samples; of padded data, whose batches are kept whole, `count` batches.
+    `count` samples; of padded data, whose batches are kept whole, `count` batches. At most `chunk` samples are looked at at once.
     """
 
     float_side: Captured
     quantized_side: Captured | None
     count: int
+    chunk: int = 32
 
     def draw(self, size: int) -> Tensor:
         """Indices of `size` random samples, or of one batch."""
@@ -123,7 +124,7 @@ class UnitData:
 
     def parts(self, limit: int | None = None) -> Iterator[Tensor]:
         """Indices of everything (of the first `limit`), a forward pass at a time."""
-        return chunks(min(self.count, limit or self.count), 1 if self.float_side.masks else 64)
+        return chunks(min(self.count, limit or self.count), 1 if self.float_side.masks else self.chunk)
 
     def mask(self, indices: Tensor) -> Tensor | None:
         """Which tokens of these samples are real; None where nothing is padded."""
@@ -220,7 +221,7 @@ def sequential(
         fresh = [at for at, (before, after) in enumerate(pairwise(path), 1) if not wiring.feeds(before.name, after.name)]
         if fresh or not sides:
             path = path[fresh[-1] if fresh else 0 :]
-            sides = _capture_sides(model, float_model, path[0], calibration, MemoryBudget(memory // 2))
+            sides = _capture_sides(model, float_model, path[0], calibration, MemoryBudget(memory // 2), settings.batch_size)
         for before, after in pairwise(path):
             budget = MemoryBudget(memory // 2)  # this unit's tensors and the previous one's are held at once
             sides = [_carried_side(side, model, float_model, before, after, wiring, budget) for side in sides]
@@ -250,11 +251,11 @@ def _carried_side(
         return finish(before(*args, **kwargs))
 
     device = side.float_side.device
-    float_input = carry(lambda indices: finish(side.targets(indices)), side.count, budget, whole)
-    float_output = carry(lambda indices: float_module(float_input.rows(indices).to(device)), side.count, budget, whole)
-    quantized_input = carry(quantized_output, side.count, budget, whole)
+    float_input = carry(lambda indices: finish(side.targets(indices)), side.count, budget, whole, side.chunk)
+    float_output = carry(lambda indices: float_module(float_input.rows(indices).to(device)), side.count, budget, whole, side.chunk)
+    quantized_input = carry(quantized_output, side.count, budget, whole, side.chunk)
     float_side = Captured(((float_input,), {}), float_output, device, side.float_side.masks)
-    return UnitData(float_side, Captured(((quantized_input,), {}), None, device), side.count)
+    return replace(side, float_side=float_side, quantized_side=Captured(((quantized_input,), {}), None, device))
 
 
 def parallel(
@@ -274,7 +275,7 @@ def parallel(
     """
     report: dict[str, dict[int, dict[str, float]]] = {}
     for unit in track(units, "parallel AdaQuant"):
-        sides = cache(partial(_capture_sides, None, float_model, unit, calibration, MemoryBudget(memory)))
+        sides = cache(partial(_capture_sides, None, float_model, unit, calibration, MemoryBudget(memory), settings.batch_size))
         for bits, model in variants.items():
             name = f"parallel AdaQuant of {unit.name} at W{bits}"
             result = _recalled_unit(name, model, unit, starts[bits], sides, wiring, settings, recall)
@@ -301,21 +302,21 @@ def _recalled_unit(
         return Kept(errors, snapshot(model, layers))
 
     def read(kept: Kept) -> dict[str, float]:
-        restore(model, layers, kept.tensors)
+        put_back(model, layers, kept.tensors)
         return {key: int(value) if key == "steps" else float(value) for key, value in kept.record.items()}
 
     return recall(name, make, read)
 
 
 def _capture_sides(
-    model: nn.Module | None, float_model: nn.Module, unit: Unit, calibration: Calibration, budget: MemoryBudget
+    model: nn.Module | None, float_model: nn.Module, unit: Unit, calibration: Calibration, budget: MemoryBudget, chunk: int
 ) -> list[UnitData]:
     """What the unit is fitted to and judged on; the quantized side is left out where there is no `model`."""
     sides = []
     for batches, count in zip((calibration.fitting, calibration.held_out), calibration.count(), strict=True):
         float_side = capture(float_model, unit.name, batches, count, budget, outputs=True)
         quantized_side = None if model is None else capture(model, unit.name, batches, count, budget)
-        sides.append(UnitData(float_side, quantized_side, len(batches) if float_side.masks else count))
+        sides.append(UnitData(float_side, quantized_side, len(batches) if float_side.masks else count, chunk))
     return sides
 
 
@@ -404,13 +405,15 @@ def _identity(output: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BiasTuningSettings:
-    """epochs over the fitting inputs; rate of Adam; scales: train the scales too (as logarithms); patience in epochs."""
+    """epochs over the fitting inputs; rate of Adam; scales: train the scales too (as logarithms); patience in epochs; part: samples that
+    are in memory at once, a batch's gradients being summed over its parts (None: all)."""
 
     epochs: int = 6
     rate: float = 1e-3
     scales: bool = False
     patience: int = 3
     seed: int = 0
+    part: int | None = None
 
 
 class ScaledCodes(nn.Module):
@@ -461,10 +464,8 @@ def tune_biases(
     best = [parameter.detach().clone() for parameter in parameters]
     for epoch in track(range(1, settings.epochs + 1), "bias tuning"):
         for index in torch.randperm(len(fitting), generator=generator).tolist():
-            with torch.enable_grad():
-                loss = output_loss(predict(model, fitting[index]), references[index], task)
             optimizer.zero_grad()
-            loss.backward()
+            _add_gradients(model, fitting[index], references[index], task, settings.part)
             optimizer.step()
             schedule.step()
         after = distance(outputs_of(model, held_out), held_out_reference, task)
@@ -483,6 +484,22 @@ def tune_biases(
         for name, layer in layers.items():
             layer.weight_quantizer, layer.input_quantizer = slots[name]
     return result
+
+
+def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: str, part: int | None) -> None:
+    """Add the gradients of the batch's loss, of as many samples at a time as `part`."""
+    done = 0
+    for inputs in batch.parts(part or len(batch)):
+        with torch.enable_grad():
+            outputs = predict(model, inputs)
+            target = reference[done : done + len(outputs)]
+            (output_loss(outputs, target, task) * _share(target, reference, task)).backward()
+        done += len(outputs)
+
+
+def _share(part: Tensor, whole: Tensor, task: str) -> float | Tensor:
+    """What a part's `output_loss` weighs in that of the whole: its rows, or its power."""
+    return len(part) / len(whole) if compares_classes(task) else part.square().sum() / whole.square().sum().clamp_min(1e-30)
 
 
 def _free_scales(layers: Iterable[nn.Module]) -> None:

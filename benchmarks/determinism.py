@@ -1,0 +1,91 @@
+"""What a change of thread count alters in a calibrate run of the digits network; nothing else is expected to alter anything.
+
+python examples/digits.py runs/digits
+python benchmarks/determinism.py --data runs/digits/digits.npz --weights runs/digits/weights.safetensors
+
+Each run is a process of its own. Sums of floating-point numbers depend on how they are split over threads; whatever follows from their
+last digits is counted here: codes that differ, bits that differ, and the accuracy on the test set.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from study import ROOT, Entries, parser
+
+import anybit
+from anybit import roads
+from anybit.checkpoint import read_json
+from anybit.layers import codes_of, quantized_layers
+from anybit.references import load_model
+
+NETWORK = f"{ROOT / 'examples/digits.py'}:network"
+BUDGETS = ("2.5bit", "3bit", "4bit")
+MEASURED = ("stages", "environment", "settings")
+
+
+def run(arguments: argparse.Namespace, folder: Path, threads: int, workers: int, pipeline: str) -> None:
+    """A run with all budgets, saved."""
+    torch.set_num_threads(threads)
+    test = f"{arguments.data}#test"
+    how = {"weights": arguments.weights, "test": test, "samples": 512, "pipeline": pipeline, "workers": workers, "cache": False}
+    roads.save_all(anybit.calibrate(NETWORK, arguments.data, list(BUDGETS), **how), folder)
+
+
+def in_a_process(*given: Any) -> None:
+    """`run` in a fresh process, whose hash seed is its own."""
+    process = multiprocessing.get_context("spawn").Process(target=run, args=given)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"The run has failed with exit status {process.exitcode}.")
+
+
+def compared(one: Path, other: Path, weights: str) -> dict[str, Any]:
+    """What differs between two runs of one budget."""
+    models = [anybit.load(folder, model=load_model(NETWORK, weights)) for folder in (one, other)]
+    layers = [quantized_layers(model) for model in models]
+    same_bits = {name for name in layers[0] if models[0].scheme[name] == models[1].scheme[name]}
+    total = sum(layers[0][name].weight.numel() for name in same_bits)
+    changed = sum(int((codes_of(layers[0][name]) != codes_of(layers[1][name])).sum()) for name in same_bits)
+    reports = [read_json(folder / "report.json") for folder in (one, other)]
+    return {
+        "same_files": all((one / name).read_bytes() == (other / name).read_bytes() for name in ("scheme.json", "model.safetensors")),
+        "same_report": _judged(reports[0]) == _judged(reports[1]),
+        "layers": len(layers[0]),
+        "layers_of_other_bits": sorted(set(layers[0]) - same_bits),
+        "codes_compared": total,
+        "codes_that_differ": changed,
+        "bits": [report["result"]["weight_bits"] for report in reports],
+        "bytes": [report["result"]["bytes"] for report in reports],
+        "top1": [report["test"]["top1"] for report in reports],
+        "float_top1": reports[0]["float_test"]["top1"],
+    }
+
+
+def _judged(report: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in report.items() if key not in MEASURED}
+
+
+def main(arguments: argparse.Namespace) -> None:
+    file = Entries(arguments, "determinism")
+    for pipeline in ("light", "advanced"):
+        with tempfile.TemporaryDirectory() as scratch:
+            settings = {"first": (1, 0), "again": (1, 0), "two workers": (1, 2), "two threads": (2, 0), "two threads again": (2, 0)}
+            folders = {name: Path(scratch) / name.replace(" ", "-") for name in settings}
+            for name, (threads, workers) in settings.items():
+                in_a_process(arguments, folders[name], threads, workers, pipeline)
+            pairs = [("first", other) for other in ("again", "two workers", "two threads")] + [("two threads", "two threads again")]
+            for (one, other), budget in itertools.product(pairs, BUDGETS):
+                places = folders[one] / budget, folders[other] / budget, arguments.weights
+                file.measured(f"{pipeline} {budget}: {one} / {other}", partial(compared, *places))
+
+
+if __name__ == "__main__":
+    main(parser(__doc__, ["threads"], 1).parse_args(["threads", *sys.argv[1:]]))

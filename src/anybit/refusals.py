@@ -1,0 +1,257 @@
+"""Networks that no road can work with: each is refused in one sentence, before anything long is begun, naming the module and the remedy.
+
+What is told here cannot be told from a layer alone: how weights are held, whether a pass can be repeated, and what it passes through.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from anybit.batches import Batch, call, evaluating, predict, tensors_in
+from anybit.cost import STORED_TYPES
+from anybit.errors import AnybitError, UnsupportedModel
+from anybit.matmul import Matmul
+from anybit.wiring import COVERED, observe
+
+_REMOVERS = {
+    WeightNorm: "torch.nn.utils.remove_weight_norm",
+    SpectralNorm: "torch.nn.utils.remove_spectral_norm",
+    prune.BasePruningMethod: "torch.nn.utils.prune.remove",
+}
+
+
+def check_network(model: nn.Module) -> None:
+    """Raise UnsupportedModel for what shows before the network has run: scripted code, and weights that are not there as plain tensors."""
+    for name, module in model.named_modules():
+        where = name or "The network"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModel(f"{where} is TorchScript, whose layers cannot be changed. Give the Python module that it was made from.")
+        if isinstance(module, COVERED) and not isinstance(module, Matmul):
+            _check_not_computed(where, module)
+        kept = {key for key in module._buffers if key not in module._non_persistent_buffers_set}
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            _check_tensor(f"{name}.{key}".lstrip("."), tensor, key in module._parameters or key in kept)
+
+
+def _check_not_computed(name: str, layer: nn.Module) -> None:
+    for key in ("weight", "bias"):
+        is_attribute = key in layer._parameters
+        if not is_attribute and getattr(layer, key, None) is not None:
+            raise UnsupportedModel(f"{name}: the {key} is computed in every pass, not stored. Make it plain first: {_remover(layer, key)}.")
+
+
+def _remover(layer: nn.Module, key: str) -> str:
+    if parametrize.is_parametrized(layer, key):
+        return f"torch.nn.utils.parametrize.remove_parametrizations(layer, {key!r})"
+    for hook in layer._forward_pre_hooks.values():
+        for kind, remover in _REMOVERS.items():
+            if isinstance(hook, kind):
+                return f"{remover}(layer, {key!r})"
+    return f"layer.{key} = nn.Parameter(layer.{key}.detach())"
+
+
+def _check_tensor(key: str, tensor: Tensor, is_stored: bool) -> None:
+    if is_lazy(tensor):
+        raise UnsupportedModel(f"{key} has no shape yet: its module is lazy. Run the network once on an input first.")
+    if tensor.is_meta:
+        raise UnsupportedModel(f"{key} is on the meta device and holds no numbers. Load the weights first.")
+    if tensor.layout is not torch.strided:
+        raise UnsupportedModel(f"{key} is sparse ({tensor.layout}). Make it dense first: to_dense().")
+    if is_stored and tensor.dtype not in STORED_TYPES:
+        raise UnsupportedModel(
+            f"{key} is {tensor.dtype}, which a run's file cannot hold. Convert it, or register it as a buffer with persistent=False."
+        )
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; raises UnsupportedModel naming the innermost module that cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # an attribute's own class raises whatever it likes
+        name, module, said = _uncopiable(model, error)
+        raise UnsupportedModel(
+            f"{name or 'The network'}, a {type(module).__name__}, cannot be copied, and the work is done on a copy: {said} "
+            "Keep such attributes out of the module, detach() its tensors, or give it a __deepcopy__."
+        ) from error
+
+
+def _uncopiable(model: nn.Module, error: Exception) -> tuple[str, nn.Module, str]:
+    for name, module in reversed(list(model.named_modules())):
+        try:
+            copy.deepcopy(module)
+        except Exception as inner:
+            return name, module, _said(inner)
+    return "", model, _said(error)
+
+
+def _said(error: Exception) -> str:
+    """What an error says, up to its first full stop."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text.partition('. ')[0].rstrip('.')}."
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict."""
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def moving_state(model: nn.Module, example: Batch, before: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Buffers that a pass in evaluation mode changes -> their values `before` any (None: it had none); outputs must not depend on them.
+
+    Raises UnsupportedModel where a pass changes a parameter, or where the same inputs give other outputs the second time.
+    """
+    try:
+        first, second = _run(model, example), _run(model, example)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"The network runs once on an input and not again ({_said(error)}). Reset what it keeps in each pass."
+        ) from error
+    after = model.state_dict()
+    moved = {key: before.get(key) for key in before | after if not _same(before.get(key), after.get(key))}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key in moved:
+        if key in parameters:
+            raise UnsupportedModel(
+                f"A pass in evaluation mode writes into {key}, whose codes could not stay. Let {_owner(key)} change it in training "
+                "alone (of an embedding: max_norm=None)."
+            )
+    if len(first) != len(second) or not all(map(_same, first, second)):
+        name = _first_difference(model, example)
+        kept = f" It keeps {', '.join(moved)}." if moved else ""
+        raise UnsupportedModel(
+            f"The same inputs give other outputs the second time, from {name} on: the network draws at random or keeps what it saw."
+            f"{kept} Make it repeat itself in evaluation mode."
+        )
+    return moved
+
+
+def _run(model: nn.Module, example: Batch) -> list[Tensor]:
+    with evaluating(model):
+        return [tensor.clone() for tensor in tensors_in(call(model, example.inputs))]
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _owner(key: str) -> str:
+    return key.rpartition(".")[0] or "the network"
+
+
+def _first_difference(model: nn.Module, example: Batch) -> str:
+    """The name of the first value that two passes make differently."""
+    passes: list[list[tuple[str, Tensor]]] = [[], []]
+    for values in passes:
+        observe(model, example, lambda name, tensor, values=values: values.append((name, tensor.clone())))
+    for (name, one), (other_name, other) in zip(*passes, strict=False):
+        if name != other_name or not _same(one, other):
+            return name
+    return "its outputs"
+
+
+def restore(model: nn.Module, state: Mapping[str, Tensor | None]) -> None:
+    """Put buffers back to what they were."""
+    for key, tensor in state.items():
+        owner, _, buffer = key.rpartition(".")
+        setattr(model.get_submodule(owner), buffer, None if tensor is None else tensor.clone())
+
+
+def check_outputs(model: nn.Module, example: Batch) -> None:
+    """Raise UnsupportedModel where what is read in the output is not real numbers with the rows of each sample in order."""
+    with torch.no_grad(), evaluating(model):
+        output = predict(model, example)
+    if not output.is_floating_point():
+        raise UnsupportedModel(
+            f"The network's first output is {output.dtype}, which cannot be compared in degrees. Let {type(model).__name__} return the "
+            "numbers that it decides by, such as logits, first."
+        )
+    if example.reader is None and (not output.dim() or len(output) % len(example)):
+        raise UnsupportedModel(_no_rows(model, output, len(example)))
+
+
+def check_rows(model: nn.Module, outputs: Sequence[Tensor], batches: Sequence[Batch]) -> None:
+    """Raise UnsupportedModel where the rows of the outputs do not grow with the batch."""
+    for output, batch in zip(outputs, batches, strict=True):
+        if batch.reader is None and len(output) * len(batches[0]) != len(outputs[0]) * len(batch):
+            raise UnsupportedModel(_no_rows(model, output, len(batch)))
+
+
+def _no_rows(model: nn.Module, output: Tensor, count: int) -> str:
+    return (
+        f"The network's first output has shape {tuple(output.shape)} for {count} inputs, which is not so many rows an input. Let "
+        f"{type(model).__name__} return what it predicts of each input first."
+    )
+
+
+def check_differentiable(model: nn.Module, blocks: Iterable[str], example: Batch) -> None:
+    """Raise UnsupportedModel where no gradient flows back from the outputs, or from one of the blocks to what is inside."""
+    trial = copy.deepcopy(model)
+    for parameter in trial.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    cut: list[str] = []
+    entered: list[bool] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        entered.append(torch.is_grad_enabled())
+
+    def leave(name: str) -> Callable:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if entered.pop() and isinstance(output, Tensor) and not output.requires_grad:
+                cut.append(name)
+
+        return hook
+
+    for name in blocks:
+        trial.get_submodule(name).register_forward_pre_hook(enter)
+        trial.get_submodule(name).register_forward_hook(leave(name))
+    try:
+        with torch.enable_grad(), evaluating(trial):
+            output = predict(trial, example)
+            if output.requires_grad:
+                output.sum().backward()
+    except AnybitError:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(f"No gradient can be taken of the network's outputs: {_said(error)} Use --pipeline light.") from error
+    if cut or not output.requires_grad:
+        place = f"Block {cut[0]}" if cut else f"The forward of {type(model).__name__}"
+        raise UnsupportedModel(
+            f"{place} lets no gradient through (no_grad, inference_mode or detach inside it), and all but --pipeline light needs one. "
+            "Take it out of the forward, or calibrate with --pipeline light."
+        )
+
+
+@contextmanager
+def once_a_batch(model: nn.Module, layers: Collection[str]) -> Iterator[None]:
+    """Every pass inside must run each of `layers` once, as the example did; raises UnsupportedModel naming one that does otherwise."""
+    calls: Counter[str] = Counter()
+
+    def check(*_: Any) -> None:
+        for name in layers:
+            if calls[name] != 1:
+                raise UnsupportedModel(
+                    f"Layer {name} runs {calls[name]} times on some inputs and once on others: the network chooses by its inputs or by how "
+                    f"many there are. Keep it float: --keep '{name}=float'."
+                )
+        calls.clear()
+
+    hooks = [model.register_forward_hook(check)]
+    for name in layers:
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name])))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
