@@ -83,6 +83,10 @@ def test_on_the_frontier_no_step_up_is_worth_the_shadow_price_and_every_step_dow
         if following:
             assert following["price"] == pytest.approx(hull.steps[steps].price) and following["layer"] == hull.steps[steps].layer
             assert less is None or less["price"] >= following["price"] * (1 - 1e-9)
+        at = list(table[name]).index(scheme[name])
+        rises, falls = costs[name] - costs[name][at], losses[name][at] - losses[name]
+        assert (None if more is None else more["price"]) == max((falls[rises > 0] / rises[rises > 0]).tolist(), default=None)
+        assert (None if less is None else less["price"]) == min((falls[rises < 0] / rises[rises < 0]).tolist(), default=None)
         for move in filter(None, (more, less)):
             loss = {text: one["loss"] for text, one in table[name].items()}
             assert move["loss"] == pytest.approx(loss[move["to"]] - loss[scheme[name]]) and move["price"] == -move["loss"] / move["cost"]
@@ -212,6 +216,7 @@ def test_a_report_without_a_table_is_to_be_made_again(run_folder):
         (("layers", "fc", "weights"), "many"),
         (("table",), []),
         (("table", "layers"), {}),
+        (("table", "layers", "another"), {"W4A8": {"loss": 0.0, "bytes": 1, "bops": 1}}),
         (("table", "layers", "fc"), {}),
         (("table", "layers", "fc", "W4A8", "loss"), None),
         (("table", "layers", "fc", "W4A8", "bytes"), 1.5),

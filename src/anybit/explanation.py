@@ -161,9 +161,9 @@ def _validated(kind: type[Kind], data: Any, path: Path, within: str = "") -> Kin
 
 def _of_allocation(report: AllocatedReport, layer: str, folder: Path) -> dict[str, Any]:
     """What the table says of the layer, and what a unit of the limited cost was worth where the budget ended."""
-    for name, row in report.layers.items():
-        if row.precision not in report.table.layers.get(name, {}):
-            raise InvalidFile(f"{folder / 'report.json'}: table: {name} lacks {row.precision}, which the run gave it. Run again.")
+    for name in {**report.layers, **report.table.layers}:
+        if name not in report.layers or report.layers[name].precision not in report.table.layers.get(name, {}):
+            raise InvalidFile(f"{folder / 'report.json'}: the table and the layers do not agree on {name}. Restore it or run again.")
     row, candidates = report.layers[layer], report.table.layers[layer]
     cost, left = _limited(report)
     choices = {name: [Precision.parse(text) for text in options] for name, options in report.table.layers.items()}
@@ -252,7 +252,9 @@ def _choice_in_words(report: AllocatedReport, layer: str) -> list[str]:
         said.append("No budget was given: every layer has its largest candidate.")
     chosen = report.certificate.get("chosen")
     if isinstance(chosen, str) and chosen not in ("largest", "allocated 1") and not chosen.startswith("allocated at"):
-        said.append(f"The whole scheme is the one called {chosen!r}: it measured better on held-out inputs than the one predicted best.")
+        said.append(
+            f"The whole scheme is the one called {chosen!r}: as measured on held-out inputs it was preferred to the one predicted best."
+        )
     return said
 
 
