@@ -148,6 +148,19 @@ def test_json_of_several_budgets_is_one_object(here):
     assert anybit.load("run/5bit").scheme
 
 
+def test_several_runs_are_reported_on_one_page(here):
+    assert calibrate("--budget", "5bit").exit_code == 0
+    assert anybit_cli("allocate", "run", "--budget", "4bit", "--output", "second", "--quiet").exit_code == 0
+    done = anybit_cli("report", "run", "second", "--output", "both.html")
+    assert done.exit_code == 0 and done.stdout == "both.html\n", done.stderr
+    page = Path("both.html").read_text(encoding="utf8")
+    assert "2 runs side by side" in page and page.count('type="range" id=') == 1
+    for arguments, said in ((["run"], "--overwrite"), (["run", "m.py", "--overwrite"], "m.py/report.json is not there")):
+        again = anybit_cli("report", *arguments, "--output", "both.html")
+        assert again.exit_code == 2 and said in again.stderr and again.stderr.count("\n") == 1
+    assert Path("both.html").read_text(encoding="utf8") == page
+
+
 def test_quiet_prints_the_result_alone(here):
     done = calibrate("--budget", "6bit", "--quiet")
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1

@@ -116,13 +116,14 @@ def test_the_buttons_go_one_scheme_at_a_time_and_stop_at_the_ends(page, plain):
     steps = len(pages.frontier_data(record.table, record)["steps"])
     back, on = page.get_by_role("button", name="Previous scheme"), page.get_by_role("button", name="Next scheme")
     page.get_by_role("slider").press("Home")
-    while back.is_enabled():
-        back.press("Enter")
+    for _ in range(steps):
+        if back.is_enabled():
+            back.press("Enter")
     schemes = [shown(page)]
-    while on.is_enabled():
-        on.press("Enter")
+    for _ in range(steps):
+        on.press("Enter", timeout=2000)
         schemes.append(shown(page))
-    assert len(schemes) == steps + 1 and "Nothing is left" in page.locator("[data-show=next]").inner_text()
+    assert not on.is_enabled() and "Nothing is left" in page.locator("[data-show=next]").inner_text()
     for before, after in pairwise(schemes):
         assert sum(one != other for one, other in zip(before[3], after[3], strict=True)) == 1
     assert schemes[-1][2] in page.get_by_role("status").inner_text()

@@ -125,7 +125,7 @@ class Epoch(Part):
     epoch: int
     loss: float
     weight_bits: float | None = None
-    layers: dict[str, float] = {}
+    layers: dict[str, float | None] = {}
     soft: Scores = {}
     frozen: Scores = {}
 
