@@ -198,12 +198,10 @@ def check_float32(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network under DataParallel, DistributedDataParallel and torch.compile; a copy where a part of it is wrapped.
+    """The network itself; where it or a part of it is wrapped (DataParallel, torch.compile), a copy without the wrappers.
 
     Layers so have the names that the network's author gave them, and their forward is Python that can be observed.
     """
-    while (inner := _wrapped(model)) is not None:
-        model = inner
     instead: dict[int, nn.Module] = {}  # what a copy puts in place of each wrapper
     for module in reversed(list(model.modules())):
         if (inner := _wrapped(module)) is not None:
