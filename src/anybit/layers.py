@@ -119,6 +119,9 @@ def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str],
                 )
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             uncovered[name] = f"{type(module).__name__} is not a class that anybit covers; it stays float"
+    for function in wiring.functions() if wiring else ():
+        if function.owner not in uncovered:  # that a module computes with weights of its own is said of the module
+            uncovered[function.name] = f"{function.kind} called as a function, on weights that are no layer's; it stays float"
     for product in wiring.products() if wiring else ():
         uncovered[product.name] = "a product of two activations that is no layer; it stays float (anybit.Matmul in its place is covered)"
     return covered, uncovered
@@ -131,6 +134,11 @@ def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
         if name in wiring.surroundings:
             raise UnsupportedModel(
                 f"Layer {name} runs {wiring.surroundings[name]}. Let the forward call it plainly, or keep it float: --keep '{name}=float'."
+            )
+        if len(wiring.operation(name).outputs) != 1:
+            raise UnsupportedModel(
+                f"Layer {name} returns {len(wiring.operation(name).outputs)} tensors; a layer that is quantized returns one. Let it return "
+                f"one, or keep it float: --keep '{name}=float'."
             )
         if wiring.calls[name] > 1:
             raise UnsupportedModel(
