@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace, folder: Path, threads: int, workers: int,
     """A run with all budgets, saved."""
     torch.set_num_threads(threads)
     test = f"{arguments.data}#test"
-    how = {"weights": arguments.weights, "test": test, "samples": 512, "pipeline": pipeline, "workers": workers}
+    how = {"weights": arguments.weights, "test": test, "samples": 512, "pipeline": pipeline, "workers": workers, "cache": False}
     roads.save_all(anybit.calibrate(NETWORK, arguments.data, list(BUDGETS), **how), folder)
 
 

@@ -61,7 +61,7 @@ def main() -> None:
             continue
         start = time.perf_counter()
         data = load_data(arguments.data, PREPROCESSING)
-        result = anybit.calibrate(network, data, budget, test=test, seed=arguments.seed, **COMMON, **settings)
+        result = anybit.calibrate(network, data, budget, test=test, seed=arguments.seed, cache=False, **COMMON, **settings)
         report = result.report
         entry = {key: report[key] for key in ("result", "test", "float_test", "ladder", "stages", "settings", "units")}
         entry["schemes"] = [{key: value for key, value in row.items() if key != "scheme"} for row in report["schemes"]]

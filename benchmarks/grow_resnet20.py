@@ -84,7 +84,7 @@ def methods(study: Growing) -> None:
 
 def calibrated(study: Growing, activation_bits: int | None, seed: int) -> dict[str, Any]:
     """The calibrate road from 1,024 of the training images, at the same budget."""
-    result = anybit.calibrate(study.network(), study.train, "3bit", activation_bits=(activation_bits,), seed=seed, mirror=True)
+    result = anybit.calibrate(study.network(), study.train, "3bit", activation_bits=(activation_bits,), seed=seed, mirror=True, cache=False)
     return study.row(result) | {"table": result.table["table"]}
 
 

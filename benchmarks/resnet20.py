@@ -50,7 +50,7 @@ class Calibration(Study):
 
     def calibrated(self, budget: Any = None, **settings: Any) -> list[dict[str, Any]]:
         """calibrate, tested: one row a budget."""
-        results = anybit.calibrate(self.network(), self.train, budget, **settings)
+        results = anybit.calibrate(self.network(), self.train, budget, cache=False, **settings)
         return [self.row(result) for result in (results if isinstance(results, list) else [results])]
 
     def row(self, result: anybit.Result) -> dict[str, Any]:

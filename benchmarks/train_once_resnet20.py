@@ -123,7 +123,9 @@ def alone(study: TrainingOnce, key: str, precision: Precision, epochs: int) -> d
 
 def calibrated(study: TrainingOnce, bits: int) -> dict[str, Any]:
     """The calibrate road at one bit-width, from 1,024 of the training images."""
-    result = anybit.calibrate(study.network(), study.train, None, weight_bits=(bits,), activation_bits=(bits,), keep=KEEP, mirror=True)
+    result = anybit.calibrate(
+        study.network(), study.train, None, weight_bits=(bits,), activation_bits=(bits,), keep=KEEP, mirror=True, cache=False
+    )
     return study.row(result)
 
 
@@ -152,7 +154,7 @@ def search(study: TrainingOnce) -> None:
 
 def searched(study: TrainingOnce, run: Path, strategy: str, seed: int) -> dict[str, Any]:
     """One search, and its front on the whole test set."""
-    cache = study.arguments.checkpoints / f"evaluations_{run.name}_{seed}.jsonl"
+    cache = study.arguments.checkpoints / f"evaluations_{run.name}_{seed}"
     how = {"images": study.arguments.images, "cache": cache, "device": study.arguments.device, "model": study.network()}
     wanted = {"strategy": strategy, "seed": seed, "evaluations": study.arguments.evaluations}
     found = anybit.search(run, study.train, ["3bit"], **wanted, **how)
@@ -174,7 +176,8 @@ def compose(study: TrainingOnce) -> None:
 def polished(study: TrainingOnce, supernet: Supernet, bits: int) -> dict[str, Any]:
     """The subnet as it is, and after sequential AdaQuant, batch-norm and bias tuning towards the shared weights' own outputs."""
     plain = anybit.extract(supernet, scheme=supernet.uniform(bits), test=study.test)
-    polish = anybit.extract(supernet, scheme=supernet.uniform(bits), data=study.train, test=study.test, polish=True, mirror=True)
+    wanted = {"data": study.train, "test": study.test, "mirror": True, "cache": False}
+    polish = anybit.extract(supernet, scheme=supernet.uniform(bits), polish=True, **wanted)
     return {"extracted": plain.report["test"], "polished": polish.report["test"], "ladder": polish.report["ladder"]}
 
 

@@ -6,10 +6,19 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nobodys_home(tmp_path_factory):
+    """Before any test has its own: what fixtures of the session write goes here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
+            patch.setenv(name, str(tmp_path_factory.mktemp(name)))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
+def own_home(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 QUICK = {
@@ -39,3 +48,29 @@ def calibrated():
 def run_folder(calibrated, tmp_path):
     """That run, saved to a folder of the test's own."""
     return calibrated[2].save(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def folders(calibrated, tmp_path_factory):
+    """Run folders of every road, for tests that only read them: calibrate twice, grow, train, search, extract."""
+    import anybit
+
+    model, inputs, result = calibrated
+    labelled = (inputs, model(inputs).argmax(1))
+    here = tmp_path_factory.mktemp("roads")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(here / "state"))
+        patch.setenv("XDG_CACHE_HOME", str(here / "cache"))
+        trained = {"epochs": 2, "batch_size": 16, "test": labelled}
+        supernet = anybit.train(model, labelled, bits=(2, 8), held_out=0.3, bn_images=16, **trained)
+        search = anybit.search(supernet, labelled, "5bit", evaluations=12)
+        runs = {
+            "calibrated": result,
+            "seeded": anybit.calibrate(model, inputs, "3bit", **QUICK, seed=1),
+            "grown": anybit.grow(model, labelled, "4bit", **trained),
+            "supernet": supernet,
+            "search": search,
+        }
+        saved = {name: run.save(here / name) for name, run in runs.items()}
+        saved["subnet"] = anybit.extract(saved["search"], "5bit", model=model).save(here / "subnet")
+    return saved

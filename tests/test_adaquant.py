@@ -2,10 +2,21 @@ import copy
 
 import pytest
 import torch
-from networks import Attention, Chain, Residual, assert_untouched, calibration_of, make, pictures, snapshot, zero_channel
+from networks import (
+    Attention,
+    Chain,
+    Residual,
+    assert_untouched,
+    calibration_of,
+    make,
+    network_and_inputs,
+    pictures,
+    snapshot,
+    zero_channel,
+)
 from torch import nn
 
-from anybit.batches import Batch, Calibration
+from anybit.batches import Batch, Calibration, predict
 from anybit.candidates import Candidates, apply_scheme
 from anybit.capture import MemoryBudget, capture
 from anybit.evaluation import distance, outputs_of
@@ -16,6 +27,7 @@ from anybit.methods.adaquant import (
     DroppedInput,
     LearnedWeight,
     UnitData,
+    _add_gradients,
     mix,
     output_loss,
     parallel,
@@ -266,3 +278,17 @@ def test_a_scheme_with_float_and_pruned_layers_is_reconstructed():
     starts = free_weights(network, candidates, scheme)
     errors = sequential(model, network.folded, network.units, starts, network.wiring, calibration, AdaQuantSettings(steps=3), 2**30)
     assert scheme_of(model) == scheme and set(errors) == {"fc"}  # nothing to fit in the others
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("part", [1, 3, 7, 8])
+def test_gradients_of_a_batch_in_parts_are_those_of_the_whole(task, part):
+    model, batch = network_and_inputs("residual", 7)
+    reference = torch.randn(*predict(model, batch).shape, generator=torch.Generator().manual_seed(0))
+    found = []
+    for size in (None, part):
+        model.zero_grad()
+        _add_gradients(model.double(), Batch(batch.inputs.double()), reference.double(), task, size)
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-12)

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from anybit.allocation import Problem, allocate, best_allocations, least_costs, make_problem
+from anybit.allocation import Problem, allocate, best_allocations, frontier, least_costs, make_problem
 from anybit.batches import Batch
 from anybit.candidates import ActivationCandidate, Candidates, apply_scheme, weight_candidate
 from anybit.cost import CostModel, LayerSize
@@ -183,6 +183,66 @@ def test_the_certificate_is_json_without_time_or_machine():
     assert json.loads(json.dumps(certificate)) == certificate
     assert certificate["value"] == 0.5 and certificate["bound"] <= 0.5
     assert set(certificate) == {"solver", "objective", "value", "bound", "gap"}
+
+
+# The frontier
+
+
+def frontier_of(problem):
+    """The frontier over the problem's one cost, and (cost, loss, scheme) of its start and after each step."""
+    found = frontier(problem.choices, problem.losses, problem.costs["cost0"])
+    points = [(found.cost, found.loss), *((step.cost, step.loss) for step in found.steps)]
+    return found, [(*point, found.scheme(count)) for count, point in enumerate(points)]
+
+
+@few
+@given(problems(budgets=(1,)))
+def test_every_scheme_of_the_frontier_is_the_best_of_all_that_cost_no_more(problem):
+    _, points = frontier_of(problem)
+    for cost, loss, scheme in points:
+        assert cost == pytest.approx(amount(problem.costs["cost0"], problem, scheme))
+        assert loss == pytest.approx(amount(problem.losses, problem, scheme))
+        rivals = fitting_schemes(dataclasses.replace(problem, limits={"cost0": cost + 1e-6}))
+        assert loss == pytest.approx(min(amount(problem.losses, problem, rival) for rival in rivals))
+
+
+@few
+@given(problems(budgets=(1,)))
+def test_no_scheme_lies_below_the_frontiers_line(problem):
+    found, points = frontier_of(problem)
+    prices = [step.price for step in found.steps]
+    assert prices == sorted(prices, reverse=True) and all(price > 0 for price in prices)
+    for count, step in enumerate(found.steps):  # the price is the slope between two points, and a line that every scheme lies above
+        (cost, loss, _), (dearer, lower, _) = points[count], points[count + 1]
+        assert step.price == pytest.approx((loss - lower) / (dearer - cost))
+        for rival in fitting_schemes(dataclasses.replace(problem, limits={})):
+            line = loss - step.price * (amount(problem.costs["cost0"], problem, rival) - cost)
+            assert amount(problem.losses, problem, rival) >= line - 1e-9
+
+
+@few
+@given(problems(budgets=(1,)))
+def test_the_frontier_ends_at_the_least_loss_and_starts_at_the_least_cost(problem):
+    _, points = frontier_of(problem)
+    assert points[0][0] == pytest.approx(sum(costs.min() for costs in problem.costs["cost0"].values()))
+    assert points[-1][1] == pytest.approx(sum(losses.min() for losses in problem.losses.values()))
+
+
+def test_of_equal_steps_the_earlier_layer_comes_first_and_of_equal_choices_the_earlier():
+    choices = {"a": LADDER[:2], "b": LADDER[:3]}
+    losses = {"a": np.array([2.0, 1.0]), "b": np.array([2.0, 1.0, 1.0])}
+    costs = {"a": np.array([1.0, 2.0]), "b": np.array([1.0, 2.0, 2.0])}
+    steps = frontier(choices, losses, costs).steps
+    assert [(step.layer, step.precision) for step in steps] == [("a", LADDER[1]), ("b", LADDER[1])]
+
+
+@few
+@given(problems(budgets=(1,)))
+def test_a_limit_allows_the_frontiers_last_scheme_that_meets_it(problem):
+    found, points = frontier_of(problem)
+    limit = problem.limits["cost0"]
+    fitting = [count for count, (cost, _, _) in enumerate(points) if cost <= limit]
+    assert found.within(limit) == (fitting[-1] if fitting else None)
 
 
 # Problems from a table, costs and a budget

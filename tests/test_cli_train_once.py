@@ -22,9 +22,8 @@ from anybit.training import TrainSettings
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working folder with a model script, labelled arrays, and caches of its own."""
+    """A working folder with a model script, and labelled arrays."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     Path("m.py").write_text(SCRIPT)
     x = pictures(60)
     with torch.no_grad():

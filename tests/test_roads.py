@@ -1,3 +1,6 @@
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -23,10 +26,11 @@ from torch.utils.data import Dataset
 
 import anybit
 from anybit import roads, stages
+from anybit.allocation import HEADER_SLACK
 from anybit.batches import Samples
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.layers import scheme_of
-from anybit.scheme import Precision
+from anybit.scheme import Precision, parse_size
 
 FAST = {**QUICK, "pipeline": "light", "samples": 24, "weight_bits": (4, 8), "activation_bits": (8,)}
 
@@ -96,13 +100,23 @@ def test_the_global_random_state_is_left_as_it_was(tmp_path):
 def test_one_seed_gives_the_same_bytes(tmp_path):
     for folder in ("one", "other"):
         torch.manual_seed(len(folder))  # nothing may depend on the state outside
-        anybit.calibrate(make(Residual), pictures(40), "4bit", **QUICK).save(tmp_path / folder)
+        anybit.calibrate(make(Residual), pictures(40), "4bit", cache=False, **QUICK).save(tmp_path / folder)
     for name in ("scheme.json", "model.safetensors", "candidates.safetensors", "candidates.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes(), name
 
 
-def test_the_memory_budget_changes_no_result():
-    results = [anybit.calibrate(make(Residual), pictures(40), "4bit", memory=memory, bn_tuning=False, **QUICK) for memory in (0, 2**31)]
+def least_memory(message: str) -> int:
+    """The least that an error names."""
+    return parse_size(re.search(r"at least --memory (\S+),", message)[1])
+
+
+def test_too_little_memory_names_the_least_which_works_and_changes_no_result():
+    settings = {**QUICK, "bn_tuning": False, "bias_tuning": False}  # what these see at once depends on the memory
+    network, inputs = make(Residual), pictures(40)
+    with pytest.raises(InvalidSetting, match="a step of AdaQuant") as refused:
+        anybit.calibrate(network, inputs, "4bit", memory=10**5, **settings)
+    least = least_memory(str(refused.value))
+    results = [anybit.calibrate(network, inputs, "4bit", memory=memory, cache=False, **settings) for memory in (least, 2**31)]
     states = [result.model.state_dict() for result in results]
     assert results[0].scheme == results[1].scheme
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
@@ -121,6 +135,17 @@ def test_the_report_says_what_the_result_is(calibrated):
     assert set(uniform) == {"uniform W2A4", "uniform W2A8", "uniform W4A4", "uniform W4A8"}
     assert report["inputs"] == {"fitting": 32, "held_out": 8}
     assert all(stage["seconds"] >= 0 and stage["peak_bytes"] > 0 for stage in report["stages"])
+
+
+def test_the_reports_table_tells_size_and_predicted_loss_of_every_measured_scheme(calibrated):
+    report = json.loads(json.dumps(calibrated[2].report))
+    table, layers = report["table"], report["table"]["layers"]
+    assert table["weights"] == sum(layer["weights"] for layer in report["layers"].values())
+    for row in report["schemes"]:
+        cells = [layers[name][precision] for name, precision in row["scheme"].items()]
+        assert abs(table["fixed_bytes"] + sum(cell["bytes"] for cell in cells) - row["bytes"]) <= HEADER_SLACK
+        assert table["floor"] + sum(cell["loss"] for cell in cells) == pytest.approx(row["predicted"])
+        assert sum(cell["bops"] for cell in cells) == row["bops"]
 
 
 @pytest.mark.parametrize("budget", ["4200B", "45%", "6.5bit", "5bit,bops=6M", "bops=4M"])

@@ -37,7 +37,7 @@ class Loaded(Dataset):
 
 def written(folder: str | Path, **changes) -> Path:
     """A run of all steps on it, saved."""
-    return anybit.calibrate(make(Residual), Loaded(), "4bit", **{**QUICK, **changes}).save(folder)
+    return anybit.calibrate(make(Residual), Loaded(), "4bit", cache=False, **{**QUICK, **changes}).save(folder)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -5,7 +5,8 @@
 or the paper's form, most gain under a limit on the predicted loss, where the roles of cost and loss are swapped.
 
 Source: Hubara et al., ICML 2021, eq. 3 to 5. Deviation: several budgets at once; the solver (HiGHS) returns its bound and gap, which are
-kept as a certificate; the next best schemes follow by excluding those already found.
+kept as a certificate; the next best schemes follow by excluding those already found. Where one cost is to be looked at for every budget at
+once, `frontier` gives the convex hull of all schemes.
 """
 
 import math
@@ -103,8 +104,7 @@ def _linear(condition: Condition, choices: Mapping[str, Sequence[Precision]], co
         _check_below_float(condition, costs.float_bytes if condition.quantity == "bytes" else 100, condition.quantity)
         limit = condition.limit if condition.quantity == "bytes" else condition.limit / 100 * costs.float_bytes
         per_layer = {name: np.array([float(costs.layer_bytes(name, p)) for p in choices[name]]) for name in choices}
-        most = Scheme({name: max(choices[name], key=lambda p: (bool(p.weight_bits), bool(p.activation_bits))) for name in choices})
-        fixed = costs.overhead(most) + HEADER_SLACK
+        fixed = fixed_bytes(choices, costs) + HEADER_SLACK
         return "bytes", per_layer, limit - fixed, lambda amount: f"{math.ceil((amount + fixed) / 100) / 10:.1f}kB"
     if condition.quantity == "bops":
         per_layer = {name: np.array([float(costs.layer_bops(name, p)) for p in choices[name]]) for name in choices}
@@ -115,6 +115,12 @@ def _linear(condition: Condition, choices: Mapping[str, Sequence[Precision]], co
         rest = table.rest["int8"]
         return "latency", per_layer, condition.limit - rest, lambda amount: f"latency={math.ceil((amount + rest) * 1e7) / 1e4:.4f}ms"
     raise InvalidSetting(f"A budget of {condition.quantity} needs a measured table: run anybit profile on this model and data first.")
+
+
+def fixed_bytes(choices: Mapping[str, Sequence[Precision]], costs: CostModel) -> int:
+    """Bytes of the file that no choice of bits changes, up to `HEADER_SLACK` of the header aside."""
+    most = Scheme({name: max(choices[name], key=lambda p: (bool(p.weight_bits), bool(p.activation_bits))) for name in choices})
+    return costs.overhead(most)
 
 
 def allocate(problem: Problem, objective: Mapping[str, np.ndarray] | None = None, name: str = "least predicted loss") -> Allocation:
@@ -248,6 +254,74 @@ def _why_infeasible(problem: Problem) -> str:
         return "No scheme meets all conditions of the budget together, though each alone can be met. Relax one of them."
     advice = "Allow lower bit-widths (--weight-bits; in grow --prune), keep fewer layers, or raise the budget to"
     return f"{' '.join(parts)} {advice} {','.join(enough)}."
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step up the frontier: `layer` goes to `precision`; `cost` and `loss` are the whole scheme's after it, `price` is the loss that
+    the step gains per unit of cost: the shadow price of a budget that ends here."""
+
+    layer: str
+    precision: Precision
+    cost: float
+    loss: float
+    price: float
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The lower convex hull of all schemes over one cost: the cheapest scheme (of several the one of least loss) and the steps up from it,
+    whose prices fall. After each step the scheme is the best of all that cost no more; between two, another may be slightly better."""
+
+    start: Scheme
+    cost: float
+    loss: float
+    steps: tuple[Step, ...]
+
+    def scheme(self, steps: int) -> Scheme:
+        """The scheme after so many steps."""
+        return Scheme({**self.start, **{step.layer: step.precision for step in self.steps[:steps]}})
+
+    def within(self, limit: float) -> int | None:
+        """How many steps a limit on the cost allows; None where it does not allow the start."""
+        return None if self.cost > limit else sum(step.cost <= limit for step in self.steps)
+
+
+def frontier(choices: Mapping[str, Sequence[Precision]], losses: Mapping[str, np.ndarray], costs: Mapping[str, np.ndarray]) -> Frontier:
+    """The best schemes over one cost, without a solver: each layer's own convex hull, their steps merged by loss gained per cost.
+
+    With I relaxed to [0, 1] and one limit, this is the exact solution at every limit. Source: Sinha and Zoltners, "The multiple-choice
+    knapsack problem", 1979. Of equals, the earlier layer and the earlier choice come first.
+    """
+    hulls = {layer: _hull(losses[layer], costs[layer]) for layer in choices}
+    moves = [(price, layer, k) for layer, hull in hulls.items() for k, price in hull[1:]]
+    moves.sort(key=lambda move: -move[0])  # stable, and prices fall within a layer: each layer's steps stay in order
+    taken = {layer: hull[0][0] for layer, hull in hulls.items()}
+    start = Scheme({layer: choices[layer][k] for layer, k in taken.items()})
+    cost, loss = (math.fsum(table[layer][k] for layer, k in taken.items()) for table in (costs, losses))
+    begin, steps = (cost, loss), []
+    for price, layer, k in moves:
+        cost += float(costs[layer][k] - costs[layer][taken[layer]])
+        loss += float(losses[layer][k] - losses[layer][taken[layer]])
+        taken[layer] = k
+        steps.append(Step(layer, choices[layer][k], cost, loss, price))
+    return Frontier(start, *begin, tuple(steps))
+
+
+def _hull(losses: np.ndarray, costs: np.ndarray) -> list[tuple[int, float]]:
+    """(index of a choice, loss gained per cost since the one before) from the cheapest choice on, gains falling and above zero."""
+    hull: list[tuple[int, float]] = []
+    for k in map(int, np.lexsort((losses, costs))):
+        if hull and not losses[k] < losses[hull[-1][0]]:
+            continue
+        while len(hull) > 1 and hull[-1][1] <= _price(losses, costs, hull[-2][0], k):
+            hull.pop()
+        hull.append((k, _price(losses, costs, hull[-1][0], k) if hull else math.inf))
+    return hull
+
+
+def _price(losses: np.ndarray, costs: np.ndarray, one: int, other: int) -> float:
+    return float((losses[one] - losses[other]) / (costs[other] - costs[one]))
 
 
 @contextmanager

@@ -58,6 +58,11 @@ class Batch:
         """The inputs of its first samples, without labels."""
         return Batch(map_tensors(self.inputs, lambda tensor: tensor[:count]), None, self.reader)
 
+    def parts(self, size: int) -> Iterator["Batch"]:
+        """The inputs of its samples, at most `size` at a time, without labels."""
+        for start in range(0, len(self), size):
+            yield Batch(map_tensors(self.inputs, lambda tensor, start=start: tensor[start : start + size]), None, self.reader)
+
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:
     """What the batch's reader reads in the output of `model`."""

@@ -5,14 +5,17 @@ A precision combines one of each, so five by three choices cost five reconstruct
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from anybit.errors import InvalidInput, SchemeMismatch, UnsupportedModel
+from anybit.errors import InvalidFile, InvalidInput, SchemeMismatch, UnsupportedModel
 from anybit.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.numerics import dequantize
+from anybit.packing import pack, unpack
 from anybit.quantizers import UniformQuantizer
 from anybit.ranges import activation_range, weight_scale
 from anybit.scheme import Precision, Scheme, check_names
@@ -106,6 +109,116 @@ def apply_scheme(prepared: nn.Module, scheme: Scheme, candidates: Candidates) ->
             ) from error
         install(layers[name], weights, inputs, precision)
     return model
+
+
+def to_tensors(candidates: Candidates) -> dict[str, Tensor]:
+    """The candidates by name, for a file: packed codes, scales and biases apart."""
+    tensors = {}
+    for (name, bits), weights in candidates.weights.items():
+        tensors[f"{name}|W{bits}|codes"] = torch.from_numpy(pack(weights.codes.cpu().numpy(), bits))
+        tensors[f"{name}|W{bits}|scale"] = weights.scale.flatten()
+        if weights.bias is not None:
+            tensors[f"{name}|W{bits}|bias"] = weights.bias
+    for (name, bits), inputs in candidates.activations.items():
+        tensors[f"{name}|A{bits}"] = torch.stack([inputs.scale, inputs.zero_point])
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+
+_KEY = re.compile(r"(?P<name>.*)\|(?:W(?P<weight_bits>[2-8])\|(?P<part>codes|scale|bias)|A(?P<activation_bits>[2-8]))", re.DOTALL)
+
+
+def from_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> Candidates:
+    """The candidates that `to_tensors` gave, of layers with weights of these (rows, columns). Raises InvalidFile where they are none."""
+    parts: dict[tuple[str, int], dict[str, Tensor]] = {}
+    candidates = Candidates()
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None or match["name"] not in shapes:
+            raise InvalidFile(f"{key} belongs to no layer of the network")
+        if match["part"]:
+            parts.setdefault((match["name"], int(match["weight_bits"])), {})[match["part"]] = tensor
+        else:
+            candidates.activations[match["name"], int(match["activation_bits"])] = _activation_from(key, tensor)
+    for (name, bits), found in parts.items():
+        candidates.weights[name, bits] = _weights_from(f"{name} at W{bits}", found, bits, *shapes[name])
+    return candidates
+
+
+def _weights_from(where: str, parts: Mapping[str, Tensor], bits: int, rows: int, columns: int) -> WeightCandidate:
+    codes, scale, bias = (parts.get(part) for part in ("codes", "scale", "bias"))
+    if codes is None or codes.dtype != torch.uint8 or codes.dim() != 1:
+        raise InvalidFile(f"{where}: the packed codes are missing or no bytes")
+    if scale is None or scale.dtype != torch.float32 or scale.shape != (rows,):
+        raise InvalidFile(f"{where}: there is not one scale for each of {rows} rows")
+    if bias is not None and (not bias.is_floating_point() or bias.dim() != 1 or not torch.isfinite(bias).all()):
+        raise InvalidFile(f"{where}: the bias is no row of finite numbers")
+    _check_scales(where, scale)
+    unpacked = torch.from_numpy(unpack(codes.numpy(), bits, rows * columns)).view(rows, columns)
+    return WeightCandidate(unpacked, scale[:, None], bias)
+
+
+def _activation_from(key: str, tensor: Tensor) -> ActivationCandidate:
+    if tensor.dtype != torch.float32 or tensor.shape not in ((2,), (2, 2)):
+        raise InvalidFile(f"{key} is no scale and zero point")
+    scale, zero_point = tensor
+    _check_scales(key, scale)
+    if not (torch.isfinite(zero_point).all() and (zero_point == zero_point.round()).all()):
+        raise InvalidFile(f"{key}: the zero point is no integer")
+    return ActivationCandidate(scale, zero_point)
+
+
+def _check_scales(where: str, scale: Tensor) -> None:
+    if not (torch.isfinite(scale).all() and (scale > 0).all()):
+        raise InvalidFile(f"{where}: a scale is not a positive finite number")
+
+
+def snapshot(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """What stands in these layers of a canonical model, by name, for a file: codes, ranges and biases, float weights where there are no
+    codes."""
+    held, floats = Candidates(), {}
+    for name in names:
+        layer = model.get_submodule(name)
+        if isinstance(layer.weight_quantizer, UniformQuantizer):
+            held.weights[name, layer.weight_quantizer.bits] = frozen_candidate(layer)
+        else:
+            bias = getattr(layer, "bias", None)
+            floats |= {f"{name}|weight": float_weight(layer)} | ({} if bias is None else {f"{name}|bias": bias})
+        if isinstance(layer.input_quantizer, UniformQuantizer):
+            quantizer = layer.input_quantizer
+            held.activations[name, quantizer.bits] = ActivationCandidate(quantizer.scale, quantizer.zero_point)
+    return to_tensors(held) | {key: tensor.detach().cpu().clone() for key, tensor in floats.items()}
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+    """Put what `snapshot` gave back, in place, into layers of the same bits. Raises InvalidFile where it is of others."""
+    layers = {name: model.get_submodule(name) for name in names}
+    floats = {f"{name}|{part}" for name in layers for part in ("weight", "bias")}
+    shapes = {name: tuple(weight_rows(layer, float_weight(layer)).shape) for name, layer in layers.items()}
+    held = from_tensors({key: tensor for key, tensor in tensors.items() if key not in floats}, shapes)
+    changes: list[tuple[Tensor, Tensor]] = []  # all are found before the first is made
+    for name, layer in layers.items():
+        weights, inputs = layer.weight_quantizer, layer.input_quantizer
+        if isinstance(weights, UniformQuantizer):
+            kept = held.weights[name, weights.bits]
+            values = dequantize(kept.codes.float(), kept.scale, torch.zeros(()))
+            changes += [(weights.scale, kept.scale), (float_weight(layer), from_rows(layer, values))]
+            bias = kept.bias
+        else:
+            changes.append((float_weight(layer), tensors[f"{name}|weight"]))
+            bias = tensors.get(f"{name}|bias")
+        if bias is not None:
+            if layer.bias is None:
+                layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0], device=float_weight(layer).device))
+            changes.append((layer.bias, bias))
+        if isinstance(inputs, UniformQuantizer):
+            kept_range = held.activations[name, inputs.bits]
+            changes += [(inputs.scale, kept_range.scale), (inputs.zero_point, kept_range.zero_point)]
+    for target, value in changes:
+        if target.shape != value.shape:
+            raise InvalidFile(f"a tensor is {tuple(value.shape)} where the network has {tuple(target.shape)}")
+    for target, value in changes:
+        target.copy_(value)
 
 
 def check_finite_weights(model: nn.Module) -> None:

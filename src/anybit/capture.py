@@ -1,6 +1,6 @@
 """A unit's inputs and outputs, held within a memory budget. The only place that spills to disk."""
 
-import shutil
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -69,14 +69,19 @@ class MemoryBudget:
         if self.used + size <= self.limit:
             self.used += size
             return torch.empty(shape, dtype=dtype)
-        if size > shutil.disk_usage(tempfile.gettempdir()).free:
+        try:
+            with tempfile.NamedTemporaryFile(prefix="anybit-") as file:  # the name goes at once; the mapping keeps the bytes
+                if size:
+                    os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills later would end the process with no word
+                spilled = torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+        except OSError as error:
             raise AnybitError(
                 f"{size:,} bytes of activations do not fit into the rest of the memory budget ({self.limit:,} bytes) nor on the disk of "
-                f"{tempfile.gettempdir()}. Raise --memory, calibrate on fewer --samples, or point TMPDIR at a larger disk."
-            )
+                f"{tempfile.gettempdir()} ({error.strerror}). Raise --memory, calibrate on fewer --samples, or point TMPDIR at a larger "
+                "disk. What was finished is kept: the same command continues."
+            ) from error
         self.spilled += size
-        with tempfile.NamedTemporaryFile(prefix="anybit-") as file:  # the name goes at once; the mapping keeps the bytes
-            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+        return spilled
 
 
 @dataclass

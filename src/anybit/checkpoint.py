@@ -2,7 +2,7 @@
 
 scheme.json          the scheme, the certificate, what the packed file's numbers belong to, and its SHA-256
 model.safetensors    packed codes, scales, edge ranges, float leftovers (layout: `packing`)
-report.json          the measured report; report.html shows it, where a training or a search has something to show
+report.json          the measured report; report.html shows it
 candidates.safetensors, candidates.json    what `anybit allocate` needs to serve another budget (only in calibrate's folders)
 """
 
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anybit import batchnorm
-from anybit.candidates import ActivationCandidate, Candidates, WeightCandidate, install
+from anybit.candidates import ActivationCandidate, Candidates, WeightCandidate, from_tensors, install, to_tensors
 from anybit.cost import leftovers, operands_of, spec_of
 from anybit.errors import AnybitError, InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.evaluation import Task
@@ -280,15 +280,7 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[str, tuple[int, ...]]]
 
 def write_candidates(folder: Path, candidates: Candidates, about: Mapping[str, Any]) -> None:
     """candidates.safetensors (packed codes, scales and biases a candidate) and candidates.json with `about`."""
-    tensors: dict[str, Tensor] = {}
-    for (name, bits), candidate in candidates.weights.items():
-        tensors[f"{name}|W{bits}|codes"] = torch.from_numpy(pack(candidate.codes.cpu().numpy(), bits))
-        tensors[f"{name}|W{bits}|scale"] = candidate.scale.flatten().contiguous()
-        if candidate.bias is not None:
-            tensors[f"{name}|W{bits}|bias"] = candidate.bias.contiguous()
-    for (name, bits), candidate in candidates.activations.items():
-        tensors[f"{name}|A{bits}"] = torch.stack([candidate.scale, candidate.zero_point])
-    save_file(tensors, folder / "candidates.safetensors")
+    save_file(to_tensors(candidates), folder / "candidates.safetensors")
     write_json(folder / "candidates.json", {"version": FORMAT_VERSION, "sha256": sha256_of(folder / "candidates.safetensors"), **about})
 
 
@@ -301,22 +293,11 @@ def read_candidates(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> tupl
         raise InvalidFile(f"{folder / 'candidates.json'} is not a candidates file of format version {FORMAT_VERSION}.")
     if not path.is_file() or sha256_of(path) != about.get("sha256"):
         raise InvalidFile(f"{path} is missing or not the file that candidates.json was written with. Run calibrate again.")
-    candidates = Candidates()
-    with safe_open(path, framework="pt") as file:
-        keys = set(file.keys())
-        for key in sorted(keys):
-            name, part, *rest = key.split("|")
-            bits = int(part[1:])
-            if part.startswith("A"):
-                scale, zero_point = file.get_tensor(key)
-                candidates.activations[name, bits] = ActivationCandidate(scale, zero_point)
-            elif rest == ["codes"]:
-                rows, columns = shapes[name]
-                codes = torch.from_numpy(unpack(file.get_tensor(key).numpy(), bits, rows * columns)).view(rows, columns)
-                bias_key = f"{name}|W{bits}|bias"
-                bias = file.get_tensor(bias_key) if bias_key in keys else None
-                candidates.weights[name, bits] = WeightCandidate(codes, file.get_tensor(f"{name}|W{bits}|scale")[:, None], bias)
-    return candidates, about
+    try:
+        with safe_open(path, framework="pt") as file:
+            return from_tensors({key: file.get_tensor(key) for key in file.keys()}, shapes), about  # noqa: SIM118 (no dict)
+    except (SafetensorError, InvalidFile) as error:
+        raise InvalidFile(f"{path} cannot be read: {error}. Run calibrate again.") from error
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -1,13 +1,15 @@
 """The command line: paths, options and printing. All work is done by `roads`."""
 
+import inspect
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from enum import StrEnum
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,8 +82,16 @@ Task = Annotated[
     str | None,
     typer.Option(help="classification, regression, embedding, question-answering or language-model, where the network does not tell."),
 ]
+Cache = Annotated[bool, typer.Option(help="Keep results of stages and take them up again, from the user's cache directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print each event as it happens, in a line on stderr.")]
+Log = Annotated[Path | None, typer.Option("--log", help="Append each event to this file as it happens, one JSON object a line.")]
+TELLING = {
+    name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+    for name, kind, default in (("log", Log, None), ("verbose", Verbose, False), ("quiet", Quiet, False))
+}
+Work = Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
@@ -97,23 +107,63 @@ def _reported_errors() -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
+def told(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb that works for longer than a moment. `--log`, `--verbose` and `--quiet` join its options, where it has them not yet, and its
+    first parameter is `work`: called with nothing, the block in which it works, told of as those options say, its errors reported."""
+
+    @wraps(verb)
+    def command(**options: Any) -> None:
+        settings = {name: value for name, value in options.items() if name not in (*TELLING, "as_json")}
+        telling = {name: options[name] for name in TELLING}
+
+        def work() -> AbstractContextManager[None]:
+            return _work(verb.__name__, settings, silent=options.get("as_json", False), **telling)
+
+        verb(work, **{name: value for name, value in options.items() if name in own})
+
+    own = {name: parameter for name, parameter in inspect.signature(verb).parameters.items() if name != "work"}
+    command.__signature__ = inspect.Signature([*own.values(), *(option for name, option in TELLING.items() if name not in own)])
+    return command
+
+
 @contextmanager
-def _progress(quiet: bool) -> Iterator[None]:
-    """Bars with time left on a terminal, plain lines elsewhere, nothing when quiet. All on stderr: stdout is for results."""
-    from anybit.progress import listening
+def _work(verb: str, settings: Mapping[str, Any], silent: bool, log: Path | None, verbose: bool, quiet: bool) -> Iterator[None]:
+    """Report errors, and tell of the work: how far it is on the terminal, each event in a line where `verbose`, and all into `log`."""
+    with _reported_errors(), ExitStack() as stack:
+        if verbose and quiet:
+            raise InvalidSetting("--verbose and --quiet contradict each other. Give one of them.")
+        if log is not None and "output" in settings and log.resolve().is_relative_to(settings["output"].resolve()):
+            raise InvalidSetting(f"--log {log} is inside the run folder, which is written whole or not at all. Put the log beside it.")
+        if os.environ.get("RANK", "0") == "0":  # of several processes one tells
+            from anybit.logs import appended, completing, readable, verb_told
+            from anybit.progress import listening
 
-    if quiet or os.environ.get("RANK", "0") != "0":  # of several processes one tells
+            listener, show = stack.enter_context(_terminal(bars=not (quiet or silent)))
+            sinks = [stack.enter_context(appended(log))] if log is not None else []
+            if verbose:
+                sinks.append(lambda record: show(readable(record)))
+            elif not (quiet or silent):
+                sinks.append(lambda record: "note" in record and show(record["note"]))
+            stack.enter_context(listening(listener, completing(*sinks)))
+            stack.enter_context(verb_told(verb, settings))
         yield
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bars, listening(_bar_listener(bars), bars.console.print):
-            yield
-    else:
-        with listening(_line_listener(), lambda line: print(line, file=sys.stderr)):
-            yield
+
+@contextmanager
+def _terminal(bars: bool) -> Iterator[tuple[Callable[[str, int, int], None] | None, Callable[[str], None]]]:
+    """(what shows how far the work is, if it is to be shown; what shows a line): bars with time left on a terminal, plain lines elsewhere.
+
+    All on stderr: stdout is for results.
+    """
+    if not bars or not sys.stderr.isatty():
+        yield _line_listener() if bars else None, partial(print, file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        yield _bar_listener(shown), partial(shown.console.print, markup=False, highlight=False)
 
 
 def _bar_listener(bars) -> Callable[[str, int, int], None]:
@@ -197,7 +247,9 @@ def _metric(reference: str | None):
 
 
 @app.command()
+@told
 def calibrate(
+    work: Work,
     output: Output,
     model: Model = None,
     weights: Weights = None,
@@ -236,6 +288,7 @@ def calibrate(
     ] = "float",
     group: Annotated[int | None, typer.Option(help="A weight scale for each so many inputs of a linear's or embedding's channel.")] = None,
     memory: Memory = "2GiB",
+    cache: Cache = True,
     seed: Seed = 0,
     mean: Mean = None,
     std: Std = None,
@@ -256,7 +309,7 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """From a trained network, a few hundred inputs and a budget to a low-bit network, its scheme and a measured report."""
-    with _reported_errors(), _progress(quiet or as_json):
+    with work():
         from anybit import roads
         from anybit.checkpoint import check_free
 
@@ -272,6 +325,7 @@ def calibrate(
             metric=_metric(metric),
             workers=workers,
             device=device,
+            cache=cache,
             weight_bits=_bits(weight_bits, "--weight-bits"),
             activation_bits=_bits(activation_bits, "--activation-bits"),
             keep=_kept(keep),
@@ -328,7 +382,9 @@ def _summary(report: dict) -> dict:
 
 
 @app.command()
+@told
 def allocate(
+    work: Work,
     run: Annotated[Path, typer.Argument(help="A run folder of calibrate.")],
     output: Output,
     budget: Budgets = None,
@@ -336,6 +392,7 @@ def allocate(
     model: Model = None,
     batch_size: Annotated[int | None, typer.Option(help="Inputs a forward pass; the run's where left out.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory for captured activations; the run's where left out.")] = None,
+    cache: Cache = True,
     workers: Workers = 0,
     threads: Threads = None,
     metric: MetricOption = None,
@@ -345,13 +402,14 @@ def allocate(
     as_json: AsJson = False,
 ) -> None:
     """New budgets from the candidates and table of a calibrate run, in seconds."""
-    with _reported_errors(), _progress(quiet or as_json):
+    with work():
         from anybit import roads
         from anybit.checkpoint import check_free
 
         check_free(output, overwrite)
         _set_threads(threads)
-        how = {"metric": _metric(metric), "device": device, "batch_size": batch_size, "memory": parse_size(memory) if memory else None}
+        room = parse_size(memory) if memory else None
+        how = {"metric": _metric(metric), "device": device, "batch_size": batch_size, "memory": room, "cache": cache}
         _require(budget, "--budget")
         results = [roads.allocate(run, one, data, model, workers, **how) for one in budget]
         folders = roads.save_all(results if len(results) > 1 else results[0], output, overwrite)
@@ -359,7 +417,9 @@ def allocate(
 
 
 @app.command()
+@told
 def grow(
+    work: Work,
     output: Output,
     model: Model = None,
     weights: Weights = None,
@@ -408,7 +468,7 @@ def grow(
     as_json: AsJson = False,
 ) -> None:
     """Train a network to a budget while its mixed-precision scheme grows; an interrupted run continues where it is started again."""
-    with _reported_errors(), _progress(quiet or as_json):
+    with work():
         from anybit import roads
         from anybit.checkpoint import CHECKPOINT, check_free
         from anybit.processes import rank
@@ -466,7 +526,9 @@ def grow(
 
 
 @app.command()
+@told
 def train(
+    work: Work,
     output: Output,
     model: Model = None,
     weights: Weights = None,
@@ -513,7 +575,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one network for every bit-width; `search` and `extract` take subnets from it. An interrupted run continues where it began."""
-    with _reported_errors(), _progress(quiet or as_json):
+    with work():
         from anybit import roads
         from anybit.checkpoint import CHECKPOINT, check_free
         from anybit.processes import rank
@@ -583,7 +645,9 @@ def _factors(text: str | None) -> dict[int, float]:
 
 
 @app.command()
+@told
 def search(
+    work: Work,
     run: Annotated[Path, typer.Argument(help="A supernet's folder.")],
     output: Output,
     data: Data = None,
@@ -592,6 +656,7 @@ def search(
     strategy: Annotated[str, typer.Option(help="monte-carlo, uniform or integer-program.")] = "monte-carlo",
     quantity: Annotated[str, typer.Option(help="The cost of the front: bits, bytes or bops.")] = "bits",
     images: Annotated[int, typer.Option(help="Held-out inputs a subnet is evaluated on; others measure the front again.")] = 2500,
+    cache: Cache = True,
     seed: Seed = 0,
     model: Model = None,
     workers: Workers = 0,
@@ -603,14 +668,14 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """The best schemes of a supernet along the range of costs, and the best for each budget; what was evaluated once is not again."""
-    with _reported_errors(), _progress(quiet or as_json):
+    with work():
         from anybit import roads
         from anybit.checkpoint import check_free
 
         check_free(output, overwrite)
         _set_threads(threads)
         wanted = {"evaluations": evaluations, "strategy": strategy, "quantity": quantity, "seed": seed}
-        how = {"model": model, "images": images, "metric": _metric(metric), "workers": workers, "device": device}
+        how = {"model": model, "images": images, "metric": _metric(metric), "workers": workers, "device": device, "cache": cache}
         found = roads.search(run, data, budget or (), **how, **wanted)
         folder = found.save(output, overwrite)
     if as_json:
@@ -624,7 +689,9 @@ def search(
 
 
 @app.command()
+@told
 def extract(
+    work: Work,
     run: Annotated[Path, typer.Argument(help="A supernet's folder, or a search's.")],
     output: Output,
     budget: Annotated[str | None, typer.Option("--budget", help="The best known subnet that fits it.")] = None,
@@ -633,6 +700,7 @@ def extract(
     polish: Annotated[bool, typer.Option("--polish", help="Then sequential AdaQuant, batch-norm and bias tuning on --data.")] = False,
     samples: Annotated[int, typer.Option(help="Inputs drawn to polish on.")] = 1024,
     steps: Annotated[int, typer.Option(help="Adam steps a unit when polishing.")] = 300,
+    cache: Cache = True,
     test: Test = None,
     model: Model = None,
     workers: Workers = 0,
@@ -643,20 +711,22 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """A subnet of a supernet or of a search as an ordinary run folder, polished by calibrate where that is asked for."""
-    with _reported_errors(), _progress(quiet or as_json):
+    with work():
         from anybit import roads
         from anybit.checkpoint import check_free
 
         check_free(output, overwrite)
         _set_threads(threads)
         how = {"scheme": scheme, "data": data, "test": test, "model": model, "metric": _metric(metric), "workers": workers}
-        wanted = {"polish": True, "samples": samples, "steps": steps} if polish else {}
+        wanted = {"polish": True, "samples": samples, "steps": steps, "cache": cache} if polish else {}
         folder = roads.extract(run, budget, **how, **wanted).save(output, overwrite)
     _print_results([folder], as_json, quiet)
 
 
 @app.command()
+@told
 def evaluate(
+    work: Work,
     run: Annotated[Path | None, typer.Argument(help="A run folder; or give --model for the float network.")] = None,
     model: Model = None,
     weights: Weights = None,
@@ -678,7 +748,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Accuracy and loss of a run, or of a float network, on labelled data."""
-    with _reported_errors():
+    with work():
         from anybit import roads
         from anybit.references import changed, completed, load_data, load_model
 
@@ -702,7 +772,22 @@ def evaluate(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, of any roads; one that holds several runs counts as each of them.")],
+    output: Annotated[Path, typer.Option("--output", help="The HTML file to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Several runs side by side on one page that asks nothing of the network."""
+    with _reported_errors():
+        from anybit import pages
+
+        print(pages.report(*runs, output=output, overwrite=overwrite))
+
+
+@app.command()
+@told
 def export(
+    work: Work,
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     onnx: Annotated[Path, typer.Option("--onnx", help="The file to write.")],
     data: RunData = None,
@@ -710,10 +795,11 @@ def export(
     tables: Annotated[bool, typer.Option("--tables", help="SiLU, GELU and the like as tables of codes: exact, slower.")] = False,
     weight_only: Annotated[bool, typer.Option("--weight-only", help="Linears with float inputs run on packed weights.")] = False,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a run as an ONNX file: weights packed at their bits, integer kernels when it runs."""
-    with _reported_errors():
+    with work():
         from anybit import exports
 
         found = exports.export(run, onnx, model=model, data=data, tables=tables, weight_only=weight_only, overwrite=overwrite)
@@ -724,6 +810,8 @@ def export(
 
     over = 100 * (found["bytes"] / found["ideal_bytes"] - 1) if found["ideal_bytes"] else 0
     print(f"{onnx}: {human_bytes(found['bytes'])}, {over:.1f} % above the {human_bytes(found['ideal_bytes'])} of its weights' bits")
+    if quiet:
+        return
     print(f"{found['integer_layers']} of {found['layers']} layers on integers")
     if found["measured_edges"]:
         count = len(found["measured_edges"])
@@ -731,7 +819,9 @@ def export(
 
 
 @app.command()
+@told
 def verify(
+    work: Work,
     run: Annotated[Path, typer.Argument(help="The run folder that was exported.")],
     onnx: Annotated[Path, typer.Argument(help="The exported file.")],
     data: RunData = None,
@@ -740,10 +830,11 @@ def verify(
     metric: MetricOption = None,
     workers: Workers = 0,
     threads: Threads = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Check an exported file against its run: its contents, its integer kernels, its numbers. Exit status 1 where a promise fails."""
-    with _reported_errors():
+    with work():
         from anybit import exports
 
         _set_threads(threads)
@@ -753,12 +844,14 @@ def verify(
     else:
         from anybit.reporting import print_verdict
 
-        print_verdict(found)
+        print_verdict(found, numbers=not quiet)
     raise typer.Exit(0 if found["ok"] else 1)
 
 
 @app.command()
+@told
 def bench(
+    work: Work,
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     onnx: Annotated[Path | None, typer.Argument(help="The exported file (default: what the run would be exported as).")] = None,
     data: RunData = None,
@@ -769,7 +862,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Size of the exported file against its bits, and latency against the same runtime's float32 file, in turns."""
-    with _reported_errors():
+    with work():
         from anybit import exports
 
         found = exports.bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads)
@@ -782,7 +875,9 @@ def bench(
 
 
 @app.command()
+@told
 def profile(
+    work: Work,
     model: Model = None,
     weights: Weights = None,
     data: Data = None,
@@ -801,7 +896,7 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """How long each layer takes in float and on integers on this machine: the table behind --budget latency=3ms."""
-    with _reported_errors():
+    with work():
         from anybit import exports
 
         given = _preprocessing(mean, std, size, resize, interpolation, columns, length, stride)
@@ -858,6 +953,70 @@ def inspect(
         from anybit.reporting import print_inspection
 
         print_inspection(found, layers=not quiet)
+
+
+@app.command()
+def diff(
+    run: Annotated[Path, typer.Argument(help="A run folder, of any road.")],
+    run2: Annotated[Path, typer.Argument(help="Another.")],
+    as_json: AsJson = False,
+) -> None:
+    """What differs between two runs: settings, versions, references, bits, size, errors, accuracy, and whether the weights are the same."""
+    with _reported_errors():
+        from anybit import comparison
+
+        found = comparison.diff(run, run2)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        from anybit.reporting import print_difference
+
+        print_difference(found)
+
+
+@app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    layer: Annotated[str, typer.Argument(help="One of its layers.")],
+    as_json: AsJson = False,
+) -> None:
+    """Why a layer has its bits: what each precision would lose and cost, the shadow price, one step more or less, reconstruction errors."""
+    with _reported_errors():
+        from anybit import explanation
+
+        found = explanation.explain(run, layer)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        from anybit.reporting import print_explanation
+
+        print_explanation(found)
+
+
+@app.command()
+def cache(
+    trim: Annotated[str | None, typer.Option(help="Remove the least recently used results until so much is left: 500MB, 0B.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Read every result; name and remove the damaged ones.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Results that were kept to be taken up again: where they are, how much they take; --trim makes room."""
+    with _reported_errors():
+        from anybit import resume
+
+        folder = resume.results_folder()
+        removed = 0 if trim is None else resume.trim(folder, parse_size(trim))
+        damaged = resume.remove_damaged(folder) if check else {}
+        kept = resume.entries(folder)
+    found = {
+        "folder": str(folder), "results": len(kept), "bytes": sum(entry.bytes for entry in kept), "limit": resume.LIMIT,
+        "removed_bytes": removed, "damaged": {str(path): reason for path, reason in damaged.items()},
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps(found))
+    else:
+        from anybit.reporting import print_cache
+
+        print_cache(found)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from anybit.onnx.latency import keep as keep_table
 from anybit.onnx.latency import measure_latency, recalled
 from anybit.onnx.timing import faster, in_turns, openvino_runner
 from anybit.onnx.verification import RUN, differences, flipped_codes, verify_file
+from anybit.progress import tell
 from anybit.references import Preprocessing, as_samples, completed, covered, load_data, load_model
 from anybit.reporting import environment
 from anybit.roads import inputs_for, opened
@@ -58,7 +59,7 @@ def export(
     made = exported(canonical, _first(inputs_for(run, file, canonical.model, data), EXAMPLES), {RUN: file.sha256}, tables, weight_only)
     onnx_file.save(made.integer, path)
     layers = len(canonical.scheme)
-    return {
+    found = {
         "file": str(path),
         "bytes": path.stat().st_size,
         "ideal_bytes": ideal_bytes(canonical),
@@ -67,6 +68,8 @@ def export(
         "edges": len(set(made.plan.edges.values())),
         "measured_edges": list(made.plan.measured),
     }
+    tell("result", **found)
+    return found
 
 
 def _first(samples: Samples, count: int) -> Batch:
@@ -101,6 +104,7 @@ def verify(
     verdict = verify_file(path, given, made, canonical.model, first)
     report = verdict.to_json() | {"quantized_layers": len(canonical.scheme), "environment": _environment()}
     if not verdict.numbers:  # it could not be run as this one
+        tell("result", ok=report["ok"], failures=report["failures"])
         return report
     inputs = inputs.subset(range(min(samples or len(inputs), len(inputs))))
     batches = list(inputs.batches(CHECKED))
@@ -115,6 +119,7 @@ def verify(
             "simulated": score(simulated, labels, file.task, metric, first.reader),
             "exported": score(there, labels, file.task, metric, first.reader),
         }
+    tell("result", ok=report["ok"], failures=report["failures"], accuracy=report.get("accuracy"))
     return report
 
 
@@ -147,9 +152,9 @@ def bench(
     example = _first(inputs_for(run, file, canonical.model, data), max(batch_size, onnx_file.PROBE))
     made = exported(canonical, example)
     given = made.integer if onnx is None else onnx_file.load(Path(onnx))
-    return measured(made.floating, given, probe_of(example, batch_size), rounds, threads) | {
-        "ideal_bytes": ideal_bytes(canonical),
-    }
+    found = measured(made.floating, given, probe_of(example, batch_size), rounds, threads) | {"ideal_bytes": ideal_bytes(canonical)}
+    tell("result", **{key: value for key, value in found.items() if key != "environment"})
+    return found
 
 
 def profile(
@@ -179,6 +184,7 @@ def profile(
         keep_table(ready, table, about)
     else:
         table, about = found
+    tell("result", measured=about["measured"], rest=table.rest, layers=table.layers)
     return {
         "layers": {name: {**row, "boundaries": table.boundary * table.crossing[name]} for name, row in table.layers.items()},
         "rest": dict(table.rest),

@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 from anybit.batches import Reader, Samples
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.matmul import Matmul
-from anybit.progress import note
+from anybit.progress import tell
 from anybit.texts import (
     Answers,
     Blocks,
@@ -178,7 +178,7 @@ def _check_whole(name: str, model: nn.Module, drawn: Iterable[str]) -> None:
         more = f" and {len(body) - 1} more" if len(body) > 1 else ""
         raise InvalidSetting(f"--model hf:{name}: its files lack {body[0]}{more}, which its configuration asks for. Complete the files.")
     if drawn:
-        note(f"hf:{name} has no {', '.join(sorted(drawn)[:2])}: drawn at random, to be trained or for coverage alone")
+        tell("note", note=f"hf:{name} has no {', '.join(sorted(drawn)[:2])}: drawn at random, to be trained or for coverage alone")
 
 
 def _loader(config: Any, task: str | None) -> Any:

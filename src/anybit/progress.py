@@ -1,16 +1,18 @@
-"""Progress of long work, told to whoever listens: the command line draws bars, the library is silent."""
+"""What long work tells whoever listens: how far it is, and each event. The command line shows and logs it, the library is silent."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Listener = Callable[[str, int, int], None]
 """Called with (what, done, total) at the start and after each item."""
+EventListener = Callable[[str, Mapping[str, Any]], None]
+"""Called with (event, fields) as it happens; docs/command-line.md lists them."""
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
-_notes: ContextVar[Callable[[str], None] | None] = ContextVar("notes", default=None)
+_event_listener: ContextVar[EventListener | None] = ContextVar("event_listener", default=None)
 
 
 def track(items: Collection[Item], what: str) -> Iterator[Item]:
@@ -24,19 +26,19 @@ def track(items: Collection[Item], what: str) -> Iterator[Item]:
             listener(what, done, len(items))
 
 
-def note(line: str) -> None:
-    """Tell what an item of long work has come to."""
-    listener = _notes.get()
+def tell(event: str, /, **fields: Any) -> None:
+    """Tell of an event, with what was measured. A `note` among its fields is a line that is shown without being asked for."""
+    listener = _event_listener.get()
     if listener:
-        listener(line)
+        listener(event, fields)
 
 
 @contextmanager
-def listening(listener: Listener, notes: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Send progress to `listener`, and notes to `notes`, inside the block."""
-    tokens = _listener.set(listener), _notes.set(notes)
+def listening(listener: Listener | None = None, events: EventListener | None = None) -> Iterator[None]:
+    """Send progress to `listener`, and events to `events`, inside the block."""
+    tokens = _listener.set(listener), _event_listener.set(events)
     try:
         yield
     finally:
         _listener.reset(tokens[0])
-        _notes.reset(tokens[1])
+        _event_listener.reset(tokens[1])

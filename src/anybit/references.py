@@ -9,10 +9,12 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -404,9 +406,15 @@ def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
 
 
 def code_of(function: Callable) -> str:
-    """What tells a function from another of the same name: where it is from and what it says, as far as that can be read."""
-    inner = getattr(function, "func", function)
+    """What tells a function from another: where it is from and what it says. What else it holds (a closure, arguments bound to it, an
+    object's state) cannot be read: such a function is like no other, nor like itself in another process."""
+    if not isinstance(function, FunctionType) or function.__closure__:
+        return f"{os.getpid()} {id(function)} {getattr(function, '__qualname__', type(function).__qualname__)}"
+    code = function.__code__
+    constants = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
+    told = [function.__module__, function.__defaults__, function.__kwdefaults__, code.co_code.hex(), code.co_names, constants]
     try:
-        return f"{getattr(inner, '__module__', '')} {inspect.getsource(inner)}"
+        told.append(inspect.getsource(function))
     except (OSError, TypeError):
-        return f"{getattr(inner, '__module__', '')} {getattr(inner, '__qualname__', type(inner).__qualname__)}"
+        told.append(function.__qualname__)
+    return repr(told)

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from anybit.progress import tell
+
 
 @dataclass
 class StageClock:
@@ -22,9 +24,11 @@ class StageClock:
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage."""
         _reset_peak()
+        tell("stage begins", stage=name)
         start = time.perf_counter()
         yield
         self.stages.append({"stage": name, "seconds": time.perf_counter() - start, "peak_bytes": peak_memory()})
+        tell("stage ends", **self.stages[-1])
 
 
 def _reset_peak() -> None:
@@ -248,9 +252,9 @@ def scores_line(scores: Mapping[str, float]) -> str:
     return "  ".join(f"{key} {value:.2f}" if key.startswith("top") else f"{key} {value:.5g}" for key, value in scores.items())
 
 
-def print_verdict(found: Mapping[str, Any]) -> None:
-    """What an exported file kept of its promises, and how it compares with the simulation."""
-    if found["numbers"]:
+def print_verdict(found: Mapping[str, Any], numbers: bool = True) -> None:
+    """What an exported file kept of its promises and, with `numbers`, how it compares with the simulation."""
+    if found["numbers"] and numbers:
         _print_numbers(found)
     for failure in found["failures"]:
         print(f"FAILED: {failure}")
@@ -283,6 +287,78 @@ def _print_numbers(found: Mapping[str, Any]) -> None:
         print(f"{kind}: {scores_line(scores)}")
 
 
+SHOWN = ("run", "settings", "environment", "references", "shapes", "bits", "result", "ladder", "float_test", "test", "units")
+"""Sections of a comparison that are shown whole; of the others it is said that they differ."""
+MOST_UNITS = 10
+
+
+def print_difference(found: Mapping[str, Any]) -> None:
+    """What differs between two runs, a table a section; of the units those whose error changed most."""
+    first, second = found["runs"]
+    if found["same"]:
+        print(f"{first} and {second} are the same: settings, bits, measurements, and the packed weights byte for byte.")
+        return
+    names = [Path(run).name for run in found["runs"]]
+    columns = found["runs"] if names[0] == names[1] else names
+    sections, roads = dict(found["differences"]), "road" in found["differences"].get("run", {})
+    if "units" in sections:
+        sections["units"] = {name: {"after": unit["after"]} for name, unit in [*sections["units"].items()][:MOST_UNITS] if "after" in unit}
+    for name in SHOWN:
+        told = [(key, *sides) for key, sides in _leaves(sections.get(name, {})) if not roads or None not in sides]
+        rows = [[key, _brief(left), _brief(right), _rise(left, right)] for key, left, right in told]
+        if rows:
+            print_table(name.replace("_", " "), ["", *columns, "change"], rows)
+    others = {name: sum(1 for _ in _leaves(part)) for name, part in sections.items() if name not in SHOWN}
+    if others:
+        print("What else differs (--json shows it): " + ", ".join(f"{name} ({count})" for name, count in others.items()))
+    if roads:
+        print("What one road alone has is left out (--json shows it).")
+    same = "the same bytes" if found["same_weights"] else "not the same bytes"
+    print(f"{found['shared_layers']} layers are in both; the packed weights are {same}.")
+
+
+def _leaves(tree: Any, within: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """(name, [left, right]) of every difference below."""
+    if isinstance(tree, list):
+        yield within, tree
+    for key, part in tree.items() if isinstance(tree, Mapping) else ():
+        yield from _leaves(part, f"{within}.{key}" if within else key)
+
+
+def _brief(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _rise(left: Any, right: Any) -> str:
+    numbers = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in (left, right))
+    return f"{right - left:+.4g}" if numbers else ""
+
+
+def print_explanation(found: Mapping[str, Any]) -> None:
+    """A layer's candidates, the one that it has marked, and the sentences that say why."""
+    candidates = found.get("candidates")
+    if isinstance(candidates, Mapping):
+        told = {
+            "loss": "predicted loss",
+            "bytes": "size",
+            "bops": "BOPs",
+            "evaluated": "evaluated",
+            "best_score": "best score",
+            "on_front": "on the front",
+        }
+        keys = [key for key in told if all(key in row for row in candidates.values())]
+        words = {"bytes": human_bytes, "bops": human_count}
+        rows = [
+            [("> " if name == found.get("precision") else "  ") + name, *(words.get(key, lambda value: value)(row[key]) for key in keys)]
+            for name, row in candidates.items()
+        ]
+        print_table(f"{found['layer']}: what it could have", ["precision", *(told[key] for key in keys)], rows)
+    for sentence in found["why"]:
+        print(sentence)
+
+
 def print_bench(found: Mapping[str, Any]) -> None:
     """Size against the bits, and latency against float32, in each runtime."""
     over = 100 * (found["bytes"] / max(found["ideal_bytes"], 1) - 1)
@@ -306,6 +382,15 @@ def print_profile(found: Mapping[str, Any], layers: bool = True) -> None:
     whole = found["measured"]
     print(f"whole network: float32 {1e3 * whole['float32']:.4g} ms, 8 bits {1e3 * whole['int8']:.4g} ms", end="")
     print(f", every second layer float {1e3 * whole['alternating']:.4g} ms" + (" (measured before)" if found["recalled"] else ""))
+
+
+def print_cache(found: Mapping[str, Any]) -> None:
+    """What is kept, and what was removed."""
+    for path, reason in found["damaged"].items():
+        print(f"damaged and removed: {path}: {reason}")
+    if found["removed_bytes"]:
+        print(f"{human_bytes(found['removed_bytes'])} removed")
+    print(f"{found['folder']}: {found['results']} results, {human_bytes(found['bytes'])} of at most {human_bytes(found['limit'])}")
 
 
 def _shape(numbers: Iterable[int]) -> str:

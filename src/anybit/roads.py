@@ -1,11 +1,9 @@
 """One function a verb, each a list of stages. The command line and `anybit.*` call the same ones."""
 
-import hashlib
-import json
-import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,9 @@ import torch
 from torch import nn
 
 from anybit import growth, searches, stages, subnets, training
+from anybit.allocation import fixed_bytes
 from anybit.batches import Batch, Calibration, Samples, check_finite, draw, split, tensors_in
-from anybit.candidates import Candidates, apply_scheme
+from anybit.candidates import Candidates, apply_scheme, to_tensors
 from anybit.checkpoint import (
     Canonical,
     SchemeFile,
@@ -35,15 +34,17 @@ from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, SchemeMisma
 from anybit.evaluation import Metric, check_labels, guess_task, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
 from anybit.layers import float_weight
-from anybit.pages import growth_page
+from anybit.pages import run_page, runs_page
 from anybit.processes import join_processes, share_state
+from anybit.progress import tell
 from anybit.references import Preprocessing, absolute, as_samples, code_of, completed, covered, load_data, load_model
 from anybit.refusals import check_network, check_rows, copied, once_a_batch, restore
 from anybit.reporting import StageClock, environment
+from anybit.resume import LIMIT, Recall, code_version, digest, machine, results_folder, trim
 from anybit.scheme import Budget, Precision, Scheme
-from anybit.searches import Evaluations, Search
+from anybit.searches import Search
 from anybit.sensitivity import SensitivityTable
-from anybit.stages import Bench, CalibrateSettings, Judge, Network
+from anybit.stages import Bench, CalibrateSettings, Judge, Network, as_ranges
 from anybit.subnet_search import SearchSettings
 from anybit.supernet import JSON as SUPERNET_JSON
 from anybit.supernet import POLISH, Supernet, check_whole, polished, read_supernet, read_supernet_file, uniform_schemes, width_scores
@@ -81,8 +82,7 @@ class Result:
         size = (folder / "model.safetensors").stat().st_size
         assert size == self.report["result"]["bytes"], f"counted {self.report['result']['bytes']} bytes, wrote {size}"
         write_json(folder / "report.json", self.report)
-        if "epochs" in self.report:
-            (folder / "report.html").write_text(growth_page(self.report), encoding="utf8")
+        (folder / "report.html").write_text(run_page(self.report), encoding="utf8")
         if self.candidates is not None:
             write_candidates(folder, self.candidates, self.table)
 
@@ -99,6 +99,7 @@ def calibrate(
     metric: Metric | None = None,
     workers: int = 0,
     device: str = "cpu",
+    cache: str | Path | bool = True,
     **settings: Any,
 ) -> "Result | list[Result]":
     """From a trained network, a few hundred inputs and a budget to a low-bit network.
@@ -111,6 +112,8 @@ def calibrate(
     test      labelled data for the report; nothing is chosen on it
     metric    a function of (outputs, labels), higher is better: reported, and what a budget of "drop=" counts in instead of top-1
     device    where to compute; the result is on the CPU
+    cache     keep every result of a stage, in this folder or (True) in the user's cache directory: a run that was killed, or has another
+              budget, takes up what was finished, and ends with the same bytes
     settings  fields of `stages.CalibrateSettings`
 
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
@@ -126,14 +129,32 @@ def calibrate(
         _check_metric(metric, samples)
     tests = None if test is None else _checked_tests(_samples(test, workers, preprocessing, model).on(device), model)
     clock = StageClock()
-    bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one], clock, metric)
+    recall = recall_in(cache)
+    bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one], clock, metric, recall)
     saved = {
         "table": bench.table.to_json(),
         "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
         "settings": wanted.to_json(),
     }
     results = [_finish(bench, one, about, saved, StageClock(list(clock.stages)), tests) for one in budgets]
+    _settle(recall)
     return results if isinstance(budget, (list, tuple)) else results[0]
+
+
+def recall_in(cache: str | Path | bool) -> Recall:
+    """Results kept in this folder, in the user's cache directory (True), or not at all."""
+    if isinstance(cache, bool):
+        return Recall(results_folder() if cache else None)
+    return Recall(Path(cache))
+
+
+def _settle(recall: Recall) -> None:
+    """Tell what was taken up, and keep the cache within its limit."""
+    if recall.counts["recalled"]:
+        made = recall.counts["made"]
+        tell("note", note=f"{recall.counts['recalled']} results taken up from the cache, {made} made anew")
+    if recall.folder is not None:
+        trim(recall.folder, LIMIT)
 
 
 def _followed_model(
@@ -188,6 +209,7 @@ def prepare_bench(
     budgets: Sequence[Budget],
     clock: StageClock,
     metric: Metric | None = None,
+    recall: Recall = Recall(),
 ) -> Bench:
     """Everything up to the sensitivity table; budgets that no scheme can meet are refused before the long work."""
     with clock.stage("observe and fold"):
@@ -196,6 +218,7 @@ def prepare_bench(
         if settings.mirror:
             calibration = stages.mirrored(calibration)
         network = _with_latencies(stages.observe_network(model, _example(calibration), settings), budgets)
+        stages.check_memory(network, calibration, settings)
         for budget in budgets:
             stages.check_feasible(network, budget)
     with clock.stage("float outputs"), torch.no_grad(), once_a_batch(network.folded, network.used_once):
@@ -210,22 +233,29 @@ def prepare_bench(
             raise UnsupportedModel(
                 "The float network's outputs are NaN or infinite on the calibration data. Check the network and the data."
             )
+        recall = stages.recall_of_run(recall, network, calibration, [*references, reference], settings)
     with clock.stage("ranges"):
-        ranged = candidates = stages.range_candidates(network, calibration, settings)
+        ranged = candidates = stages.recalled_candidates(
+            recall, "ranges", network, lambda: stages.range_candidates(network, calibration, settings)
+        )
+    recall = stages.under_settings(recall, settings, stages.MATCHING)
     targets: Mapping[str, Any] = {}
     matched = None
     if settings.bn_tuning and network.norms:
         with clock.stage("matching of candidates"):
             targets = stages.batch_norm_targets(network, calibration, settings)
-            candidates = stages.matched_candidates(network, candidates, targets, calibration, settings.bn_prior)
+            match = partial(stages.matched_candidates, network, candidates, targets, calibration, settings.bn_prior)
+            candidates = stages.recalled_candidates(recall, "matching of candidates", network, match)
     errors: dict[str, Any] = {}
     if settings.does("parallel") and (settings.parallel is True or stages.has_choice(network)):
         matched = candidates
+        recall = stages.under_settings(recall, settings, stages.PARALLEL)
         with clock.stage("parallel AdaQuant"):
-            candidates, errors = stages.reconstructed_candidates(network, candidates, ranged, calibration, settings)
+            candidates, errors = stages.reconstructed_candidates(network, candidates, ranged, calibration, settings, recall)
+    recall = stages.under_settings(recall, settings, stages.SENSITIVITY).under(task)
     with clock.stage("sensitivity"):
-        table = stages.sensitivity_table(network, candidates, calibration, reference, task, settings)
-    judge = Judge(network, candidates, calibration.held_out, reference, task, metric)
+        table = stages.sensitivity_table(network, candidates, calibration, reference, task, settings, recall)
+    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, recall.under(metric and code_of(metric)))
     return Bench(network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors)
 
 
@@ -262,15 +292,18 @@ def _finish(
     test: Samples | None = None,
 ) -> Result:
     """One budget's scheme, polished, measured and reported; `saved` goes beside the candidates, for budgets to come."""
-    network, settings = bench.network, bench.settings
+    network = bench.network
     with clock.stage("allocation"):
-        choice = stages.choose_scheme(network, bench.table, budget, settings, bench.judge)
+        choice = stages.chosen_scheme(bench, budget)
+        tell("allocation", budget=budget and str(budget), certificate=choice.certificate(bench.settings.seed), scheme=choice.scheme)
     with clock.stage("polish"):
         model, ladder, errors = stages.polish(bench, choice.scheme)
         if budget is not None and budget.limit("drop") is not None:
             model = _within_drop(bench, budget, choice.scheme, model)
     with clock.stage("edge ranges"):
-        edges = stages.edge_ranges(model, network.wiring, bench.calibration.fitting)
+        part = stages.samples_at_once(network.wiring, stages.OBSERVED, bench.settings.memory, 8)
+        recall = bench.judge.recall.under("edges", digest(model.state_dict().values()), part)
+        edges = recall.value("edge ranges", lambda: stages.edge_ranges(model, network.wiring, bench.calibration.fitting, part), as_ranges)
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
     report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
@@ -282,8 +315,14 @@ def _finish(
         with clock.stage("latency"):
             report["latency"] = _latencies(network, canonical, bench.calibration.fitting[0].to("cpu"))
     report["stages"] = clock.stages
+    tell("result", budget=report["budget"], **report["result"], **_scores(report))
     about = {**about, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task}
     return Result(canonical, report, about, bench.candidates, dict(saved))
+
+
+def _scores(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured on test data."""
+    return {key: report[key] for key in ("test", "float_test") if key in report}
 
 
 def _within_drop(bench: Bench, budget: Budget, scheme: Scheme, polished: nn.Module) -> nn.Module:
@@ -308,12 +347,30 @@ def _report(bench: Bench, scheme: Scheme, choice: stages.Choice, budget: Budget 
         "float_bytes": network.costs.float_bytes,
         "layers": layers,
         "schemes": rows,
+        "table": _table(bench),
         "certificate": choice.certificate(settings.seed),
         "candidate_errors": bench.errors,
         "inputs": dict(zip(("fitting", "held_out"), bench.calibration.count(), strict=True)),
         "uncovered": dict(network.uncovered),
         "settings": settings.to_json(),
         "environment": environment(),
+    }
+
+
+def _table(bench: Bench) -> dict[str, Any]:
+    """Every candidate precision's predicted loss and costs: what other budgets would give can be told from it, without the network."""
+    choices, costs = bench.network.choices, bench.network.costs
+    return {
+        "floor": bench.table.floor,
+        "fixed_bytes": fixed_bytes(choices, costs),
+        "weights": sum(size.weights for size in costs.layers.values()),
+        "layers": {
+            name: {
+                str(p): {"loss": bench.table.loss(name, p), "bytes": costs.layer_bytes(name, p), "bops": costs.layer_bops(name, p)}
+                for p in precisions
+            }
+            for name, precisions in choices.items()
+        },
     }
 
 
@@ -417,6 +474,8 @@ def grow(
     report["stages"] = clock.stages
     certificate = {**trainee.decisions().get("certificate", {}), "seed": wanted.train.seed}
     about |= {"budget": str(budget) if budget else None, "task": task, "certificate": certificate}
+    tell("allocation", budget=report["budget"], certificate=certificate, scheme=canonical.scheme)
+    tell("result", budget=report["budget"], **report["result"], **_scores(report))
     return Result(canonical, report | {"certificate": certificate}, about)
 
 
@@ -524,6 +583,7 @@ def train(
         "environment": environment(),
         "stages": clock.stages,
     }
+    tell("result", subnets=supernet.report["subnets"], **_scores(report))
     return supernet
 
 
@@ -554,7 +614,7 @@ def search(
 
     data        the supernet's training data; subnets are evaluated on the share that was held out of it
     images      held-out samples that subnets are evaluated on; as many others measure the front again
-    cache       keep every evaluation, in this file or (True) in the user's cache directory: a search that was interrupted, or has another
+    cache       keep every evaluation, in this folder or (True) in the user's cache directory: a search that was interrupted, or has another
                 budget, does not repeat them. Scores of another supernet, data or metric are never taken
     settings    fields of `SearchSettings`
 
@@ -568,29 +628,19 @@ def search(
     samples = _supernet_data(run, supernet, data, workers).on(device)
     on_device(torch.nn.Identity(), device)  # refused by name where there is none
     supernet.model.to(device)
-    identity = _evaluations_of(supernet, samples, metric)
-    if cache is True:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit" / "evaluations"
-        cache = home / f"{identity}.jsonl"
-    done = Evaluations(Path(cache) if cache else None, identity)
+    recall = _under_supernet(recall_in(cache), supernet, samples, metric)
     try:
-        return searches.searched(supernet, samples, budgets, wanted, images, metric, done)
+        return searches.searched(supernet, samples, budgets, wanted, images, metric, recall)
     finally:
         supernet.model.cpu()
 
 
-def _evaluations_of(supernet: Supernet, samples: Samples, metric: Metric | None) -> str:
-    """What a score depends on besides the scheme: the supernet's numbers, the data, the metric's code."""
+def _under_supernet(recall: Recall, supernet: Supernet, samples: Samples, metric: Metric | None) -> Recall:
+    """`recall` under what a score depends on besides the scheme: the supernet's numbers, the data, the metric's code."""
     first = next(samples.on("cpu").subset(range(min(64, len(samples)))).batches(64))
     numbers = [*supernet.model.parameters(), *(tensor for name, tensor in supernet.model.named_buffers() if name.endswith(".start"))]
-    parts = [
-        _digest(numbers),
-        _digest([*tensors_in(first.inputs), *([] if first.labels is None else [first.labels])]),
-        str(len(samples)),
-        json.dumps(supernet.settings.to_json()),
-        "" if metric is None else code_of(metric),
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    data = [len(samples), digest(tensors_in([first.inputs, first.labels]))]
+    return recall.under(code_version(), machine(), digest(numbers), data, supernet.settings.to_json(), metric and code_of(metric))
 
 
 def extract(
@@ -604,6 +654,7 @@ def extract(
     metric: Metric | None = None,
     workers: int = 0,
     polish: bool = False,
+    cache: str | Path | bool = True,
     **settings: Any,
 ) -> Result:
     """A subnet of a supernet, or of a search, in the canonical form.
@@ -613,7 +664,7 @@ def extract(
     data            unlabelled training data, from which batch-norm statistics are estimated; without it the stored ones of this scheme, or
                     of the nearest, are taken, and the report says which
     polish          then calibrate it on `data`: sequential AdaQuant, batch-norm and bias tuning from its own codes and ranges, each kept
-                    where held-out inputs say so; `settings` are those of `calibrate` that such steps have
+                    where held-out inputs say so; `settings` are those of `calibrate` that such steps have, and `cache` is as there
     """
     if (budget is None) == (scheme is None):
         raise InvalidSetting("Say which subnet: a budget, or a scheme.")
@@ -642,7 +693,7 @@ def extract(
     ladder: list[dict[str, Any]] = []
     if polish:
         with clock.stage("polish"):
-            canonical, ladder = polished(supernet, canonical, fitting, batches, CalibrateSettings(**settings))
+            canonical, ladder = polished(supernet, canonical, fitting, batches, CalibrateSettings(**settings), recall_in(cache))
     scheme = canonical.scheme
     report = {
         "version": 1,
@@ -662,6 +713,7 @@ def extract(
             preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
             tests = _checked_tests(_samples(test, workers, preprocessing, canonical.model), canonical.model)
             report["test"] = evaluate_model(canonical.model, tests.batches(256), supernet.task, metric)
+    tell("result", budget=report["budget"], **report["result"], **_scores(report))
     about = {**supernet.about, "budget": report["budget"], "task": supernet.task}
     return Result(canonical, report | {"stages": clock.stages}, about)
 
@@ -692,22 +744,15 @@ def _identity(model: nn.Module, samples: Samples, first: Batch, settings: Mappin
     """What must agree for a training to be continued: weights, data (its length and some preprocessed inputs), every setting."""
     flat = {f"{key}.{k}" if isinstance(value, dict) else key: v for key, value in settings.items() for k, v in _items(value)}
     return {
-        "weights": _digest(model.state_dict().values()),
+        "weights": digest(model.state_dict().values()),
         "samples": len(samples),
-        "data": _digest([*tensors_in(first.inputs), *([] if first.labels is None else [first.labels])]),
+        "data": digest(tensors_in([first.inputs, first.labels])),
         **flat,
     }
 
 
 def _items(value: Any) -> list[tuple[str, Any]]:
     return list(value.items()) if isinstance(value, dict) else [("", value)]
-
-
-def _digest(tensors: Iterable[torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _layer_costs(costs: CostModel, scheme: Scheme) -> dict[str, Any]:
@@ -734,6 +779,7 @@ def allocate(
     device: str = "cpu",
     batch_size: int | None = None,
     memory: int | None = None,
+    cache: str | Path | bool = True,
 ) -> Result:
     """A new budget from a saved calibrate run: its candidates and table, no new reconstruction.
 
@@ -757,13 +803,16 @@ def allocate(
         if settings.mirror:
             calibration = stages.mirrored(calibration)
         network = _with_latencies(stages.observe_network(float_model, _example(calibration), settings), [Budget.parse(budget)])
+        stages.check_memory(network, calibration, replace(settings, sequential=False, parallel=False, bias_tuning=False))
         found = {name: (size.rows, size.columns) for name, size in network.costs.layers.items()}
         if found != shapes:
             different = sorted(set(found.items()) ^ set(shapes.items()))[0][0]
             raise SchemeMismatch(f"The model is not the one that {folder} was made from: layer {different} differs. Check --model.")
         reference = outputs_of(network.folded, calibration.held_out)
         targets = stages.batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
-    judge = Judge(network, candidates, calibration.held_out, reference, file.task, metric)
+        recall = stages.recall_of_run(recall_in(cache), network, calibration, [reference], settings)
+        recall = recall.under(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and code_of(metric))
+    judge = Judge(network, candidates, calibration.held_out, reference, file.task, metric, recall)
     light = replace(settings, sequential=False, bias_tuning=False)
     bench = Bench(network, calibration, light, candidates, candidates, SensitivityTable.from_json(saved["table"]), judge, targets)
     about = {"model": _followed(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
@@ -853,7 +902,9 @@ def evaluate(
     if len(samples) == 0:
         raise InvalidInput("There is nothing to evaluate on: the data is empty.")
     check_inputs(model, samples)
-    return evaluate_model(on_device(model, device), samples.on(device).batches(batch_size), task, metric)
+    scores = evaluate_model(on_device(model, device), samples.on(device).batches(batch_size), task, metric)
+    tell("result", **scores)
+    return scores
 
 
 def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, Any]:
@@ -914,7 +965,9 @@ def save_all(results: Result | Sequence[Result], output: str | Path, overwrite: 
         for name, result in zip(names, results, strict=True):
             (draft / name).mkdir()
             result.write(draft / name)
-        write_json(draft / "report.json", {"version": 1, "budgets": {name: r.report for name, r in zip(names, results, strict=True)}})
+        reports = {name: result.report for name, result in zip(names, results, strict=True)}
+        write_json(draft / "report.json", {"version": 1, "budgets": reports})
+        (draft / "report.html").write_text(runs_page(reports), encoding="utf8")
     for name in names:
         remember(output / name)
     return [output / name for name in names]

@@ -1,13 +1,10 @@
 """The road from a supernet to its best subnets: what is evaluated on which samples, what is kept, what each budget gets."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from torch import nn
 
@@ -16,9 +13,10 @@ from anybit.batches import Batch, Samples
 from anybit.checkpoint import new_folder, read_json, remember, write_json
 from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
 from anybit.evaluation import COUNTED, Metric, metric_name
-from anybit.pages import search_page
-from anybit.progress import track
+from anybit.pages import run_page
+from anybit.progress import tell, track
 from anybit.reporting import environment
+from anybit.resume import Kept, Recall
 from anybit.scheme import Budget, Scheme
 from anybit.subnet_search import Evaluated, Found, SearchSettings, hypervolume, pareto_front, search, total_cost
 from anybit.subnets import bn_batches, held_out_split
@@ -30,65 +28,38 @@ TIE = 1e-3
 """Points of top-1 that one nat is worth."""
 
 
-class Evaluations:
-    """Scores, searches and statistics by what they are of, each a line of a file as soon as it is known; a damaged line is made again.
+def recalled_search(recall: Recall, settings: SearchSettings, images: int, run: Callable[[], Found]) -> Found:
+    """A whole search, under its settings."""
 
-    `identity` is what all depend on; lines of another are passed over.
-    """
+    def as_json() -> dict[str, Any]:
+        found = run()
+        rows = [{**vars(one), "scheme": one.scheme.to_json()} for one in found.evaluated]
+        return {"evaluated": rows, "rank_correlation": found.rank_correlation}
 
-    def __init__(self, path: Path | None, identity: str):
-        self.path, self.identity, self.known, self.recalled = path, identity, {}, 0
-        for line in path.read_bytes().splitlines() if path is not None and path.is_file() else ():
-            with suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict) and row.get("of") == identity and isinstance(row.get("key"), str) and "value" in row:
-                    self.known[row["key"]] = row["value"]
+    def as_found(told: Any) -> Found:
+        rows = []
+        for row in told["evaluated"]:
+            rows.append(Evaluated(Scheme.parse(row["scheme"]), float(row["score"]), float(row["cost"]), row["origin"]))
+        return Found(rows, told["rank_correlation"])
 
-    def recall(self, key: str, measure: Callable[[], Any], check: Callable[[Any], Any] = float) -> Any:
-        """What is known of `key`, where `check` can read it; else what `measure` gives, from now on."""
-        if key in self.known:
-            with suppress(ValueError, TypeError, KeyError, AttributeError):
-                value = check(self.known[key])
-                self.recalled += 1
-                return value
-        self.known[key] = measure()
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf8") as file:  # on a line of its own, even after one that was cut off
-                file.write("\n" + json.dumps({"of": self.identity, "key": key, "value": self.known[key]}) + "\n")
-        return check(self.known[key])
+    return recall.under(images, asdict(settings)).value("search", as_json, as_found)
 
-    def recall_search(self, key: str, run: Callable[[], Found]) -> Found:
-        """A whole search, under its settings."""
 
-        def as_json() -> dict[str, Any]:
-            found = run()
-            rows = [{**vars(one), "scheme": one.scheme.to_json()} for one in found.evaluated]
-            return {"evaluated": rows, "rank_correlation": found.rank_correlation}
+def recall_known(recall: Recall, supernet: Supernet, scheme: Scheme, learn: Callable[[], Known]) -> None:
+    """A subnet's batch-norm statistics and edge ranges, which the supernet knows from now on."""
 
-        def as_found(told: Any) -> Found:
-            rows = []
-            for row in told["evaluated"]:
-                rows.append(Evaluated(Scheme.parse(row["scheme"]), float(row["score"]), float(row["cost"]), row["origin"]))
-            return Found(rows, told["rank_correlation"])
+    def make() -> Kept:
+        known = learn()
+        return Kept(None, {"statistics": known.statistics, "edges": known.edges})
 
-        return self.recall(f"found {key}", as_json, as_found)
+    def read(kept: Kept) -> Known:
+        known = Known(scheme, kept.tensors["statistics"], kept.tensors["edges"])
+        if known.statistics.shape != supernet.known[0].statistics.shape or known.edges.shape != supernet.known[0].edges.shape:
+            raise ValueError("it is of another network")
+        return known
 
-    def recall_known(self, supernet: Supernet, scheme: Scheme, learn: Callable[[], Known]) -> None:
-        """A subnet's batch-norm statistics and edge ranges, which the supernet knows from now on."""
-
-        def as_json() -> dict[str, Any]:
-            known = learn()
-            return {"statistics": known.statistics.tolist(), "edges": known.edges.tolist()}
-
-        def as_known(told: Any) -> Known:
-            known = Known(scheme, torch.tensor(told["statistics"]), torch.tensor(told["edges"]).reshape(-1, 2))
-            if known.statistics.shape != supernet.known[0].statistics.shape or known.edges.shape != supernet.known[0].edges.shape:
-                raise ValueError("of another network")
-            return known
-
-        known = self.recall(f"known {json.dumps(scheme.to_json())}", as_json, as_known)
-        supernet.known = [*(one for one in supernet.known if one.scheme != scheme), known]
+    known = recall(f"statistics of {scheme}", make, read)
+    supernet.known = [*(one for one in supernet.known if one.scheme != scheme), known]
 
 
 @dataclass
@@ -104,7 +75,7 @@ class Search:
         with new_folder(Path(folder), overwrite) as draft:
             write_supernet(draft, self.supernet)
             write_json(draft / SEARCH, self.report)
-            (draft / "report.html").write_text(search_page(self.report), encoding="utf8")
+            (draft / "report.html").write_text(run_page(self.supernet.report | {"search": self.report}), encoding="utf8")
             write_json(draft / "report.json", self.supernet.report | {"search": {k: v for k, v in self.report.items() if k != "evaluated"}})
         remember(Path(folder), JSON)
         return Path(folder)
@@ -117,7 +88,7 @@ def searched(
     settings: SearchSettings,
     images: int,
     metric: Metric | None,
-    done: Evaluations,
+    recall: Recall,
 ) -> Search:
     """Search, measure the front again on other held-out samples, and choose for each budget; `samples` are the training data."""
     if not samples.labelled:
@@ -140,19 +111,18 @@ def searched(
                 return -told["loss"]
             return told[key] - (TIE * min(told["loss"], 100.0) if key == "top1" else 0.0)
 
-        return done.recall(f"{where} {images} {json.dumps(scheme.to_json())}", measure)
+        return recall.under(where, images).value(f"score of {scheme}", measure, float)
 
     progress = iter(track(range(settings.evaluations), "evaluations"))
 
     def evaluate(scheme: Scheme) -> float:
         next(progress, None)
-        return score(scheme, search_on, "search")
+        found = score(scheme, search_on, "search")
+        tell("subnet", score=found, cost=total_cost(supernet.costs, settings.quantity, scheme), scheme=scheme)
+        return found
 
     uniform_ones = list(uniform_schemes(supernet).values())
-    found = done.recall_search(
-        f"{images} {json.dumps(asdict(settings))}",
-        lambda: search(supernet.choices, supernet.costs, evaluate, settings, uniform_ones),
-    )
+    found = recalled_search(recall, settings, images, lambda: search(supernet.choices, supernet.costs, evaluate, settings, uniform_ones))
     next(progress, None)
     front = pareto_front(found.evaluated)
     shown = dict.fromkeys(one.scheme for one in [*front, *found.evaluated[: len(uniform_ones)]])
@@ -169,7 +139,7 @@ def searched(
 
     for scheme in dict.fromkeys([*chosen.values(), *(one.scheme for one in front)]):
         if all(known.scheme != scheme for known in supernet.known):
-            done.recall_known(supernet, scheme, lambda scheme=scheme: supernet.learn(scheme, bn, edge_ranges))
+            recall_known(recall, supernet, scheme, lambda scheme=scheme: supernet.learn(scheme, bn, edge_ranges))
     # The same corner for every search of this supernet: the highest bits' cost, the lowest bits' score.
     corner = (total_cost(supernet.costs, settings.quantity, supernet.method.highest), found.evaluated[0].score)
     rows = [
@@ -184,12 +154,13 @@ def searched(
         "front": [rows[found.evaluated.index(one)] for one in front],
         "hypervolume": {"value": hypervolume(front, *corner), "cost": corner[0], "score": corner[1]},
         "rank_correlation": found.rank_correlation,
-        "recalled": done.recalled,
+        "recalled": recall.counts["recalled"],
         "budgets": {text: {"scheme": scheme.to_json(), **supernet.costs.summary(scheme)} for text, scheme in chosen.items()},
         "images": {"searched_on": images, "measured_on": images, "batch_norm": sum(map(len, bn))},
         "settings": asdict(settings),
         "environment": environment(),
     }
+    tell("result", budgets=report["budgets"], hypervolume=report["hypervolume"]["value"], rank_correlation=found.rank_correlation)
     return Search(supernet, chosen, report)
 
 

@@ -17,7 +17,8 @@ from anybit.batches import Batch
 from anybit.candidates import Candidates, apply_scheme
 from anybit.errors import UnsupportedModel
 from anybit.evaluation import distance, outputs_of
-from anybit.progress import track
+from anybit.progress import tell, track
+from anybit.resume import Recall
 from anybit.scheme import FLOAT, Precision, Scheme
 
 Row = tuple[str, Precision]
@@ -84,6 +85,7 @@ def measure_sensitivity(
     task: str,
     base: Precision = FLOAT,
     pairs: bool = False,
+    recall: Recall = Recall(),
 ) -> SensitivityTable:
     """Measure every row that `choices` (layer -> precisions) needs; `reference` are the float model's outputs on `held_out`.
 
@@ -91,8 +93,11 @@ def measure_sensitivity(
     """
     names = list(choices)
     base_scheme = Scheme({name: choices[name][0] if len(choices[name]) == 1 else base for name in names})
-    base_model = apply_scheme(prepared, base_scheme, candidates)
-    floor = distance(outputs_of(base_model, held_out), reference, task)
+
+    def apart(scheme: Scheme) -> float:
+        return distance(outputs_of(apply_scheme(prepared, scheme, candidates), held_out), reference, task)
+
+    floor = recall.value("floor", lambda: apart(base_scheme), float)
     measured = {}
     for layer, precision in track(rows_to_measure(choices, pairs), "sensitivity"):
         if len(choices[layer]) == 1:
@@ -104,9 +109,10 @@ def measure_sensitivity(
                 base.weight_bits if precision.weight_bits is None else precision.weight_bits,
                 base.activation_bits if precision.activation_bits is None else precision.activation_bits,
             )
-        model = apply_scheme(prepared, base_scheme.replace({layer: at}), candidates)
-        value = distance(outputs_of(model, held_out), reference, task) - floor
+        scheme = base_scheme.replace({layer: at})
+        value = recall.value(f"sensitivity of {layer} at {precision}", lambda scheme=scheme: apart(scheme), float) - floor
         if not value < float("inf"):
             raise UnsupportedModel(f"{layer} at {precision} makes the outputs NaN or infinite. Exclude that bit-width or --keep the layer.")
         measured[layer, precision] = value
+        tell("sensitivity", layer=layer, precision=str(precision), loss=value)
     return SensitivityTable(measured, base, sum(map(len, held_out)), pairs, floor)

@@ -3,8 +3,9 @@ tensors and a JSON record, so that `roads` can compose them, users can call them
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,14 +14,18 @@ from torch import Tensor, nn
 
 from anybit import batchnorm
 from anybit.allocation import Allocation, allocate, best_allocations, least_costs, make_problem
-from anybit.batches import Batch, Calibration, real
+from anybit.batches import Batch, Calibration, real, tensors_in
 from anybit.candidates import (
     Candidates,
     activation_candidate,
     apply_scheme,
     check_finite_samples,
     check_finite_weights,
+    from_tensors,
     frozen_candidate,
+    put_back,
+    snapshot,
+    to_tensors,
     weight_candidate,
 )
 from anybit.capture import input_samples
@@ -30,8 +35,11 @@ from anybit.evaluation import COUNTED, TASKS, Metric, distance, guess_task, outp
 from anybit.layers import check_float32, check_plain_use, coverage, float_weight, prepare, quantized_layers, takes_groups, weight_rows
 from anybit.matmul import Matmul
 from anybit.methods.adaquant import AdaQuantSettings, BiasTuningSettings, parallel, sequential, tune_biases
+from anybit.progress import tell
+from anybit.quantizers import UniformQuantizer
 from anybit.ranges import ESTIMATORS
 from anybit.refusals import check_differentiable, check_network, check_outputs, moving_state, restore, state_of
+from anybit.resume import Kept, Recall, code_version, digest, machine
 from anybit.scheme import FLOAT, Budget, Condition, Precision, Scheme, check_bits, match_patterns
 from anybit.sensitivity import SensitivityTable, measure_sensitivity
 from anybit.wiring import LAYER, Unit, Wiring, observe
@@ -62,7 +70,8 @@ class CalibrateSettings:
     tune_scales                   bias tuning trains the scales too (off in the paper)
     bn_prior                      weight of the target in the measured statistics, of candidates and in batch-norm tuning alike
     bn_target                     "float" or "prior" (the paper's form)
-    memory                        bytes that captured activations may take before they spill to disk
+    memory                        bytes of activations that are held at once: what a step of work needs, and what is captured, the rest of
+                                  which spills to disk
     group                         a weight scale for each so many inputs of a channel, in linears and embeddings that have a multiple of
                                   them and no batch norm; None: one a channel
     """
@@ -101,6 +110,8 @@ class CalibrateSettings:
     def __post_init__(self):
         parsed = {pattern: Precision.parse(p) if isinstance(p, str) else p for pattern, p in self.keep.items()}
         object.__setattr__(self, "keep", parsed)
+        if isinstance(self.sensitivity_base, str):
+            object.__setattr__(self, "sensitivity_base", Precision.parse(self.sensitivity_base))
         for name in ("weight_bits", "activation_bits"):
             values = getattr(self, name)
             if not values:
@@ -274,6 +285,42 @@ def check_kinds(scheme: Scheme, network: Network) -> None:
             )
 
 
+# Settings by the first result that depends on them: a change of one leaves what was made before it. All others count from the beginning.
+MATCHING = ("bn_tuning", "bn_prior", "bn_target")
+PARALLEL = ("candidate_steps", "step_batch", "drop")
+SENSITIVITY = ("pairs",)
+LATER = ("pipeline", "parallel", "alternatives", "memory", "steps", "start", "sequential", "bias_tuning", "tune_scales")
+
+
+def recall_of_run(
+    recall: Recall, network: Network, calibration: Calibration, outputs: Sequence[Tensor], settings: CalibrateSettings
+) -> Recall:
+    """`recall` under all that the ranges of a network depend on: weights, inputs and float `outputs` (what the network's code does shows
+    there), layers and choices, settings, and the code and machine that compute."""
+    early = {key: value for key, value in settings.to_json().items() if key not in (*MATCHING, *PARALLEL, *SENSITIVITY, *LATER)}
+    data = [tensor for batch in [*calibration.fitting, *calibration.held_out] for tensor in tensors_in([batch.inputs, batch.labels])]
+    operations = [[op.name, op.kind, list(op.shape)] for op in network.wiring.operations]
+    choices = {name: [str(precision) for precision in precisions] for name, precisions in network.choices.items()}
+    units = [[unit.name, list(unit.layers)] for unit in network.units]
+    return recall.under(
+        code_version(), machine(), str(data[0].device), digest(network.float_model.state_dict().values()), digest(data), digest(outputs),
+        operations, choices, units, early,
+    )  # fmt: skip
+
+
+def under_settings(recall: Recall, settings: CalibrateSettings, names: Sequence[str]) -> Recall:
+    """`recall` under these settings too."""
+    return recall.under({name: settings.to_json()[name] for name in names})
+
+
+def recalled_candidates(recall: Recall, name: str, network: Network, make: Callable[[], Candidates]) -> Candidates:
+    """Candidates that `make` gives, or that an earlier run kept."""
+    layers = quantized_layers(network.prepared)
+    shapes = {layer: tuple(weight_rows(layers[layer], float_weight(layers[layer])).shape) for layer in network.names}
+    device = str(next(network.prepared.parameters()).device)
+    return recall(name, lambda: Kept(None, to_tensors(make())), lambda kept: from_tensors(kept.tensors, shapes).on(device))
+
+
 def range_candidates(network: Network, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
     """Every layer's weights rounded to nearest at each of its bit-widths, and its input range at each activation bit-width."""
     samples = finite_samples(network, calibration, settings)
@@ -350,7 +397,12 @@ def free_weights(network: Network, ranged: Candidates, scheme: Mapping[str, Prec
 
 
 def reconstructed_candidates(
-    network: Network, candidates: Candidates, ranged: Candidates, calibration: Calibration, settings: CalibrateSettings
+    network: Network,
+    candidates: Candidates,
+    ranged: Candidates,
+    calibration: Calibration,
+    settings: CalibrateSettings,
+    recall: Recall = Recall(),
 ) -> tuple[Candidates, dict]:
     """AdaQuant in its parallel form, a layer at a time, at every candidate bit-width: (candidates, each layer's errors)."""
     variants = _variants(network, candidates)
@@ -362,8 +414,8 @@ def reconstructed_candidates(
     free = [name for name, options in network.choices.items() if is_reconstructed(layers[name]) and any(p.weight_bits for p in options)]
     units = network.wiring.units(free, [])
     changed = Candidates(dict(candidates.weights), candidates.activations)
-    wanted = adaquant_settings(settings, settings.candidate_steps)
-    errors = parallel(variants, network.folded, units, starts, network.wiring, calibration, wanted, settings.memory)
+    wanted, room = adaquant_settings(settings, settings.candidate_steps), memory_to_capture(network, calibration, settings)
+    errors = parallel(variants, network.folded, units, starts, network.wiring, calibration, wanted, room, recall)
     for bits, model in variants.items():
         for name in network.names:
             if (name, bits) in candidates.weights:
@@ -381,12 +433,17 @@ def has_choice(network: Network) -> bool:
 
 
 def sensitivity_table(
-    network: Network, candidates: Candidates, calibration: Calibration, reference: Tensor, task: str, settings: CalibrateSettings
+    network: Network,
+    candidates: Candidates,
+    calibration: Calibration,
+    reference: Tensor,
+    task: str,
+    settings: CalibrateSettings,
+    recall: Recall = Recall(),
 ) -> SensitivityTable:
     """The table on the held-out inputs."""
-    return measure_sensitivity(
-        network.prepared, candidates, network.choices, calibration.held_out, reference, task, settings.sensitivity_base, settings.pairs
-    )
+    base, pairs = settings.sensitivity_base, settings.pairs
+    return measure_sensitivity(network.prepared, candidates, network.choices, calibration.held_out, reference, task, base, pairs, recall)
 
 
 @dataclass(frozen=True)
@@ -402,10 +459,12 @@ class Judge:
     reference: Tensor
     task: str
     metric: Metric | None = None
+    recall: Recall = field(default_factory=Recall)
 
     def of_scheme(self, scheme: Scheme) -> dict[str, float]:
         """Measure a scheme made of the candidates as they are."""
-        return self.of_model(apply_scheme(self.network.prepared, scheme, self.candidates))
+        made = partial(apply_scheme, self.network.prepared, scheme, self.candidates)
+        return self.recall.value(f"measured {scheme}", lambda: self.of_model(made()), as_scores)
 
     def of_model(self, model: nn.Module) -> dict[str, float]:
         """{"loss": distance, and where there are labels what the task counts ("top1", ...), "metric": the user's}."""
@@ -433,6 +492,11 @@ class Judge:
         return None if any(part is None for part in labels) else torch.cat(labels)
 
 
+def as_scores(record: Mapping[str, Any]) -> dict[str, float]:
+    """A kept record of scores."""
+    return {str(key): float(value) for key, value in record.items()}
+
+
 @dataclass(frozen=True)
 class Choice:
     """The scheme that won, the solver's allocation behind the comparison, and every scheme that was measured."""
@@ -448,6 +512,29 @@ class Choice:
             {**self.allocation.certificate(), "predicted_loss": self.allocation.predicted_loss, "seed": seed} if self.allocation else {}
         )
         return {**solved, "chosen": chosen}
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for `from_json`."""
+        allocation = None if self.allocation is None else {**vars(self.allocation), "scheme": self.allocation.scheme.to_json()}
+        measured = [{**row, "scheme": row["scheme"].to_json()} for row in self.measured]
+        return {"scheme": self.scheme.to_json(), "allocation": allocation, "measured": measured}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Choice":
+        """The choice that `to_json` told of."""
+        told = data["allocation"]
+        allocation = None if told is None else Allocation(**{**told, "scheme": Scheme.parse(told["scheme"])})
+        return cls(Scheme.parse(data["scheme"]), allocation, [{**row, "scheme": Scheme.parse(row["scheme"])} for row in data["measured"]])
+
+
+def chosen_scheme(bench: "Bench", budget: Budget | None) -> Choice:
+    """`choose_scheme`, or what it gave an earlier run."""
+    network, judge = bench.network, bench.judge
+    latency = None if network.costs.latency is None else asdict(network.costs.latency)
+    recall = judge.recall.under("allocation", budget and str(budget), bench.settings.alternatives, latency)
+    return recall.value(
+        "allocation", lambda: choose_scheme(network, bench.table, budget, bench.settings, judge).to_json(), Choice.from_json
+    )
 
 
 def choose_scheme(network: Network, table: SensitivityTable, budget: Budget | None, settings: CalibrateSettings, judge: Judge) -> Choice:
@@ -506,7 +593,9 @@ def measured_row(network: Network, table: SensitivityTable, name: str, scheme: S
     """What the table predicts of a scheme, what the held-out inputs say, and its costs."""
     measured = judge.of_scheme(scheme)
     loss = measured.pop("loss")
-    return {"name": name, "scheme": scheme, "predicted": table.total(scheme), "measured": loss, **measured, **network.costs.summary(scheme)}
+    row = {"name": name, "scheme": scheme, "predicted": table.total(scheme), "measured": loss, **measured, **network.costs.summary(scheme)}
+    tell("scheme", **row)
+    return row
 
 
 def _choose_by_drop(network: Network, table: SensitivityTable, budget: Budget, settings: CalibrateSettings, judge: Judge) -> Choice:
@@ -578,37 +667,65 @@ def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]
     Returns (the canonical model, the ladder: what was measured after each step and whether it was kept, each unit's errors).
     """
     network, calibration, settings, judge = bench.network, bench.calibration, bench.settings, bench.judge
+    recall = judge.recall.under("polish", scheme.to_json())
     ranged = apply_scheme(network.prepared, scheme, bench.ranged)
     candidate = apply_scheme(network.prepared, scheme, bench.candidates)
-    rounded, matched = judge.of_model(ranged), judge.of_model(candidate)
+    rounded = recall.value("ranges", lambda: judge.of_model(ranged), as_scores)
+    matched = recall.value("candidates", lambda: judge.of_model(candidate), as_scores)
     better = not rounded["loss"] < matched["loss"]
     model, errors = (candidate if better else ranged), {}
     ladder = [{"step": "ranges", "kept": not better, **rounded}, {"step": "candidates", "kept": better, **matched}]
+    for row in ladder:
+        tell("step", **row)
 
-    def offer(step: str, changed: nn.Module, **more) -> None:
+    def offer(step: str, changed: nn.Module, names: Sequence[str], change: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """`change` works on the layers `names` of `changed`, in place; what it tells. The network is `changed` where that is better."""
         nonlocal model
-        measured = judge.of_model(changed)
+
+        def make() -> Kept:
+            told = change()
+            return Kept({"told": told, "measured": judge.of_model(changed)}, snapshot(changed, names))
+
+        def read(kept: Kept) -> tuple[dict[str, Any], dict[str, float]]:
+            found = dict(kept.record["told"]), as_scores(kept.record["measured"])
+            put_back(changed, names, kept.tensors)
+            return found
+
+        told, measured = recall(step, make, read)
         kept = measured["loss"] < next(row["loss"] for row in reversed(ladder) if row["kept"])
-        ladder.append({"step": step, "kept": kept, **measured, **more})
+        ladder.append({"step": step, "kept": kept, **measured, **{key: told[key] for key in told if key in ("images", "epochs")}})
+        tell("step", **ladder[-1])
         if kept:
             model = changed
+        return told
 
     if settings.does("sequential"):
+        recall = under_settings(recall, settings, ("steps", "start", *PARALLEL))
         changed, starts = sequential_start(bench, scheme)
         wanted = adaquant_settings(settings, settings.steps)
-        errors = sequential(changed, network.folded, network.units, starts, network.wiring, calibration, wanted, settings.memory)
-        offer("sequential AdaQuant", changed)
+        room, units = memory_to_capture(network, calibration, settings), recall.under("units")
+        fit = partial(sequential, changed, network.folded, network.units, starts, network.wiring, calibration, wanted, room, units)
+        errors = offer("sequential AdaQuant", changed, list(starts), fit)
     if settings.bn_tuning and bench.targets:
         changed = copy.deepcopy(model)
         batches = within_memory(network.wiring, calibration.fitting, settings.memory)
-        batchnorm.tune(changed, bench.targets, batches, settings.bn_prior)
-        offer("batch-norm tuning", changed, images=sum(map(len, batches)))
+        images = sum(map(len, batches))
+        recall = recall.under("batch-norm tuning", settings.does("sequential"), images)
+
+        def tune(changed: nn.Module = changed) -> dict[str, Any]:
+            batchnorm.tune(changed, bench.targets, batches, settings.bn_prior)
+            return {"images": images}
+
+        offer("batch-norm tuning", changed, list(bench.targets), tune)
     if settings.does("bias_tuning"):
         changed = copy.deepcopy(model)
-        wanted = BiasTuningSettings(scales=settings.tune_scales, seed=settings.seed)
+        coded = [name for name, layer in quantized_layers(changed).items() if isinstance(layer.weight_quantizer, UniformQuantizer)]
+        part = samples_at_once(network.wiring, TRAINED, settings.memory, settings.batch_size)
+        recall = under_settings(recall, settings, ("tune_scales",)).under(part)
+        wanted = BiasTuningSettings(scales=settings.tune_scales, seed=settings.seed, part=part)
         references = list(bench.references)
-        tuned = tune_biases(changed, calibration.fitting, references, calibration.held_out, judge.reference, judge.task, wanted)
-        offer("bias tuning", changed, epochs=tuned["epochs"])
+        fit = partial(tune_biases, changed, calibration.fitting, references, calibration.held_out, judge.reference, judge.task, wanted)
+        offer("bias tuning", changed, coded, fit)
     return model, ladder, errors
 
 
@@ -628,10 +745,67 @@ def sequential_start(bench: Bench, scheme: Scheme) -> tuple[nn.Module, dict[str,
     return apply_scheme(bench.network.prepared, scheme, candidates), free
 
 
+RUNNING = 4
+"""Of its largest tensor, how many a forward pass holds at once."""
+TRAINED = 3
+"""Of each tensor, how many a forward and backward pass holds at once: the value, its quantized form, a gradient."""
+
+
+OBSERVED = 2
+"""Of each tensor, how many a pass holds that observes all of them."""
+
+
+def sample_bytes(wiring: Wiring) -> dict[str, int]:
+    """Operation -> bytes of what one sample is in its output."""
+    return {op.name: 4 * torch.Size(op.shape).numel() // wiring.batch_size for op in wiring.operations}
+
+
+def working_memory(network: Network, padded: bool, settings: CalibrateSettings) -> dict[str, tuple[int, str]]:
+    """What the steps of a run hold of activations, however little is captured: kind of step -> (bytes, what would take less)."""
+    sizes = sample_bytes(network.wiring)
+    needs = {"a forward pass": (RUNNING * settings.batch_size * max(sizes.values()), "--batch-size")}
+    if settings.does("sequential") or settings.does("parallel"):
+        step = settings.batch_size if padded else settings.step_batch
+        inside = [
+            sum(sizes[op.name] for op in network.wiring.operations if op.name in unit.layers or f"{op.owner}.".startswith(f"{unit.name}."))
+            for unit in network.units
+        ]
+        needs["a step of AdaQuant"] = (TRAINED * step * max(inside, default=0), "--batch-size" if padded else "--step-batch")
+    if settings.does("bias_tuning"):
+        needs["tuning biases on one input"] = (TRAINED * sum(sizes.values()), "--no-bias-tuning")
+    needs["observing one input"] = (OBSERVED * sum(sizes.values()), "smaller inputs")
+    return needs
+
+
+def check_memory(network: Network, calibration: Calibration, settings: CalibrateSettings) -> None:
+    """Raise InvalidSetting, naming the least that works, where a step alone takes more than the memory that is allowed."""
+    needs = working_memory(network, calibration.fitting[0].mask is not None, settings)
+    step, (least, instead) = max(needs.items(), key=lambda item: item[1][0])
+    if settings.memory < least:
+        raise InvalidSetting(
+            f"memory {settings.memory / 1e6:.4g}MB is less than the {_megabytes(least)} of activations that {step} holds. "
+            f"Give at least --memory {_megabytes(least)}, or less to do at once: {instead}."
+        )
+
+
+def _megabytes(count: int) -> str:
+    return f"{-(-count // 10**6)}MB"
+
+
+def memory_to_capture(network: Network, calibration: Calibration, settings: CalibrateSettings) -> int:
+    """Bytes that captured activations may take beside a step of AdaQuant."""
+    needs = working_memory(network, calibration.fitting[0].mask is not None, settings)
+    return max(0, settings.memory - max(least for least, _ in needs.values()))
+
+
+def samples_at_once(wiring: Wiring, copies: int, memory: int, most: int) -> int:
+    """How many samples a pass that holds so many copies of every tensor has room for, from 1 to `most`."""
+    return min(most, max(1, memory // (copies * sum(sample_bytes(wiring).values()))))
+
+
 def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Batch]:
-    """As many of the first batches as one joined forward pass can hold: four of its largest tensors at once."""
-    largest = max(torch.Size(op.shape).numel() for op in wiring.operations) // wiring.batch_size
-    room = max(1, memory // (4 * 4 * largest))
+    """As many of the first batches as one joined forward pass can hold."""
+    room = max(1, memory // (RUNNING * max(sample_bytes(wiring).values())))
     kept, count = [], 0
     for batch in batches:
         if kept and count + len(batch) > room:
@@ -641,8 +815,8 @@ def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Bat
     return kept
 
 
-def edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch]) -> dict[str, tuple[float, float]]:
-    """(low, high) of every edge of the finished model over `batches`, for integer runtimes."""
+def edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch], part: int = 8) -> dict[str, tuple[float, float]]:
+    """(low, high) of every edge of the finished model over `batches`, for integer runtimes; every tensor of `part` samples at once."""
     names, pairs = set(wiring.edges()), _token_pairs(model, wiring)
     ends: dict[str, tuple[float, float]] = {}
 
@@ -655,9 +829,15 @@ def edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch]) -> d
             ends[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))
 
     for batch in batches:
-        mask = batch.mask
-        observe(model, batch, widen)
+        for some in batch.parts(part):
+            mask = some.mask
+            observe(model, some, widen)
     return {name: ends.get(name, (0.0, 0.0)) for name in wiring.edges()}
+
+
+def as_ranges(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """A kept record of edge ranges."""
+    return {str(name): (float(low), float(high)) for name, (low, high) in record.items()}
 
 
 def _token_pairs(model: nn.Module, wiring: Wiring) -> set[str]:

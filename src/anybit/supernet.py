@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from anybit import batchnorm, stages, store
 from anybit.batches import Batch, Samples, draw, split
-from anybit.candidates import ActivationCandidate, Candidates, frozen_candidate
+from anybit.candidates import ActivationCandidate, Candidates, frozen_candidate, to_tensors
 from anybit.checkpoint import Canonical, check_folded, digest_in, new_folder, read_json, read_tensors, remember, sha256_of, write_json
 from anybit.cost import CostModel, LayerSize, leftovers, spec_of
 from anybit.errors import InvalidFile, SchemeMismatch
@@ -28,6 +28,7 @@ from anybit.methods.multiquant import MultiQuant, SwitchableInput, SwitchableWei
 from anybit.packing import TensorSpec
 from anybit.quantizers import UniformQuantizer
 from anybit.references import Preprocessing
+from anybit.resume import Recall, digest
 from anybit.scheme import FLOAT, Precision, Scheme, check_names
 from anybit.sensitivity import SensitivityTable
 from anybit.stages import CalibrateSettings
@@ -223,7 +224,12 @@ def candidates_of(canonical: Canonical) -> Candidates:
 
 
 def polished(
-    supernet: Supernet, canonical: Canonical, samples: Samples, bn: Sequence[Batch], settings: CalibrateSettings
+    supernet: Supernet,
+    canonical: Canonical,
+    samples: Samples,
+    bn: Sequence[Batch],
+    settings: CalibrateSettings,
+    recall: Recall = Recall(),
 ) -> tuple[Canonical, list[dict[str, Any]]]:
     """The subnet after calibrate's last steps, from its own codes and ranges, towards the outputs of the shared weights without quantizers:
     sequential AdaQuant, batch-norm tuning, bias tuning, each kept where held-out inputs say so. Returns (canonical, ladder)."""
@@ -234,13 +240,16 @@ def polished(
     example = calibration.fitting[0].head(2)
     fixed = replace(settings, keep={glob.escape(name): precision for name, precision in scheme.items()})
     network = stages.observe_network(supernet.as_float(bn), example, fixed)
+    stages.check_memory(network, calibration, settings)
     own = candidates_of(canonical)
     with torch.no_grad():
         references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
         reference = outputs_of(network.folded, calibration.held_out)
     targets = stages.batch_norm_targets(network, calibration, settings)
     table = SensitivityTable({(name, precision): 0.0 for name, precision in scheme.items()}, FLOAT, 0)
-    judge = stages.Judge(network, own, calibration.held_out, reference, supernet.task)
+    recall = stages.recall_of_run(recall, network, calibration, [*references, reference], settings)
+    recall = recall.under(digest(to_tensors(own).values()), settings.to_json())
+    judge = stages.Judge(network, own, calibration.held_out, reference, supernet.task, recall=recall)
     bench = stages.Bench(network, calibration, settings, own, own, table, judge, targets, references, own)
     model, ladder, _ = stages.polish(bench, scheme)
     supernet.method.switch(scheme)  # as it was before the float network was made

@@ -27,7 +27,7 @@ from anybit.batches import Batch, Samples, first_tensor, predict
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
 from anybit.evaluation import check_labels, compares_classes
 from anybit.processes import average, average_gradients, average_tensors, rank, world
-from anybit.progress import note, track
+from anybit.progress import tell, track
 from anybit.wiring import BATCH_NORMS
 
 SMALLEST_GAMMA = 1e-5
@@ -131,7 +131,7 @@ def train(
     for epoch in track(range(len(records), settings.epochs), "epochs"):
         record = {"epoch": epoch + 1, **_epoch(run, samples, epoch), **trainee.record()}
         records.append(record | (watch() if watch else {}))
-        note(summary(records[-1], settings.epochs))
+        tell("epoch", **records[-1], note=summary(records[-1], settings.epochs))
         if checkpoint is not None and rank() == 0:
             _save(checkpoint, trainee, run.optimizer, records, identity or {})
     return records

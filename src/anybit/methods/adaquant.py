@@ -25,20 +25,24 @@ held-out inputs is kept. The KL is a mean over samples (the release also divides
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybit.batches import Batch, Calibration, predict, real
+from anybit.candidates import put_back, snapshot
 from anybit.capture import Captured, MemoryBudget, capture, carry, chunks
 from anybit.errors import AnybitError
 from anybit.evaluation import compares_classes, distance, outputs_of
 from anybit.layers import QuantizedLayer, fill, float_weight, from_rows, quantized_layers, weight_rows
 from anybit.numerics import fake_quantize
-from anybit.progress import track
+from anybit.progress import tell, track
 from anybit.quantizers import LearnedInput, UniformQuantizer
+from anybit.resume import Kept, Recall
 from anybit.wiring import Unit, Wiring
 
 
@@ -106,12 +110,13 @@ def mix(x: Tensor, quantized: Tensor, drop: float) -> Tensor:
 class UnitData:
     """What one unit is fitted to: its float inputs with the float outputs, and the inputs it will really see (None: the float ones).
 
-    `count` samples; of padded data, whose batches are kept whole, `count` batches.
+    `count` samples; of padded data, whose batches are kept whole, `count` batches. At most `chunk` samples are looked at at once.
     """
 
     float_side: Captured
     quantized_side: Captured | None
     count: int
+    chunk: int = 32
 
     def draw(self, size: int) -> Tensor:
         """Indices of `size` random samples, or of one batch."""
@@ -119,7 +124,7 @@ class UnitData:
 
     def parts(self, limit: int | None = None) -> Iterator[Tensor]:
         """Indices of everything (of the first `limit`), a forward pass at a time."""
-        return chunks(min(self.count, limit or self.count), 1 if self.float_side.masks else 64)
+        return chunks(min(self.count, limit or self.count), 1 if self.float_side.masks else self.chunk)
 
     def mask(self, indices: Tensor) -> Tensor | None:
         """Which tokens of these samples are real; None where nothing is padded."""
@@ -194,23 +199,41 @@ def sequential(
     calibration: Calibration,
     settings: AdaQuantSettings,
     memory: int,
+    recall: Recall = Recall(),
 ) -> dict[str, dict[str, float]]:
     """Reconstruct the units of `model`, in place, one after the other: each sees what the already quantized network gives it.
 
     `float_model` is the folded network that `model` was made from, `starts` the free weights of all layers (see `reconstruct`), `memory`
     the bytes that captured tensors may take before they spill to disk. What a unit sees is carried over from the unit before it where
     that is all that feeds it, and captured from the inputs on otherwise. Returns each unit's errors.
+
+    `recall` keeps what each unit has come to and takes it up again. Units that it takes up are still carried through to the next one that
+    it does not have, since what is carried and what is captured may differ in their last bits.
     """
     report: dict[str, dict[str, float]] = {}
-    previous, sides = None, []
+    sides: list[UnitData] = []
+    through: list[Unit] = []  # the units since the one that `sides` are of, which is the first
+
+    def reach(unit: Unit) -> list[UnitData]:
+        """What `unit` sees, from the nearest of the units before it whose data are at hand or must be captured."""
+        nonlocal sides, through
+        path = [*through, unit]
+        fresh = [at for at, (before, after) in enumerate(pairwise(path), 1) if not wiring.feeds(before.name, after.name)]
+        if fresh or not sides:
+            path = path[fresh[-1] if fresh else 0 :]
+            sides = _capture_sides(model, float_model, path[0], calibration, MemoryBudget(memory // 2), settings.batch_size)
+        for before, after in pairwise(path):
+            budget = MemoryBudget(memory // 2)  # this unit's tensors and the previous one's are held at once
+            sides = [_carried_side(side, model, float_model, before, after, wiring, budget) for side in sides]
+        through = []
+        return sides
+
     for unit in track(units, "sequential AdaQuant"):
-        budget = MemoryBudget(memory // 2)  # this unit's tensors and the previous one's are held at once
-        if previous is not None and wiring.feeds(previous.name, unit.name):
-            sides = [_carried_side(side, model, float_model, previous, unit, wiring, budget) for side in sides]
-        else:
-            sides = _capture_sides(model, float_model, unit, calibration, budget)
-        report[unit.name] = _reconstruct_unit(model, unit, starts, *sides, wiring, settings)
-        previous = unit
+        recall = recall.under(unit.name)  # and on every unit before it
+        name = f"sequential AdaQuant of {unit.name}"
+        report[unit.name] = _recalled_unit(name, model, unit, starts, partial(reach, unit), wiring, settings, recall)
+        through.append(unit)
+        tell("unit", unit=unit.name, **report[unit.name])
     return report
 
 
@@ -228,11 +251,11 @@ def _carried_side(
         return finish(before(*args, **kwargs))
 
     device = side.float_side.device
-    float_input = carry(lambda indices: finish(side.targets(indices)), side.count, budget, whole)
-    float_output = carry(lambda indices: float_module(float_input.rows(indices).to(device)), side.count, budget, whole)
-    quantized_input = carry(quantized_output, side.count, budget, whole)
+    float_input = carry(lambda indices: finish(side.targets(indices)), side.count, budget, whole, side.chunk)
+    float_output = carry(lambda indices: float_module(float_input.rows(indices).to(device)), side.count, budget, whole, side.chunk)
+    quantized_input = carry(quantized_output, side.count, budget, whole, side.chunk)
     float_side = Captured(((float_input,), {}), float_output, device, side.float_side.masks)
-    return UnitData(float_side, Captured(((quantized_input,), {}), None, device), side.count)
+    return replace(side, float_side=float_side, quantized_side=Captured(((quantized_input,), {}), None, device))
 
 
 def parallel(
@@ -244,29 +267,56 @@ def parallel(
     calibration: Calibration,
     settings: AdaQuantSettings,
     memory: int,
+    recall: Recall = Recall(),
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Reconstruct every unit of every variant (bits -> model), in place, with the float network's inputs: no unit depends on another,
-    so layers of any bits can be put together afterwards. What a unit sees is captured once for all variants.
+    so layers of any bits can be put together afterwards. What a unit sees is captured once for all variants, unless `recall` has kept what
+    all of them have come to.
     """
     report: dict[str, dict[int, dict[str, float]]] = {}
     for unit in track(units, "parallel AdaQuant"):
-        budget = MemoryBudget(memory)
-        fitting, held_out = _capture_sides(None, float_model, unit, calibration, budget)
+        sides = cache(partial(_capture_sides, None, float_model, unit, calibration, MemoryBudget(memory), settings.batch_size))
         for bits, model in variants.items():
-            result = _reconstruct_unit(model, unit, starts[bits], fitting, held_out, wiring, settings)
+            name = f"parallel AdaQuant of {unit.name} at W{bits}"
+            result = _recalled_unit(name, model, unit, starts[bits], sides, wiring, settings, recall)
             report.setdefault(unit.name, {})[bits] = result
+            tell("unit", unit=unit.name, bits=bits, **result)
     return report
 
 
+def _recalled_unit(
+    name: str,
+    model: nn.Module,
+    unit: Unit,
+    starts: Mapping[str, Tensor],
+    sides: Callable[[], list[UnitData]],
+    wiring: Wiring,
+    settings,
+    recall: Recall,
+) -> dict[str, float]:
+    """The unit reconstructed, in place, on what `sides` gives, or as an earlier run left it; its errors."""
+    layers = [name for name in unit.layers if name in starts]
+
+    def make() -> Kept:
+        errors = _reconstruct_unit(model, unit, starts, *sides(), wiring, settings)
+        return Kept(errors, snapshot(model, layers))
+
+    def read(kept: Kept) -> dict[str, float]:
+        put_back(model, layers, kept.tensors)
+        return {key: int(value) if key == "steps" else float(value) for key, value in kept.record.items()}
+
+    return recall(name, make, read)
+
+
 def _capture_sides(
-    model: nn.Module | None, float_model: nn.Module, unit: Unit, calibration: Calibration, budget: MemoryBudget
+    model: nn.Module | None, float_model: nn.Module, unit: Unit, calibration: Calibration, budget: MemoryBudget, chunk: int
 ) -> list[UnitData]:
     """What the unit is fitted to and judged on; the quantized side is left out where there is no `model`."""
     sides = []
     for batches, count in zip((calibration.fitting, calibration.held_out), calibration.count(), strict=True):
         float_side = capture(float_model, unit.name, batches, count, budget, outputs=True)
         quantized_side = None if model is None else capture(model, unit.name, batches, count, budget)
-        sides.append(UnitData(float_side, quantized_side, len(batches) if float_side.masks else count))
+        sides.append(UnitData(float_side, quantized_side, len(batches) if float_side.masks else count, chunk))
     return sides
 
 
@@ -355,13 +405,15 @@ def _identity(output: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BiasTuningSettings:
-    """epochs over the fitting inputs; rate of Adam; scales: train the scales too (as logarithms); patience in epochs."""
+    """epochs over the fitting inputs; rate of Adam; scales: train the scales too (as logarithms); patience in epochs; part: samples that
+    are in memory at once, a batch's gradients being summed over its parts (None: all)."""
 
     epochs: int = 6
     rate: float = 1e-3
     scales: bool = False
     patience: int = 3
     seed: int = 0
+    part: int | None = None
 
 
 class ScaledCodes(nn.Module):
@@ -412,13 +464,12 @@ def tune_biases(
     best = [parameter.detach().clone() for parameter in parameters]
     for epoch in track(range(1, settings.epochs + 1), "bias tuning"):
         for index in torch.randperm(len(fitting), generator=generator).tolist():
-            with torch.enable_grad():
-                loss = output_loss(predict(model, fitting[index]), references[index], task)
             optimizer.zero_grad()
-            loss.backward()
+            _add_gradients(model, fitting[index], references[index], task, settings.part)
             optimizer.step()
             schedule.step()
         after = distance(outputs_of(model, held_out), held_out_reference, task)
+        tell("tuning", epoch=epoch, loss=after)
         if after < result["after"]:
             result |= {"after": after, "epochs": epoch}
             best = [parameter.detach().clone() for parameter in parameters]
@@ -433,6 +484,22 @@ def tune_biases(
         for name, layer in layers.items():
             layer.weight_quantizer, layer.input_quantizer = slots[name]
     return result
+
+
+def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: str, part: int | None) -> None:
+    """Add the gradients of the batch's loss, of as many samples at a time as `part`."""
+    done = 0
+    for inputs in batch.parts(part or len(batch)):
+        with torch.enable_grad():
+            outputs = predict(model, inputs)
+            target = reference[done : done + len(outputs)]
+            (output_loss(outputs, target, task) * _share(target, reference, task)).backward()
+        done += len(outputs)
+
+
+def _share(part: Tensor, whole: Tensor, task: str) -> float | Tensor:
+    """What a part's `output_loss` weighs in that of the whole: its rows, or its power."""
+    return len(part) / len(whole) if compares_classes(task) else part.square().sum() / whole.square().sum().clamp_min(1e-30)
 
 
 def _free_scales(layers: Iterable[nn.Module]) -> None:

@@ -1,0 +1,224 @@
+"""Results that outlive the process: killed and run again, a run takes up what it had finished.
+
+    recall = Recall(folder).under(weights, data, code, machine)      what every result depends on
+    stage = recall.under("sensitivity", base)                        what the results of one stage depend on besides
+    value = stage("conv1 W4", make, read)                            made and stored, or taken up
+
+A result is a JSON record and tensors. It is kept in a file of its own, named by the SHA-256 of all that it depends on, which is moved into
+place whole; the file begins with the SHA-256 of the rest. What cannot be read is named in a warning and made again. Nothing in such a file
+is executed. Whether a result was made or taken up, the caller gets what `read` makes of it, so both end with the same bytes.
+"""
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+import anybit
+from anybit.errors import InvalidFile
+from anybit.progress import tell
+
+Value = TypeVar("Value")
+RECORD = "record"
+DIGEST_BYTES = 32
+LIMIT = 10 * 10**9
+"""Bytes of results that are kept; beyond them the least recently used go."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a result is kept as: a record that JSON can hold, and tensors."""
+
+    record: Any = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Results that depend on `key`, kept in `folder`; None keeps nothing. `counts` are of results "made", "recalled" and "damaged"."""
+
+    folder: Path | None = None
+    key: str = ""
+    counts: Counter = field(default_factory=Counter, compare=False)
+
+    def under(self, *what: Any) -> "Recall":
+        """The same store, for results that depend on `what` (anything that JSON can hold) too."""
+        return replace(self, key=hashlib.sha256(json.dumps([self.key, *what], sort_keys=True).encode()).hexdigest())
+
+    def __call__(self, name: str, make: Callable[[], Kept], read: Callable[[Kept], Value]) -> Value:
+        """What `read` makes of the result called `name`, which `make` gives unless it is kept already.
+
+        `read` raises ValueError, KeyError, TypeError or RuntimeError where the result is not what it should be.
+        """
+        path = None if self.folder is None else self._path(name)
+        if path is not None and path.is_file():
+            try:
+                value = read(_read(path))
+                os.utime(path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+                self.counts["damaged"] += 1
+                warnings.warn(f"{path}, the kept result of {name}, is damaged ({_words(error)}): it is made again.", stacklevel=2)
+            else:
+                self.counts["recalled"] += 1
+                tell("recalled", result=name)
+                return value
+        made = make()
+        kept = replace(made, record=json.loads(json.dumps(made.record)))  # as it will be read
+        self.counts["made"] += 1
+        if path is not None:
+            self._keep(path, name, kept)
+        return read(kept)
+
+    def value(self, name: str, make: Callable[[], Any], read: Callable[[Any], Value] = lambda value: value) -> Value:
+        """The same for a result that JSON can hold."""
+        return self(name, lambda: Kept(make()), lambda kept: read(kept.record))
+
+    def _path(self, name: str) -> Path:
+        key = self.under(name).key
+        return self.folder / key[:2] / key
+
+    def _keep(self, path: Path, name: str, kept: Kept) -> None:
+        """Store a result; a disk that takes no more is worth a warning, not the run."""
+        try:
+            write_whole(path, _written(name, kept))
+        except OSError as error:
+            if not self.counts["unwritable"]:
+                reason = f"{path.parent} takes no more ({error.strerror})"
+                warnings.warn(f"{reason}: the run goes on, but what it finishes is not kept.", stacklevel=3)
+            self.counts["unwritable"] += 1
+
+
+def _written(name: str, kept: Kept) -> bytes:
+    record = np.frombuffer(json.dumps({"name": name, "value": kept.record}).encode(), np.uint8)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in kept.tensors.items()}
+    data = safetensors.torch.save({RECORD: torch.from_numpy(record.copy()), **{f"={key}": tensor for key, tensor in tensors.items()}})
+    return hashlib.sha256(data).digest() + data
+
+
+def _read(path: Path) -> Kept:
+    """Raises InvalidFile where the file's bytes are not those that were written."""
+    data = path.read_bytes()
+    if hashlib.sha256(data[DIGEST_BYTES:]).digest() != data[:DIGEST_BYTES]:
+        raise InvalidFile(f"{len(data)} bytes whose SHA-256 is not the one that they were written with")
+    try:
+        tensors = safetensors.torch.load(data[DIGEST_BYTES:])
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise InvalidFile(f"no tensors: {error}") from error
+    record = json.loads(tensors.pop(RECORD).numpy().tobytes())
+    return Kept(record["value"], {key.removeprefix("="): tensor for key, tensor in tensors.items()})
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, whatever ends the process meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_bytes(data)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 over the bytes, types and shapes of tensors."""
+    whole = hashlib.sha256()
+    for tensor in tensors:
+        whole.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return whole.hexdigest()
+
+
+@cache
+def code_version() -> str:
+    """The version and the SHA-256 of anybit's own source: results of other code are not taken up."""
+    whole = hashlib.sha256(anybit.__version__.encode())
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        whole.update(file.read_bytes())
+    return whole.hexdigest()
+
+
+def machine() -> dict[str, Any]:
+    """What else the last bits of a result depend on: PyTorch, its threads, and what the processor can do."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def cache_home() -> Path:
+    """The user's cache directory for anybit."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit"
+
+
+def results_folder() -> Path:
+    """Where results are kept."""
+    return cache_home() / "results"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kept result's file: when it was last used, in seconds since 1970."""
+
+    path: Path
+    bytes: int
+    used: float
+
+
+def entries(folder: Path) -> list[Entry]:
+    """The kept results, the least recently used first."""
+    found = [Entry(path, status.st_size, status.st_mtime) for path, status in _files(folder) if not path.name.endswith(".tmp")]
+    return sorted(found, key=lambda entry: (entry.used, entry.path))
+
+
+def trim(folder: Path, limit: int) -> int:
+    """Remove the least recently used results until `limit` bytes are left, and what killed processes left; bytes removed."""
+    removed = 0
+    for path, status in _files(folder):
+        if path.name.endswith(".tmp") and time.time() - status.st_mtime > 3600:  # an older one has no process that still writes it
+            path.unlink(missing_ok=True)
+            removed += status.st_size
+    kept = entries(folder)
+    total = sum(entry.bytes for entry in kept)
+    for entry in kept:
+        if total <= limit:
+            break
+        entry.path.unlink(missing_ok=True)
+        total -= entry.bytes
+        removed += entry.bytes
+    return removed
+
+
+def remove_damaged(folder: Path) -> dict[Path, str]:
+    """Remove the results whose bytes are not those that were written; file -> what is wrong with it."""
+    damaged = {}
+    for entry in entries(folder):
+        try:
+            _read(entry.path)
+        except FileNotFoundError:  # another process has trimmed it
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            damaged[entry.path] = _words(error)
+            entry.path.unlink(missing_ok=True)
+    return damaged
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in folder.glob("*/*"):
+        try:  # another process may have trimmed it
+            yield path, path.stat()
+        except OSError:
+            continue
