@@ -26,7 +26,8 @@ from anybit.layers import codes_of, quantized_layers
 from anybit.references import load_model
 
 NETWORK = f"{ROOT / 'examples/digits.py'}:network"
-BUDGETS = ("2.5bit", "3bit", "4bit")
+BUDGETS = ("2.5bit", "3bit")
+RUNS = {"one thread": (1, 0), "two threads": (2, 0), "two workers": (1, 2), "two threads again": (2, 0)}  # (threads, workers)
 MEASURED = ("stages", "environment", "settings")
 
 
@@ -77,11 +78,10 @@ def main(arguments: argparse.Namespace) -> None:
     file = Entries(arguments, "determinism")
     for pipeline in ("light", "advanced"):
         with tempfile.TemporaryDirectory() as scratch:
-            settings = {"first": (1, 0), "again": (1, 0), "two workers": (1, 2), "two threads": (2, 0), "two threads again": (2, 0)}
-            folders = {name: Path(scratch) / name.replace(" ", "-") for name in settings}
-            for name, (threads, workers) in settings.items():
+            folders = {name: Path(scratch) / name.replace(" ", "-") for name in RUNS}
+            for name, (threads, workers) in RUNS.items():
                 in_a_process(arguments, folders[name], threads, workers, pipeline)
-            pairs = [("first", other) for other in ("again", "two workers", "two threads")] + [("two threads", "two threads again")]
+            pairs = [("one thread", "two threads"), ("one thread", "two workers"), ("two threads", "two threads again")]
             for (one, other), budget in itertools.product(pairs, BUDGETS):
                 places = folders[one] / budget, folders[other] / budget, arguments.weights
                 file.measured(f"{pipeline} {budget}: {one} / {other}", partial(compared, *places))

@@ -820,6 +820,38 @@ def test_the_training_roads_refuse_by_the_same_names(road):
         assert_untouched(model, before)
 
 
+def test_layers_called_by_keyword_are_quantized_on_all_roads():
+    def forward(self, x):
+        y = self.relu2(self.bn2(input=self.conv2(input=self.relu1(self.bn1(self.conv1(input=x))))))
+        return self.fc(input=y.mean((2, 3)))
+
+    for pipeline in ("light", "advanced"):
+        assert calibrated(with_forward(forward), pipeline=pipeline).canonical.folded == {"conv1": "bn1", "conv2": "bn2"}
+
+
+def test_a_network_that_is_one_layer_is_refused_with_a_remedy_that_works():
+    refused_calibrating(nn.Linear(8, 5), "itself is a Linear", "nn.Sequential", data=numbers(24, 8))
+    assert list(calibrated(nn.Sequential(nn.Linear(8, 5)), numbers(24, 8)).scheme) == ["0"]
+
+
+def test_a_layer_in_a_plain_list_is_named():
+    model = with_forward(lambda self, x: Plain.forward(self, self.hidden[0](x)))
+    model.hidden = [nn.Conv2d(3, 3, 1)]
+    assert "conv2d" in calibrated(model).report["uncovered"]
+
+
+def test_a_layer_that_returns_several_tensors_is_refused_and_may_be_kept_float():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, y.square()
+
+    model = with_forward(lambda self, x: self.fc(self.body(x))[0])
+    model.fc = Pair(8, 5)
+    refused_calibrating(model, "Layer fc returns 2 tensors", "--keep 'fc=float'")
+    calibrated(model, keep={"fc": "float"}, pipeline="advanced")
+
+
 def test_a_sparse_embedding_is_tuned():
     model = make(Tokens)
     model.words.sparse = True

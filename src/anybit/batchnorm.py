@@ -178,13 +178,13 @@ def channel_statistics(
         layer = model.get_submodule(name)
         twin = twins.get_submodule(name) if twins else None
 
-        def add(module, args, output: Tensor) -> None:
-            parts = _channel_sums(layer, output if twin is None else twin(*args))
+        def add(module, args, kwargs, output: Tensor) -> None:
+            parts = _channel_sums(layer, output if twin is None else twin(*args, **kwargs))
             sums[name] = tuple(total + part for total, part in zip(sums[name], parts, strict=True))
 
         return add
 
-    hooks = [model.get_submodule(name).register_forward_hook(listen(name)) for name in sums]
+    hooks = [model.get_submodule(name).register_forward_hook(listen(name), with_kwargs=True) for name in sums]
     try:
         for batch in batches:
             call(model, batch.inputs)

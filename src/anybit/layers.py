@@ -119,6 +119,9 @@ def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str],
                 )
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             uncovered[name] = f"{type(module).__name__} is not a class that anybit covers; it stays float"
+    for function in wiring.functions() if wiring else ():
+        if function.owner not in uncovered:  # that a module computes with weights of its own is said of the module
+            uncovered[function.name] = f"{function.kind} called as a function, on weights that are no layer's; it stays float"
     for product in wiring.products() if wiring else ():
         uncovered[product.name] = "a product of two activations that is no layer; it stays float (anybit.Matmul in its place is covered)"
     return covered, uncovered
@@ -131,6 +134,11 @@ def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
         if name in wiring.surroundings:
             raise UnsupportedModel(
                 f"Layer {name} runs {wiring.surroundings[name]}. Let the forward call it plainly, or keep it float: --keep '{name}=float'."
+            )
+        if len(wiring.operation(name).outputs) != 1:
+            raise UnsupportedModel(
+                f"Layer {name} returns {len(wiring.operation(name).outputs)} tensors; a layer that is quantized returns one. Let it return "
+                f"one, or keep it float: --keep '{name}=float'."
             )
         if wiring.calls[name] > 1:
             raise UnsupportedModel(
@@ -198,12 +206,10 @@ def check_float32(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network under DataParallel, DistributedDataParallel and torch.compile; a copy where a part of it is wrapped.
+    """The network itself; where it or a part of it is wrapped (DataParallel, torch.compile), a copy without the wrappers.
 
     Layers so have the names that the network's author gave them, and their forward is Python that can be observed.
     """
-    while (inner := _wrapped(model)) is not None:
-        model = inner
     instead: dict[int, nn.Module] = {}  # what a copy puts in place of each wrapper
     for module in reversed(list(model.modules())):
         if (inner := _wrapped(module)) is not None:

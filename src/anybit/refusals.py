@@ -31,6 +31,8 @@ _REMOVERS = {
 
 def check_network(model: nn.Module) -> None:
     """Raise UnsupportedModel for what shows before the network has run: scripted code, and weights that are not there as plain tensors."""
+    if isinstance(model, COVERED):
+        raise UnsupportedModel(f"The network itself is a {type(model).__name__}, and layers go by names. Put it into an nn.Sequential.")
     for name, module in model.named_modules():
         where = name or "The network"
         if isinstance(module, torch.jit.ScriptModule):

@@ -27,6 +27,9 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 LAYER, BATCH_NORM = "a layer", "a batch norm"  # kinds that no function's name can be
 PRODUCTS = {"matmul", "bmm", "baddbmm", "mm", "addmm", "einsum", "scaled_dot_product_attention"}
+FUNCTIONS = {
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "bilinear", "embedding",
+}  # fmt: skip
 JOINS = {"add", "sub", "mul", "cat", "concat", "concatenate", "stack"}
 RESHAPES = {
     "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "getitem", "chunk", "split",
@@ -145,6 +148,10 @@ class Wiring:
     def products(self) -> list[Operation]:
         """Matrix products of several observed values that no layer computes."""
         return [op for op in self.operations if op.kind in PRODUCTS and len(set(op.inputs)) > 1]
+
+    def functions(self) -> list[Operation]:
+        """Convolutions, linears and embeddings that no layer computes."""
+        return [op for op in self.operations if op.kind in FUNCTIONS]
 
     def blocks(self, named: list[str] | None = None) -> list[str]:
         """Modules to reconstruct whole: the innermost ones whose forward joins values, and others of the same class.
