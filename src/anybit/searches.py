@@ -5,21 +5,23 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from anybit import stages
 from anybit.batches import Batch, Samples
-from anybit.checkpoint import new_folder, read_json, remember, write_json
-from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
+from anybit.checkpoint import new_folder, remember, write_report
+from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
 from anybit.evaluation import COUNTED, Metric, metric_name
+from anybit.files import check_sealed, parse_json, read_bytes, read_sealed, sealed, sha256_of, validated, write_json
 from anybit.pages import search_page
 from anybit.progress import track
 from anybit.reporting import environment
 from anybit.scheme import Budget, Scheme
+from anybit.store import FILE
 from anybit.subnet_search import Evaluated, Found, SearchSettings, hypervolume, pareto_front, search, total_cost
 from anybit.subnets import bn_batches, held_out_split
 from anybit.supernet import JSON, Known, Supernet, check_whole, scores, uniform_schemes, write_supernet
@@ -31,23 +33,26 @@ TIE = 1e-3
 
 
 class Evaluations:
-    """Scores, searches and statistics by what they are of, each a line of a file as soon as it is known; a damaged line is made again.
+    """Scores, searches and statistics by what they are of, each a line of a file as soon as it is known, with its digest; a damaged line is
+    made again.
 
     `identity` is what all depend on; lines of another are passed over.
     """
 
     def __init__(self, path: Path | None, identity: str):
         self.path, self.identity, self.known, self.recalled = path, identity, {}, 0
-        for line in path.read_bytes().splitlines() if path is not None and path.is_file() else ():
-            with suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict) and row.get("of") == identity and isinstance(row.get("key"), str) and "value" in row:
-                    self.known[row["key"]] = row["value"]
+        for line in read_bytes(path).splitlines() if path is not None and path.is_file() else ():
+            with suppress(InvalidFile):
+                row = validated(Line, parse_json(line, str(path)), str(path))
+                check_sealed(row.model_dump(), str(path), "It is made again.")
+                if row.of == identity:
+                    self.known[row.key] = row.value
 
-    def recall(self, key: str, measure: Callable[[], Any], check: Callable[[Any], Any] = float) -> Any:
+    def recall(self, key: str, measure: Callable[[], Any], check: Callable[[Any], Any] | None = None) -> Any:
         """What is known of `key`, where `check` can read it; else what `measure` gives, from now on."""
+        check = check or (lambda value: validated(float, value, key))
         if key in self.known:
-            with suppress(ValueError, TypeError, KeyError, AttributeError):
+            with suppress(AnybitError):
                 value = check(self.known[key])
                 self.recalled += 1
                 return value
@@ -55,10 +60,10 @@ class Evaluations:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf8") as file:  # on a line of its own, even after one that was cut off
-                file.write("\n" + json.dumps({"of": self.identity, "key": key, "value": self.known[key]}) + "\n")
+                file.write("\n" + json.dumps(sealed({"of": self.identity, "key": key, "value": self.known[key]})) + "\n")
         return check(self.known[key])
 
-    def recall_search(self, key: str, run: Callable[[], Found]) -> Found:
+    def recall_search(self, key: str, supernet: Supernet, quantity: str, run: Callable[[], Found]) -> Found:
         """A whole search, under its settings."""
 
         def as_json() -> dict[str, Any]:
@@ -67,28 +72,70 @@ class Evaluations:
             return {"evaluated": rows, "rank_correlation": found.rank_correlation}
 
         def as_found(told: Any) -> Found:
-            rows = []
-            for row in told["evaluated"]:
-                rows.append(Evaluated(Scheme.parse(row["scheme"]), float(row["score"]), float(row["cost"]), row["origin"]))
-            return Found(rows, told["rank_correlation"])
+            kept = validated(KeptSearch, told, key)
+            rows = [Evaluated(Scheme.parse(row.scheme), row.score, row.cost, row.origin) for row in kept.evaluated]
+            for row in rows:
+                check_whole(row.scheme, supernet.choices)
+                if row.cost != total_cost(supernet.costs, quantity, row.scheme):
+                    raise InvalidFile(f"{key}: {row.scheme} does not cost {row.cost:g}")
+            return Found(rows, kept.rank_correlation)
 
         return self.recall(f"found {key}", as_json, as_found)
 
     def recall_known(self, supernet: Supernet, scheme: Scheme, learn: Callable[[], Known]) -> None:
         """A subnet's batch-norm statistics and edge ranges, which the supernet knows from now on."""
 
+        key = f"known {json.dumps(scheme.to_json())}"
+
         def as_json() -> dict[str, Any]:
             known = learn()
             return {"statistics": known.statistics.tolist(), "edges": known.edges.tolist()}
 
         def as_known(told: Any) -> Known:
-            known = Known(scheme, torch.tensor(told["statistics"]), torch.tensor(told["edges"]).reshape(-1, 2))
-            if known.statistics.shape != supernet.known[0].statistics.shape or known.edges.shape != supernet.known[0].edges.shape:
-                raise ValueError("of another network")
+            kept = validated(KeptStatistics, told, key)
+            statistics, edges = torch.tensor(kept.statistics), torch.tensor(kept.edges).reshape(-1, 2)
+            known, another = Known(scheme, statistics, edges), supernet.known[0]
+            if statistics.shape != another.statistics.shape or edges.shape != another.edges.shape:
+                raise InvalidFile(f"{key} is of another network")
+            supernet.check_known(known, key)
             return known
 
-        known = self.recall(f"known {json.dumps(scheme.to_json())}", as_json, as_known)
+        known = self.recall(key, as_json, as_known)
         supernet.known = [*(one for one in supernet.known if one.scheme != scheme), known]
+
+
+class Line(BaseModel):
+    """One line of the file of evaluations."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    of: str
+    key: str
+    value: Any
+    digest: str
+
+
+class KeptEvaluation(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    scheme: dict[str, str]
+    score: float
+    cost: float
+    origin: Literal["uniform", "drawn", "sensitivity", "searched", "allocated"]
+
+
+class KeptSearch(BaseModel):
+    """What is kept of a whole search."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    evaluated: list[KeptEvaluation] = Field(min_length=1)
+    rank_correlation: float | None
+
+
+class KeptStatistics(BaseModel):
+    """What is kept of a subnet: statistics [numbers], edges [edges, 2]."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    statistics: list[float]
+    edges: list[Annotated[list[float], Field(min_length=2, max_length=2)]]
 
 
 @dataclass
@@ -103,9 +150,9 @@ class Search:
         """Write the search's folder: the supernet with the new statistics, search.json, report.json."""
         with new_folder(Path(folder), overwrite) as draft:
             write_supernet(draft, self.supernet)
-            write_json(draft / SEARCH, self.report)
+            write_json(draft / SEARCH, sealed({**self.report, "sha256": sha256_of(draft / FILE)}))
             (draft / "report.html").write_text(search_page(self.report), encoding="utf8")
-            write_json(draft / "report.json", self.supernet.report | {"search": {k: v for k, v in self.report.items() if k != "evaluated"}})
+            write_report(draft, self.supernet.report | {"search": {k: v for k, v in self.report.items() if k != "evaluated"}})
         remember(Path(folder), JSON)
         return Path(folder)
 
@@ -151,6 +198,8 @@ def searched(
     uniform_ones = list(uniform_schemes(supernet).values())
     found = done.recall_search(
         f"{images} {json.dumps(asdict(settings))}",
+        supernet,
+        settings.quantity,
         lambda: search(supernet.choices, supernet.costs, evaluate, settings, uniform_ones),
     )
     next(progress, None)
@@ -219,18 +268,34 @@ class Row(BaseModel):
     cost: float
 
 
+class SearchFile(BaseModel):
+    """What `best_within` needs of search.json; the rest is for people."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    evaluated: list[Row]
+    sha256: str
+
+
+def _evaluated_in(path: Path, supernet: Supernet) -> list[tuple[float, float, Scheme]]:
+    """(score, -cost, scheme) of each subnet in search.json, which must be of the supernet beside it."""
+    file = validated(SearchFile, read_sealed(path, 1, "Search again."), str(path))
+    if file.sha256 != sha256_of(path.with_name(FILE)):
+        raise InvalidFile(f"{path} is not of the {FILE} beside it. Search again.")
+    try:
+        known = [(row.score, -row.cost, Scheme.parse(row.scheme)) for row in file.evaluated]
+        for _, _, scheme in known:
+            check_whole(scheme, supernet.choices)
+    except AnybitError as error:
+        raise InvalidFile(f"{path}: {error} Search again.") from error
+    return known
+
+
 def best_within(folder: Any, supernet: Supernet, budget: Budget) -> Scheme:
     """The best evaluated subnet of a search that fits; of a supernet that was not searched, the largest uniform one that fits."""
     check_fits(supernet, budget)
     file = Path(folder) / SEARCH if isinstance(folder, (str, Path)) else None
     if file is not None and file.is_file():
-        try:
-            rows = TypeAdapter(list[Row]).validate_python(read_json(file)["evaluated"])
-            known = [(row.score, -row.cost, Scheme.parse(row.scheme)) for row in rows]
-            for _, _, scheme in known:
-                check_whole(scheme, supernet.choices)
-        except (ValueError, TypeError, KeyError) as error:
-            raise InvalidFile(f"{file} cannot be read: {' '.join(str(error).split())}. Search again.") from error
+        known = _evaluated_in(file, supernet)
         fit = [one for one in known if stages.fits(supernet.costs, one[2], budget)]
         if fit:
             return max(fit, key=lambda one: one[:2])[2]
