@@ -19,10 +19,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -34,6 +34,7 @@ from anybit.evaluation import Task
 from anybit.files import (
     check_sealed,
     check_version,
+    in_words,
     read_header,
     read_json,
     read_sealed,
@@ -162,7 +163,7 @@ def read_scheme(folder: Path) -> SchemeFile:
         _ = file.scheme
         Preprocessing.from_json(file.preprocessing)
     except AnybitError as error:
-        raise InvalidFile(f"{path}: {error}") from error
+        raise InvalidFile(f"{path}: {in_words(error)}") from error
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise InvalidFile(f"{weights} is missing. The run is incomplete: run it again.")
@@ -394,28 +395,43 @@ class Sizes(BaseModel):
 
 class ReportLayer(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
-    precision: str
+    precision: Words
     weights: int = Field(ge=0)
     bytes: int = Field(ge=0)
 
 
+Words = Annotated[str, Field(max_length=1000)]
+"""Text that is shown in a table."""
+
+
 class MeasuredScheme(Sizes):
-    name: str
+    name: Words
     chosen: bool
-    predicted: float | None = None
+    predicted: float
     measured: float | None = None
+    top1: float | None = None
+    metric: float | None = None
 
 
 class Step(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
-    step: str
+    step: Words
     loss: float
     kept: bool
+    top1: float | None = None
+    metric: float | None = None
+
+
+class Unit(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+    before: float
+    after: float
+    steps: int
 
 
 class Stage(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
-    stage: str
+    stage: Words
     seconds: float = Field(ge=0)
     peak_bytes: int = Field(ge=0)
 
@@ -431,14 +447,14 @@ class ReportFile(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
     version: Literal[1]
-    budget: str | None = None
+    budget: Words | None = None
     sha256: str | None = None
     result: Sizes | None = None
     float_bytes: int = Field(0, ge=0)
     layers: dict[str, ReportLayer] = {}
     schemes: list[MeasuredScheme] = []
     ladder: list[Step] = []
-    units: dict[str, dict[str, Any] | None] = {}
+    units: dict[str, Unit | None] = {}
     epochs: list[Epoch] = []
     stages: list[Stage] = []
     subnets: dict[str, Sizes] = {}
@@ -447,6 +463,18 @@ class ReportFile(BaseModel):
     test: dict[str, Any] = {}
     float_test: dict[str, Any] = {}
     budgets: dict[str, "ReportFile"] = {}
+
+    @model_validator(mode="after")
+    def whole(self) -> "ReportFile":
+        """The report of a run has all that a run is shown by."""
+        lacking = {"budget", "layers", "stages"} - self.model_fields_set
+        if self.result is not None and lacking:
+            raise ValueError(f"{', '.join(sorted(lacking))} lacking beside the result")
+        if self.schemes and not any(row.chosen for row in self.schemes):
+            raise ValueError("none of the schemes is chosen")
+        if (self.schemes or self.ladder) and not any(row.kept for row in self.ladder):
+            raise ValueError("no step of the ladder is kept")
+        return self
 
 
 REPORT = "report.json"

@@ -132,7 +132,7 @@ def read_settings(kind: type[Value], data: Any, where: str, parsed: Mapping[str,
     except ValidationError as error:
         raise InvalidFile(f"{where}: {error.title}: {_first_difference(error)}. Restore it or make it again.") from error
     except AnybitError as error:
-        raise InvalidFile(f"{where}: {error}") from error
+        raise InvalidFile(f"{where}: {in_words(error)}") from error
 
 
 def _typed(hint: Any, value: Any, name: str) -> Any:
@@ -233,7 +233,7 @@ def check_tensors(path: Path, found: Mapping[str, TensorSpec], expected: Mapping
         raise InvalidFile(f"{path}: {said}. Restore it or make it again.")
     for name, spec in expected.items():
         if found[name] != TensorSpec(spec.dtype, tuple(spec.shape)):
-            there = f"{found[name].dtype} {list(found[name].shape)}"
+            there = f"{found[name].dtype} {reprlib.repr(list(found[name].shape))}"
             raise InvalidFile(f"{path}: tensor {name} is {there}; {spec.dtype} {list(spec.shape)} is needed. Restore it or make it again.")
 
 

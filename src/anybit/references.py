@@ -184,7 +184,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     shapes = [key for key in state if key in own and tuple(state[key].shape) != tuple(own[key].shape)]
     if lacking or surplus or shapes:
         parts = [
-            f"{what} {', '.join(keys[:3])}"
+            f"{what} {', '.join(key[:200] for key in keys[:3])}"
             for what, keys in (("lack", lacking), ("have besides", surplus), ("differ in shape at", shapes))
             if keys
         ]

@@ -21,7 +21,7 @@ from anybit.cost import CostModel, LayerSize, leftovers, spec_of
 from anybit.errors import AnybitError, InvalidFile, SchemeMismatch
 from anybit.evaluation import TASKS, Metric, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
-from anybit.files import read_tensors, sha256_of, write_json
+from anybit.files import in_words, read_tensors, sha256_of, write_json
 from anybit.layers import float_weight, from_rows, prepare, quantized_layers, weight_rows
 from anybit.methods.multiquant import MultiQuant, SwitchableInput, SwitchableWeight
 from anybit.packing import TensorSpec
@@ -318,7 +318,7 @@ def read_supernet_file(folder: Path) -> SupernetFile:
         if file.task not in TASKS:
             raise InvalidFile(f"task {reprlib.repr(file.task)} is unknown. Choose from {', '.join(TASKS)}.")
     except AnybitError as error:
-        raise InvalidFile(f"{path}: {error}") from error
+        raise InvalidFile(f"{path}: {in_words(error)}") from error
     return file
 
 

@@ -62,8 +62,9 @@ def verify_file(path: Path, file: ir.Model, made: Exported, model: nn.Module, ba
     if file.metadata_props.get(RUN) != made.integer.metadata_props.get(RUN):
         verdict.failures.append("The file was exported from another run than this one, or the run has changed since.")
         return verdict
-    _check_contents(verdict, file, made.integer)
-    if not _safe_to_run(file, made.integer):  # what else a graph may ask of the runtime, nobody knows
+    expected = _as_read(made.integer)
+    _check_contents(verdict, file, expected)
+    if not _safe_to_run(file, expected):  # what else a graph may ask of the runtime, nobody knows
         verdict.skipped["kernels and numbers"] = "the file's operators or shapes are not those of the run, so it is not run"
         return verdict
     if any(_signature(values[0]) != _signature(values[1]) for values in _ends(file, made.integer)):
@@ -74,11 +75,14 @@ def verify_file(path: Path, file: ir.Model, made: Exported, model: nn.Module, ba
     return verdict
 
 
+def _as_read(model: ir.Model) -> ir.Model:
+    """The graph with its numbers as files have them."""
+    proto = ir.to_proto(model)
+    return ir.from_proto(type(proto).FromString(proto.SerializeToString()))
+
+
 def _check_contents(verdict: Verdict, file: ir.Model, expected: ir.Model) -> None:
     """The file's constants and operators are those that exporting the run gives."""
-    expected = ir.from_proto(
-        type(ir.to_proto(expected)).FromString(ir.to_proto(expected).SerializeToString())
-    )  # numbers as files have them
     found, wanted = _contents(file), _contents(expected)
     for name in wanted:
         if name not in found:
