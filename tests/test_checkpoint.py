@@ -13,7 +13,7 @@ from test_candidates import prepared_with_candidates, random_scheme
 from torch import nn
 
 import anybit
-from anybit.candidates import apply_scheme
+from anybit.candidates import Candidates, apply_scheme
 from anybit.checkpoint import (
     Canonical,
     SchemeFile,
@@ -386,11 +386,19 @@ def test_an_empty_folder_may_be_filled(tmp_path, calibrated):
     assert (calibrated[2].save(tmp_path / "empty") / "scheme.json").is_file()
 
 
-def test_candidates_are_saved_and_read_bitwise(tmp_path):
+def saved_candidates(folder: Path) -> tuple[Candidates, dict, dict]:
+    """(candidates of every bit-width, what was said of them, shapes of the layers), written beside a model as calibrate does."""
     prepared, candidates = prepared_with_candidates("upsampling")
-    given = {"table": {"a": 1}, "choices": {"up": ["W8A8"]}, "settings": {"seed": 3}}
-    write_candidates(tmp_path, candidates, given)
-    shapes = {name: tuple(candidates.weights[name, 8].codes.shape) for name in quantized_layers(prepared)}
+    names = list(quantized_layers(prepared))
+    write_canonical(folder, Canonical(apply_scheme(prepared, Scheme.uniform(names, "W8A8"), candidates), {}), {})
+    table = {"base": "float", "samples": 8, "pairs": False, "floor": 0.0, "rows": {name: {"W8": 0.1, "A8": 0} for name in names}}
+    given = {"table": table, "choices": {name: ["W8A8", "W3A4"] for name in names}, "settings": {"seed": 3}}
+    write_candidates(folder, candidates, given)
+    return candidates, given, {name: tuple(candidates.weights[name, 8].codes.shape) for name in names}
+
+
+def test_candidates_are_saved_and_read_bitwise(tmp_path):
+    candidates, given, shapes = saved_candidates(tmp_path)
     again, about = read_candidates(tmp_path, shapes)
     assert (
         given.items() <= about.items()

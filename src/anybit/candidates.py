@@ -124,7 +124,8 @@ def to_tensors(candidates: Candidates) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
 
-_KEY = re.compile(r"(?P<name>.*)\|(?:W(?P<weight_bits>[2-8])\|(?P<part>codes|scale|bias)|A(?P<activation_bits>[2-8]))", re.DOTALL)
+KEY = re.compile(r"(?P<name>.*)\|(?:W(?P<weight_bits>[2-8])\|(?P<part>codes|scale|bias)|A(?P<activation_bits>[2-8]))", re.DOTALL)
+"""How a candidate's tensor is called."""
 
 
 def from_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> Candidates:
@@ -132,13 +133,14 @@ def from_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, 
     parts: dict[tuple[str, int], dict[str, Tensor]] = {}
     candidates = Candidates()
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
+        match = KEY.fullmatch(key)
         if match is None or match["name"] not in shapes:
             raise InvalidFile(f"{key} belongs to no layer of the network")
         if match["part"]:
             parts.setdefault((match["name"], int(match["weight_bits"])), {})[match["part"]] = tensor
         else:
-            candidates.activations[match["name"], int(match["activation_bits"])] = _activation_from(key, tensor)
+            bits = int(match["activation_bits"])
+            candidates.activations[match["name"], bits] = _activation_from(key, tensor, bits)
     for (name, bits), found in parts.items():
         candidates.weights[name, bits] = _weights_from(f"{name} at W{bits}", found, bits, *shapes[name])
     return candidates
@@ -157,13 +159,13 @@ def _weights_from(where: str, parts: Mapping[str, Tensor], bits: int, rows: int,
     return WeightCandidate(unpacked, scale[:, None], bias)
 
 
-def _activation_from(key: str, tensor: Tensor) -> ActivationCandidate:
+def _activation_from(key: str, tensor: Tensor, bits: int) -> ActivationCandidate:
     if tensor.dtype != torch.float32 or tensor.shape not in ((2,), (2, 2)):
         raise InvalidFile(f"{key} is no scale and zero point")
     scale, zero_point = tensor
     _check_scales(key, scale)
-    if not (torch.isfinite(zero_point).all() and (zero_point == zero_point.round()).all()):
-        raise InvalidFile(f"{key}: the zero point is no integer")
+    if not ((zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point < 2**bits)).all():
+        raise InvalidFile(f"{key}: zero point {zero_point.tolist()} is no integer from 0 to {2**bits - 1}")
     return ActivationCandidate(scale, zero_point)
 
 

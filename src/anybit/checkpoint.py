@@ -9,34 +9,51 @@ candidates.safetensors, candidates.json    what `anybit allocate` needs to serve
 import glob
 import hashlib
 import json
+import math
 import os
+import reprlib
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anybit import batchnorm
-from anybit.candidates import ActivationCandidate, Candidates, WeightCandidate, from_tensors, install, to_tensors
+from anybit.candidates import KEY, ActivationCandidate, Candidates, WeightCandidate, from_tensors, install, to_tensors
 from anybit.cost import leftovers, operands_of, spec_of
 from anybit.errors import AnybitError, InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.evaluation import Task
+from anybit.files import (
+    check_sealed,
+    check_version,
+    in_words,
+    read_header,
+    read_json,
+    read_sealed,
+    read_tensors,
+    sealed,
+    sha256_of,
+    validated,
+    write_json,
+)
 from anybit.layers import codes_of, float_weight, prepare, quantized_layers, scheme_of, weight_rows
-from anybit.packing import StoredLayer, layout, pack, packed_bytes, unpack
+from anybit.packing import StoredLayer, TensorSpec, layout, pack, packed_bytes, unpack
+from anybit.records import record_of
 from anybit.references import Preprocessing
-from anybit.scheme import Scheme, check_names
+from anybit.scheme import Precision, Scheme, check_names
 from anybit.wiring import BATCH_NORMS
 
 FORMAT_VERSION = 1
+MODEL = "model.safetensors"
 
 
 class LayerRecord(BaseModel):
@@ -62,8 +79,8 @@ class SchemeFile(BaseModel):
     edges: list[str] = []
     budget: str | None = None
     certificate: dict[str, Any] = {}
-    model: dict[str, Any] = {}
-    data: dict[str, Any] = {}
+    model: dict[str, str | None] = {}
+    data: dict[str, str | None] = {}
     preprocessing: dict[str, Any] = {}
     task: Task = "classification"
     sha256: str
@@ -137,21 +154,18 @@ def write_canonical(folder: Path, canonical: Canonical, about: Mapping[str, Any]
 
 def read_scheme(folder: Path) -> SchemeFile:
     """scheme.json, strictly, and only if model.safetensors is the one it was written with and was written for it."""
-    data = read_json(folder / "scheme.json")
-    if isinstance(data, dict) and isinstance(data.get("version"), int) and data["version"] > FORMAT_VERSION:
-        raise InvalidFile(
-            f"{folder / 'scheme.json'} has format version {data['version']}; this anybit reads up to {FORMAT_VERSION}. Upgrade anybit."
-        )
+    path = folder / "scheme.json"
+    several = [] if path.is_file() else runs_in(folder)
+    if several:
+        raise InvalidFile(f"{folder} holds several runs: {', '.join(run.name for run in several)}. Name one of them: {several[0]}.")
+    data = read_json(path)
+    check_version(data, path, FORMAT_VERSION)
+    file = validated(SchemeFile, data, str(path))
     try:
-        file = SchemeFile.model_validate(data)
         _ = file.scheme
         Preprocessing.from_json(file.preprocessing)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InvalidFile(f"{folder / 'scheme.json'}: {where}: {first['msg']}.") from error
-    except (AnybitError, TypeError) as error:
-        raise InvalidFile(f"{folder / 'scheme.json'}: {error}") from error
+    except AnybitError as error:
+        raise InvalidFile(f"{path}: {in_words(error)}") from error
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise InvalidFile(f"{weights} is missing. The run is incomplete: run it again.")
@@ -167,11 +181,7 @@ def read_scheme(folder: Path) -> SchemeFile:
 
 def digest_in(path: Path, of: str) -> str | None:
     """The digest that a file of tensors holds of what gives them their meaning."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get(of)
-    except (SafetensorError, OSError) as error:
-        raise InvalidFile(f"{path} cannot be read: {error}") from error
+    return read_header(path)[1].get(of)
 
 
 def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None = None) -> Canonical:
@@ -198,7 +208,7 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
         for name, record in file.layers.items()
     ]
     specs = layout(stored, len(file.edges), sum(t.numel() for t in numbers.values()), {key: spec_of(t) for key, t in others.items()})
-    tensors = read_tensors(folder / "model.safetensors", {name: (spec.dtype, spec.shape) for name, spec in specs.items()})
+    tensors = read_tensors(folder / "model.safetensors", specs)
     cursor = {name: 0 for name in tensors}
 
     def take(name: str, count: int) -> Tensor:
@@ -212,10 +222,10 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
         if precision.weight_bits:
             stream = take("codes", packed_bytes(record.rows * record.columns, precision.weight_bits)).numpy()
             codes = torch.from_numpy(unpack(stream, precision.weight_bits, record.rows * record.columns)).view(record.rows, record.columns)
-            weights = WeightCandidate(codes, _positive(take("weight_scales", record.rows), name)[:, None], None)
+            weights = WeightCandidate(codes, checked_scale(take("weight_scales", record.rows), name)[:, None], None)
         if precision.activation_bits:
             count = operands_of(layer)
-            scale, zero_point = _positive(take("activation_scales", count), name), take("activation_zero_points", count).float()
+            scale, zero_point = checked_scale(take("activation_scales", count), name), take("activation_zero_points", count).float()
             if zero_point.max() > 2**precision.activation_bits - 1:
                 raise InvalidFile(f"{name}: activation zero point {int(zero_point.max())} is above {2**precision.activation_bits - 1}.")
             inputs = ActivationCandidate(*((scale, zero_point) if count > 1 else (scale[0], zero_point[0])))
@@ -226,7 +236,26 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
         for key, tensor in others.items():
             tensor.copy_(tensors[key])
     edges = dict(zip(file.edges, [tuple(row) for row in tensors["edges"].tolist()], strict=True)) if file.edges else {}
+    check_edges(edges, folder / "model.safetensors")
+    check_state(model, folder / "model.safetensors")
     return Canonical(model.eval(), file.folded, edges)
+
+
+def check_edges(edges: Mapping[str, tuple[float, float]], where: Path | str) -> None:
+    """Raise InvalidFile naming the first edge whose stored ends are not finite, or in the wrong order."""
+    for name, (low, high) in edges.items():
+        if not -math.inf < low <= high < math.inf:
+            raise InvalidFile(f"{where}: edge {name} reaches from {low:g} to {high:g}. Restore the file or run again.")
+
+
+def check_state(model: nn.Module, path: Path) -> None:
+    """Raise InvalidFile naming the first tensor of a loaded model that is not finite, or a variance below zero."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InvalidFile(f"{path}: {name} would hold NaN or infinity. Restore the file or run again.")
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS) and module.running_var is not None and (module.running_var < 0).any():
+            raise InvalidFile(f"{path}: {name} has a variance of {module.running_var.min():g}. Restore the file or run again.")
 
 
 def _groups(model: nn.Module, file: SchemeFile) -> dict[str, int]:
@@ -251,83 +280,114 @@ def check_folded(file: Any, float_model: nn.Module, name: str) -> None:
             raise InvalidFile(f"{name} folds {norm} into {layer}, but that is no batch norm of the layer's {rows} channels.")
 
 
-def _positive(scale: Tensor, name: str) -> Tensor:
-    if not (torch.isfinite(scale).all() and (scale > 0).all()):
-        raise InvalidFile(f"{name}: a stored scale is not a positive finite number.")
+def checked_scale(scale: Tensor, where: str) -> Tensor:
+    """`scale` itself, when it is above zero and its multiples by 8-bit codes are finite."""
+    if not (torch.isfinite(scale * 255).all() and (scale > 0).all()):
+        raise InvalidFile(f"{where}: a stored scale is not a positive finite number. Restore the file or run again.")
     return scale
-
-
-def read_tensors(path: Path, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file that must hold exactly the `expected` names, types and shapes."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if names != set(expected):
-                lacking, surplus = sorted(set(expected) - names), sorted(names - set(expected))
-                raise InvalidFile(f"{path}: tensors lacking: {lacking or 'none'}; unexpected: {surplus or 'none'}.")
-            for name, (dtype, shape) in expected.items():
-                part = file.get_slice(name)
-                if part.get_dtype() != dtype or tuple(part.get_shape()) != tuple(shape):
-                    found = f"{part.get_dtype()} {list(part.get_shape())}"
-                    raise InvalidFile(f"{path}: tensor {name} is {found}; the scheme needs {dtype} {list(shape)}.")
-            tensors = {name: file.get_tensor(name) for name in expected}
-    except (SafetensorError, OSError) as error:
-        raise InvalidFile(f"{path} cannot be read: {error}") from error
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InvalidFile(f"{path}: tensor {name} holds NaN or infinity.")
-    return tensors
 
 
 def write_candidates(folder: Path, candidates: Candidates, about: Mapping[str, Any]) -> None:
     """candidates.safetensors (packed codes, scales and biases a candidate) and candidates.json with `about`."""
     save_file(to_tensors(candidates), folder / "candidates.safetensors")
-    write_json(folder / "candidates.json", {"version": FORMAT_VERSION, "sha256": sha256_of(folder / "candidates.safetensors"), **about})
+    told = {"version": FORMAT_VERSION, "sha256": sha256_of(folder / "candidates.safetensors"), "run": sha256_of(folder / MODEL), **about}
+    write_json(folder / "candidates.json", sealed(told))
+
+
+class TableRecord(BaseModel):
+    """The sensitivity table in candidates.json."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    base: str
+    samples: int = Field(ge=0)
+    pairs: bool
+    floor: float
+    rows: dict[str, dict[str, float]]
+
+
+class CandidatesFile(BaseModel):
+    """candidates.json. Strict: a wrong type, a missing or an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    version: Literal[1]
+    sha256: str
+    run: str
+    table: TableRecord
+    choices: dict[str, list[str]]
+    settings: dict[str, Any]
+    digest: str
 
 
 def read_candidates(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[Candidates, dict]:
     """What `write_candidates` wrote, for layers of these row x column shapes; (candidates, about)."""
-    about = read_json(folder / "candidates.json")
-    path = folder / "candidates.safetensors"
-    complete = isinstance(about, dict) and all(isinstance(about.get(key), dict) for key in ("table", "choices", "settings"))
-    if not complete or about.get("version") != FORMAT_VERSION:
-        raise InvalidFile(f"{folder / 'candidates.json'} is not a candidates file of format version {FORMAT_VERSION}.")
-    if not path.is_file() or sha256_of(path) != about.get("sha256"):
-        raise InvalidFile(f"{path} is missing or not the file that candidates.json was written with. Run calibrate again.")
+    again = "Run calibrate again."
+    about = read_sealed(folder / "candidates.json", FORMAT_VERSION, again)
+    file, path = validated(CandidatesFile, about, str(folder / "candidates.json")), folder / "candidates.safetensors"
+    if not path.is_file() or sha256_of(path) != file.sha256:
+        raise InvalidFile(f"{path} is missing or not the file that candidates.json was written with. {again}")
+    if sha256_of(folder / MODEL) != file.run:
+        raise InvalidFile(f"{folder / 'candidates.json'} belongs to another run than {folder / MODEL}. {again}")
+    found, _ = read_header(path)
+    tensors = read_tensors(path, _candidate_specs(path, found, file.choices, shapes))
     try:
-        with safe_open(path, framework="pt") as file:
-            return from_tensors({key: file.get_tensor(key) for key in file.keys()}, shapes), about  # noqa: SIM118 (no dict)
-    except (SafetensorError, InvalidFile) as error:
-        raise InvalidFile(f"{path} cannot be read: {error}. Run calibrate again.") from error
+        return from_tensors(tensors, shapes), about
+    except InvalidFile as error:
+        raise InvalidFile(f"{path} cannot be read: {error}. {again}") from error
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Indented JSON with a final newline; numbers that JSON cannot hold are refused."""
-    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf8")
+def _candidate_specs(
+    path: Path, found: Mapping[str, TensorSpec], choices: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, TensorSpec]:
+    """What candidates.safetensors must hold: all that the layers may choose; more bit-widths of theirs, and biases, as far as it does."""
+    check_names(choices, shapes, "scheme.json")
+    parsed = {name: [Precision.parse(text) for text in texts] for name, texts in choices.items()}
+    needed = {f"{name}|W{p.weight_bits}|codes" for name, options in parsed.items() for p in options if p.weight_bits}
+    needed |= {f"{name}|A{p.activation_bits}" for name, options in parsed.items() for p in options if p.activation_bits}
+    specs = {}
+    for key in sorted({*needed, *found}):
+        match = KEY.fullmatch(key)
+        if match is None or match["name"] not in choices:
+            raise InvalidFile(f"{path}: {reprlib.repr(key)} is no candidate of a layer in candidates.json. Run calibrate again.")
+        rows, columns = shapes[match["name"]]
+        if match["activation_bits"]:
+            specs[key] = TensorSpec("F32", (2,) if rows * columns else (2, 2))
+            continue
+        name, bits = match["name"], int(match["weight_bits"])
+        specs |= {f"{name}|W{bits}|codes": TensorSpec("U8", (packed_bytes(rows * columns, bits),))}
+        specs |= {f"{name}|W{bits}|scale": TensorSpec("F32", (rows,))}
+        if match["part"] == "bias":
+            specs[key] = TensorSpec("F32", found[key].shape[:1])
+    return specs
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in `path`."""
-    if not path.is_file():
-        several = runs_in(path.parent) if path.name == "scheme.json" else []
-        if several:
-            names = ", ".join(run.name for run in several)
-            raise InvalidFile(f"{path.parent} holds several runs: {names}. Name one of them: {several[0]}.")
-        raise InvalidFile(f"{path} is not there. Is {path.parent} a run folder of anybit?")
-    try:
-        return json.loads(path.read_text(encoding="utf8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidFile(f"{path} is not valid JSON: {error}") from error
+REPORT = "report.json"
+TIMES = ("stages", "latency", "budgets")
+"""What no digest of a report guards: no two runs take as long. (Of several budgets each has its own.)"""
 
 
-def _refuse_constant(text: str):
-    raise ValueError(f"{text} is not JSON")
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """report.json, bound to the tensors that are in the folder already."""
+    tensors = next((folder / name for name in (MODEL, "supernet.safetensors") if (folder / name).is_file()), None)
+    told = {**report} if tensors is None else {**report, "sha256": sha256_of(tensors)}
+    if "budgets" in told:
+        told["budgets"] = {name: sealed(one, TIMES) for name, one in told["budgets"].items()}
+    write_json(folder / REPORT, sealed(told, TIMES))
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_report(folder: Path) -> dict[str, Any]:
+    """report.json, strictly: as it was written, and of the tensors that are in the folder."""
+    path, again = folder / REPORT, "Run again."
+    report = read_sealed(path, FORMAT_VERSION, again, TIMES)
+    several = validated(dict[str, dict[str, Any]], report.get("budgets", {}), f"{path}: budgets")
+    for name, one in several.items():
+        check_sealed(one, f"{path}: {name}", again, TIMES)
+        record_of(one, f"{path}: {name}")
+    if not several:
+        record_of(report, str(path))
+    tensors = next((folder / name for name in (MODEL, "supernet.safetensors") if (folder / name).is_file()), None)
+    if "sha256" in report and (tensors is None or sha256_of(tensors) != report["sha256"]):
+        raise InvalidFile(f"{path} was not measured on {'the tensors' if tensors is None else tensors.name} in {folder}. {again}")
+    return report
 
 
 @contextmanager
@@ -393,7 +453,7 @@ RUN_FILES = {
 
 def is_run(path: Path) -> bool:
     """Whether the folder holds what anybit writes, and nothing else: a run, or several with their common report."""
-    if not path.is_dir():
+    if not path.is_dir() or path.is_symlink():
         return False
     items = list(path.iterdir())
     known = all(item.name in RUN_FILES if item.is_file() else is_run(item) for item in items)
@@ -434,7 +494,7 @@ def remember(folder: Path, file: str = "scheme.json") -> None:
     listing = _own_runs()
     try:
         listing.parent.mkdir(parents=True, exist_ok=True)
-        known = read_json(listing) if listing.is_file() else []
+        known = _known_runs(listing)
         digest = sha256_of(folder / file)
         if digest not in known:
             draft = listing.with_suffix(".tmp")
@@ -448,4 +508,14 @@ def remember(folder: Path, file: str = "scheme.json") -> None:
 
 def is_own(folder: Path, file: str = "scheme.json") -> bool:
     """Whether this user's own run wrote the folder's scheme file (or another that names its model) as it stands."""
-    return _own_runs().is_file() and sha256_of(folder / file) in read_json(_own_runs())
+    return sha256_of(folder / file) in _known_runs(_own_runs())
+
+
+def _known_runs(listing: Path) -> list[str]:
+    """The hashes in the user's list; none where there is no list yet."""
+    if not listing.is_file():
+        return []
+    known = read_json(listing)
+    if not isinstance(known, list) or not all(isinstance(digest, str) for digest in known):
+        raise InvalidFile(f"{listing} is no list of hashes. Remove it; your runs are then loaded with --model, as a stranger's are.")
+    return known

@@ -362,9 +362,10 @@ def calibrate(
 
 
 def _print_results(folders: list[Path], as_json: bool, quiet: bool) -> None:
+    from anybit.checkpoint import read_report
     from anybit.reporting import print_frontier, print_report, result_line
 
-    reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
+    reports = [read_report(folder) for folder in folders]
     if as_json:
         summaries = [{"folder": str(folder), **_summary(report)} for folder, report in zip(folders, reports, strict=True)]
         print(json.dumps(summaries[0] if len(summaries) == 1 else {"runs": summaries}))

@@ -4,24 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from anybit.checkpoint import read_json, read_scheme
-from anybit.errors import InvalidFile
+from anybit.checkpoint import read_report, read_scheme
 from anybit.supernet import JSON as SUPERNET_JSON
 from anybit.supernet import read_supernet_file
 
 KEYS = ("name", "step", "epoch")
 """What tells the rows of a report's lists apart."""
-
-
-class Report(BaseModel):
-    """What every report has; the rest of it is any JSON."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-    version: int
-    settings: dict[str, Any]
-    environment: dict[str, Any]
 
 
 def diff(run: str | Path, run2: str | Path) -> dict[str, Any]:
@@ -44,20 +32,6 @@ def diff(run: str | Path, run2: str | Path) -> dict[str, Any]:
         "shared_layers": shared,
         "differences": found,
     }
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """report.json of a run, strictly as far as every report goes."""
-    report = read_json(folder / "report.json")
-    try:
-        Report.model_validate(report)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise InvalidFile(
-            f"{folder / 'report.json'}: {where}: {first['msg']}. Is {folder} one run of anybit? Else run it again."
-        ) from error
-    return report
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from anybit.allocation import Frontier, frontier
-from anybit.checkpoint import read_json, runs_in
-from anybit.comparison import read_report
+from anybit.checkpoint import read_report, runs_in
 from anybit.errors import InvalidFile
+from anybit.files import read_sealed
 from anybit.reporting import human_bytes, human_count
 from anybit.scheme import Budget, Precision, check_names
 from anybit.searches import SEARCH, Row
@@ -362,7 +362,7 @@ def _of_supernet(folder: Path, layer: str) -> dict[str, Any]:
     if not (folder / SEARCH).is_file():
         said = f"{layer} was trained for {_range(options)}. No scheme is chosen in a supernet: search it, or extract a subnet."
         return {"candidates": options, "why": [said]}
-    found = read_json(folder / SEARCH)
+    found = read_sealed(folder / SEARCH, 1, "Search again.")
     if not isinstance(found, dict):
         raise InvalidFile(f"{folder / SEARCH} is no JSON object. Search again.")
     evaluated, front = (_validated(list[Row], found.get(key), folder / SEARCH, key) for key in ("evaluated", "front"))

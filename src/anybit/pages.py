@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from anybit import figures, markup
-from anybit.errors import InvalidSetting
-from anybit.records import Amounts, Record, Table, counted, read_records, record_of
+from anybit.checkpoint import read_report, runs_in
+from anybit.errors import InvalidFile, InvalidSetting
+from anybit.files import read_sealed
+from anybit.records import Amounts, Record, Table, counted, record_of
 from anybit.reporting import human_bytes, human_count
 from anybit.scheme import Precision
 
@@ -36,6 +38,25 @@ def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Pa
     draft.write_text(made, encoding="utf8")
     draft.replace(path)
     return path
+
+
+def read_records(folder: Path) -> dict[str, Record]:
+    """Name -> record of a run folder, or of each run in a folder that holds several."""
+    several = runs_in(folder)
+    if several:
+        return {str(run): read_record(run) for run in several}
+    return {str(folder): read_record(folder)}
+
+
+def read_record(folder: Path) -> Record:
+    """The record of one run folder, with what its search evaluated where it is a search's."""
+    report = read_report(folder)
+    if "search" in report and (folder / "search.json").is_file():
+        report["search"] = read_sealed(folder / "search.json", 1, "Search again.")
+    record = record_of(report, str(folder / "report.json"))
+    if not (record.result or record.search or record.subnets):
+        raise InvalidFile(f"{folder / 'report.json'} is no report of a run: it has neither a result nor subnets.")
+    return record
 
 
 def _shortly_named(records: Mapping[str, Record]) -> dict[str, Record]:

@@ -1,16 +1,14 @@
-"""report.json as pages read it: strictly typed where they rely on it, the rest left alone."""
+"""report.json, strictly typed where verbs and pages rely on it; the rest is left alone."""
 
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from anybit.allocation import Frontier, frontier
-from anybit.checkpoint import read_json, runs_in
 from anybit.errors import InvalidFile
 from anybit.scheme import Precision
 
@@ -18,6 +16,8 @@ Bits = Annotated[Precision, BeforeValidator(lambda text: text if isinstance(text
 Scores = dict[str, float | None]
 SCORES = ("metric", "top1", "spearman", "f1")  # higher is better; the user's own first
 Count = Annotated[int, Field(ge=0)]
+Words = Annotated[str, Field(max_length=1000)]
+"""Text that is shown in a table."""
 
 
 class Part(BaseModel):
@@ -52,7 +52,7 @@ class Scored(Part):
 class SchemeRow(Amounts, Scored):
     """A scheme that was measured on held-out inputs before one was chosen."""
 
-    name: str
+    name: Words
     scheme: dict[str, Bits]
     predicted: float
     measured: float | None = None
@@ -60,9 +60,23 @@ class SchemeRow(Amounts, Scored):
 
 
 class LadderRow(Scored):
-    step: str
+    step: Words
     kept: bool
     loss: float
+
+
+class Unit(Part):
+    """Errors of a unit of AdaQuant on held-out inputs, and the step that was kept."""
+
+    before: float
+    after: float
+    steps: int
+
+
+class Stage(Part):
+    stage: Words
+    seconds: Annotated[float, Field(ge=0)]
+    peak_bytes: Count
 
 
 def counted(rows: Sequence[Scored]) -> str | None:
@@ -158,7 +172,7 @@ class Record(Part):
 
     version: Annotated[int, Field(ge=1, le=1)]
     road: str = "calibrate"
-    budget: str | None = None
+    budget: Words | None = None
     result: Amounts | None = None
     float_bytes: Count | None = None
     layers: dict[str, LayerRow] = {}
@@ -166,6 +180,9 @@ class Record(Part):
     table: Table | None = None
     certificate: Certificate = Certificate()
     ladder: list[LadderRow] = []
+    units: dict[str, Unit | None] = {}
+    stages: list[Stage] = []
+    latency: dict[str, float] = {}
     epochs: list[Epoch] = []
     subnets: dict[str, Amounts] = {}
     search: SearchRecord | None = None
@@ -181,6 +198,17 @@ class Record(Part):
         for what, names in [("table", self.table and self.table.layers), *((row.name, row.scheme) for row in self.schemes)]:
             if names and set(names) != set(self.layers):
                 raise ValueError(f"{what} is not of the layers that the report lists: {sorted(set(names) ^ set(self.layers))[0]!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _all_that_a_run_is_shown_by(self) -> "Record":
+        lacking = {"budget", "layers", "stages"} - self.model_fields_set
+        if self.result is not None and lacking:
+            raise ValueError(f"{', '.join(sorted(lacking))} lacking beside the result")
+        if self.schemes and self.chosen is None:
+            raise ValueError("none of the schemes is chosen")
+        if (self.schemes or self.ladder) and self.final_loss is None:
+            raise ValueError("no step of the ladder is kept")
         return self
 
     @property
@@ -214,22 +242,3 @@ def record_of(report: Mapping[str, Any], where: str = "The report") -> Record:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise InvalidFile(f"{where}: {place}: {first['msg']}. Restore it or run again.") from error
-
-
-def read_records(folder: Path) -> dict[str, Record]:
-    """Name -> record of a run folder, or of each run in a folder that holds several."""
-    several = runs_in(folder)
-    if several:
-        return {str(run): read_record(run) for run in several}
-    return {str(folder): read_record(folder)}
-
-
-def read_record(folder: Path) -> Record:
-    """The record of one run folder, with what its search evaluated where it is a search's."""
-    report = read_json(folder / "report.json")
-    if isinstance(report, dict) and isinstance(report.get("search"), dict) and (folder / "search.json").is_file():
-        report["search"] = read_json(folder / "search.json")
-    record = record_of(report, str(folder / "report.json"))
-    if not (record.result or record.search or record.subnets):
-        raise InvalidFile(f"{folder / 'report.json'} is no report of a run: it has neither a result nor subnets.")
-    return record

@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,10 +25,13 @@ from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, d
 
 from anybit.batches import ArrayDataset, Samples
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
+from anybit.files import in_words, read_settings
 from anybit.layers import unwrapped
 from anybit.texts import SUFFIXES, parse_columns, read_rows
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+LONGEST_SIDE = 2**14
+"""Of a picture that is resized: beyond it one picture takes gigabytes."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -62,19 +66,17 @@ class Preprocessing:
             raise InvalidSetting(f"--mean {self.mean} must be finite in every channel.")
         if self.resize and self.size and self.size > self.resize:
             raise InvalidSetting(f"--size {self.size} cannot be cropped from a short side of {self.resize}. Give a larger --resize.")
-        for name in ("size", "resize", "length", "stride"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InvalidSetting(f"--{name} {getattr(self, name)} must be at least 1.")
+        for name, most in (("size", LONGEST_SIDE), ("resize", LONGEST_SIDE), ("length", None), ("stride", None)):
+            value = getattr(self, name)
+            if value is not None and (value < 1 or (most and value > most)):
+                raise InvalidSetting(f"--{name} {value} must be at least 1{f' and at most {most}' if most else ''}.")
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Preprocessing":
-        unknown = set(data) - {field.name for field in fields(cls)}
-        if unknown:
-            raise InvalidFile(f"Unknown preprocessing {', '.join(sorted(unknown))}: written by a newer anybit, or edited.")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        return read_settings(cls, data, "preprocessing")
 
 
 def changed(recorded: Preprocessing, given: Preprocessing) -> Preprocessing:
@@ -172,11 +174,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
             state = load_file(path)
         else:
+            _check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InvalidFile(f"Weights file {path} cannot be read as a state dict: {str(error).splitlines()[0]}") from error
+        raise InvalidFile(f"Weights file {path} cannot be read as a state dict: {in_words(error)}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise InvalidFile(f"Weights file {path} holds a {type(state).__name__}, not a state dict of tensors.")
     own = model.state_dict()
     # Counters of batches seen play no part in a trained network, and some files leave them out.
@@ -185,12 +188,24 @@ def load_weights(model: nn.Module, path: Path) -> None:
     shapes = [key for key in state if key in own and tuple(state[key].shape) != tuple(own[key].shape)]
     if lacking or surplus or shapes:
         parts = [
-            f"{what} {', '.join(keys[:3])}"
+            f"{what} {', '.join(key[:200] for key in keys[:3])}"
             for what, keys in (("lack", lacking), ("have besides", surplus), ("differ in shape at", shapes))
             if keys
         ]
         raise SchemeMismatch(f"The weights in {path.name} do not match the model: they {'; '.join(parts)}. Check --model and --weights.")
-    model.load_state_dict(state, strict=False)
+    try:
+        model.load_state_dict(state, strict=False)
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse or quantized tensors, or storage that is not there
+        raise InvalidFile(f"Weights file {path} does not fit the model: {in_words(error)}") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError where an archive would unpack to more than its own size."""
+    if not zipfile.is_zipfile(path):  # as torch before 1.6 saved
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in archive.infolist()):
+            raise ValueError("its entries are compressed, which torch.save does not do; save it again, as .safetensors at best")
 
 
 def load_callable(reference: str, option: str) -> Callable:
@@ -349,7 +364,7 @@ def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray | None]:
     except InvalidInput:
         raise
     except Exception as error:
-        raise InvalidFile(f"{path} cannot be read as .npz arrays: {error}") from error
+        raise InvalidFile(f"{path} cannot be read as .npz arrays: {in_words(error)}") from error
     if y is not None and len(x) != len(y):
         raise InvalidInput(f"{path} holds {len(x)} inputs but {len(y)} labels.")
     return x, None if y is None else y.reshape(-1)
@@ -386,8 +401,8 @@ def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
 
     try:
         picture = Image.open(path).convert("RGB")
-    except OSError as error:
-        raise InvalidInput(f"{path} cannot be read as a picture: {error}. Remove or replace it.") from error
+    except Exception as error:  # broken files raise SyntaxError and struct.error too, and too large ones an error of PIL's own
+        raise InvalidInput(f"{path} cannot be read as a picture: {in_words(error)}. Remove or replace it.") from error
     how = getattr(Image.Resampling, preprocessing.interpolation.upper())
     if preprocessing.resize:
         share = preprocessing.resize / min(picture.size)

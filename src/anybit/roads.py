@@ -1,5 +1,6 @@
 """One function a verb, each a list of stages. The command line and `anybit.*` call the same ones."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,18 +22,18 @@ from anybit.checkpoint import (
     new_folder,
     read_candidates,
     read_canonical,
-    read_json,
     read_scheme,
     remember,
     runs_in,
     write_candidates,
     write_canonical,
-    write_json,
+    write_report,
 )
 from anybit.cost import CostModel
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, SchemeMismatch, UnsupportedModel
 from anybit.evaluation import Metric, check_labels, guess_task, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
+from anybit.files import read_json, read_settings, validated
 from anybit.layers import float_weight
 from anybit.pages import run_page, runs_page
 from anybit.processes import join_processes, share_state
@@ -43,7 +44,7 @@ from anybit.reporting import StageClock, environment
 from anybit.resume import LIMIT, Recall, code_version, digest, machine, results_folder, trim
 from anybit.scheme import Budget, Precision, Scheme
 from anybit.searches import Search
-from anybit.sensitivity import SensitivityTable
+from anybit.sensitivity import SensitivityTable, rows_to_measure
 from anybit.stages import Bench, CalibrateSettings, Judge, Network, as_ranges
 from anybit.subnet_search import SearchSettings
 from anybit.supernet import JSON as SUPERNET_JSON
@@ -81,7 +82,7 @@ class Result:
         write_canonical(folder, self.canonical, self.about)
         size = (folder / "model.safetensors").stat().st_size
         assert size == self.report["result"]["bytes"], f"counted {self.report['result']['bytes']} bytes, wrote {size}"
-        write_json(folder / "report.json", self.report)
+        write_report(folder, self.report)
         (folder / "report.html").write_text(run_page(self.report), encoding="utf8")
         if self.candidates is not None:
             write_candidates(folder, self.candidates, self.table)
@@ -728,7 +729,10 @@ def _scheme_from(scheme: Scheme | str | Path) -> Scheme:
     layers = read_json(path)
     if not isinstance(layers, dict) or not all(isinstance(text, str) for text in layers.values()):
         raise InvalidFile(f"{path} is no scheme: write a JSON object of layer -> precision, or name a run folder.")
-    return Scheme.parse(layers)
+    try:
+        return Scheme.parse(layers)
+    except InvalidSetting as error:
+        raise InvalidFile(f"{path}: {error}") from error
 
 
 def _supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, workers: int) -> Samples:
@@ -793,7 +797,9 @@ def allocate(
     candidates, saved = read_candidates(folder, shapes)
     candidates = candidates.on(device)
     given: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
-    settings = replace(_settings_from(saved["settings"]), **{name: value for name, value in given.items() if value is not None})
+    place = folder / "candidates.json"
+    recorded_settings, table = _settings_from(saved["settings"], place), _table_from(saved["table"], place)
+    settings = replace(recorded_settings, **{name: value for name, value in given.items() if value is not None})
     clock = StageClock()
     recorded = Preprocessing.from_json(file.preprocessing)
     samples = _samples(_recorded_data(folder, file) if data is None else data, workers, recorded, float_model).on(device)
@@ -808,13 +814,14 @@ def allocate(
         if found != shapes:
             different = sorted(set(found.items()) ^ set(shapes.items()))[0][0]
             raise SchemeMismatch(f"The model is not the one that {folder} was made from: layer {different} differs. Check --model.")
+        check_saved(network, candidates, table, saved["choices"], place)
         reference = outputs_of(network.folded, calibration.held_out)
         targets = stages.batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
         recall = stages.recall_of_run(recall_in(cache), network, calibration, [reference], settings)
         recall = recall.under(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and code_of(metric))
     judge = Judge(network, candidates, calibration.held_out, reference, file.task, metric, recall)
     light = replace(settings, sequential=False, bias_tuning=False)
-    bench = Bench(network, calibration, light, candidates, candidates, SensitivityTable.from_json(saved["table"]), judge, targets)
+    bench = Bench(network, calibration, light, candidates, candidates, table, judge, targets)
     about = {"model": _followed(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
     if data is not None:
         about["data"] = {"reference": absolute(data)} if isinstance(data, str) else {}
@@ -835,11 +842,44 @@ def _recorded_data(folder: Path, file: SchemeFile) -> str:
     return reference
 
 
-def _settings_from(data: Mapping[str, Any]) -> CalibrateSettings:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    values["keep"] = {pattern: Precision.parse(text) for pattern, text in data["keep"].items()}
-    values["sensitivity_base"] = Precision.parse(data["sensitivity_base"])
-    return CalibrateSettings(**values)
+def _settings_from(data: Any, path: Path) -> CalibrateSettings:
+    """The settings that candidates.json, at `path`, holds."""
+    where = f"{path}: settings"
+    texts = {**validated(dict[str, Any], data, where)}
+    keep = validated(dict[str, str], texts.pop("keep", {}), f"{where}: keep")
+    try:
+        parsed = {
+            "keep": {pattern: Precision.parse(text) for pattern, text in keep.items()},
+            "sensitivity_base": Precision.parse(texts.pop("sensitivity_base", "float")),
+        }
+    except InvalidSetting as error:
+        raise InvalidFile(f"{where}: {error}") from error
+    return read_settings(CalibrateSettings, texts, where, parsed)
+
+
+def _table_from(data: Any, path: Path) -> SensitivityTable:
+    try:
+        return SensitivityTable.from_json(data)
+    except InvalidSetting as error:
+        raise InvalidFile(f"{path}: table: {error}") from error
+
+
+def check_saved(
+    network: Network, candidates: Candidates, table: SensitivityTable, choices: Mapping[str, Sequence[str]], path: Path
+) -> None:
+    """Raise InvalidFile where candidates.json, at `path`, lacks what an allocation for the network needs, or is of another network."""
+    found = {name: [str(precision) for precision in options] for name, options in network.choices.items()}
+    if found != dict(choices):
+        different = next(name for name in {**found, **choices} if found.get(name) != choices.get(name))
+        said = f"choices of {different} are {choices.get(different)}, and its settings give {found.get(different)}"
+        raise InvalidFile(f"{path}: {said}. Run calibrate again.")
+    lacking = next((row for row in rows_to_measure(network.choices, table.pairs) if row not in table.measured), None)
+    if lacking:
+        raise InvalidFile(f"{path}: the table has no row of {lacking[0]} at {lacking[1]}. Run calibrate again.")
+    for (name, bits), candidate in candidates.weights.items():
+        bias = getattr(network.prepared.get_submodule(name), "bias", None)
+        if (bias is None) != (candidate.bias is None) or (bias is not None and bias.shape != candidate.bias.shape):
+            raise InvalidFile(f"{path}: the bias of {name} at W{bits} is not of the layer's shape. Run calibrate again.")
 
 
 def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
@@ -878,7 +918,7 @@ def _float_model(folder: Path, file: Any, model: nn.Module | str | None, named_i
     reference = file.model.get("reference")
     if not isinstance(reference, str):
         raise InvalidSetting(f"{folder} does not say which network it is of. Give it: load(folder, model=...) or --model.")
-    if not is_own(folder, named_in) and not reference.startswith(("timm:", "torchvision:", "hf:")):
+    if not is_own(folder, named_in) and not re.fullmatch(r"hf:.+|(timm|torchvision):[\w.]+", reference):
         raise InvalidSetting(
             f"{folder} was not written by your own anybit, and its model reference {reference!r} is code. "
             "If you trust it, name it yourself: load(folder, model=...) or --model."
@@ -966,7 +1006,7 @@ def save_all(results: Result | Sequence[Result], output: str | Path, overwrite: 
             (draft / name).mkdir()
             result.write(draft / name)
         reports = {name: result.report for name, result in zip(names, results, strict=True)}
-        write_json(draft / "report.json", {"version": 1, "budgets": reports})
+        write_report(draft, {"version": 1, "budgets": reports})
         (draft / "report.html").write_text(runs_page(reports), encoding="utf8")
     for name in names:
         remember(output / name)

@@ -15,6 +15,7 @@ import difflib
 import fnmatch
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -58,9 +59,9 @@ class Precision:
         """The precision that `text` ("W4A8", "W4", "A8", "W0" or "float") writes."""
         if text == "float":
             return cls()
-        match = re.fullmatch(r"(?:W([0-9]+))?(?:A([0-9]+))?", text) if isinstance(text, str) else None
+        match = re.fullmatch(r"(?:W([0-9]{1,3}))?(?:A([0-9]{1,3}))?", text) if isinstance(text, str) else None
         if not text or not match:
-            raise InvalidSetting(f"Precision {text!r} cannot be read. Write W4A8, W4 (activations float), A8, W0 or float.")
+            raise InvalidSetting(f"Precision {reprlib.repr(text)} cannot be read. Write W4A8, W4 (activations float), A8, W0 or float.")
         return cls(*(None if group is None else int(group) for group in match.groups()))
 
     def __str__(self) -> str:

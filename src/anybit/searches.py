@@ -3,21 +3,23 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from anybit import stages
 from anybit.batches import Batch, Samples
-from anybit.checkpoint import new_folder, read_json, remember, write_json
-from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
+from anybit.checkpoint import new_folder, remember, write_report
+from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
 from anybit.evaluation import COUNTED, Metric, metric_name
+from anybit.files import read_sealed, sealed, sha256_of, validated, write_json
 from anybit.pages import run_page
 from anybit.progress import tell, track
 from anybit.reporting import environment
 from anybit.resume import Kept, Recall
 from anybit.scheme import Budget, Scheme
+from anybit.store import FILE
 from anybit.subnet_search import Evaluated, Found, SearchSettings, hypervolume, pareto_front, search, total_cost
 from anybit.subnets import bn_batches, held_out_split
 from anybit.supernet import JSON, Known, Supernet, check_whole, scores, uniform_schemes, write_supernet
@@ -28,7 +30,7 @@ TIE = 1e-3
 """Points of top-1 that one nat is worth."""
 
 
-def recalled_search(recall: Recall, settings: SearchSettings, images: int, run: Callable[[], Found]) -> Found:
+def recalled_search(recall: Recall, supernet: Supernet, settings: SearchSettings, images: int, run: Callable[[], Found]) -> Found:
     """A whole search, under its settings."""
 
     def as_json() -> dict[str, Any]:
@@ -37,10 +39,13 @@ def recalled_search(recall: Recall, settings: SearchSettings, images: int, run: 
         return {"evaluated": rows, "rank_correlation": found.rank_correlation}
 
     def as_found(told: Any) -> Found:
-        rows = []
-        for row in told["evaluated"]:
-            rows.append(Evaluated(Scheme.parse(row["scheme"]), float(row["score"]), float(row["cost"]), row["origin"]))
-        return Found(rows, told["rank_correlation"])
+        kept = validated(KeptSearch, told, "the search")
+        rows = [Evaluated(Scheme.parse(row.scheme), row.score, row.cost, row.origin) for row in kept.evaluated]
+        for row in rows:
+            check_whole(row.scheme, supernet.choices)
+            if row.cost != total_cost(supernet.costs, settings.quantity, row.scheme):
+                raise InvalidFile(f"{row.scheme} does not cost {row.cost:g}")
+        return Found(rows, kept.rank_correlation)
 
     return recall.under(images, asdict(settings)).value("search", as_json, as_found)
 
@@ -53,13 +58,30 @@ def recall_known(recall: Recall, supernet: Supernet, scheme: Scheme, learn: Call
         return Kept(None, {"statistics": known.statistics, "edges": known.edges})
 
     def read(kept: Kept) -> Known:
-        known = Known(scheme, kept.tensors["statistics"], kept.tensors["edges"])
-        if known.statistics.shape != supernet.known[0].statistics.shape or known.edges.shape != supernet.known[0].edges.shape:
-            raise ValueError("it is of another network")
+        known, another = Known(scheme, kept.tensors["statistics"], kept.tensors["edges"]), supernet.known[0]
+        if known.statistics.shape != another.statistics.shape or known.edges.shape != another.edges.shape:
+            raise InvalidFile("it is of another network")
+        supernet.check_known(known, f"statistics of {scheme}")
         return known
 
     known = recall(f"statistics of {scheme}", make, read)
     supernet.known = [*(one for one in supernet.known if one.scheme != scheme), known]
+
+
+class KeptEvaluation(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    scheme: dict[str, str]
+    score: float
+    cost: float
+    origin: Literal["uniform", "drawn", "sensitivity", "searched", "allocated"]
+
+
+class KeptSearch(BaseModel):
+    """What is kept of a whole search."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    evaluated: list[KeptEvaluation] = Field(min_length=1)
+    rank_correlation: float | None
 
 
 @dataclass
@@ -74,9 +96,9 @@ class Search:
         """Write the search's folder: the supernet with the new statistics, search.json, report.json."""
         with new_folder(Path(folder), overwrite) as draft:
             write_supernet(draft, self.supernet)
-            write_json(draft / SEARCH, self.report)
+            write_json(draft / SEARCH, sealed({**self.report, "sha256": sha256_of(draft / FILE)}))
             (draft / "report.html").write_text(run_page(self.supernet.report | {"search": self.report}), encoding="utf8")
-            write_json(draft / "report.json", self.supernet.report | {"search": {k: v for k, v in self.report.items() if k != "evaluated"}})
+            write_report(draft, self.supernet.report | {"search": {k: v for k, v in self.report.items() if k != "evaluated"}})
         remember(Path(folder), JSON)
         return Path(folder)
 
@@ -122,7 +144,9 @@ def searched(
         return found
 
     uniform_ones = list(uniform_schemes(supernet).values())
-    found = recalled_search(recall, settings, images, lambda: search(supernet.choices, supernet.costs, evaluate, settings, uniform_ones))
+    found = recalled_search(
+        recall, supernet, settings, images, lambda: search(supernet.choices, supernet.costs, evaluate, settings, uniform_ones)
+    )
     next(progress, None)
     front = pareto_front(found.evaluated)
     shown = dict.fromkeys(one.scheme for one in [*front, *found.evaluated[: len(uniform_ones)]])
@@ -190,18 +214,34 @@ class Row(BaseModel):
     cost: float
 
 
+class SearchFile(BaseModel):
+    """What `best_within` needs of search.json; the rest is for people."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    evaluated: list[Row]
+    sha256: str
+
+
+def _evaluated_in(path: Path, supernet: Supernet) -> list[tuple[float, float, Scheme]]:
+    """(score, -cost, scheme) of each subnet in search.json, which must be of the supernet beside it."""
+    file = validated(SearchFile, read_sealed(path, 1, "Search again."), str(path))
+    if file.sha256 != sha256_of(path.with_name(FILE)):
+        raise InvalidFile(f"{path} is not of the {FILE} beside it. Search again.")
+    try:
+        known = [(row.score, -row.cost, Scheme.parse(row.scheme)) for row in file.evaluated]
+        for _, _, scheme in known:
+            check_whole(scheme, supernet.choices)
+    except AnybitError as error:
+        raise InvalidFile(f"{path}: {error} Search again.") from error
+    return known
+
+
 def best_within(folder: Any, supernet: Supernet, budget: Budget) -> Scheme:
     """The best evaluated subnet of a search that fits; of a supernet that was not searched, the largest uniform one that fits."""
     check_fits(supernet, budget)
     file = Path(folder) / SEARCH if isinstance(folder, (str, Path)) else None
     if file is not None and file.is_file():
-        try:
-            rows = TypeAdapter(list[Row]).validate_python(read_json(file)["evaluated"])
-            known = [(row.score, -row.cost, Scheme.parse(row.scheme)) for row in rows]
-            for _, _, scheme in known:
-                check_whole(scheme, supernet.choices)
-        except (ValueError, TypeError, KeyError) as error:
-            raise InvalidFile(f"{file} cannot be read: {' '.join(str(error).split())}. Search again.") from error
+        known = _evaluated_in(file, supernet)
         fit = [one for one in known if stages.fits(supernet.costs, one[2], budget)]
         if fit:
             return max(fit, key=lambda one: one[:2])[2]

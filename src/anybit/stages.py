@@ -142,6 +142,8 @@ class CalibrateSettings:
         ):
             if getattr(self, name) < least:
                 raise InvalidSetting(f"{name} {getattr(self, name)} must be at least {least}.")
+        if self.alternatives > 100:  # each is a program to solve and a network to measure
+            raise InvalidSetting(f"alternatives {self.alternatives} must be at most 100.")
         if self.group is not None and self.group < 2:
             raise InvalidSetting(f"group {self.group} must be at least 2 weights: 128, 64 and 32 are usual.")
         if self.bn_prior >= 1:

@@ -15,20 +15,25 @@
 supernet.json says what the numbers belong to, and holds this file's SHA-256.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
-from anybit.errors import InvalidFile, SchemeMismatch
+from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
+from anybit.files import check_tensors, check_version, digest_of, load_tensors, read_header, read_json, sha256_of, validated
+from anybit.packing import TensorSpec
 from anybit.scheme import Precision, Scheme
 
 FILE = "supernet.safetensors"
+JSON = "supernet.json"
+FORMAT_VERSION = 1
 STORE_BITS = 8
+LARGEST_STEP = float(np.finfo(np.float32).max) / 256
+"""A larger step times a code would be infinite."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,95 @@ class LayerTensors:
     code_scale: np.ndarray | None
     weight_scales: Mapping[int, np.ndarray]
     ranges: Mapping[int, list[tuple[float, int]]]
+
+
+class SupernetLayer(BaseModel):
+    """One layer of supernet.json."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    rows: int = Field(ge=0)
+    columns: int = Field(ge=0)
+    weight_bits: list[int | None] = Field(min_length=1)
+    activation_bits: list[int | None] = Field(min_length=1)
+    macs: int = Field(ge=0)
+    per_channel: bool
+    operands: Literal[1, 2] = 1
+
+
+class SupernetFile(BaseModel):
+    """supernet.json. Strict: a wrong type, a missing or an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: Literal["anybit supernet"] = "anybit supernet"
+    version: Literal[1] = FORMAT_VERSION
+    layers: dict[str, SupernetLayer]
+    folded: dict[str, str] = {}
+    edges: list[str] = []
+    subnets: list[dict[str, str]] = Field(min_length=1)
+    settings: dict[str, Any] = {}
+    model: dict[str, str | None] = {}
+    data: dict[str, str | None] = {}
+    preprocessing: dict[str, Any] = {}
+    task: str = "classification"
+    sha256: str
+
+    def digest(self) -> str:
+        """SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
+        return digest_of(self.model_dump(include={"layers", "folded", "edges", "subnets", "settings", "preprocessing", "task"}))
+
+    def stored(self) -> dict[str, StoredLayer]:
+        """The layers, without what only PyTorch needs."""
+        return {
+            name: StoredLayer(one.rows, one.columns, tuple(one.weight_bits), tuple(one.activation_bits), one.operands)
+            for name, one in self.layers.items()
+        }
+
+
+def read_store(folder: Path) -> SupernetFile:
+    """supernet.json, strictly, and only if supernet.safetensors is the one that it was written with and was written for it."""
+    path, tensors = folder / JSON, folder / FILE
+    data = read_json(path)
+    check_version(data, path, FORMAT_VERSION)
+    file = validated(SupernetFile, data, str(path))
+    for name, layer in file.stored().items():
+        try:
+            _ = layer.choices
+        except InvalidSetting as error:
+            raise InvalidFile(f"{path}: layer {name}: {error}") from error
+        for bits in (layer.weight_bits, layer.activation_bits):
+            if len(set(bits)) < len(bits) or (None in bits and len(bits) > 1) or 0 in bits:
+                said = f"has bit-widths {list(bits)}, not each once or float alone"
+                raise InvalidFile(f"{path}: layer {name} {said}. Restore it or train again.")
+    if not tensors.is_file() or sha256_of(tensors) != file.sha256:
+        raise InvalidFile(f"{tensors} is missing or not the file that {JSON} was written with. Restore it or train again.")
+    if read_header(tensors)[1].get("supernet") != file.digest():
+        raise InvalidFile(f"{path} is not the one that {FILE} was written for: it has been edited. Restore it.")
+    return file
+
+
+def layer_specs(layers: Mapping[str, StoredLayer]) -> dict[str, TensorSpec]:
+    """The shared tensors that hold the layers' weights and ranges."""
+    coded = [layer for layer in layers.values() if layer.has_codes]
+    inputs = sum(layer.operands for layer in layers.values() for bits in layer.activation_bits if bits)
+    return {
+        "codes": TensorSpec("I8", (sum(layer.rows * layer.columns for layer in coded),)),
+        "code_scales": TensorSpec("F32", (sum(layer.rows for layer in coded),)),
+        "weight_scales": TensorSpec("F32", (sum(layer.rows * len(layer.weight_bits) for layer in coded),)),
+        "activation_scales": TensorSpec("F32", (inputs,)),
+        "activation_zero_points": TensorSpec("U8", (inputs,)),
+    }
+
+
+def check_parts(parts: Mapping[str, LayerTensors], path: Path) -> None:
+    """Raise InvalidFile naming the first layer whose steps are not positive, or whose zero point its bits cannot hold."""
+    for name, part in parts.items():
+        steps = [*([] if part.code_scale is None else [part.code_scale]), *part.weight_scales.values()]
+        steps += [np.array([scale for scale, _ in operands], np.float32) for operands in part.ranges.values()]
+        if not all((step > 0).all() and (step <= LARGEST_STEP).all() for step in steps):
+            raise InvalidFile(f"{path}: a stored step of {name} is not a positive finite number. Restore it or train again.")
+        for bits, operands in part.ranges.items():
+            if any(zero > 2**bits - 1 for _, zero in operands):
+                raise InvalidFile(f"{path}: a zero point of {name} at {bits} bits is above {2**bits - 1}. Restore it or train again.")
 
 
 def lower(codes: np.ndarray, code_scale: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
@@ -105,21 +199,13 @@ def slice_subnet(folder: str | Path, scheme: Scheme | Mapping[str, str]) -> dict
 
     Layers whose weights are float are left out. The scales are those before batch norm is folded.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     folder = Path(folder)
-    try:
-        about, data = json.loads((folder / "supernet.json").read_text(encoding="utf8")), (folder / FILE).read_bytes()
-        if hashlib.sha256(data).hexdigest() != about["sha256"]:
-            raise ValueError(f"{FILE} is not the file that supernet.json was written with")
-        layers = {
-            name: StoredLayer(row["rows"], row["columns"], tuple(row["weight_bits"]), tuple(row["activation_bits"]), row.get("operands", 1))
-            for name, row in about["layers"].items()
-        }
-        parts = split_tensors(layers, load(data))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise InvalidFile(f"{folder} holds no supernet that can be read: {error}. Restore it or train again.") from error
+    layers = read_store(folder).stored()
+    wanted = {name: spec for name, spec in layer_specs(layers).items() if spec.nbytes}
+    found = read_header(folder / FILE)[0]
+    check_tensors(folder / FILE, {name: spec for name, spec in found.items() if name in wanted}, wanted)
+    parts = split_tensors(layers, load_tensors(folder / FILE, wanted, "np"))
+    check_parts(parts, folder / FILE)
     scheme = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
     check_choices(scheme, {name: layer.choices for name, layer in layers.items()})
     sliced = {}

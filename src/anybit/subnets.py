@@ -15,6 +15,7 @@ from anybit.capture import input_samples
 from anybit.cost import CostModel
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, SchemeMismatch
 from anybit.evaluation import TASKS
+from anybit.files import read_settings, validated
 from anybit.layers import float_weight, from_rows, prepare, quantized_layers, weight_rows
 from anybit.methods.multiquant import MultiQuant, MultiQuantSettings, SwitchableInput, SwitchableNorm, SwitchableWeight
 from anybit.quantizers import UniformQuantizer
@@ -156,31 +157,22 @@ def uniform(choices: Mapping[str, Sequence[Precision]], bits: int) -> Scheme:
     return Scheme(chosen)
 
 
-def _check_types(settings: Any) -> None:
-    """Raise TypeError where a number, switch or word of `settings` is of another type than its default."""
-    for name, default in vars(type(settings)()).items():
-        value = getattr(settings, name)
-        allowed = (int, float) if type(default) is float else type(default)
-        right = isinstance(value, allowed) and isinstance(value, bool) == isinstance(default, bool)
-        if isinstance(default, (bool, int, float, str)) and not right:
-            raise TypeError(f"{name} is {value!r}")
-
-
 def settings_from_json(data: Mapping[str, Any]) -> SupernetSettings:
     """What `SupernetSettings.to_json` wrote. Raises InvalidFile where it is something else."""
+    where = "settings"
+    parts = {key: validated(dict[str, Any], data.get(key), f"{where}: {key}") for key in ("multiquant", "train")}
+    texts = validated(dict[str, float], parts["multiquant"].get("step_rates", {}), f"{where}: step_rates")
+    patterns = validated(dict[str, str], data.get("keep", {}), f"{where}: keep")
     try:
-        values = dict(data)
-        inner, train = dict(values.pop("multiquant")), dict(values.pop("train"))
-        inner["step_rates"] = {int(bits): factor for bits, factor in inner["step_rates"].items()}
-        values["keep"] = {pattern: Precision.parse(text) for pattern, text in values["keep"].items()}
-        values["bits"] = tuple(values["bits"])
-        parts = {"multiquant": MultiQuantSettings(**inner), "train": TrainSettings(**train)}
-        settings = SupernetSettings(**values, **parts)
-        for part in (settings, *parts.values()):
-            _check_types(part)
-        return settings
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InvalidFile(f"The supernet's settings: {error}") from error
+        rates = {int(bits): factor for bits, factor in texts.items()}
+        keep = {pattern: Precision.parse(text) for pattern, text in patterns.items()}
+    except ValueError as error:
+        raise InvalidFile(f"{where}: {error}") from error
+    inner = {key: value for key, value in parts["multiquant"].items() if key != "step_rates"}
+    multiquant = read_settings(MultiQuantSettings, inner, f"{where}: multiquant", {"step_rates": rates})
+    train = read_settings(TrainSettings, parts["train"], f"{where}: train")
+    flat = {key: value for key, value in data.items() if key not in ("multiquant", "train", "keep")}
+    return read_settings(SupernetSettings, flat, where, {"keep": keep, "multiquant": multiquant, "train": train})
 
 
 def folded_gammas(method: MultiQuant, norms: Mapping[str, str]) -> list[nn.Parameter]:

@@ -2,27 +2,26 @@
 
 import copy
 import glob
-import hashlib
-import json
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anybit import batchnorm, stages, store
 from anybit.batches import Batch, Samples, draw, split
 from anybit.candidates import ActivationCandidate, Candidates, frozen_candidate, to_tensors
-from anybit.checkpoint import Canonical, check_folded, digest_in, new_folder, read_json, read_tensors, remember, sha256_of, write_json
+from anybit.checkpoint import REPORT, Canonical, check_edges, check_folded, check_state, new_folder, read_report, remember, write_report
 from anybit.cost import CostModel, LayerSize, leftovers, spec_of
-from anybit.errors import InvalidFile, SchemeMismatch
-from anybit.evaluation import Metric, Task, outputs_of
+from anybit.errors import AnybitError, InvalidFile, SchemeMismatch
+from anybit.evaluation import TASKS, Metric, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
+from anybit.files import in_words, read_tensors, sha256_of, write_json
 from anybit.layers import float_weight, from_rows, prepare, quantized_layers, weight_rows
 from anybit.methods.multiquant import MultiQuant, SwitchableInput, SwitchableWeight
 from anybit.packing import TensorSpec
@@ -32,12 +31,13 @@ from anybit.resume import Recall, digest
 from anybit.scheme import FLOAT, Precision, Scheme, check_names
 from anybit.sensitivity import SensitivityTable
 from anybit.stages import CalibrateSettings
-from anybit.store import LayerTensors, StoredLayer
+from anybit.store import JSON, LayerTensors, StoredLayer, SupernetFile, SupernetLayer
 from anybit.subnets import (
     SupernetSettings,
     active_norms,
     distance,
     fill_slots,
+    folded_gammas,
     prepared_multiquant,
     set_statistics,
     settings_from_json,
@@ -47,13 +47,11 @@ from anybit.subnets import (
     widths_of,
 )
 
-JSON = "supernet.json"
 POLISH = (
     "samples", "held_out", "batch_size", "seed", "unit", "blocks", "steps", "drop", "mirror", "sequential", "bn_tuning", "bias_tuning",
     "tune_scales", "bn_prior", "bn_target", "memory",
 )  # fmt: skip
 """Settings of calibrate that polishing a subnet has a part for."""
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -171,11 +169,18 @@ class Supernet:
         self.known = [*(one for one in self.known if one.scheme != scheme), known]
         return known
 
+    def check_known(self, known: Known, where: str) -> None:
+        """Raise InvalidFile where what a file, `where`, keeps of a subnet cannot be: numbers, variances, ends of edges."""
+        variances = known.statistics.split([norm.num_features for norm in active_norms(self.model) for _ in ("mean", "variance")])[1::2]
+        if not (torch.isfinite(known.statistics).all() and all((variance >= 0).all() for variance in variances)):
+            raise InvalidFile(f"{where}: a batch-norm variance kept of {known.scheme} is below zero. Restore it or train again.")
+        check_edges({name: (float(low), float(high)) for name, (low, high) in zip(self.edges, known.edges, strict=True)}, where)
+
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the supernet's folder, all of it or nothing."""
         with new_folder(Path(folder), overwrite) as draft:
             write_supernet(draft, self)
-            write_json(draft / "report.json", self.report)
+            write_report(draft, self.report)
         remember(Path(folder), JSON)
         return Path(folder)
 
@@ -307,72 +312,22 @@ def write_supernet(folder: Path, supernet: Supernet) -> None:
     write_json(folder / JSON, about.model_dump())
 
 
-class SupernetLayer(BaseModel):
-    """One layer of supernet.json."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    rows: int = Field(ge=0)
-    columns: int = Field(ge=0)
-    weight_bits: list[int | None] = Field(min_length=1)
-    activation_bits: list[int | None] = Field(min_length=1)
-    macs: int = Field(ge=0)
-    per_channel: bool
-    operands: Literal[1, 2] = 1
-
-
-class SupernetFile(BaseModel):
-    """supernet.json. Strict: a wrong type, a missing or an unknown field is an error."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    format: Literal["anybit supernet"] = "anybit supernet"
-    version: Literal[1] = FORMAT_VERSION
-    layers: dict[str, SupernetLayer]
-    folded: dict[str, str] = {}
-    edges: list[str] = []
-    subnets: list[dict[str, str]] = Field(min_length=1)
-    settings: dict[str, Any] = {}
-    model: dict[str, Any] = {}
-    data: dict[str, Any] = {}
-    preprocessing: dict[str, Any] = {}
-    task: Task = "classification"
-    sha256: str
-
-    def digest(self) -> str:
-        """SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
-        meaning = self.model_dump(include={"layers", "folded", "edges", "subnets", "settings", "preprocessing", "task"})
-        return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
-
-    def stored(self) -> dict[str, StoredLayer]:
-        """The layers as `store` knows them."""
-        return {
-            name: StoredLayer(one.rows, one.columns, tuple(one.weight_bits), tuple(one.activation_bits), one.operands)
-            for name, one in self.layers.items()
-        }
-
-
 def read_supernet_file(folder: Path) -> SupernetFile:
-    """supernet.json, strictly, and only if supernet.safetensors is the one it was written with."""
-    data = read_json(folder / JSON)
+    """supernet.json, strictly, with what `store` does not know of: subnets, settings, preprocessing and task."""
+    file, path = store.read_store(folder), folder / JSON
+    choices = {name: layer.choices for name, layer in file.stored().items()}
     try:
-        file = SupernetFile.model_validate(data)
-        for name, layer in file.stored().items():
-            _ = layer.choices
-            if layer.has_codes and None in layer.weight_bits:
-                raise InvalidFile(f"{folder / JSON}: layer {name} is both float and quantized.")
         for scheme in map(Scheme.parse, file.subnets):
-            check_whole(scheme, {name: layer.choices for name, layer in file.stored().items()})
-        settings_from_json(file.settings)
+            check_whole(scheme, choices)
+        settings = settings_from_json(file.settings)
+        uniform_ones = [uniform(choices, bits).to_json() for bits in settings.bits]
+        if settings.multiquant.batch_norm == "switch" and not all(one in file.subnets for one in uniform_ones):
+            raise InvalidFile("the statistics of a bit-width's own batch norms are not among its subnets")
         Preprocessing.from_json(file.preprocessing)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InvalidFile(f"{folder / JSON}: {where}: {first['msg']}.") from error
-    except (ValueError, TypeError) as error:
-        raise InvalidFile(f"{folder / JSON}: {error}") from error
-    if not (folder / store.FILE).is_file() or sha256_of(folder / store.FILE) != file.sha256:
-        raise InvalidFile(f"{folder / store.FILE} is missing or not the file that {JSON} was written with. Restore it or train again.")
-    if digest_in(folder / store.FILE, "supernet") != file.digest():
-        raise InvalidFile(f"{folder / JSON} is not the one that {store.FILE} was written for: it has been edited. Restore it.")
+        if file.task not in TASKS:
+            raise InvalidFile(f"task {reprlib.repr(file.task)} is unknown. Choose from {', '.join(TASKS)}.")
+    except AnybitError as error:
+        raise InvalidFile(f"{path}: {in_words(error)}") from error
     return file
 
 
@@ -396,8 +351,9 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     statistics = statistics_of(model).numel()
     expected = _expected(layers, [tensor.numel() for tensor in numbers.values()], len(file.subnets), statistics, len(file.edges))
     expected |= {key: spec_of(tensor) for key, tensor in others.items()}
-    tensors = read_tensors(folder / store.FILE, {key: (spec.dtype, spec.shape) for key, spec in expected.items()})
+    tensors = read_tensors(folder / store.FILE, expected)
     parts = store.split_tensors(layers, {name: tensor.numpy() for name, tensor in tensors.items() if name not in others})
+    store.check_parts(parts, folder / store.FILE)
     with torch.no_grad():
         for name, part in parts.items():
             _load(model.get_submodule(name), part)
@@ -409,12 +365,18 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     rows = tensors.get("statistics", torch.zeros(0)).view(len(file.subnets), statistics)
     ends = tensors.get("edges", torch.zeros(0)).view(len(file.subnets), len(file.edges), 2)
     known = [Known(Scheme.parse(scheme), row, end) for scheme, row, end in zip(file.subnets, rows, ends, strict=True)]
+    check_state(model, folder / store.FILE)
+    if not all((gamma > 0).all() for gamma in folded_gammas(method, file.folded)):
+        raise InvalidFile(f"{folder / store.FILE}: a batch norm that folds has a factor of zero or below. Restore it or train again.")
     folded, _ = batchnorm.fold(float_model, file.folded)
     costs = CostModel.of(prepare(folded, list(layers), kept_float), list(layers), None, len(file.edges), float_model)
     costs = replace(costs, layers={name: LayerSize(one.rows, one.columns, one.macs, one.operands) for name, one in file.layers.items()})
     about = {"model": file.model, "data": file.data, "preprocessing": file.preprocessing}
-    report = read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
-    return Supernet(float_model, method, settings, file.folded, costs, file.edges, file.task, known, about, report)
+    report = read_report(folder) if (folder / REPORT).is_file() else {}
+    supernet = Supernet(float_model, method, settings, file.folded, costs, file.edges, file.task, known, about, report)
+    for one in known:
+        supernet.check_known(one, str(folder / store.FILE))
+    return supernet
 
 
 def _blank(layer: StoredLayer, per_channel: bool) -> tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:
@@ -426,14 +388,7 @@ def _blank(layer: StoredLayer, per_channel: bool) -> tuple[dict[int, Tensor], di
 
 def _expected(layers: Mapping[str, StoredLayer], floats: Sequence[int], subnets: int, statistics: int, edges: int) -> dict[str, TensorSpec]:
     """The shared tensors of the file; those with nothing in them are left out."""
-    coded = [layer for layer in layers.values() if layer.has_codes]
-    inputs = sum(layer.operands for layer in layers.values() for bits in layer.activation_bits if bits)
-    shared = {
-        "codes": TensorSpec("I8", (sum(layer.rows * layer.columns for layer in coded),)),
-        "code_scales": TensorSpec("F32", (sum(layer.rows for layer in coded),)),
-        "weight_scales": TensorSpec("F32", (sum(layer.rows * len(layer.weight_bits) for layer in coded),)),
-        "activation_scales": TensorSpec("F32", (inputs,)),
-        "activation_zero_points": TensorSpec("U8", (inputs,)),
+    shared = store.layer_specs(layers) | {
         "floats": TensorSpec("F32", (sum(floats),)),
         "statistics": TensorSpec("F32", (subnets * statistics,)),
         "edges": TensorSpec("F32", (subnets * edges * 2,)),

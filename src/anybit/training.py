@@ -9,23 +9,29 @@ are averaged. There is no wrapper around the model: what a method sets on its mo
 share of a batch; running statistics are averaged after every epoch.
 """
 
+import hashlib
 import json
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anybit.batches import Batch, Samples, first_tensor, predict
+from anybit.checkpoint import check_state
+from anybit.cost import spec_of
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
 from anybit.evaluation import check_labels, compares_classes
+from anybit.files import DIGEST, check_version, parse_json, read_header, read_tensors, validated
+from anybit.packing import TensorSpec
 from anybit.processes import average, average_gradients, average_tensors, rank, world
 from anybit.progress import tell, track
 from anybit.wiring import BATCH_NORMS
@@ -354,42 +360,110 @@ def _augmentations(text: str) -> list[tuple[str, int]]:
 # Checkpoints: one safetensors file, its JSON in the header; replaced in one move
 
 
+class EpochRecord(BaseModel):
+    """What every epoch's record tells; the method and who watches add to it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    epoch: int
+    loss: float
+    train_top1: float | None
+
+
+class CheckpointRecord(BaseModel):
+    """The JSON of a checkpoint. Strict: a wrong type, a missing or an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    version: Literal[1] = 1
+    records: list[EpochRecord] = Field(min_length=1)
+    identity: dict[str, Any]
+    decisions: dict[str, Any]
+
+
+AGAIN = "Remove it to start again, or restore it."
+
+
 def _save(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, records: list[dict], identity: Mapping[str, Any]) -> None:
     tensors = {f"model.{key}": tensor.contiguous().clone() for key, tensor in trainee.model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value).contiguous().clone() for key, value in state.items()}
     tensors |= {f"method.{key}": tensor.contiguous().clone() for key, tensor in trainee.state().items()}
-    about = {"records": records, "identity": dict(identity), "decisions": trainee.decisions()}
+    about = json.dumps({"version": 1, "records": records, "identity": dict(identity), "decisions": trainee.decisions()})
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, draft, metadata={"anybit": json.dumps(about)})
+    draft.unlink(missing_ok=True)  # never through a link
+    save_file(tensors, draft, metadata={"anybit": about, DIGEST: _digest(about, tensors)})
     draft.replace(path)
+
+
+def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that a checkpoint holds."""
+    whole = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
 
 
 def _resume(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Load a checkpoint into the trainee and its optimizer; returns its records. Refused where a setting differs."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["anybit"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        there, records, decisions = about["identity"], about["records"], about["decisions"]
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise InvalidFile(f"Checkpoint {path} cannot be read: {error}. Remove it to start again, or restore it.") from error
-    different = [key for key in {**there, **identity} if there.get(key) != json.loads(json.dumps(identity.get(key)))]
+    specs, metadata = read_header(path)
+    told = parse_json(metadata.get("anybit", ""), f"{path}: its record")
+    check_version(told, path, 1)
+    about = validated(CheckpointRecord, told, f"{path}: its record")
+    different = [key for key in {**about.identity, **identity} if about.identity.get(key) != json.loads(json.dumps(identity.get(key)))]
     if different:
-        said = "; ".join(f"{key} was {there.get(key)!r} and is now {identity.get(key)!r}" for key in sorted(different))
+        said = "; ".join(
+            f"{key} was {reprlib.repr(about.identity.get(key))} and is now {reprlib.repr(identity.get(key))}" for key in sorted(different)
+        )
         raise InvalidSetting(f"{path.parent} holds an unfinished run with other settings: {said}. Use the same, or another --output.")
-    trainee.restore(decisions)
+    records = told["records"]
+    _check_records(records, trainee, path)
+    tensors = read_tensors(path, _expected(specs, trainee, optimizer))
+    if metadata.get(DIGEST) != _digest(metadata["anybit"], tensors):
+        raise InvalidFile(f"{path} is not as it was written: its {DIGEST} differs from its content's. {AGAIN}")
     try:
-        trainee.model.load_state_dict({key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")})
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                state.setdefault(int(index), {})[name] = tensor
-        for key, tensor in trainee.state().items():
-            tensor.copy_(tensors[f"method.{key}"])
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise InvalidFile(f"Checkpoint {path} does not fit this network: {' '.join(str(error).split())}") from error
+        trainee.restore(about.decisions)
+    except InvalidFile as error:
+        raise InvalidFile(f"{path}: {error}") from error
+    trainee.model.load_state_dict({key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")})
+    check_state(trainee.model, path)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = tensor
+    for key, tensor in trainee.state().items():
+        tensor.copy_(tensors[f"method.{key}"])
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return records
+
+
+def _check_records(records: Sequence[Mapping[str, Any]], trainee: Trainee, path: Path) -> None:
+    """Raise InvalidFile where the records are not one for each epoch, all alike, with what the method tells."""
+    model = {"epoch": 0, "loss": 0.0, "train_top1": records[0].get("train_top1"), **trainee.record()}
+    for number, record in enumerate(records, 1):
+        if record["epoch"] != number:
+            raise InvalidFile(f"{path}: record {number} is of epoch {record['epoch']}. {AGAIN}")
+        if not _alike(record, records[0]) or not _alike({key: record.get(key) for key in model}, model):
+            raise InvalidFile(f"{path}: the record of epoch {number} does not tell what training records. {AGAIN}")
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two JSON values have the same keys and kinds of values; a number and null are alike."""
+    if isinstance(one, Mapping) or isinstance(other, Mapping):
+        both = isinstance(one, Mapping) and isinstance(other, Mapping) and {*map(str, one)} == {*map(str, other)}
+        return both and all(_alike(value, {str(k): v for k, v in other.items()}[str(key)]) for key, value in one.items())
+    kinds = [float if value is None or type(value) is int else type(value) for value in (one, other)]
+    return kinds[0] is kinds[1]
+
+
+def _expected(specs: Mapping[str, TensorSpec], trainee: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, TensorSpec]:
+    """The tensors of a checkpoint: network and method whole, and Adam's three of each parameter that has any in `specs`."""
+    expected = {f"model.{key}": spec_of(tensor) for key, tensor in trainee.model.state_dict().items()}
+    expected |= {f"method.{key}": spec_of(tensor) for key, tensor in trainee.state().items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        if any(f"optimizer.{index}.{name}" in specs for name in ("step", "exp_avg", "exp_avg_sq")):
+            expected[f"optimizer.{index}.step"] = TensorSpec("F32", ())
+            expected |= {f"optimizer.{index}.{name}": spec_of(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    return expected

@@ -39,12 +39,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from anybit.allocation import allocate, make_problem
 from anybit.batches import Batch
 from anybit.cost import CostModel
-from anybit.errors import InvalidSetting
+from anybit.errors import InvalidFile, InvalidSetting
+from anybit.files import validated
 from anybit.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
 from anybit.quantizers import LearnedInput, UniformQuantizer
 from anybit.ranges import weight_scale
@@ -460,10 +462,15 @@ class Growth:
         return {"fixed": fixed, "hard": self.hard, "certificate": self.certificate}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:
-        self.certificate = decisions["certificate"]
-        for name, live in decisions["fixed"].items():
+        known = validated(Decisions, decisions, "the decisions")
+        for name, live in known.fixed.items():
+            planes = len(self.gated[name].planes) if name in self.gated else 0
+            if sorted(set(live)) != live or not set(live) <= set(range(planes)):
+                raise InvalidFile(f"planes {live} of {name} are not some of its {planes}, in order")
+        self.certificate = known.certificate
+        for name, live in known.fixed.items():
             self.layers[name].weight_quantizer.fix(live)
-        if decisions["hard"]:
+        if known.hard:
             self.harden()
 
     @torch.no_grad()
@@ -471,6 +478,15 @@ class Growth:
         """Put uniform quantizers into the slots of `model`, a copy of this one, in place of the gates."""
         for layer in quantized_layers(model).values():
             freeze_layer(layer)
+
+
+class Decisions(BaseModel):
+    """What a checkpoint keeps of the method: planes that are fixed, whether every weight's bits are, and the allocation's certificate."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    fixed: dict[str, list[int]]
+    hard: bool
+    certificate: dict[str, Any]
 
 
 def freeze_layer(layer: nn.Module) -> None:

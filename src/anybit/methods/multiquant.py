@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from anybit.batches import Batch
 from anybit.errors import InvalidFile, InvalidSetting
+from anybit.files import validated
 from anybit.layers import fill, float_weight, quantized_layers, weight_rows
 from anybit.numerics import fake_quantize, quant_limits
 from anybit.processes import average
@@ -364,7 +365,10 @@ class MultiQuant:
         return {"losses": self.losses}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:
-        self.losses = {name: dict(row) for name, row in decisions["losses"].items()}
+        losses = validated(dict[str, dict[str, dict[str, float]]], decisions, "the decisions").get("losses", {})
+        if set(losses) != set(self.losses):
+            raise InvalidFile("the decisions are of other layers")
+        self.losses = losses
 
     @torch.no_grad()
     def freeze(self, model: nn.Module) -> None:

@@ -1,8 +1,9 @@
 """The exported file: made from a canonical model, written whole or not at all, read strictly, and loaded by the runtime."""
 
 import json
+import reprlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import onnx_ir as ir
 from anybit.batches import Batch
 from anybit.checkpoint import Canonical
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.files import in_words, parse_json, validated
 from anybit.layers import Pruned, emptied, float_weight, quantized_layers
 from anybit.onnx.floats import OPSET, check_graph, edge_names, float_graph, input_tensors, probe_of, ranges_on, values_on
 from anybit.onnx.plan import Plan, make_plan
@@ -113,13 +115,29 @@ def load(path: Path) -> ir.Model:
         raise InvalidFile(f"{path} is not there. Write it with anybit export.")
     try:
         proto = onnx.load(path, load_external_data=False)
+        if any(tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(proto)):
+            raise ValueError("it names data in other files, which are not followed")
         onnx.checker.check_model(proto)
         model = ir.from_proto(proto)
     except Exception as error:  # protobuf, the checker and the converter raise kinds of their own
-        raise InvalidFile(f"{path} is not a valid ONNX file: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise InvalidFile(f"{path} is not a valid ONNX file: {in_words(error)}. Export the run again.") from error
     if model.producer_name != "anybit" or model.graph.opset_imports.get("") not in (OPSET, TWO_BIT_VERSIONS[0]):
         raise InvalidFile(f"{path} was not written by anybit export. Export the run again.")
     return model
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every tensor in a protobuf message, at any depth."""
+    import onnx
+    from google.protobuf.message import Message
+
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if isinstance(value, Message) else value:
+                yield from _tensors(part)
 
 
 def session(source: Path | ir.Model, threads: int = 1, optimized: Path | None = None) -> Any:
@@ -143,11 +161,12 @@ def session(source: Path | ir.Model, threads: int = 1, optimized: Path | None = 
 
 def measured_in(model: ir.Model) -> dict[str, tuple[float, float]]:
     """The ranges that the file's export took from its inputs; raises InvalidFile where they are no ranges."""
-    try:
-        found = json.loads(model.metadata_props.get(MEASURED, "{}"))
-        return {str(name): (float(low), float(high)) for name, (low, high) in found.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InvalidFile(f"The file's measured ranges cannot be read ({error}). Export the run again.") from error
+    where = "The ONNX file's measured ranges"
+    found = validated(dict[str, list[float]], parse_json(model.metadata_props.get(MEASURED, "{}"), where), where)
+    for name, ends in found.items():
+        if len(ends) != 2 or not ends[0] <= ends[1]:
+            raise InvalidFile(f"{where}: {name} has {reprlib.repr(ends)}, not a low and a high end. Export the run again.")
+    return {name: (float(low), float(high)) for name, (low, high) in found.items()}
 
 
 def outputs(running: Any, batches: Sequence[Batch], names: Sequence[str] | None = None) -> list[np.ndarray]:

@@ -16,15 +16,17 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict, Field
 
 from anybit.batches import Batch
-from anybit.checkpoint import Canonical, read_json, write_json
+from anybit.checkpoint import Canonical
 from anybit.cost import LatencyTable
 from anybit.errors import InvalidFile
+from anybit.files import read_sealed, sealed, validated, write_json
 from anybit.onnx.file import exported, session
 from anybit.onnx.floats import LAYER, input_tensors, probe_of
 from anybit.onnx.timing import in_turns
@@ -138,6 +140,26 @@ def _is_layer(node: ir.Node) -> bool:
 # The cache
 
 
+class Seconds(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    float32: float = Field(ge=0)
+    int8: float = Field(ge=0)
+
+
+class LatencyFile(BaseModel):
+    """A kept table. Strict: a wrong type, a missing or an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    version: Literal[1]
+    of: str
+    layers: dict[str, Seconds]
+    rest: Seconds
+    boundary: float = Field(ge=0)
+    crossing: dict[str, int]
+    about: dict[str, Any]
+    digest: str
+
+
 def _table_file(network: Network, threads: int) -> Path:
     """Where the table of a network of this shape, on this machine and runtime, is kept."""
     import onnxruntime
@@ -155,7 +177,8 @@ def keep(network: Network, table: LatencyTable, about: Mapping[str, Any], thread
     place = _table_file(network, threads)
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = place.with_suffix(".tmp")
-    write_json(draft, {"version": 1, **asdict(table), "about": dict(about)})
+    draft.unlink(missing_ok=True)  # never through a link
+    write_json(draft, sealed({"version": 1, "of": place.stem, **asdict(table), "about": dict(about)}))
     draft.replace(place)
     return place
 
@@ -165,13 +188,11 @@ def recalled(network: Network, threads: int = 1) -> tuple[LatencyTable, dict[str
     place = _table_file(network, threads)
     if not place.is_file():
         return None
-    data = read_json(place)
     try:
-        layers = {name: {kind: float(row[kind]) for kind in ("float32", "int8")} for name, row in data["layers"].items()}
-        rest = {kind: float(data["rest"][kind]) for kind in ("float32", "int8")}
-        crossing = {name: int(data["crossing"][name]) for name in layers}
-        if set(layers) != set(network.names):
-            raise KeyError("layers")
-        return LatencyTable(layers, rest, float(data["boundary"]), crossing), dict(data["about"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InvalidFile(f"{place} is no table of latencies ({error}). Measure again: anybit profile --overwrite.") from error
+        told = validated(LatencyFile, read_sealed(place, 1, ""), str(place))
+        if told.of != place.stem or not set(told.layers) == set(told.crossing) == set(network.names):
+            raise InvalidFile(f"{place} is of another network, machine or runtime.")
+    except InvalidFile as error:
+        raise InvalidFile(f"{error} Measure again: anybit profile --overwrite.") from error
+    layers = {name: row.model_dump() for name, row in told.layers.items()}
+    return LatencyTable(layers, told.rest.model_dump(), told.boundary, told.crossing), told.about

@@ -1,0 +1,608 @@
+"""Mutated files: each must end in a typed error, or load as what it says.
+
+    python benchmarks/hostile_files.py --cases 10000 --output benchmarks/results/hostile_files.json
+    python benchmarks/hostile_files.py --replay 4711             (one case again, with what it raises)
+
+A case takes the files of one kind (a run's, a supernet's, a cache's, ...), mutates one of them, and reads them as the verbs do. In every
+second case the checksums are made right again, so that the parsers are tried and not only the hash. What counts as right:
+
+    error     an AnybitError of one line that names a file or what in it is at fault
+    same      it loads, and is in every number what was written: the mutation met nothing that carries meaning
+    edited    it loads as something else that is sound. Only where checksums were made right, or where a kind has none
+
+Anything else fails: another exception, numbers that are not sound, a case of more than 10 seconds, or one that asks for more memory than
+the process has plus LEEWAY (files here have some thousand bytes).
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import io
+import json
+import logging
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mutations import BYTES, JSONS, TENSORS, Mutation, closed, opened
+from safetensors.torch import load, save_file
+from torch import nn
+
+import anybit
+from anybit import growth, roads, searches, stages, store, training
+from anybit.batches import Batch
+from anybit.candidates import apply_scheme
+from anybit.checkpoint import (
+    TIMES,
+    SchemeFile,
+    is_own,
+    packed_tensors,
+    read_candidates,
+    read_canonical,
+    read_report,
+    read_scheme,
+)
+from anybit.cost import LatencyTable
+from anybit.errors import AnybitError, InvalidFile
+from anybit.files import DIGEST, digest_of, sha256_of
+from anybit.onnx import latency
+from anybit.onnx.file import load as load_graph
+from anybit.onnx.verification import _contents, _told
+from anybit.references import load_weights
+from anybit.reporting import _reset_peak, environment, peak_memory, print_frontier, print_report
+from anybit.scheme import Scheme
+from anybit.supernet import read_supernet
+
+SECONDS = 10
+LEEWAY = 256 * 2**20
+"""Bytes of address space above the process's own; an allocation of what a file claims is far beyond."""
+
+
+class Tiny(nn.Module):
+    """Two convolutions, a batch norm and a linear layer."""
+
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(2, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.fc = nn.Conv2d(width, 6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(torch.relu(self.conv2(x)).mean((2, 3)))
+
+
+def made(seed: int, width: int = 4) -> nn.Module:
+    torch.manual_seed(seed)
+    return Tiny(width).eval()
+
+
+NETWORK, INPUTS = made(0), torch.randn(24, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+LABELLED = (INPUTS, torch.arange(24) % 3)
+QUICK = {"samples": 24, "batch_size": 8, "weight_bits": (2, 4, 8), "activation_bits": (4, 8), "pipeline": "light"}
+TRAINING = {"bits": (2, 4), "epochs": 1, "batch_size": 8, "held_out": 0.3, "bn_images": 8, "test": LABELLED}
+
+
+class Unsound(Exception):
+    """A file was loaded into what cannot be computed with."""
+
+
+# Kinds of files: what they are made by, how they are read, how their checksums are made right again
+
+
+@dataclass(frozen=True)
+class Kind:
+    """files     those that are mutated;   read  as the verbs do, to what can be compared;   remake  their checksums, after a mutation
+    guarded   whether a checksum covers all that `read` gives
+    """
+
+    files: tuple[str, ...]
+    read: Callable[[Path], Any]
+    remake: Callable[[Path], None] = lambda folder: None
+    guarded: bool = True
+
+
+def numbers(tensors: dict[str, torch.Tensor]) -> str:
+    return training._digest("", tensors)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Whether the network runs, and holds finite numbers."""
+    if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point()):
+        raise Unsound("a loaded tensor is not finite")
+    with torch.no_grad():
+        model(INPUTS[:2])
+
+
+def read_run(folder: Path) -> Any:
+    file = read_scheme(folder)
+    canonical = read_canonical(folder, NETWORK, file)
+    check_finite(canonical.model)
+    return str(canonical.scheme), numbers(packed_tensors(canonical)), dict(canonical.edges), file.preprocessing, file.task
+
+
+def read_reports(folder: Path) -> Any:
+    report = read_report(folder)
+    cli_prints(report)
+    return json.dumps({key: value for key, value in report.items() if key not in TIMES})
+
+
+def cli_prints(report: dict) -> None:
+    """What a verb prints of a report, to nowhere."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        if report.get("result"):
+            print_report(report)
+        if report.get("schemes") and report.get("ladder"):
+            print_frontier([report])
+
+
+def network_of(settings: Any) -> stages.Network:
+    return stages.observe_network(NETWORK, Batch(INPUTS[:2]), settings)
+
+
+def read_saved(folder: Path) -> Any:
+    file = read_scheme(folder)
+    candidates, saved = read_candidates(folder, {name: (record.rows, record.columns) for name, record in file.layers.items()})
+    place = folder / "candidates.json"
+    settings, table = roads._settings_from(saved["settings"], place), roads._table_from(saved["table"], place)
+    network = network_of(settings)
+    roads.check_saved(network, candidates, table, saved["choices"], place)
+    highest = Scheme({name: options[-1] for name, options in network.choices.items()})
+    check_finite(apply_scheme(network.prepared, highest, candidates))
+    for name, options in network.choices.items():
+        for precision in options:
+            table.loss(name, precision)
+    told = {f"{name} {bits}": part for (name, bits), one in candidates.weights.items() for part in (one.codes, one.scale)}
+    return numbers(told), table.to_json(), settings.to_json()
+
+
+def read_store(folder: Path) -> Any:
+    supernet = read_supernet(folder, NETWORK)
+    check_finite(supernet.model)
+    sliced = store.slice_subnet(folder, supernet.uniform(min(supernet.settings.bits)))
+    check_finite(supernet.canonical().model)
+    kept = [numbers({"statistics": one.statistics, "edges": one.edges}) for one in supernet.known]
+    codes = {name: digest_of([codes.tolist(), scale.tolist()]) for name, (codes, scale) in sliced.items()}
+    return numbers(dict(supernet.model.state_dict())), kept, codes, supernet.settings.to_json()
+
+
+def read_search(folder: Path) -> Any:
+    return searches.best_within(folder, read_supernet(folder, NETWORK), anybit.Budget.parse("3bit")).to_json()
+
+
+def identity_of(seed: int) -> dict[str, Any]:
+    return {"weights": seed, "samples": 24}
+
+
+def trainee_of(network: nn.Module) -> Any:
+    wanted = growth.GrowSettings.of(epochs=2, batch_size=8, activation_bits=4)
+    plain = [Batch(INPUTS[:8], LABELLED[1][:8])]
+    observed = growth.observe_trainable(network, Batch(INPUTS[:2]), wanted, None)
+    return growth.make_trainee(observed, plain, anybit.Budget.parse("4bit"), False, wanted)
+
+
+@functools.cache
+def blank_trainee() -> Any:
+    """A prepared training, made once, of which every case gets a copy."""
+    return trainee_of(NETWORK)
+
+
+def read_training(folder: Path) -> Any:
+    one = copy.deepcopy(blank_trainee())
+    optimizer = torch.optim.Adam(one.parameter_groups())
+    records = training._resume(folder / "checkpoint.safetensors", one, optimizer, identity_of(0))
+    check_finite(one.model)
+    state = {f"{index} {key}": value for index, part in optimizer.state_dict()["state"].items() for key, value in part.items()}
+    return numbers(dict(one.model.state_dict())), numbers(state), records, one.decisions()
+
+
+def read_evaluations(folder: Path) -> Any:
+    """Every kept score, or what is measured again in its place: the same, whatever happened to the file."""
+    known = {f"search 8 {number}": 50.0 + number / 8 for number in range(6)}
+    done = searches.Evaluations(folder / "evaluations.jsonl", "of 0")
+    done.path = None  # nothing is written by reading
+    given = {key: done.recall(key, lambda value=value: value) for key, value in known.items()}
+    if not all(isinstance(value, float) and value == value for value in given.values()):
+        raise Unsound("a score that is no number")
+    return given
+
+
+def observed() -> stages.Network:
+    return network_of(stages.CalibrateSettings((8,), (8, None)))
+
+
+def read_latency(folder: Path) -> Any:
+    place, network = folder / "latency.json", observed()
+    real = latency._table_file
+    latency._table_file = lambda network, threads: place.with_stem("of 0")
+    try:
+        place.rename(place.with_stem("of 0"))
+        found = latency.recalled(network)
+    finally:
+        latency._table_file = real
+    table, about = found
+    if not 0 <= table.total(Scheme.uniform(network.names, "W8A8")) < float("inf"):
+        raise Unsound("a latency that is no number")
+    return digest_of([table.layers, table.rest, table.boundary, table.crossing, about])
+
+
+def read_listing(folder: Path) -> Any:
+    before = os.environ.get("XDG_STATE_HOME")
+    os.environ["XDG_STATE_HOME"] = str(folder / "state")
+    try:
+        return is_own(folder)
+    finally:
+        os.environ.pop("XDG_STATE_HOME") if before is None else os.environ.update(XDG_STATE_HOME=before)
+
+
+def read_scheme_text(folder: Path) -> Any:
+    return roads._scheme_from(folder / "wanted.json").to_json()
+
+
+def read_weights(folder: Path) -> Any:
+    model = Tiny()
+    load_weights(model, next(folder.glob("weights.*")))
+    return numbers(dict(model.state_dict()))
+
+
+def read_graph(folder: Path) -> Any:
+    """As `verify` does before it runs anything: constants and operators, to be compared with the run's."""
+    model = load_graph(folder / "net.onnx")
+    try:
+        contents = {name: digest_of(array.tolist()) for name, array in _contents(model).items() if array is not None}
+    except (ValueError, TypeError) as error:
+        raise InvalidFile(f"net.onnx: {error}") from error
+    return contents, digest_of([str(_told(node)) for node in model.graph])
+
+
+def replaced(path: Path, key: str, value: str) -> None:
+    """Put a hash into a JSON file, whose other bytes stay as they are."""
+    text = path.read_bytes()
+    path.write_bytes(re.sub(rb'("%s": ?")[^"]*(")' % key.encode(), lambda found: found[1] + value.encode() + found[2], text))
+
+
+def lenient(path: Path) -> Any:
+    """What Python's own parser reads, which passes more than anybit's."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+
+
+def reseal(path: Path, unguarded: tuple[str, ...] = ()) -> None:
+    data = lenient(path)
+    if isinstance(data, dict):
+        try:
+            digest = digest_of({key: value for key, value in data.items() if key not in {DIGEST, *unguarded}})
+        except (ValueError, RecursionError):
+            return
+        replaced(path, DIGEST, digest)
+
+
+def write_metadata(path: Path, told: dict[str, str]) -> None:
+    try:
+        header, data = opened(path.read_bytes())
+    except (ValueError, RecursionError):
+        return
+    if header.get("__metadata__") is not None:
+        path.write_bytes(closed({**header, "__metadata__": {**header["__metadata__"], **told}}, data))
+
+
+def remake_pair(folder: Path, about: str, tensors: str, key: str, kind: Any) -> None:
+    """The digest of what the JSON file says into the tensors' metadata, and the tensors' hash into the JSON file."""
+    data = lenient(folder / about)
+    with suppress(ValueError, RecursionError):  # what cannot be read has no digest
+        write_metadata(folder / tensors, {key: kind.model_validate(data).digest()})
+    replaced(folder / about, "sha256", sha256_of(folder / tensors))
+
+
+def remake_run(folder: Path) -> None:
+    remake_pair(folder, "scheme.json", "model.safetensors", "scheme", SchemeFile)
+
+
+def remake_candidates(folder: Path) -> None:
+    remake_run(folder)
+    replaced(folder / "candidates.json", "sha256", sha256_of(folder / "candidates.safetensors"))
+    replaced(folder / "candidates.json", "run", sha256_of(folder / "model.safetensors"))
+    reseal(folder / "candidates.json")
+
+
+def remake_report(folder: Path) -> None:
+    replaced(folder / "report.json", "sha256", sha256_of(folder / "model.safetensors"))
+    reseal(folder / "report.json", TIMES)
+
+
+def remake_supernet(folder: Path) -> None:
+    remake_pair(folder, "supernet.json", "supernet.safetensors", "supernet", store.SupernetFile)
+    for name, unguarded in (("report.json", TIMES), ("search.json", ())):
+        if (folder / name).is_file():
+            replaced(folder / name, "sha256", sha256_of(folder / "supernet.safetensors"))
+            reseal(folder / name, unguarded)
+
+
+def remake_training(folder: Path) -> None:
+    path = folder / "checkpoint.safetensors"
+    try:
+        header, _ = opened(path.read_bytes())
+        digest = training._digest(header["__metadata__"]["anybit"], load(path.read_bytes()))
+        write_metadata(path, {DIGEST: digest})
+    except Exception:  # what cannot be opened has no digest
+        return
+
+
+def remake_evaluations(folder: Path) -> None:
+    lines = []
+    for line in (folder / "evaluations.jsonl").read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+            rest = {key: value for key, value in row.items() if key != DIGEST}
+            line = json.dumps({**rest, DIGEST: digest_of(rest)}).encode()
+        except (ValueError, AttributeError, RecursionError):
+            pass
+        lines.append(line)
+    (folder / "evaluations.jsonl").write_bytes(b"\n".join(lines))
+
+
+KINDS: dict[str, Kind] = {
+    "run": Kind(("scheme.json", "model.safetensors"), read_run, remake_run),
+    "report": Kind(("report.json",), read_reports, remake_report),
+    "candidates": Kind(("candidates.json", "candidates.safetensors"), read_saved, remake_candidates),
+    "training checkpoint": Kind(("checkpoint.safetensors",), read_training, remake_training),
+    "supernet": Kind(("supernet.json", "supernet.safetensors", "report.json"), read_store, remake_supernet),
+    "search": Kind(("search.json",), read_search, remake_supernet),
+    "evaluations' cache": Kind(("evaluations.jsonl",), read_evaluations, remake_evaluations),
+    "latency cache": Kind(("latency.json",), read_latency, lambda folder: reseal(folder / "latency.json")),
+    "list of own runs": Kind(("state/anybit/runs.json",), read_listing, guarded=False),
+    "scheme to extract": Kind(("wanted.json",), read_scheme_text, guarded=False),
+    "weights": Kind(("weights.safetensors",), read_weights, guarded=False),
+    "pickled weights": Kind(("weights.pt",), read_weights, guarded=False),
+    "exported file": Kind(("net.onnx",), read_graph, guarded=False),
+}
+"""A new kind of file is one entry here, and its making in `write_all`."""
+
+
+def write_all(home: Path, seed: int, width: int = 4) -> None:
+    """One folder a kind, as anybit writes it."""
+    network = made(seed, width)
+    result = anybit.calibrate(network, LABELLED, "4bit", test=LABELLED, seed=seed, **QUICK)
+    for kind in ("run", "report", "candidates", "list of own runs", "exported file"):
+        result.save(home / kind)
+    for kind in ("scheme to extract", "evaluations' cache", "latency cache", "weights", "pickled weights"):
+        (home / kind).mkdir()
+    anybit.export(home / "run", home / "exported file" / "net.onnx", model=network, data=INPUTS)
+    (home / "scheme to extract" / "wanted.json").write_text(json.dumps(result.scheme.to_json()))
+    save_file(network.state_dict(), home / "weights" / "weights.safetensors")
+    torch.save(network.state_dict(), home / "pickled weights" / "weights.pt")
+    place = home / "list of own runs" / "state" / "anybit" / "runs.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps(["0" * 64, sha256_of(home / "list of own runs" / "scheme.json")], indent=1))
+    supernet = anybit.train(network, LABELLED, seed=seed, **TRAINING)
+    supernet.save(home / "supernet")
+    anybit.search(supernet, LABELLED, ["3bit"], images=3, evaluations=10, seed=seed, cache=False).save(home / "search")
+    done = searches.Evaluations(home / "evaluations' cache" / "evaluations.jsonl", f"of {seed}")
+    for number in range(6):
+        done.recall(f"search 8 {number}", lambda number=number: 50.0 + number / 8)
+    names = observed().names
+    table = LatencyTable(
+        {n: {"float32": 3e-4, "int8": 1e-4} for n in names}, {"float32": 5e-4, "int8": 6e-4}, 1e-8, dict.fromkeys(names, 100)
+    )
+    real, latency._table_file = latency._table_file, lambda network, threads: home / "latency cache" / f"of {seed}.json"
+    try:
+        latency.keep(observed(), table, {"rounds": seed}).rename(home / "latency cache" / "latency.json")
+    finally:
+        latency._table_file = real
+    write_training(home / "training checkpoint", seed, network)
+
+
+def write_training(folder: Path, seed: int, network: nn.Module) -> None:
+    folder.mkdir()
+    one = trainee_of(network)
+    optimizer = torch.optim.Adam(one.parameter_groups())
+    torch.manual_seed(seed)
+    nn.functional.cross_entropy(one.model(INPUTS[:8]), LABELLED[1][:8]).backward()
+    optimizer.step()
+    record = {"epoch": 1, "loss": 1.0, "train_top1": 50.0, **one.record()}
+    training._save(folder / "checkpoint.safetensors", one, optimizer, [record], identity_of(seed))
+
+
+# Cases
+
+
+@dataclass
+class Case:
+    """number, kind, file, mutation, remade   what was done;   outcome, error, seconds, bytes  what came of it"""
+
+    number: int
+    kind: str
+    file: str
+    mutation: str
+    remade: bool
+    outcome: str = ""
+    error: str = ""
+    seconds: float = 0.0
+    bytes: int = 0
+    trace: str = field(default="", repr=False)
+
+
+def mutations_of(name: str) -> dict[str, Mutation]:
+    if name.endswith((".pt", ".onnx")):
+        return dict(BYTES)
+    return BYTES | (TENSORS if name.endswith(".safetensors") else JSONS) | {"swapped": None, "another model's": None}
+
+
+def run_case(home: Path, number: int, seed: int, pristine: dict[str, Any]) -> Case:
+    """Mutate, read, judge; `home` holds the folders "a" (mutated copies of it), "b" (other weights) and "c" (another network)."""
+    rng = random.Random(f"{seed} {number}")
+    name = list(KINDS)[(number // 2) % len(KINDS)]
+    kind = KINDS[name]
+    file = rng.choice(kind.files)
+    options = mutations_of(file)
+    chosen = rng.choice(list(options))
+    case = Case(number, name, file, chosen, number % 2 == 1)
+    with tempfile.TemporaryDirectory(dir=home) as place:
+        folder = Path(place) / "case"
+        shutil.copytree(home / "a" / name, folder)
+        path = folder / file
+        if options[chosen] is None:
+            path.write_bytes((home / ("b" if chosen == "swapped" else "c") / name / file).read_bytes())
+        else:
+            lines = file.endswith(".jsonl") and chosen in JSONS
+            path.write_bytes(of_a_line(path.read_bytes(), rng, options[chosen]) if lines else options[chosen](path.read_bytes(), rng))
+        if case.remade:
+            kind.remake(folder)
+        judge(case, kind, folder, pristine)
+    return case
+
+
+def of_a_line(data: bytes, rng: random.Random, mutation: Mutation) -> bytes:
+    lines = data.split(b"\n")
+    at = rng.choice([index for index, line in enumerate(lines) if line])
+    lines[at] = mutation(lines[at], rng).replace(b"\n", b"")
+    return b"\n".join(lines)
+
+
+def judge(case: Case, kind: Kind, folder: Path, pristine: dict[str, Any]) -> None:
+    start, before = time.perf_counter(), resident()
+    _reset_peak()
+    try:
+        with bounded():
+            found = kind.read(folder)
+        case.outcome = "same" if found == pristine[case.kind] else "edited" if case.remade or not kind.guarded else "FAILED: not noticed"
+    except AnybitError as error:
+        case.outcome, case.error = "error", type(error).__name__
+        if "\n" in str(error) or not 20 < len(str(error)) < 2000:
+            case.outcome = f"FAILED: a message of {len(str(error))} letters: {str(error)[:200]!r}"
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        case.outcome, case.trace = f"FAILED: {type(error).__name__}: {error}"[:300], traceback.format_exc()
+    case.seconds, case.bytes = time.perf_counter() - start, max(0, peak_memory() - before)
+
+
+class TooLong(BaseException):
+    """A case took more than its seconds; no Exception, so that nothing catches it."""
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Within SECONDS, and LEEWAY above the address space that the process has."""
+
+    def ring(*_: Any) -> None:
+        raise TooLong(f"more than {SECONDS} s")
+
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    handler = signal.signal(signal.SIGALRM, ring)
+    resource.setrlimit(resource.RLIMIT_AS, (held + LEEWAY, limits[1]))
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def prepared(home: Path) -> dict[str, Any]:
+    """Write the folders; what each kind reads as before anything is mutated."""
+    for name, seed, width in (("a", 0, 4), ("b", 1, 4), ("c", 2, 5)):
+        (home / name).mkdir()
+        write_all(home / name, seed, width)
+    pristine = {}
+    for name, kind in KINDS.items():
+        for remade in (False, True):
+            shutil.copytree(home / "a" / name, home / "once")
+            if remade:
+                kind.remake(home / "once")
+            found = kind.read(home / "once")
+            if pristine.setdefault(name, found) != found:
+                raise Unsound(f"{name}: making its checksums right changes what it says")
+            shutil.rmtree(home / "once")
+    return pristine
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        level = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+def run_cases(home: Path, numbers: range | list[int], seed: int) -> list[Case]:
+    with quiet():
+        pristine = prepared(home)
+        return [run_case(home, number, seed, pristine) for number in numbers]
+
+
+def summary(cases: list[Case], seed: int, seconds: float) -> dict[str, Any]:
+    def counted(key: Callable[[Case], str]) -> dict[str, dict[str, int]]:
+        rows: dict[str, Counter] = {}
+        for case in cases:
+            rows.setdefault(key(case), Counter())[case.outcome.partition(":")[0]] += 1
+        return {name: dict(sorted(row.items())) for name, row in rows.items()}
+
+    failed = [case for case in cases if case.outcome.startswith("FAILED")]
+    return {
+        "command": f"python benchmarks/hostile_files.py --cases {len(cases)} --seed {seed}",
+        "seed": seed,
+        "cases": len(cases),
+        "passed": len(cases) - len(failed),
+        "outcomes": dict(Counter(case.outcome.partition(":")[0] for case in cases)),
+        "by_checksums": counted(lambda case: "made right" if case.remade else "as they were"),
+        "by_kind": counted(lambda case: case.kind),
+        "by_mutation": counted(lambda case: case.mutation),
+        "errors": dict(Counter(case.error for case in cases if case.error)),
+        "longest_seconds": max(case.seconds for case in cases),
+        "largest_resident_growth_bytes": max(case.bytes for case in cases),
+        "address_space_leeway_bytes": LEEWAY,
+        "failed": [{"number": case.number, "kind": case.kind, "mutation": case.mutation, "outcome": case.outcome} for case in failed],
+        "seconds": seconds,
+        "environment": environment(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--replay", type=int, help="the number of one case")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as home:
+        cases = run_cases(Path(home), range(given.cases) if given.replay is None else [given.replay], given.seed)
+    told = summary(cases, given.seed, time.perf_counter() - start)
+    for case in cases:
+        if case.outcome.startswith("FAILED") or given.replay is not None:
+            print(case, case.trace)
+    print(f"{told['passed']} of {told['cases']}: {told['outcomes']}, longest {told['longest_seconds']:.2f} s")
+    if given.output:
+        given.output.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
