@@ -1,5 +1,8 @@
 """Every test has a state and a cache folder of its own, one thread, and the quick settings below."""
 
+import resource
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -19,6 +22,22 @@ def nobodys_home(tmp_path_factory):
 def own_home(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def full_disk():
+    """A block in which no file of this process grows beyond a kilobyte, as if the disk were full."""
+
+    @contextmanager
+    def limited():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 QUICK = {

@@ -28,6 +28,17 @@ def test_a_run_is_exported_verified_and_timed(here):  # noqa: F811
     assert "float32" in anybit_cli("bench", "run", "--rounds", "1").stdout
 
 
+def test_what_a_full_disk_does_not_take_is_named_and_the_file_before_stays(here, full_disk):  # noqa: F811
+    exported(here)
+    before = Path("net.onnx").read_bytes()
+    with full_disk():
+        told = anybit_cli("export", "run", "--onnx", "net.onnx", "--overwrite")
+        profiled = anybit_cli("profile", "--model", "m.py:net", "--data", "x.npz", "--rounds", "1")
+    assert told.exit_code == 2 and told.stderr.splitlines()[-1].startswith("anybit: net.onnx cannot be written: ")
+    assert "--onnx" in told.stderr and Path("net.onnx").read_bytes() == before and not list(here.rglob(".net*"))
+    assert profiled.exit_code == 2 and "TMPDIR" in profiled.stderr.splitlines()[-1]
+
+
 def test_a_broken_promise_is_exit_status_one(here):  # noqa: F811
     exported(here)
     model = onnx.load("net.onnx")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import anybit
-from anybit.errors import InvalidFile
+from anybit.errors import AnybitError, InvalidFile
 from anybit.files import (
     LEVELS,
     check_version,
@@ -22,6 +22,7 @@ from anybit.files import (
     read_settings,
     read_tensors,
     sealed,
+    whole_file,
     write_json,
 )
 from anybit.packing import TensorSpec
@@ -72,6 +73,39 @@ def test_a_folder_or_a_pipe_is_no_file(tmp_path):
     for name in (".", "pipe.json", "nowhere.json"):
         with pytest.raises(InvalidFile, match="is not there"):
             read_json(tmp_path / name)
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, full_disk):
+    path = tmp_path / "new" / "x.json"
+    writers = (lambda draft: write_json(draft, [0] * 1000), lambda draft: save_file({"x": torch.zeros(1000)}, draft))
+    for before in (None, b"before"):
+        for write in writers:
+            refused = pytest.raises(AnybitError, match=r"x\.json cannot be written: .*Make room\.$")
+            with refused, full_disk(), whole_file(path, "Make room.") as draft:
+                write(draft)
+            assert [file.read_bytes() for file in path.parent.iterdir()] == [before] * (before is not None)
+        path.write_bytes(b"before")
+    with pytest.raises(ZeroDivisionError), whole_file(path, "") as draft:
+        draft.write_text(str(1 / 0))
+    assert [file.read_bytes() for file in path.parent.iterdir()] == [b"before"]
+    elsewhere = tmp_path / "theirs"
+    elsewhere.write_text("theirs")
+    path.with_name(".x.json.tmp").symlink_to(elsewhere)
+    with whole_file(path, "") as draft:
+        draft.write_text("after")
+    assert [file.read_text() for file in path.parent.iterdir()] == ["after"] and elsewhere.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("place", ["file/x.json", "folder"])
+def test_what_is_no_place_for_a_file_is_named(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    with (
+        pytest.raises(AnybitError, match=f"{place} cannot be written: .*Choose another"),
+        whole_file(tmp_path / place, "Choose another.") as draft,
+    ):
+        draft.write_text("text")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder", "inside"]
 
 
 @pytest.mark.parametrize(

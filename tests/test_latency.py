@@ -9,7 +9,7 @@ import anybit
 from anybit import stages
 from anybit.batches import Batch
 from anybit.cost import LatencyTable, kernel_class
-from anybit.errors import InfeasibleBudget, InvalidFile, InvalidSetting
+from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidSetting
 from anybit.onnx import latency
 from anybit.scheme import FLOAT, Precision, Scheme
 
@@ -49,13 +49,16 @@ def test_measured_parts_add_up_to_measured_wholes(name):
     assert table.boundary >= 0 and all(count > 0 for count in table.crossing.values())
 
 
-def test_a_budget_of_latency_is_kept_and_measured_again(quick):
+def test_a_budget_of_latency_is_kept_and_measured_again(quick, full_disk):
     model, data = make(Residual), pictures(40)
     quick |= {"activation_bits": (8, None), "pipeline": "light"}
     with pytest.raises(InvalidSetting, match="anybit profile"):
         anybit.calibrate(model, data, "latency=2ms", **quick)
     observed = ready(model, Batch(data[:2]))
     table = table_of(observed.names)
+    with pytest.raises(AnybitError, match=r"\.json cannot be written: .*XDG_CACHE_HOME"), full_disk():
+        latency.keep(observed, table, {"measured": {}, "more": "words " * 1000})
+    assert latency.recalled(observed) is None
     latency.keep(observed, table, {"measured": {}})
     least = table.total(Scheme.uniform(observed.names, INT8))
     result = anybit.calibrate(model, data, f"latency={1e3 * least * 1.05:.6f}ms", **quick)

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,28 @@ def test_a_broken_checkpoint_is_named(damage, tmp_path):
 
 
 # Continued
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch, full_disk):
+    from anybit import training
+
+    save, checkpoint = training.save_file, tmp_path / "run" / "checkpoint.safetensors"
+
+    def filling(*args, **more):
+        with full_disk() if checkpoint.exists() else nullcontext():
+            save(*args, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "save_file", filling)
+        with pytest.raises(AnybitError, match=r"cannot be written: .*continues from the checkpoint of epoch 1, which is kept"):
+            grown(checkpoint, epochs=3)
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    continued = grown(checkpoint, epochs=3)
+    assert [row["epoch"] for row in continued.report["epochs"]] == [1, 2, 3]
+    assert continued.report["epochs"] == grown(epochs=3).report["epochs"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AnybitError, match=r"cannot be written: .*Make room, or choose another --output"):
+        grown(tmp_path / "file" / "checkpoint.safetensors", epochs=1)
 
 
 def stop_after(monkeypatch, epoch):

@@ -1,4 +1,4 @@
-"""Files are data: JSON and tensors are read strictly, and nothing in them is executed.
+"""Files are data: JSON and tensors are read strictly, and nothing in them is executed; what is written is there whole or not at all.
 
     JSON      an object names no key twice; no NaN, no infinity, no integer beyond 64 bits, no text outside UTF-8; 64 levels at most
     tensors   exactly the expected names, types and shapes, which the header tells before any of them is read; finite
@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -61,6 +62,26 @@ def read_bytes(path: Path) -> bytes:
 def write_json(path: Path, data: Any) -> None:
     """Indented JSON with a final newline; numbers that JSON cannot hold are refused."""
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf8")
+
+
+@contextmanager
+def whole_file(path: Path, remedy: str) -> Iterator[Path]:
+    """A draft beside `path` to write into, which takes its place when the block ends well and is removed when it does not.
+
+    Raises AnybitError where the disk is full or the folder is not to be written to; what was at `path` before is there still.
+    """
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.unlink(missing_ok=True)  # never through a link
+        try:
+            yield draft
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or in_words(error)
+        raise AnybitError(f"{path} cannot be written: {reason}. Nothing of it is left behind. {remedy}") from error
 
 
 def _refuse_constant(text: str):

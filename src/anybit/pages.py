@@ -11,6 +11,7 @@ from typing import Any
 from anybit import figures, markup
 from anybit.checkpoint import read_record, runs_in
 from anybit.errors import InvalidSetting
+from anybit.files import whole_file
 from anybit.records import Amounts, Record, Table, counted, record_of
 from anybit.reporting import human_bytes, human_count
 from anybit.scheme import Precision
@@ -32,10 +33,8 @@ def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Pa
     if not runs:
         raise InvalidSetting("There is no run to report on. Name at least one run folder.")
     made = page(_shortly_named({name: record for run in runs for name, record in read_records(Path(run)).items()}))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(made, encoding="utf8")
-    draft.replace(path)
+    with whole_file(path, "Make room, or choose another --output.") as draft:
+        draft.write_text(made, encoding="utf8")
     return path
 
 

@@ -30,7 +30,7 @@ from anybit.checkpoint import check_state
 from anybit.cost import spec_of
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
 from anybit.evaluation import check_labels, compares_classes
-from anybit.files import DIGEST, check_version, parse_json, read_header, read_tensors, validated
+from anybit.files import DIGEST, check_version, parse_json, read_header, read_tensors, validated, whole_file
 from anybit.packing import TensorSpec
 from anybit.processes import average, average_gradients, average_tensors, rank, world
 from anybit.progress import tell, track
@@ -388,11 +388,10 @@ def _save(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, record
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value).contiguous().clone() for key, value in state.items()}
     tensors |= {f"method.{key}": tensor.contiguous().clone() for key, tensor in trainee.state().items()}
     about = json.dumps({"version": 1, "records": records, "identity": dict(identity), "decisions": trainee.decisions()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.unlink(missing_ok=True)  # never through a link
-    save_file(tensors, draft, metadata={"anybit": about, DIGEST: _digest(about, tensors)})
-    draft.replace(path)
+    anew = "Make room, or choose another --output."
+    on = f"Make room: the same command continues from the checkpoint of epoch {len(records) - 1}, which is kept."
+    with whole_file(path, on if path.is_file() else anew) as draft:
+        save_file(tensors, draft, metadata={"anybit": about, DIGEST: _digest(about, tensors)})
 
 
 def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:

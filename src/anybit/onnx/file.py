@@ -2,7 +2,6 @@
 
 import json
 import reprlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import onnx_ir as ir
 from anybit.batches import Batch
 from anybit.checkpoint import Canonical
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
-from anybit.files import in_words, parse_json, validated
+from anybit.files import in_words, parse_json, validated, whole_file
 from anybit.layers import Pruned, emptied, float_weight, quantized_layers
 from anybit.onnx.floats import OPSET, check_graph, edge_names, float_graph, input_tensors, probe_of, ranges_on, values_on
 from anybit.onnx.plan import Plan, make_plan
@@ -92,19 +91,9 @@ def save(model: ir.Model, path: Path) -> None:
     """Write the graph, all of it or nothing, once the runtime has loaded it."""
     if path.is_dir():
         raise InvalidSetting(f"{path} is a folder. Name a file with --onnx.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as draft:
-            place = Path(draft.name)
-    except OSError as error:
-        raise InvalidSetting(f"{path} cannot be written: {error}. Choose another --onnx.") from error
-    try:
-        place.write_bytes(ir.to_proto(model).SerializeToString())
-        session(place)
-        place.chmod(0o644)
-        place.replace(path)
-    finally:
-        place.unlink(missing_ok=True)
+    with whole_file(path, "Make room, or choose another --onnx.") as draft:
+        draft.write_bytes(ir.to_proto(model).SerializeToString())
+        session(draft)
 
 
 def load(path: Path) -> ir.Model:

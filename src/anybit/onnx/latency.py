@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from anybit.batches import Batch
 from anybit.checkpoint import Canonical
 from anybit.cost import LatencyTable
-from anybit.errors import InvalidFile
-from anybit.files import read_sealed, sealed, validated, write_json
+from anybit.errors import AnybitError, InvalidFile
+from anybit.files import read_sealed, sealed, validated, whole_file, write_json
 from anybit.onnx.file import exported, session
 from anybit.onnx.floats import LAYER, input_tensors, probe_of
 from anybit.onnx.timing import in_turns
@@ -92,7 +92,10 @@ def _kernels(graph: ir.Model, batch: Batch, seconds: float, threads: int, runs: 
         feeds = {value.name: tensor.numpy() for value, tensor in zip(running.get_inputs(), input_tensors(batch), strict=True)}
         for _ in range(runs):
             running.run(None, feeds)
-        events = json.loads(Path(running.end_profiling()).read_text())
+        try:
+            events = json.loads(Path(running.end_profiling()).read_text())
+        except (OSError, ValueError) as error:  # the runtime says nothing of a disk that is full
+            raise AnybitError(f"{folder} has no room for the runtime's profile. Make some, or point TMPDIR at another folder.") from error
     times = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
@@ -175,11 +178,8 @@ def _table_file(network: Network, threads: int) -> Path:
 def keep(network: Network, table: LatencyTable, about: Mapping[str, Any], threads: int = 1) -> Path:
     """Write the table where `recalled` finds it."""
     place = _table_file(network, threads)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    draft = place.with_suffix(".tmp")
-    draft.unlink(missing_ok=True)  # never through a link
-    write_json(draft, sealed({"version": 1, "of": place.stem, **asdict(table), "about": dict(about)}))
-    draft.replace(place)
+    with whole_file(place, "Make room, or let XDG_CACHE_HOME name another folder.") as draft:
+        write_json(draft, sealed({"version": 1, "of": place.stem, **asdict(table), "about": dict(about)}))
     return place
 
 
