@@ -383,12 +383,16 @@ def _zero_point(zero_point: Tensor, bits: int, where: str) -> Tensor:
     return zero_point
 
 
+Words = Annotated[str, Field(max_length=1000)]
+"""Text that is shown in a table."""
+
+
 class Sizes(BaseModel):
     """What a report says that a network costs."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     weight_bits: float = Field(ge=0)
-    bytes: int = Field(ge=0)
+    bytes: int = Field(gt=0)
     percent: float = Field(ge=0)
     bops: int = Field(ge=0)
 
@@ -398,10 +402,6 @@ class ReportLayer(BaseModel):
     precision: Words
     weights: int = Field(ge=0)
     bytes: int = Field(ge=0)
-
-
-Words = Annotated[str, Field(max_length=1000)]
-"""Text that is shown in a table."""
 
 
 class MeasuredScheme(Sizes):
@@ -436,6 +436,15 @@ class Stage(BaseModel):
     peak_bytes: int = Field(ge=0)
 
 
+class Latencies(BaseModel):
+    """Seconds of one sample."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    predicted: float
+    exported: float
+    float32: float
+
+
 class Epoch(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
     epoch: int = Field(ge=1)
@@ -452,13 +461,13 @@ class ReportFile(BaseModel):
     result: Sizes | None = None
     float_bytes: int = Field(0, ge=0)
     layers: dict[str, ReportLayer] = {}
-    schemes: list[MeasuredScheme] = []
-    ladder: list[Step] = []
+    schemes: list[MeasuredScheme] = Field([], max_length=1000)
+    ladder: list[Step] = Field([], max_length=1000)
     units: dict[str, Unit | None] = {}
     epochs: list[Epoch] = []
-    stages: list[Stage] = []
+    stages: list[Stage] = Field([], max_length=1000)
     subnets: dict[str, Sizes] = {}
-    latency: dict[str, float] = {}
+    latency: Latencies | None = None
     settings: dict[str, Any] = {}
     test: dict[str, Any] = {}
     float_test: dict[str, Any] = {}
@@ -470,6 +479,8 @@ class ReportFile(BaseModel):
         lacking = {"budget", "layers", "stages"} - self.model_fields_set
         if self.result is not None and lacking:
             raise ValueError(f"{', '.join(sorted(lacking))} lacking beside the result")
+        if self.result is None and self.schemes:
+            raise ValueError("the result is lacking beside the schemes")
         if self.schemes and not any(row.chosen for row in self.schemes):
             raise ValueError("none of the schemes is chosen")
         if (self.schemes or self.ladder) and not any(row.kept for row in self.ladder):
