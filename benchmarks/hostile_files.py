@@ -383,7 +383,8 @@ def write_all(home: Path, seed: int, width: int = 4) -> None:
         result.save(home / kind)
     for kind in ("scheme to extract", "evaluations' cache", "latency cache", "weights", "pickled weights"):
         (home / kind).mkdir()
-    anybit.export(home / "run", home / "exported file" / "net.onnx", model=network, data=INPUTS)
+    if seed == 0:  # no other is put in its place
+        anybit.export(home / "run", home / "exported file" / "net.onnx", model=network, data=INPUTS)
     (home / "scheme to extract" / "wanted.json").write_text(json.dumps(result.scheme.to_json()))
     save_file(network.state_dict(), home / "weights" / "weights.safetensors")
     torch.save(network.state_dict(), home / "pickled weights" / "weights.pt")

@@ -18,6 +18,8 @@ SCORES = ("metric", "top1", "spearman", "f1")  # higher is better; the user's ow
 Count = Annotated[int, Field(ge=0)]
 Words = Annotated[str, Field(max_length=1000)]
 """Text that is shown in a table."""
+MANY = 1000
+"""Rows of a table, at most."""
 
 
 class Part(BaseModel):
@@ -26,11 +28,14 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
 
 
+Positive = Annotated[float, Field(ge=0)]
+
+
 class Amounts(Part):
-    weight_bits: float
-    bytes: Count
-    percent: float
-    bops: float
+    weight_bits: Positive
+    bytes: Annotated[int, Field(gt=0)]
+    percent: Positive
+    bops: Positive
 
 
 class LayerRow(Part):
@@ -75,8 +80,16 @@ class Unit(Part):
 
 class Stage(Part):
     stage: Words
-    seconds: Annotated[float, Field(ge=0)]
+    seconds: Positive
     peak_bytes: Count
+
+
+class Latencies(Part):
+    """Seconds of one sample."""
+
+    predicted: float
+    exported: float
+    float32: float
 
 
 def counted(rows: Sequence[Scored]) -> str | None:
@@ -176,13 +189,13 @@ class Record(Part):
     result: Amounts | None = None
     float_bytes: Count | None = None
     layers: dict[str, LayerRow] = {}
-    schemes: list[SchemeRow] = []
+    schemes: Annotated[list[SchemeRow], Field(max_length=MANY)] = []
     table: Table | None = None
     certificate: Certificate = Certificate()
-    ladder: list[LadderRow] = []
+    ladder: Annotated[list[LadderRow], Field(max_length=MANY)] = []
     units: dict[str, Unit | None] = {}
-    stages: list[Stage] = []
-    latency: dict[str, float] = {}
+    stages: Annotated[list[Stage], Field(max_length=MANY)] = []
+    latency: Latencies | None = None
     epochs: list[Epoch] = []
     subnets: dict[str, Amounts] = {}
     search: SearchRecord | None = None
@@ -205,6 +218,8 @@ class Record(Part):
         lacking = {"budget", "layers", "stages"} - self.model_fields_set
         if self.result is not None and lacking:
             raise ValueError(f"{', '.join(sorted(lacking))} lacking beside the result")
+        if self.result is None and self.schemes:
+            raise ValueError("the result is lacking beside the schemes")
         if self.schemes and self.chosen is None:
             raise ValueError("none of the schemes is chosen")
         if (self.schemes or self.ladder) and self.final_loss is None:
