@@ -29,6 +29,7 @@ from torch import Tensor
 
 import anybit
 from anybit.errors import InvalidFile
+from anybit.files import parse_json
 from anybit.progress import tell
 
 Value = TypeVar("Value")
@@ -117,7 +118,7 @@ def _read(path: Path) -> Kept:
         tensors = safetensors.torch.load(data[DIGEST_BYTES:])
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise InvalidFile(f"no tensors: {error}") from error
-    record = json.loads(tensors.pop(RECORD).numpy().tobytes())
+    record = parse_json(tensors.pop(RECORD).numpy().tobytes(), "its record")
     return Kept(record["value"], {key.removeprefix("="): tensor for key, tensor in tensors.items()})
 
 
