@@ -155,9 +155,10 @@ def code_version() -> str:
     return whole.hexdigest()
 
 
-def machine() -> dict[str, Any]:
-    """What else the last bits of a result depend on: PyTorch, its threads, and what the processor can do."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+def machine(device: torch.device) -> dict[str, Any]:
+    """What else the last bits of a result depend on: PyTorch, its threads, what the processor can do, and the device."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(), "device": kind}
 
 
 def cache_home() -> Path:
