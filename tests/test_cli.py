@@ -164,6 +164,8 @@ def test_several_runs_are_reported_on_one_page(here):
 def test_quiet_prints_the_result_alone(here):
     done = calibrate("--budget", "6bit", "--quiet")
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1
+    done = calibrate("--budget", "6bit", "--budget", "5bit", "--quiet", "--overwrite")
+    assert done.stderr == "" and [line.split(":")[0] for line in done.stdout.splitlines()] == ["run/6bit", "run/5bit"]
 
 
 def test_allocate_takes_the_common_options(here):

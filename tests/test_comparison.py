@@ -10,6 +10,7 @@ from networks import Chain, make, pictures
 from test_cli import anybit_cli, one_json_object
 
 import anybit
+from anybit.checkpoint import write_report
 from anybit.comparison import _differences, diff
 
 
@@ -111,10 +112,16 @@ def test_a_lacking_or_broken_file_is_named(run_folder, folders, name):
     assert told.exit_code == 2 and name in told.stderr
 
 
-@pytest.mark.parametrize("broken", [[], {}, {"settings": 3}, {"environment": []}, {"version": "1"}])
+@pytest.mark.parametrize("broken", [{"settings": 3}, {"environment": []}, {"version": "1"}, {"schemes": None}, {"float_bytes": -1}])
 def test_a_report_that_is_none_is_refused(run_folder, broken):
-    report = json.loads((run_folder / "report.json").read_text())
-    (run_folder / "report.json").write_text(json.dumps({**report, **broken} if broken else broken))
+    write_report(run_folder, report_of(run_folder) | broken)
+    with pytest.raises(anybit.InvalidFile, match=rf"report\.json.*{next(iter(broken))}"):
+        diff(run_folder, run_folder)
+
+
+@pytest.mark.parametrize("broken", ["[]", "{}", '{"version": 1}'])
+def test_a_report_that_anybit_did_not_write_is_refused(run_folder, broken):
+    (run_folder / "report.json").write_text(broken)
     with pytest.raises(anybit.InvalidFile, match=r"report\.json"):
         diff(run_folder, run_folder)
 

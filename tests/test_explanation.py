@@ -11,7 +11,9 @@ from test_cli import anybit_cli, one_json_object
 
 import anybit
 from anybit.allocation import frontier
+from anybit.checkpoint import write_report
 from anybit.explanation import explain
+from anybit.files import sealed, write_json
 from anybit.scheme import Precision
 
 BITS = (2, 3, 4, 6, 8)
@@ -19,7 +21,7 @@ BITS = (2, 3, 4, 6, 8)
 
 def written(folder: Path, report: dict) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report))
+    write_report(folder, report)
     return folder
 
 
@@ -37,8 +39,9 @@ def made_up(table: dict, scheme: dict, budget: str | None, weights: dict) -> dic
         "result": {"weight_bits": bits, "bytes": size, "percent": 100 * size / (4 * total), "bops": bops},
         "float_bytes": 4 * total,
         "layers": {n: {"precision": p, "weights": weights[n], "bytes": table[n][p]["bytes"]} for n, p in scheme.items()},
-        "table": {"weights": total, "layers": table},
+        "table": {"floor": 0.0, "fixed_bytes": 0, "weights": total, "layers": table},
         "certificate": {"chosen": "allocated 1"},
+        "stages": [],
     }
 
 
@@ -246,7 +249,17 @@ def test_other_folders_are_refused(tmp_path, folders):
     search.mkdir()
     for path in folders["search"].iterdir():
         (search / path.name).write_bytes(path.read_bytes())
-    for broken in ("[]", '{"evaluated": 3}', "{}"):
-        (search / "search.json").write_text(broken)
-        with pytest.raises(anybit.InvalidFile, match=r"search\.json"):
+    whole = json.loads((search / "search.json").read_text())
+    for broken, words in (
+        ({}, "Field required"),
+        (whole | {"evaluated": 3}, "evaluated"),
+        (whole | {"front": [{**whole["front"][0], "scheme": {"fc": "W8"}, "origin": "guessed"}]}, "origin"),
+        (whole | {"budgets": {"5 bits or so": whole["budgets"]["5bit"]}}, "budgets"),
+        (whole | {"sha256": "another"}, "supernet"),
+    ):
+        write_json(search / "search.json", sealed({"version": 1, **broken}))
+        with pytest.raises(anybit.InvalidFile, match=rf"search\.json.*{words}"):
             explain(search, "fc")
+    (search / "search.json").write_text("[]")
+    with pytest.raises(anybit.InvalidFile, match=r"search\.json"):
+        explain(search, "fc")

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 import anybit
 from anybit import figures, pages
 from anybit.allocation import HEADER_SLACK
-from anybit.checkpoint import write_json
+from anybit.checkpoint import write_report
 from anybit.errors import InvalidFile, InvalidSetting
+from anybit.files import write_json
 from anybit.records import record_of
 from anybit.roads import save_all
 from anybit.scheme import Precision
 
-AMOUNTS = {"weight_bits": 3.0, "bytes": 1000, "percent": 10.0, "bops": 5e6}
+AMOUNTS = {"weight_bits": 3.0, "bytes": 1000, "percent": 10.0, "bops": 5_000_000}
 GROWN = {
     "version": 1,
     "road": "grow",
@@ -41,6 +42,7 @@ GROWN = {
         }
         for n in (1, 2)
     ],
+    "stages": [{"stage": "training", "seconds": 3.0, "peak_bytes": 10**9}],
     "test": {"top1": 91.0, "loss": 0.3},
     "float_test": {"top1": 92.5, "loss": 0.2},
 }
@@ -61,6 +63,7 @@ SEARCH = {
     "budgets": {"3bit": AMOUNTS | {"scheme": {"conv": "W2A8"}}},
     "settings": {"strategy": "uniform"},
 }
+"""As a page has it; in a folder it is in two files."""
 
 
 @pytest.fixture(autouse=True)
@@ -180,11 +183,14 @@ def test_no_name_becomes_markup(name, plain):
 
 
 def test_what_a_user_wrote_elsewhere_does_not_become_markup_either(plain):
-    report = copy.deepcopy(plain) | {"budget": HOSTILE, "uncovered": {HOSTILE: HOSTILE}, "settings": {HOSTILE: HOSTILE}}
+    report = copy.deepcopy(plain) | {"uncovered": {HOSTILE: HOSTILE}, "settings": {HOSTILE: HOSTILE}}
     report["schemes"][0]["name"] = HOSTILE
     report["certificate"] |= {"solver": HOSTILE, "objective": HOSTILE}
     assert "<img" not in pages.run_page(report)
-    assert "<img" not in pages.runs_page({HOSTILE: report, "other": plain, "grown": GROWN | {"budget": HOSTILE, "road": HOSTILE}})
+    assert "<img" not in pages.runs_page({HOSTILE: report, "other": plain, "grown": GROWN | {"road": HOSTILE}})
+    for report in (plain, GROWN):
+        with pytest.raises(InvalidFile, match="budget"):
+            pages.run_page(report | {"budget": HOSTILE})
 
 
 def test_the_sliders_schemes_are_those_of_the_table(plain):
@@ -288,22 +294,22 @@ def test_a_report_of_before_the_table_has_a_page_without_the_slider(plain):
     assert Reader(page).tags.count("input") == 0 and "Size against loss" in page
 
 
-def test_runs_of_all_roads_are_side_by_side(plain, run_folder, tmp_path):
-    for name, report in (("grown", GROWN), ("super", SUPERNET), ("found", SUPERNET | {"search": {**SEARCH, "evaluated": []}})):
+def test_runs_of_all_roads_are_side_by_side(run_folder, folders, tmp_path):
+    for name, report in (("grown", GROWN), ("super", SUPERNET)):
         (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "report.json", report)
-    write_json(tmp_path / "found" / "search.json", SEARCH)
+        write_report(tmp_path / name, report)
     several = tmp_path / "several"
     several.mkdir()
     for name in ("4bit", "other"):
         run_folder.joinpath("report.json").parent.rename(several / name) if name == "4bit" else None
     written = anybit.report(
-        several / "4bit", tmp_path / "grown", tmp_path / "super", tmp_path / "found", output=tmp_path / "new" / "all.html"
+        several / "4bit", tmp_path / "grown", tmp_path / "super", folders["search"], output=tmp_path / "new" / "all.html"
     )
     read = Reader(written.read_text(encoding="utf8"))
-    assert {"run", "grown", "super, 2 bits", "super, 8 bits", "found, 3bit"} <= set(read.cells)
+    ends = {cell.rpartition("/")[2] for cell in read.cells}
+    assert {"4bit", "grown", "super, 2 bits", "super, 8 bits", "search, 5bit"} <= ends
     tested = {trace["name"] for trace in read.data["tests"]["data"]}
-    assert {"grown", "super"} <= tested
+    assert {"grown", "super"} <= {name.rpartition("/")[2] for name in tested}
     assert [path.name for path in written.parent.iterdir()] == ["all.html"]
 
 
@@ -321,7 +327,7 @@ def test_a_folder_that_is_no_run_is_named_and_nothing_is_written(run_folder, tmp
     (tmp_path / "empty").mkdir()
     for report, said in (
         (None, "report.json is not there"),
-        ([], "Input should be"),
+        ([], "a list, not a JSON object"),
         ({"version": 1}, "neither a result nor subnets"),
         (GROWN | {"version": 2}, "Upgrade anybit"),
         (GROWN | {"version": True}, "version"),
@@ -329,7 +335,8 @@ def test_a_folder_that_is_no_run_is_named_and_nothing_is_written(run_folder, tmp
         (GROWN | {"layers": {"conv": {"precision": "W9", "weights": 1, "bytes": 1}}}, "layers.conv.precision"),
     ):
         if report is not None:
-            write_json(tmp_path / "empty" / "report.json", report)
+            write = write_report if isinstance(report, dict) else lambda folder, told: write_json(folder / "report.json", told)
+            write(tmp_path / "empty", report)
         with pytest.raises(InvalidFile, match=re.escape(said)) as error:
             anybit.report(run_folder, tmp_path / "empty", output=tmp_path / "page.html")
         assert "empty" in str(error.value)

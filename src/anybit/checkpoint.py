@@ -47,9 +47,10 @@ from anybit.files import (
 )
 from anybit.layers import codes_of, float_weight, prepare, quantized_layers, scheme_of, weight_rows
 from anybit.packing import StoredLayer, TensorSpec, layout, pack, packed_bytes, unpack
-from anybit.records import record_of
+from anybit.records import Record, SearchFile, record_of
 from anybit.references import Preprocessing
 from anybit.scheme import Precision, Scheme, check_names
+from anybit.store import FILE as SUPERNET
 from anybit.wiring import BATCH_NORMS
 
 FORMAT_VERSION = 1
@@ -361,13 +362,14 @@ def _candidate_specs(
 
 
 REPORT = "report.json"
+SEARCH = "search.json"
 TIMES = ("stages", "latency", "budgets")
 """What no digest of a report guards: no two runs take as long. (Of several budgets each has its own.)"""
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """report.json, bound to the tensors that are in the folder already."""
-    tensors = next((folder / name for name in (MODEL, "supernet.safetensors") if (folder / name).is_file()), None)
+    tensors = _tensors_in(folder)
     told = {**report} if tensors is None else {**report, "sha256": sha256_of(tensors)}
     if "budgets" in told:
         told["budgets"] = {name: sealed(one, TIMES) for name, one in told["budgets"].items()}
@@ -384,10 +386,32 @@ def read_report(folder: Path) -> dict[str, Any]:
         record_of(one, f"{path}: {name}")
     if not several:
         record_of(report, str(path))
-    tensors = next((folder / name for name in (MODEL, "supernet.safetensors") if (folder / name).is_file()), None)
+    tensors = _tensors_in(folder)
     if "sha256" in report and (tensors is None or sha256_of(tensors) != report["sha256"]):
         raise InvalidFile(f"{path} was not measured on {'the tensors' if tensors is None else tensors.name} in {folder}. {again}")
     return report
+
+
+def _tensors_in(folder: Path) -> Path | None:
+    return next((folder / name for name in (MODEL, SUPERNET) if (folder / name).is_file()), None)
+
+
+def read_record(folder: Path) -> Record:
+    """What one run folder reports, with all that its search evaluated where it is a search's."""
+    record = record_of(read_report(folder), str(folder / REPORT))
+    if not (record.result or record.search or record.subnets):
+        raise InvalidFile(f"{folder / REPORT} is no report of a run: it has neither a result nor subnets.")
+    whole = record.search is not None and (folder / SEARCH).is_file()
+    return record.model_copy(update={"search": read_search(folder)}) if whole else record
+
+
+def read_search(folder: Path) -> SearchFile:
+    """search.json, strictly, and only if it is of the supernet beside it."""
+    path, again = folder / SEARCH, "Search again."
+    found = validated(SearchFile, read_sealed(path, FORMAT_VERSION, again), str(path))
+    if found.sha256 != sha256_of(folder / SUPERNET):
+        raise InvalidFile(f"{path} is not of the {SUPERNET} beside it. {again}")
+    return found
 
 
 @contextmanager
@@ -439,13 +463,13 @@ CHECKPOINT = "checkpoint.safetensors"
 RUN_FILES = {
     "scheme.json",
     "model.safetensors",
-    "report.json",
+    REPORT,
     "candidates.safetensors",
     "candidates.json",
     "report.html",
-    "supernet.safetensors",
+    SUPERNET,
     "supernet.json",
-    "search.json",
+    SEARCH,
     CHECKPOINT,
     f".{CHECKPOINT}.tmp",
 }

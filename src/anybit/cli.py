@@ -370,10 +370,11 @@ def _print_results(folders: list[Path], as_json: bool, quiet: bool) -> None:
         summaries = [{"folder": str(folder), **_summary(report)} for folder, report in zip(folders, reports, strict=True)]
         print(json.dumps(summaries[0] if len(summaries) == 1 else {"runs": summaries}))
         return
-    for report in reports if not quiet else []:
-        print_report(report)
-    if len(reports) > 1:
-        print_frontier(reports)
+    if not quiet:
+        for report in reports:
+            print_report(report)
+        if len(reports) > 1:
+            print_frontier(reports)
     for folder, report in zip(folders, reports, strict=True):
         print(f"{folder}: {result_line(report)}")
 
@@ -627,7 +628,8 @@ def train(
     else:
         from anybit.reporting import print_supernet
 
-        print_supernet(supernet.report)
+        if not quiet:
+            print_supernet(supernet.report)
         print(f"{folder}: a supernet of {', '.join(supernet.report['subnets'])}")
 
 

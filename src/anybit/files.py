@@ -97,7 +97,7 @@ def _check_value(value: Any) -> None:
 # What a JSON file is to say
 
 
-def check_version(data: Any, path: Path, newest: int) -> None:
+def check_version(data: Any, path: Path | str, newest: int) -> None:
     """Raise InvalidFile where `data`, read from `path`, is no object of a format version that is known here."""
     if not isinstance(data, dict):
         raise InvalidFile(f"{path} holds a {type(data).__name__}, not a JSON object. Restore it or make it again.")

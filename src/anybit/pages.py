@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from anybit import figures, markup
-from anybit.checkpoint import read_report, runs_in
-from anybit.errors import InvalidFile, InvalidSetting
-from anybit.files import read_sealed
+from anybit.checkpoint import read_record, runs_in
+from anybit.errors import InvalidSetting
 from anybit.records import Amounts, Record, Table, counted, record_of
 from anybit.reporting import human_bytes, human_count
 from anybit.scheme import Precision
@@ -46,17 +45,6 @@ def read_records(folder: Path) -> dict[str, Record]:
     if several:
         return {str(run): read_record(run) for run in several}
     return {str(folder): read_record(folder)}
-
-
-def read_record(folder: Path) -> Record:
-    """The record of one run folder, with what its search evaluated where it is a search's."""
-    report = read_report(folder)
-    if "search" in report and (folder / "search.json").is_file():
-        report["search"] = read_sealed(folder / "search.json", 1, "Search again.")
-    record = record_of(report, str(folder / "report.json"))
-    if not (record.result or record.search or record.subnets):
-        raise InvalidFile(f"{folder / 'report.json'} is no report of a run: it has neither a result nor subnets.")
-    return record
 
 
 def _shortly_named(records: Mapping[str, Record]) -> dict[str, Record]:
@@ -439,7 +427,7 @@ def frontier_data(table: Table, record: Record) -> dict[str, Any]:
     return data
 
 
-def _some_budgets(data: Mapping[str, Any], float_bytes: int | None) -> str:
+def _some_budgets(data: Mapping[str, Any], float_bytes: int) -> str:
     points = [data, *data["steps"]]
     count = min(SHOWN_BUDGETS, len(points))
     places = sorted({round(index * (len(points) - 1) / max(1, count - 1)) for index in range(count)})

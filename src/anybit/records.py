@@ -1,16 +1,16 @@
-"""report.json, strictly typed where verbs and pages rely on it; the rest is left alone."""
+"""report.json and search.json, strictly typed where verbs and pages rely on them; the rest is left alone."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from anybit.allocation import Frontier, frontier
-from anybit.errors import InvalidFile
-from anybit.scheme import Precision
+from anybit.files import check_version, validated
+from anybit.scheme import Budget, Precision
 
 Bits = Annotated[Precision, BeforeValidator(lambda text: text if isinstance(text, Precision) else Precision.parse(text))]
 Scores = dict[str, float | None]
@@ -18,8 +18,9 @@ SCORES = ("metric", "top1", "spearman", "f1")  # higher is better; the user's ow
 Count = Annotated[int, Field(ge=0)]
 Words = Annotated[str, Field(max_length=1000)]
 """Text that is shown in a table."""
-MANY = 1000
-"""Rows of a table, at most."""
+BudgetText = Annotated[Words, AfterValidator(lambda text: Budget.parse(text) and text)]
+ROWS = 1000
+"""Most rows of what is shown whole in a table."""
 
 
 class Part(BaseModel):
@@ -28,14 +29,11 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
 
 
-Positive = Annotated[float, Field(ge=0)]
-
-
 class Amounts(Part):
-    weight_bits: Positive
+    weight_bits: Annotated[float, Field(ge=0)]
     bytes: Annotated[int, Field(gt=0)]
-    percent: Positive
-    bops: Positive
+    percent: Annotated[float, Field(ge=0)]
+    bops: Count
 
 
 class LayerRow(Part):
@@ -71,25 +69,23 @@ class LadderRow(Scored):
 
 
 class Unit(Part):
-    """Errors of a unit of AdaQuant on held-out inputs, and the step that was kept."""
+    """Errors of a unit of AdaQuant, or of a layer alone, on held-out inputs and on fitted ones, and the step that was kept."""
 
     before: float
     after: float
+    fitted_before: float | None = None
+    fitted_after: float | None = None
     steps: int
+
+
+Errors = Annotated[Unit | None, BeforeValidator(lambda errors: None if errors == {} else errors)]
+"""Empty where there was nothing to fit."""
 
 
 class Stage(Part):
     stage: Words
-    seconds: Positive
+    seconds: Annotated[float, Field(ge=0)]
     peak_bytes: Count
-
-
-class Latencies(Part):
-    """Seconds of one sample."""
-
-    predicted: float
-    exported: float
-    float32: float
 
 
 def counted(rows: Sequence[Scored]) -> str | None:
@@ -100,7 +96,7 @@ def counted(rows: Sequence[Scored]) -> str | None:
 class Cell(Part):
     loss: float
     bytes: Count
-    bops: float
+    bops: Count
 
 
 class Table(Part):
@@ -114,11 +110,13 @@ class Table(Part):
     @cached_property
     def frontier(self) -> Frontier:
         """The best schemes over the bytes that layers take; the floor and the fixed bytes are in none of its numbers."""
-        losses, sizes = (
-            {name: np.array([float(getattr(cell, what)) for cell in row.values()]) for name, row in self.layers.items()}
-            for what in ("loss", "bytes")
-        )
-        return frontier({name: list(row) for name, row in self.layers.items()}, losses, sizes)
+        return self.frontier_over(lambda name, precision: self.layers[name][precision].bytes)
+
+    def frontier_over(self, cost: Callable[[str, Precision], float]) -> Frontier:
+        """The best schemes over what `cost` says of a layer at a precision."""
+        losses = {name: np.array([cell.loss for cell in row.values()]) for name, row in self.layers.items()}
+        costs = {name: np.array([float(cost(name, precision)) for precision in row]) for name, row in self.layers.items()}
+        return frontier({name: list(row) for name, row in self.layers.items()}, losses, costs)
 
     def sums(self, scheme: Mapping[str, Precision]) -> tuple[int, float]:
         """(bytes, predicted loss) of a scheme of the table's precisions."""
@@ -138,7 +136,7 @@ def _nearest(wanted: Precision, options: Sequence[Precision]) -> Precision:
 
 
 class Certificate(Part):
-    """What a solver proved: the value that it reached and the least that any other could."""
+    """What a solver proved, the value that it reached and the least that any other could; the name of the scheme that was `chosen`."""
 
     solver: str | None = None
     objective: str | None = None
@@ -146,13 +144,22 @@ class Certificate(Part):
     bound: float | None = None
     gap: float | None = None
     seed: int | None = None
+    chosen: Words | None = None
+
+
+class Latency(Part):
+    """Seconds of one sample."""
+
+    predicted: float
+    exported: float
+    float32: float
 
 
 class Epoch(Part):
     epoch: int
     loss: float
     weight_bits: float | None = None
-    layers: dict[str, float | None] = {}
+    layers: dict[str, int | None] = {}
     soft: Scores = {}
     frozen: Scores = {}
 
@@ -161,7 +168,7 @@ class Evaluated(Part):
     scheme: dict[str, Bits]
     score: float
     cost: float
-    origin: str
+    origin: Literal["uniform", "drawn", "sensitivity", "searched", "allocated"]
     measured: float | None = None
 
 
@@ -170,14 +177,21 @@ class FoundFor(Amounts):
 
 
 class SearchRecord(Part):
-    """What a search found; `evaluated` is in search.json alone."""
+    """What a search found, as its report tells it."""
 
     score: str
     quantity: str
     front: list[Evaluated]
-    budgets: dict[str, FoundFor]
+    budgets: dict[BudgetText, FoundFor]
     settings: dict[str, Any]
     evaluated: list[Evaluated] = []
+
+
+class SearchFile(SearchRecord):
+    """search.json: every evaluated subnet too, and the hash of the supernet that all of it is of."""
+
+    evaluated: list[Evaluated]
+    sha256: str
 
 
 class Record(Part):
@@ -185,17 +199,18 @@ class Record(Part):
 
     version: Annotated[int, Field(ge=1, le=1)]
     road: str = "calibrate"
-    budget: Words | None = None
+    budget: BudgetText | None = None
     result: Amounts | None = None
-    float_bytes: Count | None = None
+    float_bytes: Count = 0
     layers: dict[str, LayerRow] = {}
-    schemes: Annotated[list[SchemeRow], Field(max_length=MANY)] = []
+    schemes: Annotated[list[SchemeRow], Field(max_length=ROWS)] = []
     table: Table | None = None
     certificate: Certificate = Certificate()
-    ladder: Annotated[list[LadderRow], Field(max_length=MANY)] = []
-    units: dict[str, Unit | None] = {}
-    stages: Annotated[list[Stage], Field(max_length=MANY)] = []
-    latency: Latencies | None = None
+    candidate_errors: dict[str, dict[str, Errors]] = {}
+    ladder: Annotated[list[LadderRow], Field(max_length=ROWS)] = []
+    units: dict[str, Errors] = {}
+    stages: Annotated[list[Stage], Field(max_length=ROWS)] = []
+    latency: Latency | None = None
     epochs: list[Epoch] = []
     subnets: dict[str, Amounts] = {}
     search: SearchRecord | None = None
@@ -209,13 +224,16 @@ class Record(Part):
     @model_validator(mode="after")
     def _layers_agree(self) -> "Record":
         for what, names in [("table", self.table and self.table.layers), *((row.name, row.scheme) for row in self.schemes)]:
-            if names and set(names) != set(self.layers):
+            if names is not None and set(names) != set(self.layers):
                 raise ValueError(f"{what} is not of the layers that the report lists: {sorted(set(names) ^ set(self.layers))[0]!r}")
+        for name, row in self.layers.items() if self.table else ():
+            if row.precision not in self.table.layers[name]:
+                raise ValueError(f"table has no {row.precision} of {name!r}, which the layers list")
         return self
 
     @model_validator(mode="after")
     def _all_that_a_run_is_shown_by(self) -> "Record":
-        lacking = {"budget", "layers", "stages"} - self.model_fields_set
+        lacking = {"budget", "float_bytes", "layers", "stages"} - self.model_fields_set
         if self.result is not None and lacking:
             raise ValueError(f"{', '.join(sorted(lacking))} lacking beside the result")
         if self.result is None and self.schemes:
@@ -248,12 +266,5 @@ class Record(Part):
 
 def record_of(report: Mapping[str, Any], where: str = "The report") -> Record:
     """`report` as a record; raises InvalidFile naming the field that cannot be."""
-    version = report.get("version") if isinstance(report, Mapping) else None
-    if type(version) is int and version > 1:
-        raise InvalidFile(f"{where} has format version {version}; this anybit reads up to 1. Upgrade anybit.")
-    try:
-        return Record.model_validate(report)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise InvalidFile(f"{where}: {place}: {first['msg']}. Restore it or run again.") from error
+    check_version(report, where, 1)
+    return validated(Record, report, where)

@@ -351,7 +351,7 @@ def _report(bench: Bench, scheme: Scheme, choice: stages.Choice, budget: Budget 
         "schemes": rows,
         "table": _table(bench),
         "certificate": choice.certificate(settings.seed),
-        "candidate_errors": bench.errors,
+        "candidate_errors": {name: {str(bits): row for bits, row in rows.items()} for name, rows in bench.errors.items()},
         "inputs": dict(zip(("fitting", "held_out"), bench.calibration.count(), strict=True)),
         "uncovered": dict(network.uncovered),
         "settings": settings.to_json(),

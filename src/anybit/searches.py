@@ -3,17 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from anybit import stages
+from anybit import records, stages
 from anybit.batches import Batch, Samples
-from anybit.checkpoint import new_folder, remember, write_report
+from anybit.checkpoint import SEARCH, new_folder, read_search, remember, write_report
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
 from anybit.evaluation import COUNTED, Metric, metric_name
-from anybit.files import read_sealed, sealed, sha256_of, validated, write_json
+from anybit.files import in_words, sealed, sha256_of, validated, write_json
 from anybit.pages import run_page
 from anybit.progress import tell, track
 from anybit.reporting import environment
@@ -25,7 +25,6 @@ from anybit.subnets import bn_batches, held_out_split
 from anybit.supernet import JSON, Known, Supernet, check_whole, scores, uniform_schemes, write_supernet
 from anybit.wiring import observe
 
-SEARCH = "search.json"
 TIE = 1e-3
 """Points of top-1 that one nat is worth."""
 
@@ -40,7 +39,7 @@ def recalled_search(recall: Recall, supernet: Supernet, settings: SearchSettings
 
     def as_found(told: Any) -> Found:
         kept = validated(KeptSearch, told, "the search")
-        rows = [Evaluated(Scheme.parse(row.scheme), row.score, row.cost, row.origin) for row in kept.evaluated]
+        rows = [Evaluated(Scheme(row.scheme), row.score, row.cost, row.origin) for row in kept.evaluated]
         for row in rows:
             check_whole(row.scheme, supernet.choices)
             if row.cost != total_cost(supernet.costs, settings.quantity, row.scheme):
@@ -68,19 +67,11 @@ def recall_known(recall: Recall, supernet: Supernet, scheme: Scheme, learn: Call
     supernet.known = [*(one for one in supernet.known if one.scheme != scheme), known]
 
 
-class KeptEvaluation(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    scheme: dict[str, str]
-    score: float
-    cost: float
-    origin: Literal["uniform", "drawn", "sensitivity", "searched", "allocated"]
-
-
 class KeptSearch(BaseModel):
     """What is kept of a whole search."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    evaluated: list[KeptEvaluation] = Field(min_length=1)
+    evaluated: list[records.Evaluated] = Field(min_length=1)
     rank_correlation: float | None
 
 
@@ -205,43 +196,22 @@ def check_fits(supernet: Supernet, budget: Budget) -> None:
         )
 
 
-class Row(BaseModel):
-    """What `best_within` needs of a row of search.json."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-    scheme: dict[str, str]
-    score: float
-    cost: float
-
-
-class SearchFile(BaseModel):
-    """What `best_within` needs of search.json; the rest is for people."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-    evaluated: list[Row]
-    sha256: str
-
-
-def _evaluated_in(path: Path, supernet: Supernet) -> list[tuple[float, float, Scheme]]:
-    """(score, -cost, scheme) of each subnet in search.json, which must be of the supernet beside it."""
-    file = validated(SearchFile, read_sealed(path, 1, "Search again."), str(path))
-    if file.sha256 != sha256_of(path.with_name(FILE)):
-        raise InvalidFile(f"{path} is not of the {FILE} beside it. Search again.")
+def _evaluated_in(folder: Path, supernet: Supernet) -> list[tuple[float, float, Scheme]]:
+    """(score, -cost, scheme) of each subnet in the folder's search.json."""
+    known = [(row.score, -row.cost, Scheme(row.scheme)) for row in read_search(folder).evaluated]
     try:
-        known = [(row.score, -row.cost, Scheme.parse(row.scheme)) for row in file.evaluated]
         for _, _, scheme in known:
             check_whole(scheme, supernet.choices)
     except AnybitError as error:
-        raise InvalidFile(f"{path}: {error} Search again.") from error
+        raise InvalidFile(f"{folder / SEARCH}: {in_words(error)} Search again.") from error
     return known
 
 
 def best_within(folder: Any, supernet: Supernet, budget: Budget) -> Scheme:
     """The best evaluated subnet of a search that fits; of a supernet that was not searched, the largest uniform one that fits."""
     check_fits(supernet, budget)
-    file = Path(folder) / SEARCH if isinstance(folder, (str, Path)) else None
-    if file is not None and file.is_file():
-        known = _evaluated_in(file, supernet)
+    if isinstance(folder, (str, Path)) and (Path(folder) / SEARCH).is_file():
+        known = _evaluated_in(Path(folder), supernet)
         fit = [one for one in known if stages.fits(supernet.costs, one[2], budget)]
         if fit:
             return max(fit, key=lambda one: one[:2])[2]
