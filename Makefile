@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow lint clean
+.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow reliability lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -47,6 +47,11 @@ test: .venv/ready lint  ## the whole suite, minutes on two cores
 
 test-slow: .venv/ready  ## the long checks
 	$(BIN)/python -m pytest -m slow
+
+reliability: .venv/ready  ## 100 killed runs and 10,000 mutated files, an hour or two
+	$(BIN)/python examples/digits.py runs/digits
+	$(BIN)/python benchmarks/resume.py kills --weights runs/digits/weights.safetensors --data runs/digits/digits.npz --results runs/reliability
+	$(BIN)/python benchmarks/hostile_files.py --cases 10000 --output runs/reliability/hostile_files.json
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests examples benchmarks

@@ -27,15 +27,15 @@ from anybit.references import load_model
 
 NETWORK = f"{ROOT / 'examples/digits.py'}:network"
 BUDGETS = ("2.5bit", "3bit")
-RUNS = {"one thread": (1, 0), "two threads": (2, 0), "two workers": (1, 2), "two threads again": (2, 0)}  # (threads, workers)
+RUNS = {"one thread": 1, "two threads": 2, "one thread again": 1, "two threads again": 2}
 MEASURED = ("stages", "environment", "settings")
 
 
-def run(arguments: argparse.Namespace, folder: Path, threads: int, workers: int, pipeline: str) -> None:
+def run(arguments: argparse.Namespace, folder: Path, threads: int, pipeline: str) -> None:
     """A run with all budgets, saved."""
     torch.set_num_threads(threads)
     test = f"{arguments.data}#test"
-    how = {"weights": arguments.weights, "test": test, "samples": 512, "pipeline": pipeline, "workers": workers, "cache": False}
+    how = {"weights": arguments.weights, "test": test, "samples": 512, "pipeline": pipeline, "cache": False}
     roads.save_all(anybit.calibrate(NETWORK, arguments.data, list(BUDGETS), **how), folder)
 
 
@@ -79,9 +79,9 @@ def main(arguments: argparse.Namespace) -> None:
     for pipeline in ("light", "advanced"):
         with tempfile.TemporaryDirectory() as scratch:
             folders = {name: Path(scratch) / name.replace(" ", "-") for name in RUNS}
-            for name, (threads, workers) in RUNS.items():
-                in_a_process(arguments, folders[name], threads, workers, pipeline)
-            pairs = [("one thread", "two threads"), ("one thread", "two workers"), ("two threads", "two threads again")]
+            for name, threads in RUNS.items():
+                in_a_process(arguments, folders[name], threads, pipeline)
+            pairs = [("one thread", "two threads"), ("one thread", "one thread again"), ("two threads", "two threads again")]
             for (one, other), budget in itertools.product(pairs, BUDGETS):
                 places = folders[one] / budget, folders[other] / budget, arguments.weights
                 file.measured(f"{pipeline} {budget}: {one} / {other}", partial(compared, *places))

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import hashlib
 import io
 import json
 import logging
@@ -40,13 +41,14 @@ from typing import Any
 
 import torch
 from mutations import BYTES, JSONS, TENSORS, Mutation, closed, opened
-from safetensors.torch import load, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save, save_file
 from torch import nn
 
 import anybit
-from anybit import growth, roads, searches, stages, store, training
+from anybit import growth, resume, roads, searches, stages, store, training
 from anybit.batches import Batch
-from anybit.candidates import apply_scheme
+from anybit.candidates import apply_scheme, put_back, snapshot
 from anybit.checkpoint import (
     TIMES,
     SchemeFile,
@@ -210,15 +212,56 @@ def read_training(folder: Path) -> Any:
     return numbers(dict(one.model.state_dict())), numbers(state), records, one.decisions()
 
 
-def read_evaluations(folder: Path) -> Any:
-    """Every kept score, or what is measured again in its place: the same, whatever happened to the file."""
-    known = {f"search 8 {number}": 50.0 + number / 8 for number in range(6)}
-    done = searches.Evaluations(folder / "evaluations.jsonl", "of 0")
-    done.path = None  # nothing is written by reading
-    given = {key: done.recall(key, lambda value=value: value) for key, value in known.items()}
-    if not all(isinstance(value, float) and value == value for value in given.values()):
-        raise Unsound("a score that is no number")
-    return given
+KEPT_LAYERS = ("conv1", "conv2", "fc")
+
+
+def read_kept(folder: Path) -> Any:
+    """A unit's result as it is taken up from the cache, or made again in its place: the same, whatever happened to the file."""
+    recall, calibrated = resume.Recall(folder / "cache"), quickly(0, 4)
+
+    def read(kept: resume.Kept) -> dict[str, float]:
+        put_back(model, KEPT_LAYERS, kept.tensors)
+        return {key: float(value) for key, value in kept.record.items()}
+
+    model = copy.deepcopy(calibrated)
+    (folder / "cache").mkdir()
+    entry = recall._path("a unit")
+    entry.parent.mkdir()
+    entry.write_bytes((folder / "digest").read_bytes() + _entry(folder))
+    found = recall("a unit", lambda: kept_of(calibrated), read)
+    check_finite(model)
+    return [found, numbers(model.state_dict())]
+
+
+def _entry(folder: Path) -> bytes:
+    """The entry's bytes after its digest; a record that was changed goes in."""
+    data, record = (folder / "kept.safetensors").read_bytes(), (folder / "record.json").read_bytes()
+    if record == (folder / "record as written").read_bytes():
+        return data
+    return save({**load(data), resume.RECORD: torch.frombuffer(bytearray(record) or bytearray(b" "), dtype=torch.uint8)})
+
+
+def remake_kept(folder: Path) -> None:
+    with suppress(SafetensorError, KeyError, ValueError):
+        (folder / "digest").write_bytes(hashlib.sha256(_entry(folder)).digest())
+
+
+def kept_of(model: nn.Module) -> resume.Kept:
+    return resume.Kept({"before": 0.25, "after": 0.125, "steps": 6}, snapshot(model, KEPT_LAYERS))
+
+
+@functools.cache
+def quickly(seed: int, width: int) -> nn.Module:
+    """A canonical network, made in a moment."""
+    return anybit.calibrate(made(seed, width), LABELLED, "4bit", seed=seed, cache=False, **QUICK).model
+
+
+def write_kept(folder: Path, seed: int, width: int) -> None:
+    data = resume._written("a unit", kept_of(quickly(seed, width)))
+    (folder / "digest").write_bytes(data[: resume.DIGEST_BYTES])
+    (folder / "kept.safetensors").write_bytes(data[resume.DIGEST_BYTES :])
+    for name in ("record.json", "record as written"):
+        (folder / name).write_bytes(load(data[resume.DIGEST_BYTES :])[resume.RECORD].numpy().tobytes())
 
 
 def observed() -> stages.Network:
@@ -344,19 +387,6 @@ def remake_training(folder: Path) -> None:
         return
 
 
-def remake_evaluations(folder: Path) -> None:
-    lines = []
-    for line in (folder / "evaluations.jsonl").read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-            rest = {key: value for key, value in row.items() if key != DIGEST}
-            line = json.dumps({**rest, DIGEST: digest_of(rest)}).encode()
-        except (ValueError, AttributeError, RecursionError):
-            pass
-        lines.append(line)
-    (folder / "evaluations.jsonl").write_bytes(b"\n".join(lines))
-
-
 KINDS: dict[str, Kind] = {
     "run": Kind(("scheme.json", "model.safetensors"), read_run, remake_run),
     "report": Kind(("report.json",), read_reports, remake_report),
@@ -364,7 +394,7 @@ KINDS: dict[str, Kind] = {
     "training checkpoint": Kind(("checkpoint.safetensors",), read_training, remake_training),
     "supernet": Kind(("supernet.json", "supernet.safetensors", "report.json"), read_store, remake_supernet),
     "search": Kind(("search.json",), read_search, remake_supernet),
-    "evaluations' cache": Kind(("evaluations.jsonl",), read_evaluations, remake_evaluations),
+    "kept result": Kind(("kept.safetensors", "record.json"), read_kept, remake_kept),
     "latency cache": Kind(("latency.json",), read_latency, lambda folder: reseal(folder / "latency.json")),
     "list of own runs": Kind(("state/anybit/runs.json",), read_listing, guarded=False),
     "scheme to extract": Kind(("wanted.json",), read_scheme_text, guarded=False),
@@ -378,12 +408,13 @@ KINDS: dict[str, Kind] = {
 def write_all(home: Path, seed: int, width: int = 4) -> None:
     """One folder a kind, as anybit writes it."""
     network = made(seed, width)
-    result = anybit.calibrate(network, LABELLED, "4bit", test=LABELLED, seed=seed, **QUICK)
+    result = anybit.calibrate(network, LABELLED, "4bit", test=LABELLED, seed=seed, cache=False, **QUICK)
     for kind in ("run", "report", "candidates", "list of own runs", "exported file"):
         result.save(home / kind)
-    for kind in ("scheme to extract", "evaluations' cache", "latency cache", "weights", "pickled weights"):
+    for kind in ("scheme to extract", "kept result", "latency cache", "weights", "pickled weights"):
         (home / kind).mkdir()
-    anybit.export(home / "run", home / "exported file" / "net.onnx", model=network, data=INPUTS)
+    if seed == 0:  # no other is put in its place
+        anybit.export(home / "run", home / "exported file" / "net.onnx", model=network, data=INPUTS)
     (home / "scheme to extract" / "wanted.json").write_text(json.dumps(result.scheme.to_json()))
     save_file(network.state_dict(), home / "weights" / "weights.safetensors")
     torch.save(network.state_dict(), home / "pickled weights" / "weights.pt")
@@ -393,9 +424,7 @@ def write_all(home: Path, seed: int, width: int = 4) -> None:
     supernet = anybit.train(network, LABELLED, seed=seed, **TRAINING)
     supernet.save(home / "supernet")
     anybit.search(supernet, LABELLED, ["3bit"], images=3, evaluations=10, seed=seed, cache=False).save(home / "search")
-    done = searches.Evaluations(home / "evaluations' cache" / "evaluations.jsonl", f"of {seed}")
-    for number in range(6):
-        done.recall(f"search 8 {number}", lambda number=number: 50.0 + number / 8)
+    write_kept(home / "kept result", seed, width)
     names = observed().names
     table = LatencyTable(
         {n: {"float32": 3e-4, "int8": 1e-4} for n in names}, {"float32": 5e-4, "int8": 6e-4}, 1e-8, dict.fromkeys(names, 100)
@@ -460,19 +489,11 @@ def run_case(home: Path, number: int, seed: int, pristine: dict[str, Any]) -> Ca
         if options[chosen] is None:
             path.write_bytes((home / ("b" if chosen == "swapped" else "c") / name / file).read_bytes())
         else:
-            lines = file.endswith(".jsonl") and chosen in JSONS
-            path.write_bytes(of_a_line(path.read_bytes(), rng, options[chosen]) if lines else options[chosen](path.read_bytes(), rng))
+            path.write_bytes(options[chosen](path.read_bytes(), rng))
         if case.remade:
             kind.remake(folder)
         judge(case, kind, folder, pristine)
     return case
-
-
-def of_a_line(data: bytes, rng: random.Random, mutation: Mutation) -> bytes:
-    lines = data.split(b"\n")
-    at = rng.choice([index for index, line in enumerate(lines) if line])
-    lines[at] = mutation(lines[at], rng).replace(b"\n", b"")
-    return b"\n".join(lines)
 
 
 def judge(case: Case, kind: Kind, folder: Path, pristine: dict[str, Any]) -> None:

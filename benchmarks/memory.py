@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ from study import ROOT, Entries
 
 BUDGETS = {"2 GiB": 2**31, "1 GiB": 2**30, "512 MiB": 2**29, "256 MiB": 2**28}
 COMMON = {
-    "samples": 96, "batch_size": 8, "step_batch": 8, "candidate_steps": 3, "steps": 6, "weight_bits": (3, 4, 6), "activation_bits": (8,),
+    "samples": 64, "batch_size": 8, "step_batch": 8, "parallel": True, "candidate_steps": 3, "steps": 6,
+    "weight_bits": (4,), "activation_bits": (8,),
 }  # fmt: skip
+
+STEPS = {"candidates": "sequential AdaQuant", "sequential AdaQuant": "batch-norm tuning", "batch-norm tuning": "bias tuning"}
+"""What comes after each step of polishing."""
 
 
 class Watch(threading.Thread):
@@ -50,6 +55,7 @@ def child(images: str, memory: int) -> dict[str, Any]:
     import anybit
     from anybit import capture
     from anybit.batches import draw
+    from anybit.progress import listening
     from anybit.references import Preprocessing, load_data, load_model
     from anybit.reporting import StageClock
 
@@ -68,12 +74,17 @@ def child(images: str, memory: int) -> dict[str, Any]:
         spilled.append(self.spilled - before)
         return tensor
 
+    def heard(event: str, fields: Mapping[str, Any]) -> None:
+        if event == "step":
+            watch.stage = STEPS.get(fields["step"], watch.stage)
+
     StageClock.stage, capture.MemoryBudget.allocate = stage, counted
     network = load_model(str(ROOT / "examples/efficientnet_lite0.py") + ":network")
     inputs = draw(load_data(images, Preprocessing((0.498039,) * 3, (0.501961,) * 3, 224, None, "bicubic")), COMMON["samples"], 0)
     watch.start()
     try:
-        result = anybit.calibrate(network, inputs, "4bit", memory=memory, cache=False, **COMMON)
+        with listening(events=heard):
+            result = anybit.calibrate(network, inputs, None, memory=memory, cache=False, **COMMON)
     except anybit.AnybitError as error:
         return {"memory": memory, "refused": str(error)}
     weights = sum(tensor.numel() * 4 for tensor in network.state_dict().values())

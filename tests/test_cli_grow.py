@@ -91,6 +91,18 @@ def test_an_interrupted_training_continues_and_refuses_other_settings(here, monk
     assert finished.exit_code == 2 and "--overwrite" in finished.stderr
 
 
+def test_test_data_may_come_in_when_a_training_is_continued(here, monkeypatch):
+    from anybit import training
+
+    save = training._save
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_save", lambda *given: [save(*given), (_ for _ in ()).throw(KeyboardInterrupt)])
+        assert grow("--budget", "3bit").exit_code == 130
+    done = grow("--budget", "3bit", "--test", "x.npz")
+    assert done.exit_code == 0, done.exception
+    assert "frozen top1" in done.stdout and "frozen" not in json.loads(Path("run/report.json").read_text())["epochs"][0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

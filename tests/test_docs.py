@@ -1,6 +1,7 @@
 """The documentation runs: its Python is executed, its verbs, options and results are the ones that exist."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -85,3 +86,14 @@ def test_what_the_docs_say_is_said_of_refused_networks_is_in_the_code():
     assert len(said) > 15 and [text for text in said if text not in code] == []
     quoted = re.findall(r'named: "([^"]+)"', table)
     assert quoted and all(text in code for text in quoted)
+
+
+def test_what_the_docs_say_of_threads_was_measured():
+    entries = json.loads((ROOT / "benchmarks" / "results" / "determinism.json").read_text())["entries"]
+    section = (ROOT / "docs" / "reliability.md").read_text().split("## The same bytes")[1]
+    assert all(entry["same_files"] and entry["same_report"] for key, entry in entries.items() if key.endswith("again"))
+    for key, entry in entries.items():
+        if key.endswith("one thread / two threads") and not entry["same_files"]:
+            assert f"{entry['codes_that_differ']:,} of {entry['codes_compared']:,} codes differ" in section, key
+        elif key.endswith("one thread / two threads"):
+            assert key.startswith("light")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from networks import Residual, make
 from PIL import Image
+from safetensors.torch import save_file
 from test_cli import anybit_cli
 
 import anybit
@@ -27,10 +28,10 @@ def failed(cases) -> list:
 
 
 def test_mutated_files_end_in_a_typed_error_or_load_as_what_they_say(tmp_path):
-    cases = hostile_files.run_cases(tmp_path, range(390), seed=20)
+    cases = hostile_files.run_cases(tmp_path, range(260), seed=20)
     assert failed(cases) == []
     errors = {kind: sum(case.outcome == "error" for case in cases if case.kind == kind) for kind in hostile_files.KINDS}
-    assert all(count > 0 for kind, count in errors.items() if kind != "evaluations' cache"), errors
+    assert all(count > 0 for kind, count in errors.items() if kind != "kept result"), errors
     assert {case.outcome for case in cases if not case.remade} <= {"same", "error", "edited"}
 
 
@@ -109,6 +110,44 @@ def test_a_report_that_was_edited_or_is_anothers_is_refused(run_folder, calibrat
 def test_a_reports_times_may_differ(run_folder):
     edited(run_folder / "report.json", stages=[])
     assert read_report(run_folder)["stages"] == []
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("layers", lambda layers: None),
+        ("stages", lambda stages: None),
+        ("stages", lambda stages: stages * 1000),
+        ("budget", lambda budget: budget * 1000),
+        ("result", lambda result: None),
+        ("schemes", lambda rows: [{key: value for key, value in row.items() if key != "predicted"} for row in rows]),
+        ("schemes", lambda rows: [{**row, "top1": [1]} for row in rows]),
+        ("schemes", lambda rows: [{**row, "chosen": False} for row in rows]),
+        ("ladder", lambda rows: [{**row, "kept": False} for row in rows]),
+        ("ladder", lambda rows: []),
+        ("units", lambda units: {name: {"before": 1.0} for name in units}),
+    ],
+)
+def test_a_report_that_lacks_what_is_shown_of_it_is_refused(part, change, run_folder):
+    path = run_folder / "report.json"
+    edited(path, **{part: change(json.loads(path.read_text())[part])})
+    hostile_files.remake_report(run_folder)
+    with pytest.raises(InvalidFile, match=rf"report\.json.*{part[:-1]}") as raised:
+        read_report(run_folder)
+    assert len(str(raised.value)) < 1000
+
+
+def test_messages_are_short_whatever_the_file_says(run_folder, calibrated, tmp_path):
+    save_file({"a" * 10_000: torch.ones(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(SchemeMismatch, match="have besides aaa") as raised:
+        anybit.references.load_weights(make(Residual), tmp_path / "w.safetensors")
+    assert len(str(raised.value)) < 1000
+    path = run_folder / "candidates.json"
+    edited(path, settings={**json.loads(path.read_text())["settings"], "task": "a" * 10_000})
+    hostile_files.reseal(path)
+    with pytest.raises(InvalidFile, match=r"candidates\.json: settings: task") as raised:
+        anybit.allocate(run_folder, "4bit", data=calibrated[1], model=calibrated[0])
+    assert len(str(raised.value)) < 1000
 
 
 def test_candidates_of_another_run_are_refused(run_folder, calibrated, tmp_path):

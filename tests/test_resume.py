@@ -240,7 +240,7 @@ def test_other_weights_data_or_code_take_up_nothing(tmp_path, monkeypatch):
     counts.append(run(other, inputs))
     monkeypatch.setattr("anybit.stages.code_version", lambda: "another")
     counts.append(run(model, inputs))
-    monkeypatch.setattr("anybit.stages.machine", lambda: "another")
+    monkeypatch.setattr("anybit.stages.machine", lambda device: "another")
     counts.append(run(model, inputs))
     assert len(set(counts)) == 1 and counts[0] > 10
 

@@ -291,7 +291,7 @@ def test_an_error_while_saving_leaves_nothing(calibrated, monkeypatch, tmp_path)
         raise OSError("no space left on device")
 
     monkeypatch.setattr("anybit.roads.write_candidates", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(AnybitError, match=r"no space.*Nothing is left there"):
         calibrated[2].save(tmp_path / "runs" / "mine")
     assert not (tmp_path / "state").exists() and list((tmp_path / "runs").iterdir()) == []
 

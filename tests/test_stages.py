@@ -1,5 +1,6 @@
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_settings_survive_json():
     from anybit.roads import _settings_from
 
     settings = CalibrateSettings(keep={"fc": Precision(8, 8)}, activation_bits=(4, None), blocks=("a",), sensitivity_base=Precision(8, 8))
-    again = _settings_from(settings.to_json())
+    again = _settings_from(settings.to_json(), Path("candidates.json"))
     assert again.to_json() == settings.to_json() and again.keep == settings.keep and again.activation_bits == (4, None)
 
 

@@ -589,6 +589,18 @@ def test_buffers_that_a_pass_changes_are_saved_as_they_were_given(tmp_path):
     anybit.load(result.save(tmp_path / "run"), model=plain(relu1=Counting("plain", "none", "relu")))
 
 
+def test_a_block_whose_buffers_come_and_go_is_reconstructed():
+    class Block(Counting):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    parts = ("plain", "batch norm", "relu")
+    model = make(lambda: nn.Sequential(nn.Conv2d(3, WIDTH, 1), Block(*parts), nn.ReLU(), Block(*parts), nn.Conv2d(WIDTH, 2, 1)))
+    result = calibrated(model, pipeline="advanced", task="regression")
+    assert {"1", "3"} <= set(result.report["units"])
+    assert all(result.model[place].last is None and result.model[place].count == 0 for place in (1, 3))
+
+
 def test_outputs_that_depend_on_what_was_seen_before_are_refused_naming_where():
     refused_calibrating(plain(relu1=Remembering("plain", "none", "relu")), "from relu1/add on", "It keeps", "relu1.mean")
 

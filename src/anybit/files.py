@@ -164,8 +164,10 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
 def _first_difference(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"])
-    given = "" if first["type"] == "missing" else f" (it is {reprlib.repr(first['input'])})"
-    return f"{place + ': ' if place else ''}{' '.join(first['msg'].split())}{given}"
+    value = first["input"]
+    shown = f"a {type(value).__name__}" if isinstance(value, (dict, list, tuple)) and value else reprlib.repr(value)
+    given = "" if first["type"] in ("missing", "value_error") else f" (it is {shown})"
+    return f"{place[:300] + ': ' if place else ''}{' '.join(first['msg'].removeprefix('Value error, ').split())}{given}"
 
 
 # Digests

@@ -155,7 +155,8 @@ def _print_epochs(epochs: list[Mapping[str, Any]]) -> None:
     told = [key for key in ("paper_bits", "undecided", "temperature") if key in epochs[-1]]
     rows = [
         [
-            str(row["epoch"]), row["loss"], *(row[kind][key] for key in scores for kind in ("soft", "frozen")), f"{row['weight_bits']:.2f}",
+            str(row["epoch"]), row["loss"], *(row.get(kind, {}).get(key) for key in scores for kind in ("soft", "frozen")),
+            f"{row['weight_bits']:.2f}",
             *(row[key] for key in told),
         ]
         for row in epochs

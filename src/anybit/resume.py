@@ -29,6 +29,7 @@ from torch import Tensor
 
 import anybit
 from anybit.errors import InvalidFile
+from anybit.files import parse_json
 from anybit.progress import tell
 
 Value = TypeVar("Value")
@@ -117,7 +118,7 @@ def _read(path: Path) -> Kept:
         tensors = safetensors.torch.load(data[DIGEST_BYTES:])
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise InvalidFile(f"no tensors: {error}") from error
-    record = json.loads(tensors.pop(RECORD).numpy().tobytes())
+    record = parse_json(tensors.pop(RECORD).numpy().tobytes(), "its record")
     return Kept(record["value"], {key.removeprefix("="): tensor for key, tensor in tensors.items()})
 
 
@@ -154,9 +155,10 @@ def code_version() -> str:
     return whole.hexdigest()
 
 
-def machine() -> dict[str, Any]:
-    """What else the last bits of a result depend on: PyTorch, its threads, and what the processor can do."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+def machine(device: torch.device) -> dict[str, Any]:
+    """What else the last bits of a result depend on: PyTorch, its threads, what the processor can do, and the device."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(), "device": kind}
 
 
 def cache_home() -> Path:

@@ -304,7 +304,8 @@ def _finish(
     with clock.stage("edge ranges"):
         part = stages.samples_at_once(network.wiring, stages.OBSERVED, bench.settings.memory, 8)
         recall = bench.judge.recall.under("edges", digest(model.state_dict().values()), part)
-        edges = recall.value("edge ranges", lambda: stages.edge_ranges(model, network.wiring, bench.calibration.fitting, part), as_ranges)
+        observe_edges = partial(stages.edge_ranges, model, network.wiring, bench.calibration.fitting, part)
+        edges = recall.value("edge ranges", observe_edges, partial(as_ranges, wiring=network.wiring))
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
     report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
@@ -641,7 +642,9 @@ def _under_supernet(recall: Recall, supernet: Supernet, samples: Samples, metric
     first = next(samples.on("cpu").subset(range(min(64, len(samples)))).batches(64))
     numbers = [*supernet.model.parameters(), *(tensor for name, tensor in supernet.model.named_buffers() if name.endswith(".start"))]
     data = [len(samples), digest(tensors_in([first.inputs, first.labels]))]
-    return recall.under(code_version(), machine(), digest(numbers), data, supernet.settings.to_json(), metric and code_of(metric))
+    return recall.under(
+        code_version(), machine(numbers[0].device), digest(numbers), data, supernet.settings.to_json(), metric and code_of(metric)
+    )
 
 
 def extract(

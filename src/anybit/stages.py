@@ -30,7 +30,7 @@ from anybit.candidates import (
 )
 from anybit.capture import input_samples
 from anybit.cost import CostModel
-from anybit.errors import InfeasibleBudget, InvalidSetting, SchemeMismatch, UnsupportedModel
+from anybit.errors import InfeasibleBudget, InvalidFile, InvalidSetting, SchemeMismatch, UnsupportedModel
 from anybit.evaluation import COUNTED, TASKS, Metric, distance, guess_task, outputs_of, score
 from anybit.layers import check_float32, check_plain_use, coverage, float_weight, prepare, quantized_layers, takes_groups, weight_rows
 from anybit.matmul import Matmul
@@ -305,7 +305,7 @@ def recall_of_run(
     choices = {name: [str(precision) for precision in precisions] for name, precisions in network.choices.items()}
     units = [[unit.name, list(unit.layers)] for unit in network.units]
     return recall.under(
-        code_version(), machine(), str(data[0].device), digest(network.float_model.state_dict().values()), digest(data), digest(outputs),
+        code_version(), machine(data[0].device), digest(network.float_model.state_dict().values()), digest(data), digest(outputs),
         operations, choices, units, early,
     )  # fmt: skip
 
@@ -495,8 +495,8 @@ class Judge:
 
 
 def as_scores(record: Mapping[str, Any]) -> dict[str, float]:
-    """A kept record of scores."""
-    return {str(key): float(value) for key, value in record.items()}
+    """A kept record of what `Judge.of_model` measured."""
+    return {"loss": float(record["loss"])} | {str(key): float(value) for key, value in record.items()}
 
 
 @dataclass(frozen=True)
@@ -534,9 +534,15 @@ def chosen_scheme(bench: "Bench", budget: Budget | None) -> Choice:
     network, judge = bench.network, bench.judge
     latency = None if network.costs.latency is None else asdict(network.costs.latency)
     recall = judge.recall.under("allocation", budget and str(budget), bench.settings.alternatives, latency)
-    return recall.value(
-        "allocation", lambda: choose_scheme(network, bench.table, budget, bench.settings, judge).to_json(), Choice.from_json
-    )
+
+    def read(told: Mapping[str, Any]) -> Choice:
+        choice = Choice.from_json(told)
+        for scheme in (choice.scheme, *(row["scheme"] for row in choice.measured)):
+            if set(scheme) != set(network.choices):
+                raise InvalidFile("its layers are not the network's")
+        return choice
+
+    return recall.value("allocation", lambda: choose_scheme(network, bench.table, budget, bench.settings, judge).to_json(), read)
 
 
 def choose_scheme(network: Network, table: SensitivityTable, budget: Budget | None, settings: CalibrateSettings, judge: Judge) -> Choice:
@@ -837,9 +843,9 @@ def edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch], part
     return {name: ends.get(name, (0.0, 0.0)) for name in wiring.edges()}
 
 
-def as_ranges(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+def as_ranges(record: Mapping[str, Any], wiring: Wiring) -> dict[str, tuple[float, float]]:
     """A kept record of edge ranges."""
-    return {str(name): (float(low), float(high)) for name, (low, high) in record.items()}
+    return {name: (float(record[name][0]), float(record[name][1])) for name in wiring.edges()}
 
 
 def _token_pairs(model: nn.Module, wiring: Wiring) -> set[str]:

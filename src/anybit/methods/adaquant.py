@@ -163,7 +163,7 @@ def reconstruct(
     if not layers:
         return {}
     finish = activation or _identity
-    before = copy.deepcopy(module.state_dict())
+    before = _states(layers)
     errors = {"before": _error(module, held_out, finish), "fitted_before": _error(module, fitting, finish, held_out.count)}
 
     for name, layer in layers.items():
@@ -179,15 +179,25 @@ def reconstruct(
                 error = _error(module, held_out, finish)
                 _set_dropping(layers, True)
                 if error < best["error"]:
-                    best = {"error": error, "steps": step, "state": copy.deepcopy(module.state_dict())}
+                    best = {"error": error, "steps": step, "state": _states(layers)}
 
     if best["state"] is not None:
-        module.load_state_dict(best["state"])
+        _load(layers, best["state"])
     _freeze(layers)
     if best["state"] is None:
-        module.load_state_dict(before)
+        _load(layers, before)
     fitted_after = _error(module, fitting, finish, held_out.count)
     return {**errors, "after": best["error"], "fitted_after": fitted_after, "steps": best["steps"]}
+
+
+def _states(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """What is fitted, layer by layer; what else the module keeps in buffers is its own."""
+    return {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
+
+
+def _load(layers: Mapping[str, nn.Module], states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for name, layer in layers.items():
+        layer.load_state_dict(states[name])
 
 
 def sequential(
