@@ -604,6 +604,14 @@ def test_a_block_whose_buffers_come_and_go_is_reconstructed():
 def test_outputs_that_depend_on_what_was_seen_before_are_refused_naming_where():
     refused_calibrating(plain(relu1=Remembering("plain", "none", "relu")), "from relu1/add on", "It keeps", "relu1.mean")
 
+    counter, dropout = Counting("plain", "none", "relu"), AtRandom("plain", "none", "relu")
+    refused_calibrating(plain(relu1=counter, relu2=dropout), "from relu2/dropout on")  # the counter before it does no harm
+    written = Peeked("written", "plain", "batch norm", "relu")
+    refused_calibrating(plain(relu1=dropout, relu2=written), "from relu1/dropout on")  # a write in place hides nothing before it
+    hidden = with_forward(lambda self, x: self.fc(self.body(x) + 0 * self.relu1.mean))
+    hidden.relu1 = Remembering("plain", "none", "relu")
+    refused_calibrating(hidden, "from relu1/add on")  # nor does a product with zero, which is another number on other inputs
+
     def counting(self, x):
         self.seen = getattr(self, "seen", 0) + 1
         return Plain.forward(self, x) + self.seen

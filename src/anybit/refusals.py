@@ -4,6 +4,7 @@ What is told here cannot be told from a layer alone: how weights are held, wheth
 """
 
 import copy
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,11 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from anybit.batches import Batch, call, evaluating, predict, tensors_in
+from anybit.batches import Batch, evaluating, predict
 from anybit.cost import STORED_TYPES
 from anybit.errors import AnybitError, UnsupportedModel
 from anybit.matmul import Matmul
-from anybit.wiring import COVERED, observe
+from anybit.wiring import COVERED, Wiring, observe
 
 _REMOVERS = {
     WeightNorm: "torch.nn.utils.remove_weight_norm",
@@ -106,14 +107,14 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
 
-@torch.no_grad()
 def moving_state(model: nn.Module, example: Batch, before: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     """Buffers that a pass in evaluation mode changes -> their values `before` any (None: it had none); outputs must not depend on them.
 
-    Raises UnsupportedModel where a pass changes a parameter, or where the same inputs give other outputs the second time.
+    Raises UnsupportedModel where a pass changes a parameter, or where the same inputs give other values the second time, on the way to
+    the outputs: on other inputs the outputs may tell.
     """
     try:
-        first, second = _run(model, example), _run(model, example)
+        (wiring, first), (_, second) = _seen(model, example), _seen(model, example)
     except Exception as error:
         raise UnsupportedModel(
             f"The network runs once on an input and not again ({_said(error)}). Reset what it keeps in each pass."
@@ -127,19 +128,14 @@ def moving_state(model: nn.Module, example: Batch, before: Mapping[str, Tensor])
                 f"A pass in evaluation mode writes into {key}, whose codes could not stay. Let {_owner(key)} change it in training "
                 "alone (of an embedding: max_norm=None)."
             )
-    if len(first) != len(second) or not all(map(_same, first, second)):
-        name = _first_difference(model, example)
+    name = _first_difference(wiring, first, second)
+    if name is not None:
         kept = f" It keeps {', '.join(moved)}." if moved else ""
         raise UnsupportedModel(
             f"The same inputs give other outputs the second time, from {name} on: the network draws at random or keeps what it saw."
             f"{kept} Make it repeat itself in evaluation mode."
         )
     return moved
-
-
-def _run(model: nn.Module, example: Batch) -> list[Tensor]:
-    with evaluating(model):
-        return [tensor.clone() for tensor in tensors_in(call(model, example.inputs))]
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
@@ -152,15 +148,30 @@ def _owner(key: str) -> str:
     return key.rpartition(".")[0] or "the network"
 
 
-def _first_difference(model: nn.Module, example: Batch) -> str:
-    """The name of the first value that two passes make differently."""
-    passes: list[list[tuple[str, Tensor]]] = [[], []]
-    for values in passes:
-        observe(model, example, lambda name, tensor, values=values: values.append((name, tensor.clone())))
-    for (name, one), (other_name, other) in zip(*passes, strict=False):
-        if name != other_name or not _same(one, other):
-            return name
-    return "its outputs"
+def _seen(model: nn.Module, example: Batch) -> tuple[Wiring, list[tuple[str, bytes]]]:
+    """A pass: (its wiring, each value's name with a digest of its bytes)."""
+    values: list[tuple[str, bytes]] = []
+    wiring = observe(model, example, lambda name, tensor: values.append((name, _digest(tensor))))
+    return wiring, values
+
+
+def _digest(tensor: Tensor) -> bytes:
+    if torch._C._functorch.is_batchedtensor(tensor):  # its bytes cannot be had
+        return b""
+    flat = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
+    return hashlib.blake2b(flat.view(torch.uint8).numpy(), digest_size=16).digest()
+
+
+def _first_difference(wiring: Wiring, first: Sequence[tuple[str, bytes]], second: Sequence[tuple[str, bytes]]) -> str | None:
+    """The name of the first value that two passes make differently, of those that the outputs are made of."""
+    counts = set(wiring.output_values or (number for op in wiring.operations for number in op.outputs))
+    for op in reversed(wiring.operations):
+        counts.update(op.inputs if counts & set(op.outputs) else ())
+    made = [*((number,) for number in wiring.input_values), *(op.outputs for op in wiring.operations if op.outputs)]
+    for one, other, numbers in zip(first, second, made, strict=False):
+        if one[0] != other[0] or (one != other and counts & set(numbers)):
+            return one[0]
+    return None if len(first) == len(second) else "its last operation"
 
 
 def restore(model: nn.Module, state: Mapping[str, Tensor | None]) -> None:

@@ -40,7 +40,7 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "hardsigmoid": F.hardsigmoid, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "leaky_relu": F.leaky_relu, "elu": F.elu,
     "mish": F.mish, "clamp": torch.clamp, "clip": torch.clamp,
 }  # fmt: skip
-ESCAPES = {"setitem", "item", "tolist", "numpy", "array", "bool", "float", "int", "index", "equal", "allclose", "is_nonzero"}
+ESCAPES = {"item", "tolist", "numpy", "array", "bool", "float", "int", "index", "equal", "allclose", "is_nonzero"}
 """Functions that read values and give back no tensor."""
 CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clip"}
 """Activations that only bound values: after them fewer values are left, none is new."""
@@ -90,7 +90,7 @@ class Wiring:
     input_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     module_inputs: dict[str, int] = field(default_factory=dict)
     escaped: frozenset[int] = frozenset()
-    """Values that something reads which is no operation here: a comparison, an index, a number taken out, a write in place."""
+    """Values that something reads which is no operation here: a comparison, an index, a number taken out."""
     surroundings: dict[str, str] = field(default_factory=dict)
     """Layer -> what is around it in the forward and would not be when it is run alone (vmap, autocast, gradients)."""
     read_weights: frozenset[str] = frozenset()
@@ -300,20 +300,16 @@ class _Observer(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if not self.inside_leaf:
+            kind, owner = _bare_name(func), self.stack[-1]
+            made = args[0] if kind == "setitem" else output
             reads = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self.values]
-            makes = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-            kind = _bare_name(func)
-            gives = bool(tensors_in(output)) or kind in ESCAPES
-            if gives:
-                read = (self.weights.get(id(tensor)) for tensor in tensors_in((args, kwargs)))
-                self.read_weights.update(name for name in read if name is not None)
-            if reads and not makes and gives:
-                self.escaped.update(self.values[id(tensor)] for tensor in reads)
-                if kind == "setitem" and args[0] is reads[0]:
-                    self._new_value(args[0])
+            makes = [tensor for tensor in tensors_in(made) if tensor.is_floating_point() or tensor.is_complex()]
+            if tensors_in(made) or kind in ESCAPES:
+                weights = (self.weights.get(id(tensor)) for tensor in tensors_in((args, kwargs)))
+                self.read_weights.update(name for name in weights if name is not None)
+                self.escaped.update(self.values[id(tensor)] for tensor in reads if not makes)
             if reads and makes:
-                owner = self.stack[-1]
-                self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, (args, kwargs), output, _activation(kind, args, kwargs))
+                self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, (args, kwargs), made, _activation(kind, args, kwargs))
         return output
 
     def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> None:
