@@ -28,7 +28,7 @@ from anybit.candidates import (
     to_tensors,
     weight_candidate,
 )
-from anybit.capture import input_samples
+from anybit.capture import give_back, input_samples
 from anybit.cost import CostModel
 from anybit.errors import InfeasibleBudget, InvalidFile, InvalidSetting, SchemeMismatch, UnsupportedModel
 from anybit.evaluation import COUNTED, TASKS, Metric, distance, guess_task, outputs_of, score
@@ -700,6 +700,7 @@ def polish(bench: Bench, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]
             return found
 
         told, measured = recall(step, make, read)
+        give_back()
         kept = measured["loss"] < next(row["loss"] for row in reversed(ladder) if row["kept"])
         ladder.append({"step": step, "kept": kept, **measured, **{key: told[key] for key in told if key in ("images", "epochs")}})
         tell("step", **ladder[-1])
@@ -753,7 +754,7 @@ def sequential_start(bench: Bench, scheme: Scheme) -> tuple[nn.Module, dict[str,
     return apply_scheme(bench.network.prepared, scheme, candidates), free
 
 
-RUNNING = 4
+RUNNING = 5
 """Of its largest tensor, how many a forward pass holds at once."""
 TRAINED = 3
 """Of each tensor, how many a forward and backward pass holds at once: the value, its quantized form, a gradient."""

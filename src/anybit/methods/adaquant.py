@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from anybit.batches import Batch, Calibration, predict, real
 from anybit.candidates import put_back, snapshot
-from anybit.capture import Captured, MemoryBudget, capture, carry, chunks
+from anybit.capture import Captured, MemoryBudget, capture, carry, chunks, give_back
 from anybit.errors import AnybitError
 from anybit.evaluation import compares_classes, distance, outputs_of
 from anybit.layers import QuantizedLayer, fill, float_weight, from_rows, quantized_layers, weight_rows
@@ -244,6 +244,7 @@ def sequential(
         report[unit.name] = _recalled_unit(name, model, unit, starts, partial(reach, unit), wiring, settings, recall)
         through.append(unit)
         tell("unit", unit=unit.name, **report[unit.name])
+        give_back()
     return report
 
 
@@ -291,6 +292,8 @@ def parallel(
             result = _recalled_unit(name, model, unit, starts[bits], sides, wiring, settings, recall)
             report.setdefault(unit.name, {})[bits] = result
             tell("unit", unit=unit.name, bits=bits, **result)
+        sides = None
+        give_back()
     return report
 
 
