@@ -1,6 +1,9 @@
 import hashlib
 import json
+import os
 import random
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -317,6 +320,26 @@ def test_ones_own_folder_is_followed_until_it_is_changed(trapped, monkeypatch, t
     assert not is_own(folder)
 
 
+LISTS = """
+import sys, warnings
+from pathlib import Path
+from anybit.checkpoint import remember
+warnings.simplefilter("error")
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    remember(folder)
+"""
+
+
+def test_runs_that_end_at_once_are_all_listed(tmp_path):
+    for process in "abc":
+        for number in range(40):
+            (tmp_path / process / str(number)).mkdir(parents=True)
+            (tmp_path / process / str(number) / "scheme.json").write_text(f"{process} {number}")
+    listing = [subprocess.Popen([sys.executable, "-c", LISTS, tmp_path / process]) for process in "abc"]
+    assert [process.wait(timeout=120) for process in listing] == [0, 0, 0]
+    assert all(is_own(tmp_path / process / str(number)) for process in "abc" for number in range(40))
+
+
 @pytest.mark.parametrize("state", ["a file", "a broken list"])
 def test_a_run_that_cannot_be_listed_is_saved_with_a_warning(state, calibrated, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
@@ -345,6 +368,24 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         (draft / "scheme.json").write_text("{}")
         assert not (tmp_path / "runs" / "mine").exists()
     assert [path.name for path in (tmp_path / "runs" / "mine").iterdir()] == ["scheme.json"]
+
+
+def test_a_place_that_another_run_took_meanwhile_stays_its_own(tmp_path):
+    with pytest.raises(InvalidSetting, match="holds a finished run"), new_folder(tmp_path / "run") as late:
+        (late / "report.json").write_text("late")
+        with new_folder(tmp_path / "run") as draft:
+            (draft / "report.json").write_text("first")
+    assert (tmp_path / "run" / "report.json").read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_whoever_may_read_new_files_may_read_a_run(calibrated, tmp_path):
+    mask = os.umask(0o027)
+    try:
+        folder = calibrated[2].save(tmp_path / "run")
+    finally:
+        os.umask(mask)
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
 
 
 def test_a_failed_overwrite_keeps_the_run_that_was_there(run_folder):

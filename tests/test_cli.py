@@ -337,6 +337,12 @@ def test_an_unlabelled_test_set_is_refused_before_any_long_work(here, monkeypatc
     assert calibrate("--quiet", "--test", "unlabelled.npz").exit_code == 2
 
 
+def test_an_error_steers_no_terminal(here):
+    Path("run\x1b[2J").mkdir()
+    done = anybit_cli("evaluate", "run\x1b[2J", "--data", "x.npz")
+    assert done.exit_code == 2 and r"run\x1b[2J" in done.stderr and done.stderr.rstrip("\n").isprintable()
+
+
 def test_an_interruption_ends_with_status_130_and_leaves_nothing(here, monkeypatch):
     from anybit import stages
 

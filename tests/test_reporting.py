@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybit.reporting import StageClock, environment, human_bytes, human_count, peak_memory, print_inspection, print_table, result_line
+from anybit.errors import printable
+from anybit.reporting import (
+    StageClock,
+    environment,
+    human_bytes,
+    human_count,
+    peak_memory,
+    print_explanation,
+    print_inspection,
+    print_table,
+    result_line,
+)
 
 few = settings(max_examples=200, deadline=None)
 FACTORS = {"": 1, "B": 1, "k": 1e3, "kB": 1e3, "M": 1e6, "MB": 1e6, "G": 1e9, "GB": 1e9, "T": 1e12}
@@ -91,6 +102,24 @@ def test_a_table_shows_every_cell(capsys):
     shown = capsys.readouterr().out
     assert all(part in shown for part in ("Title", "name", "value", "a", "0.1235", "b", "c", "text"))
     assert "None" not in shown
+
+
+STEERING = "a\x1b[31m\x9b2J\u202e\n\ud800"
+
+
+def test_names_are_shown_as_they_are_and_steer_no_terminal(capsys):
+    """Names come from strangers' files too: rich's own markup in them is text, and control characters are escaped."""
+    for name in ("a[/b]", "[bold]c", STEERING):
+        print_table(name, [name], [[name]])
+        print_explanation({"layer": name, "why": [name]})
+    shown = capsys.readouterr().out
+    assert all(shown.count(name) == 4 for name in ("a[/b]", "[bold]c", r"a\x1b[31m\x9b2J\u202e\n\ud800"))
+    assert all(line.isprintable() for line in shown.split("\n"))
+
+
+@given(st.text(st.characters()))
+def test_printable_text_is_left_alone_and_other_text_becomes_it(text):
+    assert printable(text).isprintable() and (not text.isprintable() or printable(text) == text)
 
 
 def test_a_table_without_rows_shows_its_columns(capsys):

@@ -121,11 +121,46 @@ def test_trimming_removes_the_least_recently_used_first(tmp_path):
 def test_trimming_removes_what_a_killed_process_left_behind(tmp_path):
     Recall(tmp_path).value("result", lambda: 1)
     folder = entries(tmp_path)[0].path.parent
-    old, new = folder / ".old.1.tmp", folder / ".new.1.tmp"
+    old, new = (folder / f".{'ab' * 32}.{process}.tmp" for process in (1, 2))
     for draft in (old, new):
         draft.write_bytes(b"half")
     os.utime(old, (0, 0))
     assert trim(tmp_path, 10**9) == 4 and not old.is_file() and new.is_file() and len(entries(tmp_path)) == 1
+
+
+def test_trimming_touches_what_it_wrote_alone(tmp_path):
+    """A store may be put into a folder that holds other files, and links and pipes may be put into a store."""
+    Recall(tmp_path).value("result", lambda: 1)
+    results, letters = entries(tmp_path)[0].path.parent, tmp_path / "my"
+    letters.mkdir()
+    for file in (letters / "letter.txt", letters / "draft.tmp", results / "note"):
+        file.write_text("mine")
+        os.utime(file, (0, 0))
+    (letters / ("ab" * 32)).mkdir()
+    os.mkfifo(letters / ("cd" * 32))
+    (letters / ("ef" * 32)).symlink_to("/dev/zero")
+    before = sorted(tmp_path.glob("*/*"))
+    assert len(entries(tmp_path)) == 1 and remove_damaged(tmp_path) == {}
+    trim(tmp_path, 0)
+    assert [path for path in before if not os.path.lexists(path)] == [
+        path for path in before if path.parent == results and path.name != "note"
+    ]
+
+
+def test_a_result_that_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch):
+    for name in "abc":
+        Recall(tmp_path).value(name, lambda: 1)
+    entries(tmp_path)[0].path.write_bytes(b"damage")
+
+    def refused(self, missing_ok=False):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.warns(UserWarning, match="cannot be removed .Permission denied") as told:
+        assert trim(tmp_path, 0) == 0
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match="cannot be removed"):
+        remove_damaged(tmp_path)
 
 
 def test_damaged_results_are_found_without_a_run(tmp_path):

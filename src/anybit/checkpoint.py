@@ -6,6 +6,7 @@ report.json          the measured report; report.html shows it
 candidates.safetensors, candidates.json    what `anybit allocate` needs to serve another budget (only in calibrate's folders)
 """
 
+import fcntl
 import glob
 import hashlib
 import json
@@ -16,7 +17,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +50,7 @@ from anybit.layers import codes_of, float_weight, prepare, quantized_layers, sch
 from anybit.packing import StoredLayer, TensorSpec, layout, pack, packed_bytes, unpack
 from anybit.records import Record, SearchFile, record_of
 from anybit.references import Preprocessing
+from anybit.resume import write_whole
 from anybit.scheme import Precision, Scheme, check_names
 from anybit.store import FILE as SUPERNET
 from anybit.wiring import BATCH_NORMS
@@ -424,7 +426,8 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent))
         try:
             yield draft
-            draft.chmod(0o755)
+            check_free(path, overwrite)  # another run may have taken the place meanwhile
+            _open_as_others(draft)
             if path.exists():  # the old run goes only once the new one stands in its place
                 aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.old.", dir=path.parent)) / path.name
                 path.rename(aside)
@@ -439,6 +442,14 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             f"{path} cannot be written: {error}. Nothing is left there. Make room, or choose another --output; what was finished is kept, "
             "and the same command continues."
         ) from error
+
+
+def _open_as_others(folder: Path) -> None:
+    """Give the folder and its files the rights that new ones have here: drafts and files of tensors are made for their writer alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _remove_left_behind(path: Path) -> None:
@@ -518,16 +529,24 @@ def remember(folder: Path, file: str = "scheme.json") -> None:
     listing = _own_runs()
     try:
         listing.parent.mkdir(parents=True, exist_ok=True)
-        known = _known_runs(listing)
         digest = sha256_of(folder / file)
-        if digest not in known:
-            draft = listing.with_suffix(".tmp")
-            write_json(draft, [*known, digest])
-            draft.replace(listing)
+        with _one_at_a_time(listing.with_suffix(".lock")):
+            known = _known_runs(listing)
+            if digest not in known:
+                write_whole(listing, json.dumps([*known, digest], indent=1).encode())
     except (OSError, InvalidFile) as error:
         warnings.warn(
             f"{folder} is not listed as your own run ({error}): name its model when you load it, or mend {listing}.", stacklevel=2
         )
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Wait until no other process is in here; a file system without locks lets all in."""
+    with open(lock, "w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def is_own(folder: Path, file: str = "scheme.json") -> bool:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anybit.errors import AnybitError, InvalidSetting
+from anybit.errors import AnybitError, InvalidSetting, printable
 from anybit.scheme import Precision, parse_size
 
 app = typer.Typer(
@@ -100,7 +100,7 @@ def _reported_errors() -> Iterator[None]:
     try:
         yield
     except AnybitError as error:
-        print(f"anybit: {error}", file=sys.stderr)
+        print(f"anybit: {printable(str(error))}", file=sys.stderr)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         print("anybit: interrupted", file=sys.stderr)
@@ -143,7 +143,7 @@ def _work(verb: str, settings: Mapping[str, Any], silent: bool, log: Path | None
             if verbose:
                 sinks.append(lambda record: show(readable(record)))
             elif not (quiet or silent):
-                sinks.append(lambda record: "note" in record and show(record["note"]))
+                sinks.append(lambda record: "note" in record and show(printable(record["note"])))
             stack.enter_context(listening(listener, completing(*sinks)))
             stack.enter_context(verb_told(verb, settings))
         yield
@@ -1024,5 +1024,5 @@ def cache(
 
 def main() -> None:
     """Entry point of the `anybit` command."""
-    warnings.formatwarning = lambda message, *where, **line: f"warning: {' '.join(str(message).split())}\n"
+    warnings.formatwarning = lambda message, *where, **line: f"warning: {printable(' '.join(str(message).split()))}\n"
     app()

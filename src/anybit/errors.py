@@ -43,3 +43,8 @@ class InfeasibleBudget(AnybitError):
 
 class MissingPackage(AnybitError):
     """An optional package is needed."""
+
+
+def printable(text: str) -> str:
+    """`text` as a terminal may be given it: a name may come from a stranger's file, and what would steer the terminal is escaped."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

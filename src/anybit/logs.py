@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from anybit import __version__
-from anybit.errors import InvalidSetting
+from anybit.errors import InvalidSetting, printable
 from anybit.progress import EventListener, tell
 
 Record = Mapping[str, Any]
@@ -136,9 +136,9 @@ def readable(record: Record) -> str:
     rest = {key: value for key, value in record.items() if key not in ("time", "event", "stage", "layer", "unit", "seconds")}
     stage = f"[{record['stage']}] " if "stage" in record else ""
     words = ", ".join([*where, *_words(dict(sorted(rest.items(), key=lambda item: isinstance(item[1], Mapping))))])  # long ones last
-    line = f"{record['time'][11:19]} {stage}{record['event']}{': ' if words else ''}{words}"
+    line = printable(" ".join(f"{record['time'][11:19]} {stage}{record['event']}{': ' if words else ''}{words}".split()))
     ending = f" ({record['seconds']:.2f} s)"
-    return " ".join((line if len(line) + len(ending) <= WIDTH else line[: WIDTH - len(ending) - 3] + "...").split()) + ending
+    return (line if len(line) + len(ending) <= WIDTH else line[: WIDTH - len(ending) - 3] + "...") + ending
 
 
 def _words(fields: Mapping[str, Any], within: str = "") -> Iterator[str]:

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from anybit.errors import printable
 from anybit.progress import tell
 
 
@@ -100,14 +101,17 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]
     """A table on the terminal: text to the left, numbers to the right; plain where it is not a terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", header_style="bold")
-    rows = [[cell if isinstance(cell, str) else "" if cell is None else f"{cell:.4g}" for cell in row] for row in rows]
+    table = Table(title=Text(printable(title), "table.title"), title_justify="left", header_style="bold")
+    rows = [[printable(cell) if isinstance(cell, str) else "" if cell is None else f"{cell:.4g}" for cell in row] for row in rows]
     for index, column in enumerate(columns):
         numeric = all(row[index][:1].isdigit() or row[index][:1] in "-" or not row[index] for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=index > 0, overflow="fold")  # no name is cut
+        table.add_column(
+            Text(printable(column)), justify="right" if numeric else "left", no_wrap=index > 0, overflow="fold"
+        )  # no name is cut
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -245,7 +249,7 @@ def _print_layers(found: Mapping[str, Any], seen: bool) -> None:
     print_table("Layers", columns, rows)
     print_table("Bytes of each layer", ["layer", *(f"W{bits}" for bits in found["uniform"])], sizes)
     for name, reason in found["uncovered"].items():
-        print(f"not covered: {name}: {reason}")
+        print(printable(f"not covered: {name}: {reason}"))
 
 
 def scores_line(scores: Mapping[str, float]) -> str:
@@ -258,7 +262,7 @@ def print_verdict(found: Mapping[str, Any], numbers: bool = True) -> None:
     if found["numbers"] and numbers:
         _print_numbers(found)
     for failure in found["failures"]:
-        print(f"FAILED: {failure}")
+        print(printable(f"FAILED: {failure}"))
     print("verified" if found["ok"] else f"not verified: {len(found['failures'])} promises failed")
 
 
@@ -267,7 +271,7 @@ def _print_numbers(found: Mapping[str, Any]) -> None:
     fused, floats = len(found["kernels"]), found["floats"]
     print(f"{fused} of {found['quantized_layers']} layers run on integer kernels" + ("" if floats else "."))
     for name, reason in floats.items():
-        print(f"  in float: {name}: {reason}")
+        print(printable(f"  in float: {name}: {reason}"))
     numbers = found["numbers"]
     if "bitwise" in found["skipped"]:
         print(f"not checked here: equality with the integer reference: {found['skipped']['bitwise']}.")
@@ -276,14 +280,14 @@ def _print_numbers(found: Mapping[str, Any]) -> None:
     else:
         print("The runtime's outputs are not bit for bit those of the integer reference.")
     if numbers["in_float"]:
-        print(f"  computed in float between integers: {', '.join(numbers['in_float'])}")
+        print(printable(f"  computed in float between integers: {', '.join(numbers['in_float'])}"))
     simulation = found["simulation"]
     line = f"Beside the simulation, {found['inputs']} inputs: largest difference {simulation['largest_difference']:.4g}"
     line += f" (largest output {simulation['largest_output']:.4g})"
     print(line + (f", top-1 agreement {simulation['agreement']:.2f} %" if "agreement" in simulation else ""))
     if simulation["flipped_codes"]:
         layer, share = max(simulation["flipped_codes"].items(), key=lambda item: item[1])
-        print(f"Input codes that differ from the simulation's: at most {100 * share:.2f} %, in {layer}")
+        print(printable(f"Input codes that differ from the simulation's: at most {100 * share:.2f} %, in {layer}"))
     for kind, scores in found.get("accuracy", {}).items():
         print(f"{kind}: {scores_line(scores)}")
 
@@ -357,7 +361,7 @@ def print_explanation(found: Mapping[str, Any]) -> None:
         ]
         print_table(f"{found['layer']}: what it could have", ["precision", *(told[key] for key in keys)], rows)
     for sentence in found["why"]:
-        print(sentence)
+        print(printable(sentence))
 
 
 def print_bench(found: Mapping[str, Any]) -> None:

@@ -12,6 +12,8 @@ is executed. Whether a result was made or taken up, the caller gets what `read` 
 import hashlib
 import json
 import os
+import re
+import stat
 import time
 import warnings
 from collections import Counter
@@ -35,6 +37,8 @@ from anybit.progress import tell
 Value = TypeVar("Value")
 RECORD = "record"
 DIGEST_BYTES = 32
+KEPT = re.compile(r"[0-9a-f]{64}")
+DRAFT = re.compile(r"\.[0-9a-f]{64}\.[0-9]+\.tmp")
 LIMIT = 10 * 10**9
 """Bytes of results that are kept; beyond them the least recently used go."""
 
@@ -182,26 +186,34 @@ class Entry:
 
 def entries(folder: Path) -> list[Entry]:
     """The kept results, the least recently used first."""
-    found = [Entry(path, status.st_size, status.st_mtime) for path, status in _files(folder) if not path.name.endswith(".tmp")]
+    found = [Entry(path, status.st_size, status.st_mtime) for path, status in _files(folder, KEPT)]
     return sorted(found, key=lambda entry: (entry.used, entry.path))
 
 
 def trim(folder: Path, limit: int) -> int:
     """Remove the least recently used results until `limit` bytes are left, and what killed processes left; bytes removed."""
     removed = 0
-    for path, status in _files(folder):
-        if path.name.endswith(".tmp") and time.time() - status.st_mtime > 3600:  # an older one has no process that still writes it
-            path.unlink(missing_ok=True)
+    for path, status in _files(folder, DRAFT):
+        if time.time() - status.st_mtime > 3600 and _removed(path):  # an older one has no process that still writes it
             removed += status.st_size
     kept = entries(folder)
     total = sum(entry.bytes for entry in kept)
     for entry in kept:
-        if total <= limit:
+        if total <= limit or not _removed(entry.path):
             break
-        entry.path.unlink(missing_ok=True)
         total -= entry.bytes
         removed += entry.bytes
     return removed
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file; one that stays is worth a warning, not the run that makes room when it is done."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be removed ({error.strerror}): the cache stays as large as it is.", stacklevel=3)
+        return False
+    return True
 
 
 def remove_damaged(folder: Path) -> dict[Path, str]:
@@ -213,14 +225,17 @@ def remove_damaged(folder: Path) -> dict[Path, str]:
         except FileNotFoundError:  # another process has trimmed it
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
-            damaged[entry.path] = _words(error)
-            entry.path.unlink(missing_ok=True)
+            if _removed(entry.path):
+                damaged[entry.path] = _words(error)
     return damaged
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in folder.glob("*/*"):
+def _files(folder: Path, name: re.Pattern) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files of such a name that a store keeps its results under: whatever else is in the folder is not its own."""
+    for path in folder.glob("??/*"):
         try:  # another process may have trimmed it
-            yield path, path.stat()
+            status = path.lstat()
         except OSError:
             continue
+        if name.fullmatch(path.name) and stat.S_ISREG(status.st_mode):
+            yield path, status

@@ -1,0 +1,50 @@
+import subprocess
+import sys
+
+import pytest
+
+COMMAND = """
+import os, signal, sys
+import anybit.cli
+from anybit.__main__ import main
+
+def swallowed():  # as extension modules do that are interrupted while they are imported
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        pass
+    raise RuntimeError("half imported")
+
+def twice():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+
+def failing():
+    raise RuntimeError("a bug")
+
+def leaving():
+    sys.exit(2)
+
+anybit.cli.main = globals()[sys.argv[1]]
+main()
+"""
+
+
+@pytest.mark.parametrize("what", ["swallowed", "twice"])
+def test_ctrl_c_ends_with_130_wherever_it_comes(what):
+    done = subprocess.run([sys.executable, "-c", COMMAND, what], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "anybit: interrupted\n")
+
+
+@pytest.mark.parametrize(("what", "status"), [("failing", 1), ("leaving", 2)])
+def test_other_ends_are_their_own(what, status):
+    done = subprocess.run([sys.executable, "-c", COMMAND, what], capture_output=True, text=True)
+    assert done.returncode == status and ("a bug" in done.stderr) == (what == "failing") and "interrupted" not in done.stderr
+
+
+def test_where_ctrl_c_is_ignored_it_stays_so():
+    ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + COMMAND
+    done = subprocess.run([sys.executable, "-c", ignoring, "twice"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
