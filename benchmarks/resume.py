@@ -7,17 +7,15 @@ python benchmarks/resume.py cost  --weights runs/digits/weights.safetensors --da
 kills   100 runs of `anybit calibrate`, each with an empty cache, killed with SIGKILL at random moments up to three times and then let
         finish. Of each kill: the stage, how many results the killed process had taken up, and the seconds since its last event, which
         is the work that is lost. The run's files are compared with those of a run that was never killed.
-cost    processor seconds of a run that keeps its results against one that does not, in turns.
+    cost    processor seconds of hashing, packing and writing beside those of the rest of a run with an empty cache.
 """
 
 import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -149,20 +147,45 @@ def kills(arguments: argparse.Namespace, results: Entries) -> None:
 
 
 def cost(arguments: argparse.Namespace, results: Entries) -> None:
-    def processor_seconds(*more: str) -> float:
-        with tempfile.TemporaryDirectory(prefix="anybit-cost-") as place:
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            Run(arguments, Path(place), *more).finish()
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    """Processor seconds of what keeps and hashes, and of the rest, in one run each."""
+    import anybit
+    from anybit import resume, stages
+    from anybit.methods import adaquant
 
-    def turns() -> dict[str, Any]:
-        pairs = [(processor_seconds(), processor_seconds("--no-cache")) for _ in range(arguments.rounds)]
-        ratios = sorted(kept / plain for kept, plain in pairs)
-        quartiles = statistics.quantiles(ratios, n=4)
-        return {"ratio": statistics.median(ratios), "low": quartiles[0], "high": quartiles[2], "rounds": arguments.rounds, "pairs": pairs}
+    spent, depth = [0.0], [0]
 
-    results.measured("digits", turns)
+    def timed(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def wrapped(*given: Any, **named: Any) -> Any:
+            start, depth[0] = time.process_time(), depth[0] + 1
+            try:
+                return function(*given, **named)
+            finally:
+                depth[0] -= 1
+                spent[0] += (time.process_time() - start) * (depth[0] == 0)
+
+        setattr(owner, name, wrapped)
+
+    for owner, names in {
+        resume.Recall: ("_keep",), stages: ("recall_of_run", "snapshot", "put_back", "to_tensors", "from_tensors"),
+        adaquant: ("snapshot", "put_back"),
+    }.items():  # fmt: skip
+        for name in names:
+            timed(owner, name)
+
+    def share(**settings: Any) -> dict[str, Any]:
+        spent[0] = 0.0
+        network = f"{ROOT / 'examples/digits.py'}:network"
+        start = time.process_time()
+        with tempfile.TemporaryDirectory() as place:
+            anybit.calibrate(network, arguments.data, "3bit", weights=arguments.weights, cache=place, **settings)
+            kept = sum(entry.bytes for entry in resume.entries(Path(place)))
+        seconds = time.process_time() - start
+        return {"keeping_seconds": spent[0], "seconds": seconds, "percent": 100 * spent[0] / (seconds - spent[0]), "kept_bytes": kept}
+
+    results.measured("digits, as killed", lambda: share(samples=128, steps=60, candidate_steps=20))
+    results.measured("digits, defaults", lambda: share(samples=512))
 
 
 STUDIES = {"kills": kills, "cost": cost}
@@ -176,7 +199,6 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--only")
     arguments = parser.parse_args()
     STUDIES[arguments.study](arguments, Entries(arguments, f"resume_{arguments.study}"))
