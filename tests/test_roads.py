@@ -432,6 +432,14 @@ def test_other_budgets_come_from_a_folder_of_several_runs(tmp_path):
         roads.load(tmp_path / "runs", model=model)
 
 
+@pytest.mark.parametrize(
+    ("folder", "said"), [("supernet", "a supernet.* Extract a subnet"), ("search", "a supernet"), ("grown", "of calibrate alone")]
+)
+def test_a_run_of_another_road_is_told_from_a_broken_one(folders, calibrated, folder, said):
+    with pytest.raises(InvalidFile, match=said):
+        anybit.allocate(folders[folder], "3bit", model=calibrated[0])
+
+
 def test_the_certificate_says_which_scheme_was_taken():
     result = roads.calibrate(make(Residual), pictures(24), "4bit", pipeline="light")
     chosen = next(row["name"] for row in result.report["schemes"] if row["chosen"])

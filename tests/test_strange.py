@@ -482,6 +482,17 @@ def test_the_callers_gradient_mode_changes_nothing(context, tmp_path):
     assert (inside / "model.safetensors").read_bytes() == (outside / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["module", "buffer"])
+def test_a_name_that_no_file_can_hold_is_refused_before_any_work(kind):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    if kind == "module":
+        model.add_module("half\ud800", nn.ReLU())
+    else:
+        model[0].register_buffer("half\ud800", torch.zeros(1))
+    with pytest.raises(UnsupportedModel, match=r"half\\ud800' is a name with half of a surrogate pair"):
+        anybit.calibrate(model, torch.randn(8, 4), "4bit", pipeline="light")
+
+
 def test_parameters_made_in_inference_mode_are_taken():
     with torch.inference_mode():
         model, data = make(Chain), pictures(24)

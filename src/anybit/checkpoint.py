@@ -161,6 +161,10 @@ def read_scheme(folder: Path) -> SchemeFile:
     several = [] if path.is_file() else runs_in(folder)
     if several:
         raise InvalidFile(f"{folder} holds several runs: {', '.join(run.name for run in several)}. Name one of them: {several[0]}.")
+    if not path.is_file() and (folder / SUPERNET).is_file():
+        raise InvalidFile(
+            f"{folder} holds a supernet, which has no scheme of its own. Extract a subnet: anybit extract {folder} --budget 3bit."
+        )
     data = read_json(path)
     check_version(data, path, FORMAT_VERSION)
     file = validated(SchemeFile, data, str(path))
@@ -324,6 +328,8 @@ class CandidatesFile(BaseModel):
 def read_candidates(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[Candidates, dict]:
     """What `write_candidates` wrote, for layers of these row x column shapes; (candidates, about)."""
     again = "Run calibrate again."
+    if not (folder / "candidates.json").is_file():
+        raise InvalidFile(f"{folder} has no candidates.json: runs of calibrate alone have candidates to allocate. Name such a run.")
     about = read_sealed(folder / "candidates.json", FORMAT_VERSION, again)
     file, path = validated(CandidatesFile, about, str(folder / "candidates.json")), folder / "candidates.safetensors"
     if not path.is_file() or sha256_of(path) != file.sha256:

@@ -36,13 +36,20 @@ def check_network(model: nn.Module) -> None:
         raise UnsupportedModel(f"The network itself is a {type(model).__name__}, and layers go by names. Put it into an nn.Sequential.")
     for name, module in model.named_modules():
         where = name or "The network"
+        _check_name(name)
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModel(f"{where} is TorchScript, whose layers cannot be changed. Give the Python module that it was made from.")
         if isinstance(module, COVERED) and not isinstance(module, Matmul):
             _check_not_computed(where, module)
         kept = {key for key in module._buffers if key not in module._non_persistent_buffers_set}
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            _check_name(key)
             _check_tensor(f"{name}.{key}".lstrip("."), tensor, key in module._parameters or key in kept)
+
+
+def _check_name(name: str) -> None:
+    if any("\ud800" <= one <= "\udfff" for one in name):
+        raise UnsupportedModel(f"{name!r} is a name with half of a surrogate pair, which no file can hold. Give it another name.")
 
 
 def _check_not_computed(name: str, layer: nn.Module) -> None:
