@@ -318,6 +318,14 @@ def test_no_verb_runs_what_a_folder_from_elsewhere_names(run_folder, exported, t
         done = anybit_cli(*arguments)
         assert done.exit_code == 2 and done.stderr.count("\n") == 1, (arguments, done.stderr, done.exception)
         assert not (tmp_path / "executed").exists(), arguments
+    for arguments in (
+        ["report", run, supernet_run, "--output", "page.html"],
+        ["diff", run, run],
+        ["explain", run, "fc"],
+        ["explain", supernet_run, "fc"],
+    ):
+        assert anybit_cli(*arguments).exit_code == 0, arguments
+        assert not (tmp_path / "executed").exists(), arguments
     anybit.store.slice_subnet(store, supernet.uniform(4))
     read_report(run_folder)
     with pytest.raises(anybit.InvalidSetting):
