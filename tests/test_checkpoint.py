@@ -370,6 +370,19 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in (tmp_path / "runs" / "mine").iterdir()] == ["scheme.json"]
 
 
+def test_ctrl_c_as_the_draft_is_made_leaves_nothing(tmp_path, monkeypatch):
+    made = os.mkdir
+
+    def interrupted(*given, **options):
+        made(*given, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "run"):
+        pytest.fail("the folder was not made")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_place_that_another_run_took_meanwhile_stays_its_own(tmp_path):
     with pytest.raises(InvalidSetting, match="holds a finished run"), new_folder(tmp_path / "run") as late:
         (late / "report.json").write_text("late")
@@ -386,6 +399,26 @@ def test_whoever_may_read_new_files_may_read_a_run(calibrated, tmp_path):
         os.umask(mask)
     assert folder.stat().st_mode & 0o777 == 0o750
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_an_overwrite_that_ends_between_two_moves_keeps_one_run_whole(error, moved, run_folder, monkeypatch):
+    old, moves, rename = (run_folder / "scheme.json").read_text(), [], Path.rename
+
+    def interrupted(self, target):
+        moves.append(self)
+        if moved == 0 and len(moves) == 1:
+            raise error
+        rename(self, target)
+        if len(moves) == moved:
+            raise error
+
+    with pytest.raises((KeyboardInterrupt, AnybitError)), new_folder(run_folder, overwrite=True) as draft:
+        (draft / "scheme.json").write_text("new")
+        monkeypatch.setattr(Path, "rename", interrupted)
+    assert (run_folder / "scheme.json").read_text() == ("new" if moved == 2 else old)
+    assert not list(run_folder.parent.glob(f".{run_folder.name}.*"))
 
 
 def test_a_failed_overwrite_keeps_the_run_that_was_there(run_folder):

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import reprlib
+import secrets
 import shutil
 import tempfile
 import warnings
@@ -429,18 +430,13 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_behind(path)
-        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent))
+        draft = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}"
         try:
+            draft.mkdir()
             yield draft
             check_free(path, overwrite)  # another run may have taken the place meanwhile
             _open_as_others(draft)
-            if path.exists():  # the old run goes only once the new one stands in its place
-                aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.old.", dir=path.parent)) / path.name
-                path.rename(aside)
-                draft.rename(path)
-                shutil.rmtree(aside.parent)
-            else:
-                draft.rename(path)
+            _put_in_place(draft, path)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -451,11 +447,27 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _open_as_others(folder: Path) -> None:
-    """Give the folder and its files the rights that new ones have here: drafts and files of tensors are made for their writer alone."""
+    """Give the files in a folder the rights that new ones have here: those of tensors are made for their writer alone."""
     mask = os.umask(0)
     os.umask(mask)
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
+def _put_in_place(draft: Path, path: Path) -> None:
+    """Move the draft to `path`; an old run goes only once the new one stands in its place, and comes back where it does not."""
+    if not path.exists():
+        draft.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.old.", dir=path.parent))
+    try:
+        path.rename(aside / path.name)
+        draft.rename(path)
+    finally:
+        if not path.exists():
+            (aside / path.name).rename(path)
+        shutil.rmtree(aside)
 
 
 def _remove_left_behind(path: Path) -> None:
