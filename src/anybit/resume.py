@@ -119,7 +119,7 @@ def _read(path: Path) -> Kept:
     if hashlib.sha256(data[DIGEST_BYTES:]).digest() != data[:DIGEST_BYTES]:
         raise InvalidFile(f"{len(data)} bytes whose SHA-256 is not the one that they were written with")
     try:
-        tensors = safetensors.torch.load(data[DIGEST_BYTES:])
+        tensors = safetensors.torch.load(data[DIGEST_BYTES:])  # no pickle: a header of JSON, and numbers
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise InvalidFile(f"no tensors: {error}") from error
     record = parse_json(tensors.pop(RECORD).numpy().tobytes(), "its record")
