@@ -8,6 +8,7 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
+import language
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,6 +46,8 @@ def logged(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", "cache")
         Path("m.py").write_text(SCRIPT)
         np.savez("x.npz", x=x.numpy(), y=y)
+        language.folder("bert", Path("net"))
+        language.write_tsv(Path("t.tsv"), 40)
         model, test = ["--model", "m.py:residual"], ["--test", "x.npz"]
         quick = ["--weight-bits", "4,8", "--activation-bits", "8", "--samples", "40", "--steps", "3", "--candidate-steps", "2"]
         epochs = [*test, "--epochs", "2", "--batch-size", "16"]
@@ -61,6 +64,8 @@ def logged(tmp_path_factory):
             ["verify", "run", "net.onnx"],
             ["bench", "run", "net.onnx", "--rounds", "1"],
             ["profile", *model, "--data", "x.npz", "--rounds", "1"],
+            ["calibrate", "--model", "hf:net", "--data", "t.tsv", "--pipeline", "light", *quick, "--budget", "6bit", "--output", "texts"],
+            ["export", "texts", "--compressed-tensors", "folder"],
         ):
             done = anybit_cli(*line, "--log", "log.jsonl", "--quiet")
             assert done.exit_code == 0 and not done.stderr, (line, done.stderr, done.exception)

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -424,9 +424,13 @@ def read_search(folder: Path) -> SearchFile:
 
 
 @contextmanager
-def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A fresh folder to write into, moved to `path` when the block ends well and removed when it does not."""
-    check_free(path, overwrite)
+def new_folder(path: Path, overwrite: bool = False, check: Callable[[Path, bool], None] | None = None) -> Iterator[Path]:
+    """A fresh folder to write into, moved to `path` when the block ends well and removed when it does not.
+
+    `check` raises where `path` is taken; without one, `check_free`.
+    """
+    check = check or check_free
+    check(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_behind(path)
@@ -434,7 +438,7 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         try:
             draft.mkdir()
             yield draft
-            check_free(path, overwrite)  # another run may have taken the place meanwhile
+            check(path, overwrite)  # another run may have taken the place meanwhile
             _open_as_others(draft)
             _put_in_place(draft, path)
         finally:

@@ -792,22 +792,42 @@ def report(
 def export(
     work: Work,
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    onnx: Annotated[Path, typer.Option("--onnx", help="The file to write.")],
+    onnx: Annotated[Path | None, typer.Option("--onnx", help="The file to write, for ONNX Runtime and others.")] = None,
+    compressed_tensors: Annotated[
+        Path | None, typer.Option("--compressed-tensors", help="The folder to write, for transformers: Hugging Face networks.")
+    ] = None,
     data: RunData = None,
     model: Model = None,
     tables: Annotated[bool, typer.Option("--tables", help="SiLU, GELU and the like as tables of codes: exact, slower.")] = False,
     weight_only: Annotated[bool, typer.Option("--weight-only", help="Linears with float inputs run on packed weights.")] = False,
+    pack_embeddings: Annotated[bool, typer.Option("--pack-embeddings", help="In the folder too; transformers 5 cannot load it.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run as an ONNX file: weights packed at their bits, integer kernels when it runs."""
+    """Write a run as an ONNX file, with packed weights and integer kernels when it runs, or as a folder that transformers loads."""
     with work():
-        from anybit import exports
+        if (onnx is None) == (compressed_tensors is None):
+            raise InvalidSetting("Name what to write: --onnx FILE, or --compressed-tensors FOLDER.")
+        if compressed_tensors is not None and (tables or weight_only or data):
+            raise InvalidSetting("--tables, --weight-only and --data belong to --onnx; a folder of compressed-tensors takes none of them.")
+        if onnx is not None and pack_embeddings:
+            raise InvalidSetting("--pack-embeddings belongs to --compressed-tensors; an ONNX file packs them always.")
+        if compressed_tensors is not None:
+            from anybit.compressed_tensors import export_folder
 
-        found = exports.export(run, onnx, model=model, data=data, tables=tables, weight_only=weight_only, overwrite=overwrite)
+            found = export_folder(run, compressed_tensors, model=model, embeddings=pack_embeddings, overwrite=overwrite)
+        else:
+            from anybit import exports
+
+            found = exports.export(run, onnx, model=model, data=data, tables=tables, weight_only=weight_only, overwrite=overwrite)
     if as_json:
         print(json.dumps(found))
+        return
+    if compressed_tensors is not None:
+        from anybit.reporting import print_folder
+
+        print_folder(found, details=not quiet)
         return
     from anybit.reporting import human_bytes
 
@@ -826,7 +846,7 @@ def export(
 def verify(
     work: Work,
     run: Annotated[Path, typer.Argument(help="The run folder that was exported.")],
-    onnx: Annotated[Path, typer.Argument(help="The exported file.")],
+    exported: Annotated[Path, typer.Argument(help="The exported file or folder.")],
     data: RunData = None,
     samples: Annotated[int | None, typer.Option(help="Inputs to run, the first of the data (default: all).")] = None,
     model: Model = None,
@@ -836,14 +856,24 @@ def verify(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check an exported file against its run: its contents, its integer kernels, its numbers. Exit status 1 where a promise fails."""
+    """Check an exported file or folder against its run: contents, integer kernels, numbers. Exit status 1 where a promise fails."""
     with work():
-        from anybit import exports
-
         _set_threads(threads)
-        found = exports.verify(run, onnx, model=model, data=data, samples=samples, metric=_metric(metric), workers=workers)
+        how = {"model": model, "data": data, "samples": samples, "metric": _metric(metric), "workers": workers}
+        if exported.is_dir():
+            from anybit.compressed_tensors import verify_folder
+
+            found = verify_folder(run, exported, **how)
+        else:
+            from anybit import exports
+
+            found = exports.verify(run, exported, **how)
     if as_json:
         print(json.dumps(found))
+    elif exported.is_dir():
+        from anybit.reporting import print_folder_verdict
+
+        print_folder_verdict(found, numbers=not quiet)
     else:
         from anybit.reporting import print_verdict
 

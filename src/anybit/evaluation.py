@@ -80,6 +80,14 @@ def agreement(outputs: Tensor, reference: Tensor) -> float:
     return 100 * float((outputs.argmax(-1) == reference.argmax(-1)).double().mean())
 
 
+def differences(simulated: Tensor, there: Tensor) -> dict[str, float]:
+    """How far an exported file's outputs are from the simulation's: the largest difference, the largest output, top-1 agreement."""
+    numbers = {"largest_difference": float((simulated - there).abs().max()), "largest_output": float(simulated.abs().max())}
+    if simulated.dim() == 2 and simulated.shape[1] > 1:
+        numbers["agreement"] = 100 * float((simulated.argmax(1) == there.argmax(1)).float().mean())
+    return numbers
+
+
 def correct(outputs: Tensor, labels: Tensor) -> Tensor:
     """Which samples have their label first, bool [N]."""
     return outputs.argmax(-1) == labels

@@ -12,14 +12,14 @@ from torch import nn
 
 from anybit.batches import Batch, Samples, call
 from anybit.errors import InvalidInput, InvalidSetting
-from anybit.evaluation import Metric, outputs_of, score
+from anybit.evaluation import Metric, differences, outputs_of, score
 from anybit.onnx import file as onnx_file
 from anybit.onnx.file import exported, ideal_bytes
 from anybit.onnx.floats import input_tensors, probe_of
 from anybit.onnx.latency import keep as keep_table
 from anybit.onnx.latency import measure_latency, recalled
 from anybit.onnx.timing import faster, in_turns, openvino_runner
-from anybit.onnx.verification import RUN, differences, flipped_codes, verify_file
+from anybit.onnx.verification import RUN, flipped_codes, verify_file
 from anybit.progress import tell
 from anybit.references import Preprocessing, as_samples, completed, covered, load_data, load_model
 from anybit.reporting import environment

@@ -4,7 +4,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -261,9 +261,51 @@ def print_verdict(found: Mapping[str, Any], numbers: bool = True) -> None:
     """What an exported file kept of its promises and, with `numbers`, how it compares with the simulation."""
     if found["numbers"] and numbers:
         _print_numbers(found)
+    _print_outcome(found)
+
+
+def _print_outcome(found: Mapping[str, Any]) -> None:
     for failure in found["failures"]:
         print(printable(f"FAILED: {failure}"))
     print("verified" if found["ok"] else f"not verified: {len(found['failures'])} promises failed")
+
+
+def _print_simulation(found: Mapping[str, Any]) -> None:
+    """How far the exported outputs are from the simulation's, and what both score."""
+    simulation = found["simulation"]
+    line = f"Beside the simulation, {found['inputs']} inputs: largest difference {simulation['largest_difference']:.4g}"
+    line += f" (largest output {simulation['largest_output']:.4g})"
+    print(line + (f", top-1 agreement {simulation['agreement']:.2f} %" if "agreement" in simulation else ""))
+    for kind, scores in found.get("accuracy", {}).items():
+        print(f"{kind}: {scores_line(scores)}")
+
+
+def print_folder(found: Mapping[str, Any], details: bool = True) -> None:
+    """What an exported folder holds, and what its format does not."""
+    print(f"{found['folder']}: {human_bytes(found['bytes'])}, the codes of {found['packed']} of {found['layers']} layers packed")
+    if found["dense"] and details:
+        print(printable(f"in float32 with the values of their codes ({human_bytes(found['dense_bytes'])}): {_some(found['dense'])}"))
+    _print_float_inputs(found, details)
+
+
+def _print_float_inputs(found: Mapping[str, Any], details: bool) -> None:
+    if found["float_inputs"] and details:
+        print(printable(f"float, since the format has no quantizer for their inputs: {_some(found['float_inputs'])}"))
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def print_folder_verdict(found: Mapping[str, Any], numbers: bool = True) -> None:
+    """What an exported folder kept of its promises and, with `numbers`, how it compares with the simulation."""
+    for reason in found["skipped"].values():
+        print(printable(f"not checked here: {reason}"))
+    if "simulation" in found and numbers:
+        _print_float_inputs(found, numbers)
+        print(f"Every number of {found['packed']} packed layers and of all others is the run's.")
+        _print_simulation(found)
+    _print_outcome(found)
 
 
 def _print_numbers(found: Mapping[str, Any]) -> None:
@@ -281,15 +323,10 @@ def _print_numbers(found: Mapping[str, Any]) -> None:
         print("The runtime's outputs are not bit for bit those of the integer reference.")
     if numbers["in_float"]:
         print(printable(f"  computed in float between integers: {', '.join(numbers['in_float'])}"))
-    simulation = found["simulation"]
-    line = f"Beside the simulation, {found['inputs']} inputs: largest difference {simulation['largest_difference']:.4g}"
-    line += f" (largest output {simulation['largest_output']:.4g})"
-    print(line + (f", top-1 agreement {simulation['agreement']:.2f} %" if "agreement" in simulation else ""))
-    if simulation["flipped_codes"]:
-        layer, share = max(simulation["flipped_codes"].items(), key=lambda item: item[1])
+    if found["simulation"]["flipped_codes"]:
+        layer, share = max(found["simulation"]["flipped_codes"].items(), key=lambda item: item[1])
         print(printable(f"Input codes that differ from the simulation's: at most {100 * share:.2f} %, in {layer}"))
-    for kind, scores in found.get("accuracy", {}).items():
-        print(f"{kind}: {scores_line(scores)}")
+    _print_simulation(found)
 
 
 SHOWN = ("run", "settings", "environment", "references", "shapes", "bits", "result", "ladder", "float_test", "test", "units")

@@ -294,11 +294,3 @@ def flipped_codes(model: nn.Module, made: Exported, batch: Batch) -> dict[str, f
                 different = codes.flatten().float() != simulated[node.name].flatten()
                 flipped[node.name] = float(different.float().mean())
     return flipped
-
-
-def differences(simulated: Tensor, there: Tensor) -> dict[str, float]:
-    """How far the file's outputs are from the simulation's: the largest difference beside the largest output, and top-1 agreement."""
-    numbers = {"largest_difference": float((simulated - there).abs().max()), "largest_output": float(simulated.abs().max())}
-    if simulated.dim() == 2 and simulated.shape[1] > 1:
-        numbers["agreement"] = 100 * float((simulated.argmax(1) == there.argmax(1)).float().mean())
-    return numbers

@@ -1,0 +1,327 @@
+"""A run as a Hugging Face folder in the format compressed-tensors, "pack-quantized": transformers loads it as any other network.
+
+    config.json        the network's own configuration, and quantization_config: a group for each precision, with the layers that have it
+    model.safetensors  <layer>.weight_packed                     int32 [rows, ceil(columns bits / 32)]
+                       <layer>.weight_shape                      int64 [2]
+                       <layer>.weight_scale                      float32 [rows, 1], or [rows, groups] with a scale for each group
+                       <layer>.input_scale, .input_zero_point    float32 [1], int8 [1], of a layer whose input is quantized
+                       everything else under its own name, in float32
+    tokenizer.json, ...  what else came with the network
+
+A row of a packed weight is one little-endian bit stream, padded to 32 bits. Codes are stored without a sign, code + 2^(bits - 1), and an
+input's codes are signed in this format, so its zero point is 2^(bits - 1) below anybit's. A pruned layer is one bit of zeros.
+
+The format packs linears, and embeddings too, which transformers 5 however does not load: they are packed on demand alone. Other layers
+are stored in float32 with the values that their codes stand for; attention products, and the inputs of other layers, are float. `Packed`
+names both.
+"""
+
+import json
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from anybit.checkpoint import MODEL, Canonical, SchemeFile, new_folder
+from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.evaluation import Metric, differences, outputs_of, score
+from anybit.files import load_tensors, read_header
+from anybit.layers import Pruned, codes_of, emptied, float_weight, quantized_layers
+from anybit.progress import tell
+from anybit.references import is_transformers
+from anybit.reporting import environment
+from anybit.roads import inputs_for, opened
+
+CONFIG = "config.json"
+RUN = "anybit_run"
+"""Key of config.json and of the tensors' metadata: the hash of the run's packed model."""
+
+WORD = 32
+FLOAT_TOLERANCE = 1e-3
+"""How far outputs may be from the simulation's where both compute the same in float, as a share of the largest."""
+
+
+# The format
+
+
+def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """int32 [rows, ceil(columns bits / 32)] that holds signed codes [rows, columns] of `bits` bits, offset to be unsigned."""
+    rows, columns = codes.shape
+    fields = (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+    stream = np.unpackbits(fields[:, :, None], axis=2, count=bits, bitorder="little").reshape(rows, columns * bits)
+    padded = np.pad(stream, ((0, 0), (0, -stream.shape[1] % WORD)))
+    return np.packbits(padded, axis=1, bitorder="little").view("<i4").astype(np.int32)
+
+
+def unpack_words(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """The inverse of `pack_words`: int8 [rows, columns]."""
+    stream = np.unpackbits(np.ascontiguousarray(words, "<i4").view(np.uint8), axis=1, count=columns * bits, bitorder="little")
+    fields = np.packbits(stream.reshape(len(words), columns, bits), axis=2, bitorder="little")[:, :, 0]
+    return (fields.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """tensors       what model.safetensors holds;   quantization  config.json's quantization_config
+    packed        layers whose codes are stored;   dense  quantized layers whose weights are not packed, stored as float32 values
+    float_inputs  layers whose quantized inputs the format cannot hold: attention products, and inputs of layers that are dense
+    """
+
+    tensors: dict[str, Tensor]
+    quantization: dict[str, Any]
+    packed: tuple[str, ...]
+    dense: tuple[str, ...]
+    float_inputs: tuple[str, ...]
+
+
+def packed(canonical: Canonical, own: nn.Module, transposed: Collection[str] = (), embeddings: bool = False) -> Packed:
+    """The canonical model in the format; `own` is a network of the class that loads it, whose weights may be missing.
+
+    transposed  layers of which that class keeps the weight [in, out];   embeddings  pack these too
+    """
+    kinds = (nn.Linear, nn.Embedding) if embeddings else (nn.Linear,)
+    layers = quantized_layers(canonical.model)
+    modules = dict(own.named_modules())
+    quantized = [name for name, layer in layers.items() if layer.weight_quantizer is not None]
+    coded = [name for name in quantized if isinstance(modules.get(name), kinds)]
+    if not coded:
+        raise UnsupportedModel(
+            f"{type(own).__name__} has no quantized Linear, which is what compressed-tensors packs. Export it with --onnx."
+        )
+    values = emptied(canonical.model).state_dict()
+    tensors: dict[str, Tensor] = {}
+    for key in own.state_dict():
+        name = key.removesuffix(".weight")
+        if name in coded and name != key:
+            tensors |= {f"{name}.{part}": tensor for part, tensor in _of_layer(layers[name]).items()}
+        elif key not in values:
+            raise UnsupportedModel(f"{type(own).__name__} has {key}, which folding took from the run. Export it with --onnx.")
+        else:
+            tensors[key] = values[key].T if name in transposed and name != key else values[key]
+    others = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Embedding)) and name not in coded]
+    return Packed(
+        tensors={key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
+        quantization=_quantization({name: layers[name] for name in coded}, others),
+        packed=tuple(coded),
+        dense=tuple(name for name in quantized if name not in coded),
+        float_inputs=tuple(name for name, layer in layers.items() if layer.input_quantizer is not None and name not in coded),
+    )
+
+
+def _of_layer(layer: nn.Module) -> dict[str, Tensor]:
+    """The tensors that stand for a layer's weight and the quantizer of its input."""
+    rows, columns = float_weight(layer).shape
+    pruned = isinstance(layer.weight_quantizer, Pruned)
+    codes = torch.zeros(rows, columns, dtype=torch.int8) if pruned else codes_of(layer).reshape(rows, columns)
+    scale = torch.ones(rows) if pruned else layer.weight_quantizer.scale
+    tensors = {
+        "weight_packed": torch.from_numpy(pack_words(codes.cpu().numpy(), _weight_bits(layer))),
+        "weight_shape": torch.tensor([rows, columns]),
+        "weight_scale": scale.reshape(rows, -1),
+    }
+    if layer.input_quantizer is not None:
+        quantizer = layer.input_quantizer
+        tensors["input_scale"] = quantizer.scale.reshape(1)
+        tensors["input_zero_point"] = (quantizer.zero_point.reshape(1) - 2 ** (quantizer.bits - 1)).to(torch.int8)
+    return tensors
+
+
+def _weight_bits(layer: nn.Module) -> int:
+    return 1 if isinstance(layer.weight_quantizer, Pruned) else layer.weight_quantizer.bits
+
+
+def _quantization(layers: Mapping[str, nn.Module], others: Collection[str]) -> dict[str, Any]:
+    """config.json's quantization_config: layers of the same precision and group size share a group; `others` stay float."""
+    groups: dict[tuple, list[str]] = {}
+    for name, layer in layers.items():
+        inputs = None if layer.input_quantizer is None else layer.input_quantizer.bits
+        groups.setdefault((_weight_bits(layer), inputs, layer.weight_group), []).append(name)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": list(others),
+        "config_groups": {
+            f"group_{number}": {
+                "targets": names,
+                "weights": _numbers(bits, symmetric=True, strategy="channel" if group is None else "group", group=group),
+                "input_activations": None if inputs is None else _numbers(inputs, symmetric=False, strategy="tensor", group=None),
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+            for number, ((bits, inputs, group), names) in enumerate(groups.items())
+        },
+    }
+
+
+def _numbers(bits: int, symmetric: bool, strategy: str, group: int | None) -> dict[str, Any]:
+    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "group_size": group, "dynamic": False}
+
+
+# The verbs
+
+
+def export_folder(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    model: nn.Module | str | None = None,
+    embeddings: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a run of a Hugging Face network as a folder that transformers loads (with the package compressed-tensors).
+
+    model   as for `load`;   embeddings  pack these too, for runtimes that read them: transformers 5 does not
+
+    Returns the file's bytes, and which layers are packed, dense, and lose the quantizer of their input. Raises UnsupportedModel where
+    the network is none of transformers', or has nothing that the format packs; no folder is left then.
+    """
+    path = Path(folder)
+    canonical, file = opened(run, model)
+    made, files = _made(canonical, file, embeddings)
+    with new_folder(path, overwrite, _check_free) as draft:
+        _write(draft, made, files, file)
+    found = {
+        "folder": str(path),
+        "bytes": (path / MODEL).stat().st_size,
+        "layers": len(canonical.scheme),
+        "packed": len(made.packed),
+        "dense": list(made.dense),
+        "dense_bytes": sum(made.tensors[f"{name}.weight"].nbytes for name in made.dense),
+        "float_inputs": list(made.float_inputs),
+    }
+    tell("result", **found)
+    return found
+
+
+def _write(folder: Path, made: Packed, files: Mapping[str, bytes], file: SchemeFile) -> None:
+    save_file(made.tensors, folder / MODEL, {"format": "pt", RUN: file.sha256})
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def _made(canonical: Canonical, file: SchemeFile, embeddings: bool) -> tuple[Packed, dict[str, bytes]]:
+    """(the tensors, the other files of the folder)"""
+    network = canonical.model.cpu()
+    if not is_transformers(network):
+        raise UnsupportedModel(
+            f"{type(network).__name__} is no network of transformers, which compressed-tensors folders are for. Export it with --onnx."
+        )
+    from anybit import huggingface
+
+    own = huggingface.own_network(network)
+    made = packed(canonical, own, huggingface.transposed_layers(own), embeddings)
+    config = huggingface.own_config(network) | {"quantization_config": made.quantization, RUN: file.sha256}
+    return made, {CONFIG: (json.dumps(config, indent=1) + "\n").encode(), **huggingface.files_beside(network)}
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    """Raise InvalidSetting where `path` is taken: by an exported folder, unless it may be overwritten, or by anything else, always."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    ours = path.is_dir() and (path / CONFIG).is_file() and (path / MODEL).is_file() and RUN in read_header(path / MODEL)[1]
+    if not ours:
+        raise InvalidSetting(f"{path} exists and is no folder that anybit exported. Choose another --compressed-tensors.")
+    if not overwrite:
+        raise InvalidSetting(f"{path} exists. Choose another --compressed-tensors, or give --overwrite.")
+
+
+def verify_folder(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    model: nn.Module | str | None = None,
+    data: Any = None,
+    metric: Metric | None = None,
+    samples: int | None = None,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Check an exported folder against its run: every stored number, and what transformers computes with it on real inputs.
+
+    data      inputs, labelled where accuracy is wanted; left out, those that the run was made with
+    samples   how many of them are run (all where None)
+
+    `ok` says whether all promises hold, `failures` name what does not: the files are those that the run gives; and, where weights alone
+    are quantized, transformers computes what the simulation does up to float rounding. Where inputs are quantized, a code may fall the
+    other way, and what the format cannot hold is float; how far that goes is reported, not promised.
+    """
+    path = Path(folder)
+    canonical, file = opened(run, model)
+    if not (path / CONFIG).is_file() or not (path / MODEL).is_file():
+        raise InvalidFile(f"{path} has no {CONFIG} or no {MODEL}. Write it with anybit export --compressed-tensors.")
+    embeddings = {name for name, layer in quantized_layers(canonical.model).items() if isinstance(layer, nn.Embedding)}
+    specs, about = read_header(path / MODEL)
+    made, files = _made(canonical, file, any(f"{name}.weight_packed" in specs for name in embeddings))
+    if about.get(RUN) != file.sha256:
+        failures = ["The folder was exported from another run than this one, or the run has changed since."]
+    else:
+        failures = _differences(path, specs, made, files)
+    report: dict[str, Any] = {
+        "ok": not failures,
+        "failures": failures,
+        "skipped": {},
+        "packed": len(made.packed),
+        "dense": list(made.dense),
+        "float_inputs": list(made.float_inputs),
+        "environment": environment(),
+    }
+    if failures:  # nothing else than the run's own files is given to transformers
+        tell("result", ok=False, failures=failures)
+        return report
+    inputs = inputs_for(run, file, canonical.model, data, workers)
+    if len(inputs) == 0:
+        raise InvalidInput("The data is empty. Give inputs of the network with --data.")
+    inputs = inputs.subset(range(min(samples or len(inputs), len(inputs))))
+    batches = list(inputs.batches(64))
+    with tempfile.TemporaryDirectory() as place:
+        if embeddings & set(made.packed):  # the same network with these in float32
+            report["skipped"]["loading"] = "transformers 5 does not load packed embeddings; outputs are those with them in float32"
+            _write(Path(place), *_made(canonical, file, embeddings=False), file)
+        try:
+            from anybit import huggingface
+
+            loaded = huggingface.loaded_folder(Path(place) if report["skipped"] else path, canonical.model)
+        except ImportError as error:
+            report["skipped"]["outputs"] = f"transformers does not load the format here: {' '.join(str(error).split())}"
+            tell("result", ok=True, failures=[])
+            return report
+    there = outputs_of(loaded, batches)
+    simulated = outputs_of(canonical.model, batches)
+    report |= {"inputs": len(inputs), "simulation": differences(simulated, there)}
+    floats = all(precision.activation_bits is None for precision in canonical.scheme.values())
+    apart, largest = report["simulation"]["largest_difference"], report["simulation"]["largest_output"]
+    if floats and not apart <= FLOAT_TOLERANCE * largest:  # NaN is not
+        failures.append(f"Outputs differ from the simulation's by up to {apart:.4g} (the largest is {largest:.4g}), in float alone.")
+    if inputs.labelled:
+        labels = torch.cat([batch.labels for batch in batches])
+        report["accuracy"] = {
+            "simulated": score(simulated, labels, file.task, metric, batches[0].reader),
+            "exported": score(there, labels, file.task, metric, batches[0].reader),
+        }
+    report["ok"] = not failures
+    tell("result", ok=report["ok"], failures=failures, accuracy=report.get("accuracy"))
+    return report
+
+
+def _differences(path: Path, specs: Collection[str], made: Packed, files: Mapping[str, bytes]) -> list[str]:
+    """What the folder holds otherwise than the run gives it, each in a sentence that names the layer."""
+    failures = [f"{key} is missing from {MODEL}." for key in made.tensors if key not in specs]
+    failures += [f"{key} is in {MODEL} and not in what the run gives." for key in specs if key not in made.tensors]
+    there = load_tensors(path / MODEL, [key for key in made.tensors if key in specs])
+    for key, tensor in there.items():
+        wanted = made.tensors[key]
+        if tensor.dtype != wanted.dtype or tensor.shape != wanted.shape:
+            failures.append(f"{key} is {tensor.dtype} {list(tensor.shape)}; the run gives {wanted.dtype} {list(wanted.shape)}.")
+        elif (different := int((tensor != wanted).sum())) > 0:
+            failures.append(f"{key}: {different} of {wanted.numel()} stored numbers are not the run's.")
+    for name, content in files.items():
+        if not (path / name).is_file() or (path / name).read_bytes() != content:
+            failures.append(f"{name} is not what the run and its network give.")
+    return failures
