@@ -7,6 +7,7 @@
     exact      small networks of every operator at random mixed schemes: bit for bit or not, and by how much
     resnet20   CIFAR-10: accuracy of the exported file beside the simulation's, at W8A8, W4A8, W4A4 and a mixed scheme
     lite0      EfficientNet-lite0: the same, on pictures
+    latency    what the table of `anybit profile` predicts for random schemes of float and integer layers, beside what their files take
 
 Latencies are of one thread, in turns with float32; let nothing else run meanwhile.
 """
@@ -27,15 +28,18 @@ import torch
 
 import anybit
 from anybit.batches import Batch
+from anybit.checkpoint import Canonical
 from anybit.evaluation import outputs_of
 from anybit.exports import measured
 from anybit.onnx import file as onnx_file
 from anybit.onnx.file import exported, ideal_bytes
 from anybit.onnx.floats import input_tensors
 from anybit.onnx.interpreter import interpret
+from anybit.onnx.latency import latency_of, measure_latency
 from anybit.onnx.verification import verify_file
 from anybit.reporting import environment
-from anybit.scheme import Precision
+from anybit.scheme import FLOAT, Precision, Scheme
+from anybit.stages import CalibrateSettings, edge_ranges, observe_network, rounded
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -207,7 +211,31 @@ def measure_lite0(arguments: argparse.Namespace, results: Results) -> None:
             measure_accuracy(results, key, result.canonical, test, 32)
 
 
+def measure_latencies(arguments: argparse.Namespace, results: Results) -> None:
+    """A table for each shape; schemes of which a tenth, a third, or two thirds of the layers are float, and each in float alone."""
+    for name in ("resnet18", "mobilenet_v2", "resnet20", "bert_base"):
+        shares = {f"{share:.0%} float, seed {seed}": share for share in (0.1, 0.33, 0.67) for seed in range(max(4, arguments.seeds))}
+        missing = [key for key in ["8 bits", *shares] if f"{name} {key}" not in results.entries]
+        if not missing or (arguments.only and arguments.only not in name):
+            continue
+        torch.manual_seed(0)
+        batch = networks.inputs(SHAPES[name], 2)
+        network = observe_network(network_of(name), batch, CalibrateSettings((8,), (8, None)))
+        table, about = measure_latency(network, batch, arguments.rounds)
+        for key in missing:
+            draw = random.Random(f"{name} {key}")
+            chosen = set(draw.sample(network.names, round(shares.get(key, 0) * len(network.names))))
+            scheme = Scheme({layer: FLOAT if layer in chosen else Precision(8, 8) for layer in network.names})
+            model = rounded(network, [batch], scheme)
+            found = latency_of(Canonical(model, network.norms, edge_ranges(model, network.wiring, [batch])), batch, arguments.rounds)
+            predicted = table.total(scheme) / about["measured"]["float32"]
+            measured = found["exported"] / found["float32"]
+            entry = {"predicted_of_float": predicted, "measured_of_float": measured, "predicted_by_measured": predicted / measured}
+            results.add(f"{name} {key}", entry | {"float_layers": sorted(chosen), "layers": len(network.names)})
+
+
 STUDIES = {
+    "latency": measure_latencies,
     "shapes": measure_shapes,
     "linears": measure_linears,
     "exact": measure_exact,

@@ -35,7 +35,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ from anybit.checkpoint import (
     read_report,
     read_scheme,
 )
-from anybit.cost import LatencyTable
+from anybit.cost import LatencyTable, Step
 from anybit.errors import AnybitError, InvalidFile
 from anybit.files import DIGEST, digest_of, sha256_of
 from anybit.onnx import latency
@@ -280,7 +280,7 @@ def read_latency(folder: Path) -> Any:
     table, about = found
     if not 0 <= table.total(Scheme.uniform(network.names, "W8A8")) < float("inf"):
         raise Unsound("a latency that is no number")
-    return digest_of([table.layers, table.rest, table.boundary, table.crossing, about])
+    return digest_of([asdict(table), about])
 
 
 def read_listing(folder: Path) -> Any:
@@ -426,9 +426,8 @@ def write_all(home: Path, seed: int, width: int = 4) -> None:
     anybit.search(supernet, LABELLED, ["3bit"], images=3, evaluations=10, seed=seed, cache=False).save(home / "search")
     write_kept(home / "kept result", seed, width)
     names = observed().names
-    table = LatencyTable(
-        {n: {"float32": 3e-4, "int8": 1e-4} for n in names}, {"float32": 5e-4, "int8": 6e-4}, 1e-8, dict.fromkeys(names, 100)
-    )
+    steps = [Step(name, (number,), (number + 1,), 100) for number, name in enumerate(names)]
+    table = LatencyTable({n: {"float32": 3e-4, "int8": 1e-4} for n in names}, {"float32": 5e-4, "int8": 6e-4}, 1e-8, steps)
     real, latency._table_file = latency._table_file, lambda network, threads: home / "latency cache" / f"of {seed}.json"
     try:
         latency.keep(observed(), table, {"rounds": seed}).rename(home / "latency cache" / "latency.json")

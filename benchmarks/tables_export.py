@@ -93,7 +93,33 @@ def accuracy_section() -> str:
     return table(columns, rows) if rows else "Not run."
 
 
+def latency_section() -> str:
+    """A row a network and share of float layers: what was predicted and measured, of float32's time, least and most over the schemes."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for key, run in entries("export_latency").items():
+        name, _, scheme = key.partition(" ")
+        groups.setdefault((NAMES[name], scheme.partition(",")[0]), []).append(run)
+
+    def ends(runs: list[Mapping[str, Any]], quantity: str, digits: int = 2) -> str:
+        numbers = sorted(run[quantity] for run in runs)
+        least, most = (f"{number:.{digits}f}" for number in (numbers[0], numbers[-1]))
+        return least if len(runs) == 1 else f"{least} to {most}"
+
+    rows = [
+        [
+            name,
+            share,
+            str(len(runs)),
+            *(ends(runs, quantity) for quantity in ("predicted_of_float", "measured_of_float", "predicted_by_measured")),
+        ]
+        for (name, share), runs in groups.items()
+    ]
+    columns = ["shape", "layers", "schemes", "predicted, of float32's time", "measured", "predicted by measured"]
+    return table(columns, rows) if rows else "Not run."
+
+
 SECTIONS = {
+    "EXPORTLATENCY": latency_section,
     "EXPORTSHAPES": shapes_section,
     "EXPORTLINEARS": linears_section,
     "EXPORTEXACT": exact_section,

@@ -25,7 +25,7 @@ from anybit.onnx.interpreter import interpret
 from anybit.onnx.plan import Affine
 from anybit.onnx.storage import PLANES, field_table, pack_fields, stored
 from anybit.onnx.verification import flipped_codes, lacks_exact_kernels, verify_file
-from anybit.onnx.writer import LARGEST_BIAS, with_room
+from anybit.onnx.writer import LARGEST_BIAS, _Writer, with_room
 from anybit.quantizers import UniformQuantizer
 from anybit.scheme import Precision
 
@@ -192,6 +192,29 @@ def test_a_layer_kept_float_between_integer_ones_stays_float(tmp_path):
     onnx_file.save(made.integer, tmp_path / "net.onnx")
     verdict = verify_file(tmp_path / "net.onnx", onnx_file.load(tmp_path / "net.onnx"), made, canonical.model, batch)
     assert set(verdict.floats) == {"2", "6"} and set(verdict.kernels) == {"0", "4", "8"} and not verdict.failures
+
+
+@pytest.mark.parametrize("between", [[], [nn.ReLU()], [nn.ReLU6()]], ids=["", "relu", "relu6"])
+def test_a_pool_after_a_float_layer_is_rounded_after_it(between, tmp_path, monkeypatch):
+    """To the same numbers: the runtime's maximum of float numbers is fast, that of codes in its float layout is slow."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), *between, nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)]
+    batch = inputs((3, 16, 16))
+    canonical = canonical_of(nn.Sequential(*layers), batch, lambda name: Precision.parse("float" if name == "0" else "W8A4"))
+    made = exported(canonical, batch)
+    onnx_file.save(made.integer, tmp_path / "net.onnx")
+    onnx_file.session(tmp_path / "net.onnx", optimized=tmp_path / "optimized.onnx")
+    nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+    pooled = {name for node in nodes if node.op_type == "MaxPool" for name in node.input}
+    assert pooled and not any(node.op_type in ("QuantizeLinear", "Clip") for node in nodes if pooled & set(node.output))
+    verdict = verify_file(tmp_path / "net.onnx", onnx_file.load(tmp_path / "net.onnx"), made, canonical.model, batch)
+    assert not verdict.failures
+    monkeypatch.setattr(_Writer, "_pooled", lambda self, node, affine: self._as_codes(node.outputs[0].name, on_codes(self, node), affine))
+    assert np.array_equal(runtime_outputs(exported(canonical, batch).integer, batch), runtime_outputs(made.integer, batch))
+
+
+def on_codes(writer, node):
+    return writer.emit("MaxPool", [writer.codes[node.inputs[0].name]], node.attributes, node.name)
 
 
 def test_weights_alone_quantized_give_the_simulations_numbers():

@@ -1,14 +1,19 @@
 """Budgets of latency are counted by a measured table: what it adds up to, what it allocates, where it is kept."""
 
+from dataclasses import replace
+from functools import cache
+
 import pytest
 import torch
 from exported import EXACT, inputs
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import Residual, make, pictures
 
 import anybit
 from anybit import stages
 from anybit.batches import Batch
-from anybit.cost import LatencyTable, kernel_class
+from anybit.cost import LatencyTable, Step, kernel_class
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidSetting
 from anybit.onnx import latency
 from anybit.scheme import FLOAT, Precision, Scheme
@@ -19,14 +24,15 @@ INT8 = Precision(4, 8)
 def table_of(names):
     """Float layers three times as slow, boundaries dear."""
     layers = {name: {"float32": 3e-4 * (index + 1), "int8": 1e-4 * (index + 1)} for index, name in enumerate(names)}
-    return LatencyTable(layers, {"float32": 5e-4, "int8": 6e-4}, 1e-8, {name: 1000 for name in names})
+    steps = [Step(name, (number,), (number + 1,), 1000) for number, name in enumerate(names)]
+    return LatencyTable(layers, {"float32": 5e-4, "int8": 6e-4}, 1e-8, steps)
 
 
 def ready(model, batch):
     return stages.observe_network(model, batch, stages.CalibrateSettings((8,), (8, None)))
 
 
-@pytest.mark.parametrize(("text", "kernel"), [("W4A8", "int8"), ("W0A4", "int8"), ("W3", "float32"), ("float", "float32")])
+@pytest.mark.parametrize(("text", "kernel"), [("W4A8", "int8"), ("W0A4", "int8"), ("A8", "int8"), ("W3", "float32"), ("float", "float32")])
 def test_a_layer_runs_on_integers_where_both_operands_are(text, kernel):
     assert kernel_class(Precision.parse(text)) == kernel
 
@@ -38,6 +44,39 @@ def test_a_float_layer_among_integer_ones_pays_for_its_boundaries():
     assert table.total({"a": FLOAT, "b": FLOAT}) == pytest.approx(5e-4 + 3e-4 + 6e-4)
 
 
+def test_numbers_cross_where_integers_begin_and_end():
+    table = table_of(["a", "b", "c", "d"])
+    crossing = {floats: table.crossing(floats) for floats in ("", "a", "b", "bc", "ab", "abc", "d", "cd", "ac", "abcd")}
+    # What the network is given crosses for nothing, and so does what it gives; float layers that feed each other share no boundary.
+    assert crossing == {
+        "": 0, "a": 1000, "b": 2000, "bc": 2000, "ab": 1000, "abc": 1000, "d": 1000, "cd": 1000, "ac": 3000, "abcd": 0,
+    }  # fmt: skip
+    fixed = LatencyTable(table.layers, table.rest, table.boundary, table.steps, ["b"])
+    assert (fixed.crossing("b"), fixed.crossing("c"), fixed.crossing("d")) == (0, 0, 1000)
+
+
+def test_a_join_is_on_integers_where_one_of_its_values_is():
+    steps = [Step("a", (0,), (1,), 10), Step("b", (1,), (2,), 20), Step(None, (1, 2), (3,), 40), Step("c", (3,), (4,), 80)]
+    table = LatencyTable({}, {}, 1.0, steps)
+    crossing = {floats: table.crossing(floats) for floats in ("a", "b", "ab", "c", "bc")}
+    assert crossing == {"a": 10, "b": 10 + 20, "ab": 40, "c": 40, "bc": 10 + 20 + 40}
+
+
+@given(st.sets(st.integers(0, 30)))
+def test_what_a_budget_counts_is_at_least_what_is_predicted(chosen):
+    """A budget counts each float layer with both its boundaries."""
+    network = observed_residual()
+    table = replace(table_of(network.names), steps=latency._steps(network))
+    scheme = {name: FLOAT if index in chosen else INT8 for index, name in enumerate(network.names)}
+    counted = table.rest["int8"] + sum(table.layer(name, precision) for name, precision in scheme.items())
+    assert table.total(scheme) <= counted * (1 + 1e-9)
+
+
+@cache
+def observed_residual():
+    return ready(make(Residual), Batch(pictures(2)))
+
+
 @pytest.mark.parametrize("name", ["relu", "silu", "mixed"])
 def test_measured_parts_add_up_to_measured_wholes(name):
     network, shape = EXACT[name]
@@ -46,7 +85,7 @@ def test_measured_parts_add_up_to_measured_wholes(name):
     for kind in ("float32", "int8"):
         assert sum(row[kind] for row in table.layers.values()) + table.rest[kind] == pytest.approx(about["measured"][kind], rel=1e-6)
         assert all(row[kind] > 0 for row in table.layers.values()), kind
-    assert table.boundary >= 0 and all(count > 0 for count in table.crossing.values())
+    assert table.boundary >= 0 and all(table.crossing([layer]) > 0 for layer in list(table.layers)[1:-1])
 
 
 def test_a_budget_of_latency_is_kept_and_measured_again(quick, full_disk):

@@ -16,9 +16,11 @@ are stored in float32 with the values that their codes stand for; attention prod
 names both.
 """
 
+import io
 import json
 import tempfile
 from collections.abc import Collection, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,7 +192,7 @@ def export_folder(
     found = {
         "folder": str(path),
         "bytes": (path / MODEL).stat().st_size,
-        "layers": len(canonical.scheme),
+        "layers": len(made.packed) + len(made.dense),
         "packed": len(made.packed),
         "dense": list(made.dense),
         "dense_bytes": sum(made.tensors[f"{name}.weight"].nbytes for name in made.dense),
@@ -292,7 +294,8 @@ def verify_folder(
             report["skipped"]["outputs"] = f"transformers does not load the format here: {' '.join(str(error).split())}"
             tell("result", ok=True, failures=[])
             return report
-    there = outputs_of(loaded, batches)
+    with redirect_stderr(io.StringIO()):  # unpacking, at the first inputs, draws a progress bar
+        there = outputs_of(loaded, batches)
     simulated = outputs_of(canonical.model, batches)
     report |= {"inputs": len(inputs), "simulation": differences(simulated, there)}
     floats = all(precision.activation_bits is None for precision in canonical.scheme.values())

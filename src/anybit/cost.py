@@ -3,7 +3,7 @@
 `scheme.py` states what each quantity counts. Everything here is exact: `file_size` of a scheme is the size that `checkpoint` writes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -37,36 +37,70 @@ class LayerSize:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One observed operation: the layer that it is, if it is one, the values that it reads and makes, by number, and how many numbers of
+    one sample each of those it makes has."""
+
+    layer: str | None
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    numbers: int
+
+
+@dataclass(frozen=True)
 class LatencyTable:
     """Seconds of one forward pass of one sample, measured on one machine with one runtime.
 
     layers    name -> {"float32": seconds, "int8": seconds}; bits below 8 run as int8
     rest      the same of everything that is no layer
     boundary  seconds for each number that goes from float to integers or back
-    crossing  name -> numbers that do where this layer alone computes in float: its input and its output
+    steps     the network's operations, in order: which numbers do that follows from which layers are float
+    fixed     layers that compute in float whatever is chosen
     """
 
     layers: Mapping[str, Mapping[str, float]]
     rest: Mapping[str, float]
     boundary: float
-    crossing: Mapping[str, int]
+    steps: Sequence[Step] = ()
+    fixed: Sequence[str] = ()
 
     def layer(self, name: str, precision: Precision) -> float:
-        """The layer's seconds; of a float one with both its boundaries, as if its neighbours computed on integers."""
+        """The layer's seconds; of a float one with both its boundaries, as if its neighbours computed on integers: at most so much."""
         kernel = kernel_class(precision)
-        return self.layers[name][kernel] + (self.boundary * self.crossing[name] if kernel == "float32" else 0.0)
+        return self.layers[name][kernel] + (self.boundary * self.crossing([name]) if kernel == "float32" else 0.0)
 
     def total(self, scheme: Mapping[str, Precision]) -> float:
-        """Predicted seconds; float layers beside each other are counted as if they stood alone, so that it is seldom less in truth."""
-        kinds = {kernel_class(precision) for precision in scheme.values()}
-        if kinds == {"float32"}:
+        """Predicted seconds. Float layers that feed each other share no boundary."""
+        floats = [name for name, precision in scheme.items() if kernel_class(precision) == "float32"]
+        if len(floats) == len(scheme):
             return self.rest["float32"] + sum(self.layers[name]["float32"] for name in scheme)
-        return self.rest["int8"] + sum(self.layer(name, precision) for name, precision in scheme.items())
+        kernels = sum(self.layers[name][kernel_class(precision)] for name, precision in scheme.items())
+        return self.rest["int8"] + kernels + self.boundary * self.crossing(floats)
+
+    def crossing(self, floats: Iterable[str]) -> int:
+        """Numbers of one sample that cross between float and integers where these layers are float, beyond those that do in any case."""
+        return max(0, self._crossing({*floats, *self.fixed}) - self._crossing(set(self.fixed)))
+
+    def _crossing(self, floats: Set[str]) -> int:
+        """What is given is float and crosses for nothing; a function of one value stays where that is; a join is on integers where one of
+        its values is."""
+        kinds: dict[int, str] = {}
+        crossed: set[int] = set()
+        numbers = {value: step.numbers for step in self.steps for value in step.outputs}
+        for step in self.steps:
+            read = {kinds[value] for value in step.inputs if value in kinds}
+            if step.layer is not None:
+                kind = "float32" if step.layer in floats else "int8"
+            else:
+                kind = "int8" if "int8" in read else "float32" if read else None
+            crossed |= {value for value in step.inputs if kinds.get(value, kind) != kind}
+            kinds |= dict.fromkeys(step.outputs, kind) if kind else {}
+        return sum(numbers[value] for value in crossed)
 
 
 def kernel_class(precision: Precision) -> str:
-    """What a layer runs as: "int8" where weights and input are quantized, whatever the bits, else "float32"."""
-    return "float32" if precision.weight_bits is None or precision.activation_bits is None else "int8"
+    """What a layer runs as: "int8" where its weights, if it has any, and its input are quantized, whatever the bits, else "float32"."""
+    return "float32" if precision.activation_bits is None else "int8"
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def profile(
         table, about = found
     tell("result", measured=about["measured"], rest=table.rest, layers=table.layers)
     return {
-        "layers": {name: {**row, "boundaries": table.boundary * table.crossing[name]} for name, row in table.layers.items()},
+        "layers": {name: {**row, "boundaries": table.boundary * table.crossing([name])} for name, row in table.layers.items()},
         "rest": dict(table.rest),
         "recalled": found is not None,
         **about,

@@ -282,7 +282,7 @@ def _print_simulation(found: Mapping[str, Any]) -> None:
 
 def print_folder(found: Mapping[str, Any], details: bool = True) -> None:
     """What an exported folder holds, and what its format does not."""
-    print(f"{found['folder']}: {human_bytes(found['bytes'])}, the codes of {found['packed']} of {found['layers']} layers packed")
+    print(f"{found['folder']}: {human_bytes(found['bytes'])}, {found['packed']} of {found['layers']} quantized weights packed")
     if found["dense"] and details:
         print(printable(f"in float32 with the values of their codes ({human_bytes(found['dense_bytes'])}): {_some(found['dense'])}"))
     _print_float_inputs(found, details)

@@ -3,7 +3,7 @@
     1. The network is exported twice, in float32 and with every layer at 8 bits, and the runtime's profiler tells each kernel's time.
        Times of kernels are scaled such that they add up to the latency without the profiler.
     2. A third export has every second layer in float. What it takes above the sum of its parts is what its boundaries cost, shared among
-       the numbers that cross them.
+       the numbers that cross them. Which numbers cross in other schemes follows from who feeds whom.
 
 Bits enter through the kernel alone: whatever has 2 to 8 bits runs as int8.
 """
@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,23 +24,23 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from anybit.batches import Batch
 from anybit.checkpoint import Canonical
-from anybit.cost import LatencyTable
+from anybit.cost import LatencyTable, Step, kernel_class
 from anybit.errors import AnybitError, InvalidFile
 from anybit.files import read_sealed, sealed, validated, whole_file, write_json
 from anybit.onnx.file import exported, session
 from anybit.onnx.floats import LAYER, input_tensors, probe_of
 from anybit.onnx.timing import in_turns
 from anybit.reporting import processor
-from anybit.scheme import FLOAT, Precision, Scheme
+from anybit.scheme import FLOAT, Scheme
 from anybit.stages import Network, edge_ranges, rounded
-
-INT8 = Precision(8, 8)
+from anybit.wiring import LAYER as LAYER_KIND
 
 
 def measure_latency(network: Network, batch: Batch, rounds: int = 20, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]]:
     """(the table, what was measured and predicted of whole networks) for one sample a forward pass."""
-    free = [name for name in network.names if len(network.choices[name]) > 1 or network.choices[name][0] != FLOAT]
-    whole = {name: INT8 if name in free else FLOAT for name in network.names}
+    on_integers = {name: [p for p in options if kernel_class(p) == "int8"] for name, options in network.choices.items()}
+    whole = {name: options[0] if options else network.choices[name][0] for name, options in on_integers.items()}
+    free = [name for name, options in on_integers.items() if options]
     striped = {name: FLOAT if name in free[1::2] else precision for name, precision in whole.items()}
     graphs: dict[str, ir.Model] = {}
     for kind, precisions in (("int8", whole), ("alternating", striped)):
@@ -52,11 +52,10 @@ def measure_latency(network: Network, batch: Batch, rounds: int = 20, threads: i
     seconds = {kind: float(np.median(times)) for kind, times in in_turns(runners, rounds).items()}
     parts = {kind: _kernels(graphs[kind], one, seconds[kind], threads) for kind in ("float32", "int8")}
     layers = {name: {kind: parts[kind][0].get(name, 0.0) for kind in parts} for name in network.names}
-    crossing = {name: _crossing(network, name) for name in network.names}
-    table = LatencyTable(layers, {kind: rest for kind, (_, rest) in parts.items()}, 0.0, crossing)
-    apart = seconds["alternating"] - table.total(Scheme(striped))
-    crossed = sum(crossing[name] for name in free[1::2])
-    table = LatencyTable(table.layers, table.rest, max(0.0, apart / crossed) if crossed else 0.0, crossing)
+    rest = {kind: rest for kind, (_, rest) in parts.items()}
+    table = LatencyTable(layers, rest, 0.0, _steps(network), [name for name in network.names if name not in free])
+    apart, crossing = seconds["alternating"] - table.total(Scheme(striped)), table.crossing(free[1::2])
+    table = replace(table, boundary=max(0.0, apart / crossing) if crossing else 0.0)
     return table, {"measured": seconds, "predicted_int8": table.total(Scheme(whole)), "threads": threads, "rounds": rounds}
 
 
@@ -74,10 +73,12 @@ def _runner(graph: ir.Model, batch: Batch, threads: int):
     return lambda: running.run(None, feeds)
 
 
-def _crossing(network: Network, name: str) -> int:
-    operation = network.wiring.operation(name)
-    shapes = [network.wiring.input_shapes[name], operation.shape]
-    return sum(int(np.prod(shape)) for shape in shapes) // network.wiring.batch_size
+def _steps(network: Network) -> tuple[Step, ...]:
+    batch = network.wiring.batch_size
+    return tuple(
+        Step(op.name if op.kind == LAYER_KIND else None, op.inputs, op.outputs, int(np.prod(op.shape)) // batch)
+        for op in network.wiring.operations
+    )
 
 
 def _kernels(graph: ir.Model, batch: Batch, seconds: float, threads: int, runs: int = 20) -> tuple[dict[str, float], float]:
@@ -149,16 +150,25 @@ class Seconds(BaseModel):
     int8: float = Field(ge=0)
 
 
+class KeptStep(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    layer: str | None
+    inputs: list[int]
+    outputs: list[int]
+    numbers: int = Field(ge=0)
+
+
 class LatencyFile(BaseModel):
     """A kept table. Strict: a wrong type, a missing or an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    version: Literal[1]
+    version: Literal[2]
     of: str
     layers: dict[str, Seconds]
     rest: Seconds
     boundary: float = Field(ge=0)
-    crossing: dict[str, int]
+    steps: list[KeptStep]
+    fixed: list[str]
     about: dict[str, Any]
     digest: str
 
@@ -170,7 +180,7 @@ def _table_file(network: Network, threads: int) -> Path:
     operations = [[op.name, op.kind, list(op.shape[1:])] for op in network.wiring.operations]
     weights = [[name, size.rows, size.columns] for name, size in network.costs.layers.items()]
     floats = [name for name, choices in network.choices.items() if list(choices) == [FLOAT]]
-    told = json.dumps([1, operations, weights, floats, processor(), onnxruntime.__version__, threads])
+    told = json.dumps([2, operations, weights, floats, processor(), onnxruntime.__version__, threads])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit" / "latency"
     return home / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
 
@@ -179,7 +189,7 @@ def keep(network: Network, table: LatencyTable, about: Mapping[str, Any], thread
     """Write the table where `recalled` finds it."""
     place = _table_file(network, threads)
     with whole_file(place, "Make room, or let XDG_CACHE_HOME name another folder.") as draft:
-        write_json(draft, sealed({"version": 1, "of": place.stem, **asdict(table), "about": dict(about)}))
+        write_json(draft, sealed({"version": 2, "of": place.stem, **asdict(table), "about": dict(about)}))
     return place
 
 
@@ -189,10 +199,11 @@ def recalled(network: Network, threads: int = 1) -> tuple[LatencyTable, dict[str
     if not place.is_file():
         return None
     try:
-        told = validated(LatencyFile, read_sealed(place, 1, ""), str(place))
-        if told.of != place.stem or not set(told.layers) == set(told.crossing) == set(network.names):
+        told = validated(LatencyFile, read_sealed(place, 2, ""), str(place))
+        if told.of != place.stem or not set(told.layers) == set(network.names):
             raise InvalidFile(f"{place} is of another network, machine or runtime.")
     except InvalidFile as error:
         raise InvalidFile(f"{error} Measure again: anybit profile --overwrite.") from error
     layers = {name: row.model_dump() for name, row in told.layers.items()}
-    return LatencyTable(layers, told.rest.model_dump(), told.boundary, told.crossing), told.about
+    steps = [Step(step.layer, tuple(step.inputs), tuple(step.outputs), step.numbers) for step in told.steps]
+    return LatencyTable(layers, told.rest.model_dump(), told.boundary, steps, told.fixed), told.about

@@ -54,6 +54,7 @@ class _Writer:
         self.requantized: dict[tuple[str, Affine], ir.Value] = {}
         self.rows: dict[str, tuple[ir.Value, ir.Value]] = {}  # name of a value -> (it as a matrix, its shape): what linears make
         self.leads: dict[str, ir.Value] = {}  # name of a value -> all its sizes but the last, where they are known as it runs alone
+        self.unrounded: dict[str, tuple[ir.Value, float, float]] = {}  # what a float layer makes -> (it in float, the bounds of its clamp)
         self.units: dict[str, Affine] = {}  # layer -> the grid of its input
 
     def model(self, about: Mapping[str, str]) -> ir.Model:
@@ -136,9 +137,22 @@ class _Writer:
 
     def _quantize(self, name: str, value: ir.Value, affine: Affine, low: float = -np.inf, high: float = np.inf) -> None:
         """Quantize what the float graph calls `name`, clamped; from now on its readers get the rounded numbers."""
+        maker = value.producer()
+        if maker is not None and maker.name in self.layers and maker.name not in self.plan.integer:
+            self.unrounded[name] = (value, low, high)
         rows, shape = self.rows.get(value.name, (value, None))
         codes = self._clipped(self.emit("QuantizeLinear", [rows, *self._scale(affine)], {}, f"{name}.quantized"), affine, low, high)
         self._as_codes(name, codes if shape is None else self.emit("Reshape", [codes, shape], {}, ""), affine)
+
+    def _pooled(self, node: ir.Node, affine: Affine) -> None:
+        """The maximum of what a float layer makes, rounded after it: the same codes, since rounding and clamping are monotonic.
+
+        The layer's numbers lie as its kernel likes them, in which a maximum is fast, and that of codes is not. The second Max has one
+        operand: ONNX Runtime would pull the quantizer through the pool, but not through it.
+        """
+        value, low, high = self.unrounded[node.inputs[0].name]
+        pooled = self.emit("Max", [self.emit("MaxPool", [value], node.attributes, node.name)], {}, "")
+        self._quantize(node.outputs[0].name, pooled, affine, low, high)
 
     def _as_codes(self, name: str, codes: ir.Value, affine: Affine) -> None:
         self.codes[name] = codes
@@ -156,6 +170,8 @@ class _Writer:
                 return
         elif affine is not None and output.name in self.plan.tables:
             return self._as_codes(output.name, self._table(node, affine), affine)
+        elif node.op_type == "MaxPool" and node.inputs[0].name in self.unrounded and affine is not None:
+            return self._pooled(node, affine)
         elif node.op_type in MOVES and node.inputs[0].name in self.codes and affine == self.plan.edges.get(node.inputs[0].name):
             rest = [self._operand(value) for value in node.inputs[1:]]
             if node.op_type == "Pad":  # zero is a code
