@@ -514,6 +514,28 @@ def test_what_the_exporter_drops_is_noticed():
         exported(canonical, batch)
 
 
+class AnyArguments(nn.Module):
+    """A forward whose input has no name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, *given, **more):
+        return self.b(F.relu(self.a(*given)))
+
+
+def test_a_forward_of_any_arguments_is_carried():
+    torch.manual_seed(0)
+    batch = inputs((6,))
+    canonical = canonical_of(AnyArguments().eval(), batch, lambda layer: Precision.parse("W4A8"))
+    made = exported(canonical, batch)
+    more = inputs((6,), 3)
+    (given,) = runtime_outputs(made.integer, more)
+    with torch.no_grad():
+        assert np.abs(given - canonical.model(more.inputs).numpy()).max() < 0.05
+
+
 def test_a_batch_that_forward_fixes_is_refused():
     canonical, batch = odd(lambda s, x: s.a(x).reshape(len(x), -1), a=conv(3, 4))
     with pytest.raises(UnsupportedModel, match="size of the batch"):

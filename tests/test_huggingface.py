@@ -36,6 +36,23 @@ def texts(tmp_path, kind="bert", count=24, **how):
     return model, load_data(str(write_tsv(tmp_path / "texts.tsv", count)), Preprocessing(**how), model=model)
 
 
+def test_what_is_counted_is_called_what_it_is(tmp_path):
+    for kind, unit in (("bert", "samples"), ("gpt2", "tokens")):
+        model, samples = texts(tmp_path, kind, length=None if kind == "bert" else 8)
+        found = anybit.evaluate(model, samples)
+        assert next(iter(found)) == unit and found[unit] == len(outputs_of(model, samples.batches(8)))
+
+
+def test_a_metric_of_answers_is_refused_before_any_work(tmp_path):
+    model = load_model(f"hf:{folder('bert answers', tmp_path / 'net')}")
+    rows = [{"question": "word1", "context": "word2 word3 word4", "answers": ["word3"]}] * 12
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    samples = load_data(str(tmp_path / "q.jsonl"), Preprocessing(stride=2), model=model)
+    for work in (lambda: anybit.evaluate(model, samples, metric=len), lambda: anybit.calibrate(model, samples, metric=len)):
+        with pytest.raises(InvalidSetting, match="--metric"):
+            work()
+
+
 # Coverage
 
 

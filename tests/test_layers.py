@@ -176,6 +176,15 @@ def test_a_layer_called_twice_is_refused_with_the_remedy():
         check_plain_use(wiring, wiring.layer_names())
 
 
+def test_all_layers_that_are_called_twice_are_named_at_once():
+    twice = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    wiring = observe(nn.Sequential(twice, twice), Batch(numbers(2, 4)))
+    with pytest.raises(
+        UnsupportedModel, match=r"^Layer 0\.0 runs 2 and layer 0\.1 runs 2 times in.*--keep '0\.0=float' --keep '0\.1=float'"
+    ):
+        check_plain_use(wiring, wiring.layer_names())
+
+
 def test_layers_that_share_a_weight_are_refused_by_name():
     model = make(SharedWeight)
     with pytest.raises(UnsupportedModel, match=r"left and right share one weight.*--keep"):

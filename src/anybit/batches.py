@@ -21,6 +21,8 @@ class Reader(Protocol):
     """What a task reads in a model's output, and scores of its own beside those of `evaluation`."""
 
     task: str
+    unit: str
+    """What a prediction is of: "samples", or the tokens, texts or windows that a sample has."""
 
     def read(self, output: Any, batch: "Batch") -> Tensor:
         """One row a prediction, of one shape in every batch: what is compared with the float model's, and scored."""

@@ -10,7 +10,7 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
 
 from anybit.batches import Batch, Reader, evaluating, predict
-from anybit.errors import InvalidInput
+from anybit.errors import InvalidInput, InvalidSetting
 
 Metric = Callable[[Tensor, Tensor], float]
 Task = Literal["classification", "regression", "embedding", "question-answering", "language-model"]
@@ -118,6 +118,12 @@ def check_labels(outputs: Tensor, labels: Tensor, task: str) -> None:
         )
 
 
+def check_metric(metric: Metric | None, task: str) -> None:
+    """Raise InvalidSetting where the task's labels are nothing that a function of outputs and labels can use."""
+    if metric is not None and task == "question-answering":
+        raise InvalidSetting("A metric compares outputs with labels, and those of question answering are texts. Leave --metric out.")
+
+
 def metric_name(metric: Metric) -> str:
     """What a user's metric is called in a report."""
     return getattr(metric, "__name__", "metric")
@@ -132,6 +138,7 @@ def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = No
     """
     if len(labels) != len(outputs):
         raise InvalidInput(f"{len(labels)} labels for {len(outputs)} outputs. Give one label a sample.")
+    check_metric(metric, task)
     result: dict[str, float] = {}
     check_labels(outputs, labels, task)
     if task in ("classification", "language-model"):
@@ -176,7 +183,8 @@ def evaluate(
 
     outputs = outputs_of(model, watched())
     task = task or guess_task(outputs, readers[0])
-    result: dict[str, Any] = {"samples": len(outputs), **score(outputs, torch.cat(labels), task, metric, readers[0])}
+    unit = readers[0].unit if readers[0] else "samples"
+    result: dict[str, Any] = {unit: len(outputs), **score(outputs, torch.cat(labels), task, metric, readers[0])}
     if reference is not None:
         result["kl" if compares_classes(task) else "error"] = distance(outputs, reference, task)
         if compares_classes(task):

@@ -128,8 +128,17 @@ def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str],
 
 
 def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
-    """Raise UnsupportedModel naming the first of `names` that runs more than once, for one range cannot serve two inputs well, or in
-    surroundings that it would not have when it is run alone."""
+    """Raise UnsupportedModel naming those of `names` that run more than once, for one range cannot serve two inputs well, or else the first
+    that runs in surroundings that it would not have when it is run alone."""
+    names = list(names)
+    repeated = [name for name in names if wiring.calls[name] > 1]
+    if repeated:
+        calls = " and ".join(f"layer {name} runs {wiring.calls[name]}" for name in repeated)
+        keeps = " ".join(f"--keep '{name}=float'" for name in repeated)
+        raise UnsupportedModel(
+            f"L{calls[1:]} times in one forward pass, and one input range would have to serve them all. Give each call a layer of its own, "
+            f"or keep it float: {keeps}."
+        )
     for name in names:
         if name in wiring.surroundings:
             raise UnsupportedModel(
@@ -139,11 +148,6 @@ def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
             raise UnsupportedModel(
                 f"Layer {name} returns {len(wiring.operation(name).outputs)} tensors; a layer that is quantized returns one. Let it return "
                 f"one, or keep it float: --keep '{name}=float'."
-            )
-        if wiring.calls[name] > 1:
-            raise UnsupportedModel(
-                f"Layer {name} runs {wiring.calls[name]} times in one forward pass, and one input range would have to serve them all. "
-                f"Give each call a layer of its own, or keep this one float: --keep '{name}=float'."
             )
 
 

@@ -31,7 +31,7 @@ from anybit.checkpoint import (
 )
 from anybit.cost import CostModel
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, SchemeMismatch, UnsupportedModel
-from anybit.evaluation import Metric, check_labels, guess_task, outputs_of
+from anybit.evaluation import Metric, check_labels, check_metric, guess_task, outputs_of
 from anybit.evaluation import evaluate as evaluate_model
 from anybit.files import read_json, read_settings, validated
 from anybit.layers import float_weight
@@ -179,6 +179,8 @@ def _followed_model(
 def _check_metric(metric: Metric | None, samples: Samples) -> None:
     if metric is not None and not samples.labelled:
         raise InvalidSetting("A metric needs labels, and these inputs have none. Give labelled data, to --data or --test, or no --metric.")
+    if samples.reader is not None:
+        check_metric(metric, samples.reader.task)
 
 
 def _checked_tests(samples: Samples, model: nn.Module) -> Samples:

@@ -303,6 +303,8 @@ def _windows(number: int, row: Row, encoding: Encoding, where: str) -> list[Wind
 class FirstOutput:
     """Classes or values: the first tensor of the output, [N, ...]."""
 
+    unit = "samples"
+
     def __init__(self, task: str):
         self.task = task
 
@@ -316,6 +318,8 @@ class FirstOutput:
 class NextTokens(FirstOutput):
     """A causal language model: logits of the next token at every token but the last, [N (T - 1), vocabulary]; padding left out."""
 
+    unit = "tokens"
+
     def __init__(self) -> None:
         super().__init__("language-model")
 
@@ -326,6 +330,8 @@ class NextTokens(FirstOutput):
 
 class SentenceEmbedding(FirstOutput):
     """One vector a sentence, [N, features]: the mean of its tokens' (or the first one), padding left out."""
+
+    unit = "texts"
 
     def __init__(self, pooling: str = "mean"):
         super().__init__("embedding")
@@ -350,6 +356,8 @@ class Answers(FirstOutput):
 
     `questions` are the data set whose windows the labels number; without it nothing can be scored.
     """
+
+    unit = "windows"
 
     def __init__(self, length: int, questions: Questions | None = None, longest: int = 30, best: int = 20):
         super().__init__("question-answering")

@@ -9,6 +9,7 @@ exporters translate into slow or wrong graphs. Tidying changes no value:
 """
 
 import ast
+import inspect
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,8 +49,9 @@ def float_graph(plain: nn.Module, example: Batch, layers: Iterable[str]) -> ir.M
     given = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": inputs if isinstance(inputs, tuple) else (inputs,)}
     sizes, length = {0: torch.export.Dim("batch", min=1)}, None if example.mask is None else example.mask.shape[1]
     tokens = {} if length is None else {1: torch.export.Dim("tokens", min=1)}
+    bound = inspect.signature(plain.forward).bind(*given.get("args", ()), **given.get("kwargs", {}))
     shapes = map_tensors(
-        inputs if isinstance(inputs, (dict, tuple)) else (inputs,),
+        dict(bound.arguments),  # by the forward's own names: what *args and **kwargs take lies within theirs
         lambda tensor: sizes | tokens if tensor.dim() > 1 and tensor.shape[1] == length else sizes,
     )
     try:
