@@ -317,6 +317,16 @@ def test_a_run_is_exported_verified_and_timed(exported_run):
     assert timed["bytes"] == path.stat().st_size < timed["float_bytes"] and timed["onnxruntime"]["faster"]["ratio"] > 0
 
 
+def test_openvino_runs_the_same_file_beside_it(exported_run):
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is optional")
+    run, path, model, data = exported_run
+    assert anybit.bench(run, path, model=model, data=data, rounds=1)["openvino"]["faster"]["ratio"] > 0
+    core, feeds = openvino.Core(), data[:16].numpy()
+    there = next(iter(core.compile_model(core.read_model(path.read_bytes()), "CPU")([feeds]).values()))
+    here = onnx_file.session(path).run(None, {onnx_file.session(path).get_inputs()[0].name: feeds})[0]
+    assert np.abs(there - here).max() < 0.1 * np.abs(here).max()
+
+
 def edited(path, change):
     """The file with `change` applied to the first initializer that it takes (and says so)."""
     model = onnx.load(path)
