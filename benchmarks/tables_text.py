@@ -19,16 +19,20 @@ def _size(run: Mapping[str, Any]) -> list[str]:
     return [megabytes(run["bytes"]), megabytes(run["embedding_bytes"]), f"{run['weight_bits']:.2f}"]
 
 
+def _effort(run: Mapping[str, Any]) -> list[str]:
+    return [f"{run['seconds'] / 60:.0f} min", f"{run['peak_bytes'] / 1e9:.1f} GB"]
+
+
 def sentences_section() -> str:
     rows = []
     for file in ("minilm_uniform", "minilm_mixed"):
         for key, run in entries(file).items():
-            rows.append([key, f"{run['top1']:.2f}", interval(run), f"{run['kl']:.4f}", *_size(run), f"{run['seconds'] / 60:.0f} min"])
+            rows.append([key, f"{run['top1']:.2f}", interval(run), f"{run['kl']:.4f}", *_size(run), *_effort(run)])
     if not rows:
         return "Not run."
     float_run = next(iter(entries("minilm_uniform").values()))
-    first = ["float", f"{float_run['float']['top1']:.2f}", "", "", megabytes(float_run["float_bytes"]), "", "32", ""]
-    columns = ["scheme", "top-1", "difference (paired, 95 %)", "KL to float", "file", "of it embeddings", "bits a weight", "time"]
+    first = ["float", f"{float_run['float']['top1']:.2f}", "", "", megabytes(float_run["float_bytes"]), "", "32", "", ""]
+    columns = ["scheme", "top-1", "difference (paired, 95 %)", "KL to float", "file", "of it embeddings", "bits a weight", "time", "memory"]
     return table(columns, [first, *rows])
 
 
@@ -46,18 +50,30 @@ def text_ladder_section() -> str:
 
 def text_groups_section() -> str:
     rows = [
-        [key, f"{run['top1']:.2f}", interval(run), f"{run['kl']:.4f}", megabytes(run["bytes"])]
+        [key, f"{run['top1']:.2f}", interval(run), f"{run['kl']:.4f}", megabytes(run["bytes"]), *_effort(run)]
         for key, run in entries("minilm_groups").items()
     ]
-    return table(["weights", "top-1", "difference (paired, 95 %)", "KL to float", "file"], rows) if rows else "Not run."
+    columns = ["weights", "top-1", "difference (paired, 95 %)", "KL to float", "file", "time", "memory"]
+    return table(columns, rows) if rows else "Not run."
 
 
 def sentence_embeddings_section() -> str:
     rows = [
-        [key, f"{run['spearman']:.2f}", f"{run['float']['spearman']:.2f}", interval(run), f"{run['error']:.4f}", *_size(run)]
+        [key, f"{run['spearman']:.2f}", f"{run['float']['spearman']:.2f}", interval(run), f"{run['error']:.4f}", *_size(run), *_effort(run)]
         for key, run in entries("minilm_embeddings").items()
     ]
-    columns = ["scheme", "Spearman", "float", "difference (95 %)", "squared error", "file", "of it embeddings", "bits a weight"]
+    columns = [
+        "scheme",
+        "Spearman",
+        "float",
+        "difference (95 %)",
+        "squared error",
+        "file",
+        "of it embeddings",
+        "bits a weight",
+        "time",
+        "memory",
+    ]
     return table(columns, rows) if rows else "Not run."
 
 

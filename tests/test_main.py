@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +49,16 @@ def test_where_ctrl_c_is_ignored_it_stays_so():
     ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + COMMAND
     done = subprocess.run([sys.executable, "-c", ignoring, "twice"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_an_output_that_is_full_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "anybit", "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("anybit: the output cannot be written") and done.stderr.count("\n") == 1
+
+
+def test_a_name_that_the_system_does_not_take_is_one_line():
+    command = [sys.executable, "-m", "anybit", "extract", "x" * 300, "--budget", "3bit", "--output", "y"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "too long" in done.stderr and "shorter" in done.stderr and done.stderr.count("\n") == 1

@@ -1,7 +1,13 @@
-"""The command `anybit`, as `python -m anybit` too: Ctrl-C ends it with status 130 from the first import on."""
+"""The command `anybit`, as `python -m anybit` too: Ctrl-C ends it with status 130 from the first import on, and a name or an output that
+the system does not take with one line and status 2."""
 
+import errno
+import os
 import signal
 import sys
+
+NOT_TAKEN = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT)
+"""What the system says of names that are too long and of disks that are full, wherever it is met: no code is to blame for it."""
 
 
 def main() -> None:
@@ -17,7 +23,15 @@ def main() -> None:
     try:
         from anybit.cli import main as command
 
-        command()
+        try:
+            command()
+        finally:
+            sys.stdout.flush()  # a full disk shows here at the latest
+    except OSError as error:
+        if not interrupted:
+            if error.errno not in NOT_TAKEN:
+                raise
+            _give_up(error)
     except Exception:
         if not interrupted:
             raise
@@ -27,6 +41,15 @@ def main() -> None:
         return
     print("anybit: interrupted", file=sys.stderr)
     sys.exit(130)
+
+
+def _give_up(error: OSError) -> None:
+    """Say what was not taken, and end."""
+    what = "the output" if error.filename is None else f"{str(error.filename)[:60]!r}"
+    remedy = "Choose a shorter name." if error.errno == errno.ENAMETOOLONG else "Make room, or write elsewhere."
+    print(f"anybit: {what} cannot be written or read: {error.strerror}. {remedy}", file=sys.stderr)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes nowhere
+    sys.exit(2)
 
 
 if __name__ == "__main__":
