@@ -97,7 +97,7 @@ def agreement(study: Growing) -> None:
 def table_of(study: Growing, folder: Path) -> dict[str, Any]:
     """Calibrate's table of a run's network, with the weights that it has."""
     grown = emptied(anybit.load(folder, model=study.network()))
-    settings = {"weight_bits": (2,), "activation_bits": (None,), "pipeline": "light", "bn_tuning": False}
+    settings = {"weight_bits": (2, 8), "activation_bits": (None,), "pipeline": "light", "bn_tuning": False}
     return anybit.calibrate(grown, study.train, None, **settings).table["table"]
 
 

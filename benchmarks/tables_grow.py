@@ -104,11 +104,15 @@ def agreement_section() -> str:
             chosen = runs[f"calibrate 3bit {label} seed {seed}"]["layers"]
             other = [int(chosen[name].split("A")[0].removeprefix("W")) for name in names]
             grown = after.get(key.replace(" ", "_"), {}).get("table")
-            later = f"{spearmanr(bits, [grown['rows'][name]['W2'] for name in names]).statistic:+.2f}" if grown else "not run"
-            alike = f"{spearmanr(bits, other).statistic:+.2f}" if len(set(other)) > 1 else "it chose a uniform scheme"
-            rows.append([key, f"{spearmanr(bits, sensitivity).statistic:+.2f}", later, alike])
+            later = _ranked(bits, [grown["rows"][name]["W2"] for name in names]) if grown else "not run"
+            alike = _ranked(bits, other) if len(set(other)) > 1 else "it chose a uniform scheme"
+            rows.append([key, _ranked(bits, sensitivity), later, alike])
     columns = ["run", "rank correlation of its bits with W3 sensitivity before", "with W2 sensitivity after", "with calibrate's bits"]
     return table(columns, rows) if rows else "Not run."
+
+
+def _ranked(bits: list[int], others: list[float]) -> str:
+    return f"{spearmanr(bits, others).statistic:+.2f}" if len(set(bits)) > 1 else "all layers have the same bits"
 
 
 def cost_section() -> str:
