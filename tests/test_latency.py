@@ -32,9 +32,12 @@ def ready(model, batch):
     return stages.observe_network(model, batch, stages.CalibrateSettings((8,), (8, None)))
 
 
-@pytest.mark.parametrize(("text", "kernel"), [("W4A8", "int8"), ("W0A4", "int8"), ("A8", "int8"), ("W3", "float32"), ("float", "float32")])
+@pytest.mark.parametrize(
+    ("text", "kernel"), [("W4A8", "int8"), ("W0A4", "int8"), ("A8", "float32"), ("W3", "float32"), ("float", "float32")]
+)
 def test_a_layer_runs_on_integers_where_both_operands_are(text, kernel):
     assert kernel_class(Precision.parse(text)) == kernel
+    assert kernel_class(Precision.parse("A8"), product=True) == "int8"  # which has no weights
 
 
 def test_a_float_layer_among_integer_ones_pays_for_its_boundaries():
@@ -123,6 +126,17 @@ def test_profiles_are_recalled_for_the_same_network_alone():
     assert not first["recalled"] and again["recalled"] and again["layers"] == first["layers"]
     assert not anybit.profile(make(Residual), data, rounds=1, overwrite=True)["recalled"]
     assert not anybit.profile(make(Residual), torch.randn(4, 3, 12, 12), rounds=1)["recalled"]
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_a_table_is_of_what_may_run_on_integers(first):
+    networks = {
+        name: stages.observe_network(make(Residual), Batch(pictures(2)), stages.CalibrateSettings((8,), (8, None), keep=keep))
+        for name, keep in {"a": {"*conv1": Precision(4, None)}, "b": {}}.items()
+    }
+    latency.keep(networks[first], table_of(networks[first].names), {})
+    assert latency.recalled(networks[first]) is not None
+    assert latency.recalled(networks["b" if first == "a" else "a"]) is None
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"layers": {"x": 1}}', '{"layers": 3}'])

@@ -172,16 +172,14 @@ def test_gradients_reach_the_stored_weight_through_the_slot():
 def test_a_layer_called_twice_is_refused_with_the_remedy():
     wiring = observe(make(CalledTwice), Batch(numbers(2, 4)))
     check_plain_use(wiring, ["first", "fc"])
-    with pytest.raises(UnsupportedModel, match=r"again runs 2 times.*--keep 'again=float'"):
+    with pytest.raises(UnsupportedModel, match=r"again \(2 times\).*--keep 'again=float'"):
         check_plain_use(wiring, wiring.layer_names())
 
 
 def test_all_layers_that_are_called_twice_are_named_at_once():
     twice = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     wiring = observe(nn.Sequential(twice, twice), Batch(numbers(2, 4)))
-    with pytest.raises(
-        UnsupportedModel, match=r"^Layer 0\.0 runs 2 and layer 0\.1 runs 2 times in.*--keep '0\.0=float' --keep '0\.1=float'"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"0\.0 \(2 times\), 0\.1 \(2 times\).*--keep '0\.0=float' --keep '0\.1=float'"):
         check_plain_use(wiring, wiring.layer_names())
 
 

@@ -424,7 +424,9 @@ def read_search(folder: Path) -> SearchFile:
 
 
 @contextmanager
-def new_folder(path: Path, overwrite: bool = False, check: Callable[[Path, bool], None] | None = None) -> Iterator[Path]:
+def new_folder(
+    path: Path, overwrite: bool = False, check: Callable[[Path, bool], None] | None = None, remedy: str | None = None
+) -> Iterator[Path]:
     """A fresh folder to write into, moved to `path` when the block ends well and removed when it does not.
 
     `check` raises where `path` is taken; without one, `check_free`.
@@ -444,10 +446,8 @@ def new_folder(path: Path, overwrite: bool = False, check: Callable[[Path, bool]
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise AnybitError(
-            f"{path} cannot be written: {error}. Nothing is left there. Make room, or choose another --output; what was finished is kept, "
-            "and the same command continues."
-        ) from error
+        remedy = remedy or "Make room, or choose another --output; what was finished is kept, and the same command continues."
+        raise AnybitError(f"{path} cannot be written: {error}. Nothing is left there. {remedy}") from error
 
 
 def _open_as_others(folder: Path) -> None:

@@ -30,20 +30,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anybit.checkpoint import MODEL, Canonical, SchemeFile, new_folder
-from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.checkpoint import MODEL, Canonical, SchemeFile, is_run, new_folder
+from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
 from anybit.evaluation import Metric, differences, outputs_of, score
-from anybit.files import load_tensors, read_header
+from anybit.files import load_tensors, parse_json, read_header
 from anybit.layers import Pruned, codes_of, emptied, float_weight, quantized_layers
 from anybit.progress import tell
 from anybit.references import is_transformers
 from anybit.reporting import environment
-from anybit.roads import inputs_for, opened
+from anybit.roads import first_of, inputs_for, opened
 
 CONFIG = "config.json"
 RUN = "anybit_run"
 """Key of config.json and of the tensors' metadata: the hash of the run's packed model."""
 
+REMEDY = "Make room, or choose another --compressed-tensors."
 WORD = 32
 FLOAT_TOLERANCE = 1e-3
 """How far outputs may be from the simulation's where both compute the same in float, as a share of the largest."""
@@ -59,13 +60,6 @@ def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
     stream = np.unpackbits(fields[:, :, None], axis=2, count=bits, bitorder="little").reshape(rows, columns * bits)
     padded = np.pad(stream, ((0, 0), (0, -stream.shape[1] % WORD)))
     return np.packbits(padded, axis=1, bitorder="little").view("<i4").astype(np.int32)
-
-
-def unpack_words(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """The inverse of `pack_words`: int8 [rows, columns]."""
-    stream = np.unpackbits(np.ascontiguousarray(words, "<i4").view(np.uint8), axis=1, count=columns * bits, bitorder="little")
-    fields = np.packbits(stream.reshape(len(words), columns, bits), axis=2, bitorder="little")[:, :, 0]
-    return (fields.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
 
 
 @dataclass(frozen=True)
@@ -187,7 +181,7 @@ def export_folder(
     path = Path(folder)
     canonical, file = opened(run, model)
     made, files = _made(canonical, file, embeddings)
-    with new_folder(path, overwrite, _check_free) as draft:
+    with new_folder(path, overwrite, _check_free, REMEDY) as draft:
         _write(draft, made, files, file)
     found = {
         "folder": str(path),
@@ -226,11 +220,19 @@ def _made(canonical: Canonical, file: SchemeFile, embeddings: bool) -> tuple[Pac
 
 def _check_free(path: Path, overwrite: bool) -> None:
     """Raise InvalidSetting where `path` is taken: by an exported folder, unless it may be overwritten, or by anything else, always."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if is_run(path.resolve().parent):
+        raise InvalidSetting(f"{path} is inside a run folder, which holds its run alone. Choose another --compressed-tensors.")
+    if not path.exists() and not path.is_symlink():
         return
-    ours = path.is_dir() and (path / CONFIG).is_file() and (path / MODEL).is_file() and RUN in read_header(path / MODEL)[1]
-    if not ours:
-        raise InvalidSetting(f"{path} exists and is no folder that anybit exported. Choose another --compressed-tensors.")
+    if path.is_symlink() or not path.is_dir():
+        raise InvalidSetting(f"{path} exists and is no folder. Choose another --compressed-tensors.")
+    files = {item.relative_to(path).as_posix() for item in path.rglob("*") if not item.is_dir()}
+    if not files:
+        return
+    if not {CONFIG, MODEL} <= files <= {CONFIG, MODEL, *huggingface_files()} or any(item.is_symlink() for item in path.rglob("*")):
+        raise InvalidSetting(
+            f"{path} exists and is no folder that anybit exported, or holds files besides. Choose another --compressed-tensors."
+        )
     if not overwrite:
         raise InvalidSetting(f"{path} exists. Choose another --compressed-tensors, or give --overwrite.")
 
@@ -259,9 +261,14 @@ def verify_folder(
     if not (path / CONFIG).is_file() or not (path / MODEL).is_file():
         raise InvalidFile(f"{path} has no {CONFIG} or no {MODEL}. Write it with anybit export --compressed-tensors.")
     embeddings = {name for name, layer in quantized_layers(canonical.model).items() if isinstance(layer, nn.Embedding)}
-    specs, about = read_header(path / MODEL)
+    try:
+        specs, about = read_header(path / MODEL)
+    except InvalidFile as error:
+        raise InvalidFile(f"{error} Export the run again, with --overwrite.") from error
     made, files = _made(canonical, file, any(f"{name}.weight_packed" in specs for name in embeddings))
-    if about.get(RUN) != file.sha256:
+    if RUN not in about:
+        raise InvalidFile(f"{path} is no folder that anybit exported. Write one with anybit export --compressed-tensors.")
+    if about[RUN] != file.sha256:
         failures = ["The folder was exported from another run than this one, or the run has changed since."]
     else:
         failures = _differences(path, specs, made, files)
@@ -272,15 +279,12 @@ def verify_folder(
         "packed": len(made.packed),
         "dense": list(made.dense),
         "float_inputs": list(made.float_inputs),
-        "environment": environment(),
+        "environment": environment("transformers", "compressed-tensors"),
     }
     if failures:  # nothing else than the run's own files is given to transformers
         tell("result", ok=False, failures=failures)
         return report
-    inputs = inputs_for(run, file, canonical.model, data, workers)
-    if len(inputs) == 0:
-        raise InvalidInput("The data is empty. Give inputs of the network with --data.")
-    inputs = inputs.subset(range(min(samples or len(inputs), len(inputs))))
+    inputs = first_of(inputs_for(run, file, canonical.model, data, workers), samples)
     batches = list(inputs.batches(64))
     with tempfile.TemporaryDirectory() as place:
         if embeddings & set(made.packed):  # the same network with these in float32
@@ -314,7 +318,7 @@ def verify_folder(
 
 
 def _differences(path: Path, specs: Collection[str], made: Packed, files: Mapping[str, bytes]) -> list[str]:
-    """What the folder holds otherwise than the run gives it, each in a sentence that names the layer."""
+    """What the folder holds otherwise than the run gives it, each in a sentence that names the layer or the setting."""
     failures = [f"{key} is missing from {MODEL}." for key in made.tensors if key not in specs]
     failures += [f"{key} is in {MODEL} and not in what the run gives." for key in specs if key not in made.tensors]
     there = load_tensors(path / MODEL, [key for key in made.tensors if key in specs])
@@ -324,7 +328,21 @@ def _differences(path: Path, specs: Collection[str], made: Packed, files: Mappin
             failures.append(f"{key} is {tensor.dtype} {list(tensor.shape)}; the run gives {wanted.dtype} {list(wanted.shape)}.")
         elif (different := int((tensor != wanted).sum())) > 0:
             failures.append(f"{key}: {different} of {wanted.numel()} stored numbers are not the run's.")
-    for name, content in files.items():
-        if not (path / name).is_file() or (path / name).read_bytes() != content:
-            failures.append(f"{name} is not what the run and its network give.")
-    return failures
+    settings = (parse_json((path / CONFIG).read_bytes(), str(path / CONFIG)), json.loads(files[CONFIG]))
+    if not isinstance(settings[0], dict):
+        return [*failures, f"{CONFIG} holds no settings."]
+    keys = [key for key in {**settings[0], **settings[1]} if key != "transformers_version"]  # of which any may export and verify
+    failures += [f"{CONFIG}: {key} is not what the run gives." for key in keys if settings[0].get(key) != settings[1].get(key)]
+    failures += [f"{name} is not what came with the network." for name in files if name != CONFIG and _content(path / name) != files[name]]
+    read_too = [name for name in (*huggingface_files(), "adapter_config.json") if name not in files and (path / name).exists()]
+    return failures + [f"{name} did not come with the network, and transformers may read it. Remove it." for name in read_too]
+
+
+def huggingface_files() -> tuple[str, ...]:
+    from anybit.huggingface import BESIDE
+
+    return BESIDE
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None

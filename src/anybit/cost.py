@@ -55,7 +55,7 @@ class LatencyTable:
     rest      the same of everything that is no layer
     boundary  seconds for each number that goes from float to integers or back
     steps     the network's operations, in order: which numbers do that follows from which layers are float
-    fixed     layers that compute in float whatever is chosen
+    fixed     layers that compute in float whatever is chosen;   products  layers without weights
     """
 
     layers: Mapping[str, Mapping[str, float]]
@@ -63,18 +63,23 @@ class LatencyTable:
     boundary: float
     steps: Sequence[Step] = ()
     fixed: Sequence[str] = ()
+    products: Sequence[str] = ()
+
+    def kernel(self, name: str, precision: Precision) -> str:
+        """What the layer runs as."""
+        return kernel_class(precision, name in self.products)
 
     def layer(self, name: str, precision: Precision) -> float:
-        """The layer's seconds; of a float one with both its boundaries, as if its neighbours computed on integers: at most so much."""
-        kernel = kernel_class(precision)
+        """The layer's seconds; of a float one with both its boundaries, as if its neighbours computed on integers."""
+        kernel = self.kernel(name, precision)
         return self.layers[name][kernel] + (self.boundary * self.crossing([name]) if kernel == "float32" else 0.0)
 
     def total(self, scheme: Mapping[str, Precision]) -> float:
         """Predicted seconds. Float layers that feed each other share no boundary."""
-        floats = [name for name, precision in scheme.items() if kernel_class(precision) == "float32"]
+        floats = [name for name, precision in scheme.items() if self.kernel(name, precision) == "float32"]
         if len(floats) == len(scheme):
             return self.rest["float32"] + sum(self.layers[name]["float32"] for name in scheme)
-        kernels = sum(self.layers[name][kernel_class(precision)] for name, precision in scheme.items())
+        kernels = sum(self.layers[name][self.kernel(name, precision)] for name, precision in scheme.items())
         return self.rest["int8"] + kernels + self.boundary * self.crossing(floats)
 
     def crossing(self, floats: Iterable[str]) -> int:
@@ -98,9 +103,9 @@ class LatencyTable:
         return sum(numbers[value] for value in crossed)
 
 
-def kernel_class(precision: Precision) -> str:
-    """What a layer runs as: "int8" where its weights, if it has any, and its input are quantized, whatever the bits, else "float32"."""
-    return "float32" if precision.activation_bits is None else "int8"
+def kernel_class(precision: Precision, product: bool = False) -> str:
+    """What a layer runs as: "int8" where input and weights (a product has none) are quantized, whatever the bits, else "float32"."""
+    return "int8" if precision.activation_bits is not None and (product or precision.weight_bits is not None) else "float32"
 
 
 @dataclass(frozen=True)

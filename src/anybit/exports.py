@@ -23,7 +23,7 @@ from anybit.onnx.verification import RUN, flipped_codes, verify_file
 from anybit.progress import tell
 from anybit.references import Preprocessing, as_samples, completed, covered, load_data, load_model
 from anybit.reporting import environment
-from anybit.roads import inputs_for, opened
+from anybit.roads import first_of, inputs_for, opened
 from anybit.scheme import Precision
 from anybit.stages import CalibrateSettings, observe_network
 
@@ -106,7 +106,7 @@ def verify(
     if not verdict.numbers:  # it could not be run as this one
         tell("result", ok=report["ok"], failures=report["failures"])
         return report
-    inputs = inputs.subset(range(min(samples or len(inputs), len(inputs))))
+    inputs = first_of(inputs, samples)
     batches = list(inputs.batches(CHECKED))
     running = onnx_file.session(path, torch.get_num_threads())
     there = _predicted(running, canonical.model, batches)

@@ -151,10 +151,14 @@ def load(name: str, task: str | None = None) -> nn.Module:
     not hold is drawn by a fixed seed.
     """
     place = str(Path(name).resolve()) if Path(name).is_dir() else name
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise InvalidSetting(f"There is no folder {name}, which hf: names. Name the network's folder with --model hf:FOLDER.")
     how = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+            if getattr(config, "quantization_config", None) is not None:
+                raise ValueError("it is quantized already; name the float network. anybit verify loads what anybit exported")
             loader = _loader(config, task)
             torch.manual_seed(0)
             model, told = loader.from_pretrained(place, config=config, output_loading_info=True, **how)
@@ -283,7 +287,8 @@ def picture_settings(model: nn.Module) -> dict[str, Any]:
 BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "generation_config.json",
-    "preprocessor_config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+    "preprocessor_config.json", "processor_config.json", "modules.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json", "1_Pooling/config.json",
 )  # fmt: skip
 """Files that come with a network, besides its configuration and its weights, and hold no code."""
 

@@ -133,11 +133,11 @@ def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
     names = list(names)
     repeated = [name for name in names if wiring.calls[name] > 1]
     if repeated:
-        calls = " and ".join(f"layer {name} runs {wiring.calls[name]}" for name in repeated)
+        calls = ", ".join(f"{name} ({wiring.calls[name]} times)" for name in repeated)
         keeps = " ".join(f"--keep '{name}=float'" for name in repeated)
         raise UnsupportedModel(
-            f"L{calls[1:]} times in one forward pass, and one input range would have to serve them all. Give each call a layer of its own, "
-            f"or keep it float: {keeps}."
+            f"These layers run more than once in one forward pass, and one input range would have to serve all calls: {calls}. Give each "
+            f"call a layer of its own, or keep them float: {keeps}."
         )
     for name in names:
         if name in wiring.surroundings:

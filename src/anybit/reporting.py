@@ -48,12 +48,12 @@ def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, so that a number can be judged later."""
+def environment(*more: str) -> dict[str, Any]:
+    """Versions, of `more` packages too, and the machine, so that a number can be judged later."""
     import torch
 
     packages = {}
-    for name in ("anybit", "torch", "numpy", "scipy", "safetensors"):
+    for name in ("anybit", "torch", "numpy", "scipy", "safetensors", *more):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -912,6 +912,15 @@ def inputs_for(folder: str | Path, file: SchemeFile, model: nn.Module, data: Any
     return _samples(reference, workers, Preprocessing.from_json(file.preprocessing), model)
 
 
+def first_of(inputs: Samples, count: int | None) -> Samples:
+    """The first `count` samples, all where None; raises where there are none."""
+    if count is not None and count < 1:
+        raise InvalidSetting(f"--samples {count} must be at least 1.")
+    if len(inputs) == 0:
+        raise InvalidInput("The data is empty. Give inputs of the network with --data.")
+    return inputs if count is None else inputs.subset(range(min(count, len(inputs))))
+
+
 def _float_model(folder: Path, file: Any, model: nn.Module | str | None, named_in: str = "scheme.json") -> nn.Module:
     """The float network of a folder: `model`, or the reference that `file`, read from `named_in`, holds."""
     if isinstance(model, nn.Module):

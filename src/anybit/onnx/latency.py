@@ -1,6 +1,6 @@
 """How long every layer takes in float and on integers, on this machine: what a budget of latency is counted by.
 
-    1. The network is exported twice, in float32 and with every layer at 8 bits, and the runtime's profiler tells each kernel's time.
+    1. The network is exported twice, in float32 and with every layer on integers, and the runtime's profiler tells each kernel's time.
        Times of kernels are scaled such that they add up to the latency without the profiler.
     2. A third export has every second layer in float. What it takes above the sum of its parts is what its boundaries cost, shared among
        the numbers that cross them. Which numbers cross in other schemes follows from who feeds whom.
@@ -31,14 +31,14 @@ from anybit.onnx.file import exported, session
 from anybit.onnx.floats import LAYER, input_tensors, probe_of
 from anybit.onnx.timing import in_turns
 from anybit.reporting import processor
-from anybit.scheme import FLOAT, Scheme
+from anybit.scheme import FLOAT, Precision, Scheme
 from anybit.stages import Network, edge_ranges, rounded
 from anybit.wiring import LAYER as LAYER_KIND
 
 
 def measure_latency(network: Network, batch: Batch, rounds: int = 20, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]]:
     """(the table, what was measured and predicted of whole networks) for one sample a forward pass."""
-    on_integers = {name: [p for p in options if kernel_class(p) == "int8"] for name, options in network.choices.items()}
+    on_integers = _on_integers(network)
     whole = {name: options[0] if options else network.choices[name][0] for name, options in on_integers.items()}
     free = [name for name, options in on_integers.items() if options]
     striped = {name: FLOAT if name in free[1::2] else precision for name, precision in whole.items()}
@@ -53,7 +53,8 @@ def measure_latency(network: Network, batch: Batch, rounds: int = 20, threads: i
     parts = {kind: _kernels(graphs[kind], one, seconds[kind], threads) for kind in ("float32", "int8")}
     layers = {name: {kind: parts[kind][0].get(name, 0.0) for kind in parts} for name in network.names}
     rest = {kind: rest for kind, (_, rest) in parts.items()}
-    table = LatencyTable(layers, rest, 0.0, _steps(network), [name for name in network.names if name not in free])
+    fixed = [name for name in network.names if name not in free]
+    table = LatencyTable(layers, rest, 0.0, _steps(network), fixed, _products(network))
     apart, crossing = seconds["alternating"] - table.total(Scheme(striped)), table.crossing(free[1::2])
     table = replace(table, boundary=max(0.0, apart / crossing) if crossing else 0.0)
     return table, {"measured": seconds, "predicted_int8": table.total(Scheme(whole)), "threads": threads, "rounds": rounds}
@@ -71,6 +72,16 @@ def _runner(graph: ir.Model, batch: Batch, threads: int):
     running = session(graph, threads)
     feeds = {value.name: tensor.numpy() for value, tensor in zip(running.get_inputs(), input_tensors(batch), strict=True)}
     return lambda: running.run(None, feeds)
+
+
+def _on_integers(network: Network) -> dict[str, list[Precision]]:
+    """Layer -> those of its choices that run on integers."""
+    products = _products(network)
+    return {name: [p for p in options if kernel_class(p, name in products) == "int8"] for name, options in network.choices.items()}
+
+
+def _products(network: Network) -> list[str]:
+    return [name for name, size in network.costs.layers.items() if size.operands == 2]
 
 
 def _steps(network: Network) -> tuple[Step, ...]:
@@ -169,6 +180,7 @@ class LatencyFile(BaseModel):
     boundary: float = Field(ge=0)
     steps: list[KeptStep]
     fixed: list[str]
+    products: list[str]
     about: dict[str, Any]
     digest: str
 
@@ -179,7 +191,7 @@ def _table_file(network: Network, threads: int) -> Path:
 
     operations = [[op.name, op.kind, list(op.shape[1:])] for op in network.wiring.operations]
     weights = [[name, size.rows, size.columns] for name, size in network.costs.layers.items()]
-    floats = [name for name, choices in network.choices.items() if list(choices) == [FLOAT]]
+    floats = [name for name, options in _on_integers(network).items() if not options]
     told = json.dumps([2, operations, weights, floats, processor(), onnxruntime.__version__, threads])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit" / "latency"
     return home / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
@@ -206,4 +218,4 @@ def recalled(network: Network, threads: int = 1) -> tuple[LatencyTable, dict[str
         raise InvalidFile(f"{error} Measure again: anybit profile --overwrite.") from error
     layers = {name: row.model_dump() for name, row in told.layers.items()}
     steps = [Step(step.layer, tuple(step.inputs), tuple(step.outputs), step.numbers) for step in told.steps]
-    return LatencyTable(layers, told.rest.model_dump(), told.boundary, steps, told.fixed), told.about
+    return LatencyTable(layers, told.rest.model_dump(), told.boundary, steps, told.fixed, told.products), told.about
