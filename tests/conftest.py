@@ -1,12 +1,21 @@
 """Every test has a state and a cache folder of its own, one thread, and the quick settings below."""
 
 import resource
+import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def without_openvino():
+    """Its threads outlive it and end the process where a later test bounds memory; its own test runs it in another process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "openvino", None)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

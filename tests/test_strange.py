@@ -841,7 +841,7 @@ def test_the_training_roads_refuse_by_the_same_names(road):
     settings = {"grow": {"budget": "4bit"}, "train": {"bits": (4, 8), "label": "teacher", "held_out": 0.2}}[road]
     for model, part in (
         (plain().half(), "conv1: the weight is torch.float16"),
-        (with_forward(CHOICES["by size"]), "fc (2 times)"),
+        (with_forward(CHOICES["by size"]), "Layer fc runs 2 times"),
         (plain(relu1=Remembering("plain", "none", "relu")), "from relu1/add on"),
     ):
         before = snapshot(model)
