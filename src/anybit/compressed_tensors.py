@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from anybit.checkpoint import MODEL, Canonical, SchemeFile, is_run, new_folder
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
-from anybit.evaluation import Metric, differences, outputs_of, score
-from anybit.files import load_tensors, parse_json, read_header
+from anybit.evaluation import Metric, beside, outputs_of
+from anybit.files import load_tensors, read_header, read_json
 from anybit.layers import Pruned, codes_of, emptied, float_weight, quantized_layers
 from anybit.progress import tell
 from anybit.references import is_transformers
@@ -42,7 +42,7 @@ from anybit.roads import first_of, inputs_for, opened
 
 CONFIG = "config.json"
 RUN = "anybit_run"
-"""Key of config.json and of the tensors' metadata: the hash of the run's packed model."""
+"""Key of config.json: the hash of the run's packed model."""
 
 REMEDY = "Make room, or choose another --compressed-tensors."
 WORD = 32
@@ -197,7 +197,7 @@ def export_folder(
 
 
 def _write(folder: Path, made: Packed, files: Mapping[str, bytes], file: SchemeFile) -> None:
-    save_file(made.tensors, folder / MODEL, {"format": "pt", RUN: file.sha256})
+    save_file(made.tensors, folder / MODEL, {"format": "pt"})  # one key: several are written in any order
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
@@ -262,16 +262,16 @@ def verify_folder(
         raise InvalidFile(f"{path} has no {CONFIG} or no {MODEL}. Write it with anybit export --compressed-tensors.")
     embeddings = {name for name, layer in quantized_layers(canonical.model).items() if isinstance(layer, nn.Embedding)}
     try:
-        specs, about = read_header(path / MODEL)
+        specs, settings = read_header(path / MODEL)[0], read_json(path / CONFIG)
     except InvalidFile as error:
         raise InvalidFile(f"{error} Export the run again, with --overwrite.") from error
     made, files = _made(canonical, file, any(f"{name}.weight_packed" in specs for name in embeddings))
-    if RUN not in about:
+    if not isinstance(settings, dict) or RUN not in settings:
         raise InvalidFile(f"{path} is no folder that anybit exported. Write one with anybit export --compressed-tensors.")
-    if about[RUN] != file.sha256:
+    if settings[RUN] != file.sha256:
         failures = ["The folder was exported from another run than this one, or the run has changed since."]
     else:
-        failures = _differences(path, specs, made, files)
+        failures = _differences(path, specs, settings, made, files)
     report: dict[str, Any] = {
         "ok": not failures,
         "failures": failures,
@@ -301,23 +301,17 @@ def verify_folder(
     with redirect_stderr(io.StringIO()):  # unpacking, at the first inputs, draws a progress bar
         there = outputs_of(loaded, batches)
     simulated = outputs_of(canonical.model, batches)
-    report |= {"inputs": len(inputs), "simulation": differences(simulated, there)}
+    report |= {"inputs": len(inputs)} | beside(simulated, there, batches, file.task, metric)
     floats = all(precision.activation_bits is None for precision in canonical.scheme.values())
     apart, largest = report["simulation"]["largest_difference"], report["simulation"]["largest_output"]
     if floats and not apart <= FLOAT_TOLERANCE * largest:  # NaN is not
         failures.append(f"Outputs differ from the simulation's by up to {apart:.4g} (the largest is {largest:.4g}), in float alone.")
-    if inputs.labelled:
-        labels = torch.cat([batch.labels for batch in batches])
-        report["accuracy"] = {
-            "simulated": score(simulated, labels, file.task, metric, batches[0].reader),
-            "exported": score(there, labels, file.task, metric, batches[0].reader),
-        }
     report["ok"] = not failures
     tell("result", ok=report["ok"], failures=failures, accuracy=report.get("accuracy"))
     return report
 
 
-def _differences(path: Path, specs: Collection[str], made: Packed, files: Mapping[str, bytes]) -> list[str]:
+def _differences(path: Path, specs: Collection[str], settings: Mapping[str, Any], made: Packed, files: Mapping[str, bytes]) -> list[str]:
     """What the folder holds otherwise than the run gives it, each in a sentence that names the layer or the setting."""
     failures = [f"{key} is missing from {MODEL}." for key in made.tensors if key not in specs]
     failures += [f"{key} is in {MODEL} and not in what the run gives." for key in specs if key not in made.tensors]
@@ -328,11 +322,9 @@ def _differences(path: Path, specs: Collection[str], made: Packed, files: Mappin
             failures.append(f"{key} is {tensor.dtype} {list(tensor.shape)}; the run gives {wanted.dtype} {list(wanted.shape)}.")
         elif (different := int((tensor != wanted).sum())) > 0:
             failures.append(f"{key}: {different} of {wanted.numel()} stored numbers are not the run's.")
-    settings = (parse_json((path / CONFIG).read_bytes(), str(path / CONFIG)), json.loads(files[CONFIG]))
-    if not isinstance(settings[0], dict):
-        return [*failures, f"{CONFIG} holds no settings."]
-    keys = [key for key in {**settings[0], **settings[1]} if key != "transformers_version"]  # of which any may export and verify
-    failures += [f"{CONFIG}: {key} is not what the run gives." for key in keys if settings[0].get(key) != settings[1].get(key)]
+    own = json.loads(files[CONFIG])
+    keys = [key for key in {**settings, **own} if key != "transformers_version"]  # any may export and verify
+    failures += [f"{CONFIG}: {key} is not what the run gives." for key in keys if settings.get(key) != own.get(key)]
     failures += [f"{name} is not what came with the network." for name in files if name != CONFIG and _content(path / name) != files[name]]
     read_too = [name for name in (*huggingface_files(), "adapter_config.json") if name not in files and (path / name).exists()]
     return failures + [f"{name} did not come with the network, and transformers may read it. Remove it." for name in read_too]

@@ -1,7 +1,7 @@
 """What a model's outputs are worth: accuracy with labels, distance to the float model without."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -80,12 +80,20 @@ def agreement(outputs: Tensor, reference: Tensor) -> float:
     return 100 * float((outputs.argmax(-1) == reference.argmax(-1)).double().mean())
 
 
-def differences(simulated: Tensor, there: Tensor) -> dict[str, float]:
-    """How far an exported file's outputs are from the simulation's: the largest difference, the largest output, top-1 agreement."""
-    numbers = {"largest_difference": float((simulated - there).abs().max()), "largest_output": float(simulated.abs().max())}
+def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], task: str, metric: Metric | None = None) -> dict[str, Any]:
+    """What an exported network gives on these batches beside the simulation: how far its outputs are away, and both scores on labels.
+
+    simulation  the largest difference, the largest output, and where outputs are classes top-1 agreement in percent
+    """
+    apart = {"largest_difference": float((simulated - there).abs().max()), "largest_output": float(simulated.abs().max())}
     if simulated.dim() == 2 and simulated.shape[1] > 1:
-        numbers["agreement"] = 100 * float((simulated.argmax(1) == there.argmax(1)).float().mean())
-    return numbers
+        apart["agreement"] = agreement(there, simulated)
+    found: dict[str, Any] = {"simulation": apart}
+    if batches[0].labels is not None:
+        labels = torch.cat([batch.labels for batch in batches])
+        both = {"simulated": simulated, "exported": there}
+        found["accuracy"] = {kind: score(outputs, labels, task, metric, batches[0].reader) for kind, outputs in both.items()}
+    return found
 
 
 def correct(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from anybit.batches import Batch, Samples, call
 from anybit.errors import InvalidInput, InvalidSetting
-from anybit.evaluation import Metric, differences, outputs_of, score
+from anybit.evaluation import Metric, beside, outputs_of
 from anybit.onnx import file as onnx_file
 from anybit.onnx.file import exported, ideal_bytes
 from anybit.onnx.floats import input_tensors, probe_of
@@ -112,13 +112,8 @@ def verify(
     there = _predicted(running, canonical.model, batches)
     simulated = outputs_of(canonical.model, batches)
     flips = flipped_codes(canonical.model, made, probe_of(first, 8))
-    report |= {"inputs": len(inputs), "simulation": differences(simulated, there) | {"flipped_codes": flips}}
-    if inputs.labelled:
-        labels = torch.cat([batch.labels for batch in batches])
-        report["accuracy"] = {
-            "simulated": score(simulated, labels, file.task, metric, first.reader),
-            "exported": score(there, labels, file.task, metric, first.reader),
-        }
+    report |= {"inputs": len(inputs)} | beside(simulated, there, batches, file.task, metric)
+    report["simulation"]["flipped_codes"] = flips
     tell("result", ok=report["ok"], failures=report["failures"], accuracy=report.get("accuracy"))
     return report
 
