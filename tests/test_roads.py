@@ -386,7 +386,7 @@ BAD = {
     "one bit": (lambda: make(Chain), pictures(24), {"weight_bits": (1, 4)}, InvalidSetting, r"1 is outside 2\.\.8"),
     "nine bits": (lambda: make(Chain), pictures(24), {"activation_bits": (9,)}, InvalidSetting, r"9 is outside 2\.\.8"),
     "no layer": (lambda: nn.Sequential(nn.ReLU(), nn.Flatten()), pictures(24), {}, UnsupportedModel, "no layer to quantize"),
-    "called twice": (lambda: make(CalledTwice), numbers(24, 4), {}, UnsupportedModel, "again (2 times)"),
+    "called twice": (lambda: make(CalledTwice), numbers(24, 4), {}, UnsupportedModel, r"again \(2 times\)"),
     "shared": (lambda: make(SharedWeight), numbers(24, 4), {}, UnsupportedModel, "left and right share one weight"),
     "keep nothing": (lambda: make(Chain), pictures(24), {"keep": {"cnv*": Precision(8)}}, InvalidSetting, "matches no"),
     "unknown block": (lambda: make(Chain), pictures(24), {"blocks": ("b1",)}, InvalidSetting, "b1"),
