@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from anybit import allocation
 from anybit.allocation import Problem, allocate, best_allocations, frontier, least_costs, make_problem
 from anybit.batches import Batch
 from anybit.candidates import ActivationCandidate, Candidates, apply_scheme, weight_candidate
@@ -508,3 +509,26 @@ def test_a_schemes_predicted_loss_is_the_sum_over_its_layers():
     table = SensitivityTable({("a", W4): 0.25, ("a", A8): 0.5, ("b", W4A8): 4.0}, Precision(), 1)
     assert table.total(Scheme({"a": W4A8, "b": W4A8})) == 4.75
     assert table.total(Scheme({"a": Precision(), "b": Precision()})) == 0
+
+
+def test_a_gap_that_the_solver_does_not_reach_is_widened_and_told(monkeypatch):
+    asked, solve = [], allocation.milp
+
+    def slow(*arguments, options, **more):
+        asked.append(options["mip_rel_gap"])
+        found = solve(*arguments, **more)
+        if options["mip_rel_gap"] < 1e-3:  # out of time, with something in hand that another run might not have
+            found.status = allocation.TIME_LIMIT
+        else:
+            found.mip_dual_bound = found.fun - 5e-4 * abs(found.fun)
+        return found
+
+    choices = {layer: [Precision(bits, 8) for bits in (2, 4, 8)] for layer in "abc"}
+    losses = {layer: np.array([3.0, 1.0, 0.0]) * weight for layer, weight in zip("abc", (1, 2, 3), strict=True)}
+    costs = {"bits": {layer: np.array([2.0, 4.0, 8.0]) for layer in "abc"}}
+    problem = Problem(choices, losses, costs, {"bits": 14.0}, {})
+    plain = allocate(problem)
+    monkeypatch.setattr(allocation, "milp", slow)
+    found = list(itertools.islice(best_allocations(problem), 3))
+    assert found[0].scheme == plain.scheme and 0 < found[0].gap <= 1e-3
+    assert asked[0] == 1e-4 and set(asked[1:]) == {1e-3}  # what was too narrow once is not tried again

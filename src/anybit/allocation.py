@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
 from scipy.sparse import csr_matrix
 
 from anybit.cost import CostModel
@@ -31,6 +31,13 @@ HEADER_SLACK = 64
 
 # Choices a layer that the integer program starts with; the relaxation's reduced costs tell which, and whether they were enough.
 CORE = 5
+
+GAPS, SECONDS = (1e-4, 1e-3, 1e-2), 20.0
+"""Relative gaps within which the solver proves a scheme, and how long it tries each but the last. Layers of like sizes and losses of which
+one outweighs all others can hold it up for hours at the narrowest, and are solved in a moment at the next."""
+
+TIME_LIMIT = 1
+"""The solver's status where it met a limit."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,7 @@ class _Program:
         self.layers = int(owner.max()) + 1
         self.one_each = csr_matrix((np.ones(len(values)), (owner, np.arange(len(values)))))
         self.excluded: list[np.ndarray] = []
+        self.gap = 0  # index of GAPS
         rows = {"A_ub": limited, "b_ub": limits} if len(limits) else {}
         with _silent_solver():
             relaxed = linprog(self.values, A_eq=self.one_each, b_eq=np.ones(self.layers), method="highs", **rows)
@@ -210,8 +218,7 @@ class _Program:
                 constraints.append(LinearConstraint(self.limited[:, core], -np.inf, self.limits))
             if self.excluded:
                 constraints.append(LinearConstraint(np.stack(self.excluded)[:, core], -np.inf, self.layers - 1))
-            with _silent_solver():
-                result = milp(self.values[core], integrality=np.ones(len(core)), bounds=Bounds(0, 1), constraints=constraints)
+            result = self._solved(self.values[core], constraints)
             if result.x is None:
                 if everything:
                     return None
@@ -222,6 +229,18 @@ class _Program:
             else:
                 self.reach = (result.fun - self.relaxed) * (1 + 1e-9) + 1e-12  # above what rounding can hide
         return None
+
+    def _solved(self, values: np.ndarray, constraints: list[LinearConstraint]) -> OptimizeResult:
+        """The solver's result within the narrowest of GAPS that it reaches in SECONDS; what it has at a time limit is not taken, so that
+        equal runs end alike. A gap that was too narrow once is not tried again."""
+        while True:
+            gap, last = GAPS[self.gap], self.gap == len(GAPS) - 1
+            options = {"mip_rel_gap": gap} | ({} if last else {"time_limit": SECONDS})
+            with _silent_solver():
+                result = milp(values, integrality=np.ones(len(values)), bounds=Bounds(0, 1), constraints=constraints, options=options)
+            if last or result.status != TIME_LIMIT:
+                return result
+            self.gap += 1
 
     def exclude(self, chosen: np.ndarray) -> None:
         """Leave this scheme out from now on."""
