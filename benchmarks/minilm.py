@@ -11,7 +11,7 @@ is not run again.
     groups      SST-2: weights alone at 4 and 3 bits, a scale a channel and a scale for each 128, 64 and 32 inputs
     embeddings  STS-B: sentence embeddings at W8A8, W4A8, W3A8, W4A4, and 4 and 3 bits on average
     exported    SST-2: the light pipeline at W8A8, W4A8 and W4 in groups of 32, as ONNX files: size, speed, accuracy beside the simulation's
-    roads       SST-2: grow to 4 bits, and a supernet of 4, 6 and 8 bits, one epoch of 12,800 sentences each
+    roads       SST-2: grow to 4 bits, and a supernet of 4, 6 and 8 bits, one epoch of --sentences each
 
 Differences from the float network come with paired 95 % intervals: sentence by sentence where a sentence is right or wrong, by bootstrap
 over pairs where the score is a correlation.
@@ -147,16 +147,16 @@ def as_file(study: Study, how: dict[str, Any], packed: bool) -> dict[str, Any]:
 
 
 def roads(study: Study) -> None:
-    some, few = draw(study.train, 12_800, 0), {"epochs": 1, "batch_size": 64, "rate": 2e-5}
+    some, few = draw(study.train, study.arguments.sentences, 0), {"epochs": 1, "batch_size": 64, "rate": 2e-5}
 
     def grown() -> dict[str, Any]:
         result = anybit.grow(study.model, some, "4bit", activation_bits=8, per_channel=True, distill=1.0, gate_rate=3e-3, **few)
-        return study.row(result) | {"epochs": result.report["epochs"]}
+        return study.row(result) | {"epochs": result.report["epochs"], "sentences": len(some)}
 
     def supernet() -> dict[str, Any]:
         trained = anybit.train(study.model, some, test=study.test, bits=(4, 6, 8), **few)
         extracted = {bits: study.row(anybit.extract(trained, scheme=trained.uniform(bits))) for bits in (4, 6, 8)}
-        return {"test": trained.report["test"], "subnets": extracted, "epochs": trained.report["epochs"]}
+        return {"test": trained.report["test"], "subnets": extracted, "epochs": trained.report["epochs"], "sentences": len(some)}
 
     study.measured("grow 4bit A8", grown)
     study.measured("supernet of 4, 6 and 8 bits", supernet)
@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--columns")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--only", help="run the entries whose key contains this")
+    parser.add_argument("--sentences", type=int, default=12_800, help="of roads: what an epoch has")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -96,11 +96,11 @@ def text_files_section() -> str:
 def text_roads_section() -> str:
     runs, rows = entries("minilm_roads"), []
     if (grown := runs.get("grow 4bit A8")) is not None:
-        rows.append(["grow, `4bit`, A8", f"{grown['top1']:.2f}", interval(grown), f"{grown['kl']:.4f}"])
+        rows.append(["grow, `4bit`, A8", f"{grown['sentences']:,}", f"{grown['top1']:.2f}", interval(grown), f"{grown['kl']:.4f}"])
     for key, run in runs.items():
         for bits, subnet in run.get("subnets", {}).items():
-            rows.append([f"{key}: {bits} bits", f"{subnet['top1']:.2f}", interval(subnet), f"{subnet['kl']:.4f}"])
-    return table(["network", "top-1", "difference (paired, 95 %)", "KL to float"], rows) if rows else "Not run."
+            rows.append([f"{key}: {bits} bits", f"{run['sentences']:,}", f"{subnet['top1']:.2f}", interval(subnet), f"{subnet['kl']:.4f}"])
+    return table(["network", "sentences", "top-1", "difference (paired, 95 %)", "KL to float"], rows) if rows else "Not run."
 
 
 def decoder_section() -> str:
