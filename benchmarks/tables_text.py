@@ -39,6 +39,7 @@ def sentences_section() -> str:
 def text_ladder_section() -> str:
     """What was measured after each step, on held-out training sentences, and whether it was kept."""
     runs = {key: run for file in ("minilm_uniform", "minilm_mixed") for key, run in entries(file).items()}
+    runs |= {f"STS-B, {key}": run for key, run in entries("minilm_embeddings").items()}
     steps = list(dict.fromkeys(row["step"] for run in runs.values() for row in run["ladder"]))
     rows = []
     for key, run in runs.items():

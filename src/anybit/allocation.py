@@ -34,7 +34,7 @@ CORE = 5
 
 GAPS, SECONDS = (1e-4, 1e-3, 1e-2), 20.0
 """Relative gaps within which the solver proves a scheme, and how long it tries each but the last. Layers of like sizes and losses of which
-one outweighs all others can hold it up for hours at the narrowest, and are solved in a moment at the next."""
+one outweighs all others can hold it up for half an hour and more at the narrowest, and are solved in a moment at the next."""
 
 TIME_LIMIT = 1
 """The solver's status where it met a limit."""

@@ -331,6 +331,7 @@ def _differences(path: Path, specs: Collection[str], settings: Mapping[str, Any]
 
 
 def huggingface_files() -> tuple[str, ...]:
+    """Names of what may come with a network; transformers is imported to know them, and not by those who never come here."""
     from anybit.huggingface import BESIDE
 
     return BESIDE
