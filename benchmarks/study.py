@@ -5,6 +5,7 @@ import base64
 import json
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ import numpy as np
 import torch
 
 import anybit
-from anybit.batches import Samples
+from anybit.batches import Samples, draw
 from anybit.evaluation import correct, outputs_of
+from anybit.progress import listening
 from anybit.references import Preprocessing, load_data, load_model
 from anybit.reporting import environment
 
 ROOT = Path(__file__).parent.parent
 PREPROCESSING = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+HALF = torch.cpu.get_capabilities().get("avx512_bw", False)
+"""Whether training in bfloat16 pays here: a processor without AVX-512 emulates it, some fifteen times slower. Entries' settings tell."""
 
 
 class Entries:
@@ -48,8 +53,11 @@ class Study(Entries):
     """CIFAR-10, the trained network, and the file that keeps what was measured; a finished entry is not run again."""
 
     def __init__(self, arguments: argparse.Namespace, prefix: str):
-        super().__init__(arguments, f"{prefix}_{arguments.study.replace('-', '_')}")
+        images = getattr(arguments, "images", None)
+        super().__init__(arguments, f"{prefix}_{arguments.study.replace('-', '_')}" + (f"_{images}" if images else ""))
         self.train = Samples(load_data(arguments.data, PREPROCESSING).dataset, labelled=True)
+        if images:
+            self.train = draw(self.train, images, 0)
         self.test = load_data(f"{arguments.data}#test", PREPROCESSING)
 
     @property
@@ -76,6 +84,11 @@ class Study(Entries):
             "stages": report["stages"],
             "settings": report["settings"],
         }
+
+
+def narrated(key: str) -> AbstractContextManager[None]:
+    """Print each event's line, after the entry's key, inside the block."""
+    return listening(events=lambda _, fields: print(key, fields["note"], flush=True) if "note" in fields else None)
 
 
 def parser(description: str | None, studies: Iterable[str], seeds: int) -> argparse.ArgumentParser:

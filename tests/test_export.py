@@ -23,6 +23,7 @@ from anybit.batches import call, evaluating
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
 from anybit.layers import fill, quantized_layers
 from anybit.onnx import file as onnx_file
+from anybit.onnx import verification
 from anybit.onnx.file import exported, ideal_bytes
 from anybit.onnx.floats import input_tensors
 from anybit.onnx.interpreter import interpret
@@ -110,6 +111,34 @@ def test_the_runtime_computes_what_the_integer_reference_does(name, seed):
     assert name == "mixed" or not reference.in_float  # its norm and its mean over tokens
     for value, there in zip(made.integer.graph.outputs, runtime_outputs(made.integer, batch), strict=True):
         assert np.array_equal(there, reference.values[value.name].numpy())
+
+
+@exactly
+@pytest.mark.parametrize("precision", [Precision(8, 8), Precision(7, 8), Precision(8, 7), Precision(2, 8)], ids=str)
+@pytest.mark.parametrize("name", ["joined", "mixed"])
+def test_layers_whose_sums_may_saturate_are_named_and_summed_exactly(name, precision, tmp_path, monkeypatch):
+    """Two products of 8-bit codes can leave 16 bits, which is all that some processors give them, unless a session asks for more."""
+    canonical, made, batch = made_of(name, precision=lambda layer: precision)
+    onnx_file.save(made.integer, tmp_path / "net.onnx")
+    file = onnx_file.load(tmp_path / "net.onnx")
+    monkeypatch.setattr(verification, "lacks_vnni", lambda: True)
+    verdict = verify_file(tmp_path / "net.onnx", file, made, canonical.model, batch)
+    assert not verdict.failures and not verdict.skipped
+    assert set(verdict.saturating) == (set(canonical.scheme) if precision == Precision(8, 8) else set())
+    assert (onnx_file.EXACT_SUMS[0] in verdict.advice) == bool(verdict.saturating)
+
+
+@pytest.mark.skipif(not verification.lacks_vnni(), reason="this processor sums 8-bit products exactly, whatever a session asks for")
+def test_a_session_that_does_not_ask_for_exact_sums_saturates_here_and_only_where_it_is_said(monkeypatch):
+    asked = {}
+    for precision in (Precision(8, 8), Precision(7, 8), Precision(8, 7)):
+        canonical, made, batch = made_of("asymmetric", precision=lambda layer, p=precision: p)
+        exact = runtime_outputs(made.integer, batch)
+        with monkeypatch.context() as patched:
+            patched.setattr(onnx_file, "EXACT_SUMS", (onnx_file.EXACT_SUMS[0], "0"))
+            asked[precision] = np.array_equal(exact[0], runtime_outputs(made.integer, batch)[0])
+        assert asked[precision] == (not verification.saturating(canonical.model, made.plan))
+    assert not asked[Precision(8, 8)]
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -373,8 +402,10 @@ def _scale(name, array):
 
 
 def _zero_point(name, array):
-    if name.startswith("zero_point") and array < 255:
-        array[...] = array + 1
+    if name.startswith("zero_point"):
+        array[...] = (
+            array + 100 if array < 100 else array - 100
+        )  # by so much that codes leave their range: both ends of it share the number
         return True
     return False
 

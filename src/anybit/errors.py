@@ -12,6 +12,8 @@
 A message says what, where (the layer's name), the values, and what to do.
 """
 
+from collections.abc import Sequence
+
 
 class AnybitError(ValueError):
     """Root of all errors that anybit raises on purpose."""
@@ -48,3 +50,8 @@ class MissingPackage(AnybitError):
 def printable(text: str) -> str:
     """`text` as a terminal may be given it: a name may come from a stranger's file, and what would steer the terminal is escaped."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

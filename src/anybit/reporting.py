@@ -4,14 +4,14 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from anybit.errors import printable
+from anybit.errors import printable, some
 from anybit.progress import tell
 
 
@@ -284,17 +284,13 @@ def print_folder(found: Mapping[str, Any], details: bool = True) -> None:
     """What an exported folder holds, and what its format does not."""
     print(f"{found['folder']}: {human_bytes(found['bytes'])}, {found['packed']} of {found['layers']} quantized weights packed")
     if found["dense"] and details:
-        print(printable(f"in float32 with the values of their codes ({human_bytes(found['dense_bytes'])}): {_some(found['dense'])}"))
+        print(printable(f"in float32 with the values of their codes ({human_bytes(found['dense_bytes'])}): {some(found['dense'])}"))
     _print_float_inputs(found, details)
 
 
 def _print_float_inputs(found: Mapping[str, Any], details: bool) -> None:
     if found["float_inputs"] and details:
-        print(printable(f"float, since the format has no quantizer for their inputs: {_some(found['float_inputs'])}"))
-
-
-def _some(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        print(printable(f"float, since the format has no quantizer for their inputs: {some(found['float_inputs'])}"))
 
 
 def print_folder_verdict(found: Mapping[str, Any], numbers: bool = True) -> None:
@@ -315,6 +311,8 @@ def _print_numbers(found: Mapping[str, Any]) -> None:
     for name, reason in floats.items():
         print(printable(f"  in float: {name}: {reason}"))
     numbers = found["numbers"]
+    if found["advice"]:
+        print(printable(found["advice"]))
     if "bitwise" in found["skipped"]:
         print(f"not checked here: equality with the integer reference: {found['skipped']['bitwise']}.")
     elif numbers["bitwise"]:

@@ -20,6 +20,11 @@ from anybit.onnx.plan import Plan, make_plan
 from anybit.onnx.storage import stored_bytes
 from anybit.onnx.writer import TWO_BIT_VERSIONS, write_graph
 
+EXACT_SUMS = ("session.x64quantprecision", "1")
+"""The setting of a session in which x86 processors without VNNI sum 8-bit products exactly; others do, whatever it says.
+
+Without it they add two products in 16 bits, which saturate where weights have 8 bits and inputs, too."""
+
 FUNCTIONS = "anybit.functions"
 """Key of the file's metadata: how functions of one tensor are computed, "float" or "tables"."""
 
@@ -130,10 +135,11 @@ def _tensors(message: Any) -> Iterator[Any]:
 
 
 def session(source: Path | ir.Model, threads: int = 1, optimized: Path | None = None) -> Any:
-    """The runtime's session of a file or a graph; the graph that it made of it is written to `optimized`."""
+    """The runtime's session of a file or a graph, with exact sums; the graph that it made of it is written to `optimized`."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(*EXACT_SUMS)
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)

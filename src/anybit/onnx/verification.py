@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from anybit.batches import Batch, call, first_tensor
-from anybit.errors import UnsupportedModel
+from anybit.errors import UnsupportedModel, some
 from anybit.layers import quantized_layers
 from anybit.matmul import Matmul
-from anybit.onnx.file import Exported, outputs, session
+from anybit.onnx.file import EXACT_SUMS, Exported, outputs, session
 from anybit.onnx.floats import LAYER, constant, input_tensors
 from anybit.onnx.interpreter import interpret
+from anybit.onnx.plan import Plan
+from anybit.onnx.writer import weight_numbers
 
 KERNELS = {"QLinearConv", "QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "NhwcQLinearConv"}
 """What the runtime calls layers that compute on integers."""
@@ -44,12 +46,16 @@ FLOAT_TOLERANCE = 1e-3
 class Verdict:
     """failures   what is promised and not so, each in a sentence that names the layer;   skipped  check -> why
     kernels    layer -> the runtime's integer kernel;   floats  layer -> why it computes in float
+    saturating layers that an x86 processor without VNNI computes wrongly in a session without `EXACT_SUMS`; those here have it
+    advice     what a session needs on this processor, where it needs something
     """
 
     failures: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
+    saturating: list[str] = field(default_factory=list)
+    advice: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -71,6 +77,13 @@ def verify_file(path: Path, file: ir.Model, made: Exported, model: nn.Module, ba
         verdict.failures.append("The file's inputs and outputs are not those of the run.")
         return verdict
     _check_kernels(verdict, path, made, model)
+    verdict.saturating = saturating(model, made.plan)
+    if verdict.saturating and lacks_vnni():
+        setting, value = EXACT_SUMS
+        verdict.advice = (
+            f"This processor has no VNNI: sums of {some(verdict.saturating)} saturate, unless a session sets {setting} to {value}, as is "
+            "done here. Weights of at most 7 bits need no such setting."
+        )
     _check_numbers(verdict, path, file, made, batch)
     return verdict
 
@@ -252,13 +265,31 @@ def with_codes(model: ir.Model) -> ir.Model:
     return shown
 
 
+def saturating(model: nn.Module, plan: Plan) -> list[str]:
+    """Integer layers in which two neighbouring products of a code of the input and one of the weight can leave 16 bits together."""
+    layers = quantized_layers(model)
+    weighted = [name for name in plan.integer if not isinstance(layers[name], Matmul)]  # both operands of a matmul are unsigned
+    largest = {name: int(weight_numbers(layers[name])[0].int().abs().max()) for name in weighted}
+    return [name for name in layers if name in largest and 2 * plan.inputs[name][0].highest * largest[name] > 2**15 - 1]
+
+
+def lacks_vnni() -> bool:
+    """Whether this is an x86 processor that, left to itself, sums 8-bit products in 16 bits."""
+    flags = _flags()
+    return flags is not None and "vnni" not in flags
+
+
 def lacks_exact_kernels() -> str | None:
     """Why the runtime's integer kernels may differ from exact sums on this processor; None where they do not."""
+    return "the processor is not known to be an x86 one, and others have not been tried" if _flags() is None else None
+
+
+def _flags() -> str | None:
+    """What an x86 processor can do, as Linux tells it."""
     try:
-        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0]
+        return Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0]
     except (OSError, IndexError):
-        return "the processor's instructions are not known here"
-    return None if "vnni" in flags else "this processor has no VNNI instructions; without them 8-bit sums may saturate"
+        return None
 
 
 # The simulation beside it

@@ -309,7 +309,9 @@ class _Writer:
         if layer.bias is not None:
             codes, scale = with_room(codes, scale, layer.bias.detach().numpy() / np.float32(self.units[name].scale), bits)
         held = stored(name, _shaped(layer, codes, transposed), bits, self.emit, self.constant)
-        zeros = self.constant(f"zeros_int8_{len(scale)}", np.zeros(len(scale), np.int8))
+        # Equal zero points are shared, but not of codes that a runtime may make unsigned, with another zero point (`file.EXACT_SUMS`).
+        own = codes.numel() and (codes.min() < -64 or codes.max() > 63)
+        zeros = self.constant(f"{name}.zeros" if own else f"zeros_int8_{len(scale)}", np.zeros(len(scale), np.int8))
         operands = [held, self.constant(f"{name}.scale", scale), zeros]
         return self.emit("DequantizeLinear", operands, {"axis": 1 if transposed else 0}, "")
 
