@@ -18,12 +18,13 @@ from anybit.evaluation import correct, outputs_of
 from anybit.progress import listening
 from anybit.references import Preprocessing, load_data, load_model
 from anybit.reporting import environment
+from anybit.training import emulates_bfloat16
 
 ROOT = Path(__file__).parent.parent
 PREPROCESSING = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-HALF = torch.cpu.get_capabilities().get("avx512_bw", False)
-"""Whether training in bfloat16 pays here: a processor without AVX-512 emulates it, some fifteen times slower. Entries' settings tell."""
+HALF = not emulates_bfloat16(torch.device("cpu"))
+"""Whether training in bfloat16 pays here; entries' settings tell."""
 
 
 class Entries:

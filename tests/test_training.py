@@ -18,6 +18,7 @@ import anybit
 from anybit.batches import Batch
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
 from anybit.layers import quantized_layers
+from anybit.progress import listening
 from anybit.references import as_samples
 from anybit.scheme import Precision, Scheme
 from anybit.training import TrainSettings, _steps, augmented, epoch_batches, learning_rate
@@ -159,6 +160,24 @@ def test_unlabelled_data_trains_on_the_float_networks_outputs_alone():
     with pytest.raises(InvalidInput, match="distill"):
         anybit.grow(make(Residual), pictures(32), "4bit", epochs=1, batch_size=16)
     anybit.grow(make(Residual), pictures(32), "4bit", epochs=1, batch_size=16, distill=1.0)
+
+
+@pytest.mark.parametrize(
+    ("able", "told"),
+    [
+        ({"architecture": "x86_64", "avx512_bw": False}, True),
+        ({"architecture": "x86_64", "avx512_bw": True}, False),
+        ({"architecture": "aarch64"}, False),
+        ({}, False),
+    ],
+)
+def test_half_precision_that_is_emulated_is_told(able, told, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    notes = []
+    for half in (False, True):
+        with listening(events=lambda event, fields: notes.append(fields["note"]) if event == "note" else None):
+            grown(half=half)
+        assert len(notes) == (told and half) and all("bfloat16" in note for note in notes)
 
 
 @pytest.mark.slow

@@ -127,6 +127,8 @@ def train(
     checkpoint  file that is written after every epoch and continued from where it is found; `identity` are the settings that must agree
     watch       called after each epoch; what it returns joins the record
     """
+    if settings.half and emulates_bfloat16(next(trainee.model.parameters()).device):
+        tell("note", note="this processor emulates bfloat16, many times slower than float32: leave --half out")
     groups = trainee.parameter_groups()
     forward = torch.compile(trainee.model) if settings.compile else trainee.model
     steps, rates = _steps(samples, settings, trainee.model), [group["lr"] for group in groups]
@@ -267,6 +269,12 @@ def task_loss(outputs: Tensor, batch: Batch, task: str, teacher: nn.Module | Non
             apart = F.mse_loss(outputs.float(), target)
         loss = loss + distill * apart
     return loss
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether convolutions in bfloat16 are known to be slower than in float32 there: on x86 processors without AVX-512."""
+    able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return able.get("architecture") == "x86_64" and not able.get("avx512_bw")
 
 
 def _autocast(settings: TrainSettings, batch: Batch):
