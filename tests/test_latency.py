@@ -119,6 +119,33 @@ def test_allocate_counts_latency_too(run_folder, calibrated):
     assert found.report["latency"]["predicted"] > 0 and found.report["result"]["weight_bits"] <= 3 < result.report["result"]["weight_bits"]
 
 
+def test_a_search_and_an_extraction_count_latency_too(tmp_path):
+    x = pictures(40)
+    labelled = x, torch.arange(40) % 5
+    folder = anybit.train(make(Residual), labelled, bits=(2, 8), epochs=1, batch_size=16, held_out=0.3).save(tmp_path / "supernet")
+    how = {"model": make(Residual), "data": labelled}
+    for verb in (anybit.search, anybit.extract):
+        with pytest.raises(InvalidSetting, match="anybit profile"):
+            verb(folder, budget="latency=2ms", **how)
+    observed = ready(make(Residual), Batch(x[:2]))
+    table = table_of(observed.names)
+    latency.keep(observed, table, {})
+    least = table.total(Scheme.uniform(observed.names, INT8))
+    enough, short = (f"latency={1e3 * least * times:.6f}ms" for times in (1.05, 0.5))
+    found = anybit.search(folder, budget=f"5bit,{enough}", evaluations=10, **how)
+    for told in found.report["budgets"].values():
+        assert told["latency"] == pytest.approx(least) and told["weight_bits"] <= 5
+    found.save(tmp_path / "search")
+    subnet = anybit.extract(tmp_path / "search", f"5bit,{enough}", **how)
+    assert subnet.report["latency"]["predicted"] == pytest.approx(least) and subnet.report["latency"]["exported"] > 0
+    assert anybit.load(subnet.save(tmp_path / "run"), make(Residual)).scheme == subnet.scheme
+    for verb in (anybit.search, anybit.extract):
+        with pytest.raises(InfeasibleBudget, match=f"{1e3 * least:.4g} ms"):
+            verb(folder, budget=short, **how)
+    with pytest.raises(InvalidSetting, match="--data"):
+        anybit.extract(folder, enough, model=make(Residual))
+
+
 def test_profiles_are_recalled_for_the_same_network_alone():
     data = pictures(4)
     first = anybit.profile(make(Residual), data, rounds=1)

@@ -274,11 +274,20 @@ def _with_latencies(network: Network, budgets: Sequence[Budget]) -> Network:
     return replace(network, costs=replace(network.costs, latency=found[0]))
 
 
-def _latencies(network: Network, canonical: Canonical, example: Batch) -> dict[str, float]:
+def _supernet_with_latencies(supernet: Supernet, samples: Samples, budgets: Sequence[Budget]) -> Supernet:
+    """The supernet with this machine's measured latencies among its costs, where a budget limits them."""
+    if all(budget.limit("latency") is None for budget in budgets):
+        return supernet
+    first = next(samples.on("cpu").subset([0, 1]).batches(2))
+    network = _with_latencies(subnets.observe_supernet(supernet.network, first, supernet.settings), budgets)
+    return replace(supernet, costs=replace(supernet.costs, latency=network.costs.latency))
+
+
+def _latencies(costs: CostModel, canonical: Canonical, example: Batch) -> dict[str, float]:
     """What the table predicted of the finished network, and what it takes once exported; seconds of one sample."""
     from anybit.onnx.latency import latency_of
 
-    return {"predicted": network.costs.latency.total(canonical.scheme), **latency_of(canonical, example)}
+    return {"predicted": costs.latency.total(canonical.scheme), **latency_of(canonical, example)}
 
 
 def _example(calibration: Calibration) -> Batch:
@@ -317,7 +326,7 @@ def _finish(
     canonical.model.cpu()
     if budget is not None and budget.limit("latency") is not None:
         with clock.stage("latency"):
-            report["latency"] = _latencies(network, canonical, bench.calibration.fitting[0].to("cpu"))
+            report["latency"] = _latencies(network.costs, canonical, bench.calibration.fitting[0].to("cpu"))
     report["stages"] = clock.stages
     tell("result", budget=report["budget"], **report["result"], **_scores(report))
     about = {**about, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task}
@@ -627,9 +636,10 @@ def search(
     wanted = SearchSettings(**settings)
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
     budgets = [Budget.parse(one) for one in ([budget] if isinstance(budget, (str, Budget)) else budget)]
+    samples = _supernet_data(run, supernet, data, workers).on(device)
+    supernet = _supernet_with_latencies(supernet, samples, budgets)
     for one in budgets:
         searches.check_fits(supernet, one)
-    samples = _supernet_data(run, supernet, data, workers).on(device)
     on_device(torch.nn.Identity(), device)  # refused by name where there is none
     supernet.model.to(device)
     recall = _under_supernet(recall_in(cache), supernet, samples, metric)
@@ -681,13 +691,17 @@ def extract(
         raise InvalidSetting(f"{without_part[0]} has no part in it. With polish, choose from {', '.join(POLISH)}.")
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
     clock = StageClock()
-    wanted = searches.best_within(run, supernet, Budget.parse(budget)) if scheme is None else _scheme_from(scheme)
+    samples = None if data is None else _supernet_data(run, supernet, data, workers)
+    limits = None if budget is None else Budget.parse(budget)
+    if limits is not None and samples is not None:
+        supernet = _supernet_with_latencies(supernet, samples, [limits])
+    wanted = _scheme_from(scheme) if limits is None else searches.best_within(run, supernet, limits)
     check_whole(wanted, supernet.choices)
     supernet.model.cpu()
     with clock.stage("extract"):
         batches = None
-        if data is not None:
-            fitting, _ = subnets.held_out_split(_supernet_data(run, supernet, data, workers), supernet.settings)
+        if samples is not None:
+            fitting, _ = subnets.held_out_split(samples, supernet.settings)
             batches = subnets.bn_batches(fitting, supernet.settings)
         statistics = supernet.switch(wanted, batches)
         canonical = supernet.canonical()
@@ -714,6 +728,9 @@ def extract(
         "environment": environment(),
         "certificate": {},
     }
+    if supernet.costs.latency is not None:
+        with clock.stage("latency"):
+            report["latency"] = _latencies(supernet.costs, canonical, batches[0])
     if test is not None:
         with clock.stage("test"):
             preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))

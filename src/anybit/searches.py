@@ -186,13 +186,18 @@ def lowest(supernet: Supernet) -> Scheme:
 def check_fits(supernet: Supernet, budget: Budget) -> None:
     """Raise InfeasibleBudget, naming the least, where even the lowest subnet is above the budget."""
     for condition in budget.conditions:
-        if condition.quantity not in ("bits", "bytes", "percent", "bops"):
-            raise InvalidSetting(f"A search takes budgets of bits, bytes, percent and BOPs, not {condition.quantity} ({budget}).")
+        if condition.quantity == "latency" and supernet.costs.latency is None:
+            raise InvalidSetting(
+                f"A budget of latency ({budget}) is counted for the shapes of the network's inputs: give them with --data."
+            )
+        if condition.quantity not in ("bits", "bytes", "percent", "bops", "latency"):
+            raise InvalidSetting(f"A search takes budgets of bits, bytes, percent, BOPs and latency, not {condition.quantity} ({budget}).")
     if not stages.fits(supernet.costs, lowest(supernet), budget):
         least = supernet.costs.summary(lowest(supernet))
+        timed = f" and is predicted to take {1e3 * least['latency']:.4g} ms, as any other of integers" if "latency" in least else ""
         raise InfeasibleBudget(
-            f"The smallest subnet has {least['weight_bits']:.4g} bits a weight, {least['bytes']} bytes ({least['percent']:.4g} %) and "
-            f"{least['bops']:.4g} BOPs: more than the budget {budget}. Raise the budget to that, or train with lower --bits."
+            f"The smallest subnet has {least['weight_bits']:.4g} bits a weight, {least['bytes']} bytes ({least['percent']:.4g} %), "
+            f"{least['bops']:.4g} BOPs{timed}: more than the budget {budget}. Raise the budget to that, or train with lower --bits."
         )
 
 
