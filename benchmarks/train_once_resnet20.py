@@ -158,7 +158,13 @@ def search(study: TrainingOnce) -> None:
 def searched(study: TrainingOnce, run: Path, strategy: str, seed: int) -> dict[str, Any]:
     """One search, and its front on the whole test set."""
     cache = study.arguments.checkpoints / f"evaluations_{run.name}_{seed}"
-    how = {"images": study.arguments.search_images, "cache": cache, "device": study.arguments.device, "model": study.network()}
+    how = {
+        "images": study.arguments.search_images,
+        "bn_images": study.arguments.search_bn_images,
+        "cache": cache,
+        "device": study.arguments.device,
+        "model": study.network(),
+    }
     wanted = {"strategy": strategy, "seed": seed, "evaluations": study.arguments.evaluations}
     found = anybit.search(run, study.train, ["3bit"], **wanted, **how)
     start = time.perf_counter()
@@ -242,6 +248,7 @@ def main() -> None:
     options.add_argument("--held-out", type=float, default=0.1, help="share of them that is kept for the search")
     options.add_argument("--bn-images", type=int, default=4096)
     options.add_argument("--search-images", type=int, default=2500, help="of those held out, that a subnet is measured on")
+    options.add_argument("--search-bn-images", type=int, help="that batch norm is estimated on for each of them; left out, --bn-images")
     options.add_argument("--rounds", type=int, default=10)
     options.add_argument("--device", default="cpu")
     arguments = options.parse_args()

@@ -1,8 +1,9 @@
 """Every test has a state and a cache folder of its own, one thread, and the quick settings below."""
 
+import functools
 import resource
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -15,6 +16,17 @@ def without_openvino():
     """Its threads outlive it and end the process where a later test bounds memory; its own test runs it in another process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "openvino", None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_registry_of_operators():
+    """The exporter makes it anew for each network, from the source of five hundred functions: most of the time of a small export."""
+    with pytest.MonkeyPatch.context() as patch:
+        with suppress(ImportError, AttributeError):  # internals: without them tests are slower
+            from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+            patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield
 
 

@@ -330,6 +330,26 @@ def test_a_search_that_was_interrupted_repeats_nothing_and_ends_the_same(stored,
     assert len(calls) == before and other.chosen["5bit"]  # another budget measures nothing
 
 
+def test_a_search_estimates_batch_norm_on_as_many_inputs_as_it_is_told(stored, tmp_path, monkeypatch):
+    _, folder = stored
+    how = {"model": make(Residual), "evaluations": 12, "cache": tmp_path / "cache"}
+    scores, seen = searches.scores, []
+
+    def counted(supernet, scheme, statistics, *given):
+        seen.append(sum(map(len, statistics)))
+        return scores(supernet, scheme, statistics, *given)
+
+    monkeypatch.setattr(searches, "scores", counted)
+    told = anybit.search(folder, labelled(), bn_images=16, **how).report
+    front = len(seen) - 12
+    assert told["images"]["batch_norm"] == 16 < told["images"]["batch_norm_of_the_front"]
+    assert seen == [16] * 12 + [told["images"]["batch_norm_of_the_front"]] * front and front >= len(told["front"])
+    anybit.search(folder, labelled(), **how)  # what was measured with other statistics is not taken
+    assert len(seen) == 12 + front + 12
+    with pytest.raises(InvalidSetting, match="bn_images 1 "):
+        anybit.search(folder, labelled(), bn_images=1, **how)
+
+
 def test_a_users_metric_ranks_the_subnets_and_names_its_scores(stored, tmp_path):
     _, folder = stored
 

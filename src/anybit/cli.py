@@ -654,11 +654,14 @@ def search(
     run: Annotated[Path, typer.Argument(help="A supernet's folder.")],
     output: Output,
     data: Data = None,
-    budget: Annotated[list[str] | None, typer.Option("--budget", help="3bit, 80kB, 12.5%, bops=2.1G; repeat.")] = None,
+    budget: Annotated[list[str] | None, typer.Option("--budget", help="3bit, 80kB, 12.5%, bops=2.1G, latency=3ms; repeat.")] = None,
     evaluations: Annotated[int, typer.Option(help="Subnets that are evaluated.")] = 150,
     strategy: Annotated[str, typer.Option(help="monte-carlo, uniform or integer-program.")] = "monte-carlo",
     quantity: Annotated[str, typer.Option(help="The cost of the front: bits, bytes or bops.")] = "bits",
     images: Annotated[int, typer.Option(help="Held-out inputs a subnet is evaluated on; others measure the front again.")] = 2500,
+    bn_images: Annotated[
+        int | None, typer.Option(help="Training inputs that batch norm is estimated on while searching; left out, as many as in training.")
+    ] = None,
     cache: Cache = True,
     seed: Seed = 0,
     model: Model = None,
@@ -678,7 +681,15 @@ def search(
         check_free(output, overwrite)
         _set_threads(threads)
         wanted = {"evaluations": evaluations, "strategy": strategy, "quantity": quantity, "seed": seed}
-        how = {"model": model, "images": images, "metric": _metric(metric), "workers": workers, "device": device, "cache": cache}
+        how = {
+            "model": model,
+            "images": images,
+            "bn_images": bn_images,
+            "metric": _metric(metric),
+            "workers": workers,
+            "device": device,
+            "cache": cache,
+        }
         found = roads.search(run, data, budget or (), **how, **wanted)
         folder = found.save(output, overwrite)
     if as_json:

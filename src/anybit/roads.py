@@ -617,6 +617,7 @@ def search(
     *,
     model: nn.Module | str | None = None,
     images: int = 2500,
+    bn_images: int | None = None,
     metric: Metric | None = None,
     workers: int = 0,
     device: str = "cpu",
@@ -627,6 +628,8 @@ def search(
 
     data        the supernet's training data; subnets are evaluated on the share that was held out of it
     images      held-out samples that subnets are evaluated on; as many others measure the front again
+    bn_images   training inputs on which batch norm is estimated for each subnet that is evaluated, where fewer than the supernet's will do:
+                most of the time goes there. The front is measured again, and kept, with the supernet's
     cache       keep every evaluation, in this folder or (True) in the user's cache directory: a search that was interrupted, or has another
                 budget, does not repeat them. Scores of another supernet, data or metric are never taken
     settings    fields of `SearchSettings`
@@ -644,7 +647,7 @@ def search(
     supernet.model.to(device)
     recall = _under_supernet(recall_in(cache), supernet, samples, metric)
     try:
-        return searches.searched(supernet, samples, budgets, wanted, images, metric, recall)
+        return searches.searched(supernet, samples, budgets, wanted, images, bn_images, metric, recall)
     finally:
         supernet.model.cpu()
 

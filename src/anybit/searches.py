@@ -1,7 +1,7 @@
 """The road from a supernet to its best subnets: what is evaluated on which samples, what is kept, what each budget gets."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,14 @@ def searched(
     budgets: Sequence[Budget],
     settings: SearchSettings,
     images: int,
+    bn_images: int | None,
     metric: Metric | None,
     recall: Recall,
 ) -> Search:
-    """Search, measure the front again on other held-out samples, and choose for each budget; `samples` are the training data."""
+    """Search, measure the front again on other held-out samples, and choose for each budget; `samples` are the training data.
+
+    bn_images  inputs that batch norm is estimated on while searching; the front has as many as the supernet was trained with
+    """
     if not samples.labelled:
         raise InvalidInput("The search needs labels: subnets are ranked by their accuracy. Give labelled data.")
     fitting, held_out = held_out_split(samples, supernet.settings)
@@ -114,34 +118,39 @@ def searched(
         )
     search_on, measure_on = (list(held_out.subset(range(at, at + images)).batches(256)) for at in (0, images))
     bn = bn_batches(fitting, supernet.settings)
+    few = bn if bn_images is None else bn_batches(fitting, replace(supernet.settings, bn_images=bn_images))
     key = metric_name(metric) if metric else COUNTED[supernet.task] or "loss"
 
-    def score(scheme: Scheme, test: Sequence[Batch], where: str) -> float:
+    def score(scheme: Scheme, test: Sequence[Batch], statistics: Sequence[Batch], where: str) -> float:
         def measure() -> float:
-            told = scores(supernet, scheme, bn, test, metric)
+            told = scores(supernet, scheme, statistics, test, metric)
             # Of two subnets that get as many right the one of lower loss is the better; a metric of the user's own is taken as it is.
             if key == "loss":
                 return -told["loss"]
             return told[key] - (TIE * min(told["loss"], 100.0) if key == "top1" else 0.0)
 
-        return recall.under(where, images).value(f"score of {scheme}", measure, float)
+        return recall.under(where, images, sum(map(len, statistics))).value(f"score of {scheme}", measure, float)
 
     progress = iter(track(range(settings.evaluations), "evaluations"))
 
     def evaluate(scheme: Scheme) -> float:
         next(progress, None)
-        found = score(scheme, search_on, "search")
+        found = score(scheme, search_on, few, "search")
         tell("subnet", score=found, cost=total_cost(supernet.costs, settings.quantity, scheme), scheme=scheme)
         return found
 
     uniform_ones = list(uniform_schemes(supernet).values())
     found = recalled_search(
-        recall, supernet, settings, images, lambda: search(supernet.choices, supernet.costs, evaluate, settings, uniform_ones)
+        recall.under(sum(map(len, few))),
+        supernet,
+        settings,
+        images,
+        lambda: search(supernet.choices, supernet.costs, evaluate, settings, uniform_ones),
     )
     next(progress, None)
     front = pareto_front(found.evaluated)
     shown = dict.fromkeys(one.scheme for one in [*front, *found.evaluated[: len(uniform_ones)]])
-    again = {scheme: score(scheme, measure_on, "measure") for scheme in shown}
+    again = {scheme: score(scheme, measure_on, bn, "measure") for scheme in shown}
     chosen = {}
     for budget in budgets:
         fit = [one for one in found.evaluated if stages.fits(supernet.costs, one.scheme, budget)]
@@ -171,7 +180,12 @@ def searched(
         "rank_correlation": found.rank_correlation,
         "recalled": recall.counts["recalled"],
         "budgets": {text: {"scheme": scheme.to_json(), **supernet.costs.summary(scheme)} for text, scheme in chosen.items()},
-        "images": {"searched_on": images, "measured_on": images, "batch_norm": sum(map(len, bn))},
+        "images": {
+            "searched_on": images,
+            "measured_on": images,
+            "batch_norm": sum(map(len, few)),
+            "batch_norm_of_the_front": sum(map(len, bn)),
+        },
         "settings": asdict(settings),
         "environment": environment(),
     }

@@ -134,8 +134,11 @@ def _tensors(message: Any) -> Iterator[Any]:
                 yield from _tensors(part)
 
 
-def session(source: Path | ir.Model, threads: int = 1, optimized: Path | None = None) -> Any:
-    """The runtime's session of a file or a graph, with exact sums; the graph that it made of it is written to `optimized`."""
+def session(source: Path | ir.Model, threads: int = 1, optimized: Path | None = None, profile: Path | None = None) -> Any:
+    """The runtime's session of a file or a graph, with exact sums.
+
+    optimized  where the graph that the runtime made of it is written;   profile  what the name of its profile begins with
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -143,6 +146,8 @@ def session(source: Path | ir.Model, threads: int = 1, optimized: Path | None = 
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     given = str(source) if isinstance(source, Path) else ir.to_proto(source).SerializeToString()
     try:
         return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])

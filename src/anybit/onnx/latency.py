@@ -94,13 +94,8 @@ def _steps(network: Network) -> tuple[Step, ...]:
 
 def _kernels(graph: ir.Model, batch: Batch, seconds: float, threads: int, runs: int = 20) -> tuple[dict[str, float], float]:
     """(seconds of each layer, of the rest), which add up to `seconds`."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level, options.enable_profiling = threads, 3, True
     with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        running = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), options, providers=["CPUExecutionProvider"])
+        running = session(graph, threads, profile=Path(folder) / "profile")
         feeds = {value.name: tensor.numpy() for value, tensor in zip(running.get_inputs(), input_tensors(batch), strict=True)}
         for _ in range(runs):
             running.run(None, feeds)
