@@ -7,6 +7,7 @@
     exact      small networks of every operator at random mixed schemes: bit for bit or not, and by how much
     resnet20   CIFAR-10: accuracy of the exported file beside the simulation's, at W8A8, W4A8, W4A4 and a mixed scheme
     lite0      EfficientNet-lite0: the same, on pictures
+    saturation what sessions with and without exact sums compute and take, at 8 and 7 bits: of interest on x86 without VNNI
     latency    what the table of `anybit profile` predicts for random schemes of float and integer layers, beside what their files take
 
 Latencies are of one thread, in turns with float32; let nothing else run meanwhile.
@@ -36,7 +37,8 @@ from anybit.onnx.file import exported, ideal_bytes
 from anybit.onnx.floats import input_tensors
 from anybit.onnx.interpreter import interpret
 from anybit.onnx.latency import latency_of, measure_latency
-from anybit.onnx.verification import verify_file
+from anybit.onnx.timing import faster, in_turns
+from anybit.onnx.verification import lacks_vnni, saturating, verify_file
 from anybit.reporting import environment
 from anybit.scheme import FLOAT, Precision, Scheme
 from anybit.stages import CalibrateSettings, edge_ranges, observe_network, rounded
@@ -213,6 +215,40 @@ def measure_lite0(arguments: argparse.Namespace, results: Results) -> None:
             measure_accuracy(results, key, result.canonical, test, 32)
 
 
+def measure_saturation(arguments: argparse.Namespace, results: Results) -> None:
+    """The same file in a session that asks for exact sums and in one that does not, beside the integer interpreter and float32."""
+    small = {name: networks.EXACT[name] for name in ("relu", "mixed", "asymmetric")}
+    large = {name: (lambda name=name: network_of(name), SHAPES[name]) for name in ("resnet18", "mobilenet_v2")}
+    for name, (network, shape) in (small | large).items():
+        for scheme in (Precision(8, 8), Precision(7, 8), Precision(8, 7), Precision(4, 8)):
+            if (key := f"{name} {scheme}") in results.entries:
+                continue
+            torch.manual_seed(0)
+            canonical = networks.canonical_of(network(), networks.inputs(shape, 2), lambda layer, scheme=scheme: scheme)
+            made = exported(canonical, networks.inputs(shape, 2), tables=True)
+            batch = networks.inputs(shape, 2, seed=9)
+            feeds = dict(zip([value.name for value in made.integer.graph.inputs], input_tensors(batch), strict=True))
+            reference = interpret(made.integer, feeds)
+            expected = [reference.values[value.name].numpy() for value in made.integer.graph.outputs]
+            sessions = {"exact sums": onnx_file.session(made.integer), "float32": onnx_file.session(made.floating)}
+            plain = onnxruntime.SessionOptions()
+            plain.intra_op_num_threads, plain.log_severity_level = 1, 3
+            content = ir.to_proto(made.integer).SerializeToString()
+            sessions["as it is"] = onnxruntime.InferenceSession(content, plain, providers=["CPUExecutionProvider"])
+            entry: dict[str, Any] = {"saturating": len(saturating(canonical.model, made.plan)), "vnni": not lacks_vnni()}
+            for how in ("as it is", "exact sums"):
+                pairs = list(zip(expected, onnx_file.outputs(sessions[how], [batch]), strict=True))
+                apart = max(float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in pairs)
+                entry[how] = {"bitwise": all(np.array_equal(a, b) for a, b in pairs), "apart": apart}
+            one = networks.inputs(shape, 1, seed=5)
+            times = in_turns(
+                {how: lambda run=run, one=one: onnx_file.outputs(run, [one]) for how, run in sessions.items()}, arguments.rounds
+            )
+            for how in ("as it is", "exact sums"):
+                entry[how]["faster"] = faster(times, how, "float32")
+            results.add(key, entry)
+
+
 def measure_latencies(arguments: argparse.Namespace, results: Results) -> None:
     """A table for each shape; schemes of which a tenth, a third, or two thirds of the layers are float, and each in float alone."""
     for name in ("resnet18", "mobilenet_v2", "resnet20", "bert_base"):
@@ -237,6 +273,7 @@ def measure_latencies(arguments: argparse.Namespace, results: Results) -> None:
 
 
 STUDIES = {
+    "saturation": measure_saturation,
     "latency": measure_latencies,
     "shapes": measure_shapes,
     "linears": measure_linears,

@@ -93,6 +93,27 @@ def accuracy_section() -> str:
     return table(columns, rows) if rows else "Not run."
 
 
+def saturation_section() -> str:
+    rows = []
+    for key, run in entries("export_saturation").items():
+        name, _, scheme = key.partition(" ")
+        told = [f"{run[how]['faster']['ratio']:.2f}" for how in ("as it is", "exact sums")]
+        plain, exact = (
+            "bit for bit" if run[how]["bitwise"] else f"{100 * run[how]['apart']:.2g} % apart" for how in ("as it is", "exact sums")
+        )
+        rows.append([NAMES.get(name, f"small network, {name}"), scheme, str(run["saturating"]), plain, exact, *told])
+    columns = [
+        "network",
+        "scheme",
+        "layers named",
+        "a session as it is",
+        "with exact sums",
+        "times float32's speed, as it is",
+        "with exact sums",
+    ]
+    return table(columns, rows) if rows else "Not run."
+
+
 def latency_section() -> str:
     """A row a network and share of float layers: what was predicted and measured, of float32's time, least and most over the schemes."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
@@ -124,4 +145,5 @@ SECTIONS = {
     "EXPORTLINEARS": linears_section,
     "EXPORTEXACT": exact_section,
     "EXPORTACCURACY": accuracy_section,
+    "EXPORTSATURATION": saturation_section,
 }

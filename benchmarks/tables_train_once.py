@@ -5,10 +5,13 @@ from typing import Any
 from written import entries, spread, table
 
 WIDTHS = (8, 6, 4, 3, 2)
+ALL, QUARTER = "train_once_resnet20_widths", "train_once_resnet20_widths_12800"
+
+SUPERNETS = ((ALL, ""), (QUARTER, ", 12,800 images"))
 
 
-def widths_section() -> str:
-    runs = entries("train_once_resnet20_widths")
+def widths_section(name: str = ALL) -> str:
+    runs = entries(name)
     supernets = [key for key in runs if "test" in runs[key] and "widths" in runs[key]["epochs"][0]]
     rows = []
     if "float" in runs:
@@ -28,7 +31,7 @@ def _top1(run: dict[str, Any] | None) -> str:
 
 def competition_section() -> str:
     """What the paper names, at the end of training: gradients of one-hot labels on the shared weights, and how confidence varies."""
-    runs = {key: run for key, run in entries("train_once_resnet20_widths").items() if "competition" in run}
+    runs = {f"{key}{of}": run for name, of in SUPERNETS for key, run in entries(name).items() if "competition" in run}
     rows = []
     for key, run in runs.items():
         for words, field, digits in (("gradient norm", "gradient_norm", 3), ("variance of the confidence", "confidence_variance", 4)):
@@ -38,7 +41,7 @@ def competition_section() -> str:
 
 def store_section() -> str:
     rows = []
-    for key, run in entries("train_once_resnet20_widths").items():
+    for key, run in ((f"{key}{of}", run) for name, of in SUPERNETS for key, run in entries(name).items()):
         if "float_store" in run:
             lost = [run["test"][f"{bits} bits"]["top1"] - run["float_store"][f"{bits} bits"]["top1"] for bits in WIDTHS]
             rows.append([key, f"{run['bytes'] / 1000:.0f} kB", *(f"{change:+.2f}" for change in lost)])
@@ -52,7 +55,7 @@ def choices_section() -> str:
 
 
 def search_section() -> str:
-    runs = entries("train_once_resnet20_search")
+    runs = entries("train_once_resnet20_search_12800")
     if not runs:
         return "Not run."
     cost, score = (end(run["hypervolume"][field] for run in runs.values()) for end, field in ((max, "cost"), (min, "score")))
@@ -105,6 +108,7 @@ def cost_section() -> str:
 
 SECTIONS = {
     "WIDTHS": widths_section,
+    "WIDTHSQUARTER": lambda: widths_section(QUARTER),
     "COMPETITION": competition_section,
     "STORE": store_section,
     "SUPERNETCHOICES": choices_section,
