@@ -11,8 +11,7 @@
     full      600 epochs from scratch as published, 20 times smaller counted the published way; needs a GPU
 
 The CPU tier (10 epochs, from trained weights) takes hours on two cores; with `--images 12800` it trains on a quarter of the images, in a
-JSON of its own. Figures are soft and frozen, and drops are from the float network
-trained for as long by the same recipe.
+JSON of its own. Figures are soft and frozen, and drops are from the float network trained for as long by the same recipe.
 """
 
 import argparse

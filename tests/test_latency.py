@@ -144,6 +144,7 @@ def test_a_search_and_an_extraction_count_latency_too(tmp_path):
             verb(folder, budget=short, **how)
     with pytest.raises(InvalidSetting, match="--data"):
         anybit.extract(folder, enough, model=make(Residual))
+    assert "latency" not in anybit.extract(found.supernet, scheme=subnet.scheme).report  # nothing is measured without inputs
 
 
 def test_profiles_are_recalled_for_the_same_network_alone():

@@ -731,7 +731,7 @@ def extract(
         "environment": environment(),
         "certificate": {},
     }
-    if supernet.costs.latency is not None:
+    if supernet.costs.latency is not None and batches is not None:
         with clock.stage("latency"):
             report["latency"] = _latencies(supernet.costs, canonical, batches[0])
     if test is not None:
