@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from study import HALF, ROOT, Study, narrated, parser
+from study import ROOT, Study, narrated, parser
 
 import anybit
 from anybit import growth
@@ -31,7 +31,7 @@ from anybit.methods.csq import GatedWeight, gate
 from anybit.scheme import FLOAT, Precision, Scheme
 
 # On the labels alone, at a rate of 1e-3, ten epochs end below the trained network that they start from, in float too.
-RECIPE = {"batch_size": 256, "augment": "flip,crop4", "half": HALF, "compile": True, "distill": 1.0, "rate": 3e-4}
+RECIPE = {"batch_size": 256, "augment": "flip,crop4", "compile": True, "distill": 1.0, "rate": 3e-4}
 
 
 class Growing(Study):
@@ -45,14 +45,14 @@ class Growing(Study):
 
     def grown(self, key: str, budget: str | None, **settings: Any) -> dict[str, Any]:
         """anybit.grow, tested; its checkpoint is kept beside the results until it is done."""
-        wanted = {"epochs": self.arguments.epochs, **RECIPE, **settings}
-        checkpoint = self.arguments.checkpoints / f"{key.replace(' ', '_')}.safetensors"
+        wanted = {"epochs": self.arguments.epochs, "half": self.half, **RECIPE, **settings}
+        checkpoint = self.checkpoint(key)
         with narrated(key):
             result = anybit.grow(
                 self.network(), self.train, budget, test=self.test, checkpoint=checkpoint, device=self.arguments.device, **wanted
             )
         if self.arguments.runs:
-            result.save(self.arguments.runs / key.replace(" ", "_"), overwrite=True)
+            result.save(self.arguments.runs / f"{key.replace(' ', '_')}{self.part}", overwrite=True)
         checkpoint.unlink(missing_ok=True)
         return self.row(result) | {"epochs": result.report["epochs"]}
 

@@ -23,9 +23,6 @@ from anybit.training import emulates_bfloat16
 ROOT = Path(__file__).parent.parent
 PREPROCESSING = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-HALF = not emulates_bfloat16(torch.device("cpu"))
-"""Whether training in bfloat16 pays here; entries' settings tell."""
-
 
 class Entries:
     """The JSON file of one study, one entry a run; a finished entry is not run again."""
@@ -55,7 +52,8 @@ class Study(Entries):
 
     def __init__(self, arguments: argparse.Namespace, prefix: str):
         images = getattr(arguments, "images", None)
-        super().__init__(arguments, f"{prefix}_{arguments.study.replace('-', '_')}" + (f"_{images}" if images else ""))
+        self.part = f"_{images}" if images else ""  # of what is made of a part of the images
+        super().__init__(arguments, f"{prefix}_{arguments.study.replace('-', '_')}{self.part}")
         self.train = Samples(load_data(arguments.data, PREPROCESSING).dataset, labelled=True)
         if images:
             self.train = draw(self.train, images, 0)
@@ -64,6 +62,14 @@ class Study(Entries):
     @property
     def seeds(self) -> int:
         return self.arguments.seeds
+
+    @property
+    def half(self) -> bool:
+        """Whether training in bfloat16 pays here; entries' settings tell."""
+        return not emulates_bfloat16(torch.device(self.arguments.device))
+
+    def checkpoint(self, key: str) -> Path:
+        return self.arguments.checkpoints / f"{key.replace(' ', '_')}{self.part}.safetensors"
 
     def network(self) -> torch.nn.Module:
         return load_model(str(ROOT / "examples/resnet20_cifar10.py") + ":network", self.arguments.weights)

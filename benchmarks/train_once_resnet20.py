@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from study import HALF, ROOT, Study, narrated, parser
+from study import ROOT, Study, narrated, parser
 
 import anybit
 from anybit import growth, subnets
@@ -35,7 +35,7 @@ from anybit.supernet import Supernet, scores, uniform_schemes
 
 BITS = (2, 3, 4, 6, 8)
 KEEP = {"conv1": Precision(8, 8), "linear": Precision(8, 8)}
-RECIPE = {"batch_size": 256, "augment": "flip,crop4", "half": HALF, "compile": True}
+RECIPE = {"batch_size": 256, "augment": "flip,crop4", "compile": True}
 LABELS = {
     "adaptive label, half": {"label": "adaptive", "label_weight": 0.5},
     "adaptive label, pure": {"label": "adaptive", "label_weight": 1.0},
@@ -52,14 +52,14 @@ class TrainingOnce(Study):
         self.names = [n for n, layer in self.network().named_modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
 
     def folder(self, key: str) -> Path:
-        return self.arguments.runs / key.replace(" ", "_").replace(",", "")
+        return self.arguments.runs / f"{key.replace(' ', '_').replace(',', '')}{self.part}"
 
     def trained(self, key: str, **settings: Any) -> dict[str, Any]:
         """anybit.train, tested at every bit-width; its folder is kept for the search."""
         told = self.arguments
         wanted = {"bits": BITS, "keep": KEEP, "epochs": told.epochs, "held_out": told.held_out, "bn_images": told.bn_images}
-        wanted |= {**RECIPE, **settings}
-        checkpoint = self.arguments.checkpoints / f"{key.replace(' ', '_')}.safetensors"
+        wanted |= {"half": self.half, **RECIPE, **settings}
+        checkpoint = self.checkpoint(key)
         with narrated(key):
             supernet = anybit.train(
                 self.network(), self.train, test=self.test, checkpoint=checkpoint, device=self.arguments.device, **wanted
@@ -118,9 +118,9 @@ def alone(study: TrainingOnce, key: str, precision: Precision, epochs: int) -> d
     with narrated(key):
         result = anybit.grow(
             study.network(), fitting, scheme=scheme, test=study.test, epochs=epochs, device=study.arguments.device,
-            checkpoint=study.arguments.checkpoints / f"{key.replace(' ', '_')}.safetensors", **RECIPE,
+            checkpoint=study.checkpoint(key), half=study.half, **RECIPE,
         )  # fmt: skip
-    (study.arguments.checkpoints / f"{key.replace(' ', '_')}.safetensors").unlink(missing_ok=True)
+    study.checkpoint(key).unlink(missing_ok=True)
     return study.row(result) | {"epochs": result.report["epochs"]}
 
 

@@ -12,8 +12,6 @@
 A message says what, where (the layer's name), the values, and what to do.
 """
 
-from collections.abc import Sequence
-
 
 class AnybitError(ValueError):
     """Root of all errors that anybit raises on purpose."""
@@ -52,6 +50,6 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
-def some(names: Sequence[str], most: int = 4) -> str:
+def some(names: list[str], most: int = 4) -> str:
     """The first of many names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

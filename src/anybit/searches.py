@@ -118,10 +118,11 @@ def searched(
         )
     search_on, measure_on = (list(held_out.subset(range(at, at + images)).batches(256)) for at in (0, images))
     bn = bn_batches(fitting, supernet.settings)
-    few = bn if bn_images is None else bn_batches(fitting, replace(supernet.settings, bn_images=bn_images))
+    asked = supernet.settings.bn_images if bn_images is None else bn_images
+    few = bn_batches(fitting, replace(supernet.settings, bn_images=asked))
     key = metric_name(metric) if metric else COUNTED[supernet.task] or "loss"
 
-    def score(scheme: Scheme, test: Sequence[Batch], statistics: Sequence[Batch], where: str) -> float:
+    def score(scheme: Scheme, test: Sequence[Batch], statistics: Sequence[Batch], where: tuple[str, int]) -> float:
         def measure() -> float:
             told = scores(supernet, scheme, statistics, test, metric)
             # Of two subnets that get as many right the one of lower loss is the better; a metric of the user's own is taken as it is.
@@ -129,19 +130,19 @@ def searched(
                 return -told["loss"]
             return told[key] - (TIE * min(told["loss"], 100.0) if key == "top1" else 0.0)
 
-        return recall.under(where, images, sum(map(len, statistics))).value(f"score of {scheme}", measure, float)
+        return recall.under(*where, images).value(f"score of {scheme}", measure, float)
 
     progress = iter(track(range(settings.evaluations), "evaluations"))
 
     def evaluate(scheme: Scheme) -> float:
         next(progress, None)
-        found = score(scheme, search_on, few, "search")
+        found = score(scheme, search_on, few, ("search", asked))
         tell("subnet", score=found, cost=total_cost(supernet.costs, settings.quantity, scheme), scheme=scheme)
         return found
 
     uniform_ones = list(uniform_schemes(supernet).values())
     found = recalled_search(
-        recall.under(sum(map(len, few))),
+        recall.under(asked),
         supernet,
         settings,
         images,
@@ -150,7 +151,7 @@ def searched(
     next(progress, None)
     front = pareto_front(found.evaluated)
     shown = dict.fromkeys(one.scheme for one in [*front, *found.evaluated[: len(uniform_ones)]])
-    again = {scheme: score(scheme, measure_on, bn, "measure") for scheme in shown}
+    again = {scheme: score(scheme, measure_on, bn, ("measure", supernet.settings.bn_images)) for scheme in shown}
     chosen = {}
     for budget in budgets:
         fit = [one for one in found.evaluated if stages.fits(supernet.costs, one.scheme, budget)]
@@ -208,10 +209,14 @@ def check_fits(supernet: Supernet, budget: Budget) -> None:
             raise InvalidSetting(f"A search takes budgets of bits, bytes, percent, BOPs and latency, not {condition.quantity} ({budget}).")
     if not stages.fits(supernet.costs, lowest(supernet), budget):
         least = supernet.costs.summary(lowest(supernet))
-        timed = f" and is predicted to take {1e3 * least['latency']:.4g} ms, as any other of integers" if "latency" in least else ""
+        timed, instead = "", "train with lower --bits"
+        if "latency" in least:
+            timed = f" and is predicted to take {1e3 * least['latency']:.4g} ms, as any other of integers"
+            limit = budget.limit("latency")
+            instead = "keep fewer layers float" if limit is not None and least["latency"] > limit else instead
         raise InfeasibleBudget(
             f"The smallest subnet has {least['weight_bits']:.4g} bits a weight, {least['bytes']} bytes ({least['percent']:.4g} %), "
-            f"{least['bops']:.4g} BOPs{timed}: more than the budget {budget}. Raise the budget to that, or train with lower --bits."
+            f"{least['bops']:.4g} BOPs{timed}: more than the budget {budget}. Raise the budget to that, or {instead}."
         )
 
 

@@ -274,7 +274,7 @@ def task_loss(outputs: Tensor, batch: Batch, task: str, teacher: nn.Module | Non
 def emulates_bfloat16(device: torch.device) -> bool:
     """Whether convolutions in bfloat16 are known to be slower than in float32 there: on x86 processors without AVX-512."""
     able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    return able.get("architecture") == "x86_64" and not able.get("avx512_bw")
+    return able.get("architecture") == "x86_64" and not (able.get("avx512_bw") or able.get("avx_ne_convert"))
 
 
 def _autocast(settings: TrainSettings, batch: Batch):

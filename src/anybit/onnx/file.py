@@ -21,9 +21,24 @@ from anybit.onnx.storage import stored_bytes
 from anybit.onnx.writer import TWO_BIT_VERSIONS, write_graph
 
 EXACT_SUMS = ("session.x64quantprecision", "1")
-"""The setting of a session in which x86 processors without VNNI sum 8-bit products exactly; others do, whatever it says.
+"""The setting of a session in which x86 processors without VNNI sum 8-bit products exactly.
 
-Without it they add two products in 16 bits, which saturate where weights have 8 bits and inputs, too."""
+Without it they add two products in 16 bits, which saturate where weights have 8 bits and inputs, too. With VNNI sums are exact, and the
+setting is left out: a runtime may give up its fastest kernels for it."""
+
+
+def x86_flags() -> str | None:
+    """What an x86 processor can do, as Linux tells it."""
+    try:
+        return Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0]
+    except (OSError, IndexError):
+        return None
+
+
+def asks_for_exact_sums() -> bool:
+    """Whether sessions here have the setting: on every processor that is not known to have VNNI."""
+    return "vnni" not in (x86_flags() or "")
+
 
 FUNCTIONS = "anybit.functions"
 """Key of the file's metadata: how functions of one tensor are computed, "float" or "tables"."""
@@ -134,15 +149,19 @@ def _tensors(message: Any) -> Iterator[Any]:
                 yield from _tensors(part)
 
 
-def session(source: Path | ir.Model, threads: int = 1, optimized: Path | None = None, profile: Path | None = None) -> Any:
-    """The runtime's session of a file or a graph, with exact sums.
+def session(
+    source: Path | ir.Model, threads: int = 1, optimized: Path | None = None, profile: Path | None = None, exact: bool = True
+) -> Any:
+    """The runtime's session of a file or a graph.
 
+    exact      with exact sums on every processor;
     optimized  where the graph that the runtime made of it is written;   profile  what the name of its profile begins with
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry(*EXACT_SUMS)
+    if exact and asks_for_exact_sums():
+        options.add_session_config_entry(*EXACT_SUMS)
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)

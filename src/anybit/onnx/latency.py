@@ -27,7 +27,7 @@ from anybit.checkpoint import Canonical
 from anybit.cost import LatencyTable, Step, kernel_class
 from anybit.errors import AnybitError, InvalidFile
 from anybit.files import read_sealed, sealed, validated, whole_file, write_json
-from anybit.onnx.file import exported, session
+from anybit.onnx.file import asks_for_exact_sums, exported, session
 from anybit.onnx.floats import LAYER, input_tensors, probe_of
 from anybit.onnx.timing import in_turns
 from anybit.reporting import processor
@@ -187,7 +187,7 @@ def _table_file(network: Network, threads: int) -> Path:
     operations = [[op.name, op.kind, list(op.shape[1:])] for op in network.wiring.operations]
     weights = [[name, size.rows, size.columns] for name, size in network.costs.layers.items()]
     floats = [name for name, options in _on_integers(network).items() if not options]
-    told = json.dumps([2, operations, weights, floats, processor(), onnxruntime.__version__, threads])
+    told = json.dumps([3, operations, weights, floats, processor(), asks_for_exact_sums(), onnxruntime.__version__, threads])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit" / "latency"
     return home / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
 

@@ -24,7 +24,7 @@ from anybit.batches import Batch, call, first_tensor
 from anybit.errors import UnsupportedModel, some
 from anybit.layers import quantized_layers
 from anybit.matmul import Matmul
-from anybit.onnx.file import EXACT_SUMS, Exported, outputs, session
+from anybit.onnx.file import EXACT_SUMS, Exported, asks_for_exact_sums, outputs, session, x86_flags
 from anybit.onnx.floats import LAYER, constant, input_tensors
 from anybit.onnx.interpreter import interpret
 from anybit.onnx.plan import Plan
@@ -46,8 +46,8 @@ FLOAT_TOLERANCE = 1e-3
 class Verdict:
     """failures   what is promised and not so, each in a sentence that names the layer;   skipped  check -> why
     kernels    layer -> the runtime's integer kernel;   floats  layer -> why it computes in float
-    saturating layers that an x86 processor without VNNI computes wrongly in a session without `EXACT_SUMS`; those here have it
-    advice     what a session needs on this processor, where it needs something
+    saturating layers that an x86 processor without VNNI computes wrongly in a session without `EXACT_SUMS`; there, those here have it
+    advice     what a session needs for them
     """
 
     failures: list[str] = field(default_factory=list)
@@ -78,11 +78,12 @@ def verify_file(path: Path, file: ir.Model, made: Exported, model: nn.Module, ba
         return verdict
     _check_kernels(verdict, path, made, model)
     verdict.saturating = saturating(model, made.plan)
-    if verdict.saturating and lacks_vnni():
+    if verdict.saturating:
         setting, value = EXACT_SUMS
+        here = " This is such a processor, and the setting is used here." if lacks_vnni() else ""
         verdict.advice = (
-            f"This processor has no VNNI: sums of {some(verdict.saturating)} saturate, unless a session sets {setting} to {value}, as is "
-            "done here. Weights of at most 7 bits need no such setting."
+            f"On x86 processors without VNNI sums of {some(verdict.saturating)} saturate, unless a session sets {setting} to {value}; "
+            f"weights of at most 7 bits need no such setting.{here}"
         )
     _check_numbers(verdict, path, file, made, batch)
     return verdict
@@ -269,27 +270,18 @@ def saturating(model: nn.Module, plan: Plan) -> list[str]:
     """Integer layers in which two neighbouring products of a code of the input and one of the weight can leave 16 bits together."""
     layers = quantized_layers(model)
     weighted = [name for name in plan.integer if not isinstance(layers[name], Matmul)]  # both operands of a matmul are unsigned
-    largest = {name: int(weight_numbers(layers[name])[0].int().abs().max()) for name in weighted}
+    largest = {name: max(map(abs, codes.aminmax())) for name in weighted if (codes := weight_numbers(layers[name])[0].int()).numel()}
     return [name for name in layers if name in largest and 2 * plan.inputs[name][0].highest * largest[name] > 2**15 - 1]
 
 
 def lacks_vnni() -> bool:
     """Whether this is an x86 processor that, left to itself, sums 8-bit products in 16 bits."""
-    flags = _flags()
-    return flags is not None and "vnni" not in flags
+    return x86_flags() is not None and asks_for_exact_sums()
 
 
 def lacks_exact_kernels() -> str | None:
     """Why the runtime's integer kernels may differ from exact sums on this processor; None where they do not."""
-    return "the processor is not known to be an x86 one, and others have not been tried" if _flags() is None else None
-
-
-def _flags() -> str | None:
-    """What an x86 processor can do, as Linux tells it."""
-    try:
-        return Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0]
-    except (OSError, IndexError):
-        return None
+    return "the processor is not known to be an x86 one, and others have not been tried" if x86_flags() is None else None
 
 
 # The simulation beside it
