@@ -59,11 +59,12 @@ def search_section() -> str:
     if not runs:
         return "Not run."
     cost, score = (end(run["hypervolume"][field] for run in runs.values()) for end, field in ((max, "cost"), (min, "score")))
+    tested = min(row["test"]["top1"] for run in runs.values() for row in run["front"])
     rows = []
     for key, run in runs.items():
         ranked = run["rank_correlation"]
         again = _area([(row["cost"], row["measured"]) for row in run["front"]], cost, score)
-        test = _area([(row["cost"], row["test"]["top1"]) for row in run["front"]], cost, score)
+        test = _area([(row["cost"], row["test"]["top1"]) for row in run["front"]], cost, tested)
         correlation = "" if ranked is None else f"{ranked:.2f}"
         rows.append([key, str(len(run["evaluated"])), correlation, f"{again:.2f}", f"{test:.2f}", f"{run['second_seconds']:.1f} s"])
     columns = [
@@ -74,7 +75,14 @@ def search_section() -> str:
         "on the test images",
         "another budget",
     ]
-    return table(columns, rows) + f"\n\nAreas are left of {cost:.2f} bits a weight and above {score:.2f} %."
+    best = max(runs.values(), key=lambda run: run["hypervolume"]["value"])
+    schemes = [[f"{row['cost']:.2f}", *(f"{row[kind]:.2f}" for kind in ("score", "measured")), f"{row['test']['top1']:.2f}", row["origin"]]
+               for row in best["front"]]  # fmt: skip
+    front = table(["bits a weight", "searched on", "measured again", "test images", "proposed by"], schemes)
+    return (
+        table(columns, rows)
+        + f"\n\nAreas are left of {cost:.2f} bits a weight and above {score:.2f} % of held-out images, {tested:.2f} % of test images.\n\nThe front of the largest:\n\n{front}"
+    )
 
 
 def _area(points: list[tuple[float, float]], cost: float, score: float) -> float:
