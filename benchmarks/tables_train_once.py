@@ -79,10 +79,8 @@ def search_section() -> str:
     schemes = [[f"{row['cost']:.2f}", *(f"{row[kind]:.2f}" for kind in ("score", "measured")), f"{row['test']['top1']:.2f}", row["origin"]]
                for row in best["front"]]  # fmt: skip
     front = table(["bits a weight", "searched on", "measured again", "test images", "proposed by"], schemes)
-    return (
-        table(columns, rows)
-        + f"\n\nAreas are left of {cost:.2f} bits a weight and above {score:.2f} % of held-out images, {tested:.2f} % of test images.\n\nThe front of the largest:\n\n{front}"
-    )
+    corner = f"Areas are left of {cost:.2f} bits a weight and above {score:.2f} % of held-out images, {tested:.2f} % of test images."
+    return "\n\n".join((table(columns, rows), corner, "The front of the largest:", front))
 
 
 def _area(points: list[tuple[float, float]], cost: float, score: float) -> float:
