@@ -82,7 +82,7 @@ def verify_file(path: Path, file: ir.Model, made: Exported, model: nn.Module, ba
         setting, value = EXACT_SUMS
         here = " This is such a processor, and the setting is used here." if lacks_vnni() else ""
         verdict.advice = (
-            f"On x86 processors without VNNI sums of {some(verdict.saturating)} saturate, unless a session sets {setting} to {value}; "
+            f"On x86 processors without VNNI sums of {some(verdict.saturating)} may saturate, unless a session sets {setting} to {value}; "
             f"weights of at most 7 bits need no such setting.{here}"
         )
     _check_numbers(verdict, path, file, made, batch)
