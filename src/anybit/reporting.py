@@ -218,7 +218,8 @@ def print_search(report: Mapping[str, Any], front: bool = True) -> None:
     ranked = "" if report["rank_correlation"] is None else f", rank correlation of the predictor {report['rank_correlation']:.3f}"
     print(f"hypervolume {report['hypervolume']['value']:.4g}{ranked}, {report['recalled']} results recalled")
     for text, row in report["budgets"].items():
-        print(f"{text}: {row['weight_bits']:.2f} bits, {human_bytes(row['bytes'])}, {human_count(row['bops'])} BOPs")
+        timed = f", {1e3 * row['latency']:.4g} ms predicted" if "latency" in row else ""
+        print(f"{text}: {row['weight_bits']:.2f} bits, {human_bytes(row['bytes'])}, {human_count(row['bops'])} BOPs{timed}")
 
 
 def print_inspection(found: Mapping[str, Any], layers: bool = True) -> None:
