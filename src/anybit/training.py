@@ -128,7 +128,7 @@ def train(
     watch       called after each epoch; what it returns joins the record
     """
     if settings.half and emulates_bfloat16(next(trainee.model.parameters()).device):
-        tell("note", note="this processor emulates bfloat16, many times slower than float32: leave --half out")
+        tell("note", note="this processor emulates bfloat16, which is slower than float32: leave --half out")
     groups = trainee.parameter_groups()
     forward = torch.compile(trainee.model) if settings.compile else trainee.model
     steps, rates = _steps(samples, settings, trainee.model), [group["lr"] for group in groups]
