@@ -1,32 +1,39 @@
 """The sections of docs/results.md on the train-once road; `tables.py` puts them in."""
 
-from typing import Any
+import statistics
 
 from written import entries, spread, table
 
 WIDTHS = (8, 6, 4, 3, 2)
 ALL, QUARTER = "train_once_resnet20_widths", "train_once_resnet20_widths_12800"
 
+BUDGETS = (2.25, 2.5, 3.0, 4.0)
+"""Bits a weight at which searches are compared."""
+
 SUPERNETS = ((ALL, ""), (QUARTER, ", 12,800 images"))
 
 
 def widths_section(name: str = ALL) -> str:
+    """Accuracy at each bit-width and, where the float network has been trained by the same recipe, how far it is from that."""
     runs = entries(name)
     supernets = [key for key in runs if "test" in runs[key] and "widths" in runs[key]["epochs"][0]]
+    reference = runs["float"]["top1"] if "float" in runs else None
     rows = []
-    if "float" in runs:
-        rows.append(["float, the same recipe", *[f"{runs['float']['top1']:.2f}"] * len(WIDTHS)])
     for name in dict.fromkeys(key.rpartition(" seed")[0] for key in supernets):
-        found = [runs[key] for key in supernets if key.startswith(f"{name} seed")]
-        rows.append([f"one supernet, {name}", *(spread([run["test"][f"{bits} bits"]["top1"] for run in found]) for bits in WIDTHS)])
+        found = [[runs[key]["test"][f"{bits} bits"]["top1"] for bits in WIDTHS] for key in supernets if key.startswith(f"{name} seed")]
+        rows.append([f"one supernet, {name}", *(_beside(list(column), reference) for column in zip(*found, strict=True))])
     for words, pattern in (("a network for each, as many epochs in all", "alone {} bits"), ("calibrate at each", "calibrate {} bits")):
-        if any(pattern.format(bits) in runs for bits in WIDTHS):
-            rows.append([words, *(_top1(runs.get(pattern.format(bits))) for bits in WIDTHS)])
-    return table(["network", *(f"{bits} bits" for bits in WIDTHS)], rows) if rows else "Not run."
+        alone = [[runs[key]["top1"]] if (key := pattern.format(bits)) in runs else [] for bits in WIDTHS]
+        if any(alone):
+            rows.append([words, *(_beside(one, reference) for one in alone)])
+    head = "" if reference is None else f"Float, trained as long by the same recipe: {reference:.2f}; in brackets how far from it.\n\n"
+    return head + table(["network", *(f"{bits} bits" for bits in WIDTHS)], rows) if rows else "Not run."
 
 
-def _top1(run: dict[str, Any] | None) -> str:
-    return f"{run['top1']:.2f}" if run else "not run"
+def _beside(accuracies: list[float], reference: float | None) -> str:
+    if not accuracies:
+        return "not run"
+    return spread(accuracies) + ("" if reference is None else f" ({statistics.mean(accuracies) - reference:+.2f})")
 
 
 def competition_section() -> str:
@@ -66,20 +73,24 @@ def search_section() -> str:
         again = _area([(row["cost"], row["measured"]) for row in run["front"]], cost, score)
         test = _area([(row["cost"], row["test"]["top1"]) for row in run["front"]], cost, tested)
         correlation = "" if ranked is None else f"{ranked:.2f}"
-        rows.append([key, str(len(run["evaluated"])), correlation, f"{again:.2f}", f"{test:.2f}", f"{run['second_seconds']:.1f} s"])
+        chosen = [max((row for row in run["front"] if row["cost"] <= most), key=lambda row: row["measured"]) for most in BUDGETS]
+        rows.append([key, str(len(run["evaluated"])), correlation, f"{again:.2f}", f"{test:.2f}",
+                     *(f"{row['test']['top1']:.2f}" for row in chosen), f"{run['second_seconds']:.1f} s"])  # fmt: skip
     columns = [
         "strategy",
         "evaluations",
         "rank correlation (Kendall)",
         "hypervolume, measured again",
         "on the test images",
+        *(f"{most:g} bits" for most in BUDGETS),
         "another budget",
     ]
     best = max(runs.values(), key=lambda run: run["hypervolume"]["value"])
     schemes = [[f"{row['cost']:.2f}", *(f"{row[kind]:.2f}" for kind in ("score", "measured")), f"{row['test']['top1']:.2f}", row["origin"]]
                for row in best["front"]]  # fmt: skip
     front = table(["bits a weight", "searched on", "measured again", "test images", "proposed by"], schemes)
-    corner = f"Areas are left of {cost:.2f} bits a weight and above {score:.2f} % of held-out images, {tested:.2f} % of test images."
+    corner = f"Areas are left of {cost:.2f} bits a weight and above {score:.2f} % of held-out images, {tested:.2f} % of test images. "
+    corner += "Columns of bits are the top-1 on test images of the subnet within them that was the best one measured again."
     return "\n\n".join((table(columns, rows), corner, "The front of the largest:", front))
 
 
