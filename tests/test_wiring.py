@@ -79,7 +79,7 @@ def test_a_relu6_is_not_a_relu(form):
 @pytest.mark.parametrize(
     "function",
     [F.silu, F.hardswish, F.hardsigmoid, torch.sigmoid, torch.tanh, F.mish, nn.LeakyReLU(0.3), nn.ELU(0.5), nn.GELU("tanh")],
-    ids=str,
+    ids=lambda function: getattr(function, "__name__", str(function)),  # an address would name the test anew in every run
 )
 def test_an_observed_activation_computes_what_the_network_does(function):
     found = activation_of(function)
