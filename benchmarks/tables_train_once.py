@@ -19,9 +19,9 @@ def widths_section(name: str = ALL) -> str:
     supernets = [key for key in runs if "test" in runs[key] and "widths" in runs[key]["epochs"][0]]
     reference = runs["float"]["top1"] if "float" in runs else None
     rows = []
-    for name in dict.fromkeys(key.rpartition(" seed")[0] for key in supernets):
-        found = [[runs[key]["test"][f"{bits} bits"]["top1"] for bits in WIDTHS] for key in supernets if key.startswith(f"{name} seed")]
-        rows.append([f"one supernet, {name}", *(_beside(list(column), reference) for column in zip(*found, strict=True))])
+    for rule in dict.fromkeys(key.rpartition(" seed")[0] for key in supernets):
+        found = [[runs[key]["test"][f"{bits} bits"]["top1"] for bits in WIDTHS] for key in supernets if key.startswith(f"{rule} seed")]
+        rows.append([f"one supernet, {rule}", *(_beside(list(column), reference) for column in zip(*found, strict=True))])
     for words, pattern in (("a network for each, as many epochs in all", "alone {} bits"), ("calibrate at each", "calibrate {} bits")):
         alone = [[runs[key]["top1"]] if (key := pattern.format(bits)) in runs else [] for bits in WIDTHS]
         if any(alone):
