@@ -6,6 +6,7 @@ from written import entries, spread, table
 
 WIDTHS = (8, 6, 4, 3, 2)
 ALL, QUARTER = "train_once_resnet20_widths", "train_once_resnet20_widths_12800"
+CHOICES = "train_once_resnet20_choices_6400"
 
 BUDGETS = (2.25, 2.5, 3.0, 4.0)
 """Bits a weight at which searches are compared."""
@@ -16,7 +17,7 @@ SUPERNETS = ((ALL, ""), (QUARTER, ", 12,800 images"))
 def widths_section(name: str = ALL) -> str:
     """Accuracy at each bit-width and, where the float network has been trained by the same recipe, how far it is from that."""
     runs = entries(name)
-    supernets = [key for key in runs if "test" in runs[key] and "widths" in runs[key]["epochs"][0]]
+    supernets = [key for key in runs if "competition" in runs[key]]
     reference = runs["float"]["top1"] if "float" in runs else None
     rows = []
     for rule in dict.fromkeys(key.rpartition(" seed")[0] for key in supernets):
@@ -53,12 +54,6 @@ def store_section() -> str:
             lost = [run["test"][f"{bits} bits"]["top1"] - run["float_store"][f"{bits} bits"]["top1"] for bits in WIDTHS]
             rows.append([key, f"{run['bytes'] / 1000:.0f} kB", *(f"{change:+.2f}" for change in lost)])
     return table(["supernet", "file", *(f"{bits} bits" for bits in WIDTHS)], rows) if rows else "Not run."
-
-
-def choices_section() -> str:
-    runs = entries("train_once_resnet20_choices")
-    rows = [[key, *(f"{run['test'][f'{bits} bits']['top1']:.2f}" for bits in WIDTHS)] for key, run in runs.items()]
-    return table(["what is changed", *(f"{bits} bits" for bits in WIDTHS)], rows) if rows else "Not run."
 
 
 def search_section() -> str:
@@ -128,7 +123,7 @@ SECTIONS = {
     "WIDTHSQUARTER": lambda: widths_section(QUARTER),
     "COMPETITION": competition_section,
     "STORE": store_section,
-    "SUPERNETCHOICES": choices_section,
+    "SUPERNETCHOICES": lambda: widths_section(CHOICES),
     "SEARCH": search_section,
     "COMPOSE": compose_section,
     "LRHCOST": cost_section,

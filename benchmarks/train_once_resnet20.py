@@ -1,18 +1,20 @@
 """ResNet-20 on CIFAR-10: the train-once road measured. One JSON entry a run; a finished one is not run again, an interrupted one continues.
 
     python benchmarks/train_once_resnet20.py STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors [--epochs 8] [--images N]
-                                                   [--device cuda]
+                                                   [--batch-size 256] [--device cuda]
 
     widths       one supernet of 2, 3, 4, 6 and 8 bits by each label rule, its 8-bit store against float weights; a network trained for each
                  bit-width alone, for as many epochs in all; calibrate at each bit-width; the float network by the same recipe
-    choices      the supernet with one thing changed: a batch norm for each bit-width, steps a layer, trained offsets, other middles
+    choices      supernets by each label rule, and that of the adaptive label (half) with one thing changed: a batch norm for each
+                 bit-width, steps a layer, trained offsets, other middles
     search       Monte-Carlo table, uniform draws and integer program on one supernet, at 150 evaluations each; a second budget
     compose      subnets polished by calibrate
     cost         one LRH step against three steps of quantization-aware training
     full         200 epochs as published; needs a GPU
 
 The CPU tier (8 epochs, from trained weights) takes hours on two cores; with `--images 12800` it trains on a quarter of the images, in a
-JSON of its own. Drops are from the float network trained by the same recipe.
+JSON of its own; `choices --images 6400 --batch-size 64 --epochs 4 --bn-images 1024 --test-once` takes a quarter of an
+hour a run. Drops are from the float network trained by the same recipe.
 """
 
 import argparse
@@ -31,11 +33,11 @@ from anybit.layers import float_weight, quantized_layers
 from anybit.methods.lsq import FixedScheme, LSQSettings
 from anybit.methods.multiquant import MultiQuant
 from anybit.scheme import FLOAT, Precision, Scheme
-from anybit.supernet import Supernet, scores, uniform_schemes
+from anybit.supernet import Supernet, scores, uniform_schemes, width_scores
 
 BITS = (2, 3, 4, 6, 8)
 KEEP = {"conv1": Precision(8, 8), "linear": Precision(8, 8)}
-RECIPE = {"batch_size": 256, "augment": "flip,crop4", "compile": True}
+RECIPE = {"augment": "flip,crop4", "compile": True}
 LABELS = {
     "adaptive label, half": {"label": "adaptive", "label_weight": 0.5},
     "adaptive label, pure": {"label": "adaptive", "label_weight": 1.0},
@@ -58,18 +60,20 @@ class TrainingOnce(Study):
         """anybit.train, tested at every bit-width; its folder is kept for the search."""
         told = self.arguments
         wanted = {"bits": BITS, "keep": KEEP, "epochs": told.epochs, "held_out": told.held_out, "bn_images": told.bn_images}
-        wanted |= {"half": self.half, **RECIPE, **settings}
+        wanted |= {"half": self.half, "batch_size": told.batch_size, **RECIPE, **settings}
         checkpoint = self.checkpoint(key)
         with narrated(key):
             supernet = anybit.train(
-                self.network(), self.train, test=self.test, checkpoint=checkpoint, device=self.arguments.device, **wanted
+                self.network(), self.train, test=None if told.test_once else self.test, checkpoint=checkpoint, device=told.device, **wanted
             )
         supernet.save(self.folder(key), overwrite=True)
         checkpoint.unlink(missing_ok=True)
         report = supernet.report
+        if told.test_once:
+            report["test"] = width_scores(supernet, None, list(self.test.batches(250)), None)
         kept = ("test", "float_store", "float_test", "epochs", "settings", "subnets", "bn_images", "stages")
         size = (self.folder(key) / "supernet.safetensors").stat().st_size
-        return {name: report[name] for name in kept} | {"competition": self.competition(supernet), "bytes": size}
+        return {name: report[name] for name in kept if name in report} | {"competition": self.competition(supernet), "bytes": size}
 
     def competition(self, supernet: Supernet) -> dict[str, Any]:
         """What the paper names: the norm of each bit-width's gradient on the shared weights under one-hot labels, and how much the
@@ -118,7 +122,7 @@ def alone(study: TrainingOnce, key: str, precision: Precision, epochs: int) -> d
     with narrated(key):
         result = anybit.grow(
             study.network(), fitting, scheme=scheme, test=study.test, epochs=epochs, device=study.arguments.device,
-            checkpoint=study.checkpoint(key), half=study.half, **RECIPE,
+            checkpoint=study.checkpoint(key), half=study.half, batch_size=study.arguments.batch_size, **RECIPE,
         )  # fmt: skip
     study.checkpoint(key).unlink(missing_ok=True)
     return study.row(result) | {"epochs": result.report["epochs"]}
@@ -143,8 +147,11 @@ def choices(study: TrainingOnce) -> None:
         "no middle": {"sandwich": "HL"},
         "slower steps for low bits": {"step_rates": {2: 0.1, 3: 0.3}},
     }
-    for key, settings in changed.items():
-        study.measured(key, lambda key=key, settings=settings: study.trained(key, **settings))
+    base = LABELS["adaptive label, half"]
+    for seed in range(study.seeds):
+        for name, settings in (LABELS | {name: base | change for name, change in changed.items()}).items():
+            key = f"{name} seed {seed}"
+            study.measured(key, lambda key=key, settings=settings, seed=seed: study.trained(key, seed=seed, **settings))
 
 
 def search(study: TrainingOnce) -> None:
@@ -243,6 +250,8 @@ def main() -> None:
     options.add_argument("--runs", type=Path, default=ROOT / "runs" / "train_once", help="keep the supernets here")
     options.add_argument("--supernet", default="adaptive label, half seed 0", help="the entry of `widths` that is searched")
     options.add_argument("--epochs", type=int, default=8)
+    options.add_argument("--batch-size", type=int, default=256)
+    options.add_argument("--test-once", action="store_true", help="test a supernet when it is stored, not after each epoch too")
     options.add_argument("--evaluations", type=int, default=150)
     options.add_argument("--images", type=int, help="train on so many of the images, drawn once")
     options.add_argument("--held-out", type=float, default=0.1, help="share of them that is kept for the search")

@@ -177,7 +177,7 @@ def test_attention_goes_to_the_bits_that_lost_most_or_least(middle):
 
 
 def test_the_adaptive_label_is_the_mean_of_what_was_right_in_the_last_epoch():
-    method, batch = multiquant(NoBatchNorm, sandwich="HL")
+    method, batch = multiquant(NoBatchNorm, sandwich="HL", label="adaptive")
     probabilities, labels = [], []
     for _ in method.passes():
         outputs = call(method.model, batch.inputs)
@@ -194,7 +194,7 @@ def test_the_adaptive_label_is_the_mean_of_what_was_right_in_the_last_epoch():
 
 
 def test_where_there_is_no_label_yet_the_loss_is_that_of_one_hot_labels():
-    method, batch = multiquant(NoBatchNorm)
+    method, batch = multiquant(NoBatchNorm, label="adaptive")
     outputs = call(method.model, batch.inputs)
     task = F.cross_entropy(outputs, batch.labels)
     assert torch.allclose(method.loss(outputs, batch, task), task)
@@ -202,7 +202,7 @@ def test_where_there_is_no_label_yet_the_loss_is_that_of_one_hot_labels():
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_the_adaptive_loss_is_the_cross_entropy_to_the_mixed_label(share):
-    method, batch = multiquant(NoBatchNorm, label_weight=share)
+    method, batch = multiquant(NoBatchNorm, label="adaptive", label_weight=share)
     method.labels.copy_(torch.rand(5, 5, generator=torch.Generator().manual_seed(0)))
     method.labels /= method.labels.sum(1, keepdim=True)
     outputs = call(method.model, batch.inputs)
@@ -230,7 +230,8 @@ def test_the_wider_network_teaches_the_next():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"sandwich": ""}, {"sandwich": "HXL"}, {"label": "hard"}, {"label_weight": 1.5}, {"middle": "random"}, {"batch_norm": "none"},
+        {"sandwich": ""}, {"sandwich": "HXL"}, {"label": "hard"}, {"label_weight": 1.5}, {"label_weight": 0.3}, {"middle": "random"},
+        {"batch_norm": "none"},
         {"offset_rate": -1.0}, {"rate": 0.0}, {"step_rates": {1: 0.1}}, {"step_rates": {2: 0.0}}, {"bits": (4,)}, {"bits": (2, 2)},
         {"bits": (2, 9)}, {"held_out": 0.0}, {"bn_images": 1}, {"nothing": 1}, {"batch_norm": "switch", "compile": True},
     ],

@@ -38,8 +38,11 @@ def labelled(cls=Residual):
         return x, make(cls)(x).argmax(1)
 
 
+HELD = {"epochs": 1, "batch_size": 16, "held_out": 0.3, "bn_images": 32}
+
+
 def trained(cls=Residual, **changes):
-    wanted = {"bits": (2, 4, 8), "epochs": 1, "batch_size": 16, "held_out": 0.3, "bn_images": 32, **changes}
+    wanted = {"bits": (2, 4, 8), **HELD, **changes}
     return anybit.train(make(cls), labelled(cls), test=labelled(cls), **wanted)
 
 
@@ -130,7 +133,7 @@ def test_training_lowers_the_loss_of_the_lowest_bits():
 def test_a_continued_training_ends_with_the_same_bytes(tmp_path, monkeypatch):
     from anybit import training
 
-    changes = {"epochs": 3, "middle": "worst"}
+    changes = {"epochs": 3, "middle": "worst", "label": "adaptive"}
     trained(**changes, checkpoint=tmp_path / "whole").save(tmp_path / "a")
     save, calls = training._save, []
 
@@ -165,7 +168,7 @@ import torch
 torch.set_num_threads(1)
 import test_subnets as t
 from networks import NoBatchNorm
-supernet = t.trained(cls=NoBatchNorm, epochs=3, middle="worst", augment="flip")
+supernet = t.trained(cls=NoBatchNorm, epochs=3, middle="worst", label="adaptive", augment="flip")
 assert len(t.subnets.bn_batches(t._samples()[0], t._samples()[1])[0]) == 16  # every process sees all
 import torch.distributed as dist
 if not dist.is_initialized() or dist.get_rank() == 0:
@@ -428,12 +431,17 @@ def test_a_budget_below_the_lowest_subnet_names_it(stored):
         (lambda f: anybit.train(make(Residual), labelled(), keep={"fc": Precision(0, 8)}), InvalidSetting),
         (lambda f: anybit.train(make(Residual), labelled(), metric=lambda outputs, labels: 1.0), InvalidSetting),
         (lambda f: anybit.train(make(Residual), labelled(), label="teacher", sandwich="LRH"), InvalidSetting),
+        (lambda f: anybit.train(make(Residual), labelled()[0], distill=1.0, label="adaptive", **HELD), InvalidSetting),
         (lambda f: slice_subnet(f / "nowhere", {"fc": "W2A8"}), InvalidFile),
     ],
 )
 def test_what_cannot_be_is_refused(run, error, stored):
     with pytest.raises(error):
         run(stored[1])
+
+
+def test_labels_are_not_needed_where_the_float_network_teaches():
+    assert anybit.train(make(Residual), labelled()[0], distill=1.0, **HELD).report["epochs"][0]["loss"] > 0
 
 
 @pytest.mark.parametrize("damage", ["codes", "json", "settings", "surplus", "scale", "missing", "order", "macs", "truncated"])

@@ -540,8 +540,8 @@ def train(
     keep: Keep = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 10,
     sandwich: Annotated[str, typer.Option(help="Networks of a step, in order: H highest, R random, L lowest bits.")] = "HRL",
-    label: Annotated[str, typer.Option(help="adaptive (online), teacher (the wider network's outputs) or one-hot.")] = "adaptive",
-    label_weight: Annotated[float, typer.Option(help="Share of the soft label, or of the teacher, in the loss.")] = 0.5,
+    label: Annotated[str, typer.Option(help="one-hot, adaptive (online), or teacher (the wider network's outputs).")] = "one-hot",
+    label_weight: Annotated[float, typer.Option(help="Share of the adaptive label, or of the teacher, in the loss.")] = 0.5,
     middle: Annotated[str, typer.Option(help="How R is drawn: uniform, worst, best or progressive.")] = "uniform",
     batch_norm: Annotated[
         str, typer.Option(help="reestimate: statistics anew for each subnet; switch: a batch norm for each bit-width of the layer.")
