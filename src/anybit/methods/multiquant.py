@@ -20,7 +20,7 @@ measured beside it: R learns from H's outputs and L from R's. A step and an offs
 Deviations:
 
   * The labels are one-hot unless `label="adaptive"` is asked for: in runs of up to 8 epochs from trained weights the online adaptive label
-    ended behind at every bit-width, further behind the larger a was. The published runs are of 200 epochs.
+    ended behind them at every bit-width, the further the larger a was. The published runs are of 200 epochs.
   * Steps are trained as factors, exp of a free number, with Adam, whose updates do not depend on the size of a gradient (LSQ's gradient
     scale has no part).
   * In the first epoch, and for a class of which nothing was right, there is no label yet: one-hot takes its place.
