@@ -46,7 +46,7 @@ def tried_section() -> str:
 
 
 def choices_section() -> str:
-    runs = entries("grow_resnet20_choices_3200")
+    runs = dict(sorted(entries("grow_resnet20_choices_3200").items()))
     if not runs:
         return "Not run."
     rows = []
