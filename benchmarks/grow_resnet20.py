@@ -11,7 +11,7 @@
     full      600 epochs from scratch as published, 20 times smaller counted the published way; needs a GPU
 
 The CPU tier (10 epochs, from trained weights) takes hours on two cores; with `--images 12800` it trains on a quarter of the images, in a
-JSON of its own; `--images 6400 --batch-size 64` takes a quarter of an hour a run. Figures are soft and frozen, and drops are from the
+JSON of its own; `choices --images 3200 --batch-size 64` takes 15 to 20 minutes a run. Figures are soft and frozen, and drops are from the
 float network trained for as long by the same recipe.
 """
 

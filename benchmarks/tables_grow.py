@@ -54,10 +54,22 @@ def choices_section() -> str:
         last, search = run["epochs"][-1], round(run["settings"]["csq"]["fix"] * len(run["epochs"]))
         before = run["epochs"][search - 1]  # the last epoch in which the gates alone decide the planes
         cells = [f"{before['weight_bits']:.2f}", *(f"{before[kind]['top1']:.2f}" for kind in ("soft", "frozen")), f"{before['loss']:.3f}"]
-        rows.append([key, *cells, f"{last['soft']['top1']:.2f}", f"{run['top1']:.2f}", f"{last['loss']:.3f}"])
+        rows.append(
+            [key, *cells, *(f"{last[kind]['top1']:.2f}" for kind in ("soft", "frozen")), f"{run['top1']:.2f}", f"{last['loss']:.3f}"]
+        )
     write_epochs(runs, ROOT / "docs" / "growth.svg")
     text = table(
-        ["gates", "bits a weight by the gates alone", "soft then", "frozen then", "loss then", "soft, 3 bits", "frozen, 3 bits", "loss"],
+        [
+            "gates",
+            "bits a weight by the gates alone",
+            "soft then",
+            "frozen then",
+            "loss then",
+            "soft, 3 bits",
+            "frozen",
+            "frozen, all images",
+            "loss",
+        ],
         rows,
     )
     return f"{text}\n\n![Loss and bits over the epochs](growth.svg)"

@@ -200,7 +200,7 @@ def polished(study: TrainingOnce, supernet: Supernet, bits: int) -> dict[str, An
 def cost(study: TrainingOnce) -> None:
     """LRH steps and triples of quantization-aware steps in turn, so that what else the machine does falls on both alike."""
     batch = next(study.train.on(study.arguments.device).batches(256))
-    plain, wanted = [Batch(batch.inputs)], subnets.SupernetSettings(BITS, KEEP)
+    plain, wanted = [Batch(batch.inputs)], subnets.SupernetSettings.of(bits=BITS, keep=KEEP, label="adaptive")
     device = study.arguments.device
     network = subnets.observe_supernet(study.network().to(device), Batch(batch.inputs[:2]), wanted)
     method = subnets.make_multiquant(network, plain, wanted, 10)
@@ -248,7 +248,7 @@ def main() -> None:
     options = parser(__doc__, STUDIES, seeds=1)
     options.add_argument("--checkpoints", type=Path, default=ROOT / "runs" / "checkpoints")
     options.add_argument("--runs", type=Path, default=ROOT / "runs" / "train_once", help="keep the supernets here")
-    options.add_argument("--supernet", default="adaptive label, half seed 0", help="the entry of `widths` that is searched")
+    options.add_argument("--supernet", default="one-hot seed 0", help="the entry of `widths` that is searched")
     options.add_argument("--epochs", type=int, default=8)
     options.add_argument("--batch-size", type=int, default=256)
     options.add_argument("--test-once", action="store_true", help="test a supernet when it is stored, not after each epoch too")

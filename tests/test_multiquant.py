@@ -10,10 +10,10 @@ from networks import Depthwise, NoBatchNorm, Residual, Tokens, make, pictures
 from anybit.batches import Batch, call
 from anybit.errors import InvalidSetting, SchemeMismatch
 from anybit.layers import float_weight, quantized_layers
-from anybit.methods.multiquant import MultiQuant, SwitchableInput, SwitchableWeight, bits_of
+from anybit.methods.multiquant import MultiQuant, MultiQuantSettings, SwitchableInput, SwitchableWeight, bits_of
 from anybit.numerics import fake_quantize, quant_limits
 from anybit.scheme import Precision, Scheme
-from anybit.subnets import SupernetSettings, make_multiquant, observe_supernet
+from anybit.subnets import SupernetSettings, make_multiquant, observe_supernet, settings_from_json
 
 INPUTS = {
     Residual: lambda: pictures(16),
@@ -240,6 +240,12 @@ def test_the_wider_network_teaches_the_next():
 def test_settings_that_cannot_be_are_refused(bad):
     with pytest.raises(InvalidSetting):
         SupernetSettings.of(**bad)
+
+
+def test_a_label_weight_that_had_no_effect_is_read_where_it_was_stored():
+    """It is refused where it is asked for."""
+    stored = SupernetSettings(multiquant=MultiQuantSettings(label="one-hot", label_weight=1.0))
+    assert settings_from_json(stored.to_json()) == stored
 
 
 @pytest.mark.parametrize("changes", [{"step_rates": {2: 0.1}}, {"per_channel": False}])

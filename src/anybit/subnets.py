@@ -54,6 +54,9 @@ class SupernetSettings:
         unknown = [name for name in settings if not any(name in part for part in parts.values())]
         if unknown:
             raise InvalidSetting(f"train has no setting {unknown[0]!r}.")
+        weight = settings.get("label_weight", MultiQuantSettings.label_weight)
+        if settings.get("label", MultiQuantSettings.label) == "one-hot" and weight != MultiQuantSettings.label_weight:
+            raise InvalidSetting(f"label_weight {weight} has no part in one-hot labels. Choose label adaptive or teacher, or leave it out.")
         return cls(**{home: kind(**parts[home]) for home, kind in homes.items() if home}, **parts[""])
 
     def __post_init__(self):
