@@ -230,8 +230,8 @@ def test_the_wider_network_teaches_the_next():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"sandwich": ""}, {"sandwich": "HXL"}, {"label": "hard"}, {"label_weight": 1.5}, {"label_weight": 0.3}, {"middle": "random"},
-        {"batch_norm": "none"},
+        {"sandwich": ""}, {"sandwich": "HXL"}, {"label": "hard"}, {"label": "adaptive", "label_weight": 1.5}, {"label_weight": 0.3},
+        {"middle": "random"}, {"batch_norm": "none"},
         {"offset_rate": -1.0}, {"rate": 0.0}, {"step_rates": {1: 0.1}}, {"step_rates": {2: 0.0}}, {"bits": (4,)}, {"bits": (2, 2)},
         {"bits": (2, 9)}, {"held_out": 0.0}, {"bn_images": 1}, {"nothing": 1}, {"batch_norm": "switch", "compile": True},
     ],
