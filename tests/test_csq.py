@@ -130,6 +130,28 @@ def test_temperature_alone_keeps_a_weight_between_its_two_codes(temperature, see
     assert ((moved >= codes.floor() - 1e-4) & (moved <= codes.ceil() + 1e-4)).all()
 
 
+@pytest.mark.parametrize("planes", range(1, 8))
+def test_one_gate_alone_is_between_a_code_and_the_next(planes):
+    rows = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    weight = GatedWeight(rows, planes, False)
+    codes = rows / weight_scale(rows.reshape(1, -1), planes + 1, symmetric=True)
+    undecided = torch.cat([weight.positive, weight.negative]).abs() < 0.999 * weight.logit
+    between = (codes.abs() < 2**planes - 1) & ((codes - codes.round()).abs() > 1e-3)
+    assert (undecided.sum(0)[between] == 1).all() and between.float().mean() > 0.5
+    assert not undecided[[b for b in range(2 * planes) if b % planes]].any()  # none but the lowest plane's
+
+
+@pytest.mark.parametrize("lost", range(1, 7))
+def test_a_weight_that_loses_its_low_planes_is_rounded_to_those_that_stay(lost):
+    rows = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    weight = GatedWeight(rows, 7, True)
+    step, coarse = weight_scale(rows, 8, symmetric=True), 2**lost
+    weight.fix(range(lost, 7))
+    weight.harden()
+    largest = 127 // coarse
+    assert torch.allclose(weight(rows) / step, (rows / step / coarse).round().clamp(-largest, largest) * coarse, atol=1e-3)
+
+
 @pytest.mark.parametrize("cls", NETWORKS)
 def test_the_first_forward_is_the_float_networks_within_eight_bits(cls):
     growth, network, x = growth_of(cls, per_channel=True)

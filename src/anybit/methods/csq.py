@@ -200,18 +200,21 @@ class GatedWeight(nn.Module):
     def start(self, rows: Tensor, planes: range) -> None:
         """Set the logits such that the weight is `rows`, clamped to what these adjacent planes can be within their best range.
 
-        A weight between two codes has each gate between the two codes' bits, as far as it lies: those near the middle are undecided.
+        Each plane has the digit -1, 0 or 1 that leaves to the planes above it the nearest that they can be: closing low planes rounds, and
+        from a code to the next leads one gate of the lowest plane, half open where the weight is half way.
         """
-        largest = 2 ** len(planes) - 1
         step = weight_scale(rows if len(self.log_scale) > 1 else rows.reshape(1, -1), len(planes) + 1, symmetric=True)
-        codes = (rows / step).clamp(-largest, largest)
-        lower = codes.abs().floor()
-        share, lower = codes.abs() - lower, lower.to(torch.int64)
         closed, opened = torch.sigmoid(rows.new_tensor([-self.logit, self.logit]))
-        for place, b in enumerate(planes):
-            bit = torch.lerp((lower >> place & 1).to(rows.dtype), ((lower + 1) >> place & 1).to(rows.dtype), share)
-            self.positive[b] = torch.logit(closed + (opened - closed) * bit * (codes > 0))
-            self.negative[b] = torch.logit(closed + (opened - closed) * bit * (codes < 0))
+        largest = 2 ** len(planes) - 1
+        codes = (rows / step).clamp(-largest, largest)
+        left = codes
+        for place, b in enumerate(planes, 1):
+            largest //= 2  # of the planes above
+            above = (codes / 2**place).round().clamp(-largest, largest)
+            digit = left - 2 * above
+            self.positive[b] = torch.logit(closed + (opened - closed) * digit.clamp(min=0))
+            self.negative[b] = torch.logit(closed - (opened - closed) * digit.clamp(max=0))
+            left = above
         self.log_scale.copy_((step / self.place_values[planes[0]]).log())
 
     def plane_gate(self) -> Tensor:
