@@ -50,7 +50,8 @@ class Growing(Study):
         wanted = {"epochs": told.epochs, "batch_size": told.batch_size, "half": self.half, **RECIPE, **settings}
         checkpoint = self.checkpoint(key)
         with narrated(key):
-            result = anybit.grow(self.network(), self.train, budget, test=self.test, checkpoint=checkpoint, device=told.device, **wanted)
+            test = None if told.test_once else self.test
+            result = anybit.grow(self.network(), self.train, budget, test=test, checkpoint=checkpoint, device=told.device, **wanted)
         if told.runs:
             result.save(told.runs / f"{key.replace(' ', '_')}{self.part}", overwrite=True)
         checkpoint.unlink(missing_ok=True)
@@ -200,6 +201,7 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=10)
     options.add_argument("--batch-size", type=int, default=256)
     options.add_argument("--images", type=int, help="train on so many of the images, drawn once")
+    options.add_argument("--test-once", action="store_true", help="test the finished network alone, not each epoch's")
     options.add_argument("--rounds", type=int, default=10)
     options.add_argument("--device", default="cpu")
     arguments = options.parse_args()

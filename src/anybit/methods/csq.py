@@ -22,15 +22,17 @@ DAC 2023 (arXiv 2212.02770); its equations from the paper's abstract and the aut
     `ramp` of the search. A layer's part in it is a power (`weighting`) of its share of the weights.
   * Which planes stay is decided once, at `fix` of the run, by an allocation: the most likely planes under the gates' own odds that fit the
     budget. Their signs alone overshoot it, and gates that are left soft to the end come to rest half open, where the penalty balances.
+  * A trained network starts at its own weights (the release at the rounded ones, with the bit for the logit). A weight that is a code has
+    logits at +-c. One between two codes has one gate between open and closed, as far as it lies: near the middle it is undecided and can
+    still fall to either side, and if it is not trained it ends at the nearest. The product is divided by what gates at +-c make of it, a
+    number that goes to 1 as beta grows.
+  * It starts at signed digits, which m_p and m_n give room for: 3 is 4 - 1. In binary digits (the release) 1 and 2 differ in two gates
+    that have to move against each other, while the gradient pushes both the same way; and closing low planes cuts towards zero. Here
+    one gate leads from a code to the next, and closing low planes rounds to the nearest.
   * The second phase starts as the first did: from the weights as they then are, with logits made new for the planes that stay and beta
-    at 1. Closing the low planes of a weight cuts it towards zero, which no short training mends. `phase="rewind"` is the paper's
-    form, which sets beta back alone; `phase="continue"` has no second phase.
+    at 1. `phase="rewind"` is the paper's form, which sets beta back alone; `phase="continue"` has no second phase.
   * Temperatures are relative to the logits' starting size c, and the weight gates' own: they are decided later than the planes are. Small
     logits let a soft weight reach far beyond its codes, to values that hardening takes away.
-  * A trained network starts at its own weights: a weight that is a code has logits at +-c, one between two codes has each gate between
-    their bits, as far as it lies (the release starts at the rounded weight, with the bit for the logit). So a weight near the middle
-    between codes is undecided and can still fall to either side; one that is not trained ends at the nearest. The product is divided
-    by what gates at +-c make of it, a number that goes to 1 as beta grows.
 """
 
 import math
@@ -88,7 +90,7 @@ class CSQSettings:
     logit: float = 3.0
     plane_temperature: float = 200.0
     fix_temperature: float = 1.3
-    final_temperature: float = 7.0
+    final_temperature: float = 60.0
     phase: Literal["restart", "rewind", "continue"] = "restart"
     weight_gates: Gates = "soft"
     plane_gates: Gates = "soft"
