@@ -15,7 +15,7 @@ from anybit.batches import Batch, call
 from anybit.errors import InfeasibleBudget, InvalidSetting
 from anybit.growth import GrowSettings, frozen, make_trainee, observe_trainable
 from anybit.layers import codes_of, quantized_layers, weight_rows
-from anybit.methods.csq import CSQSettings, GatedWeight, Growth, _GatedSum, _likeliest, gate
+from anybit.methods.csq import CSQSettings, GatedWeight, Growth, _GatedSum, _likeliest, gate, slope
 from anybit.quantizers import UniformQuantizer
 from anybit.ranges import weight_scale
 from anybit.scheme import Budget, Precision
@@ -73,7 +73,7 @@ def test_the_fused_sum_has_the_values_and_gradients_of_the_equation(kind, per_ch
         return ((f(positive) - f(negative)) * place[:, None, None]).sum(0) * step
 
     results = []
-    for function in (plain, lambda p, n, v, s: _GatedSum.apply(p, n, v, s, temperature, kind)):
+    for function in (plain, lambda p, n, v, s: _GatedSum.apply(p, n, v, s, temperature, kind, range(len(v)))):
         parts = (weight.positive, weight.negative, weight.place_values, torch.tensor([[0.5], [2.0]])[: 2 if per_channel else 1])
         inputs = [t.detach().clone().requires_grad_() for t in parts]
         output = function(*inputs)
@@ -81,6 +81,21 @@ def test_the_fused_sum_has_the_values_and_gradients_of_the_equation(kind, per_ch
         results.append([output.detach(), *(t.grad for t in inputs)])
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_planes_that_are_gone_have_no_part():
+    weight = random_weight()
+    closed, temperature = weight.place_values * torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.tensor(2.5)
+    parts = (weight.positive, weight.negative, closed, torch.ones(1, 1), temperature, "soft")
+    of_all, of_some = (_GatedSum.apply(*parts, planes) for planes in (range(4), (1, 2)))
+    assert torch.equal(of_all, of_some)
+    gradients = [torch.autograd.grad(total.sum(), (weight.positive, weight.negative)) for total in (of_all, of_some)]
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("decided", [-3.0, 3.0])
+def test_gates_that_temperature_decided_have_a_gradient_of_zero(decided):
+    assert slope(torch.full((1,), decided), torch.tensor(20.0), "soft") == 0  # not a number that only slows the optimizer down
 
 
 def test_a_decided_gate_gets_no_gradient():

@@ -36,7 +36,7 @@ DAC 2023 (arXiv 2212.02770); its equations from the paper's abstract and the aut
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -130,33 +130,36 @@ def slope(logits: Tensor, temperature: Tensor, kind: Gates) -> Tensor:
     """df / dm. The straight-through gate borrows the sigmoid's, the decided one has none."""
     if kind == "hard":
         return torch.zeros_like(logits)
-    soft = torch.sigmoid(temperature * logits)
-    return temperature * soft * (1 - soft)
+    rest = 1 - torch.sigmoid(temperature * logits)
+    return temperature * rest * (1 - rest)  # rounds to zero for gates decided either way: tiny numbers would make Adam several times slower
 
 
 class _GatedSum(torch.autograd.Function):
-    """step times the sum over b of  [ f(p[b]) - f(n[b]) ] place[b] : backward computes the gates again, so that nothing is kept but logits.
+    """step times the sum over `planes` of  [ f(p[b]) - f(n[b]) ] place[b] : backward computes the gates again, so only logits are kept.
 
     A plane at a time: no tensor of all planes is made, in either direction, but the logits' own gradients.
     """
 
     @staticmethod
-    def forward(ctx, positive: Tensor, negative: Tensor, place: Tensor, step: Tensor, temperature: Tensor, kind: Gates) -> Tensor:
+    def forward(
+        ctx, positive: Tensor, negative: Tensor, place: Tensor, step: Tensor, temperature: Tensor, kind: Gates, planes: Sequence[int]
+    ) -> Tensor:
         ctx.save_for_backward(positive, negative, place, step, temperature)
-        ctx.kind = kind
+        ctx.kind, ctx.planes = kind, planes
         total = torch.zeros_like(positive[0])
-        for p, n, value in zip(positive, negative, place, strict=True):
-            total += (gate(p, temperature, kind) - gate(n, temperature, kind)) * value
+        for b in planes:
+            total += (gate(positive[b], temperature, kind) - gate(negative[b], temperature, kind)) * place[b]
         return total * step
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         positive, negative, place, step, temperature = ctx.saved_tensors
         needs_logits = ctx.needs_input_grad[0]
-        to_positive, to_negative = (torch.empty_like(positive), torch.empty_like(negative)) if needs_logits else (None, None)
+        to_positive, to_negative = (torch.zeros_like(positive), torch.zeros_like(negative)) if needs_logits else (None, None)
         to_place, total = torch.zeros_like(place), torch.zeros_like(positive[0])
         scaled = grad * step
-        for b, (p, n) in enumerate(zip(positive, negative, strict=True)):
+        for b in ctx.planes:
+            p, n = positive[b], negative[b]
             bit = gate(p, temperature, ctx.kind) - gate(n, temperature, ctx.kind)
             to_place[b] = (bit * scaled).sum()
             total += bit * place[b]
@@ -164,7 +167,7 @@ class _GatedSum(torch.autograd.Function):
                 shared = scaled * place[b]
                 torch.mul(shared, slope(p, temperature, ctx.kind), out=to_positive[b])
                 torch.mul(shared, -slope(n, temperature, ctx.kind), out=to_negative[b])
-        return to_positive, to_negative, to_place, (total * grad).sum_to_size(step.shape), None, None
+        return to_positive, to_negative, to_place, (total * grad).sum_to_size(step.shape), None, None, None
 
 
 class GatedWeight(nn.Module):
@@ -173,7 +176,7 @@ class GatedWeight(nn.Module):
     positive, negative  m_p, m_n, [N, channels, fan-in]
     planes              m_B, [N]
     log_scale           log s, [1, 1] or [channels, 1]
-    live                the planes that stay, bool [N], once they are fixed; None before
+    live                the planes that stay, once they are fixed; None before
     """
 
     def __init__(
@@ -188,7 +191,7 @@ class GatedWeight(nn.Module):
     ):
         super().__init__()
         self.weight_gates, self.plane_gates, self.logit, self.anchor = weight_gates, plane_gates, logit, anchor
-        self.register_buffer("live", None, persistent=False)
+        self.live: tuple[int, ...] | None = None
         self.positive = nn.Parameter(rows.new_empty(planes, *rows.shape))
         self.negative = nn.Parameter(rows.new_empty(planes, *rows.shape))
         self.planes = nn.Parameter(rows.new_ones(planes))
@@ -222,7 +225,7 @@ class GatedWeight(nn.Module):
     def plane_gate(self) -> Tensor:
         """g, [N]."""
         if self.live is not None:
-            return self.live.to(self.planes.dtype)
+            return self.planes.new_tensor([float(b in self.live) for b in range(len(self.planes))])
         planes = torch.cat([self.planes[:-1], self.planes[-1:].detach()]) if self.anchor else self.planes
         if self.plane_gates == "straight-through":
             soft = torch.sigmoid(planes)
@@ -237,13 +240,14 @@ class GatedWeight(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         place = self.place_values * self.plane_gate()
         step = self.log_scale.exp() / self.shrinkage()
-        return _GatedSum.apply(self.positive, self.negative, place, step, self.temperature, self.weight_gates)
+        planes = range(len(self.planes)) if self.live is None else self.live
+        return _GatedSum.apply(self.positive, self.negative, place, step, self.temperature, self.weight_gates, planes)
 
     # Precision, and the end of it
 
     def kept_planes(self) -> list[int]:
         """The planes that count: fixed, or with m_B >= 0."""
-        return torch.nonzero(self.planes.detach() >= 0 if self.live is None else self.live).flatten().tolist()
+        return torch.nonzero(self.planes.detach() >= 0).flatten().tolist() if self.live is None else list(self.live)
 
     def bits(self) -> int:
         """Two's-complement bits that the kept planes need: highest minus lowest plus one, and the sign; 0 without planes."""
@@ -252,8 +256,7 @@ class GatedWeight(nn.Module):
 
     def fix(self, live: Iterable[int]) -> None:
         """Decide the planes for good."""
-        self.live = torch.zeros(len(self.planes), dtype=torch.bool, device=self.planes.device)
-        self.live[list(live)] = True
+        self.live = tuple(sorted(live))
         self.planes.requires_grad_(False)
 
     def harden(self) -> None:
