@@ -7,7 +7,7 @@
               activations, two seeds; CSQ at 2 and at 4 bits
     agreement sensitivities of the grown networks, from the run folders that `methods --runs` kept
     choices   the two binary choices: weight gates soft or straight-through, plane gates soft or hard with periodic pruning (BSQ-like)
-    cost      one training step and its memory: float, CSQ, CSQ written down plainly, LSQ
+    cost      one training step and its memory: float, LSQ, CSQ while planes grow and when two are left, CSQ written down plainly
     full      600 epochs from scratch as published, 20 times smaller counted the published way; needs a GPU
 
 The CPU tier (10 epochs, from trained weights) takes hours on two cores; with `--images 12800` it trains on a quarter of the images, in a
@@ -105,8 +105,9 @@ def choices(study: Growing) -> None:
     for weights in ("soft", "straight-through"):
         for planes in ("soft", "straight-through"):
             key = f"weight gates {weights}, plane gates {planes}"
-            # One phase, as published, so that nothing but the two choices is at work.
-            once = {"phase": "continue", "fix": 0.8, "harden": 0.9, "fix_temperature": 10.0}
+            # One phase, as published, so that nothing but the two choices is at work; planes move fast enough for a short run to close
+            # them: at a high temperature those still open have no gradient any more.
+            once = {"phase": "continue", "fix": 0.7, "plane_rate": 3e-2, "plane_temperature": 20.0}
             kinds = {"weight_gates": weights, "plane_gates": planes, "activation_bits": None, "per_channel": True, **once}
             study.measured(key, lambda key=key, kinds=kinds: study.grown(key, "3bit", **kinds))
 
@@ -128,11 +129,20 @@ def cost(study: Growing) -> None:
     """Steps of each kind in turn, so that what else the machine does falls on all alike; bytes that autograd keeps of the gates."""
     batch = next(study.train.on(study.arguments.device).batches(256))
     kinds: dict[str, torch.nn.Module] = {}
-    for name, scheme in (("float", FLOAT), ("LSQ", Precision(3, None)), ("CSQ", None), ("CSQ, plain", None)):
+    for name, scheme in (
+        ("float", FLOAT),
+        ("LSQ", Precision(3, None)),
+        ("CSQ", None),
+        ("CSQ, two planes left", None),
+        ("CSQ, plain", None),
+    ):
         settings = growth.GrowSettings.of(activation_bits=None)
         fixed = None if scheme is None else Scheme.uniform(study.names(), scheme)
         network = growth.observe_trainable(study.network().to(study.arguments.device), Batch(batch.inputs[:2]), settings, fixed)
         trainee = growth.make_trainee(network, [batch], None, fixed is not None, settings)
+        if name == "CSQ, two planes left":
+            for weight in trainee.gated.values():
+                weight.fix(range(5, 7))
         kept = saved_bytes(trainee.model, name == "CSQ, plain")
         optimizer = torch.optim.Adam(trainee.parameter_groups())
         kinds[name] = (trainee, optimizer, kept)
