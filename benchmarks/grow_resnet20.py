@@ -107,7 +107,7 @@ def choices(study: Growing) -> None:
             key = f"weight gates {weights}, plane gates {planes}"
             # One phase, as published, so that nothing but the two choices is at work; planes move fast enough for a short run to close
             # them: at a high temperature those still open have no gradient any more.
-            once = {"phase": "continue", "fix": 0.7, "plane_rate": 3e-2, "plane_temperature": 20.0}
+            once = {"phase": "continue", "fix": 0.7, "plane_rate": 3e-2, "plane_temperature": 20.0, "compile": False}
             kinds = {"weight_gates": weights, "plane_gates": planes, "activation_bits": None, "per_channel": True, **once}
             study.measured(key, lambda key=key, kinds=kinds: study.grown(key, "3bit", **kinds))
 
