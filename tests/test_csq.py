@@ -85,11 +85,11 @@ def test_the_fused_sum_has_the_values_and_gradients_of_the_equation(kind, per_ch
 
 def test_planes_that_are_gone_have_no_part():
     weight = random_weight()
-    closed, temperature = weight.place_values * torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.tensor(2.5)
-    parts = (weight.positive, weight.negative, closed, torch.ones(1, 1), temperature, "soft")
-    of_all, of_some = (_GatedSum.apply(*parts, planes) for planes in (range(4), (1, 2)))
+    place, closed = weight.place_values, weight.place_values * torch.tensor([0.0, 1.0, 1.0, 0.0])
+    logits, others = (weight.positive, weight.negative), (torch.ones(1, 1), torch.tensor(2.5), "soft")
+    of_all, of_some = _GatedSum.apply(*logits, closed, *others, range(4)), _GatedSum.apply(*logits, place, *others, (1, 2))
     assert torch.equal(of_all, of_some)
-    gradients = [torch.autograd.grad(total.sum(), (weight.positive, weight.negative)) for total in (of_all, of_some)]
+    gradients = [torch.autograd.grad(total.sum(), logits) for total in (of_all, of_some)]
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
@@ -342,14 +342,15 @@ def test_a_budget_out_of_reach_names_the_least_or_the_most(budget, error, words)
         anybit.grow(make(Residual), (pictures(16), torch.zeros(16, dtype=torch.long)), budget, epochs=1, batch_size=8)
 
 
-def test_the_second_phase_starts_from_the_weights_rounded_to_the_planes_that_stay():
+def test_the_second_phase_starts_from_the_weights_as_they_are_in_the_range_of_the_planes_that_stay():
     growth, _, _ = growth_of(Residual, "3bit")
     growth.at(0.1)
     weights = {name: layer.weight.detach().flatten(1) for name, layer in growth.layers.items()}
     growth.at(growth.settings.fix)
     for name, layer in growth.layers.items():
-        planes = growth.scheme()[name].weight_bits - 1
-        assert torch.allclose(layer.weight.flatten(1), GatedWeight(weights[name], planes, False)(weights[name]), atol=1e-5)
+        bits = growth.scheme()[name].weight_bits
+        step, largest = weight_scale(weights[name].reshape(1, -1), bits, symmetric=True), 2 ** (bits - 1) - 1
+        assert torch.allclose(layer.weight.flatten(1), (weights[name] / step).clamp(-largest, largest) * step, atol=1e-5)
 
 
 # Settings
@@ -374,7 +375,9 @@ def test_pruned_planes_of_hard_gates_stay_closed():
     assert 0 not in weight.kept_planes() and weight.planes.grad[0] == 0 and torch.isfinite(weight.planes.grad).all()
 
 
-@pytest.mark.parametrize("bad", [{"planes": 0}, {"planes": 8}, {"fix": 0.0}, {"fix": 0.9, "harden": 0.5}, {"weight_gates": "firm"}])
+@pytest.mark.parametrize(
+    "bad", [{"planes": 0}, {"logit": 11.0}, {"planes": 8}, {"fix": 0.0}, {"fix": 0.9, "harden": 0.5}, {"weight_gates": "firm"}]
+)
 def test_settings_that_cannot_be_are_refused(bad):
     with pytest.raises(InvalidSetting):
         CSQSettings(**bad)

@@ -440,7 +440,7 @@ def grow(
     ramp: Annotated[float, typer.Option(help="Share of the search in which the budget falls from all planes to the one given.")] = 0.8,
     weighting: Annotated[float, typer.Option(help="Power of a layer's weights that its planes are penalized by, 0 to 1.")] = 0.5,
     fix: Annotated[float, typer.Option(help="Share of the run after which the planes are fixed.")] = 0.15,
-    harden: Annotated[float, typer.Option(help="Share of the run after which every weight's bits are.")] = 0.9,
+    harden: Annotated[float, typer.Option(help="Share of the run after which every weight's bits are fixed.")] = 0.9,
     phase: Annotated[str, typer.Option(help="How weights go on once the planes are fixed: restart, rewind or continue.")] = "restart",
     rate: Annotated[float, typer.Option(help="Learning rate of batch norm, biases, and of weights at a fixed scheme.")] = 1e-3,
     gate_rate: Annotated[float, typer.Option(help="Learning rate of weight gates.")] = 1e-2,

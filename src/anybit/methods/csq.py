@@ -23,16 +23,17 @@ DAC 2023 (arXiv 2212.02770); its equations from the paper's abstract and the aut
   * Which planes stay is decided once, at `fix` of the run, by an allocation: the most likely planes under the gates' own odds that fit the
     budget. Their signs alone overshoot it, and gates that are left soft to the end come to rest half open, where the penalty balances.
   * A trained network starts at its own weights (the release at the rounded ones, with the bit for the logit). A weight that is a code has
-    logits at +-c. One between two codes has one gate between open and closed, as far as it lies: near the middle it is undecided and can
-    still fall to either side, and if it is not trained it ends at the nearest. The product is divided by what gates at +-c make of it, a
+    logits at +-c. One between two codes has one gate open by its share of the way to the next: near the middle it is undecided and can
+    still fall to either side, and if it is not trained it ends at the nearest. The weight is divided by what gates at +-c make of it, a
     number that goes to 1 as beta grows.
-  * It starts at signed digits, which m_p and m_n give room for: 3 is 4 - 1. In binary digits (the release) 1 and 2 differ in two gates
-    that have to move against each other, while the gradient pushes both the same way; and closing low planes cuts towards zero. Here
-    one gate leads from a code to the next, and closing low planes rounds to the nearest.
-  * The second phase starts as the first did: from the weights as they then are, with logits made new for the planes that stay and beta
-    at 1. `phase="rewind"` is the paper's form, which sets beta back alone; `phase="continue"` has no second phase.
-  * Temperatures are relative to the logits' starting size c, and the weight gates' own: they are decided later than the planes are. Small
-    logits let a soft weight reach far beyond its codes, to values that hardening takes away.
+  * It starts at signed digits, which m_p and m_n give room for: 3 is 4 - 1. So closing low planes rounds to the nearest, where it cut
+    towards zero in binary digits (the release). And from an even code one gate leads to either neighbour; in binary digits 1 and 2 differ
+    in two gates, which have to move against each other while the gradient pushes both the same way. That is left for crossing odd codes.
+  * The second phase starts as the first did: from the weights as they then are, with logits made new in the best range of the planes that
+    stay, so that what lies between the codes of fewer planes is undecided and trained again; beta is at 1. `phase="rewind"` is the
+    paper's form, which sets beta back alone; `phase="continue"` has no second phase.
+  * Temperatures are chosen for logits of size c = 3: what counts is beta c. The weight gates have their own, for they are decided later
+    than the planes are. Small logits let a soft weight reach far beyond its codes, to values that hardening takes away.
 """
 
 import math
@@ -68,7 +69,7 @@ class CSQSettings:
     ramp                 share of the search over which the penalty's budget falls to the user's; 0 is at once, as published
     weighting            power of a layer's weights that its planes are penalized by: 1 as the budget counts, 0 all alike, as published
     fix, harden          shares of the run at which the planes are fixed and the weight gates hardened
-    logit                size of the logits of a gate that starts decided, at beta 1: 1 leaves it at 0.73 or 0.27, 3 at 0.95 or 0.05
+    logit                c, size of the logits of a gate that starts decided, at beta 1: 1 leaves it at 0.73 or 0.27, 3 at 0.95 or 0.05
     plane_temperature    beta of the plane gates when they are fixed
     phase                how the weight gates go on when the planes are fixed: "restart", "rewind" or "continue" (see above)
     fix_temperature      beta of the weight gates when the planes are fixed
@@ -113,6 +114,8 @@ class CSQSettings:
             raise InvalidSetting(f"phase {self.phase!r} is unknown. Choose restart, rewind or continue.")
         for name in ("logit", "strength", "gate_rate", "plane_rate", "scale_rate", "rate"):
             check_positive(getattr(self, name), name)
+        if self.logit > 10:
+            raise InvalidSetting(f"logit {self.logit} is above 10: in float32 such a gate is all but decided and cannot be trained.")
         for name in ("plane_temperature", "fix_temperature", "final_temperature"):
             if getattr(self, name) < 1:
                 raise InvalidSetting(f"{name} {getattr(self, name)} must be at least 1, where temperatures start.")
@@ -205,8 +208,8 @@ class GatedWeight(nn.Module):
     def start(self, rows: Tensor, planes: range) -> None:
         """Set the logits such that the weight is `rows`, clamped to what these adjacent planes can be within their best range.
 
-        Each plane has the digit -1, 0 or 1 that leaves to the planes above it the nearest that they can be: closing low planes rounds, and
-        from a code to the next leads one gate of the lowest plane, half open where the weight is half way.
+        Each plane has the digit -1, 0 or 1 that leaves to the planes above it the nearest that they can be, so that closing low planes
+        rounds. Between two codes one gate of the lowest plane is open by the share of the way.
         """
         step = weight_scale(rows if len(self.log_scale) > 1 else rows.reshape(1, -1), len(planes) + 1, symmetric=True)
         closed, opened = torch.sigmoid(rows.new_tensor([-self.logit, self.logit]))
@@ -223,9 +226,7 @@ class GatedWeight(nn.Module):
         self.log_scale.copy_((step / self.place_values[planes[0]]).log())
 
     def plane_gate(self) -> Tensor:
-        """g, [N]."""
-        if self.live is not None:
-            return self.planes.new_tensor([float(b in self.live) for b in range(len(self.planes))])
+        """g, [N], of planes that are not fixed."""
         planes = torch.cat([self.planes[:-1], self.planes[-1:].detach()]) if self.anchor else self.planes
         if self.plane_gates == "straight-through":
             soft = torch.sigmoid(planes)
@@ -238,9 +239,11 @@ class GatedWeight(nn.Module):
         return weights * (torch.sigmoid(self.plane_temperature) if self.live is None and self.plane_gates == "soft" else 1.0)
 
     def forward(self, rows: Tensor) -> Tensor:
-        place = self.place_values * self.plane_gate()
         step = self.log_scale.exp() / self.shrinkage()
-        planes = range(len(self.planes)) if self.live is None else self.live
+        if self.live is None:
+            place, planes = self.place_values * self.plane_gate(), range(len(self.planes))
+        else:
+            place, planes = self.place_values, self.live
         return _GatedSum.apply(self.positive, self.negative, place, step, self.temperature, self.weight_gates, planes)
 
     # Precision, and the end of it
