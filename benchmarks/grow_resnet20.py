@@ -11,7 +11,7 @@
     full      600 epochs from scratch as published, 20 times smaller counted the published way; needs a GPU
 
 The CPU tier (10 epochs, from trained weights) takes hours on two cores; with `--images 12800` it trains on a quarter of the images, in a
-JSON of its own; `choices --images 3200 --batch-size 64` takes 15 to 20 minutes a run. Figures are soft and frozen, and drops are from the
+JSON of its own; `choices --images 3200 --batch-size 64` takes 5 to 15 minutes a run. Figures are soft and frozen, and drops are from the
 float network trained for as long by the same recipe.
 """
 
@@ -106,7 +106,7 @@ def choices(study: Growing) -> None:
         for planes in ("soft", "straight-through"):
             key = f"weight gates {weights}, plane gates {planes}"
             # One phase, as published, so that nothing but the two choices is at work; planes move fast enough for a short run to close
-            # them: at a high temperature those still open have no gradient any more.
+            # them: at a high temperature those still open have no gradient any more. So few steps end before compiling pays.
             once = {"phase": "continue", "fix": 0.7, "plane_rate": 3e-2, "plane_temperature": 20.0, "compile": False}
             kinds = {"weight_gates": weights, "plane_gates": planes, "activation_bits": None, "per_channel": True, **once}
             study.measured(key, lambda key=key, kinds=kinds: study.grown(key, "3bit", **kinds))
@@ -211,7 +211,7 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=10)
     options.add_argument("--batch-size", type=int, default=256)
     options.add_argument("--images", type=int, help="train on so many of the images, drawn once")
-    options.add_argument("--test-once", action="store_true", help="test the finished network alone, not each epoch's")
+    options.add_argument("--test-once", action="store_true", help="test the finished network alone, not each epoch's (choices needs each)")
     options.add_argument("--rounds", type=int, default=10)
     options.add_argument("--device", default="cpu")
     arguments = options.parse_args()
