@@ -22,8 +22,8 @@ DAC 2023 (arXiv 2212.02770); its equations from the paper's abstract and the aut
     `ramp` of the search. A layer's part in it is a power (`weighting`) of its share of the weights.
   * Which planes stay is decided once, at `fix` of the run, by an allocation: the most likely planes under the gates' own odds that fit the
     budget. Their signs alone overshoot it, and gates that are left soft to the end come to rest half open, where the penalty balances.
-  * A trained network starts at its own weights (the release at the rounded ones, with the bit for the logit). A weight that is a code has
-    logits at +-c. One between two codes has one gate open by its share of the way to the next: near the middle it is undecided and can
+  * A trained network starts at its own weights, where gates are soft (the release at the rounded ones, with the bit for the logit). A
+    weight that is a code has logits at +-c. One between two codes has one gate open by its share of the way to the next: near the middle it is undecided and can
     still fall to either side, and if it is not trained it ends at the nearest. The weight is divided by what gates at +-c make of it, a
     number that goes to 1 as beta grows.
   * It starts at signed digits, which m_p and m_n give room for: 3 is 4 - 1. So closing low planes rounds to the nearest, where it cut
@@ -134,7 +134,7 @@ def slope(logits: Tensor, temperature: Tensor, kind: Gates) -> Tensor:
     if kind == "hard":
         return torch.zeros_like(logits)
     rest = 1 - torch.sigmoid(temperature * logits)
-    return temperature * rest * (1 - rest)  # rounds to zero for gates decided either way: tiny numbers would make Adam several times slower
+    return temperature * rest * (1 - rest)  # rounds to zero for gates decided either way: tiny numbers slow an optimizer down
 
 
 class _GatedSum(torch.autograd.Function):
