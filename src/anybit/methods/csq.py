@@ -23,9 +23,9 @@ DAC 2023 (arXiv 2212.02770); its equations from the paper's abstract and the aut
   * Which planes stay is decided once, at `fix` of the run, by an allocation: the most likely planes under the gates' own odds that fit the
     budget. Their signs alone overshoot it, and gates that are left soft to the end come to rest half open, where the penalty balances.
   * A trained network starts at its own weights, where gates are soft (the release at the rounded ones, with the bit for the logit). A
-    weight that is a code has logits at +-c. One between two codes has one gate open by its share of the way to the next: near the middle it is undecided and can
-    still fall to either side, and if it is not trained it ends at the nearest. The weight is divided by what gates at +-c make of it, a
-    number that goes to 1 as beta grows.
+    weight that is a code has logits at +-c. One between two codes has one gate open by its share of the way to the next: near the middle
+    it is undecided and can still fall to either side, and if it is not trained it ends at the nearest. The weight is divided by what gates
+    at +-c make of it, a number that goes to 1 as beta grows.
   * It starts at signed digits, which m_p and m_n give room for: 3 is 4 - 1. So closing low planes rounds to the nearest, where it cut
     towards zero in binary digits (the release). And from an even code one gate leads to either neighbour; in binary digits 1 and 2 differ
     in two gates, which have to move against each other while the gradient pushes both the same way. That is left for crossing odd codes.
