@@ -4,7 +4,7 @@
                                              [--batch-size 256] [--device cuda]
 
     methods   CSQ, uniform LSQ at equal size, calibrate at equal size, and calibrate's scheme trained: 3 bits with A4 and with float
-              activations, two seeds; CSQ's scheme trained as LSQ's is, and CSQ's gates on LSQ's scheme; CSQ at 2 and at 4 bits
+              activations, two seeds; CSQ's scheme trained with LSQ; CSQ at 2 and at 4 bits
     agreement sensitivities of the grown networks, from the run folders that `methods --runs` kept
     choices   the two binary choices: weight gates soft or straight-through, plane gates soft or hard with periodic pruning (BSQ-like)
     cost      one training step and its memory: float, LSQ, CSQ while planes grow and when two are left, CSQ written down plainly
@@ -80,7 +80,6 @@ def methods(study: Growing) -> None:
             grown = study.entries.get(f"CSQ 3bit {label} seed {seed}")
             if grown:
                 run(f"CSQ's scheme trained, {label} seed {seed}", None, scheme=Scheme.parse(grown["layers"]), **inputs)
-            run(f"CSQ on two planes, {label} seed {seed}", None, planes=2, per_channel=True, **inputs)
     for budget in ("2bit", "4bit"):
         run(f"CSQ {budget} A4 seed 0", budget, activation_bits=4, per_channel=True)
     run("CSQ 3bit A4, a scale for each layer, seed 0", "3bit", activation_bits=4)
@@ -94,7 +93,7 @@ def calibrated(study: Growing, activation_bits: int | None, seed: int) -> dict[s
 
 def agreement(study: Growing) -> None:
     """What it would cost each layer of a grown network to have two bits, its bits being what they are; needs the run folders."""
-    for folder in sorted(study.arguments.runs.glob("CSQ*")):
+    for folder in sorted(study.arguments.runs.glob("CSQ_?bit_*")):
         study.measured(folder.name, lambda folder=folder: {"table": table_of(study, folder)})
 
 

@@ -15,6 +15,7 @@ def methods_section() -> str:
     floats = [run["top1"] for key, run in runs.items() if key.startswith("float seed")]
     kinds = {
         "CSQ, `3bit`": "CSQ 3bit {label} seed",
+        "CSQ's scheme, trained with LSQ": "CSQ's scheme trained, {label} seed",
         "LSQ, uniform W3": "LSQ W3 {label} seed",
         "calibrate, `3bit`": "calibrate 3bit {label} seed",
         "calibrate's scheme, trained with LSQ": "calibrate's scheme trained, {label} seed",
@@ -110,7 +111,7 @@ def agreement_section() -> str:
     """Do layers that calibrate finds sensitive get more bits when a scheme grows?"""
     runs, after, rows = entries("grow_resnet20_methods"), entries("grow_resnet20_agreement"), []
     for key, run in runs.items():
-        if not key.startswith("CSQ"):
+        if not key.startswith("CSQ ") or "a scale for each layer" in key:
             continue
         label, seed = ("A4" if "A4" in key else "float activations"), key.rsplit(" ", 1)[1]
         measured = runs.get(f"calibrate 3bit {label} seed {seed}", {}).get("table")
@@ -123,6 +124,8 @@ def agreement_section() -> str:
             grown = after.get(key.replace(" ", "_"), {}).get("table")
             later = _ranked(bits, [grown["rows"][name]["W2"] for name in names]) if grown else "not run"
             alike = _ranked(bits, other) if len(set(other)) > 1 else "it chose a uniform scheme"
+            if "3bit" not in key:
+                alike = "not run at this budget"
             rows.append([key, _ranked(bits, sensitivity), later, alike])
     columns = ["run", "rank correlation of its bits with W3 sensitivity before", "with W2 sensitivity after", "with calibrate's bits"]
     return table(columns, rows) if rows else "Not run."
