@@ -8,11 +8,12 @@
     agreement sensitivities of the grown networks, from the run folders that `methods --runs` kept
     choices   the two binary choices: weight gates soft or straight-through, plane gates soft or hard with periodic pruning (BSQ-like)
     cost      one training step and its memory: float, LSQ, CSQ while planes grow and when two are left, CSQ written down plainly
+    scratch   the defaults for trained weights, and later decisions, on a short run from scratch
     full      600 epochs from scratch as published, 20 times smaller counted the published way; needs a GPU
 
 The CPU tier (10 epochs, from trained weights) takes hours on two cores; with `--images 12800` it trains on a quarter of the images, in a
-JSON of its own; `choices --images 3200 --batch-size 64` takes 5 to 15 minutes a run. Figures are soft and frozen, and drops are from the
-float network trained for as long by the same recipe.
+JSON of its own; `choices` and `scratch` with `--images 3200 --batch-size 64` take 5 to 15 minutes a run. Figures are soft and frozen, and
+drops are from the float network trained for as long by the same recipe.
 """
 
 import argparse
@@ -33,6 +34,9 @@ from anybit.scheme import FLOAT, Precision, Scheme
 
 # On the labels alone, at a rate of 1e-3, ten epochs end below the trained network that they start from, in float too.
 RECIPE = {"augment": "flip,crop4", "compile": True, "distill": 1.0, "rate": 3e-4}
+
+# From scratch weights have to be learned before they are decided: planes are fixed later than for trained weights, and gates move faster.
+LATE = {"fix": 0.6, "gate_rate": 3e-2}
 
 
 class Growing(Study):
@@ -195,15 +199,22 @@ def saved_bytes(model: torch.nn.Module, plain: bool) -> int:
     return sum(kept.values())
 
 
+def scratch(study: Growing) -> None:
+    settings = {"from_scratch": True, "activation_bits": None, "rate": 2e-3, "distill": 0.0, "compile": False}
+    for words, late in (("as for trained weights", {}), ("decided late", LATE)):
+        key = f"CSQ 4bit from scratch, {words}"
+        study.measured(key, lambda key=key, late=late: study.grown(key, "4bit", **settings, **late))
+
+
 def full(study: Growing) -> None:
     """The published length and budget: planes without the sign, layers unweighted, 32 / 20 = 1.6 bits; 2.6 with the sign."""
-    settings = {"from_scratch": True, "epochs": 600, "activation_bits": None, "rate": 2e-3, "distill": 0.0}
+    settings = {"from_scratch": True, "epochs": 600, "activation_bits": None, "rate": 2e-3, "distill": 0.0, **LATE}
     for budget in ("2.6bit", "3bit"):
         key = f"CSQ {budget} from scratch"
         study.measured(key, lambda key=key, budget=budget: study.grown(key, budget, **settings))
 
 
-STUDIES = {"methods": methods, "agreement": agreement, "choices": choices, "cost": cost, "full": full}
+STUDIES = {"methods": methods, "agreement": agreement, "choices": choices, "cost": cost, "scratch": scratch, "full": full}
 
 
 def main() -> None:

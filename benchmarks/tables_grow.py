@@ -111,7 +111,7 @@ def agreement_section() -> str:
     """Do layers that calibrate finds sensitive get more bits when a scheme grows?"""
     runs, after, rows = entries("grow_resnet20_methods"), entries("grow_resnet20_agreement"), []
     for key, run in runs.items():
-        if not key.startswith("CSQ ") or "a scale for each layer" in key:
+        if not key.startswith("CSQ "):
             continue
         label, seed = ("A4" if "A4" in key else "float activations"), key.rsplit(" ", 1)[1]
         measured = runs.get(f"calibrate 3bit {label} seed {seed}", {}).get("table")
@@ -123,9 +123,10 @@ def agreement_section() -> str:
             other = [int(chosen[name].split("A")[0].removeprefix("W")) for name in names]
             grown = after.get(key.replace(" ", "_"), {}).get("table")
             later = _ranked(bits, [grown["rows"][name]["W2"] for name in names]) if grown else "not run"
-            alike = _ranked(bits, other) if len(set(other)) > 1 else "it chose a uniform scheme"
             if "3bit" not in key:
                 alike = "not run at this budget"
+            else:
+                alike = _ranked(bits, other) if len(set(other)) > 1 else "it chose a uniform scheme"
             rows.append([key, _ranked(bits, sensitivity), later, alike])
     columns = ["run", "rank correlation of its bits with W3 sensitivity before", "with W2 sensitivity after", "with calibrate's bits"]
     return table(columns, rows) if rows else "Not run."
@@ -147,10 +148,16 @@ def cost_section() -> str:
     return table(["step of", "time, float is 1 (median of rounds)", "bytes trained a weight", "bytes kept for backward a weight"], rows)
 
 
+def scratch_section() -> str:
+    rows = [[key, f"{run['top1']:.2f}", f"{run['epochs'][-1]['loss']:.2f}"] for key, run in entries("grow_resnet20_scratch_3200").items()]
+    return table(["one run each", "top-1", "training loss"], rows) if rows else "Not run."
+
+
 SECTIONS = {
     "GROW": methods_section,
     "GROWTRIED": tried_section,
     "CHOICES": choices_section,
     "AGREEMENT": agreement_section,
     "GROWCOST": cost_section,
+    "SCRATCH": scratch_section,
 }

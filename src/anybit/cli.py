@@ -445,7 +445,9 @@ def grow(
     rate: Annotated[float, typer.Option(help="Learning rate of batch norm, biases, and of weights at a fixed scheme.")] = 1e-3,
     gate_rate: Annotated[float, typer.Option(help="Learning rate of weight gates.")] = 1e-2,
     plane_rate: Annotated[float, typer.Option(help="Learning rate of plane gates.")] = 1e-2,
-    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Forget the trained weights.")] = False,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Forget the trained weights; give --fix 0.6 --gate-rate 0.03 then.")
+    ] = False,
     distill: Annotated[float, typer.Option(help="Weight of the float model's outputs in the loss, 0 to 1.")] = 0.0,
     augment: Annotated[str, typer.Option(help="Of pictures: flip, crop4 (shifts by up to 4 pixels), or both with a comma.")] = "",
     half: Annotated[bool, typer.Option("--half", help="Compute in bfloat16 where that is safe.")] = False,
