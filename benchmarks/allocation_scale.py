@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from anybit.allocation import Problem, allocate
-from anybit.reporting import environment
+from anybit.allocation.program import Problem, allocate
+from anybit.environment import environment
 from anybit.scheme import Precision
 
 

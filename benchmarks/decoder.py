@@ -30,9 +30,12 @@ from study import Entries
 from torch import Tensor, nn
 
 import anybit
-from anybit.batches import Batch, draw, evaluating, predict
-from anybit.references import Preprocessing, load_data, load_model
-from anybit.texts import read_rows
+from anybit.data.batches import Batch, evaluating, predict
+from anybit.data.samples import draw
+from anybit.data.texts import read_rows
+from anybit.sources.inputs import load_data
+from anybit.sources.models import load_model
+from anybit.sources.preprocessing import Preprocessing
 
 LENGTH = 128
 BLOCKS = 128

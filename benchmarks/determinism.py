@@ -20,10 +20,10 @@ import torch
 from study import ROOT, Entries, parser
 
 import anybit
-from anybit import roads
-from anybit.checkpoint import read_json
-from anybit.layers import codes_of, quantized_layers
-from anybit.references import load_model
+from anybit.networks.layers import codes_of, quantized_layers
+from anybit.roads.result import save_all
+from anybit.runs.folder import read_json
+from anybit.sources.models import load_model
 
 NETWORK = f"{ROOT / 'examples/digits.py'}:network"
 BUDGETS = ("2.5bit", "3bit")
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace, folder: Path, threads: int, pipeline: str
     torch.set_num_threads(threads)
     test = f"{arguments.data}#test"
     how = {"weights": arguments.weights, "test": test, "samples": 512, "pipeline": pipeline, "cache": False}
-    roads.save_all(anybit.calibrate(NETWORK, arguments.data, list(BUDGETS), **how), folder)
+    save_all(anybit.calibrate(NETWORK, arguments.data, list(BUDGETS), **how), folder)
 
 
 def in_a_process(*given: Any) -> None:

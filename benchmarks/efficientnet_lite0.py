@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 import anybit
-from anybit.evaluation import correct, outputs_of
-from anybit.references import Preprocessing, load_data, load_model
-from anybit.reporting import environment
+from anybit.data.tasks import correct, outputs_of
+from anybit.environment import environment
 from anybit.scheme import Precision
+from anybit.sources.inputs import load_data
+from anybit.sources.models import load_model
+from anybit.sources.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing((127 / 255,) * 3, (128 / 255,) * 3, size=224, interpolation="bicubic")
 ENDS = {"_conv_stem": Precision(8, 8), "_fc": Precision(8, 8)}

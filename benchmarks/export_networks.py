@@ -28,20 +28,21 @@ import onnxruntime
 import torch
 
 import anybit
-from anybit.batches import Batch
-from anybit.checkpoint import Canonical
-from anybit.evaluation import outputs_of
-from anybit.exports import measured
-from anybit.onnx import file as onnx_file
-from anybit.onnx.file import exported, ideal_bytes
+from anybit.data.batches import Batch
+from anybit.data.tasks import outputs_of
+from anybit.environment import environment
+from anybit.export.verbs import measured
+from anybit.networks.canonical import Canonical
+from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.observed import observe_network, rounded_to_nearest
+from anybit.onnx.file import exported, ideal_bytes, load, outputs, save, session
 from anybit.onnx.floats import input_tensors
 from anybit.onnx.interpreter import interpret
 from anybit.onnx.latency import latency_of, measure_latency
 from anybit.onnx.timing import faster, in_turns
 from anybit.onnx.verification import lacks_vnni, saturating, verify_file
-from anybit.reporting import environment
+from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import FLOAT, Precision, Scheme
-from anybit.stages import CalibrateSettings, edge_ranges, observe_network, rounded
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -72,7 +73,7 @@ def same(made: Any, batch: Batch) -> dict[str, Any]:
     """Whether the runtime's outputs are the interpreter's, bit for bit."""
     feeds = dict(zip([value.name for value in made.integer.graph.inputs], input_tensors(batch), strict=True))
     reference = interpret(made.integer, feeds)
-    given = onnx_file.outputs(onnx_file.session(made.integer), [batch])
+    given = outputs(session(made.integer), [batch])
     pairs = [(array, reference.values[v.name].numpy()) for array, v in zip(given, made.integer.graph.outputs, strict=True)]
     return {
         "bitwise": all(np.array_equal(a, b) for a, b in pairs),
@@ -84,8 +85,8 @@ def same(made: Any, batch: Batch) -> dict[str, Any]:
 def kernels(made: Any, model: torch.nn.Module, batch: Batch) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
-        onnx_file.save(made.integer, path)
-        verdict = verify_file(path, onnx_file.load(path), made, model, batch)
+        save(made.integer, path)
+        verdict = verify_file(path, load(path), made, model, batch)
     return {"kernels": len(verdict.kernels), "failures": len(verdict.failures)}
 
 
@@ -102,7 +103,7 @@ SHAPES = {
 def network_of(name: str) -> torch.nn.Module:
     if name != "resnet20":
         return getattr(shapes, name)()
-    from anybit.references import load_model
+    from anybit.sources.models import load_model
 
     torch.manual_seed(0)
     return load_model(str(ROOT / "examples/resnet20_cifar10.py") + ":network").eval()
@@ -137,7 +138,7 @@ def measure_linears(arguments: argparse.Namespace, results: Results) -> None:
             canonical = networks.canonical_of(shapes.linears_4096(), batch, lambda layer, bits=bits: Precision(bits, None))
             made = exported(canonical, batch, weight_only=True)
             entry = measured(made.floating, made.integer, networks.inputs((4096,), 1, seed=5), arguments.rounds)
-            given = torch.from_numpy(onnx_file.outputs(onnx_file.session(made.integer), [batch])[0])
+            given = torch.from_numpy(outputs(session(made.integer), [batch])[0])
             simulated = outputs_of(canonical.model, [batch])
             apart = float((given - simulated).abs().max() / simulated.abs().max())
             results.add(f"W{bits}", entry | {"ideal_bytes": ideal_bytes(canonical), "largest_difference_of_largest_output": apart})
@@ -162,7 +163,7 @@ def measure_accuracy(results: Results, key: str, canonical: Any, test: Any, batc
     labels = torch.cat([batch.labels for batch in batches])
     made = exported(canonical, batches[0])
     simulated = outputs_of(canonical.model, batches).argmax(1)
-    given = torch.from_numpy(onnx_file.outputs(onnx_file.session(made.integer), batches)[0]).argmax(1)
+    given = torch.from_numpy(outputs(session(made.integer), batches)[0]).argmax(1)
     right = (simulated == labels).float(), (given == labels).float()
     apart = (right[1] - right[0]) * 100
     results.add(
@@ -192,7 +193,8 @@ LIGHT_MIXED = {"mixed 4bit, light": SCHEMES["mixed 4bit"] | {"pipeline": "light"
 def measure_resnet20(arguments: argparse.Namespace, results: Results) -> None:
     from study import PREPROCESSING
 
-    from anybit.references import load_data, load_model
+    from anybit.sources.inputs import load_data
+    from anybit.sources.models import load_model
 
     train, test = load_data(arguments.data, PREPROCESSING), load_data(f"{arguments.data}#test", PREPROCESSING)
     for key, settings in SCHEMES.items():
@@ -203,7 +205,9 @@ def measure_resnet20(arguments: argparse.Namespace, results: Results) -> None:
 
 
 def measure_lite0(arguments: argparse.Namespace, results: Results) -> None:
-    from anybit.references import Preprocessing, load_data, load_model
+    from anybit.sources.inputs import load_data
+    from anybit.sources.models import load_model
+    from anybit.sources.preprocessing import Preprocessing
 
     preprocessing = Preprocessing((0.498039,) * 3, (0.501961,) * 3, 224, None, "bicubic")
     images, test = load_data(arguments.images, preprocessing), load_data(arguments.test, preprocessing)
@@ -231,17 +235,15 @@ def measure_saturation(arguments: argparse.Namespace, results: Results) -> None:
             feeds = dict(zip([value.name for value in made.integer.graph.inputs], input_tensors(batch), strict=True))
             reference = interpret(made.integer, feeds)
             expected = [reference.values[value.name].numpy() for value in made.integer.graph.outputs]
-            sessions = {"exact sums": onnx_file.session(made.integer), "float32": onnx_file.session(made.floating)}
-            sessions["as it is"] = onnx_file.session(made.integer, exact=False)
+            sessions = {"exact sums": session(made.integer), "float32": session(made.floating)}
+            sessions["as it is"] = session(made.integer, exact=False)
             entry: dict[str, Any] = {"saturating": len(saturating(canonical.model, made.plan)), "vnni": not lacks_vnni()}
             for how in ("as it is", "exact sums"):
-                pairs = list(zip(expected, onnx_file.outputs(sessions[how], [batch]), strict=True))
+                pairs = list(zip(expected, outputs(sessions[how], [batch]), strict=True))
                 apart = max(float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in pairs)
                 entry[how] = {"bitwise": all(np.array_equal(a, b) for a, b in pairs), "apart": apart}
             one = networks.inputs(shape, 1, seed=5)
-            times = in_turns(
-                {how: lambda run=run, one=one: onnx_file.outputs(run, [one]) for how, run in sessions.items()}, arguments.rounds
-            )
+            times = in_turns({how: lambda run=run, one=one: outputs(run, [one]) for how, run in sessions.items()}, arguments.rounds)
             for how in ("as it is", "exact sums"):
                 entry[how]["faster"] = faster(times, how, "float32")
             results.add(key, entry)
@@ -262,8 +264,10 @@ def measure_latencies(arguments: argparse.Namespace, results: Results) -> None:
             draw = random.Random(f"{name} {key}")
             chosen = set(draw.sample(network.names, round(shares.get(key, 0) * len(network.names))))
             scheme = Scheme({layer: FLOAT if layer in chosen else Precision(8, 8) for layer in network.names})
-            model = rounded(network, [batch], scheme)
-            found = latency_of(Canonical(model, network.norms, edge_ranges(model, network.wiring, [batch])), batch, arguments.rounds)
+            model = rounded_to_nearest(network, [batch], scheme)
+            found = latency_of(
+                Canonical(model, network.norms, observe_edge_ranges(model, network.wiring, [batch])), batch, arguments.rounds
+            )
             predicted = table.total(scheme) / about["measured"]["float32"]
             measured = found["exported"] / found["float32"]
             entry = {"predicted_of_float": predicted, "measured_of_float": measured, "predicted_by_measured": predicted / measured}

@@ -26,10 +26,11 @@ import torch
 from study import ROOT, Study, narrated, parser
 
 import anybit
-from anybit import growth
-from anybit.batches import Batch
-from anybit.layers import emptied
+from anybit.data.batches import Batch
 from anybit.methods.csq import GatedWeight, gate
+from anybit.networks.layers import emptied
+from anybit.roads.grow import make_trainee, observe_trainable
+from anybit.roads.settings import GrowSettings
 from anybit.scheme import FLOAT, Precision, Scheme
 
 # On the labels alone, at a rate of 1e-3, ten epochs end below the trained network that they start from, in float too.
@@ -143,10 +144,10 @@ def cost(study: Growing) -> None:
         ("CSQ, two planes left", None),
         ("CSQ, plain", None),
     ):
-        settings = growth.GrowSettings.of(activation_bits=None)
+        settings = GrowSettings.of(activation_bits=None)
         fixed = None if scheme is None else Scheme.uniform(study.names(), scheme)
-        network = growth.observe_trainable(study.network().to(study.arguments.device), Batch(batch.inputs[:2]), settings, fixed)
-        trainee = growth.make_trainee(network, [batch], None, fixed is not None, settings)
+        network = observe_trainable(study.network().to(study.arguments.device), Batch(batch.inputs[:2]), settings, fixed)
+        trainee = make_trainee(network, [batch], None, fixed is not None, settings)
         if name == "CSQ, two planes left":
             for weight in trainee.gated.values():
                 weight.fix(range(5, 7))

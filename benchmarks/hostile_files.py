@@ -46,29 +46,33 @@ from safetensors.torch import load, save, save_file
 from torch import nn
 
 import anybit
-from anybit import growth, resume, roads, searches, stages, store, training
-from anybit.batches import Batch
-from anybit.candidates import apply_scheme, put_back, snapshot
-from anybit.checkpoint import (
-    TIMES,
-    SchemeFile,
-    is_own,
-    packed_tensors,
-    read_candidates,
-    read_canonical,
-    read_report,
-    read_scheme,
-)
-from anybit.cost import LatencyTable, Step
+from anybit.data.batches import Batch
+from anybit.environment import _reset_peak, environment, peak_memory
 from anybit.errors import AnybitError, InvalidFile
-from anybit.files import DIGEST, digest_of, sha256_of
-from anybit.onnx import latency
+from anybit.files.cache import DIGEST_BYTES, RECORD, Cache, Entry, _written
+from anybit.files.strict import DIGEST, digest_of, sha256_of
+from anybit.loops.checkpoint import _digest, resume_checkpoint, save_checkpoint
+from anybit.networks.candidates import apply_scheme
+from anybit.networks.latency import LatencyTable, OperationFlow
+from anybit.networks.observed import ObservedNetwork, observe_network
+from anybit.networks.states import put_back, snapshot
 from anybit.onnx.file import load as load_graph
+from anybit.onnx.latency import _table_file, load_table, save_table
 from anybit.onnx.verification import _contents, _told
-from anybit.references import load_weights
-from anybit.reporting import _reset_peak, environment, peak_memory, print_frontier, print_report
+from anybit.report.terminal import print_frontier, print_report
+from anybit.roads.allocate import _settings_from, _table_from, check_saved
+from anybit.roads.extract import _scheme_from
+from anybit.roads.grow import make_trainee, observe_trainable
+from anybit.roads.search import best_within
+from anybit.roads.settings import CalibrateSettings, GrowSettings
+from anybit.runs.candidates import read_candidates
+from anybit.runs.report import TIMES, read_report
+from anybit.runs.scheme_file import SchemeFile, packed_tensors, read_canonical, read_scheme
+from anybit.runs.trusted import is_trusted
 from anybit.scheme import Scheme
-from anybit.supernet import read_supernet
+from anybit.sources.models import load_weights
+from anybit.supernets.folder import read_supernet
+from anybit.supernets.store import SupernetFile, slice_subnet
 
 SECONDS = 10
 LEEWAY = 256 * 2**20
@@ -119,7 +123,7 @@ class Kind:
 
 
 def numbers(tensors: dict[str, torch.Tensor]) -> str:
-    return training._digest("", tensors)
+    return _digest("", tensors)
 
 
 def check_finite(model: nn.Module) -> None:
@@ -152,17 +156,17 @@ def cli_prints(report: dict) -> None:
             print_frontier([report])
 
 
-def network_of(settings: Any) -> stages.Network:
-    return stages.observe_network(NETWORK, Batch(INPUTS[:2]), settings)
+def network_of(settings: Any) -> ObservedNetwork:
+    return observe_network(NETWORK, Batch(INPUTS[:2]), settings)
 
 
 def read_saved(folder: Path) -> Any:
     file = read_scheme(folder)
     candidates, saved = read_candidates(folder, {name: (record.rows, record.columns) for name, record in file.layers.items()})
     place = folder / "candidates.json"
-    settings, table = roads._settings_from(saved["settings"], place), roads._table_from(saved["table"], place)
+    settings, table = _settings_from(saved["settings"], place), _table_from(saved["table"], place)
     network = network_of(settings)
-    roads.check_saved(network, candidates, table, saved["choices"], place)
+    check_saved(network, candidates, table, saved["choices"], place)
     highest = Scheme({name: options[-1] for name, options in network.choices.items()})
     check_finite(apply_scheme(network.prepared, highest, candidates))
     for name, options in network.choices.items():
@@ -175,7 +179,7 @@ def read_saved(folder: Path) -> Any:
 def read_store(folder: Path) -> Any:
     supernet = read_supernet(folder, NETWORK)
     check_finite(supernet.model)
-    sliced = store.slice_subnet(folder, supernet.uniform(min(supernet.settings.bits)))
+    sliced = slice_subnet(folder, supernet.uniform(min(supernet.settings.bits)))
     check_finite(supernet.canonical().model)
     kept = [numbers({"statistics": one.statistics, "edges": one.edges}) for one in supernet.known]
     codes = {name: digest_of([codes.tolist(), scale.tolist()]) for name, (codes, scale) in sliced.items()}
@@ -183,7 +187,7 @@ def read_store(folder: Path) -> Any:
 
 
 def read_search(folder: Path) -> Any:
-    return searches.best_within(folder, read_supernet(folder, NETWORK), anybit.Budget.parse("3bit")).to_json()
+    return best_within(folder, read_supernet(folder, NETWORK), anybit.Budget.parse("3bit")).to_json()
 
 
 def identity_of(seed: int) -> dict[str, Any]:
@@ -191,10 +195,10 @@ def identity_of(seed: int) -> dict[str, Any]:
 
 
 def trainee_of(network: nn.Module) -> Any:
-    wanted = growth.GrowSettings.of(epochs=2, batch_size=8, activation_bits=4)
+    wanted = GrowSettings.of(epochs=2, batch_size=8, activation_bits=4)
     plain = [Batch(INPUTS[:8], LABELLED[1][:8])]
-    observed = growth.observe_trainable(network, Batch(INPUTS[:2]), wanted, None)
-    return growth.make_trainee(observed, plain, anybit.Budget.parse("4bit"), False, wanted)
+    observed = observe_trainable(network, Batch(INPUTS[:2]), wanted, None)
+    return make_trainee(observed, plain, anybit.Budget.parse("4bit"), False, wanted)
 
 
 @functools.cache
@@ -206,7 +210,7 @@ def blank_trainee() -> Any:
 def read_training(folder: Path) -> Any:
     one = copy.deepcopy(blank_trainee())
     optimizer = torch.optim.Adam(one.parameter_groups())
-    records = training._resume(folder / "checkpoint.safetensors", one, optimizer, identity_of(0))
+    records = resume_checkpoint(folder / "checkpoint.safetensors", one, optimizer, identity_of(0))
     check_finite(one.model)
     state = {f"{index} {key}": value for index, part in optimizer.state_dict()["state"].items() for key, value in part.items()}
     return numbers(dict(one.model.state_dict())), numbers(state), records, one.decisions()
@@ -217,9 +221,9 @@ KEPT_LAYERS = ("conv1", "conv2", "fc")
 
 def read_kept(folder: Path) -> Any:
     """A unit's result as it is taken up from the cache, or made again in its place: the same, whatever happened to the file."""
-    recall, calibrated = resume.Recall(folder / "cache"), quickly(0, 4)
+    recall, calibrated = Cache(folder / "cache"), quickly(0, 4)
 
-    def read(kept: resume.Kept) -> dict[str, float]:
+    def read(kept: Entry) -> dict[str, float]:
         put_back(model, KEPT_LAYERS, kept.tensors)
         return {key: float(value) for key, value in kept.record.items()}
 
@@ -238,7 +242,7 @@ def _entry(folder: Path) -> bytes:
     data, record = (folder / "kept.safetensors").read_bytes(), (folder / "record.json").read_bytes()
     if record == (folder / "record as written").read_bytes():
         return data
-    return save({**load(data), resume.RECORD: torch.frombuffer(bytearray(record) or bytearray(b" "), dtype=torch.uint8)})
+    return save({**load(data), RECORD: torch.frombuffer(bytearray(record) or bytearray(b" "), dtype=torch.uint8)})
 
 
 def remake_kept(folder: Path) -> None:
@@ -246,8 +250,8 @@ def remake_kept(folder: Path) -> None:
         (folder / "digest").write_bytes(hashlib.sha256(_entry(folder)).digest())
 
 
-def kept_of(model: nn.Module) -> resume.Kept:
-    return resume.Kept({"before": 0.25, "after": 0.125, "steps": 6}, snapshot(model, KEPT_LAYERS))
+def kept_of(model: nn.Module) -> Entry:
+    return Entry({"before": 0.25, "after": 0.125, "steps": 6}, snapshot(model, KEPT_LAYERS))
 
 
 @functools.cache
@@ -257,26 +261,26 @@ def quickly(seed: int, width: int) -> nn.Module:
 
 
 def write_kept(folder: Path, seed: int, width: int) -> None:
-    data = resume._written("a unit", kept_of(quickly(seed, width)))
-    (folder / "digest").write_bytes(data[: resume.DIGEST_BYTES])
-    (folder / "kept.safetensors").write_bytes(data[resume.DIGEST_BYTES :])
+    data = _written("a unit", kept_of(quickly(seed, width)))
+    (folder / "digest").write_bytes(data[:DIGEST_BYTES])
+    (folder / "kept.safetensors").write_bytes(data[DIGEST_BYTES:])
     for name in ("record.json", "record as written"):
-        (folder / name).write_bytes(load(data[resume.DIGEST_BYTES :])[resume.RECORD].numpy().tobytes())
+        (folder / name).write_bytes(load(data[DIGEST_BYTES:])[RECORD].numpy().tobytes())
 
 
-def observed() -> stages.Network:
-    return network_of(stages.CalibrateSettings((8,), (8, None)))
+def observed() -> ObservedNetwork:
+    return network_of(CalibrateSettings((8,), (8, None)))
 
 
 def read_latency(folder: Path) -> Any:
     place, network = folder / "latency.json", observed()
-    real = latency._table_file
-    latency._table_file = lambda network, threads: place.with_stem("of 0")
+    real = _table_file
+    _table_file = lambda network, threads: place.with_stem("of 0")
     try:
         place.rename(place.with_stem("of 0"))
-        found = latency.recalled(network)
+        found = load_table(network)
     finally:
-        latency._table_file = real
+        _table_file = real
     table, about = found
     if not 0 <= table.total(Scheme.uniform(network.names, "W8A8")) < float("inf"):
         raise Unsound("a latency that is no number")
@@ -287,13 +291,13 @@ def read_listing(folder: Path) -> Any:
     before = os.environ.get("XDG_STATE_HOME")
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
     try:
-        return is_own(folder)
+        return is_trusted(folder)
     finally:
         os.environ.pop("XDG_STATE_HOME") if before is None else os.environ.update(XDG_STATE_HOME=before)
 
 
 def read_scheme_text(folder: Path) -> Any:
-    return roads._scheme_from(folder / "wanted.json").to_json()
+    return _scheme_from(folder / "wanted.json").to_json()
 
 
 def read_weights(folder: Path) -> Any:
@@ -370,7 +374,7 @@ def remake_report(folder: Path) -> None:
 
 
 def remake_supernet(folder: Path) -> None:
-    remake_pair(folder, "supernet.json", "supernet.safetensors", "supernet", store.SupernetFile)
+    remake_pair(folder, "supernet.json", "supernet.safetensors", "supernet", SupernetFile)
     for name, unguarded in (("report.json", TIMES), ("search.json", ())):
         if (folder / name).is_file():
             replaced(folder / name, "sha256", sha256_of(folder / "supernet.safetensors"))
@@ -381,7 +385,7 @@ def remake_training(folder: Path) -> None:
     path = folder / "checkpoint.safetensors"
     try:
         header, _ = opened(path.read_bytes())
-        digest = training._digest(header["__metadata__"]["anybit"], load(path.read_bytes()))
+        digest = _digest(header["__metadata__"]["anybit"], load(path.read_bytes()))
         write_metadata(path, {DIGEST: digest})
     except Exception:  # what cannot be opened has no digest
         return
@@ -426,13 +430,13 @@ def write_all(home: Path, seed: int, width: int = 4) -> None:
     anybit.search(supernet, LABELLED, ["3bit"], images=3, evaluations=10, seed=seed, cache=False).save(home / "search")
     write_kept(home / "kept result", seed, width)
     names = observed().names
-    steps = [Step(name, (number,), (number + 1,), 100) for number, name in enumerate(names)]
+    steps = [OperationFlow(name, (number,), (number + 1,), 100) for number, name in enumerate(names)]
     table = LatencyTable({n: {"float32": 3e-4, "int8": 1e-4} for n in names}, {"float32": 5e-4, "int8": 6e-4}, 1e-8, steps)
-    real, latency._table_file = latency._table_file, lambda network, threads: home / "latency cache" / f"of {seed}.json"
+    real, _table_file = _table_file, lambda network, threads: home / "latency cache" / f"of {seed}.json"
     try:
-        latency.keep(observed(), table, {"rounds": seed}).rename(home / "latency cache" / "latency.json")
+        save_table(observed(), table, {"rounds": seed}).rename(home / "latency cache" / "latency.json")
     finally:
-        latency._table_file = real
+        _table_file = real
     write_training(home / "training checkpoint", seed, network)
 
 
@@ -444,7 +448,7 @@ def write_training(folder: Path, seed: int, network: nn.Module) -> None:
     nn.functional.cross_entropy(one.model(INPUTS[:8]), LABELLED[1][:8]).backward()
     optimizer.step()
     record = {"epoch": 1, "loss": 1.0, "train_top1": 50.0, **one.record()}
-    training._save(folder / "checkpoint.safetensors", one, optimizer, [record], identity_of(seed))
+    save_checkpoint(folder / "checkpoint.safetensors", one, optimizer, [record], identity_of(seed))
 
 
 # Cases

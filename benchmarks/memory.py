@@ -53,15 +53,17 @@ def child(images: str, memory: int) -> dict[str, Any]:
     import torch
 
     import anybit
-    from anybit import capture
-    from anybit.batches import draw
+    from anybit.data.samples import draw
+    from anybit.environment import StageClock
+    from anybit.networks.capture import MemoryBudget
     from anybit.progress import listening
-    from anybit.references import Preprocessing, load_data, load_model
-    from anybit.reporting import StageClock
+    from anybit.sources.inputs import load_data
+    from anybit.sources.models import load_model
+    from anybit.sources.preprocessing import Preprocessing
 
     torch.set_num_threads(1)
     watch, spilled = Watch(), []
-    timed, allocate = StageClock.stage, capture.MemoryBudget.allocate
+    timed, allocate = StageClock.stage, MemoryBudget.allocate
 
     def stage(self, name: str):
         if name == "float outputs":
@@ -78,7 +80,7 @@ def child(images: str, memory: int) -> dict[str, Any]:
         if event == "step":
             watch.stage = STEPS.get(fields["step"], watch.stage)
 
-    StageClock.stage, capture.MemoryBudget.allocate = stage, counted
+    StageClock.stage, MemoryBudget.allocate = stage, counted
     network = load_model(str(ROOT / "examples/efficientnet_lite0.py") + ":network")
     inputs = draw(load_data(images, Preprocessing((0.498039,) * 3, (0.501961,) * 3, 224, None, "bicubic")), COMMON["samples"], 0)
     watch.start()

@@ -29,9 +29,11 @@ from scipy.stats import spearmanr
 from study import Entries
 
 import anybit
-from anybit.batches import draw
-from anybit.evaluation import compares_classes, distance, outputs_of, score
-from anybit.references import Preprocessing, load_data, load_model
+from anybit.data.samples import draw
+from anybit.data.tasks import compares_classes, distance, outputs_of, score
+from anybit.sources.inputs import load_data
+from anybit.sources.models import load_model
+from anybit.sources.preprocessing import Preprocessing
 
 SAMPLES = 512
 

@@ -20,10 +20,14 @@ import torch
 from study import Study, parser
 
 import anybit
-from anybit import roads, stages
-from anybit.batches import draw
-from anybit.reporting import StageClock
-from anybit.scheme import Budget, Precision, Scheme
+from anybit.allocation.choice import choose_scheme, measured_row
+from anybit.budget import Budget
+from anybit.data.samples import draw
+from anybit.environment import StageClock
+from anybit.networks.observed import ObservedNetwork
+from anybit.roads.calibrate import prepare_bench
+from anybit.roads.settings import CalibrateSettings
+from anybit.scheme import Precision, Scheme
 
 ENDS = {"conv1": Precision(8, 8), "linear": Precision(8, 8)}
 PRECISIONS = ((4, 8), (4, 4), (3, 3), (2, 4), (2, 2))
@@ -121,7 +125,7 @@ def small_sets(study: Calibration) -> None:
                 )
 
 
-def random_schemes(network: stages.Network, bits: float, count: int) -> Iterator[Scheme]:
+def random_schemes(network: ObservedNetwork, bits: float, count: int) -> Iterator[Scheme]:
     """Schemes of random weight bits at A8 whose mean is within 0.1 below `bits`."""
     generator = random.Random(0)
     while count:
@@ -136,13 +140,13 @@ def random_schemes(network: stages.Network, bits: float, count: int) -> Iterator
 
 def scatter(study: Calibration) -> None:
     def run() -> dict[str, Any]:
-        settings = stages.CalibrateSettings(activation_bits=(8,), alternatives=10)
+        settings = CalibrateSettings(activation_bits=(8,), alternatives=10)
         clock = StageClock()
-        bench = roads.prepare_bench(study.network(), draw(study.train, 1024, 0), settings, [], clock)
-        choice = stages.choose_scheme(bench.network, bench.table, Budget.parse("3bit"), settings, bench.judge)
+        bench = prepare_bench(study.network(), draw(study.train, 1024, 0), settings, [], clock)
+        choice = choose_scheme(bench.network, bench.table, Budget.parse("3bit"), settings, bench.judge)
         rows = [{k: v for k, v in row.items() if k != "scheme"} for row in choice.measured]
         for index, scheme in enumerate(random_schemes(bench.network, 3, 20)):
-            row = stages.measured_row(bench.network, bench.table, f"random {index}", scheme, bench.judge)
+            row = measured_row(bench.network, bench.table, f"random {index}", scheme, bench.judge)
             rows.append({k: v for k, v in row.items() if k != "scheme"})
         return {"rows": rows, "stages": clock.stages}
 

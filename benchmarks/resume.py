@@ -149,8 +149,9 @@ def kills(arguments: argparse.Namespace, results: Entries) -> None:
 def cost(arguments: argparse.Namespace, results: Entries) -> None:
     """Processor seconds of what keeps and hashes, and of the rest, in one run each."""
     import anybit
-    from anybit import resume, stages
-    from anybit.methods import adaquant
+    from anybit.files.cache import Cache, entries
+
+    pass
 
     spent, depth = [0.0], [0]
 
@@ -168,7 +169,7 @@ def cost(arguments: argparse.Namespace, results: Entries) -> None:
         setattr(owner, name, wrapped)
 
     for owner, names in {
-        resume.Recall: ("_keep",), stages: ("recall_of_run", "snapshot", "put_back", "to_tensors", "from_tensors"),
+        Cache: ("_keep",), stages: ("recall_of_run", "snapshot", "put_back", "to_tensors", "from_tensors"),
         adaquant: ("snapshot", "put_back"),
     }.items():  # fmt: skip
         for name in names:
@@ -180,7 +181,7 @@ def cost(arguments: argparse.Namespace, results: Entries) -> None:
         start = time.process_time()
         with tempfile.TemporaryDirectory() as place:
             anybit.calibrate(network, arguments.data, "3bit", weights=arguments.weights, cache=place, **settings)
-            kept = sum(entry.bytes for entry in resume.entries(Path(place)))
+            kept = sum(entry.bytes for entry in entries(Path(place)))
         seconds = time.process_time() - start
         return {"keeping_seconds": spent[0], "seconds": seconds, "percent": 100 * spent[0] / (seconds - spent[0]), "kept_bytes": kept}
 

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 import anybit
-from anybit.batches import Samples, draw
-from anybit.evaluation import correct, outputs_of
+from anybit.data.samples import Samples, draw
+from anybit.data.tasks import correct, outputs_of
+from anybit.environment import environment
+from anybit.loops.training import emulates_bfloat16
 from anybit.progress import listening
-from anybit.references import Preprocessing, load_data, load_model
-from anybit.reporting import environment
-from anybit.training import emulates_bfloat16
+from anybit.sources.inputs import load_data
+from anybit.sources.models import load_model
+from anybit.sources.preprocessing import Preprocessing
 
 ROOT = Path(__file__).parent.parent
 PREPROCESSING = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

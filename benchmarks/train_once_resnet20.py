@@ -27,13 +27,16 @@ import torch
 from study import ROOT, Study, narrated, parser
 
 import anybit
-from anybit import growth, subnets
-from anybit.batches import Batch
-from anybit.layers import float_weight, quantized_layers
-from anybit.methods.lsq import FixedScheme, LSQSettings
+from anybit.data.batches import Batch
+from anybit.methods.lsq import LSQ, LSQSettings
 from anybit.methods.multiquant import MultiQuant
+from anybit.networks.layers import float_weight, quantized_layers
+from anybit.roads.grow import make_trainee, observe_trainable, watched_batches
+from anybit.roads.settings import GrowSettings
 from anybit.scheme import FLOAT, Precision, Scheme
-from anybit.supernet import Supernet, scores, uniform_schemes, width_scores
+from anybit.supernets.prepared import held_out_split, make_multiquant, observe_supernet
+from anybit.supernets.settings import SupernetSettings
+from anybit.supernets.supernet import Supernet, scores, uniform_schemes, width_scores
 
 BITS = (2, 3, 4, 6, 8)
 KEEP = {"conv1": Precision(8, 8), "linear": Precision(8, 8)}
@@ -78,7 +81,7 @@ class TrainingOnce(Study):
     def competition(self, supernet: Supernet) -> dict[str, Any]:
         """What the paper names: the norm of each bit-width's gradient on the shared weights under one-hot labels, and how much the
         confidence (the softmax of the right class) varies, on 1,024 training images."""
-        batches = list(growth.watched_batches(self.train, 1))[:4]
+        batches = list(watched_batches(self.train, 1))[:4]
         told = {}
         for name, scheme in uniform_schemes(supernet).items():
             supernet.switch(scheme)
@@ -118,7 +121,7 @@ def alone(study: TrainingOnce, key: str, precision: Precision, epochs: int) -> d
     scheme = Scheme.uniform(study.names, precision)
     if precision != FLOAT:
         scheme = scheme.replace(KEEP)
-    fitting, _ = subnets.held_out_split(study.train, subnets.SupernetSettings(held_out=study.arguments.held_out))
+    fitting, _ = held_out_split(study.train, SupernetSettings(held_out=study.arguments.held_out))
     with narrated(key):
         result = anybit.grow(
             study.network(), fitting, scheme=scheme, test=study.test, epochs=epochs, device=study.arguments.device,
@@ -200,16 +203,14 @@ def polished(study: TrainingOnce, supernet: Supernet, bits: int) -> dict[str, An
 def cost(study: TrainingOnce) -> None:
     """LRH steps and triples of quantization-aware steps in turn, so that what else the machine does falls on both alike."""
     batch = next(study.train.on(study.arguments.device).batches(256))
-    plain, wanted = [Batch(batch.inputs)], subnets.SupernetSettings.of(bits=BITS, keep=KEEP, label="adaptive")
+    plain, wanted = [Batch(batch.inputs)], SupernetSettings.of(bits=BITS, keep=KEEP, label="adaptive")
     device = study.arguments.device
-    network = subnets.observe_supernet(study.network().to(device), Batch(batch.inputs[:2]), wanted)
-    method = subnets.make_multiquant(network, plain, wanted, 10)
-    settings = growth.GrowSettings.of(activation_bits=4)
+    network = observe_supernet(study.network().to(device), Batch(batch.inputs[:2]), wanted)
+    method = make_multiquant(network, plain, wanted, 10)
+    settings = GrowSettings.of(activation_bits=4)
     fixed = Scheme.uniform(study.names, Precision(4, 4))
-    single = growth.make_trainee(
-        growth.observe_trainable(study.network().to(device), plain[0], settings, fixed), plain, None, True, settings
-    )
-    assert isinstance(method, MultiQuant) and isinstance(single, FixedScheme) and LSQSettings() == settings.lsq
+    single = make_trainee(observe_trainable(study.network().to(device), plain[0], settings, fixed), plain, None, True, settings)
+    assert isinstance(method, MultiQuant) and isinstance(single, LSQ) and LSQSettings() == settings.lsq
 
     def step(trainee: Any, optimizer: torch.optim.Optimizer, repeats: int) -> float:
         trainee.model.train()

@@ -11,7 +11,7 @@ import typer
 from torch import nn
 
 import anybit
-from anybit.cli import app
+from anybit.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -45,16 +45,17 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from anybit.allocation import allocate, make_problem
-from anybit.batches import Batch
-from anybit.cost import CostModel
+from anybit.allocation.program import allocate, make_problem
+from anybit.allocation.sensitivity import SensitivityTable
+from anybit.budget import Budget, Condition
+from anybit.data.batches import Batch
 from anybit.errors import InvalidFile, InvalidSetting
-from anybit.files import validated
-from anybit.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
-from anybit.quantizers import LearnedInput, UniformQuantizer
-from anybit.ranges import weight_scale
-from anybit.scheme import FLOAT, Budget, Condition, Precision, Scheme, check_positive
-from anybit.sensitivity import SensitivityTable
+from anybit.files.strict import validated
+from anybit.networks.cost import CostModel
+from anybit.networks.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
+from anybit.numerics.ranges import weight_scale
+from anybit.scheme import FLOAT, Precision, Scheme, check_positive
 
 Gates = Literal["soft", "straight-through", "hard"]
 
@@ -292,7 +293,7 @@ class GatedWeight(nn.Module):
 # From the gate to the budget
 
 
-class Growth:
+class CSQ:
     """A prepared, unfolded network whose scheme grows: what `training.train` needs to know of the method.
 
     choices  layer -> the precisions it may end with; one alone where it is kept

@@ -41,15 +41,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybit.batches import Batch
+from anybit.data.batches import Batch
 from anybit.errors import InvalidFile, InvalidSetting
-from anybit.files import validated
-from anybit.layers import fill, float_weight, quantized_layers, weight_rows
-from anybit.numerics import fake_quantize, quant_limits
-from anybit.processes import average
-from anybit.quantizers import UniformQuantizer, of_operand
-from anybit.scheme import FLOAT_BITS, Precision, Scheme, check_bits, check_positive
-from anybit.store import check_choices
+from anybit.files.strict import validated
+from anybit.loops.processes import average
+from anybit.networks.layers import fill, float_weight, quantized_layers, weight_rows
+from anybit.numerics.affine import fake_quantize, quant_limits
+from anybit.numerics.quantizers import UniformQuantizer, of_operand
+from anybit.scheme import FLOAT_BITS, Precision, Scheme, check_bits, check_choices, check_positive
 
 DRAWN = 4
 """Networks that attentive sampling chooses from."""

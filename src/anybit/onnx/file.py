@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from anybit.batches import Batch
-from anybit.checkpoint import Canonical
+from anybit.data.batches import Batch
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
-from anybit.files import in_words, parse_json, validated, whole_file
-from anybit.layers import Pruned, emptied, float_weight, quantized_layers
+from anybit.files.strict import in_words, parse_json, validated
+from anybit.files.whole import whole_file
+from anybit.networks.canonical import Canonical
+from anybit.networks.layers import Pruned, emptied, float_weight, quantized_layers
 from anybit.onnx.floats import OPSET, check_graph, edge_names, float_graph, input_tensors, probe_of, ranges_on, values_on
 from anybit.onnx.plan import Plan, make_plan
 from anybit.onnx.storage import stored_bytes

@@ -21,10 +21,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from anybit.batches import Batch, call, map_tensors, tensors_in
+from anybit.data.batches import Batch, call, map_tensors, tensors_in
 from anybit.errors import UnsupportedModel
-from anybit.layers import float_weight
-from anybit.wiring import observe
+from anybit.networks.layers import float_weight
+from anybit.networks.wiring import observe
 
 OPSET, IR_VERSION = 21, 10
 """What the file is written in: the first operator set with four-bit integers; runtimes of early 2024 load it."""

@@ -1,0 +1,1 @@
+"""From a run folder to a file that runs. Imports roads and below."""

@@ -1,0 +1,1 @@
+"""Runs for readers: pages, figures, terminal tables, explanations. Imports supernets and below."""

@@ -1,0 +1,134 @@
+"""What differs is told, what is equal is not, and both runs are read as strictly as anywhere."""
+
+import json
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import Chain, make, pictures
+from test_cli import anybit_cli, one_json_object
+
+import anybit
+from anybit.report.comparison import _differences, diff
+from anybit.runs.report import write_report
+
+
+def leaves(tree, path=()):
+    if isinstance(tree, list):
+        yield path, tree
+    for key, part in tree.items() if isinstance(tree, dict) else ():
+        yield from leaves(part, (*path, key))
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_equal_runs_are_the_same_whatever_they_took(calibrated, quick, tmp_path):
+    model, inputs, first = calibrated
+    second = anybit.calibrate(model, inputs, "4bit", **quick)
+    folders = [result.save(tmp_path / name) for name, result in (("first", first), ("second", second))]
+    assert report_of(folders[0])["stages"] != report_of(folders[1])["stages"]
+    found = diff(*folders)
+    assert found["same"] and found["same_weights"] and found["differences"] == {}
+    told = anybit_cli("diff", *map(str, folders))
+    assert told.exit_code == 0 and "are the same" in told.stdout
+
+
+def test_a_difference_is_told_by_name_with_both_values(folders):
+    first, second = folders["calibrated"], folders["seeded"]
+    found, reports = diff(first, second), [report_of(first), report_of(second)]
+    differences = found["differences"]
+    assert not found["same"] and not found["same_weights"]
+    assert differences["settings"] == {"seed": [0, 1]} and differences["run"] == {"budget": ["4bit", "3bit"]}
+    bits = [{name: row["precision"] for name, row in report["layers"].items()} for report in reports]
+    assert differences["bits"] == {name: [bits[0][name], bits[1][name]] for name in bits[0] if bits[0][name] != bits[1][name]} != {}
+    assert differences["result"]["bytes"] == [report["result"]["bytes"] for report in reports]
+    assert differences["ladder"]["ranges"]["loss"] == [report["ladder"][0]["loss"] for report in reports]
+    assert "shapes" not in differences and "references" not in differences and "environment" not in differences
+    assert found["shared_layers"] == len(bits[0])
+
+
+def test_units_go_by_how_far_their_error_moved(folders):
+    after = [unit["after"] for unit in diff(folders["calibrated"], folders["seeded"])["differences"]["units"].values() if "after" in unit]
+    moved = [abs(left - right) / max(left, right) for left, right in after]
+    assert len(moved) > 2 and moved == sorted(moved, reverse=True)
+
+
+def test_runs_of_all_roads_compare_and_the_order_swaps_the_sides(folders):
+    for first, second in combinations(folders.values(), 2):
+        found, swapped = diff(first, second), diff(second, first)
+        assert not found["same"] and json.loads(json.dumps(found)) == found
+        assert dict(leaves(swapped["differences"])) == {path: two[::-1] for path, two in leaves(found["differences"])}
+        told = anybit_cli("diff", str(first), str(second))
+        assert told.exit_code == 0 and "layers are in both" in told.stdout, told.stderr
+    for folder in folders.values():
+        assert diff(folder, folder)["same"]
+
+
+def test_other_networks_compare_as_far_as_names_agree(folders, quick, tmp_path):
+    other = anybit.calibrate(make(Chain), pictures(40), "4bit", **quick).save(tmp_path / "other")
+    found = diff(folders["calibrated"], other)
+    assert found["shared_layers"] == 1  # fc
+    bits = found["differences"]["bits"]
+    assert (
+        bits["conv"][1] is None and bits["conv1"][0] is None and all(isinstance(side, str | None) for two in bits.values() for side in two)
+    )
+
+
+def test_the_command_prints_one_object(folders):
+    told = anybit_cli("diff", str(folders["calibrated"]), str(folders["seeded"]), "--json")
+    assert told.exit_code == 0 and one_json_object(told.stdout)["differences"]["settings"] == {"seed": [0, 1]}
+
+
+def test_what_one_road_alone_has_is_not_a_page_of_dashes(folders):
+    told = anybit_cli("diff", str(folders["calibrated"]), str(folders["grown"])).stdout
+    assert "csq" not in told and "one road alone" in told and "grow" in told
+
+
+values = st.recursive(
+    st.booleans() | st.integers() | st.text(max_size=3) | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner, min_size=1, max_size=3) | st.dictionaries(st.text(max_size=2), inner, min_size=1, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(values, values)
+def test_nothing_differs_between_equals_alone(first, second):
+    assert not _differences(first, json.loads(json.dumps(first)))
+    assert bool(_differences(first, second)) == (first != second)
+
+
+@pytest.mark.parametrize("name", ["report.json", "scheme.json", "model.safetensors"])
+def test_a_lacking_or_broken_file_is_named(run_folder, folders, name):
+    path = run_folder / name
+    path.write_bytes(path.read_bytes()[:-9])
+    told = anybit_cli("diff", str(folders["grown"]), str(run_folder))
+    assert told.exit_code == 2 and len(told.stderr.splitlines()) == 1 and str(run_folder) in told.stderr
+    path.unlink()
+    told = anybit_cli("diff", str(run_folder), str(folders["grown"]))
+    assert told.exit_code == 2 and name in told.stderr
+
+
+@pytest.mark.parametrize("broken", [{"settings": 3}, {"environment": []}, {"version": "1"}, {"schemes": None}, {"float_bytes": -1}])
+def test_a_report_that_is_none_is_refused(run_folder, broken):
+    write_report(run_folder, report_of(run_folder) | broken)
+    with pytest.raises(anybit.InvalidFile, match=rf"report\.json.*{next(iter(broken))}"):
+        diff(run_folder, run_folder)
+
+
+@pytest.mark.parametrize("broken", ["[]", "{}", '{"version": 1}'])
+def test_a_report_that_anybit_did_not_write_is_refused(run_folder, broken):
+    (run_folder / "report.json").write_text(broken)
+    with pytest.raises(anybit.InvalidFile, match=r"report\.json"):
+        diff(run_folder, run_folder)
+
+
+def test_of_several_runs_one_is_to_be_named(calibrated, quick, tmp_path):
+    model, inputs, _ = calibrated
+    results = anybit.calibrate(model, inputs, ["4bit", "5bit"], **{**quick, "pipeline": "light"})
+    anybit.roads.save_all(results, tmp_path / "runs")
+    with pytest.raises(anybit.InvalidFile, match="several runs: 4bit, 5bit"):
+        diff(tmp_path / "runs", tmp_path / "runs")
