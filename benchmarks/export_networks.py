@@ -31,7 +31,7 @@ import anybit
 from anybit.data.batches import Batch
 from anybit.data.tasks import outputs_of
 from anybit.environment import environment
-from anybit.export.verbs import measured
+from anybit.exports.verbs import measured
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import observe_edge_ranges
 from anybit.networks.observed import observe_network, rounded_to_nearest
@@ -258,7 +258,7 @@ def measure_latencies(arguments: argparse.Namespace, results: Results) -> None:
             continue
         torch.manual_seed(0)
         batch = networks.inputs(SHAPES[name], 2)
-        network = observe_network(network_of(name), batch, CalibrateSettings((8,), (8, None)))
+        network = observe_network(network_of(name), batch, CalibrateSettings((8,), (8, None)).options)
         table, about = measure_latency(network, batch, arguments.rounds)
         for key in missing:
             draw = random.Random(f"{name} {key}")

@@ -4,6 +4,7 @@ import functools
 import resource
 import sys
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,3 +115,26 @@ def folders(calibrated, tmp_path_factory):
         saved = {name: run.save(here / name) for name, run in runs.items()}
         saved["subnet"] = anybit.extract(saved["search"], "5bit", model=model).save(here / "subnet")
     return saved
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with a model script and arrays."""
+    import numpy as np
+    from commands import SCRIPT
+    from networks import Chain, make, pictures
+
+    monkeypatch.chdir(tmp_path)
+    Path("m.py").write_text(SCRIPT)
+    x = pictures(24).numpy()
+    with torch.no_grad():
+        y = make(Chain)(pictures(24)).argmax(1).numpy()
+    np.savez("x.npz", x=x, y=y)
+    np.savez("unlabelled.npz", x=x)
+    np.savez("empty.npz", x=x[:0])
+    np.savez("one.npz", x=x[:1])
+    np.savez("wide.npz", x=np.zeros((24, 4, 8, 8), np.float32), y=y)
+    np.savez("vectors.npz", x=np.zeros((24, 4), np.float32))
+    np.savez("nan.npz", x=np.where(np.arange(24)[:, None, None, None] == 9, np.nan, x).astype(np.float32))
+    np.savez("labels.npz", x=x, y=y + 100)
+    return tmp_path

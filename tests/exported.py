@@ -110,6 +110,6 @@ def random_precision(draw: random.Random) -> Precision:
 
 def canonical_of(model: nn.Module, batch: Batch, precision) -> Canonical:
     """`model` rounded to nearest at `precision(layer)`, with edge ranges of `batch`: no calibration, which takes longer."""
-    network = observe_network(model.eval(), batch, CalibrateSettings((8,), (8,)))
+    network = observe_network(model.eval(), batch, CalibrateSettings((8,), (8,)).options)
     ready = rounded_to_nearest(network, [batch], Scheme({name: precision(name) for name in network.names}))
     return Canonical(ready, network.norms, observe_edge_ranges(ready, network.wiring, [batch]))

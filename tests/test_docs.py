@@ -36,7 +36,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch, capsys):
     assert len(code.strip().splitlines()) <= 12
     monkeypatch.chdir(tmp_path)
     calibrate = anybit.calibrate
-    monkeypatch.setattr("anybit.roads.calibrate", lambda *a, **k: calibrate(*a, steps=5, candidate_steps=5, **k))
+    monkeypatch.setattr("anybit.roads.calibrate.calibrate", lambda *a, **k: calibrate(*a, steps=5, candidate_steps=5, **k))
     names = {"model": Small(), "images": torch.randn(16, 3, 8, 8), "test_set": (torch.randn(8, 3, 8, 8), torch.randint(0, 4, (8,)))}
     exec(code, names)
     assert (tmp_path / "runs" / "mine" / "model.safetensors").is_file()

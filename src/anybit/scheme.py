@@ -144,6 +144,11 @@ def check_names(names: Iterable[str], known: Iterable[str], who: str) -> None:
     raise SchemeMismatch(f"{who} has no quantizable layer {', '.join(parts)}{more}. `anybit inspect` lists the names.")
 
 
+def parsed_keep(keep: Mapping[str, Precision | str]) -> dict[str, Precision]:
+    """Shell pattern on layer names -> precision, from values or text."""
+    return {pattern: Precision.parse(p) if isinstance(p, str) else p for pattern, p in keep.items()}
+
+
 def match_patterns(patterns: Mapping[str, Precision], names: Iterable[str]) -> dict[str, Precision]:
     """Layer name -> precision for shell `patterns` on whole names; a later pattern wins; one that matches nothing is an error."""
     names = list(names)

@@ -13,7 +13,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from anybit.allocation import program as allocation
 from anybit.allocation.frontier import frontier
 from anybit.allocation.program import TIME_LIMIT, Problem, allocate, best_allocations, least_costs, make_problem, milp
 from anybit.allocation.sensitivity import SensitivityTable, measure_sensitivity, rows_to_measure
@@ -125,7 +124,7 @@ def test_a_core_of_few_choices_finds_the_same_schemes_in_the_same_order(core):
     def holds(problem):
         losses = sorted(amount(problem.losses, problem, scheme) for scheme in fitting_schemes(problem))
         assume(losses)
-        with patch("anybit.allocation.CORE", core):
+        with patch("anybit.allocation.program.CORE", core):
             found = [one for one, _ in zip(best_allocations(problem), range(3), strict=False)]
         assert found[0].predicted_loss == pytest.approx(losses[0])
         assert all(one.bound <= one.predicted_loss + 1e-12 for one in found)
@@ -530,7 +529,7 @@ def test_a_gap_that_the_solver_does_not_reach_is_widened_and_told(monkeypatch):
     costs = {"bits": {layer: np.array([2.0, 4.0, 8.0]) for layer in "abc"}}
     problem = Problem(choices, losses, costs, {"bits": 14.0}, {})
     plain = allocate(problem)
-    monkeypatch.setattr(allocation, "milp", slow)
+    monkeypatch.setattr("anybit.allocation.program.milp", slow)
     found = list(itertools.islice(best_allocations(problem), 3))
     assert found[0].scheme == plain.scheme and 0 < found[0].gap <= 1e-3
     assert asked[0] == 1e-4 and set(asked[1:]) == {1e-3}  # what was too narrow once is not tried again

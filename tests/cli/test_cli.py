@@ -5,75 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import typer
+from commands import FAST, anybit_cli, one_json_object
 from networks import Chain, make, pictures
-from typer.testing import CliRunner
 
 import anybit
 from anybit.budget import parse_size
 from anybit.cli.app import app
-from anybit.roads import steps as stages
 from anybit.roads.settings import CalibrateSettings
 
 TESTS = Path(__file__).parent.parent
-SCRIPT = f"""
-import sys
-sys.path.insert(0, {str(TESTS)!r})
-import torch, networks as n
-def net(): return n.make(n.Chain)
-def residual(): return n.make(n.Residual)
-def twice(): return n.make(n.CalledTwice)
-def shared(): return n.make(n.SharedWeight)
-def hollow(): return torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Flatten())
-def nan():
-    model = n.make(n.Chain)
-    model.conv2.weight.data[0, 0, 0, 0] = float("nan")
-    return model
-def hot():
-    model = n.make(n.Chain)
-    model.bn1.weight.data.fill_(3e38)
-    model.relu1 = torch.nn.Identity()
-    return model
-def ones(outputs, labels): return 1.0
-def fewer(outputs, labels, calls=[]): calls.append(1); return -float(len(calls))
-"""
-FAST = ["--pipeline", "light", "--weight-bits", "4,8", "--activation-bits", "8", "--samples", "24"]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A working folder with a model script and arrays."""
-    monkeypatch.chdir(tmp_path)
-    Path("m.py").write_text(SCRIPT)
-    x = pictures(24).numpy()
-    with torch.no_grad():
-        y = make(Chain)(pictures(24)).argmax(1).numpy()
-    np.savez("x.npz", x=x, y=y)
-    np.savez("unlabelled.npz", x=x)
-    np.savez("empty.npz", x=x[:0])
-    np.savez("one.npz", x=x[:1])
-    np.savez("wide.npz", x=np.zeros((24, 4, 8, 8), np.float32), y=y)
-    np.savez("vectors.npz", x=np.zeros((24, 4), np.float32))
-    np.savez("nan.npz", x=np.where(np.arange(24)[:, None, None, None] == 9, np.nan, x).astype(np.float32))
-    np.savez("labels.npz", x=x, y=y + 100)
-    return tmp_path
-
-
-def anybit_cli(*arguments: str):
-    return CliRunner().invoke(app, list(arguments))
 
 
 def calibrate(*more: str, model: str = "m.py:net", data: str = "x.npz", output: str = "run"):
     return anybit_cli("calibrate", "--model", model, "--data", data, "--output", output, *FAST, *more)
-
-
-def one_json_object(text: str) -> dict:
-    value = json.loads(text)
-    assert isinstance(value, dict) and text.count("\n") == 1
-    return value
 
 
 def test_the_main_job_writes_a_run_that_loads_by_itself(here):
@@ -334,7 +281,7 @@ def test_bad_input_of_the_other_verbs_ends_with_status_2_and_one_line(arguments,
 def test_an_unlabelled_test_set_is_refused_before_any_long_work(here, monkeypatch):
     pass
 
-    monkeypatch.setattr(stages, "range_candidates", lambda *given: pytest.fail("long work has begun"))
+    monkeypatch.setattr("anybit.roads.calibrate.range_candidates", lambda *given: pytest.fail("long work has begun"))
     assert calibrate("--quiet", "--test", "unlabelled.npz").exit_code == 2
 
 
@@ -350,7 +297,7 @@ def test_an_interruption_ends_with_status_130_and_leaves_nothing(here, monkeypat
     def interrupted(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "edge_ranges", interrupted)
+    monkeypatch.setattr("anybit.roads.calibrate.observe_edge_ranges", interrupted)
     done = calibrate("--budget", "6bit")
     assert done.exit_code == 130 and "Traceback" not in done.stderr and not Path("run").exists()
 

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import onnx
 import pytest
+from commands import FAST, anybit_cli
 from onnx import numpy_helper
-from test_cli import FAST, anybit_cli, here  # noqa: F401  (a fixture)
 
 CALIBRATE = ["calibrate", "--model", "m.py:residual", "--data", "x.npz", *FAST, "--budget", "6bit", "--output", "run"]
 
 
-def exported(here, *more):  # noqa: F811
+def exported(here, *more):
     assert anybit_cli(*CALIBRATE).exit_code == 0
     assert anybit_cli("export", "run", "--onnx", "net.onnx", *more).exit_code == 0
 
 
-def test_a_run_is_exported_verified_and_timed(here):  # noqa: F811
+def test_a_run_is_exported_verified_and_timed(here):
     exported(here)
     told = anybit_cli("verify", "run", "net.onnx", "--data", "x.npz", "--json")
     found = json.loads(told.stdout)
@@ -28,7 +28,7 @@ def test_a_run_is_exported_verified_and_timed(here):  # noqa: F811
     assert "float32" in anybit_cli("bench", "run", "--rounds", "1").stdout
 
 
-def test_what_a_full_disk_does_not_take_is_named_and_the_file_before_stays(here, full_disk):  # noqa: F811
+def test_what_a_full_disk_does_not_take_is_named_and_the_file_before_stays(here, full_disk):
     exported(here)
     before = Path("net.onnx").read_bytes()
     with full_disk():
@@ -39,7 +39,7 @@ def test_what_a_full_disk_does_not_take_is_named_and_the_file_before_stays(here,
     assert profiled.exit_code == 2 and "TMPDIR" in profiled.stderr.splitlines()[-1]
 
 
-def test_a_broken_promise_is_exit_status_one(here):  # noqa: F811
+def test_a_broken_promise_is_exit_status_one(here):
     exported(here)
     model = onnx.load("net.onnx")
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("bias_codes"))
@@ -49,7 +49,7 @@ def test_a_broken_promise_is_exit_status_one(here):  # noqa: F811
     assert told.exit_code == 1 and tensor.name in told.stdout and "not verified" in told.stdout
 
 
-def test_profile_measures_once(here):  # noqa: F811
+def test_profile_measures_once(here):
     arguments = ["profile", "--model", "m.py:net", "--data", "x.npz", "--rounds", "1"]
     assert "int8" in anybit_cli(*arguments).stdout
     assert json.loads(anybit_cli(*arguments, "--json").stdout)["recalled"]
@@ -71,7 +71,7 @@ def test_profile_measures_once(here):  # noqa: F811
     ],
     ids=" ".join,
 )
-def test_bad_input_is_one_line(arguments, words, here):  # noqa: F811
+def test_bad_input_is_one_line(arguments, words, here):
     exported(here)
     told = anybit_cli(*arguments)
     message = told.stderr.strip()
@@ -79,7 +79,7 @@ def test_bad_input_is_one_line(arguments, words, here):  # noqa: F811
     assert not Path("a.onnx").exists() and not Path("b.onnx").exists()
 
 
-def test_grown_and_extracted_runs_are_exported(here):  # noqa: F811
+def test_grown_and_extracted_runs_are_exported(here):
     trained = ["--train", "x.npz", "--batch-size", "8", "--quiet"]
     assert anybit_cli("grow", "--model", "m.py:residual", *trained, "--epochs", "2", "--budget", "4bit", "--output", "grown").exit_code == 0
     supernet = ["train", "--model", "m.py:residual", *trained, "--epochs", "1", "--bits", "2,4,8", "--output", "super"]

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 import typer
+from commands import SCRIPT, anybit_cli, one_json_object
 from networks import Residual, make, pictures
-from test_cli import SCRIPT, anybit_cli, one_json_object
 
 import anybit
 from anybit.cli.app import app
-from anybit.loops import training
 from anybit.loops.trainee import TrainSettings
 from anybit.methods.csq import CSQSettings
 from anybit.roads.settings import GrowSettings
@@ -78,7 +77,7 @@ def test_an_interrupted_training_continues_and_refuses_other_settings(here, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "_save", interrupted)
+        patched.setattr("anybit.loops.training.save_checkpoint", interrupted)
         assert grow("--budget", "3bit").exit_code == 130
     assert os.listdir("run") == ["checkpoint.safetensors"]
     other = grow("--budget", "4bit")
@@ -97,7 +96,7 @@ def test_test_data_may_come_in_when_a_training_is_continued(here, monkeypatch):
 
     save = save_checkpoint
     with monkeypatch.context() as patched:
-        patched.setattr(training, "_save", lambda *given: [save(*given), (_ for _ in ()).throw(KeyboardInterrupt)])
+        patched.setattr("anybit.loops.training.save_checkpoint", lambda *given: [save(*given), (_ for _ in ()).throw(KeyboardInterrupt)])
         assert grow("--budget", "3bit").exit_code == 130
     done = grow("--budget", "3bit", "--test", "x.npz")
     assert done.exit_code == 0, done.exception

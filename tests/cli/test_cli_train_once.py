@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import typer
+from commands import SCRIPT, anybit_cli, one_json_object
 from networks import Residual, make, pictures
-from test_cli import SCRIPT, anybit_cli, one_json_object
 
 import anybit
 from anybit.cli.app import app

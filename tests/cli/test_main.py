@@ -6,7 +6,7 @@ import pytest
 
 COMMAND = """
 import os, signal, sys
-import anybit.cli
+import anybit.cli.app
 from anybit.__main__ import main
 
 def swallowed():  # as extension modules do that are interrupted while they are imported
@@ -28,7 +28,7 @@ def failing():
 def leaving():
     sys.exit(2)
 
-anybit.cli.main = globals()[sys.argv[1]]
+anybit.cli.app.main = globals()[sys.argv[1]]
 main()
 """
 

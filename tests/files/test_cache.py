@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import SCRIPT, anybit_cli
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import NoBatchNorm, Residual, Windows, make, pictures
-from test_cli import SCRIPT, anybit_cli
 
 import anybit
 from anybit.files.cache import Cache, Entry, entries, remove_damaged, results_folder, trim_cache
@@ -273,9 +273,9 @@ def test_other_weights_data_or_code_take_up_nothing(tmp_path, monkeypatch):
     with torch.no_grad():
         next(other.parameters())[0, 0, 0, 0] += 1e-3
     counts.append(run(other, inputs))
-    monkeypatch.setattr("anybit.stages.code_version", lambda: "another")
+    monkeypatch.setattr("anybit.roads.keys.code_version", lambda: "another")
     counts.append(run(model, inputs))
-    monkeypatch.setattr("anybit.stages.machine", lambda device: "another")
+    monkeypatch.setattr("anybit.roads.keys.machine", lambda device: "another")
     counts.append(run(model, inputs))
     assert len(set(counts)) == 1 and counts[0] > 10
 

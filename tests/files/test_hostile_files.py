@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from commands import anybit_cli
 from networks import Residual, make
 from PIL import Image
 from safetensors.torch import save_file
-from test_cli import anybit_cli
 
 import anybit
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, SchemeMismatch
@@ -142,7 +142,7 @@ def test_a_report_that_lacks_what_is_shown_of_it_is_refused(part, change, run_fo
 def test_messages_are_short_whatever_the_file_says(run_folder, calibrated, tmp_path):
     save_file({"a" * 10_000: torch.ones(1)}, tmp_path / "w.safetensors")
     with pytest.raises(SchemeMismatch, match="have besides aaa") as raised:
-        anybit.references.load_weights(make(Residual), tmp_path / "w.safetensors")
+        anybit.sources.models.load_weights(make(Residual), tmp_path / "w.safetensors")
     assert len(str(raised.value)) < 1000
     path = run_folder / "candidates.json"
     edited(path, settings={**json.loads(path.read_text())["settings"], "task": "a" * 10_000})
@@ -194,9 +194,9 @@ def test_a_compressed_archive_of_weights_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.pt") as archive, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
         for name in archive.namelist():
             bomb.writestr(name, archive.read(name))
-    anybit.references.load_weights(make(Residual), tmp_path / "w.pt")
+    anybit.sources.models.load_weights(make(Residual), tmp_path / "w.pt")
     with pytest.raises(InvalidFile, match=r"bomb\.pt.*compressed"):
-        anybit.references.load_weights(make(Residual), tmp_path / "bomb.pt")
+        anybit.sources.models.load_weights(make(Residual), tmp_path / "bomb.pt")
 
 
 class Marker:
@@ -213,9 +213,9 @@ def test_pickled_code_among_weights_is_not_run(tmp_path):
     torch.save({"a": Marker(tmp_path / "executed")}, tmp_path / "w.pt")
     np.savez(tmp_path / "x.npz", x=np.array([Marker(tmp_path / "executed")], dtype=object))
     with pytest.raises(InvalidFile, match=r"w\.pt"):
-        anybit.references.load_weights(make(Residual), tmp_path / "w.pt")
+        anybit.sources.models.load_weights(make(Residual), tmp_path / "w.pt")
     with pytest.raises(InvalidFile, match=r"x\.npz"):
-        anybit.references.load_data(str(tmp_path / "x.npz"))
+        anybit.sources.inputs.load_data(str(tmp_path / "x.npz"))
     assert not (tmp_path / "executed").exists()
 
 
@@ -230,7 +230,7 @@ def test_a_broken_picture_is_named(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                anybit.references.read_image(tmp_path / "a.png", anybit.references.Preprocessing())
+                anybit.sources.inputs.read_image(tmp_path / "a.png", anybit.sources.preprocessing.Preprocessing())
             except InvalidInput as error:
                 assert "a.png" in str(error)
 
@@ -328,7 +328,7 @@ def test_no_verb_runs_what_a_folder_from_elsewhere_names(run_folder, exported, t
     ):
         assert anybit_cli(*arguments).exit_code == 0, arguments
         assert not (tmp_path / "executed").exists(), arguments
-    anybit.store.slice_subnet(store, supernet.uniform(4))
+    anybit.supernets.store.slice_subnet(store, supernet.uniform(4))
     read_report(run_folder)
     with pytest.raises(anybit.InvalidSetting):
         anybit.load_supernet(store)

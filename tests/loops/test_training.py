@@ -1,16 +1,13 @@
 """The epoch loop: what it draws, what it refuses, what a checkpoint gives back, and several processes."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from networks import NoBatchNorm, Residual, make, pictures
+from processes import run_processes
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -18,7 +15,6 @@ import anybit
 from anybit.data.augment import augmented
 from anybit.data.batches import Batch
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
-from anybit.loops import training
 from anybit.loops.trainee import TrainSettings
 from anybit.loops.training import _steps, epoch_batches, learning_rate
 from anybit.networks.layers import quantized_layers
@@ -316,7 +312,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
             save(*args, **more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "save_file", filling)
+        patched.setattr("anybit.loops.checkpoint.save_file", filling)
         with pytest.raises(AnybitError, match=r"cannot be written: .*continues from the checkpoint of epoch 1, which is kept"):
             grown(checkpoint, epochs=3)
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
@@ -340,7 +336,7 @@ def stop_after(monkeypatch, epoch):
         if len(saved) == epoch:
             raise Interrupted
 
-    monkeypatch.setattr(training, "_save", saving)
+    monkeypatch.setattr("anybit.loops.training.save_checkpoint", saving)
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
@@ -392,23 +388,9 @@ if dist.is_initialized():
 """
 
 
-def run_processes(count: int, folder: Path, tmp_path: Path, worker: str = WORKER) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(worker)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    about = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen([sys.executable, str(script), str(folder)], env={**os.environ, **about, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(count)
-    ]
-    assert [process.wait(timeout=240) for process in started] == [0] * count
-
-
 def test_two_processes_end_with_the_scheme_and_weights_of_one(tmp_path):
     for count in (1, 2):
-        run_processes(count, tmp_path / f"by{count}", tmp_path)
+        run_processes(count, tmp_path / f"by{count}", tmp_path, WORKER)
     one, two = (anybit.load(tmp_path / f"by{count}", model=make(NoBatchNorm)) for count in (1, 2))
     assert one.scheme == two.scheme
     for name, layer in quantized_layers(one).items():
@@ -419,7 +401,7 @@ def test_two_processes_end_with_the_scheme_and_weights_of_one(tmp_path):
 
 
 def test_a_batch_that_does_not_divide_among_processes_is_refused(monkeypatch):
-    monkeypatch.setattr("anybit.training.world", lambda: 3)
+    monkeypatch.setattr("anybit.loops.training.world", lambda: 3)
     with pytest.raises(InvalidSetting, match="multiple of 3"):
         _steps(as_samples(labelled()), TrainSettings(batch_size=16), make(Residual))
 

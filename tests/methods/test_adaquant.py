@@ -40,7 +40,7 @@ def setup(
     wanted = Precision.parse(precision)
     settings = CalibrateSettings(weight_bits=(wanted.weight_bits,), activation_bits=(wanted.activation_bits,), unit=unit)
     calibration = calibration_of(name, fitting=32, held_out=16)
-    network = observe_network(model, calibration.fitting[0], settings)
+    network = observe_network(model, calibration.fitting[0], settings.options)
     candidates = range_candidates(network, calibration, settings)
     scheme = network.uniform(wanted.weight_bits, wanted.activation_bits)
     return network, calibration, apply_scheme(network.prepared, scheme, candidates), free_weights(network, candidates, scheme)
@@ -266,7 +266,7 @@ def test_the_trained_loss_is_the_measured_distance(task):
 def test_a_scheme_with_float_and_pruned_layers_is_reconstructed():
     settings = CalibrateSettings(weight_bits=(3,), activation_bits=(8,), keep={"conv1": Precision(), "conv2": Precision(0)})
     calibration = calibration_of("chain")
-    network = observe_network(make(Chain), calibration.fitting[0], settings)
+    network = observe_network(make(Chain), calibration.fitting[0], settings.options)
     candidates: Candidates = range_candidates(network, calibration, settings)
     scheme = Scheme({name: options[0] for name, options in network.choices.items()})
     model = apply_scheme(network.prepared, scheme, candidates)

@@ -69,7 +69,7 @@ def quantizable(model, x):
 def rounded_start(model, calibration, precision: Precision):
     """The network with every tensor rounded to nearest in its estimated range, and the folded float network."""
     settings = CalibrateSettings(weight_bits=(precision.weight_bits,), activation_bits=(precision.activation_bits,))
-    network = observe_network(model, calibration.fitting[0], settings)
+    network = observe_network(model, calibration.fitting[0], settings.options)
     scheme = network.uniform(precision.weight_bits, precision.activation_bits)
     return apply_scheme(network.prepared, scheme, range_candidates(network, calibration, settings)), network.folded
 

@@ -21,7 +21,7 @@ from anybit.methods.subnet_search import (
     layer_cost,
     pareto_front,
     rank_correlation,
-    search,
+    search_subnets,
     total_cost,
 )
 from anybit.networks.observed import observe_network
@@ -33,7 +33,7 @@ BITS = (2, 3, 4, 6, 8)
 
 def network():
     wanted = CalibrateSettings(weight_bits=BITS, activation_bits=(4, 8))
-    return observe_network(make(Residual), Batch(pictures(2)), wanted)
+    return observe_network(make(Residual), Batch(pictures(2)), wanted.options)
 
 
 NETWORK = network()
@@ -99,7 +99,7 @@ def test_a_search_spends_what_it_may_and_beats_random_draws(strategy):
 
     wanted = SearchSettings(evaluations=80, strategy=strategy, generations=8, population=30, targets=8)
     uniform = [NETWORK.uniform(bits, 8) for bits in BITS]
-    found = search(NETWORK.choices, NETWORK.costs, score, wanted, uniform)
+    found = search_subnets(NETWORK.choices, NETWORK.costs, score, wanted, uniform)
     assert len(calls) == len(set(calls)) == len(found.evaluated) <= 80
     assert [one.scheme for one in found.evaluated[:5]] == uniform
     generator, draws = random.Random(1), UniformDraws(NETWORK.choices)
@@ -111,7 +111,7 @@ def test_a_search_spends_what_it_may_and_beats_random_draws(strategy):
 
 def test_the_same_seed_gives_the_same_search():
     wanted = SearchSettings(evaluations=40, generations=4, population=20, targets=4)
-    first, second = (search(NETWORK.choices, NETWORK.costs, noise, wanted) for _ in range(2))
+    first, second = (search_subnets(NETWORK.choices, NETWORK.costs, noise, wanted) for _ in range(2))
     assert first == second
 
 

@@ -1,47 +1,20 @@
-import random
-
 import pytest
 import torch
 from networks import NETWORKS, assert_untouched, make, network_and_inputs, run, snapshot
+from schemes import WEIGHT_BITS, prepared_with_candidates, random_scheme
 from torch import nn
 
 from anybit.errors import AnybitError, InvalidInput, SchemeMismatch, UnsupportedModel
 from anybit.networks.candidates import (
-    Candidates,
-    activation_candidate,
     apply_scheme,
     check_finite_samples,
     frozen_candidate,
     weight_candidate,
 )
-from anybit.networks.layers import Pruned, codes_of, coverage, float_weight, prepare, quantized_layers, scheme_of, weight_rows
+from anybit.networks.layers import Pruned, codes_of, float_weight, prepare, quantized_layers, scheme_of, weight_rows
 from anybit.networks.states import check_finite_weights
-from anybit.networks.wiring import observe
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.scheme import Precision, Scheme
-
-WEIGHT_BITS, ACTIVATION_BITS = (2, 3, 5, 8), (2, 4, 8)
-
-
-def prepared_with_candidates(name: str) -> tuple[nn.Module, Candidates]:
-    model, batch = network_and_inputs(name)
-    names = coverage(model, observe(model, batch))[0]
-    prepared = prepare(model, names)
-    sample = torch.linspace(-1, 3, 200)
-    weights = {(n, bits): weight_candidate(prepared.get_submodule(n), bits, "minmax") for n in names for bits in WEIGHT_BITS}
-    return prepared, Candidates(
-        weights, {(n, bits): activation_candidate([sample], bits, "minmax") for n in names for bits in ACTIVATION_BITS}
-    )
-
-
-def random_scheme(prepared: nn.Module, seed: int) -> Scheme:
-    """Any precisions, W0 and float among them, in the model's order."""
-    rng = random.Random(seed)
-    scheme = {}
-    for name, layer in quantized_layers(prepared).items():
-        activation_bits = None if isinstance(layer, nn.Embedding) else rng.choice((None, *ACTIVATION_BITS))
-        scheme[name] = Precision(rng.choice((None, 0, *WEIGHT_BITS)), activation_bits)
-    return Scheme(scheme)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -30,7 +30,7 @@ def table_of(names):
 
 
 def ready(model, batch):
-    return observe_network(model, batch, CalibrateSettings((8,), (8, None)))
+    return observe_network(model, batch, CalibrateSettings((8,), (8, None)).options)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_profiles_are_recalled_for_the_same_network_alone():
 @pytest.mark.parametrize("first", ["a", "b"])
 def test_a_table_is_of_what_may_run_on_integers(first):
     networks = {
-        name: observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings((8,), (8, None), keep=keep))
+        name: observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings((8,), (8, None), keep=keep).options)
         for name, keep in {"a": {"*conv1": Precision(4, None)}, "b": {}}.items()
     }
     save_table(networks[first], table_of(networks[first].names), {})

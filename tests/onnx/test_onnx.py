@@ -195,7 +195,7 @@ def test_layers_that_stay_float_are_named_with_the_reason(tmp_path):
             return self.last(F.relu(self.whole(F.relu(self.free(h)))).mean(2))
 
     precisions = {"words": "W3", "up": "W4A8", "free": "W3", "whole": "float", "last": "W0A8"}
-    batch = anybit.batches.Batch(torch.randint(9, (12, 8), generator=torch.Generator().manual_seed(0)))
+    batch = anybit.data.batches.Batch(torch.randint(9, (12, 8), generator=torch.Generator().manual_seed(0)))
     torch.manual_seed(0)
     canonical = canonical_of(Net(), batch, lambda layer: Precision.parse(precisions[layer]))
     made = exported(canonical, batch)

@@ -30,7 +30,6 @@ from anybit.budget import parse_size
 from anybit.data.samples import Samples
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.networks.layers import scheme_of
-from anybit.roads import steps as stages
 from anybit.roads.allocate import allocate
 from anybit.roads.calibrate import calibrate
 from anybit.roads.polish import polish_scheme
@@ -286,7 +285,7 @@ def test_a_new_budget_is_served_from_a_saved_run(run_folder, calibrated, tmp_pat
 
 
 def test_an_impossible_budget_is_refused_before_any_long_work(monkeypatch):
-    monkeypatch.setattr(stages, "range_candidates", lambda *given: pytest.fail("long work has begun"))
+    monkeypatch.setattr("anybit.roads.calibrate.range_candidates", lambda *given: pytest.fail("long work has begun"))
     for budget in ("1bit", ["6bit", "100B"], "40bit", "latency=3ms"):
         with pytest.raises((InfeasibleBudget, InvalidSetting)):
             anybit.calibrate(make(Chain), pictures(24), budget, **QUICK)
@@ -296,7 +295,7 @@ def test_an_error_while_saving_leaves_nothing(calibrated, monkeypatch, tmp_path)
     def full(*given):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("anybit.roads.write_candidates", full)
+    monkeypatch.setattr("anybit.roads.result.write_candidates", full)
     with pytest.raises(AnybitError, match=r"no space.*Nothing is left there"):
         calibrated[2].save(tmp_path / "runs" / "mine")
     assert not (tmp_path / "state").exists() and list((tmp_path / "runs").iterdir()) == []
@@ -469,7 +468,7 @@ def test_a_new_budget_of_drop_holds_after_polishing_too(tmp_path, monkeypatch):
         polished.fc.bias.data[0] = 1e3
         return polished, ladder, errors
 
-    monkeypatch.setattr(stages, "polish", spoiling)
+    monkeypatch.setattr("anybit.roads.calibrate.polish_scheme", spoiling)
     result = anybit.allocate(tmp_path / "run", "drop=30%", data=data, model=model)
     assert result.model.fc.bias.abs().max() < 1e3
 

@@ -51,7 +51,7 @@ SETTINGS = CalibrateSettings(weight_bits=(2, 4, 8), activation_bits=(4, 8), step
 def bench(name: str = "residual", settings: CalibrateSettings = SETTINGS):
     """(network, calibration, ranged candidates, a judge)."""
     calibration = calibration_of(name)
-    network = observe_network(make(NETWORKS[name][0]), calibration.fitting[0], settings)
+    network = observe_network(make(NETWORKS[name][0]), calibration.fitting[0], settings.options)
     candidates = range_candidates(network, calibration, settings)
     reference = outputs_of(network.folded, calibration.held_out)
     return network, calibration, candidates, Judge(network, candidates, calibration.held_out, reference, "classification")
@@ -74,7 +74,7 @@ def unchanged(network: ObservedNetwork):
 def test_observing_a_network_leaves_it_alone_and_covers_or_names_every_layer(name):
     model, batch = network_and_inputs(name)
     before = snapshot(model)
-    network = observe_network(model, batch, SETTINGS)
+    network = observe_network(model, batch, SETTINGS.options)
     assert_untouched(model, before)
     matrices = {key.rpartition(".")[0] for key, parameter in model.named_parameters() if parameter.dim() > 1}
     assert matrices == set(network.names) | set(network.uncovered)
@@ -87,32 +87,32 @@ def test_observing_a_network_leaves_it_alone_and_covers_or_names_every_layer(nam
 
 def test_kept_layers_have_one_choice():
     settings = CalibrateSettings(keep={"block*": Precision(8, 8), "block1.*": Precision(), "fc": Precision(4)})
-    network = observe_network(make(Residual), Batch(pictures(2)), settings)
+    network = observe_network(make(Residual), Batch(pictures(2)), settings.options)
     assert network.choices["block2.conv1"] == [Precision(8, 8)] and network.choices["block1.conv1"] == [Precision()]
     assert network.choices["fc"] == [Precision(4)] and len(network.choices["conv"]) == 15
 
 
 def test_a_pattern_without_a_layer_is_refused_with_near_matches():
     with pytest.raises(InvalidSetting, match=r"block1\.conv3=W8A8 matches no quantizable layer.*block1\.conv"):
-        observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(keep={"block1.conv3": Precision(8, 8)}))
+        observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(keep={"block1.conv3": Precision(8, 8)}).options)
 
 
 def test_a_model_without_a_layer_is_refused():
     with pytest.raises(UnsupportedModel, match="no layer to quantize"):
-        observe_network(nn.Sequential(nn.ReLU(), nn.Flatten()), Batch(pictures(2)), SETTINGS)
+        observe_network(nn.Sequential(nn.ReLU(), nn.Flatten()), Batch(pictures(2)), SETTINGS.options)
 
 
 def test_following_the_advice_on_a_layer_called_twice_works():
     with pytest.raises(UnsupportedModel, match="again=float"):
-        observe_network(make(CalledTwice), Batch(numbers(2, 4)), SETTINGS)
-    network = observe_network(make(CalledTwice), Batch(numbers(2, 4)), CalibrateSettings(keep={"again": Precision()}))
+        observe_network(make(CalledTwice), Batch(numbers(2, 4)), SETTINGS.options)
+    network = observe_network(make(CalledTwice), Batch(numbers(2, 4)), CalibrateSettings(keep={"again": Precision()}).options)
     assert network.choices["again"] == [Precision()]
 
 
 def test_the_units_follow_the_settings():
-    blocks = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(unit="block")).units}
-    layers = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(unit="layer")).units}
-    named = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(blocks=("block2",))).units}
+    blocks = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(unit="block").options).units}
+    layers = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(unit="layer").options).units}
+    named = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(blocks=("block2",)).options).units}
     assert blocks == {"conv", "block1", "block2", "fc"}
     assert "block1" not in layers and "block1.conv2" in layers
     assert named == {"conv", "block1.conv1", "block1.conv2", "block2", "fc"}
@@ -256,7 +256,7 @@ def test_a_budget_of_bytes_is_met_by_the_counted_file(residual, unit):
 @pytest.mark.parametrize("kept", [{}, {"conv": Precision()}, {"block1.conv1": Precision(3, 3)}], ids=str)
 def test_raising_an_impossible_budget_to_what_the_error_says_is_enough(budget, kept):
     settings = CalibrateSettings(weight_bits=(2, 4), activation_bits=(4, 8), keep=kept)
-    network = observe_network(make(Residual), Batch(pictures(2)), settings)
+    network = observe_network(make(Residual), Batch(pictures(2)), settings.options)
     with pytest.raises(InfeasibleBudget, match=r"smallest scheme needs .* \(layers .* bind\)") as refused:
         check_feasible(network, Budget.parse(budget))
     check_feasible(network, Budget.parse(str(refused.value).rpartition("raise the budget to ")[2].rstrip(".")))
@@ -394,7 +394,7 @@ def test_inputs_that_make_activations_infinite_are_refused_by_layer():
     with torch.no_grad():
         model.bn1.weight.fill_(3e38)
         model.relu1 = nn.Identity()
-    network = observe_network(model, calibration.fitting[0], SETTINGS)
+    network = observe_network(model, calibration.fitting[0], SETTINGS.options)
     with pytest.raises(InvalidInput, match="layer conv2"):
         range_candidates(network, calibration, SETTINGS)
 
@@ -430,7 +430,7 @@ def test_a_transformer_layer_computes_with_its_quantizers_watched_or_not():
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 4)).eval()
     calibration = Calibration([Batch(torch.randn(8, 5, 8))], [Batch(torch.randn(4, 5, 8))])
     settings = CalibrateSettings(weight_bits=(4,), activation_bits=(2,))
-    network = observe_network(model, calibration.fitting[0], settings)
+    network = observe_network(model, calibration.fitting[0], settings.options)
     assert {"0.linear1", "0.linear2", "1"} <= set(network.names) and "0.self_attn" in network.uncovered
     quantized = apply_scheme(network.prepared, network.uniform(4, 2), range_candidates(network, calibration, settings))
     with torch.no_grad():

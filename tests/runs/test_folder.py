@@ -12,18 +12,19 @@ import torch
 from networks import NETWORKS, Chain, Residual, assert_untouched, make, network_and_inputs, run, snapshot
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from test_candidates import prepared_with_candidates, random_scheme
+from schemes import prepared_with_candidates, random_scheme
 from torch import nn
 
 import anybit
 from anybit.errors import AnybitError, InvalidFile, InvalidSetting, SchemeMismatch
+from anybit.files.strict import read_tensors
 from anybit.networks.candidates import Candidates, apply_scheme
 from anybit.networks.canonical import Canonical
 from anybit.networks.cost import CostModel
 from anybit.networks.layers import coverage, prepare, quantized_layers
 from anybit.networks.wiring import observe
 from anybit.runs.candidates import read_candidates, write_candidates
-from anybit.runs.folder import new_folder, read_tensors
+from anybit.runs.folder import new_folder
 from anybit.runs.scheme_file import SchemeFile, packed_tensors, read_canonical, read_scheme, write_canonical
 from anybit.runs.trusted import is_trusted, trust
 from anybit.scheme import Precision, Scheme

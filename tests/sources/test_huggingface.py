@@ -16,7 +16,6 @@ from anybit.data.batches import Batch, call, predict
 from anybit.data.samples import Samples, split
 from anybit.data.tasks import outputs_of
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting, UnsupportedModel
-from anybit.loops import training
 from anybit.networks.candidates import apply_scheme
 from anybit.networks.capture import input_samples
 from anybit.networks.edges import observe_edge_ranges
@@ -29,7 +28,6 @@ from anybit.onnx.file import session as onnx_file_session
 from anybit.roads.settings import CalibrateSettings
 from anybit.roads.steps import range_candidates
 from anybit.scheme import Precision
-from anybit.sources.huggingface import models as huggingface
 from anybit.sources.huggingface.attention import adapted, attention
 from anybit.sources.huggingface.texts import _length_of
 from anybit.sources.inputs import load_data
@@ -84,7 +82,7 @@ def test_every_linear_embedding_and_attention_product_is_a_layer_or_named(kind):
 
 
 def test_attention_that_does_not_use_the_interface_is_named(monkeypatch):
-    monkeypatch.setattr(huggingface, "_calls_interface", lambda module: False)
+    monkeypatch.setattr("anybit.sources.huggingface.attention._calls_interface", lambda module: False)
     model = covered("bert")
     model.set_attn_implementation("eager")
     _, uncovered = coverage(model, observe(model, inputs("bert")))
@@ -241,7 +239,7 @@ def test_both_operands_of_a_product_are_quantized():
 
 def test_a_products_operations_count_both_operands_bits():
     model, batch = covered("bert"), inputs("bert", 2)
-    network = observe_network(model, batch, CalibrateSettings())
+    network = observe_network(model, batch, CalibrateSettings().options)
     name = next(name for name in network.names if name.endswith("scores"))
     length = batch.inputs["input_ids"].shape[1]
     assert network.costs.layers[name].macs == length * length * 16
@@ -547,12 +545,12 @@ def test_a_group_that_divides_nothing_is_refused():
     with pytest.raises(InvalidSetting, match="group 1 "):
         CalibrateSettings(group=1)
     with pytest.raises(InvalidSetting, match="group 7 divides the inputs of no"):
-        observe_network(covered("bert"), inputs("bert"), CalibrateSettings(group=7))
+        observe_network(covered("bert"), inputs("bert"), CalibrateSettings(group=7).options)
 
 
 def test_an_unquantized_network_with_groups_is_bitwise_the_float_one():
     model, batch = covered("bert"), inputs("bert")
-    network = observe_network(model, batch, CalibrateSettings(group=8))
+    network = observe_network(model, batch, CalibrateSettings(group=8).options)
     assert torch.equal(call(network.prepared, batch.inputs)["logits"], call(model, batch.inputs)["logits"])
     items = [{name: tensor[i] for name, tensor in batch.inputs.items()} for i in range(len(batch))]
     candidates = range_candidates(network, split(Samples(items, False), 0, 0.4, 2), CalibrateSettings(group=8))
@@ -587,7 +585,7 @@ def test_a_transformer_grows_and_continues_to_the_same_bytes(tmp_path, monkeypat
     how = {"activation_bits": 8, "per_channel": True, "epochs": 2, "batch_size": 8, "seed": 3}
     whole = anybit.grow(model, samples, "4bit", **how)
     checkpoint = tmp_path / "checkpoint.safetensors"
-    monkeypatch.setattr(training, "tell", stop)  # what is said of an epoch comes before its checkpoint: the second is lost
+    monkeypatch.setattr("anybit.loops.training.tell", stop)  # what is said of an epoch comes before its checkpoint: the second is lost
     with pytest.raises(KeyboardInterrupt):
         anybit.grow(model, samples, "4bit", checkpoint=checkpoint, **how)
     monkeypatch.undo()

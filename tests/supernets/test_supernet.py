@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 from networks import Depthwise, NoBatchNorm, Residual, Signal, Tokens, make, pictures
-from test_training import run_processes
+from processes import run_processes
 
 import anybit
 from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, SchemeMismatch
 from anybit.files.cache import Entry, _written, entries
-from anybit.loops import training
 from anybit.networks.layers import codes_of, quantized_layers
-from anybit.roads import search as searches
 from anybit.roads.search import scores as searches_scores
 from anybit.scheme import Precision, Scheme
 from anybit.supernets.prepared import bn_batches, held_out_split, to_store
@@ -149,7 +147,7 @@ def test_a_continued_training_ends_with_the_same_bytes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "_save", interrupted)
+        patched.setattr("anybit.loops.training.save_checkpoint", interrupted)
         with pytest.raises(KeyboardInterrupt):
             trained(**changes, checkpoint=tmp_path / "broken")
     with pytest.raises(InvalidSetting, match=r"label_weight was 0\.5"):
@@ -168,10 +166,10 @@ def test_the_store_rounds_the_weights_once_and_keeps_the_codes_of_the_highest_bi
 
 WORKER = f"""
 import sys
-sys.path.insert(0, {str(TESTS)!r})
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "supernets")!r}]
 import torch
 torch.set_num_threads(1)
-import test_subnets as t
+import test_supernet as t
 from networks import NoBatchNorm
 supernet = t.trained(cls=NoBatchNorm, epochs=3, middle="worst", label="adaptive", augment="flip")
 assert len(t.subnets.bn_batches(t._samples()[0], t._samples()[1])[0]) == 16  # every process sees all
@@ -327,7 +325,7 @@ def test_a_search_that_was_interrupted_repeats_nothing_and_ends_the_same(stored,
             raise KeyboardInterrupt
         return scores(*given)
 
-    monkeypatch.setattr(searches, "scores", counted)
+    monkeypatch.setattr("anybit.roads.search.scores", counted)
     with pytest.raises(KeyboardInterrupt):
         anybit.search(folder, labelled(), "3bit", cache=tmp_path / "b", **how)
     again = anybit.search(folder, labelled(), "3bit", cache=tmp_path / "b", **how)
@@ -347,7 +345,7 @@ def test_a_search_estimates_batch_norm_on_as_many_inputs_as_it_is_told(stored, t
         seen.append(sum(map(len, statistics)))
         return scores(supernet, scheme, statistics, *given)
 
-    monkeypatch.setattr(searches, "scores", counted)
+    monkeypatch.setattr("anybit.roads.search.scores", counted)
     told = anybit.search(folder, labelled(), bn_images=16, **how).report
     front = len(seen) - 12
     assert told["images"]["batch_norm"] == 16 < told["images"]["batch_norm_of_the_front"]
@@ -386,7 +384,7 @@ def test_another_budget_estimates_nothing_anew(stored, tmp_path, monkeypatch):
     how = {"model": make(Residual), "evaluations": 15, "cache": tmp_path / "cache"}
     first = anybit.search(folder, labelled(), "3bit", **how)
     with monkeypatch.context() as patched:
-        patched.setattr("anybit.batchnorm.reestimate", lambda *given: pytest.fail("estimated"))
+        patched.setattr("anybit.networks.batchnorm.reestimate", lambda *given: pytest.fail("estimated"))
         second = anybit.search(folder, labelled(), "3bit", **how)
     for one, other in zip(first.supernet.known, second.supernet.known, strict=True):
         assert one.scheme == other.scheme and torch.equal(one.statistics, other.statistics) and torch.equal(one.edges, other.edges)

@@ -20,7 +20,6 @@ from anybit.networks.candidates import Candidates, apply_scheme
 from anybit.networks.cost import CostModel
 from anybit.networks.observed import ObservedNetwork
 from anybit.progress import tell
-from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import FLOAT, Precision, Scheme
 
 
@@ -105,9 +104,7 @@ class Choice:
         return cls(Scheme.parse(data["scheme"]), allocation, [{**row, "scheme": Scheme.parse(row["scheme"])} for row in data["measured"]])
 
 
-def choose_scheme(
-    network: ObservedNetwork, table: SensitivityTable, budget: Budget | None, settings: CalibrateSettings, judge: Judge
-) -> Choice:
+def choose_scheme(network: ObservedNetwork, table: SensitivityTable, budget: Budget | None, alternatives: int, judge: Judge) -> Choice:
     """Solve for `budget`, measure the best schemes and every uniform one that fits, and take the best measured.
 
     Under a limit on the loss, the best is the smallest that keeps it.
@@ -116,7 +113,7 @@ def choose_scheme(
         largest = Scheme({name: precisions[-1] for name, precisions in network.choices.items()})
         return Choice(largest, None, [measured_row(network, table, "largest", largest, judge)])
     if budget.limit("drop") is not None:
-        return _choose_by_drop(network, table, budget, settings, judge)
+        return _choose_by_drop(network, table, budget, judge)
     problem = make_problem(network.choices, table, network.costs, budget)
     loss_limit = budget.limit("loss")
     if loss_limit is not None:
@@ -124,9 +121,9 @@ def choose_scheme(
         solutions = least_costs(problem, size, loss_limit - table.floor)
     else:
         solutions = best_allocations(problem)
-    found = list(islice(solutions, settings.alternatives))
+    found = list(islice(solutions, alternatives))
     rows = [measured_row(network, table, f"allocated {index}", solution.scheme, judge) for index, solution in enumerate(found, 1)]
-    rows += uniform_rows(network, table, budget, settings, judge)
+    rows += uniform_rows(network, table, budget, judge)
     if loss_limit is None:
         best = min(rows, key=lambda row: row["measured"])
     else:  # the smallest that keeps the limit when measured; where none does, the smallest that was predicted to
@@ -140,11 +137,9 @@ def check_feasible(network: ObservedNetwork, budget: Budget) -> None:
     allocate(make_problem(network.choices, nothing_lost, network.costs, budget))
 
 
-def uniform_rows(
-    network: ObservedNetwork, table: SensitivityTable, budget: Budget, settings: CalibrateSettings, judge: Judge
-) -> list[dict[str, Any]]:
+def uniform_rows(network: ObservedNetwork, table: SensitivityTable, budget: Budget, judge: Judge) -> list[dict[str, Any]]:
     """Every uniform scheme (kept layers aside) that fits the budget, measured."""
-    schemes = {Precision(w, a): network.uniform(w, a) for w in settings.weight_bits for a in settings.activation_bits}
+    schemes = {Precision(w, a): network.uniform(w, a) for w in network.options.weight_bits for a in network.options.activation_bits}
     return [
         measured_row(network, table, f"uniform {precision}", scheme, judge)
         for precision, scheme in schemes.items()
@@ -168,7 +163,7 @@ def measured_row(network: ObservedNetwork, table: SensitivityTable, name: str, s
     return row
 
 
-def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: Budget, settings: CalibrateSettings, judge: Judge) -> Choice:
+def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: Budget, judge: Judge) -> Choice:
     """The smallest scheme whose metric (or top-1) on the held-out inputs is within the allowed drop: bisection on mean weight bits."""
     if judge.labels is None or judge.counted is None:
         raise InvalidSetting(
@@ -179,7 +174,7 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
     rows: list[dict[str, Any]] = []
     passed: tuple[Scheme, Allocation] | None = None
     largest = Scheme({name: options[-1] for name, options in network.choices.items()})
-    low, high = float(min(settings.weight_bits)), network.costs.weight_bits(largest)
+    low, high = float(min(network.options.weight_bits)), network.costs.weight_bits(largest)
     for attempt in range(8):
         # The easiest scheme first: where that one fails, no smaller one is worth a look.
         bits = high if attempt == 0 else (low + high) / 2

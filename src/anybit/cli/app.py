@@ -364,7 +364,7 @@ def calibrate(
 
 
 def _print_results(folders: list[Path], as_json: bool, quiet: bool) -> None:
-    from anybit.report.terminal import print_frontier, print_report, result_line
+    from anybit.reports.terminal import print_frontier, print_report, result_line
     from anybit.runs.report import read_report
 
     reports = [read_report(folder) for folder in folders]
@@ -633,7 +633,7 @@ def train(
         report = supernet.report
         print(json.dumps({"folder": str(folder), **{key: report[key] for key in ("subnets", "test", "float_test") if key in report}}))
     else:
-        from anybit.report.terminal import print_supernet
+        from anybit.reports.terminal import print_supernet
 
         if not quiet:
             print_supernet(supernet.report)
@@ -703,7 +703,7 @@ def search(
         told = {key: found.report[key] for key in ("budgets", "hypervolume", "rank_correlation", "recalled")}
         print(json.dumps({"folder": str(folder), **told}))
     else:
-        from anybit.report.terminal import print_search
+        from anybit.reports.terminal import print_search
 
         print_search(found.report, front=not quiet)
         print(f"{folder}: {len(found.report['front'])} schemes on the front of {len(found.report['evaluated'])} evaluated")
@@ -790,7 +790,7 @@ def evaluate(
     if as_json:
         print(json.dumps(scores))
     else:
-        from anybit.report.terminal import scores_line
+        from anybit.reports.terminal import scores_line
 
         print(scores_line(scores))
 
@@ -803,7 +803,7 @@ def report(
 ) -> None:
     """Several runs side by side on one page that asks nothing of the network."""
     with _reported_errors():
-        from anybit.report.page import report
+        from anybit.reports.page import report
 
         print(report(*runs, output=output, overwrite=overwrite))
 
@@ -835,22 +835,22 @@ def export(
         if onnx is not None and pack_embeddings:
             raise InvalidSetting("--pack-embeddings belongs to --compressed-tensors; an ONNX file packs them always.")
         if compressed_tensors is not None:
-            from anybit.export.compressed_tensors import export_folder
+            from anybit.exports.compressed_tensors import export_folder
 
             found = export_folder(run, compressed_tensors, model=model, embeddings=pack_embeddings, overwrite=overwrite)
         else:
-            from anybit.export.verbs import export
+            from anybit.exports.verbs import export
 
             found = export(run, onnx, model=model, data=data, tables=tables, weight_only=weight_only, overwrite=overwrite)
     if as_json:
         print(json.dumps(found))
         return
     if compressed_tensors is not None:
-        from anybit.report.terminal import print_folder
+        from anybit.reports.terminal import print_folder
 
         print_folder(found, details=not quiet)
         return
-    from anybit.report.words import human_bytes
+    from anybit.reports.words import human_bytes
 
     over = 100 * (found["bytes"] / found["ideal_bytes"] - 1) if found["ideal_bytes"] else 0
     print(f"{onnx}: {human_bytes(found['bytes'])}, {over:.1f} % above the {human_bytes(found['ideal_bytes'])} of its weights' bits")
@@ -882,21 +882,21 @@ def verify(
         _set_threads(threads)
         how = {"model": model, "data": data, "samples": samples, "metric": _metric(metric), "workers": workers}
         if exported.is_dir():
-            from anybit.export.compressed_tensors import verify_folder
+            from anybit.exports.compressed_tensors import verify_folder
 
             found = verify_folder(run, exported, **how)
         else:
-            from anybit.export.verbs import verify
+            from anybit.exports.verbs import verify
 
             found = verify(run, exported, **how)
     if as_json:
         print(json.dumps(found))
     elif exported.is_dir():
-        from anybit.report.terminal import print_folder_verdict
+        from anybit.reports.terminal import print_folder_verdict
 
         print_folder_verdict(found, numbers=not quiet)
     else:
-        from anybit.report.terminal import print_verdict
+        from anybit.reports.terminal import print_verdict
 
         print_verdict(found, numbers=not quiet)
     raise typer.Exit(0 if found["ok"] else 1)
@@ -917,13 +917,13 @@ def bench(
 ) -> None:
     """Size of the exported file against its bits, and latency against the same runtime's float32 file, in turns."""
     with work():
-        from anybit.export.verbs import bench
+        from anybit.exports.verbs import bench
 
         found = bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads)
     if as_json:
         print(json.dumps(found))
     else:
-        from anybit.report.terminal import print_bench
+        from anybit.reports.terminal import print_bench
 
         print_bench(found)
 
@@ -951,7 +951,7 @@ def profile(
 ) -> None:
     """How long each layer takes in float and on integers on this machine: the table behind --budget latency=3ms."""
     with work():
-        from anybit.export.verbs import profile
+        from anybit.exports.verbs import profile
 
         given = _preprocessing(mean, std, size, resize, interpolation, columns, length, stride)
         found = profile(
@@ -966,7 +966,7 @@ def profile(
     if as_json:
         print(json.dumps(found))
     else:
-        from anybit.report.terminal import print_profile
+        from anybit.reports.terminal import print_profile
 
         print_profile(found, layers=not quiet)
 
@@ -1005,7 +1005,7 @@ def inspect(
     if as_json:
         print(json.dumps(found))
     else:
-        from anybit.report.terminal import print_inspection
+        from anybit.reports.terminal import print_inspection
 
         print_inspection(found, layers=not quiet)
 
@@ -1018,13 +1018,13 @@ def diff(
 ) -> None:
     """What differs between two runs: settings, versions, references, bits, size, errors, accuracy, and whether the weights are the same."""
     with _reported_errors():
-        from anybit.report.comparison import diff
+        from anybit.reports.comparison import diff
 
         found = diff(run, run2)
     if as_json:
         print(json.dumps(found))
     else:
-        from anybit.report.terminal import print_difference
+        from anybit.reports.terminal import print_difference
 
         print_difference(found)
 
@@ -1037,13 +1037,13 @@ def explain(
 ) -> None:
     """Why a layer has its bits: what each precision would lose and cost, the shadow price, one step more or less, reconstruction errors."""
     with _reported_errors():
-        from anybit.report.explanation import explain
+        from anybit.reports.explanation import explain
 
         found = explain(run, layer)
     if as_json:
         print(json.dumps(found))
     else:
-        from anybit.report.terminal import print_explanation
+        from anybit.reports.terminal import print_explanation
 
         print_explanation(found)
 
@@ -1069,7 +1069,7 @@ def cache(
     if as_json:
         print(json.dumps(found))
     else:
-        from anybit.report.terminal import print_cache
+        from anybit.reports.terminal import print_cache
 
         print_cache(found)
 

@@ -248,7 +248,7 @@ def genetic(
     return [scheme for scheme in ranked if cost(scheme) <= target]
 
 
-def search(
+def search_subnets(
     choices: Choices, costs: CostModel, evaluate: Callable[[Scheme], float], settings: SearchSettings, always: Sequence[Scheme] = ()
 ) -> Found:
     """Spend `settings.evaluations` calls of `evaluate` (a scheme's score, higher is better) on schemes along the whole range of costs.

@@ -135,6 +135,12 @@ def flip_negative(model: nn.Module, pairs: Mapping[str, str]) -> None:
                 tensor.mul_(sign)
 
 
+def folded_gammas(model: nn.Module, pairs: Mapping[str, str]) -> list[nn.Parameter]:
+    """The gammas that will be folded into scales, and so must stay above zero: of every bit-width, where each has its own batch norm."""
+    norms = [module for name in pairs.values() for module in model.get_submodule(name).modules() if isinstance(module, BATCH_NORMS)]
+    return [norm.weight for norm in norms if norm.weight is not None]
+
+
 @torch.no_grad()
 def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[nn.Module] | None = None) -> None:
     """Put the running statistics of every batch norm (or of `norms`) to those of `batches`, in place; all else runs in evaluation mode."""

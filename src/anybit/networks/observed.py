@@ -13,11 +13,10 @@ from anybit.networks.capture import input_samples
 from anybit.networks.cost import CostModel
 from anybit.networks.layers import check_float32, check_plain_use, coverage, prepare, quantized_layers
 from anybit.networks.matmul import Matmul
-from anybit.networks.options import group_sizes, layer_choices
+from anybit.networks.options import LayerOptions, group_sizes, layer_choices
 from anybit.networks.refusals import check_differentiable, check_network, check_outputs, moving_state
 from anybit.networks.states import check_finite_weights, restore, state_of
 from anybit.networks.wiring import Unit, Wiring, observe
-from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import FLOAT, Precision, Scheme, match_patterns
 
 
@@ -36,6 +35,7 @@ class ObservedNetwork:
     uncovered: Mapping[str, str]
     units: Sequence[Unit]
     costs: CostModel
+    options: LayerOptions
     moving: Mapping[str, Tensor | None] = field(default_factory=dict)
 
     @property
@@ -54,19 +54,21 @@ class ObservedNetwork:
         return Scheme({n: next((p for p in wanted if p in options), options[0]) for n, options in self.choices.items()})
 
 
-def observe_network(model: nn.Module, example: Batch, settings: CalibrateSettings) -> ObservedNetwork:
+def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> ObservedNetwork:
     """Observe, check, fold and prepare copies of `model`; `example` is a small batch of inputs."""
     check_network(model)
     check_finite_weights(model)
-    check_float32(model, not_kept_float(coverage(model)[0], settings))  # before a type that differs makes the network refuse its input
+    covered, _ = coverage(model)
+    check_float32(
+        model, [name for name in covered if name not in options.kept_float(covered)]
+    )  # before a type that differs makes the network refuse its input
     given = state_of(model)
     wiring = observe(model, example)
     names, uncovered = coverage(model, wiring)
     if not names:
         others = "".join(f" {name or 'The network itself'}: {why}." for name, why in uncovered.items())
         raise UnsupportedModel(f"The model has no layer to quantize: no convolution, linear or embedding ran on the data.{others}")
-    kept = match_patterns(settings.keep, names)
-    kept_float = [name for name, precision in kept.items() if precision.weight_bits is None]
+    kept, kept_float = match_patterns(options.keep, names), options.kept_float(names)
     check_plain_use(wiring, [name for name in names if name not in kept_float])
     moving = moving_state(model, example, given)
     check_outputs(model, example)
@@ -74,21 +76,16 @@ def observe_network(model: nn.Module, example: Batch, settings: CalibrateSetting
     wiring = observe(folded, example)
     for network in (model, folded):
         restore(network, moving)
-    prepared = prepare(folded, names, kept_float, group_sizes(folded, [name for name in names if name not in norms], settings))
+    prepared = prepare(folded, names, kept_float, group_sizes(folded, [name for name in names if name not in norms], options.group))
     layers = quantized_layers(prepared)
-    choices = {name: layer_choices(layers[name], kept.get(name), settings) for name in names}
-    blocks = wiring.blocks(list(settings.blocks) if settings.blocks is not None else None) if settings.unit == "block" else []
+    choices = {name: layer_choices(layers[name], kept.get(name), options) for name in names}
+    blocks = wiring.blocks(list(options.blocks) if options.blocks is not None else None) if options.unit == "block" else []
     fitted = {name for name in names if is_reconstructed(layers[name]) and any(p.weight_bits for p in choices[name])}
     units = [unit for unit in wiring.units(names, blocks) if fitted & set(unit.layers)]
     costs = CostModel.of(prepared, names, wiring, len(wiring.edges()), model)
-    if settings.does("bias_tuning"):
+    if options.gradients:
         check_differentiable(prepared, [unit.name for unit in units if unit.name not in names], example)
-    return ObservedNetwork(model, folded, prepared, wiring, norms, promised, choices, uncovered, units, costs, moving)
-
-
-def not_kept_float(names: Sequence[str], settings: CalibrateSettings) -> list[str]:
-    kept = match_patterns(settings.keep, names)
-    return [name for name in names if name not in kept or kept[name].weight_bits is not None]
+    return ObservedNetwork(model, folded, prepared, wiring, norms, promised, choices, uncovered, units, costs, options, moving)
 
 
 def is_reconstructed(layer: nn.Module) -> bool:
@@ -97,20 +94,19 @@ def is_reconstructed(layer: nn.Module) -> bool:
     return not isinstance(layer, (nn.Embedding, Matmul))
 
 
-def unobserved_network(model: nn.Module, settings: CalibrateSettings) -> ObservedNetwork:
+def unobserved_network(model: nn.Module, options: LayerOptions) -> ObservedNetwork:
     """What can be said of `model` before any input is seen: nothing folded, no units, no shapes."""
     check_network(model)
     check_finite_weights(model)
     names, uncovered = coverage(model)
     if not names:
         raise UnsupportedModel("The model has no layer to quantize: no convolution, linear or embedding.")
-    kept = match_patterns(settings.keep, names)
-    kept_float = [name for name, precision in kept.items() if precision.weight_bits is None]
-    prepared = prepare(model, names, kept_float, group_sizes(model, names, settings))
+    kept, kept_float = match_patterns(options.keep, names), options.kept_float(names)
+    prepared = prepare(model, names, kept_float, group_sizes(model, names, options.group))
     layers = quantized_layers(prepared)
-    choices = {name: layer_choices(layers[name], kept.get(name), settings) for name in names}
+    choices = {name: layer_choices(layers[name], kept.get(name), options) for name in names}
     costs = CostModel.of(prepared, names, None, 0, model)
-    return ObservedNetwork(model, model, prepared, Wiring((), {}, {}, (), (), 0), {}, {}, choices, uncovered, [], costs)
+    return ObservedNetwork(model, model, prepared, Wiring((), {}, {}, (), (), 0), {}, {}, choices, uncovered, [], costs, options)
 
 
 def check_kinds(scheme: Scheme, network: ObservedNetwork) -> None:

@@ -72,7 +72,9 @@ def allocate(
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
         if settings.mirror:
             calibration = mirrored(calibration)
-        network = with_latencies(observe_network(float_model, example_of(calibration), settings), [Budget.parse(budget)])
+        network = with_latencies(
+            observe_network(float_model, example_of(calibration), replace(settings.options, gradients=False)), [Budget.parse(budget)]
+        )
         check_memory(network, calibration, replace(settings, sequential=False, parallel=False, bias_tuning=False))
         found = {name: (size.rows, size.columns) for name, size in network.costs.layers.items()}
         if found != shapes:

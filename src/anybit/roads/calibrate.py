@@ -118,7 +118,7 @@ def prepare_bench(
         check_finite(calibration.fitting + calibration.held_out)
         if settings.mirror:
             calibration = mirrored(calibration)
-        network = with_latencies(observe_network(model, example_of(calibration), settings), budgets)
+        network = with_latencies(observe_network(model, example_of(calibration), settings.options), budgets)
         check_memory(network, calibration, settings)
         for budget in budgets:
             check_feasible(network, budget)

@@ -81,7 +81,7 @@ def polished(
         calibration = mirrored(calibration)
     example = calibration.fitting[0].head(2)
     fixed = replace(settings, keep={glob.escape(name): precision for name, precision in scheme.items()})
-    network = observe_network(supernet.as_float(bn), example, fixed)
+    network = observe_network(supernet.as_float(bn), example, fixed.options)
     check_memory(network, calibration, settings)
     own = candidates_of(canonical)
     with torch.no_grad():

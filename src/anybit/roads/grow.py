@@ -30,13 +30,14 @@ from anybit.networks.capture import input_samples
 from anybit.networks.edges import observe_edge_ranges
 from anybit.networks.layers import prepare, quantized_layers
 from anybit.networks.observed import ObservedNetwork, check_kinds, observe_network
+from anybit.networks.options import LayerOptions
 from anybit.networks.refusals import once_a_batch
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
 from anybit.progress import tell
 from anybit.roads.inputs import training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import Result, layer_costs, test_scores
-from anybit.roads.settings import CalibrateSettings, GrowSettings
+from anybit.roads.settings import GrowSettings
 from anybit.runs.scheme_file import read_scheme
 from anybit.scheme import Precision, Scheme, match_patterns
 from anybit.sources.preprocessing import Preprocessing
@@ -80,7 +81,7 @@ def observe_trainable(model: nn.Module, example: Batch, settings: GrowSettings, 
     widths = tuple(range(2, settings.csq.planes + 2))
     fixed = {} if scheme is None else {glob.escape(name): p for name, p in scheme.items() if p.weight_bits is None}
     keep = settings.keep if scheme is None else fixed
-    network = observe_network(model, example, CalibrateSettings(widths, (settings.activation_bits,), keep))
+    network = observe_network(model, example, LayerOptions(widths, (settings.activation_bits,), keep, gradients=True))
     if scheme is not None:
         scheme.check_names(network.names)
         Scheme(dict.fromkeys(network.names, Precision())).check_names(scheme)
@@ -120,12 +121,6 @@ def make_trainee(network: ObservedNetwork, plain: Sequence[Batch], budget: Budge
     if fixed:
         return LSQ(model, Scheme({name: options[0] for name, options in network.choices.items()}), network.costs, settings.lsq)
     return CSQ(model, network.choices, network.costs, budget, settings.csq)
-
-
-def folded_gammas(model: nn.Module, network: ObservedNetwork) -> list[nn.Parameter]:
-    """The gammas that will be folded into scales, and so must stay above zero."""
-    norms = [model.get_submodule(norm) for norm in network.norms.values()]
-    return [norm.weight for norm in norms if norm.weight is not None]
 
 
 def frozen(trainee: Trainee, network: ObservedNetwork, plain: Sequence[Batch]) -> Canonical:
@@ -211,7 +206,7 @@ def grow(
             wanted.train,
             task,
             float_model if wanted.train.distill else None,
-            folded_gammas(trainee.model, network),
+            batchnorm.folded_gammas(trainee.model, network.norms),
             None if checkpoint is None else Path(checkpoint),
             training_identity(
                 float_model, samples, plain[0], {"budget": str(budget), "scheme": scheme and str(scheme), **wanted.to_json()}

@@ -13,12 +13,12 @@ from anybit.loops.processes import join_processes
 from anybit.networks.refusals import check_network, copied
 from anybit.networks.wiring import observe
 from anybit.roads.settings import CalibrateSettings
+from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
 from anybit.sources.inputs import samples_from
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing
-from anybit.supernets.supernet import JSON as SUPERNET_JSON
 from anybit.supernets.supernet import Supernet
 
 

@@ -1,5 +1,6 @@
 """Inspect a network: its layers, what is covered, and what each bit-width would cost."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,7 @@ def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, An
     `data` needs one input. Without it, what only a forward pass shows is None (shapes of inputs and outputs, MACs, BOPs, folds, blocks),
     a layer that never runs is taken for covered, and the sizes are those with every batch norm unfolded.
     """
-    wanted, model = CalibrateSettings(**settings), adapted_network(model)
+    wanted, model = replace(CalibrateSettings(**settings).options, gradients=False), adapted_network(model)
     check_network(model)
     network = unobserved_network(model, wanted) if data is None else observe_network(*_observable(model, data), wanted)
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}

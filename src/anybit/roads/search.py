@@ -18,16 +18,16 @@ from anybit.environment import environment
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
 from anybit.files.cache import Cache, Entry
 from anybit.files.strict import in_words, sealed, sha256_of, validated, write_json
-from anybit.methods.subnet_search import Evaluated, Found, SearchSettings, hypervolume, pareto_front, search, total_cost
+from anybit.methods.subnet_search import Evaluated, Found, SearchSettings, hypervolume, pareto_front, search_subnets, total_cost
 from anybit.networks.edges import observe_edge_ranges
 from anybit.networks.wiring import observe
 from anybit.progress import tell, track
-from anybit.report.page import run_page
+from anybit.reports.page import run_page
 from anybit.roads.inputs import on_device, supernet_data
 from anybit.roads.keys import key_of_supernet, open_cache
 from anybit.roads.latencies import supernet_with_latencies
 from anybit.runs.folder import new_folder
-from anybit.runs.names import SEARCH, SUPERNET
+from anybit.runs.names import SEARCH, SUPERNET, SUPERNET_JSON
 from anybit.runs.records import EvaluatedRecord
 from anybit.runs.report import read_search, write_report
 from anybit.runs.trusted import trust
@@ -35,7 +35,7 @@ from anybit.scheme import Scheme, check_whole
 from anybit.supernets.folder import load_supernet
 from anybit.supernets.prepared import bn_batches, held_out_split
 from anybit.supernets.statistics import KnownSubnet
-from anybit.supernets.supernet import JSON, Supernet, scores, uniform_schemes, write_supernet
+from anybit.supernets.supernet import Supernet, scores, uniform_schemes, write_supernet
 
 TIE = 1e-3
 """Points of top-1 that one nat is worth."""
@@ -102,7 +102,7 @@ class Search:
             write_json(draft / SEARCH, sealed({**self.report, "sha256": sha256_of(draft / SUPERNET)}))
             (draft / "report.html").write_text(run_page(self.supernet.report | {"search": self.report}), encoding="utf8")
             write_report(draft, self.supernet.report | {"search": {k: v for k, v in self.report.items() if k != "evaluated"}})
-        trust(Path(folder), JSON)
+        trust(Path(folder), SUPERNET_JSON)
         return Path(folder)
 
 
@@ -158,7 +158,7 @@ def run_search(
         supernet,
         settings,
         images,
-        lambda: search(supernet.choices, supernet.costs, evaluate, settings, uniform_ones),
+        lambda: search_subnets(supernet.choices, supernet.costs, evaluate, settings, uniform_ones),
     )
     next(progress, None)
     front = pareto_front(found.evaluated)

@@ -9,8 +9,9 @@ from anybit.errors import InvalidSetting
 from anybit.loops.trainee import TrainSettings
 from anybit.methods.csq import CSQSettings
 from anybit.methods.lsq import LSQSettings
+from anybit.networks.options import LayerOptions
 from anybit.numerics.ranges import ESTIMATORS
-from anybit.scheme import FLOAT, Precision, check_bits
+from anybit.scheme import FLOAT, Precision, check_bits, parsed_keep
 
 PIPELINES = ("advanced", "light")
 
@@ -76,8 +77,7 @@ class CalibrateSettings:
     task: str | None = None
 
     def __post_init__(self):
-        parsed = {pattern: Precision.parse(p) if isinstance(p, str) else p for pattern, p in self.keep.items()}
-        object.__setattr__(self, "keep", parsed)
+        object.__setattr__(self, "keep", parsed_keep(self.keep))
         if isinstance(self.sensitivity_base, str):
             object.__setattr__(self, "sensitivity_base", Precision.parse(self.sensitivity_base))
         for name in ("weight_bits", "activation_bits"):
@@ -116,6 +116,12 @@ class CalibrateSettings:
             raise InvalidSetting(f"group {self.group} must be at least 2 weights: 128, 64 and 32 are usual.")
         if self.bn_prior >= 1:
             raise InvalidSetting(f"bn_prior {self.bn_prior} must be below 1.")
+
+    @property
+    def options(self) -> LayerOptions:
+        """What observing the network needs of these settings."""
+        gradients = self.does("bias_tuning")
+        return LayerOptions(self.weight_bits, self.activation_bits, self.keep, self.group, self.unit, self.blocks, gradients)
 
     def does(self, step: str) -> bool:
         """Whether `step` runs: its switch, or what the pipeline has."""

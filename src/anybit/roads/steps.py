@@ -164,7 +164,9 @@ def chosen_scheme(bench: "CalibrationState", budget: Budget | None) -> Choice:
                 raise InvalidFile("its layers are not the network's")
         return choice
 
-    return recall.value("allocation", lambda: choose_scheme(network, bench.table, budget, bench.settings, judge).to_json(), read)
+    return recall.value(
+        "allocation", lambda: choose_scheme(network, bench.table, budget, bench.settings.alternatives, judge).to_json(), read
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from anybit.environment import StageClock, environment
 from anybit.errors import InvalidInput
 from anybit.loops.processes import share_state
 from anybit.loops.training import train_epochs
+from anybit.networks import batchnorm
 from anybit.networks.edges import observe_edge_ranges
 from anybit.progress import tell
 from anybit.roads.grow import plain_batches, watched_batches
@@ -20,7 +21,7 @@ from anybit.roads.inputs import on_device, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import test_scores
 from anybit.sources.preprocessing import Preprocessing
-from anybit.supernets.prepared import bn_batches, folded_gammas, held_out_split, make_multiquant, observe_supernet, to_store
+from anybit.supernets.prepared import bn_batches, held_out_split, make_multiquant, observe_supernet, to_store
 from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.supernet import Supernet, uniform_schemes, width_scores
 
@@ -78,7 +79,7 @@ def train(
             wanted.train,
             task,
             float_model if wanted.train.distill else None,
-            folded_gammas(method, network.norms),
+            batchnorm.folded_gammas(method.model, network.norms),
             None if checkpoint is None else Path(checkpoint),
             training_identity(float_model, samples, plain[0], wanted.to_json()),
             None if tests is None else lambda: {"widths": width_scores(supernet, bn, watched, metric)},

@@ -1,28 +1,23 @@
-"""Names of the files in a run folder."""
+"""Names of the files in a run folder, in a supernet's, and in a training that was interrupted."""
 
-from anybit.runs.names import SUPERNET as SUPERNET
-
+SCHEME = "scheme.json"
 MODEL = "model.safetensors"
-
-
 REPORT = "report.json"
 SEARCH = "search.json"
-
-
+SUPERNET = "supernet.safetensors"
+SUPERNET_JSON = "supernet.json"
 CHECKPOINT = "checkpoint.safetensors"
+DRAFT_OF_CHECKPOINT = f".{CHECKPOINT}.tmp"
 RUN_FILES = {
-    "scheme.json",
-    "model.safetensors",
+    SCHEME,
+    MODEL,
     REPORT,
+    SEARCH,
+    SUPERNET,
+    SUPERNET_JSON,
+    CHECKPOINT,
+    DRAFT_OF_CHECKPOINT,
     "candidates.safetensors",
     "candidates.json",
     "report.html",
-    SUPERNET,
-    "supernet.json",
-    SEARCH,
-    CHECKPOINT,
-    f".{CHECKPOINT}.tmp",
 }
-
-SUPERNET = "supernet.safetensors"
-SUPERNET_JSON = "supernet.json"

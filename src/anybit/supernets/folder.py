@@ -25,11 +25,10 @@ from anybit.runs.trusted import is_trusted
 from anybit.scheme import Scheme, check_names, check_whole
 from anybit.sources.callables import absolute
 from anybit.sources.preprocessing import Preprocessing
-from anybit.supernets.prepared import fill_slots, folded_gammas, prepared_multiquant, uniform
+from anybit.supernets.prepared import fill_slots, prepared_multiquant, uniform
 from anybit.supernets.settings import settings_from_json
 from anybit.supernets.statistics import KnownSubnet, statistics_of
 from anybit.supernets.store import LayerTensors, StoredLayer, SupernetFile, check_parts, layer_specs, read_store, split_tensors
-from anybit.supernets.supernet import JSON as SUPERNET_JSON
 from anybit.supernets.supernet import Supernet
 
 
@@ -89,7 +88,7 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     ends = tensors.get("edges", torch.zeros(0)).view(len(file.subnets), len(file.edges), 2)
     known = [KnownSubnet(Scheme.parse(scheme), row, end) for scheme, row, end in zip(file.subnets, rows, ends, strict=True)]
     check_state(model, folder / SUPERNET)
-    if not all((gamma > 0).all() for gamma in folded_gammas(method, file.folded)):
+    if not all((gamma > 0).all() for gamma in batchnorm.folded_gammas(method.model, file.folded)):
         raise InvalidFile(f"{folder / SUPERNET}: a batch norm that folds has a factor of zero or below. Restore it or train again.")
     folded, _ = batchnorm.fold(float_model, file.folded)
     costs = CostModel.of(prepare(folded, list(layers), kept_float), list(layers), None, len(file.edges), float_model)

@@ -10,17 +10,17 @@ from anybit.data.batches import Batch
 from anybit.data.samples import Samples, draw
 from anybit.errors import InvalidInput, InvalidSetting, SchemeMismatch
 from anybit.loops.training import epoch_batches
-from anybit.methods.multiquant import MultiQuant, MultiQuantSettings, SwitchableInput, SwitchableNorm, SwitchableWeight
+from anybit.methods.multiquant import MultiQuant, MultiQuantSettings, SwitchableInput, SwitchableWeight
 from anybit.networks import batchnorm
 from anybit.networks.candidates import activation_candidate, check_finite_samples
 from anybit.networks.capture import input_samples
 from anybit.networks.cost import CostModel
 from anybit.networks.layers import float_weight, from_rows, prepare, quantized_layers, weight_rows
 from anybit.networks.observed import ObservedNetwork, observe_network
+from anybit.networks.options import LayerOptions
 from anybit.networks.refusals import once_a_batch
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.numerics.ranges import weight_scale
-from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import FLOAT, MAX_BITS, Precision, Scheme
 from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.store import STORE_BITS
@@ -46,7 +46,7 @@ def observe_supernet(model: nn.Module, example: Batch, settings: SupernetSetting
     pruned = next((pattern for pattern, precision in settings.keep.items() if precision.weight_bits == 0), None)
     if pruned is not None:
         raise InvalidSetting(f"--keep {pruned}=W0: a supernet prunes no layer. Keep it at 2 to 8 bits, or float.")
-    return observe_network(model, example, CalibrateSettings(settings.bits, settings.bits, settings.keep))
+    return observe_network(model, example, LayerOptions(settings.bits, settings.bits, settings.keep, gradients=True))
 
 
 def make_multiquant(network: ObservedNetwork, plain: Sequence[Batch], settings: SupernetSettings, classes: int | None) -> MultiQuant:
@@ -100,15 +100,6 @@ def uniform(choices: Mapping[str, Sequence[Precision]], bits: int) -> Scheme:
             raise SchemeMismatch(f"{name} was not trained at {bits} bits. Choose from {there}, or train again with those --bits.")
         chosen[name] = (wanted or list(options))[0]
     return Scheme(chosen)
-
-
-def folded_gammas(method: MultiQuant, norms: Mapping[str, str]) -> list[nn.Parameter]:
-    """The gammas that will be folded into scales, and so must stay above zero: of every bit-width, where each has its own."""
-    found = []
-    for name in norms.values():
-        module = method.model.get_submodule(name)
-        found += [norm.weight for norm in (module.norms if isinstance(module, SwitchableNorm) else [module]) if norm.weight is not None]
-    return found
 
 
 def bit_distance(one: Scheme, other: Scheme, costs: CostModel) -> float:

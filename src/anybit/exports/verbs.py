@@ -16,6 +16,7 @@ from anybit.data.tasks import Metric, beside, outputs_of
 from anybit.environment import environment
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.networks.observed import observe_network
+from anybit.networks.options import LayerOptions
 from anybit.onnx.file import FUNCTIONS, LINEARS, PROBE, exported, ideal_bytes, load, measured_in, outputs, save, session
 from anybit.onnx.floats import input_tensors, probe_of
 from anybit.onnx.latency import load_table, measure_latency
@@ -23,9 +24,8 @@ from anybit.onnx.latency import save_table as keep_table
 from anybit.onnx.timing import faster, in_turns, openvino_runner
 from anybit.onnx.verification import RUN, flipped_codes, verify_file
 from anybit.progress import tell
-from anybit.roads.settings import CalibrateSettings
 from anybit.runs.opened import first_of, inputs_for, opened
-from anybit.scheme import Precision
+from anybit.scheme import Precision, parsed_keep
 from anybit.sources.inputs import as_samples, load_data
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing
@@ -175,7 +175,7 @@ def profile(
     given = with_model_defaults(preprocessing, network)
     samples = load_data(data, given, workers, network) if isinstance(data, str) else as_samples(data, workers, network)
     batch = _first(samples, PROBE)
-    ready = observe_network(network.eval(), batch, CalibrateSettings((8,), (8, None), keep=dict(keep or {})))
+    ready = observe_network(network.eval(), batch, LayerOptions((8,), (8, None), parsed_keep(keep or {})))
     found = None if overwrite else load_table(ready)
     if found is None:
         table, about = measure_latency(ready, batch, rounds)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from anybit.environment import StageClock, environment, peak_memory
 from anybit.errors import printable
-from anybit.report.terminal import print_explanation, print_inspection, print_table, result_line
-from anybit.report.words import human_bytes, human_count
+from anybit.reports.terminal import print_explanation, print_inspection, print_table, result_line
+from anybit.reports.words import human_bytes, human_count
 
 few = settings(max_examples=200, deadline=None)
 FACTORS = {"": 1, "B": 1, "k": 1e3, "kB": 1e3, "M": 1e6, "MB": 1e6, "G": 1e9, "GB": 1e9, "T": 1e12}

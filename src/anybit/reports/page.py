@@ -10,8 +10,8 @@ from typing import Any
 
 from anybit.errors import InvalidSetting
 from anybit.files.whole import whole_file
-from anybit.report import markup
-from anybit.report.figures import (
+from anybit.reports import markup
+from anybit.reports.figures import (
     accuracy_over_size,
     bits_along_network,
     bits_over_epochs,
@@ -25,7 +25,7 @@ from anybit.report.figures import (
     tested_points,
     tests_side_by_side,
 )
-from anybit.report.words import human_bytes, human_count
+from anybit.reports.words import human_bytes, human_count
 from anybit.runs.folder import runs_in
 from anybit.runs.records import Amounts, Record, Table, counted, record_of
 from anybit.runs.report import read_record

@@ -7,20 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import anybit_cli
 from hypothesis import given
 from hypothesis import strategies as st
 from language import folder, make, sentences, write_tsv
 from networks import Residual
 from safetensors.torch import load_file, save_file
-from test_cli import anybit_cli
 
 import anybit
 from anybit.data.tasks import outputs_of
 from anybit.errors import AnybitError, InvalidFile, InvalidSetting, UnsupportedModel
-from anybit.export.compressed_tensors import CONFIG, _made, _write, export_folder, pack_words, packed, verify_folder
+from anybit.exports.compressed_tensors import CONFIG, _made, _write, export_folder, pack_words, packed, verify_folder
 from anybit.networks.layers import Pruned, codes_of, fill, quantized_layers
 from anybit.runs.opened import opened
-from anybit.sources.huggingface import models as huggingface
 from anybit.sources.huggingface.folder import loaded_folder, own_network
 from anybit.sources.inputs import load_data
 from anybit.sources.models import load_model
@@ -290,7 +289,7 @@ def test_what_cannot_be_loaded_here_is_skipped_by_name(bert, monkeypatch):
         raise ImportError("a package is missing")
 
     run, model, data, out = bert
-    monkeypatch.setattr(huggingface, "loaded_folder", lacking)
+    monkeypatch.setattr("anybit.sources.huggingface.folder.loaded_folder", lacking)
     found = verify_folder(run, out, model=model, data=data)
     assert found["ok"] and "a package is missing" in found["skipped"]["outputs"] and "simulation" not in found
 

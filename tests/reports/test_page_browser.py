@@ -5,9 +5,9 @@ import shutil
 from itertools import pairwise
 
 import pytest
-from test_pages import HOSTILE, Reader, renamed
+from test_page import HOSTILE, Reader, renamed
 
-from anybit.report.page import frontier_data, run_page, runs_page
+from anybit.reports.page import frontier_data, run_page, runs_page
 from anybit.runs.records import record_of
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")

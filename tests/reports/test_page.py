@@ -17,8 +17,8 @@ import anybit
 from anybit.allocation.program import HEADER_SLACK
 from anybit.errors import InvalidFile, InvalidSetting
 from anybit.files.strict import write_json
-from anybit.report.figures import loss_over_size, losses_side_by_side, tests_side_by_side
-from anybit.report.page import frontier_data, run_page, runs_page
+from anybit.reports.figures import loss_over_size, losses_side_by_side, tests_side_by_side
+from anybit.reports.page import frontier_data, run_page, runs_page
 from anybit.roads.result import save_all
 from anybit.runs.records import record_of
 from anybit.runs.report import write_report

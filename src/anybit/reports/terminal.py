@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from anybit.errors import printable, some
-from anybit.report.words import human_bytes, human_count
+from anybit.reports.words import human_bytes, human_count
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
