@@ -56,8 +56,9 @@ from anybit.networks.candidates import apply_scheme
 from anybit.networks.latency import LatencyTable, OperationFlow
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.networks.states import put_back, snapshot
+from anybit.onnx import latency
 from anybit.onnx.file import load as load_graph
-from anybit.onnx.latency import _table_file, load_table, save_table
+from anybit.onnx.latency import load_table, save_table
 from anybit.onnx.verification import _contents, _told
 from anybit.reports.terminal import print_frontier, print_report
 from anybit.roads.allocate import _settings_from, _table_from, check_saved
@@ -274,13 +275,13 @@ def observed() -> ObservedNetwork:
 
 def read_latency(folder: Path) -> Any:
     place, network = folder / "latency.json", observed()
-    real = _table_file
-    _table_file = lambda network, threads: place.with_stem("of 0")
+    real = latency._table_file
+    latency._table_file = lambda network, threads: place.with_stem("of 0")
     try:
         place.rename(place.with_stem("of 0"))
         found = load_table(network)
     finally:
-        _table_file = real
+        latency._table_file = real
     table, about = found
     if not 0 <= table.total(Scheme.uniform(network.names, "W8A8")) < float("inf"):
         raise Unsound("a latency that is no number")
@@ -432,11 +433,11 @@ def write_all(home: Path, seed: int, width: int = 4) -> None:
     names = observed().names
     steps = [OperationFlow(name, (number,), (number + 1,), 100) for number, name in enumerate(names)]
     table = LatencyTable({n: {"float32": 3e-4, "int8": 1e-4} for n in names}, {"float32": 5e-4, "int8": 6e-4}, 1e-8, steps)
-    real, _table_file = _table_file, lambda network, threads: home / "latency cache" / f"of {seed}.json"
+    real, latency._table_file = latency._table_file, lambda network, threads: home / "latency cache" / f"of {seed}.json"
     try:
         save_table(observed(), table, {"rounds": seed}).rename(home / "latency cache" / "latency.json")
     finally:
-        _table_file = real
+        latency._table_file = real
     write_training(home / "training checkpoint", seed, network)
 
 

@@ -150,8 +150,8 @@ def cost(arguments: argparse.Namespace, results: Entries) -> None:
     """Processor seconds of what keeps and hashes, and of the rest, in one run each."""
     import anybit
     from anybit.files.cache import Cache, entries
-
-    pass
+    from anybit.methods import adaquant
+    from anybit.roads import keys, polish
 
     spent, depth = [0.0], [0]
 
@@ -169,7 +169,7 @@ def cost(arguments: argparse.Namespace, results: Entries) -> None:
         setattr(owner, name, wrapped)
 
     for owner, names in {
-        Cache: ("_keep",), stages: ("recall_of_run", "snapshot", "put_back", "to_tensors", "from_tensors"),
+        Cache: ("_keep",), keys: ("key_of_run", "to_tensors", "from_tensors"), polish: ("snapshot", "put_back"),
         adaquant: ("snapshot", "put_back"),
     }.items():  # fmt: skip
         for name in names:

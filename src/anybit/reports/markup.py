@@ -15,7 +15,7 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 def document(title: str, body: Sequence[str]) -> str:
     from plotly.offline import get_plotlyjs
 
-    own = files("anybit")
+    own = files("anybit.reports")
     style, script = ((own / name).read_text(encoding="utf8") for name in ("page.css", "page.js"))
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
