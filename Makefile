@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow reliability lint clean
+.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow package reliability lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -47,6 +47,9 @@ test: .venv/ready lint  ## the whole suite, minutes on two cores
 
 test-slow: .venv/ready  ## the long checks
 	$(BIN)/python -m pytest -m slow
+
+package: .venv/ready  ## sdist and wheel, checked, and the wheel used from an empty environment; a minute
+	.ci/package
 
 reliability: .venv/ready  ## 100 killed runs and 10,000 mutated files, an hour or two
 	$(BIN)/python examples/digits.py runs/digits
