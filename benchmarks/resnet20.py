@@ -143,7 +143,7 @@ def scatter(study: Calibration) -> None:
         settings = CalibrateSettings(activation_bits=(8,), alternatives=10)
         clock = StageClock()
         bench = prepare_bench(study.network(), draw(study.train, 1024, 0), settings, [], clock)
-        choice = choose_scheme(bench.network, bench.table, Budget.parse("3bit"), settings, bench.judge)
+        choice = choose_scheme(bench.network, bench.table, Budget.parse("3bit"), settings.alternatives, bench.judge)
         rows = [{k: v for k, v in row.items() if k != "scheme"} for row in choice.measured]
         for index, scheme in enumerate(random_schemes(bench.network, 3, 20)):
             row = measured_row(bench.network, bench.table, f"random {index}", scheme, bench.judge)
