@@ -374,7 +374,7 @@ def test_other_settings_are_refused_by_name(changes, tmp_path, monkeypatch):
 
 WORKER = f"""
 import sys
-sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / 'loops')!r}]
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "loops")!r}]
 import torch
 torch.set_num_threads(1)
 import anybit, test_training as t

@@ -16,12 +16,12 @@ import anybit
 from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, SchemeMismatch
 from anybit.files.cache import Entry, _written, entries
 from anybit.networks.layers import codes_of, quantized_layers
-from anybit.supernets.supernet import scores as subnet_scores
 from anybit.scheme import Precision, Scheme
 from anybit.supernets.prepared import bn_batches, held_out_split, to_store
 from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.statistics import statistics_of
 from anybit.supernets.store import slice_subnet
+from anybit.supernets.supernet import scores as subnet_scores
 from anybit.supernets.supernet import uniform_schemes
 
 TESTS = Path(__file__).parent.parent
