@@ -27,6 +27,7 @@ from typing import Any
 import anybit
 from anybit.files.cache import Cache, entries
 from anybit.methods import adaquant
+from anybit.roads import keys, polish
 from benchmarks.studies.study import ROOT, Entries, parser
 
 NETWORK = f"{ROOT / 'examples/digits.py'}:network"
