@@ -59,7 +59,7 @@ from anybit.networks.states import put_back, snapshot
 from anybit.onnx.file import load as load_graph
 from anybit.onnx.latency import _table_file, load_table, save_table
 from anybit.onnx.verification import _contents, _told
-from anybit.report.terminal import print_frontier, print_report
+from anybit.reports.terminal import print_frontier, print_report
 from anybit.roads.allocate import _settings_from, _table_from, check_saved
 from anybit.roads.extract import _scheme_from
 from anybit.roads.grow import make_trainee, observe_trainable

@@ -10,7 +10,7 @@ from torch import nn
 from anybit.networks.candidates import Candidates
 from anybit.networks.canonical import Canonical
 from anybit.networks.cost import CostModel
-from anybit.report.page import run_page, runs_page
+from anybit.reports.page import run_page, runs_page
 from anybit.runs.candidates import write_candidates
 from anybit.runs.folder import new_folder
 from anybit.runs.report import write_report

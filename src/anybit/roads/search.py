@@ -22,7 +22,7 @@ from anybit.methods.subnet_search import Evaluated, Found, SearchSettings, hyper
 from anybit.networks.edges import observe_edge_ranges
 from anybit.networks.wiring import observe
 from anybit.progress import tell, track
-from anybit.report.page import run_page
+from anybit.reports.page import run_page
 from anybit.roads.inputs import on_device, supernet_data
 from anybit.roads.keys import key_of_supernet, open_cache
 from anybit.roads.latencies import supernet_with_latencies

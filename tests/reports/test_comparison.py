@@ -10,7 +10,7 @@ from networks import Chain, make, pictures
 from test_cli import anybit_cli, one_json_object
 
 import anybit
-from anybit.report.comparison import _differences, diff
+from anybit.reports.comparison import _differences, diff
 from anybit.runs.report import write_report
 
 

@@ -12,7 +12,7 @@ from test_cli import anybit_cli, one_json_object
 import anybit
 from anybit.allocation.frontier import frontier
 from anybit.files.strict import sealed, write_json
-from anybit.report.explanation import explain
+from anybit.reports.explanation import explain
 from anybit.runs.report import write_report
 from anybit.scheme import Precision
 
