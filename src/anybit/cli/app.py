@@ -798,7 +798,7 @@ def evaluate(
     if as_json:
         print(json.dumps(scores))
     else:
-        from anybit.reports.terminal import scores_line
+        from anybit.reports.words import scores_line
 
         print(scores_line(scores))
 
@@ -811,9 +811,9 @@ def report(
 ) -> None:
     """Several runs side by side on one page that asks nothing of the network."""
     with _reported_errors():
-        from anybit.reports.page import report
+        from anybit.reports import page
 
-        print(report(*runs, output=output, overwrite=overwrite))
+        print(page.report(*runs, output=output, overwrite=overwrite))
 
 
 @app.command()
@@ -1026,9 +1026,9 @@ def diff(
 ) -> None:
     """What differs between two runs: settings, versions, references, bits, size, errors, accuracy, and whether the weights are the same."""
     with _reported_errors():
-        from anybit.reports.comparison import diff
+        from anybit.reports import comparison
 
-        found = diff(run, run2)
+        found = comparison.diff(run, run2)
     if as_json:
         print(json.dumps(found))
     else:
@@ -1045,9 +1045,9 @@ def explain(
 ) -> None:
     """Why a layer has its bits: what each precision would lose and cost, the shadow price, one step more or less, reconstruction errors."""
     with _reported_errors():
-        from anybit.reports.explanation import explain
+        from anybit.reports import explanation
 
-        found = explain(run, layer)
+        found = explanation.explain(run, layer)
     if as_json:
         print(json.dumps(found))
     else:
