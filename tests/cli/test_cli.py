@@ -47,6 +47,11 @@ FAST = ["--pipeline", "light", "--weight-bits", "4,8", "--activation-bits", "8",
 def here(tmp_path, monkeypatch):
     """A working folder with a model script and arrays."""
     monkeypatch.chdir(tmp_path)
+    write_inputs()
+    return tmp_path
+
+
+def write_inputs():
     Path("m.py").write_text(SCRIPT)
     x = pictures(24).numpy()
     with torch.no_grad():
@@ -59,7 +64,6 @@ def here(tmp_path, monkeypatch):
     np.savez("vectors.npz", x=np.zeros((24, 4), np.float32))
     np.savez("nan.npz", x=np.where(np.arange(24)[:, None, None, None] == 9, np.nan, x).astype(np.float32))
     np.savez("labels.npz", x=x, y=y + 100)
-    return tmp_path
 
 
 def anybit_cli(*arguments: str):
