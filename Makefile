@@ -43,7 +43,7 @@ demo-imagenet: .venv/ready  ## make demo-imagenet IMAGES=folder: the same for Ef
 	  --budget 4bit --budget 5bit --budget 20% --output runs/lite0 --overwrite
 
 test: .venv/ready lint tables-check  ## the whole suite, minutes on two cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 20
 
 test-slow: .venv/ready  ## the long checks
 	$(BIN)/python -m pytest -m slow

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,10 +225,23 @@ def test_a_run_ends_with_the_same_bytes_whatever_part_of_it_was_kept(tmp_path, m
         assert 0 < len(made) <= everything - (len(found) - len(gone)) or not gone
 
 
-def test_a_new_budget_takes_up_all_that_it_does_not_touch(tmp_path, monkeypatch):
-    calibrated(tmp_path / "run", tmp_path / "kept")
+@pytest.fixture(scope="module")
+def whole_cache(tmp_path_factory) -> Path:
+    """The cache of a run of SETTINGS, for copies alone."""
+    here = tmp_path_factory.mktemp("cache")
+    calibrated(here / "run", here / "kept")
+    return here / "kept"
+
+
+@pytest.fixture
+def filled_cache(whole_cache, tmp_path) -> Path:
+    """That cache, the test's own."""
+    return shutil.copytree(whole_cache, tmp_path / "kept")
+
+
+def test_a_new_budget_takes_up_all_that_it_does_not_touch(tmp_path, monkeypatch, filled_cache):
     made = names_made(monkeypatch)
-    calibrated(tmp_path / "run", tmp_path / "kept", budget="3bit")
+    calibrated(tmp_path / "run", filled_cache, budget="3bit")
     touched = ("allocation", "measured", "ranges", "candidates", "sequential", "batch-norm tuning", "bias tuning", "edge ranges")
     assert [name for name in made if not name.startswith(touched)] == [] and "allocation" in made
 
@@ -246,10 +260,9 @@ def test_a_new_budget_takes_up_all_that_it_does_not_touch(tmp_path, monkeypatch)
         ({"batch_size": 8}, "ranges"),
     ],
 )
-def test_a_setting_touches_what_depends_on_it_and_nothing_before(tmp_path, monkeypatch, settings, first):
-    calibrated(tmp_path / "run", tmp_path / "kept")
+def test_a_setting_touches_what_depends_on_it_and_nothing_before(tmp_path, monkeypatch, filled_cache, settings, first):
     made = names_made(monkeypatch)
-    with_cache = calibrated(tmp_path / "run", tmp_path / "kept", **settings)
+    with_cache = calibrated(tmp_path / "run", filled_cache, **settings)
     assert made and made[0].startswith(first)
     assert with_cache == calibrated(tmp_path / "run", False, **settings)
 
@@ -324,10 +337,7 @@ def stopped(output: str, after: int, by: signal.Signals) -> subprocess.Popen:
 
 
 def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(here):
-    reference = started("reference")
-    reference.communicate(timeout=120)
-    assert reference.returncode == 0
-    trim_cache(results_folder(), 0)
+    assert anybit_cli(*COMMAND, "--threads", "1", "--no-cache", "--output", "reference").exit_code == 0
     for after in (3, 25):
         assert stopped("run", after, signal.SIGKILL).returncode == -signal.SIGKILL
         assert not Path("run").exists() and len(entries(results_folder())) >= after

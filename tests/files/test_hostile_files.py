@@ -235,13 +235,8 @@ def test_a_broken_picture_is_named(tmp_path):
                 assert "a.png" in str(error)
 
 
-@pytest.fixture
-def exported(run_folder, calibrated, tmp_path):
-    anybit.export(run_folder, tmp_path / "net.onnx", model=calibrated[0], data=calibrated[1])
-    return tmp_path / "net.onnx"
-
-
-def test_an_exported_file_that_names_other_files_is_refused(exported, run_folder, calibrated):
+def test_an_exported_file_that_names_other_files_is_refused(exported_run):
+    run_folder, exported, model, data = exported_run
     graph = onnx.load(exported)
     tensor = graph.graph.initializer[0]
     tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -249,16 +244,17 @@ def test_an_exported_file_that_names_other_files_is_refused(exported, run_folder
     tensor.external_data.add(key="location", value="../../etc/passwd")
     exported.write_bytes(graph.SerializeToString())
     with pytest.raises(InvalidFile, match=r"net\.onnx.*other files"):
-        anybit.verify(run_folder, exported, model=calibrated[0], data=calibrated[1])
+        anybit.verify(run_folder, exported, model=model, data=data)
 
 
-def test_a_graph_that_is_not_the_runs_is_not_run(exported, run_folder, calibrated, monkeypatch):
+def test_a_graph_that_is_not_the_runs_is_not_run(exported_run, monkeypatch):
+    run_folder, exported, model, data = exported_run
     graph = onnx.load(exported)
     shape = next(tensor for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.INT64)
     shape.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(shape) + 10**12, shape.name))
     exported.write_bytes(graph.SerializeToString())
     monkeypatch.setattr("anybit.onnx.verification.session", lambda *given, **how: pytest.fail("the file is run"))
-    found = anybit.verify(run_folder, exported, model=calibrated[0], data=calibrated[1])
+    found = anybit.verify(run_folder, exported, model=model, data=data)
     assert not found["ok"] and shape.name in found["failures"][0] and "not run" in found["skipped"]["kernels and numbers"]
 
 
@@ -294,7 +290,8 @@ def test_a_strangers_reference_is_code_and_is_not_followed(reference, run_folder
     assert not (tmp_path / "executed").exists()
 
 
-def test_no_verb_runs_what_a_folder_from_elsewhere_names(run_folder, exported, tmp_path, monkeypatch):
+def test_no_verb_runs_what_a_folder_from_elsewhere_names(exported_run, tmp_path, monkeypatch):
+    run_folder, exported, *_ = exported_run
     monkeypatch.chdir(tmp_path)
     network, x = make(Residual), torch.randn(40, 3, 8, 8)
     supernet = anybit.train(network, (x, torch.arange(40) % 5), bits=(2, 4), epochs=1, batch_size=16, held_out=0.3, bn_images=16)

@@ -1,1 +1,0 @@
-"""One paper a file; no method imports another. Imports allocation and below."""
