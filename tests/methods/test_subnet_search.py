@@ -149,7 +149,7 @@ def test_the_same_seed_gives_the_same_search():
     wanted = SearchSettings(evaluations=40, generations=4, population=20, targets=4)
     first, second = (search_subnets(NETWORK.choices, NETWORK.costs, noise, wanted) for _ in range(2))
     assert first == second
-    assert first.evaluated != search(NETWORK.choices, NETWORK.costs, noise, replace(wanted, seed=1)).evaluated
+    assert first.evaluated != search_subnets(NETWORK.choices, NETWORK.costs, noise, replace(wanted, seed=1)).evaluated
 
 
 points = st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), min_size=1, max_size=12)
