@@ -90,6 +90,11 @@ class Cache:
         """The same for a result that JSON can hold."""
         return self(name, lambda: Entry(make()), lambda kept: read(kept.record))
 
+    def forget(self, name: str) -> None:
+        """Remove the result called `name`, where it is kept."""
+        if self.folder is not None:
+            _removed(self._path(name))
+
     def _path(self, name: str) -> Path:
         key = self.keyed(name).key
         return self.folder / key[:2] / key
