@@ -19,6 +19,7 @@ from networks import (
 from torch import nn
 
 from anybit.data.batches import Batch
+from anybit.data.tasks import outputs_of
 from anybit.errors import InvalidSetting
 from anybit.methods.batchnorm_tuning import join, match_layers, tune
 from anybit.networks.batchnorm import ChannelStatistics, channel_statistics, flip_negative, fold, fold_checked, foldable, reestimate
@@ -225,9 +226,9 @@ def test_a_layer_whose_forward_is_not_affine_keeps_its_batch_norm():
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
     batch = Batch(torch.randn(2, 3, 8, 8))
-    folded, pairs, _ = fold_checked(model, foldable(model, observe(model, batch)), batch)
-    assert pairs == {"0": "1"}
-    assert torch.allclose(folded(batch.inputs), model(batch.inputs), atol=1e-5)
+    folded = fold_checked(model, foldable(model, observe(model, batch)), batch, outputs_of(model, [batch]))
+    assert folded.norms == {"0": "1"}
+    assert torch.allclose(folded.model(batch.inputs), model(batch.inputs), atol=1e-5)
 
 
 def test_reestimated_statistics_are_those_of_all_samples_whatever_the_batches():

@@ -67,8 +67,12 @@ class Batch:
 
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:
-    """What the batch's reader reads in the output of `model`."""
-    output = call(model, batch.inputs)
+    """Run `model` on the batch and return what the batch's reader reads in its output."""
+    return read_output(call(model, batch.inputs), batch)
+
+
+def read_output(output: Any, batch: Batch) -> Tensor:
+    """Return what the batch's reader reads in a model's output on it."""
     return first_tensor(output) if batch.reader is None else batch.reader.read(output, batch)
 
 

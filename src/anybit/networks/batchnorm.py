@@ -18,16 +18,16 @@ is `target="prior"`.
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, call, evaluating
-from anybit.data.tasks import outputs_of
+from anybit.data.batches import Batch, call, evaluating, read_output
 from anybit.errors import UnsupportedModel
 from anybit.networks.layers import float_weight, from_rows, weight_rows
-from anybit.networks.wiring import BATCH_NORMS, COVERED, Wiring
+from anybit.networks.wiring import BATCH_NORMS, COVERED, Wiring, observe_outputs
 from anybit.numerics.quantizers import UniformQuantizer
 
 
@@ -58,8 +58,18 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
     return pairs
 
 
-def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch) -> tuple[nn.Module, dict[str, str], dict]:
-    """(folded copy, the pairs that were folded, their promised statistics), held against the model's own outputs on `example`.
+@dataclass(frozen=True)
+class Folded:
+    """A folded copy of a network: the pairs that were folded, the statistics that their batch norms promised, and its wiring."""
+
+    model: nn.Module
+    norms: dict[str, str]
+    promised: dict[str, ChannelStatistics]
+    wiring: Wiring
+
+
+def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch, outputs: Tensor) -> Folded:
+    """Fold into a copy, which is observed and held against `outputs`, the model's own on `example`.
 
     A layer whose forward is its own (an activation inside, a standardized weight) may not be affine in its weight, and a batch norm may be
     read by more than its call: where folding changes the outputs, such layers keep their batch norm. Raises UnsupportedModel where the
@@ -67,31 +77,33 @@ def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch) -> 
     """
     own_forward = {name for name in pairs if not any(type(model.get_submodule(name)).forward is cls.forward for cls in COVERED)}
     plain = {name: norm for name, norm in pairs.items() if name not in own_forward}
-    for wanted in (lambda: pairs, lambda: plain, lambda: _harmless(model, plain, example)):
-        kept = wanted()
+    for chosen in (lambda: pairs, lambda: plain, lambda: _harmless(model, plain, example, outputs)):
+        kept = chosen()
         folded, promised = fold(model, kept)
-        if _same_outputs(model, folded, example):
-            return folded, dict(kept), promised
+        wiring = _wiring_if_same(folded, example, outputs)
+        if wiring is not None:
+            return Folded(folded, dict(kept), promised, wiring)
     raise UnsupportedModel(
         f"Folding the batch norms of {', '.join(pairs)} changes the network's outputs. Fold them yourself before the run."
     )
 
 
-def _harmless(model: nn.Module, pairs: Mapping[str, str], example: Batch) -> dict[str, str]:
-    """Those of `pairs` that change no output when each is folded alone."""
-    return {layer: norm for layer, norm in pairs.items() if _same_outputs(model, fold(model, {layer: norm})[0], example)}
+def _harmless(model: nn.Module, pairs: Mapping[str, str], example: Batch, outputs: Tensor) -> dict[str, str]:
+    """Return those of `pairs` that change no output when each is folded alone."""
+    return {layer: norm for layer, norm in pairs.items() if _wiring_if_same(fold(model, {layer: norm})[0], example, outputs)}
 
 
 @torch.no_grad()
-def _same_outputs(model: nn.Module, folded: nn.Module, example: Batch) -> bool:
-    before = outputs_of(model, [example])
-    try:
-        after = outputs_of(folded, [example])
-    except Exception:  # the forward reads what a batch norm has and nothing else
-        return False
-    if not torch.isfinite(before).all():
-        return True  # the data or the network is at fault, which is found and named later
-    return bool((before - after).abs().max() <= 1e-3 * before.abs().max().clamp_min(1e-6))
+def _wiring_if_same(folded: nn.Module, example: Batch, before: Tensor) -> Wiring | None:
+    """Observe `folded` and return its wiring where its outputs on `example` are those `before` the fold, None where they are not."""
+    with suppress(Exception):  # the forward may read what a batch norm has and nothing else
+        wiring, output = observe_outputs(folded, example)
+        after = read_output(output, example)
+        if not torch.isfinite(before).all():
+            return wiring  # the data or the network is at fault, which is found and named later
+        same = (before - after).abs().max() <= 1e-3 * before.abs().max().clamp_min(1e-6)
+        return wiring if same else None
+    return None
 
 
 @torch.no_grad()

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch
+from anybit.data.batches import Batch, read_output
 from anybit.errors import SchemeMismatch, UnsupportedModel
 from anybit.networks import batchnorm
 from anybit.networks.candidates import Candidates, activation_candidate, apply_scheme, weight_candidate
@@ -14,9 +15,9 @@ from anybit.networks.cost import CostModel
 from anybit.networks.layers import check_float32, check_plain_use, coverage, prepare, quantized_layers
 from anybit.networks.matmul import Matmul
 from anybit.networks.options import LayerOptions, group_sizes, layer_choices
-from anybit.networks.refusals import check_differentiable, check_network, check_outputs, moving_state
+from anybit.networks.refusals import check_differentiable, check_network, check_outputs, moving_state, observed_pass
 from anybit.networks.states import check_finite_weights, restore, state_of
-from anybit.networks.wiring import Unit, Wiring, observe
+from anybit.networks.wiring import Unit, Wiring
 from anybit.scheme import FLOAT, Precision, Scheme, match_patterns
 
 
@@ -63,17 +64,19 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
         model, [name for name in covered if name not in options.kept_float(covered)]
     )  # before a type that differs makes the network refuse its input
     given = state_of(model)
-    wiring = observe(model, example)
-    names, uncovered = coverage(model, wiring)
+    first = observed_pass(model, example)
+    names, uncovered = coverage(model, first.wiring)
     if not names:
         others = "".join(f" {name or 'The network itself'}: {why}." for name, why in uncovered.items())
         raise UnsupportedModel(f"The model has no layer to quantize: no convolution, linear or embedding ran on the data.{others}")
     kept, kept_float = match_patterns(options.keep, names), options.kept_float(names)
-    check_plain_use(wiring, [name for name in names if name not in kept_float])
-    moving = moving_state(model, example, given)
-    check_outputs(model, example)
-    folded, norms, promised = batchnorm.fold_checked(model, batchnorm.foldable(model, wiring), example)
-    wiring = observe(folded, example)
+    check_plain_use(first.wiring, [name for name in names if name not in kept_float])
+    moving, last = moving_state(model, example, given, first)
+    with torch.no_grad():
+        outputs = read_output(last.output, example)
+    check_outputs(model, outputs, example)
+    fold = batchnorm.fold_checked(model, batchnorm.foldable(model, first.wiring), example, outputs)
+    folded, norms, wiring = fold.model, fold.norms, fold.wiring
     for network in (model, folded):
         restore(network, moving)
     prepared = prepare(folded, names, kept_float, group_sizes(folded, [name for name in names if name not in norms], options.group))
@@ -85,7 +88,7 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     costs = CostModel.of(prepared, names, wiring, len(wiring.edges()), model)
     if options.gradients:
         check_differentiable(prepared, [unit.name for unit in units if unit.name not in names], example)
-    return ObservedNetwork(model, folded, prepared, wiring, norms, promised, choices, uncovered, units, costs, options, moving)
+    return ObservedNetwork(model, folded, prepared, wiring, norms, fold.promised, choices, uncovered, units, costs, options, moving)
 
 
 def is_reconstructed(layer: nn.Module) -> bool:

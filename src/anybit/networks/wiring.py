@@ -9,7 +9,8 @@ import operator
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,18 +97,34 @@ class Wiring:
     read_weights: frozenset[str] = frozenset()
     """Layers whose weight or bias something besides them reads."""
 
+    @cached_property
+    def _by_name(self) -> dict[str, Operation]:
+        return {operation.name: operation for operation in reversed(self.operations)}  # the first of a name stays
+
+    @cached_property
+    def _by_input(self) -> dict[int, list[Operation]]:
+        readers: dict[int, list[Operation]] = {}
+        for operation in self.operations:
+            for value in dict.fromkeys(operation.inputs):
+                readers.setdefault(value, []).append(operation)
+        return readers
+
+    @cached_property
+    def _given_out(self) -> frozenset[int]:
+        return frozenset(self.output_values) | self.escaped
+
     def operation(self, name: str) -> Operation:
-        """The (first) operation of that name."""
-        return next(operation for operation in self.operations if operation.name == name)
+        """Return the (first) operation of that name."""
+        return self._by_name[name]
 
     def readers(self, value: int) -> list[Operation]:
-        """Operations that read `value`."""
-        return [operation for operation in self.operations if value in operation.inputs]
+        """Return the operations that read `value`, in order."""
+        return self._by_input.get(value, [])
 
     def only_reader(self, value: int) -> Operation | None:
         """The one operation that reads `value`, where nothing else does and the model does not give it out."""
         readers = self.readers(value)
-        return readers[0] if len(readers) == 1 and value not in self.output_values and value not in self.escaped else None
+        return readers[0] if len(readers) == 1 and value not in self._given_out else None
 
     def layer_names(self) -> list[str]:
         """Layers of a covered class that ran, in order of their first call."""
@@ -207,6 +224,11 @@ def observe(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], No
     `on_value(name, tensor)` is called with every named value as it is made ("input/0", ..., then each operation's first output).
     Raises InvalidInput where the model refuses the batch, UnsupportedModel where it gives back no tensor.
     """
+    return observe_outputs(model, batch, on_value)[0]
+
+
+def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], None] | None = None) -> tuple[Wiring, Any]:
+    """Do the same and return what the model gave back beside the wiring, so that no second pass is needed for it."""
     observer = _Observer(model, on_value)
     try:
         with torch.no_grad(), evaluating(model), observer.hooks(), observer:
@@ -219,7 +241,7 @@ def observe(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], No
         remedy = "Check --data, --size and the model's own input shape."
         said = " ".join(str(error).split())
         raise InvalidInput(f"The model refuses inputs of shape {shapes}: {type(error).__name__}: {said}. {remedy}") from error
-    return observer.finish(output, len(batch))
+    return observer.finish(output, len(batch)), output
 
 
 class _Observer(TorchFunctionMode):
@@ -302,12 +324,15 @@ class _Observer(TorchFunctionMode):
         if not self.inside_leaf:
             kind, owner = _bare_name(func), self.stack[-1]
             made = args[0] if kind == "setitem" else output
-            reads = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self.values]
-            makes = [tensor for tensor in tensors_in(made) if tensor.is_floating_point() or tensor.is_complex()]
-            if tensors_in(made) or kind in ESCAPES:
-                weights = (self.weights.get(id(tensor)) for tensor in tensors_in((args, kwargs)))
-                self.read_weights.update(name for name in weights if name is not None)
-                self.escaped.update(self.values[id(tensor)] for tensor in reads if not makes)
+            tensors = tensors_in(made)
+            if not tensors and kind not in ESCAPES:  # a shape, a type, a device: most calls
+                return output
+            arguments = tensors_in((args, kwargs))
+            reads = [tensor for tensor in arguments if id(tensor) in self.values]
+            makes = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+            self.read_weights.update(self.weights[id(tensor)] for tensor in arguments if id(tensor) in self.weights)
+            if not makes:
+                self.escaped.update(self.values[id(tensor)] for tensor in reads)
             if reads and makes:
                 self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, (args, kwargs), made, _activation(kind, args, kwargs))
         return output
