@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow package reliability lint clean
+.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow package reliability reference lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -55,6 +55,9 @@ reliability: .venv/ready  ## 100 killed runs and 10,000 mutated files, an hour o
 	$(BIN)/python examples/digits.py runs/digits
 	$(BIN)/python benchmarks/resume.py kills --weights runs/digits/weights.safetensors --data runs/digits/digits.npz --results runs/reliability
 	$(BIN)/python benchmarks/hostile_files.py --cases 10000 --output runs/reliability/hostile_files.json
+
+reference: .venv/ready  ## the tables of options in docs/command-line.md
+	$(BIN)/python -m anybit.cli.reference docs/command-line.md
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests examples benchmarks

@@ -25,7 +25,7 @@ from anybit.files.strict import (
     write_json,
 )
 from anybit.files.whole import whole_file
-from anybit.loops.trainee import TrainSettings
+from anybit.loops.settings import TrainSettings
 from anybit.numerics.packing import TensorSpec
 from anybit.sources.preprocessing import Preprocessing
 
