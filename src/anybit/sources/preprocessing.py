@@ -1,7 +1,7 @@
 """How pictures and texts become inputs of the network. Imports no torch."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 from anybit.data.options import parse_columns
 from anybit.errors import InvalidSetting
@@ -31,6 +31,10 @@ class Preprocessing(Settings):
         parse_columns(self.columns)
         if self.resize and self.size and self.size > self.resize:
             raise InvalidSetting(f"--size {self.size} cannot be cropped from a short side of {self.resize}. Give a larger --resize.")
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "preprocessing") -> Self:
+        return super().from_json(data, where)
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in super().to_json().items() if value is not None}
