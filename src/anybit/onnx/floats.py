@@ -55,7 +55,7 @@ def float_graph(plain: nn.Module, example: Batch, layers: Iterable[str]) -> ir.M
         lambda tensor: sizes | tokens if tensor.dim() > 1 and tensor.shape[1] == length else sizes,
     )
     try:
-        with _quiet():
+        with _quiet(), torch.no_grad():  # a forward that turns gradients off stays one graph
             program = torch.onnx.export(plain, **given, dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, verbose=False)
     except Exception as error:  # the exporter's own errors are of many kinds
         raise UnsupportedModel(f"The network cannot be exported to ONNX: {_reason(error)}") from error
