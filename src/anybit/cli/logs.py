@@ -65,6 +65,8 @@ def verb_told(verb: str, settings: Mapping[str, Any]) -> Iterator[None]:
 def appended(path: Path) -> Iterator[Callable[[Record], None]]:
     """A sink that appends each record to the file at once; a disk that fills costs one warning and the rest of the log, not the work.
 
+    No logging.FileHandler, which would go on printing an error for each event.
+
     Raises InvalidSetting where the first record cannot be written, or where the file holds anything but a log.
     """
     file, begun, failed = _opened(path), False, False
