@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import anybit
 from anybit.cli.work import Outcome
 from anybit.errors import InvalidSetting
 from anybit.roads.settings import CalibrateSettings
@@ -17,29 +18,24 @@ def export(
     *,
     onnx: Path | None = option(None, "The file to write, for ONNX Runtime and others."),
     compressed_tensors: Path | None = option(None, "The folder to write, for transformers: Hugging Face networks."),
-    data: str | None = option(None, RUN_DATA),
-    model=None,
+    data: str | None = option(None, RUN_DATA), model=None,
     tables: bool = option(False, "SiLU, GELU and the like as tables of codes: exact, slower.", switch=True),
     weight_only: bool = option(False, "Linears with float inputs run on packed weights.", switch=True),
     pack_embeddings: bool = option(False, "In the folder too; transformers 5 cannot load it.", switch=True),
     overwrite=False,
-):
+) -> Outcome:  # fmt: skip
     """Write a run as an ONNX file, with packed weights and integer kernels when it runs, or as a folder that transformers loads."""
     if (onnx is None) == (compressed_tensors is None):
         raise InvalidSetting("Name what to write: --onnx FILE, or --compressed-tensors FOLDER.")
-    if onnx is None:
-        if tables or weight_only or data:
-            raise InvalidSetting("--tables, --weight-only and --data belong to --onnx; a folder of compressed-tensors takes none of them.")
-        from anybit.exports.compressed_tensors import export_folder
-        from anybit.reports.terminal import print_folder
-
-        found = export_folder(run, compressed_tensors, model=model, embeddings=pack_embeddings, overwrite=overwrite)
-        return Outcome(found, lambda details: print_folder(found, details=details))
-    if pack_embeddings:
+    if onnx is None and (tables or weight_only or data):
+        raise InvalidSetting("--tables, --weight-only and --data belong to --onnx; a folder of compressed-tensors takes none of them.")
+    if onnx is not None and pack_embeddings:
         raise InvalidSetting("--pack-embeddings belongs to --compressed-tensors; an ONNX file packs them always.")
-    from anybit.exports.verbs import export
+    if onnx is None:
+        from anybit.exports.compressed_tensors import export_folder
 
-    found = export(run, onnx, model=model, data=data, tables=tables, weight_only=weight_only, overwrite=overwrite)
+        return Outcome(export_folder(run, compressed_tensors, model=model, embeddings=pack_embeddings, overwrite=overwrite), "print_folder")
+    found = anybit.export(run, onnx, model=model, data=data, tables=tables, weight_only=weight_only, overwrite=overwrite)
     return Outcome(found, lambda details: _print_file(found, details))
 
 
@@ -62,56 +58,37 @@ def verify(
     *,
     data: str | None = option(None, RUN_DATA),
     samples: int | None = option(None, "Inputs to run, the first of the data (default: all).", least=1),
-    model=None,
-    metric=None,
-    workers=0,
-):
+    model=None, metric=None, workers=0,
+) -> Outcome:  # fmt: skip
     """Check an exported file or folder against its run: contents, integer kernels, numbers. Exit status 1 where a promise fails."""
-    from anybit.reports.terminal import print_folder_verdict, print_verdict
-
-    inputs = {"model": model, "data": data, "samples": samples, "metric": metric, "workers": workers}
+    check, table = anybit.verify, "print_verdict"
     if exported.is_dir():
-        from anybit.exports.compressed_tensors import verify_folder
+        from anybit.exports.compressed_tensors import verify_folder as check
 
-        found, show = verify_folder(run, exported, **inputs), print_folder_verdict
-    else:
-        from anybit.exports.verbs import verify
-
-        found, show = verify(run, exported, **inputs), print_verdict
-    return Outcome(found, lambda details: show(found, numbers=details), status=0 if found["ok"] else 1)
+        table = "print_folder_verdict"
+    found = check(run, exported, model=model, data=data, samples=samples, metric=metric, workers=workers)
+    return Outcome(found, table, status=0 if found["ok"] else 1)
 
 
 def bench(
     run: Path = option(..., "A run folder.", positional=True),
     onnx: Path | None = option(None, "The exported file (default: what the run would be exported as).", positional=True),
     *,
-    data: str | None = option(None, RUN_DATA),
-    model=None,
+    data: str | None = option(None, RUN_DATA), model=None,
     rounds: int = option(20, "Turns of float32 and exported, each about a twentieth of a second.", least=1),
     batch_size: int = same_as(CalibrateSettings, "batch_size", default=1),
     threads: int = option(1, "Processor threads of the runtime.", least=1),
-):
+) -> Outcome:  # fmt: skip
     """Size of the exported file against its bits, and latency against the same runtime's float32 file, in turns."""
-    from anybit.exports.verbs import bench
-    from anybit.reports.terminal import print_bench
-
-    found = bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads)
-    return Outcome(found, lambda details: print_bench(found))
+    found = anybit.bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads)
+    return Outcome(found, "print_bench")
 
 
 def profile(
-    *,
-    model,
-    weights=None,
-    data,
-    keep=None,
-    preprocessing: Preprocessing,
+    *, model, weights=None, data, keep=None, preprocessing: Preprocessing,
     rounds: int = option(20, "Turns of float32, 8 bits and alternating, each about a twentieth of a second.", least=1),
     overwrite: bool = option(False, "Measure again what was measured before.", switch=True),
-):
+) -> Outcome:  # fmt: skip
     """How long each layer takes in float and on integers on this machine: the table behind --budget latency=3ms."""
-    from anybit.exports.verbs import profile
-    from anybit.reports.terminal import print_profile
-
-    found = profile(model, data, weights=weights, preprocessing=preprocessing, keep=keep, rounds=rounds, overwrite=overwrite)
-    return Outcome(found, lambda details: print_profile(found, layers=details))
+    found = anybit.profile(model, data, weights=weights, preprocessing=preprocessing, keep=keep, rounds=rounds, overwrite=overwrite)
+    return Outcome(found, "print_profile")

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import anybit
 from anybit.budget import SIZE
 from anybit.cli.work import Outcome
 from anybit.errors import InvalidSetting
@@ -19,17 +20,12 @@ WATCHED = "Labelled data to report every epoch on; nothing is chosen on it."
 def calibrate(
     *, output, model, weights=None, data, test=None, budget=None, settings: CalibrateSettings, cache=True,
     preprocessing: Preprocessing, workers=0, metric=None, device="cpu", overwrite=False,
-):  # fmt: skip
+) -> Outcome:  # fmt: skip
     """From a trained network, a few hundred inputs and a budget to a low-bit network, its scheme and a measured report."""
-    from anybit.roads.calibrate import calibrate
-    from anybit.roads.result import save_all
-    from anybit.runs.folder import check_free
-
-    check_free(output, overwrite)
-    inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": metric}
+    _check_free(output, overwrite)
+    inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": metric, "workers": workers}
     budgets = list(budget) if budget else None
-    results = calibrate(model, data, budgets, **inputs, workers=workers, device=device, cache=cache, **settings.flat())
-    return _runs(save_all(results, output, overwrite))
+    return _saved(anybit.calibrate(model, data, budgets, **inputs, device=device, cache=cache, **settings.flat()), output, overwrite)
 
 
 def allocate(
@@ -39,16 +35,11 @@ def allocate(
     batch_size: int | None = option(None, "Inputs a forward pass; the run's where left out.", least=1),
     memory: int | None = option(None, "Memory for captured activations; the run's where left out.", least=0, text=SIZE),
     cache=True, workers=0, metric=None, device="cpu", overwrite=False,
-):  # fmt: skip
+) -> Outcome:  # fmt: skip
     """New budgets from the candidates and table of a calibrate run, in seconds."""
-    from anybit.roads.allocate import allocate
-    from anybit.roads.result import save_all
-    from anybit.runs.folder import check_free
-
-    check_free(output, overwrite)
+    _check_free(output, overwrite)
     options = {"metric": metric, "device": device, "batch_size": batch_size, "memory": memory, "cache": cache}
-    results = [allocate(run, one, data, model, workers, **options) for one in budget]
-    return _runs(save_all(results if len(results) > 1 else results[0], output, overwrite))
+    return _saved([anybit.allocate(run, one, data, model, workers, **options) for one in budget], output, overwrite)
 
 
 def grow(
@@ -56,36 +47,30 @@ def grow(
     budget: str | None = option(None, "Of weights: 3bit, 80kB, 12.5%."),
     scheme: Path | None = option(None, "Instead of a budget: a run whose scheme is trained as it is."),
     settings: GrowSettings, preprocessing: Preprocessing, workers=0, metric=None, device="cpu", overwrite=False,
-):  # fmt: skip
+) -> Outcome | None:  # fmt: skip
     """Train a network to a budget while its mixed-precision scheme grows; an interrupted run continues where it is started again."""
-    from anybit.loops.processes import rank
-    from anybit.roads.grow import grow
-
     checkpoint = _checkpoint(output, overwrite)
     if budget is None and scheme is None:
         raise InvalidSetting("Say what the network should end at: --budget 3bit, or --scheme RUN for the scheme of a run.")
-    inputs = {"scheme": scheme, "weights": weights, "preprocessing": preprocessing, "test": test, "metric": metric}
-    result = grow(model, train, budget, **inputs, checkpoint=checkpoint, workers=workers, device=device, **settings.flat())
-    return None if rank() else _runs([result.save(output, overwrite=True)])  # one process of several writes
+    inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": metric, "workers": workers}
+    result = anybit.grow(model, train, budget, scheme=scheme, checkpoint=checkpoint, device=device, **inputs, **settings.flat())
+    return _saved(result, output, overwrite=True) if _writes() else None
 
 
 def train(
     *, output, model, weights=None, train, test: str | None = option(None, WATCHED),
     settings: SupernetSettings, preprocessing: Preprocessing, workers=0, metric=None, device="cpu", overwrite=False,
-):  # fmt: skip
+) -> Outcome | None:  # fmt: skip
     """Train one network for every bit-width; `search` and `extract` take subnets from it. An interrupted run continues where it began."""
-    from anybit.loops.processes import rank
-    from anybit.reports.terminal import print_supernet
-    from anybit.roads.train import train as train_supernet
-
-    checkpoint = _checkpoint(output, overwrite)
-    inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": metric}
-    supernet = train_supernet(model, train, **inputs, checkpoint=checkpoint, workers=workers, device=device, **settings.flat())
-    if rank():  # one process of several writes
+    inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": metric, "workers": workers}
+    supernet = anybit.train(model, train, checkpoint=_checkpoint(output, overwrite), device=device, **inputs, **settings.flat())
+    if not _writes():
         return None
     folder, report = supernet.save(output, overwrite=True), supernet.report
 
     def show(details: bool) -> None:
+        from anybit.reports.terminal import print_supernet
+
         if details:
             print_supernet(report)
         print(f"{folder}: a supernet of {', '.join(report['subnets'])}")
@@ -99,18 +84,16 @@ def search(
     output, data=None,
     budget: tuple[str, ...] | None = option(None, "3bit, 80kB, 12.5%, bops=2.1G, latency=3ms; repeat.", text=NAMES, repeat=True),
     settings: SearchSettings, cache=True, model=None, workers=0, metric=None, device="cpu", overwrite=False,
-):  # fmt: skip
+) -> Outcome:  # fmt: skip
     """The best schemes of a supernet along the range of costs, and the best for each budget; what was evaluated once is not again."""
-    from anybit.reports.terminal import print_search
-    from anybit.roads.search import search
-    from anybit.runs.folder import check_free
-
-    check_free(output, overwrite)
+    _check_free(output, overwrite)
     options = {"model": model, "metric": metric, "workers": workers, "device": device, "cache": cache}
-    found = search(run, data, budget or (), **options, **settings.flat())
+    found = anybit.search(run, data, budget or (), **options, **settings.flat())
     folder, report = found.save(output, overwrite), found.report
 
     def show(details: bool) -> None:
+        from anybit.reports.terminal import print_search
+
         print_search(report, front=details)
         print(f"{folder}: {len(report['front'])} schemes on the front of {len(report['evaluated'])} evaluated")
 
@@ -120,50 +103,43 @@ def search(
 def extract(
     run: Path = option(..., "A supernet's folder, or a search's.", positional=True),
     *,
-    output,
-    budget: str | None = option(None, "The best known subnet that fits it."),
+    output, budget: str | None = option(None, "The best known subnet that fits it."),
     scheme: Path | None = option(None, "A run folder, or a JSON file of layer: precision."),
     data: str | None = option(None, "Training inputs for batch-norm statistics; else stored ones."),
     polish: bool = option(False, "Then sequential AdaQuant, batch-norm and bias tuning on --data.", switch=True),
     samples: int = same_as(CalibrateSettings, "samples", doc="Inputs drawn to polish on."),
     steps: int = same_as(CalibrateSettings, "steps", doc="Adam steps a unit when polishing."),
     cache=True, test=None, model=None, workers=0, metric=None, overwrite=False,
-):  # fmt: skip
+) -> Outcome:  # fmt: skip
     """A subnet of a supernet or of a search as an ordinary run folder, polished by calibrate where that is asked for."""
-    from anybit.roads.extract import extract
-    from anybit.runs.folder import check_free
-
-    check_free(output, overwrite)
+    _check_free(output, overwrite)
     inputs = {"scheme": scheme, "data": data, "test": test, "model": model, "metric": metric, "workers": workers}
     polishing = {"polish": True, "samples": samples, "steps": steps, "cache": cache} if polish else {}
-    return _runs([extract(run, budget, **inputs, **polishing).save(output, overwrite)])
+    return _saved(anybit.extract(run, budget, **inputs, **polishing), output, overwrite)
 
 
 def evaluate(
     run: Path | None = option(None, "A run folder; or give --model for the float network.", positional=True),
     *,
     model=None, weights=None, data, preprocessing: Preprocessing,
-    batch_size: int = same_as(CalibrateSettings, "batch_size", default=128),
-    workers=0, metric=None, device="cpu", task=None,
-):  # fmt: skip
+    batch_size: int = same_as(CalibrateSettings, "batch_size", default=128), workers=0, metric=None, device="cpu", task=None,
+) -> Outcome:  # fmt: skip
     """Accuracy and loss of a run, or of a float network, on labelled data."""
     from anybit.reports.terminal import scores_line
-    from anybit.roads.evaluate import evaluate
-    from anybit.runs.opened import load, recorded_preprocessing, recorded_task
+    from anybit.runs.opened import recorded_preprocessing, recorded_task
     from anybit.sources.inputs import load_data
     from anybit.sources.models import load_model, with_model_defaults
     from anybit.sources.preprocessing import overridden
 
     if run is not None:
-        network = load(run, model)
+        network = anybit.load(run, model)
         preprocessing, task = overridden(recorded_preprocessing(run), preprocessing), task or recorded_task(run)
     elif model is not None:
         network = load_model(model, weights, task)
         preprocessing = with_model_defaults(preprocessing, network)
     else:
         raise InvalidSetting("RUN or --model is missing. `anybit evaluate --help` lists the options.")
-    samples = load_data(data, preprocessing, workers, network)
-    scores = evaluate(network, samples, metric, task, batch_size, device=device)
+    scores = anybit.evaluate(network, load_data(data, preprocessing, workers, network), metric, task, batch_size, device=device)
     return Outcome(scores, lambda details: print(scores_line(scores)))
 
 
@@ -171,26 +147,46 @@ def inspect(
     *, model, weights=None, data=None,
     weight_bits: tuple[int, ...] = same_as(CalibrateSettings, "weight_bits", doc="Bit-widths to count."),
     keep=None, preprocessing: Preprocessing, task=None,
-):  # fmt: skip
+) -> Outcome:  # fmt: skip
     """Layers, shapes, what is covered, and what each bit-width would cost; --data shows shapes of inputs and outputs, and BOPs."""
-    from anybit.reports.terminal import print_inspection
-    from anybit.roads.inspect import inspect
     from anybit.sources.inputs import load_data
     from anybit.sources.models import load_model, with_model_defaults
 
     network = load_model(model, weights, task)
-    preprocessing = with_model_defaults(preprocessing, network)
-    samples = None if data is None else load_data(data, preprocessing, model=network)
-    found = inspect(network, samples, weight_bits=weight_bits, keep=keep or {})
-    return Outcome(found, lambda details: print_inspection(found, layers=details))
+    samples = None if data is None else load_data(data, with_model_defaults(preprocessing, network), model=network)
+    return Outcome(anybit.inspect(network, samples, weight_bits=weight_bits, keep=keep or {}), "print_inspection")
 
 
-def _runs(folders: list[Path]) -> Outcome:
-    """The finished runs in some folders."""
+def _check_free(output: Path, overwrite: bool, unfinished: bool = False) -> None:
+    from anybit.runs.folder import check_free
+
+    check_free(output, overwrite, unfinished=unfinished)
+
+
+def _checkpoint(output: Path, overwrite: bool) -> Path:
+    """Where a training's checkpoint is, in a folder that is free; with `overwrite` it begins anew."""
+    from anybit.runs.names import CHECKPOINT
+
+    _check_free(output, overwrite, unfinished=True)
+    if overwrite and os.environ.get("RANK", "0") == "0":
+        (output / CHECKPOINT).unlink(missing_ok=True)
+    return output / CHECKPOINT
+
+
+def _writes() -> bool:
+    """Whether it is this one that writes, of several processes that train."""
+    from anybit.loops.processes import rank
+
+    return rank() == 0
+
+
+def _saved(results: Any, output: Path, overwrite: bool) -> Outcome:
+    """One result, or several, in folders, and what their reports say."""
     from anybit.reports.terminal import print_frontier, print_report, result_line
+    from anybit.roads.result import save_all
     from anybit.runs.report import read_report
 
-    reports = {folder: read_report(folder) for folder in folders}
+    reports = {folder: read_report(folder) for folder in save_all(results, output, overwrite)}
     rows = [{"folder": str(folder), **_part(report, "budget", "result", "test", "float_test")} for folder, report in reports.items()]
 
     def show(details: bool) -> None:
@@ -206,14 +202,3 @@ def _runs(folders: list[Path]) -> Outcome:
 
 def _part(report: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: report[key] for key in keys if key in report}
-
-
-def _checkpoint(output: Path, overwrite: bool) -> Path:
-    """Where a training's checkpoint is, in a folder that is free; with `overwrite` it begins anew."""
-    from anybit.runs.folder import check_free
-    from anybit.runs.names import CHECKPOINT
-
-    check_free(output, overwrite, unfinished=True)
-    if overwrite and os.environ.get("RANK", "0") == "0":
-        (output / CHECKPOINT).unlink(missing_ok=True)
-    return output / CHECKPOINT

@@ -21,12 +21,12 @@ class Outcome(NamedTuple):
     """What a verb has found.
 
     data    is printed where --json asks for it
-    show    prints it to be read; called with False, the result alone
+    show    prints it to be read; called with False, the result alone. Or the name of a function of reports.terminal that does so with `data`
     status  the exit status
     """
 
     data: Any
-    show: Callable[[bool], None]
+    show: Callable[[bool], None] | str
     status: int = 0
 
 
@@ -57,8 +57,13 @@ def as_command(function: Callable[..., Outcome | None], *more: str) -> Callable[
 def _print(outcome: Outcome, common: Mapping[str, Any]) -> None:
     if common.get("as_json"):
         print(json.dumps(outcome.data))
-    else:
+    elif callable(outcome.show):
         outcome.show(not common.get("quiet"))
+    else:
+        from anybit.reports import terminal
+
+        show = getattr(terminal, outcome.show)
+        show(outcome.data, *[not common.get("quiet")][: len(inspect.signature(show).parameters) - 1])
     if outcome.status:
         raise typer.Exit(outcome.status)
 
