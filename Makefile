@@ -63,7 +63,7 @@ tables-check: .venv/ready  ## the same, compared with what is committed
 	$(BIN)/python -m benchmarks.tables --check
 
 reference: .venv/ready  ## the tables of options in docs/command-line.md
-	$(BIN)/python -m anybit.cli.reference docs/command-line.md
+	$(BIN)/python docs/reference.py
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests examples benchmarks

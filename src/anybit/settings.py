@@ -87,6 +87,11 @@ class Option:
     command_line: bool = True
 
     @property
+    def written(self) -> str:
+        """What it is called on the command line."""
+        return self.name.upper() if self.positional else self.flag or f"--{self.name.replace('_', '-')}"
+
+    @property
     def range(self) -> str:
         """What a number may be, in words."""
         if self.least is not None and self.most is not None and _number(self.kind) is int:
@@ -236,7 +241,7 @@ def options_of(*kinds: "type[Settings]") -> dict[str, Option]:
     """name -> option, of all fields of these classes and of the settings within them. Of two of one name the first counts."""
     found: dict[str, Option] = {}
     for kind in kinds:
-        for name, one in [*_own(kind).items(), *options_of(*_inner(kind).values()).items()]:
+        for name, one in [*_own(kind).items(), *options_of(*inner_settings(kind).values()).items()]:
             found.setdefault(name, one)
     return found
 
@@ -265,7 +270,7 @@ class Settings:
         """From one flat set of names, each a field of this class or of the settings within it."""
         check_known(settings, options_of(cls))
         parts = {}
-        for name, kind in _inner(cls).items():
+        for name, kind in inner_settings(cls).items():
             known = options_of(kind)
             parts[name] = kind.of(**{key: value for key, value in settings.items() if key in known})
         return cls(**parts, **{name: value for name, value in settings.items() if name in _own(cls)})
@@ -291,7 +296,7 @@ class Settings:
         """What `to_json` gave. Raises InvalidFile, naming `where`, for any other type, value or name; what is left out has its default."""
         if not isinstance(data, dict):
             raise InvalidFile(f"{where} is a {type(data).__name__}, not a JSON object. Restore it or make it again.")
-        inner = _inner(cls)
+        inner = inner_settings(cls)
         unknown = next((key for key in data if key not in inner and key not in _own(cls)), None)
         if unknown is not None:
             raise InvalidFile(f"{where}: {reprlib.repr(unknown)} is unknown: written by a newer anybit (upgrade), or edited.")
@@ -307,7 +312,7 @@ def _own(kind: "type[Settings]") -> dict[str, Option]:
     return {one.name: described(one.name, one.type, one) for one in dataclasses.fields(kind) if not _is_settings(one.type)}
 
 
-def _inner(kind: "type[Settings]") -> "dict[str, type[Settings]]":
+def inner_settings(kind: "type[Settings]") -> "dict[str, type[Settings]]":
     """name -> class, of the settings within a class."""
     return {one.name: one.type for one in dataclasses.fields(kind) if _is_settings(one.type)}
 

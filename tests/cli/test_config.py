@@ -1,6 +1,7 @@
 """--config: options from a file, the settings of a finished run again, and what cannot be, refused by name before any work."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,7 @@ import typer
 from commands import FAST, anybit_cli
 
 from anybit.cli.app import VERBS, app
-from anybit.cli.options import Verb, flag_of
-from anybit.cli.reference import with_tables
+from anybit.cli.options import Verb
 from anybit.settings import Option, options_of, without_none
 from anybit.sources.preprocessing import Preprocessing
 
@@ -205,9 +205,9 @@ def test_what_cannot_be_is_refused_by_name_on_the_command_line(commands, verb, o
     arguments = ["no" for other in DESCRIBED[verb].options.values() if other.positional]
     for text in bad_texts(one):
         with pytest.raises(SystemExit) as ended:
-            commands[verb].main([*arguments, *options, f"{flag_of(one)}={text}"])
+            commands[verb].main([*arguments, *options, f"{one.written}={text}"])
         said = capsys.readouterr().err
-        assert ended.value.code == 2 and (one.name in said or flag_of(one) in said), (text, said)
+        assert ended.value.code == 2 and (one.name in said or one.written in said), (text, said)
         assert "no.py" not in said and "no.npz" not in said and not Path("out").exists()
 
 
@@ -220,7 +220,7 @@ def test_the_defaults_of_the_command_line_are_those_of_the_options(commands):
             [parameter] = [parameter for parameter in commands[verb].params if parameter.name == one.name]
             assert parameter.default in (one.default_text, None), (verb, one.name)
             assert parameter.default == one.default_text or one.positional
-            assert flag_of(one) in [*parameter.opts, *parameter.secondary_opts] or one.positional
+            assert one.written in [*parameter.opts, *parameter.secondary_opts] or one.positional
 
 
 def test_every_verb_that_is_preprocessed_has_the_same_eight_options():
@@ -232,6 +232,7 @@ def test_every_verb_that_is_preprocessed_has_the_same_eight_options():
 
 
 def test_the_page_says_what_the_options_are():
-    page = (Path(__file__).parent.parent.parent / "docs" / "command-line.md").read_text(encoding="utf8")
-    assert with_tables(page) == page, "run: make reference"
-    assert all(flag_of(one) in page for _, one in OPTIONS if one.command_line and not one.positional)
+    docs = Path(__file__).parent.parent.parent / "docs"
+    page = (docs / "command-line.md").read_text(encoding="utf8")
+    assert runpy.run_path(str(docs / "reference.py"))["with_tables"](page) == page, "run: make reference"
+    assert all(one.written in page for _, one in OPTIONS if one.command_line and not one.positional)

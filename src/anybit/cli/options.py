@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from anybit.errors import InvalidSetting
 from anybit.roads.settings import CalibrateSettings
-from anybit.settings import NAMES, Option, Settings, Text, check_known, described, options_of, without_none
+from anybit.settings import NAMES, Option, Settings, Text, described, options_of, without_none
 
 
 def load_metric(reference: str) -> Any:
@@ -96,17 +95,21 @@ class Verb:
 
     def given(self, context: typer.Context, written: Mapping[str, Any]) -> dict[str, Any]:
         """name -> value, of each option that stands on the command line or else in the file of --config."""
-        values = self._configured(written["config"]) if written.get("config") else {}
+        values = {}
+        if written.get("config"):
+            from anybit.files.config import read_options
+
+            values = read_options(written["config"], self.options, list(self.groups.values()), "--config")
         for name, text in written.items():
             if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
-                values[name] = self.options[name].from_text(text, flag_of(self.options[name]))
+                values[name] = self.options[name].from_text(text, self.options[name].written)
         return values
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The function's arguments. Raises InvalidSetting where an option is missing or cannot be."""
         for name, one in self.options.items():
             if one.default is MISSING and name not in given:
-                raise InvalidSetting(f"{flag_of(one)} is missing. `anybit {self.function.__name__} --help` lists the options.")
+                raise InvalidSetting(f"{one.written} is missing. `anybit {self.function.__name__} --help` lists the options.")
         arguments: dict[str, Any] = {}
         for name in inspect.signature(self.function).parameters:
             if name in self.groups:
@@ -119,85 +122,19 @@ class Verb:
     def value(self, name: str, given: Mapping[str, Any]) -> Any:
         """An option's value."""
         one = self.options[name]
-        return one.checked(given[name], flag_of(one) if name in SHARED else name) if name in given else one.default
-
-    def _configured(self, path: Path) -> dict[str, Any]:
-        """name -> value, of the options in a file. Raises InvalidSetting that says the file and the key."""
-        known = {written: name for name, one in self.options.items() for written in (name, flag_of(one).strip("-").replace("-", "_"))}
-        flat: dict[str, Any] = {}
-        for key, value in _items(_read(path, [*self.groups.values()]), self.groups.values()):
-            name = key.replace("-", "_")
-            check_known([name], known, f"--config {path}: ")
-            if known[name] in flat and flat[known[name]] != value:
-                raise InvalidSetting(f"--config {path}: {key} is given twice, as {flat[known[name]]!r} and {value!r}. Leave one of them.")
-            flat[known[name]] = value
-        return {name: self._from_file(self.options[name], value, f"--config {path}: {name}") for name, value in flat.items()}
-
-    @staticmethod
-    def _from_file(one: Option, value: Any, name: str) -> Any:
-        if one.text is not None and isinstance(value, str):
-            value = one.from_text([value] if one.repeat else value, name)
-        elif one.text is not None and one.repeat and isinstance(value, list):
-            value = one.text.parse(value)
-        return one.checked(value, name)
-
-
-def _read(path: Path, kinds: list[type[Settings]]) -> Mapping[str, Any]:
-    """What a file gives of options: its content, or where it is a run's report, the settings in it."""
-    from anybit.files.strict import parse_json, read_bytes
-
-    if path.suffix == ".toml":
-        try:
-            return tomllib.loads(read_bytes(path).decode("utf8"))
-        except ValueError as error:
-            raise InvalidSetting(f"--config {path} is not valid TOML: {error}.") from error
-    data = parse_json(read_bytes(path), str(path))
-    if isinstance(data, dict) and "version" in data and kinds:
-        data = kinds[0].recorded(data)
-    if not isinstance(data, dict):
-        raise InvalidSetting(f"--config {path} holds no settings. Name a file of option: value, or the report.json of a run.")
-    return data
-
-
-def _items(data: Mapping[str, Any], kinds: Any) -> list[tuple[str, Any]]:
-    """The items of a mapping, those within `csq`, `train` and the like among them."""
-    inner = {
-        one.name for kind in kinds for one in dataclasses.fields(kind) if isinstance(one.type, type) and issubclass(one.type, Settings)
-    }
-    nested = [key for key, value in data.items() if key in inner and isinstance(value, dict)]
-    return [
-        *((key, value) for key, value in data.items() if key not in nested),
-        *(item for key in nested for item in data[key].items()),
-    ]
-
-
-# To typer
-
-
-def flag_of(one: Option) -> str:
-    """What an option is called on the command line."""
-    return one.name.upper() if one.positional else one.flag or f"--{one.name.replace('_', '-')}"
+        return one.checked(given[name], one.written if name in SHARED else name) if name in given else one.default
 
 
 def as_parameter(one: Option) -> inspect.Parameter:
     """A parameter of a function that typer makes a command of."""
-    flag, kind = flag_of(one), without_none(one.kind)
-    if one.positional:
-        return _parameter(one, kind, typer.Argument(help=one.doc))
-    metavar = f"[{'|'.join(one.choices)}]" if one.choices else None
-    if kind is bool and not one.switch:
-        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    kind, default, flag = without_none(one.kind), one.default_text, one.written
     if one.text is not None:
         kind = list[str] if one.repeat else str
-    return _parameter(one, kind, typer.Option(flag, help=one.doc, metavar=metavar))
-
-
-def _parameter(one: Option, kind: Any, about: Any) -> inspect.Parameter:
-    default = one.default_text
-    required = one.positional and one.default is MISSING
-    return inspect.Parameter(
-        one.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if required else default,
-        annotation=Annotated[kind | None if default is None and not required else kind, about],
-    )
+    elif kind is bool and not one.switch:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    metavar = f"[{'|'.join(one.choices)}]" if one.choices else None
+    about = typer.Argument(help=one.doc) if one.positional else typer.Option(flag, help=one.doc, metavar=metavar)
+    if one.positional and one.default is MISSING:
+        default = inspect.Parameter.empty
+    annotation = Annotated[kind | None if default is None else kind, about]
+    return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

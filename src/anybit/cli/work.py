@@ -4,10 +4,8 @@ import inspect
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +19,7 @@ class Outcome(NamedTuple):
     """What a verb has found.
 
     data    is printed where --json asks for it
-    show    prints it to be read; called with False, the result alone. Or the name of a function of reports.terminal that does so with `data`
+    show    prints it to be read; called with False, the result alone. A name is that of a function of reports.terminal, called with `data`
     status  the exit status
     """
 
@@ -100,9 +98,10 @@ def _telling(verb: str, settings: Mapping[str, Any], common: Mapping[str, Any]) 
         return
     from anybit.cli.logs import appended, completing, readable, verb_told
     from anybit.progress import listening
+    from anybit.reports.progress import shown_progress
 
     with ExitStack() as stack:
-        listener, show = stack.enter_context(_terminal(bars=not silent))
+        listener, show = stack.enter_context(shown_progress(bars=not silent))
         sinks = [stack.enter_context(appended(log))] if log is not None else []
         if verbose:
             sinks.append(lambda record: show(readable(record)))
@@ -112,45 +111,3 @@ def _telling(verb: str, settings: Mapping[str, Any], common: Mapping[str, Any]) 
         own = {name: value for name, value in settings.items() if name == "threads" or name not in common}
         stack.enter_context(verb_told(verb, own))
         yield
-
-
-@contextmanager
-def _terminal(bars: bool) -> Iterator[tuple[Callable[[str, int, int], None] | None, Callable[[str], None]]]:
-    """(what shows how far the work is, if it is to be shown; what shows a line): bars with time left on a terminal, plain lines elsewhere.
-
-    All on stderr: stdout is for results.
-    """
-    if not bars or not sys.stderr.isatty():
-        yield _line_listener() if bars else None, partial(print, file=sys.stderr)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as shown:
-        yield _bar_listener(shown), partial(shown.console.print, markup=False, highlight=False)
-
-
-def _bar_listener(bars) -> Callable[[str, int, int], None]:
-    current: dict[str, Any] = {}
-
-    def show(what: str, done: int, total: int) -> None:
-        if done == 0:
-            current[what] = bars.add_task(what, total=total)
-        bars.update(current[what], completed=done)
-
-    return show
-
-
-def _line_listener() -> Callable[[str, int, int], None]:
-    started: dict[str, float] = {}
-
-    def show(what: str, done: int, total: int) -> None:
-        if done == 0:
-            started[what] = time.monotonic()
-            print(f"{what}: {total} steps", file=sys.stderr)
-        elif done == total or (10 * done // total) > (10 * (done - 1) // total):
-            passed = time.monotonic() - started[what]
-            print(f"{what}: {done}/{total}, {passed:.0f} s, {passed / done * (total - done):.0f} s left", file=sys.stderr)
-
-    return show

@@ -1,12 +1,11 @@
-"""The tables of options in docs/command-line.md, from the options themselves: `python -m anybit.cli.reference docs/command-line.md`."""
+"""The tables of options in docs/command-line.md, from the options themselves: `python docs/reference.py`."""
 
 import dataclasses
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from anybit.cli.app import VERBS
-from anybit.cli.options import SHARED, Verb, flag_of
+from anybit.cli.options import SHARED, Verb
 from anybit.settings import Option, options_of
 from anybit.sources.preprocessing import Preprocessing
 
@@ -41,7 +40,7 @@ def _table(options: Iterable[Option]) -> str:
             else f"`{str(one.default_text).lower() if one.kind is bool else one.default_text}`"
         )
         allowed = ", ".join(f"`{choice}`" for choice in one.choices) or one.range
-        name = f"`{flag_of(one)}`" if one.command_line else f"{one.name} (Python and `--config`)"
+        name = f"`{one.written}`" if one.command_line else f"{one.name} (Python and `--config`)"
         rows.append(f"| {name} | {default} | {allowed} | {one.doc.replace('|', chr(92) + '|')} |")
     return "\n".join(["| option | default | allowed | |", "|---|---|---|---|", *rows])
 
@@ -52,6 +51,7 @@ def with_tables(page: str) -> str:
     return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.split(END)[1]}"
 
 
+PAGE = Path(__file__).parent / "command-line.md"
+
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(with_tables(path.read_text(encoding="utf8")), encoding="utf8")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf8")), encoding="utf8")
