@@ -222,6 +222,11 @@ def option(default: Value | Callable[[], Value], doc: str, **description: Any) -
     return typing.cast(Value, dataclasses.field(**of_field, metadata={"doc": doc, **description}))
 
 
+def argument(doc: str, default: Any = ..., **description: Any) -> Any:
+    """A positional parameter of a command; it must be given where it has no default."""
+    return option(default, doc, **{"positional": True, **description})
+
+
 def same_as(kind: "type[Settings]", name: str, **changes: Any) -> Any:
     """The field `name` of another class, described as there but for `changes`."""
     source = next(one for one in dataclasses.fields(kind) if one.name == name)
@@ -314,7 +319,7 @@ def _own(kind: "type[Settings]") -> dict[str, Option]:
 
 def inner_settings(kind: "type[Settings]") -> "dict[str, type[Settings]]":
     """name -> class, of the settings within a class."""
-    return {one.name: one.type for one in dataclasses.fields(kind) if _is_settings(one.type)}
+    return {one.name: typing.cast(Any, one.type) for one in dataclasses.fields(kind) if _is_settings(one.type)}
 
 
 def _plain(value: Any) -> Any:

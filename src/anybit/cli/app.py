@@ -1,6 +1,7 @@
 """The command line: `anybit VERB`."""
 
 import warnings
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ from anybit import __version__
 from anybit.cli.export import bench, export, profile, verify
 from anybit.cli.roads import allocate, calibrate, evaluate, extract, grow, inspect, search, train
 from anybit.cli.runs import cache, diff, explain, report
-from anybit.cli.work import as_command
+from anybit.cli.work import Outcome, as_command
 from anybit.errors import printable
 
 app = typer.Typer(
@@ -17,7 +18,7 @@ app = typer.Typer(
     help="Turn a trained PyTorch network into a low-bit, mixed-precision one.",
 )  # fmt: skip
 TELLING = ("config", "log", "verbose", "quiet", "as_json")
-VERBS = {
+VERBS: dict[Callable[..., Outcome | None], tuple[str, ...]] = {
     **dict.fromkeys((calibrate, allocate, grow, train, search, extract, evaluate), ("threads", *TELLING)),
     report: (),
     export: TELLING,

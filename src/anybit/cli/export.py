@@ -7,14 +7,14 @@ import anybit
 from anybit.cli.work import Outcome
 from anybit.errors import InvalidSetting
 from anybit.roads.settings import CalibrateSettings
-from anybit.settings import option, same_as
+from anybit.settings import argument, option, same_as
 from anybit.sources.preprocessing import Preprocessing
 
 RUN_DATA = "Inputs, preprocessed as the run's (default: what it was made with)."
 
 
 def export(
-    run: Path = option(..., "A run folder.", positional=True),
+    run: Path = argument("A run folder."),
     *,
     onnx: Path | None = option(None, "The file to write, for ONNX Runtime and others."),
     compressed_tensors: Path | None = option(None, "The folder to write, for transformers: Hugging Face networks."),
@@ -27,11 +27,11 @@ def export(
     """Write a run as an ONNX file, with packed weights and integer kernels when it runs, or as a folder that transformers loads."""
     if (onnx is None) == (compressed_tensors is None):
         raise InvalidSetting("Name what to write: --onnx FILE, or --compressed-tensors FOLDER.")
-    if onnx is None and (tables or weight_only or data):
+    if compressed_tensors is not None and (tables or weight_only or data):
         raise InvalidSetting("--tables, --weight-only and --data belong to --onnx; a folder of compressed-tensors takes none of them.")
     if onnx is not None and pack_embeddings:
         raise InvalidSetting("--pack-embeddings belongs to --compressed-tensors; an ONNX file packs them always.")
-    if onnx is None:
+    if compressed_tensors is not None:
         from anybit.exports.compressed_tensors import export_folder
 
         return Outcome(export_folder(run, compressed_tensors, model=model, embeddings=pack_embeddings, overwrite=overwrite), "print_folder")
@@ -53,8 +53,8 @@ def _print_file(found: dict[str, Any], details: bool) -> None:
 
 
 def verify(
-    run: Path = option(..., "The run folder that was exported.", positional=True),
-    exported: Path = option(..., "The exported file or folder.", positional=True),
+    run: Path = argument("The run folder that was exported."),
+    exported: Path = argument("The exported file or folder."),
     *,
     data: str | None = option(None, RUN_DATA),
     samples: int | None = option(None, "Inputs to run, the first of the data (default: all).", least=1),
@@ -71,8 +71,8 @@ def verify(
 
 
 def bench(
-    run: Path = option(..., "A run folder.", positional=True),
-    onnx: Path | None = option(None, "The exported file (default: what the run would be exported as).", positional=True),
+    run: Path = argument("A run folder."),
+    onnx: Path | None = argument("The exported file (default: what the run would be exported as).", None),
     *,
     data: str | None = option(None, RUN_DATA), model=None,
     rounds: int = option(20, "Turns of float32 and exported, each about a twentieth of a second.", least=1),

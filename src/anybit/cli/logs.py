@@ -24,7 +24,7 @@ WIDTH = 200
 """Characters that a line to read has at most."""
 
 
-def completing(*sinks: Callable[[Record], None]) -> EventListener:
+def completing(*sinks: Callable[[Record], Any]) -> EventListener:
     """A listener that gives each event its time, its stage and its seconds, and hands it to every sink.
 
     `seconds`, where the event does not bring its own, is the time since the event before: what was told of took that long.

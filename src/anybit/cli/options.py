@@ -136,5 +136,5 @@ def as_parameter(one: Option) -> inspect.Parameter:
     about = typer.Argument(help=one.doc) if one.positional else typer.Option(flag, help=one.doc, metavar=metavar)
     if one.positional and one.default is MISSING:
         default = inspect.Parameter.empty
-    annotation = Annotated[kind | None if default is None else kind, about]
+    annotation = Annotated[kind | None if default is None else kind, about]  # type: ignore[valid-type]
     return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

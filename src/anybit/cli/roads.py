@@ -10,7 +10,7 @@ from anybit.cli.work import Outcome
 from anybit.errors import InvalidSetting
 from anybit.methods.settings import SearchSettings
 from anybit.roads.settings import CalibrateSettings, GrowSettings
-from anybit.settings import NAMES, option, same_as
+from anybit.settings import NAMES, argument, option, same_as
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.settings import SupernetSettings
 
@@ -29,7 +29,7 @@ def calibrate(
 
 
 def allocate(
-    run: Path = option(..., "A run folder of calibrate.", positional=True),
+    run: Path = argument("A run folder of calibrate."),
     *,
     output, budget, data=None, model=None,
     batch_size: int | None = option(None, "Inputs a forward pass; the run's where left out.", least=1),
@@ -79,7 +79,7 @@ def train(
 
 
 def search(
-    run: Path = option(..., "A supernet's folder.", positional=True),
+    run: Path = argument("A supernet's folder."),
     *,
     output, data=None,
     budget: tuple[str, ...] | None = option(None, "3bit, 80kB, 12.5%, bops=2.1G, latency=3ms; repeat.", text=NAMES, repeat=True),
@@ -101,7 +101,7 @@ def search(
 
 
 def extract(
-    run: Path = option(..., "A supernet's folder, or a search's.", positional=True),
+    run: Path = argument("A supernet's folder, or a search's."),
     *,
     output, budget: str | None = option(None, "The best known subnet that fits it."),
     scheme: Path | None = option(None, "A run folder, or a JSON file of layer: precision."),
@@ -119,7 +119,7 @@ def extract(
 
 
 def evaluate(
-    run: Path | None = option(None, "A run folder; or give --model for the float network.", positional=True),
+    run: Path | None = argument("A run folder; or give --model for the float network.", None),
     *,
     model=None, weights=None, data, preprocessing: Preprocessing,
     batch_size: int = same_as(CalibrateSettings, "batch_size", default=128), workers=0, metric=None, device="cpu", task=None,

@@ -5,29 +5,25 @@ from pathlib import Path
 import anybit
 from anybit.budget import SIZE
 from anybit.cli.work import Outcome
-from anybit.settings import option
+from anybit.settings import argument, option
 
 
 def report(
-    runs: list[Path] = option(..., "Run folders, of any roads; one that holds several runs counts as each of them.", positional=True),
+    runs: list[Path] = argument("Run folders, of any roads; one that holds several runs counts as each of them."),
     *,
-    output: Path = option(..., "The HTML file to write."), overwrite: bool = option(False, "Replace the file.", switch=True),
+    output: Path = argument("The HTML file to write.", positional=False), overwrite: bool = option(False, "Replace the file.", switch=True),
 ) -> Outcome:  # fmt: skip
     """Several runs side by side on one page that asks nothing of the network."""
     file = anybit.report(*runs, output=output, overwrite=overwrite)
     return Outcome(str(file), lambda details: print(file))
 
 
-def diff(
-    run: Path = option(..., "A run folder, of any road.", positional=True), run2: Path = option(..., "Another.", positional=True)
-) -> Outcome:
+def diff(run: Path = argument("A run folder, of any road."), run2: Path = argument("Another.")) -> Outcome:
     """What differs between two runs: settings, versions, references, bits, size, errors, accuracy, and whether the weights are the same."""
     return Outcome(anybit.diff(run, run2), "print_difference")
 
 
-def explain(
-    run: Path = option(..., "A run folder.", positional=True), layer: str = option(..., "One of its layers.", positional=True)
-) -> Outcome:
+def explain(run: Path = argument("A run folder."), layer: str = argument("One of its layers.")) -> Outcome:
     """Why a layer has its bits: what each precision would lose and cost, the shadow price, one step more or less, reconstruction errors."""
     return Outcome(anybit.explain(run, layer), "print_explanation")
 

@@ -102,7 +102,7 @@ def _telling(verb: str, settings: Mapping[str, Any], common: Mapping[str, Any]) 
 
     with ExitStack() as stack:
         listener, show = stack.enter_context(shown_progress(bars=not silent))
-        sinks = [stack.enter_context(appended(log))] if log is not None else []
+        sinks: list[Callable[[Mapping[str, Any]], Any]] = [stack.enter_context(appended(log))] if log is not None else []
         if verbose:
             sinks.append(lambda record: show(readable(record)))
         elif not silent:
