@@ -10,56 +10,24 @@ from typing import Annotated, Any
 import typer
 
 from anybit.errors import InvalidSetting
-from anybit.roads.settings import CalibrateSettings
-from anybit.settings import NAMES, Option, Settings, Text, described, options_of, without_none
+from anybit.roads.settings import CalibrateSettings, RunOptions
+from anybit.settings import Option, Settings, described, option, options_of, without_none
 
 
-def load_metric(reference: str) -> Any:
-    """The function that `--metric` names."""
-    from anybit.sources.callables import load_callable
+@dataclass(frozen=True)
+class Telling(Settings):
+    """What verbs that work for longer than a moment tell, and where their options may stand."""
 
-    return load_callable(reference, "--metric")
-
-
-SHARED = {
-    one.name: one
-    for one in (
-        Option("output", Path, None, "The run folder to write."),
-        Option(
-            "model", str | None, None,
-            "The network: package.module:function, FILE.py:function, hf:FOLDER or NAME, timm:NAME, torchvision:NAME.",
-        ),
-        Option("weights", str | None, None, "State dict to load into it (.safetensors, .pt, .pth)."),
-        Option(
-            "data", str | None, None,
-            "Inputs: a folder of images, FILE.npz, FILE.npz#test, texts (.tsv, .csv, .jsonl, .txt), FILE.py:function.",
-        ),
-        Option("train", str | None, None, "Labelled training data, named as for --data elsewhere."),
-        Option("test", str | None, None, "Labelled data for the report; nothing is chosen on it."),
-        Option(
-            "budget", tuple[str, ...] | None, None,
-            "4bit, 120kB, 12.5%, bops=2.1G, latency=3ms, loss=0.02, drop=1%; join with commas, or repeat.",
-            text=NAMES, repeat=True,
-        ),
-        Option("cache", bool, True, "Keep results of stages and take them up again, from the user's cache directory."),
-        Option("workers", int, 0, "Processes that load data; changes speed alone.", least=0),
-        Option("threads", int | None, None, "Processor threads (default: PyTorch's choice).", least=1),
-        Option(
-            "metric", Any, None, "FILE.py:function of (outputs, labels), higher is better: reported, and what drop= counts.",
-            text=Text(load_metric),
-        ),
-        Option("device", str, "cpu", "Where to compute: cpu, cuda, cuda:1, ..."),
-        Option("overwrite", bool, False, "Replace a finished run.", switch=True),
-        Option("as_json", bool, False, "Print one JSON object instead of tables.", flag="--json", switch=True),
-        Option("quiet", bool, False, "Print the result alone.", switch=True),
-        Option("verbose", bool, False, "Print each event as it happens, in a line on stderr.", switch=True),
-        Option("log", Path | None, None, "Append each event to this file as it happens, one JSON object a line."),
-        Option(
-            "config", Path | None, None,
-            "Options from a .toml or .json file, or the settings of a run's report.json; the command line wins over them.",
-        ),
+    config: Path | None = option(
+        None, "Options from a .toml or .json file, or the settings of a run's report.json; the command line wins over them."
     )
-}  # fmt: skip
+    log: Path | None = option(None, "Append each event to this file as it happens, one JSON object a line.")
+    verbose: bool = option(False, "Print each event as it happens, in a line on stderr.", switch=True)
+    quiet: bool = option(False, "Print the result alone.", switch=True)
+    as_json: bool = option(False, "Print one JSON object instead of tables.", flag="--json", switch=True)
+
+
+SHARED = options_of(RunOptions, Telling)
 """Options that several verbs have."""
 COMMON = options_of(CalibrateSettings) | SHARED
 """Options that a verb may have by their name alone."""

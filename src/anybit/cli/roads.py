@@ -1,12 +1,11 @@
 """The verbs of the roads: calibrate, allocate, grow, train, search, extract; and of any network: evaluate, inspect."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import anybit
 from anybit.budget import SIZE
-from anybit.cli.work import Outcome
+from anybit.cli.work import Outcome, is_first
 from anybit.errors import InvalidSetting
 from anybit.methods.settings import SearchSettings
 from anybit.roads.settings import CalibrateSettings, GrowSettings
@@ -54,7 +53,7 @@ def grow(
         raise InvalidSetting("Say what the network should end at: --budget 3bit, or --scheme RUN for the scheme of a run.")
     inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": metric, "workers": workers}
     result = anybit.grow(model, train, budget, scheme=scheme, checkpoint=checkpoint, device=device, **inputs, **settings.flat())
-    return _saved(result, output, overwrite=True) if _writes() else None
+    return _saved(result, output, overwrite=True) if is_first() else None
 
 
 def train(
@@ -64,7 +63,7 @@ def train(
     """Train one network for every bit-width; `search` and `extract` take subnets from it. An interrupted run continues where it began."""
     inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": metric, "workers": workers}
     supernet = anybit.train(model, train, checkpoint=_checkpoint(output, overwrite), device=device, **inputs, **settings.flat())
-    if not _writes():
+    if not is_first():
         return None
     folder, report = supernet.save(output, overwrite=True), supernet.report
 
@@ -168,16 +167,9 @@ def _checkpoint(output: Path, overwrite: bool) -> Path:
     from anybit.runs.names import CHECKPOINT
 
     _check_free(output, overwrite, unfinished=True)
-    if overwrite and os.environ.get("RANK", "0") == "0":
+    if overwrite and is_first():
         (output / CHECKPOINT).unlink(missing_ok=True)
     return output / CHECKPOINT
-
-
-def _writes() -> bool:
-    """Whether it is this one that writes, of several processes that train."""
-    from anybit.loops.processes import rank
-
-    return rank() == 0
 
 
 def _saved(results: Any, output: Path, overwrite: bool) -> Outcome:

@@ -72,6 +72,11 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def is_first() -> bool:
+    """Whether this is the first process of several: the one that tells, and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def reported_errors() -> Iterator[None]:
     """anybit's own errors as one line and exit status 2; Ctrl-C as 130."""
@@ -93,7 +98,7 @@ def _telling(verb: str, settings: Mapping[str, Any], common: Mapping[str, Any]) 
         raise InvalidSetting("--verbose and --quiet contradict each other. Give one of them.")
     if log is not None and settings.get("output") and log.resolve().is_relative_to(Path(settings["output"]).resolve()):
         raise InvalidSetting(f"--log {log} is inside the run folder, which is written whole or not at all. Put the log beside it.")
-    if os.environ.get("RANK", "0") != "0":  # of several processes one tells
+    if not is_first():
         yield
         return
     from anybit.cli.logs import appended, completing, readable, verb_told
