@@ -60,7 +60,7 @@ from anybit.onnx.file import load as load_graph
 from anybit.onnx.latency import load_table, save_table
 from anybit.onnx.verification import _contents, _told
 from anybit.reports.terminal import print_frontier, print_report
-from anybit.roads.allocate import _settings_from, _table_from, check_saved
+from anybit.roads.allocate import _table_from, check_saved
 from anybit.roads.extract import _scheme_from
 from anybit.roads.grow import make_trainee, observe_trainable
 from anybit.roads.search import best_within
@@ -165,7 +165,7 @@ def read_saved(folder: Path) -> Any:
     file = read_scheme(folder)
     candidates, saved = read_candidates(folder, {name: (record.rows, record.columns) for name, record in file.layers.items()})
     place = folder / "candidates.json"
-    settings, table = _settings_from(saved["settings"], place), _table_from(saved["table"], place)
+    settings, table = CalibrateSettings.from_json(saved["settings"], f"{place}: settings"), _table_from(saved["table"], place)
     network = network_of(settings)
     check_saved(network, candidates, table, saved["choices"], place)
     highest = Scheme({name: options[-1] for name, options in network.choices.items()})

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from anybit.errors import InvalidSetting
+from anybit.settings import Text
 
 UNITS = {
     "bytes": {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
@@ -80,3 +81,12 @@ def parse_size(text: str) -> int:
     if not match:
         raise InvalidSetting(f"Size {text!r} cannot be read. Write 500MB or 2GiB.")
     return int(Decimal(match[1]) * Decimal(str(UNITS["bytes"][match[2]])))
+
+
+def size_text(size: int) -> str:
+    """What `parse_size` reads as this many bytes: in the largest binary unit that divides them."""
+    unit = next(unit for unit in ("GiB", "MiB", "KiB", "B") if size % UNITS["bytes"][unit] == 0)
+    return f"{size // UNITS['bytes'][unit]}{unit}"
+
+
+SIZE = Text(parse_size, size_text, "500MB or 2GiB")

@@ -159,6 +159,15 @@ def test_nobody_is_told_who_does_not_listen():
     assert heard == [("note", {"note": "heard"})]
 
 
+def test_events_are_records_of_the_standard_logger(caplog):
+    tell("note", note="lost")
+    with caplog.at_level("INFO", "anybit"):
+        tell("unit", unit="fc 100%", after=0.5)
+    [record] = caplog.records
+    assert (record.name, record.levelname, record.getMessage()) == ("anybit", "INFO", "unit")
+    assert record.fields == {"unit": "fc 100%", "after": 0.5}
+
+
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.builds(np.float32, st.floats(width=32)),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3),

@@ -24,7 +24,7 @@ WIDTH = 200
 """Characters that a line to read has at most."""
 
 
-def completing(*sinks: Callable[[Record], None]) -> EventListener:
+def completing(*sinks: Callable[[Record], Any]) -> EventListener:
     """A listener that gives each event its time, its stage and its seconds, and hands it to every sink.
 
     `seconds`, where the event does not bring its own, is the time since the event before: what was told of took that long.
@@ -64,6 +64,8 @@ def verb_told(verb: str, settings: Mapping[str, Any]) -> Iterator[None]:
 @contextmanager
 def appended(path: Path) -> Iterator[Callable[[Record], None]]:
     """A sink that appends each record to the file at once; a disk that fills costs one warning and the rest of the log, not the work.
+
+    No logging.FileHandler, which would go on printing an error for each event.
 
     Raises InvalidSetting where the first record cannot be written, or where the file holds anything but a log.
     """

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybit.data.batches import Batch
+from anybit.data.options import parse_augmentations
 from anybit.errors import InvalidSetting
 
 
@@ -32,16 +33,3 @@ def channels_last(batch: Batch) -> Batch:
     if isinstance(batch.inputs, Tensor) and batch.inputs.dim() == 4:
         return replace(batch, inputs=batch.inputs.contiguous(memory_format=torch.channels_last))
     return batch
-
-
-def parse_augmentations(text: str) -> list[tuple[str, int]]:
-    """[("flip", 0), ("crop", 4)] of "flip,crop4"."""
-    found = []
-    for part in filter(None, text.split(",")):
-        if part == "flip":
-            found.append(("flip", 0))
-        elif part.startswith("crop") and part[4:].isdigit():
-            found.append(("crop", int(part[4:])))
-        else:
-            raise InvalidSetting(f"augment {part!r} is unknown. Write flip, crop4 (shifts by up to 4 pixels), or both with a comma.")
-    return found

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,6 @@ from anybit.data.batches import Batch, Reader, evaluating, predict
 from anybit.errors import InvalidInput, InvalidSetting
 
 Metric = Callable[[Tensor, Tensor], float]
-Task = Literal["classification", "regression", "embedding", "question-answering", "language-model"]
 COUNTED: dict[str, str | None] = {
     "classification": "top1",
     "regression": None,
@@ -21,7 +20,6 @@ COUNTED: dict[str, str | None] = {
     "language-model": "top1",
 }
 """Task -> the score in percent that a limit on the drop counts in, where there is one."""
-TASKS = get_args(Task)
 NUMBERS = 2**24
 """Outputs whose distance or loss is computed at once, in double precision: a vocabulary makes many."""
 

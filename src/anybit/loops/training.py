@@ -26,7 +26,8 @@ from anybit.data.tasks import TRAINED_ON_CLASSES, task_loss
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 from anybit.loops.checkpoint import resume_checkpoint, save_checkpoint
 from anybit.loops.processes import average, average_gradients, average_tensors, rank, world
-from anybit.loops.trainee import SMALLEST_GAMMA, Trainee, TrainSettings
+from anybit.loops.settings import TrainSettings
+from anybit.loops.trainee import SMALLEST_GAMMA, Trainee
 from anybit.networks.wiring import BATCH_NORMS
 from anybit.progress import tell, track
 

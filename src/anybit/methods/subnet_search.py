@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from anybit.allocation.program import allocate, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import Budget
-from anybit.errors import InfeasibleBudget, InvalidSetting
+from anybit.errors import InfeasibleBudget
+from anybit.methods.settings import SearchSettings
 from anybit.networks.cost import CostModel
 from anybit.scheme import FLOAT, FLOAT_BITS, Precision, Scheme
 
@@ -41,39 +42,6 @@ STRATEGIES = ("monte-carlo", "uniform", "integer-program")
 BINS = 24
 TILTED = 20000
 """Number of schemes that the table counts."""
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """evaluations   subnets that are evaluated
-    strategy      "monte-carlo", "uniform" draws with the same predictor and search, or "integer-program" on measured sensitivities
-    quantity      the cost that the front trades against the score: "bits", "bytes" or "bops"
-    explored      share of the evaluations that the predictor is first fitted to
-    rounds        how often the rest is spent: predict, search, evaluate the favourites
-    targets       averages that are searched for in a round
-    population, generations, mutation   of the genetic search
-    """
-
-    evaluations: int = 150
-    strategy: str = "monte-carlo"
-    quantity: str = "bits"
-    seed: int = 0
-    explored: float = 0.6
-    rounds: int = 3
-    targets: int = 20
-    population: int = 100
-    generations: int = 30
-    mutation: float = 0.1
-
-    def __post_init__(self):
-        for name, allowed in (("strategy", STRATEGIES), ("quantity", ("bits", "bytes", "bops"))):
-            if getattr(self, name) not in allowed:
-                raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose from {', '.join(allowed)}.")
-        for name, least in (("evaluations", 10), ("rounds", 1), ("targets", 1), ("population", 4), ("generations", 1)):
-            if getattr(self, name) < least:
-                raise InvalidSetting(f"{name} {getattr(self, name)} must be at least {least}.")
-        if not 0 < self.explored < 1 or not 0 < self.mutation <= 1:
-            raise InvalidSetting("explored must be between 0 and 1, mutation above 0 and at most 1.")
 
 
 @dataclass(frozen=True)

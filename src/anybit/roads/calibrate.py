@@ -44,11 +44,13 @@ from anybit.roads.steps import (
     sensitivity_table,
 )
 from anybit.scheme import Scheme
+from anybit.settings import takes
 from anybit.sources.callables import code_of
 from anybit.sources.inputs import samples_from
 from anybit.sources.preprocessing import Preprocessing
 
 
+@takes(CalibrateSettings)
 @torch.inference_mode(False)
 def calibrate(
     model: nn.Module | str,
@@ -76,11 +78,10 @@ def calibrate(
     device    where to compute; the result is on the CPU
     cache     keep every result of a stage, in this folder or (True) in the user's cache directory: a run that was killed, or has another
               budget, takes up what was finished, and ends with the same bytes
-    settings  fields of `stages.CalibrateSettings`
 
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
-    wanted = CalibrateSettings(**settings)
+    wanted = CalibrateSettings.of(**settings)
     budgets = [Budget.parse(b) for b in budget] if isinstance(budget, (list, tuple)) else [Budget.parse(budget) if budget else None]
     twice = [text for text, count in Counter(map(str, budgets)).items() if count > 1]
     if twice:

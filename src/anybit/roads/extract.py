@@ -152,7 +152,7 @@ def extract(
     ladder: list[dict[str, Any]] = []
     if polish:
         with clock.stage("polish"):
-            canonical, ladder = polished(supernet, canonical, fitting, batches, CalibrateSettings(**settings), open_cache(cache))
+            canonical, ladder = polished(supernet, canonical, fitting, batches, CalibrateSettings.of(**settings), open_cache(cache))
     scheme = canonical.scheme
     report = {
         "version": 1,

@@ -20,12 +20,14 @@ from anybit.roads.grow import plain_batches, watched_batches
 from anybit.roads.inputs import on_device, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import test_scores
+from anybit.settings import takes
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.prepared import bn_batches, held_out_split, make_multiquant, observe_supernet, to_store
 from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.supernet import Supernet, uniform_schemes, width_scores
 
 
+@takes(SupernetSettings)
 @torch.inference_mode(False)
 def train(
     model: nn.Module | str,
@@ -47,7 +49,6 @@ def train(
     weights, preprocessing, workers, device  as for `calibrate`
     test        labelled data on which every bit-width is reported after every epoch; nothing is chosen on it
     checkpoint  a file that is written after every epoch and continued from where it is found
-    settings    fields of `subnets.SupernetSettings`, `methods.multiquant.MultiQuantSettings` and `training.TrainSettings`
 
     The result's weights are those of the store: rounded to 8 bits. Raises as `grow` does.
     """
