@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import anybit
-from anybit.allocation.program import HEADER_SLACK
 from anybit.errors import InvalidFile, InvalidSetting
 from anybit.files.strict import write_json
+from anybit.networks.cost import HEADER_SLACK
 from anybit.reports.figures import loss_over_size, losses_side_by_side, tests_side_by_side
 from anybit.reports.page import frontier_data, run_page, runs_page
 from anybit.roads.result import save_all

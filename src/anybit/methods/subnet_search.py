@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from anybit.allocation.program import allocate, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget
+from anybit.budget import QUANTITIES, Budget, Condition, own_costs
 from anybit.errors import InfeasibleBudget, InvalidSetting
 from anybit.networks.cost import CostModel
 from anybit.scheme import FLOAT, FLOAT_BITS, Precision, Scheme
@@ -62,7 +62,7 @@ class SearchSettings:
     mutation: float = 0.1
 
     def __post_init__(self):
-        for name, allowed in (("strategy", STRATEGIES), ("quantity", ("bits", "bytes", "bops"))):
+        for name, allowed in (("strategy", STRATEGIES), ("quantity", tuple(cost.name for cost in own_costs()))):
             if getattr(self, name) not in allowed:
                 raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose from {', '.join(allowed)}.")
         for name, least in (("evaluations", 10), ("rounds", 1), ("targets", 1), ("population", 4), ("generations", 1)):
@@ -94,18 +94,15 @@ class Found:
 
 
 def layer_cost(costs: CostModel, quantity: str) -> Callable[[str, Precision], float]:
-    """A layer's part of the cost at a precision."""
-    if quantity == "bops":
-        return lambda name, precision: float(costs.layer_bops(name, precision))
-    if quantity == "bytes":
-        return lambda name, precision: float(costs.layer_bytes(name, precision))
-    total = sum(size.weights for size in costs.layers.values())
-    return lambda name, precision: costs.layers[name].weights * precision.stored_weight_bits / total
+    """Return the function of (layer, precision) that gives a layer's part of the cost."""
+    cost = QUANTITIES[quantity]
+    scale = cost.scale(costs)
+    return lambda name, precision: cost.layer(costs, name, precision) / scale
 
 
 def total_cost(costs: CostModel, quantity: str, scheme: Scheme) -> float:
-    """The exact cost of a scheme, all in."""
-    return {"bits": costs.weight_bits, "bytes": costs.file_size, "bops": costs.bops}[quantity](scheme)
+    """Return the exact cost of a scheme, all in."""
+    return QUANTITIES[quantity].total(costs, scheme)
 
 
 # Drawing
@@ -339,9 +336,9 @@ def _by_program(
             if len(scores) >= settings.evaluations:
                 return
             limit = limits[0] + index / pieces * (limits[1] - limits[0])
-            text = {"bits": f"{limit:.6f}bit", "bytes": f"{math.floor(limit)}B", "bops": f"bops={limit:.0f}"}[settings.quantity]
+            budget = Budget(f"{settings.quantity} {limit:g}", (Condition(settings.quantity, limit),))
             with suppress(InfeasibleBudget):
-                try_scheme(allocate(make_problem(choices, table, costs, Budget.parse(text))).scheme, "allocated")
+                try_scheme(allocate(make_problem(choices, table, costs, budget)).scheme, "allocated")
 
 
 def _completed(choices: Choices, highest: Scheme, measured: Mapping[tuple[str, Precision], float]) -> dict[tuple[str, Precision], float]:
