@@ -13,7 +13,7 @@ from anybit.allocation.program import Allocation, allocate, best_allocations, le
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import BITS, BYTES, DROP, LOSS, Budget, Condition
 from anybit.data.batches import Batch
-from anybit.data.tasks import COUNTED, Metric, distance, outputs_of, score
+from anybit.data.tasks import TASKS, Metric, distance, outputs_of, score
 from anybit.errors import InfeasibleBudget, InvalidSetting
 from anybit.files.cache import Cache
 from anybit.networks.candidates import Candidates, apply_scheme
@@ -50,7 +50,7 @@ class Judge:
     def of_outputs(self, outputs: Tensor) -> dict[str, float]:
         """The same of outputs on the held-out inputs."""
         result = {"loss": distance(outputs, self.reference, self.task)}
-        counted = COUNTED[self.task]
+        counted = TASKS[self.task].counted
         if self.labels is not None and counted is not None:
             told = score(outputs, self.labels, self.task, reader=self.held_out[0].reader)
             result |= {counted: told[counted]} if counted in told else {}
@@ -61,7 +61,7 @@ class Judge:
     @property
     def counted(self) -> str | None:
         """What a limit on the drop counts in."""
-        return COUNTED[self.task] if self.metric is None else "metric"
+        return TASKS[self.task].counted if self.metric is None else "metric"
 
     @property
     def labels(self) -> Tensor | None:

@@ -13,7 +13,7 @@ from anybit.allocation.choice import fits_budget
 from anybit.budget import BYTES, PERCENT, QUANTITIES, Budget, Cost, cost_quantities, own_costs
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples
-from anybit.data.tasks import COUNTED, Metric, metric_name
+from anybit.data.tasks import TASKS, Metric, metric_name
 from anybit.environment import environment
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
 from anybit.files.cache import Cache, Entry
@@ -132,7 +132,7 @@ def run_search(
     bn = bn_batches(fitting, supernet.settings)
     asked = supernet.settings.bn_images if bn_images is None else bn_images
     few = bn_batches(fitting, replace(supernet.settings, bn_images=asked))
-    key = metric_name(metric) if metric else COUNTED[supernet.task] or "loss"
+    key = metric_name(metric) if metric else TASKS[supernet.task].counted or "loss"
 
     def score(scheme: Scheme, test: Sequence[Batch], statistics: Sequence[Batch], where: tuple[str, int]) -> float:
         def measure() -> float:
