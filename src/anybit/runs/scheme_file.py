@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anybit.data.options import Task
+from anybit.data.options import TaskName
 from anybit.errors import AnybitError, InvalidFile, SchemeMismatch
 from anybit.files.strict import check_version, in_words, read_header, read_json, read_tensors, sha256_of, validated, write_json
 from anybit.networks import batchnorm
@@ -55,7 +55,7 @@ class SchemeFile(BaseModel):
     model: dict[str, str | None] = {}
     data: dict[str, str | None] = {}
     preprocessing: dict[str, Any] = {}
-    task: Task = "classification"
+    task: TaskName = "classification"
     sha256: str
 
     @property
