@@ -1,7 +1,7 @@
 """The verbs of exported files: export, verify, bench, profile."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import anybit
 from anybit.cli.work import Outcome
@@ -35,21 +35,10 @@ def export(
         from anybit.exports.compressed_tensors import export_folder
 
         return Outcome(export_folder(run, compressed_tensors, model=model, embeddings=pack_embeddings, overwrite=overwrite), "print_folder")
+    from anybit.reports.outcomes import print_file
+
     found = anybit.export(run, onnx, model=model, data=data, tables=tables, weight_only=weight_only, overwrite=overwrite)
-    return Outcome(found, lambda details: _print_file(found, details))
-
-
-def _print_file(found: dict[str, Any], details: bool) -> None:
-    from anybit.reports.words import human_bytes
-
-    over = 100 * (found["bytes"] / found["ideal_bytes"] - 1) if found["ideal_bytes"] else 0
-    ideal = human_bytes(found["ideal_bytes"])
-    print(f"{found['file']}: {human_bytes(found['bytes'])}, {over:.1f} % above the {ideal} of its weights' bits")
-    if details:
-        print(f"{found['integer_layers']} of {found['layers']} layers on integers")
-    if details and found["measured_edges"]:
-        count = len(found["measured_edges"])
-        print(f"{count} tensors between operators have no range in the run: it was measured on the inputs of this export.")
+    return Outcome(found, partial(print_file, found))
 
 
 def verify(
