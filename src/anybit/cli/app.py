@@ -836,38 +836,17 @@ def export(
 ) -> None:
     """Write a run as an ONNX file, with packed weights and integer kernels when it runs, or as a folder that transformers loads."""
     with work():
-        if (onnx is None) == (compressed_tensors is None):
-            raise InvalidSetting("Name what to write: --onnx FILE, or --compressed-tensors FOLDER.")
-        if compressed_tensors is not None and (tables or weight_only or data):
-            raise InvalidSetting("--tables, --weight-only and --data belong to --onnx; a folder of compressed-tensors takes none of them.")
-        if onnx is not None and pack_embeddings:
-            raise InvalidSetting("--pack-embeddings belongs to --compressed-tensors; an ONNX file packs them always.")
-        if compressed_tensors is not None:
-            from anybit.exports.compressed_tensors import export_folder
+        from anybit.exports.formats import chosen_format
 
-            found = export_folder(run, compressed_tensors, model=model, embeddings=pack_embeddings, overwrite=overwrite)
-        else:
-            from anybit.exports.verbs import export
-
-            found = export(run, onnx, model=model, data=data, tables=tables, weight_only=weight_only, overwrite=overwrite)
+        options = {"data": data, "tables": tables, "weight-only": weight_only, "pack-embeddings": pack_embeddings}
+        chosen, target = chosen_format({"onnx": onnx, "compressed-tensors": compressed_tensors}, options)
+        found = chosen.run_export(run, target, options, model=model, overwrite=overwrite)
     if as_json:
         print(json.dumps(found))
         return
-    if compressed_tensors is not None:
-        from anybit.reports.terminal import print_folder
+    from anybit.reports import terminal
 
-        print_folder(found, details=not quiet)
-        return
-    from anybit.reports.words import human_bytes
-
-    over = 100 * (found["bytes"] / found["ideal_bytes"] - 1) if found["ideal_bytes"] else 0
-    print(f"{onnx}: {human_bytes(found['bytes'])}, {over:.1f} % above the {human_bytes(found['ideal_bytes'])} of its weights' bits")
-    if quiet:
-        return
-    print(f"{found['integer_layers']} of {found['layers']} layers on integers")
-    if found["measured_edges"]:
-        count = len(found["measured_edges"])
-        print(f"{count} tensors between operators have no range in the run: it was measured on the inputs of this export.")
+    getattr(terminal, chosen.table)(found, not quiet)
 
 
 @app.command()
@@ -889,24 +868,16 @@ def verify(
     with work():
         _set_threads(threads)
         how = {"model": model, "data": data, "samples": samples, "metric": _metric(metric), "workers": workers}
-        if exported.is_dir():
-            from anybit.exports.compressed_tensors import verify_folder
+        from anybit.exports.formats import format_of
 
-            found = verify_folder(run, exported, **how)
-        else:
-            from anybit.exports.verbs import verify
-
-            found = verify(run, exported, **how)
+        chosen = format_of(exported)
+        found = chosen.run_verify(run, exported, **how)
     if as_json:
         print(json.dumps(found))
-    elif exported.is_dir():
-        from anybit.reports.terminal import print_folder_verdict
-
-        print_folder_verdict(found, numbers=not quiet)
     else:
-        from anybit.reports.terminal import print_verdict
+        from anybit.reports import terminal
 
-        print_verdict(found, numbers=not quiet)
+        getattr(terminal, chosen.verdict)(found, not quiet)
     raise typer.Exit(0 if found["ok"] else 1)
 
 

@@ -193,6 +193,18 @@ def _print_simulation(found: Mapping[str, Any]) -> None:
         print(f"{kind}: {scores_line(scores)}")
 
 
+def print_file(found: Mapping[str, Any], details: bool = True) -> None:
+    """Print what an exported ONNX file holds."""
+    over = 100 * (found["bytes"] / found["ideal_bytes"] - 1) if found["ideal_bytes"] else 0
+    ideal = human_bytes(found["ideal_bytes"])
+    print(f"{found['file']}: {human_bytes(found['bytes'])}, {over:.1f} % above the {ideal} of its weights' bits")
+    if details:
+        print(f"{found['integer_layers']} of {found['layers']} layers on integers")
+    if details and found["measured_edges"]:
+        count = len(found["measured_edges"])
+        print(f"{count} tensors between operators have no range in the run: it was measured on the inputs of this export.")
+
+
 def print_folder(found: Mapping[str, Any], details: bool = True) -> None:
     """What an exported folder holds, and what its format does not."""
     print(f"{found['folder']}: {human_bytes(found['bytes'])}, {found['packed']} of {found['layers']} quantized weights packed")
