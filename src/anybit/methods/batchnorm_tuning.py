@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from anybit.data.batches import Batch, call, map_tensors, tensors_in
 from anybit.errors import InvalidSetting
 from anybit.networks.batchnorm import ChannelStatistics, channel_statistics, channel_sums, scale_weight, statistics_from_sums
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight
 
 
@@ -28,8 +29,8 @@ def tune(model: nn.Module, targets: Mapping[str, ChannelStatistics], batches: li
         gain, shift = _correction(statistics_from_sums(*channel_sums(layer, output)), target, prior_weight)
         _scale_channels(layer, gain, shift)
         largest[name] = float(gain.max())
-        shape = [1, -1] + [1] * (output.dim() - 2) if not isinstance(layer, nn.Linear) else [-1]
-        return output.mul_(gain.view(shape)).add_(shift.view(shape))
+        per_channel = type_of(layer).per_channel
+        return output.mul_(per_channel(gain, output)).add_(per_channel(shift, output))
 
     hooks = [
         model.get_submodule(name).register_forward_hook(lambda layer, args, output, name=name: correct(name, layer, output))

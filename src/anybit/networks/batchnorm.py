@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from anybit.data.batches import Batch, call, evaluating, read_output
 from anybit.errors import UnsupportedModel
+from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import float_weight, from_rows, weight_rows
-from anybit.networks.wiring import BATCH_NORMS, COVERED, Wiring, observe_outputs
+from anybit.networks.wiring import BATCH_NORMS, Wiring, observe_outputs
 from anybit.numerics.quantizers import UniformQuantizer
 
 
@@ -51,9 +52,9 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
         name = wiring.batch_norm_after(layer)
         norm, source = (model.get_submodule(name) if name else None), model.get_submodule(layer)
         plain = isinstance(norm, BATCH_NORMS) and type(norm).forward is nn.BatchNorm2d.forward and norm.running_mean is not None
-        plain = plain and source.weight.dtype == torch.float32  # another type has no digits to spare
+        plain = plain and type_of(source).sums and source.weight.dtype == torch.float32  # another type has no digits to spare
         own = weights[id(source.weight)] == 1 and layer not in wiring.read_weights
-        if plain and own and not isinstance(source, nn.Embedding):
+        if plain and own:
             pairs[layer] = name
     return pairs
 
@@ -217,7 +218,7 @@ def channel_sums(layer: nn.Module, output: Tensor) -> tuple[int, Tensor, Tensor]
 
     Each sample's channel is summed first, where its values lie side by side: far faster than reducing across samples at once.
     """
-    if isinstance(layer, nn.Linear):  # its channels come last
+    if type_of(layer).channels_last:
         rows = output.flatten(0, -2).double()
         return len(rows), rows.sum(0), rows.square().sum(0)
     places = tuple(range(2, output.dim()))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anybit.errors import InvalidFile, InvalidInput, SchemeMismatch
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
 from anybit.numerics.packing import pack, unpack
 from anybit.numerics.quantizers import UniformQuantizer
@@ -98,7 +99,7 @@ def apply_scheme(prepared: nn.Module, scheme: Scheme, candidates: Candidates) ->
     layers = quantized_layers(model)
     check_names(scheme, layers, "The model")
     for name, precision in scheme.items():
-        takes_input = precision.activation_bits and not isinstance(layers[name], nn.Embedding)
+        takes_input = precision.activation_bits and type_of(layers[name]).reads_numbers
         try:
             weights = candidates.weights[name, precision.weight_bits] if precision.weight_bits else None
             inputs = candidates.activations[name, precision.activation_bits] if takes_input else None

@@ -11,8 +11,8 @@ from torch import nn
 
 from anybit.budget import cost_quantities
 from anybit.networks.latency import LatencyTable
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight, weight_rows
-from anybit.networks.matmul import Matmul
 from anybit.networks.states import STORED_TYPES, leftovers, spec_of
 from anybit.networks.wiring import Wiring
 from anybit.numerics.packing import PACKED_METADATA, PackedLayer, TensorSpec, file_bytes, layout, packed_bytes
@@ -66,7 +66,7 @@ class CostModel:
             layer = prepared.get_submodule(name)
             rows = weight_rows(layer, float_weight(layer))
             macs = macs_per_sample(layer, name, wiring) if wiring else 0
-            layers[name] = LayerSize(rows.shape[0], rows.shape[1], macs, operands_of(layer))
+            layers[name] = LayerSize(rows.shape[0], rows.shape[1], macs, type_of(layer).operands)
         float32 = [name for name in names if float_weight(prepared.get_submodule(name)).dtype == torch.float32]
         leftover, others = leftovers(prepared, float32)  # a weight of another type is kept, under its own key
         numbers = sum(tensor.numel() for tensor in leftover.values())
@@ -128,27 +128,6 @@ class CostModel:
 
 
 def macs_per_sample(layer: nn.Module, name: str, wiring: Wiring) -> int:
-    """Multiply-accumulates of one sample, from the observed shapes; none for an embedding."""
-    operation = wiring.operation(name)
-    if isinstance(layer, nn.Embedding):
-        return 0
-    weights = float_weight(layer).numel()
-    if isinstance(layer, Matmul):
-        return _product(operation.shape) * wiring.input_shapes[name][-1] // wiring.batch_size
-    if isinstance(layer, nn.Linear):
-        return weights * _product(operation.shape[:-1]) // wiring.batch_size
-    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return weights * _product(wiring.input_shapes[name][2:])
-    return weights * _product(operation.shape[2:])
-
-
-def operands_of(layer: nn.Module) -> int:
-    """How many activations a layer reads."""
-    return 2 if isinstance(layer, Matmul) else 1
-
-
-def _product(numbers) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result
+    """Count the multiply-accumulates of one sample, from the observed shapes."""
+    weights, made = float_weight(layer).numel(), wiring.operation(name).shape
+    return type_of(layer).macs(weights, wiring.input_shapes[name], made, wiring.batch_size)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from anybit.reports.terminal import print_frontier, print_report, print_search, print_supernet, result_line
-from anybit.reports.words import human_bytes
 
 
 def print_runs(reports: Mapping[Path, Mapping[str, Any]], details: bool = True) -> None:
@@ -29,15 +28,3 @@ def print_searched(folder: Path, report: Mapping[str, Any], details: bool = True
     """A supernet that was searched."""
     print_search(report, front=details)
     print(f"{folder}: {len(report['front'])} schemes on the front of {len(report['evaluated'])} evaluated")
-
-
-def print_file(found: Mapping[str, Any], details: bool = True) -> None:
-    """An exported file."""
-    over = 100 * (found["bytes"] / found["ideal_bytes"] - 1) if found["ideal_bytes"] else 0
-    ideal = human_bytes(found["ideal_bytes"])
-    print(f"{found['file']}: {human_bytes(found['bytes'])}, {over:.1f} % above the {ideal} of its weights' bits")
-    if details:
-        print(f"{found['integer_layers']} of {found['layers']} layers on integers")
-    if details and found["measured_edges"]:
-        count = len(found["measured_edges"])
-        print(f"{count} tensors between operators have no range in the run: it was measured on the inputs of this export.")

@@ -24,8 +24,9 @@ from anybit.networks.candidates import (
     weight_candidate,
 )
 from anybit.networks.capture import input_samples
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight, quantized_layers, weight_rows
-from anybit.networks.observed import ObservedNetwork, is_reconstructed
+from anybit.networks.observed import ObservedNetwork
 from anybit.roads.memory import memory_to_capture
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
@@ -121,7 +122,7 @@ def reconstructed_candidates(
         for bits in variants
     }
     layers = quantized_layers(network.prepared)
-    free = [name for name, options in network.choices.items() if is_reconstructed(layers[name]) and any(p.weight_bits for p in options)]
+    free = [name for name, options in network.choices.items() if type_of(layers[name]).sums and any(p.weight_bits for p in options)]
     units = network.wiring.units(free, [])
     changed = Candidates(dict(candidates.weights), candidates.activations)
     wanted, room = adaquant_settings(settings, settings.candidate_steps), memory_to_capture(network, calibration, settings)
