@@ -22,7 +22,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 from anybit.allocation.program import allocate, make_problem
@@ -210,6 +209,8 @@ def rank_correlation(choices: Choices, evaluated: Sequence[Evaluated], seed: int
         fitted = Predictor(choices, [one for index, one in enumerate(evaluated) if index not in left], seed)
         for index, score in zip(out, fitted.scores([evaluated[index].scheme for index in out]), strict=True):
             predicted[index] = score
+    from scipy.stats import kendalltau  # takes a second, and all roads import the settings that are here
+
     return float(kendalltau(predicted, [one.score for one in evaluated]).statistic)
 
 
