@@ -75,3 +75,12 @@ def test_no_method_imports_another():
     for path in (ROOT / "methods").glob("*.py"):
         others = {name for name in imports_of(path) if name.startswith("methods.")} - {"methods.settings"}
         assert not others, path
+
+
+def test_every_module_is_on_the_map():
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", (TESTS.parent / "docs" / "design.md").read_text().split("## Three walks")[0], re.M)
+    words = {package.strip("`/"): set(re.findall(r"[a-z_]+", files)) for package, files in rows}
+    for path in FILES:
+        package, _, module = name_of(path).rpartition(".")
+        if path.name not in ("__init__.py", "__main__.py") and package:
+            assert module in words[package.split(".")[0]], f"{package}/{module}.py is not on the map of docs/design.md"
