@@ -1,18 +1,19 @@
 """Budget: what a scheme may cost, and its grammar (`4bit`, `120kB`, `12.5%`, `bops=2G`, `latency=3ms`, `loss=0.02`, `drop=1%`)."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 
 from anybit.errors import InvalidSetting
 
-UNITS = {
+UNITS: dict[str, dict[str, float]] = {
     "bytes": {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
     "bops": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
     "latency": {"us": 1e-6, "ms": 1e-3, "s": 1.0},
 }
 _NUMBER = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-_FORMS = (  # (pattern, quantity, units)
+_FORMS: tuple[tuple[str, str, Mapping[str, float] | None], ...] = (  # (pattern, quantity, units)
     (rf"{_NUMBER}bits?", "bits", None),
     (rf"{_NUMBER}(B|kB|KB|MB|GB|KiB|MiB|GiB)", "bytes", UNITS["bytes"]),
     (rf"{_NUMBER}%", "percent", None),
