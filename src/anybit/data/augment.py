@@ -36,12 +36,12 @@ def channels_last(batch: Batch) -> Batch:
 
 def parse_augmentations(text: str) -> list[tuple[str, int]]:
     """[("flip", 0), ("crop", 4)] of "flip,crop4"."""
-    found = []
-    for part in filter(None, text.split(",")):
-        if part == "flip":
-            found.append(("flip", 0))
-        elif part.startswith("crop") and part[4:].isdigit():
-            found.append(("crop", int(part[4:])))
+    augmentations = []
+    for name in filter(None, text.split(",")):
+        if name == "flip":
+            augmentations.append(("flip", 0))
+        elif name.startswith("crop") and name[4:].isdigit():
+            augmentations.append(("crop", int(name[4:])))
         else:
-            raise InvalidSetting(f"augment {part!r} is unknown. Write flip, crop4 (shifts by up to 4 pixels), or both with a comma.")
-    return found
+            raise InvalidSetting(f"augment {name!r} is unknown. Write flip, crop4 (shifts by up to 4 pixels), or both with a comma.")
+    return augmentations
