@@ -5,6 +5,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from anybit.data.batches import Reader
 from anybit.data.samples import Samples
@@ -13,7 +14,7 @@ from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.sources.huggingface.folder import json_of
 
 
-def task_of(model: nn.Module) -> str:
+def task_of(model: PreTrainedModel) -> str:
     """What the model's head is for."""
     name = type(model).__name__
     if name.endswith("LMHeadModel") or name.endswith("ForCausalLM"):
@@ -29,7 +30,7 @@ def task_of(model: nn.Module) -> str:
     )
 
 
-def reader_of(model: nn.Module) -> Reader:
+def reader_of(model: PreTrainedModel) -> Reader:
     """What is read in the model's output."""
     task = task_of(model)
     if task == "language-model":
@@ -39,7 +40,7 @@ def reader_of(model: nn.Module) -> Reader:
     return SentenceEmbedding(_pooling(model)) if task == "embedding" else FirstOutput(task)
 
 
-def _pooling(model: nn.Module) -> str:
+def _pooling(model: PreTrainedModel) -> str:
     """ "first" where the model's sentence-embedding configuration takes the first token, else "mean"; others are refused by name."""
     modes = {mode: on for mode, on in json_of(model, "1_Pooling/config.json").items() if mode.startswith("pooling_mode_") and on}
     others = sorted(set(modes) - {"pooling_mode_mean_tokens", "pooling_mode_cls_token"})
@@ -52,7 +53,7 @@ def _pooling(model: nn.Module) -> str:
 
 
 def text_samples(
-    model: nn.Module, rows: Sequence[Row], where: str, length: int | None = None, stride: int | None = None, workers: int = 0
+    model: PreTrainedModel, rows: Sequence[Row], where: str, length: int | None = None, stride: int | None = None, workers: int = 0
 ) -> Samples:
     """Rows (role -> value) as the samples that `model` takes: tokenized by its own tokenizer, for the task of its head."""
     encoding, task = _encoding(model, length, stride), task_of(model)
@@ -76,7 +77,7 @@ def text_samples(
     return Samples(texts, labels is not None, workers, reader=reader_of(model))
 
 
-def _encoding(model: nn.Module, length: int | None, stride: int | None) -> Encoding:
+def _encoding(model: PreTrainedModel, length: int | None, stride: int | None) -> Encoding:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -99,7 +100,7 @@ def _encoding(model: nn.Module, length: int | None, stride: int | None) -> Encod
     return Encoding(tokenizer, length or min(most, default), length is not None, 128 if stride is None else stride)
 
 
-def _length_of(model: nn.Module) -> int:
+def _length_of(model: PreTrainedModel) -> int:
     """The most tokens that the network takes; of RoBERTa's family positions begin after the padding's."""
     most = getattr(model.config, "max_position_embeddings", None)
     tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
@@ -107,7 +108,7 @@ def _length_of(model: nn.Module) -> int:
     return most - taken if isinstance(most, int) and most > taken else 2048
 
 
-def _label(value: Any, task: str, model: nn.Module, where: str) -> int | float:
+def _label(value: Any, task: str, model: PreTrainedModel, where: str) -> int | float:
     names = getattr(model.config, "label2id", None) or {}
     if task == "classification" and isinstance(value, str) and value in names:
         return int(names[value])
@@ -122,15 +123,15 @@ def _label(value: Any, task: str, model: nn.Module, where: str) -> int | float:
         raise InvalidInput(f"{where}: the label {value!r} is no {kind}{known}. Name another column with --columns label=NAME.") from error
 
 
-def hub_rows(name: str, part: str, columns: Mapping[str, str | int]) -> list[Row]:
+def hub_rows(name: str, split: str, columns: Mapping[str, str | int]) -> list[Row]:
     """The rows of a Hugging Face data set's split, role -> value (needs the package datasets)."""
     import datasets
 
     try:
-        found = datasets.load_dataset(*name.split(":"), split=part or "train")
+        dataset = datasets.load_dataset(*name.split(":"), split=split or "train")
     except Exception as error:  # the library raises whatever its readers do
         said = " ".join(str(error).split())
         raise InvalidInput(f"--data hf:{name} cannot be loaded: {type(error).__name__}: {said[:300]}") from error
-    if len(found) == 0:
+    if len(dataset) == 0:
         raise InvalidInput(f"--data hf:{name} holds no rows.")
-    return with_roles([(number, dict(row)) for number, row in enumerate(found, 1)], columns, f"hf:{name}")
+    return with_roles([(number, dict(row)) for number, row in enumerate(dataset, 1)], columns, f"hf:{name}")
