@@ -58,7 +58,7 @@ from anybit.networks.states import put_back, snapshot
 from anybit.onnx import latency
 from anybit.onnx.file import load as load_graph
 from anybit.onnx.latency import load_table, save_table
-from anybit.onnx.verification import _contents, _told
+from anybit.onnx.verification import _contents, _described
 from anybit.reports.terminal import print_frontier, print_report
 from anybit.roads.allocate import _settings_from, _table_from, check_saved
 from anybit.roads.extract import _scheme_from
@@ -314,7 +314,7 @@ def read_graph(folder: Path) -> Any:
         contents = {name: digest_of(array.tolist()) for name, array in _contents(model).items() if array is not None}
     except (ValueError, TypeError) as error:
         raise InvalidFile(f"net.onnx: {error}") from error
-    return contents, digest_of([str(_told(node)) for node in model.graph])
+    return contents, digest_of([str(_described(node)) for node in model.graph])
 
 
 def replaced(path: Path, key: str, value: str) -> None:
