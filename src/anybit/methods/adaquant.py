@@ -32,7 +32,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import real
+from anybit.data.batches import unpadded
 from anybit.data.samples import Calibration
 from anybit.errors import AnybitError
 from anybit.files.cache import Cache, Entry
@@ -93,7 +93,7 @@ class DroppedInput(LearnedInput):
 
 def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Squared error over the target's power, of real tokens alone where `mask` says which they are."""
-    output, target = real(output, mask), real(target, mask)
+    output, target = unpadded(output, mask), unpadded(target, mask)
     return (output - target).square().sum() / target.square().sum().clamp_min(1e-30)
 
 
@@ -390,8 +390,8 @@ def _error(module: nn.Module, data: UnitData, finish: Callable[[Tensor], Tensor]
     error, power = 0.0, 0.0
     for indices in data.parts(limit):
         args, kwargs = data.arguments(indices)
-        target = real(finish(data.targets(indices)), data.mask(indices))
-        error += float((real(finish(module(*args, **kwargs)), data.mask(indices)) - target).square().sum())
+        target = unpadded(finish(data.targets(indices)), data.mask(indices))
+        error += float((unpadded(finish(module(*args, **kwargs)), data.mask(indices)) - target).square().sum())
         power += float(target.square().sum())
     return error / max(power, 1e-30)
 

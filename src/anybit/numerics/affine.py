@@ -26,7 +26,8 @@ def quant_limits(bits: int, signed: bool) -> tuple[int, int]:
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
     """Codes of `x`; `scale` and `zero_point` broadcast against it."""
-    return torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max)
+    codes = torch.round(x / scale) + zero_point
+    return codes.clamp(quant_min, quant_max)  # type: ignore[arg-type]  # the stubs take two numbers or two tensors, no union of both
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
         steps = x / scale
         codes = steps.round().add_(zero_point)
-        clamped = codes.clamp(quant_min, quant_max)
+        clamped = codes.clamp(quant_min, quant_max)  # type: ignore[arg-type]  # as in `quantize`
         if any(ctx.needs_input_grad):
             inside = (clamped == codes).to(x.dtype)  # as numbers: products with them are several times faster than torch.where
             offset = clamped - zero_point

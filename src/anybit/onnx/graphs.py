@@ -25,7 +25,7 @@ RECENT, LARGEST = 32, 10 * 10**6
 _recent: OrderedDict[str, Entry] = OrderedDict()
 
 
-def kept_graph(key: str | None, export: Callable[[], ir.Model], state: Mapping[str, Tensor], cache: Cache) -> ir.Model:
+def cached_graph(key: str | None, export: Callable[[], ir.Model], state: Mapping[str, Tensor], cache: Cache) -> ir.Model:
     """The optimized graph with the weights of `state`.
 
     key      all that the graph depends on; None keeps nothing
@@ -33,7 +33,7 @@ def kept_graph(key: str | None, export: Callable[[], ir.Model], state: Mapping[s
     """
 
     def make() -> Entry:
-        return _recent[key] if key in _recent else _without_weights(export(), state)
+        return _recent[key] if key is not None and key in _recent else _without_weights(export(), state)
 
     def read(entry: Entry) -> ir.Model:
         model = _with_weights(entry, state)

@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from anybit.data.batches import Reader
 from anybit.data.samples import Samples
@@ -57,7 +58,7 @@ def reader_of(model: nn.Module) -> Reader:
     return head_of(model).reader(model)
 
 
-def _pooling(model: nn.Module) -> str:
+def _pooling(model: PreTrainedModel) -> str:
     """ "first" where the model's sentence-embedding configuration takes the first token, else "mean"; others are refused by name."""
     modes = {mode: on for mode, on in json_of(model, "1_Pooling/config.json").items() if mode.startswith("pooling_mode_") and on}
     others = sorted(set(modes) - {"pooling_mode_mean_tokens", "pooling_mode_cls_token"})
@@ -70,7 +71,7 @@ def _pooling(model: nn.Module) -> str:
 
 
 def text_samples(
-    model: nn.Module, rows: Sequence[Row], where: str, length: int | None = None, stride: int | None = None, workers: int = 0
+    model: PreTrainedModel, rows: Sequence[Row], where: str, length: int | None = None, stride: int | None = None, workers: int = 0
 ) -> Samples:
     """Make samples that `model` takes of rows (role -> value): tokenized by its own tokenizer, for the task of its head."""
     return head_of(model).samples(model, rows, where, _encoding(model, length, stride), workers)
@@ -112,7 +113,7 @@ def _pairs(model: nn.Module, rows: Sequence[Row], where: str, encoding: Encoding
     return _texts(model, rows, where, encoding, workers, _number, apart=True)
 
 
-def _encoding(model: nn.Module, length: int | None, stride: int | None) -> Encoding:
+def _encoding(model: PreTrainedModel, length: int | None, stride: int | None) -> Encoding:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -135,7 +136,7 @@ def _encoding(model: nn.Module, length: int | None, stride: int | None) -> Encod
     return Encoding(tokenizer, length or default, length is not None, 128 if stride is None else stride)
 
 
-def _length_of(model: nn.Module) -> int:
+def _length_of(model: PreTrainedModel) -> int:
     """The most tokens that the network takes; of RoBERTa's family positions begin after the padding's."""
     most = getattr(model.config, "max_position_embeddings", None)
     tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
@@ -186,15 +187,15 @@ HEADS = {
 """Task -> its head. The first that fits a model is its head: a class whose name ends in "LMHeadModel" ends in "Model" too."""
 
 
-def hub_rows(name: str, part: str, columns: Mapping[str, str | int]) -> list[Row]:
+def hub_rows(name: str, split: str, columns: Mapping[str, str | int]) -> list[Row]:
     """The rows of a Hugging Face data set's split, role -> value (needs the package datasets)."""
     import datasets
 
     try:
-        found = datasets.load_dataset(*name.split(":"), split=part or "train")
+        dataset = datasets.load_dataset(*name.split(":"), split=split or "train")
     except Exception as error:  # the library raises whatever its readers do
         said = " ".join(str(error).split())
         raise InvalidInput(f"--data hf:{name} cannot be loaded: {type(error).__name__}: {said[:300]}") from error
-    if len(found) == 0:
+    if len(dataset) == 0:
         raise InvalidInput(f"--data hf:{name} holds no rows.")
-    return with_roles([(number, dict(row)) for number, row in enumerate(found, 1)], columns, f"hf:{name}")
+    return with_roles([(number, dict(row)) for number, row in enumerate(dataset, 1)], columns, f"hf:{name}")
