@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from anybit.allocation.frontier import Frontier
-from anybit.budget import BYTES, QUANTITIES, Budget, Cost
+from anybit.budget import BYTES, QUANTITIES, Budget, Cost, Costs
 from anybit.errors import InvalidFile
 from anybit.reports.words import human_bytes, human_count
 from anybit.runs.folder import runs_in
@@ -106,19 +106,36 @@ def _limited(record: Record) -> tuple[str, float | None]:
     """Return (the cost that the budget limits most tightly, how much of it the scheme left); bytes, and None, where it limits none of
     those that a report tells."""
     limits = Budget.parse(record.budget).costs() if record.budget else []
-    spent = {cost: record.result.amount(cost.report_key) for cost, _ in limits if cost.counted.recorded != "nowhere"}
+    counted = [cost for cost, _ in limits if cost.counted.recorded != "nowhere"]
+    spent = {cost: _known(_result(record).amount(cost.report_key)) for cost in counted}
     if not spent:
         return BYTES.name, None
     tightest, limit = max(((cost, limit) for cost, limit in limits if cost in spent), key=lambda one: spent[one[0]] / one[1])
-    return tightest.counted.name, (limit - spent[tightest]) * tightest.scale(record) / _each(tightest)
+    return tightest.counted.name, (limit - spent[tightest]) * tightest.scale(_counts(record)) / _each(tightest)
 
 
 def _cost(record: Record, cost: str, layer: str, precision: Precision) -> float:
     """Return what a layer costs at a precision; bits count as the bytes of codes that they take."""
-    quantity = QUANTITIES[cost]
+    quantity = _cost_named(cost)
     if quantity.recorded == "weights":
-        return quantity.layer(record, layer, precision) / _each(quantity)
-    return float(record.table.layers[layer][precision].amount(cost))
+        return quantity.layer(_counts(record), layer, precision) / _each(quantity)
+    return _known(_table(record).layers[layer][precision].amount(cost))
+
+
+def _counts(record: Record) -> Costs:
+    """Return the record as counts: of those that a cost in it is made of, it has the layers' weights and the float bytes."""
+    return cast(Costs, record)
+
+
+def _known(amount: float | None) -> float:
+    assert amount is not None, "an amount that a budget limits is reported"
+    return float(amount)
+
+
+def _cost_named(name: str) -> Cost:
+    cost = QUANTITIES[name]
+    assert isinstance(cost, Cost), "a report tells costs of layers, and never their losses, by this name"
+    return cost
 
 
 def _each(cost: Cost) -> float:
@@ -239,7 +256,7 @@ def _step(move: Mapping[str, Any]) -> str:
 
 
 def _amount(amount: float, cost: str) -> str:
-    return AMOUNTS.get(cost, QUANTITIES[cost].in_words)(amount)
+    return (AMOUNTS.get(cost) or _cost_named(cost).in_words)(amount)
 
 
 def _price(move: Mapping[str, Any], cost: str) -> str:

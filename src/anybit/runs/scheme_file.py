@@ -218,8 +218,10 @@ def _groups(model: nn.Module, file: SchemeFile) -> dict[str, int]:
     groups = {}
     for name, record in file.layers.items():
         layer = model.get_submodule(name)
-        whole = type_of(layer).grouped and layer.weight.numel() == record.rows * record.columns
-        if whole and 0 < record.columns < layer.weight.shape[1]:
+        if not type_of(layer).grouped:
+            continue
+        weight = float_weight(layer)
+        if weight.numel() == record.rows * record.columns and 0 < record.columns < weight.shape[1]:
             groups[name] = record.columns
     return groups
 
