@@ -9,6 +9,7 @@ from anybit.errors import InvalidSetting
 from anybit.loops.trainee import TrainSettings
 from anybit.methods.csq import CSQSettings
 from anybit.methods.lsq import LSQSettings
+from anybit.methods.table import ROUNDINGS
 from anybit.networks.options import LayerOptions
 from anybit.numerics.ranges import ESTIMATORS
 from anybit.scheme import FLOAT, Precision, check_bits, parsed_keep
@@ -22,15 +23,16 @@ class CalibrateSettings:
 
     weight_bits, activation_bits  what a layer may get (None among the activation bits: float activations)
     keep                          shell pattern on layer names -> precision, overriding the above
-    pipeline                      "advanced" (with AdaQuant and bias tuning) or "light" (no back-propagation)
+    pipeline                      "advanced" (with reconstruction and bias tuning) or "light" (no back-propagation)
     parallel, sequential, bn_tuning, bias_tuning  switches of the steps
     samples, held_out             inputs drawn, fitting and held-out together, and the share held out
     estimator                     range estimator: "mse", "minmax" or "percentile"
     unit                          what is reconstructed at once: "block" or "layer"; `blocks` names the blocks instead of finding them
+    rounding                      how a reconstruction rounds weights: "adaquant" or "adaround"
     steps, candidate_steps        of Adam a unit, sequential and for each candidate
     step_batch                    inputs that such a step sees; of padded texts it sees a whole batch
-    start                         where sequential AdaQuant starts: "ranges", "matched" statistics (as ranges where no batch norm folds), or
-                                  None: the codes of parallel AdaQuant where it ran, else ranges
+    start                         where sequential reconstruction starts: "ranges", "matched" statistics (as ranges where no batch norm
+                                  folds), or None: AdaQuant at the codes of its parallel form where that ran, else ranges
     drop                          share of activation quantizations dropped while reconstructing (0: none)
     mirror                        also fit to the mirror images of 4-d inputs
     sensitivity_base              precision of the other layers while one is measured
@@ -60,6 +62,7 @@ class CalibrateSettings:
     estimator: str = "mse"
     unit: str = "block"
     blocks: tuple[str, ...] | None = None
+    rounding: str = "adaquant"
     steps: int = 300
     candidate_steps: int = 60
     step_batch: int = 32
@@ -91,6 +94,7 @@ class CalibrateSettings:
             ("pipeline", PIPELINES),
             ("estimator", ESTIMATORS),
             ("unit", ("block", "layer")),
+            ("rounding", tuple(ROUNDINGS)),
             ("bn_target", ("float", "prior")),
             ("start", (None, "ranges", "matched")),
         ):
