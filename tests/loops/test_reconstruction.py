@@ -13,14 +13,14 @@ from anybit.data.batches import Batch
 from anybit.data.tasks import outputs_of
 from anybit.loops.reconstruction import DroppedInput, ReconstructionSettings, UnitData, mix, parallel, reconstruct, sequential
 from anybit.methods.adaquant import AdaQuant
-from anybit.methods.table import ROUNDINGS
+from anybit.methods.table import ROUNDINGS, rounding_named
 from anybit.networks.capture import MemoryBudget, capture
 from anybit.networks.layers import codes_of, quantized_layers, scheme_of, weight_rows
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.scheme import Precision
 
 FEW = ReconstructionSettings(AdaQuant, steps=5)
-every_rounding = pytest.mark.parametrize("rounding", ROUNDINGS.values(), ids=ROUNDINGS)
+every_rounding = pytest.mark.parametrize("rounding", [rounding_named(name) for name in ROUNDINGS], ids=ROUNDINGS)
 
 
 class Reckless(AdaQuant):
