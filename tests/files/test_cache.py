@@ -240,6 +240,7 @@ def test_a_new_budget_takes_up_all_that_it_does_not_touch(tmp_path, monkeypatch)
         ({"pairs": True}, "floor"),
         ({"sensitivity_base": "W6A6"}, "ranges"),
         ({"candidate_steps": 4}, "parallel AdaQuant of"),
+        ({"rounding": "adaround"}, "parallel AdaRound of"),
         ({"bn_prior": 0.5}, "matching of candidates"),
         ({"estimator": "minmax"}, "ranges"),
         ({"seed": 1}, "ranges"),

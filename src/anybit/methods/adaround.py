@@ -8,9 +8,13 @@ V, [channels, fan-in], starts where h(V) is the fraction W / s - floor(W / s), s
 all but nearly decided weights free; as beta falls, the penalty decides one after the other.
 
 Source: Nagel, Amjad, van Baalen, Louizos, Blankevoort, "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020,
-eq. 21 to 25; lambda, warm-up and beta as in the authors' release. Deviations:
+eq. 21 to 25; beta falls from 20 to 2 along a cosine after a warm-up of a fifth of the steps, and lambda is 0.01, as its authors' toolkit
+has them. Deviations; more are in the loop (`loops.reconstruction`):
 
-PLACEHOLDER
+  * The squared error is relative to the target's power, and lambda is not adapted to that.
+  * Adam's rate is ten times the toolkit's, 0.1, for hundreds of steps instead of 10,000, and decays to zero.
+  * Whole blocks are reconstructed at once where there are any; input scales and biases are trained too. Those of a weight are not.
+  * The sequential form starts at the float weights, whatever the parallel form came to.
 """
 
 import math
@@ -39,7 +43,7 @@ class AdaRound(nn.Module):
         self,
         start: Tensor,
         quantizer: UniformQuantizer,
-        rate: float = 1e-2,
+        rate: float = 1e-1,
         strength: float = 1e-2,
         warmup: float = 0.2,
         beta: tuple[float, float] = (20.0, 2.0),
