@@ -1,4 +1,4 @@
-"""What a model's outputs are worth: accuracy with labels, distance to the float model without."""
+"""How good a model's outputs are: accuracy with labels, distance to the float model without."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,13 +27,13 @@ NUMBERS = 2**24
 
 
 def compares_classes(task: str) -> bool:
-    """Whether outputs are logits, whose distance is a KL divergence."""
+    """Return whether outputs are logits, whose distance is a KL divergence."""
     return task in ("classification", "question-answering", "language-model")
 
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """What is read in the output on every sample, [N, ...], in evaluation mode."""
+    """Run `model` in evaluation mode and return what is read in its output on every sample, [N, ...]."""
     with evaluating(model):
         outputs = [predict(model, batch) for batch in batches]
     if not outputs:
@@ -42,19 +42,19 @@ def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
 
 
 def guess_task(outputs: Tensor, reader: Reader | None = None) -> str:
-    """The reader's; else "classification" where outputs are [N, classes >= 2], or "regression"; the user's --task overrules it."""
+    """Return the reader's task; else "classification" if outputs are [N, classes >= 2], or "regression". The user's --task overrules it."""
     if reader is not None:
         return reader.task
     return "classification" if outputs.dim() == 2 and outputs.shape[1] >= 2 else "regression"
 
 
 def distance(outputs: Tensor, reference: Tensor, task: str) -> float:
-    """How far `outputs` are from those of the float model: mean KL divergence of one sample's classes, or normalized squared error."""
+    """Return the distance to the float model's outputs: mean KL divergence of one sample's classes, or normalized squared error."""
     return float(sample_distances(outputs, reference, task).mean())
 
 
 def sample_distances(outputs: Tensor, reference: Tensor, task: str) -> Tensor:
-    """The same for each sample, [N]; where outputs are no logits each is divided by the mean square of the reference."""
+    """Return the distance of each sample, [N]; outputs that are not logits are divided by the mean square of the reference."""
     if compares_classes(task):
         return torch.cat([_divergence(some.double(), float_ones.double()) for some, float_ones in _in_parts(outputs, reference)])
     error = (outputs.double() - reference.double()).square().reshape(len(outputs), -1).mean(1)
@@ -62,25 +62,25 @@ def sample_distances(outputs: Tensor, reference: Tensor, task: str) -> Tensor:
 
 
 def _in_parts(outputs: Tensor, beside: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some samples of both after the others, so that the outputs have NUMBERS at most."""
+    """Split both into runs of samples whose outputs have at most NUMBERS numbers."""
     count = max(1, NUMBERS // max(1, outputs[:1].numel()))
     return zip(outputs.split(count), beside.split(count), strict=True)
 
 
 def _divergence(outputs: Tensor, reference: Tensor) -> Tensor:
-    """KL divergence of each sample's classes, [N]; the mean of several where a sample has several."""
+    """Return the KL divergence of each sample's classes, [N]; the mean where a sample has several predictions."""
     log_p, log_q = F.log_softmax(reference, -1), F.log_softmax(outputs, -1)
     terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0)  # a class that both rule out adds nothing
     return terms.sum(-1).clamp_min(0).reshape(len(outputs), -1).mean(1)  # rounding alone can make it -1e-17
 
 
 def agreement(outputs: Tensor, reference: Tensor) -> float:
-    """Percent of samples whose top-1 class is the reference's."""
+    """Return the percentage of samples whose top-1 class is the reference's."""
     return 100 * float((outputs.argmax(-1) == reference.argmax(-1)).double().mean())
 
 
 def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], task: str, metric: Metric | None = None) -> dict[str, Any]:
-    """What an exported network gives on these batches beside the simulation: how far its outputs are away, and both scores on labels.
+    """Compare an exported network's outputs with the simulation's: how far apart they are, and the scores of both on labels.
 
     simulation  the largest difference, the largest output, and where outputs are classes top-1 agreement in percent
     """
@@ -96,12 +96,12 @@ def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], task: str
 
 
 def correct(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Which samples have their label first, bool [N]."""
+    """Return which samples have their label first, bool [N]."""
     return outputs.argmax(-1) == labels
 
 
 def places(outputs: Tensor, labels: Tensor) -> Tensor:
-    """The label's place among the classes, [N], 0 the first; of equal classes the one of the lower number is before the other."""
+    """Return the label's place among the classes, [N], 0 the first; ties go to the class of the lower number."""
     own = outputs.gather(1, labels[:, None])
     before = torch.arange(outputs.shape[1], device=outputs.device) < labels[:, None]
     return (outputs > own).sum(1) + ((outputs == own) & before).sum(1)
@@ -132,12 +132,12 @@ def check_metric(metric: Metric | None, task: str) -> None:
 
 
 def metric_name(metric: Metric) -> str:
-    """What a user's metric is called in a report."""
+    """Return the name of a user's metric in reports."""
     return getattr(metric, "__name__", "metric")
 
 
 def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = None, reader: Reader | None = None) -> dict[str, float]:
-    """What the task counts, and the user's metric; the reader's own scores join them.
+    """Score outputs as the task does, with the user's metric and the reader's own scores.
 
     classification  top1, top5 and loss (cross-entropy)         language-model  the same of next tokens, and perplexity
     regression      loss (squared error)                        embedding       spearman, pearson: correlation of the labels with the
@@ -205,7 +205,7 @@ TRAINED_ON_CLASSES = ("classification", "language-model")
 
 
 def task_loss(outputs: Tensor, batch: Batch, task: str, teacher: nn.Module | None, distill: float) -> Tensor:
-    """Cross-entropy of a classifier (squared error of a regression), joined by the divergence from the teacher's outputs."""
+    """Return the cross-entropy of a classifier (squared error of a regression), joined by the divergence from the teacher's outputs."""
     loss = torch.zeros((), device=outputs.device)
     classes = task in TRAINED_ON_CLASSES
     if distill < 1 and task not in (*TRAINED_ON_CLASSES, "regression"):
