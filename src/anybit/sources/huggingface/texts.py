@@ -15,7 +15,7 @@ from anybit.sources.huggingface.folder import json_of
 
 
 def task_of(model: PreTrainedModel) -> str:
-    """What the model's head is for."""
+    """Return the task that the model's head is for."""
     name = type(model).__name__
     if name.endswith("LMHeadModel") or name.endswith("ForCausalLM"):
         return "language-model"
@@ -31,7 +31,7 @@ def task_of(model: PreTrainedModel) -> str:
 
 
 def reader_of(model: PreTrainedModel) -> Reader:
-    """What is read in the model's output."""
+    """Return the reader of the model's output."""
     task = task_of(model)
     if task == "language-model":
         return NextTokens()
@@ -41,7 +41,7 @@ def reader_of(model: PreTrainedModel) -> Reader:
 
 
 def _pooling(model: PreTrainedModel) -> str:
-    """ "first" where the model's sentence-embedding configuration takes the first token, else "mean"; others are refused by name."""
+    """Return "first" if the model's sentence-embedding configuration takes the first token, else "mean"; others are refused by name."""
     modes = {mode: on for mode, on in json_of(model, "1_Pooling/config.json").items() if mode.startswith("pooling_mode_") and on}
     others = sorted(set(modes) - {"pooling_mode_mean_tokens", "pooling_mode_cls_token"})
     if others or len(modes) > 1:
@@ -55,7 +55,7 @@ def _pooling(model: PreTrainedModel) -> str:
 def text_samples(
     model: PreTrainedModel, rows: Sequence[Row], where: str, length: int | None = None, stride: int | None = None, workers: int = 0
 ) -> Samples:
-    """Rows (role -> value) as the samples that `model` takes: tokenized by its own tokenizer, for the task of its head."""
+    """Turn rows (role -> value) into the samples that `model` takes: tokenized by its own tokenizer, for the task of its head."""
     encoding, task = _encoding(model, length, stride), task_of(model)
     if task == "question-answering":
         if not {"question", "context"} <= set(rows[0]):
@@ -101,7 +101,7 @@ def _encoding(model: PreTrainedModel, length: int | None, stride: int | None) ->
 
 
 def _length_of(model: PreTrainedModel) -> int:
-    """The most tokens that the network takes; of RoBERTa's family positions begin after the padding's."""
+    """Return the most tokens that the network takes; in RoBERTa's family positions begin after the padding's."""
     most = getattr(model.config, "max_position_embeddings", None)
     tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
     taken = tables[0].padding_idx + 1 if tables and tables[0].padding_idx is not None else 0
@@ -124,7 +124,7 @@ def _label(value: Any, task: str, model: PreTrainedModel, where: str) -> int | f
 
 
 def hub_rows(name: str, split: str, columns: Mapping[str, str | int]) -> list[Row]:
-    """The rows of a Hugging Face data set's split, role -> value (needs the package datasets)."""
+    """Load the rows of a Hugging Face data set's split, role -> value (needs the package datasets)."""
     import datasets
 
     try:
