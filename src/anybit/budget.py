@@ -41,7 +41,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: "str | Budget") -> "Budget":
-        """The budget that `text` ("4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...) writes."""
+        """Parse "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ..."""
         if isinstance(text, Budget):
             return text
         conditions = tuple(_parse_condition(part.strip()) for part in text.split(","))
@@ -53,7 +53,7 @@ class Budget:
         return cls(text, conditions)
 
     def limit(self, quantity: str) -> float | None:
-        """The limit on `quantity`, or None."""
+        """Return the limit on `quantity`, or None."""
         return next((condition.limit for condition in self.conditions if condition.quantity == quantity), None)
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ def _parse_condition(part: str) -> Condition:
 
 
 def parse_size(text: str) -> int:
-    """Bytes that `text` ("2GiB", "500MB") writes."""
+    """Return the bytes that `text` ("2GiB", "500MB") stands for."""
     match = re.fullmatch(rf"{_NUMBER}(B|kB|KB|MB|GB|KiB|MiB|GiB)", text)
     if not match:
         raise InvalidSetting(f"Size {text!r} cannot be read. Write 500MB or 2GiB.")

@@ -1,4 +1,4 @@
-"""What long work tells whoever listens: how far it is, and each event. The command line shows and logs it, the library is silent."""
+"""Progress and events of long work, sent to whoever listens. The command line shows and logs them; the library is silent."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ _event_listener: ContextVar[EventListener | None] = ContextVar("event_listener",
 
 
 def track(items: Collection[Item], what: str) -> Iterator[Item]:
-    """The items, each reported when it has been worked on."""
+    """Yield the items, reporting each when it has been worked on."""
     listener = _listener.get()
     if listener:
         listener(what, 0, len(items))
