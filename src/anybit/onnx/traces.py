@@ -28,7 +28,7 @@ EXPORTER = ("torch", "onnx", "onnx_ir", "onnxscript")
 
 
 def graph_digest(model: nn.Module, inputs: Inputs, length: int | None) -> str:
-    """Return the SHA-256 over the structure, the code and the recorded passes of `model`; `length` is that of padded texts among the inputs.
+    """Return the SHA-256 over the structure, code and recorded passes of `model`; `length` is that of padded texts among the inputs.
 
     Raises whatever the forward raises where its operators cannot be recorded.
     """
