@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow package reliability tables tables-check lint clean
+.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow package reliability tables tables-check reference lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -61,6 +61,9 @@ tables: .venv/ready  ## docs/results.md, its figures and the README's results, f
 
 tables-check: .venv/ready  ## the same, compared with what is committed
 	$(BIN)/python -m benchmarks.tables --check
+
+reference: .venv/ready  ## the tables of options in docs/command-line.md
+	$(BIN)/python docs/reference.py
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests examples benchmarks

@@ -16,6 +16,7 @@ import sys
 sys.path.insert(0, {str(TESTS)!r})
 import torch, networks as n
 def net(): return n.make(n.Chain)
+def without_gradients(): return n.make(n.WithoutGradients)
 def residual(): return n.make(n.Residual)
 def twice(): return n.make(n.CalledTwice)
 def shared(): return n.make(n.SharedWeight)

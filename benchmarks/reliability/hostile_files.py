@@ -48,7 +48,7 @@ import anybit
 from anybit.data.batches import Batch
 from anybit.environment import _reset_peak, environment, peak_memory
 from anybit.errors import AnybitError, InvalidFile
-from anybit.files.cache import DIGEST_BYTES, RECORD, Cache, Entry, _written
+from anybit.files.cache import DIGEST_BYTES, RECORD, Cache, Entry, _serialized
 from anybit.files.strict import DIGEST, digest_of, sha256_of
 from anybit.loops.checkpoint import _digest, resume_checkpoint, save_checkpoint
 from anybit.networks.candidates import apply_scheme
@@ -60,7 +60,7 @@ from anybit.onnx.file import load as load_graph
 from anybit.onnx.latency import load_table, save_table
 from anybit.onnx.verification import _contents, _described
 from anybit.reports.terminal import print_frontier, print_report
-from anybit.roads.allocate import _settings_from, _table_from, check_saved
+from anybit.roads.allocate import _table_from, check_saved
 from anybit.roads.extract import _scheme_from
 from anybit.roads.grow import make_trainee, observe_trainable
 from anybit.roads.search import best_within
@@ -165,7 +165,7 @@ def read_saved(folder: Path) -> Any:
     file = read_scheme(folder)
     candidates, saved = read_candidates(folder, {name: (record.rows, record.columns) for name, record in file.layers.items()})
     place = folder / "candidates.json"
-    settings, table = _settings_from(saved["settings"], place), _table_from(saved["table"], place)
+    settings, table = CalibrateSettings.from_json(saved["settings"], f"{place}: settings"), _table_from(saved["table"], place)
     network = network_of(settings)
     check_saved(network, candidates, table, saved["choices"], place)
     highest = Scheme({name: options[-1] for name, options in network.choices.items()})
@@ -262,7 +262,7 @@ def quickly(seed: int, width: int) -> nn.Module:
 
 
 def write_kept(folder: Path, seed: int, width: int) -> None:
-    data = _written("a unit", kept_of(quickly(seed, width)))
+    data = _serialized("a unit", kept_of(quickly(seed, width)))
     (folder / "digest").write_bytes(data[:DIGEST_BYTES])
     (folder / "kept.safetensors").write_bytes(data[DIGEST_BYTES:])
     for name in ("record.json", "record as written"):

@@ -27,8 +27,9 @@ import torch
 
 import anybit
 from anybit.data.batches import Batch
-from anybit.methods.lsq import LSQ, LSQSettings
+from anybit.methods.lsq import LSQ
 from anybit.methods.multiquant import MultiQuant
+from anybit.methods.settings import LSQSettings
 from anybit.networks.layers import float_weight, quantized_layers
 from anybit.roads.grow import make_trainee, observe_trainable, watched_batches
 from anybit.roads.settings import GrowSettings

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from anybit.errors import InvalidSetting, SchemeMismatch
+from anybit.settings import Text
 
 FLOAT_BITS = 32
 MIN_BITS, MAX_BITS = 2, 8
@@ -146,6 +147,32 @@ def check_names(names: Iterable[str], known: Iterable[str], who: str) -> None:
 def parsed_keep(keep: Mapping[str, Precision | str]) -> dict[str, Precision]:
     """Parse the precisions of shell patterns on layer names, where they are text."""
     return {pattern: Precision.parse(p) if isinstance(p, str) else p for pattern, p in keep.items()}
+
+
+def parse_keep(items: Sequence[str]) -> dict[str, Precision]:
+    """Shell pattern -> precision, of texts like "head=W8A8"."""
+    keep = {}
+    for item in items:
+        pattern, separator, precision = item.rpartition("=")
+        if not separator or not pattern:
+            raise InvalidSetting(f"--keep {item!r} cannot be read. Write PATTERN=W8A8 or PATTERN=float.")
+        keep[pattern] = Precision.parse(precision)
+    return keep
+
+
+def parse_bits(text: str) -> tuple[int | None, ...]:
+    """The bit-widths of "4,8,float"; None for float."""
+    return tuple(None if part == "float" else int(part) for part in text.split(","))
+
+
+def bits_text(bits: Iterable[int | None]) -> str:
+    """What `parse_bits` reads."""
+    return ",".join("float" if one is None else str(one) for one in bits)
+
+
+PRECISION = Text(Precision.parse)
+KEEP = Text(parse_keep, lambda keep: [f"{pattern}={precision}" for pattern, precision in keep.items()] or None)
+BITS = Text(parse_bits, bits_text, "bit-widths with commas: 2,3,4,6,8")
 
 
 def match_patterns(patterns: Mapping[str, Precision], names: Iterable[str]) -> dict[str, Precision]:

@@ -14,8 +14,8 @@ from networks import Residual, make, pictures
 
 import anybit
 from anybit.cli.app import app
-from anybit.loops.trainee import TrainSettings
-from anybit.methods.csq import CSQSettings
+from anybit.loops.settings import TrainSettings
+from anybit.methods.settings import CSQSettings
 from anybit.roads.settings import GrowSettings
 
 
@@ -140,6 +140,6 @@ def test_the_defaults_of_the_command_line_are_those_of_the_settings():
     told = {"activation_bits": str(GrowSettings().activation_bits), "keep": None, "task": None}
     for kind in (CSQSettings, TrainSettings, GrowSettings):
         for field in dataclasses.fields(kind):
-            name = {"compile": "compile_"}.get(field.name, field.name)
+            name = field.name
             if name in options and field.name != "train":  # that is the data
                 assert options[name] == told.get(field.name, getattr(kind(), field.name)), field.name

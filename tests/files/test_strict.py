@@ -19,13 +19,11 @@ from anybit.files.strict import (
     read_header,
     read_json,
     read_sealed,
-    read_settings,
     read_tensors,
     sealed,
     write_json,
 )
 from anybit.files.whole import whole_file
-from anybit.loops.trainee import TrainSettings
 from anybit.numerics.packing import TensorSpec
 from anybit.sources.preprocessing import Preprocessing
 
@@ -136,18 +134,6 @@ def test_a_digest_is_of_what_is_said_and_not_of_how(tmp_path):
     for text in (json.dumps(data), json.dumps(data, indent=3, ensure_ascii=False)):
         assert digest_of(parse_json(text, "here")) == digest_of(data)
     assert digest_of({"é": [0.1, None], "a": 1}) != digest_of(data)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"epochs": "many"}, {"epochs": 2.0}, {"epochs": True}, {"half": 1}, {"augment": None}, {"epochs": 0}, {"more": 1}, {"distill": 2}],
-    ids=str,
-)
-def test_settings_of_other_types_are_named(change):
-    told = TrainSettings().to_json()
-    assert read_settings(TrainSettings, told, "here") == TrainSettings()
-    with pytest.raises(InvalidFile, match="here"):
-        read_settings(TrainSettings, {**told, **change}, "here")
 
 
 @pytest.mark.parametrize(

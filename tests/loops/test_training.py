@@ -16,7 +16,7 @@ import anybit
 from anybit.data.augment import augmented
 from anybit.data.batches import Batch
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
-from anybit.loops.trainee import TrainSettings
+from anybit.loops.settings import TrainSettings
 from anybit.loops.training import _steps, epoch_batches, learning_rate
 from anybit.networks.layers import quantized_layers
 from anybit.progress import listening

@@ -13,7 +13,8 @@ import anybit
 from anybit.budget import Budget
 from anybit.data.batches import Batch, call
 from anybit.errors import InfeasibleBudget, InvalidSetting
-from anybit.methods.csq import CSQ, CSQSettings, GatedWeight, _GatedSum, _likeliest, gate, slope
+from anybit.methods.csq import CSQ, GatedWeight, _GatedSum, _likeliest, gate, slope
+from anybit.methods.settings import CSQSettings
 from anybit.networks import batchnorm
 from anybit.networks.layers import codes_of, quantized_layers, weight_rows
 from anybit.numerics.quantizers import UniformQuantizer

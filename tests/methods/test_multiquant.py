@@ -9,12 +9,13 @@ from networks import Depthwise, NoBatchNorm, Residual, Tokens, make, pictures
 
 from anybit.data.batches import Batch, call
 from anybit.errors import InvalidSetting, SchemeMismatch
-from anybit.methods.multiquant import MultiQuant, MultiQuantSettings, SwitchableInput, SwitchableWeight, bits_of
+from anybit.methods.multiquant import MultiQuant, SwitchableInput, SwitchableWeight, bits_of
+from anybit.methods.settings import MultiQuantSettings
 from anybit.networks.layers import float_weight, quantized_layers
 from anybit.numerics.affine import fake_quantize, quant_limits
 from anybit.scheme import Precision, Scheme
 from anybit.supernets.prepared import make_multiquant, observe_supernet
-from anybit.supernets.settings import SupernetSettings, settings_from_json
+from anybit.supernets.settings import SupernetSettings
 
 INPUTS = {
     Residual: lambda: pictures(16),
@@ -246,7 +247,7 @@ def test_settings_that_cannot_be_are_refused(bad):
 def test_a_label_weight_that_had_no_effect_is_read_where_it_was_stored():
     """It is refused where it is asked for."""
     stored = SupernetSettings(multiquant=MultiQuantSettings(label="one-hot", label_weight=1.0))
-    assert settings_from_json(stored.to_json()) == stored
+    assert SupernetSettings.from_json(stored.to_json()) == stored
 
 
 @pytest.mark.parametrize("changes", [{"step_rates": {2: 0.1}}, {"per_channel": False}])

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from networks import Residual, make, pictures
 
 from anybit.data.batches import Batch
+from anybit.methods.settings import SearchSettings
 from anybit.methods.subnet_search import (
     BINS,
     Evaluated,
     MonteCarloTable,
     Predictor,
     SchemeSpace,
-    SearchSettings,
     UniformDraws,
     hypervolume,
     layer_cost,

@@ -1,6 +1,5 @@
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -134,10 +133,8 @@ def test_settings_that_cannot_be_are_refused_at_once(wrong):
 
 
 def test_settings_survive_json():
-    from anybit.roads.allocate import _settings_from
-
     settings = CalibrateSettings(keep={"fc": Precision(8, 8)}, activation_bits=(4, None), blocks=("a",), sensitivity_base=Precision(8, 8))
-    again = _settings_from(settings.to_json(), Path("candidates.json"))
+    again = CalibrateSettings.from_json(settings.to_json(), "candidates.json")
     assert again.to_json() == settings.to_json() and again.keep == settings.keep and again.activation_bits == (4, None)
 
 

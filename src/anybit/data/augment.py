@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybit.data.batches import Batch
+from anybit.data.options import parse_augmentations
 from anybit.errors import InvalidSetting
 
 
@@ -32,16 +33,3 @@ def channels_last(batch: Batch) -> Batch:
     if isinstance(batch.inputs, Tensor) and batch.inputs.dim() == 4:
         return replace(batch, inputs=batch.inputs.contiguous(memory_format=torch.channels_last))
     return batch
-
-
-def parse_augmentations(text: str) -> list[tuple[str, int]]:
-    """Parse "flip,crop4" into [("flip", 0), ("crop", 4)]."""
-    augmentations = []
-    for name in filter(None, text.split(",")):
-        if name == "flip":
-            augmentations.append(("flip", 0))
-        elif name.startswith("crop") and name[4:].isdigit():
-            augmentations.append(("crop", int(name[4:])))
-        else:
-            raise InvalidSetting(f"augment {name!r} is unknown. Write flip, crop4 (shifts by up to 4 pixels), or both with a comma.")
-    return augmentations

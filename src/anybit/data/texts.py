@@ -20,18 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from anybit.data.batches import Batch, first_tensor
+from anybit.data.options import ROLES, parse_columns
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".txt")
-ROLES = {
-    "text": ("sentence", "text", "sentence1", "premise"),
-    "pair": ("sentence2", "hypothesis", "pair", "text_pair"),
-    "label": ("label", "score"),
-    "question": ("question",),
-    "context": ("context",),
-    "answers": ("answers",),
-}
-"""What a column is for, and the names that it is found by where the user names none."""
 RULED_OUT = -1e4
 """A logit whose exponential is zero in float32, and that no arithmetic makes NaN, as infinity would."""
 
@@ -97,19 +89,6 @@ def _separated(path: Path, content: str, bare: bool) -> list[tuple[int, Row]]:
                 f"{'tabs' if tabs else 'commas'} into quotes, or separate by {'commas' if tabs else 'tabs'}."
             )
     return [(number, dict(zip(header, row, strict=False))) for number, row in cells]
-
-
-def parse_columns(text: str | None) -> dict[str, str | int]:
-    """Return role -> column's name, or its number."""
-    columns: dict[str, str | int] = {}
-    for assignment in text.split(",") if text else ():
-        role, separator, column = assignment.partition("=")
-        if not separator or role not in ROLES or not column:
-            raise InvalidSetting(f"--columns {text!r} cannot be read. Write roles ({', '.join(ROLES)}): text=sentence,label=label.")
-        if role in columns:
-            raise InvalidSetting(f"--columns {text!r} names the {role} twice.")
-        columns[role] = int(column) if column.isascii() and column.isdigit() else column
-    return columns
 
 
 def with_roles(table: Sequence[tuple[int, Mapping]], columns: Mapping[str, str | int], where: str) -> list[Row]:

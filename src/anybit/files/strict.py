@@ -14,13 +14,13 @@ import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from anybit.errors import AnybitError, InvalidFile
+from anybit.errors import InvalidFile
 from anybit.numerics.packing import TensorSpec
 
 LEVELS = 64
@@ -116,28 +116,6 @@ def validated(kind: type[Value], data: Any, where: str) -> Value:
         raise InvalidFile(f"{where}: {_first_difference(error)}. Restore it or make it again.") from error
     except RecursionError as error:
         raise InvalidFile(f"{where} is nested too deeply. Restore it or make it again.") from error
-
-
-def read_settings(kind: type[Value], data: Any, where: str, parsed: Mapping[str, Any] = {}) -> Value:
-    """Rebuild a dataclass of settings from its `to_json`, each field of its declared type; `parsed` fields are taken as they are."""
-    if not isinstance(data, dict):
-        raise InvalidFile(f"{where} is a {type(data).__name__}, not a JSON object. Restore it or make it again.")
-    hints = get_type_hints(kind)
-    unknown = [name for name in {**data, **parsed} if name not in hints]
-    if unknown:
-        raise InvalidFile(f"{where}: {reprlib.repr(unknown[0])} is unknown: written by a newer anybit (upgrade), or edited.")
-    try:
-        values = {name: _typed(hints[name], value, name) for name, value in data.items() if name not in parsed}
-        return kind(**values, **parsed)
-    except ValidationError as error:
-        raise InvalidFile(f"{where}: {error.title}: {_first_difference(error)}. Restore it or make it again.") from error
-    except AnybitError as error:
-        raise InvalidFile(f"{where}: {in_words(error)}") from error
-
-
-def _typed(hint: Any, value: Any, name: str) -> Any:
-    config = ConfigDict(strict=True, allow_inf_nan=False, title=name)
-    return TypeAdapter(hint, config=config).validate_python(tuple(value) if isinstance(value, list) else value)
 
 
 def _first_difference(error: ValidationError) -> str:

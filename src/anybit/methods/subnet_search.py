@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from anybit.allocation.program import allocate, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget
-from anybit.errors import InfeasibleBudget, InvalidSetting
+from anybit.budget import QUANTITIES, Budget, Condition
+from anybit.errors import InfeasibleBudget
+from anybit.methods.settings import SearchSettings
 from anybit.networks.cost import CostModel
 from anybit.scheme import FLOAT, FLOAT_BITS, Precision, Scheme
 
@@ -40,40 +41,7 @@ Floats = NDArray[np.floating]
 STRATEGIES = ("monte-carlo", "uniform", "integer-program")
 BINS = 24
 TILTED = 20000
-"""Number of schemes that the table counts."""
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """evaluations   subnets that are evaluated
-    strategy      "monte-carlo", "uniform" draws with the same predictor and search, or "integer-program" on measured sensitivities
-    quantity      the cost that the front trades against the score: "bits", "bytes" or "bops"
-    explored      share of the evaluations that the predictor is first fitted to
-    rounds        how often the rest is spent: predict, search, evaluate the favourites
-    targets       averages that are searched for in a round
-    population, generations, mutation   of the genetic search
-    """
-
-    evaluations: int = 150
-    strategy: str = "monte-carlo"
-    quantity: str = "bits"
-    seed: int = 0
-    explored: float = 0.6
-    rounds: int = 3
-    targets: int = 20
-    population: int = 100
-    generations: int = 30
-    mutation: float = 0.1
-
-    def __post_init__(self):
-        for name, allowed in (("strategy", STRATEGIES), ("quantity", ("bits", "bytes", "bops"))):
-            if getattr(self, name) not in allowed:
-                raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose from {', '.join(allowed)}.")
-        for name, least in (("evaluations", 10), ("rounds", 1), ("targets", 1), ("population", 4), ("generations", 1)):
-            if getattr(self, name) < least:
-                raise InvalidSetting(f"{name} {getattr(self, name)} must be at least {least}.")
-        if not 0 < self.explored < 1 or not 0 < self.mutation <= 1:
-            raise InvalidSetting("explored must be between 0 and 1, mutation above 0 and at most 1.")
+"""Schemes that the table counts."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +67,14 @@ class Found:
 
 def layer_cost(costs: CostModel, quantity: str) -> Callable[[str, Precision], float]:
     """Return the function of (layer, precision) that gives a layer's part of the cost."""
-    if quantity == "bops":
-        return lambda name, precision: float(costs.layer_bops(name, precision))
-    if quantity == "bytes":
-        return lambda name, precision: float(costs.layer_bytes(name, precision))
-    total = sum(size.weights for size in costs.layers.values())
-    return lambda name, precision: costs.layers[name].weights * precision.stored_weight_bits / total
+    cost = QUANTITIES[quantity]
+    scale = cost.scale(costs)
+    return lambda name, precision: cost.layer(costs, name, precision) / scale
 
 
 def total_cost(costs: CostModel, quantity: str, scheme: Scheme) -> float:
     """Return the exact cost of a scheme, all in."""
-    return {"bits": costs.weight_bits, "bytes": costs.file_size, "bops": costs.bops}[quantity](scheme)
+    return QUANTITIES[quantity].total(costs, scheme)
 
 
 # Schemes as rows
@@ -408,9 +373,9 @@ def _by_program(
             if len(scores) >= settings.evaluations:
                 return
             limit = limits[0] + index / pieces * (limits[1] - limits[0])
-            text = {"bits": f"{limit:.6f}bit", "bytes": f"{math.floor(limit)}B", "bops": f"bops={limit:.0f}"}[settings.quantity]
+            budget = Budget(f"{settings.quantity} {limit:g}", (Condition(settings.quantity, limit),))
             with suppress(InfeasibleBudget):
-                try_scheme(allocate(make_problem(choices, table, costs, Budget.parse(text))).scheme, "allocated")
+                try_scheme(allocate(make_problem(choices, table, costs, budget)).scheme, "allocated")
 
 
 def _completed(choices: Choices, highest: Scheme, measured: Mapping[tuple[str, Precision], float]) -> dict[tuple[str, Precision], float]:

@@ -28,6 +28,7 @@ from anybit.files.cache import Cache
 from anybit.networks.layers import float_weight
 from anybit.networks.wiring import observe
 from anybit.onnx.graphs import cached_graph, forget_graph
+from anybit.onnx.operators import LAYER_OPERATORS, layer_operator
 from anybit.onnx.traces import graph_digest, state_of
 from anybit.onnx.values import constant, maker, name_of, operand
 
@@ -39,8 +40,6 @@ LAYER = "layer"
 
 BIAS = "bias"
 """Key of the metadata of a sum that adds its layer's bias."""
-
-LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
 
 
 def float_graph(
@@ -109,7 +108,7 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None) -> ir.Model:
     )
     settings = {"dynamic_shapes": shapes, "opset_version": OPSET, "optimize": False, "verbose": False}
     try:
-        with _quiet():
+        with _quiet(), torch.no_grad():  # a forward that turns gradients off stays one graph
             program = torch.onnx.export(plain, **passed, dynamo=True, **settings)
     except Exception as error:  # the exporter's own errors are of many kinds
         raise UnsupportedModel(f"The network cannot be exported to ONNX: {_reason(error)}") from error
@@ -176,8 +175,8 @@ def _computes(node: ir.Node, weight: np.ndarray) -> bool:
 
 
 def _weight_of(node: ir.Node) -> np.ndarray | None:
-    """Return the constant that a layer's operator computes with."""
-    return constant(node.inputs[0 if node.op_type == "Gather" else 1])
+    """The constant that a layer's operator computes with."""
+    return constant(node.inputs[layer_operator(node.op_type).weight_input])
 
 
 def _is_weight(array: np.ndarray | None, weight: np.ndarray) -> bool:
@@ -296,7 +295,7 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
     nodes = {node.name: node for node in graph.graph if node.metadata_props.get(LAYER) == node.name}
     for name, taken in inputs.items():
         node = nodes.get(name)
-        read = None if node is None else values.get(name_of(node.inputs[1 if node.op_type == "Gather" else 0]))
+        read = None if node is None else values.get(name_of(node.inputs[1 - layer_operator(node.op_type).weight_input]))
         if node is None or (read is not None and not _reads(node, read, taken)):
             raise UnsupportedModel(
                 f"{name}: the forward of {type(plain.get_submodule(name)).__name__} does not compute with its weight and input as they "

@@ -15,7 +15,6 @@ from anybit.data.tasks import Metric, outputs_of
 from anybit.environment import StageClock
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.files.cache import digest
-from anybit.files.strict import read_settings, validated
 from anybit.networks.candidates import Candidates, to_tensors
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.roads.calibrate import finish
@@ -30,7 +29,6 @@ from anybit.runs.candidates import read_candidates
 from anybit.runs.folder import runs_in
 from anybit.runs.opened import float_model_of, followed_reference, recorded_data
 from anybit.runs.scheme_file import read_scheme
-from anybit.scheme import Precision
 from anybit.sources.callables import absolute, code_of
 from anybit.sources.inputs import samples_from
 from anybit.sources.preprocessing import Preprocessing
@@ -62,7 +60,8 @@ def allocate(
     candidates = candidates.on(device)
     given: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
     place = folder / "candidates.json"
-    recorded_settings, table = _settings_from(saved["settings"], place), _table_from(saved["table"], place)
+    recorded_settings = CalibrateSettings.from_json(saved["settings"], f"{place}: settings")
+    table = _table_from(saved["table"], place)
     settings = replace(recorded_settings, **{name: value for name, value in given.items() if value is not None})
     clock = StageClock()
     recorded = Preprocessing.from_json(file.preprocessing)
@@ -92,21 +91,6 @@ def allocate(
     if data is not None:
         about["data"] = {"reference": absolute(data)} if isinstance(data, str) else {}
     return finish(bench, Budget.parse(budget), about, {key: saved[key] for key in ("table", "choices", "settings")}, clock)
-
-
-def _settings_from(data: Any, path: Path) -> CalibrateSettings:
-    """The settings that candidates.json, at `path`, holds."""
-    where = f"{path}: settings"
-    texts = {**validated(dict[str, Any], data, where)}
-    keep = validated(dict[str, str], texts.pop("keep", {}), f"{where}: keep")
-    try:
-        parsed = {
-            "keep": {pattern: Precision.parse(text) for pattern, text in keep.items()},
-            "sensitivity_base": Precision.parse(texts.pop("sensitivity_base", "float")),
-        }
-    except InvalidSetting as error:
-        raise InvalidFile(f"{where}: {error}") from error
-    return read_settings(CalibrateSettings, texts, where, parsed)
 
 
 def _table_from(data: Any, path: Path) -> SensitivityTable:

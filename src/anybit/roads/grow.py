@@ -19,7 +19,8 @@ from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.loops.processes import share_state
-from anybit.loops.trainee import Trainee, TrainSettings
+from anybit.loops.settings import TrainSettings
+from anybit.loops.trainee import Trainee
 from anybit.loops.training import train_epochs
 from anybit.methods.csq import CSQ, check_budget, plane_choices
 from anybit.methods.lsq import LSQ
@@ -40,6 +41,7 @@ from anybit.roads.result import Result, layer_costs, test_scores
 from anybit.roads.settings import GrowSettings
 from anybit.runs.scheme_file import read_scheme
 from anybit.scheme import Precision, Scheme, match_patterns
+from anybit.settings import takes
 from anybit.sources.preprocessing import Preprocessing
 
 PLAIN = 2048
@@ -144,6 +146,7 @@ def soft_and_frozen(
     }
 
 
+@takes(GrowSettings)
 @torch.inference_mode(False)
 def grow(
     model: nn.Module | str,
@@ -169,7 +172,6 @@ def grow(
     weights, preprocessing  as for `calibrate`
     test        labelled data for the report, looked at after every epoch, soft and frozen; nothing is chosen on it
     checkpoint  a file that is written after every epoch and continued from where it is found
-    settings    fields of `growth.GrowSettings`, `methods.csq.CSQSettings` and `training.TrainSettings`
 
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; AnybitError where the loss stops being a number.
     """

@@ -12,17 +12,19 @@ from anybit.networks.observed import ObservedNetwork, observe_network, unobserve
 from anybit.networks.refusals import check_network, copied
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision
+from anybit.settings import takes
 from anybit.sources.inputs import samples_from
 from anybit.sources.models import adapted_network
 
 
+@takes(CalibrateSettings)
 def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, Any]:
     """Layers, shapes, what is covered, and what each bit-width would cost.
 
     `data` needs one input. Without it, what only a forward pass shows is None (shapes of inputs and outputs, MACs, BOPs, folds, blocks),
     a layer that never runs is taken for covered, and the sizes are those with every batch norm unfolded.
     """
-    wanted, model = replace(CalibrateSettings(**settings).options, gradients=False), adapted_network(model)
+    wanted, model = replace(CalibrateSettings.of(**settings).options, gradients=False), adapted_network(model)
     check_network(model)
     network = unobserved_network(model, wanted) if data is None else observe_network(*_observable(model, data), wanted)
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from anybit.data.batches import check_finite
-from anybit.data.tasks import Metric, guess_task, outputs_of
+from anybit.data.tasks import TASKS, Metric, guess_task, outputs_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidInput
@@ -20,12 +20,14 @@ from anybit.roads.grow import plain_batches, watched_batches
 from anybit.roads.inputs import on_device, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import test_scores
+from anybit.settings import takes
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.prepared import bn_batches, held_out_split, make_multiquant, observe_supernet, to_store
 from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.supernet import Supernet, uniform_schemes, width_scores
 
 
+@takes(SupernetSettings)
 @torch.inference_mode(False)
 def train(
     model: nn.Module | str,
@@ -47,7 +49,6 @@ def train(
     weights, preprocessing, workers, device  as for `calibrate`
     test        labelled data on which every bit-width is reported after every epoch; nothing is chosen on it
     checkpoint  a file that is written after every epoch and continued from where it is found
-    settings    fields of `subnets.SupernetSettings`, `methods.multiquant.MultiQuantSettings` and `training.TrainSettings`
 
     The result's weights are those of the store: rounded to 8 bits. Raises as `grow` does.
     """
@@ -64,7 +65,7 @@ def train(
         network = observe_supernet(float_model, plain[0].head(2), wanted)
         outputs = outputs_of(float_model, plain[:1])
         task = wanted.task or guess_task(outputs, plain[0].reader)
-        method = make_multiquant(network, plain, wanted, outputs.shape[-1] if task == "classification" else None)
+        method = make_multiquant(network, plain, wanted, TASKS[task].classes(outputs))
     edges = network.wiring.edges()
     supernet = Supernet(on_device(float_model, "cpu"), method, wanted, network.norms, network.costs, edges, task, about=about)
     report: dict[str, Any] = {}

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, default_collate
 
+from anybit.data.options import parse_columns
 from anybit.data.samples import ArrayDataset, Samples
-from anybit.data.texts import SUFFIXES, parse_columns, read_rows
+from anybit.data.texts import SUFFIXES, read_rows
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting
 from anybit.files.strict import in_words
 from anybit.sources.callables import call_user_function, import_optional, load_callable

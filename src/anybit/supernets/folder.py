@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anybit.data.tasks import TASKS
+from anybit.data.options import TASK_NAMES
 from anybit.errors import AnybitError, InvalidFile
 from anybit.files.strict import in_words, read_tensors
 from anybit.networks import batchnorm
@@ -26,7 +26,7 @@ from anybit.scheme import Scheme, check_names, check_whole
 from anybit.sources.callables import absolute
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.prepared import fill_slots, prepared_multiquant, uniform
-from anybit.supernets.settings import settings_from_json
+from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.statistics import KnownSubnet, statistics_of
 from anybit.supernets.store import LayerTensors, StoredLayer, SupernetFile, check_parts, layer_specs, read_store, split_tensors
 from anybit.supernets.supernet import Supernet
@@ -39,13 +39,13 @@ def read_supernet_file(folder: Path) -> SupernetFile:
     try:
         for scheme in map(Scheme.parse, file.subnets):
             check_whole(scheme, choices)
-        settings = settings_from_json(file.settings)
+        settings = SupernetSettings.from_json(file.settings)
         uniform_ones = [uniform(choices, bits).to_json() for bits in settings.bits]
         if settings.multiquant.batch_norm == "switch" and not all(one in file.subnets for one in uniform_ones):
             raise InvalidFile("the statistics of a bit-width's own batch norms are not among its subnets")
         Preprocessing.from_json(file.preprocessing)
-        if file.task not in TASKS:
-            raise InvalidFile(f"task {reprlib.repr(file.task)} is unknown. Choose from {', '.join(TASKS)}.")
+        if file.task not in TASK_NAMES:
+            raise InvalidFile(f"task {reprlib.repr(file.task)} is unknown. Choose from {', '.join(TASK_NAMES)}.")
     except AnybitError as error:
         raise InvalidFile(f"{path}: {in_words(error)}") from error
     return file
@@ -55,7 +55,7 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     """The supernet that was saved, on a copy of the float network."""
     file = read_supernet_file(folder)
     layers = file.stored()
-    settings = settings_from_json(file.settings)
+    settings = SupernetSettings.from_json(file.settings)
     check_names([*layers, *file.folded, *file.folded.values()], [name for name, _ in float_model.named_modules()], "The model")
     check_folded(file, float_model, SUPERNET_JSON)
     kept_float = [name for name, layer in layers.items() if not layer.has_codes]

@@ -10,7 +10,8 @@ from anybit.data.batches import Batch
 from anybit.data.samples import Samples, draw
 from anybit.errors import InvalidInput, InvalidSetting, SchemeMismatch
 from anybit.loops.training import epoch_batches
-from anybit.methods.multiquant import MultiQuant, MultiQuantSettings, SwitchableInput, SwitchableWeight
+from anybit.methods.multiquant import MultiQuant, SwitchableInput, SwitchableWeight
+from anybit.methods.settings import MultiQuantSettings
 from anybit.networks import batchnorm
 from anybit.networks.candidates import activation_candidate, check_finite_samples
 from anybit.networks.capture import input_samples
