@@ -1,4 +1,4 @@
-"""What long work tells whoever listens: how far it is, and each event. The command line shows and logs it, the library is silent.
+"""Progress and events of long work, sent to whoever listens. The command line shows and logs them; the library is silent.
 
 Events are records of the standard logger "anybit" at level INFO: the message is the event's name, `record.fields` what was measured.
 """

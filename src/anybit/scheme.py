@@ -150,7 +150,7 @@ def parsed_keep(keep: Mapping[str, Precision | str]) -> dict[str, Precision]:
 
 
 def parse_keep(items: Sequence[str]) -> dict[str, Precision]:
-    """Shell pattern -> precision, of texts like "head=W8A8"."""
+    """Parse texts like "head=W8A8" into shell pattern -> precision."""
     keep = {}
     for item in items:
         pattern, separator, precision = item.rpartition("=")
@@ -161,12 +161,12 @@ def parse_keep(items: Sequence[str]) -> dict[str, Precision]:
 
 
 def parse_bits(text: str) -> tuple[int | None, ...]:
-    """The bit-widths of "4,8,float"; None for float."""
+    """Parse "4,8,float" into bit-widths; None for float."""
     return tuple(None if part == "float" else int(part) for part in text.split(","))
 
 
 def bits_text(bits: Iterable[int | None]) -> str:
-    """What `parse_bits` reads."""
+    """Write bit-widths as `parse_bits` reads them."""
     return ",".join("float" if one is None else str(one) for one in bits)
 
 

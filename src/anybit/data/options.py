@@ -1,4 +1,4 @@
-"""What the user may say of data, and its grammar: tasks, augmentations of pictures, columns of texts. Imports no torch."""
+"""The options of data and their grammar: tasks, augmentations of pictures, columns of texts. Imports no torch."""
 
 from typing import Literal, get_args
 
@@ -18,7 +18,7 @@ ROLES = {
 
 
 def parse_augmentations(text: str) -> list[tuple[str, int]]:
-    """[("flip", 0), ("crop", 4)] of "flip,crop4"."""
+    """Parse "flip,crop4" into [("flip", 0), ("crop", 4)]."""
     found = []
     for part in filter(None, text.split(",")):
         if part == "flip":
@@ -31,7 +31,7 @@ def parse_augmentations(text: str) -> list[tuple[str, int]]:
 
 
 def parse_columns(text: str | None) -> dict[str, str | int]:
-    """role -> column's name, or its number."""
+    """Return role -> column's name, or its number."""
     found: dict[str, str | int] = {}
     for part in text.split(",") if text else ():
         role, separator, column = part.partition("=")

@@ -98,7 +98,7 @@ DIVERGENCE, SQUARED_ERROR = Divergence(), SquaredError()
 
 
 class Task:
-    """What every task may be asked; a task overrides what differs for it.
+    """The questions that every task answers; a task overrides what differs for it.
 
     distance   to the float network's outputs
     counted    the score in percent that a limit on the drop counts in; None where there is none

@@ -220,7 +220,7 @@ def _files(folder: Path, name: re.Pattern) -> Iterator[tuple[Path, os.stat_resul
 
 
 def tidied(trim: int | None = None, check: bool = False) -> dict[str, Any]:
-    """What the user's cache directory holds, trimmed to `trim` bytes and rid of damaged results where that is asked for."""
+    """Describe the user's cache directory, trimmed to `trim` bytes and rid of damaged results if asked."""
     folder = results_folder()
     removed = 0 if trim is None else trim_cache(folder, trim)
     damaged = {str(path): reason for path, reason in remove_damaged(folder).items()} if check else {}

@@ -175,7 +175,7 @@ def _computes(node: ir.Node, weight: np.ndarray) -> bool:
 
 
 def _weight_of(node: ir.Node) -> np.ndarray | None:
-    """The constant that a layer's operator computes with."""
+    """Return the constant that a layer's operator computes with."""
     return constant(node.inputs[layer_operator(node.op_type).weight_input])
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anybit.errors import InvalidFile
 from anybit.files.cache import Cache, Entry
+from anybit.onnx.values import name_of
 
 NAME = "exported graph"
 RECENT, LARGEST = 32, 10 * 10**6
@@ -99,11 +100,11 @@ def _with_weights(entry: Entry, state: Mapping[str, Tensor]) -> ir.Model:
 
 
 def _next_name(graph: ir.Graph) -> int:
-    """The number in the name that the graph would give to its next value."""
+    """Return the number in the name that the graph would give to its next value."""
     node = ir.node("Identity", [])
     graph.append(node)
     graph.remove(node)
-    return int(node.outputs[0].name.removeprefix("val_"))
+    return int(name_of(node.outputs[0]).removeprefix("val_"))
 
 
 def _reserve_names(graph: ir.Graph, count: int) -> None:

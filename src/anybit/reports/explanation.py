@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from anybit.allocation.frontier import Frontier
-from anybit.budget import BYTES, QUANTITIES, Budget, Cost
+from anybit.budget import BYTES, QUANTITIES, Budget, Cost, Costs
 from anybit.errors import InvalidFile
 from anybit.reports.words import human_bytes, human_count
 from anybit.runs.folder import runs_in
@@ -102,23 +102,40 @@ def _result(record: Record) -> Amounts:
     return record.result
 
 
+def _counts(record: Record) -> Costs:
+    """Return the record as what costs are counted from: it has as many of the counts as the costs that a report tells need."""
+    return cast(Costs, record)
+
+
+def _cost_named(name: str) -> Cost:
+    quantity = QUANTITIES[name]
+    assert isinstance(quantity, Cost), f"{name} is a cost"
+    return quantity
+
+
+def _recorded(amount: float | None) -> float:
+    assert amount is not None, "a report has the amounts of the costs that it records"
+    return amount
+
+
 def _limited(record: Record) -> tuple[str, float | None]:
-    """Return (the cost that the budget limits most tightly, how much of it the scheme left); bytes, and None, where it limits none of
-    those that a report tells."""
+    """Return (the cost that the budget limits most tightly, how much of it the scheme left); bytes and None if it limits none of those
+    that a report has."""
     limits = Budget.parse(record.budget).costs() if record.budget else []
-    spent = {cost: record.result.amount(cost.report_key) for cost, _ in limits if cost.counted.recorded != "nowhere"}
+    result = _result(record)
+    spent = {cost: _recorded(result.amount(cost.report_key)) for cost, _ in limits if cost.counted.recorded != "nowhere"}
     if not spent:
         return BYTES.name, None
     tightest, limit = max(((cost, limit) for cost, limit in limits if cost in spent), key=lambda one: spent[one[0]] / one[1])
-    return tightest.counted.name, (limit - spent[tightest]) * tightest.scale(record) / _each(tightest)
+    return tightest.counted.name, (limit - spent[tightest]) * tightest.scale(_counts(record)) / _each(tightest)
 
 
 def _cost(record: Record, cost: str, layer: str, precision: Precision) -> float:
     """Return what a layer costs at a precision; bits count as the bytes of codes that they take."""
-    quantity = QUANTITIES[cost]
+    quantity = _cost_named(cost)
     if quantity.recorded == "weights":
-        return quantity.layer(record, layer, precision) / _each(quantity)
-    return float(record.table.layers[layer][precision].amount(cost))
+        return quantity.layer(_counts(record), layer, precision) / _each(quantity)
+    return float(_recorded(_table(record).layers[layer][precision].amount(cost)))
 
 
 def _each(cost: Cost) -> float:
@@ -240,7 +257,7 @@ def _step(move: Mapping[str, Any]) -> str:
 
 
 def _amount(amount: float, cost: str) -> str:
-    return AMOUNTS.get(cost, QUANTITIES[cost].in_words)(amount)
+    return AMOUNTS.get(cost, _cost_named(cost).in_words)(amount)
 
 
 def _price(move: Mapping[str, Any], cost: str) -> str:

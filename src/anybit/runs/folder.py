@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 
 
 def free_checkpoint(folder: Path, overwrite: bool, first: bool = True) -> Path:
-    """Where the checkpoint of a training in `folder` is, once that is free; with `overwrite` the `first` process begins anew."""
+    """Return the path of the checkpoint of a training in `folder`, once that is free; with `overwrite` the `first` process begins anew."""
     check_free(folder, overwrite, unfinished=True)
     if overwrite and first:
         (folder / CHECKPOINT).unlink(missing_ok=True)

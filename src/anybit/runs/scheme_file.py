@@ -218,8 +218,11 @@ def _groups(model: nn.Module, file: SchemeFile) -> dict[str, int]:
     groups = {}
     for name, record in file.layers.items():
         layer = model.get_submodule(name)
-        whole = type_of(layer).grouped and layer.weight.numel() == record.rows * record.columns
-        if whole and 0 < record.columns < layer.weight.shape[1]:
+        if not type_of(layer).grouped:
+            continue
+        weight = layer.weight
+        assert isinstance(weight, Tensor), "a layer that can have groups has a weight"
+        if weight.numel() == record.rows * record.columns and 0 < record.columns < weight.shape[1]:
             groups[name] = record.columns
     return groups
 

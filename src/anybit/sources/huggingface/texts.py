@@ -30,19 +30,19 @@ class Head:
 
     endings: tuple[str, ...]
     loader: str
-    reader: Callable[[nn.Module], Reader]
-    samples: Callable[[nn.Module, Sequence[Row], str, Encoding, int], Samples]
+    reader: Callable[[PreTrainedModel], Reader]
+    samples: Callable[[PreTrainedModel, Sequence[Row], str, Encoding, int], Samples]
     pictures: tuple[str, ...] = ()
     one_value: bool | None = None
     length: int | None = None
 
-    def fits(self, model: nn.Module) -> bool:
+    def fits(self, model: PreTrainedModel) -> bool:
         """Return whether the model has this head."""
         name, values = type(model).__name__, getattr(model.config, "num_labels", 2)
         return name.endswith(self.endings + self.pictures) and "Heads" not in name and self.one_value in (None, values == 1)
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: PreTrainedModel) -> Head:
     """Find the model's head; raise UnsupportedModel where it is for none of the tasks."""
     head = next((head for head in HEADS.values() if head.fits(model)), None)
     if head is None:
@@ -53,7 +53,7 @@ def head_of(model: nn.Module) -> Head:
     return head
 
 
-def reader_of(model: nn.Module) -> Reader:
+def reader_of(model: PreTrainedModel) -> Reader:
     """Return what is read in the model's output."""
     return head_of(model).reader(model)
 
@@ -77,7 +77,7 @@ def text_samples(
     return head_of(model).samples(model, rows, where, _encoding(model, length, stride), workers)
 
 
-def _questions(model: nn.Module, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+def _questions(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
     if not {"question", "context"} <= set(rows[0]):
         raise InvalidInput(f"{where}: question answering needs columns question and context. Name them with --columns.")
     questions = Questions(rows, encoding, where)
@@ -89,7 +89,7 @@ def _check_texts(rows: Sequence[Row], where: str) -> None:
         raise InvalidInput(f"{where} has no column of texts. Name it: --columns text=NAME.")
 
 
-def _blocks(model: nn.Module, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+def _blocks(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
     _check_texts(rows, where)
     end = encoding.tokenizer.eos_token_id
     separate = [] if end is None else [end]
@@ -99,14 +99,14 @@ def _blocks(model: nn.Module, rows: Sequence[Row], where: str, encoding: Encodin
 
 
 def _texts(
-    model: nn.Module, rows: Sequence[Row], where: str, encoding: Encoding, workers: int, label: "Label", apart: bool = False
+    model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int, label: "Label", apart: bool = False
 ) -> Samples:
     _check_texts(rows, where)
     labels = [label(row["label"], model, where) for row in rows] if "label" in rows[0] else None
     return Samples(Texts(rows, labels, encoding, where, apart=apart), labels is not None, workers, reader=reader_of(model))
 
 
-def _pairs(model: nn.Module, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+def _pairs(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
     _check_texts(rows, where)
     if "label" in rows[0] and "pair" not in rows[0]:
         raise InvalidInput(f"{where}: embeddings are scored by pairs of texts. Name the second one's column with --columns pair=NAME.")
@@ -144,10 +144,10 @@ def _length_of(model: PreTrainedModel) -> int:
     return most - taken if isinstance(most, int) and most > taken else 2048
 
 
-Label = Callable[[Any, nn.Module, str], int | float]
+Label = Callable[[Any, PreTrainedModel, str], int | float]
 
 
-def _class_number(value: Any, model: nn.Module, where: str) -> int:
+def _class_number(value: Any, model: PreTrainedModel, where: str) -> int:
     """Read a label of a class: one of the model's names, or its number."""
     names = getattr(model.config, "label2id", None) or {}
     if isinstance(value, str) and value in names:
@@ -161,27 +161,23 @@ def _class_number(value: Any, model: nn.Module, where: str) -> int:
         raise InvalidInput(f"{where}: the label {value!r} is {said}. Name another column with --columns label=NAME.") from error
 
 
-def _number(value: Any, model: nn.Module, where: str) -> float:
+def _number(value: Any, model: PreTrainedModel, where: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidInput(f"{where}: the label {value!r} is no number. Name another column with --columns label=NAME.") from error
 
 
-_SEQUENCE = {
-    "endings": ("ForSequenceClassification",),
-    "pictures": ("ForImageClassification",),
-    "loader": "AutoModelForSequenceClassification",
-}
+_SEQUENCE = partial(Head, ("ForSequenceClassification",), "AutoModelForSequenceClassification", pictures=("ForImageClassification",))
 HEADS = {
     "question-answering": Head(
         ("ForQuestionAnswering",), "AutoModelForQuestionAnswering", lambda model: Answers(_length_of(model)), _questions, length=384
     ),
     "language-model": Head(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM", lambda model: NextTokens(), _blocks, length=1024),
-    "classification": Head(
-        **_SEQUENCE, reader=lambda model: FirstOutput("classification"), samples=partial(_texts, label=_class_number), one_value=False
+    "classification": _SEQUENCE(
+        reader=lambda model: FirstOutput("classification"), samples=partial(_texts, label=_class_number), one_value=False
     ),
-    "regression": Head(**_SEQUENCE, reader=lambda model: FirstOutput("regression"), samples=partial(_texts, label=_number), one_value=True),
+    "regression": _SEQUENCE(reader=lambda model: FirstOutput("regression"), samples=partial(_texts, label=_number), one_value=True),
     "embedding": Head(("Model",), "AutoModel", lambda model: SentenceEmbedding(_pooling(model)), _pairs),
 }
 """Task -> its head. The first that fits a model is its head: a class whose name ends in "LMHeadModel" ends in "Model" too."""
