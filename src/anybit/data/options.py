@@ -19,25 +19,25 @@ ROLES = {
 
 def parse_augmentations(text: str) -> list[tuple[str, int]]:
     """Parse "flip,crop4" into [("flip", 0), ("crop", 4)]."""
-    found = []
-    for part in filter(None, text.split(",")):
-        if part == "flip":
-            found.append(("flip", 0))
-        elif part.startswith("crop") and part[4:].isdigit():
-            found.append(("crop", int(part[4:])))
+    augmentations = []
+    for name in filter(None, text.split(",")):
+        if name == "flip":
+            augmentations.append(("flip", 0))
+        elif name.startswith("crop") and name[4:].isdigit():
+            augmentations.append(("crop", int(name[4:])))
         else:
-            raise InvalidSetting(f"augment {part!r} is unknown. Write flip, crop4 (shifts by up to 4 pixels), or both with a comma.")
-    return found
+            raise InvalidSetting(f"augment {name!r} is unknown. Write flip, crop4 (shifts by up to 4 pixels), or both with a comma.")
+    return augmentations
 
 
 def parse_columns(text: str | None) -> dict[str, str | int]:
     """Return role -> column's name, or its number."""
-    found: dict[str, str | int] = {}
-    for part in text.split(",") if text else ():
-        role, separator, column = part.partition("=")
+    columns: dict[str, str | int] = {}
+    for assignment in text.split(",") if text else ():
+        role, separator, column = assignment.partition("=")
         if not separator or role not in ROLES or not column:
             raise InvalidSetting(f"--columns {text!r} cannot be read. Write roles ({', '.join(ROLES)}): text=sentence,label=label.")
-        if role in found:
+        if role in columns:
             raise InvalidSetting(f"--columns {text!r} names the {role} twice.")
-        found[role] = int(column) if column.isascii() and column.isdigit() else column
-    return found
+        columns[role] = int(column) if column.isascii() and column.isdigit() else column
+    return columns
