@@ -67,7 +67,7 @@ class Cache:
 
         `read` raises ValueError, KeyError, TypeError or RuntimeError where the result is not what it should be.
         """
-        path = None if self.folder is None else self._path(self.folder, name)
+        path = None if self.folder is None else self._path(name)
         if path is not None and path.is_file():
             try:
                 value = read(_read(path))
@@ -83,7 +83,7 @@ class Cache:
         entry = replace(entry, record=json.loads(json.dumps(entry.record)))  # as it will be read
         self.counts["made"] += 1
         if path is not None:
-            self._store(path, name, entry)
+            self._keep(path, name, entry)
         return read(entry)
 
     def value(self, name: str, make: Callable[[], Any], read: Callable[[Any], Value] = lambda value: value) -> Value:
@@ -93,13 +93,14 @@ class Cache:
     def forget(self, name: str) -> None:
         """Remove the result called `name`, where it is kept."""
         if self.folder is not None:
-            _removed(self._path(self.folder, name))
+            _removed(self._path(name))
 
-    def _path(self, folder: Path, name: str) -> Path:
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None, "a result has a file where there is a folder"
         key = self.keyed(name).key
-        return folder / key[:2] / key
+        return self.folder / key[:2] / key
 
-    def _store(self, path: Path, name: str, entry: Entry) -> None:
+    def _keep(self, path: Path, name: str, entry: Entry) -> None:
         """Store a result; a disk that takes no more is worth a warning, not the run."""
         try:
             write_whole(path, _serialized(name, entry))
