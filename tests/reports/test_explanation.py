@@ -61,10 +61,8 @@ def tables(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(tables(), st.sampled_from(["3bit", "900kB", "50%", "bops=10G"]), st.integers(0, 20))
-def test_on_the_frontier_no_step_up_is_worth_the_shadow_price_and_every_step_down_the_next(
-    tmp_path_factory, exported_graphs, budget, steps
-):
-    table, weights = exported_graphs
+def test_on_the_frontier_no_step_up_is_worth_the_shadow_price_and_every_step_down_the_next(tmp_path_factory, network, budget, steps):
+    table, weights = network
     cost = {"3bit": "bits", "900kB": "bytes", "50%": "bytes", "bops=10G": "bops"}[budget]
     choices = {name: [Precision.parse(text) for text in options] for name, options in table.items()}
     losses = {name: np.array([one["loss"] for one in options.values()]) for name, options in table.items()}

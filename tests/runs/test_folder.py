@@ -363,10 +363,10 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_ctrl_c_as_the_draft_is_made_leaves_nothing(tmp_path, monkeypatch):
-    calls = os.mkdir
+    mkdir = os.mkdir
 
     def interrupted(*args, **options):
-        calls(*args, **options)
+        mkdir(*args, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "mkdir", interrupted)
