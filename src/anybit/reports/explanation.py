@@ -122,8 +122,8 @@ def _limited(record: Record) -> tuple[str, float | None]:
     """Return (the cost that the budget limits most tightly, how much of it the scheme left); bytes and None if it limits none of those
     that a report has."""
     limits = Budget.parse(record.budget).costs() if record.budget else []
-    result = _result(record)
-    spent = {cost: _recorded(result.amount(cost.report_key)) for cost, _ in limits if cost.counted.recorded != "nowhere"}
+    counted = [cost for cost, _ in limits if cost.counted.recorded != "nowhere"]
+    spent = {cost: _known(_result(record).amount(cost.report_key)) for cost in counted}
     if not spent:
         return BYTES.name, None
     tightest, limit = max(((cost, limit) for cost, limit in limits if cost in spent), key=lambda one: spent[one[0]] / one[1])
@@ -135,7 +135,23 @@ def _cost(record: Record, cost: str, layer: str, precision: Precision) -> float:
     quantity = _cost_named(cost)
     if quantity.recorded == "weights":
         return quantity.layer(_counts(record), layer, precision) / _each(quantity)
-    return float(_recorded(_table(record).layers[layer][precision].amount(cost)))
+    return _known(_table(record).layers[layer][precision].amount(cost))
+
+
+def _counts(record: Record) -> Costs:
+    """Return the record as counts: of those that a cost in it is made of, it has the layers' weights and the float bytes."""
+    return cast(Costs, record)
+
+
+def _known(amount: float | None) -> float:
+    assert amount is not None, "an amount that a budget limits is reported"
+    return float(amount)
+
+
+def _cost_named(name: str) -> Cost:
+    cost = QUANTITIES[name]
+    assert isinstance(cost, Cost), "a report tells costs of layers, and never their losses, by this name"
+    return cost
 
 
 def _each(cost: Cost) -> float:
@@ -257,7 +273,7 @@ def _step(move: Mapping[str, Any]) -> str:
 
 
 def _amount(amount: float, cost: str) -> str:
-    return AMOUNTS.get(cost, _cost_named(cost).in_words)(amount)
+    return (AMOUNTS.get(cost) or _cost_named(cost).in_words)(amount)
 
 
 def _price(move: Mapping[str, Any], cost: str) -> str:

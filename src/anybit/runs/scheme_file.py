@@ -18,7 +18,7 @@ from anybit.files.strict import check_version, in_words, read_header, read_json,
 from anybit.networks import batchnorm
 from anybit.networks.candidates import ActivationCandidate, WeightCandidate, install
 from anybit.networks.canonical import Canonical
-from anybit.networks.layer_types import type_of
+from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import codes_of, float_weight, prepare, quantized_layers, weight_rows
 from anybit.networks.states import check_state, leftovers, spec_of
 from anybit.networks.wiring import BATCH_NORMS
@@ -218,10 +218,9 @@ def _groups(model: nn.Module, file: SchemeFile) -> dict[str, int]:
     groups = {}
     for name, record in file.layers.items():
         layer = model.get_submodule(name)
-        if not type_of(layer).grouped:
+        if not (isinstance(layer, COVERED) and type_of(layer).grouped):
             continue
-        weight = layer.weight
-        assert isinstance(weight, Tensor), "a layer that can have groups has a weight"
+        weight = float_weight(layer)
         if weight.numel() == record.rows * record.columns and 0 < record.columns < weight.shape[1]:
             groups[name] = record.columns
     return groups

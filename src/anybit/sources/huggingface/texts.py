@@ -168,16 +168,16 @@ def _number(value: Any, model: PreTrainedModel, where: str) -> float:
         raise InvalidInput(f"{where}: the label {value!r} is no number. Name another column with --columns label=NAME.") from error
 
 
-_SEQUENCE = partial(Head, ("ForSequenceClassification",), "AutoModelForSequenceClassification", pictures=("ForImageClassification",))
+_sequence = partial(Head, ("ForSequenceClassification",), "AutoModelForSequenceClassification", pictures=("ForImageClassification",))
 HEADS = {
     "question-answering": Head(
         ("ForQuestionAnswering",), "AutoModelForQuestionAnswering", lambda model: Answers(_length_of(model)), _questions, length=384
     ),
     "language-model": Head(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM", lambda model: NextTokens(), _blocks, length=1024),
-    "classification": _SEQUENCE(
+    "classification": _sequence(
         reader=lambda model: FirstOutput("classification"), samples=partial(_texts, label=_class_number), one_value=False
     ),
-    "regression": _SEQUENCE(reader=lambda model: FirstOutput("regression"), samples=partial(_texts, label=_number), one_value=True),
+    "regression": _sequence(reader=lambda model: FirstOutput("regression"), samples=partial(_texts, label=_number), one_value=True),
     "embedding": Head(("Model",), "AutoModel", lambda model: SentenceEmbedding(_pooling(model)), _pairs),
 }
 """Task -> its head. The first that fits a model is its head: a class whose name ends in "LMHeadModel" ends in "Model" too."""
