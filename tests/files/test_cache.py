@@ -25,7 +25,7 @@ from anybit.files.whole import write_whole
 from anybit.runs.folder import new_folder
 
 
-def kept(seed: int = 0) -> Entry:
+def stored_entry(seed: int = 0) -> Entry:
     generator = torch.Generator().manual_seed(seed)
     tensors = {"weight": torch.randn(3, 4, generator=generator), "codes": torch.arange(5, dtype=torch.int8), "number": torch.tensor(2.5)}
     return Entry({"error": 0.1 + seed, "name": "layer.µ|", "none": None}, tensors)
@@ -43,9 +43,9 @@ def refuse() -> Entry:
 
 def test_a_result_is_made_once_and_read_back_as_it_was(tmp_path):
     recall = Cache(tmp_path).keyed("weights")
-    first = recall("result", kept, lambda result: result)
+    first = recall("result", stored_entry, lambda result: result)
     again = Cache(tmp_path).keyed("weights")
-    assert same(first, kept()) and same(again("result", refuse, lambda result: result), first)
+    assert same(first, stored_entry()) and same(again("result", refuse, lambda result: result), first)
     assert (recall.counts["made"], again.counts["recalled"]) == (1, 1)
 
 
@@ -70,7 +70,7 @@ def test_what_is_made_is_told_as_it_will_be_read(tmp_path):
 @given(st.integers(0, 2**32), st.sampled_from(["flip", "cut", "append", "empty"]))
 def test_a_damaged_result_is_named_and_made_again(tmp_path_factory, seed, damage):
     folder, rng = tmp_path_factory.mktemp("cache"), random.Random(seed)
-    Cache(folder)("the layer's result", kept, lambda result: result)
+    Cache(folder)("the layer's result", stored_entry, lambda result: result)
     file = entries(folder)[0].path
     data = bytearray(file.read_bytes())
     if damage == "flip":
@@ -78,8 +78,8 @@ def test_a_damaged_result_is_named_and_made_again(tmp_path_factory, seed, damage
     data = {"cut": data[: rng.randrange(len(data))], "append": data + b"\0", "empty": b""}.get(damage, data)
     file.write_bytes(data)
     with pytest.warns(UserWarning, match="the layer's result.* is damaged"):
-        cached = Cache(folder)("the layer's result", kept, lambda result: result)
-    assert same(cached, kept()) and same(Cache(folder)("the layer's result", refuse, lambda result: result), kept())
+        cached = Cache(folder)("the layer's result", stored_entry, lambda result: result)
+    assert same(cached, stored_entry()) and same(Cache(folder)("the layer's result", refuse, lambda result: result), stored_entry())
 
 
 def test_a_whole_result_that_is_not_what_it_should_be_is_made_again(tmp_path):
@@ -405,8 +405,8 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path):
     (tmp_path / ".run.notes.txt").write_text("mine")
     with new_folder(tmp_path / "run") as draft:
         (draft / "report.json").write_text("{}")
-    kept = {"run", f".run.{process.pid}.old.abc", f".run.{os.getpid()}.abc", ".run.notes.txt"}
-    assert {path.name for path in tmp_path.iterdir()} == kept
+    stored_entry = {"run", f".run.{process.pid}.old.abc", f".run.{os.getpid()}.abc", ".run.notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == stored_entry
     with new_folder(tmp_path / "run", overwrite=True) as draft:
         (draft / "report.json").write_text("{}")
-    assert {path.name for path in tmp_path.iterdir()} == kept - {f".run.{process.pid}.old.abc"}
+    assert {path.name for path in tmp_path.iterdir()} == stored_entry - {f".run.{process.pid}.old.abc"}

@@ -582,8 +582,8 @@ class AnyArguments(nn.Module):
         super().__init__()
         self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
 
-    def forward(self, *given, **more):
-        return self.b(F.relu(self.a(*given)))
+    def forward(self, *args, **kwargs):
+        return self.b(F.relu(self.a(*args)))
 
 
 def test_a_forward_of_any_arguments_is_carried():

@@ -33,8 +33,8 @@ class Distance(Protocol):
     def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """Measure all at once, differentiable and in the outputs' own precision."""
 
-    def share(self, part: Tensor, whole: Tensor) -> float | Tensor:
-        """Weigh the loss to a part of the reference in the loss to the whole of it."""
+    def share(self, chunk: Tensor, whole: Tensor) -> float | Tensor:
+        """Return the weight of the loss to a chunk of the reference in the loss to the whole of it."""
 
     def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """Return the training loss towards a teacher's outputs."""
@@ -59,8 +59,8 @@ class Divergence:
     def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
         return F.kl_div(F.log_softmax(outputs, -1), F.log_softmax(reference, -1), reduction="none", log_target=True).sum(-1).mean()
 
-    def share(self, part: Tensor, whole: Tensor) -> float:
-        return len(part) / len(whole)
+    def share(self, chunk: Tensor, whole: Tensor) -> float:
+        return len(chunk) / len(whole)
 
     def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
         return F.kl_div(F.log_softmax(outputs.float(), -1), F.log_softmax(reference, -1), log_target=True, reduction="batchmean")
@@ -81,8 +81,8 @@ class SquaredError:
     def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
         return (outputs - reference).square().sum() / reference.square().sum().clamp_min(1e-30)
 
-    def share(self, part: Tensor, whole: Tensor) -> Tensor:
-        return part.square().sum() / whole.square().sum().clamp_min(1e-30)
+    def share(self, chunk: Tensor, whole: Tensor) -> Tensor:
+        return chunk.square().sum() / whole.square().sum().clamp_min(1e-30)
 
     def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
         return F.mse_loss(outputs.float(), reference)
