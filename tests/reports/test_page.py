@@ -359,10 +359,10 @@ def test_the_page_begins_with_size_and_accuracy_in_words(test, before, said):
 
 
 def test_the_certificate_is_in_words(plain):
-    told = " ".join(Reader(pages.run_page(plain)).words)
+    text = " ".join(Reader(pages.run_page(plain)).words)
     chosen = next(row for row in plain["schemes"] if row["chosen"])
-    assert "HiGHS" in told and "It proved that none within the budget reaches less" in told
-    assert f"Chosen: {chosen['name']}" in told and f"on {plain['inputs']['held_out']} held-out inputs" in told
+    assert "HiGHS" in text and "It proved that none within the budget reaches less" in text
+    assert f"Chosen: {chosen['name']}" in text and f"on {plain['inputs']['held_out']} held-out inputs" in text
     largest = plain | {"budget": None, "certificate": {}, "schemes": []}
     assert "HiGHS" not in " ".join(Reader(pages.run_page(largest)).words)
 
@@ -413,7 +413,7 @@ def test_a_folder_that_is_no_run_is_named_and_nothing_is_written(run_folder, tmp
         (GROWN | {"layers": {"conv": {"precision": "W9", "weights": 1, "bytes": 1}}}, "layers.conv.precision"),
     ):
         if report is not None:
-            write = write_report if isinstance(report, dict) else lambda folder, told: write_json(folder / "report.json", told)
+            write = write_report if isinstance(report, dict) else lambda folder, text: write_json(folder / "report.json", text)
             write(tmp_path / "empty", report)
         with pytest.raises(InvalidFile, match=re.escape(said)) as error:
             anybit.report(run_folder, tmp_path / "empty", output=tmp_path / "page.html")

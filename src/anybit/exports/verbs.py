@@ -122,7 +122,7 @@ def verify(
 
 
 def _predicted(running: Any, model: nn.Module, batches: Sequence[Batch]) -> torch.Tensor:
-    """What is read in the file's outputs, which go by the names that the network gives them."""
+    """Run the file and read its outputs, which have the names that the network gives them."""
     if batches[0].reader is None:
         return torch.from_numpy(outputs(running, batches)[0])
     with torch.no_grad():
@@ -146,7 +146,7 @@ def bench(
     batch_size: int = 1,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """Size of the exported file against its bits, and its latency against the float network's in the same runtime, in turns."""
+    """Measure the size of the exported file against its bits, and its latency against the float network's in the same runtime, in turns."""
     canonical, file = opened(run, model)
     example = _first(inputs_for(run, file, canonical.model, data), max(batch_size, PROBE))
     graphs = exported(canonical, example)
@@ -194,7 +194,7 @@ def profile(
 
 
 def measured(floating: ir.Model, integer: ir.Model, inputs: Batch, rounds: int, threads: int = 1) -> dict[str, Any]:
-    """Bytes and latency of both graphs, in turns, in every runtime that is installed."""
+    """Measure bytes and latency of both graphs, in turns, in every runtime that is installed."""
     files = {name: ir.to_proto(graph).SerializeToString() for name, graph in (("float32", floating), ("exported", integer))}
     feeds = [tensor.numpy() for tensor in input_tensors(inputs)]
     runners = {}
