@@ -823,6 +823,7 @@ def export(
     weight_only: Annotated[bool, typer.Option("--weight-only", help="Linears with float inputs run on packed weights.")] = False,
     pack_embeddings: Annotated[bool, typer.Option("--pack-embeddings", help="In the folder too; transformers 5 cannot load it.")] = False,
     overwrite: Overwrite = False,
+    cache: Cache = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -841,7 +842,7 @@ def export(
         else:
             from anybit.exports.verbs import export
 
-            found = export(run, onnx, model=model, data=data, tables=tables, weight_only=weight_only, overwrite=overwrite)
+            found = export(run, onnx, model=model, data=data, tables=tables, weight_only=weight_only, overwrite=overwrite, cache=cache)
     if as_json:
         print(json.dumps(found))
         return
@@ -873,6 +874,7 @@ def verify(
     model: Model = None,
     metric: MetricOption = None,
     workers: Workers = 0,
+    cache: Cache = True,
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -888,7 +890,7 @@ def verify(
         else:
             from anybit.exports.verbs import verify
 
-            found = verify(run, exported, **how)
+            found = verify(run, exported, cache=cache, **how)
     if as_json:
         print(json.dumps(found))
     elif exported.is_dir():
@@ -913,13 +915,14 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Turns of float32 and exported, each about a twentieth of a second.")] = 20,
     batch_size: BatchSize = 1,
     threads: Annotated[int, typer.Option(help="Processor threads of the runtime.")] = 1,
+    cache: Cache = True,
     as_json: AsJson = False,
 ) -> None:
     """Size of the exported file against its bits, and latency against the same runtime's float32 file, in turns."""
     with work():
         from anybit.exports.verbs import bench
 
-        found = bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads)
+        found = bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads, cache=cache)
     if as_json:
         print(json.dumps(found))
     else:

@@ -106,7 +106,7 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None) -> ir.Model:
     )
     settings = {"dynamic_shapes": shapes, "opset_version": OPSET, "optimize": False, "verbose": False}
     try:
-        with _quiet():
+        with _quiet(), torch.no_grad():  # a forward that turns gradients off stays one graph
             graph = torch.onnx.export(plain, **passed, dynamo=True, **settings).model
     except Exception as error:  # the exporter's own errors are of many kinds
         raise UnsupportedModel(f"The network cannot be exported to ONNX: {_reason(error)}") from error
