@@ -5,13 +5,13 @@ import re
 import pytest
 
 from anybit import errors
-from anybit.errors import AnybitError, __doc__
+from anybit.errors import AnybitError
 
 CLASSES = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
 
 
 def test_the_docstring_draws_every_error_and_no_other():
-    assert set(re.findall(r"^\s+(?:\|--|`--)?\s*([A-Z]\w+)\s+[(\w]", __doc__, re.M)) == set(CLASSES)
+    assert set(re.findall(r"^\s+(?:\|--|`--)?\s*([A-Z]\w+)\s+[(\w]", errors.__doc__, re.M)) == set(CLASSES)
 
 
 @pytest.mark.parametrize("error", CLASSES.values())

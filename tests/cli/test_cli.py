@@ -315,7 +315,7 @@ def test_help_needs_no_torch():
     code = """
 import sys
 sys.modules["torch"] = None
-from anybit.cli import main
+from anybit.cli.app import main
 sys.argv = ["anybit", "calibrate", "--help"]
 main()
 """

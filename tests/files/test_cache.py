@@ -378,7 +378,7 @@ LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
 sys.argv[0] = "anybit"
-from anybit.cli import main
+from anybit.cli.app import main
 main()
 """
 

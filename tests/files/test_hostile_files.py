@@ -21,8 +21,8 @@ from anybit.runs.folder import is_run
 from anybit.runs.report import read_report
 from anybit.runs.scheme_file import read_scheme
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import hostile_files
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.reliability import hostile_files
 
 
 def failed(cases) -> list:

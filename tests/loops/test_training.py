@@ -303,7 +303,7 @@ def test_a_broken_checkpoint_is_named(damage, tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch, full_disk):
-    from anybit.loops.training import save_file
+    from anybit.loops.checkpoint import save_file
 
     save, checkpoint = save_file, tmp_path / "run" / "checkpoint.safetensors"
 
@@ -374,7 +374,7 @@ def test_other_settings_are_refused_by_name(changes, tmp_path, monkeypatch):
 
 WORKER = f"""
 import sys
-sys.path.insert(0, {str(TESTS)!r})
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "loops")!r}]
 import torch
 torch.set_num_threads(1)
 import anybit, test_training as t

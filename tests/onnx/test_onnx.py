@@ -349,8 +349,8 @@ BESIDE = """
 import json, sys
 from pathlib import Path
 import numpy as np, openvino, torch
-from anybit.batches import Batch
-from anybit.exports import measured
+from anybit.data.batches import Batch
+from anybit.exports.verbs import measured
 from anybit.onnx import file as onnx_file
 graph, x = onnx_file.load(Path(sys.argv[1])), torch.from_numpy(np.load(sys.argv[2]))
 timed = measured(graph, graph, Batch(x), 1)

@@ -70,7 +70,7 @@ def test_the_clock_keeps_the_stages_in_order():
 def test_a_stage_sees_the_memory_that_it_takes():
     # A process of its own: where the high-water mark cannot be reset, what ran before in this one would hide the block.
     script = """
-        from anybit.reporting import StageClock
+        from anybit.environment import StageClock
         clock = StageClock()
         with clock.stage("small"):
             pass

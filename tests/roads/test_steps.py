@@ -209,7 +209,7 @@ def test_no_fitting_uniform_scheme_was_measured_better_than_the_chosen(residual)
     network, _, _, judge, table = residual
     for text in ("3bit", "4bit", "60%", "bops=3M", "5bit,bops=4M"):
         budget = Budget.parse(text)
-        choice = choose_scheme(network, table, budget, SETTINGS, judge)
+        choice = choose_scheme(network, table, budget, SETTINGS.alternatives, judge)
         assert fits_budget(network.costs, choice.scheme, budget), text
         chosen = judge.of_scheme(choice.scheme)["loss"]
         for weight_bits in (2, 4, 8):
@@ -221,14 +221,14 @@ def test_no_fitting_uniform_scheme_was_measured_better_than_the_chosen(residual)
 
 def test_without_a_budget_the_largest_candidates_win(residual):
     network, _, _, judge, table = residual
-    assert choose_scheme(network, table, None, SETTINGS, judge).scheme == network.uniform(8, 8)
+    assert choose_scheme(network, table, None, SETTINGS.alternatives, judge).scheme == network.uniform(8, 8)
 
 
 def test_a_limit_on_the_predicted_loss_is_met_with_the_smallest_size(residual):
     network, _, _, judge, table = residual
     sizes = []
     for limit in (0.5, 0.05, 0.01):
-        choice = choose_scheme(network, table, Budget.parse(f"loss={limit}"), SETTINGS, judge)
+        choice = choose_scheme(network, table, Budget.parse(f"loss={limit}"), SETTINGS.alternatives, judge)
         assert table.total(choice.scheme) <= limit * (1 + 1e-9)
         sizes.append(network.costs.file_size(choice.scheme))
     assert sizes == sorted(sizes)
@@ -247,7 +247,7 @@ def test_a_budget_of_bytes_is_met_by_the_counted_file(residual, unit):
     network, _, _, judge, table = residual
     for text in random_budgets(network, unit, seed=3):
         budget = Budget.parse(text)
-        choice = choose_scheme(network, table, budget, SETTINGS, judge)
+        choice = choose_scheme(network, table, budget, SETTINGS.alternatives, judge)
         size = network.costs.file_size(choice.scheme)
         assert size <= (budget.conditions[0].limit if unit == "bytes" else budget.conditions[0].limit / 100 * network.costs.float_bytes)
 
@@ -266,7 +266,7 @@ def test_raising_an_impossible_budget_to_what_the_error_says_is_enough(budget, k
 def test_a_budget_above_the_float_size_is_refused(residual, budget):
     network, _, _, judge, table = residual
     with pytest.raises(InvalidSetting, match="above the float network's"):
-        choose_scheme(network, table, Budget.parse(budget), SETTINGS, judge)
+        choose_scheme(network, table, Budget.parse(budget), SETTINGS.alternatives, judge)
 
 
 def labelled(calibration: Calibration, network: ObservedNetwork) -> list[Batch]:
@@ -280,7 +280,7 @@ def test_a_generous_drop_is_always_met(kept):
     network, calibration, candidates, judge = bench("residual", settings)
     judge = Judge(network, candidates, labelled(calibration, network), judge.reference, "classification")
     nothing = SensitivityTable({(name, p): 0.0 for name, options in network.choices.items() for p in options}, Precision(), 8)
-    choice = choose_scheme(network, nothing, Budget.parse("drop=100%"), settings, judge)
+    choice = choose_scheme(network, nothing, Budget.parse("drop=100%"), settings.alternatives, judge)
     assert network.costs.weight_bits(choice.scheme) <= network.costs.weight_bits(network.uniform(4, 8))
 
 
@@ -294,19 +294,21 @@ def test_a_drop_counts_in_the_users_metric():
 
     budget = Budget.parse("drop=0.05%")
     by_metric, by_top1 = (
-        choose_scheme(network, table, budget, SETTINGS, Judge(network, candidates, held_out, judge.reference, "classification", m))
+        choose_scheme(
+            network, table, budget, SETTINGS.alternatives, Judge(network, candidates, held_out, judge.reference, "classification", m)
+        )
         for m in (closeness, None)
     )
     assert closeness(outputs_of(apply_scheme(network.prepared, by_metric.scheme, candidates), held_out), None) >= -0.05
     assert closeness(outputs_of(apply_scheme(network.prepared, by_top1.scheme, candidates), held_out), None) < -0.05
     regression = Judge(network, candidates, held_out, judge.reference, "regression", closeness)
-    assert choose_scheme(network, table, budget, SETTINGS, regression).scheme == by_metric.scheme
+    assert choose_scheme(network, table, budget, SETTINGS.alternatives, regression).scheme == by_metric.scheme
 
 
 def test_a_drop_needs_labels(residual):
     network, _, _, judge, table = residual
     with pytest.raises(InvalidSetting, match="labelled"):
-        choose_scheme(network, table, Budget.parse("drop=1%"), SETTINGS, judge)
+        choose_scheme(network, table, Budget.parse("drop=1%"), SETTINGS.alternatives, judge)
 
 
 @pytest.mark.parametrize("better", ["ranges", "candidates"])
@@ -446,7 +448,7 @@ def test_a_transformer_layer_computes_with_its_quantizers_watched_or_not():
 def test_a_limit_on_the_loss_is_kept_when_measured_wherever_a_scheme_does(residual, limit):
     network, _, _, judge, table = residual
     try:
-        choice = choose_scheme(network, table, Budget.parse(f"loss={limit}"), SETTINGS, judge)
+        choice = choose_scheme(network, table, Budget.parse(f"loss={limit}"), SETTINGS.alternatives, judge)
     except InfeasibleBudget:
         assert min(table.total(network.uniform(w, a)) for w in SETTINGS.weight_bits for a in SETTINGS.activation_bits) > limit
         return

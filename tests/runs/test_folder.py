@@ -315,10 +315,10 @@ def test_ones_own_folder_is_followed_until_it_is_changed(trapped, monkeypatch, t
 LISTS = """
 import sys, warnings
 from pathlib import Path
-from anybit.checkpoint import remember
+from anybit.runs.trusted import trust
 warnings.simplefilter("error")
 for folder in sorted(Path(sys.argv[1]).iterdir()):
-    remember(folder)
+    trust(folder)
 """
 
 

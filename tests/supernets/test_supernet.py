@@ -16,12 +16,12 @@ import anybit
 from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, SchemeMismatch
 from anybit.files.cache import Entry, _written, entries
 from anybit.networks.layers import codes_of, quantized_layers
-from anybit.roads.search import scores as searches_scores
 from anybit.scheme import Precision, Scheme
 from anybit.supernets.prepared import bn_batches, held_out_split, to_store
 from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.statistics import statistics_of
 from anybit.supernets.store import slice_subnet
+from anybit.supernets.supernet import scores as subnet_scores
 from anybit.supernets.supernet import uniform_schemes
 
 TESTS = Path(__file__).parent.parent
@@ -172,7 +172,7 @@ torch.set_num_threads(1)
 import test_supernet as t
 from networks import NoBatchNorm
 supernet = t.trained(cls=NoBatchNorm, epochs=3, middle="worst", label="adaptive", augment="flip")
-assert len(t.subnets.bn_batches(t._samples()[0], t._samples()[1])[0]) == 16  # every process sees all
+assert len(t.bn_batches(t._samples()[0], t._samples()[1])[0]) == 16  # every process sees all
 import torch.distributed as dist
 if not dist.is_initialized() or dist.get_rank() == 0:
     supernet.save(sys.argv[1])
@@ -251,7 +251,7 @@ def test_a_subnet_is_sliced_from_the_file_by_numpy_alone(stored):
         for name, layer in quantized_layers(frozen.model).items():
             assert np.array_equal(sliced[name][0], codes_of(layer).numpy())
     script = (
-        "import sys, json; from anybit.store import slice_subnet; from anybit.scheme import Scheme; "
+        "import sys, json; from anybit.supernets.store import slice_subnet; from anybit.scheme import Scheme; "
         f"slice_subnet({str(folder)!r}, {supernet.uniform(4).to_json()!r}); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
@@ -317,7 +317,7 @@ def test_a_search_that_was_interrupted_repeats_nothing_and_ends_the_same(stored,
     _, folder = stored
     how = {"model": make(Residual), "evaluations": 20}
     whole = anybit.search(folder, labelled(), "3bit", cache=tmp_path / "a", **how)
-    scores, calls = searches_scores, []
+    scores, calls = subnet_scores, []
 
     def counted(*given):
         calls.append(1)
@@ -339,7 +339,7 @@ def test_a_search_that_was_interrupted_repeats_nothing_and_ends_the_same(stored,
 def test_a_search_estimates_batch_norm_on_as_many_inputs_as_it_is_told(stored, tmp_path, monkeypatch):
     _, folder = stored
     how = {"model": make(Residual), "evaluations": 12, "cache": tmp_path / "cache"}
-    scores, seen = searches_scores, []
+    scores, seen = subnet_scores, []
 
     def counted(supernet, scheme, statistics, *given):
         seen.append(sum(map(len, statistics)))
@@ -453,7 +453,7 @@ def test_a_damaged_store_is_named(damage, stored, tmp_path):
 
     from safetensors.torch import load_file, save_file
 
-    from anybit.runs.folder import sha256_of
+    from anybit.files.strict import sha256_of
 
     folder = tmp_path / "run"
     shutil.copytree(stored[1], folder)

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from anybit import __version__
 from anybit.budget import parse_size
 from anybit.errors import AnybitError, InvalidSetting, printable
 from anybit.scheme import Precision
@@ -23,6 +24,13 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Turn a trained PyTorch network into a low-bit, mixed-precision one.",
 )  # fmt: skip
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print anybit's version.")] = False) -> None:
+    if version:
+        print(f"anybit {__version__}")
+        raise typer.Exit
 
 
 class Pipeline(StrEnum):

@@ -49,20 +49,20 @@ def _texts(reference: str, preprocessing: Preprocessing, workers: int, model: nn
             "network give a function that returns a data set of tokens."
         )
     place, _, part = reference.partition("#")
-    made = huggingface(f"--data {reference}")
+    texts = huggingface("texts", f"--data {reference}")
     if place.startswith("hf:"):
         import_optional("datasets", "datasets", f"--data {reference}")
-        rows = made.hub_rows(place[3:], part, parse_columns(preprocessing.columns))
+        rows = texts.hub_rows(place[3:], part, parse_columns(preprocessing.columns))
     else:
         rows = read_rows(Path(place), preprocessing.columns)
-    return made.text_samples(model, rows, reference, preprocessing.length, preprocessing.stride, workers)
+    return texts.text_samples(model, rows, reference, preprocessing.length, preprocessing.stride, workers)
 
 
 def _read_by(model: nn.Module | None, samples: Samples) -> Samples:
     """The samples with the reader of a Hugging Face model, whose outputs are many."""
     if samples.reader is not None or not is_transformers(model):
         return samples
-    return replace(samples, reader=huggingface("the model").reader_of(model))
+    return replace(samples, reader=huggingface("texts", "the model").reader_of(model))
 
 
 def as_samples(data: Any, workers: int = 0, model: nn.Module | None = None) -> Samples:

@@ -24,7 +24,7 @@ def load_model(reference: str, weights: str | None = None, task: str | None = No
     kind, _, name = reference.partition(":")
     make = {"timm": _from_timm, "torchvision": _from_torchvision}.get(kind)
     if kind == "hf":
-        model = huggingface(f"--model {reference}").load(name, task)
+        model = huggingface("models", f"--model {reference}").load(name, task)
     else:
         function = (lambda: make(name, weights is None)) if make else load_callable(reference, "--model")
         model = call_user_function(function, f"--model {reference}")
@@ -36,10 +36,10 @@ def load_model(reference: str, weights: str | None = None, task: str | None = No
     return model.eval()
 
 
-def huggingface(what: str) -> Any:
+def huggingface(module: str, what: str) -> Any:
     """The module of Hugging Face models, whose package is optional; `what` needs it."""
     import_optional("transformers", "transformers", what)
-    return importlib.import_module("anybit.huggingface")
+    return importlib.import_module(f"anybit.sources.huggingface.{module}")
 
 
 def adapted_network(model: nn.Module) -> nn.Module:
@@ -47,7 +47,7 @@ def adapted_network(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     if not is_transformers(model) or "scores" in {name.rpartition(".")[2] for name, _ in model.named_modules()}:
         return model
-    return huggingface(f"A {type(model).__name__}").adapted(model)
+    return huggingface("attention", f"A {type(model).__name__}").adapted(model)
 
 
 def is_transformers(model: Any) -> bool:
@@ -60,7 +60,7 @@ def with_model_defaults(preprocessing: Preprocessing, model: nn.Module) -> Prepr
     """The preprocessing, or where none was given the one that a Hugging Face model's own files state for pictures."""
     if preprocessing != Preprocessing() or not is_transformers(model):
         return preprocessing
-    return Preprocessing(**huggingface("the model").picture_settings(model))
+    return Preprocessing(**huggingface("models", "the model").picture_settings(model))
 
 
 def _from_timm(name: str, pretrained: bool) -> nn.Module:

@@ -1,8 +1,8 @@
 """MiniLM-L6 (a six-layer BERT): the calibrate road on texts measured, and a short run of the others. One JSON entry a run; a finished one
 is not run again.
 
-    python benchmarks/minilm.py STUDY --model minilm-sst2 --train sst2/train.tsv --test sst2/dev.tsv
-    python benchmarks/minilm.py embeddings --model all-minilm-l6-v2 --train stsb/sts-train.csv --test stsb/sts-test.csv
+    python -m benchmarks.studies.minilm STUDY --model minilm-sst2 --train sst2/train.tsv --test sst2/dev.tsv
+    python -m benchmarks.studies.minilm embeddings --model all-minilm-l6-v2 --train stsb/sts-train.csv --test stsb/sts-test.csv
                                 --columns text=5,pair=6,label=4
 
     uniform     SST-2: W8A8, W4A8, W4A4, W3A8 with the ladder of steps, calibrated on 512 unlabelled training sentences
@@ -18,7 +18,6 @@ over pairs where the score is a correlation.
 """
 
 import argparse
-import base64
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import spearmanr
-from study import Entries
 
 import anybit
 from anybit.data.samples import draw
@@ -34,6 +32,7 @@ from anybit.data.tasks import compares_classes, distance, outputs_of, score
 from anybit.sources.inputs import load_data
 from anybit.sources.models import load_model
 from anybit.sources.preprocessing import Preprocessing
+from benchmarks.studies.study import Entries, packed_hits, parser
 
 SAMPLES = 512
 
@@ -53,17 +52,17 @@ class Study(Entries):
 
     def calibrated(self, budget: str | None, **settings: Any) -> dict[str, Any]:
         unlabelled = draw(self.train, SAMPLES, 0)
-        wanted = {"samples": SAMPLES, "batch_size": 32, "memory": 2**33, **settings}
-        return self.row(anybit.calibrate(self.model, unlabelled, budget, cache=False, **wanted))
+        settings = {"samples": SAMPLES, "batch_size": 32, "memory": 2**33, **settings}
+        return self.row(anybit.calibrate(self.model, unlabelled, budget, cache=False, **settings))
 
     def row(self, result: anybit.Result) -> dict[str, Any]:
         """Scores on all test texts, differences from float, and what the network costs with and without its embeddings."""
         report, outputs = result.report, outputs_of(result.model, self.batches)
         embeddings = [name for name in report["layers"] if "embeddings" in name]
-        told = score(outputs, self.labels, self.task)
+        scores = score(outputs, self.labels, self.task)
         distances = {"kl" if compares_classes(self.task) else "error": distance(outputs, self.reference, self.task)}
         return {
-            **told,
+            **scores,
             "float": score(self.reference, self.labels, self.task),
             **distances,
             **self.apart(outputs),
@@ -86,9 +85,8 @@ class Study(Entries):
             right = [(one.argmax(-1) == self.labels).double() for one in (outputs, self.reference)]
             difference = 100 * (right[0] - right[1])
             half = 1.96 * float(difference.std()) / len(difference) ** 0.5
-            packed = base64.b64encode(np.packbits(right[0].numpy().astype(bool)).tobytes()).decode()
             return {"difference": float(difference.mean()), "low": float(difference.mean()) - half, "high": float(difference.mean()) + half,
-                    "right": packed}  # fmt: skip
+                    "right": packed_hits(right[0].numpy().astype(bool))}  # fmt: skip
         cosines = [torch.nn.functional.cosine_similarity(one[0::2], one[1::2]).numpy() for one in (outputs, self.reference)]
         labels, random = self.labels[0::2].numpy(), np.random.default_rng(0)
         drawn = [random.integers(0, len(labels), len(labels)) for _ in range(1000)]
@@ -115,8 +113,8 @@ def groups(study: Study) -> None:
     for bits in (4, 3):
         for group in (None, 128, 64, 32):
             key = f"W{bits}, " + ("a scale a channel" if group is None else f"groups of {group}")
-            how = {"weight_bits": (bits,), "activation_bits": (None,), "group": group}
-            study.measured(key, lambda how=how: study.calibrated(None, **how))
+            settings = {"weight_bits": (bits,), "activation_bits": (None,), "group": group}
+            study.measured(key, lambda settings=settings: study.calibrated(None, **settings))
 
 
 def embeddings(study: Study) -> None:
@@ -126,26 +124,28 @@ def embeddings(study: Study) -> None:
 
 
 def exported(study: Study) -> None:
-    for key, how, packed in (
+    for key, settings, packed in (
         ("W8A8", {"weight_bits": (8,), "activation_bits": (8,)}, False),
         ("W4A8", {"weight_bits": (4,), "activation_bits": (8,)}, False),
         ("W4, groups of 32, packed", {"weight_bits": (4,), "activation_bits": (None,), "group": 32}, True),
     ):
-        study.measured(key, lambda how=how, packed=packed: as_file(study, how, packed))
+        study.measured(key, lambda settings=settings, packed=packed: as_file(study, settings, packed))
 
 
-def as_file(study: Study, how: dict[str, Any], packed: bool) -> dict[str, Any]:
+def as_file(study: Study, settings: dict[str, Any], packed: bool) -> dict[str, Any]:
     """One run, exported, verified on all test texts, and timed one sentence at a time against the same runtime's float32 file."""
-    result = anybit.calibrate(study.model, draw(study.train, SAMPLES, 0), None, samples=SAMPLES, batch_size=32, pipeline="light", **how)
+    result = anybit.calibrate(
+        study.model, draw(study.train, SAMPLES, 0), None, samples=SAMPLES, batch_size=32, pipeline="light", **settings
+    )
     with tempfile.TemporaryDirectory() as place:
         run, file = result.save(Path(place) / "run"), Path(place) / "run.onnx"
-        given: dict[str, Any] = {"model": study.model, "data": study.test}
-        anybit.export(run, file, weight_only=packed, **given)
-        found = anybit.verify(run, file, **given)
-        numbers = {name: value for name, value in found["numbers"].items() if name != "in_float"}
-        timed = anybit.bench(run, file, **given)
-    kept = ("ok", "failures", "skipped", "kernels", "floats", "simulation", "accuracy")
-    return {"numbers": numbers, "tokens": int(study.test.dataset.lengths[0]), **{name: found[name] for name in kept}, **timed}
+        inputs: dict[str, Any] = {"model": study.model, "data": study.test}
+        anybit.export(run, file, weight_only=packed, **inputs)
+        verdict = anybit.verify(run, file, **inputs)
+        numbers = {name: value for name, value in verdict["numbers"].items() if name != "in_float"}
+        timed = anybit.bench(run, file, **inputs)
+    fields = ("ok", "failures", "skipped", "kernels", "floats", "simulation", "accuracy")
+    return {"numbers": numbers, "tokens": int(study.test.dataset.lengths[0]), **{name: verdict[name] for name in fields}, **timed}
 
 
 def roads(study: Study) -> None:
@@ -169,17 +169,14 @@ STUDIES = {"uniform": uniform, "mixed": mixed, "groups": groups, "embeddings": e
 
 def main() -> None:
     """Run one study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=list(STUDIES))
-    parser.add_argument("--model", required=True, type=Path)
-    parser.add_argument("--train", required=True, type=Path)
-    parser.add_argument("--test", required=True, type=Path)
-    parser.add_argument("--columns")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--only", help="run the entries whose key contains this")
-    parser.add_argument("--sentences", type=int, default=12_800, help="of roads: what an epoch has")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    options = parser(__doc__, STUDIES)
+    options.add_argument("--model", required=True, type=Path)
+    options.add_argument("--train", required=True, type=Path)
+    options.add_argument("--test", required=True, type=Path)
+    options.add_argument("--columns")
+    options.add_argument("--sentences", type=int, default=12_800, help="of roads: what an epoch has")
+    options.add_argument("--threads", type=int, default=1)
+    arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     STUDIES[arguments.study](Study(arguments))
 

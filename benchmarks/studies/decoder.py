@@ -1,8 +1,8 @@
 """A four-layer Llama that this benchmark trains itself, and its weights at 4 and 3 bits. One JSON entry a run; a finished one is not run
 again.
 
-    python benchmarks/decoder.py train --folder FOLDER --text sst2/train.tsv --tokenizer minilm-sst2
-    python benchmarks/decoder.py STUDY --folder FOLDER
+    python -m benchmarks.studies.decoder train --folder FOLDER --text sst2/train.tsv --tokenizer minilm-sst2
+    python -m benchmarks.studies.decoder STUDY --folder FOLDER
 
     train     next tokens of the sentences of SST-2, the last 2 % kept out; FOLDER, which should lie outside of the repository, then holds
               the network, the tokenizer, train.txt and test.txt
@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from study import Entries
 from torch import Tensor, nn
 
 import anybit
@@ -36,6 +35,7 @@ from anybit.data.texts import read_rows
 from anybit.sources.inputs import load_data
 from anybit.sources.models import load_model
 from anybit.sources.preprocessing import Preprocessing
+from benchmarks.studies.study import Entries, parser
 
 LENGTH = 128
 BLOCKS = 128
@@ -112,8 +112,8 @@ def fit(model: nn.Module, blocks: Any, some: Sequence[Batch]) -> list[dict[str, 
         schedule.step()
         losses.append(loss.item())
         if step % 100 == 0 or step == TRAINING["steps"]:
-            told = {"step": step, "train_loss": sum(losses) / len(losses), "perplexity": measure(model, some)["perplexity"]}
-            history.append(told | {"seconds": time.perf_counter() - start})
+            row = {"step": step, "train_loss": sum(losses) / len(losses), "perplexity": measure(model, some)["perplexity"]}
+            history.append(row | {"seconds": time.perf_counter() - start})
             losses = []
             print(history[-1], flush=True)
     return history
@@ -137,12 +137,12 @@ def measure(model: nn.Module, batches: Sequence[Batch], reference: Iterable[Tens
     Batch by batch: `anybit.evaluate` takes all logits at once, gigabytes of them.
     """
     totals, count = {"loss": 0.0, "top1": 0.0, "kl": 0.0}, 0
-    for batch, found, wanted in zip(batches, log_chances(model, batches), reference or repeat(None), strict=False):
-        totals["loss"] += float(F.nll_loss(found, batch.labels, reduction="sum"))
-        totals["top1"] += 100 * float((found.argmax(-1) == batch.labels).sum())
-        if wanted is not None:
-            totals["kl"] += float(F.kl_div(found, wanted, reduction="sum", log_target=True))
-        count += len(found)
+    for batch, chances, expected in zip(batches, log_chances(model, batches), reference or repeat(None), strict=False):
+        totals["loss"] += float(F.nll_loss(chances, batch.labels, reduction="sum"))
+        totals["top1"] += 100 * float((chances.argmax(-1) == batch.labels).sum())
+        if expected is not None:
+            totals["kl"] += float(F.kl_div(chances, expected, reduction="sum", log_target=True))
+        count += len(chances)
     means = {name: total / count for name, total in totals.items() if name != "kl" or reference is not None}
     return {"perplexity": math.exp(means["loss"]), **means, "tokens": count}
 
@@ -164,8 +164,8 @@ class Study(Entries):
 
     def calibrated(self, **settings: Any) -> dict[str, Any]:
         # A step on 4 blocks sees 512 tokens; on the default's 32 it would see 4,096, and take eight times as long.
-        wanted = {"samples": BLOCKS, "batch_size": 4, "step_batch": 4, "unit": "layer", "memory": 2**33, **settings}
-        result = anybit.calibrate(self.model, self.blocks, cache=False, **wanted)
+        settings = {"samples": BLOCKS, "batch_size": 4, "step_batch": 4, "unit": "layer", "memory": 2**33, **settings}
+        result = anybit.calibrate(self.model, self.blocks, cache=False, **settings)
         report = result.report
         sizes = {name: layer["bytes"] for name, layer in report["layers"].items()}
         return {
@@ -196,8 +196,8 @@ def weights_alone(study: Study, keep: dict[str, str]) -> None:
         for group in (None, 128, 64, 32):
             for method, pipeline in METHODS.items():
                 key = f"W{bits}, " + ("a scale a channel" if group is None else f"groups of {group}") + f", {method}"
-                how = {"weight_bits": (bits,), "activation_bits": (None,), "group": group, "pipeline": pipeline, "keep": keep}
-                study.measured(key, lambda how=how: study.calibrated(**how))
+                settings = {"weight_bits": (bits,), "activation_bits": (None,), "group": group, "pipeline": pipeline, "keep": keep}
+                study.measured(key, lambda settings=settings: study.calibrated(**settings))
 
 
 def methods(study: Study) -> None:
@@ -212,8 +212,8 @@ def matmuls(study: Study) -> None:
     study.float_network()
     for bits in (8, 4):
         for method, pipeline in METHODS.items():
-            how = {"weight_bits": (bits,), "activation_bits": (8,), "pipeline": pipeline}
-            study.measured(f"W{bits}A8, {method}", lambda how=how: study.calibrated(**how))
+            settings = {"weight_bits": (bits,), "activation_bits": (8,), "pipeline": pipeline}
+            study.measured(f"W{bits}A8, {method}", lambda settings=settings: study.calibrated(**settings))
 
 
 STUDIES = {"train": train, "methods": methods, "linears": linears, "matmuls": matmuls}
@@ -221,17 +221,14 @@ STUDIES = {"train": train, "methods": methods, "linears": linears, "matmuls": ma
 
 def main() -> None:
     """Run one study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=list(STUDIES))
-    parser.add_argument("--folder", required=True, type=Path, help="of the network, outside of the repository")
-    parser.add_argument("--text", type=Path, help="of `train`: a .tsv with a column `sentence`")
-    parser.add_argument("--tokenizer", type=Path, help="of `train`: the Hugging Face folder whose tokenizer is used")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--only", help="run the entries whose key contains this")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    options = parser(__doc__, STUDIES)
+    options.add_argument("--folder", required=True, type=Path, help="of the network, outside of the repository")
+    options.add_argument("--text", type=Path, help="of `train`: a .tsv with a column `sentence`")
+    options.add_argument("--tokenizer", type=Path, help="of `train`: the Hugging Face folder whose tokenizer is used")
+    options.add_argument("--threads", type=int, default=1)
+    arguments = options.parse_args()
     if arguments.study == "train" and not (arguments.text and arguments.tokenizer):
-        parser.error("train needs --text and --tokenizer")
+        options.error("train needs --text and --tokenizer")
     torch.set_num_threads(arguments.threads)
     STUDIES[arguments.study](Study(arguments))
 

@@ -1,8 +1,8 @@
-"""The sections of docs/results.md on the train-once road; `tables.py` puts them in."""
+"""The sections of docs/results.md on the train-once road."""
 
 import statistics
 
-from written import entries, spread, table
+from benchmarks.tables.shared import NOT_RUN, entries, spread, table
 
 WIDTHS = (8, 6, 4, 3, 2)
 ALL, QUARTER = "train_once_resnet20_widths", "train_once_resnet20_widths_12800"
@@ -21,14 +21,14 @@ def widths_section(name: str = ALL) -> str:
     reference = runs["float"]["top1"] if "float" in runs else None
     rows = []
     for rule in dict.fromkeys(key.rpartition(" seed")[0] for key in supernets):
-        found = [[runs[key]["test"][f"{bits} bits"]["top1"] for bits in WIDTHS] for key in supernets if key.startswith(f"{rule} seed")]
-        rows.append([f"one supernet, {rule}", *(_beside(list(column), reference) for column in zip(*found, strict=True))])
+        accuracies = [[runs[key]["test"][f"{bits} bits"]["top1"] for bits in WIDTHS] for key in supernets if key.startswith(f"{rule} seed")]
+        rows.append([f"one supernet, {rule}", *(_beside(list(column), reference) for column in zip(*accuracies, strict=True))])
     for words, pattern in (("a network for each, as many epochs in all", "alone {} bits"), ("calibrate at each", "calibrate {} bits")):
         alone = [[runs[key]["top1"]] if (key := pattern.format(bits)) in runs else [] for bits in WIDTHS]
         if any(alone):
             rows.append([words, *(_beside(one, reference) for one in alone)])
     head = "" if reference is None else f"Float, trained as long by the same recipe: {reference:.2f}; in brackets how far from it.\n\n"
-    return head + table(["network", *(f"{bits} bits" for bits in WIDTHS)], rows) if rows else "Not run."
+    return head + table(["network", *(f"{bits} bits" for bits in WIDTHS)], rows)
 
 
 def _beside(accuracies: list[float], reference: float | None) -> str:
@@ -38,13 +38,13 @@ def _beside(accuracies: list[float], reference: float | None) -> str:
 
 
 def competition_section() -> str:
-    """What the paper names, at the end of training: gradients of one-hot labels on the shared weights, and how confidence varies."""
+    """At the end of training: gradients of one-hot labels on the shared weights, and how confidence varies, both named by the paper."""
     runs = {f"{key}{of}": run for name, of in SUPERNETS for key, run in entries(name).items() if "competition" in run}
     rows = []
     for key, run in runs.items():
         for words, field, digits in (("gradient norm", "gradient_norm", 3), ("variance of the confidence", "confidence_variance", 4)):
             rows.append([key, words, *(f"{run['competition'][f'{bits} bits'][field]:.{digits}f}" for bits in WIDTHS)])
-    return table(["supernet", "of each bit-width", *(f"{bits} bits" for bits in WIDTHS)], rows) if rows else "Not run."
+    return table(["supernet", "of each bit-width", *(f"{bits} bits" for bits in WIDTHS)], rows)
 
 
 def store_section() -> str:
@@ -53,13 +53,13 @@ def store_section() -> str:
         if "float_store" in run:
             lost = [run["test"][f"{bits} bits"]["top1"] - run["float_store"][f"{bits} bits"]["top1"] for bits in WIDTHS]
             rows.append([key, f"{run['bytes'] / 1000:.0f} kB", *(f"{change:+.2f}" for change in lost)])
-    return table(["supernet", "file", *(f"{bits} bits" for bits in WIDTHS)], rows) if rows else "Not run."
+    return table(["supernet", "file", *(f"{bits} bits" for bits in WIDTHS)], rows)
 
 
 def search_section() -> str:
     runs = entries("train_once_resnet20_search_12800")
     if not runs:
-        return "Not run."
+        return NOT_RUN
     cost, score = (end(run["hypervolume"][field] for run in runs.values()) for end, field in ((max, "cost"), (min, "score")))
     tested = min(row["test"]["top1"] for run in runs.values() for row in run["front"])
     rows = []
@@ -103,15 +103,15 @@ def compose_section() -> str:
     runs = entries("train_once_resnet20_compose")
     rows = []
     for key, run in runs.items():
-        kept = ", ".join(row["step"] for row in run["ladder"][1:] if row["kept"]) or "none"
-        rows.append([key, f"{run['extracted']['top1']:.2f}", f"{run['polished']['top1']:.2f}", kept])
-    return table(["subnet", "extracted", "polished by calibrate", "steps that were kept"], rows) if rows else "Not run."
+        steps = ", ".join(row["step"] for row in run["ladder"][1:] if row["kept"]) or "none"
+        rows.append([key, f"{run['extracted']['top1']:.2f}", f"{run['polished']['top1']:.2f}", steps])
+    return table(["subnet", "extracted", "polished by calibrate", "steps that were kept"], rows)
 
 
 def cost_section() -> str:
     run = entries("train_once_resnet20_cost").get("one step")
     if not run:
-        return "Not run."
+        return NOT_RUN
     rounds = len(run["seconds"])
     return (
         f"One LRH step takes {run['times_three_steps']:.2f} times three steps of quantization-aware training (median of {rounds} rounds)."

@@ -1,4 +1,4 @@
-"""What can happen to a file: damaged bytes, and edits by one who knows JSON and safetensors. Each takes (bytes, rng) and gives bytes."""
+"""Mutations of files: damaged bytes, and edits by one who knows JSON and safetensors. Each takes (bytes, rng) and gives bytes."""
 
 import json
 import random
@@ -60,18 +60,18 @@ BYTES: dict[str, Mutation] = {
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
     """Every place in a JSON value, as the keys that lead to it."""
-    found = [path]
+    paths = [path]
     for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        found += places(part, (*path, key))
-    return found
+        paths += places(part, (*path, key))
+    return paths
 
 
 def edited(data: bytes, rng: random.Random, change: Callable[[Any, Any, random.Random], None]) -> bytes:
     """The document with `change(parent, key, rng)` done at a place; each depth is as likely, since the deepest hold most places."""
     value = [json.loads(data)]
-    found = places(value)[1:]
-    depth = rng.choice(sorted({len(path) for path in found}))
-    path = rng.choice([path for path in found if len(path) == depth])
+    paths = places(value)[1:]
+    depth = rng.choice(sorted({len(path) for path in paths}))
+    path = rng.choice([path for path in paths if len(path) == depth])
     parent = value
     for key in path[:-1]:
         parent = parent[key]
@@ -140,7 +140,7 @@ def nudge(parent: Any, key: Any, rng: random.Random) -> None:
 
 
 def write_oddly(data: bytes, rng: random.Random) -> bytes:
-    """What parsers disagree on: a key twice, NaN, infinity, endless digits, a byte order mark, brackets without end."""
+    """Write JSON that parsers disagree on: a key twice, NaN, infinity, endless digits, a byte order mark, brackets without end."""
     text = data.decode()
     at = rng.choice([index for index, letter in enumerate(text) if letter == ":"] or [0])
     end = min((text.index(mark, at) for mark in (",", "\n") if mark in text[at:]), default=len(text))
@@ -226,16 +226,16 @@ def rename_tensor(header: dict[str, Any], name: str, rng: random.Random) -> None
 
 
 def edit_metadata(header: dict[str, Any], name: str, rng: random.Random) -> None:
-    told = header.get("__metadata__", {})
+    metadata = header.get("__metadata__", {})
     other = (
         None,
         {},
-        {**told, "more": "x"},
-        dict.fromkeys(told, ""),
-        dict.fromkeys(told, 1),
+        {**metadata, "more": "x"},
+        dict.fromkeys(metadata, ""),
+        dict.fromkeys(metadata, 1),
         {"format": "pt"},
         [],
-        dict.fromkeys(told, "0" * 64),
+        dict.fromkeys(metadata, "0" * 64),
     )
     header["__metadata__"] = rng.choice(other)
 

@@ -1,6 +1,6 @@
 """Allocation alone: the integer program at 200 layers x 49 choices x 2 budgets, through HiGHS (anybit) and through PuLP/CBC.
 
-    python benchmarks/allocation_scale.py --output benchmarks/results/allocation_scale.json        (needs: pip install pulp)
+    python -m benchmarks.studies.allocation_scale --output benchmarks/results/allocation_scale.json        (needs: pip install pulp)
 
 The losses are drawn like measured ones: falling about fourfold a bit, with layers of very different size and sensitivity.
 Both solvers get the same numbers; CBC is asked for the same relative gap that HiGHS reaches. Processor seconds are beside those of the
@@ -58,7 +58,7 @@ def solve_with_pulp(problem: Problem, gap: float) -> dict:
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """What `function` returns, and the seconds that passed on the clock and on processors (this process and its children)."""
+    """Call `function`; returns its result, and the seconds that passed on the clock and on processors (this process and its children)."""
 
     def processor() -> float:
         usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -77,12 +77,12 @@ def main() -> None:
     rows = []
     for seed in range(5):
         problem = random_problem(seed)
-        found, times = timed(lambda problem=problem: allocate(problem))
-        peer = solve_with_pulp(problem, max(found.gap, 1e-9))
+        allocation, times = timed(lambda problem=problem: allocate(problem))
+        peer = solve_with_pulp(problem, max(allocation.gap, 1e-9))
         rows.append(
             {
                 "seed": seed,
-                "anybit": {**times, "objective": found.predicted_loss, "bound": found.bound, "gap": found.gap},
+                "anybit": {**times, "objective": allocation.predicted_loss, "bound": allocation.bound, "gap": allocation.gap},
                 "pulp": peer,
             }
         )

@@ -1,7 +1,7 @@
-"""What a change of thread count alters in a calibrate run of the digits network; nothing else is expected to alter anything.
+"""Differences that a change of thread count makes in a calibrate run of the digits network; nothing else is expected to alter anything.
 
-python examples/digits.py runs/digits
-python benchmarks/determinism.py --data runs/digits/digits.npz --weights runs/digits/weights.safetensors
+    python examples/digits.py runs/digits
+    python -m benchmarks.reliability.determinism --data runs/digits/digits.npz --weights runs/digits/weights.safetensors
 
 Each run is a process of its own. Sums of floating-point numbers depend on how they are split over threads; whatever follows from their
 last digits is counted here: codes that differ, bits that differ, and the accuracy on the test set.
@@ -10,20 +10,19 @@ last digits is counted here: codes that differ, bits that differ, and the accura
 import argparse
 import itertools
 import multiprocessing
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from study import ROOT, Entries, parser
 
 import anybit
+from anybit.files.strict import read_json
 from anybit.networks.layers import codes_of, quantized_layers
 from anybit.roads.result import save_all
-from anybit.runs.folder import read_json
 from anybit.sources.models import load_model
+from benchmarks.studies.study import ROOT, Entries, parser
 
 NETWORK = f"{ROOT / 'examples/digits.py'}:network"
 BUDGETS = ("2.5bit", "3bit")
@@ -35,13 +34,13 @@ def run(arguments: argparse.Namespace, folder: Path, threads: int, pipeline: str
     """A run with all budgets, saved."""
     torch.set_num_threads(threads)
     test = f"{arguments.data}#test"
-    how = {"weights": arguments.weights, "test": test, "samples": 512, "pipeline": pipeline, "cache": False}
-    save_all(anybit.calibrate(NETWORK, arguments.data, list(BUDGETS), **how), folder)
+    settings = {"weights": arguments.weights, "test": test, "samples": 512, "pipeline": pipeline, "cache": False}
+    save_all(anybit.calibrate(NETWORK, arguments.data, list(BUDGETS), **settings), folder)
 
 
-def in_a_process(*given: Any) -> None:
+def in_a_process(*arguments: Any) -> None:
     """`run` in a fresh process, whose hash seed is its own."""
-    process = multiprocessing.get_context("spawn").Process(target=run, args=given)
+    process = multiprocessing.get_context("spawn").Process(target=run, args=arguments)
     process.start()
     process.join()
     if process.exitcode:
@@ -49,7 +48,7 @@ def in_a_process(*given: Any) -> None:
 
 
 def compared(one: Path, other: Path, weights: str) -> dict[str, Any]:
-    """What differs between two runs of one budget."""
+    """Compare two runs of one budget."""
     models = [anybit.load(folder, model=load_model(NETWORK, weights)) for folder in (one, other)]
     layers = [quantized_layers(model) for model in models]
     same_bits = {name for name in layers[0] if models[0].scheme[name] == models[1].scheme[name]}
@@ -74,7 +73,12 @@ def _judged(report: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in report.items() if key not in MEASURED}
 
 
-def main(arguments: argparse.Namespace) -> None:
+def main() -> None:
+    """Run each pipeline at each thread count, and compare."""
+    options = parser(__doc__)
+    options.add_argument("--weights", required=True)
+    options.add_argument("--data", required=True)
+    arguments = options.parse_args()
     file = Entries(arguments, "determinism")
     for pipeline in ("light", "advanced"):
         with tempfile.TemporaryDirectory() as scratch:
@@ -88,4 +92,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parser(__doc__, ["threads"], 1).parse_args(["threads", *sys.argv[1:]]))
+    main()

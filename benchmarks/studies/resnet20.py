@@ -1,6 +1,6 @@
 """ResNet-20 on CIFAR-10: the calibrate road measured. One JSON entry a run; a finished entry is not run again.
 
-    python benchmarks/resnet20.py STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors
+    python -m benchmarks.studies.resnet20 STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors
 
     uniform     W4A8, W4A4, W3A3, W2A4, W2A2, first and last layer at 8 bits, three seeds; those below 4 bits also with long settings
     ladder      what each step buys at each of these, one seed
@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from study import Study, parser
 
 import anybit
 from anybit.allocation.choice import choose_scheme, measured_row
@@ -28,6 +27,7 @@ from anybit.networks.observed import ObservedNetwork
 from anybit.roads.calibrate import prepare_bench
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
+from benchmarks.studies.cifar10 import ResNet20, cifar10_parser
 
 ENDS = {"conv1": Precision(8, 8), "linear": Precision(8, 8)}
 PRECISIONS = ((4, 8), (4, 4), (3, 3), (2, 4), (2, 2))
@@ -49,7 +49,7 @@ RUNGS: dict[str, dict[str, Any]] = {
 }
 
 
-class Calibration(Study):
+class Calibration(ResNet20):
     """The study of the calibrate road."""
 
     def calibrated(self, budget: Any = None, **settings: Any) -> list[dict[str, Any]]:
@@ -96,11 +96,11 @@ def mixed(study: Calibration) -> None:
     budgets = ["4bit", "3bit", "2.5bit"]
     searched = ["4bit,bops=650M", "3bit,bops=490M"]
     for seed in range(study.seeds):
-        for label, wanted, activation_bits in (("A8", budgets, (8,)), ("searched", searched, (3, 4, 6, 8))):
+        for label, limits, activation_bits in (("A8", budgets, (8,)), ("searched", searched, (3, 4, 6, 8))):
             study.measured(
                 f"{label} seed {seed}",
-                lambda seed=seed, wanted=wanted, bits=activation_bits: {
-                    "rows": study.calibrated(wanted, activation_bits=bits, seed=seed, **FULL)
+                lambda seed=seed, limits=limits, bits=activation_bits: {
+                    "rows": study.calibrated(limits, activation_bits=bits, seed=seed, **FULL)
                 },
             )
         for w, a in ((4, 8), (3, 8), (4, 4)):  # of equal size, nothing kept at 8 bits
@@ -143,7 +143,7 @@ def scatter(study: Calibration) -> None:
         settings = CalibrateSettings(activation_bits=(8,), alternatives=10)
         clock = StageClock()
         bench = prepare_bench(study.network(), draw(study.train, 1024, 0), settings, [], clock)
-        choice = choose_scheme(bench.network, bench.table, Budget.parse("3bit"), settings, bench.judge)
+        choice = choose_scheme(bench.network, bench.table, Budget.parse("3bit"), settings.alternatives, bench.judge)
         rows = [{k: v for k, v in row.items() if k != "scheme"} for row in choice.measured]
         for index, scheme in enumerate(random_schemes(bench.network, 3, 20)):
             row = measured_row(bench.network, bench.table, f"random {index}", scheme, bench.judge)
@@ -168,7 +168,7 @@ STUDIES = {"uniform": uniform, "ladder": ladder, "mixed": mixed, "small-sets": s
 
 def main() -> None:
     """Run one study."""
-    arguments = parser(__doc__, STUDIES, seeds=3).parse_args()
+    arguments = cifar10_parser(__doc__, STUDIES, seeds=3).parse_args()
     torch.set_num_threads(arguments.threads)
     STUDIES[arguments.study](Calibration(arguments, "resnet20"))
 

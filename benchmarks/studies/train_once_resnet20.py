@@ -1,7 +1,7 @@
 """ResNet-20 on CIFAR-10: the train-once road measured. One JSON entry a run; a finished one is not run again, an interrupted one continues.
 
-    python benchmarks/train_once_resnet20.py STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors [--epochs 8] [--images N]
-                                                   [--batch-size 256] [--device cuda]
+    python -m benchmarks.studies.train_once_resnet20 STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors [--epochs 8]
+                                                           [--images N] [--batch-size 256] [--device cuda]
 
     widths       one supernet of 2, 3, 4, 6 and 8 bits by each label rule, its 8-bit store against float weights; a network trained for each
                  bit-width alone, for as many epochs in all; calibrate at each bit-width; the float network by the same recipe
@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from study import ROOT, Study, narrated, parser
 
 import anybit
 from anybit.data.batches import Batch
@@ -37,6 +36,8 @@ from anybit.scheme import FLOAT, Precision, Scheme
 from anybit.supernets.prepared import held_out_split, make_multiquant, observe_supernet
 from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.supernet import Supernet, scores, uniform_schemes, width_scores
+from benchmarks.studies.cifar10 import ResNet20, training_parser
+from benchmarks.studies.study import ROOT, narrated
 
 BITS = (2, 3, 4, 6, 8)
 KEEP = {"conv1": Precision(8, 8), "linear": Precision(8, 8)}
@@ -49,7 +50,7 @@ LABELS = {
 }
 
 
-class TrainingOnce(Study):
+class TrainingOnce(ResNet20):
     """The study of the train-once road."""
 
     def __init__(self, arguments: argparse.Namespace):
@@ -61,28 +62,34 @@ class TrainingOnce(Study):
 
     def trained(self, key: str, **settings: Any) -> dict[str, Any]:
         """anybit.train, tested at every bit-width; its folder is kept for the search."""
-        told = self.arguments
-        wanted = {"bits": BITS, "keep": KEEP, "epochs": told.epochs, "held_out": told.held_out, "bn_images": told.bn_images}
-        wanted |= {"half": self.half, "batch_size": told.batch_size, **RECIPE, **settings}
+        options = self.arguments
+        defaults = {"bits": BITS, "keep": KEEP, "epochs": options.epochs, "held_out": options.held_out, "bn_images": options.bn_images}
+        defaults |= {"half": self.half, "batch_size": options.batch_size, **RECIPE}
+        settings = defaults | settings
         checkpoint = self.checkpoint(key)
         with narrated(key):
             supernet = anybit.train(
-                self.network(), self.train, test=None if told.test_once else self.test, checkpoint=checkpoint, device=told.device, **wanted
+                self.network(),
+                self.train,
+                test=None if options.test_once else self.test,
+                checkpoint=checkpoint,
+                device=options.device,
+                **settings,
             )
         supernet.save(self.folder(key), overwrite=True)
         checkpoint.unlink(missing_ok=True)
         report = supernet.report
-        if told.test_once:
+        if options.test_once:
             report["test"] = width_scores(supernet, None, list(self.test.batches(250)), None)
-        kept = ("test", "float_store", "float_test", "epochs", "settings", "subnets", "bn_images", "stages")
+        fields = ("test", "float_store", "float_test", "epochs", "settings", "subnets", "bn_images", "stages")
         size = (self.folder(key) / "supernet.safetensors").stat().st_size
-        return {name: report[name] for name in kept if name in report} | {"competition": self.competition(supernet), "bytes": size}
+        return {name: report[name] for name in fields if name in report} | {"competition": self.competition(supernet), "bytes": size}
 
     def competition(self, supernet: Supernet) -> dict[str, Any]:
-        """What the paper names: the norm of each bit-width's gradient on the shared weights under one-hot labels, and how much the
+        """Measure what the paper names: the norm of each bit-width's gradient on the shared weights under one-hot labels, and how much the
         confidence (the softmax of the right class) varies, on 1,024 training images."""
         batches = list(watched_batches(self.train, 1))[:4]
-        told = {}
+        rows = {}
         for name, scheme in uniform_schemes(supernet).items():
             supernet.switch(scheme)
             supernet.model.zero_grad()
@@ -93,13 +100,13 @@ class TrainingOnce(Study):
                 confidence.append(outputs.detach().softmax(-1).gather(1, batch.labels[:, None])[:, 0])
             shared = [float_weight(layer).grad for layer in quantized_layers(supernet.model).values()]
             sure = torch.cat(confidence)
-            told[name] = {
+            rows[name] = {
                 "gradient_norm": float(torch.cat([grad.flatten() for grad in shared]).norm()),
                 "confidence": float(sure.mean()),
                 "confidence_variance": float(sure.var()),
             }
         supernet.model.zero_grad()
-        return told
+        return rows
 
 
 def widths(study: TrainingOnce) -> None:
@@ -168,21 +175,21 @@ def search(study: TrainingOnce) -> None:
 def searched(study: TrainingOnce, run: Path, strategy: str, seed: int) -> dict[str, Any]:
     """One search, and its front on the whole test set."""
     cache = study.arguments.checkpoints / f"evaluations_{run.name}_{seed}"
-    how = {
+    common = {
         "images": study.arguments.search_images,
         "bn_images": study.arguments.search_bn_images,
         "cache": cache,
         "device": study.arguments.device,
         "model": study.network(),
     }
-    wanted = {"strategy": strategy, "seed": seed, "evaluations": study.arguments.evaluations}
-    found = anybit.search(run, study.train, ["3bit"], **wanted, **how)
+    settings = {"strategy": strategy, "seed": seed, "evaluations": study.arguments.evaluations}
+    result = anybit.search(run, study.train, ["3bit"], **settings, **common)
     start = time.perf_counter()
-    anybit.search(run, study.train, ["3.5bit"], **wanted, **how)
+    anybit.search(run, study.train, ["3.5bit"], **settings, **common)
     second = time.perf_counter() - start
     test = list(study.test.batches(500))
-    front = [{**row, "test": scores(found.supernet, Scheme.parse(row["scheme"]), None, test)} for row in found.report["front"]]
-    return found.report | {"front": front, "second_seconds": second}
+    front = [{**row, "test": scores(result.supernet, Scheme.parse(row["scheme"]), None, test)} for row in result.report["front"]]
+    return result.report | {"front": front, "second_seconds": second}
 
 
 def compose(study: TrainingOnce) -> None:
@@ -195,18 +202,18 @@ def compose(study: TrainingOnce) -> None:
 def polished(study: TrainingOnce, supernet: Supernet, bits: int) -> dict[str, Any]:
     """The subnet as it is, and after sequential AdaQuant, batch-norm and bias tuning towards the shared weights' own outputs."""
     plain = anybit.extract(supernet, scheme=supernet.uniform(bits), test=study.test)
-    wanted = {"data": study.train, "test": study.test, "mirror": True, "cache": False}
-    polish = anybit.extract(supernet, scheme=supernet.uniform(bits), polish=True, **wanted)
+    settings = {"data": study.train, "test": study.test, "mirror": True, "cache": False}
+    polish = anybit.extract(supernet, scheme=supernet.uniform(bits), polish=True, **settings)
     return {"extracted": plain.report["test"], "polished": polish.report["test"], "ladder": polish.report["ladder"]}
 
 
 def cost(study: TrainingOnce) -> None:
     """LRH steps and triples of quantization-aware steps in turn, so that what else the machine does falls on both alike."""
     batch = next(study.train.on(study.arguments.device).batches(256))
-    plain, wanted = [Batch(batch.inputs)], SupernetSettings.of(bits=BITS, keep=KEEP, label="adaptive")
+    plain, settings = [Batch(batch.inputs)], SupernetSettings.of(bits=BITS, keep=KEEP, label="adaptive")
     device = study.arguments.device
-    network = observe_supernet(study.network().to(device), Batch(batch.inputs[:2]), wanted)
-    method = make_multiquant(network, plain, wanted, 10)
+    network = observe_supernet(study.network().to(device), Batch(batch.inputs[:2]), settings)
+    method = make_multiquant(network, plain, settings, 10)
     settings = GrowSettings.of(activation_bits=4)
     fixed = Scheme.uniform(study.names, Precision(4, 4))
     single = make_trainee(observe_trainable(study.network().to(device), plain[0], settings, fixed), plain, None, True, settings)
@@ -246,21 +253,14 @@ STUDIES = {"widths": widths, "choices": choices, "search": search, "compose": co
 
 def main() -> None:
     """Run one study."""
-    options = parser(__doc__, STUDIES, seeds=1)
-    options.add_argument("--checkpoints", type=Path, default=ROOT / "runs" / "checkpoints")
-    options.add_argument("--runs", type=Path, default=ROOT / "runs" / "train_once", help="keep the supernets here")
+    options = training_parser(__doc__, STUDIES, seeds=1, epochs=8)
+    options.set_defaults(runs=ROOT / "runs" / "train_once")
     options.add_argument("--supernet", default="one-hot seed 0", help="the entry of `widths` that is searched")
-    options.add_argument("--epochs", type=int, default=8)
-    options.add_argument("--batch-size", type=int, default=256)
-    options.add_argument("--test-once", action="store_true", help="test a supernet when it is stored, not after each epoch too")
     options.add_argument("--evaluations", type=int, default=150)
-    options.add_argument("--images", type=int, help="train on so many of the images, drawn once")
-    options.add_argument("--held-out", type=float, default=0.1, help="share of them that is kept for the search")
+    options.add_argument("--held-out", type=float, default=0.1, help="share of the images that is kept for the search")
     options.add_argument("--bn-images", type=int, default=4096)
     options.add_argument("--search-images", type=int, default=2500, help="of those held out, that a subnet is measured on")
     options.add_argument("--search-bn-images", type=int, help="that batch norm is estimated on for each of them; left out, --bn-images")
-    options.add_argument("--rounds", type=int, default=10)
-    options.add_argument("--device", default="cpu")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     STUDIES[arguments.study](TrainingOnce(arguments))

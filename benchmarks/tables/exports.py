@@ -1,9 +1,9 @@
-"""The sections of docs/results.md on exported files; `tables.py` puts them in."""
+"""The sections of docs/results.md on exported files."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from written import entries, table
+from benchmarks.tables.shared import NOT_RUN, entries, table
 
 NAMES = {
     "resnet18": "ResNet-18",
@@ -18,8 +18,8 @@ def faster(run: Mapping[str, Any], runtime: str = "onnxruntime") -> str:
     """ "3.31 (3.28 to 3.35)" """
     if runtime not in run:
         return ""
-    found = run[runtime]["faster"]
-    return f"{found['ratio']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+    speed = run[runtime]["faster"]
+    return f"{speed['ratio']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})"
 
 
 def over(run: Mapping[str, Any]) -> str:
@@ -45,13 +45,13 @@ def shapes_section() -> str:
         "bit for bit",
     ]
     columns, rows = _filled(columns, rows)
-    return table(columns, rows) if rows else "Not run."
+    return table(columns, rows)
 
 
 def _filled(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
     """Without the columns that no row fills."""
-    kept = [index for index in range(len(columns)) if any(row[index] for row in rows)]
-    return [columns[index] for index in kept], [[row[index] for index in kept] for row in rows]
+    filled = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+    return [columns[index] for index in filled], [[row[index] for index in filled] for row in rows]
 
 
 def linears_section() -> str:
@@ -66,13 +66,13 @@ def linears_section() -> str:
         for key, run in entries("export_linears").items()
     ]
     columns = ["weights", "times float32's speed (quartiles)", "smaller", "above its bits", "largest difference, of the largest output"]
-    return table(columns, rows) if rows else "Not run."
+    return table(columns, rows)
 
 
 def exact_section() -> str:
     runs = entries("export_exact")
     if not runs:
-        return "Not run."
+        return NOT_RUN
     exact = [key for key, run in runs.items() if run["bitwise"]]
     networks = {key.rpartition(" seed")[0] for key in runs}
     text = f"{len(exact)} of {len(runs)} random mixed schemes of {len(networks)} small networks, 64 inputs each, bit for bit."
@@ -90,18 +90,17 @@ def accuracy_section() -> str:
             accuracies = [f"{run[kind]:.2f}" for kind in ("simulated", "exported")]
             rows.append([network, key, *accuracies, apart, f"{run['agreement']:.2f} %", f"{run['bytes'] / 1000:.1f} kB", over(run), exact])
     columns = ["network", "scheme", "simulated", "exported", "difference (95 %)", "same class", "file", "above its bits", "bit for bit"]
-    return table(columns, rows) if rows else "Not run."
+    return table(columns, rows)
 
 
 def saturation_section() -> str:
     rows = []
     for key, run in entries("export_saturation").items():
         name, _, scheme = key.partition(" ")
-        told = [f"{run[how]['faster']['ratio']:.2f}" for how in ("as it is", "exact sums")]
-        plain, exact = (
-            "bit for bit" if run[how]["bitwise"] else f"{100 * run[how]['apart']:.2g} % apart" for how in ("as it is", "exact sums")
-        )
-        rows.append([NAMES.get(name, f"small network, {name}"), scheme, str(run["saturating"]), plain, exact, *told])
+        sessions = [run["as it is"], run["exact sums"]]
+        speeds = [f"{one['faster']['ratio']:.2f}" for one in sessions]
+        plain, exact = ("bit for bit" if one["bitwise"] else f"{100 * one['apart']:.2g} % apart" for one in sessions)
+        rows.append([NAMES.get(name, f"small network, {name}"), scheme, str(run["saturating"]), plain, exact, *speeds])
     columns = [
         "network",
         "scheme",
@@ -111,7 +110,7 @@ def saturation_section() -> str:
         "times float32's speed, as it is",
         "with exact sums",
     ]
-    return table(columns, rows) if rows else "Not run."
+    return table(columns, rows)
 
 
 def latency_section() -> str:
@@ -136,7 +135,7 @@ def latency_section() -> str:
         for (name, share), runs in groups.items()
     ]
     columns = ["shape", "layers", "schemes", "predicted, of float32's time", "measured", "predicted by measured"]
-    return table(columns, rows) if rows else "Not run."
+    return table(columns, rows)
 
 
 SECTIONS = {

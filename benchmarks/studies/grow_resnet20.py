@@ -1,7 +1,7 @@
 """ResNet-20 on CIFAR-10: the grow road measured. One JSON entry a run; a finished one is not run again, an interrupted one continues.
 
-    python benchmarks/grow_resnet20.py STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors [--epochs 10] [--images N]
-                                             [--batch-size 256] [--device cuda]
+    python -m benchmarks.studies.grow_resnet20 STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors [--epochs 10]
+                                                     [--images N] [--batch-size 256] [--device cuda]
 
     methods   CSQ, uniform LSQ at equal size, calibrate at equal size, and calibrate's scheme trained: 3 bits with A4 and with float
               activations, two seeds; CSQ's scheme trained with LSQ; CSQ at 2 and at 4 bits
@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from study import ROOT, Study, narrated, parser
 
 import anybit
 from anybit.data.batches import Batch
@@ -32,6 +31,8 @@ from anybit.networks.layers import emptied
 from anybit.roads.grow import make_trainee, observe_trainable
 from anybit.roads.settings import GrowSettings
 from anybit.scheme import FLOAT, Precision, Scheme
+from benchmarks.studies.cifar10 import ResNet20, training_parser
+from benchmarks.studies.study import narrated
 
 # On the labels alone, at a rate of 1e-3, ten epochs end below the trained network that they start from, in float too.
 RECIPE = {"augment": "flip,crop4", "compile": True, "distill": 1.0, "rate": 3e-4}
@@ -40,7 +41,7 @@ RECIPE = {"augment": "flip,crop4", "compile": True, "distill": 1.0, "rate": 3e-4
 LATE = {"fix": 0.6, "gate_rate": 3e-2}
 
 
-class Growing(Study):
+class Growing(ResNet20):
     """The study of the grow road."""
 
     def __init__(self, arguments: argparse.Namespace):
@@ -51,14 +52,14 @@ class Growing(Study):
 
     def grown(self, key: str, budget: str | None, **settings: Any) -> dict[str, Any]:
         """anybit.grow, tested; its checkpoint is kept beside the results until it is done."""
-        told = self.arguments
-        wanted = {"epochs": told.epochs, "batch_size": told.batch_size, "half": self.half, **RECIPE, **settings}
+        options = self.arguments
+        settings = {"epochs": options.epochs, "batch_size": options.batch_size, "half": self.half, **RECIPE, **settings}
         checkpoint = self.checkpoint(key)
         with narrated(key):
-            test = None if told.test_once else self.test
-            result = anybit.grow(self.network(), self.train, budget, test=test, checkpoint=checkpoint, device=told.device, **wanted)
-        if told.runs:
-            result.save(told.runs / f"{key.replace(' ', '_')}{self.part}", overwrite=True)
+            test = None if options.test_once else self.test
+            result = anybit.grow(self.network(), self.train, budget, test=test, checkpoint=checkpoint, device=options.device, **settings)
+        if options.runs:
+            result.save(options.runs / f"{key.replace(' ', '_')}{self.part}", overwrite=True)
         checkpoint.unlink(missing_ok=True)
         return self.row(result) | {"epochs": result.report["epochs"]}
 
@@ -97,7 +98,7 @@ def calibrated(study: Growing, activation_bits: int | None, seed: int) -> dict[s
 
 
 def agreement(study: Growing) -> None:
-    """What it would cost each layer of a grown network to have two bits, its bits being what they are; needs the run folders."""
+    """Measure the loss of two bits in each layer of a grown network, the others as grown; needs the run folders."""
     for folder in sorted(study.arguments.runs.glob("CSQ_?bit_*")):
         study.measured(folder.name, lambda folder=folder: {"table": table_of(study, folder)})
 
@@ -151,9 +152,9 @@ def cost(study: Growing) -> None:
         if name == "CSQ, two planes left":
             for weight in trainee.gated.values():
                 weight.fix(range(5, 7))
-        kept = saved_bytes(trainee.model, name == "CSQ, plain")
+        saved = saved_bytes(trainee.model, name == "CSQ, plain")
         optimizer = torch.optim.Adam(trainee.parameter_groups())
-        kinds[name] = (trainee, optimizer, kept)
+        kinds[name] = (trainee, optimizer, saved)
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(study.arguments.rounds):
         for name, (trainee, optimizer, _) in kinds.items():
@@ -187,17 +188,17 @@ def saved_bytes(model: torch.nn.Module, plain: bool) -> int:
         for layer, slot in slots:
             layer.weight_quantizer = PlainGates(slot)
     owned = {parameter.data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in owned:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         weights = [layer.weight for layer, _ in slots]
     assert len(weights) == len(slots)
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def scratch(study: Growing) -> None:
@@ -220,16 +221,7 @@ STUDIES = {"methods": methods, "agreement": agreement, "choices": choices, "cost
 
 def main() -> None:
     """Run one study."""
-    options = parser(__doc__, STUDIES, seeds=2)
-    options.add_argument("--checkpoints", type=Path, default=ROOT / "runs" / "checkpoints")
-    options.add_argument("--runs", type=Path, help="keep the run folders here")
-    options.add_argument("--epochs", type=int, default=10)
-    options.add_argument("--batch-size", type=int, default=256)
-    options.add_argument("--images", type=int, help="train on so many of the images, drawn once")
-    options.add_argument("--test-once", action="store_true", help="test the finished network alone, not each epoch's (choices needs each)")
-    options.add_argument("--rounds", type=int, default=10)
-    options.add_argument("--device", default="cpu")
-    arguments = options.parse_args()
+    arguments = training_parser(__doc__, STUDIES, seeds=2, epochs=10).parse_args()
     torch.set_num_threads(arguments.threads)
     STUDIES[arguments.study](Growing(arguments))
 

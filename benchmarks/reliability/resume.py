@@ -1,8 +1,8 @@
 """Killed and run again: whether a run ends with the same bytes, what a kill loses, what keeping the results costs. One JSON entry a run.
 
-python examples/digits.py runs/digits
-python benchmarks/resume.py kills --weights runs/digits/weights.safetensors --data runs/digits/digits.npz
-python benchmarks/resume.py cost  --weights runs/digits/weights.safetensors --data runs/digits/digits.npz
+    python examples/digits.py runs/digits
+    python -m benchmarks.reliability.resume kills --weights runs/digits/weights.safetensors --data runs/digits/digits.npz
+    python -m benchmarks.reliability.resume cost  --weights runs/digits/weights.safetensors --data runs/digits/digits.npz
 
 kills   100 runs of `anybit calibrate`, each with an empty cache, killed with SIGKILL at random moments up to three times and then let
         finish. Of each kill: the stage, how many results the killed process had taken up, and the seconds since its last event, which
@@ -20,11 +20,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from study import ROOT, Entries
+import anybit
+from anybit.files.cache import Cache, entries
+from anybit.methods import adaquant
+from anybit.roads import keys, polish
+from benchmarks.studies.study import ROOT, Entries, parser
 
+NETWORK = f"{ROOT / 'examples/digits.py'}:network"
 MEASURED = ("stages", "environment")
 FILES = ("scheme.json", "model.safetensors", "candidates.json", "candidates.safetensors")
 
@@ -34,9 +40,10 @@ class Run:
 
     def __init__(self, arguments: argparse.Namespace, folder: Path, *more: str):
         self.folder, self.log, self.started = folder, folder / "log.jsonl", 0
-        given = ["--model", f"{ROOT / 'examples/digits.py'}:network", "--weights", arguments.weights, "--data", arguments.data]
-        given += ["--samples", "128", "--steps", "60", "--candidate-steps", "20", "--budget", "3bit", "--threads", "1", "--quiet"]
-        self.command = [sys.executable, "-m", "anybit", "calibrate", *given, "--output", str(folder / "run"), "--log", str(self.log), *more]
+        options = ["--model", NETWORK, "--weights", arguments.weights, "--data", arguments.data]
+        options += ["--samples", "128", "--steps", "60", "--candidate-steps", "20", "--budget", "3bit", "--threads", "1", "--quiet"]
+        options += ["--output", str(folder / "run"), "--log", str(self.log), *more]
+        self.command = [sys.executable, "-m", "anybit", "calibrate", *options]
         self.environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "XDG_STATE_HOME": str(folder / "state")}
 
     def start(self) -> subprocess.Popen:
@@ -44,15 +51,15 @@ class Run:
         return subprocess.Popen(self.command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def finish(self) -> str:
-        """Run to the end; what it said."""
+        """Run to the end; returns what it wrote to stderr."""
         process = self.start()
-        said = process.communicate()[1]
+        errors = process.communicate()[1]
         if process.returncode:
-            raise RuntimeError(f"{' '.join(self.command)} ended with {process.returncode}: {said}")
-        return said
+            raise RuntimeError(f"{' '.join(self.command)} ended with {process.returncode}: {errors}")
+        return errors
 
     def events(self) -> list[dict[str, Any]]:
-        """What the last process told, nothing while it has not begun."""
+        """Read the events of the last process; there are none before it has begun."""
         rows, begun = [], 0
         for line in self.log.read_text().splitlines() if self.log.is_file() else ():
             try:
@@ -82,9 +89,9 @@ def killed_at(run: Run, events: int, seconds: float) -> dict[str, Any] | None:
         process.send_signal(signal.SIGKILL)
         at = time.time()
         process.communicate()
-    told = run.events()
-    recalled = sum(row["event"] == "recalled" for row in told)
-    return {"stage": _stage(told), "recalled": recalled, "lost_seconds": at - _seconds(told[-1]["time"])}
+    log = run.events()
+    recalled = sum(row["event"] == "recalled" for row in log)
+    return {"stage": _stage(log), "recalled": recalled, "lost_seconds": at - _seconds(log[-1]["time"])}
 
 
 def _made(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -102,8 +109,6 @@ def _stage(events: list[dict[str, Any]]) -> str:
 
 
 def _seconds(text: str) -> float:
-    from datetime import datetime
-
     return datetime.fromisoformat(text).timestamp()
 
 
@@ -112,28 +117,28 @@ def kills(arguments: argparse.Namespace, results: Entries) -> None:
     reference = Run(arguments, place / "reference", "--no-cache")
     reference.folder.mkdir()
     reference.finish()
-    wanted, events = reference.contents(), reference.events()
+    expected, events = reference.contents(), reference.events()
     times = [_seconds(row["time"]) - _seconds(events[0]["time"]) for row in events]
     units = [row["seconds"] for row in events if row["event"] == "unit"]
 
     def one(seed: int) -> dict[str, Any]:
         rng, run = random.Random(seed), Run(arguments, place / str(seed))
         run.folder.mkdir()
-        found = []
+        killed = []
         for _ in range(rng.randint(1, 3)):
             moment = rng.uniform(0, times[-1])
             before = sum(at <= moment for at in times)
             kill = killed_at(run, before, moment - times[before - 1])
             if kill is None:
                 break
-            found.append(kill)
+            killed.append(kill)
         if not (run.folder / "run").is_dir():
             run.finish()
-        different = [name for name, data in run.contents().items() if data != wanted[name]]
+        different = [name for name, data in run.contents().items() if data != expected[name]]
         drafts = [path.name for path in run.folder.rglob("*.tmp")]
         recalled = sum(row["event"] == "recalled" for row in run.events())
         shutil.rmtree(run.folder)
-        return {"kills": found, "same_bytes": not different, "different": different, "finally_recalled": recalled, "left_behind": drafts}
+        return {"kills": killed, "same_bytes": not different, "different": different, "finally_recalled": recalled, "left_behind": drafts}
 
     results.measured("reference", lambda: {"seconds": times[-1], "longest_unit_seconds": max(units), "events": len(events)})
     for seed in range(arguments.runs):
@@ -148,20 +153,15 @@ def kills(arguments: argparse.Namespace, results: Entries) -> None:
 
 def cost(arguments: argparse.Namespace, results: Entries) -> None:
     """Processor seconds of what keeps and hashes, and of the rest, in one run each."""
-    import anybit
-    from anybit.files.cache import Cache, entries
-    from anybit.methods import adaquant
-    from anybit.roads import keys, polish
-
     spent, depth = [0.0], [0]
 
     def timed(owner: Any, name: str) -> None:
         function = getattr(owner, name)
 
-        def wrapped(*given: Any, **named: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
             start, depth[0] = time.process_time(), depth[0] + 1
             try:
-                return function(*given, **named)
+                return function(*args, **kwargs)
             finally:
                 depth[0] -= 1
                 spent[0] += (time.process_time() - start) * (depth[0] == 0)
@@ -177,10 +177,9 @@ def cost(arguments: argparse.Namespace, results: Entries) -> None:
 
     def share(**settings: Any) -> dict[str, Any]:
         spent[0] = 0.0
-        network = f"{ROOT / 'examples/digits.py'}:network"
         start = time.process_time()
         with tempfile.TemporaryDirectory() as place:
-            anybit.calibrate(network, arguments.data, "3bit", weights=arguments.weights, cache=place, **settings)
+            anybit.calibrate(NETWORK, arguments.data, "3bit", weights=arguments.weights, cache=place, **settings)
             kept = sum(entry.bytes for entry in entries(Path(place)))
         seconds = time.process_time() - start
         return {"keeping_seconds": spent[0], "seconds": seconds, "percent": 100 * spent[0] / (seconds - spent[0]), "kept_bytes": kept}
@@ -194,14 +193,11 @@ STUDIES = {"kills": kills, "cost": cost}
 
 def main() -> None:
     """Run one study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=list(STUDIES))
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--only")
-    arguments = parser.parse_args()
+    options = parser(__doc__, STUDIES)
+    options.add_argument("--weights", required=True)
+    options.add_argument("--data", required=True)
+    options.add_argument("--runs", type=int, default=100)
+    arguments = options.parse_args()
     STUDIES[arguments.study](arguments, Entries(arguments, f"resume_{arguments.study}"))
 
 

@@ -1,7 +1,7 @@
 """Mutated files: each must end in a typed error, or load as what it says.
 
-    python benchmarks/hostile_files.py --cases 10000 --output benchmarks/results/hostile_files.json
-    python benchmarks/hostile_files.py --replay 4711             (one case again, with what it raises)
+    python -m benchmarks.reliability.hostile_files --cases 10000 --output benchmarks/results/hostile_files.json
+    python -m benchmarks.reliability.hostile_files --replay 4711             (one case again, with what it raises)
 
 A case takes the files of one kind (a run's, a supernet's, a cache's, ...), mutates one of them, and reads them as the verbs do. In every
 second case the checksums are made right again, so that the parsers are tried and not only the hash. What counts as right:
@@ -40,7 +40,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mutations import BYTES, JSONS, TENSORS, Mutation, closed, opened
 from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 from torch import nn
@@ -74,6 +73,7 @@ from anybit.scheme import Scheme
 from anybit.sources.models import load_weights
 from anybit.supernets.folder import read_supernet
 from anybit.supernets.store import SupernetFile, slice_subnet
+from benchmarks.reliability.mutations import BYTES, JSONS, TENSORS, Mutation, closed, opened
 
 SECONDS = 10
 LEEWAY = 256 * 2**20
@@ -591,7 +591,7 @@ def summary(cases: list[Case], seed: int, seconds: float) -> dict[str, Any]:
 
     failed = [case for case in cases if case.outcome.startswith("FAILED")]
     return {
-        "command": f"python benchmarks/hostile_files.py --cases {len(cases)} --seed {seed}",
+        "command": f"python -m benchmarks.reliability.hostile_files --cases {len(cases)} --seed {seed}",
         "seed": seed,
         "cases": len(cases),
         "passed": len(cases) - len(failed),

@@ -1,13 +1,12 @@
 """Memory of a calibrate run of EfficientNet-lite0 against `--memory`, at three budgets and at the least that works. One JSON entry a run.
 
-    python benchmarks/memory.py --images FOLDER --results RESULTS
+    python -m benchmarks.reliability.memory --images FOLDER --results RESULTS
 
 A process of its own for each budget; a thread reads the process's anonymous resident memory (what no file backs) every 10 ms. Reported:
 the peak above what was resident once the network and the inputs were in memory and folded, for each stage, beside the budget; and what
 spilled to disk. What a run holds besides activations is weights: the folded and prepared copies, and one for each candidate bit-width.
 """
 
-import argparse
 import json
 import re
 import subprocess
@@ -19,7 +18,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from study import ROOT, Entries
+import torch
+
+import anybit
+from anybit.data.samples import draw
+from anybit.environment import StageClock
+from anybit.networks.capture import MemoryBudget
+from anybit.progress import listening
+from anybit.sources.inputs import load_data
+from anybit.sources.models import load_model
+from anybit.sources.preprocessing import Preprocessing
+from benchmarks.studies.study import ROOT, Entries, parser
 
 BUDGETS = {"2 GiB": 2**31, "1 GiB": 2**30, "512 MiB": 2**29, "256 MiB": 2**28}
 COMMON = {
@@ -50,17 +59,6 @@ def anonymous() -> int:
 
 def child(images: str, memory: int) -> dict[str, Any]:
     """One run in this process."""
-    import torch
-
-    import anybit
-    from anybit.data.samples import draw
-    from anybit.environment import StageClock
-    from anybit.networks.capture import MemoryBudget
-    from anybit.progress import listening
-    from anybit.sources.inputs import load_data
-    from anybit.sources.models import load_model
-    from anybit.sources.preprocessing import Preprocessing
-
     torch.set_num_threads(1)
     watch, spilled = Watch(), []
     timed, allocate = StageClock.stage, MemoryBudget.allocate
@@ -91,18 +89,16 @@ def child(images: str, memory: int) -> dict[str, Any]:
         return {"memory": memory, "refused": str(error)}
     weights = sum(tensor.numel() * 4 for tensor in network.state_dict().values())
     peaks = {name: peak - watch.base for name, peak in watch.peaks.items() if name not in ("start", "observe and fold")}
-    told = {"memory": memory, "base": watch.base, "weights": weights, "peak": max(peaks.values()), "stages": peaks, "spilled": sum(spilled)}
-    return told | {"loss": result.report["ladder"][-1]["loss"], "settings": result.report["settings"]}
+    row = {"memory": memory, "base": watch.base, "weights": weights, "peak": max(peaks.values()), "stages": peaks, "spilled": sum(spilled)}
+    return row | {"loss": result.report["ladder"][-1]["loss"], "settings": result.report["settings"]}
 
 
 def main() -> None:
     """Run every budget."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--only")
-    parser.add_argument("--child", type=int, help="run one budget in this process and print its JSON")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--images", required=True)
+    options.add_argument("--child", type=int, help="run one budget in this process and print its JSON")
+    arguments = options.parse_args()
     if arguments.child is not None:
         print(json.dumps(child(arguments.images, arguments.child)))
         return
@@ -110,7 +106,7 @@ def main() -> None:
 
     def run(memory: int) -> dict[str, Any]:
         with tempfile.TemporaryFile("w+") as out:
-            command = [sys.executable, __file__, "--images", arguments.images, "--child", str(memory)]
+            command = [sys.executable, "-m", "benchmarks.reliability.memory", "--images", arguments.images, "--child", str(memory)]
             subprocess.run(command, stdout=out, check=True)
             out.seek(0)
             return json.loads(out.read().splitlines()[-1])

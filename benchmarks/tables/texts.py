@@ -1,9 +1,9 @@
-"""The sections of docs/results.md on texts; `tables.py` puts them in."""
+"""The sections of docs/results.md on texts."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from written import entries, table
+from benchmarks.tables.shared import NOT_RUN, entries, table
 
 
 def interval(run: Mapping[str, Any]) -> str:
@@ -29,7 +29,7 @@ def sentences_section() -> str:
         for key, run in entries(file).items():
             rows.append([key, f"{run['top1']:.2f}", interval(run), f"{run['kl']:.4f}", *_size(run), *_effort(run)])
     if not rows:
-        return "Not run."
+        return NOT_RUN
     float_run = next(iter(entries("minilm_uniform").values()))
     first = ["float", f"{float_run['float']['top1']:.2f}", "", "", megabytes(float_run["float_bytes"]), "", "32", "", ""]
     columns = ["scheme", "top-1", "difference (paired, 95 %)", "KL to float", "file", "of it embeddings", "bits a weight", "time", "memory"]
@@ -37,7 +37,7 @@ def sentences_section() -> str:
 
 
 def text_ladder_section() -> str:
-    """What was measured after each step, on held-out training sentences, and whether it was kept."""
+    """Losses after each step, on held-out training sentences, and whether the step was kept."""
     runs = {key: run for file in ("minilm_uniform", "minilm_mixed") for key, run in entries(file).items()}
     runs |= {f"STS-B, {key}": run for key, run in entries("minilm_embeddings").items()}
     steps = list(dict.fromkeys(row["step"] for run in runs.values() for row in run["ladder"]))
@@ -46,7 +46,7 @@ def text_ladder_section() -> str:
         ladder = {row["step"]: row for row in run["ladder"]}
         cells = [f"{ladder[step]['loss']:.4f}{'' if ladder[step]['kept'] else ' (left)'}" if step in ladder else "" for step in steps]
         rows.append([key, *cells])
-    return table(["scheme", *steps], rows) if rows else "Not run."
+    return table(["scheme", *steps], rows)
 
 
 def text_groups_section() -> str:
@@ -55,7 +55,7 @@ def text_groups_section() -> str:
         for key, run in entries("minilm_groups").items()
     ]
     columns = ["weights", "top-1", "difference (paired, 95 %)", "KL to float", "file", "time", "memory"]
-    return table(columns, rows) if rows else "Not run."
+    return table(columns, rows)
 
 
 def sentence_embeddings_section() -> str:
@@ -75,7 +75,7 @@ def sentence_embeddings_section() -> str:
         "time",
         "memory",
     ]
-    return table(columns, rows) if rows else "Not run."
+    return table(columns, rows)
 
 
 def text_files_section() -> str:
@@ -91,7 +91,7 @@ def text_files_section() -> str:
         "scheme", "times float32's speed (quartiles)", "file", "above its bits", "on integers", "simulated", "exported", "same class",
         "verified",
     ]  # fmt: skip
-    return table(columns, rows) if rows else "Not run."
+    return table(columns, rows)
 
 
 def text_roads_section() -> str:
@@ -101,14 +101,14 @@ def text_roads_section() -> str:
     for key, run in runs.items():
         for bits, subnet in run.get("subnets", {}).items():
             rows.append([f"{key}: {bits} bits", f"{run['sentences']:,}", f"{subnet['top1']:.2f}", interval(subnet), f"{subnet['kl']:.4f}"])
-    return table(["network", "sentences", "top-1", "difference (paired, 95 %)", "KL to float"], rows) if rows else "Not run."
+    return table(["network", "sentences", "top-1", "difference (paired, 95 %)", "KL to float"], rows)
 
 
 def decoder_section() -> str:
     """Weights alone, of everything and of the linears, beside a peer's GPTQ on the same blocks."""
     runs = entries("decoder_methods")
     rows = [_decoder_row(key, run) for key, run in runs.items()] + [_decoder_row(k, r) for k, r in entries("decoder_matmuls").items()]
-    return table(["all layers", "perplexity", "KL to float", "file"], _once(rows)) if rows else "Not run."
+    return table(["all layers", "perplexity", "KL to float", "file"], _once(rows))
 
 
 def decoder_linears_section() -> str:
@@ -118,7 +118,7 @@ def decoder_linears_section() -> str:
             if key != "float":
                 rows.append([name, key, f"{run['perplexity']:.2f}", f"{1000 * run['kl']:.3f}", megabytes(run["linear_bytes"])])
     columns = ["tool", "linears", "perplexity", "KL to float, thousandths", "linears' bytes"]
-    return table(columns, sorted(rows, key=lambda row: (row[1][:2], row[1].split(",")[1], row[0], row[1]))) if rows else "Not run."
+    return table(columns, sorted(rows, key=lambda row: (row[1][:2], row[1].split(",")[1], row[0], row[1])))
 
 
 def _decoder_row(key: str, run: Mapping[str, Any]) -> list[str]:

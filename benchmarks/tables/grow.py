@@ -1,11 +1,11 @@
-"""The sections of docs/results.md on the grow road; `tables.py` puts them in."""
+"""The sections of docs/results.md on the grow road."""
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 from scipy.stats import spearmanr
-from written import ROOT, entries, spread, table
+
+from benchmarks.tables.shared import NOT_RUN, entries, spread, table
 
 LABELS = ("float activations", "A4")
 
@@ -26,15 +26,17 @@ def methods_section() -> str:
     rows = []
     for label in LABELS:
         for words, pattern in kinds.items():
-            found = [run for key, run in runs.items() if key.startswith(pattern.format(label=label))]
-            if found:
-                drop = f"{statistics.mean(floats) - statistics.mean(run['top1'] for run in found):.2f}" if floats else ""
-                planes = [run["epochs"][-1].get("paper_bits") for run in found if run.get("epochs")]
+            matching = [run for key, run in runs.items() if key.startswith(pattern.format(label=label))]
+            if matching:
+                drop = f"{statistics.mean(floats) - statistics.mean(run['top1'] for run in matching):.2f}" if floats else ""
+                planes = [run["epochs"][-1].get("paper_bits") for run in matching if run.get("epochs")]
                 counted = f"{statistics.mean(planes):.2f}" if planes and None not in planes else ""
-                bits, size = found[0]["weight_bits"], found[0]["bytes"]
-                rows.append([label, words, spread([run["top1"] for run in found]), drop, f"{bits:.2f}", counted, f"{size / 1000:.1f} kB"])
+                bits, size = matching[0]["weight_bits"], matching[0]["bytes"]
+                rows.append(
+                    [label, words, spread([run["top1"] for run in matching]), drop, f"{bits:.2f}", counted, f"{size / 1000:.1f} kB"]
+                )
     if not rows:
-        return "Not run."
+        return NOT_RUN
     head = f"Float, trained as long by the same recipe: {spread(floats)}.\n\n" if floats else ""
     columns = ["activations", "method", "top-1, mean (range)", "below float", "bits a weight", "planes a layer (paper's count)", "size"]
     return head + table(columns, rows)
@@ -43,22 +45,23 @@ def methods_section() -> str:
 def tried_section() -> str:
     """Earlier settings; each entry's JSON has them all."""
     rows = [[key, f"{run['top1']:.2f}"] for key, run in entries("grow_resnet20_tried").items()]
-    return table(["one run each", "top-1"], rows) if rows else "Not run."
+    return table(["one run each", "top-1"], rows)
+
+
+def choices() -> dict[str, Any]:
+    """Runs by the kinds of their gates."""
+    return dict(sorted(entries("grow_resnet20_choices_3200").items()))
 
 
 def choices_section() -> str:
-    runs = dict(sorted(entries("grow_resnet20_choices_3200").items()))
-    if not runs:
-        return "Not run."
     rows = []
-    for key, run in runs.items():
+    for key, run in choices().items():
         last, search = run["epochs"][-1], round(run["settings"]["csq"]["fix"] * len(run["epochs"]))
         before = run["epochs"][search - 1]  # the last epoch in which the gates alone decide the planes
         cells = [f"{before['weight_bits']:.2f}", *(f"{before[kind]['top1']:.2f}" for kind in ("soft", "frozen")), f"{before['loss']:.3f}"]
         rows.append(
             [key, *cells, *(f"{last[kind]['top1']:.2f}" for kind in ("soft", "frozen")), f"{run['top1']:.2f}", f"{last['loss']:.3f}"]
         )
-    write_epochs(runs, ROOT / "docs" / "growth.svg")
     text = table(
         [
             "gates",
@@ -74,37 +77,6 @@ def choices_section() -> str:
         rows,
     )
     return f"{text}\n\n![Loss and bits over the epochs](growth.svg)"
-
-
-def write_epochs(runs: dict[str, Any], path: Path) -> None:
-    """Training loss and bits a weight over the epochs, one line a run, as two small pictures side by side."""
-    width, height, margin = 380, 300, 48
-    styles = dict(zip(runs, (("#1b6ca8", ""), ("#1b6ca8", "6 3"), ("#c1440e", ""), ("#c1440e", "6 3")), strict=False))
-    parts = ['<rect width="100%" height="100%" fill="white"/>']
-    for place, (column, words) in enumerate((("loss", "training loss"), ("weight_bits", "bits a weight"))):
-        left, most = place * width, max(row[column] for run in runs.values() for row in run["epochs"])
-        longest = max(len(run["epochs"]) for run in runs.values())
-        for key, run in runs.items():
-            color, dash = styles[key]
-            points = " ".join(
-                f"{left + margin + (row['epoch'] - 1) / max(longest - 1, 1) * (width - 2 * margin):.1f},"
-                f"{height - margin - row[column] / most * (height - 2 * margin):.1f}"
-                for row in run["epochs"]
-            )
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>')
-        bottom, end = height - margin, left + width - margin
-        parts.append(f'<path d="M{left + margin} {margin}V{bottom}H{end}" fill="none" stroke="#444444"/>')
-        parts.append(f'<text x="{left + margin - 6}" y="{margin + 4}" text-anchor="end">{most:.2g}</text>')
-        parts.append(f'<text x="{left + margin - 6}" y="{bottom}" text-anchor="end">0</text>')
-        parts.append(f'<text x="{left + width / 2}" y="{height - 14}" text-anchor="middle">{words}, by epoch</text>')
-    for index, (key, (color, dash)) in enumerate(styles.items()):
-        y = height + 16 * index
-        parts.append(f'<path d="M{margin} {y - 4}h28" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>')
-        parts.append(f'<text x="{margin + 36}" y="{y}">{key}</text>')
-    full = height + 16 * len(styles)
-    size = f'viewBox="0 0 {2 * width} {full}" width="{2 * width}" height="{full}"'
-    body = "\n".join(parts)
-    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n{body}\n</svg>\n')
 
 
 def agreement_section() -> str:
@@ -129,7 +101,7 @@ def agreement_section() -> str:
                 alike = _ranked(bits, other) if len(set(other)) > 1 else "it chose a uniform scheme"
             rows.append([key, _ranked(bits, sensitivity), later, alike])
     columns = ["run", "rank correlation of its bits with W3 sensitivity before", "with W2 sensitivity after", "with calibrate's bits"]
-    return table(columns, rows) if rows else "Not run."
+    return table(columns, rows)
 
 
 def _ranked(bits: list[int], others: list[float]) -> str:
@@ -137,9 +109,7 @@ def _ranked(bits: list[int], others: list[float]) -> str:
 
 
 def cost_section() -> str:
-    run = entries("grow_resnet20_cost").get("one step")
-    if not run:
-        return "Not run."
+    run = entries("grow_resnet20_cost").get("one step", {})
     rows = [
         [name, f"{kind['times_float']:.2f}", f"{kind['bytes_trained_a_weight']:.0f}", f"{kind['bytes_kept_a_weight']:.0f}"]
         for name, kind in run.items()
@@ -150,7 +120,7 @@ def cost_section() -> str:
 
 def scratch_section() -> str:
     rows = [[key, f"{run['top1']:.2f}", f"{run['epochs'][-1]['loss']:.2f}"] for key, run in entries("grow_resnet20_scratch_3200").items()]
-    return table(["one run each", "top-1", "training loss"], rows) if rows else "Not run."
+    return table(["one run each", "top-1", "training loss"], rows)
 
 
 SECTIONS = {
