@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from anybit.data.batches import Batch
 from anybit.environment import processor
 from anybit.errors import AnybitError, InvalidFile
+from anybit.files.cache import Cache
 from anybit.files.strict import read_sealed, sealed, validated, write_json
 from anybit.files.whole import whole_file
 from anybit.networks.canonical import Canonical
@@ -40,8 +41,10 @@ from anybit.onnx.values import makers, name_of
 from anybit.scheme import FLOAT, Precision, Scheme
 
 
-def measure_latency(network: ObservedNetwork, batch: Batch, rounds: int = 20, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]]:
-    """Return (the table, what was measured and predicted for whole networks) at one sample a forward pass."""
+def measure_latency(
+    network: ObservedNetwork, batch: Batch, rounds: int = 20, threads: int = 1, cache: Cache = Cache()
+) -> tuple[LatencyTable, dict[str, Any]]:
+    """Return (the table, what was measured and predicted for whole networks) at one sample a forward pass; `cache` keeps the graph."""
     on_integers = _on_integers(network)
     whole = {name: options[0] if options else network.choices[name][0] for name, options in on_integers.items()}
     free = [name for name, options in on_integers.items() if options]
@@ -49,7 +52,8 @@ def measure_latency(network: ObservedNetwork, batch: Batch, rounds: int = 20, th
     graphs: dict[str, ir.Model] = {}
     for kind, precisions in (("int8", whole), ("alternating", striped)):
         model = rounded_to_nearest(network, [batch], Scheme(precisions))
-        file = exported(Canonical(model, network.norms, observe_edge_ranges(model, network.wiring, [batch])), batch)
+        canonical = Canonical(model, network.norms, observe_edge_ranges(model, network.wiring, [batch]))
+        file = exported(canonical, batch, cache=cache)
         graphs[kind], graphs["float32"] = file.integer, file.floating
     one = probe_of(batch, 1)
     runners = {kind: _runner(graph, one, threads) for kind, graph in graphs.items()}
