@@ -66,7 +66,8 @@ from anybit.onnx import latency
 from anybit.onnx.file import load as load_graph
 from anybit.onnx.verification import _contents, _told
 from anybit.references import load_weights
-from anybit.reporting import _reset_peak, environment, peak_memory, print_frontier, print_report
+from anybit.reporting import _reset_peak, environment, peak_memory
+from anybit.reports.terminal import print_frontier, print_report
 from anybit.scheme import Scheme
 from anybit.supernet import read_supernet
 

@@ -363,7 +363,7 @@ def calibrate(
 
 def _print_results(folders: list[Path], as_json: bool, quiet: bool) -> None:
     from anybit.checkpoint import read_report
-    from anybit.reporting import print_frontier, print_report, result_line
+    from anybit.reports.terminal import print_frontier, print_report, result_line
 
     reports = [read_report(folder) for folder in folders]
     if as_json:
@@ -628,7 +628,7 @@ def train(
         report = supernet.report
         print(json.dumps({"folder": str(folder), **{key: report[key] for key in ("subnets", "test", "float_test") if key in report}}))
     else:
-        from anybit.reporting import print_supernet
+        from anybit.reports.terminal import print_supernet
 
         if not quiet:
             print_supernet(supernet.report)
@@ -698,7 +698,7 @@ def search(
         told = {key: found.report[key] for key in ("budgets", "hypervolume", "rank_correlation", "recalled")}
         print(json.dumps({"folder": str(folder), **told}))
     else:
-        from anybit.reporting import print_search
+        from anybit.reports.terminal import print_search
 
         print_search(found.report, front=not quiet)
         print(f"{folder}: {len(found.report['front'])} schemes on the front of {len(found.report['evaluated'])} evaluated")
@@ -782,7 +782,7 @@ def evaluate(
     if as_json:
         print(json.dumps(scores))
     else:
-        from anybit.reporting import scores_line
+        from anybit.reports.words import scores_line
 
         print(scores_line(scores))
 
@@ -795,9 +795,9 @@ def report(
 ) -> None:
     """Several runs side by side on one page that asks nothing of the network."""
     with _reported_errors():
-        from anybit import pages
+        from anybit.reports import page
 
-        print(pages.report(*runs, output=output, overwrite=overwrite))
+        print(page.report(*runs, output=output, overwrite=overwrite))
 
 
 @app.command()
@@ -838,11 +838,11 @@ def export(
         print(json.dumps(found))
         return
     if compressed_tensors is not None:
-        from anybit.reporting import print_folder
+        from anybit.reports.terminal import print_folder
 
         print_folder(found, details=not quiet)
         return
-    from anybit.reporting import human_bytes
+    from anybit.reports.words import human_bytes
 
     over = 100 * (found["bytes"] / found["ideal_bytes"] - 1) if found["ideal_bytes"] else 0
     print(f"{onnx}: {human_bytes(found['bytes'])}, {over:.1f} % above the {human_bytes(found['ideal_bytes'])} of its weights' bits")
@@ -884,11 +884,11 @@ def verify(
     if as_json:
         print(json.dumps(found))
     elif exported.is_dir():
-        from anybit.reporting import print_folder_verdict
+        from anybit.reports.terminal import print_folder_verdict
 
         print_folder_verdict(found, numbers=not quiet)
     else:
-        from anybit.reporting import print_verdict
+        from anybit.reports.terminal import print_verdict
 
         print_verdict(found, numbers=not quiet)
     raise typer.Exit(0 if found["ok"] else 1)
@@ -915,7 +915,7 @@ def bench(
     if as_json:
         print(json.dumps(found))
     else:
-        from anybit.reporting import print_bench
+        from anybit.reports.terminal import print_bench
 
         print_bench(found)
 
@@ -958,7 +958,7 @@ def profile(
     if as_json:
         print(json.dumps(found))
     else:
-        from anybit.reporting import print_profile
+        from anybit.reports.terminal import print_profile
 
         print_profile(found, layers=not quiet)
 
@@ -996,7 +996,7 @@ def inspect(
     if as_json:
         print(json.dumps(found))
     else:
-        from anybit.reporting import print_inspection
+        from anybit.reports.terminal import print_inspection
 
         print_inspection(found, layers=not quiet)
 
@@ -1009,13 +1009,13 @@ def diff(
 ) -> None:
     """What differs between two runs: settings, versions, references, bits, size, errors, accuracy, and whether the weights are the same."""
     with _reported_errors():
-        from anybit import comparison
+        from anybit.reports import comparison
 
         found = comparison.diff(run, run2)
     if as_json:
         print(json.dumps(found))
     else:
-        from anybit.reporting import print_difference
+        from anybit.reports.terminal import print_difference
 
         print_difference(found)
 
@@ -1028,13 +1028,13 @@ def explain(
 ) -> None:
     """Why a layer has its bits: what each precision would lose and cost, the shadow price, one step more or less, reconstruction errors."""
     with _reported_errors():
-        from anybit import explanation
+        from anybit.reports import explanation
 
         found = explanation.explain(run, layer)
     if as_json:
         print(json.dumps(found))
     else:
-        from anybit.reporting import print_explanation
+        from anybit.reports.terminal import print_explanation
 
         print_explanation(found)
 
@@ -1060,7 +1060,7 @@ def cache(
     if as_json:
         print(json.dumps(found))
     else:
-        from anybit.reporting import print_cache
+        from anybit.reports.terminal import print_cache
 
         print_cache(found)
 

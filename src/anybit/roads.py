@@ -35,12 +35,12 @@ from anybit.evaluation import Metric, check_labels, check_metric, guess_task, ou
 from anybit.evaluation import evaluate as evaluate_model
 from anybit.files import read_json, read_settings, validated
 from anybit.layers import float_weight
-from anybit.pages import run_page, runs_page
 from anybit.processes import join_processes, share_state
 from anybit.progress import tell
 from anybit.references import Preprocessing, absolute, as_samples, code_of, completed, covered, load_data, load_model
 from anybit.refusals import check_network, check_rows, copied, once_a_batch, restore
 from anybit.reporting import StageClock, environment
+from anybit.reports.page import run_page, runs_page
 from anybit.resume import LIMIT, Recall, code_version, digest, machine, results_folder, trim
 from anybit.scheme import Budget, Precision, Scheme
 from anybit.searches import Search

@@ -14,9 +14,9 @@ from anybit.checkpoint import SEARCH, new_folder, read_search, remember, write_r
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
 from anybit.evaluation import COUNTED, Metric, metric_name
 from anybit.files import in_words, sealed, sha256_of, validated, write_json
-from anybit.pages import run_page
 from anybit.progress import tell, track
 from anybit.reporting import environment
+from anybit.reports.page import run_page
 from anybit.resume import Kept, Recall
 from anybit.scheme import Budget, Scheme
 from anybit.store import FILE

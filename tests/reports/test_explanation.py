@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from anybit.explanation import explain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import anybit_cli, one_json_object
@@ -12,7 +13,6 @@ from test_cli import anybit_cli, one_json_object
 import anybit
 from anybit.allocation import frontier
 from anybit.checkpoint import write_report
-from anybit.explanation import explain
 from anybit.files import sealed, write_json
 from anybit.scheme import Precision
 

@@ -1,0 +1,320 @@
+"""The charts of a page, from records: sizes against losses and scores, bits along a network, steps, epochs, a search."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import NamedTuple
+
+from anybit.records import Epoch, LayerRow, Record, SchemeRow, SearchRecord
+from anybit.reports.charts import DASHES, SHAPES, Axis, Box, Chart, Point, Series, linear_axis, loss_axis, names_axis, short, upside_down
+from anybit.reports.words import human_bytes, human_count, number, scheme_in_words
+
+FLOAT_HEIGHT = 9  # where float stands on an axis of 2 to 8 bits
+MOST_EPOCHS = 10  # that are written on an axis
+MOST_MARKS = 100  # steps of a frontier that are marked one by one
+BITS = Axis("bits", 0, FLOAT_HEIGHT + 0.3, [*((bits, str(bits)) for bits in (0, 2, 4, 6, 8)), (FLOAT_HEIGHT, "float")])
+ORIGINS = {
+    "uniform": ("uniform", "diamond", False),
+    "drawn": ("drawn", "circle", True),
+    "sensitivity": ("one layer changed", "x", True),
+    "searched": ("searched", "circle", False),
+    "allocated": ("allocated", "square", False),
+}
+"""Origin of an evaluated subnet -> its name, its shape, and whether that is open."""
+
+
+# Sizes against losses and scores
+
+
+def loss_over_size(record: Record) -> Chart:
+    """Draw the frontier, the uniform and the allocated schemes, predicted (open) and measured (filled), and where the chosen one ended."""
+    uniform, allocated = _by_kind(record.schemes)
+    series = []
+    if record.table is not None:
+        sums = {name: record.table.sums(scheme) for name, scheme in record.table.uniforms().items()}
+        series.append(frontier_line(record, "best for its size, predicted", 0))
+        series.append(_marks("uniform, predicted", 5, "diamond", [(*point, name) for name, point in sums.items()], is_open=True))
+    series += [
+        _marks("uniform, measured", 5, "diamond", [(row.bytes, row.measured, in_words(row)) for row in uniform]),
+        _marks("allocated, predicted", 0, "square", [(row.bytes, row.predicted, in_words(row)) for row in allocated], is_open=True),
+        _marks("allocated, measured", 0, "square", [(row.bytes, row.measured, in_words(row)) for row in allocated]),
+    ]
+    if record.chosen is not None:
+        series.append(_marks("chosen, measured", 1, "ring", [(record.chosen.bytes, record.chosen.measured, in_words(record.chosen))]))
+    if record.result is not None:
+        series.append(_marks("chosen, after polishing", 1, "star", [(record.result.bytes, record.final_loss, "after polishing")]))
+    label = "Loss on held-out inputs over the size of the file: predicted frontier, uniform schemes, allocated schemes, the chosen one."
+    return _over_size("losses", label, series, loss_axis, "loss on held-out inputs")
+
+
+def accuracy_over_size(record: Record, score: str, words: str) -> Chart:
+    """Draw what the schemes scored on held-out inputs; the end on the test data, beside the float network."""
+    uniform, allocated = _by_kind(record.schemes)
+    series = [
+        _marks("uniform, held-out", 5, "diamond", [(row.bytes, getattr(row, score), in_words(row)) for row in uniform]),
+        _marks("allocated, held-out", 0, "square", [(row.bytes, getattr(row, score), in_words(row)) for row in allocated]),
+    ]
+    if record.result is not None:
+        tested = (record.result.bytes, record.tested(score), "this file, on test data")
+        series.append(_marks("this file, test data", 1, "star", [tested]))
+    series += _level(series, record.float_test.get(score), "float network, test data")
+    label = f"{words} over the size of the file: schemes on held-out inputs, the finished file and the float network on test data."
+    return _over_size("accuracies", label, series, linear_axis, words)
+
+
+def losses_side_by_side(records: Mapping[str, Record]) -> Chart:
+    """Draw a line and two shapes a run: its frontier as predicted, what was measured, and where it ended."""
+    series, drawn = [], []
+    for index, (name, record) in enumerate(records.items()):
+        shape = SHAPES[index % len(SHAPES)]
+        if record.table is not None and record.table not in drawn:
+            drawn.append(record.table)
+            series.append(frontier_line(record, f"{short(name)}: predicted best", index))
+        measured = [(row.bytes, row.measured, f"{name}, {in_words(row)}") for row in record.schemes]
+        series.append(_marks(f"{short(name)}: measured", index, shape, measured, is_open=True))
+        if record.result is not None:
+            series.append(_marks(f"{short(name)}: result", index, shape, [(record.result.bytes, record.final_loss, name)]))
+    label = "Loss on held-out inputs over the size of the file, a line and two shapes for each run."
+    return _over_size("losses", label, series, loss_axis, "loss on held-out inputs")
+
+
+def tests_side_by_side(records: Mapping[str, Record], score: str, words: str) -> Chart:
+    """Draw what every run's file scored on its test data over its size; of a supernet each uniform subnet."""
+    series = [
+        _marks(short(name), index, SHAPES[index % len(SHAPES)], tested_points(name, record, score))
+        for index, (name, record) in enumerate(records.items())
+    ]
+    floats = {record.float_test.get(score) for record in records.values()} - {None}
+    series += _level(series, floats.pop(), "float network") if len(floats) == 1 else []
+    label = f"{words} on test data over the size of the file, a shape for each run."
+    return _over_size("tests", label, series, linear_axis, f"{words} on test data")
+
+
+def tested_points(name: str, record: Record, score: str) -> list[tuple[int, float, str]]:
+    """List (bytes, score, words) of what a run tested."""
+    if record.result is not None:
+        points = [(record.result.bytes, record.tested(score), name)]
+    else:
+        points = [(amounts.bytes, record.tested(score, subnet), f"{name}, {subnet}") for subnet, amounts in record.subnets.items()]
+    return [point for point in points if point[1] is not None]
+
+
+def frontier_line(record: Record, name: str, index: int) -> Series:
+    """Draw the best scheme of every size that the table predicts."""
+    table, frontier = record.table, record.table.frontier
+    points = [(table.fixed_bytes + one.cost, table.floor + one.loss, "") for one in (frontier, *frontier.steps)]
+    shape = "dot" if len(points) <= MOST_MARKS else None
+    return Series(name, index, _points(points), shape, dash=DASHES[index % len(DASHES)])
+
+
+def in_words(row: SchemeRow) -> str:
+    return f"{row.name}, {row.weight_bits:.2f} bits a weight"
+
+
+def _by_kind(rows: Iterable[SchemeRow]) -> tuple[list[SchemeRow], list[SchemeRow]]:
+    """Part the uniform schemes from the allocated ones."""
+    rows = list(rows)
+    return [row for row in rows if row.name.startswith("uniform")], [row for row in rows if not row.name.startswith("uniform")]
+
+
+def _over_size(key: str, label: str, series: Iterable[Series], score_axis: Callable[..., Axis], title: str) -> Chart:
+    series = [_with_values(one, human_bytes) for one in _drawn(series)]
+    return Chart(key, label, linear_axis("size of the file", _values(series, 0), _size), score_axis(title, _values(series, 1)), series)
+
+
+def _values(series: Iterable[Series], place: int) -> list[float | None]:
+    return [point[place] for one in series for point in one.points]
+
+
+def _with_values(series: Series, write: Callable[[float], str]) -> Series:
+    """Let each point say where it lies, too."""
+    points = [(x, y, ", ".join(filter(None, (words, write(x), number(y))))) for x, y, words in series.points]
+    return replace(series, points=_points(points))
+
+
+def _size(value: float) -> str:
+    """Write a size on an axis, as short as can be."""
+    words = human_count(round(value))
+    return f"{words}B" if " " in words else f"{words} B"
+
+
+def _level(series: Iterable[Series], value: float | None, name: str) -> list[Series]:
+    """Draw a horizontal line as long as the series are wide."""
+    sizes = [point.x for one in series for point in one.points]
+    if value is None or not sizes:
+        return []
+    return [Series(name, None, _points([(min(sizes), value, name), (max(sizes), value, name)]), dash="dash")]
+
+
+# Layers
+
+
+def bits_along_network(records: Mapping[str, Record]) -> Chart:
+    """Draw the bits of each layer's weights and input in the network's order: bars and diamonds of one run, lines of several."""
+    names = list(dict.fromkeys(name for record in records.values() for name in record.layers))
+    series = _bits_of_one(names, *records.values()) if len(records) == 1 else _bits_of_several(names, records)
+    label = "Bits of every layer's weights and input, in the network's order."
+    return Chart("bits", label, names_axis(names), BITS, series)
+
+
+def _bits_of_one(names: Sequence[str], record: Record) -> list[Series]:
+    heights = [_weight_height(record.layers[name]) for name in names]
+    words = [f"{name}: {record.layers[name].precision}" for name in names]
+    bars = [Box((at - 0.4, at + 0.4), (0, height), words[at]) for at, height in enumerate(heights) if height is not None]
+    inputs = [_height(record.layers[name].precision.activation_bits) for name in names]
+    points = list(zip(range(len(names)), inputs, words, strict=True))
+    return [Series("weights", 0, boxes=bars), Series("inputs", 1, _points(points), "diamond", dash="dot")]
+
+
+def _bits_of_several(names: Sequence[str], records: Mapping[str, Record]) -> list[Series]:
+    series = []
+    for index, (run, record) in enumerate(records.items()):
+        points = [
+            (at, _weight_height(record.layers[name]), f"{run}, {name}: {record.layers[name].precision}")
+            if name in record.layers
+            else (at, None, "")
+            for at, name in enumerate(names)
+        ]
+        series.append(_line(f"{short(run)}: weights", index, points))
+    return _drawn(series)
+
+
+def _weight_height(layer: LayerRow) -> int | None:
+    return _height(layer.precision.weight_bits) if layer.weights or layer.precision.weight_bits else None
+
+
+def _height(bits: int | None) -> int:
+    return FLOAT_HEIGHT if bits is None else bits
+
+
+def losses_by_layer(rows: Sequence[tuple[str, float, float | None]]) -> Chart:
+    """Draw bars of (layer, predicted loss, what is left of it after one step more of bits), the worst on top."""
+    names = [name for name, _, _ in rows]
+    now = [Box((0, loss), (at - 0.36, at + 0.36), f"{name}: {number(loss)}") for at, (name, loss, _) in enumerate(rows)]
+    after = [Point(left, at, f"{name}: {number(left)}") for at, (name, _, left) in enumerate(rows) if left is not None]
+    series = [Series("now", 0, boxes=now), Series("after one step more of bits", 1, after, "diamond")]
+    losses = linear_axis("predicted loss", [0, *(value for row in rows for value in row[1:])])
+    label = "Predicted loss of the layers that hurt most, now and after one step more of bits."
+    return Chart("layers", label, losses, upside_down(names_axis(names)), _drawn(series), 26 * len(rows))
+
+
+# Steps, epochs, searches
+
+
+def ladder(record: Record) -> Chart:
+    """Draw the held-out loss after each step, the kept ones joined."""
+    steps = list(enumerate(record.ladder))
+    series = [
+        _line("kept", 0, [(at, row.loss, f"{row.step}: {number(row.loss)}") for at, row in steps if row.kept], dash="solid"),
+        _marks("not kept", 1, "x", [(at, row.loss, f"{row.step}: {number(row.loss)}") for at, row in steps if not row.kept]),
+    ]
+    losses = loss_axis("loss on held-out inputs", [row.loss for row in record.ladder])
+    return Chart("ladder", "Held-out loss after each step.", names_axis([row.step for row in record.ladder]), losses, _drawn(series), 300)
+
+
+def searched(search: SearchRecord) -> Chart:
+    """Draw every evaluated subnet over its cost, the front, and the front measured again."""
+    series = []
+    for index, (origin, (name, shape, is_open)) in enumerate(ORIGINS.items()):
+        rows = [row for row in search.evaluated if row.origin == origin]
+        series.append(_marks(name, index, shape, [(row.cost, row.score, "") for row in rows], is_open=is_open))
+    front = [(row.cost, row.score, scheme_in_words(row.scheme)) for row in search.front]
+    again = [(row.cost, row.measured, scheme_in_words(row.scheme)) for row in search.front]
+    series.append(Series("front", None, _points(_stairs(front)), dash="solid"))
+    series.append(Series("front, measured on other inputs", None, _points(again), "circle", is_open=True, dash="dot"))
+    series = [_with_values(one, number) for one in _drawn(series)]
+    costs, scores = linear_axis(search.quantity, _values(series, 0)), linear_axis(search.score, _values(series, 1))
+    return Chart("search", f"{search.score} over {search.quantity} of every evaluated subnet, and the front.", costs, scores, series)
+
+
+def _stairs(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Hold each value until the next one's place."""
+    held = [[before, (after[0], before[1], before[2])] for before, after in zip(points, points[1:], strict=False)]
+    return [corner for corners in held for corner in corners] + list(points[-1:])
+
+
+def bits_over_epochs(epochs: Sequence[Epoch]) -> Chart:
+    """Draw the bits of every layer after each epoch: a box as long as they stay the same."""
+    names = list(epochs[-1].layers)
+    boxes = [_box(at, name, stretch) for at, name in enumerate(names) for stretch in stretches(name, epochs)]
+    label = "Bits of every layer after each epoch."
+    return Chart(
+        "epoch-bits", label, _epoch_axis(epochs), upside_down(names_axis(names)), [Series("bits", 0, boxes=boxes)], 24 * len(names)
+    )
+
+
+class Stretch(NamedTuple):
+    """Epochs in which a layer has the same bits: the places and the numbers of the first and the last."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+    bits: int | None
+
+    @property
+    def text(self) -> str:
+        return "float" if self.bits is None else str(self.bits)
+
+
+def stretches(name: str, epochs: Sequence[Epoch]) -> Iterable[Stretch]:
+    """Yield where a layer's bits stay the same."""
+    for bits, rows in groupby(enumerate(epochs), key=lambda row: row[1].layers.get(name)):
+        places, same = zip(*rows, strict=True)
+        yield Stretch(places[0], places[-1], same[0].epoch, same[-1].epoch, bits)
+
+
+def _box(at: int, name: str, stretch: Stretch) -> Box:
+    depth = 1.0 if stretch.bits is None else min(max(stretch.bits, 0), 8) / 8
+    words = f"{name}, epochs {stretch.first} to {stretch.last}: {stretch.text}"
+    return Box((stretch.start - 0.5, stretch.end + 0.5), (at - 0.5, at + 0.5), words, depth, stretch.text)
+
+
+def mean_bits_over_epochs(epochs: Sequence[Epoch], budget: str | None) -> Chart:
+    """Draw the bits a weight of the whole network."""
+    line = _line(
+        "bits a weight", 0, [(at, row.weight_bits, f"epoch {row.epoch}: {number(row.weight_bits)}") for at, row in enumerate(epochs)]
+    )
+    return _over_epochs("mean-bits", f"Bits a weight by epoch; budget {budget or 'none'}.", epochs, [line], "bits a weight")
+
+
+def scores_over_epochs(epochs: Sequence[Epoch], score: str) -> Chart:
+    """Draw a score as the network trains (soft) and as it would be saved (frozen)."""
+    series = []
+    for index, kind in enumerate(("soft", "frozen")):
+        values = [getattr(row, kind).get(score) for row in epochs]
+        points = [(at, value, f"epoch {row.epoch}: {number(value)}") for at, (row, value) in enumerate(zip(epochs, values, strict=True))]
+        series.append(_line(f"{kind} {score}", index, points))
+    return _over_epochs("scores", f"{score} by epoch, as the network trains and as it would be saved.", epochs, series, score)
+
+
+def _over_epochs(key: str, label: str, epochs: Sequence[Epoch], series: Iterable[Series], title: str) -> Chart:
+    series = _drawn(series)
+    values = [point.y for one in series for point in one.points]
+    return Chart(key, label, _epoch_axis(epochs), linear_axis(title, values), series, 300)
+
+
+def _epoch_axis(epochs: Sequence[Epoch]) -> Axis:
+    """Place epochs at 0, 1, 2, ... by their order."""
+    every = -(-len(epochs) // MOST_EPOCHS)
+    return Axis("epoch", -0.5, len(epochs) - 0.5, [(at, str(row.epoch)) for at, row in enumerate(epochs) if at % every == 0])
+
+
+# Series
+
+
+def _points(points: Iterable[tuple[float, float | None, str]]) -> list[Point]:
+    return [Point(*point) for point in points]
+
+
+def _marks(name: str, colour: int, shape: str, points: Iterable[tuple[float, float | None, str]], is_open: bool = False) -> Series:
+    return Series(name, colour, [point for point in _points(points) if point.y is not None], shape, is_open)
+
+
+def _line(name: str, index: int, points: Iterable[tuple[float, float | None, str]], dash: str | None = None) -> Series:
+    return Series(name, index, _points(points), SHAPES[index % len(SHAPES)], dash=dash or DASHES[index % len(DASHES)])
+
+
+def _drawn(series: Iterable[Series]) -> list[Series]:
+    """Leave out what has nothing to show: it would be in the legend all the same."""
+    return [one for one in series if one.boxes or any(point.y is not None for point in one.points)]

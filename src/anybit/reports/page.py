@@ -1,0 +1,556 @@
+"""A report as one self-contained page: from records to what the templates show, which hold the page's words and order.
+
+A page is a function of its records alone. It asks nothing of any network, works without JavaScript, and every chart has a table that says
+the same.
+"""
+
+import hashlib
+import json
+import os
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from anybit.checkpoint import read_record, runs_in
+from anybit.errors import InvalidSetting, printable
+from anybit.files import whole_file
+from anybit.records import Amounts, Epoch, Record, Table, counted, record_of
+from anybit.reports import figures
+from anybit.reports.words import SCORE_WORDS, human_bytes, human_count, number, points_apart, scheme_in_words
+from anybit.scheme import Precision
+
+SLIDER_PLACES = 200
+SHOWN_BUDGETS = 12  # rows of the slider's table for those without JavaScript
+WORST = 15  # layers in the chart of those that hurt most; the table has all
+
+
+class Rows(NamedTuple):
+    """A table of the page; the first cell of a row is its heading."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+Context = dict[str, Any]
+"""What a template shows, by name."""
+
+
+def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Path:
+    """Write one page of finished runs side by side, of any roads; a folder of several runs counts as each of them.
+
+    Raises InvalidFile naming a folder that is no run, InvalidSetting where `output` is there already.
+    """
+    path = Path(output)
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise InvalidSetting(f"{path} exists. Choose another --output{'' if path.is_dir() else ', or give --overwrite'}.")
+    if not runs:
+        raise InvalidSetting("There is no run to report on. Name at least one run folder.")
+    text = page(_without_common_folder({name: record for run in runs for name, record in read_records(Path(run)).items()}))
+    with whole_file(path, "Make room, or choose another --output.") as draft:
+        draft.write_text(text, encoding="utf8")
+    return path
+
+
+def read_records(folder: Path) -> dict[str, Record]:
+    """Read name -> record of a run folder, or of each run in a folder that holds several."""
+    return {str(run): read_record(run) for run in runs_in(folder) or [folder]}
+
+
+def _without_common_folder(records: Mapping[str, Record]) -> dict[str, Record]:
+    """Leave out of the names the folder that all have in common."""
+    if len(records) == 1:
+        return dict(records)
+    common = os.path.commonpath([os.path.abspath(name) for name in records])
+    return {os.path.relpath(name, common): record for name, record in records.items()}
+
+
+def run_page(report: Mapping[str, Any]) -> str:
+    """Return the page of one run's report."""
+    return page({"this run": record_of(report)})
+
+
+def runs_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the page of several runs' reports by name."""
+    return page({name: record_of(report, name) for name, report in reports.items()})
+
+
+def page(records: Mapping[str, Record]) -> str:
+    """Return the page of one run, or of several by name."""
+    if len(records) == 1:
+        (record,) = records.values()
+        return _rendered("run.html.j2", _of_one(record))
+    return _rendered("runs.html.j2", _of_several(records))
+
+
+def _rendered(template: str, context: Context) -> str:
+    style, script = _page_file("page.css"), _page_file("page.js")
+    policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
+    return _templates().get_template(template).render(**context, style=style, script=script, policy=policy)
+
+
+@cache
+def _page_file(name: str) -> str:
+    return (files("anybit.reports") / name).read_text(encoding="utf8")
+
+
+def _hash(text: str) -> str:
+    """Name the one script or style that the page's policy lets be."""
+    return f"'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+@cache
+def _templates() -> Environment:
+    """Templates that escape every value: markup as entities, control and bidirectional characters as text."""
+    templates = Environment(
+        loader=PackageLoader("anybit.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_escaped,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    return templates
+
+
+def _escaped(value: Any) -> Any:
+    is_text = isinstance(value, str) and not hasattr(value, "__html__")
+    return printable(value) if is_text else value
+
+
+def _of_one(record: Record) -> Context:
+    records = {"this run": record}
+    return {
+        "title": f"anybit: {_asked(record)}",
+        "above": _asked(record),
+        **_headline(record),
+        "sizes": _sizes(record) if record.schemes else None,
+        "search": _search(record) if record.search else None,
+        "explorer": _explorer("budgets", record.table, record) if record.table else None,
+        "bits": _bits(records) if record.layers else None,
+        "hurting": _hurting(record, record.table) if record.table else None,
+        "training": _training(record) if record.epochs else None,
+        "subnets": _subnets(record) if record.subnets else None,
+        "ladders": _ladders(records),
+        "sentences": list(_certainty(record)),
+        "settings": _settings(records),
+    }
+
+
+def _of_several(records: Mapping[str, Record]) -> Context:
+    score = next((score for record in records.values() if (score := record.score_tested())), None)
+    has_schemes = any(record.schemes for record in records.values())
+    return {
+        "title": f"anybit: {len(records)} runs",
+        "above": "anybit",
+        "headline": f"{len(records)} runs side by side",
+        "runs": _ends(records, score),
+        "losses": _losses_side_by_side(records) if has_schemes else None,
+        "tests": _tests_side_by_side(records, score) if score else None,
+        "explorers": _explorers(records),
+        "bits": _bits(records) if any(record.layers for record in records.values()) else None,
+        "ladders": _ladders(records),
+        "sentences": {name: sentences for name, record in records.items() if (sentences := list(_certainty(record)))},
+        "settings": _settings(records),
+    }
+
+
+# The head of the page
+
+
+def _asked(record: Record) -> str:
+    return f"{record.road}, budget {record.budget}" if record.budget else record.road
+
+
+def _headline(record: Record) -> Context:
+    result = record.result
+    if result is None:
+        count = f"{len(record.search.front)} subnets on the front" if record.search else f"{len(record.subnets)} uniform subnets"
+        lead = "Each is a network of its own, from one stored file."
+        return {"headline": f"A supernet: {count}", "lead": lead, "amounts": []}
+    whole = f" instead of {human_bytes(record.float_bytes)}" if record.float_bytes else ""
+    amounts = [
+        ("of the float network's file", f"{result.percent:.1f} %"),
+        ("bit operations a sample", human_count(result.bops)),
+        ("layers", str(len(record.layers))),
+    ]
+    if record.final_loss is not None:
+        amounts.append(("loss on held-out inputs", number(record.final_loss)))
+    headline = f"{human_bytes(result.bytes)}{whole}, {result.weight_bits:.2f} bits a weight"
+    return {"headline": headline, "lead": _accuracy(record), "amounts": amounts}
+
+
+def _accuracy(record: Record) -> str:
+    """Say what was tested, against float, in a sentence."""
+    score = record.score_tested()
+    if score is None:
+        return "Its accuracy was not tested: --test takes labelled data. Below it is compared with the float network on held-out inputs."
+    scored, before = record.tested(score), record.float_test.get(score)
+    if score == "top1":
+        words = f"On the test data it gets {scored:.2f} % right (top-1)"
+        return f"{words}." if before is None else f"{words}, the float network {before:.2f} %: {points_apart(scored - before)}."
+    beside = "" if before is None else f", the float network's {number(before)}"
+    return f"On the test data its {SCORE_WORDS[score]} is {number(scored)}{beside}."
+
+
+def _ends(records: Mapping[str, Record], score: str | None) -> Rows:
+    columns = ["run", "road", "budget", "size", "% of float", "bits a weight", "BOPs", "held-out loss"]
+    columns += [f"test {SCORE_WORDS[score]}", f"float {SCORE_WORDS[score]}"] if score else []
+    rows = [row for name, record in records.items() for row in _end(name, record, score)]
+    return Rows("What each run ended with", columns, rows)
+
+
+def _end(name: str, record: Record, score: str | None) -> Iterable[list[str]]:
+    """Yield a row for the run's network, for what a search found within each budget, or for each uniform subnet of a supernet."""
+
+    def row(label: str, budget: str | None, amounts: Amounts, loss: float | None, tested: float | None) -> list[str]:
+        sizes = [human_bytes(amounts.bytes), f"{amounts.percent:.1f}", f"{amounts.weight_bits:.2f}", human_count(amounts.bops)]
+        scores = [number(tested), number(record.float_test.get(score))] if score else []
+        return [label, record.road, budget or "", *sizes, number(loss), *scores]
+
+    if record.result is not None:
+        yield row(name, record.budget, record.result, record.final_loss, record.tested(score) if score else None)
+    elif record.search is not None and record.search.budgets:
+        for budget, amounts in record.search.budgets.items():
+            yield row(f"{name}, {budget}", budget, amounts, None, None)
+    else:
+        for subnet, amounts in record.subnets.items():
+            yield row(f"{name}, {subnet}", None, amounts, None, record.tested(score, subnet) if score else None)
+
+
+# Sizes, losses, accuracies
+
+
+def _sizes(record: Record) -> Context:
+    score = counted(record.schemes)
+    charts = [figures.loss_over_size(record)]
+    charts += [figures.accuracy_over_size(record, score, SCORE_WORDS[score])] if score else []
+    tables = [_schemes_table(record, "Schemes that were measured on held-out inputs")]
+    tables += [_uniforms_table(record.table)] if record.table is not None else []
+    return {"charts": charts, "tables": tables}
+
+
+def _schemes_table(record: Record, caption: str) -> Rows:
+    score = counted(record.schemes)
+    rows = [
+        [
+            f"{row.name} (chosen)" if row.chosen else row.name,
+            human_bytes(row.bytes),
+            f"{row.weight_bits:.2f}",
+            number(row.predicted),
+            number(row.measured),
+            *([number(getattr(row, score))] if score else []),
+        ]
+        for row in record.schemes
+    ]
+    columns = ["scheme", "size", "bits a weight", "predicted loss", "measured loss", *([SCORE_WORDS[score]] if score else [])]
+    return Rows(caption, columns, rows)
+
+
+def _uniforms_table(table: Table) -> Rows:
+    sums = {name: table.sums(scheme) for name, scheme in table.uniforms().items()}
+    rows = [[name, human_bytes(size), number(loss)] for name, (size, loss) in sums.items()]
+    return Rows("Uniform schemes, as the table predicts them", ["scheme", "size", "predicted loss"], rows)
+
+
+def _losses_side_by_side(records: Mapping[str, Record]) -> Context:
+    tables = [
+        _schemes_table(record, f"Schemes of {name}, measured on held-out inputs") for name, record in records.items() if record.schemes
+    ]
+    return {"chart": figures.losses_side_by_side(records), "tables": tables}
+
+
+def _tests_side_by_side(records: Mapping[str, Record], score: str) -> Context:
+    """Show the first score that any run tested."""
+    points = [point for name, record in records.items() for point in figures.tested_points(name, record, score)]
+    rows = [[words, human_bytes(size), number(value)] for size, value, words in points]
+    chart = figures.tests_side_by_side(records, score, SCORE_WORDS[score])
+    return {"is_loss": score == "loss", "chart": chart, "table": Rows("Tested", ["run", "size", SCORE_WORDS[score]], rows)}
+
+
+# Bits, layer by layer
+
+
+def _bits(records: Mapping[str, Record]) -> Context:
+    names = list(dict.fromkeys(name for record in records.values() for name in record.layers))
+    columns = ["layer", *records]
+    rows = [[name, *(str(one.layers[name].precision) if name in one.layers else "" for one in records.values())] for name in names]
+    if len(records) == 1:
+        (record,) = records.values()
+        columns = ["layer", "precision", "weights", "bytes"]
+        rows = [[name, str(row.precision), human_count(row.weights), human_bytes(row.bytes)] for name, row in record.layers.items()]
+    return {"chart": figures.bits_along_network(records), "table": Rows("Precision of every layer", columns, rows)}
+
+
+class Hurt(NamedTuple):
+    """A layer's predicted loss, and its best step to more bytes: the precision, bytes more, loss then, loss gained a byte."""
+
+    name: str
+    precision: Precision
+    loss: float
+    more: tuple[Precision, int, float, float] | None
+
+
+def _hurting(record: Record, table: Table) -> Context:
+    layers = sorted((_hurt(name, record, table) for name in record.layers), key=lambda one: -one.loss)
+    total = sum(max(one.loss, 0.0) for one in layers) or 1.0
+    rows = [_hurt_row(one, total) for one in layers]
+    columns = ["layer", "now", "predicted loss", "share", "one step more", "takes off", "for", "a kB"]
+    worst = [(one.name, one.loss, one.more[2] if one.more else None) for one in layers[:WORST]]
+    return {
+        "worst": dict(zip(("name", "precision", "loss", "share", "more", "gain", "cost"), rows[0], strict=False))
+        if layers and layers[0].loss > 0
+        else None,
+        "chart": figures.losses_by_layer(worst),
+        "table": Rows("Predicted loss by layer, and what the step that gains most a byte would buy", columns, rows),
+    }
+
+
+def _hurt(name: str, record: Record, table: Table) -> Hurt:
+    precision, options = record.layers[name].precision, table.layers[name]
+    now = options[precision]
+    steps = [
+        (more, cell.bytes - now.bytes, cell.loss, (now.loss - cell.loss) / (cell.bytes - now.bytes))
+        for more, cell in options.items()
+        if cell.bytes > now.bytes and cell.loss < now.loss
+    ]
+    return Hurt(name, precision, now.loss, max(steps, key=lambda step: step[3], default=None))
+
+
+def _hurt_row(hurt: Hurt, total: float) -> list[str]:
+    row = [hurt.name, str(hurt.precision), number(hurt.loss), f"{100 * max(hurt.loss, 0.0) / total:.1f} %"]
+    if hurt.more is None:
+        return [*row, "", "", "", ""]
+    precision, more_bytes, loss, gain = hurt.more
+    return [*row, str(precision), number(hurt.loss - loss), human_bytes(more_bytes), number(1000 * gain)]
+
+
+def _ladders(records: Mapping[str, Record]) -> Context | None:
+    climbed = {name: record for name, record in records.items() if record.ladder}
+    if not climbed:
+        return None
+    charts = [figures.ladder(record) for record in climbed.values()] if len(records) == 1 else []
+    tables = [_ladder_table(record, name if len(records) > 1 else "Steps") for name, record in climbed.items()]
+    return {"charts": charts, "tables": tables}
+
+
+def _ladder_table(record: Record, caption: str) -> Rows:
+    score = counted(record.ladder)
+    rows = [
+        [row.step, number(row.loss), *([number(getattr(row, score))] if score else []), "kept" if row.kept else "not kept"]
+        for row in record.ladder
+    ]
+    return Rows(caption, ["step", "held-out loss", *([SCORE_WORDS[score]] if score else []), "kept?"], rows)
+
+
+# The slider: the best scheme within any size, as the table predicts
+
+
+def _explorers(records: Mapping[str, Record]) -> list[Context]:
+    """Show a slider for each table: budgets of one calibrate run share theirs."""
+    shared: list[tuple[Table, list[str]]] = []
+    for name, record in records.items():
+        names = next((names for table, names in shared if table == record.table), None)
+        if names is not None:
+            names.append(name)
+        elif record.table is not None:
+            shared.append((record.table, [name]))
+    return [
+        _explorer(f"budgets-{index}", table, records[names[0]]) | {"runs": names if len(shared) > 1 else []}
+        for index, (table, names) in enumerate(shared)
+    ]
+
+
+def _explorer(key: str, table: Table, record: Record) -> Context:
+    data = frontier_data(table, record)
+    sizes = [data["bytes"], *(step["bytes"] for step in data["steps"])]
+    place = _round_number((sizes[-1] - sizes[0]) / SLIDER_PLACES)
+    low, high = (-(-size // place) * place for size in (sizes[0], sizes[-1]))
+    return {
+        "key": key,
+        "data": data,
+        "slider": {"min": low, "max": high, "step": place, "value": record.result.bytes if record.result else low},
+        "layers": [(name, record.layers[name].precision) for name in table.layers],
+        "table": _some_budgets(data, record.float_bytes),
+        "runs": [],
+    }
+
+
+def frontier_data(table: Table, record: Record) -> Context:
+    """Return the frontier in whole file sizes and predicted losses, each step with the bits a weight that it ends at."""
+    weights = {name: record.layers[name].weights for name in table.layers}
+    names, frontier = list(table.layers), table.frontier
+    now = dict(frontier.start)
+    bits = sum(weights[name] * precision.stored_weight_bits for name, precision in now.items())
+    data = {
+        "layers": [printable(name) for name in names],
+        "start": [str(precision) for precision in now.values()],
+        "bytes": round(table.fixed_bytes + frontier.cost),
+        "loss": table.floor + frontier.loss,
+        "bits": bits / table.weights,
+        "steps": [],
+    }
+    for step in frontier.steps:
+        bits += weights[step.layer] * (step.precision.stored_weight_bits - now[step.layer].stored_weight_bits)
+        now[step.layer] = step.precision
+        data["steps"].append(
+            {
+                "layer": names.index(step.layer),
+                "precision": str(step.precision),
+                "bytes": round(table.fixed_bytes + step.cost),
+                "loss": table.floor + step.loss,
+                "bits": bits / table.weights,
+            }
+        )
+    return data
+
+
+def _some_budgets(data: Mapping[str, Any], float_bytes: int) -> Rows:
+    points = [data, *data["steps"]]
+    count = min(SHOWN_BUDGETS, len(points))
+    places = sorted({round(index * (len(points) - 1) / max(1, count - 1)) for index in range(count)})
+    rows = []
+    for place in places:
+        size, gained = points[place]["bytes"], ""
+        if place + 1 < len(points):
+            step = points[place + 1]
+            gained = f"{data['layers'][step['layer']]} at {step['precision']}"
+        share = f"{100 * size / float_bytes:.1f}" if float_bytes else ""
+        rows.append([human_bytes(size), share, f"{points[place]['bits']:.2f}", number(points[place]["loss"]), gained])
+    return Rows(
+        "Best predicted schemes over the size of the file", ["size", "% of float", "bits a weight", "predicted loss", "next step"], rows
+    )
+
+
+def _round_number(value: float) -> int:
+    """Return the nearest of 1, 2, 5, 10, 20, 50, ... not above `value`."""
+    power = 1
+    while power * 10 <= value:
+        power *= 10
+    return next((factor * power for factor in (5, 2) if factor * power <= value), power)
+
+
+# Trainings and searches
+
+
+def _training(record: Record) -> Context:
+    epochs = record.epochs
+    charts, columns, rows = [], ["epoch", "loss"], [[str(row.epoch), number(row.loss)] for row in epochs]
+    if epochs[-1].layers:
+        charts.append(figures.bits_over_epochs(epochs))
+    if epochs[-1].weight_bits is not None:
+        charts.append(figures.mean_bits_over_epochs(epochs, record.budget))
+        columns.append("bits a weight")
+        rows = [[*cells, number(row.weight_bits)] for cells, row in zip(rows, epochs, strict=True)]
+    score = next((key for key in SCORE_WORDS if epochs[-1].frozen.get(key) is not None), None)
+    if score:
+        charts.append(figures.scores_over_epochs(epochs, score))
+        columns += [f"soft {score}", f"frozen {score}"]
+        rows = [[*cells, number(row.soft.get(score)), number(row.frozen.get(score))] for cells, row in zip(rows, epochs, strict=True)]
+    tables = [Rows("Epochs", columns, rows)]
+    if epochs[-1].layers:
+        tables.append(_bits_by_epoch(epochs))
+    return {"charts": charts, "tables": tables}
+
+
+def _bits_by_epoch(epochs: Sequence[Epoch]) -> Rows:
+    rows = [[name, ", ".join(_stretch_in_words(one) for one in figures.stretches(name, epochs))] for name in epochs[-1].layers]
+    return Rows("Bits of every layer after each epoch", ["layer", "bits"], rows)
+
+
+def _stretch_in_words(stretch: figures.Stretch) -> str:
+    epochs = f"epochs {stretch.first} to {stretch.last}" if stretch.first != stretch.last else f"epoch {stretch.first}"
+    return f"{stretch.text} ({epochs})"
+
+
+def _search(record: Record) -> Context:
+    search = record.search
+    front = [[number(row.cost), number(row.score), number(row.measured), row.origin, scheme_in_words(row.scheme)] for row in search.front]
+    budgets = [
+        [budget, human_bytes(row.bytes), f"{row.weight_bits:.2f}", human_count(row.bops), scheme_in_words(row.scheme)]
+        for budget, row in search.budgets.items()
+    ]
+    tables = [Rows("What each budget gets", ["budget", "size", "bits a weight", "BOPs", "scheme"], budgets)] if budgets else []
+    tables.append(Rows("The front", [search.quantity, search.score, "measured again", "proposed by", "scheme"], front))
+    return {"count": len(search.evaluated), "chart": figures.searched(search), "tables": tables}
+
+
+def _subnets(record: Record) -> Rows:
+    scored = [key for key in SCORE_WORDS if any(record.tested(key, name) is not None for name in record.subnets)]
+    rows = [
+        [
+            name,
+            human_bytes(amounts.bytes),
+            f"{amounts.weight_bits:.2f}",
+            human_count(amounts.bops),
+            *(number(record.tested(key, name)) for key in scored),
+        ]
+        for name, amounts in record.subnets.items()
+    ]
+    return Rows("Uniform subnets", ["subnet", "size", "bits a weight", "BOPs", *(SCORE_WORDS[key] for key in scored)], rows)
+
+
+# What stands behind it
+
+
+def _certainty(record: Record) -> Iterable[str]:
+    """Say what was solved, how far from the best it can be, what was measured, what was chosen and why."""
+    if record.certificate.value is not None and record.certificate.bound is not None:
+        yield _solved(record, record.certificate.value, record.certificate.bound)
+    elif record.schemes and record.budget is None:
+        yield "No budget was given: every layer has its largest candidate, and nothing was solved for."
+    if len(record.schemes) > 1:
+        yield _measured(record)
+    if record.uncovered:
+        yield "Not quantized: " + "; ".join(f"{name} ({why})" for name, why in record.uncovered.items()) + "."
+    if record.certificate.seed is not None:
+        yield f"Every draw came from seed {record.certificate.seed}: the same command on the same machine gives the same file."
+
+
+def _solved(record: Record, value: float, bound: float) -> str:
+    certificate = record.certificate
+    better = "so there is none better" if value <= bound else f"so none can be better by more than {number(value - bound)}"
+    if record.schemes:
+        better += ", as far as the prediction is right"
+    return (
+        f"An integer program ({certificate.solver or 'its solver is not named'}) looked for the {certificate.objective or 'best scheme'} "
+        f"within {record.budget}. Its best scheme reaches {number(value)}. It proved that none within the budget reaches less than "
+        f"{number(bound)} (gap {number(100 * (certificate.gap or 0.0))} %), {better}."
+    )
+
+
+def _measured(record: Record) -> str:
+    uniform, chosen = sum(row.name.startswith("uniform") for row in record.schemes), record.chosen
+    count = f"{record.inputs['held_out']} " if "held_out" in record.inputs else ""
+    words = (
+        f"A prediction adds up what the layers cost one by one. So {len(record.schemes) - uniform} solved and {uniform} uniform schemes "
+        f"were measured whole, on {count}held-out inputs that nothing was fitted to."
+    )
+    if chosen is not None:
+        words += f" Chosen: {chosen.name}, predicted {number(chosen.predicted)}, measured {number(chosen.measured)}. {_reason(record)}"
+    return words
+
+
+def _reason(record: Record) -> str:
+    budget = record.budget or ""
+    if "loss=" in budget:
+        return "It is the smallest that keeps the limit on the loss."
+    if "drop=" in budget:
+        return "It is the smallest found that loses no more accuracy than allowed."
+    return "No other measured less."
+
+
+def _settings(records: Mapping[str, Record]) -> list[Rows]:
+    tables = []
+    for name, record in records.items():
+        values = {**record.settings, **{f"environment: {key}": value for key, value in record.environment.items()}}
+        rows = [[key, value if isinstance(value, str) else json.dumps(value)] for key, value in values.items()]
+        title = "Settings and environment" + (f" of {name}" if len(records) > 1 else "")
+        tables += [Rows(title, ["what", "value"], rows)] if rows else []
+    return tables

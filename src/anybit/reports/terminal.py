@@ -1,0 +1,420 @@
+"""Print reports on the terminal, as tables and short sentences. Names come from strangers' files: none of them steers the terminal."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from anybit.errors import printable, some
+from anybit.reports.words import human_bytes, human_count, milliseconds, scores_line, shape_in_words
+
+Report = Mapping[str, Any]
+
+SHOWN = ("run", "settings", "environment", "references", "shapes", "bits", "result", "ladder", "float_test", "test", "units")
+"""Sections of a comparison that are shown whole; of the others it is said that they differ."""
+MOST_UNITS = 10
+
+
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Print a table: text to the left, numbers to the right; plain where it is not a terminal."""
+    table = Table(title=Text(printable(title), "table.title"), title_justify="left", header_style="bold")
+    cells = [[_cell(value) for value in row] for row in rows]
+    for index, column in enumerate(columns):
+        justify = "right" if all(_is_numeric(row[index]) for row in cells) else "left"
+        table.add_column(Text(printable(column)), justify=justify, no_wrap=index > 0, overflow="fold")  # no name is cut
+    for row in cells:
+        table.add_row(*map(Text, row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return printable(value)
+    return "" if value is None else f"{value:.4g}"
+
+
+def _is_numeric(cell: str) -> bool:
+    return cell[:1].isdigit() or cell[:1] in "-"
+
+
+def _print_line(words: str) -> None:
+    print(printable(words))
+
+
+# A run
+
+
+def print_report(report: Report) -> None:
+    """Print a run: its schemes or epochs, the bits of each layer, what each step gained, its stages."""
+    if "epochs" in report:
+        _print_epochs(report["epochs"])
+    if report.get("schemes"):
+        _print_schemes(report)
+    total = report["result"]["bytes"]
+    layers = [
+        [name, row["precision"], human_count(row["weights"]), f"{100 * row['bytes'] / total:.1f} %"]
+        for name, row in report["layers"].items()
+    ]
+    print_table("Layers", ["layer", "bits", "weights", "share of size"], layers)
+    if report.get("ladder"):
+        _print_ladder(report["ladder"])
+    if report.get("units"):
+        errors = [[name, unit["before"], unit["after"], str(unit["steps"])] for name, unit in report["units"].items() if unit]
+        print_table("Units (relative error on held-out inputs)", ["unit", "before", "after", "steps kept"], errors)
+    if "latency" in report:
+        times = {kind: milliseconds(seconds) for kind, seconds in report["latency"].items()}
+        print(f"Latency: predicted {times['predicted']}, measured {times['exported']}, float32 {times['float32']}")
+    stages = [[stage["stage"], f"{stage['seconds']:.1f} s", human_bytes(stage["peak_bytes"])] for stage in report["stages"]]
+    print_table("Stages", ["stage", "time", "peak memory"], stages)
+
+
+def _print_schemes(report: Report) -> None:
+    score = _score_counted(report["schemes"])
+    rows = [
+        [
+            _marked(row["name"], row["chosen"]),
+            f"{row['weight_bits']:.2f}",
+            human_bytes(row["bytes"]),
+            f"{row['percent']:.1f}",
+            human_count(row["bops"]),
+            row["predicted"],
+            row.get("measured"),
+            *([row[score]] if score else []),
+        ]
+        for row in report["schemes"]
+    ]
+    columns = ["scheme", "bits", "size", "% of float", "BOPs", "predicted", "measured", *([f"held-out {score}"] if score else [])]
+    print_table(f"Schemes for {report['budget'] or 'no budget'} (loss on held-out inputs; > chosen)", columns, rows)
+
+
+def _print_ladder(ladder: Sequence[Report]) -> None:
+    score = _score_counted(ladder)
+    rows = [[row["step"], row["loss"], row.get(score), "yes" if row["kept"] else "no"] for row in ladder]
+    print_table("What each step gained (held-out inputs)", ["step", "loss", score or "top1", "kept"], rows)
+
+
+def _print_epochs(epochs: Sequence[Report]) -> None:
+    """Print how the network trained and how its scheme grew: the bits of every layer after each epoch."""
+    scores = [key for key in ("top1", "loss") if key in epochs[-1].get("frozen", {})][:1]
+    kinds = [(kind, key) for key in scores for kind in ("soft", "frozen")]
+    gates = [key for key in ("paper_bits", "undecided", "temperature") if key in epochs[-1]]
+    rows = [
+        [
+            str(row["epoch"]),
+            row["loss"],
+            *(row.get(kind, {}).get(key) for kind, key in kinds),
+            f"{row['weight_bits']:.2f}",
+            *(row[key] for key in gates),
+        ]
+        for row in epochs
+    ]
+    columns = ["epoch", "loss", *(f"{kind} {key}" for kind, key in kinds), "bits", *(key.replace("_", " ") for key in gates)]
+    print_table("Epochs", columns, rows)
+    if "undecided" in epochs[-1]:
+        layers = [[name, " ".join(str(row["layers"][name]) for row in epochs)] for name in epochs[-1]["layers"]]
+        print_table("Bits of each layer, epoch by epoch", ["layer", "bits"], layers)
+
+
+def _score_counted(rows: Sequence[Report]) -> str | None:
+    """Name the score that labels gave every row: the user's metric, else top-1."""
+    return next((key for key in ("metric", "top1") if all(key in row for row in rows)), None)
+
+
+def _marked(name: str, is_chosen: bool) -> str:
+    return f"{'> ' if is_chosen else '  '}{name}"
+
+
+def result_line(report: Report) -> str:
+    """Write a run in one line: the size, and accuracy where it was tested."""
+    result, test, float_test = report["result"], report.get("test") or {}, report.get("float_test")
+    line = f"{human_bytes(result['bytes'])} ({result['percent']:.1f} % of float32), {result['weight_bits']:.2f} bits a weight"
+    if "top1" in test:
+        line += f"; test top-1 {test['top1']:.2f}" + (f" (float {float_test['top1']:.2f})" if float_test else "")
+    return line
+
+
+def print_frontier(reports: Iterable[Report]) -> None:
+    """Print a row a budget: what was chosen, what was predicted and measured."""
+    columns = ["budget", "chosen", "bits", "size", "BOPs", "predicted", "measured", "after polish", "test top-1"]
+    print_table("Frontier (loss on held-out inputs)", columns, map(_frontier_row, reports))
+
+
+def _frontier_row(report: Report) -> list[Any]:
+    chosen = next(row for row in report["schemes"] if row["chosen"])
+    last_kept = [row for row in report["ladder"] if row["kept"]][-1]
+    result = report["result"]
+    amounts = [f"{result['weight_bits']:.2f}", human_bytes(result["bytes"]), human_count(result["bops"])]
+    losses = [chosen["predicted"], chosen.get("measured"), last_kept["loss"]]
+    return [report["budget"] or "none", chosen["name"], *amounts, *losses, report.get("test", {}).get("top1")]
+
+
+# A supernet, a search
+
+
+def print_supernet(report: Report) -> None:
+    """Print how a supernet trained, and what every bit-width costs and scores."""
+    score = next((key for key in ("top1", "loss") if key in report.get("float_test", {})), None)
+    columns = ["subnet", "size", "% of float", "BOPs"]
+    if score is None:
+        print_table("Uniform subnets", columns, [_subnet_row(name, row) for name, row in report["subnets"].items()])
+        return
+    epochs = [[str(row["epoch"]), row["loss"], *(row["widths"][name][score] for name in report["subnets"])] for row in report["epochs"]]
+    print_table(f"Epochs ({score} on part of the test data)", ["epoch", "loss", *report["subnets"]], epochs)
+    rows = [
+        [*_subnet_row(name, row), report["float_store"][name][score], report["test"][name][score]]
+        for name, row in report["subnets"].items()
+    ]
+    title = f"Uniform subnets ({score} on the test data, float {report['float_test'][score]:.4g})"
+    print_table(title, [*columns, "float store", "stored"], rows)
+
+
+def _subnet_row(name: str, row: Report) -> list[str]:
+    return [name, human_bytes(row["bytes"]), f"{row['percent']:.1f}", human_count(row["bops"])]
+
+
+def print_search(report: Report, front: bool = True) -> None:
+    """Print the front of a search, and what each budget gets."""
+    if front:
+        rows = [[row["cost"], row["score"], row["measured"], row["origin"]] for row in report["front"]]
+        columns = [report["quantity"], report["score"], "measured again", "proposed by"]
+        print_table("Pareto front (held-out inputs; measured again on others)", columns, rows)
+    ranked = "" if report["rank_correlation"] is None else f", rank correlation of the predictor {report['rank_correlation']:.3f}"
+    print(f"hypervolume {report['hypervolume']['value']:.4g}{ranked}, {report['recalled']} results recalled")
+    for budget, row in report["budgets"].items():
+        timed = f", {milliseconds(row['latency'])} predicted" if "latency" in row else ""
+        print(f"{budget}: {row['weight_bits']:.2f} bits, {human_bytes(row['bytes'])}, {human_count(row['bops'])} BOPs{timed}")
+
+
+# A network, looked at
+
+
+def print_inspection(inspection: Report, layers: bool = True) -> None:
+    """Print the layers, unless they are not asked for, and what the network would cost at each bit-width."""
+    ran = all(layer["macs"] is not None for layer in inspection["layers"].values())
+    if layers:
+        _print_layers(inspection, ran)
+    columns = ["weights", "size", "% of float", *(["BOPs"] if ran else [])]
+    rows = [
+        [f"W{bits}", human_bytes(row["bytes"]), f"{row['percent']:.1f}", *([human_count(row["bops"])] if ran else [])]
+        for bits, row in inspection["uniform"].items()
+    ]
+    print_table(f"Whole network (float32: {human_bytes(inspection['float_bytes'])})", columns, rows)
+    if not ran:
+        print("Shapes of inputs and outputs, BOPs, what folds and what never runs need --data; sizes are with batch norms unfolded.")
+
+
+def _print_layers(inspection: Report, ran: bool) -> None:
+    """Print two tables: in one, long names would leave no room for the layer's own."""
+    columns = ["layer", "class", "weight", *(["input", "output", "MACs", "folds", "block"] if ran else [])]
+    print_table("Layers", columns, [_layer_row(name, layer, ran) for name, layer in inspection["layers"].items()])
+    sizes = [[name, *map(human_bytes, layer["bytes"].values())] for name, layer in inspection["layers"].items()]
+    print_table("Bytes of each layer", ["layer", *(f"W{bits}" for bits in inspection["uniform"])], sizes)
+    for name, reason in inspection["uncovered"].items():
+        _print_line(f"not covered: {name}: {reason}")
+
+
+def _layer_row(name: str, layer: Report, ran: bool) -> list[Any]:
+    row = [name, layer["class"], shape_in_words(layer["weight"])]
+    if not ran:
+        return row
+    shapes = [shape_in_words(layer["input"]), shape_in_words(layer["output"])]
+    return [*row, *shapes, human_count(layer["macs"]), layer["folds"], layer["block"]]
+
+
+def print_profile(profile: Report, layers: bool = True) -> None:
+    """Print the time of each layer in float and on integers, and of whole networks."""
+    if layers:
+        rows = [[name, *(1e6 * row[kind] for kind in ("float32", "int8", "boundaries"))] for name, row in profile["layers"].items()]
+        rows.append(["everything else", *(1e6 * profile["rest"][kind] for kind in ("float32", "int8")), None])
+        print_table("Microseconds of one sample", ["layer", "float32", "int8", "boundaries, if float alone"], rows)
+    times = {kind: milliseconds(seconds) for kind, seconds in profile["measured"].items()}
+    recalled = " (measured before)" if profile["recalled"] else ""
+    print(f"whole network: float32 {times['float32']}, 8 bits {times['int8']}, every second layer float {times['alternating']}{recalled}")
+
+
+# An exported file or folder
+
+
+def print_verdict(verdict: Report, numbers: bool = True) -> None:
+    """Print which promises an exported file keeps and, with `numbers`, how it compares with the simulation."""
+    if verdict["numbers"] and numbers:
+        _print_kernels(verdict)
+        _print_equality(verdict)
+        _print_simulation(verdict)
+    _print_outcome(verdict)
+
+
+def _print_kernels(verdict: Report) -> None:
+    print(f"{len(verdict['kernels'])} of {verdict['quantized_layers']} layers run on integer kernels" + ("" if verdict["floats"] else "."))
+    for name, reason in verdict["floats"].items():
+        _print_line(f"  in float: {name}: {reason}")
+    if verdict["advice"]:
+        _print_line(verdict["advice"])
+
+
+def _print_equality(verdict: Report) -> None:
+    """Print whether the runtime computes what the integer reference does, and where input codes flip."""
+    numbers, flipped = verdict["numbers"], verdict["simulation"]["flipped_codes"]
+    if "bitwise" in verdict["skipped"]:
+        print(f"not checked here: equality with the integer reference: {verdict['skipped']['bitwise']}.")
+    else:
+        print(f"The runtime's outputs are {'' if numbers['bitwise'] else 'not '}bit for bit those of the integer reference.")
+    if numbers["in_float"]:
+        _print_line(f"  computed in float between integers: {', '.join(numbers['in_float'])}")
+    if flipped:
+        layer, share = max(flipped.items(), key=lambda item: item[1])
+        _print_line(f"Input codes that differ from the simulation's: at most {100 * share:.2f} %, in {layer}")
+
+
+def _print_simulation(verdict: Report) -> None:
+    """Print how far the exported outputs are from the simulation's, and what both score."""
+    simulation = verdict["simulation"]
+    line = f"Beside the simulation, {verdict['inputs']} inputs: largest difference {simulation['largest_difference']:.4g}"
+    line += f" (largest output {simulation['largest_output']:.4g})"
+    print(line + (f", top-1 agreement {simulation['agreement']:.2f} %" if "agreement" in simulation else ""))
+    for kind, scores in verdict.get("accuracy", {}).items():
+        print(f"{kind}: {scores_line(scores)}")
+
+
+def _print_outcome(verdict: Report) -> None:
+    for failure in verdict["failures"]:
+        _print_line(f"FAILED: {failure}")
+    print("verified" if verdict["ok"] else f"not verified: {len(verdict['failures'])} promises failed")
+
+
+def print_folder(exported: Report, details: bool = True) -> None:
+    """Print what an exported folder holds, and what its format cannot."""
+    size = human_bytes(exported["bytes"])
+    print(f"{exported['folder']}: {size}, {exported['packed']} of {exported['layers']} quantized weights packed")
+    if exported["dense"] and details:
+        _print_line(f"in float32 with the values of their codes ({human_bytes(exported['dense_bytes'])}): {some(exported['dense'])}")
+    if details:
+        _print_float_inputs(exported)
+
+
+def _print_float_inputs(exported: Report) -> None:
+    if exported["float_inputs"]:
+        _print_line(f"float, since the format has no quantizer for their inputs: {some(exported['float_inputs'])}")
+
+
+def print_folder_verdict(verdict: Report, numbers: bool = True) -> None:
+    """Print which promises an exported folder keeps and, with `numbers`, how it compares with the simulation."""
+    for reason in verdict["skipped"].values():
+        _print_line(f"not checked here: {reason}")
+    if "simulation" in verdict and numbers:
+        _print_float_inputs(verdict)
+        print(f"Every number of {verdict['packed']} packed layers and of all others is the run's.")
+        _print_simulation(verdict)
+    _print_outcome(verdict)
+
+
+def print_bench(bench: Report) -> None:
+    """Print the size against the bits, and the latency against float32 in each runtime."""
+    over = 100 * (bench["bytes"] / max(bench["ideal_bytes"], 1) - 1)
+    smaller = bench["float_bytes"] / bench["bytes"]
+    print(f"{human_bytes(bench['bytes'])}: {over:.1f} % above its weights' bits, {smaller:.2f}x smaller than float32")
+    for runtime in ("onnxruntime", "openvino"):
+        if runtime in bench:
+            faster = bench[runtime]["faster"]
+            print(
+                f"{runtime}: {faster['ratio']:.2f}x as fast as its float32 (half of {bench['rounds']} rounds between {faster['low']:.2f}x "
+                f"and {faster['high']:.2f}x), batch {bench['batch_size']}, {bench['threads']} thread(s)"
+            )
+
+
+# Two runs, one layer, the cache
+
+
+def print_difference(difference: Report) -> None:
+    """Print what differs between two runs, a table a section; of the units those whose error changed most."""
+    if difference["same"]:
+        first, second = difference["runs"]
+        print(f"{first} and {second} are the same: settings, bits, measurements, and the packed weights byte for byte.")
+        return
+    sections = dict(difference["differences"])
+    across_roads = "road" in sections.get("run", {})
+    if "units" in sections:
+        sections["units"] = {name: {"after": unit["after"]} for name, unit in [*sections["units"].items()][:MOST_UNITS] if "after" in unit}
+    _print_sections(sections, _columns(difference["runs"]), across_roads)
+    others = {name: sum(1 for _ in _leaves(part)) for name, part in sections.items() if name not in SHOWN}
+    if others:
+        print("What else differs (--json shows it): " + ", ".join(f"{name} ({count})" for name, count in others.items()))
+    if across_roads:
+        print("What one road alone has is left out (--json shows it).")
+    same = "the same bytes" if difference["same_weights"] else "not the same bytes"
+    print(f"{difference['shared_layers']} layers are in both; the packed weights are {same}.")
+
+
+def _columns(runs: Sequence[str]) -> Sequence[str]:
+    """Name two runs by their folders' names, or by their paths where those are alike."""
+    names = [Path(run).name for run in runs]
+    return runs if names[0] == names[1] else names
+
+
+def _print_sections(sections: Report, columns: Sequence[str], both_sides: bool) -> None:
+    """Print each section that is shown whole; with `both_sides`, only what both runs have."""
+    for name in SHOWN:
+        leaves = [(key, *sides) for key, sides in _leaves(sections.get(name, {})) if not both_sides or None not in sides]
+        if leaves:
+            rows = [[key, _brief(left), _brief(right), _rise(left, right)] for key, left, right in leaves]
+            print_table(name.replace("_", " "), ["", *columns, "change"], rows)
+
+
+def _leaves(tree: Any, within: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """Yield (name, [left, right]) of every difference below."""
+    if isinstance(tree, list):
+        yield within, tree
+    for key, part in tree.items() if isinstance(tree, Mapping) else ():
+        yield from _leaves(part, f"{within}.{key}" if within else key)
+
+
+def _brief(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _rise(left: Any, right: Any) -> str:
+    are_numbers = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in (left, right))
+    return f"{right - left:+.4g}" if are_numbers else ""
+
+
+CANDIDATE_COLUMNS = {
+    "loss": "predicted loss",
+    "bytes": "size",
+    "bops": "BOPs",
+    "evaluated": "evaluated",
+    "best_score": "best score",
+    "on_front": "on the front",
+}
+
+
+def print_explanation(explanation: Report) -> None:
+    """Print a layer's candidates, the one that it has marked, and the sentences that say why."""
+    if isinstance(explanation.get("candidates"), Mapping):
+        _print_candidates(explanation)
+    for sentence in explanation["why"]:
+        _print_line(sentence)
+
+
+def _print_candidates(explanation: Report) -> None:
+    candidates, formats = explanation["candidates"], {"bytes": human_bytes, "bops": human_count}
+    keys = [key for key in CANDIDATE_COLUMNS if all(key in row for row in candidates.values())]
+    rows = [
+        [_marked(name, name == explanation.get("precision")), *(formats[key](row[key]) if key in formats else row[key] for key in keys)]
+        for name, row in candidates.items()
+    ]
+    print_table(f"{explanation['layer']}: what it could have", ["precision", *(CANDIDATE_COLUMNS[key] for key in keys)], rows)
+
+
+def print_cache(cache: Report) -> None:
+    """Print what the cache keeps, and what was removed."""
+    for path, reason in cache["damaged"].items():
+        _print_line(f"damaged and removed: {path}: {reason}")
+    if cache["removed_bytes"]:
+        print(f"{human_bytes(cache['removed_bytes'])} removed")
+    print(f"{cache['folder']}: {cache['results']} results, {human_bytes(cache['bytes'])} of at most {human_bytes(cache['limit'])}")
