@@ -4,7 +4,6 @@ import json
 from itertools import combinations
 
 import pytest
-from anybit.comparison import _differences, diff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Chain, make, pictures
@@ -12,6 +11,7 @@ from test_cli import anybit_cli, one_json_object
 
 import anybit
 from anybit.checkpoint import write_report
+from anybit.reports.comparison import _differences, diff
 
 
 def leaves(tree, path=()):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from anybit.explanation import explain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import anybit_cli, one_json_object
@@ -14,6 +13,7 @@ import anybit
 from anybit.allocation import frontier
 from anybit.checkpoint import write_report
 from anybit.files import sealed, write_json
+from anybit.reports.explanation import explain
 from anybit.scheme import Precision
 
 BITS = (2, 3, 4, 6, 8)

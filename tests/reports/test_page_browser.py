@@ -1,14 +1,15 @@
-"""The page in a real browser: the slider moves, the plots have their points, nothing is asked of any network."""
+"""The page in a real browser: the slider moves, the charts have their points, nothing is asked of any network."""
 
 import json
 import shutil
 from itertools import pairwise
 
 import pytest
-from test_pages import HOSTILE, Reader, renamed
+from test_page import HOSTILE, STEERING, charts_of, large, renamed
 
-from anybit import pages
+from anybit.errors import printable
 from anybit.records import record_of
+from anybit.reports import page as pages
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
 CHROMIUM = shutil.which("chromium")
@@ -31,7 +32,7 @@ def plain(calibrated):
 
 @pytest.fixture(scope="module")
 def opened(browser, tmp_path_factory):
-    """Opens a page, its plots drawn; whatever the browser complains of or asks for is in `page.heard`."""
+    """Opens a page; whatever the browser complains of or asks for is in `page.heard`."""
     contexts = []
 
     def opened(html, **options):
@@ -47,8 +48,6 @@ def opened(browser, tmp_path_factory):
         page.on("request", lambda request: page.heard.append(request.url) if request.url != file.as_uri() else None)
         context.route("**/*", lambda route: route.continue_() if route.request.url == file.as_uri() else route.abort())
         page.goto(file.as_uri())
-        if options.get("java_script_enabled", True):
-            sync_api.expect(page.locator(".plot:not(:has(.main-svg))")).to_have_count(0)
         return page
 
     yield opened
@@ -129,20 +128,32 @@ def test_the_buttons_go_one_scheme_at_a_time_and_stop_at_the_ends(page, plain):
     assert schemes[-1][2] in page.get_by_role("status").inner_text()
 
 
-def test_every_plot_has_its_points(page, plain):
-    figures = {name: data for name, data in Reader(pages.run_page(plain)).data.items() if "layout" in data}
-    assert len(figures) >= 4
-    for name, figure in figures.items():
-        plot = page.locator(f"[data-figure={name}]")
-        logarithmic = figure["layout"]["yaxis"].get("type") == "log"
-        markers = sum(
-            sum(y is not None and (y > 0 or not logarithmic) and x is not None for x, y in zip(trace["x"], trace["y"], strict=True))
-            for trace in figure["data"]
-            if "markers" in trace.get("mode", "")
-        )
-        assert plot.locator(".scatterlayer .point").count() == markers, name
-        assert plot.locator(".barlayer .point").count() == sum(len(trace["x"]) for trace in figure["data"] if trace["type"] == "bar")
-        assert markers > 0
+PLACES = """(area) => {
+    const within = area.getBoundingClientRect();
+    return (selector) => [...area.querySelectorAll(selector)].map((one) => one.getBoundingClientRect())
+        .map((box) => [box.width, box.height, (box.x + box.width / 2 - within.x) / within.width, (box.y + box.height / 2 - within.y) / within.height])
+}"""
+
+
+def places(page, chart, selector):
+    """(width, height, place across, place down) of what a chart shows, the places from 0 to 1 of its area."""
+    return page.evaluate(f"([key, selector]) => ({PLACES})(document.querySelector(`#${{key}} .area`))(selector)", [chart.key, selector])
+
+
+def test_every_chart_has_its_points_where_they_belong(page, plain):
+    charts = charts_of(plain)
+    assert len(charts) >= 4
+    for chart in charts:
+        marks = [mark for series in chart.series for mark in chart.marks(series)]
+        shown = places(page, chart, "use")
+        assert len(shown) == len(marks) > 0, chart.key
+        for (left, top, _), (width, height, across, down) in zip(marks, shown, strict=True):
+            assert 3 < width < 30 and 3 < height < 30
+            assert (100 * across, 100 * down) == pytest.approx((left, top), abs=1)
+        boxes = [box for series in chart.series for box in chart.boxes(series)]
+        shown = places(page, chart, "rect")
+        for (left, top, width, height, _), (*_, across, down) in zip(boxes, shown, strict=True):
+            assert (100 * across, 100 * down) == pytest.approx((left + width / 2, top + height / 2), abs=1)
 
 
 def lightness(locator, what):
@@ -152,11 +163,12 @@ def lightness(locator, what):
 
 
 def test_dark_is_dark_and_follows_the_system(page):
-    body, words = page.locator("body"), page.locator(".plot .xtitle").first
+    body, words, mark = page.locator("body"), page.locator(".axes text").first, page.locator("#losses use").first
     for scheme, is_dark in (("light", False), ("dark", True), ("light", False)):
         page.emulate_media(color_scheme=scheme)
-        ink = body.evaluate("(element) => getComputedStyle(element).color")
-        sync_api.expect(words).to_have_css("fill", ink)
+        quiet = page.locator(".road").evaluate("(element) => getComputedStyle(element).color")
+        sync_api.expect(words).to_have_css("fill", quiet)
+        assert abs(lightness(mark, "stroke") - lightness(body, "backgroundColor")) > 200
         paper = lightness(body, "backgroundColor")
         assert paper < 150 < 600 < lightness(body, "color") if is_dark else paper > 600 > 150 > lightness(body, "color")
 
@@ -170,17 +182,37 @@ def test_a_phone_scrolls_in_one_direction(opened, plain):
         assert page.heard == []
 
 
+@pytest.mark.parametrize("width", [375, 1000])
+def test_what_stands_beside_a_chart_can_be_read(opened, plain, width):
+    """Names of layers are aslant, one line after the other; the others must not touch each other."""
+    page = opened(pages.run_page(large(plain, 40, 30)), viewport={"width": width, "height": 700})
+    for chart in charts_of(large(plain, 40, 30)):
+        area = page.locator(f"#{chart.key} .area").bounding_box()
+        for selector, size, place, extent in ((".below", 0, 2, area["width"]), (".left", 1, 3, area["height"])):
+            shown = sorted((one for one in places(page, chart, f".axes {selector}") if one[0]), key=lambda one: one[place])
+            for before, after in pairwise(shown):
+                assert (after[place] - before[place]) * extent >= (before[size] + after[size]) / 2 - 3, (chart.key, selector)
+        ends = sorted(across * area["width"] + width / 2 for width, _, across, _ in places(page, chart, ".aslant") if width)
+        assert all(after - before >= 10 for before, after in pairwise(ends)), chart.key
+    assert all(
+        size >= 11
+        for size in page.locator(".axes text").evaluate_all("(all) => all.map((one) => parseFloat(getComputedStyle(one).fontSize))")
+    )
+
+
 def test_names_stay_names(opened, plain):
-    page = opened(pages.run_page(renamed(plain, [HOSTILE, "<b>bold</b>", "a&amp;b", "%{x}", "__proto__"])))
+    page = opened(pages.run_page(renamed(plain, [HOSTILE, "<b>bold</b>", "a&amp;b", STEERING, "__proto__"])))
     assert page.heard == [] and page.title() != "taken" and page.locator("img").count() == 0
     page.get_by_role("slider").press("End")
     assert page.locator("table", has=page.locator("[data-layer]")).locator("tbody th").first.inner_text() == HOSTILE
-    ticks = page.locator("[data-figure=bits] .xtick").all_text_contents()
+    assert page.locator("table", has=page.locator("[data-layer]")).get_by_text(printable(STEERING)).count() == 1
+    ticks = page.locator("#bits .aslant").all_text_contents()
     assert any("<b>bold</b>" in tick for tick in ticks) and any("a&amp;b" in tick for tick in ticks)
 
 
 def test_without_javascript_the_tables_are_there(opened, plain):
     page = opened(pages.run_page(plain), java_script_enabled=False)
     assert not page.locator(".controls").is_visible()
+    assert all(page.locator(f"#{chart.key} .area use").first.is_visible() for chart in charts_of(plain))
     page.get_by_text("Some budgets as a table").click()
     assert page.get_by_role("table").filter(has_text="Best predicted schemes").locator("tbody tr").count() > 2

@@ -1,4 +1,4 @@
-"""Everything that shows a run: its page, its terminal tables, a layer explained, two runs compared. Reads finished runs and imports no road.
+"""Show runs: pages, terminal tables, a layer explained, two runs compared. May import what reads finished runs, and no road.
 
 Named in the plural because `anybit.report` is the function.
 """

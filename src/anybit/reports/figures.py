@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 from anybit.records import Epoch, LayerRow, Record, SchemeRow, SearchRecord
@@ -11,7 +11,8 @@ from anybit.reports.words import human_bytes, human_count, number, scheme_in_wor
 
 FLOAT_HEIGHT = 9  # where float stands on an axis of 2 to 8 bits
 MOST_EPOCHS = 10  # that are written on an axis
-MOST_MARKS = 100  # steps of a frontier that are marked one by one
+MOST_EPOCH_MARKS = 40  # epochs that are marked one by one on a line
+MOST_MARKS = 100  # steps of a frontier that are
 BITS = Axis("bits", 0, FLOAT_HEIGHT + 0.3, [*((bits, str(bits)) for bits in (0, 2, 4, 6, 8)), (FLOAT_HEIGHT, "float")])
 ORIGINS = {
     "uniform": ("uniform", "diamond", False),
@@ -229,7 +230,7 @@ def searched(search: SearchRecord) -> Chart:
 
 def _stairs(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
     """Hold each value until the next one's place."""
-    held = [[before, (after[0], before[1], before[2])] for before, after in zip(points, points[1:], strict=False)]
+    held = [[before, (after[0], before[1], before[2])] for before, after in pairwise(points)]
     return [corner for corners in held for corner in corners] + list(points[-1:])
 
 
@@ -265,7 +266,7 @@ def stretches(name: str, epochs: Sequence[Epoch]) -> Iterable[Stretch]:
 
 
 def _box(at: int, name: str, stretch: Stretch) -> Box:
-    depth = 1.0 if stretch.bits is None else min(max(stretch.bits, 0), 8) / 8
+    depth = round(0.1 + 0.06 * min(max(FLOAT_HEIGHT if stretch.bits is None else stretch.bits, 0), FLOAT_HEIGHT), 2)
     words = f"{name}, epochs {stretch.first} to {stretch.last}: {stretch.text}"
     return Box((stretch.start - 0.5, stretch.end + 0.5), (at - 0.5, at + 0.5), words, depth, stretch.text)
 
@@ -289,9 +290,8 @@ def scores_over_epochs(epochs: Sequence[Epoch], score: str) -> Chart:
 
 
 def _over_epochs(key: str, label: str, epochs: Sequence[Epoch], series: Iterable[Series], title: str) -> Chart:
-    series = _drawn(series)
-    values = [point.y for one in series for point in one.points]
-    return Chart(key, label, _epoch_axis(epochs), linear_axis(title, values), series, 300)
+    series = [one if len(epochs) <= MOST_EPOCH_MARKS else replace(one, shape=None) for one in _drawn(series)]
+    return Chart(key, label, _epoch_axis(epochs), linear_axis(title, _values(series, 1)), series, 300)
 
 
 def _epoch_axis(epochs: Sequence[Epoch]) -> Axis:

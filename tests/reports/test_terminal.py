@@ -1,0 +1,56 @@
+"""Tables show every cell, and no name steers the terminal."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anybit.errors import printable
+from anybit.reports.terminal import print_explanation, print_inspection, print_table, result_line
+
+
+def test_a_table_shows_every_cell(capsys):
+    print_table("Title", ["name", "value"], ([name, value] for name, value in [("a", 0.123456), ("b", None), ("c", "text")]))
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in ("Title", "name", "value", "a", "0.1235", "b", "c", "text"))
+    assert "None" not in shown
+
+
+STEERING = "a\x1b[31m\x9b2J\u202e\n\ud800"
+
+
+def test_names_are_shown_as_they_are_and_steer_no_terminal(capsys):
+    """Names come from strangers' files too: rich's own markup in them is text, and control characters are escaped."""
+    for name in ("a[/b]", "[bold]c", STEERING):
+        print_table(name, [name], [[name]])
+        print_explanation({"layer": name, "why": [name]})
+    shown = capsys.readouterr().out
+    assert all(shown.count(name) == 4 for name in ("a[/b]", "[bold]c", r"a\x1b[31m\x9b2J\u202e\n\ud800"))
+    assert all(line.isprintable() for line in shown.split("\n"))
+
+
+@given(st.text(st.characters()))
+def test_printable_text_is_left_alone_and_other_text_becomes_it(text):
+    assert printable(text).isprintable() and (not text.isprintable() or printable(text) == text)
+
+
+def test_a_table_without_rows_shows_its_columns(capsys):
+    print_table("Title", ["name", "value"], [])
+    assert "name" in capsys.readouterr().out
+
+
+def test_the_result_line_tells_accuracy_only_where_it_was_tested():
+    report = {"result": {"bytes": 9_600, "percent": 12.5, "weight_bits": 4.0}}
+    line = "9.6 kB (12.5 % of float32), 4.00 bits a weight"
+    assert result_line(report) == line
+    tested = {**report, "test": {"top1": 91.5}, "float_test": {"top1": 92.25}}
+    assert result_line(tested) == line + "; test top-1 91.50 (float 92.25)"
+
+
+def test_an_inspection_cuts_no_name(capsys):
+    name = "_blocks.12._depthwise_conv"
+    layer = {"class": "Conv2dStaticSamePadding", "weight": [1152, 1, 5, 5], "input": [1152, 112, 112], "output": [1152, 112, 112]}
+    layer |= {"macs": 361_267_200, "folds": "_blocks.12._bn1", "block": "_blocks.12", "bytes": dict.fromkeys((2, 3, 4, 6, 8), 1_234_567)}
+    whole = {"bytes": 10**6, "percent": 12.5, "bops": 10**9}
+    print_inspection({"layers": {name: layer}, "uncovered": {}, "float_bytes": 10**7, "uniform": dict.fromkeys(layer["bytes"], whole)})
+    shown = capsys.readouterr().out
+    assert shown.count(name) == 2
+    assert all(text in shown for text in (layer["class"], "1152x1x5x5", "1152x112x112", layer["folds"], "361 M", "1.2 MB"))
