@@ -129,9 +129,10 @@ def test_the_buttons_go_one_scheme_at_a_time_and_stop_at_the_ends(page, plain):
 
 
 PLACES = """(area) => {
-    const within = area.getBoundingClientRect();
-    return (selector) => [...area.querySelectorAll(selector)].map((one) => one.getBoundingClientRect())
-        .map((box) => [box.width, box.height, (box.x + box.width / 2 - within.x) / within.width, (box.y + box.height / 2 - within.y) / within.height])
+    const all = area.getBoundingClientRect();
+    return (selector) => [...area.querySelectorAll(selector)]
+        .map((one) => one.getBoundingClientRect())
+        .map((box) => [box.width, box.height, (box.x + box.width / 2 - all.x) / all.width, (box.y + box.height / 2 - all.y) / all.height])
 }"""
 
 

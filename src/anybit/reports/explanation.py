@@ -12,7 +12,7 @@ from anybit.allocation import Frontier
 from anybit.checkpoint import REPORT, SEARCH, read_record, read_search, runs_in
 from anybit.errors import InvalidFile
 from anybit.records import LayerRow, Record, SearchRecord
-from anybit.reporting import human_bytes, human_count
+from anybit.reports.words import human_bytes, human_count
 from anybit.scheme import Budget, Precision, check_names
 from anybit.supernet import JSON as SUPERNET_JSON
 from anybit.supernet import read_supernet_file
