@@ -1,4 +1,4 @@
-"""What differs between two runs of any road, told from their files alone: no network is made, nothing is followed."""
+"""Compare two runs of any road by their files alone: no network is built, no reference is followed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,40 +9,40 @@ from anybit.supernet import JSON as SUPERNET_JSON
 from anybit.supernet import read_supernet_file
 
 KEYS = ("name", "step", "epoch")
-"""What tells the rows of a report's lists apart."""
+"""Fields that name the rows of a report's lists."""
 
 
 def diff(run: str | Path, run2: str | Path) -> dict[str, Any]:
-    """What differs between two runs, of whichever roads.
+    """Compare two runs, of whichever roads.
 
-    "differences" holds, section by section and under the names of the runs' files, [what the first has, what the second has]; None is what
-    one does not have. "same" says whether there are none, times and memory aside; "same_weights", whether the packed weights are the same
+    "differences" holds, section by section and under the names of the runs' files, [the first's value, the second's value], None where one
+    has none. "same" says whether there are none, times and memory aside; "same_weights", whether the packed weights are the same
     bytes. Units go from the largest change of error down. Layers are compared by name, whatever the networks are.
     """
     first, second = _facts(Path(run)), _facts(Path(run2))
     same_weights = first.pop("sha256") == second.pop("sha256")
-    found = _differences(first, second) or {}
-    if "units" in found:
-        found["units"] = dict(sorted(found["units"].items(), key=lambda unit: -_change(unit[1])))
+    differences = _differences(first, second) or {}
+    if "units" in differences:
+        differences["units"] = dict(sorted(differences["units"].items(), key=lambda unit: -_change(unit[1])))
     shared = len(first["shapes"].keys() & second["shapes"].keys())
     return {
         "runs": [str(run), str(run2)],
-        "same": same_weights and not found,
+        "same": same_weights and not differences,
         "same_weights": same_weights,
         "shared_layers": shared,
-        "differences": found,
+        "differences": differences,
     }
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """Section -> what the run is, was asked for and came to. Times and memory differ between equal runs, and are not in it."""
+    """Collect, by section, what the run is, was asked for and came to. Times and memory differ between equal runs, and are not in it."""
     is_supernet = (folder / SUPERNET_JSON).is_file()
     file = read_supernet_file(folder) if is_supernet else read_scheme(folder)
     report = read_report(folder)
-    told_apart = {key: report.pop(key, None) for key in ("road", "budget", "stages", "latency", "layers", "version", "sha256", "digest")}
+    apart = {key: report.pop(key, None) for key in ("road", "budget", "stages", "latency", "layers", "version", "sha256", "digest")}
     first = {key: report.pop(key, None) for key in ("settings", "environment")}
     return {
-        "run": {"road": told_apart["road"] or "calibrate", "budget": told_apart["budget"]},
+        "run": {"road": apart["road"] or "calibrate", "budget": apart["budget"]},
         **first,
         "references": {"model": file.model, "data": file.data, "preprocessing": file.preprocessing, "task": file.task},
         "shapes": {name: f"{layer.rows} x {layer.columns}" for name, layer in file.layers.items()},
@@ -54,19 +54,19 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _differences(first: Any, second: Any) -> Any:
-    """Of two objects, or lists of rows, the keys that differ; of anything else [first, second], or nothing where they are equal."""
+    """Return the keys that differ of two objects or lists of rows; of anything else [first, second], or nothing where they are equal."""
     first, second = _by_name(first), _by_name(second)
     if first == second:
         return []
     if not isinstance(first, Mapping | None) or not isinstance(second, Mapping | None):
         return [first, second]
     first, second = first or {}, second or {}
-    found = {key: _differences(first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])}
-    return {key: different for key, different in found.items() if different}
+    differences = {key: _differences(first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])}
+    return {key: different for key, different in differences.items() if different}
 
 
 def _by_name(value: Any) -> Any:
-    """A list of rows as an object: by what names each row, else by its number."""
+    """Return a list of rows as an object: by what names each row, else by its number."""
     if not isinstance(value, list) or not value or not all(isinstance(row, Mapping) for row in value):
         return value
     names = [str(next((row[key] for key in KEYS if key in row), index)) for index, row in enumerate(value)]
@@ -74,7 +74,7 @@ def _by_name(value: Any) -> Any:
 
 
 def _change(unit: Mapping[str, Any]) -> float:
-    """How far a unit's error moved, against the larger of the two; what one run does not have comes first."""
+    """Return how far a unit's error moved, against the larger of the two; what one run does not have comes first."""
     after = unit.get("after", [0.0, 0.0])
     if not all(isinstance(error, float) for error in after):
         return float("inf")
