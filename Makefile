@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow reliability lint clean
+.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow package reliability tables tables-check reference lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -42,16 +42,28 @@ demo-imagenet: .venv/ready  ## make demo-imagenet IMAGES=folder: the same for Ef
 	  --batch-size 32 --weight-bits 3,4,6,8 --activation-bits 8 --candidate-steps 10 --steps 25 \
 	  --budget 4bit --budget 5bit --budget 20% --output runs/lite0 --overwrite
 
-test: .venv/ready lint  ## the whole suite, minutes on two cores
-	$(BIN)/python -m pytest
+test: .venv/ready lint tables-check  ## the whole suite, minutes on two cores
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 20
 
 test-slow: .venv/ready  ## the long checks
 	$(BIN)/python -m pytest -m slow
 
+package: .venv/ready  ## sdist and wheel, checked, and the wheel used from an empty environment; a minute
+	.ci/package
+
 reliability: .venv/ready  ## 100 killed runs and 10,000 mutated files, an hour or two
 	$(BIN)/python examples/digits.py runs/digits
-	$(BIN)/python benchmarks/resume.py kills --weights runs/digits/weights.safetensors --data runs/digits/digits.npz --results runs/reliability
-	$(BIN)/python benchmarks/hostile_files.py --cases 10000 --output runs/reliability/hostile_files.json
+	$(BIN)/python -m benchmarks.reliability.resume kills --weights runs/digits/weights.safetensors --data runs/digits/digits.npz --results runs/reliability
+	$(BIN)/python -m benchmarks.reliability.hostile_files --cases 10000 --output runs/reliability/hostile_files.json
+
+tables: .venv/ready  ## docs/results.md, its figures and the README's results, from the JSON in benchmarks/results
+	$(BIN)/python -m benchmarks.tables
+
+tables-check: .venv/ready  ## the same, compared with what is committed
+	$(BIN)/python -m benchmarks.tables --check
+
+reference: .venv/ready  ## the tables of options in docs/command-line.md
+	$(BIN)/python docs/reference.py
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests examples benchmarks

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from anybit import stages
-from anybit.batches import Batch
-from anybit.checkpoint import Canonical
+from anybit.data.batches import Batch
+from anybit.networks.canonical import Canonical
+from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.observed import observe_network, rounded_to_nearest
+from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
 
 
@@ -108,6 +110,6 @@ def random_precision(draw: random.Random) -> Precision:
 
 def canonical_of(model: nn.Module, batch: Batch, precision) -> Canonical:
     """`model` rounded to nearest at `precision(layer)`, with edge ranges of `batch`: no calibration, which takes longer."""
-    network = stages.observe_network(model.eval(), batch, stages.CalibrateSettings((8,), (8,)))
-    ready = stages.rounded(network, [batch], Scheme({name: precision(name) for name in network.names}))
-    return Canonical(ready, network.norms, stages.edge_ranges(ready, network.wiring, [batch]))
+    network = observe_network(model.eval(), batch, CalibrateSettings((8,), (8,)).options)
+    ready = rounded_to_nearest(network, [batch], Scheme({name: precision(name) for name in network.names}))
+    return Canonical(ready, network.norms, observe_edge_ranges(ready, network.wiring, [batch]))

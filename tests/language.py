@@ -7,8 +7,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from anybit.batches import Batch
-from anybit.huggingface import adapted
+from anybit.data.batches import Batch
+from anybit.sources.huggingface.attention import adapted
 
 WORDS = [f"word{number}" for number in range(60)]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 64}

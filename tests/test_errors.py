@@ -5,6 +5,7 @@ import re
 import pytest
 
 from anybit import errors
+from anybit.errors import AnybitError
 
 CLASSES = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
 
@@ -15,4 +16,4 @@ def test_the_docstring_draws_every_error_and_no_other():
 
 @pytest.mark.parametrize("error", CLASSES.values())
 def test_every_error_is_an_anybit_error_and_a_value_error(error):
-    assert issubclass(error, errors.AnybitError) and issubclass(error, ValueError)
+    assert issubclass(error, AnybitError) and issubclass(error, ValueError)

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anybit.budget import Budget, parse_size
 from anybit.errors import InvalidSetting, SchemeMismatch
-from anybit.scheme import Budget, Precision, Scheme, check_names, match_patterns, parse_size
+from anybit.scheme import Precision, Scheme, check_names, match_patterns
 
 few = settings(max_examples=100, deadline=None)
 bits = st.integers(2, 8)

@@ -19,15 +19,12 @@ Set up an environment of its own and run, one process at a time for honest secon
 
 import argparse
 import json
-import os
-import platform
 import time
 import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import brevitas
 import brevitas.nn as qnn
 import numpy as np
 import torch
@@ -41,6 +38,7 @@ from brevitas.graph.quantize import layerwise_quantize, preprocess_for_quantize
 from brevitas.inject import value
 from brevitas.quant.scaled_int import Int8WeightPerChannelFloatMSE, Int32Bias
 from brevitas.quant.shifted_scaled_int import ShiftedUint8ActPerTensorFloat, ShiftedUint8ActPerTensorFloatMSE
+from machine import machine, versions
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -212,22 +210,6 @@ def quantize(network: nn.Module, images: Tensor, recipe: Recipe, weight_bits: in
 # Report
 
 
-def cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def versions() -> dict:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "brevitas": brevitas.__version__,
-        "numpy": np.__version__,
-    }
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -270,8 +252,8 @@ def main() -> None:
             "samples": args.samples,
             "seed": args.seed,
             "threads": args.threads,
-            "versions": versions(),
-            "machine": {"cpu": cpu_model(), "cores": os.cpu_count()},
+            "versions": versions("torch", "brevitas", "numpy"),
+            "machine": machine(),
         },
         indent=2,
     )

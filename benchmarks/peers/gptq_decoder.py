@@ -1,5 +1,5 @@
-"""GPTQ of LLM Compressor on the decoder that benchmarks/decoder.py trains: perplexity, KL divergence and time as JSON. One entry a run; a
-finished one is not run again.
+"""GPTQ of LLM Compressor on the decoder that benchmarks/studies/decoder.py trains: perplexity, KL divergence and time
+as JSON. One entry a run; a finished one is not run again.
 
 The weights of the decoder's linears, symmetric, one scale for each group of inputs; embedding, output layer and activations stay float
 (`decoder.py linears` is the same of anybit). Calibrated on the same 128 blocks of the training text, measured on the same blocks of the
@@ -21,11 +21,8 @@ FOLDER holds the network, its tokenizer, train.txt and test.txt, as `decoder.py 
 import argparse
 import json
 import math
-import os
-import platform
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
+from machine import machine, versions
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -84,10 +82,10 @@ def measure(network: nn.Module, blocks: Tensor, reference: Sequence[Tensor] | No
     """Perplexity of the next tokens, and their KL divergence from `reference`, the float network's `log_chances` batch by batch."""
     loss, divergence, count = 0.0, 0.0, 0
     for number, tokens in enumerate(blocks.split(BATCH)):
-        found, labels = log_chances(network, tokens), tokens[:, 1:].flatten()
-        loss += float(F.nll_loss(found, labels, reduction="sum"))
+        chances, labels = log_chances(network, tokens), tokens[:, 1:].flatten()
+        loss += float(F.nll_loss(chances, labels, reduction="sum"))
         if reference is not None:
-            divergence += float(F.kl_div(found, reference[number], reduction="sum", log_target=True))
+            divergence += float(F.kl_div(chances, reference[number], reduction="sum", log_target=True))
         count += len(labels)
     kl = {} if reference is None else {"kl": divergence / count}
     return {"perplexity": math.exp(loss / count), "loss": loss / count, **kl, "tokens": count}
@@ -97,11 +95,11 @@ def measure(network: nn.Module, blocks: Tensor, reference: Sequence[Tensor] | No
 
 
 def modifier(recipe: str, bits: int, group: int | None) -> GPTQModifier | QuantizationModifier:
-    how = dict(RECIPES[recipe])
+    options = dict(RECIPES[recipe])
     shape = {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
-    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, observer=how.pop("observer"), **shape)
+    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, observer=options.pop("observer"), **shape)
     scheme = {"config_groups": {"linears": QuantizationScheme(targets=["Linear"], weights=weights)}, "ignore": ["lm_head"]}
-    return QuantizationModifier(**scheme) if recipe == "nearest" else GPTQModifier(**scheme, **how)
+    return QuantizationModifier(**scheme) if recipe == "nearest" else GPTQModifier(**scheme, **options)
 
 
 def linear_bytes(network: nn.Module, bits: int, group: int | None) -> int:
@@ -141,19 +139,9 @@ def load(folder: Path) -> nn.Module:
 # Report
 
 
-def cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def environment(threads: int) -> dict[str, Any]:
-    packages = ("llmcompressor", "compressed-tensors", "transformers", "torch", "numpy")
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": threads},
-    }
+    packages = versions("llmcompressor", "compressed-tensors", "transformers", "torch", "numpy")
+    return {"versions": packages, "machine": {**machine(), "threads": threads}}
 
 
 def arguments() -> argparse.Namespace:
@@ -184,11 +172,11 @@ def main() -> None:
                 key = f"W{bits}, " + (f"groups of {group}" if group else "a scale a channel") + f", {recipe}"
                 if key in entries:
                     continue
-                found = run(args.folder, calibration, test, reference, recipe, bits, group or None)
-                entries[key] = found | {"blocks": len(calibration), "length": LENGTH, "seed": args.seed}
+                entry = run(args.folder, calibration, test, reference, recipe, bits, group or None)
+                entries[key] = entry | {"blocks": len(calibration), "length": LENGTH, "seed": args.seed}
                 args.output.parent.mkdir(parents=True, exist_ok=True)
                 args.output.write_text(json.dumps({"environment": environment(args.threads), "entries": entries}, indent=1) + "\n")
-                print(key, {name: found[name] for name in ("perplexity", "kl", "seconds")}, flush=True)
+                print(key, {name: entry[name] for name in ("perplexity", "kl", "seconds")}, flush=True)
 
 
 if __name__ == "__main__":

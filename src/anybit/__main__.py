@@ -21,7 +21,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is another where Ctrl-C is to be ignored
         signal.signal(signal.SIGINT, interrupt)
     try:
-        from anybit.cli import main as command
+        from anybit.cli.app import main as command
 
         try:
             command()

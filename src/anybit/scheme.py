@@ -16,12 +16,12 @@ import fnmatch
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from types import MappingProxyType
 
 from anybit.errors import InvalidSetting, SchemeMismatch
+from anybit.settings import Text
 
 FLOAT_BITS = 32
 MIN_BITS, MAX_BITS = 2, 8
@@ -145,6 +145,37 @@ def check_names(names: Iterable[str], known: Iterable[str], who: str) -> None:
     raise SchemeMismatch(f"{who} has no quantizable layer {', '.join(parts)}{more}. `anybit inspect` lists the names.")
 
 
+def parsed_keep(keep: Mapping[str, Precision | str]) -> dict[str, Precision]:
+    """Shell pattern on layer names -> precision, from values or text."""
+    return {pattern: Precision.parse(p) if isinstance(p, str) else p for pattern, p in keep.items()}
+
+
+def parse_keep(items: Sequence[str]) -> dict[str, Precision]:
+    """Shell pattern -> precision, of texts like "head=W8A8"."""
+    keep = {}
+    for item in items:
+        pattern, separator, precision = item.rpartition("=")
+        if not separator or not pattern:
+            raise InvalidSetting(f"--keep {item!r} cannot be read. Write PATTERN=W8A8 or PATTERN=float.")
+        keep[pattern] = Precision.parse(precision)
+    return keep
+
+
+def parse_bits(text: str) -> tuple[int | None, ...]:
+    """The bit-widths of "4,8,float"; None for float."""
+    return tuple(None if part == "float" else int(part) for part in text.split(","))
+
+
+def bits_text(bits: Iterable[int | None]) -> str:
+    """What `parse_bits` reads."""
+    return ",".join("float" if one is None else str(one) for one in bits)
+
+
+PRECISION = Text(Precision.parse)
+KEEP = Text(parse_keep, lambda keep: [f"{pattern}={precision}" for pattern, precision in keep.items()] or None)
+BITS = Text(parse_bits, bits_text, "bit-widths with commas: 2,3,4,6,8")
+
+
 def match_patterns(patterns: Mapping[str, Precision], names: Iterable[str]) -> dict[str, Precision]:
     """Layer name -> precision for shell `patterns` on whole names; a later pattern wins; one that matches nothing is an error."""
     names = list(names)
@@ -159,77 +190,18 @@ def match_patterns(patterns: Mapping[str, Precision], names: Iterable[str]) -> d
     return {name: kept[name] for name in names if name in kept}
 
 
-UNITS = {
-    "bytes": {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
-    "bops": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
-    "latency": {"us": 1e-6, "ms": 1e-3, "s": 1.0},
-}
-_NUMBER = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-_FORMS = (  # (pattern, quantity, units)
-    (rf"{_NUMBER}bits?", "bits", None),
-    (rf"{_NUMBER}(B|kB|KB|MB|GB|KiB|MiB|GiB)", "bytes", UNITS["bytes"]),
-    (rf"{_NUMBER}%", "percent", None),
-    (rf"bops={_NUMBER}([kMGT]?)", "bops", UNITS["bops"]),
-    (rf"latency={_NUMBER}(us|ms|s)", "latency", UNITS["latency"]),
-    (rf"loss={_NUMBER}", "loss", None),
-    (rf"drop={_NUMBER}%", "drop", None),
-)
+def check_choices(scheme: Mapping[str, Precision], choices: Mapping[str, Sequence[Precision]]) -> None:
+    """Raise SchemeMismatch where the scheme names an unknown layer, or a precision that was not trained."""
+    Scheme({name: options[0] for name, options in choices.items()}).check_names(scheme)
+    for name, precision in scheme.items():
+        if precision not in choices[name]:
+            there = ", ".join(str(option) for option in choices[name])
+            raise SchemeMismatch(f"{name} was not trained at {precision}. Choose from {there}, or train again with those --bits.")
 
 
-@dataclass(frozen=True)
-class Condition:
-    """One limit: `quantity` (bits, bytes, percent, bops, latency, loss or drop) is at most `limit`, in bits, bytes, seconds, ..."""
-
-    quantity: str
-    limit: float
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Conditions that must all hold, and the text that wrote them."""
-
-    text: str
-    conditions: tuple[Condition, ...]
-
-    @classmethod
-    def parse(cls, text: "str | Budget") -> "Budget":
-        """The budget that `text` ("4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...) writes."""
-        if isinstance(text, Budget):
-            return text
-        conditions = tuple(_parse_condition(part.strip()) for part in text.split(","))
-        quantities = [condition.quantity for condition in conditions]
-        if len(set(quantities)) < len(quantities):
-            raise InvalidSetting(f"Budget {text!r} limits one quantity twice. Keep the smaller limit.")
-        if {"loss", "drop"} <= set(quantities):
-            raise InvalidSetting(f"Budget {text!r} asks for both loss= and drop=. Choose one.")
-        return cls(text, conditions)
-
-    def limit(self, quantity: str) -> float | None:
-        """The limit on `quantity`, or None."""
-        return next((condition.limit for condition in self.conditions if condition.quantity == quantity), None)
-
-    def __str__(self) -> str:
-        return self.text
-
-
-def _parse_condition(part: str) -> Condition:
-    for pattern, quantity, units in _FORMS:
-        match = re.fullmatch(pattern, part)
-        if match:
-            # In decimals, as it is written: in binary 8444.8 times a million is a little less than 8,444,800,000.
-            limit = float(Decimal(match[1]) * Decimal(str(units[match[2]] if units else 1)))
-            if limit <= 0:
-                raise InvalidSetting(f"Budget {part!r} must be above zero.")
-            return Condition(quantity, limit)
-    raise InvalidSetting(
-        f"Budget {part!r} cannot be read. Write 4bit, 120kB, 1.5MiB, 12.5%, bops=2.1G, latency=3ms, loss=0.02 or drop=1%; "
-        "join conditions with a comma."
-    )
-
-
-def parse_size(text: str) -> int:
-    """Bytes that `text` ("2GiB", "500MB") writes."""
-    match = re.fullmatch(rf"{_NUMBER}(B|kB|KB|MB|GB|KiB|MiB|GiB)", text)
-    if not match:
-        raise InvalidSetting(f"Size {text!r} cannot be read. Write 500MB or 2GiB.")
-    return int(Decimal(match[1]) * Decimal(str(UNITS["bytes"][match[2]])))
+def check_whole(scheme: Scheme, choices: Mapping[str, Sequence[Precision]]) -> None:
+    """Raise SchemeMismatch where the scheme leaves a layer out, names another, or has a precision that was not trained."""
+    check_choices(scheme, choices)
+    lacking = [name for name in choices if name not in scheme]
+    if lacking:
+        raise SchemeMismatch(f"The scheme names {len(scheme)} of {len(choices)} layers; {lacking[0]!r} is lacking. Name every layer.")

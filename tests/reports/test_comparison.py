@@ -4,14 +4,14 @@ import json
 from itertools import combinations
 
 import pytest
+from commands import anybit_cli, one_json_object
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Chain, make, pictures
-from test_cli import anybit_cli, one_json_object
 
 import anybit
-from anybit.checkpoint import write_report
 from anybit.reports.comparison import _differences, diff
+from anybit.runs.report import write_report
 
 
 def leaves(tree, path=()):
@@ -129,6 +129,6 @@ def test_a_report_that_anybit_did_not_write_is_refused(run_folder, broken):
 def test_of_several_runs_one_is_to_be_named(calibrated, quick, tmp_path):
     model, inputs, _ = calibrated
     results = anybit.calibrate(model, inputs, ["4bit", "5bit"], **{**quick, "pipeline": "light"})
-    anybit.roads.save_all(results, tmp_path / "runs")
+    anybit.roads.result.save_all(results, tmp_path / "runs")
     with pytest.raises(anybit.InvalidFile, match="several runs: 4bit, 5bit"):
         diff(tmp_path / "runs", tmp_path / "runs")

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import anybit_cli, one_json_object
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import anybit_cli, one_json_object
 
 import anybit
-from anybit.allocation import frontier
-from anybit.checkpoint import write_report
-from anybit.files import sealed, write_json
+from anybit.allocation.frontier import frontier
+from anybit.files.strict import sealed, write_json
 from anybit.reports.explanation import explain
+from anybit.runs.report import write_report
 from anybit.scheme import Precision
 
 BITS = (2, 3, 4, 6, 8)

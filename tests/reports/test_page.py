@@ -15,15 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import anybit
-from anybit.allocation import HEADER_SLACK
-from anybit.checkpoint import write_report
+from anybit.allocation.program import HEADER_SLACK
 from anybit.errors import InvalidFile, InvalidSetting, printable
-from anybit.files import write_json
-from anybit.records import record_of
+from anybit.files.strict import write_json
 from anybit.reports import figures
 from anybit.reports import page as pages
 from anybit.reports.charts import DASHES, SHAPES, Chart
-from anybit.roads import save_all
+from anybit.roads.result import save_all
+from anybit.runs.records import record_of
+from anybit.runs.report import write_report
 from anybit.scheme import Precision
 
 ROOT = Path(__file__).parent.parent.parent

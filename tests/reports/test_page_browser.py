@@ -8,8 +8,8 @@ import pytest
 from test_page import HOSTILE, STEERING, charts_of, large, renamed
 
 from anybit.errors import printable
-from anybit.records import record_of
 from anybit.reports import page as pages
+from anybit.runs.records import record_of
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
 CHROMIUM = shutil.which("chromium")

@@ -30,20 +30,19 @@ from functools import cache, partial
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybit.batches import Batch, Calibration, predict, real
-from anybit.candidates import put_back, snapshot
-from anybit.capture import Captured, MemoryBudget, capture, carry, chunks, give_back
+from anybit.data.batches import real
+from anybit.data.samples import Calibration
 from anybit.errors import AnybitError
-from anybit.evaluation import compares_classes, distance, outputs_of
-from anybit.layers import QuantizedLayer, fill, float_weight, from_rows, quantized_layers, weight_rows
-from anybit.numerics import fake_quantize
+from anybit.files.cache import Cache, Entry
+from anybit.networks.capture import Captured, MemoryBudget, capture, carry, chunks, give_back
+from anybit.networks.layers import QuantizedLayer, fill, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.networks.states import put_back, snapshot
+from anybit.networks.wiring import Unit, Wiring
+from anybit.numerics.affine import fake_quantize
+from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
 from anybit.progress import tell, track
-from anybit.quantizers import LearnedInput, UniformQuantizer
-from anybit.resume import Kept, Recall
-from anybit.wiring import Unit, Wiring
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def sequential(
     calibration: Calibration,
     settings: AdaQuantSettings,
     memory: int,
-    recall: Recall = Recall(),
+    recall: Cache = Cache(),
 ) -> dict[str, dict[str, float]]:
     """Reconstruct the units of `model`, in place, one after the other: each sees what the already quantized network gives it.
 
@@ -239,7 +238,7 @@ def sequential(
         return sides
 
     for unit in track(units, "sequential AdaQuant"):
-        recall = recall.under(unit.name)  # and on every unit before it
+        recall = recall.keyed(unit.name)  # and on every unit before it
         name = f"sequential AdaQuant of {unit.name}"
         report[unit.name] = _recalled_unit(name, model, unit, starts, partial(reach, unit), wiring, settings, recall)
         through.append(unit)
@@ -278,7 +277,7 @@ def parallel(
     calibration: Calibration,
     settings: AdaQuantSettings,
     memory: int,
-    recall: Recall = Recall(),
+    recall: Cache = Cache(),
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Reconstruct every unit of every variant (bits -> model), in place, with the float network's inputs: no unit depends on another,
     so layers of any bits can be put together afterwards. What a unit sees is captured once for all variants, unless `recall` has kept what
@@ -305,16 +304,16 @@ def _recalled_unit(
     sides: Callable[[], list[UnitData]],
     wiring: Wiring,
     settings,
-    recall: Recall,
+    recall: Cache,
 ) -> dict[str, float]:
     """The unit reconstructed, in place, on what `sides` gives, or as an earlier run left it; its errors."""
     layers = [name for name in unit.layers if name in starts]
 
-    def make() -> Kept:
+    def make() -> Entry:
         errors = _reconstruct_unit(model, unit, starts, *sides(), wiring, settings)
-        return Kept(errors, snapshot(model, layers))
+        return Entry(errors, snapshot(model, layers))
 
-    def read(kept: Kept) -> dict[str, float]:
+    def read(kept: Entry) -> dict[str, float]:
         put_back(model, layers, kept.tensors)
         return {key: int(value) if key == "steps" else float(value) for key, value in kept.record.items()}
 
@@ -414,124 +413,3 @@ def _mix_argument(float_item, quantized_item, drop: float):
 
 def _identity(output: Tensor) -> Tensor:
     return output
-
-
-@dataclass(frozen=True)
-class BiasTuningSettings:
-    """epochs over the fitting inputs; rate of Adam; scales: train the scales too (as logarithms); patience in epochs; part: samples that
-    are in memory at once, a batch's gradients being summed over its parts (None: all)."""
-
-    epochs: int = 6
-    rate: float = 1e-3
-    scales: bool = False
-    patience: int = 3
-    seed: int = 0
-    part: int | None = None
-
-
-class ScaledCodes(nn.Module):
-    """Fixed integer codes times a free scale: the weight slot of a layer while its outputs are tuned."""
-
-    def __init__(self, quantizer: UniformQuantizer, rows: Tensor):
-        super().__init__()
-        self.bits = quantizer.bits
-        self.register_buffer("codes", quantizer.codes(rows))
-        self.log_scale = nn.Parameter(quantizer.scale.log())
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.codes * self.log_scale.exp()
-
-    def freeze(self) -> UniformQuantizer:
-        return UniformQuantizer(self.bits, True, self.log_scale.exp())
-
-
-def tune_biases(
-    model: nn.Module,
-    fitting: list[Batch],
-    references: list[Tensor],
-    held_out: list[Batch],
-    held_out_reference: Tensor,
-    task: str,
-    settings: BiasTuningSettings,
-) -> dict[str, float]:
-    """Train the biases of the quantized layers, in place, towards the float outputs `references`, one tensor a fitting batch.
-
-    No integer code changes. The best state on held-out inputs is kept; `epochs` 0 means that the start was best. With `scales` the
-    weight and input scales are trained too, which the paper does not do; calibration inputs are often the network's own training data,
-    on which more freedom can fit more than it should.
-    """
-    layers = {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer.weight_quantizer, UniformQuantizer)}
-    slots = {name: (layer.weight_quantizer, layer.input_quantizer) for name, layer in layers.items()}
-    before = distance(outputs_of(model, held_out), held_out_reference, task)
-    result = {"before": before, "after": before, "epochs": 0}
-    if settings.scales:
-        _free_scales(layers.values())
-    parameters = [p for layer in layers.values() for p in _tuned_parameters(layer)]
-    if not parameters:
-        return result
-    for parameter in parameters:
-        parameter.requires_grad_(True)  # the user's network may have been frozen
-    optimizer = torch.optim.Adam(parameters, lr=settings.rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * len(fitting))
-    generator = torch.Generator().manual_seed(settings.seed)
-    best = [parameter.detach().clone() for parameter in parameters]
-    for epoch in track(range(1, settings.epochs + 1), "bias tuning"):
-        for index in torch.randperm(len(fitting), generator=generator).tolist():
-            optimizer.zero_grad()
-            _add_gradients(model, fitting[index], references[index], task, settings.part)
-            optimizer.step()
-            schedule.step()
-        after = distance(outputs_of(model, held_out), held_out_reference, task)
-        tell("tuning", epoch=epoch, loss=after)
-        if after < result["after"]:
-            result |= {"after": after, "epochs": epoch}
-            best = [parameter.detach().clone() for parameter in parameters]
-        elif epoch - result["epochs"] >= settings.patience:
-            break
-    with torch.no_grad():
-        for parameter, kept in zip(parameters, best, strict=True):
-            parameter.copy_(kept)
-    if settings.scales and result["epochs"]:
-        _freeze(layers)
-    else:  # exp(log(scale)) is not bitwise the scale: an unchanged model gets its own quantizers back
-        for name, layer in layers.items():
-            layer.weight_quantizer, layer.input_quantizer = slots[name]
-    return result
-
-
-def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: str, part: int | None) -> None:
-    """Add the gradients of the batch's loss, of as many samples at a time as `part`."""
-    done = 0
-    for inputs in batch.parts(part or len(batch)):
-        with torch.enable_grad():
-            outputs = predict(model, inputs)
-            target = reference[done : done + len(outputs)]
-            (output_loss(outputs, target, task) * _share(target, reference, task)).backward()
-        done += len(outputs)
-
-
-def _share(part: Tensor, whole: Tensor, task: str) -> float | Tensor:
-    """What a part's `output_loss` weighs in that of the whole: its rows, or its power."""
-    return len(part) / len(whole) if compares_classes(task) else part.square().sum() / whole.square().sum().clamp_min(1e-30)
-
-
-def _free_scales(layers: Iterable[nn.Module]) -> None:
-    for layer in layers:
-        layer.weight_quantizer = ScaledCodes(layer.weight_quantizer, weight_rows(layer, float_weight(layer)).detach())
-        if isinstance(layer.input_quantizer, UniformQuantizer):
-            layer.input_quantizer = LearnedInput(layer.input_quantizer)
-
-
-def _tuned_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
-    if getattr(layer, "bias", None) is not None:
-        yield layer.bias
-    for slot in (layer.weight_quantizer, layer.input_quantizer):
-        if isinstance(slot, ScaledCodes | LearnedInput):
-            yield slot.log_scale
-
-
-def output_loss(outputs: Tensor, reference: Tensor, task: str) -> Tensor:
-    """What `evaluation.distance` measures, differentiable and in the model's own precision."""
-    if compares_classes(task):
-        return F.kl_div(F.log_softmax(outputs, -1), F.log_softmax(reference, -1), reduction="none", log_target=True).sum(-1).mean()
-    return relative_error(outputs, reference)

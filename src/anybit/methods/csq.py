@@ -38,87 +38,26 @@ DAC 2023 (arXiv 2212.02770); its equations from the paper's abstract and the aut
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from anybit.allocation import allocate, make_problem
-from anybit.batches import Batch
-from anybit.cost import CostModel
+from anybit.allocation.program import allocate, make_problem
+from anybit.allocation.sensitivity import SensitivityTable
+from anybit.budget import Budget, Condition
+from anybit.data.batches import Batch
 from anybit.errors import InvalidFile, InvalidSetting
-from anybit.files import validated
-from anybit.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
-from anybit.quantizers import LearnedInput, UniformQuantizer
-from anybit.ranges import weight_scale
-from anybit.scheme import FLOAT, Budget, Condition, Precision, Scheme, check_positive
-from anybit.sensitivity import SensitivityTable
+from anybit.files.strict import validated
+from anybit.methods.settings import CSQSettings
+from anybit.networks.cost import CostModel
+from anybit.networks.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
+from anybit.numerics.ranges import weight_scale
+from anybit.scheme import FLOAT, Precision, Scheme
 
 Gates = Literal["soft", "straight-through", "hard"]
-
-
-@dataclass(frozen=True)
-class CSQSettings:
-    """planes            N, magnitude planes a layer starts with; with the sign N + 1 bits
-    per_channel          a scale for each output channel instead of one a layer
-    prune                a layer may lose all its planes (W0)
-    strength             lambda
-    anchor               keep every layer's highest plane open while planes are decided
-    ramp                 share of the search over which the penalty's budget falls to the user's; 0 is at once, as published
-    weighting            power of a layer's weights that its planes are penalized by: 1 as the budget counts, 0 all alike, as published
-    fix, harden          shares of the run at which the planes are fixed and the weight gates hardened
-    logit                c, size of the logits of a gate that starts decided, at beta 1: 1 leaves it at 0.73 or 0.27, 3 at 0.95 or 0.05
-    plane_temperature    beta of the plane gates when they are fixed
-    phase                how the weight gates go on when the planes are fixed: "restart", "rewind" or "continue" (see above)
-    fix_temperature      beta of the weight gates when the planes are fixed
-    final_temperature    beta of the weight gates when they are hardened
-    weight_gates         "soft", or "straight-through" for comparison: hard forward, soft backward
-    plane_gates          "soft", or "straight-through" for comparison: hard, closed planes pruned for good every epoch (BSQ-like)
-    gate_rate, plane_rate, scale_rate, rate   Adam's learning rates: weight logits, plane logits, log scales, all other parameters
-    """
-
-    planes: int = 7
-    per_channel: bool = False
-    prune: bool = False
-    strength: float = 0.3
-    anchor: bool = True
-    ramp: float = 0.8
-    weighting: float = 0.5
-    fix: float = 0.15
-    harden: float = 0.9
-    logit: float = 3.0
-    plane_temperature: float = 200.0
-    fix_temperature: float = 1.3
-    final_temperature: float = 60.0
-    phase: Literal["restart", "rewind", "continue"] = "restart"
-    weight_gates: Gates = "soft"
-    plane_gates: Gates = "soft"
-    gate_rate: float = 1e-2
-    plane_rate: float = 1e-2
-    scale_rate: float = 1e-3
-    rate: float = 1e-3
-
-    def __post_init__(self):
-        if not 1 <= self.planes <= 7:
-            raise InvalidSetting(f"planes {self.planes} is outside 1..7: with the sign they are 2 to 8 bits.")
-        if not 0 < self.fix <= self.harden <= 1:
-            raise InvalidSetting(f"fix {self.fix} and harden {self.harden} are shares of the run, 0 < fix <= harden <= 1.")
-        for name in ("weight_gates", "plane_gates"):
-            if getattr(self, name) not in ("soft", "straight-through"):
-                raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose soft or straight-through.")
-        if not 0 <= self.ramp <= 1 or not 0 <= self.weighting <= 1:
-            raise InvalidSetting(f"ramp {self.ramp} and weighting {self.weighting} must be from 0 to 1.")
-        if self.phase not in ("restart", "rewind", "continue"):
-            raise InvalidSetting(f"phase {self.phase!r} is unknown. Choose restart, rewind or continue.")
-        for name in ("logit", "strength", "gate_rate", "plane_rate", "scale_rate", "rate"):
-            check_positive(getattr(self, name), name)
-        if self.logit > 10:
-            raise InvalidSetting(f"logit {self.logit} is above 10: in float32 such a gate is all but decided and cannot be trained.")
-        for name in ("plane_temperature", "fix_temperature", "final_temperature"):
-            if getattr(self, name) < 1:
-                raise InvalidSetting(f"{name} {getattr(self, name)} must be at least 1, where temperatures start.")
 
 
 # The gates
@@ -292,7 +231,7 @@ class GatedWeight(nn.Module):
 # From the gate to the budget
 
 
-class Growth:
+class CSQ:
     """A prepared, unfolded network whose scheme grows: what `training.train` needs to know of the method.
 
     choices  layer -> the precisions it may end with; one alone where it is kept

@@ -10,31 +10,19 @@ scale has no part; steps start from the range of least squared error.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anybit.batches import Batch
-from anybit.cost import CostModel
-from anybit.layers import Pruned, fill, float_weight, quantized_layers, weight_rows
-from anybit.numerics import fake_quantize
-from anybit.quantizers import LearnedInput, UniformQuantizer
-from anybit.ranges import weight_scale
-from anybit.scheme import Scheme, check_positive
-
-
-@dataclass(frozen=True)
-class LSQSettings:
-    """Adam's learning rates: of log scales, and of weights and all other parameters."""
-
-    scale_rate: float = 1e-3
-    rate: float = 1e-3
-
-    def __post_init__(self):
-        check_positive(self.scale_rate, "scale_rate")
-        check_positive(self.rate, "rate")
+from anybit.data.batches import Batch
+from anybit.methods.settings import LSQSettings
+from anybit.networks.cost import CostModel
+from anybit.networks.layers import Pruned, fill, float_weight, quantized_layers, weight_rows
+from anybit.numerics.affine import fake_quantize
+from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
+from anybit.numerics.ranges import weight_scale
+from anybit.scheme import Scheme
 
 
 class LearnedStep(nn.Module):
@@ -52,7 +40,7 @@ class LearnedStep(nn.Module):
         return UniformQuantizer(self.bits, True, self.log_scale.exp())
 
 
-class FixedScheme:
+class LSQ:
     """A prepared, unfolded network trained at `scheme`: what `training.train` needs to know of the method."""
 
     def __init__(self, model: nn.Module, scheme: Scheme, costs: CostModel, settings: LSQSettings):

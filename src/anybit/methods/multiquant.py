@@ -34,71 +34,24 @@ import copy
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybit.batches import Batch
+from anybit.data.batches import Batch
 from anybit.errors import InvalidFile, InvalidSetting
-from anybit.files import validated
-from anybit.layers import fill, float_weight, quantized_layers, weight_rows
-from anybit.numerics import fake_quantize, quant_limits
-from anybit.processes import average
-from anybit.quantizers import UniformQuantizer, of_operand
-from anybit.scheme import FLOAT_BITS, Precision, Scheme, check_bits, check_positive
-from anybit.store import check_choices
+from anybit.files.strict import validated
+from anybit.loops.processes import average
+from anybit.methods.settings import MultiQuantSettings
+from anybit.networks.layers import fill, float_weight, quantized_layers, weight_rows
+from anybit.numerics.affine import fake_quantize, quant_limits
+from anybit.numerics.quantizers import UniformQuantizer, of_operand
+from anybit.scheme import FLOAT_BITS, Precision, Scheme, check_choices
 
 DRAWN = 4
 """Networks that attentive sampling chooses from."""
-
-
-@dataclass(frozen=True)
-class MultiQuantSettings:
-    """sandwich       the networks of a step, in order: H highest, R random, L lowest; letters may repeat or be left out
-    label          "one-hot", "adaptive", or "teacher" (R learns from H, L from R)
-    label_weight   a, the soft label's or the teacher's share of the loss
-    middle         how R is drawn: "uniform", "worst", "best" or "progressive"
-    per_channel    a weight step for each output channel instead of one a layer
-    batch_norm     "reestimate": one set, statistics estimated anew for the network at hand; "switch": a set for each bit-width of the layer
-    step_rates     bits -> factor on `step_rate`; 1 where not named
-    step_rate, offset_rate, rate   Adam's learning rates: log steps, offsets (0 keeps them), weights and all other parameters
-    """
-
-    sandwich: str = "HRL"
-    label: Literal["one-hot", "adaptive", "teacher"] = "one-hot"
-    label_weight: float = 0.5
-    middle: Literal["uniform", "worst", "best", "progressive"] = "uniform"
-    per_channel: bool = True
-    batch_norm: Literal["reestimate", "switch"] = "reestimate"
-    step_rates: Mapping[int, float] = field(default_factory=dict)
-    step_rate: float = 1e-3
-    offset_rate: float = 0.0
-    rate: float = 1e-3
-
-    def __post_init__(self):
-        if not self.sandwich or set(self.sandwich) - set("HRL"):
-            raise InvalidSetting(f"sandwich {self.sandwich!r} cannot be read. Write the letters H, R and L in any order: HRL.")
-        for name, allowed in (
-            ("label", ("one-hot", "adaptive", "teacher")),
-            ("middle", ("uniform", "worst", "best", "progressive")),
-            ("batch_norm", ("reestimate", "switch")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose from {', '.join(allowed)}.")
-        if self.label == "teacher" and sorted(self.sandwich, key="HRL".index) != list(self.sandwich):
-            raise InvalidSetting(f"sandwich {self.sandwich!r}: with label teacher the wider network comes first. Write H, then R, then L.")
-        if not 0 <= self.label_weight <= 1:
-            raise InvalidSetting(f"label_weight {self.label_weight} must be from 0 to 1.")
-        if not 0 <= self.offset_rate < math.inf:
-            raise InvalidSetting(f"offset_rate {self.offset_rate} must be a finite number, and not below zero.")
-        for bits, factor in self.step_rates.items():
-            check_bits(bits)
-            check_positive(factor, f"step rate factor of {bits} bits")
-        check_positive(self.step_rate, "step_rate")
-        check_positive(self.rate, "rate")
 
 
 # The quantizers: one tensor for all bit-widths, and an index of the one in use

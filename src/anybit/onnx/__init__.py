@@ -1,4 +1,7 @@
-"""The exported form: an ONNX file as small as its bits that runs on integer kernels, and the proof that it computes what was evaluated."""
+"""The exported form: an ONNX file as small as its bits that runs on integer kernels, and the proof that it computes what was evaluated.
+
+Imports reports and below.
+"""
 
 from importlib import import_module
 

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from anybit.batches import Batch
-from anybit.checkpoint import Canonical
+from anybit.data.batches import Batch
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
-from anybit.files import in_words, parse_json, validated, whole_file
-from anybit.layers import Pruned, emptied, float_weight, quantized_layers
-from anybit.onnx.floats import OPSET, check_graph, edge_names, float_graph, input_tensors, probe_of, ranges_on, values_on
+from anybit.files.cache import Cache
+from anybit.files.strict import in_words, parse_json, validated
+from anybit.files.whole import whole_file
+from anybit.networks.canonical import Canonical
+from anybit.networks.layers import Pruned, emptied, float_weight, quantized_layers
+from anybit.onnx.floats import OPSET, edge_names, float_graph, input_tensors, probe_of, ranges_on
 from anybit.onnx.plan import Plan, make_plan
 from anybit.onnx.storage import stored_bytes
 from anybit.onnx.writer import TWO_BIT_VERSIONS, write_graph
@@ -69,20 +71,20 @@ def exported(
     tables: bool = False,
     weight_only: bool = False,
     measured: Mapping[str, tuple[float, float]] | None = None,
+    cache: Cache = Cache(),
 ) -> Exported:
     """The canonical model as graphs; `example` is a batch of real inputs, of which a few are run.
 
     tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
     weight_only  linears with float inputs keep their weights packed as they run
     measured     ranges of tensors that no edge of the run is, as an earlier export took them from its inputs
+    cache        keeps what the exporter of PyTorch gives for this network, whatever its weights
     """
     model = canonical.model.cpu().eval()
     plain, layers = emptied(model).eval(), quantized_layers(model)
-    floating = float_graph(plain, example, layers)
     probe = probe_of(example, PROBE)
-    values = values_on(floating, input_tensors(probe))
-    rounds = [name for name, layer in layers.items() if layer.weight_quantizer is not None or layer.input_quantizer is not None]
-    check_graph(plain, floating, values, probe, rounds)
+    rounded = [name for name, layer in layers.items() if layer.weight_quantizer is not None or layer.input_quantizer is not None]
+    floating, values = float_graph(plain, example, probe, layers, rounded, cache)
     names = edge_names(plain, values, probe, canonical.edges)
     wider: dict[str, tuple[float, float]] = dict(measured or {})
 

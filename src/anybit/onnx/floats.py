@@ -12,7 +12,7 @@ import ast
 import inspect
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -21,10 +21,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from anybit.batches import Batch, call, map_tensors, tensors_in
+from anybit.data.batches import Batch, Inputs, call, map_tensors, tensors_in
 from anybit.errors import UnsupportedModel
-from anybit.layers import float_weight
-from anybit.wiring import observe
+from anybit.files.cache import Cache
+from anybit.networks.layers import float_weight
+from anybit.networks.wiring import observe
+from anybit.onnx.graphs import forget_graph, kept_graph
+from anybit.onnx.traces import graph_digest, state_of
 
 OPSET, IR_VERSION = 21, 10
 """What the file is written in: the first operator set with four-bit integers; runtimes of early 2024 load it."""
@@ -38,38 +41,88 @@ BIAS = "bias"
 LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
 
 
-def float_graph(plain: nn.Module, example: Batch, layers: Iterable[str]) -> ir.Model:
-    """`plain` (the canonical model with its quantizers off), exported and tidied; the first dimension of inputs and outputs is the batch,
-    the second of padded texts their length.
+def float_graph(
+    plain: nn.Module, example: Batch, probe: Batch, layers: Iterable[str], rounded: Collection[str], cache: Cache
+) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """(`plain`, the canonical model with its quantizers off, exported, tidied and checked; its values on `probe`). The first dimension of
+    inputs and outputs is the batch, the second of padded texts their length.
+
+    layers   those that become nodes of their name;   rounded  those of them that have quantizers
+    cache    keeps the graph; one that was kept and does not pass the check is exported anew
 
     Raises UnsupportedModel naming the operator, where the exporter does not know one, InvalidInput where the model refuses the inputs.
     """
     observe(plain, probe_of(example, 2))  # inputs that the model refuses are named as such
     inputs = map_tensors(example.inputs, lambda tensor: tensor[:2] if len(tensor) > 1 else torch.cat([tensor, tensor]))
-    given = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": inputs if isinstance(inputs, tuple) else (inputs,)}
-    sizes, length = {0: torch.export.Dim("batch", min=1)}, None if example.mask is None else example.mask.shape[1]
+    length = None if example.mask is None else example.mask.shape[1]
+    key, state = _key(plain, inputs, length), state_of(plain)
+    weights = {name: float_weight(plain.get_submodule(name)).detach().numpy() for name in layers}
+
+    def attempt(cache: Cache) -> tuple[ir.Model, dict[str, np.ndarray]] | None:
+        """None where a kept graph is not the network's."""
+        new = False
+
+        def export() -> ir.Model:
+            nonlocal new
+            new = True
+            return _exported(plain, inputs, length)
+
+        try:
+            graph = kept_graph(key, export, state, cache)
+            _tidy(graph, weights)
+            values = values_on(graph, input_tensors(probe))
+            check_graph(plain, graph, values, probe, rounded)
+        except Exception:  # of many kinds, where a graph is run on what it was not exported for
+            if new:
+                raise
+            return None
+        return graph, values
+
+    checked = attempt(cache)
+    if checked is None:
+        forget_graph(key, cache)
+        checked = attempt(Cache())
+    assert checked is not None  # a new graph passes or raises
+    return checked
+
+
+def _key(plain: nn.Module, inputs: Inputs, length: int | None) -> str | None:
+    """What a kept graph goes by; None where the forward pass cannot be recorded."""
+    try:
+        return graph_digest(plain, inputs, length)
+    except Exception:  # whatever the network's code raises: it runs on another size, and its operators under a recorder
+        return None
+
+
+def _exported(plain: nn.Module, inputs: Inputs, length: int | None) -> ir.Model:
+    """The graph as torch's exporter gives it, before it is optimized."""
+    passed = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": inputs if isinstance(inputs, tuple) else (inputs,)}
+    sizes = {0: torch.export.Dim("batch", min=1)}
     tokens = {} if length is None else {1: torch.export.Dim("tokens", min=1)}
-    bound = inspect.signature(plain.forward).bind(*given.get("args", ()), **given.get("kwargs", {}))
+    bound = inspect.signature(plain.forward).bind(*passed.get("args", ()), **passed.get("kwargs", {}))
     shapes = map_tensors(
         dict(bound.arguments),  # by the forward's own names: what *args and **kwargs take lies within theirs
         lambda tensor: sizes | tokens if tensor.dim() > 1 and tensor.shape[1] == length else sizes,
     )
+    settings = {"dynamic_shapes": shapes, "opset_version": OPSET, "optimize": False, "verbose": False}
     try:
-        with _quiet():
-            program = torch.onnx.export(plain, **given, dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, verbose=False)
+        with _quiet(), torch.no_grad():  # a forward that turns gradients off stays one graph
+            graph = torch.onnx.export(plain, **passed, dynamo=True, **settings).model
     except Exception as error:  # the exporter's own errors are of many kinds
         raise UnsupportedModel(f"The network cannot be exported to ONNX: {_reason(error)}") from error
-    graph = program.model
-    graph.ir_version = IR_VERSION
     for value in graph.graph.inputs:
         if value.shape is not None and len(value.shape) and isinstance(value.shape[0], int):
             raise UnsupportedModel(
                 "The network's forward fixes the size of the batch (by len(x), or int(x.shape[0])). Let it use x.shape[0] as it is, or -1."
             )
-    _name_layers(graph, {name: float_weight(plain.get_submodule(name)).detach().numpy() for name in layers})
+    return graph
+
+
+def _tidy(graph: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
+    graph.ir_version = IR_VERSION
+    _name_layers(graph, weights)
     _pool_means(graph)
     _merge_padding(graph)
-    return graph
 
 
 @contextmanager

@@ -22,21 +22,23 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field
 
-from anybit.batches import Batch
-from anybit.checkpoint import Canonical
-from anybit.cost import LatencyTable, Step, kernel_class
+from anybit.data.batches import Batch
+from anybit.environment import processor
 from anybit.errors import AnybitError, InvalidFile
-from anybit.files import read_sealed, sealed, validated, whole_file, write_json
+from anybit.files.strict import read_sealed, sealed, validated, write_json
+from anybit.files.whole import whole_file
+from anybit.networks.canonical import Canonical
+from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.latency import LatencyTable, OperationFlow, kernel_class
+from anybit.networks.observed import ObservedNetwork, rounded_to_nearest
+from anybit.networks.wiring import LAYER as LAYER_KIND
 from anybit.onnx.file import asks_for_exact_sums, exported, session
 from anybit.onnx.floats import LAYER, input_tensors, probe_of
 from anybit.onnx.timing import in_turns
-from anybit.reporting import processor
 from anybit.scheme import FLOAT, Precision, Scheme
-from anybit.stages import Network, edge_ranges, rounded
-from anybit.wiring import LAYER as LAYER_KIND
 
 
-def measure_latency(network: Network, batch: Batch, rounds: int = 20, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]]:
+def measure_latency(network: ObservedNetwork, batch: Batch, rounds: int = 20, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]]:
     """(the table, what was measured and predicted of whole networks) for one sample a forward pass."""
     on_integers = _on_integers(network)
     whole = {name: options[0] if options else network.choices[name][0] for name, options in on_integers.items()}
@@ -44,8 +46,8 @@ def measure_latency(network: Network, batch: Batch, rounds: int = 20, threads: i
     striped = {name: FLOAT if name in free[1::2] else precision for name, precision in whole.items()}
     graphs: dict[str, ir.Model] = {}
     for kind, precisions in (("int8", whole), ("alternating", striped)):
-        model = rounded(network, [batch], Scheme(precisions))
-        made = exported(Canonical(model, network.norms, edge_ranges(model, network.wiring, [batch])), batch)
+        model = rounded_to_nearest(network, [batch], Scheme(precisions))
+        made = exported(Canonical(model, network.norms, observe_edge_ranges(model, network.wiring, [batch])), batch)
         graphs[kind], graphs["float32"] = made.integer, made.floating
     one = probe_of(batch, 1)
     runners = {kind: _runner(graph, one, threads) for kind, graph in graphs.items()}
@@ -74,20 +76,20 @@ def _runner(graph: ir.Model, batch: Batch, threads: int):
     return lambda: running.run(None, feeds)
 
 
-def _on_integers(network: Network) -> dict[str, list[Precision]]:
+def _on_integers(network: ObservedNetwork) -> dict[str, list[Precision]]:
     """Layer -> those of its choices that run on integers."""
     products = _products(network)
     return {name: [p for p in options if kernel_class(p, name in products) == "int8"] for name, options in network.choices.items()}
 
 
-def _products(network: Network) -> list[str]:
+def _products(network: ObservedNetwork) -> list[str]:
     return [name for name, size in network.costs.layers.items() if size.operands == 2]
 
 
-def _steps(network: Network) -> tuple[Step, ...]:
+def _steps(network: ObservedNetwork) -> tuple[OperationFlow, ...]:
     batch = network.wiring.batch_size
     return tuple(
-        Step(op.name if op.kind == LAYER_KIND else None, op.inputs, op.outputs, int(np.prod(op.shape)) // batch)
+        OperationFlow(op.name if op.kind == LAYER_KIND else None, op.inputs, op.outputs, int(np.prod(op.shape)) // batch)
         for op in network.wiring.operations
     )
 
@@ -156,7 +158,7 @@ class Seconds(BaseModel):
     int8: float = Field(ge=0)
 
 
-class KeptStep(BaseModel):
+class FlowRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     layer: str | None
     inputs: list[int]
@@ -173,14 +175,14 @@ class LatencyFile(BaseModel):
     layers: dict[str, Seconds]
     rest: Seconds
     boundary: float = Field(ge=0)
-    steps: list[KeptStep]
+    steps: list[FlowRecord]
     fixed: list[str]
     products: list[str]
     about: dict[str, Any]
     digest: str
 
 
-def _table_file(network: Network, threads: int) -> Path:
+def _table_file(network: ObservedNetwork, threads: int) -> Path:
     """Where the table of a network of this shape, on this machine and runtime, is kept."""
     import onnxruntime
 
@@ -192,7 +194,7 @@ def _table_file(network: Network, threads: int) -> Path:
     return home / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
 
 
-def keep(network: Network, table: LatencyTable, about: Mapping[str, Any], threads: int = 1) -> Path:
+def save_table(network: ObservedNetwork, table: LatencyTable, about: Mapping[str, Any], threads: int = 1) -> Path:
     """Write the table where `recalled` finds it."""
     place = _table_file(network, threads)
     with whole_file(place, "Make room, or let XDG_CACHE_HOME name another folder.") as draft:
@@ -200,7 +202,7 @@ def keep(network: Network, table: LatencyTable, about: Mapping[str, Any], thread
     return place
 
 
-def recalled(network: Network, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]] | None:
+def load_table(network: ObservedNetwork, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]] | None:
     """(the table, what was measured) of an earlier `keep` for the same network, machine and runtime; None where there is none."""
     place = _table_file(network, threads)
     if not place.is_file():
@@ -212,5 +214,5 @@ def recalled(network: Network, threads: int = 1) -> tuple[LatencyTable, dict[str
     except InvalidFile as error:
         raise InvalidFile(f"{error} Measure again: anybit profile --overwrite.") from error
     layers = {name: row.model_dump() for name, row in told.layers.items()}
-    steps = [Step(step.layer, tuple(step.inputs), tuple(step.outputs), step.numbers) for step in told.steps]
+    steps = [OperationFlow(step.layer, tuple(step.inputs), tuple(step.outputs), step.numbers) for step in told.steps]
     return LatencyTable(layers, told.rest.model_dump(), told.boundary, steps, told.fixed, told.products), told.about

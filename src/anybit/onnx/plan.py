@@ -20,8 +20,8 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from anybit.layers import quantized_layers, scheme_of
-from anybit.matmul import Matmul
+from anybit.networks.layers import quantized_layers, scheme_of
+from anybit.networks.matmul import Matmul
 from anybit.onnx.floats import BIAS, LAYER, constant
 
 MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice", "Pad"}

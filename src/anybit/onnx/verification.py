@@ -20,10 +20,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from anybit.batches import Batch, call, first_tensor
+from anybit.data.batches import Batch, call, first_tensor
 from anybit.errors import UnsupportedModel, some
-from anybit.layers import quantized_layers
-from anybit.matmul import Matmul
+from anybit.networks.layers import quantized_layers
+from anybit.networks.matmul import Matmul
 from anybit.onnx.file import EXACT_SUMS, Exported, asks_for_exact_sums, outputs, session, x86_flags
 from anybit.onnx.floats import LAYER, constant, input_tensors
 from anybit.onnx.interpreter import interpret

@@ -15,8 +15,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from anybit.layers import Pruned, codes_of, float_weight, from_rows, quantized_layers, weight_rows
-from anybit.matmul import Matmul
+from anybit.networks.layers import Pruned, codes_of, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.networks.matmul import Matmul
 from anybit.onnx.floats import BIAS, IR_VERSION, LAYER, OPSET, constant
 from anybit.onnx.plan import MOVES, Affine, Plan
 from anybit.onnx.storage import stored

@@ -1,4 +1,4 @@
-"""Show runs: pages, terminal tables, a layer explained, two runs compared. May import what reads finished runs, and no road.
+"""Finished runs shown: pages, terminal tables, one layer explained, two runs compared. Imports supernets and below.
 
 Named in the plural because `anybit.report` is the function.
 """

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anybit.checkpoint import read_report, read_scheme
-from anybit.supernet import JSON as SUPERNET_JSON
-from anybit.supernet import read_supernet_file
+from anybit.runs.names import SUPERNET_JSON
+from anybit.runs.report import read_report
+from anybit.runs.scheme_file import read_scheme
+from anybit.supernets.folder import read_supernet_file
 
 KEYS = ("name", "step", "epoch")
 """Fields that name the rows of a report's lists."""

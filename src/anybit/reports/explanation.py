@@ -8,14 +8,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from anybit.allocation import Frontier
-from anybit.checkpoint import REPORT, SEARCH, read_record, read_search, runs_in
+from anybit.allocation.frontier import Frontier
+from anybit.budget import Budget
 from anybit.errors import InvalidFile
-from anybit.records import LayerRow, Record, SearchRecord
 from anybit.reports.words import human_bytes, human_count
-from anybit.scheme import Budget, Precision, check_names
-from anybit.supernet import JSON as SUPERNET_JSON
-from anybit.supernet import read_supernet_file
+from anybit.runs.folder import runs_in
+from anybit.runs.names import REPORT, SEARCH, SUPERNET_JSON
+from anybit.runs.records import LayerRow, Record, SearchRecord
+from anybit.runs.report import read_record, read_search
+from anybit.scheme import Precision, check_names
+from anybit.supernets.folder import read_supernet_file
 
 LIMITED = {"bits": "bits", "bytes": "bytes", "percent": "bytes", "bops": "bops"}
 """Condition of a budget -> the cost that it limits."""

@@ -5,9 +5,9 @@ from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
-from anybit.records import Epoch, LayerRow, Record, SchemeRow, SearchRecord
 from anybit.reports.charts import DASHES, SHAPES, Axis, Box, Chart, Point, Series, linear_axis, loss_axis, names_axis, short, upside_down
 from anybit.reports.words import human_bytes, human_count, number, scheme_in_words
+from anybit.runs.records import Epoch, LayerRow, Record, SchemeRow, SearchRecord
 
 FLOAT_HEIGHT = 9  # where float stands on an axis of 2 to 8 bits
 MOST_EPOCHS = 10  # that are written on an axis

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from anybit.checkpoint import read_record, runs_in
 from anybit.errors import InvalidSetting, printable
-from anybit.files import whole_file
-from anybit.records import Amounts, Epoch, Record, Table, counted, record_of
+from anybit.files.whole import whole_file
 from anybit.reports import figures
 from anybit.reports.words import SCORE_WORDS, human_bytes, human_count, number, points_apart, scheme_in_words
+from anybit.runs.folder import runs_in
+from anybit.runs.records import Amounts, Epoch, Record, Table, counted, record_of
+from anybit.runs.report import read_record
 from anybit.scheme import Precision
 
 SLIDER_PLACES = 200

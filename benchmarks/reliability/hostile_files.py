@@ -1,0 +1,633 @@
+"""Mutated files: each must end in a typed error, or load as what it says.
+
+    python -m benchmarks.reliability.hostile_files --cases 10000 --output benchmarks/results/hostile_files.json
+    python -m benchmarks.reliability.hostile_files --replay 4711             (one case again, with what it raises)
+
+A case takes the files of one kind (a run's, a supernet's, a cache's, ...), mutates one of them, and reads them as the verbs do. In every
+second case the checksums are made right again, so that the parsers are tried and not only the hash. What counts as right:
+
+    error     an AnybitError of one line that names a file or what in it is at fault
+    same      it loads, and is in every number what was written: the mutation met nothing that carries meaning
+    edited    it loads as something else that is sound. Only where checksums were made right, or where a kind has none
+
+Anything else fails: another exception, numbers that are not sound, a case of more than 10 seconds, or one that asks for more memory than
+the process has plus LEEWAY (files here have some thousand bytes).
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save, save_file
+from torch import nn
+
+import anybit
+from anybit.data.batches import Batch
+from anybit.environment import _reset_peak, environment, peak_memory
+from anybit.errors import AnybitError, InvalidFile
+from anybit.files.cache import DIGEST_BYTES, RECORD, Cache, Entry, _written
+from anybit.files.strict import DIGEST, digest_of, sha256_of
+from anybit.loops.checkpoint import _digest, resume_checkpoint, save_checkpoint
+from anybit.networks.candidates import apply_scheme
+from anybit.networks.latency import LatencyTable, OperationFlow
+from anybit.networks.observed import ObservedNetwork, observe_network
+from anybit.networks.states import put_back, snapshot
+from anybit.onnx import latency
+from anybit.onnx.file import load as load_graph
+from anybit.onnx.latency import load_table, save_table
+from anybit.onnx.verification import _contents, _told
+from anybit.reports.terminal import print_frontier, print_report
+from anybit.roads.allocate import _table_from, check_saved
+from anybit.roads.extract import _scheme_from
+from anybit.roads.grow import make_trainee, observe_trainable
+from anybit.roads.search import best_within
+from anybit.roads.settings import CalibrateSettings, GrowSettings
+from anybit.runs.candidates import read_candidates
+from anybit.runs.report import TIMES, read_report
+from anybit.runs.scheme_file import SchemeFile, packed_tensors, read_canonical, read_scheme
+from anybit.runs.trusted import is_trusted
+from anybit.scheme import Scheme
+from anybit.sources.models import load_weights
+from anybit.supernets.folder import read_supernet
+from anybit.supernets.store import SupernetFile, slice_subnet
+from benchmarks.reliability.mutations import BYTES, JSONS, TENSORS, Mutation, closed, opened
+
+SECONDS = 10
+LEEWAY = 256 * 2**20
+"""Bytes of address space above the process's own; an allocation of what a file claims is far beyond."""
+
+
+class Tiny(nn.Module):
+    """Two convolutions, a batch norm and a linear layer."""
+
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(2, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.fc = nn.Conv2d(width, 6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(torch.relu(self.conv2(x)).mean((2, 3)))
+
+
+def made(seed: int, width: int = 4) -> nn.Module:
+    torch.manual_seed(seed)
+    return Tiny(width).eval()
+
+
+NETWORK, INPUTS = made(0), torch.randn(24, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+LABELLED = (INPUTS, torch.arange(24) % 3)
+QUICK = {"samples": 24, "batch_size": 8, "weight_bits": (2, 4, 8), "activation_bits": (4, 8), "pipeline": "light"}
+TRAINING = {"bits": (2, 4), "epochs": 1, "batch_size": 8, "held_out": 0.3, "bn_images": 8, "test": LABELLED}
+
+
+class Unsound(Exception):
+    """A file was loaded into what cannot be computed with."""
+
+
+# Kinds of files: what they are made by, how they are read, how their checksums are made right again
+
+
+@dataclass(frozen=True)
+class Kind:
+    """files     those that are mutated;   read  as the verbs do, to what can be compared;   remake  their checksums, after a mutation
+    guarded   whether a checksum covers all that `read` gives
+    """
+
+    files: tuple[str, ...]
+    read: Callable[[Path], Any]
+    remake: Callable[[Path], None] = lambda folder: None
+    guarded: bool = True
+
+
+def numbers(tensors: dict[str, torch.Tensor]) -> str:
+    return _digest("", tensors)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Whether the network runs, and holds finite numbers."""
+    if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point()):
+        raise Unsound("a loaded tensor is not finite")
+    with torch.no_grad():
+        model(INPUTS[:2])
+
+
+def read_run(folder: Path) -> Any:
+    file = read_scheme(folder)
+    canonical = read_canonical(folder, NETWORK, file)
+    check_finite(canonical.model)
+    return str(canonical.scheme), numbers(packed_tensors(canonical)), dict(canonical.edges), file.preprocessing, file.task
+
+
+def read_reports(folder: Path) -> Any:
+    report = read_report(folder)
+    cli_prints(report)
+    return json.dumps({key: value for key, value in report.items() if key not in TIMES})
+
+
+def cli_prints(report: dict) -> None:
+    """What a verb prints of a report, to nowhere."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        if report.get("result"):
+            print_report(report)
+        if report.get("schemes") and report.get("ladder"):
+            print_frontier([report])
+
+
+def network_of(settings: Any) -> ObservedNetwork:
+    return observe_network(NETWORK, Batch(INPUTS[:2]), settings.options)
+
+
+def read_saved(folder: Path) -> Any:
+    file = read_scheme(folder)
+    candidates, saved = read_candidates(folder, {name: (record.rows, record.columns) for name, record in file.layers.items()})
+    place = folder / "candidates.json"
+    settings, table = CalibrateSettings.from_json(saved["settings"], f"{place}: settings"), _table_from(saved["table"], place)
+    network = network_of(settings)
+    check_saved(network, candidates, table, saved["choices"], place)
+    highest = Scheme({name: options[-1] for name, options in network.choices.items()})
+    check_finite(apply_scheme(network.prepared, highest, candidates))
+    for name, options in network.choices.items():
+        for precision in options:
+            table.loss(name, precision)
+    told = {f"{name} {bits}": part for (name, bits), one in candidates.weights.items() for part in (one.codes, one.scale)}
+    return numbers(told), table.to_json(), settings.to_json()
+
+
+def read_store(folder: Path) -> Any:
+    supernet = read_supernet(folder, NETWORK)
+    check_finite(supernet.model)
+    sliced = slice_subnet(folder, supernet.uniform(min(supernet.settings.bits)))
+    check_finite(supernet.canonical().model)
+    kept = [numbers({"statistics": one.statistics, "edges": one.edges}) for one in supernet.known]
+    codes = {name: digest_of([codes.tolist(), scale.tolist()]) for name, (codes, scale) in sliced.items()}
+    return numbers(dict(supernet.model.state_dict())), kept, codes, supernet.settings.to_json()
+
+
+def read_search(folder: Path) -> Any:
+    return best_within(folder, read_supernet(folder, NETWORK), anybit.Budget.parse("3bit")).to_json()
+
+
+def identity_of(seed: int) -> dict[str, Any]:
+    return {"weights": seed, "samples": 24}
+
+
+def trainee_of(network: nn.Module) -> Any:
+    wanted = GrowSettings.of(epochs=2, batch_size=8, activation_bits=4)
+    plain = [Batch(INPUTS[:8], LABELLED[1][:8])]
+    observed = observe_trainable(network, Batch(INPUTS[:2]), wanted, None)
+    return make_trainee(observed, plain, anybit.Budget.parse("4bit"), False, wanted)
+
+
+@functools.cache
+def blank_trainee() -> Any:
+    """A prepared training, made once, of which every case gets a copy."""
+    return trainee_of(NETWORK)
+
+
+def read_training(folder: Path) -> Any:
+    one = copy.deepcopy(blank_trainee())
+    optimizer = torch.optim.Adam(one.parameter_groups())
+    records = resume_checkpoint(folder / "checkpoint.safetensors", one, optimizer, identity_of(0))
+    check_finite(one.model)
+    state = {f"{index} {key}": value for index, part in optimizer.state_dict()["state"].items() for key, value in part.items()}
+    return numbers(dict(one.model.state_dict())), numbers(state), records, one.decisions()
+
+
+KEPT_LAYERS = ("conv1", "conv2", "fc")
+
+
+def read_kept(folder: Path) -> Any:
+    """A unit's result as it is taken up from the cache, or made again in its place: the same, whatever happened to the file."""
+    recall, calibrated = Cache(folder / "cache"), quickly(0, 4)
+
+    def read(kept: Entry) -> dict[str, float]:
+        put_back(model, KEPT_LAYERS, kept.tensors)
+        return {key: float(value) for key, value in kept.record.items()}
+
+    model = copy.deepcopy(calibrated)
+    (folder / "cache").mkdir()
+    entry = recall._path("a unit")
+    entry.parent.mkdir()
+    entry.write_bytes((folder / "digest").read_bytes() + _entry(folder))
+    found = recall("a unit", lambda: kept_of(calibrated), read)
+    check_finite(model)
+    return [found, numbers(model.state_dict())]
+
+
+def _entry(folder: Path) -> bytes:
+    """The entry's bytes after its digest; a record that was changed goes in."""
+    data, record = (folder / "kept.safetensors").read_bytes(), (folder / "record.json").read_bytes()
+    if record == (folder / "record as written").read_bytes():
+        return data
+    return save({**load(data), RECORD: torch.frombuffer(bytearray(record) or bytearray(b" "), dtype=torch.uint8)})
+
+
+def remake_kept(folder: Path) -> None:
+    with suppress(SafetensorError, KeyError, ValueError):
+        (folder / "digest").write_bytes(hashlib.sha256(_entry(folder)).digest())
+
+
+def kept_of(model: nn.Module) -> Entry:
+    return Entry({"before": 0.25, "after": 0.125, "steps": 6}, snapshot(model, KEPT_LAYERS))
+
+
+@functools.cache
+def quickly(seed: int, width: int) -> nn.Module:
+    """A canonical network, made in a moment."""
+    return anybit.calibrate(made(seed, width), LABELLED, "4bit", seed=seed, cache=False, **QUICK).model
+
+
+def write_kept(folder: Path, seed: int, width: int) -> None:
+    data = _written("a unit", kept_of(quickly(seed, width)))
+    (folder / "digest").write_bytes(data[:DIGEST_BYTES])
+    (folder / "kept.safetensors").write_bytes(data[DIGEST_BYTES:])
+    for name in ("record.json", "record as written"):
+        (folder / name).write_bytes(load(data[DIGEST_BYTES:])[RECORD].numpy().tobytes())
+
+
+def observed() -> ObservedNetwork:
+    return network_of(CalibrateSettings((8,), (8, None)))
+
+
+def read_latency(folder: Path) -> Any:
+    place, network = folder / "latency.json", observed()
+    real = latency._table_file
+    latency._table_file = lambda network, threads: place.with_stem("of 0")
+    try:
+        place.rename(place.with_stem("of 0"))
+        found = load_table(network)
+    finally:
+        latency._table_file = real
+    table, about = found
+    if not 0 <= table.total(Scheme.uniform(network.names, "W8A8")) < float("inf"):
+        raise Unsound("a latency that is no number")
+    return digest_of([asdict(table), about])
+
+
+def read_listing(folder: Path) -> Any:
+    before = os.environ.get("XDG_STATE_HOME")
+    os.environ["XDG_STATE_HOME"] = str(folder / "state")
+    try:
+        return is_trusted(folder)
+    finally:
+        os.environ.pop("XDG_STATE_HOME") if before is None else os.environ.update(XDG_STATE_HOME=before)
+
+
+def read_scheme_text(folder: Path) -> Any:
+    return _scheme_from(folder / "wanted.json").to_json()
+
+
+def read_weights(folder: Path) -> Any:
+    model = Tiny()
+    load_weights(model, next(folder.glob("weights.*")))
+    return numbers(dict(model.state_dict()))
+
+
+def read_graph(folder: Path) -> Any:
+    """As `verify` does before it runs anything: constants and operators, to be compared with the run's."""
+    model = load_graph(folder / "net.onnx")
+    try:
+        contents = {name: digest_of(array.tolist()) for name, array in _contents(model).items() if array is not None}
+    except (ValueError, TypeError) as error:
+        raise InvalidFile(f"net.onnx: {error}") from error
+    return contents, digest_of([str(_told(node)) for node in model.graph])
+
+
+def replaced(path: Path, key: str, value: str) -> None:
+    """Put a hash into a JSON file, whose other bytes stay as they are."""
+    text = path.read_bytes()
+    path.write_bytes(re.sub(rb'("%s": ?")[^"]*(")' % key.encode(), lambda found: found[1] + value.encode() + found[2], text))
+
+
+def lenient(path: Path) -> Any:
+    """What Python's own parser reads, which passes more than anybit's."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+
+
+def reseal(path: Path, unguarded: tuple[str, ...] = ()) -> None:
+    data = lenient(path)
+    if isinstance(data, dict):
+        try:
+            digest = digest_of({key: value for key, value in data.items() if key not in {DIGEST, *unguarded}})
+        except (ValueError, RecursionError):
+            return
+        replaced(path, DIGEST, digest)
+
+
+def write_metadata(path: Path, told: dict[str, str]) -> None:
+    try:
+        header, data = opened(path.read_bytes())
+    except (ValueError, RecursionError):
+        return
+    if header.get("__metadata__") is not None:
+        path.write_bytes(closed({**header, "__metadata__": {**header["__metadata__"], **told}}, data))
+
+
+def remake_pair(folder: Path, about: str, tensors: str, key: str, kind: Any) -> None:
+    """The digest of what the JSON file says into the tensors' metadata, and the tensors' hash into the JSON file."""
+    data = lenient(folder / about)
+    with suppress(ValueError, RecursionError):  # what cannot be read has no digest
+        write_metadata(folder / tensors, {key: kind.model_validate(data).digest()})
+    replaced(folder / about, "sha256", sha256_of(folder / tensors))
+
+
+def remake_run(folder: Path) -> None:
+    remake_pair(folder, "scheme.json", "model.safetensors", "scheme", SchemeFile)
+
+
+def remake_candidates(folder: Path) -> None:
+    remake_run(folder)
+    replaced(folder / "candidates.json", "sha256", sha256_of(folder / "candidates.safetensors"))
+    replaced(folder / "candidates.json", "run", sha256_of(folder / "model.safetensors"))
+    reseal(folder / "candidates.json")
+
+
+def remake_report(folder: Path) -> None:
+    replaced(folder / "report.json", "sha256", sha256_of(folder / "model.safetensors"))
+    reseal(folder / "report.json", TIMES)
+
+
+def remake_supernet(folder: Path) -> None:
+    remake_pair(folder, "supernet.json", "supernet.safetensors", "supernet", SupernetFile)
+    for name, unguarded in (("report.json", TIMES), ("search.json", ())):
+        if (folder / name).is_file():
+            replaced(folder / name, "sha256", sha256_of(folder / "supernet.safetensors"))
+            reseal(folder / name, unguarded)
+
+
+def remake_training(folder: Path) -> None:
+    path = folder / "checkpoint.safetensors"
+    try:
+        header, _ = opened(path.read_bytes())
+        digest = _digest(header["__metadata__"]["anybit"], load(path.read_bytes()))
+        write_metadata(path, {DIGEST: digest})
+    except Exception:  # what cannot be opened has no digest
+        return
+
+
+KINDS: dict[str, Kind] = {
+    "run": Kind(("scheme.json", "model.safetensors"), read_run, remake_run),
+    "report": Kind(("report.json",), read_reports, remake_report),
+    "candidates": Kind(("candidates.json", "candidates.safetensors"), read_saved, remake_candidates),
+    "training checkpoint": Kind(("checkpoint.safetensors",), read_training, remake_training),
+    "supernet": Kind(("supernet.json", "supernet.safetensors", "report.json"), read_store, remake_supernet),
+    "search": Kind(("search.json",), read_search, remake_supernet),
+    "kept result": Kind(("kept.safetensors", "record.json"), read_kept, remake_kept),
+    "latency cache": Kind(("latency.json",), read_latency, lambda folder: reseal(folder / "latency.json")),
+    "list of own runs": Kind(("state/anybit/runs.json",), read_listing, guarded=False),
+    "scheme to extract": Kind(("wanted.json",), read_scheme_text, guarded=False),
+    "weights": Kind(("weights.safetensors",), read_weights, guarded=False),
+    "pickled weights": Kind(("weights.pt",), read_weights, guarded=False),
+    "exported file": Kind(("net.onnx",), read_graph, guarded=False),
+}
+"""A new kind of file is one entry here, and its making in `write_all`."""
+
+
+def write_all(home: Path, seed: int, width: int = 4) -> None:
+    """One folder a kind, as anybit writes it."""
+    network = made(seed, width)
+    result = anybit.calibrate(network, LABELLED, "4bit", test=LABELLED, seed=seed, cache=False, **QUICK)
+    for kind in ("run", "report", "candidates", "list of own runs", "exported file"):
+        result.save(home / kind)
+    for kind in ("scheme to extract", "kept result", "latency cache", "weights", "pickled weights"):
+        (home / kind).mkdir()
+    if seed == 0:  # no other is put in its place
+        anybit.export(home / "run", home / "exported file" / "net.onnx", model=network, data=INPUTS)
+    (home / "scheme to extract" / "wanted.json").write_text(json.dumps(result.scheme.to_json()))
+    save_file(network.state_dict(), home / "weights" / "weights.safetensors")
+    torch.save(network.state_dict(), home / "pickled weights" / "weights.pt")
+    place = home / "list of own runs" / "state" / "anybit" / "runs.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps(["0" * 64, sha256_of(home / "list of own runs" / "scheme.json")], indent=1))
+    supernet = anybit.train(network, LABELLED, seed=seed, **TRAINING)
+    supernet.save(home / "supernet")
+    anybit.search(supernet, LABELLED, ["3bit"], images=3, evaluations=10, seed=seed, cache=False).save(home / "search")
+    write_kept(home / "kept result", seed, width)
+    names = observed().names
+    steps = [OperationFlow(name, (number,), (number + 1,), 100) for number, name in enumerate(names)]
+    table = LatencyTable({n: {"float32": 3e-4, "int8": 1e-4} for n in names}, {"float32": 5e-4, "int8": 6e-4}, 1e-8, steps)
+    real, latency._table_file = latency._table_file, lambda network, threads: home / "latency cache" / f"of {seed}.json"
+    try:
+        save_table(observed(), table, {"rounds": seed}).rename(home / "latency cache" / "latency.json")
+    finally:
+        latency._table_file = real
+    write_training(home / "training checkpoint", seed, network)
+
+
+def write_training(folder: Path, seed: int, network: nn.Module) -> None:
+    folder.mkdir()
+    one = trainee_of(network)
+    optimizer = torch.optim.Adam(one.parameter_groups())
+    torch.manual_seed(seed)
+    nn.functional.cross_entropy(one.model(INPUTS[:8]), LABELLED[1][:8]).backward()
+    optimizer.step()
+    record = {"epoch": 1, "loss": 1.0, "train_top1": 50.0, **one.record()}
+    save_checkpoint(folder / "checkpoint.safetensors", one, optimizer, [record], identity_of(seed))
+
+
+# Cases
+
+
+@dataclass
+class Case:
+    """number, kind, file, mutation, remade   what was done;   outcome, error, seconds, bytes  what came of it"""
+
+    number: int
+    kind: str
+    file: str
+    mutation: str
+    remade: bool
+    outcome: str = ""
+    error: str = ""
+    seconds: float = 0.0
+    bytes: int = 0
+    trace: str = field(default="", repr=False)
+
+
+def mutations_of(name: str) -> dict[str, Mutation]:
+    if name.endswith((".pt", ".onnx")):
+        return dict(BYTES)
+    return BYTES | (TENSORS if name.endswith(".safetensors") else JSONS) | {"swapped": None, "another model's": None}
+
+
+def run_case(home: Path, number: int, seed: int, pristine: dict[str, Any]) -> Case:
+    """Mutate, read, judge; `home` holds the folders "a" (mutated copies of it), "b" (other weights) and "c" (another network)."""
+    rng = random.Random(f"{seed} {number}")
+    name = list(KINDS)[(number // 2) % len(KINDS)]
+    kind = KINDS[name]
+    file = rng.choice(kind.files)
+    options = mutations_of(file)
+    chosen = rng.choice(list(options))
+    case = Case(number, name, file, chosen, number % 2 == 1)
+    with tempfile.TemporaryDirectory(dir=home) as place:
+        folder = Path(place) / "case"
+        shutil.copytree(home / "a" / name, folder)
+        path = folder / file
+        if options[chosen] is None:
+            path.write_bytes((home / ("b" if chosen == "swapped" else "c") / name / file).read_bytes())
+        else:
+            path.write_bytes(options[chosen](path.read_bytes(), rng))
+        if case.remade:
+            kind.remake(folder)
+        judge(case, kind, folder, pristine)
+    return case
+
+
+def judge(case: Case, kind: Kind, folder: Path, pristine: dict[str, Any]) -> None:
+    start, before = time.perf_counter(), resident()
+    _reset_peak()
+    try:
+        with bounded():
+            found = kind.read(folder)
+        case.outcome = "same" if found == pristine[case.kind] else "edited" if case.remade or not kind.guarded else "FAILED: not noticed"
+    except AnybitError as error:
+        case.outcome, case.error = "error", type(error).__name__
+        if "\n" in str(error) or not 20 < len(str(error)) < 2000:
+            case.outcome = f"FAILED: a message of {len(str(error))} letters: {str(error)[:200]!r}"
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        case.outcome, case.trace = f"FAILED: {type(error).__name__}: {error}"[:300], traceback.format_exc()
+    case.seconds, case.bytes = time.perf_counter() - start, max(0, peak_memory() - before)
+
+
+class TooLong(BaseException):
+    """A case took more than its seconds; no Exception, so that nothing catches it."""
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Within SECONDS, and LEEWAY above the address space that the process has."""
+
+    def ring(*_: Any) -> None:
+        raise TooLong(f"more than {SECONDS} s")
+
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    handler = signal.signal(signal.SIGALRM, ring)
+    resource.setrlimit(resource.RLIMIT_AS, (held + LEEWAY, limits[1]))
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def prepared(home: Path) -> dict[str, Any]:
+    """Write the folders; what each kind reads as before anything is mutated."""
+    for name, seed, width in (("a", 0, 4), ("b", 1, 4), ("c", 2, 5)):
+        (home / name).mkdir()
+        write_all(home / name, seed, width)
+    pristine = {}
+    for name, kind in KINDS.items():
+        for remade in (False, True):
+            shutil.copytree(home / "a" / name, home / "once")
+            if remade:
+                kind.remake(home / "once")
+            found = kind.read(home / "once")
+            if pristine.setdefault(name, found) != found:
+                raise Unsound(f"{name}: making its checksums right changes what it says")
+            shutil.rmtree(home / "once")
+    return pristine
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        level = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+def run_cases(home: Path, numbers: range | list[int], seed: int) -> list[Case]:
+    with quiet():
+        pristine = prepared(home)
+        return [run_case(home, number, seed, pristine) for number in numbers]
+
+
+def summary(cases: list[Case], seed: int, seconds: float) -> dict[str, Any]:
+    def counted(key: Callable[[Case], str]) -> dict[str, dict[str, int]]:
+        rows: dict[str, Counter] = {}
+        for case in cases:
+            rows.setdefault(key(case), Counter())[case.outcome.partition(":")[0]] += 1
+        return {name: dict(sorted(row.items())) for name, row in rows.items()}
+
+    failed = [case for case in cases if case.outcome.startswith("FAILED")]
+    return {
+        "command": f"python -m benchmarks.reliability.hostile_files --cases {len(cases)} --seed {seed}",
+        "seed": seed,
+        "cases": len(cases),
+        "passed": len(cases) - len(failed),
+        "outcomes": dict(Counter(case.outcome.partition(":")[0] for case in cases)),
+        "by_checksums": counted(lambda case: "made right" if case.remade else "as they were"),
+        "by_kind": counted(lambda case: case.kind),
+        "by_mutation": counted(lambda case: case.mutation),
+        "errors": dict(Counter(case.error for case in cases if case.error)),
+        "longest_seconds": max(case.seconds for case in cases),
+        "largest_resident_growth_bytes": max(case.bytes for case in cases),
+        "address_space_leeway_bytes": LEEWAY,
+        "failed": [{"number": case.number, "kind": case.kind, "mutation": case.mutation, "outcome": case.outcome} for case in failed],
+        "seconds": seconds,
+        "environment": environment(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--replay", type=int, help="the number of one case")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as home:
+        cases = run_cases(Path(home), range(given.cases) if given.replay is None else [given.replay], given.seed)
+    told = summary(cases, given.seed, time.perf_counter() - start)
+    for case in cases:
+        if case.outcome.startswith("FAILED") or given.replay is not None:
+            print(case, case.trace)
+    print(f"{told['passed']} of {told['cases']}: {told['outcomes']}, longest {told['longest_seconds']:.2f} s")
+    if given.output:
+        given.output.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

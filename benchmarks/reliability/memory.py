@@ -1,0 +1,122 @@
+"""Memory of a calibrate run of EfficientNet-lite0 against `--memory`, at three budgets and at the least that works. One JSON entry a run.
+
+    python -m benchmarks.reliability.memory --images FOLDER --results RESULTS
+
+A process of its own for each budget; a thread reads the process's anonymous resident memory (what no file backs) every 10 ms. Reported:
+the peak above what was resident once the network and the inputs were in memory and folded, for each stage, beside the budget; and what
+spilled to disk. What a run holds besides activations is weights: the folded and prepared copies, and one for each candidate bit-width.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import anybit
+from anybit.data.samples import draw
+from anybit.environment import StageClock
+from anybit.networks.capture import MemoryBudget
+from anybit.progress import listening
+from anybit.sources.inputs import load_data
+from anybit.sources.models import load_model
+from anybit.sources.preprocessing import Preprocessing
+from benchmarks.studies.study import ROOT, Entries, parser
+
+BUDGETS = {"2 GiB": 2**31, "1 GiB": 2**30, "512 MiB": 2**29, "256 MiB": 2**28}
+COMMON = {
+    "samples": 64, "batch_size": 8, "step_batch": 8, "parallel": True, "candidate_steps": 3, "steps": 6,
+    "weight_bits": (4,), "activation_bits": (8,),
+}  # fmt: skip
+
+STEPS = {"candidates": "sequential AdaQuant", "sequential AdaQuant": "batch-norm tuning", "batch-norm tuning": "bias tuning"}
+"""What comes after each step of polishing."""
+
+
+class Watch(threading.Thread):
+    """The peak of anonymous resident bytes, stage by stage."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.stage, self.peaks, self.base = "start", {}, 0
+
+    def run(self) -> None:
+        while True:
+            self.peaks[self.stage] = max(self.peaks.get(self.stage, 0), anonymous())
+            time.sleep(0.01)
+
+
+def anonymous() -> int:
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def child(images: str, memory: int) -> dict[str, Any]:
+    """One run in this process."""
+    torch.set_num_threads(1)
+    watch, spilled = Watch(), []
+    timed, allocate = StageClock.stage, MemoryBudget.allocate
+
+    def stage(self, name: str):
+        if name == "float outputs":
+            watch.base = anonymous()
+        watch.stage = name
+        return timed(self, name)
+
+    def counted(self, shape, dtype):
+        before, tensor = self.spilled, allocate(self, shape, dtype)
+        spilled.append(self.spilled - before)
+        return tensor
+
+    def heard(event: str, fields: Mapping[str, Any]) -> None:
+        if event == "step":
+            watch.stage = STEPS.get(fields["step"], watch.stage)
+
+    StageClock.stage, MemoryBudget.allocate = stage, counted
+    network = load_model(str(ROOT / "examples/efficientnet_lite0.py") + ":network")
+    inputs = draw(load_data(images, Preprocessing((0.498039,) * 3, (0.501961,) * 3, 224, None, "bicubic")), COMMON["samples"], 0)
+    watch.start()
+    try:
+        with listening(events=heard):
+            result = anybit.calibrate(network, inputs, None, memory=memory, cache=False, **COMMON)
+    except anybit.AnybitError as error:
+        return {"memory": memory, "refused": str(error)}
+    weights = sum(tensor.numel() * 4 for tensor in network.state_dict().values())
+    peaks = {name: peak - watch.base for name, peak in watch.peaks.items() if name not in ("start", "observe and fold")}
+    row = {"memory": memory, "base": watch.base, "weights": weights, "peak": max(peaks.values()), "stages": peaks, "spilled": sum(spilled)}
+    return row | {"loss": result.report["ladder"][-1]["loss"], "settings": result.report["settings"]}
+
+
+def main() -> None:
+    """Run every budget."""
+    options = parser(__doc__)
+    options.add_argument("--images", required=True)
+    options.add_argument("--child", type=int, help="run one budget in this process and print its JSON")
+    arguments = options.parse_args()
+    if arguments.child is not None:
+        print(json.dumps(child(arguments.images, arguments.child)))
+        return
+    results = Entries(arguments, "memory")
+
+    def run(memory: int) -> dict[str, Any]:
+        with tempfile.TemporaryFile("w+") as out:
+            command = [sys.executable, "-m", "benchmarks.reliability.memory", "--images", arguments.images, "--child", str(memory)]
+            subprocess.run(command, stdout=out, check=True)
+            out.seek(0)
+            return json.loads(out.read().splitlines()[-1])
+
+    for name, memory in BUDGETS.items():
+        results.measured(name, lambda memory=memory: run(memory))
+    refused = run(10**6)["refused"]
+    least = int(re.search(r"at least --memory (\d+)MB", refused)[1]) * 10**6
+    results.measured("the least", lambda: run(least) | {"refused_below": refused})
+
+
+if __name__ == "__main__":
+    main()

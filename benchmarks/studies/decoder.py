@@ -1,0 +1,237 @@
+"""A four-layer Llama that this benchmark trains itself, and its weights at 4 and 3 bits. One JSON entry a run; a finished one is not run
+again.
+
+    python -m benchmarks.studies.decoder train --folder FOLDER --text sst2/train.tsv --tokenizer minilm-sst2
+    python -m benchmarks.studies.decoder STUDY --folder FOLDER
+
+    train     next tokens of the sentences of SST-2, the last 2 % kept out; FOLDER, which should lie outside of the repository, then holds
+              the network, the tokenizer, train.txt and test.txt
+    methods   weights alone: to the nearest code, and layer-wise AdaQuant; a scale a channel and a scale for each 128, 64 and 32 inputs
+    linears   the same of the decoder's linears alone, embedding and output layer in float: what peers/gptq_decoder.py quantizes
+    matmuls   8-bit activations, those of the attention matmuls among them
+
+Calibrated on 128 blocks of training text (102 to fit, 26 held out), measured on all blocks of the held-out text. SST-2 is phrases of fewer
+sentences, so that held-out phrases can lie within ones of the training text: the perplexity tells networks apart, not how well one reads.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import anybit
+from anybit.data.batches import Batch, evaluating, predict
+from anybit.data.samples import draw
+from anybit.data.texts import read_rows
+from anybit.sources.inputs import load_data
+from anybit.sources.models import load_model
+from anybit.sources.preprocessing import Preprocessing
+from benchmarks.studies.study import Entries, parser
+
+LENGTH = 128
+BLOCKS = 128
+HELD_OUT = 0.02
+FLOAT_WORDS = {"model.embed_tokens": "float", "lm_head": "float"}
+NETWORK = {
+    "hidden_size": 256,
+    "intermediate_size": 768,  # like the hidden size a multiple of every size of group
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+TRAINING = {"steps": 1000, "batch_size": 8, "rate": 2e-3, "warmup": 50, "decay": 0.1, "seed": 0, "precision": "bfloat16 autocast"}
+
+
+# The network, trained
+
+
+def train(study: "Study") -> None:
+    study.measured("train", lambda: trained(study.arguments))
+
+
+def trained(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train the network, keep it in the folder, and score it on the held-out text."""
+    folder = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row["text"].strip() for row in read_rows(arguments.text)]
+    kept = round(len(rows) * HELD_OUT)
+    (folder / "train.txt").write_text("\n".join(rows[:-kept]) + "\n", encoding="utf8")
+    (folder / "test.txt").write_text("\n".join(rows[-kept:]) + "\n", encoding="utf8")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.tokenizer)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(TRAINING["seed"])
+    ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **NETWORK, **ends))
+    model.save_pretrained(folder)
+    texts = load_model(f"hf:{folder}")  # what names the tokenizer
+    blocks, test = (texts_of(folder, part, texts) for part in ("train", "test"))
+    history = fit(model, blocks, list(test.subset(range(0, len(test), 8)).batches(16)))
+    model.eval().save_pretrained(folder)
+    return {
+        **measure(model, list(test.batches(16))),
+        "sentences": [len(rows) - kept, kept],
+        "blocks": [len(blocks), len(test)],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "history": history,
+        "network": NETWORK,
+        "training": TRAINING,
+    }
+
+
+def fit(model: nn.Module, blocks: Any, some: Sequence[Batch]) -> list[dict[str, float]]:
+    """AdamW with a cosine rate; perplexities on the way."""
+    optimizer = torch.optim.AdamW(model.parameters(), TRAINING["rate"], betas=(0.9, 0.95), weight_decay=TRAINING["decay"], fused=True)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, TRAINING["warmup"], TRAINING["steps"])
+    generator = torch.Generator().manual_seed(TRAINING["seed"])
+    order: list[int] = []
+    history, losses, start = [], [], time.perf_counter()
+    for step in range(1, TRAINING["steps"] + 1):
+        if len(order) < TRAINING["batch_size"]:
+            order = torch.randperm(len(blocks), generator=generator).tolist()
+        drawn, order = order[: TRAINING["batch_size"]], order[TRAINING["batch_size"] :]
+        tokens = next(blocks.subset(drawn).batches(len(drawn))).inputs["input_ids"]
+        model.train()
+        with torch.autocast("cpu", torch.bfloat16):  # several times as fast, and the weights stay float32
+            logits = model(input_ids=tokens, use_cache=False).logits
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+        if step % 100 == 0 or step == TRAINING["steps"]:
+            row = {"step": step, "train_loss": sum(losses) / len(losses), "perplexity": measure(model, some)["perplexity"]}
+            history.append(row | {"seconds": time.perf_counter() - start})
+            losses = []
+            print(history[-1], flush=True)
+    return history
+
+
+def texts_of(folder: Path, part: str, model: nn.Module) -> Any:
+    """Blocks of the folder's train.txt or test.txt."""
+    return load_data(str(folder / f"{part}.txt"), Preprocessing(length=LENGTH), model=model)
+
+
+def log_chances(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Tensor]:
+    """Logarithms of the next tokens' probabilities, [tokens, vocabulary], batch by batch."""
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            yield predict(model, batch).log_softmax(-1)
+
+
+def measure(model: nn.Module, batches: Sequence[Batch], reference: Iterable[Tensor] | None = None) -> dict[str, float]:
+    """Perplexity and top-1 of the next tokens, and their KL divergence from `reference`, the `log_chances` of the float network.
+
+    Batch by batch: `anybit.evaluate` takes all logits at once, gigabytes of them.
+    """
+    totals, count = {"loss": 0.0, "top1": 0.0, "kl": 0.0}, 0
+    for batch, chances, expected in zip(batches, log_chances(model, batches), reference or repeat(None), strict=False):
+        totals["loss"] += float(F.nll_loss(chances, batch.labels, reduction="sum"))
+        totals["top1"] += 100 * float((chances.argmax(-1) == batch.labels).sum())
+        if expected is not None:
+            totals["kl"] += float(F.kl_div(chances, expected, reduction="sum", log_target=True))
+        count += len(chances)
+    means = {name: total / count for name, total in totals.items() if name != "kl" or reference is not None}
+    return {"perplexity": math.exp(means["loss"]), **means, "tokens": count}
+
+
+# The network, quantized
+
+
+class Study(Entries):
+    """The folder of the network and its texts, and the file that keeps what was measured."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        super().__init__(arguments, f"decoder_{arguments.study}")
+        if arguments.study != "train":
+            self.model = load_model(f"hf:{arguments.folder}")
+            # Drawn once and here, so that every method, and a peer that draws alike, sees the same blocks.
+            self.blocks = replace(draw(texts_of(arguments.folder, "train", self.model), BLOCKS, 0), labelled=False)
+            self.test = list(texts_of(arguments.folder, "test", self.model).batches(16))
+            self.reference = list(log_chances(self.model, self.test))
+
+    def calibrated(self, **settings: Any) -> dict[str, Any]:
+        # A step on 4 blocks sees 512 tokens; on the default's 32 it would see 4,096, and take eight times as long.
+        settings = {"samples": BLOCKS, "batch_size": 4, "step_batch": 4, "unit": "layer", "memory": 2**33, **settings}
+        result = anybit.calibrate(self.model, self.blocks, cache=False, **settings)
+        report = result.report
+        sizes = {name: layer["bytes"] for name, layer in report["layers"].items()}
+        return {
+            **measure(result.model, self.test, self.reference),
+            **report["result"],
+            "word_bytes": sum(sizes[name] for name in FLOAT_WORDS if name in sizes),
+            "linear_bytes": sum(size for name, size in sizes.items() if name not in FLOAT_WORDS),
+            "float_bytes": report["float_bytes"],
+            "layers": {name: layer["precision"] for name, layer in report["layers"].items()},
+            "inputs": report["inputs"],
+            "ladder": report["ladder"],
+            "stages": report["stages"],
+            "seconds": sum(stage["seconds"] for stage in report["stages"]),
+            "peak_bytes": max(stage["peak_bytes"] for stage in report["stages"]),
+            "settings": report["settings"],
+        }
+
+    def float_network(self) -> None:
+        self.measured("float", lambda: measure(self.model, self.test))
+
+
+METHODS = {"nearest": "light", "AdaQuant": "advanced"}
+
+
+def weights_alone(study: Study, keep: dict[str, str]) -> None:
+    study.float_network()
+    for bits in (4, 3):
+        for group in (None, 128, 64, 32):
+            for method, pipeline in METHODS.items():
+                key = f"W{bits}, " + ("a scale a channel" if group is None else f"groups of {group}") + f", {method}"
+                settings = {"weight_bits": (bits,), "activation_bits": (None,), "group": group, "pipeline": pipeline, "keep": keep}
+                study.measured(key, lambda settings=settings: study.calibrated(**settings))
+
+
+def methods(study: Study) -> None:
+    weights_alone(study, {})
+
+
+def linears(study: Study) -> None:
+    weights_alone(study, FLOAT_WORDS)
+
+
+def matmuls(study: Study) -> None:
+    study.float_network()
+    for bits in (8, 4):
+        for method, pipeline in METHODS.items():
+            settings = {"weight_bits": (bits,), "activation_bits": (8,), "pipeline": pipeline}
+            study.measured(f"W{bits}A8, {method}", lambda settings=settings: study.calibrated(**settings))
+
+
+STUDIES = {"train": train, "methods": methods, "linears": linears, "matmuls": matmuls}
+
+
+def main() -> None:
+    """Run one study."""
+    options = parser(__doc__, STUDIES)
+    options.add_argument("--folder", required=True, type=Path, help="of the network, outside of the repository")
+    options.add_argument("--text", type=Path, help="of `train`: a .tsv with a column `sentence`")
+    options.add_argument("--tokenizer", type=Path, help="of `train`: the Hugging Face folder whose tokenizer is used")
+    options.add_argument("--threads", type=int, default=1)
+    arguments = options.parse_args()
+    if arguments.study == "train" and not (arguments.text and arguments.tokenizer):
+        options.error("train needs --text and --tokenizer")
+    torch.set_num_threads(arguments.threads)
+    STUDIES[arguments.study](Study(arguments))
+
+
+if __name__ == "__main__":
+    main()

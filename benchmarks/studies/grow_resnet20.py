@@ -1,0 +1,230 @@
+"""ResNet-20 on CIFAR-10: the grow road measured. One JSON entry a run; a finished one is not run again, an interrupted one continues.
+
+    python -m benchmarks.studies.grow_resnet20 STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors [--epochs 10]
+                                                     [--images N] [--batch-size 256] [--device cuda]
+
+    methods   CSQ, uniform LSQ at equal size, calibrate at equal size, and calibrate's scheme trained: 3 bits with A4 and with float
+              activations, two seeds; CSQ's scheme trained with LSQ; CSQ at 2 and at 4 bits
+    agreement sensitivities of the grown networks, from the run folders that `methods --runs` kept
+    choices   the two binary choices: weight gates soft or straight-through, plane gates soft or hard with periodic pruning (BSQ-like)
+    cost      one training step and its memory: float, LSQ, CSQ while planes grow and when two are left, CSQ written down plainly
+    scratch   the defaults for trained weights, and later decisions, on a short run from scratch
+    full      600 epochs from scratch as published, 20 times smaller counted the published way; needs a GPU
+
+The CPU tier (10 epochs, from trained weights) takes hours on two cores; with `--images 12800` it trains on a quarter of the images, in a
+JSON of its own; `choices` and `scratch` with `--images 3200 --batch-size 64` take 5 to 15 minutes a run. Figures are soft and frozen, and
+drops are from the float network trained for as long by the same recipe.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import anybit
+from anybit.data.batches import Batch
+from anybit.methods.csq import GatedWeight, gate
+from anybit.networks.layers import emptied
+from anybit.roads.grow import make_trainee, observe_trainable
+from anybit.roads.settings import GrowSettings
+from anybit.scheme import FLOAT, Precision, Scheme
+from benchmarks.studies.cifar10 import ResNet20, training_parser
+from benchmarks.studies.study import narrated
+
+# On the labels alone, at a rate of 1e-3, ten epochs end below the trained network that they start from, in float too.
+RECIPE = {"augment": "flip,crop4", "compile": True, "distill": 1.0, "rate": 3e-4}
+
+# From scratch weights have to be learned before they are decided: planes are fixed later than for trained weights, and gates move faster.
+LATE = {"fix": 0.6, "gate_rate": 3e-2}
+
+
+class Growing(ResNet20):
+    """The study of the grow road."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        super().__init__(arguments, "grow_resnet20")
+
+    def names(self) -> list[str]:
+        return [n for n, layer in self.network().named_modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
+
+    def grown(self, key: str, budget: str | None, **settings: Any) -> dict[str, Any]:
+        """anybit.grow, tested; its checkpoint is kept beside the results until it is done."""
+        options = self.arguments
+        settings = {"epochs": options.epochs, "batch_size": options.batch_size, "half": self.half, **RECIPE, **settings}
+        checkpoint = self.checkpoint(key)
+        with narrated(key):
+            test = None if options.test_once else self.test
+            result = anybit.grow(self.network(), self.train, budget, test=test, checkpoint=checkpoint, device=options.device, **settings)
+        if options.runs:
+            result.save(options.runs / f"{key.replace(' ', '_')}{self.part}", overwrite=True)
+        checkpoint.unlink(missing_ok=True)
+        return self.row(result) | {"epochs": result.report["epochs"]}
+
+
+def methods(study: Growing) -> None:
+    def run(key: str, budget: str | None, **settings: Any) -> None:
+        study.measured(key, lambda: study.grown(key, budget, **settings))
+
+    for seed in range(study.arguments.seeds):
+        run(f"float seed {seed}", None, scheme=Scheme.uniform(study.names(), FLOAT), seed=seed)
+        for bits in (4, None):
+            inputs = {"activation_bits": bits, "seed": seed}
+            label = "A4" if bits else "float activations"
+            run(f"CSQ 3bit {label} seed {seed}", "3bit", per_channel=True, **inputs)
+            run(f"LSQ W3 {label} seed {seed}", None, scheme=Scheme.uniform(study.names(), Precision(3, bits)), **inputs)
+            key = f"calibrate 3bit {label} seed {seed}"
+            study.measured(key, lambda bits=bits, seed=seed: calibrated(study, bits, seed))
+            if key in study.entries:
+                scheme, trained = Scheme.parse(study.entries[key]["layers"]), f"calibrate's scheme trained, {label} seed {seed}"
+                uniform = f"LSQ W3 {label} seed {seed}"
+                if scheme == Scheme.uniform(study.names(), Precision(3, bits)) and uniform in study.entries:
+                    study.measured(trained, lambda uniform=uniform: study.entries[uniform] | {"same_run_as": uniform})
+                run(trained, None, scheme=scheme, **inputs)
+            grown = study.entries.get(f"CSQ 3bit {label} seed {seed}")
+            if grown:
+                run(f"CSQ's scheme trained, {label} seed {seed}", None, scheme=Scheme.parse(grown["layers"]), **inputs)
+    for budget in ("2bit", "4bit"):
+        run(f"CSQ {budget} A4 seed 0", budget, activation_bits=4, per_channel=True)
+    run("CSQ 3bit A4, a scale for each layer, seed 0", "3bit", activation_bits=4)
+
+
+def calibrated(study: Growing, activation_bits: int | None, seed: int) -> dict[str, Any]:
+    """The calibrate road from 1,024 of the training images, at the same budget."""
+    result = anybit.calibrate(study.network(), study.train, "3bit", activation_bits=(activation_bits,), seed=seed, mirror=True, cache=False)
+    return study.row(result) | {"table": result.table["table"]}
+
+
+def agreement(study: Growing) -> None:
+    """Measure the loss of two bits in each layer of a grown network, the others as grown; needs the run folders."""
+    for folder in sorted(study.arguments.runs.glob("CSQ_?bit_*")):
+        study.measured(folder.name, lambda folder=folder: {"table": table_of(study, folder)})
+
+
+def table_of(study: Growing, folder: Path) -> dict[str, Any]:
+    """Calibrate's table of a run's network, with the weights that it has."""
+    grown = emptied(anybit.load(folder, model=study.network()))
+    settings = {"weight_bits": (2, 8), "activation_bits": (None,), "pipeline": "light", "bn_tuning": False}
+    return anybit.calibrate(grown, study.train, None, **settings).table["table"]
+
+
+def choices(study: Growing) -> None:
+    for weights in ("soft", "straight-through"):
+        for planes in ("soft", "straight-through"):
+            key = f"weight gates {weights}, plane gates {planes}"
+            # One phase, as published, so that nothing but the two choices is at work; planes move fast enough for a short run to close
+            # them: at a high temperature those still open have no gradient any more. So few steps end before compiling pays.
+            once = {"phase": "continue", "fix": 0.7, "plane_rate": 3e-2, "plane_temperature": 20.0, "compile": False}
+            kinds = {"weight_gates": weights, "plane_gates": planes, "activation_bits": None, "per_channel": True, **once}
+            study.measured(key, lambda key=key, kinds=kinds: study.grown(key, "3bit", **kinds))
+
+
+class PlainGates(torch.nn.Module):
+    """CSQ's weight written down as the equation stands: autograd keeps every gate of every plane."""
+
+    def __init__(self, fused: GatedWeight):
+        super().__init__()
+        self.fused = fused
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        f = self.fused
+        planes = (gate(f.positive, f.temperature, "soft") - gate(f.negative, f.temperature, "soft")) * f.place_values[:, None, None]
+        return (planes * f.plane_gate()[:, None, None]).sum(0) * (f.log_scale.exp() / f.shrinkage())
+
+
+def cost(study: Growing) -> None:
+    """Steps of each kind in turn, so that what else the machine does falls on all alike; bytes that autograd keeps of the gates."""
+    batch = next(study.train.on(study.arguments.device).batches(256))
+    kinds: dict[str, torch.nn.Module] = {}
+    for name, scheme in (
+        ("float", FLOAT),
+        ("LSQ", Precision(3, None)),
+        ("CSQ", None),
+        ("CSQ, two planes left", None),
+        ("CSQ, plain", None),
+    ):
+        settings = GrowSettings.of(activation_bits=None)
+        fixed = None if scheme is None else Scheme.uniform(study.names(), scheme)
+        network = observe_trainable(study.network().to(study.arguments.device), Batch(batch.inputs[:2]), settings, fixed)
+        trainee = make_trainee(network, [batch], None, fixed is not None, settings)
+        if name == "CSQ, two planes left":
+            for weight in trainee.gated.values():
+                weight.fix(range(5, 7))
+        saved = saved_bytes(trainee.model, name == "CSQ, plain")
+        optimizer = torch.optim.Adam(trainee.parameter_groups())
+        kinds[name] = (trainee, optimizer, saved)
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(study.arguments.rounds):
+        for name, (trainee, optimizer, _) in kinds.items():
+            start = time.perf_counter()
+            loss = torch.nn.functional.cross_entropy(trainee.model(batch.inputs), batch.labels)
+            (loss + trainee.penalty()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if study.arguments.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    weights = sum(parameter.numel() for name, parameter in study.network().named_parameters() if parameter.dim() > 1)
+    study.measured(
+        "one step",
+        lambda: {
+            name: {
+                "seconds": seconds[name],
+                "times_float": float(np.median(np.array(seconds[name]) / np.array(seconds["float"]))),
+                "bytes_kept_a_weight": kinds[name][2] / weights,
+                "bytes_trained_a_weight": 4 * sum(p.numel() for p in kinds[name][0].model.parameters() if p.requires_grad) / weights,
+            }
+            for name in kinds
+        },
+    )
+
+
+def saved_bytes(model: torch.nn.Module, plain: bool) -> int:
+    """Bytes that autograd keeps of making all weights, parameters aside. With `plain` the equation takes the place of the fused sum."""
+    slots = [(m, m.weight_quantizer) for m in model.modules() if isinstance(getattr(m, "weight_quantizer", None), GatedWeight)]
+    if plain:
+        for layer, slot in slots:
+            layer.weight_quantizer = PlainGates(slot)
+    owned = {parameter.data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in owned:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        weights = [layer.weight for layer, _ in slots]
+    assert len(weights) == len(slots)
+    return sum(saved.values())
+
+
+def scratch(study: Growing) -> None:
+    settings = {"from_scratch": True, "activation_bits": None, "rate": 2e-3, "distill": 0.0, "compile": False}
+    for words, late in (("as for trained weights", {}), ("decided late", LATE)):
+        key = f"CSQ 4bit from scratch, {words}"
+        study.measured(key, lambda key=key, late=late: study.grown(key, "4bit", **settings, **late))
+
+
+def full(study: Growing) -> None:
+    """The published length and budget: planes without the sign, layers unweighted, 32 / 20 = 1.6 bits; 2.6 with the sign."""
+    settings = {"from_scratch": True, "epochs": 600, "activation_bits": None, "rate": 2e-3, "distill": 0.0, **LATE}
+    for budget in ("2.6bit", "3bit"):
+        key = f"CSQ {budget} from scratch"
+        study.measured(key, lambda key=key, budget=budget: study.grown(key, budget, **settings))
+
+
+STUDIES = {"methods": methods, "agreement": agreement, "choices": choices, "cost": cost, "scratch": scratch, "full": full}
+
+
+def main() -> None:
+    """Run one study."""
+    arguments = training_parser(__doc__, STUDIES, seeds=2, epochs=10).parse_args()
+    torch.set_num_threads(arguments.threads)
+    STUDIES[arguments.study](Growing(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Shared by the studies: one JSON entry a run, and the arguments that every study takes."""
+
+import argparse
+import base64
+import json
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anybit.environment import environment
+from anybit.progress import listening
+
+ROOT = Path(__file__).parents[2]
+
+
+class Entries:
+    """The JSON file of one study, one entry a run; a finished entry is not run again. The environment names `packages` too."""
+
+    def __init__(self, arguments: argparse.Namespace, name: str, *packages: str):
+        self.arguments = arguments
+        self.file = arguments.results / f"{name}.json"
+        self.packages = packages
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        return json.loads(self.file.read_text())["entries"] if self.file.is_file() else {}
+
+    def measured(self, key: str, run: Callable[[], dict[str, Any]]) -> None:
+        """Run and keep one entry, unless it is there or not asked for."""
+        if key in self.entries or (self.arguments.only and self.arguments.only not in key):
+            return
+        start = time.perf_counter()
+        entry = run() | {"total_seconds": time.perf_counter() - start}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        about = {"environment": environment(*self.packages), "entries": self.entries | {key: entry}}
+        self.file.write_text(json.dumps(about, indent=1) + "\n")
+        print(key, {k: v for k, v in entry.items() if isinstance(v, (int, float))}, flush=True)
+
+
+def narrated(key: str) -> AbstractContextManager[None]:
+    """Print each event's line, after the entry's key, inside the block."""
+    return listening(events=lambda _, fields: print(key, fields["note"], flush=True) if "note" in fields else None)
+
+
+def packed_hits(right: np.ndarray) -> str:
+    """Pack which test inputs are right, one bit each, for paired intervals."""
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+
+def parser(description: str | None, studies: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """The arguments that every study takes; with `studies`, which of them to run."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if studies:
+        options.add_argument("study", choices=list(studies))
+    options.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    options.add_argument("--only", help="run the entries whose key contains this")
+    return options

@@ -1,0 +1,49 @@
+"""Every file of the docs that is made from JSON, in memory: to be written, or compared with what is committed."""
+
+import re
+from itertools import zip_longest
+from pathlib import Path
+
+from benchmarks.tables import calibrate, commands, exports, grow, texts, train_once
+from benchmarks.tables.figures import figures
+from benchmarks.tables.readme import readme_section
+from benchmarks.tables.shared import ROOT
+
+SECTIONS = {**calibrate.SECTIONS, **grow.SECTIONS, **train_once.SECTIONS, **texts.SECTIONS, **exports.SECTIONS, **commands.SECTIONS}
+
+
+def pages() -> dict[Path, str]:
+    """Fill tables and figures in: file, relative to the repository -> its text."""
+    template = (ROOT / "docs" / "results.in.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    filled = {Path("docs/results.md"): with_sections(template), Path("README.md"): with_headline(readme, readme_section())}
+    return filled | {Path("docs") / name: text for name, text in figures().items()}
+
+
+def with_sections(template: str) -> str:
+    """Put a section in place of each `<!-- NAME -->`."""
+    names = re.findall(r"<!-- ([A-Z]+) -->", template)
+    if unknown := sorted(set(names) - set(SECTIONS)):
+        raise ValueError(f"docs/results.in.md names sections that benchmarks/tables does not make: {', '.join(unknown)}")
+    return re.sub(r"<!-- ([A-Z]+) -->", lambda place: SECTIONS[place[1]](), template)
+
+
+def with_headline(readme: str, section: str) -> str:
+    """Put the section between the README's two markers."""
+    before, rest = readme.split("<!-- results -->")
+    after = rest.split("<!-- /results -->")[1]
+    return f"{before}<!-- results -->\n\n{section}\n\n<!-- /results -->{after}"
+
+
+def first_difference(root: Path, made: dict[Path, str]) -> str | None:
+    """Name the first line that is committed otherwise than the JSON makes it; None where all are the same."""
+    for path, text in made.items():
+        committed = (root / path).read_text() if (root / path).is_file() else ""
+        for number, (old, new) in enumerate(zip_longest(committed.split("\n"), text.split("\n")), 1):
+            if old != new:
+                return f"{path}, line {number}, differs from the JSON.\n  committed: {shown(old)}\n  from JSON: {shown(new)}"
+    return None
+
+
+def shown(line: str | None) -> str:
+    return "(the file ends before)" if line is None else line

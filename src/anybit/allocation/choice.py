@@ -1,0 +1,202 @@
+"""Choose the scheme of a budget: solve, measure the best, take the best measured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybit.allocation.program import Allocation, allocate, best_allocations, least_costs, make_problem
+from anybit.allocation.sensitivity import SensitivityTable
+from anybit.budget import Budget, Condition
+from anybit.data.batches import Batch
+from anybit.data.tasks import COUNTED, Metric, distance, outputs_of, score
+from anybit.errors import InfeasibleBudget, InvalidSetting
+from anybit.files.cache import Cache
+from anybit.networks.candidates import Candidates, apply_scheme
+from anybit.networks.cost import CostModel
+from anybit.networks.observed import ObservedNetwork
+from anybit.progress import tell
+from anybit.scheme import FLOAT, Precision, Scheme
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures schemes on the held-out inputs: their distance to the float outputs and, with labels, their accuracy.
+
+    `metric` is the user's own, higher is better; where it is given, a limit on the drop counts in it and not in top-1.
+    """
+
+    network: ObservedNetwork
+    candidates: Candidates
+    held_out: list[Batch]
+    reference: Tensor
+    task: str
+    metric: Metric | None = None
+    recall: Cache = field(default_factory=Cache)
+
+    def of_scheme(self, scheme: Scheme) -> dict[str, float]:
+        """Measure a scheme made of the candidates as they are."""
+        made = partial(apply_scheme, self.network.prepared, scheme, self.candidates)
+        return self.recall.value(f"measured {scheme}", lambda: self.of_model(made()), as_scores)
+
+    def of_model(self, model: nn.Module) -> dict[str, float]:
+        """{"loss": distance, and where there are labels what the task counts ("top1", ...), "metric": the user's}."""
+        return self.of_outputs(outputs_of(model, self.held_out))
+
+    def of_outputs(self, outputs: Tensor) -> dict[str, float]:
+        """The same of outputs on the held-out inputs."""
+        result = {"loss": distance(outputs, self.reference, self.task)}
+        counted = COUNTED[self.task]
+        if self.labels is not None and counted is not None:
+            told = score(outputs, self.labels, self.task, reader=self.held_out[0].reader)
+            result |= {counted: told[counted]} if counted in told else {}
+        if self.labels is not None and self.metric is not None:
+            result["metric"] = float(self.metric(outputs, self.labels))
+        return result
+
+    @property
+    def counted(self) -> str | None:
+        """What a limit on the drop counts in."""
+        return COUNTED[self.task] if self.metric is None else "metric"
+
+    @property
+    def labels(self) -> Tensor | None:
+        labels = [batch.labels for batch in self.held_out]
+        return None if any(part is None for part in labels) else torch.cat(labels)
+
+
+def as_scores(record: Mapping[str, Any]) -> dict[str, float]:
+    """A kept record of what `Judge.of_model` measured."""
+    return {"loss": float(record["loss"])} | {str(key): float(value) for key, value in record.items()}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The scheme that won, the solver's allocation behind the comparison, and every scheme that was measured."""
+
+    scheme: Scheme
+    allocation: Allocation | None
+    measured: list[dict[str, Any]]
+
+    def certificate(self, seed: int) -> dict[str, Any]:
+        """The solver's certificate of its best scheme, and which of the measured ones was taken."""
+        chosen = next((row["name"] for row in self.measured if row["scheme"] == self.scheme), None)
+        solved = (
+            {**self.allocation.certificate(), "predicted_loss": self.allocation.predicted_loss, "seed": seed} if self.allocation else {}
+        )
+        return {**solved, "chosen": chosen}
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for `from_json`."""
+        allocation = None if self.allocation is None else {**vars(self.allocation), "scheme": self.allocation.scheme.to_json()}
+        measured = [{**row, "scheme": row["scheme"].to_json()} for row in self.measured]
+        return {"scheme": self.scheme.to_json(), "allocation": allocation, "measured": measured}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Choice":
+        """The choice that `to_json` told of."""
+        told = data["allocation"]
+        allocation = None if told is None else Allocation(**{**told, "scheme": Scheme.parse(told["scheme"])})
+        return cls(Scheme.parse(data["scheme"]), allocation, [{**row, "scheme": Scheme.parse(row["scheme"])} for row in data["measured"]])
+
+
+def choose_scheme(network: ObservedNetwork, table: SensitivityTable, budget: Budget | None, alternatives: int, judge: Judge) -> Choice:
+    """Solve for `budget`, measure the best schemes and every uniform one that fits, and take the best measured.
+
+    Under a limit on the loss, the best is the smallest that keeps it.
+    """
+    if budget is None:
+        largest = Scheme({name: precisions[-1] for name, precisions in network.choices.items()})
+        return Choice(largest, None, [measured_row(network, table, "largest", largest, judge)])
+    if budget.limit("drop") is not None:
+        return _choose_by_drop(network, table, budget, judge)
+    problem = make_problem(network.choices, table, network.costs, budget)
+    loss_limit = budget.limit("loss")
+    if loss_limit is not None:
+        size = make_problem(network.choices, table, network.costs, Budget.parse("100%")).costs["bytes"]
+        solutions = least_costs(problem, size, loss_limit - table.floor)
+    else:
+        solutions = best_allocations(problem)
+    found = list(islice(solutions, alternatives))
+    rows = [measured_row(network, table, f"allocated {index}", solution.scheme, judge) for index, solution in enumerate(found, 1)]
+    rows += uniform_rows(network, table, budget, judge)
+    if loss_limit is None:
+        best = min(rows, key=lambda row: row["measured"])
+    else:  # the smallest that keeps the limit when measured; where none does, the smallest that was predicted to
+        best = min((row for row in rows if row["measured"] <= loss_limit), key=lambda row: row["bytes"], default=rows[0])
+    return Choice(best["scheme"], found[0], rows)
+
+
+def check_feasible(network: ObservedNetwork, budget: Budget) -> None:
+    """Raise InfeasibleBudget, naming the least that is possible, before any long work: costs need no measurement."""
+    nothing_lost = SensitivityTable({(name, p): 0.0 for name, options in network.choices.items() for p in options}, FLOAT, 0)
+    allocate(make_problem(network.choices, nothing_lost, network.costs, budget))
+
+
+def uniform_rows(network: ObservedNetwork, table: SensitivityTable, budget: Budget, judge: Judge) -> list[dict[str, Any]]:
+    """Every uniform scheme (kept layers aside) that fits the budget, measured."""
+    schemes = {Precision(w, a): network.uniform(w, a) for w in network.options.weight_bits for a in network.options.activation_bits}
+    return [
+        measured_row(network, table, f"uniform {precision}", scheme, judge)
+        for precision, scheme in schemes.items()
+        if fits_budget(network.costs, scheme, budget)
+    ]
+
+
+def fits_budget(costs: CostModel, scheme: Scheme, budget: Budget) -> bool:
+    """Whether the scheme's costs meet every condition on bits, bytes, percent, BOPs and latency."""
+    amounts = costs.summary(scheme)
+    amounts["bits"] = amounts.pop("weight_bits")
+    return all(amounts[c.quantity] <= c.limit * (1 + 1e-12) for c in budget.conditions if c.quantity in amounts)
+
+
+def measured_row(network: ObservedNetwork, table: SensitivityTable, name: str, scheme: Scheme, judge: Judge) -> dict[str, Any]:
+    """What the table predicts of a scheme, what the held-out inputs say, and its costs."""
+    measured = judge.of_scheme(scheme)
+    loss = measured.pop("loss")
+    row = {"name": name, "scheme": scheme, "predicted": table.total(scheme), "measured": loss, **measured, **network.costs.summary(scheme)}
+    tell("scheme", **row)
+    return row
+
+
+def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: Budget, judge: Judge) -> Choice:
+    """The smallest scheme whose metric (or top-1) on the held-out inputs is within the allowed drop: bisection on mean weight bits."""
+    if judge.labels is None or judge.counted is None:
+        raise InvalidSetting(
+            "A budget of drop= needs labelled data, and a --metric where the network is no classifier. Give them, or use loss=."
+        )
+    float_score = judge.of_outputs(judge.reference)[judge.counted]
+    others = tuple(c for c in budget.conditions if c.quantity != "drop")
+    rows: list[dict[str, Any]] = []
+    passed: tuple[Scheme, Allocation] | None = None
+    largest = Scheme({name: options[-1] for name, options in network.choices.items()})
+    low, high = float(min(network.options.weight_bits)), network.costs.weight_bits(largest)
+    for attempt in range(8):
+        # The easiest scheme first: where that one fails, no smaller one is worth a look.
+        bits = high if attempt == 0 else (low + high) / 2
+        trial = Budget(f"{bits}bit", (*others, Condition("bits", bits)))
+        try:
+            allocation = next(best_allocations(make_problem(network.choices, table, network.costs, trial)))
+        except InfeasibleBudget:
+            if attempt == 0:
+                raise
+            low = bits
+            continue
+        row = measured_row(network, table, f"allocated at {bits:.2f} bits", allocation.scheme, judge)
+        rows.append(row)
+        lost = float_score - row[judge.counted]
+        if lost <= budget.limit("drop"):
+            passed, high = (allocation.scheme, allocation), bits
+        elif attempt == 0:
+            raise InfeasibleBudget(
+                f"Even the largest scheme loses {lost:.4g} points of {judge.counted} on the held-out inputs, "
+                f"more than {budget.limit('drop'):g}. "
+                f"Allow more bits or raise the budget to drop={lost:.4g}%."
+            )
+        else:
+            low = bits
+    return Choice(*passed, rows)

@@ -1,0 +1,301 @@
+"""Which layer gets how many bits: an integer program over the sensitivity table.
+
+    min  sum_l sum_k I_lk loss_lk      s.t.  sum_l sum_k I_lk cost_lk <= budget  (one row a budget),   sum_k I_lk = 1,   I in {0, 1}
+
+or the paper's form, most gain under a limit on the predicted loss, where the roles of cost and loss are swapped.
+
+Source: Hubara et al., ICML 2021, eq. 3 to 5. Deviation: several budgets at once; the solver (HiGHS) returns its bound and gap, which are
+kept as a certificate; the next best schemes follow by excluding those already found. Where one cost is to be looked at for every budget at
+once, `frontier` gives the convex hull of all schemes.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
+from scipy.sparse import csr_matrix
+
+from anybit.allocation.sensitivity import SensitivityTable
+from anybit.budget import Budget, Condition
+from anybit.errors import InfeasibleBudget, InvalidSetting, UnsupportedModel
+from anybit.networks.cost import CostModel
+from anybit.scheme import FLOAT_BITS, Precision, Scheme
+
+# Up to this many bytes of a file's header depend on the choice (digits of offsets and shapes); reserved when bytes are limited.
+HEADER_SLACK = 64
+
+# Choices a layer that the integer program starts with; the relaxation's reduced costs tell which, and whether they were enough.
+CORE = 5
+
+GAPS, SECONDS = (1e-4, 1e-3, 1e-2), 20.0
+"""Relative gaps within which the solver proves a scheme, and how long it tries each but the last. Layers of like sizes and losses of which
+one outweighs all others can hold it up for half an hour and more at the narrowest, and are solved in a moment at the next."""
+
+TIME_LIMIT = 1
+"""The solver's status where it met a limit."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One choice a layer: `losses[layer][k]`, and for every limited quantity `costs[quantity][layer][k]` with its `limits[quantity]`.
+
+    `in_words[quantity]` writes a sum of that quantity's costs as the user counts it (fixed parts added, units).
+    """
+
+    choices: Mapping[str, Sequence[Precision]]
+    losses: Mapping[str, np.ndarray]
+    costs: Mapping[str, Mapping[str, np.ndarray]]
+    limits: Mapping[str, float]
+    in_words: Mapping[str, Callable[[float], str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A scheme, its predicted loss, and its certificate: what was minimized, the value reached, the solver's lower bound on it, and the
+    relative gap between the two."""
+
+    scheme: Scheme
+    predicted_loss: float
+    objective: str
+    value: float
+    bound: float
+    gap: float
+
+    def certificate(self) -> dict[str, Any]:
+        """What the scheme file keeps. No time and no machine, so that equal problems give equal files."""
+        return {
+            "solver": "HiGHS through scipy.optimize.milp",
+            "objective": self.objective,
+            "value": self.value,
+            "bound": self.bound,
+            "gap": self.gap,
+        }
+
+
+def make_problem(choices: Mapping[str, Sequence[Precision]], table: SensitivityTable, costs: CostModel, budget: Budget | None) -> Problem:
+    """The problem of least predicted loss under `budget`'s limits on bits, bytes, percent, BOPs and latency."""
+    names = list(choices)
+    for name in names:
+        if not choices[name]:
+            raise InvalidSetting(f"Layer {name} has no precision to choose from.")
+    losses = {name: np.array([table.loss(name, precision) for precision in choices[name]]) for name in names}
+    for name in names:
+        if not np.isfinite(losses[name]).all():
+            raise UnsupportedModel(f"The sensitivity of layer {name} is not finite: {losses[name].tolist()}. --keep the layer.")
+    limited, limits, in_words = {}, {}, {}
+    for condition in budget.conditions if budget else ():
+        if condition.quantity in ("loss", "drop"):
+            continue
+        quantity, per_layer, limit, words = _linear(condition, choices, costs)
+        if quantity not in limits or limit < limits[quantity]:  # "120kB,12.5%" limits the same bytes twice
+            limited[quantity], limits[quantity], in_words[quantity] = per_layer, limit, words
+    return Problem(choices, losses, limited, limits, in_words)
+
+
+Linear = tuple[str, dict[str, np.ndarray], float, Callable[[float], str]]
+
+
+def _linear(condition: Condition, choices: Mapping[str, Sequence[Precision]], costs: CostModel) -> Linear:
+    """(quantity, cost of each layer's choices, what they may sum to, how a sum is written)."""
+    if condition.quantity == "bits":
+        per_layer = {name: np.array([float(costs.layers[name].weights * p.stored_weight_bits) for p in choices[name]]) for name in choices}
+        total = sum(size.weights for size in costs.layers.values())
+        _check_below_float(condition, FLOAT_BITS, "bits a weight")
+        return "bits", per_layer, condition.limit * total, lambda amount: f"{_round_up(amount / total, 1000):g}bit"
+    if condition.quantity in ("bytes", "percent"):
+        _check_below_float(condition, costs.float_bytes if condition.quantity == "bytes" else 100, condition.quantity)
+        limit = condition.limit if condition.quantity == "bytes" else condition.limit / 100 * costs.float_bytes
+        per_layer = {name: np.array([float(costs.layer_bytes(name, p)) for p in choices[name]]) for name in choices}
+        fixed = fixed_bytes(choices, costs) + HEADER_SLACK
+        return "bytes", per_layer, limit - fixed, lambda amount: f"{math.ceil((amount + fixed) / 100) / 10:.1f}kB"
+    if condition.quantity == "bops":
+        per_layer = {name: np.array([float(costs.layer_bops(name, p)) for p in choices[name]]) for name in choices}
+        return "bops", per_layer, condition.limit, lambda amount: f"bops={math.ceil(amount / 1e5) / 10:.1f}M"
+    if condition.quantity == "latency" and costs.latency is not None:
+        table = costs.latency
+        per_layer = {name: np.array([table.layer(name, p) for p in choices[name]]) for name in choices}
+        rest = table.rest["int8"]
+        return "latency", per_layer, condition.limit - rest, lambda amount: f"latency={math.ceil((amount + rest) * 1e7) / 1e4:.4f}ms"
+    raise InvalidSetting(f"A budget of {condition.quantity} needs a measured table: run anybit profile on this model and data first.")
+
+
+def fixed_bytes(choices: Mapping[str, Sequence[Precision]], costs: CostModel) -> int:
+    """Bytes of the file that no choice of bits changes, up to `HEADER_SLACK` of the header aside."""
+    most = Scheme({name: max(choices[name], key=lambda p: (bool(p.weight_bits), bool(p.activation_bits))) for name in choices})
+    return costs.overhead(most)
+
+
+def allocate(problem: Problem, objective: Mapping[str, np.ndarray] | None = None, name: str = "least predicted loss") -> Allocation:
+    """The best scheme, proven within the returned gap. `objective` (default: the losses) is minimized instead, for the paper's form."""
+    return next(best_allocations(problem, objective, name))
+
+
+def least_costs(problem: Problem, cost: Mapping[str, np.ndarray], loss_limit: float) -> Iterator[Allocation]:
+    """The paper's form: schemes of a predicted loss of at most `loss_limit`, from the smallest cost on."""
+    costs, limits = {**problem.costs, "loss": problem.losses}, {**problem.limits, "loss": loss_limit}
+    bounded = Problem(problem.choices, problem.losses, costs, limits, problem.in_words)
+    return best_allocations(bounded, cost, "least cost under a loss limit")
+
+
+def best_allocations(
+    problem: Problem, objective: Mapping[str, np.ndarray] | None = None, name: str = "least predicted loss"
+) -> Iterator[Allocation]:
+    """Allocations from the best on; each excludes those before it. Ends when no other scheme fits.
+
+    Choices that another of the same layer beats in every respect are left out beforehand, so no runner-up uses one either.
+    """
+    objective = objective or problem.losses
+    layers = list(problem.choices)
+    columns = [(layer, int(k)) for layer in layers for k in _undominated(problem, objective, layer)]
+    program = _Program.of(problem, objective, layers, columns)
+    found_any = False
+    while (solved := program.solve()) is not None:
+        chosen, bound = solved
+        picked = {columns[i][0]: columns[i][1] for i in chosen}
+        if all(sum(problem.costs[q][layer][k] for layer, k in picked.items()) <= limit for q, limit in problem.limits.items()):
+            found_any = True
+            scheme = Scheme({layer: problem.choices[layer][k] for layer, k in picked.items()})
+            predicted = float(sum(problem.losses[layer][k] for layer, k in picked.items()))
+            value = float(sum(objective[layer][k] for layer, k in picked.items()))
+            bound = min(bound, value)
+            yield Allocation(scheme, predicted, name, value, bound, (value - bound) / max(abs(value), 1e-300))
+        # Found already, or over a limit by less than the solver's tolerance: either way not to be found again.
+        program.exclude(chosen)
+    if not found_any:
+        raise InfeasibleBudget(_why_infeasible(problem))
+
+
+class _Program:
+    """min values x  s.t.  one choice a layer, every limit, none of the excluded schemes; x in {0, 1}.
+
+    Solved over a core of its columns. The linear relaxation gives each column a reduced cost: no scheme that uses the column can be better
+    than the relaxation's value by less than that. So the core's best scheme is the best of all as soon as it lies closer to the relaxation
+    than any column outside the core; until it does, the core grows to those that could still beat it. (Savelsbergh, "Preprocessing and
+    probing techniques for mixed integer programming problems", 1994: reduced-cost fixing.)
+    """
+
+    def __init__(self, values: np.ndarray, owner: np.ndarray, limited: np.ndarray, limits: np.ndarray):
+        self.unit = max(float(np.abs(values).max()), 1e-300)  # coefficients of at most 1 keep the solver's absolute tolerances meaningful
+        self.values, self.limited, self.limits = values / self.unit, limited, limits
+        self.layers = int(owner.max()) + 1
+        self.one_each = csr_matrix((np.ones(len(values)), (owner, np.arange(len(values)))))
+        self.excluded: list[np.ndarray] = []
+        self.gap = 0  # index of GAPS
+        rows = {"A_ub": limited, "b_ub": limits} if len(limits) else {}
+        with _silent_solver():
+            relaxed = linprog(self.values, A_eq=self.one_each, b_eq=np.ones(self.layers), method="highs", **rows)
+        self.feasible = relaxed.status == 0
+        if self.feasible:
+            self.relaxed, self.reduced = float(relaxed.fun), relaxed.lower.marginals
+            enough = min(CORE * self.layers, len(values) - 1)
+            self.reach = float(np.partition(self.reduced, enough)[enough])
+
+    @classmethod
+    def of(cls, problem: Problem, objective: Mapping[str, np.ndarray], layers: list[str], columns: list[tuple[str, int]]) -> "_Program":
+        values = np.array([objective[layer][k] for layer, k in columns], dtype=float)
+        index = {layer: number for number, layer in enumerate(layers)}
+        rows, limits = np.empty((len(problem.limits), len(columns))), np.empty(len(problem.limits))
+        for row, (quantity, limit) in enumerate(problem.limits.items()):
+            # Only what a layer costs above its cheapest choice matters: small numbers, which the solver's tolerances can tell apart.
+            least = {layer: float(problem.costs[quantity][layer].min()) for layer in layers}
+            costs = np.array([problem.costs[quantity][layer][k] - least[layer] for layer, k in columns])
+            largest = float(np.abs(costs).max()) or 1.0
+            rows[row], limits[row] = costs / largest, (limit - sum(least.values())) / largest
+        return cls(values, np.array([index[layer] for layer, _ in columns]), rows, limits)
+
+    def solve(self) -> tuple[np.ndarray, float] | None:
+        """(chosen columns, proven lower bound of every scheme that is not excluded), or None where no scheme is left."""
+        while self.feasible:
+            core = np.flatnonzero(self.reduced <= self.reach)
+            everything = len(core) == len(self.values)
+            constraints = [LinearConstraint(self.one_each[:, core], 1, 1)]
+            if len(self.limits):
+                constraints.append(LinearConstraint(self.limited[:, core], -np.inf, self.limits))
+            if self.excluded:
+                constraints.append(LinearConstraint(np.stack(self.excluded)[:, core], -np.inf, self.layers - 1))
+            result = self._solved(self.values[core], constraints)
+            if result.x is None:
+                if everything:
+                    return None
+                self.reach = np.inf
+            elif everything or result.fun <= self.relaxed + self.reach:
+                outside = np.inf if everything else self.relaxed + self.reach
+                return core[result.x > 0.5], min(float(result.mip_dual_bound), outside) * self.unit
+            else:
+                self.reach = (result.fun - self.relaxed) * (1 + 1e-9) + 1e-12  # above what rounding can hide
+        return None
+
+    def _solved(self, values: np.ndarray, constraints: list[LinearConstraint]) -> OptimizeResult:
+        """The solver's result within the narrowest of GAPS that it reaches in SECONDS; what it has at a time limit is not taken, so that
+        equal runs end alike. A gap that was too narrow once is not tried again."""
+        while True:
+            gap, last = GAPS[self.gap], self.gap == len(GAPS) - 1
+            options = {"mip_rel_gap": gap} | ({} if last else {"time_limit": SECONDS})
+            with _silent_solver():
+                result = milp(values, integrality=np.ones(len(values)), bounds=Bounds(0, 1), constraints=constraints, options=options)
+            if last or result.status != TIME_LIMIT:
+                return result
+            self.gap += 1
+
+    def exclude(self, chosen: np.ndarray) -> None:
+        """Leave this scheme out from now on."""
+        cut = np.zeros(len(self.values))
+        cut[chosen] = 1
+        self.excluded.append(cut)
+
+
+def _undominated(problem: Problem, objective: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
+    """Indices of the choices that no other beats in the objective and in every limited cost: the best scheme needs only these."""
+    table = np.stack([objective[layer], *(problem.costs[quantity][layer] for quantity in problem.limits)])  # [quantities, choices]
+    better_or_equal = (table[:, :, None] <= table[:, None, :]).all(0)  # [j, k]: j is nowhere above k
+    better = better_or_equal & (table[:, :, None] < table[:, None, :]).any(0)
+    twin_before = better_or_equal & better_or_equal.T & np.triu(np.ones_like(better), 1)  # of equal choices the first stays
+    return np.flatnonzero(~(better | twin_before).any(0))
+
+
+def _why_infeasible(problem: Problem) -> str:
+    """Name the least of each limited quantity, and the layers that need most of it; say where only the combination fails."""
+    parts, enough = [], []
+    for quantity, limit in problem.limits.items():
+        least = {layer: float(problem.costs[quantity][layer].min()) for layer in problem.choices}
+        words = problem.in_words.get(quantity, lambda amount, quantity=quantity: f"{quantity}={amount:.6g}")
+        if sum(least.values()) > limit:
+            binding = sorted(least, key=least.get, reverse=True)[:3]
+            needed, allowed = words(sum(least.values())), words(limit)
+            parts.append(f"The smallest scheme needs {needed}, more than the budget of {allowed} (layers {', '.join(binding)} bind).")
+            enough.append(needed)
+    if not parts:
+        return "No scheme meets all conditions of the budget together, though each alone can be met. Relax one of them."
+    advice = "Allow lower bit-widths (--weight-bits; in grow --prune), keep fewer layers, or raise the budget to"
+    return f"{' '.join(parts)} {advice} {','.join(enough)}."
+
+
+@contextmanager
+def _silent_solver() -> Iterator[None]:
+    """HiGHS prints notes on some problems, whatever it is told, past Python's own stdout; stdout is for results."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _round_up(value: float, parts: int) -> float:
+    return math.ceil(value * parts) / parts
+
+
+def _check_below_float(condition: Condition, most: float, what: str) -> None:
+    if condition.limit > most:
+        raise InvalidSetting(
+            f"A budget of {condition.limit:g} {what} is above the float network's {most:g}: there is nothing to save. Lower the budget."
+        )

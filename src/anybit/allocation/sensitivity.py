@@ -1,0 +1,118 @@
+"""What each layer costs in output quality at each bit-width, measured on held-out unlabelled inputs.
+
+One row a (layer, bits): the distance of the outputs to the float model's (`evaluation.distance`) with this layer at these bits and every
+other one at the base precision, minus that of the base alone. Weights and activations are measured apart; a pair (W, A) is predicted by
+the sum of its two rows unless pairs are measured too.
+
+Source: Hubara et al., ICML 2021, section 3.3. Deviation: the paper measures the loss; on the inputs that the layers were fitted to the
+loss is too kind, so held-out inputs are used, and the divergence to the float outputs needs no labels.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from anybit.data.batches import Batch
+from anybit.data.tasks import distance, outputs_of
+from anybit.errors import UnsupportedModel
+from anybit.files.cache import Cache
+from anybit.networks.candidates import Candidates, apply_scheme
+from anybit.progress import tell, track
+from anybit.scheme import FLOAT, Precision, Scheme
+
+Row = tuple[str, Precision]
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """(layer, precision) -> predicted rise of the distance above `floor`, that of the network with every layer at its base.
+
+    `measured` are the rows as measured: W, A and, where asked for, WA.
+    """
+
+    measured: Mapping[Row, float]
+    base: Precision
+    samples: int
+    pairs: bool = False
+    floor: float = 0.0
+
+    def loss(self, layer: str, precision: Precision) -> float:
+        """The measured row, or the sum of the weights-only and the activations-only one."""
+        if (layer, precision) in self.measured:
+            return self.measured[layer, precision]
+        return sum(self.measured[layer, part] for part in _parts(precision))
+
+    def total(self, scheme: Scheme) -> float:
+        """Predicted distance of a whole scheme: the floor and the sum over layers."""
+        return self.floor + sum(self.loss(name, precision) for name, precision in scheme.items())
+
+    def to_json(self) -> dict:
+        """Layer -> precision -> value, with what it was measured on."""
+        rows: dict[str, dict[str, float]] = {}
+        for (layer, precision), value in self.measured.items():
+            rows.setdefault(layer, {})[str(precision)] = value
+        return {"base": str(self.base), "samples": self.samples, "pairs": self.pairs, "floor": self.floor, "rows": rows}
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> "SensitivityTable":
+        """The table that `to_json` wrote."""
+        rows = {(layer, Precision.parse(text)): value for layer, row in data["rows"].items() for text, value in row.items()}
+        return cls(rows, Precision.parse(data["base"]), data["samples"], data["pairs"], data["floor"])
+
+
+def _parts(precision: Precision) -> list[Precision]:
+    parts = [Precision(precision.weight_bits, None), Precision(None, precision.activation_bits)]
+    return [part for part in parts if part != Precision()]
+
+
+def rows_to_measure(choices: Mapping[str, Sequence[Precision]], pairs: bool) -> list[Row]:
+    """The (layer, precision) rows that the table of `choices` needs."""
+    rows: dict[Row, None] = {}
+    for layer, precisions in choices.items():
+        for precision in precisions:
+            for row in [precision] if pairs else _parts(precision):
+                rows[layer, row] = None
+    return list(rows)
+
+
+def measure_sensitivity(
+    prepared: nn.Module,
+    candidates: Candidates,
+    choices: Mapping[str, Sequence[Precision]],
+    held_out: list[Batch],
+    reference: Tensor,
+    task: str,
+    base: Precision = FLOAT,
+    pairs: bool = False,
+    recall: Cache = Cache(),
+) -> SensitivityTable:
+    """Measure every row that `choices` (layer -> precisions) needs; `reference` are the float model's outputs on `held_out`.
+
+    A row of weights is measured with the layer's activations at the base, a row of activations with its weights there.
+    """
+    names = list(choices)
+    base_scheme = Scheme({name: choices[name][0] if len(choices[name]) == 1 else base for name in names})
+
+    def apart(scheme: Scheme) -> float:
+        return distance(outputs_of(apply_scheme(prepared, scheme, candidates), held_out), reference, task)
+
+    floor = recall.value("floor", lambda: apart(base_scheme), float)
+    measured = {}
+    for layer, precision in track(rows_to_measure(choices, pairs), "sensitivity"):
+        if len(choices[layer]) == 1:
+            measured[layer, precision] = 0.0  # nothing to choose: its loss is in every scheme alike
+            continue
+        at = precision
+        if not pairs:
+            at = Precision(
+                base.weight_bits if precision.weight_bits is None else precision.weight_bits,
+                base.activation_bits if precision.activation_bits is None else precision.activation_bits,
+            )
+        scheme = base_scheme.replace({layer: at})
+        value = recall.value(f"sensitivity of {layer} at {precision}", lambda scheme=scheme: apart(scheme), float) - floor
+        if not value < float("inf"):
+            raise UnsupportedModel(f"{layer} at {precision} makes the outputs NaN or infinite. Exclude that bit-width or --keep the layer.")
+        measured[layer, precision] = value
+        tell("sensitivity", layer=layer, precision=str(precision), loss=value)
+    return SensitivityTable(measured, base, sum(map(len, held_out)), pairs, floor)

@@ -1,0 +1,47 @@
+"""The command line: `anybit VERB`."""
+
+import warnings
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from anybit import __version__
+from anybit.cli.export import bench, export, profile, verify
+from anybit.cli.roads import allocate, calibrate, evaluate, extract, grow, inspect, search, train
+from anybit.cli.runs import cache, diff, explain, report
+from anybit.cli.work import Outcome, as_command
+from anybit.errors import printable
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Turn a trained PyTorch network into a low-bit, mixed-precision one.",
+)  # fmt: skip
+TELLING = ("config", "log", "verbose", "quiet", "as_json")
+VERBS: dict[Callable[..., Outcome | None], tuple[str, ...]] = {
+    **dict.fromkeys((calibrate, allocate, grow, train, search, extract, evaluate), ("threads", *TELLING)),
+    report: (),
+    export: TELLING,
+    verify: ("threads", *TELLING),
+    bench: TELLING,
+    profile: TELLING,
+    inspect: ("threads", "config", "quiet", "as_json"),
+    **dict.fromkeys((diff, explain, cache), ("as_json",)),
+}
+"""verb -> which of the common options it has besides its own."""
+
+for verb, more in VERBS.items():
+    app.command()(as_command(verb, *more))
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print anybit's version.")] = False) -> None:
+    if version:
+        print(f"anybit {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the `anybit` command."""
+    warnings.formatwarning = lambda message, *where, **line: f"warning: {printable(' '.join(str(message).split()))}\n"
+    app()

@@ -1,0 +1,94 @@
+"""The verbs of exported files: export, verify, bench, profile."""
+
+from pathlib import Path
+from typing import Any
+
+import anybit
+from anybit.cli.work import Outcome
+from anybit.errors import InvalidSetting
+from anybit.roads.settings import CalibrateSettings
+from anybit.settings import argument, option, same_as
+from anybit.sources.preprocessing import Preprocessing
+
+RUN_DATA = "Inputs, preprocessed as the run's (default: what it was made with)."
+
+
+def export(
+    run: Path = argument("A run folder."),
+    *,
+    onnx: Path | None = option(None, "The file to write, for ONNX Runtime and others."),
+    compressed_tensors: Path | None = option(None, "The folder to write, for transformers: Hugging Face networks."),
+    data: str | None = option(None, RUN_DATA), model=None,
+    tables: bool = option(False, "SiLU, GELU and the like as tables of codes: exact, slower.", switch=True),
+    weight_only: bool = option(False, "Linears with float inputs run on packed weights.", switch=True),
+    pack_embeddings: bool = option(False, "In the folder too; transformers 5 cannot load it.", switch=True),
+    overwrite=False,
+) -> Outcome:  # fmt: skip
+    """Write a run as an ONNX file, with packed weights and integer kernels when it runs, or as a folder that transformers loads."""
+    if (onnx is None) == (compressed_tensors is None):
+        raise InvalidSetting("Name what to write: --onnx FILE, or --compressed-tensors FOLDER.")
+    if compressed_tensors is not None and (tables or weight_only or data):
+        raise InvalidSetting("--tables, --weight-only and --data belong to --onnx; a folder of compressed-tensors takes none of them.")
+    if onnx is not None and pack_embeddings:
+        raise InvalidSetting("--pack-embeddings belongs to --compressed-tensors; an ONNX file packs them always.")
+    if compressed_tensors is not None:
+        from anybit.exports.compressed_tensors import export_folder
+
+        return Outcome(export_folder(run, compressed_tensors, model=model, embeddings=pack_embeddings, overwrite=overwrite), "print_folder")
+    found = anybit.export(run, onnx, model=model, data=data, tables=tables, weight_only=weight_only, overwrite=overwrite)
+    return Outcome(found, lambda details: _print_file(found, details))
+
+
+def _print_file(found: dict[str, Any], details: bool) -> None:
+    from anybit.reports.words import human_bytes
+
+    over = 100 * (found["bytes"] / found["ideal_bytes"] - 1) if found["ideal_bytes"] else 0
+    ideal = human_bytes(found["ideal_bytes"])
+    print(f"{found['file']}: {human_bytes(found['bytes'])}, {over:.1f} % above the {ideal} of its weights' bits")
+    if details:
+        print(f"{found['integer_layers']} of {found['layers']} layers on integers")
+    if details and found["measured_edges"]:
+        count = len(found["measured_edges"])
+        print(f"{count} tensors between operators have no range in the run: it was measured on the inputs of this export.")
+
+
+def verify(
+    run: Path = argument("The run folder that was exported."),
+    exported: Path = argument("The exported file or folder."),
+    *,
+    data: str | None = option(None, RUN_DATA),
+    samples: int | None = option(None, "Inputs to run, the first of the data (default: all).", least=1),
+    model=None, metric=None, workers=0,
+) -> Outcome:  # fmt: skip
+    """Check an exported file or folder against its run: contents, integer kernels, numbers. Exit status 1 where a promise fails."""
+    check, table = anybit.verify, "print_verdict"
+    if exported.is_dir():
+        from anybit.exports.compressed_tensors import verify_folder as check
+
+        table = "print_folder_verdict"
+    found = check(run, exported, model=model, data=data, samples=samples, metric=metric, workers=workers)
+    return Outcome(found, table, status=0 if found["ok"] else 1)
+
+
+def bench(
+    run: Path = argument("A run folder."),
+    onnx: Path | None = argument("The exported file (default: what the run would be exported as).", None),
+    *,
+    data: str | None = option(None, RUN_DATA), model=None,
+    rounds: int = option(20, "Turns of float32 and exported, each about a twentieth of a second.", least=1),
+    batch_size: int = same_as(CalibrateSettings, "batch_size", default=1),
+    threads: int = option(1, "Processor threads of the runtime.", least=1),
+) -> Outcome:  # fmt: skip
+    """Size of the exported file against its bits, and latency against the same runtime's float32 file, in turns."""
+    found = anybit.bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads)
+    return Outcome(found, "print_bench")
+
+
+def profile(
+    *, model, weights=None, data, keep=None, preprocessing: Preprocessing,
+    rounds: int = option(20, "Turns of float32, 8 bits and alternating, each about a twentieth of a second.", least=1),
+    overwrite: bool = option(False, "Measure again what was measured before.", switch=True),
+) -> Outcome:  # fmt: skip
+    """How long each layer takes in float and on integers on this machine: the table behind --budget latency=3ms."""
+    found = anybit.profile(model, data, weights=weights, preprocessing=preprocessing, keep=keep, rounds=rounds, overwrite=overwrite)
+    return Outcome(found, "print_profile")

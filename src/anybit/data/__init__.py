@@ -1,0 +1,1 @@
+"""Samples, batches, tasks and texts. Imports files and below."""

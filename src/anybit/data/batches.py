@@ -1,0 +1,177 @@
+"""A batch is what `forward` takes, plus optional labels; samples become batches here and nowhere else.
+
+The one seeded split into fitting and held-out inputs is made here, once a run.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from anybit.errors import InvalidInput
+
+Inputs = Tensor | tuple | dict
+
+
+class Reader(Protocol):
+    """What a task reads in a model's output, and scores of its own beside those of `evaluation`."""
+
+    task: str
+    unit: str
+    """What a prediction is of: "samples", or the tokens, texts or windows that a sample has."""
+
+    def read(self, output: Any, batch: "Batch") -> Tensor:
+        """One row a prediction, of one shape in every batch: what is compared with the float model's, and scored."""
+
+    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """By name; {} where there are none."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`inputs`: a tensor, a tuple (positional) or a dict (keyword arguments); `labels`: int64 [N] or None.
+
+    `reader` reads the model's output; None reads its first tensor.
+    """
+
+    inputs: Inputs
+    labels: Tensor | None = None
+    reader: Reader | None = None
+
+    def __len__(self) -> int:
+        return len(first_tensor(self.inputs))
+
+    @property
+    def mask(self) -> Tensor | None:
+        """bool [N, T]: which of the tokens are real and which padding; None where samples are not padded to one length."""
+        mask = self.inputs.get("attention_mask") if isinstance(self.inputs, dict) else None
+        return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return Batch(map_tensors(self.inputs, lambda t: t.to(device)), labels, self.reader)
+
+    def head(self, count: int) -> "Batch":
+        """The inputs of its first samples, without labels."""
+        return Batch(map_tensors(self.inputs, lambda tensor: tensor[:count]), None, self.reader)
+
+    def parts(self, size: int) -> Iterator["Batch"]:
+        """The inputs of its samples, at most `size` at a time, without labels."""
+        for start in range(0, len(self), size):
+            yield Batch(map_tensors(self.inputs, lambda tensor, start=start: tensor[start : start + size]), None, self.reader)
+
+
+def predict(model: nn.Module, batch: Batch) -> Tensor:
+    """Run `model` on the batch and return what the batch's reader reads in its output."""
+    return read_output(call(model, batch.inputs), batch)
+
+
+def read_output(output: Any, batch: Batch) -> Tensor:
+    """Return what the batch's reader reads in a model's output on it."""
+    return first_tensor(output) if batch.reader is None else batch.reader.read(output, batch)
+
+
+def real(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """The values of `tensor` that belong to real tokens, by `mask` [N, T]; all of it where its dimensions are not those of tokens.
+
+    Tokens run along the last dimension but one, [N, ..., T, features], or are flattened, [N T, features]; what all samples share,
+    [1, ..., T, features], has a real token where any sample has.
+    """
+    if mask is None or tensor.dim() < 2:
+        return tensor
+    if tensor.dim() == 2:
+        return tensor[mask.flatten()] if len(tensor) == mask.numel() > len(mask) else tensor
+    if len(tensor) == 1:
+        mask = mask.any(0, keepdim=True)
+    if len(tensor) != len(mask) or tensor.shape[-2] != mask.shape[1]:
+        return tensor
+    between = [1] * (tensor.dim() - 3)
+    return tensor[mask.view(len(mask), *between, -1).expand(tensor.shape[:-1])]
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """`model` on the inputs of a batch."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def map_leaves(value: Any, leaf: type, function: Callable[[Any], Any]) -> Any:
+    """`value` with every `leaf` in its nested tuples, lists and dicts mapped."""
+    if isinstance(value, leaf):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_leaves(item, leaf, function) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its fields one by one
+        return type(value)(*(map_leaves(item, leaf, function) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_leaves(item, leaf, function) for item in value)
+    return value
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """`value` with every tensor mapped."""
+    return map_leaves(value, Tensor, function)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists, dicts and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    if hasattr(value, "__dataclass_fields__"):
+        return [tensor for name in value.__dataclass_fields__ for tensor in tensors_in(getattr(value, name))]
+    return []
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The first tensor in `value`: the logits, where a model gives several outputs."""
+    tensors = tensors_in(value)
+    if not tensors:
+        raise InvalidInput(f"No tensor in a {type(value).__name__}: inputs and outputs must hold at least one.")
+    return tensors[0]
+
+
+def stacked(items: list) -> Any:
+    """Items as one batch, tensor beside tensor; raises InvalidInput where their shapes differ."""
+    try:
+        return default_collate(items)
+    except TypeError as error:
+        raise InvalidInput(
+            f"The samples cannot be made a batch: {error}. Give tensors, tuples or dicts, or a loader's collate_fn."
+        ) from error
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise InvalidInput(f"The samples do not fit into one batch: {reason}. Give all the same shape (--size for pictures).") from error
+
+
+def check_finite(batches: Iterable[Batch]) -> None:
+    """Raise InvalidInput where an input holds NaN or infinity, or a sample nothing but padding."""
+    for index, batch in enumerate(batches):
+        if batch.mask is not None and not batch.mask.any(1).all():
+            sample = int(torch.nonzero(~batch.mask.any(1))[0])
+            raise InvalidInput(f"Batch {index} of the data holds a sample that is all padding (sample {sample}). Leave empty texts out.")
+        for tensor in tensors_in(batch.inputs):
+            if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
+                sample = int(torch.nonzero(~torch.isfinite(tensor.reshape(len(tensor), -1)).all(1))[0])
+                raise InvalidInput(f"Batch {index} of the data holds NaN or infinity (sample {sample} of the batch). Clean the inputs.")

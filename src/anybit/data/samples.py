@@ -1,0 +1,163 @@
+"""Samples: a data set, drawn and split by seed."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from anybit.data.batches import Batch, Reader, stacked
+from anybit.errors import InvalidInput, InvalidSetting
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A data set whose items are an input, or (input, label); `labelled` says which.
+
+    `workers` processes load them, which changes nothing but speed, unless the data set draws at random: each worker draws from `seed`
+    and its own number. `collate` makes a batch of items, as a DataLoader's collate_fn does;
+    `loading` are other arguments for the DataLoader; `reader` reads the model's output on them. An array data set answers whole batches
+    through `__getitems__`.
+    """
+
+    dataset: Dataset | Sequence
+    labelled: bool
+    workers: int = 0
+    device: str = "cpu"
+    seed: int = 0
+    collate: Callable[[list], Any] = stacked
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    reader: Reader | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def on(self, device: str) -> "Samples":
+        """The same samples, their batches on `device`."""
+        return replace(self, device=device)
+
+    def subset(self, indices: Sequence[int]) -> "Samples":
+        """These samples alone, in this order."""
+        return replace(self, dataset=Subset(self.dataset, list(indices)))
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All samples in order, `size` at a time."""
+        if size < 1 or self.workers < 0:
+            raise InvalidSetting(f"batch size {size} must be at least 1 and workers {self.workers} at least 0.")
+        generator = torch.Generator().manual_seed(self.seed)
+        how: dict[str, Any] = {"num_workers": self.workers, "collate_fn": self._collate, "generator": generator, **self.loading}
+        for batch in DataLoader(self.dataset, batch_size=size, **how):
+            labels = batch.labels if self.labelled else None
+            yield replace(batch, labels=labels, reader=batch.reader or self.reader).to(self.device)
+
+    def by_length(self) -> "Samples":
+        """The same samples with those of like length together, where the data set tells lengths: batches are padded less."""
+        lengths = _lengths(self.dataset)
+        return self if lengths is None else self.subset(sorted(range(len(self)), key=lambda index: lengths[index]))
+
+    def _collate(self, items) -> Batch:
+        if isinstance(items, Batch):  # an array data set has made the batch already
+            return items
+        inputs, labels = self.collate(items), None
+        if isinstance(inputs, Mapping) and "labels" in inputs:  # as transformers' own collators call them
+            inputs = dict(inputs)
+            return Batch(inputs, torch.as_tensor(inputs.pop("labels")))
+        if self.labelled:
+            *inputs, labels = inputs
+            inputs, labels = inputs[0] if len(inputs) == 1 else inputs, torch.as_tensor(labels)
+        if isinstance(inputs, (list, tuple)):
+            inputs = inputs[0] if len(inputs) == 1 else tuple(inputs)
+        return Batch(inputs, labels)
+
+
+def _lengths(dataset: Any) -> Sequence[int] | None:
+    """The samples' lengths that a data set tells, seen through subsets."""
+    if isinstance(dataset, Subset):
+        lengths = _lengths(dataset.dataset)
+        return None if lengths is None else [lengths[index] for index in dataset.indices]
+    return getattr(dataset, "lengths", None)
+
+
+class ArrayDataset(Dataset):
+    """Images uint8 [N, H, W, C] (or [N, H, W], one channel), or any other array [N, ...], with labels [N] or None.
+
+    Images are divided by 255, laid out as [N, C, H, W] and normalized by `mean` and `std` of each channel. Integers stay integers
+    (tokens), complex numbers complex, other numbers become float32. Answers whole batches at once.
+    """
+
+    def __init__(self, x, y=None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
+        self.x, self.y = x, y
+        self.is_image = x.dtype.name == "uint8" and x.ndim in (3, 4)
+        self.mean = None if mean is None else torch.tensor(mean)[:, None, None]
+        self.std = None if std is None else torch.tensor(std)[:, None, None]
+        channels = x.shape[3 if self.is_image else 1] if x.ndim == 4 else 1
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and not (self.is_image or x.ndim == 4):
+                raise InvalidSetting(f"--{name} is of pictures; these arrays are {x.dtype} {list(x.shape)}. Leave it out.")
+            if values is not None and len(values) not in (1, channels):
+                raise InvalidSetting(f"--{name} has {len(values)} numbers for pictures of {channels} channels. Give one a channel.")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int):
+        batch = self.__getitems__([index])
+        return batch.inputs[0] if batch.labels is None else (batch.inputs[0], batch.labels[0])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        x = torch.from_numpy(self.x[indices])
+        if self.is_image:
+            x = (x.permute(0, 3, 1, 2) if x.dim() == 4 else x[:, None]).float() / 255
+        if self.mean is not None:
+            x = x - self.mean
+        if self.std is not None:
+            x = x / self.std
+        labels = None if self.y is None else torch.from_numpy(self.y[indices])
+        if labels is not None and not labels.is_floating_point():
+            labels = labels.long()
+        if x.is_complex():
+            return Batch(x.contiguous().to(torch.complex64), labels)
+        return Batch(x.contiguous() if x.dtype in (torch.int64, torch.int32) else x.contiguous().float(), labels)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The inputs a run fits to and the ones it is judged on, disjoint, as batches in memory."""
+
+    fitting: list[Batch]
+    held_out: list[Batch]
+
+    def count(self) -> tuple[int, int]:
+        """(fitting, held-out) number of inputs."""
+        return sum(map(len, self.fitting)), sum(map(len, self.held_out))
+
+
+def draw(samples: Samples, count: int, seed: int) -> Samples:
+    """`count` samples (all, where there are fewer) drawn without replacement by `seed`."""
+    if len(samples) == 0:
+        raise InvalidInput("The data set is empty. Give at least 2 inputs (a few hundred work well).")
+    return samples.subset(torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:count].tolist())
+
+
+def split(samples: Samples, seed: int, held_out: float, batch_size: int) -> Calibration:
+    """The one seeded split; `held_out` is the share kept from fitting (at least one input on each side)."""
+    total = len(samples)
+    if total < 2:
+        raise InvalidInput(f"{total} input(s) to calibrate on: at least 2 are needed, one to fit and one to hold out. Give a few hundred.")
+    kept = min(max(1, round(total * held_out)), total - 1)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    return Calibration(
+        list(samples.subset(order[kept:]).by_length().batches(batch_size)),
+        list(samples.subset(order[:kept]).by_length().batches(batch_size)),
+    )
+
+
+def mirrored(calibration: Calibration) -> Calibration:
+    """The same split, the fitting inputs joined by their mirror images; images are 4-d tensors, anything else is refused."""
+    for batch in calibration.fitting:
+        if not isinstance(batch.inputs, Tensor) or batch.inputs.dim() != 4:
+            raise InvalidSetting("mirror needs images: one 4-d input tensor. Leave it off for this data.")
+    flipped = [replace(batch, inputs=batch.inputs.flip(-1)) for batch in calibration.fitting]
+    return Calibration([*calibration.fitting, *flipped], calibration.held_out)

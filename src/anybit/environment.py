@@ -1,0 +1,98 @@
+"""The machine and the versions that a run is recorded with, and the clock of its stages."""
+
+import hashlib
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import anybit
+from anybit.progress import tell
+
+
+@cache
+def code_version() -> str:
+    """The version and the SHA-256 of anybit's own source: results of other code are not taken up."""
+    whole = hashlib.sha256(anybit.__version__.encode())
+    for file in sorted(Path(anybit.__file__).parent.rglob("*.py")):
+        whole.update(file.read_bytes())
+    return whole.hexdigest()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What else the last bits of a result depend on: PyTorch, its threads, what the processor can do, and the device."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(), "device": kind}
+
+
+@dataclass
+class StageClock:
+    """Seconds and peak memory of each stage, in order."""
+
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        _reset_peak()
+        tell("stage begins", stage=name)
+        start = time.perf_counter()
+        yield
+        self.stages.append({"stage": name, "seconds": time.perf_counter() - start, "peak_bytes": peak_memory()})
+        tell("stage ends", **self.stages[-1])
+
+
+def _reset_peak() -> None:
+    """Linux keeps a high-water mark that can be reset; elsewhere the peak is that of the process so far."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """The process's peak resident bytes since the last reset."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def environment(*more: str) -> dict[str, Any]:
+    """Versions, of `more` packages too, and the machine, so that a number can be judged later."""
+    import torch
+
+    packages = {}
+    for name in ("anybit", "torch", "numpy", "scipy", "safetensors", *more):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "python": platform.python_version(),
+        "packages": packages,
+        "machine": {
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "processor": processor(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

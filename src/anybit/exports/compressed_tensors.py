@@ -1,0 +1,344 @@
+"""A run as a Hugging Face folder in the format compressed-tensors, "pack-quantized": transformers loads it as any other network.
+
+    config.json        the network's own configuration, and quantization_config: a group for each precision, with the layers that have it
+    model.safetensors  <layer>.weight_packed                     int32 [rows, ceil(columns bits / 32)]
+                       <layer>.weight_shape                      int64 [2]
+                       <layer>.weight_scale                      float32 [rows, 1], or [rows, groups] with a scale for each group
+                       <layer>.input_scale, .input_zero_point    float32 [1], int8 [1], of a layer whose input is quantized
+                       everything else under its own name, in float32
+    tokenizer.json, ...  what else came with the network
+
+A row of a packed weight is one little-endian bit stream, padded to 32 bits. Codes are stored without a sign, code + 2^(bits - 1), and an
+input's codes are signed in this format, so its zero point is 2^(bits - 1) below anybit's. A pruned layer is one bit of zeros.
+
+The format packs linears, and embeddings too, which transformers 5 however does not load: they are packed on demand alone. Other layers
+are stored in float32 with the values that their codes stand for; attention products, and the inputs of other layers, are float. `Packed`
+names both.
+"""
+
+import io
+import json
+import tempfile
+from collections.abc import Collection, Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from anybit.data.tasks import Metric, beside, outputs_of
+from anybit.environment import environment
+from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
+from anybit.files.strict import load_tensors, read_header, read_json
+from anybit.networks.canonical import Canonical
+from anybit.networks.layers import Pruned, codes_of, emptied, float_weight, quantized_layers
+from anybit.progress import tell
+from anybit.runs.folder import is_run, new_folder
+from anybit.runs.names import MODEL
+from anybit.runs.opened import first_of, inputs_for, opened
+from anybit.runs.scheme_file import SchemeFile
+from anybit.sources.models import is_transformers
+
+CONFIG = "config.json"
+RUN = "anybit_run"
+"""Key of config.json: the hash of the run's packed model."""
+
+REMEDY = "Make room, or choose another --compressed-tensors."
+WORD = 32
+FLOAT_TOLERANCE = 1e-3
+"""How far outputs may be from the simulation's where both compute the same in float, as a share of the largest."""
+
+
+# The format
+
+
+def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """int32 [rows, ceil(columns bits / 32)] that holds signed codes [rows, columns] of `bits` bits, offset to be unsigned."""
+    rows, columns = codes.shape
+    fields = (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+    stream = np.unpackbits(fields[:, :, None], axis=2, count=bits, bitorder="little").reshape(rows, columns * bits)
+    padded = np.pad(stream, ((0, 0), (0, -stream.shape[1] % WORD)))
+    return np.packbits(padded, axis=1, bitorder="little").view("<i4").astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """tensors       what model.safetensors holds;   quantization  config.json's quantization_config
+    packed        layers whose codes are stored;   dense  quantized layers whose weights are not packed, stored as float32 values
+    float_inputs  layers whose quantized inputs the format cannot hold: attention products, and inputs of layers that are dense
+    """
+
+    tensors: dict[str, Tensor]
+    quantization: dict[str, Any]
+    packed: tuple[str, ...]
+    dense: tuple[str, ...]
+    float_inputs: tuple[str, ...]
+
+
+def packed(canonical: Canonical, own: nn.Module, transposed: Collection[str] = (), embeddings: bool = False) -> Packed:
+    """The canonical model in the format; `own` is a network of the class that loads it, whose weights may be missing.
+
+    transposed  layers of which that class keeps the weight [in, out];   embeddings  pack these too
+    """
+    kinds = (nn.Linear, nn.Embedding) if embeddings else (nn.Linear,)
+    layers = quantized_layers(canonical.model)
+    modules = dict(own.named_modules())
+    quantized = [name for name, layer in layers.items() if layer.weight_quantizer is not None]
+    coded = [name for name in quantized if isinstance(modules.get(name), kinds)]
+    if not coded:
+        raise UnsupportedModel(
+            f"{type(own).__name__} has no quantized Linear, which is what compressed-tensors packs. Export it with --onnx."
+        )
+    values = emptied(canonical.model).state_dict()
+    tensors: dict[str, Tensor] = {}
+    for key in own.state_dict():
+        name = key.removesuffix(".weight")
+        if name in coded and name != key:
+            tensors |= {f"{name}.{part}": tensor for part, tensor in _of_layer(layers[name]).items()}
+        elif key not in values:
+            raise UnsupportedModel(f"{type(own).__name__} has {key}, which folding took from the run. Export it with --onnx.")
+        else:
+            tensors[key] = values[key].T if name in transposed and name != key else values[key]
+    others = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Embedding)) and name not in coded]
+    return Packed(
+        tensors={key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
+        quantization=_quantization({name: layers[name] for name in coded}, others),
+        packed=tuple(coded),
+        dense=tuple(name for name in quantized if name not in coded),
+        float_inputs=tuple(name for name, layer in layers.items() if layer.input_quantizer is not None and name not in coded),
+    )
+
+
+def _of_layer(layer: nn.Module) -> dict[str, Tensor]:
+    """The tensors that stand for a layer's weight and the quantizer of its input."""
+    rows, columns = float_weight(layer).shape
+    pruned = isinstance(layer.weight_quantizer, Pruned)
+    codes = torch.zeros(rows, columns, dtype=torch.int8) if pruned else codes_of(layer).reshape(rows, columns)
+    scale = torch.ones(rows) if pruned else layer.weight_quantizer.scale
+    tensors = {
+        "weight_packed": torch.from_numpy(pack_words(codes.cpu().numpy(), _weight_bits(layer))),
+        "weight_shape": torch.tensor([rows, columns]),
+        "weight_scale": scale.reshape(rows, -1),
+    }
+    if layer.input_quantizer is not None:
+        quantizer = layer.input_quantizer
+        tensors["input_scale"] = quantizer.scale.reshape(1)
+        tensors["input_zero_point"] = (quantizer.zero_point.reshape(1) - 2 ** (quantizer.bits - 1)).to(torch.int8)
+    return tensors
+
+
+def _weight_bits(layer: nn.Module) -> int:
+    return 1 if isinstance(layer.weight_quantizer, Pruned) else layer.weight_quantizer.bits
+
+
+def _quantization(layers: Mapping[str, nn.Module], others: Collection[str]) -> dict[str, Any]:
+    """config.json's quantization_config: layers of the same precision and group size share a group; `others` stay float."""
+    groups: dict[tuple, list[str]] = {}
+    for name, layer in layers.items():
+        inputs = None if layer.input_quantizer is None else layer.input_quantizer.bits
+        groups.setdefault((_weight_bits(layer), inputs, layer.weight_group), []).append(name)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": list(others),
+        "config_groups": {
+            f"group_{number}": {
+                "targets": names,
+                "weights": _numbers(bits, symmetric=True, strategy="channel" if group is None else "group", group=group),
+                "input_activations": None if inputs is None else _numbers(inputs, symmetric=False, strategy="tensor", group=None),
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+            for number, ((bits, inputs, group), names) in enumerate(groups.items())
+        },
+    }
+
+
+def _numbers(bits: int, symmetric: bool, strategy: str, group: int | None) -> dict[str, Any]:
+    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "group_size": group, "dynamic": False}
+
+
+# The verbs
+
+
+def export_folder(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    model: nn.Module | str | None = None,
+    embeddings: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a run of a Hugging Face network as a folder that transformers loads (with the package compressed-tensors).
+
+    model   as for `load`;   embeddings  pack these too, for runtimes that read them: transformers 5 does not
+
+    Returns the file's bytes, and which layers are packed, dense, and lose the quantizer of their input. Raises UnsupportedModel where
+    the network is none of transformers', or has nothing that the format packs; no folder is left then.
+    """
+    path = Path(folder)
+    canonical, file = opened(run, model)
+    made, files = _made(canonical, file, embeddings)
+    with new_folder(path, overwrite, _check_free, REMEDY) as draft:
+        _write(draft, made, files, file)
+    found = {
+        "folder": str(path),
+        "bytes": (path / MODEL).stat().st_size,
+        "layers": len(made.packed) + len(made.dense),
+        "packed": len(made.packed),
+        "dense": list(made.dense),
+        "dense_bytes": sum(made.tensors[f"{name}.weight"].nbytes for name in made.dense),
+        "float_inputs": list(made.float_inputs),
+    }
+    tell("result", **found)
+    return found
+
+
+def _write(folder: Path, made: Packed, files: Mapping[str, bytes], file: SchemeFile) -> None:
+    save_file(made.tensors, folder / MODEL, {"format": "pt"})  # one key: several are written in any order
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def _made(canonical: Canonical, file: SchemeFile, embeddings: bool) -> tuple[Packed, dict[str, bytes]]:
+    """(the tensors, the other files of the folder)"""
+    network = canonical.model.cpu()
+    if not is_transformers(network):
+        raise UnsupportedModel(
+            f"{type(network).__name__} is no network of transformers, which compressed-tensors folders are for. Export it with --onnx."
+        )
+    from anybit.sources.huggingface.folder import files_beside, own_config, own_network, transposed_layers
+
+    own = own_network(network)
+    made = packed(canonical, own, transposed_layers(own), embeddings)
+    config = own_config(network) | {"quantization_config": made.quantization, RUN: file.sha256}
+    return made, {CONFIG: (json.dumps(config, indent=1) + "\n").encode(), **files_beside(network)}
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    """Raise InvalidSetting where `path` is taken: by an exported folder, unless it may be overwritten, or by anything else, always."""
+    if is_run(path.resolve().parent):
+        raise InvalidSetting(f"{path} is inside a run folder, which holds its run alone. Choose another --compressed-tensors.")
+    if not path.exists() and not path.is_symlink():
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise InvalidSetting(f"{path} exists and is no folder. Choose another --compressed-tensors.")
+    files = {item.relative_to(path).as_posix() for item in path.rglob("*") if not item.is_dir()}
+    if not files:
+        return
+    if not {CONFIG, MODEL} <= files <= {CONFIG, MODEL, *huggingface_files()} or any(item.is_symlink() for item in path.rglob("*")):
+        raise InvalidSetting(
+            f"{path} exists and is no folder that anybit exported, or holds files besides. Choose another --compressed-tensors."
+        )
+    if not overwrite:
+        raise InvalidSetting(f"{path} exists. Choose another --compressed-tensors, or give --overwrite.")
+
+
+def verify_folder(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    model: nn.Module | str | None = None,
+    data: Any = None,
+    metric: Metric | None = None,
+    samples: int | None = None,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Check an exported folder against its run: every stored number, and what transformers computes with it on real inputs.
+
+    data      inputs, labelled where accuracy is wanted; left out, those that the run was made with
+    samples   how many of them are run (all where None)
+
+    `ok` says whether all promises hold, `failures` name what does not: the files are those that the run gives; and, where weights alone
+    are quantized, transformers computes what the simulation does up to float rounding. Where inputs are quantized, a code may fall the
+    other way, and what the format cannot hold is float; how far that goes is reported, not promised.
+    """
+    path = Path(folder)
+    canonical, file = opened(run, model)
+    if not (path / CONFIG).is_file() or not (path / MODEL).is_file():
+        raise InvalidFile(f"{path} has no {CONFIG} or no {MODEL}. Write it with anybit export --compressed-tensors.")
+    embeddings = {name for name, layer in quantized_layers(canonical.model).items() if isinstance(layer, nn.Embedding)}
+    try:
+        specs, settings = read_header(path / MODEL)[0], read_json(path / CONFIG)
+    except InvalidFile as error:
+        raise InvalidFile(f"{error} Export the run again, with --overwrite.") from error
+    made, files = _made(canonical, file, any(f"{name}.weight_packed" in specs for name in embeddings))
+    if not isinstance(settings, dict) or RUN not in settings:
+        raise InvalidFile(f"{path} is no folder that anybit exported. Write one with anybit export --compressed-tensors.")
+    if settings[RUN] != file.sha256:
+        failures = ["The folder was exported from another run than this one, or the run has changed since."]
+    else:
+        failures = _differences(path, specs, settings, made, files)
+    report: dict[str, Any] = {
+        "ok": not failures,
+        "failures": failures,
+        "skipped": {},
+        "packed": len(made.packed),
+        "dense": list(made.dense),
+        "float_inputs": list(made.float_inputs),
+        "environment": environment("transformers", "compressed-tensors"),
+    }
+    if failures:  # nothing else than the run's own files is given to transformers
+        tell("result", ok=False, failures=failures)
+        return report
+    inputs = first_of(inputs_for(run, file, canonical.model, data, workers), samples)
+    batches = list(inputs.batches(64))
+    with tempfile.TemporaryDirectory() as place:
+        if embeddings & set(made.packed):  # the same network with these in float32
+            report["skipped"]["loading"] = "transformers 5 does not load packed embeddings; outputs are those with them in float32"
+            _write(Path(place), *_made(canonical, file, embeddings=False), file)
+        try:
+            from anybit.sources.huggingface.folder import loaded_folder
+
+            loaded = loaded_folder(Path(place) if report["skipped"] else path, canonical.model)
+        except ImportError as error:
+            report["skipped"]["outputs"] = f"transformers does not load the format here: {' '.join(str(error).split())}"
+            tell("result", ok=True, failures=[])
+            return report
+    with redirect_stderr(io.StringIO()):  # unpacking, at the first inputs, draws a progress bar
+        there = outputs_of(loaded, batches)
+    simulated = outputs_of(canonical.model, batches)
+    report |= {"inputs": len(inputs)} | beside(simulated, there, batches, file.task, metric)
+    floats = all(precision.activation_bits is None for precision in canonical.scheme.values())
+    apart, largest = report["simulation"]["largest_difference"], report["simulation"]["largest_output"]
+    if floats and not apart <= FLOAT_TOLERANCE * largest:  # NaN is not
+        failures.append(f"Outputs differ from the simulation's by up to {apart:.4g} (the largest is {largest:.4g}), in float alone.")
+    report["ok"] = not failures
+    tell("result", ok=report["ok"], failures=failures, accuracy=report.get("accuracy"))
+    return report
+
+
+def _differences(path: Path, specs: Collection[str], settings: Mapping[str, Any], made: Packed, files: Mapping[str, bytes]) -> list[str]:
+    """What the folder holds otherwise than the run gives it, each in a sentence that names the layer or the setting."""
+    failures = [f"{key} is missing from {MODEL}." for key in made.tensors if key not in specs]
+    failures += [f"{key} is in {MODEL} and not in what the run gives." for key in specs if key not in made.tensors]
+    there = load_tensors(path / MODEL, [key for key in made.tensors if key in specs])
+    for key, tensor in there.items():
+        wanted = made.tensors[key]
+        if tensor.dtype != wanted.dtype or tensor.shape != wanted.shape:
+            failures.append(f"{key} is {tensor.dtype} {list(tensor.shape)}; the run gives {wanted.dtype} {list(wanted.shape)}.")
+        elif (different := int((tensor != wanted).sum())) > 0:
+            failures.append(f"{key}: {different} of {wanted.numel()} stored numbers are not the run's.")
+    own = json.loads(files[CONFIG])
+    keys = [key for key in {**settings, **own} if key != "transformers_version"]  # any may export and verify
+    failures += [f"{CONFIG}: {key} is not what the run gives." for key in keys if settings.get(key) != own.get(key)]
+    failures += [f"{name} is not what came with the network." for name in files if name != CONFIG and _content(path / name) != files[name]]
+    read_too = [name for name in (*huggingface_files(), "adapter_config.json") if name not in files and (path / name).exists()]
+    return failures + [f"{name} did not come with the network, and transformers may read it. Remove it." for name in read_too]
+
+
+def huggingface_files() -> tuple[str, ...]:
+    """Names of what may come with a network; transformers is imported to know them, and not by those who never come here."""
+    from anybit.sources.huggingface.folder import BESIDE
+
+    return BESIDE
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None

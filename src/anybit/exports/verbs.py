@@ -1,0 +1,226 @@
+"""From a run folder to a file that runs, and what it takes there: export, verify, bench and profile, one function a verb."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import nn
+
+from anybit.data.batches import Batch, call
+from anybit.data.samples import Samples
+from anybit.data.tasks import Metric, beside, outputs_of
+from anybit.environment import environment
+from anybit.errors import InvalidInput, InvalidSetting
+from anybit.networks.observed import observe_network
+from anybit.networks.options import LayerOptions
+from anybit.onnx.file import FUNCTIONS, LINEARS, PROBE, exported, ideal_bytes, load, measured_in, outputs, save, session
+from anybit.onnx.floats import input_tensors, probe_of
+from anybit.onnx.latency import load_table, measure_latency
+from anybit.onnx.latency import save_table as keep_table
+from anybit.onnx.timing import faster, in_turns, openvino_runner
+from anybit.onnx.verification import RUN, flipped_codes, verify_file
+from anybit.progress import tell
+from anybit.runs.opened import first_of, inputs_for, opened
+from anybit.scheme import Precision, parsed_keep
+from anybit.sources.inputs import as_samples, load_data
+from anybit.sources.models import adapted_network, load_model, with_model_defaults
+from anybit.sources.preprocessing import Preprocessing
+
+EXAMPLES = 32
+"""Inputs that an export takes: a few tell its tensors apart, all give the ranges that the run does not have."""
+
+CHECKED = 64
+"""Inputs on which codes are compared one by one."""
+
+
+def export(
+    run: str | Path,
+    onnx: str | Path,
+    *,
+    model: nn.Module | str | None = None,
+    data: Any = None,
+    tables: bool = False,
+    weight_only: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a run as an ONNX file: weights packed at their bits, int8 kernels when it runs. Returns what it holds.
+
+    model   as for `load`;   data  inputs of the network, of which a few are run; left out, those that the run was made with
+    tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
+    weight_only  linears with float inputs keep their weights packed as they run, at 2, 4 or 8 bits: faster where a few rows are computed
+
+    Raises UnsupportedModel naming the operator where the network cannot be exported; no file is left then.
+    """
+    path = Path(onnx)
+    if path.exists() and not overwrite:
+        raise InvalidSetting(f"{path} exists. Choose another --onnx, or give --overwrite.")
+    canonical, file = opened(run, model)
+    made = exported(canonical, _first(inputs_for(run, file, canonical.model, data), EXAMPLES), {RUN: file.sha256}, tables, weight_only)
+    save(made.integer, path)
+    layers = len(canonical.scheme)
+    found = {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "ideal_bytes": ideal_bytes(canonical),
+        "layers": layers,
+        "integer_layers": len(made.plan.integer),
+        "edges": len(set(made.plan.edges.values())),
+        "measured_edges": list(made.plan.measured),
+    }
+    tell("result", **found)
+    return found
+
+
+def _first(samples: Samples, count: int) -> Batch:
+    if len(samples) == 0:
+        raise InvalidInput("The data is empty. Give inputs of the network with --data.")
+    return next(samples.subset(range(min(count, len(samples)))).batches(count))
+
+
+def verify(
+    run: str | Path,
+    onnx: str | Path,
+    *,
+    model: nn.Module | str | None = None,
+    data: Any = None,
+    metric: Metric | None = None,
+    samples: int | None = None,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Check an exported file against its run on real inputs; `ok` says whether all promises hold, `failures` name what does not.
+
+    data      inputs, labelled where accuracy is wanted; left out, those that the run was made with
+    samples   how many of them run in full (all where None); codes are compared one by one on the first 64
+    """
+    path = Path(onnx)
+    canonical, file = opened(run, model)
+    given = load(path)
+    inputs = inputs_for(run, file, canonical.model, data, workers)
+    first = _first(inputs, CHECKED)
+    how = given.metadata_props
+    tables, weight_only = how.get(FUNCTIONS) == "tables", how.get(LINEARS) == "packed"
+    made = exported(canonical, first, {RUN: file.sha256}, tables, weight_only, measured_in(given))
+    verdict = verify_file(path, given, made, canonical.model, first)
+    report = verdict.to_json() | {"quantized_layers": len(canonical.scheme), "environment": _environment()}
+    if not verdict.numbers:  # it could not be run as this one
+        tell("result", ok=report["ok"], failures=report["failures"])
+        return report
+    inputs = first_of(inputs, samples)
+    batches = list(inputs.batches(CHECKED))
+    running = session(path, torch.get_num_threads())
+    there = _predicted(running, canonical.model, batches)
+    simulated = outputs_of(canonical.model, batches)
+    flips = flipped_codes(canonical.model, made, probe_of(first, 8))
+    report |= {"inputs": len(inputs)} | beside(simulated, there, batches, file.task, metric)
+    report["simulation"]["flipped_codes"] = flips
+    tell("result", ok=report["ok"], failures=report["failures"], accuracy=report.get("accuracy"))
+    return report
+
+
+def _predicted(running: Any, model: nn.Module, batches: Sequence[Batch]) -> torch.Tensor:
+    """What is read in the file's outputs, which go by the names that the network gives them."""
+    if batches[0].reader is None:
+        return torch.from_numpy(outputs(running, batches)[0])
+    with torch.no_grad():
+        output = call(model, batches[0].head(1).inputs)
+    names = [name for name, value in output.items() if isinstance(value, torch.Tensor)] if isinstance(output, Mapping) else ["output"]
+    parts = []
+    for batch in batches:
+        arrays = map(torch.from_numpy, outputs(running, [batch]))
+        parts.append(batch.reader.read(dict(zip(names, arrays, strict=True)), batch))
+    return torch.cat(parts)
+
+
+def bench(
+    run: str | Path,
+    onnx: str | Path | None = None,
+    *,
+    model: nn.Module | str | None = None,
+    data: Any = None,
+    rounds: int = 20,
+    batch_size: int = 1,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Size of the exported file against its bits, and its latency against the float network's in the same runtime, in turns."""
+    canonical, file = opened(run, model)
+    example = _first(inputs_for(run, file, canonical.model, data), max(batch_size, PROBE))
+    made = exported(canonical, example)
+    given = made.integer if onnx is None else load(Path(onnx))
+    found = measured(made.floating, given, probe_of(example, batch_size), rounds, threads) | {"ideal_bytes": ideal_bytes(canonical)}
+    tell("result", **{key: value for key, value in found.items() if key != "environment"})
+    return found
+
+
+def profile(
+    model: nn.Module | str,
+    data: Any,
+    *,
+    weights: str | Path | None = None,
+    preprocessing: Preprocessing = Preprocessing(),
+    keep: Mapping[str, Precision | str] | None = None,
+    rounds: int = 20,
+    overwrite: bool = False,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Measure how long each layer takes in float and on integers on this machine, and keep it for budgets of latency.
+
+    model, data, weights, preprocessing, keep  as for `calibrate`
+    overwrite   measure again where the network has been measured on this machine and runtime before
+    """
+    network = load_model(model, None if weights is None else str(weights)) if isinstance(model, str) else adapted_network(model)
+    given = with_model_defaults(preprocessing, network)
+    samples = load_data(data, given, workers, network) if isinstance(data, str) else as_samples(data, workers, network)
+    batch = _first(samples, PROBE)
+    ready = observe_network(network.eval(), batch, LayerOptions((8,), (8, None), parsed_keep(keep or {})))
+    found = None if overwrite else load_table(ready)
+    if found is None:
+        table, about = measure_latency(ready, batch, rounds)
+        keep_table(ready, table, about)
+    else:
+        table, about = found
+    tell("result", measured=about["measured"], rest=table.rest, layers=table.layers)
+    return {
+        "layers": {name: {**row, "boundaries": table.boundary * table.crossing([name])} for name, row in table.layers.items()},
+        "rest": dict(table.rest),
+        "recalled": found is not None,
+        **about,
+        "environment": _environment(),
+    }
+
+
+def measured(floating: ir.Model, integer: ir.Model, inputs: Batch, rounds: int, threads: int = 1) -> dict[str, Any]:
+    """Bytes and latency of both graphs, in turns, in every runtime that is installed."""
+    files = {name: ir.to_proto(graph).SerializeToString() for name, graph in (("float32", floating), ("exported", integer))}
+    feeds = [tensor.numpy() for tensor in input_tensors(inputs)]
+    runners = {}
+    for name, graph in (("float32", floating), ("exported", integer)):
+        running = session(graph, threads)
+        given = dict(zip([value.name for value in running.get_inputs()], feeds, strict=True))
+        runners[name] = lambda running=running, given=given: running.run(None, given)
+    report: dict[str, Any] = {
+        "bytes": len(files["exported"]),
+        "float_bytes": len(files["float32"]),
+        "batch_size": len(feeds[0]),
+        "threads": threads,
+        "rounds": rounds,
+        "onnxruntime": _compared(runners, rounds),
+        "environment": _environment(),
+    }
+    others = {name: openvino_runner(content, feeds, threads) for name, content in files.items()}
+    if all(others.values()):
+        report["openvino"] = _compared(others, rounds)
+    return report
+
+
+def _environment() -> dict[str, Any]:
+    return environment() | {"onnxruntime": onnxruntime.__version__}
+
+
+def _compared(runners: dict[str, Any], rounds: int) -> dict[str, Any]:
+    times = in_turns(runners, rounds)
+    medians = {f"{name}_seconds": float(np.median(values)) for name, values in times.items()}
+    return medians | {"faster": faster(times, "exported", "float32")}

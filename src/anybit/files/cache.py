@@ -1,0 +1,219 @@
+"""Results that outlive the process: killed and run again, a run takes up what it had finished.
+
+    recall = Recall(folder).keyed(weights, data, code, machine)      what every result depends on
+    stage = recall.keyed("sensitivity", base)                        what the results of one stage depend on besides
+    value = stage("conv1 W4", make, read)                            made and stored, or taken up
+
+A result is a JSON record and tensors. It is kept in a file of its own, named by the SHA-256 of all that it depends on, which is moved into
+place whole; the file begins with the SHA-256 of the rest. What cannot be read is named in a warning and made again. Nothing in such a file
+is executed. Whether a result was made or taken up, the caller gets what `read` makes of it, so both end with the same bytes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from anybit.errors import InvalidFile
+from anybit.files.strict import parse_json
+from anybit.files.whole import write_whole
+from anybit.progress import tell
+
+Value = TypeVar("Value")
+RECORD = "record"
+DIGEST_BYTES = 32
+KEY_NAME = re.compile(r"[0-9a-f]{64}")
+DRAFT = re.compile(r"\.[0-9a-f]{64}\.[0-9]+\.tmp")
+LIMIT = 10 * 10**9
+"""Bytes of results that are kept; beyond them the least recently used go."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a result is kept as: a record that JSON can hold, and tensors."""
+
+    record: Any = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Results that depend on `key`, kept in `folder`; None keeps nothing. `counts` are of results "made", "recalled" and "damaged"."""
+
+    folder: Path | None = None
+    key: str = ""
+    counts: Counter = field(default_factory=Counter, compare=False)
+
+    def keyed(self, *what: Any) -> "Cache":
+        """The same store, for results that depend on `what` (anything that JSON can hold) too."""
+        return replace(self, key=hashlib.sha256(json.dumps([self.key, *what], sort_keys=True).encode()).hexdigest())
+
+    def __call__(self, name: str, make: Callable[[], Entry], read: Callable[[Entry], Value]) -> Value:
+        """What `read` makes of the result called `name`, which `make` gives unless it is kept already.
+
+        `read` raises ValueError, KeyError, TypeError or RuntimeError where the result is not what it should be.
+        """
+        path = None if self.folder is None else self._path(name)
+        if path is not None and path.is_file():
+            try:
+                value = read(_read(path))
+                os.utime(path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+                self.counts["damaged"] += 1
+                warnings.warn(f"{path}, the kept result of {name}, is damaged ({_words(error)}): it is made again.", stacklevel=2)
+            else:
+                self.counts["recalled"] += 1
+                tell("recalled", result=name)
+                return value
+        made = make()
+        kept = replace(made, record=json.loads(json.dumps(made.record)))  # as it will be read
+        self.counts["made"] += 1
+        if path is not None:
+            self._keep(path, name, kept)
+        return read(kept)
+
+    def value(self, name: str, make: Callable[[], Any], read: Callable[[Any], Value] = lambda value: value) -> Value:
+        """The same for a result that JSON can hold."""
+        return self(name, lambda: Entry(make()), lambda kept: read(kept.record))
+
+    def forget(self, name: str) -> None:
+        """Remove the result called `name`, where it is kept."""
+        if self.folder is not None:
+            _removed(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        key = self.keyed(name).key
+        return self.folder / key[:2] / key
+
+    def _keep(self, path: Path, name: str, kept: Entry) -> None:
+        """Store a result; a disk that takes no more is worth a warning, not the run."""
+        try:
+            write_whole(path, _written(name, kept))
+        except OSError as error:
+            if not self.counts["unwritable"]:
+                reason = f"{path.parent} takes no more ({error.strerror})"
+                warnings.warn(f"{reason}: the run goes on, but what it finishes is not kept.", stacklevel=3)
+            self.counts["unwritable"] += 1
+
+
+def _written(name: str, kept: Entry) -> bytes:
+    record = np.frombuffer(json.dumps({"name": name, "value": kept.record}).encode(), np.uint8)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in kept.tensors.items()}
+    data = safetensors.torch.save({RECORD: torch.from_numpy(record.copy()), **{f"={key}": tensor for key, tensor in tensors.items()}})
+    return hashlib.sha256(data).digest() + data
+
+
+def _read(path: Path) -> Entry:
+    """Raises InvalidFile where the file's bytes are not those that were written."""
+    data = path.read_bytes()
+    if hashlib.sha256(data[DIGEST_BYTES:]).digest() != data[:DIGEST_BYTES]:
+        raise InvalidFile(f"{len(data)} bytes whose SHA-256 is not the one that they were written with")
+    try:
+        tensors = safetensors.torch.load(data[DIGEST_BYTES:])  # no pickle: a header of JSON, and numbers
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise InvalidFile(f"no tensors: {error}") from error
+    record = parse_json(tensors.pop(RECORD).numpy().tobytes(), "its record")
+    return Entry(record["value"], {key.removeprefix("="): tensor for key, tensor in tensors.items()})
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 over the bytes, types and shapes of tensors."""
+    whole = hashlib.sha256()
+    for tensor in tensors:
+        whole.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return whole.hexdigest()
+
+
+def cache_home() -> Path:
+    """The user's cache directory for anybit."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit"
+
+
+def results_folder() -> Path:
+    """Where results are kept."""
+    return cache_home() / "results"
+
+
+@dataclass(frozen=True)
+class CachedFile:
+    """A kept result's file: when it was last used, in seconds since 1970."""
+
+    path: Path
+    bytes: int
+    used: float
+
+
+def entries(folder: Path) -> list[CachedFile]:
+    """The kept results, the least recently used first."""
+    found = [CachedFile(path, status.st_size, status.st_mtime) for path, status in _files(folder, KEY_NAME)]
+    return sorted(found, key=lambda entry: (entry.used, entry.path))
+
+
+def trim_cache(folder: Path, limit: int) -> int:
+    """Remove the least recently used results until `limit` bytes are left, and what killed processes left; bytes removed."""
+    removed = 0
+    for path, status in _files(folder, DRAFT):
+        if time.time() - status.st_mtime > 3600 and _removed(path):  # an older one has no process that still writes it
+            removed += status.st_size
+    kept = entries(folder)
+    total = sum(entry.bytes for entry in kept)
+    for entry in kept:
+        if total <= limit or not _removed(entry.path):
+            break
+        total -= entry.bytes
+        removed += entry.bytes
+    return removed
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file; one that stays is worth a warning, not the run that makes room when it is done."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be removed ({error.strerror}): the cache stays as large as it is.", stacklevel=3)
+        return False
+    return True
+
+
+def remove_damaged(folder: Path) -> dict[Path, str]:
+    """Remove the results whose bytes are not those that were written; file -> what is wrong with it."""
+    damaged = {}
+    for entry in entries(folder):
+        try:
+            _read(entry.path)
+        except FileNotFoundError:  # another process has trimmed it
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if _removed(entry.path):
+                damaged[entry.path] = _words(error)
+    return damaged
+
+
+def _files(folder: Path, name: re.Pattern) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files of such a name that a store keeps its results under: whatever else is in the folder is not its own."""
+    for path in folder.glob("??/*"):
+        try:  # another process may have trimmed it
+            status = path.lstat()
+        except OSError:
+            continue
+        if name.fullmatch(path.name) and stat.S_ISREG(status.st_mode):
+            yield path, status

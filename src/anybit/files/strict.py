@@ -1,0 +1,228 @@
+"""Files are data: JSON and tensors are read strictly, and nothing in them is executed; what is written is there whole or not at all.
+
+    JSON      an object names no key twice; no NaN, no infinity, no integer beyond 64 bits, no text outside UTF-8; 64 levels at most
+    tensors   exactly the expected names, types and shapes, which the header tells before any of them is read; finite
+    digest    of a JSON file whose numbers nothing else guards: SHA-256 of the rest of it. What was changed without it is refused
+
+A digest tells damage and slips; it is no signature. Reading takes memory in proportion to the file's size, whatever the file claims.
+"""
+
+import hashlib
+import json
+import math
+import reprlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from anybit.errors import InvalidFile
+from anybit.numerics.packing import TensorSpec
+
+LEVELS = 64
+DIGEST = "digest"
+Value = TypeVar("Value")
+
+
+# JSON
+
+
+def parse_json(content: bytes | str, where: str) -> Any:
+    """The JSON value in `content`, which `where` names in errors."""
+    try:
+        text = content if isinstance(content, str) else content.decode("utf8")
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        _check_value(value)
+    except RecursionError as error:
+        raise InvalidFile(f"{where} is not valid JSON: it is nested deeper than {LEVELS} levels. Restore it or make it again.") from error
+    except ValueError as error:
+        raise InvalidFile(f"{where} is not valid JSON: {in_words(error)}. Restore it or make it again.") from error
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in the file."""
+    if not path.is_file():
+        raise InvalidFile(f"{path} is not there. Is {path.parent} a run folder of anybit?")
+    return parse_json(read_bytes(path), str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's bytes."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidFile(f"{path} cannot be read: {error.strerror}. Restore it or make it again.") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Indented JSON with a final newline; numbers that JSON cannot hold are refused."""
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf8")
+
+
+def _refuse_constant(text: str):
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"{reprlib.repr(twice)} stands twice in one object")
+    return made
+
+
+def _check_value(value: Any) -> None:
+    """Raise ValueError where what Python's parser lets pass is no JSON that other readers share."""
+    ahead = [(value, 1)]
+    while ahead:
+        one, level = ahead.pop()
+        if isinstance(one, (dict, list)):
+            if level > LEVELS:
+                raise ValueError(f"it is nested deeper than {LEVELS} levels")
+            inner = [*one, *one.values()] if isinstance(one, dict) else one
+            ahead += [(part, level + 1) for part in inner]
+        elif isinstance(one, str):
+            one.encode("utf8")  # a lone half of a pair cannot be written again
+        elif isinstance(one, float) and not math.isfinite(one):
+            raise ValueError("a number is beyond what 64 bits hold")
+        elif isinstance(one, int) and not -(2**63) <= one < 2**63:
+            raise ValueError(f"an integer of {one.bit_length()} bits is beyond 64")
+
+
+# What a JSON file is to say
+
+
+def check_version(data: Any, path: Path | str, newest: int) -> None:
+    """Raise InvalidFile where `data`, read from `path`, is no object of a format version that is known here."""
+    if not isinstance(data, dict):
+        raise InvalidFile(f"{path} holds a {type(data).__name__}, not a JSON object. Restore it or make it again.")
+    version = data.get("version")
+    if type(version) is int and version > newest:
+        raise InvalidFile(f"{path} has format version {version}; this anybit reads up to {newest}. Upgrade anybit.")
+    if type(version) is not int or version < 1:
+        raise InvalidFile(f"{path}: version is {reprlib.repr(version)}, not a number from 1 to {newest}. Restore it or make it again.")
+
+
+def validated(kind: type[Value], data: Any, where: str) -> Value:
+    """`data` as the pydantic model or type `kind`; what differs is named by its field."""
+    try:
+        return TypeAdapter(kind).validate_python(data, strict=True)
+    except ValidationError as error:
+        raise InvalidFile(f"{where}: {_first_difference(error)}. Restore it or make it again.") from error
+    except RecursionError as error:
+        raise InvalidFile(f"{where} is nested too deeply. Restore it or make it again.") from error
+
+
+def _first_difference(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    value = first["input"]
+    shown = f"a {type(value).__name__}" if isinstance(value, (dict, list, tuple)) and value else reprlib.repr(value)
+    given = "" if first["type"] in ("missing", "value_error") else f" (it is {shown})"
+    return f"{place[:300] + ': ' if place else ''}{' '.join(first['msg'].removeprefix('Value error, ').split())}{given}"
+
+
+# Digests
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InvalidFile(f"{path} cannot be read: {error.strerror}. Restore it or make it again.") from error
+
+
+def digest_of(data: Any) -> str:
+    """SHA-256 of a JSON value, however a file lays it out."""
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def sealed(data: Mapping[str, Any], unguarded: Iterable[str] = ()) -> dict[str, Any]:
+    """`data` with the digest of all but its `unguarded` keys."""
+    return {**data, DIGEST: _seal_of(data, unguarded)}
+
+
+def read_sealed(path: Path, newest: int, remedy: str, unguarded: Iterable[str] = ()) -> dict[str, Any]:
+    """The object in the file, of a version that is known here, and only with the digest that `sealed` gave it."""
+    data = read_json(path)
+    check_version(data, path, newest)
+    check_sealed(data, str(path), remedy, unguarded)
+    return data
+
+
+def check_sealed(data: Mapping[str, Any], where: str, remedy: str, unguarded: Iterable[str] = ()) -> None:
+    """Raise InvalidFile where the object has another digest than its content."""
+    if DIGEST not in data:
+        raise InvalidFile(f"{where} has no {DIGEST}: it is of an earlier anybit, or has been edited. {remedy}")
+    if data[DIGEST] != _seal_of(data, unguarded):
+        raise InvalidFile(f"{where} is not as it was written: its {DIGEST} differs from its content's. Restore it. {remedy}")
+
+
+def _seal_of(data: Mapping[str, Any], unguarded: Iterable[str]) -> str:
+    out = {DIGEST, *unguarded}
+    return digest_of({key: value for key, value in data.items() if key not in out})
+
+
+# Tensors
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """(name -> type and shape, the metadata) of a safetensors file."""
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            specs = {name: TensorSpec(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            return specs, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise InvalidFile(f"{path} cannot be read: {in_words(error)}. Restore it or make it again.") from error
+
+
+def read_tensors(path: Path, expected: Mapping[str, TensorSpec], framework: Literal["pt", "np"] = "pt") -> dict[str, Any]:
+    """The tensors of a safetensors file that must hold exactly the `expected` names, types and shapes, and finite numbers."""
+    check_tensors(path, read_header(path)[0], expected)
+    return load_tensors(path, expected, framework)
+
+
+def load_tensors(path: Path, names: Iterable[str], framework: Literal["pt", "np"] = "pt") -> dict[str, Any]:
+    """Some tensors of a safetensors file whose header was found to be right; finite numbers."""
+    try:
+        with safe_open(path, framework=framework) as file:
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        raise InvalidFile(f"{path} cannot be read: {in_words(error)}. Restore it or make it again.") from error
+    for name, tensor in tensors.items():
+        if not _finite(tensor):
+            raise InvalidFile(f"{path}: tensor {name} holds NaN or infinity. Restore it or make it again.")
+    return tensors
+
+
+def check_tensors(path: Path, found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
+    """Raise InvalidFile where the names, types and shapes of a file's tensors are not those that are expected."""
+    if set(found) != set(expected):
+        lacking, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+        said = (
+            f"tensors lacking: {reprlib.repr(lacking) if lacking else 'none'}; unexpected: {reprlib.repr(surplus) if surplus else 'none'}"
+        )
+        raise InvalidFile(f"{path}: {said}. Restore it or make it again.")
+    for name, spec in expected.items():
+        if found[name] != TensorSpec(spec.dtype, tuple(spec.shape)):
+            there = f"{found[name].dtype} {reprlib.repr(list(found[name].shape))}"
+            raise InvalidFile(f"{path}: tensor {name} is {there}; {spec.dtype} {list(spec.shape)} is needed. Restore it or make it again.")
+
+
+def _finite(tensor: Any) -> bool:
+    if isinstance(tensor, np.ndarray):
+        return not np.issubdtype(tensor.dtype, np.inexact) or bool(np.isfinite(tensor).all())
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def in_words(error: BaseException) -> str:
+    """An error's message on one line of bounded length; its type where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

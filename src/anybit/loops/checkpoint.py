@@ -1,0 +1,132 @@
+"""Training checkpoints: saved after every epoch, checked and resumed."""
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anybit.errors import InvalidFile, InvalidSetting
+from anybit.files.strict import DIGEST, check_version, parse_json, read_header, read_tensors, validated
+from anybit.files.whole import whole_file
+from anybit.loops.trainee import Trainee
+from anybit.networks.states import check_state, spec_of
+from anybit.numerics.packing import TensorSpec
+
+# Checkpoints: one safetensors file, its JSON in the header; replaced in one move
+
+
+class EpochRecord(BaseModel):
+    """What every epoch's record tells; the method and who watches add to it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    epoch: int
+    loss: float
+    train_top1: float | None
+
+
+class CheckpointRecord(BaseModel):
+    """The JSON of a checkpoint. Strict: a wrong type, a missing or an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    version: Literal[1] = 1
+    records: list[EpochRecord] = Field(min_length=1)
+    identity: dict[str, Any]
+    decisions: dict[str, Any]
+
+
+AGAIN = "Remove it to start again, or restore it."
+
+
+def save_checkpoint(
+    path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, records: list[dict], identity: Mapping[str, Any]
+) -> None:
+    tensors = {f"model.{key}": tensor.contiguous().clone() for key, tensor in trainee.model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value).contiguous().clone() for key, value in state.items()}
+    tensors |= {f"method.{key}": tensor.contiguous().clone() for key, tensor in trainee.state().items()}
+    about = json.dumps({"version": 1, "records": records, "identity": dict(identity), "decisions": trainee.decisions()})
+    anew = "Make room, or choose another --output."
+    on = f"Make room: the same command continues from the checkpoint of epoch {len(records) - 1}, which is kept."
+    with whole_file(path, on if path.is_file() else anew) as draft:
+        save_file(tensors, draft, metadata={"anybit": about, DIGEST: _digest(about, tensors)})
+
+
+def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that a checkpoint holds."""
+    whole = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+def resume_checkpoint(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Load a checkpoint into the trainee and its optimizer; returns its records. Refused where a setting differs."""
+    specs, metadata = read_header(path)
+    told = parse_json(metadata.get("anybit", ""), f"{path}: its record")
+    check_version(told, path, 1)
+    about = validated(CheckpointRecord, told, f"{path}: its record")
+    different = [key for key in {**about.identity, **identity} if about.identity.get(key) != json.loads(json.dumps(identity.get(key)))]
+    if different:
+        said = "; ".join(
+            f"{key} was {reprlib.repr(about.identity.get(key))} and is now {reprlib.repr(identity.get(key))}" for key in sorted(different)
+        )
+        raise InvalidSetting(f"{path.parent} holds an unfinished run with other settings: {said}. Use the same, or another --output.")
+    records = told["records"]
+    _check_records(records, trainee, path)
+    tensors = read_tensors(path, _expected(specs, trainee, optimizer))
+    if metadata.get(DIGEST) != _digest(metadata["anybit"], tensors):
+        raise InvalidFile(f"{path} is not as it was written: its {DIGEST} differs from its content's. {AGAIN}")
+    try:
+        trainee.restore(about.decisions)
+    except InvalidFile as error:
+        raise InvalidFile(f"{path}: {error}") from error
+    trainee.model.load_state_dict({key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")})
+    check_state(trainee.model, path)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = tensor
+    for key, tensor in trainee.state().items():
+        tensor.copy_(tensors[f"method.{key}"])
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return records
+
+
+def _check_records(records: Sequence[Mapping[str, Any]], trainee: Trainee, path: Path) -> None:
+    """Raise InvalidFile where the records are not one for each epoch, all alike, with what the method tells."""
+    model = {"epoch": 0, "loss": 0.0, "train_top1": records[0].get("train_top1"), **trainee.record()}
+    for number, record in enumerate(records, 1):
+        if record["epoch"] != number:
+            raise InvalidFile(f"{path}: record {number} is of epoch {record['epoch']}. {AGAIN}")
+        if not _alike(record, records[0]) or not _alike({key: record.get(key) for key in model}, model):
+            raise InvalidFile(f"{path}: the record of epoch {number} does not tell what training records. {AGAIN}")
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two JSON values have the same keys and kinds of values; a number and null are alike."""
+    if isinstance(one, Mapping) or isinstance(other, Mapping):
+        both = isinstance(one, Mapping) and isinstance(other, Mapping) and {*map(str, one)} == {*map(str, other)}
+        return both and all(_alike(value, {str(k): v for k, v in other.items()}[str(key)]) for key, value in one.items())
+    kinds = [float if value is None or type(value) is int else type(value) for value in (one, other)]
+    return kinds[0] is kinds[1]
+
+
+def _expected(specs: Mapping[str, TensorSpec], trainee: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, TensorSpec]:
+    """The tensors of a checkpoint: network and method whole, and Adam's three of each parameter that has any in `specs`."""
+    expected = {f"model.{key}": spec_of(tensor) for key, tensor in trainee.model.state_dict().items()}
+    expected |= {f"method.{key}": spec_of(tensor) for key, tensor in trainee.state().items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        if any(f"optimizer.{index}.{name}" in specs for name in ("step", "exp_avg", "exp_avg_sq")):
+            expected[f"optimizer.{index}.step"] = TensorSpec("F32", ())
+            expected |= {f"optimizer.{index}.{name}": spec_of(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    return expected

@@ -1,0 +1,227 @@
+"""The epoch loop that the training roads share: batches, augmentation, distillation, checkpoints, several processes.
+
+Every epoch draws its order and its augmentation from (seed, epoch) alone, so a run that is continued from a checkpoint ends with the same
+bytes as one that was never stopped, and several processes see the batches that one would. (A data set that augments by itself draws from
+torch's generator, seeded by seed, epoch and process; of other generators nothing is known here.)
+
+On several processes (`torchrun` or `accelerate launch`; both set the same environment) each takes its share of every batch, and gradients
+are averaged. There is no wrapper around the model: what a method sets on its modules is what runs. Batch norm sees each process's own
+share of a batch; running statistics are averaged after every epoch.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybit.data.augment import augmented, channels_last
+from anybit.data.batches import Batch, first_tensor, predict
+from anybit.data.samples import Samples
+from anybit.data.tasks import TRAINED_ON_CLASSES, task_loss
+from anybit.errors import AnybitError, InvalidInput, InvalidSetting
+from anybit.loops.checkpoint import resume_checkpoint, save_checkpoint
+from anybit.loops.processes import average, average_gradients, average_tensors, rank, world
+from anybit.loops.settings import TrainSettings
+from anybit.loops.trainee import SMALLEST_GAMMA, Trainee
+from anybit.networks.wiring import BATCH_NORMS
+from anybit.progress import tell, track
+
+
+def train_epochs(
+    trainee: Trainee,
+    samples: Samples,
+    settings: TrainSettings,
+    task: str,
+    teacher: nn.Module | None = None,
+    positive: Sequence[nn.Parameter] = (),
+    checkpoint: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    watch: Callable[[], dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Train in place; returns one record an epoch.
+
+    teacher     the float model, for distillation
+    positive    parameters that are kept above zero
+    checkpoint  file that is written after every epoch and continued from where it is found; `identity` are the settings that must agree
+    watch       called after each epoch; what it returns joins the record
+    """
+    if settings.half and emulates_bfloat16(next(trainee.model.parameters()).device):
+        tell("note", note="this processor emulates bfloat16, which is slower than float32: leave --half out")
+    groups = trainee.parameter_groups()
+    forward = torch.compile(trainee.model) if settings.compile else trainee.model
+    steps, rates = _steps(samples, settings, trainee.model), [group["lr"] for group in groups]
+    run = _Run(trainee, settings, task, teacher, positive, forward, torch.optim.Adam(groups), rates, steps, checkpoint)
+    records: list[dict[str, Any]] = []
+    if checkpoint is not None and checkpoint.is_file():
+        records = resume_checkpoint(checkpoint, trainee, run.optimizer, identity or {})
+    for epoch in track(range(len(records), settings.epochs), "epochs"):
+        record = {"epoch": epoch + 1, **_epoch(run, samples, epoch), **trainee.record()}
+        records.append(record | (watch() if watch else {}))
+        tell("epoch", **records[-1], note=summary(records[-1], settings.epochs))
+        if checkpoint is not None and rank() == 0:
+            save_checkpoint(checkpoint, trainee, run.optimizer, records, identity or {})
+    return records
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What does not change from epoch to epoch; `rates` are the groups' full learning rates."""
+
+    trainee: Trainee
+    settings: TrainSettings
+    task: str
+    teacher: nn.Module | None
+    positive: Sequence[nn.Parameter]
+    forward: Callable
+    optimizer: torch.optim.Optimizer
+    rates: Sequence[float]
+    steps: int
+    checkpoint: Path | None
+
+
+def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
+    """Every batch once; returns mean loss and, of a classifier with labels, training accuracy in percent."""
+    model = run.trainee.model.train()
+    told: list[Tensor] = []
+    for step, batch in enumerate(_all_of(epoch_batches(samples, run.settings, epoch), run.steps, epoch)):
+        told.append(_step(run, batch, (epoch + step / run.steps) / run.settings.epochs))
+        if not torch.isfinite(told[-1]).all():
+            task, penalty, _ = told[-1].tolist()
+            raise AnybitError(f"The loss became {task:g} (penalty {penalty:g}) in {_where(run, epoch, step)}")
+    broken = [name for name, tensor in model.named_parameters() if torch.isnan(tensor).any()]
+    if broken:  # the last update's doing, which no loss has shown yet: not to be kept
+        raise AnybitError(f"{broken[0]} became NaN in {_where(run, epoch, run.steps - 1)}")
+    average_tensors(run.trainee.state().values())
+    run.trainee.end_epoch()
+    average_tensors(model.buffers())
+    if epoch + 1 == run.settings.epochs:
+        run.trainee.at(1.0)
+    loss, _, right = torch.stack(told).mean(0).tolist()
+    labelled = run.task in TRAINED_ON_CLASSES and samples.labelled
+    return {"loss": loss, "train_top1": 100 * right if labelled else None}
+
+
+def _step(run: _Run, batch: Batch, progress: float) -> Tensor:
+    """One update, unless a loss is no number; returns (loss, penalty, share of right answers), means over passes and processes."""
+    for parameter in run.trainee.at(progress):
+        run.optimizer.state.pop(parameter, None)
+    for group, rate in zip(run.optimizer.param_groups, run.rates, strict=True):
+        group["lr"] = rate * learning_rate(progress, run.settings.warmup)
+    run.optimizer.zero_grad(set_to_none=True)
+    told: list[Tensor] = []
+    for _ in run.trainee.passes():
+        told.append(_pass(run, batch))
+        if not torch.isfinite(told[-1]).all():
+            return told[-1]
+    average_gradients(run.trainee.model)
+    run.optimizer.step()
+    with torch.no_grad():
+        for parameter in run.positive:
+            parameter.clamp_(min=SMALLEST_GAMMA)
+    return torch.stack(told).mean(0)
+
+
+def _pass(run: _Run, batch: Batch) -> Tensor:
+    """Add one pass's gradients, unless its loss is no number; returns what `_step` does, of this pass."""
+    with _autocast(run.settings, batch):
+        outputs = predict(run.forward, batch)
+        loss = run.trainee.loss(outputs, batch, task_loss(outputs, batch, run.task, run.teacher, run.settings.distill))
+    penalty = run.trainee.penalty().to(loss.device)
+    classes = run.task in TRAINED_ON_CLASSES and batch.labels is not None
+    right = (outputs.argmax(-1) == batch.labels).float().mean() if classes else torch.zeros_like(loss)
+    told = average(torch.stack([loss.detach().float(), penalty.detach(), right.detach()]))  # of all, so that all stop together
+    if torch.isfinite(told).all():
+        (loss + penalty).backward()
+    return told
+
+
+def _where(run: _Run, epoch: int, step: int) -> str:
+    kept = f" The checkpoint of epoch {epoch} is kept in {run.checkpoint}." if run.checkpoint and epoch else ""
+    advice = "Look for broken inputs, or start anew (--overwrite) with lower learning rates."
+    return f"epoch {epoch + 1}, step {step + 1} of {run.steps}.{kept} {advice}"
+
+
+def summary(record: Mapping[str, Any], epochs: int) -> str:
+    """An epoch's record in one line."""
+    parts = [f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}"]
+    for kind in ("soft", "frozen"):
+        parts += [f"{kind} {key} {record[kind][key]:.4g}" for key in ("top1", "loss") if key in record.get(kind, {})][:1]
+    if not {"frozen", "widths"} & set(record) and record["train_top1"] is not None:
+        parts.append(f"training top1 {record['train_top1']:.4g}")
+    above = record.get("above_budget")
+    if "weight_bits" in record:
+        parts.append(f"{record['weight_bits']:.2f} bits" + ("" if above is None else f" ({above:+.2f} to the budget)"))
+    for width, scores in record.get("widths", {}).items():
+        parts += [f"{width} {key} {scores[key]:.4g}" for key in ("top1", "loss") if key in scores][:1]
+    if "undecided" in record:
+        parts.append(f"{100 * record['undecided']:.1f} % of gates undecided, temperature {record['temperature']:.3g}")
+    return ", ".join(parts)
+
+
+def learning_rate(progress: float, warmup: float) -> float:
+    """Factor on every learning rate: a line up to 1, then a cosine down to 0."""
+    if progress < warmup:
+        return max(progress / warmup, 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether convolutions in bfloat16 are known to be slower than in float32 there: on x86 processors without AVX-512."""
+    able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return able.get("architecture") == "x86_64" and not (able.get("avx512_bw") or able.get("avx_ne_convert"))
+
+
+def _autocast(settings: TrainSettings, batch: Batch):
+    if not settings.half:
+        return nullcontext()
+    return torch.autocast(first_tensor(batch.inputs).device.type, dtype=torch.bfloat16)
+
+
+# Batches
+
+
+def _steps(samples: Samples, settings: TrainSettings, model: nn.Module) -> int:
+    """Full batches an epoch; where there is not one, the whole set is the batch."""
+    if len(samples) == 0:
+        raise InvalidInput("The training data is empty.")
+    if settings.batch_size % world() or (len(samples) < settings.batch_size and len(samples) % world()):
+        raise InvalidSetting(f"batch size {settings.batch_size} does not divide among {world()} processes. Choose a multiple of {world()}.")
+    if settings.batch_size // world() < 2 and any(isinstance(module, BATCH_NORMS) for module in model.modules()):
+        raise InvalidSetting(f"batch size {settings.batch_size} leaves batch norm one sample a process. Choose at least {2 * world()}.")
+    return max(1, len(samples) // settings.batch_size)
+
+
+def epoch_batches(samples: Samples, settings: TrainSettings, epoch: int, share: tuple[int, int] | None = None) -> Iterator[Batch]:
+    """This process's share of every full batch of an epoch, shuffled and augmented by (seed, epoch) alone.
+
+    `share` is (which process, of how many), where it is not this one: (0, 1) gives everything.
+    """
+    which, of = (rank(), world()) if share is None else share
+    generator = torch.Generator().manual_seed(settings.seed * 100_003 + epoch)
+    size = min(settings.batch_size, len(samples))
+    count = len(samples) // size
+    order = torch.randperm(len(samples), generator=generator)[: count * size].view(count, size)
+    mine = order[:, which::of].flatten().tolist()
+    seed = (settings.seed * 100_003 + epoch) * of + which
+    torch.manual_seed(seed)  # for data sets that augment by themselves, and for dropout
+    for batch in replace(samples, seed=seed).subset(mine).batches(size // of):
+        yield channels_last(augmented(batch, settings.augment, size, generator, (which, of)))
+
+
+def _all_of(batches: Iterator[Batch], steps: int, epoch: int) -> Iterator[Batch]:
+    """The batches; raises InvalidInput where they end before `steps` of them came."""
+    seen = 0
+    try:
+        for batch in batches:
+            yield batch
+            seen += 1
+    except IndexError as error:
+        raise InvalidInput(
+            f"The training data ended after {seen} of {steps} batches in epoch {epoch + 1}: it has fewer samples than its length says, or "
+            f"its __getitem__ is at fault ({error}). Repair it."
+        ) from error

@@ -1,0 +1,245 @@
+"""Batch norm: folded away before quantization, and its statistics put right again after it.
+
+Fold:   W' = W gamma / sqrt(var + eps)        b' = (b - mean) gamma / sqrt(var + eps) + beta        (per output channel)
+
+Tune:   quantization shifts the mean and the deviation of every channel. With mu_q, sigma_q those of the quantized layer's output and
+        mu_f, sigma_f what they should be,
+
+        gain = sigma_f / sigma_q        W' = W gain        scale' = scale gain        b' = (b - mu_q) gain + mu_f
+
+        Weight and scale are multiplied by the same positive factor, so no integer code changes.
+
+Source: Hubara et al., "Accurate Post Training Quantization With Small Calibration Sets", ICML 2021, section 3.4 (batch-norm tuning).
+Deviation: the paper takes mu_f = beta and sigma_f = |gamma|, the statistics of augmented training images. By default the float network's
+statistics on the *same* calibration images are matched instead, which removes the shift between the two sets of images; the paper's form
+is `target="prior"`.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from anybit.data.batches import Batch, call, evaluating, read_output
+from anybit.errors import UnsupportedModel
+from anybit.networks.layers import float_weight, from_rows, weight_rows
+from anybit.networks.wiring import BATCH_NORMS, COVERED, Wiring, observe_outputs
+from anybit.numerics.quantizers import UniformQuantizer
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Mean and standard deviation of each output channel, [channels] each."""
+
+    mean: Tensor
+    deviation: Tensor
+
+
+def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
+    """Layer -> the batch norm that folds into it: its only reader, both called once, with running statistics.
+
+    A batch norm of the user's own class with a forward of its own (an activation inside, say) stays, and so does one after a layer whose
+    weight another layer shares or reads.
+    """
+    weights = Counter(id(module.weight) for module in model.modules() if isinstance(module, COVERED))
+    pairs = {}
+    for layer in wiring.layer_names():
+        name = wiring.batch_norm_after(layer)
+        norm, source = (model.get_submodule(name) if name else None), model.get_submodule(layer)
+        plain = isinstance(norm, BATCH_NORMS) and type(norm).forward is nn.BatchNorm2d.forward and norm.running_mean is not None
+        plain = plain and source.weight.dtype == torch.float32  # another type has no digits to spare
+        own = weights[id(source.weight)] == 1 and layer not in wiring.read_weights
+        if plain and own and not isinstance(source, nn.Embedding):
+            pairs[layer] = name
+    return pairs
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A folded copy of a network: the pairs that were folded, the statistics that their batch norms promised, and its wiring."""
+
+    model: nn.Module
+    norms: dict[str, str]
+    promised: dict[str, ChannelStatistics]
+    wiring: Wiring
+
+
+def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch, outputs: Tensor) -> Folded:
+    """Fold into a copy, which is observed and held against `outputs`, the model's own on `example`.
+
+    A layer whose forward is its own (an activation inside, a standardized weight) may not be affine in its weight, and a batch norm may be
+    read by more than its call: where folding changes the outputs, such layers keep their batch norm. Raises UnsupportedModel where the
+    outputs differ even so.
+    """
+    own_forward = {name for name in pairs if not any(type(model.get_submodule(name)).forward is cls.forward for cls in COVERED)}
+    plain = {name: norm for name, norm in pairs.items() if name not in own_forward}
+    for chosen in (lambda: pairs, lambda: plain, lambda: _harmless(model, plain, example, outputs)):
+        kept = chosen()
+        folded, promised = fold(model, kept)
+        wiring = _wiring_if_same(folded, example, outputs)
+        if wiring is not None:
+            return Folded(folded, dict(kept), promised, wiring)
+    raise UnsupportedModel(
+        f"Folding the batch norms of {', '.join(pairs)} changes the network's outputs. Fold them yourself before the run."
+    )
+
+
+def _harmless(model: nn.Module, pairs: Mapping[str, str], example: Batch, outputs: Tensor) -> dict[str, str]:
+    """Return those of `pairs` that change no output when each is folded alone."""
+    return {layer: norm for layer, norm in pairs.items() if _wiring_if_same(fold(model, {layer: norm})[0], example, outputs)}
+
+
+@torch.no_grad()
+def _wiring_if_same(folded: nn.Module, example: Batch, before: Tensor) -> Wiring | None:
+    """Observe `folded` and return its wiring where its outputs on `example` are those `before` the fold, None where they are not."""
+    with suppress(Exception):  # the forward may read what a batch norm has and nothing else
+        wiring, output = observe_outputs(folded, example)
+        after = read_output(output, example)
+        if not torch.isfinite(before).all():
+            return wiring  # the data or the network is at fault, which is found and named later
+        same = (before - after).abs().max() <= 1e-3 * before.abs().max().clamp_min(1e-6)
+        return wiring if same else None
+    return None
+
+
+@torch.no_grad()
+def fold(model: nn.Module, pairs: Mapping[str, str]) -> tuple[nn.Module, dict[str, ChannelStatistics]]:
+    """A copy of `model` with each batch norm of `pairs` folded into its layer, and the statistics that each promised (beta, |gamma|).
+
+    A layer whose weight slot is filled keeps its codes; its scales are multiplied, so its batch norm's gamma must be above zero.
+    """
+    folded = copy.deepcopy(model)
+    promised = {}
+    for layer_name, norm_name in pairs.items():
+        layer, norm = folded.get_submodule(layer_name), folded.get_submodule(norm_name)
+        gamma = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight
+        beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
+        # In double precision: the fold must not cost the float network anything.
+        gain = gamma.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+        bias = 0.0 if layer.bias is None else layer.bias.double()
+        bias = (bias - norm.running_mean.double()) * gain + beta.double()
+        scale_weight(layer, gain)
+        layer.bias = nn.Parameter(bias.to(float_weight(layer).dtype))
+        promised[layer_name] = ChannelStatistics(beta.detach().clone(), gamma.detach().abs())
+        _replace(folded, norm_name, nn.Identity())
+    return folded, promised
+
+
+@torch.no_grad()
+def flip_negative(model: nn.Module, pairs: Mapping[str, str]) -> None:
+    """Make every gamma of `pairs` positive, in place, without changing the outputs: weight, biases, mean and gamma change their sign.
+
+    Training quantized weights before a fold needs it: a scale times a negative gamma is no scale.
+    """
+    for layer_name, norm_name in pairs.items():
+        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        if norm.weight is None:
+            continue
+        sign = torch.where(norm.weight < 0, -1.0, 1.0)
+        weight = float_weight(layer)
+        weight.copy_(from_rows(layer, weight_rows(layer, weight) * sign[:, None]))
+        for tensor in (layer.bias, norm.running_mean, norm.weight):
+            if tensor is not None:
+                tensor.mul_(sign)
+
+
+def folded_gammas(model: nn.Module, pairs: Mapping[str, str]) -> list[nn.Parameter]:
+    """The gammas that will be folded into scales, and so must stay above zero: of every bit-width, where each has its own batch norm."""
+    norms = [module for name in pairs.values() for module in model.get_submodule(name).modules() if isinstance(module, BATCH_NORMS)]
+    return [norm.weight for norm in norms if norm.weight is not None]
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[nn.Module] | None = None) -> None:
+    """Put the running statistics of every batch norm (or of `norms`) to those of `batches`, in place; all else runs in evaluation mode."""
+    if norms is None:
+        norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.running_mean is not None]
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+        seen = 0
+        for batch in batches:
+            seen += len(batch)
+            for norm in norms:
+                norm.momentum = len(batch) / seen  # an average over all samples
+            call(model, batch.inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in place of the one called `name`, under every name that the network has for it."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, own in list(parent._modules.items()):
+            if own is old:
+                setattr(parent, child, module)
+
+
+@torch.no_grad()
+def channel_statistics(
+    model: nn.Module, layers: Iterable[str], batches: Iterable[Batch], twins: nn.Module | None = None
+) -> dict[str, ChannelStatistics]:
+    """Mean and deviation of each layer's output channels over `batches`, summed in double precision.
+
+    With `twins`, a quantized copy of `model`, the statistics are those of its layers, each fed with what `model` feeds its own.
+    """
+    sums = {name: (0, 0.0, 0.0) for name in layers}
+
+    def listen(name: str) -> Callable:
+        layer = model.get_submodule(name)
+        twin = twins.get_submodule(name) if twins else None
+
+        def add(module, args, kwargs, output: Tensor) -> None:
+            parts = channel_sums(layer, output if twin is None else twin(*args, **kwargs))
+            sums[name] = tuple(total + part for total, part in zip(sums[name], parts, strict=True))
+
+        return add
+
+    hooks = [model.get_submodule(name).register_forward_hook(listen(name), with_kwargs=True) for name in sums]
+    try:
+        for batch in batches:
+            call(model, batch.inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: statistics_from_sums(*parts) for name, parts in sums.items()}
+
+
+def channel_sums(layer: nn.Module, output: Tensor) -> tuple[int, Tensor, Tensor]:
+    """(values a channel, their sums, their squares' sums), the latter two [channels] in double precision.
+
+    Each sample's channel is summed first, where its values lie side by side: far faster than reducing across samples at once.
+    """
+    if isinstance(layer, nn.Linear):  # its channels come last
+        rows = output.flatten(0, -2).double()
+        return len(rows), rows.sum(0), rows.square().sum(0)
+    places = tuple(range(2, output.dim()))
+    sums = output.sum(places) if places else output
+    norms = torch.linalg.vector_norm(output, 2, places) if places else output
+    return output.numel() // output.shape[1], sums.double().sum(0), norms.double().square().sum(0)
+
+
+def statistics_from_sums(count: int, total: Tensor, squares: Tensor) -> ChannelStatistics:
+    mean = total / count
+    return ChannelStatistics(mean.float(), (squares / count - mean.square()).clamp_min(0).sqrt().float())
+
+
+@torch.no_grad()
+def scale_weight(layer: nn.Module, gain: Tensor) -> None:
+    """Multiply the rows of the layer's weight by `gain`: through the scales where it is quantized, so that its codes stay."""
+    quantizer = getattr(layer, "weight_quantizer", None)
+    weight = float_weight(layer)
+    rows = weight_rows(layer, weight)
+    if isinstance(quantizer, UniformQuantizer):
+        codes = quantizer.codes(rows)
+        quantizer.scale.copy_(quantizer.scale * gain[:, None])
+        weight.copy_(from_rows(layer, quantizer.values(codes)))
+    else:
+        weight.copy_(from_rows(layer, rows * gain[:, None]))

@@ -1,0 +1,180 @@
+"""Candidates: every layer's weights at each weight bit-width and ranges at each activation bit-width, kept apart.
+
+A precision combines one of each, so five by three choices cost five reconstructions and three ranges, not fifteen.
+`apply_scheme` puts the chosen ones into a copy of the prepared model: the canonical form.
+"""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from anybit.errors import InvalidFile, InvalidInput, SchemeMismatch
+from anybit.networks.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.numerics.packing import pack, unpack
+from anybit.numerics.quantizers import UniformQuantizer
+from anybit.numerics.ranges import activation_range, weight_scale
+from anybit.scheme import Precision, Scheme, check_names
+
+
+@dataclass(frozen=True)
+class WeightCandidate:
+    """codes int8 [channels, fan-in], scale [channels, 1], bias [channels] or None (the layer has none)."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class ActivationCandidate:
+    """scale and integer zero point, both 0-d; both [2] for the two operands of a matmul."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+
+@dataclass
+class Candidates:
+    """(layer, bits) -> candidate, weights and activations apart."""
+
+    weights: dict[tuple[str, int], WeightCandidate] = field(default_factory=dict)
+    activations: dict[tuple[str, int], ActivationCandidate] = field(default_factory=dict)
+
+    def on(self, device: str) -> "Candidates":
+        """The same candidates on `device`."""
+
+        def moved(candidate):
+            return type(candidate)(*(None if part is None else part.to(device) for part in vars(candidate).values()))
+
+        return Candidates({key: moved(c) for key, c in self.weights.items()}, {key: moved(c) for key, c in self.activations.items()})
+
+
+def weight_candidate(layer: nn.Module, bits: int, estimator: str) -> WeightCandidate:
+    """Round the layer's own weights to nearest within an estimated range."""
+    rows = weight_rows(layer, float_weight(layer).detach()).float()
+    quantizer = UniformQuantizer(bits, True, weight_scale(rows, bits, estimator))
+    bias = getattr(layer, "bias", None)
+    return WeightCandidate(quantizer.codes(rows).to(torch.int8), quantizer.scale, None if bias is None else bias.detach().clone())
+
+
+def frozen_candidate(layer: nn.Module) -> WeightCandidate:
+    """What stands in the filled slot of a layer."""
+    quantizer = layer.weight_quantizer
+    codes = quantizer.codes(weight_rows(layer, float_weight(layer))).to(torch.int8)
+    bias = getattr(layer, "bias", None)
+    return WeightCandidate(codes, quantizer.scale.clone(), None if bias is None else bias.detach().clone())
+
+
+def activation_candidate(samples: Sequence[Tensor], bits: int, estimator: str) -> ActivationCandidate:
+    """The range of a sample of the layer's input values, or of both operands' of a matmul."""
+    ranges = [activation_range(sample, bits, estimator) for sample in samples]
+    return ActivationCandidate(*ranges[0]) if len(ranges) == 1 else ActivationCandidate(*map(torch.stack, zip(*ranges, strict=True)))
+
+
+def install(layer: nn.Module, weights: WeightCandidate | None, inputs: ActivationCandidate | None, precision: Precision) -> None:
+    """Fill the layer's slots from candidates, in place."""
+    weight_quantizer: nn.Module | None = None
+    if weights is not None:
+        weight_quantizer = UniformQuantizer(precision.weight_bits, True, weights.scale)
+        with torch.no_grad():
+            float_weight(layer).copy_(from_rows(layer, weight_quantizer.values(weights.codes.float())))
+            if weights.bias is not None:
+                layer.bias.copy_(weights.bias)
+    elif precision.weight_bits == 0:
+        weight_quantizer = Pruned()
+    input_quantizer = None
+    if inputs is not None:
+        input_quantizer = UniformQuantizer(precision.activation_bits, False, inputs.scale, inputs.zero_point)
+    fill(layer, weight_quantizer, input_quantizer)
+
+
+def apply_scheme(prepared: nn.Module, scheme: Scheme, candidates: Candidates) -> nn.Module:
+    """A copy of the prepared model with each layer's slots filled as `scheme` says: the canonical form."""
+    model = copy.deepcopy(prepared)
+    layers = quantized_layers(model)
+    check_names(scheme, layers, "The model")
+    for name, precision in scheme.items():
+        takes_input = precision.activation_bits and not isinstance(layers[name], nn.Embedding)
+        try:
+            weights = candidates.weights[name, precision.weight_bits] if precision.weight_bits else None
+            inputs = candidates.activations[name, precision.activation_bits] if takes_input else None
+        except KeyError as error:
+            raise SchemeMismatch(
+                f"There is no candidate for {name} at {precision}. Add the bit-width to those that are prepared."
+            ) from error
+        install(layers[name], weights, inputs, precision)
+    return model
+
+
+def to_tensors(candidates: Candidates) -> dict[str, Tensor]:
+    """The candidates by name, for a file: packed codes, scales and biases apart."""
+    tensors = {}
+    for (name, bits), weights in candidates.weights.items():
+        tensors[f"{name}|W{bits}|codes"] = torch.from_numpy(pack(weights.codes.cpu().numpy(), bits))
+        tensors[f"{name}|W{bits}|scale"] = weights.scale.flatten()
+        if weights.bias is not None:
+            tensors[f"{name}|W{bits}|bias"] = weights.bias
+    for (name, bits), inputs in candidates.activations.items():
+        tensors[f"{name}|A{bits}"] = torch.stack([inputs.scale, inputs.zero_point])
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+
+KEY = re.compile(r"(?P<name>.*)\|(?:W(?P<weight_bits>[2-8])\|(?P<part>codes|scale|bias)|A(?P<activation_bits>[2-8]))", re.DOTALL)
+"""How a candidate's tensor is called."""
+
+
+def from_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> Candidates:
+    """The candidates that `to_tensors` gave, of layers with weights of these (rows, columns). Raises InvalidFile where they are none."""
+    parts: dict[tuple[str, int], dict[str, Tensor]] = {}
+    candidates = Candidates()
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        if match is None or match["name"] not in shapes:
+            raise InvalidFile(f"{key} belongs to no layer of the network")
+        if match["part"]:
+            parts.setdefault((match["name"], int(match["weight_bits"])), {})[match["part"]] = tensor
+        else:
+            bits = int(match["activation_bits"])
+            candidates.activations[match["name"], bits] = _activation_from(key, tensor, bits)
+    for (name, bits), found in parts.items():
+        candidates.weights[name, bits] = _weights_from(f"{name} at W{bits}", found, bits, *shapes[name])
+    return candidates
+
+
+def _weights_from(where: str, parts: Mapping[str, Tensor], bits: int, rows: int, columns: int) -> WeightCandidate:
+    codes, scale, bias = (parts.get(part) for part in ("codes", "scale", "bias"))
+    if codes is None or codes.dtype != torch.uint8 or codes.dim() != 1:
+        raise InvalidFile(f"{where}: the packed codes are missing or no bytes")
+    if scale is None or scale.dtype != torch.float32 or scale.shape != (rows,):
+        raise InvalidFile(f"{where}: there is not one scale for each of {rows} rows")
+    if bias is not None and (not bias.is_floating_point() or bias.dim() != 1 or not torch.isfinite(bias).all()):
+        raise InvalidFile(f"{where}: the bias is no row of finite numbers")
+    _check_scales(where, scale)
+    unpacked = torch.from_numpy(unpack(codes.numpy(), bits, rows * columns)).view(rows, columns)
+    return WeightCandidate(unpacked, scale[:, None], bias)
+
+
+def _activation_from(key: str, tensor: Tensor, bits: int) -> ActivationCandidate:
+    if tensor.dtype != torch.float32 or tensor.shape not in ((2,), (2, 2)):
+        raise InvalidFile(f"{key} is no scale and zero point")
+    scale, zero_point = tensor
+    _check_scales(key, scale)
+    if not ((zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point < 2**bits)).all():
+        raise InvalidFile(f"{key}: zero point {zero_point.tolist()} is no integer from 0 to {2**bits - 1}")
+    return ActivationCandidate(scale, zero_point)
+
+
+def _check_scales(where: str, scale: Tensor) -> None:
+    if not (torch.isfinite(scale).all() and (scale > 0).all()):
+        raise InvalidFile(f"{where}: a scale is not a positive finite number")
+
+
+def check_finite_samples(samples: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raise InvalidInput naming the first layer whose input is not finite."""
+    for name, operands in samples.items():
+        if not all(torch.isfinite(sample).all() for sample in operands):
+            raise InvalidInput(f"The input of layer {name} is NaN or infinite on the calibration data. Check the data and the network.")

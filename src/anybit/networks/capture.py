@@ -1,0 +1,327 @@
+"""A unit's inputs and outputs, held within a memory budget. The only place that spills to disk."""
+
+import ctypes
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybit.data.batches import Batch, call, map_leaves, real, tensors_in
+from anybit.errors import AnybitError, UnsupportedModel
+from anybit.networks.matmul import Matmul
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the captured module has run."""
+
+
+@dataclass
+class CapturedTensor:
+    """One captured tensor over all samples, [N, rows a sample, ...], in memory or in a file that the operating system pages.
+
+    Windows and flattened positions give a layer several rows a sample; they stay together.
+    """
+
+    tensor: Tensor
+    filled: int = 0
+
+    @classmethod
+    def like(cls, part: Tensor, batch_size: int, count: int, budget: "MemoryBudget") -> "CapturedTensor":
+        return cls(budget.allocate((count, len(part) // batch_size, *part.shape[1:]), part.dtype))
+
+    def add(self, part: Tensor, batch_size: int) -> None:
+        self.tensor[self.filled : self.filled + batch_size].copy_(part.view(batch_size, -1, *part.shape[1:]))
+        self.filled += batch_size
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """The rows of the samples `indices`, as the layer saw them."""
+        return self.tensor[indices].flatten(0, 1)
+
+
+@dataclass
+class BatchStore:
+    """One captured tensor, batch by batch as it came: samples padded to the length of their batch do not stack."""
+
+    tensors: list[Tensor]
+
+    def add(self, part: Tensor, budget: "MemoryBudget") -> None:
+        self.tensors.append(budget.allocate(tuple(part.shape), part.dtype).copy_(part))
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """The tensor of the one batch that `indices` names."""
+        return self.tensors[int(indices)]
+
+
+class MemoryBudget:
+    """Hands out a unit's tensors: from memory while `limit` bytes last, then from temporary files that go with the tensors."""
+
+    def __init__(self, limit: int):
+        self.limit, self.used, self.spilled = limit, 0, 0
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialized tensor; contents of a spilled one live on disk."""
+        count = int(torch.Size(shape).numel())
+        size = count * dtype.itemsize
+        if self.used + size <= self.limit:
+            self.used += size
+            return torch.empty(shape, dtype=dtype)
+        try:
+            with tempfile.NamedTemporaryFile(prefix="anybit-") as file:  # the name goes at once; the mapping keeps the bytes
+                if size:
+                    os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills later would end the process with no word
+                spilled = torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+        except OSError as error:
+            raise AnybitError(
+                f"{size:,} bytes of activations do not fit into the rest of the memory budget ({self.limit:,} bytes) nor on the disk of "
+                f"{tempfile.gettempdir()} ({error.strerror}). Raise --memory, calibrate on fewer --samples, or point TMPDIR at a larger "
+                "disk. What was finished is kept: the same command continues."
+            ) from error
+        self.spilled += size
+        return spilled
+
+
+def give_back() -> None:
+    """Return freed memory to the system. The C library keeps what tensors of some megabytes took, for tensors that may never come."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # glibc alone has it
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+@dataclass
+class Captured:
+    """What went into a module and what came out, sample by sample.
+
+    `arguments` are the (args, kwargs) of its forward, as nested as they came, every tensor of the batch replaced by its Store; a tensor
+    that is the same for all samples (a mask) is kept once. Of padded batches `masks` say which tokens are real; they are kept whole.
+    """
+
+    arguments: tuple[tuple, dict]
+    output: CapturedTensor | BatchStore | None
+    device: torch.device
+    masks: list[Tensor] | None = None
+
+    def batch(self, indices: Tensor) -> tuple[tuple, dict]:
+        """(args, kwargs) of the samples `indices` (of padded data: of one batch), on the device they came from."""
+        return map_leaves(self.arguments, (CapturedTensor, BatchStore), lambda store: store.rows(indices).to(self.device))
+
+    def outputs(self, indices: Tensor) -> Tensor:
+        """The outputs of the samples `indices` (of padded data: of one batch)."""
+        return self.output.rows(indices).to(self.device)
+
+
+@torch.no_grad()
+def carry(
+    source: Callable[[Tensor], Tensor], count: int, budget: "MemoryBudget", whole_batches: bool, size: int = 64
+) -> CapturedTensor | BatchStore:
+    """A store of `source(indices)`, computed `size` samples at a time, or `count` whole batches one by one."""
+    if whole_batches:
+        kept = BatchStore([])
+        for index in chunks(count, 1):
+            kept.add(source(index), budget)
+        return kept
+    store: CapturedTensor | None = None
+    for indices in chunks(count, size):
+        part = source(indices)
+        store = store or CapturedTensor.like(part, len(indices), count, budget)
+        store.add(part, len(indices))
+    return store
+
+
+@torch.no_grad()
+def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, budget: MemoryBudget, outputs: bool = False) -> Captured:
+    """Inputs (and `outputs`, if asked) of module `name` over `batches`, which hold `count` samples together.
+
+    Tensors are copied the moment they pass: a later in-place operation (`out += shortcut`) would rewrite them.
+    The pass stops once the module has run. Raises UnsupportedModel where the module's rows cannot be told apart by sample; padded
+    batches are kept as they are.
+    """
+    batches = list(batches)
+    padded = _differ_in_length([batch.mask for batch in batches])
+    recorder = _WholeBatches(name, budget, outputs) if padded else _Recorder(name, count, budget, outputs)
+    module = model.get_submodule(name)
+    hooks = [module.register_forward_pre_hook(recorder.before, with_kwargs=True), module.register_forward_hook(recorder.after)]
+    try:
+        for batch in batches:
+            recorder.batch_size = len(batch)
+            with suppress(_Stop):
+                call(model, batch.inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not recorder.complete(len(batches)):
+        raise UnsupportedModel(f"Unit {name} does not run once for every input: it is skipped or repeated. Keep its layers float.")
+    captured = recorder.captured
+    if padded:
+        captured.masks = [batch.mask for batch in batches]
+    return captured
+
+
+def _differ_in_length(masks: list[Tensor | None]) -> bool:
+    """Whether any batch is padded, or has another length than the others: samples of one length stack, masked or not."""
+    given = [mask for mask in masks if mask is not None]
+    return len({mask.shape[1] for mask in given}) > 1 or not all(mask.all() for mask in given)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands for the number-th tensor among a module's arguments."""
+
+    number: int
+
+
+class _Recorder:
+    """The two hooks of `capture`, and what they have kept."""
+
+    def __init__(self, name: str, count: int, budget: MemoryBudget, outputs: bool):
+        self.name, self.count, self.budget, self.outputs = name, count, budget, outputs
+        self.batch_size = self.calls = 0
+        self.places: Any = None  # (args, kwargs) with a _Place for each tensor
+        self.first: list[Tensor] = []  # the tensors of the first batch
+        self.stores: list[CapturedTensor | None] = []  # None: the rows are not the batch's
+        self.same: set[int] = set()  # tensors that were the same in every batch so far
+        self.output: CapturedTensor | None = None
+
+    def complete(self, batches: int) -> bool:
+        """Whether every sample was seen once."""
+        return all(store is None or store.filled == self.count for store in [*self.stores, self.output])
+
+    @property
+    def captured(self) -> Captured:
+        """The arguments, each tensor as its Store or, where all samples share it, as it is."""
+
+        def held(place: _Place) -> CapturedTensor | Tensor:
+            shared = self.stores[place.number] is None or (place.number in self.same and self.calls > 1)
+            return self.first[place.number] if shared else self.stores[place.number]
+
+        return Captured(map_leaves(self.places, _Place, held), self.output, self.first[0].device)
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        parts = [part.detach() for part in tensors_in((args, kwargs))]  # a forward may take gradients of its own
+        if not self.calls:
+            numbers = iter(range(len(parts)))
+            self.places = map_leaves((args, kwargs), Tensor, lambda _: _Place(next(numbers)))
+            self.first = [part.clone() for part in parts]
+            self.stores = [self._store(part) for part in parts]
+            self.same = set(range(1, len(parts)))  # the first tensor is the data, whatever it holds
+        self.calls += 1
+        self.same = {number for number in self.same if torch.equal(parts[number], self.first[number])}
+        for number, (store, part) in enumerate(zip(self.stores, parts, strict=True)):
+            if store is not None:
+                self._check(part, store)
+                store.add(part, self.batch_size)
+            elif number not in self.same:
+                raise UnsupportedModel(self._refusal(part))
+        if not self.outputs:
+            raise _Stop
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        _check_tensor(self.name, output)
+        self.output = self.output or self._store(output)
+        self._check(output, self.output)
+        self.output.add(output.detach(), self.batch_size)
+        raise _Stop
+
+    def _store(self, part: Tensor) -> CapturedTensor | None:
+        is_batched = part.dim() and len(part) % self.batch_size == 0
+        return CapturedTensor.like(part, self.batch_size, self.count, self.budget) if is_batched else None
+
+    def _check(self, part: Tensor, store: CapturedTensor | None) -> None:
+        if store is None or len(part) != self.batch_size * store.tensor.shape[1]:
+            raise UnsupportedModel(self._refusal(part))
+
+    def _refusal(self, part: Tensor) -> str:
+        return (
+            f"Unit {self.name} sees a tensor of shape {tuple(part.shape)} for {self.batch_size} samples, whose rows cannot be told "
+            "apart by sample. Name a larger block around it with --block, or keep its layers float."
+        )
+
+
+def _check_tensor(name: str, output: Any) -> None:
+    if not isinstance(output, Tensor):
+        raise UnsupportedModel(f"Unit {name} returns a {type(output).__name__}; it must return one tensor. Name other blocks.")
+
+
+class _WholeBatches:
+    """The two hooks of `capture` for padded batches, whose lengths differ: nothing is cut by sample."""
+
+    def __init__(self, name: str, budget: MemoryBudget, outputs: bool):
+        self.name, self.budget, self.outputs, self.calls = name, budget, outputs, 0
+        self.places: Any = None
+        self.stores: list[BatchStore] = []
+        self.output = BatchStore([]) if outputs else None
+        self.device = torch.device("cpu")
+
+    def complete(self, batches: int) -> bool:
+        """Whether every batch was seen once."""
+        return all(len(store.tensors) == batches for store in [*self.stores, *([self.output] if self.output else [])])
+
+    @property
+    def captured(self) -> Captured:
+        return Captured(map_leaves(self.places, _Place, lambda place: self.stores[place.number]), self.output, self.device)
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        parts = tensors_in((args, kwargs))
+        if not self.calls:
+            numbers = iter(range(len(parts)))
+            self.places = map_leaves((args, kwargs), Tensor, lambda _: _Place(next(numbers)))
+            self.stores, self.device = [BatchStore([]) for _ in parts], parts[0].device
+        self.calls += 1
+        for store, part in zip(self.stores, parts, strict=True):
+            store.add(part, self.budget)
+        if not self.outputs:
+            raise _Stop
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        _check_tensor(self.name, output)
+        self.output.add(output, self.budget)
+        raise _Stop
+
+
+@torch.no_grad()
+def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Batch], values: int, seed: int) -> dict[str, list[Tensor]]:
+    """About `values` values of each layer's input over all batches, flat, always with the smallest and the largest one; of padding none.
+
+    One tensor a layer, two of a matmul: one an operand.
+    """
+    batches = list(batches)
+    each = max(1, values // max(1, len(batches)))
+    generator = torch.Generator().manual_seed(seed)
+    samples: dict[str, list[list[Tensor]]] = {name: [] for name in layers}
+    mask: Tensor | None = None
+
+    def keep(name: str) -> Callable:
+        def hook(module, args, kwargs) -> None:
+            operands = tensors_in((args, kwargs))[: 2 if isinstance(module, Matmul) else 1]
+            samples[name].append([pick(name, operand.detach()) for operand in operands])
+
+        return hook
+
+    def pick(name: str, tensor: Tensor) -> Tensor:
+        flat = real(tensor, mask).reshape(-1)
+        if not len(flat):
+            raise UnsupportedModel(
+                f"Layer {name} reads an input of shape {tuple(tensor.shape)}, without a value. Keep it: --keep '{name}=float'."
+            )
+        picked = flat if len(flat) <= each else flat[torch.randint(len(flat), (each,), generator=generator)]
+        return torch.cat([picked, flat.min()[None], flat.max()[None]]).float()
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True) for name in samples]
+    try:
+        for batch in batches:
+            mask = batch.mask
+            call(model, batch.inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: [torch.cat(operand) for operand in zip(*parts, strict=True)] for name, parts in samples.items() if parts}
+
+
+def chunks(count: int, size: int) -> Iterator[Tensor]:
+    """Indices 0 .. count - 1, `size` at a time."""
+    yield from torch.arange(count).split(size)

@@ -1,0 +1,147 @@
+"""What a layer costs at a precision: bits, bytes of the file, BOPs.
+
+`scheme.py` states what each quantity counts. Everything here is exact: `file_size` of a scheme is the size that `checkpoint` writes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from anybit.networks.latency import LatencyTable
+from anybit.networks.layers import float_weight, weight_rows
+from anybit.networks.matmul import Matmul
+from anybit.networks.states import STORED_TYPES, leftovers, spec_of
+from anybit.networks.wiring import Wiring
+from anybit.numerics.packing import PACKED_METADATA, PackedLayer, TensorSpec, file_bytes, layout, packed_bytes
+from anybit.scheme import FLOAT_BITS, Precision, Scheme
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Weight as rows x columns, multiply-accumulates of one sample, and how many activations it reads (two of a matmul)."""
+
+    rows: int
+    columns: int
+    macs: int
+    operands: int = 1
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of every scheme of one prepared model.
+
+    layers       name -> LayerSize, in the scheme's order
+    leftover     float32 numbers of the state dict that are no covered weight (biases, norms, uncovered layers)
+    others       entries of another type, stored under their own keys
+    edges        number of stored edge ranges
+    float_bytes  of the float32 weights' file
+    latency      measured on this machine, where it was
+    """
+
+    layers: Mapping[str, LayerSize]
+    leftover: int
+    others: Mapping[str, TensorSpec]
+    edges: int
+    float_bytes: int
+    latency: LatencyTable | None = None
+
+    @classmethod
+    def of(cls, prepared: nn.Module, names: list[str], wiring: Wiring | None, edges: int, float_model: nn.Module) -> "CostModel":
+        """Measure `prepared`, whose layers `names` have slots; `wiring` gives the shapes, `float_model` the size to compare with.
+
+        Without a wiring nothing is known of multiply-accumulates: they count 0.
+        """
+        layers = {}
+        for name in names:
+            layer = prepared.get_submodule(name)
+            rows = weight_rows(layer, float_weight(layer))
+            macs = macs_per_sample(layer, name, wiring) if wiring else 0
+            layers[name] = LayerSize(rows.shape[0], rows.shape[1], macs, operands_of(layer))
+        float32 = [name for name in names if float_weight(prepared.get_submodule(name)).dtype == torch.float32]
+        leftover, others = leftovers(prepared, float32)  # a weight of another type is kept, under its own key
+        numbers = sum(tensor.numel() for tensor in leftover.values())
+        float_state = {key: TensorSpec(STORED_TYPES[t.dtype], tuple(t.shape)) for key, t in float_model.state_dict().items()}
+        return cls(layers, numbers, {key: spec_of(t) for key, t in others.items()}, edges, file_bytes(float_state))
+
+    def weight_bits(self, scheme: Scheme) -> float:
+        """Mean stored bits of a weight."""
+        total = sum(self.layers[name].weights for name in scheme)
+        return sum(self.layers[name].weights * precision.stored_weight_bits for name, precision in scheme.items()) / total
+
+    def bops(self, scheme: Scheme) -> int:
+        """Bit operations of one sample."""
+        return sum(self.layer_bops(name, precision) for name, precision in scheme.items())
+
+    def layer_bops(self, name: str, precision: Precision) -> int:
+        """Multiply-accumulates times weight bits times activation bits; of a matmul, times the bits of either operand."""
+        size, activation_bits = self.layers[name], precision.activation_bits or FLOAT_BITS
+        return size.macs * (activation_bits if size.operands == 2 else precision.stored_weight_bits) * activation_bits
+
+    def layer_bytes(self, name: str, precision: Precision) -> int:
+        """Bytes that the layer's weight and quantizers add to the file, its share of the header aside."""
+        size = self.layers[name]
+        inputs = 5 * size.operands if precision.activation_bits else 0
+        if precision.weight_bits is None:
+            return size.weights * 4 + inputs
+        return packed_bytes(size.weights, precision.weight_bits) + (4 * size.rows if precision.weight_bits else 0) + inputs
+
+    def file_size(self, scheme: Scheme) -> int:
+        """Exact bytes of model.safetensors."""
+        stored = [
+            PackedLayer(size.rows, size.columns, precision.weight_bits, size.operands * bool(precision.activation_bits))
+            for name, precision in scheme.items()
+            for size in [self.layers[name]]
+        ]
+        kept_float = sum(
+            self.layers[name].weights
+            for name, precision in scheme.items()
+            if precision.weight_bits is None and f"{name}.weight" not in self.others
+        )
+        return file_bytes(layout(stored, self.edges, self.leftover + kept_float, self.others), PACKED_METADATA)
+
+    def overhead(self, scheme: Scheme) -> int:
+        """Bytes of the file that no choice of bits changes, a few bytes of header aside."""
+        return self.file_size(scheme) - sum(self.layer_bytes(name, precision) for name, precision in scheme.items())
+
+    def summary(self, scheme: Scheme) -> dict:
+        """All quantities of one scheme, for a report."""
+        size = self.file_size(scheme)
+        return {
+            "weight_bits": self.weight_bits(scheme),
+            "bytes": size,
+            "percent": 100 * size / self.float_bytes,
+            "bops": self.bops(scheme),
+        } | ({"latency": self.latency.total(scheme)} if self.latency else {})
+
+
+def macs_per_sample(layer: nn.Module, name: str, wiring: Wiring) -> int:
+    """Multiply-accumulates of one sample, from the observed shapes; none for an embedding."""
+    operation = wiring.operation(name)
+    if isinstance(layer, nn.Embedding):
+        return 0
+    weights = float_weight(layer).numel()
+    if isinstance(layer, Matmul):
+        return _product(operation.shape) * wiring.input_shapes[name][-1] // wiring.batch_size
+    if isinstance(layer, nn.Linear):
+        return weights * _product(operation.shape[:-1]) // wiring.batch_size
+    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return weights * _product(wiring.input_shapes[name][2:])
+    return weights * _product(operation.shape[2:])
+
+
+def operands_of(layer: nn.Module) -> int:
+    """How many activations a layer reads."""
+    return 2 if isinstance(layer, Matmul) else 1
+
+
+def _product(numbers) -> int:
+    result = 1
+    for number in numbers:
+        result *= number
+    return result

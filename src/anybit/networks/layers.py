@@ -1,0 +1,315 @@
+"""Layers with a slot for each operand, and the surgery that puts them into a copy of a model.
+
+A slot holds None (empty: the layer computes exactly what its float class does) or a module that maps the operand to its fake-quantized
+value. A layer is swapped by subclassing *its own* class, so a forward of the user's own keeps running, every state-dict key stays, and
+control flow is untouched: the subclass hands its forward a quantized input, and its `weight` attribute reads as the quantized weight.
+
+All weight quantizers see the weight as rows [output channels, fan-in], or [groups, group size] where a layer has a scale for each group
+of inputs; `weight_rows` and `from_rows` convert. A matmul has no weight, which is 0 x 0 here, and an input slot for both its operands.
+"""
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from anybit.errors import UnsupportedModel
+from anybit.networks.matmul import Matmul
+from anybit.networks.wiring import COVERED, Wiring
+from anybit.numerics.quantizers import UniformQuantizer
+from anybit.scheme import Precision, Scheme
+
+
+class QuantizedLayer:
+    """Mixin of every swapped class: the two slots and the weight that reads through one of them."""
+
+    weight_quantizer: nn.Module | None
+    input_quantizer: nn.Module | None
+    weight_group: int | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the layer computes with it: through the slot where one is filled."""
+        weight = self._parameters["weight"]
+        if self.weight_quantizer is None:
+            return weight
+        return from_rows(self, self.weight_quantizer(weight_rows(self, weight)))
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        if self.input_quantizer is not None and args:
+            args = (self.input_quantizer(args[0]), *args[1:])
+        elif self.input_quantizer is not None:  # a caller may name the input as the layer's own forward does
+            first = next(iter(kwargs))
+            kwargs = {**kwargs, first: self.input_quantizer(kwargs[first])}
+        return super().forward(*args, **kwargs)
+
+
+class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
+    pass
+
+
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+    pass
+
+
+class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
+    pass
+
+
+class QuantizedConvTranspose1d(QuantizedLayer, nn.ConvTranspose1d):
+    pass
+
+
+class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
+    pass
+
+
+class QuantizedConvTranspose3d(QuantizedLayer, nn.ConvTranspose3d):
+    pass
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    pass
+
+
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
+    pass
+
+
+class QuantizedMatmul(QuantizedLayer, Matmul):
+    weight = None
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.input_quantizer is not None:
+            left, right = self.input_quantizer(left, 0), self.input_quantizer(right, 1)
+        return Matmul.forward(self, left, right)
+
+
+_SWAPPED = {cls.__mro__[2]: cls for cls in QuantizedLayer.__subclasses__()}  # nn.Conv2d -> QuantizedConv2d, ...
+
+
+def _swapped_class(cls: type) -> type:
+    """The quantized subclass of `cls`, made on first use for a class of the user's own."""
+    if cls not in _SWAPPED:
+        pickled = {"__reduce__": lambda self: (_new_swapped, (cls,), self.__dict__)}  # its class is found through the user's
+        _SWAPPED[cls] = type(f"Quantized{cls.__name__}", (QuantizedLayer, cls), {"__module__": cls.__module__, **pickled})
+    return _SWAPPED[cls]
+
+
+def _new_swapped(cls: type) -> nn.Module:
+    swapped = _swapped_class(cls)
+    return swapped.__new__(swapped)
+
+
+def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str], dict[str, str]]:
+    """(names of the layers that take quantizers, in call order; other modules with weights -> why they are not covered).
+
+    Without a wiring every layer of a covered class counts, in order of definition.
+    """
+    layers = [name for name, module in model.named_modules() if isinstance(module, COVERED)]
+    covered = layers if wiring is None else wiring.layer_names()
+    uncovered = {}
+    for name, module in model.named_modules():
+        if isinstance(module, COVERED):
+            if name not in covered:
+                uncovered[name] = (
+                    f"{type(module).__name__} whose forward did not run on the first inputs (unused, chosen by the inputs, or read "
+                    "directly by its parent); it stays float"
+                )
+        elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+            uncovered[name] = f"{type(module).__name__} is not a class that anybit covers; it stays float"
+    for function in wiring.functions() if wiring else ():
+        if function.owner not in uncovered:  # that a module computes with weights of its own is said of the module
+            uncovered[function.name] = f"{function.kind} called as a function, on weights that are no layer's; it stays float"
+    for product in wiring.products() if wiring else ():
+        uncovered[product.name] = "a product of two activations that is no layer; it stays float (anybit.Matmul in its place is covered)"
+    return covered, uncovered
+
+
+def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
+    """Raise UnsupportedModel naming those of `names` that run more than once, for one range cannot serve two inputs well, or else the first
+    that runs in surroundings that it would not have when it is run alone."""
+    names = list(names)
+    repeated = [name for name in names if wiring.calls[name] > 1]
+    if repeated:
+        calls = ", ".join(f"{name} ({wiring.calls[name]} times)" for name in repeated)
+        keeps = " ".join(f"--keep '{name}=float'" for name in repeated)
+        raise UnsupportedModel(
+            f"These layers run more than once in one forward pass, and one input range would have to serve all calls: {calls}. Give each "
+            f"call a layer of its own, or keep them float: {keeps}."
+        )
+    for name in names:
+        if name in wiring.surroundings:
+            raise UnsupportedModel(
+                f"Layer {name} runs {wiring.surroundings[name]}. Let the forward call it plainly, or keep it float: --keep '{name}=float'."
+            )
+        if len(wiring.operation(name).outputs) != 1:
+            raise UnsupportedModel(
+                f"Layer {name} returns {len(wiring.operation(name).outputs)} tensors; a layer that is quantized returns one. Let it return "
+                f"one, or keep it float: --keep '{name}=float'."
+            )
+
+
+def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] = (), groups: Mapping[str, int] = {}) -> nn.Module:
+    """A copy of `model` whose layers `names` have empty slots; its outputs are bitwise those of `model`.
+
+    `groups` are the layers that have a weight scale for each so many inputs of a channel, instead of one a channel.
+    Raises UnsupportedModel where a name is not a layer that anybit covers, or where two that are not `kept_float` share a weight.
+    """
+    names = list(names)
+    check_float32(model, [name for name in names if name not in kept_float])
+    prepared = copy.deepcopy(model)
+    for module in prepared.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # its fused path would read the weights and skip the layers' own forward
+    owners: dict[int, list[str]] = {}
+    for name, module in prepared.named_modules():
+        for parameter in {id(p): p for p in module._parameters.values() if p is not None}.values():
+            owners.setdefault(id(parameter), []).append(name)
+    for name in names:
+        layer = prepared.get_submodule(name)
+        if not isinstance(layer, COVERED):
+            raise UnsupportedModel(f"{name} is a {type(layer).__name__}; anybit covers {', '.join(cls.__name__ for cls in COVERED)}.")
+        parameter = layer._parameters.get("weight")
+        if isinstance(layer, Matmul):
+            parameter = float_weight(layer)
+        if parameter is None:
+            raise UnsupportedModel(f"{name}: the weight is computed (a parametrization or weight norm). Remove the parametrization first.")
+        sharing = owners.get(id(parameter), [])
+        covered = [owner for owner in sharing if isinstance(prepared.get_submodule(owner), COVERED)]
+        if len(sharing) > 1 and not set(covered) <= set(kept_float):
+            keeps = " ".join(f"--keep '{owner}=float'" for owner in covered)
+            raise UnsupportedModel(
+                f"{' and '.join(map(_named, sharing))} share one weight, which cannot have two ranges. Clone the weight, or keep all "
+                f"float: {keeps}."
+            )
+        bias = layer._parameters.get("bias")
+        if bias is not None and len(owners[id(bias)]) > 1:  # each is tuned for its own layer
+            layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        if isinstance(layer, nn.Embedding):
+            layer.sparse = False  # a quantizer passes no sparse gradient on
+        layer.__class__ = _swapped_class(type(layer))
+        layer.register_module("weight_quantizer", None)
+        layer.register_module("input_quantizer", None)
+        if name in groups:
+            layer.weight_group = _checked_group(name, layer, groups[name])
+    return prepared
+
+
+def _named(name: str) -> str:
+    return name or "the network itself"
+
+
+def check_float32(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise UnsupportedModel naming the first of the layers `names` whose weight has another type."""
+    for name in names:
+        parameter = model.get_submodule(name)._parameters.get("weight")
+        if parameter is not None and parameter.dtype != torch.float32:
+            raise UnsupportedModel(f"{name}: the weight is {parameter.dtype}. Convert the network first: model.float().")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself; where it or a part of it is wrapped (DataParallel, torch.compile), a copy without the wrappers.
+
+    Layers so have the names that the network's author gave them, and their forward is Python that can be observed.
+    """
+    instead: dict[int, nn.Module] = {}  # what a copy puts in place of each wrapper
+    for module in reversed(list(model.modules())):
+        if (inner := _wrapped(module)) is not None:
+            instead[id(module)] = copy.deepcopy(inner, instead)
+    return copy.deepcopy(model, instead) if instead else model
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return module.module
+    return dict(module.named_children()).get("_orig_mod")  # as torch.compile calls it, whose own module takes seconds to import
+
+
+def takes_groups(layer: nn.Module, group: int) -> bool:
+    """Whether the layer's weight can have a scale for each `group` inputs of a channel: a linear or an embedding of a multiple of them."""
+    return isinstance(layer, (nn.Linear, nn.Embedding)) and layer.weight.shape[1] % group == 0
+
+
+def _checked_group(name: str, layer: nn.Module, group: int) -> int:
+    if group < 1 or not takes_groups(layer, group):
+        shape = " x ".join(map(str, float_weight(layer).shape))
+        raise UnsupportedModel(f"{name}: groups of {group} weights do not divide a {type(layer).__name__} of {shape}. Choose another size.")
+    return group
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> layer with slots, in the model's order of definition."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def float_weight(layer: nn.Module) -> nn.Parameter:
+    """The stored weight, whatever is in the slot; an empty one of a matmul."""
+    return nn.Parameter(torch.empty(0, 0)) if isinstance(layer, Matmul) else layer._parameters["weight"]
+
+
+def weight_rows(layer: nn.Module, weight: Tensor) -> Tensor:
+    """`weight` as rows [output channels, fan-in]; for an embedding a row is a word. With groups, each group of a channel is a row."""
+    if not isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        group = getattr(layer, "weight_group", None)
+        return weight.flatten(1) if group is None else weight.reshape(-1, group)
+    # [in, out / groups, ...] -> [groups, in / groups, out / groups, ...] -> [groups, out / groups, in / groups, ...]
+    grouped = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)
+    return grouped.flatten(0, 1).flatten(1)
+
+
+def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
+    """The inverse of `weight_rows`."""
+    weight = float_weight(layer)
+    if not isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return rows.view(weight.shape)
+    grouped = rows.view(layer.groups, weight.shape[1], weight.shape[0] // layer.groups, *weight.shape[2:])
+    return grouped.transpose(1, 2).flatten(0, 1)
+
+
+@torch.no_grad()
+def fill(layer: nn.Module, weights: nn.Module | None, inputs: UniformQuantizer | None) -> None:
+    """Put quantizers into the slots and round the stored weight onto the grid, so that weight and codes say the same."""
+    if weights is not None:
+        parameter = float_weight(layer)
+        parameter.copy_(from_rows(layer, weights(weight_rows(layer, parameter))))
+    layer.weight_quantizer, layer.input_quantizer = weights, inputs
+
+
+@torch.no_grad()
+def emptied(model: nn.Module) -> nn.Module:
+    """A float copy: the classes that `prepare` found, with the weights that the slots give. A road can start where another ended."""
+    plain = copy.deepcopy(model)
+    for layer in quantized_layers(plain).values():
+        if layer.weight is not None:
+            float_weight(layer).copy_(layer.weight)
+        layer.__dict__.pop("weight_group", None)
+        del layer._modules["weight_quantizer"], layer._modules["input_quantizer"]
+        layer.__class__ = type(layer).__mro__[2]
+    return plain
+
+
+def scheme_of(model: nn.Module) -> Scheme:
+    """The scheme that the model's filled slots spell out."""
+    return Scheme({name: _precision_of(layer) for name, layer in quantized_layers(model).items()})
+
+
+def _precision_of(layer: nn.Module) -> Precision:
+    if isinstance(layer.weight_quantizer, Pruned):
+        weight_bits = 0
+    else:
+        weight_bits = None if layer.weight_quantizer is None else layer.weight_quantizer.bits
+    return Precision(weight_bits, None if layer.input_quantizer is None else layer.input_quantizer.bits)
+
+
+class Pruned(nn.Module):
+    """The weight quantizer of a W0 layer: every weight is zero and no code is stored."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.zeros_like(rows)
+
+
+def codes_of(layer: nn.Module) -> Tensor:
+    """Integer codes [channels, fan-in] of a layer whose weight slot is filled, as int8."""
+    return layer.weight_quantizer.codes(weight_rows(layer, float_weight(layer))).to(torch.int8)

@@ -1,0 +1,141 @@
+"""A float network observed, folded and prepared: what every road starts from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from anybit.data.batches import Batch, read_output
+from anybit.errors import SchemeMismatch, UnsupportedModel
+from anybit.networks import batchnorm
+from anybit.networks.candidates import Candidates, activation_candidate, apply_scheme, weight_candidate
+from anybit.networks.capture import input_samples
+from anybit.networks.cost import CostModel
+from anybit.networks.layers import check_float32, check_plain_use, coverage, prepare, quantized_layers
+from anybit.networks.matmul import Matmul
+from anybit.networks.options import LayerOptions, group_sizes, layer_choices
+from anybit.networks.refusals import check_differentiable, check_network, check_outputs, moving_state, observed_pass
+from anybit.networks.states import check_finite_weights, restore, state_of
+from anybit.networks.wiring import Unit, Wiring
+from anybit.scheme import FLOAT, Precision, Scheme, match_patterns
+
+
+@dataclass(frozen=True)
+class ObservedNetwork:
+    """A float network made ready: folded, with empty slots, observed. Nothing here is changed by any stage, except what the network's own
+    forward changes: `moving` holds those buffers as they were given."""
+
+    float_model: nn.Module
+    folded: nn.Module
+    prepared: nn.Module
+    wiring: Wiring
+    norms: Mapping[str, str]
+    promised: Mapping[str, batchnorm.ChannelStatistics]
+    choices: Mapping[str, Sequence[Precision]]
+    uncovered: Mapping[str, str]
+    units: Sequence[Unit]
+    costs: CostModel
+    options: LayerOptions
+    moving: Mapping[str, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def used_once(self) -> list[str]:
+        """Layers that are not kept float in everything: they must run once in every pass."""
+        return [name for name, options in self.choices.items() if options != [FLOAT]]
+
+    @property
+    def names(self) -> list[str]:
+        """Layers in the scheme, in call order."""
+        return list(self.choices)
+
+    def uniform(self, weight_bits: int, activation_bits: int | None) -> Scheme:
+        """These bits everywhere, except in kept layers; embeddings have no activation bits, matmuls no weights."""
+        wanted = (Precision(weight_bits, activation_bits), Precision(weight_bits, None), Precision(None, activation_bits))
+        return Scheme({n: next((p for p in wanted if p in options), options[0]) for n, options in self.choices.items()})
+
+
+def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> ObservedNetwork:
+    """Observe, check, fold and prepare copies of `model`; `example` is a small batch of inputs."""
+    check_network(model)
+    check_finite_weights(model)
+    covered, _ = coverage(model)
+    check_float32(
+        model, [name for name in covered if name not in options.kept_float(covered)]
+    )  # before a type that differs makes the network refuse its input
+    given = state_of(model)
+    first = observed_pass(model, example)
+    names, uncovered = coverage(model, first.wiring)
+    if not names:
+        others = "".join(f" {name or 'The network itself'}: {why}." for name, why in uncovered.items())
+        raise UnsupportedModel(f"The model has no layer to quantize: no convolution, linear or embedding ran on the data.{others}")
+    kept, kept_float = match_patterns(options.keep, names), options.kept_float(names)
+    check_plain_use(first.wiring, [name for name in names if name not in kept_float])
+    moving, last = moving_state(model, example, given, first)
+    with torch.no_grad():
+        outputs = read_output(last.output, example)
+    check_outputs(model, outputs, example)
+    fold = batchnorm.fold_checked(model, batchnorm.foldable(model, first.wiring), example, outputs)
+    folded, norms, wiring = fold.model, fold.norms, fold.wiring
+    for network in (model, folded):
+        restore(network, moving)
+    prepared = prepare(folded, names, kept_float, group_sizes(folded, [name for name in names if name not in norms], options.group))
+    layers = quantized_layers(prepared)
+    choices = {name: layer_choices(layers[name], kept.get(name), options) for name in names}
+    blocks = wiring.blocks(list(options.blocks) if options.blocks is not None else None) if options.unit == "block" else []
+    fitted = {name for name in names if is_reconstructed(layers[name]) and any(p.weight_bits for p in choices[name])}
+    units = [unit for unit in wiring.units(names, blocks) if fitted & set(unit.layers)]
+    costs = CostModel.of(prepared, names, wiring, len(wiring.edges()), model)
+    if options.gradients:
+        check_differentiable(prepared, [unit.name for unit in units if unit.name not in names], example)
+    return ObservedNetwork(model, folded, prepared, wiring, norms, fold.promised, choices, uncovered, units, costs, options, moving)
+
+
+def is_reconstructed(layer: nn.Module) -> bool:
+    """Whether AdaQuant has anything to do: not for an embedding, whose words are looked up and never summed, so that rounding each to
+    nearest is the least error already; nor for a matmul."""
+    return not isinstance(layer, (nn.Embedding, Matmul))
+
+
+def unobserved_network(model: nn.Module, options: LayerOptions) -> ObservedNetwork:
+    """What can be said of `model` before any input is seen: nothing folded, no units, no shapes."""
+    check_network(model)
+    check_finite_weights(model)
+    names, uncovered = coverage(model)
+    if not names:
+        raise UnsupportedModel("The model has no layer to quantize: no convolution, linear or embedding.")
+    kept, kept_float = match_patterns(options.keep, names), options.kept_float(names)
+    prepared = prepare(model, names, kept_float, group_sizes(model, names, options.group))
+    layers = quantized_layers(prepared)
+    choices = {name: layer_choices(layers[name], kept.get(name), options) for name in names}
+    costs = CostModel.of(prepared, names, None, 0, model)
+    return ObservedNetwork(model, model, prepared, Wiring((), {}, {}, (), (), 0), {}, {}, choices, uncovered, [], costs, options)
+
+
+def check_kinds(scheme: Scheme, network: ObservedNetwork) -> None:
+    """Raise SchemeMismatch where a scheme gives bits to what a layer does not have."""
+    for name, precision in scheme.items():
+        layer = network.folded.get_submodule(name)
+        if isinstance(layer, nn.Embedding) and precision.activation_bits is not None:
+            raise SchemeMismatch(f"{name} is an embedding, whose input is no activation: write {Precision(precision.weight_bits)}.")
+        if isinstance(layer, Matmul) and precision.weight_bits is not None:
+            raise SchemeMismatch(
+                f"{name} is a product of activations, without weights: write {Precision(None, precision.activation_bits)}."
+            )
+
+
+def has_choice(network: ObservedNetwork) -> bool:
+    """Whether any layer has more than one precision to choose from."""
+    return any(len(precisions) > 1 for precisions in network.choices.values())
+
+
+def rounded_to_nearest(network: ObservedNetwork, batches: Sequence[Batch], scheme: Scheme) -> nn.Module:
+    """The canonical model of `scheme` by rounding to nearest over whole ranges: for speed and size, where accuracy does not matter."""
+    samples, layers = input_samples(network.folded, network.names, batches, 2**12, 0), quantized_layers(network.prepared)
+    candidates = Candidates()
+    for name, precision in scheme.items():
+        if bits := precision.weight_bits:
+            candidates.weights[name, bits] = weight_candidate(layers[name], bits, "minmax")
+        if bits := precision.activation_bits:
+            candidates.activations[name, bits] = activation_candidate(samples[name], bits, "minmax")
+    return apply_scheme(network.prepared, scheme, candidates).eval()

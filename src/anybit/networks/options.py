@@ -1,0 +1,54 @@
+"""What observing a network needs to know: which layers get which precisions, and what is reconstructed as one unit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from anybit.errors import InvalidSetting
+from anybit.networks.layers import takes_groups
+from anybit.networks.matmul import Matmul
+from anybit.scheme import Precision, match_patterns
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """weight_bits, activation_bits  candidates of every layer (None among the activation bits: float activations)
+    keep       shell pattern on layer names -> precision, overriding the above
+    group      inputs of a channel that share a weight scale, in linears and embeddings; None: one scale a channel
+    unit       what is reconstructed at once, "block" or "layer"; `blocks` names the blocks instead of finding them
+    gradients  whether the network must be differentiable: refused here, before the work, where it is not
+    """
+
+    weight_bits: Sequence[int]
+    activation_bits: Sequence[int | None]
+    keep: Mapping[str, Precision] = field(default_factory=dict)
+    group: int | None = None
+    unit: str = "block"
+    blocks: Sequence[str] | None = None
+    gradients: bool = False
+
+    def kept_float(self, names: Sequence[str]) -> list[str]:
+        """The layers whose weights stay float."""
+        return [name for name, precision in match_patterns(self.keep, names).items() if precision.weight_bits is None]
+
+
+def group_sizes(model: nn.Module, names: Sequence[str], group: int | None) -> dict[str, int]:
+    """layer -> group size, of the layers that take it; raises InvalidSetting where none does."""
+    if group is None:
+        return {}
+    groups = {name: group for name in names if takes_groups(model.get_submodule(name), group)}
+    if not groups:
+        raise InvalidSetting(f"group {group} divides the inputs of no linear or embedding of this network. Choose another size.")
+    return groups
+
+
+def layer_choices(layer: nn.Module, kept: Precision | None, options: LayerOptions) -> list[Precision]:
+    """The precisions that a layer may get: every pair of bit-widths of the operands that it has, or `kept` alone."""
+    weight_bits: Sequence[int | None] = sorted(options.weight_bits) if kept is None else (kept.weight_bits,)
+    activation_bits = sorted(options.activation_bits, key=lambda bits: bits or 32) if kept is None else (kept.activation_bits,)
+    if isinstance(layer, nn.Embedding):  # it reads numbers of words
+        activation_bits = (None,)
+    if isinstance(layer, Matmul):  # it reads activations alone
+        weight_bits = (None,)
+    return [Precision(w, a) for w in weight_bits for a in activation_bits]

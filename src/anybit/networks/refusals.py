@@ -1,0 +1,281 @@
+"""Networks that no road can work with: each is refused in one sentence, before anything long is begun, naming the module and the remedy.
+
+What is told here cannot be told from a layer alone: how weights are held, whether a pass can be repeated, and what it passes through.
+"""
+
+import copy
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from anybit.data.batches import Batch, evaluating, predict
+from anybit.errors import AnybitError, UnsupportedModel
+from anybit.networks.matmul import Matmul
+from anybit.networks.states import STORED_TYPES
+from anybit.networks.wiring import COVERED, Wiring, observe_outputs
+
+_REMOVERS = {
+    WeightNorm: "torch.nn.utils.remove_weight_norm",
+    SpectralNorm: "torch.nn.utils.remove_spectral_norm",
+    prune.BasePruningMethod: "torch.nn.utils.prune.remove",
+}
+
+
+def check_network(model: nn.Module) -> None:
+    """Raise UnsupportedModel for what shows before the network has run: scripted code, and weights that are not there as plain tensors."""
+    if isinstance(model, COVERED):
+        raise UnsupportedModel(f"The network itself is a {type(model).__name__}, and layers go by names. Put it into an nn.Sequential.")
+    for name, module in model.named_modules():
+        where = name or "The network"
+        _check_name(name)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModel(f"{where} is TorchScript, whose layers cannot be changed. Give the Python module that it was made from.")
+        if isinstance(module, COVERED) and not isinstance(module, Matmul):
+            _check_not_computed(where, module)
+        kept = {key for key in module._buffers if key not in module._non_persistent_buffers_set}
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            _check_name(key)
+            _check_tensor(f"{name}.{key}".lstrip("."), tensor, key in module._parameters or key in kept)
+
+
+def _check_name(name: str) -> None:
+    if any("\ud800" <= one <= "\udfff" for one in name):
+        raise UnsupportedModel(f"{name!r} is a name with half of a surrogate pair, which no file can hold. Give it another name.")
+
+
+def _check_not_computed(name: str, layer: nn.Module) -> None:
+    for key in ("weight", "bias"):
+        is_attribute = key in layer._parameters
+        if not is_attribute and getattr(layer, key, None) is not None:
+            raise UnsupportedModel(f"{name}: the {key} is computed in every pass, not stored. Make it plain first: {_remover(layer, key)}.")
+
+
+def _remover(layer: nn.Module, key: str) -> str:
+    if parametrize.is_parametrized(layer, key):
+        return f"torch.nn.utils.parametrize.remove_parametrizations(layer, {key!r})"
+    for hook in layer._forward_pre_hooks.values():
+        for kind, remover in _REMOVERS.items():
+            if isinstance(hook, kind):
+                return f"{remover}(layer, {key!r})"
+    return f"layer.{key} = nn.Parameter(layer.{key}.detach())"
+
+
+def _check_tensor(key: str, tensor: Tensor, is_stored: bool) -> None:
+    if is_lazy(tensor):
+        raise UnsupportedModel(f"{key} has no shape yet: its module is lazy. Run the network once on an input first.")
+    if tensor.is_meta:
+        raise UnsupportedModel(f"{key} is on the meta device and holds no numbers. Load the weights first.")
+    if tensor.layout is not torch.strided:
+        raise UnsupportedModel(f"{key} is sparse ({tensor.layout}). Make it dense first: to_dense().")
+    if is_stored and tensor.dtype not in STORED_TYPES:
+        raise UnsupportedModel(
+            f"{key} is {tensor.dtype}, which a run's file cannot hold. Convert it, or register it as a buffer with persistent=False."
+        )
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; raises UnsupportedModel naming the innermost module that cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # an attribute's own class raises whatever it likes
+        name, module, said = _uncopiable(model, error)
+        raise UnsupportedModel(
+            f"{name or 'The network'}, a {type(module).__name__}, cannot be copied, and the work is done on a copy: {said} "
+            "Keep such attributes out of the module, detach() its tensors, or give it a __deepcopy__."
+        ) from error
+
+
+def _uncopiable(model: nn.Module, error: Exception) -> tuple[str, nn.Module, str]:
+    for name, module in reversed(list(model.named_modules())):
+        try:
+            copy.deepcopy(module)
+        except Exception as inner:
+            return name, module, _said(inner)
+    return "", model, _said(error)
+
+
+def _said(error: Exception) -> str:
+    """What an error says, up to its first full stop."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text.partition('. ')[0].rstrip('.')}."
+
+
+@dataclass(frozen=True)
+class ObservedPass:
+    """One pass of a network: its wiring, its output, and each value's name with a checksum of its bytes, in order of making."""
+
+    wiring: Wiring
+    output: Any
+    values: Sequence[tuple[str, int]]
+
+
+def observed_pass(model: nn.Module, example: Batch) -> ObservedPass:
+    """Run `model` once on `example` and keep all that is asked of the pass later."""
+    values: list[tuple[str, int]] = []
+    wiring, output = observe_outputs(model, example, lambda name, tensor: values.append((name, _checksum(tensor))))
+    return ObservedPass(wiring, output, values)
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32: it differs for certain where one number does, and by chance alone fails to where many do (one in four billion)."""
+    if torch._C._functorch.is_batchedtensor(tensor):  # its bytes cannot be had
+        return 0
+    flat = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy())
+
+
+def moving_state(
+    model: nn.Module, example: Batch, before: Mapping[str, Tensor], first: ObservedPass
+) -> tuple[dict[str, Tensor | None], ObservedPass]:
+    """Run the network again; return (buffers that passes in evaluation mode change -> their values `before` any or None, the last pass).
+
+    Outputs must not depend on such buffers. Raises UnsupportedModel where a pass changes a parameter, or where the same inputs give other
+    values the second time, on the way to the outputs: on other inputs the outputs may tell. What a network makes in its `first` pass
+    alone, and has in all others, is no difference: then a third pass is held against the second.
+    """
+    try:
+        last = observed_pass(model, example)
+        name = _first_difference(first, last)
+        if name is not None:
+            first, last = last, observed_pass(model, example)
+            name = _first_difference(first, last)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"The network runs once on an input and not again ({_said(error)}). Reset what it keeps in each pass."
+        ) from error
+    after = model.state_dict()
+    moved = {key: before.get(key) for key in before | after if not _same(before.get(key), after.get(key))}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key in moved:
+        if key in parameters:
+            raise UnsupportedModel(
+                f"A pass in evaluation mode writes into {key}, whose codes could not stay. Let {_owner(key)} change it in training "
+                "alone (of an embedding: max_norm=None)."
+            )
+    if name is not None:
+        kept = f" It keeps {', '.join(moved)}." if moved else ""
+        raise UnsupportedModel(
+            f"The same inputs give other outputs the second time, from {name} on: the network draws at random or keeps what it saw."
+            f"{kept} Make it repeat itself in evaluation mode."
+        )
+    return moved, last
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _owner(key: str) -> str:
+    return key.rpartition(".")[0] or "the network"
+
+
+def _first_difference(first: ObservedPass, second: ObservedPass) -> str | None:
+    """Return the name of the first value that two passes make differently, of those that the outputs are made of."""
+    wiring = first.wiring
+    counts = set(wiring.output_values or (number for op in wiring.operations for number in op.outputs))
+    for op in reversed(wiring.operations):
+        counts.update(op.inputs if counts & set(op.outputs) else ())
+    made = [*((number,) for number in wiring.input_values), *(op.outputs for op in wiring.operations if op.outputs)]
+    for one, other, numbers in zip(first.values, second.values, made, strict=False):
+        if one[0] != other[0] or (one != other and counts & set(numbers)):
+            return one[0]
+    return None if len(first.values) == len(second.values) else "its last operation"
+
+
+def check_outputs(model: nn.Module, output: Tensor, example: Batch) -> None:
+    """Raise UnsupportedModel where what is read in the output on `example` is not real numbers with the rows of each sample in order."""
+    if not output.is_floating_point():
+        raise UnsupportedModel(
+            f"The network's first output is {output.dtype}, which cannot be compared in degrees. Let {type(model).__name__} return the "
+            "numbers that it decides by, such as logits, first."
+        )
+    if example.reader is None and (not output.dim() or len(output) % len(example)):
+        raise UnsupportedModel(_no_rows(model, output, len(example)))
+
+
+def check_rows(model: nn.Module, outputs: Sequence[Tensor], batches: Sequence[Batch]) -> None:
+    """Raise UnsupportedModel where the rows of the outputs do not grow with the batch."""
+    for output, batch in zip(outputs, batches, strict=True):
+        if batch.reader is None and len(output) * len(batches[0]) != len(outputs[0]) * len(batch):
+            raise UnsupportedModel(_no_rows(model, output, len(batch)))
+
+
+def _no_rows(model: nn.Module, output: Tensor, count: int) -> str:
+    return (
+        f"The network's first output has shape {tuple(output.shape)} for {count} inputs, which is not so many rows an input. Let "
+        f"{type(model).__name__} return what it predicts of each input first."
+    )
+
+
+def check_differentiable(model: nn.Module, blocks: Iterable[str], example: Batch) -> None:
+    """Raise UnsupportedModel where no gradient flows back from the outputs, or from one of the blocks to what is inside."""
+    trial = copy.deepcopy(model)
+    for parameter in trial.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    cut: list[str] = []
+    entered: list[bool] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        entered.append(torch.is_grad_enabled())
+
+    def leave(name: str) -> Callable:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if entered.pop() and isinstance(output, Tensor) and not output.requires_grad:
+                cut.append(name)
+
+        return hook
+
+    for name in blocks:
+        trial.get_submodule(name).register_forward_pre_hook(enter)
+        trial.get_submodule(name).register_forward_hook(leave(name))
+    try:
+        with torch.enable_grad(), evaluating(trial):
+            output = predict(trial, example)
+            if output.requires_grad:
+                output.sum().backward()
+    except AnybitError:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(f"No gradient can be taken of the network's outputs: {_said(error)} Use --pipeline light.") from error
+    if cut or not output.requires_grad:
+        place = f"Block {cut[0]}" if cut else f"The forward of {type(model).__name__}"
+        raise UnsupportedModel(
+            f"{place} lets no gradient through (no_grad, inference_mode or detach inside it), and all but --pipeline light needs one. "
+            "Take it out of the forward, or calibrate with --pipeline light."
+        )
+
+
+@contextmanager
+def once_a_batch(model: nn.Module, layers: Collection[str]) -> Iterator[None]:
+    """Every pass inside must run each of `layers` once, as the example did; raises UnsupportedModel naming one that does otherwise."""
+    calls: Counter[str] = Counter()
+
+    def check(*_: Any) -> None:
+        for name in layers:
+            if calls[name] != 1:
+                raise UnsupportedModel(
+                    f"Layer {name} runs {calls[name]} times on some inputs and once on others: the network chooses by its inputs or by how "
+                    f"many there are. Keep it float: --keep '{name}=float'."
+                )
+        calls.clear()
+
+    hooks = [model.register_forward_hook(check)]
+    for name in layers:
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name])))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,119 @@
+"""State of a network: copied, compared, restored, and checked."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from anybit.errors import InvalidFile, UnsupportedModel
+from anybit.networks.candidates import ActivationCandidate, Candidates, from_tensors, frozen_candidate, to_tensors
+from anybit.networks.layers import QuantizedLayer, float_weight, from_rows, weight_rows
+from anybit.networks.wiring import BATCH_NORMS
+from anybit.numerics.affine import dequantize
+from anybit.numerics.packing import TensorSpec
+from anybit.numerics.quantizers import UniformQuantizer
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict."""
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def restore(model: nn.Module, state: Mapping[str, Tensor | None]) -> None:
+    """Put buffers back to what they were."""
+    for key, tensor in state.items():
+        owner, _, buffer = key.rpartition(".")
+        setattr(model.get_submodule(owner), buffer, None if tensor is None else tensor.clone())
+
+
+def snapshot(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """What stands in these layers of a canonical model, by name, for a file: codes, ranges and biases, float weights where there are no
+    codes."""
+    held, floats = Candidates(), {}
+    for name in names:
+        layer = model.get_submodule(name)
+        if isinstance(layer.weight_quantizer, UniformQuantizer):
+            held.weights[name, layer.weight_quantizer.bits] = frozen_candidate(layer)
+        else:
+            bias = getattr(layer, "bias", None)
+            floats |= {f"{name}|weight": float_weight(layer)} | ({} if bias is None else {f"{name}|bias": bias})
+        if isinstance(layer.input_quantizer, UniformQuantizer):
+            quantizer = layer.input_quantizer
+            held.activations[name, quantizer.bits] = ActivationCandidate(quantizer.scale, quantizer.zero_point)
+    return to_tensors(held) | {key: tensor.detach().cpu().clone() for key, tensor in floats.items()}
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+    """Put what `snapshot` gave back, in place, into layers of the same bits. Raises InvalidFile where it is of others."""
+    layers = {name: model.get_submodule(name) for name in names}
+    floats = {f"{name}|{part}" for name in layers for part in ("weight", "bias")}
+    shapes = {name: tuple(weight_rows(layer, float_weight(layer)).shape) for name, layer in layers.items()}
+    held = from_tensors({key: tensor for key, tensor in tensors.items() if key not in floats}, shapes)
+    changes: list[tuple[Tensor, Tensor]] = []  # all are found before the first is made
+    for name, layer in layers.items():
+        weights, inputs = layer.weight_quantizer, layer.input_quantizer
+        if isinstance(weights, UniformQuantizer):
+            kept = held.weights[name, weights.bits]
+            values = dequantize(kept.codes.float(), kept.scale, torch.zeros(()))
+            changes += [(weights.scale, kept.scale), (float_weight(layer), from_rows(layer, values))]
+            bias = kept.bias
+        else:
+            changes.append((float_weight(layer), tensors[f"{name}|weight"]))
+            bias = tensors.get(f"{name}|bias")
+        if bias is not None:
+            if layer.bias is None:
+                layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0], device=float_weight(layer).device))
+            changes.append((layer.bias, bias))
+        if isinstance(inputs, UniformQuantizer):
+            kept_range = held.activations[name, inputs.bits]
+            changes += [(inputs.scale, kept_range.scale), (inputs.zero_point, kept_range.zero_point)]
+    for target, value in changes:
+        if target.shape != value.shape:
+            raise InvalidFile(f"a tensor is {tuple(value.shape)} where the network has {tuple(target.shape)}")
+    for target, value in changes:
+        target.copy_(value)
+
+
+def check_finite_weights(model: nn.Module) -> None:
+    """Raise UnsupportedModel naming the first parameter or buffer that holds NaN or infinity."""
+    for name, tensor in model.state_dict().items():
+        if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise UnsupportedModel(f"{name} holds {count} value(s) that are NaN or infinite. Repair or retrain the network first.")
+
+
+STORED_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16",
+}  # fmt: skip
+
+
+def spec_of(tensor: torch.Tensor) -> TensorSpec:
+    """Stored type and shape of a tensor."""
+    return TensorSpec(STORED_TYPES[tensor.dtype], tuple(tensor.shape))
+
+
+def leftovers(prepared: nn.Module, names: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The state dict without the weights of layers `names` and without quantizers: (float32 entries, all others), in its order."""
+    coded = {id(prepared.get_submodule(name)) for name in names}
+    places = [(name, module) for name, module in prepared.named_modules(remove_duplicate=False) if isinstance(module, QuantizedLayer)]
+    skipped = {f"{name}.weight" for name, module in places if id(module) in coded}  # under every name that the network has for it
+    quantizers = tuple(f"{name}.{slot}_quantizer." for name, _ in places for slot in ("weight", "input"))
+    float32, others = {}, {}
+    for key, tensor in prepared.state_dict().items():
+        if key not in skipped and not key.startswith(quantizers):
+            (float32 if tensor.dtype == torch.float32 else others)[key] = tensor
+    return float32, others
+
+
+def check_state(model: nn.Module, path: Path) -> None:
+    """Raise InvalidFile naming the first tensor of a loaded model that is not finite, or a variance below zero."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InvalidFile(f"{path}: {name} would hold NaN or infinity. Restore the file or run again.")
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS) and module.running_var is not None and (module.running_var < 0).any():
+            raise InvalidFile(f"{path}: {name} has a variance of {module.running_var.min():g}. Restore the file or run again.")

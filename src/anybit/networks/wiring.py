@@ -1,0 +1,399 @@
+"""Who feeds whom, observed in one forward pass.
+
+A TorchFunctionMode sees module calls and plain functions alike, so control flow, functional activations and in-place sums are all
+in the picture, without tracing the model or asking it to be traceable. From the operations follow the batch norm and the activation
+after each layer, every tensor's readers, the joins, the blocks, and the shapes that costs are counted from.
+"""
+
+import operator
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from anybit.data.batches import Batch, call, evaluating, tensors_in
+from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.networks.matmul import Matmul
+
+COVERED = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.Embedding, Matmul,
+)  # fmt: skip
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+LAYER, BATCH_NORM = "a layer", "a batch norm"  # kinds that no function's name can be
+PRODUCTS = {"matmul", "bmm", "baddbmm", "mm", "addmm", "einsum", "scaled_dot_product_attention"}
+FUNCTIONS = {
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "bilinear", "embedding",
+}  # fmt: skip
+JOINS = {"add", "sub", "mul", "cat", "concat", "concatenate", "stack"}
+RESHAPES = {
+    "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "getitem", "chunk", "split",
+    "expand", "narrow", "dropout", "detach", "clone", "to", "float", "type", "t", "T", "movedim", "unflatten",
+}  # fmt: skip
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "relu": F.relu, "relu6": F.relu6, "hardtanh": F.hardtanh, "silu": F.silu, "gelu": F.gelu, "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "leaky_relu": F.leaky_relu, "elu": F.elu,
+    "mish": F.mish, "clamp": torch.clamp, "clip": torch.clamp,
+}  # fmt: skip
+ESCAPES = {"item", "tolist", "numpy", "array", "bool", "float", "int", "index", "equal", "allclose", "is_nonzero"}
+"""Functions that read values and give back no tensor."""
+CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clip"}
+"""Activations that only bound values: after them fewer values are left, none is new."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One observed step: a layer, a batch norm, or a function.
+
+    name      the module's own name for a layer or batch norm, else "block/add", numbered where a block adds twice
+    kind      LAYER or BATCH_NORM for a module, else the bare name of a function ("add" for +, += and torch.add)
+    owner     the innermost module whose forward ran it; "" is the root
+    inputs    the values read, by number; values count up from the model's inputs in order of making
+    outputs   the values made
+    shape     of the first output, batch included
+    function  for an activation: the out-of-place function of one tensor
+    """
+
+    name: str
+    kind: str
+    owner: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    shape: tuple[int, ...]
+    function: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A layer or a block whose output is reconstructed at once; `name` is the module to run, `layers` those in it, in call order."""
+
+    name: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What one forward pass showed. Lookups are by name; `calls` counts how often each module ran."""
+
+    operations: tuple[Operation, ...]
+    calls: dict[str, int]
+    module_outputs: dict[str, int]
+    input_values: tuple[int, ...]
+    output_values: tuple[int, ...]
+    batch_size: int
+    classes: dict[str, str] = field(default_factory=dict)
+    input_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    module_inputs: dict[str, int] = field(default_factory=dict)
+    escaped: frozenset[int] = frozenset()
+    """Values that something reads which is no operation here: a comparison, an index, a number taken out."""
+    surroundings: dict[str, str] = field(default_factory=dict)
+    """Layer -> what is around it in the forward and would not be when it is run alone (vmap, autocast, gradients)."""
+    read_weights: frozenset[str] = frozenset()
+    """Layers whose weight or bias something besides them reads."""
+
+    @cached_property
+    def _by_name(self) -> dict[str, Operation]:
+        return {operation.name: operation for operation in reversed(self.operations)}  # the first of a name stays
+
+    @cached_property
+    def _by_input(self) -> dict[int, list[Operation]]:
+        readers: dict[int, list[Operation]] = {}
+        for operation in self.operations:
+            for value in dict.fromkeys(operation.inputs):
+                readers.setdefault(value, []).append(operation)
+        return readers
+
+    @cached_property
+    def _given_out(self) -> frozenset[int]:
+        return frozenset(self.output_values) | self.escaped
+
+    def operation(self, name: str) -> Operation:
+        """Return the (first) operation of that name."""
+        return self._by_name[name]
+
+    def readers(self, value: int) -> list[Operation]:
+        """Return the operations that read `value`, in order."""
+        return self._by_input.get(value, [])
+
+    def only_reader(self, value: int) -> Operation | None:
+        """The one operation that reads `value`, where nothing else does and the model does not give it out."""
+        readers = self.readers(value)
+        return readers[0] if len(readers) == 1 and value not in self._given_out else None
+
+    def layer_names(self) -> list[str]:
+        """Layers of a covered class that ran, in order of their first call."""
+        return list(dict.fromkeys(op.name for op in self.operations if op.kind == LAYER))
+
+    def batch_norm_after(self, layer: str) -> str | None:
+        """The batch norm that alone reads this layer's output, both called once; None where there is none."""
+        reader = self.only_reader(self.operation(layer).outputs[0])
+        once = reader is not None and self.calls[layer] == 1 and reader.kind == BATCH_NORM and self.calls[reader.name] == 1
+        # The channels of a linear's output are its last dimension; a batch norm over another one is not about them.
+        return reader.name if once and not (len(self.operation(layer).shape) == 3 and self.classes[layer] == "Linear") else None
+
+    def activation_after(self, module: str) -> Callable[[Tensor], Tensor] | None:
+        """The activation that alone reads this module's output (seen through its batch norm), or None.
+
+        A ReLU after a residual sum is the sum's, not the convolution's: the sum stands between them here as in the network.
+        """
+        value = self.module_outputs.get(module)
+        reader = None if value is None else self.only_reader(value)
+        if reader is not None and reader.kind == BATCH_NORM:
+            reader = self.only_reader(reader.outputs[0])
+        return None if reader is None else reader.function
+
+    def feeds(self, first: str, second: str) -> bool:
+        """Whether all that module `second` reads is what `first` gives, through the activation after it where there is one."""
+        value = self.module_outputs.get(first)
+        reader = None if value is None else self.only_reader(value)
+        if reader is not None and reader.function is not None:
+            value = reader.outputs[0]
+        elif reader is not None and reader.kind == BATCH_NORM:
+            return False
+        return value is not None and self.module_inputs.get(second) == value
+
+    def joins(self) -> list[Operation]:
+        """Sums, products and concatenations of several observed values."""
+        return [op for op in self.operations if op.kind in JOINS and len(set(op.inputs)) > 1]
+
+    def products(self) -> list[Operation]:
+        """Matrix products of several observed values that no layer computes."""
+        return [op for op in self.operations if op.kind in PRODUCTS and len(set(op.inputs)) > 1]
+
+    def functions(self) -> list[Operation]:
+        """Convolutions, linears and embeddings that no layer computes."""
+        return [op for op in self.operations if op.kind in FUNCTIONS]
+
+    def blocks(self, named: list[str] | None = None) -> list[str]:
+        """Modules to reconstruct whole: the innermost ones whose forward joins values, and others of the same class.
+
+        A join in the root makes no block; of two nested candidates the inner one stays. `named` are taken instead where given.
+        """
+        if named is not None:
+            return self._check_blocks(named)
+        joining = {op.owner for op in self.joins() if op.owner}
+        # The first block of a stage often has no shortcut and so no join: its class tells that it is one of the kind.
+        kinds = {self.classes[name] for name in joining}
+        candidates = {name for name, count in self.calls.items() if name and count == 1 and self.classes[name] in kinds}
+        candidates = {name for name in candidates | joining if self.calls[name] == 1 and name in self.module_outputs}
+        return [name for name in self.calls if name in candidates and not any(_inside(other, name) for other in candidates)]
+
+    def _check_blocks(self, named: list[str]) -> list[str]:
+        for name in named:
+            if self.calls.get(name) != 1 or name not in self.module_outputs:
+                raise InvalidSetting(f"Block {name!r} is not a module that runs once and returns one tensor. Name a submodule that does.")
+            nested = [other for other in named if _inside(other, name)]
+            if nested:
+                raise InvalidSetting(f"Block {name!r} contains block {nested[0]!r}. Name one of the two.")
+        return named
+
+    def units(self, layers: list[str], blocks: list[str]) -> list[Unit]:
+        """The layers grouped into blocks, the others alone, in order of their first call."""
+        units: dict[str, list[str]] = {}
+        for layer in layers:
+            home = next((block for block in blocks if _inside(layer, block)), layer)
+            units.setdefault(home, []).append(layer)
+        return [Unit(name, tuple(members)) for name, members in units.items()]
+
+    def edges(self) -> list[str]:
+        """Names of the tensors that a runtime keeps as integers: the inputs ("input/0", ...) and every operation's output, except reshapes
+        (their input's range holds), what only a clamp reads (ReLU; the clamp's output is the edge), and what goes into a batch norm that
+        folds."""
+        names = [f"input/{index}" for index in range(len(self.input_values))]
+        for op in self.operations:
+            reader = self.only_reader(op.outputs[0]) if op.outputs else None
+            folds = reader is not None and reader.kind == BATCH_NORM and op.kind == LAYER
+            if op.kind not in RESHAPES and not folds and not (reader is not None and reader.kind in CLAMPS):
+                names.append(op.name)
+        return list(dict.fromkeys(names))
+
+
+def _inside(name: str, block: str) -> bool:
+    return name.startswith(block + ".")
+
+
+def observe(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], None] | None = None) -> Wiring:
+    """Run `model` once on `batch`, in evaluation mode and without gradients, and say what happened.
+
+    `on_value(name, tensor)` is called with every named value as it is made ("input/0", ..., then each operation's first output).
+    Raises InvalidInput where the model refuses the batch, UnsupportedModel where it gives back no tensor.
+    """
+    return observe_outputs(model, batch, on_value)[0]
+
+
+def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], None] | None = None) -> tuple[Wiring, Any]:
+    """Do the same and return what the model gave back beside the wiring, so that no second pass is needed for it."""
+    observer = _Observer(model, on_value)
+    try:
+        with torch.no_grad(), evaluating(model), observer.hooks(), observer:
+            observer.begin(batch)
+            output = call(model, batch.inputs)
+    except (InvalidInput, UnsupportedModel):
+        raise
+    except Exception as error:  # a model's own checks raise whatever they like
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(batch.inputs))
+        remedy = "Check --data, --size and the model's own input shape."
+        said = " ".join(str(error).split())
+        raise InvalidInput(f"The model refuses inputs of shape {shapes}: {type(error).__name__}: {said}. {remedy}") from error
+    return observer.finish(output, len(batch)), output
+
+
+class _Observer(TorchFunctionMode):
+    """Numbers every tensor as it is made. Tensors are kept alive for the pass, so that an id is never used twice."""
+
+    def __init__(self, model: nn.Module, on_value: Callable[[str, Tensor], None] | None):
+        super().__init__()
+        self.model, self.on_value = model, on_value
+        self.operations: list[Operation] = []
+        self.values: dict[int, int] = {}  # id of a live tensor -> number of the value that it holds now
+        self.alive: list[Tensor] = []
+        self.made = 0
+        self.stack: list[str] = [""]
+        self.inside_leaf = 0
+        self.names: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
+        self.module_outputs: dict[str, int] = {}
+        self.classes: dict[str, str] = {}
+        self.input_shapes: dict[str, tuple[int, ...]] = {}
+        self.module_inputs: dict[str, int] = {}
+        self.escaped: set[int] = set()
+        self.surroundings: dict[str, str] = {}
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, COVERED)]
+        self.weights = {id(parameter): name for name, module in layers for parameter in module.parameters(recurse=False)}
+        self.read_weights: set[str] = set()
+
+    def begin(self, batch: Batch) -> None:
+        self.input_values = tuple(self._new_value(tensor) for tensor in tensors_in(batch.inputs))
+        for index, tensor in enumerate(tensors_in(batch.inputs)):
+            self._show(f"input/{index}", tensor)
+
+    def finish(self, output, batch_size: int) -> Wiring:
+        tensors = tensors_in(output)
+        if not tensors:
+            raise UnsupportedModel(f"The model returns a {type(output).__name__} without a tensor; anybit needs at least one.")
+        given_out = tuple(self.values[id(tensor)] for tensor in tensors if id(tensor) in self.values)
+        return Wiring(
+            tuple(self.operations), self.calls, self.module_outputs,
+            self.input_values, given_out, batch_size, self.classes, self.input_shapes, self.module_inputs, frozenset(self.escaped),
+            self.surroundings, frozenset(self.read_weights),
+        )  # fmt: skip
+
+    def hooks(self) -> ExitStack:
+        """Hooks on every module, taken off when the stack closes."""
+        stack = ExitStack()
+        for name, module in self.model.named_modules():
+            self.classes[name] = _float_class(module).__name__
+            if name:
+                stack.callback(module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(partial(self._leave, name), with_kwargs=True, always_call=False).remove)
+        return stack
+
+    def _enter(self, name: str, module: nn.Module, args, kwargs) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.stack.append(name)
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and id(args[0]) in self.values:
+            self.module_inputs[name] = self.values[id(args[0])]
+        if isinstance(module, COVERED):
+            read = tensors_in((args, kwargs))
+            if not read:
+                raise UnsupportedModel(f"Layer {name} runs on no tensor. Give it one, or take the layer out.")
+            self.input_shapes[name] = tuple(read[0].shape)
+            if how := _surroundings(read[0]):
+                self.surroundings[name] = how
+        self.inside_leaf += isinstance(module, COVERED + BATCH_NORMS)
+
+    def _leave(self, name: str, module: nn.Module, args, kwargs, output) -> None:
+        self.stack.pop()
+        if isinstance(module, COVERED + BATCH_NORMS):
+            self.inside_leaf -= 1
+            if not self.inside_leaf:
+                kind = LAYER if isinstance(module, COVERED) else BATCH_NORM
+                self._record(name, kind, self.stack[-1], (args, kwargs), output)
+        if isinstance(output, Tensor) and id(output) in self.values:
+            self.module_outputs[name] = self.values[id(output)]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if not self.inside_leaf:
+            kind, owner = _bare_name(func), self.stack[-1]
+            made = args[0] if kind == "setitem" else output
+            tensors = tensors_in(made)
+            if not tensors and kind not in ESCAPES:  # a shape, a type, a device: most calls
+                return output
+            arguments = tensors_in((args, kwargs))
+            reads = [tensor for tensor in arguments if id(tensor) in self.values]
+            makes = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+            self.read_weights.update(self.weights[id(tensor)] for tensor in arguments if id(tensor) in self.weights)
+            if not makes:
+                self.escaped.update(self.values[id(tensor)] for tensor in reads)
+            if reads and makes:
+                self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, (args, kwargs), made, _activation(kind, args, kwargs))
+        return output
+
+    def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> None:
+        inputs = tuple(self.values[id(tensor)] for tensor in tensors_in(arguments) if id(tensor) in self.values)
+        tensors = tensors_in(output)
+        if kind not in (LAYER, BATCH_NORM):
+            count = self.names[name] = self.names.get(name, 0) + 1
+            name = name if count == 1 else f"{name}.{count}"
+        outputs = tuple(self._new_value(tensor) for tensor in tensors)
+        shape = tuple(tensors[0].shape) if tensors else ()
+        self.operations.append(Operation(name, kind, owner, inputs, outputs, shape, function))
+        if tensors:
+            self._show(name, tensors[0])
+
+    def _show(self, name: str, tensor: Tensor) -> None:
+        if self.on_value:
+            self.inside_leaf += 1  # what the caller computes is no part of the network
+            self.on_value(name, tensor)
+            self.inside_leaf -= 1
+
+    def _new_value(self, tensor: Tensor) -> int:
+        """An in-place operation gives its tensor a new number: the value has changed, whoever read it before read another."""
+        self.alive.append(tensor)
+        self.values[id(tensor)] = self.made
+        self.made += 1
+        return self.made - 1
+
+
+def _surroundings(tensor: Tensor) -> str | None:
+    """What is around a layer that reads `tensor` and would not be there when it is run alone; None in a plain forward."""
+    if torch._C._functorch.is_batchedtensor(tensor):
+        return "inside torch.vmap"
+    if torch.is_autocast_enabled(tensor.device.type):
+        return "under torch.autocast, in half precision"
+    return "with gradients enabled by the network's forward" if torch.is_grad_enabled() else None
+
+
+def _float_class(module: nn.Module) -> type:
+    """The class that the model's author wrote, under a swapped one."""
+    return next(cls for cls in type(module).__mro__ if not cls.__name__.startswith("Quantized"))
+
+
+_IN_PLACE = {operator.iadd.__name__: "add", "radd": "add", "imul": "mul", "rmul": "mul", "isub": "sub", "rsub": "sub"}
+
+
+def _bare_name(func) -> str:
+    """ "add" for torch.add, Tensor.add_, x + y and x += y."""
+    name = getattr(func, "__name__", type(func).__name__).strip("_")
+    return _IN_PLACE.get(name, name)
+
+
+def _activation(kind: str, args: tuple, kwargs: dict) -> Callable[[Tensor], Tensor] | None:
+    """The out-of-place function of one tensor that this call is, where it is an activation."""
+    if kind not in ACTIVATIONS or tensors_in((args[1:], kwargs)):
+        return None
+    settings = {key: value for key, value in kwargs.items() if key not in ("inplace", "input")}
+    rest = args[1:]
+    if kind in ("relu", "relu6", "silu", "hardswish", "hardsigmoid", "mish"):
+        rest = ()  # their only positional setting is `inplace`
+    if kind in ("hardtanh", "leaky_relu", "elu"):
+        rest = rest[: {"hardtanh": 2, "leaky_relu": 1, "elu": 1}[kind]]
+    return lambda x: ACTIVATIONS[kind](x, *rest, **settings)

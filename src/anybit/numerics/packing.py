@@ -1,0 +1,110 @@
+"""Integer codes <-> bytes, and the exact layout of the packed file. numpy only, so that a file can be read without PyTorch.
+
+A layer's codes are one dense little-endian bit stream of two's-complement fields: code i holds bits [i b, (i + 1) b).
+Each layer starts at a byte. The file `model.safetensors` shares tensors, because each tensor's name costs bytes:
+
+    codes                    U8  [bytes]       the streams of all layers with 2..8 weight bits, in the scheme's order
+    weight_scales            F32 [channels]    their scales, one a row of the weight matrix
+    activation_scales        F32 [inputs]      scales of the quantized inputs, in the scheme's order
+    activation_zero_points   U8  [inputs]
+    edges                    F32 [edges, 2]    observed ends of the tensors between layers (their names are in scheme.json)
+    floats                   F32 [numbers]     all other float32 entries of the state dict, in its order
+    anything else            under its own state-dict key and type
+
+Its metadata hold the SHA-256 of what scheme.json says of the tensors, as scheme.json holds that of this file: neither changes unnoticed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anybit.errors import InvalidFile, UnsupportedModel
+
+# In the order in which safetensors stores them.
+ITEM_BYTES = {
+    "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+PACKED_METADATA = {"scheme": "0" * 64}  # with the digest in place of the zeros
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [ceil(n bits / 8)] that holds the n two's-complement integers `codes` at `bits` each."""
+    fields = (codes.reshape(-1).astype(np.int16) & (2**bits - 1)).astype(np.uint8)
+    return np.packbits(np.unpackbits(fields[:, None], axis=1, count=bits, bitorder="little"), bitorder="little")
+
+
+def unpack(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """int8 [count]: the integers that `pack` wrote. The stream must be exactly as long as they need."""
+    if stream.size != packed_bytes(count, bits):
+        raise InvalidFile(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, but {stream.size} are there.")
+    fields = np.packbits(np.unpackbits(stream, count=count * bits, bitorder="little").reshape(count, bits), axis=1, bitorder="little")
+    sign = 2 ** (bits - 1)
+    return ((fields[:, 0].astype(np.int16) ^ sign) - sign).astype(np.int8)
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take."""
+    return -(-count * bits // 8)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Type (in safetensors' words) and shape of one stored tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return ITEM_BYTES[self.dtype] * int(np.prod(self.shape, dtype=np.int64))
+
+
+def file_bytes(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> int:
+    """Exact size of the safetensors file that holds `tensors` and `metadata`: 8 bytes of length, the header, the data."""
+    rank = {dtype: index for index, dtype in enumerate(ITEM_BYTES)}
+    order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in order:
+        end = offset + tensors[name].nbytes
+        header[name] = {"dtype": tensors[name].dtype, "shape": list(tensors[name].shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + offset
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """What the layout needs to know of one layer: its weight as rows [channels, fan-in], its bits, how many inputs are quantized."""
+
+    rows: int
+    columns: int
+    weight_bits: int | None
+    quantized_inputs: int
+
+    @property
+    def has_codes(self) -> bool:
+        return bool(self.weight_bits)
+
+
+def layout(layers: Sequence[PackedLayer], edges: int, floats: int, others: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The tensors of a packed file; a shared tensor with nothing in it is left out."""
+    coded = [layer for layer in layers if layer.has_codes]
+    inputs = sum(layer.quantized_inputs for layer in layers)
+    shared = {
+        "codes": TensorSpec("U8", (sum(packed_bytes(layer.rows * layer.columns, layer.weight_bits) for layer in coded),)),
+        "weight_scales": TensorSpec("F32", (sum(layer.rows for layer in coded),)),
+        "activation_scales": TensorSpec("F32", (inputs,)),
+        "activation_zero_points": TensorSpec("U8", (inputs,)),
+        "edges": TensorSpec("F32", (edges, 2)),
+        "floats": TensorSpec("F32", (floats,)),
+    }
+    taken = sorted(set(shared) & set(others))
+    if taken:
+        raise UnsupportedModel(f"The model's buffer {taken[0]!r} has the name of a tensor of the packed file. Rename the buffer.")
+    return {name: spec for name, spec in shared.items() if spec.nbytes} | dict(others)

@@ -1,0 +1,97 @@
+"""Range estimators: from values to a scale and a zero point.
+
+Weights: rows [channels, fan-in] -> scale [channels, 1], symmetric. Activations: a sample of values -> (scale, zero point), both 0-d.
+"""
+
+import torch
+from torch import Tensor
+
+from anybit.errors import InvalidSetting
+from anybit.numerics.affine import dequantize, quant_limits, quantize
+
+ESTIMATORS = ("minmax", "percentile", "mse")
+
+# A channel whose largest weight is 4096 times smaller than the tensor's is as good as zero. Its scale stays at this share
+# of the largest, so that zero filters give no division by zero and their bias still fits an int32 accumulator.
+SMALLEST_RELATIVE_SCALE = 2.0**-12
+
+
+def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: int = 80, symmetric: bool = False) -> Tensor:
+    """Symmetric scale of each row of `rows` [channels, fan-in], as [channels, 1].
+
+    "minmax" maps the largest magnitude to quant_max; "mse" searches shrunken ranges for the least squared error of each row;
+    "percentile" maps the 99.9th percentile of the magnitudes to quant_max. With `symmetric` the lowest code is not used.
+    """
+    _check_estimator(estimator)
+    quant_min, quant_max = quant_limits(bits, signed=True)
+    quant_min = -quant_max if symmetric else quant_min
+    if estimator == "percentile":
+        largest = torch.quantile(rows.abs().float(), 0.999, dim=1, keepdim=True)
+    else:
+        largest = rows.abs().amax(dim=1, keepdim=True)
+    # At two bits the codes are -2..1: scaling the largest magnitude to 1 wastes -2, which the search below can use.
+    full = _positive(largest / quant_max)
+    if estimator != "mse":
+        return full
+    zero = torch.zeros((), dtype=rows.dtype)
+    best_scale, best_error = full.clone(), torch.full_like(full, torch.inf)
+    for step in range(1, candidates + 1):
+        scale = _floored(full * (step / candidates), full.max())
+        error = (dequantize(quantize(rows, scale, zero, quant_min, quant_max), scale, zero) - rows).square().sum(1, keepdim=True)
+        best_scale = torch.where(error < best_error, scale, best_scale)
+        best_error = torch.minimum(error, best_error)
+    return best_scale
+
+
+def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidates: int = 100) -> tuple[Tensor, Tensor]:
+    """(scale, zero_point) of a flat `sample` of one tensor's values, as 0-d tensors; the zero point is an integer.
+
+    Zero is always representable exactly (padding is zero). "mse" shrinks the two ends in turn towards least squared error.
+    """
+    _check_estimator(estimator)
+    low, high = torch.clamp(sample.min(), max=0.0), torch.clamp(sample.max(), min=0.0)
+    if estimator == "percentile":
+        ends = torch.quantile(sample.float(), torch.tensor([0.0005, 0.9995], device=sample.device))
+        low, high = torch.clamp(ends[0], max=0.0), torch.clamp(ends[1], min=0.0)
+    if estimator != "mse":
+        return affine_from_ends(low, high, bits)
+
+    def error_of(low_end: Tensor, high_end: Tensor) -> float:
+        scale, zero = affine_from_ends(low_end, high_end, bits)
+        return float((dequantize(quantize(sample, scale, zero, *quant_limits(bits, signed=False)), scale, zero) - sample).square().sum())
+
+    # Both ends shrink together first, then each alone around the best: the optimum is rarely symmetric.
+    best = min((step / candidates for step in range(1, candidates + 1)), key=lambda share: error_of(low * share, high * share))
+    best_low = best_high = best
+    for _ in range(2):
+        nearby = [factor / 20 for factor in range(10, 31)]
+        if low < 0:
+            best_low = min((best_low * f for f in nearby if best_low * f <= 1), key=lambda share: error_of(low * share, high * best_high))
+        if high > 0 and low < 0:
+            best_high = min((best_high * f for f in nearby if best_high * f <= 1), key=lambda share: error_of(low * best_low, high * share))
+    return affine_from_ends(low * best_low, high * best_high, bits)
+
+
+def affine_from_ends(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(scale, zero_point) whose codes 0 .. 2^bits - 1 cover [low, high], zero included exactly."""
+    quant_max = 2**bits - 1
+    scale = (high - low) / quant_max
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero_point = torch.clamp(torch.round(-low / scale), 0, quant_max)
+    return scale, zero_point
+
+
+def _positive(scale: Tensor) -> Tensor:
+    largest = scale.max()
+    if not largest > 0:
+        return torch.ones_like(scale)
+    return _floored(scale, largest)
+
+
+def _floored(scale: Tensor, largest: Tensor) -> Tensor:
+    return scale.clamp_min(max(float(largest) * SMALLEST_RELATIVE_SCALE, torch.finfo(scale.dtype).tiny))
+
+
+def _check_estimator(estimator: str) -> None:
+    if estimator not in ESTIMATORS:
+        raise InvalidSetting(f"Range estimator {estimator!r} is unknown. Choose from {', '.join(ESTIMATORS)}.")

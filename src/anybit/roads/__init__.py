@@ -1,0 +1,1 @@
+"""One file a verb, each a list of steps. Imports onnx and below."""

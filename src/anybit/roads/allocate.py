@@ -1,0 +1,118 @@
+"""New budgets from the saved candidates and sensitivity table of a calibrate run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from anybit.allocation.choice import Judge
+from anybit.allocation.sensitivity import SensitivityTable, rows_to_measure
+from anybit.budget import Budget
+from anybit.data.samples import draw, mirrored, split
+from anybit.data.tasks import Metric, outputs_of
+from anybit.environment import StageClock
+from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
+from anybit.files.cache import digest
+from anybit.networks.candidates import Candidates, to_tensors
+from anybit.networks.observed import ObservedNetwork, observe_network
+from anybit.roads.calibrate import finish
+from anybit.roads.inputs import check_metric_has_labels, example_of, on_device
+from anybit.roads.keys import key_of_run, open_cache
+from anybit.roads.latencies import with_latencies
+from anybit.roads.memory import check_memory
+from anybit.roads.result import Result
+from anybit.roads.settings import CalibrateSettings
+from anybit.roads.steps import CalibrationState, batch_norm_targets
+from anybit.runs.candidates import read_candidates
+from anybit.runs.folder import runs_in
+from anybit.runs.opened import float_model_of, followed_reference, recorded_data
+from anybit.runs.scheme_file import read_scheme
+from anybit.sources.callables import absolute, code_of
+from anybit.sources.inputs import samples_from
+from anybit.sources.preprocessing import Preprocessing
+
+
+def allocate(
+    run: str | Path,
+    budget: str | Budget,
+    data: Any = None,
+    model: nn.Module | str | None = None,
+    workers: int = 0,
+    *,
+    metric: Metric | None = None,
+    device: str = "cpu",
+    batch_size: int | None = None,
+    memory: int | None = None,
+    cache: str | Path | bool = True,
+) -> Result:
+    """A new budget from a saved calibrate run: its candidates and table, no new reconstruction.
+
+    The best schemes are measured on held-out inputs and batch norm is tuned: on `data`, or on the data that the run recorded, where the
+    run is this user's own. `batch_size` and `memory` are the run's where they are not given; the others are as in `calibrate`.
+    """
+    folder = next(iter(runs_in(Path(run))), Path(run))  # runs of one calibrate share their candidates: any of them serves
+    file = read_scheme(folder)
+    float_model = on_device(float_model_of(folder, file, model), device)
+    shapes = {name: (record.rows, record.columns) for name, record in file.layers.items()}
+    candidates, saved = read_candidates(folder, shapes)
+    candidates = candidates.on(device)
+    given: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
+    place = folder / "candidates.json"
+    recorded_settings = CalibrateSettings.from_json(saved["settings"], f"{place}: settings")
+    table = _table_from(saved["table"], place)
+    settings = replace(recorded_settings, **{name: value for name, value in given.items() if value is not None})
+    clock = StageClock()
+    recorded = Preprocessing.from_json(file.preprocessing)
+    samples = samples_from(recorded_data(folder, file) if data is None else data, workers, recorded, float_model).on(device)
+    check_metric_has_labels(metric, samples)
+    with clock.stage("observe and fold"):
+        calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
+        if settings.mirror:
+            calibration = mirrored(calibration)
+        network = with_latencies(
+            observe_network(float_model, example_of(calibration), replace(settings.options, gradients=False)), [Budget.parse(budget)]
+        )
+        check_memory(network, calibration, replace(settings, sequential=False, parallel=False, bias_tuning=False))
+        found = {name: (size.rows, size.columns) for name, size in network.costs.layers.items()}
+        if found != shapes:
+            different = sorted(set(found.items()) ^ set(shapes.items()))[0][0]
+            raise SchemeMismatch(f"The model is not the one that {folder} was made from: layer {different} differs. Check --model.")
+        check_saved(network, candidates, table, saved["choices"], place)
+        reference = outputs_of(network.folded, calibration.held_out)
+        targets = batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
+        recall = key_of_run(open_cache(cache), network, calibration, [reference], settings)
+        recall = recall.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and code_of(metric))
+    judge = Judge(network, candidates, calibration.held_out, reference, file.task, metric, recall)
+    light = replace(settings, sequential=False, bias_tuning=False)
+    bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets)
+    about = {"model": followed_reference(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
+    if data is not None:
+        about["data"] = {"reference": absolute(data)} if isinstance(data, str) else {}
+    return finish(bench, Budget.parse(budget), about, {key: saved[key] for key in ("table", "choices", "settings")}, clock)
+
+
+def _table_from(data: Any, path: Path) -> SensitivityTable:
+    try:
+        return SensitivityTable.from_json(data)
+    except InvalidSetting as error:
+        raise InvalidFile(f"{path}: table: {error}") from error
+
+
+def check_saved(
+    network: ObservedNetwork, candidates: Candidates, table: SensitivityTable, choices: Mapping[str, Sequence[str]], path: Path
+) -> None:
+    """Raise InvalidFile where candidates.json, at `path`, lacks what an allocation for the network needs, or is of another network."""
+    found = {name: [str(precision) for precision in options] for name, options in network.choices.items()}
+    if found != dict(choices):
+        different = next(name for name in {**found, **choices} if found.get(name) != choices.get(name))
+        said = f"choices of {different} are {choices.get(different)}, and its settings give {found.get(different)}"
+        raise InvalidFile(f"{path}: {said}. Run calibrate again.")
+    lacking = next((row for row in rows_to_measure(network.choices, table.pairs) if row not in table.measured), None)
+    if lacking:
+        raise InvalidFile(f"{path}: the table has no row of {lacking[0]} at {lacking[1]}. Run calibrate again.")
+    for (name, bits), candidate in candidates.weights.items():
+        bias = getattr(network.prepared.get_submodule(name), "bias", None)
+        if (bias is None) != (candidate.bias is None) or (bias is not None and bias.shape != candidate.bias.shape):
+            raise InvalidFile(f"{path}: the bias of {name} at W{bits} is not of the layer's shape. Run calibrate again.")

@@ -1,0 +1,255 @@
+"""The calibrate road: from a trained network, a few hundred inputs and a budget to a low-bit network."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from anybit.allocation.choice import Choice, Judge, check_feasible
+from anybit.allocation.program import fixed_bytes
+from anybit.budget import Budget
+from anybit.data.batches import check_finite
+from anybit.data.samples import Samples, draw, mirrored, split
+from anybit.data.tasks import Metric, check_labels, outputs_of
+from anybit.data.tasks import evaluate as evaluate_model
+from anybit.environment import StageClock, environment
+from anybit.errors import InvalidSetting, UnsupportedModel
+from anybit.files.cache import Cache, digest
+from anybit.networks.candidates import apply_scheme
+from anybit.networks.canonical import Canonical
+from anybit.networks.edges import as_ranges, observe_edge_ranges
+from anybit.networks.observed import has_choice, observe_network
+from anybit.networks.refusals import check_rows, once_a_batch
+from anybit.networks.states import restore
+from anybit.progress import tell
+from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, follow_model, on_device, task_for
+from anybit.roads.keys import MATCHING, PARALLEL, SENSITIVITY, cached_candidates, key_of_run, keyed_by_settings, open_cache, settle
+from anybit.roads.latencies import measured_latencies, with_latencies
+from anybit.roads.memory import OBSERVED, check_memory, samples_at_once
+from anybit.roads.polish import polish_scheme
+from anybit.roads.result import Result, layer_costs, test_scores
+from anybit.roads.settings import CalibrateSettings
+from anybit.roads.steps import (
+    CalibrationState,
+    batch_norm_targets,
+    chosen_scheme,
+    finite_samples,
+    matched_candidates,
+    range_candidates,
+    reconstructed_candidates,
+    sensitivity_table,
+)
+from anybit.scheme import Scheme
+from anybit.settings import takes
+from anybit.sources.callables import code_of
+from anybit.sources.inputs import samples_from
+from anybit.sources.preprocessing import Preprocessing
+
+
+@takes(CalibrateSettings)
+@torch.inference_mode(False)
+def calibrate(
+    model: nn.Module | str,
+    data: Any,
+    budget: str | Budget | Sequence[str | Budget] | None = None,
+    *,
+    weights: str | Path | None = None,
+    preprocessing: Preprocessing = Preprocessing(),
+    test: Any = None,
+    metric: Metric | None = None,
+    workers: int = 0,
+    device: str = "cpu",
+    cache: str | Path | bool = True,
+    **settings: Any,
+) -> "Result | list[Result]":
+    """From a trained network, a few hundred inputs and a budget to a low-bit network.
+
+    model     a network, or a reference to one ("file.py:function")
+    data      inputs (labels, where there are any, serve reports and a budget of "drop=" alone): a data set, arrays, Samples, or a reference
+    budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list gives a list of results that share their candidates
+    weights   a state dict's file, loaded into a network that is given by reference
+    preprocessing  of images that are given by reference; recorded, with the references made absolute, for later verbs
+    test      labelled data for the report; nothing is chosen on it
+    metric    a function of (outputs, labels), higher is better: reported, and what a budget of "drop=" counts in instead of top-1
+    device    where to compute; the result is on the CPU
+    cache     keep every result of a stage, in this folder or (True) in the user's cache directory: a run that was killed, or has another
+              budget, takes up what was finished, and ends with the same bytes
+
+    Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
+    """
+    wanted = CalibrateSettings.of(**settings)
+    budgets = [Budget.parse(b) for b in budget] if isinstance(budget, (list, tuple)) else [Budget.parse(budget) if budget else None]
+    twice = [text for text, count in Counter(map(str, budgets)).items() if count > 1]
+    if twice:
+        raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
+    model, preprocessing, about = follow_model(model, weights, data, preprocessing, wanted.task)
+    samples = draw(samples_from(data, workers, preprocessing, model), wanted.samples, wanted.seed).on(device)
+    if test is None:
+        check_metric_has_labels(metric, samples)
+    tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), model)
+    clock = StageClock()
+    recall = open_cache(cache)
+    bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one], clock, metric, recall)
+    saved = {
+        "table": bench.table.to_json(),
+        "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
+        "settings": wanted.to_json(),
+    }
+    results = [finish(bench, one, about, saved, StageClock(list(clock.stages)), tests) for one in budgets]
+    settle(recall)
+    return results if isinstance(budget, (list, tuple)) else results[0]
+
+
+def prepare_bench(
+    model: nn.Module,
+    samples: Samples,
+    settings: CalibrateSettings,
+    budgets: Sequence[Budget],
+    clock: StageClock,
+    metric: Metric | None = None,
+    recall: Cache = Cache(),
+) -> CalibrationState:
+    """Everything up to the sensitivity table; budgets that no scheme can meet are refused before the long work."""
+    with clock.stage("observe and fold"):
+        calibration = split(samples, settings.seed, settings.held_out, settings.batch_size)
+        check_finite(calibration.fitting + calibration.held_out)
+        if settings.mirror:
+            calibration = mirrored(calibration)
+        network = with_latencies(observe_network(model, example_of(calibration), settings.options), budgets)
+        check_memory(network, calibration, settings)
+        for budget in budgets:
+            check_feasible(network, budget)
+    with clock.stage("float outputs"), torch.no_grad(), once_a_batch(network.folded, network.used_once):
+        references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
+        check_rows(network.folded, references, calibration.fitting)
+        reference = outputs_of(network.folded, calibration.held_out)
+        task = task_for(settings, reference, calibration.held_out[0])
+        if samples.labelled:
+            check_labels(reference, torch.cat([batch.labels for batch in calibration.held_out]), task)
+        if not all(torch.isfinite(outputs).all() for outputs in (reference, *references)):
+            finite_samples(network, calibration, settings)  # names the layer, where it is one's input
+            raise UnsupportedModel(
+                "The float network's outputs are NaN or infinite on the calibration data. Check the network and the data."
+            )
+        recall = key_of_run(recall, network, calibration, [*references, reference], settings)
+    with clock.stage("ranges"):
+        ranged = candidates = cached_candidates(recall, "ranges", network, lambda: range_candidates(network, calibration, settings))
+    recall = keyed_by_settings(recall, settings, MATCHING)
+    targets: Mapping[str, Any] = {}
+    matched = None
+    if settings.bn_tuning and network.norms:
+        with clock.stage("matching of candidates"):
+            targets = batch_norm_targets(network, calibration, settings)
+            match = partial(matched_candidates, network, candidates, targets, calibration, settings.bn_prior)
+            candidates = cached_candidates(recall, "matching of candidates", network, match)
+    errors: dict[str, Any] = {}
+    if settings.does("parallel") and (settings.parallel is True or has_choice(network)):
+        matched = candidates
+        recall = keyed_by_settings(recall, settings, PARALLEL)
+        with clock.stage("parallel AdaQuant"):
+            candidates, errors = reconstructed_candidates(network, candidates, ranged, calibration, settings, recall)
+    recall = keyed_by_settings(recall, settings, SENSITIVITY).keyed(task)
+    with clock.stage("sensitivity"):
+        table = sensitivity_table(network, candidates, calibration, reference, task, settings, recall)
+    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, recall.keyed(metric and code_of(metric)))
+    return CalibrationState(network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors)
+
+
+def finish(
+    bench: CalibrationState,
+    budget: Budget | None,
+    about: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    clock: StageClock,
+    test: Samples | None = None,
+) -> Result:
+    """One budget's scheme, polished, measured and reported; `saved` goes beside the candidates, for budgets to come."""
+    network = bench.network
+    with clock.stage("allocation"):
+        choice = chosen_scheme(bench, budget)
+        tell("allocation", budget=budget and str(budget), certificate=choice.certificate(bench.settings.seed), scheme=choice.scheme)
+    with clock.stage("polish"):
+        model, ladder, errors = polish_scheme(bench, choice.scheme)
+        if budget is not None and budget.limit("drop") is not None:
+            model = _within_drop(bench, budget, choice.scheme, model)
+    with clock.stage("edge ranges"):
+        part = samples_at_once(network.wiring, OBSERVED, bench.settings.memory, 8)
+        recall = bench.judge.recall.keyed("edges", digest(model.state_dict().values()), part)
+        observe_edges = partial(observe_edge_ranges, model, network.wiring, bench.calibration.fitting, part)
+        edges = recall.value("edge ranges", observe_edges, partial(as_ranges, wiring=network.wiring))
+    restore(model, network.moving)
+    canonical = Canonical(model.eval(), network.norms, edges)
+    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
+    if test is not None:
+        with clock.stage("test"):
+            report |= _tests(bench, canonical.model, test)
+    canonical.model.cpu()
+    if budget is not None and budget.limit("latency") is not None:
+        with clock.stage("latency"):
+            report["latency"] = measured_latencies(network.costs, canonical, bench.calibration.fitting[0].to("cpu"))
+    report["stages"] = clock.stages
+    tell("result", budget=report["budget"], **report["result"], **test_scores(report))
+    about = {**about, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task}
+    return Result(canonical, report, about, bench.candidates, dict(saved))
+
+
+def _within_drop(bench: CalibrationState, budget: Budget, scheme: Scheme, polished: nn.Module) -> nn.Module:
+    """The polished model, or the candidates that met the allowed drop where polishing (judged by the loss) has left it."""
+    judge = bench.judge
+    if judge.of_outputs(judge.reference)[judge.counted] - judge.of_model(polished)[judge.counted] <= budget.limit("drop"):
+        return polished
+    return apply_scheme(bench.network.prepared, scheme, bench.candidates)
+
+
+def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Budget | None) -> dict[str, Any]:
+    """The JSON report, before what was tried, tests and times."""
+    network, settings = bench.network, bench.settings
+    layers = {
+        name: {**row, "predicted_loss": bench.table.loss(name, scheme[name])} for name, row in layer_costs(network.costs, scheme).items()
+    }
+    rows = [{**row, "scheme": row["scheme"].to_json(), "chosen": row["scheme"] == choice.scheme} for row in choice.measured]
+    return {
+        "version": 1,
+        "budget": str(budget) if budget else None,
+        "result": network.costs.summary(scheme),
+        "float_bytes": network.costs.float_bytes,
+        "layers": layers,
+        "schemes": rows,
+        "table": _table(bench),
+        "certificate": choice.certificate(settings.seed),
+        "candidate_errors": {name: {str(bits): row for bits, row in rows.items()} for name, rows in bench.errors.items()},
+        "inputs": dict(zip(("fitting", "held_out"), bench.calibration.count(), strict=True)),
+        "uncovered": dict(network.uncovered),
+        "settings": settings.to_json(),
+        "environment": environment(),
+    }
+
+
+def _table(bench: CalibrationState) -> dict[str, Any]:
+    """Every candidate precision's predicted loss and costs: what other budgets would give can be told from it, without the network."""
+    choices, costs = bench.network.choices, bench.network.costs
+    return {
+        "floor": bench.table.floor,
+        "fixed_bytes": fixed_bytes(choices, costs),
+        "weights": sum(size.weights for size in costs.layers.values()),
+        "layers": {
+            name: {
+                str(p): {"loss": bench.table.loss(name, p), "bytes": costs.layer_bytes(name, p), "bops": costs.layer_bops(name, p)}
+                for p in precisions
+            }
+            for name, precisions in choices.items()
+        },
+    }
+
+
+def _tests(bench: CalibrationState, model: nn.Module, samples: Samples) -> dict[str, Any]:
+    network, judge, size = bench.network, bench.judge, bench.settings.batch_size
+    reference = outputs_of(network.folded, samples.batches(size))
+    return {
+        "float_test": evaluate_model(network.folded, samples.batches(size), judge.task, judge.metric),
+        "test": evaluate_model(model, samples.batches(size), judge.task, judge.metric, reference),
+    }

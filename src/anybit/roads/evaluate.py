@@ -1,0 +1,35 @@
+"""Evaluate a network on labelled data."""
+
+from typing import Any
+
+from torch import nn
+
+from anybit.data.tasks import Metric
+from anybit.data.tasks import evaluate as evaluate_model
+from anybit.errors import InvalidInput
+from anybit.progress import tell
+from anybit.roads.inputs import check_inputs, on_device
+from anybit.sources.inputs import samples_from
+from anybit.sources.models import adapted_network, with_model_defaults
+from anybit.sources.preprocessing import Preprocessing
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    metric: Metric | None = None,
+    task: str | None = None,
+    batch_size: int = 128,
+    workers: int = 0,
+    device: str = "cpu",
+    preprocessing: Preprocessing = Preprocessing(),
+) -> dict[str, Any]:
+    """What the task counts (`evaluation.score`), and the user's metric, of a network on labelled data."""
+    model = adapted_network(model)
+    samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)
+    if len(samples) == 0:
+        raise InvalidInput("There is nothing to evaluate on: the data is empty.")
+    check_inputs(model, samples)
+    scores = evaluate_model(on_device(model, device), samples.on(device).batches(batch_size), task, metric)
+    tell("result", **scores)
+    return scores

@@ -1,0 +1,196 @@
+"""Extract a subnet of a supernet or of a search, and polish it."""
+
+import glob
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from anybit.allocation.choice import Judge
+from anybit.allocation.sensitivity import SensitivityTable
+from anybit.budget import Budget
+from anybit.data.batches import Batch
+from anybit.data.samples import Samples, draw, mirrored, split
+from anybit.data.tasks import Metric, outputs_of
+from anybit.data.tasks import evaluate as evaluate_model
+from anybit.environment import StageClock, environment
+from anybit.errors import InvalidFile, InvalidSetting
+from anybit.files.cache import Cache, digest
+from anybit.files.strict import read_json
+from anybit.networks.candidates import ActivationCandidate, Candidates, frozen_candidate, to_tensors
+from anybit.networks.canonical import Canonical
+from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.layers import quantized_layers
+from anybit.networks.observed import observe_network
+from anybit.networks.wiring import observe
+from anybit.numerics.quantizers import UniformQuantizer
+from anybit.progress import tell
+from anybit.roads.inputs import checked_tests, supernet_data
+from anybit.roads.keys import key_of_run, open_cache
+from anybit.roads.latencies import measured_latencies, supernet_with_latencies
+from anybit.roads.memory import check_memory
+from anybit.roads.polish import polish_scheme
+from anybit.roads.result import Result, layer_costs, test_scores
+from anybit.roads.search import best_within
+from anybit.roads.settings import CalibrateSettings
+from anybit.roads.steps import CalibrationState, batch_norm_targets
+from anybit.runs.scheme_file import read_scheme
+from anybit.scheme import FLOAT, Scheme, check_whole
+from anybit.sources.inputs import samples_from
+from anybit.sources.preprocessing import Preprocessing
+from anybit.supernets.folder import load_supernet
+from anybit.supernets.prepared import bn_batches, held_out_split
+from anybit.supernets.supernet import Supernet
+
+POLISH = (
+    "samples", "held_out", "batch_size", "seed", "unit", "blocks", "steps", "drop", "mirror", "sequential", "bn_tuning", "bias_tuning",
+    "tune_scales", "bn_prior", "bn_target", "memory",
+)  # fmt: skip
+"""Settings of calibrate that polishing a subnet has a part for."""
+
+
+@torch.no_grad()
+def candidates_of(canonical: Canonical) -> Candidates:
+    """What stands in the slots of a canonical model."""
+    found = Candidates()
+    for name, layer in quantized_layers(canonical.model).items():
+        weights, inputs = layer.weight_quantizer, layer.input_quantizer
+        if isinstance(weights, UniformQuantizer):
+            found.weights[name, weights.bits] = frozen_candidate(layer)
+        if isinstance(inputs, UniformQuantizer):
+            found.activations[name, inputs.bits] = ActivationCandidate(inputs.scale, inputs.zero_point)
+    return found
+
+
+def polished(
+    supernet: Supernet,
+    canonical: Canonical,
+    samples: Samples,
+    bn: Sequence[Batch],
+    settings: CalibrateSettings,
+    recall: Cache = Cache(),
+) -> tuple[Canonical, list[dict[str, Any]]]:
+    """The subnet after calibrate's last steps, from its own codes and ranges, towards the outputs of the shared weights without quantizers:
+    sequential AdaQuant, batch-norm tuning, bias tuning, each kept where held-out inputs say so. Returns (canonical, ladder)."""
+    scheme = canonical.scheme
+    calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
+    if settings.mirror:
+        calibration = mirrored(calibration)
+    example = calibration.fitting[0].head(2)
+    fixed = replace(settings, keep={glob.escape(name): precision for name, precision in scheme.items()})
+    network = observe_network(supernet.as_float(bn), example, fixed.options)
+    check_memory(network, calibration, settings)
+    own = candidates_of(canonical)
+    with torch.no_grad():
+        references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
+        reference = outputs_of(network.folded, calibration.held_out)
+    targets = batch_norm_targets(network, calibration, settings)
+    table = SensitivityTable({(name, precision): 0.0 for name, precision in scheme.items()}, FLOAT, 0)
+    recall = key_of_run(recall, network, calibration, [*references, reference], settings)
+    recall = recall.keyed(digest(to_tensors(own).values()), settings.to_json())
+    judge = Judge(network, own, calibration.held_out, reference, supernet.task, recall=recall)
+    bench = CalibrationState(network, calibration, settings, own, own, table, judge, targets, references, own)
+    model, ladder, _ = polish_scheme(bench, scheme)
+    supernet.method.switch(scheme)  # as it was before the float network was made
+    return Canonical(model.eval(), network.norms, observe_edge_ranges(model, network.wiring, calibration.fitting)), ladder[1:]
+
+
+def extract(
+    run: str | Path | Supernet,
+    budget: str | Budget | None = None,
+    *,
+    scheme: Scheme | str | Path | None = None,
+    data: Any = None,
+    test: Any = None,
+    model: nn.Module | str | None = None,
+    metric: Metric | None = None,
+    workers: int = 0,
+    polish: bool = False,
+    cache: str | Path | bool = True,
+    **settings: Any,
+) -> Result:
+    """A subnet of a supernet, or of a search, in the canonical form.
+
+    budget, scheme  one of them: the best known subnet that fits, or a scheme that names every layer (a Scheme, a run folder, or a JSON file
+                    of layer -> precision)
+    data            unlabelled training data, from which batch-norm statistics are estimated; without it the stored ones of this scheme, or
+                    of the nearest, are taken, and the report says which
+    polish          then calibrate it on `data`: sequential AdaQuant, batch-norm and bias tuning from its own codes and ranges, each kept
+                    where held-out inputs say so; `settings` are those of `calibrate` that such steps have, and `cache` is as there
+    """
+    if (budget is None) == (scheme is None):
+        raise InvalidSetting("Say which subnet: a budget, or a scheme.")
+    if polish and data is None:
+        raise InvalidSetting("Polishing needs inputs: give training data with --data.")
+    without_part = [name for name in settings if not polish or name not in POLISH]
+    if without_part:
+        raise InvalidSetting(f"{without_part[0]} has no part in it. With polish, choose from {', '.join(POLISH)}.")
+    supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
+    clock = StageClock()
+    samples = None if data is None else supernet_data(run, supernet, data, workers)
+    limits = None if budget is None else Budget.parse(budget)
+    if limits is not None and samples is not None:
+        supernet = supernet_with_latencies(supernet, samples, [limits])
+    wanted = _scheme_from(scheme) if limits is None else best_within(run, supernet, limits)
+    check_whole(wanted, supernet.choices)
+    supernet.model.cpu()
+    with clock.stage("extract"):
+        batches = None
+        if samples is not None:
+            fitting, _ = held_out_split(samples, supernet.settings)
+            batches = bn_batches(fitting, supernet.settings)
+        statistics = supernet.switch(wanted, batches)
+        canonical = supernet.canonical()
+        if batches is None:
+            canonical.edges = supernet.stored_edges()
+        else:
+            wiring = observe(canonical.model, batches[0].head(2))
+            canonical.edges = observe_edge_ranges(canonical.model, wiring, batches[:8])
+    ladder: list[dict[str, Any]] = []
+    if polish:
+        with clock.stage("polish"):
+            canonical, ladder = polished(supernet, canonical, fitting, batches, CalibrateSettings.of(**settings), open_cache(cache))
+    scheme = canonical.scheme
+    report = {
+        "version": 1,
+        "road": "train once",
+        **({"ladder": ladder} if polish else {}),
+        "budget": str(budget) if budget else None,
+        "statistics": statistics,
+        "result": supernet.costs.summary(scheme),
+        "float_bytes": supernet.costs.float_bytes,
+        "layers": layer_costs(supernet.costs, scheme),
+        "settings": supernet.settings.to_json(),
+        "environment": environment(),
+        "certificate": {},
+    }
+    if limits is not None and limits.limit("latency") is not None and batches is not None:
+        with clock.stage("latency"):
+            report["latency"] = measured_latencies(supernet.costs, canonical, batches[0])
+    if test is not None:
+        with clock.stage("test"):
+            preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
+            tests = checked_tests(samples_from(test, workers, preprocessing, canonical.model), canonical.model)
+            report["test"] = evaluate_model(canonical.model, tests.batches(256), supernet.task, metric)
+    tell("result", budget=report["budget"], **report["result"], **test_scores(report))
+    about = {**supernet.about, "budget": report["budget"], "task": supernet.task}
+    return Result(canonical, report | {"stages": clock.stages}, about)
+
+
+def _scheme_from(scheme: Scheme | str | Path) -> Scheme:
+    """The scheme of a run folder or of a JSON file; a scheme itself."""
+    if isinstance(scheme, Scheme):
+        return scheme
+    path = Path(scheme)
+    if path.is_dir():
+        return read_scheme(path).scheme
+    layers = read_json(path)
+    if not isinstance(layers, dict) or not all(isinstance(text, str) for text in layers.values()):
+        raise InvalidFile(f"{path} is no scheme: write a JSON object of layer -> precision, or name a run folder.")
+    try:
+        return Scheme.parse(layers)
+    except InvalidSetting as error:
+        raise InvalidFile(f"{path}: {error}") from error

@@ -1,0 +1,109 @@
+"""The inputs of a road: its network, samples and test data, checked before any work."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from anybit.data.batches import Batch
+from anybit.data.samples import Calibration, Samples
+from anybit.data.tasks import Metric, check_metric, guess_task
+from anybit.errors import InvalidInput, InvalidSetting
+from anybit.loops.processes import join_processes
+from anybit.networks.refusals import check_network, copied
+from anybit.networks.wiring import observe
+from anybit.roads.settings import CalibrateSettings
+from anybit.runs.names import SUPERNET_JSON
+from anybit.runs.trusted import is_trusted
+from anybit.sources.callables import absolute
+from anybit.sources.inputs import samples_from
+from anybit.sources.models import adapted_network, load_model, with_model_defaults
+from anybit.sources.preprocessing import Preprocessing
+from anybit.supernets.supernet import Supernet
+
+
+def task_for(settings: CalibrateSettings, reference: Tensor, batch: Batch) -> str:
+    return settings.task or guess_task(reference, batch.reader)
+
+
+def follow_model(
+    model: nn.Module | str, weights: str | Path | None, data: Any, preprocessing: Preprocessing, task: str | None
+) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
+    """(the network, the preprocessing, what a run records of where the network and its data came from, references made absolute)."""
+    about: dict[str, Any] = {}
+    if isinstance(model, str):
+        about["model"] = {"reference": absolute(model), "weights": None if weights is None else str(Path(weights).resolve())}
+        model = load_model(model, about["model"]["weights"], task)
+    elif weights is not None:
+        raise InvalidSetting(f"The weights {weights} go with a model's reference, and a network was given. Load them into it yourself.")
+    model = adapted_network(model)
+    check_network(model)
+    preprocessing = with_model_defaults(preprocessing, model)
+    if isinstance(data, str):
+        about |= {"data": {"reference": absolute(data)}, "preprocessing": preprocessing.to_json()}
+    return model, preprocessing, about
+
+
+def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
+    if metric is not None and not samples.labelled:
+        raise InvalidSetting("A metric needs labels, and these inputs have none. Give labelled data, to --data or --test, or no --metric.")
+    if samples.reader is not None:
+        check_metric(metric, samples.reader.task)
+
+
+def checked_tests(samples: Samples, model: nn.Module) -> Samples:
+    """The test samples, refused before any work where they have no labels or the model does not take them."""
+    if not samples.labelled or len(samples) == 0:
+        raise InvalidInput("The test data has no samples with labels. Give a labelled set to --test, or leave it out.")
+    check_inputs(model, samples)
+    return samples
+
+
+def check_inputs(model: nn.Module, samples: Samples) -> None:
+    """Raise InvalidInput where the model refuses the first samples."""
+    observe(copied(model).cpu(), next(samples.on("cpu").subset(range(min(2, len(samples)))).batches(2)))
+
+
+def on_device(model: nn.Module, device: str) -> nn.Module:
+    """A copy of the model on `device`."""
+    model = copied(model)
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidSetting(f"--device {device} cannot be used here: {error}") from error
+
+
+def example_of(calibration: Calibration) -> Batch:
+    padded = calibration.fitting[0].mask is not None
+    return calibration.fitting[-1 if padded else 0].head(2)  # texts go by length: the longest
+
+
+def training_inputs(
+    model: nn.Module | str,
+    weights: str | Path | None,
+    data: Any,
+    test: Any,
+    metric: Metric | None,
+    preprocessing: Preprocessing,
+    workers: int,
+    device: str,
+    task: str | None,
+) -> tuple[nn.Module, Samples, Samples | None, dict[str, Any]]:
+    """(the float network, training samples, test samples, what a run records of them), on this process's device."""
+    if metric is not None and test is None:
+        raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or no --metric.")
+    model, preprocessing, about = follow_model(model, weights, data, preprocessing, task)
+    device = join_processes(device)
+    float_model = on_device(model, device).eval()
+    samples = samples_from(data, workers, preprocessing, model).on(device)
+    tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), model)
+    return float_model, samples, tests, about
+
+
+def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, workers: int) -> Samples:
+    """The data, preprocessed as the supernet's was; without any, what the supernet recorded, where it is this user's own."""
+    if data is None:
+        data = supernet.about.get("data", {}).get("reference")
+        if not isinstance(data, str) or isinstance(run, Supernet) or not is_trusted(Path(run), SUPERNET_JSON):
+            raise InvalidSetting("The supernet does not name data that may be followed. Give its training data with --data.")
+    return samples_from(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})), supernet.model)

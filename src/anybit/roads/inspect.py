@@ -1,0 +1,64 @@
+"""Inspect a network: its layers, what is covered, and what each bit-width would cost."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from anybit.data.batches import Batch
+from anybit.errors import InvalidInput
+from anybit.networks.layers import float_weight
+from anybit.networks.observed import ObservedNetwork, observe_network, unobserved_network
+from anybit.networks.refusals import check_network, copied
+from anybit.roads.settings import CalibrateSettings
+from anybit.scheme import Precision
+from anybit.settings import takes
+from anybit.sources.inputs import samples_from
+from anybit.sources.models import adapted_network
+
+
+@takes(CalibrateSettings)
+def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, Any]:
+    """Layers, shapes, what is covered, and what each bit-width would cost.
+
+    `data` needs one input. Without it, what only a forward pass shows is None (shapes of inputs and outputs, MACs, BOPs, folds, blocks),
+    a layer that never runs is taken for covered, and the sizes are those with every batch norm unfolded.
+    """
+    wanted, model = replace(CalibrateSettings.of(**settings).options, gradients=False), adapted_network(model)
+    check_network(model)
+    network = unobserved_network(model, wanted) if data is None else observe_network(*_observable(model, data), wanted)
+    blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
+    layers = {
+        name: {
+            "class": type(network.float_model.get_submodule(name)).__name__,
+            "weight": list(float_weight(network.float_model.get_submodule(name)).shape),
+            **_seen(network, name, data is not None),
+            "folds": network.norms.get(name),
+            "block": blocks.get(name),
+            "choices": [str(precision) for precision in network.choices[name]],
+            "bytes": {bits: network.costs.layer_bytes(name, Precision(bits)) for bits in wanted.weight_bits},
+        }
+        for name in network.names
+    }
+    uniform = {bits: network.costs.summary(network.uniform(bits, wanted.activation_bits[-1])) for bits in wanted.weight_bits}
+    for row in uniform.values() if data is None else ():
+        row["bops"] = None
+    return {"layers": layers, "uncovered": dict(network.uncovered), "float_bytes": network.costs.float_bytes, "uniform": uniform}
+
+
+def _observable(model: nn.Module, data: Any) -> tuple[nn.Module, Batch]:
+    samples = samples_from(data, 0, model=model)
+    batch = next(iter(samples.subset(range(min(2, len(samples)))).batches(2)), None)
+    if batch is None:
+        raise InvalidInput("The data set is empty; inspect needs at least one input.")
+    return copied(model).eval(), batch
+
+
+def _seen(network: ObservedNetwork, name: str, observed: bool) -> dict[str, Any]:
+    """One sample's shapes and multiply-accumulates of a layer; a layer that sees several rows a sample has their number in front."""
+    if not observed:
+        return {"input": None, "output": None, "macs": None}
+    count = network.wiring.batch_size
+    shapes = {"input": network.wiring.input_shapes[name], "output": network.wiring.operation(name).shape}
+    single = {key: list(shape[1:] if shape[0] == count else (shape[0] // count, *shape[1:])) for key, shape in shapes.items()}
+    return {**single, "macs": network.costs.layers[name].macs}

@@ -1,0 +1,44 @@
+"""Measured latencies among a network's costs, where a budget limits them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from anybit.budget import Budget
+from anybit.data.batches import Batch
+from anybit.data.samples import Samples
+from anybit.errors import InvalidSetting
+from anybit.networks.canonical import Canonical
+from anybit.networks.cost import CostModel
+from anybit.networks.observed import ObservedNetwork
+from anybit.supernets.prepared import observe_supernet
+from anybit.supernets.supernet import Supernet
+
+
+def with_latencies(network: ObservedNetwork, budgets: Sequence[Budget]) -> ObservedNetwork:
+    """The network with this machine's measured latencies among its costs, where a budget limits them."""
+    if all(budget.limit("latency") is None for budget in budgets):
+        return network
+    from anybit.onnx.latency import load_table  # optional packages
+
+    found = load_table(network)
+    if found is None:
+        raise InvalidSetting("A budget of latency needs a table measured on this machine: run anybit profile on this model and data first.")
+    return replace(network, costs=replace(network.costs, latency=found[0]))
+
+
+def supernet_with_latencies(supernet: Supernet, samples: Samples, budgets: Sequence[Budget]) -> Supernet:
+    """The supernet with this machine's measured latencies among its costs, where a budget limits them."""
+    if all(budget.limit("latency") is None for budget in budgets):
+        return supernet
+    from anybit.onnx.file import PROBE  # what `profile` observes: padded texts have the length of so many
+
+    first = next(samples.on("cpu").subset(range(min(PROBE, len(samples)))).batches(PROBE))
+    network = with_latencies(observe_supernet(supernet.network, first, supernet.settings), budgets)
+    return replace(supernet, costs=replace(supernet.costs, latency=network.costs.latency))
+
+
+def measured_latencies(costs: CostModel, canonical: Canonical, example: Batch) -> dict[str, float]:
+    """What the table predicted of the finished network, and what it takes once exported; seconds of one sample."""
+    from anybit.onnx.latency import latency_of
+
+    return {"predicted": costs.latency.total(canonical.scheme), **latency_of(canonical, example)}

@@ -1,0 +1,79 @@
+"""How much memory the steps of a run need, and how much work at once fits in it."""
+
+import torch
+
+from anybit.data.batches import Batch
+from anybit.data.samples import Calibration
+from anybit.errors import InvalidSetting
+from anybit.networks.observed import ObservedNetwork
+from anybit.networks.wiring import Wiring
+from anybit.roads.settings import CalibrateSettings
+
+RUNNING = 5
+"""Of its largest tensor, how many a forward pass holds at once."""
+TRAINED = 3
+"""Of each tensor, how many a forward and backward pass holds at once: the value, its quantized form, a gradient."""
+
+
+OBSERVED = 2
+"""Of each tensor, how many a pass holds that observes all of them."""
+
+
+def sample_bytes(wiring: Wiring) -> dict[str, int]:
+    """Operation -> bytes of what one sample is in its output."""
+    return {op.name: 4 * torch.Size(op.shape).numel() // wiring.batch_size for op in wiring.operations}
+
+
+def working_memory(network: ObservedNetwork, padded: bool, settings: CalibrateSettings) -> dict[str, tuple[int, str]]:
+    """What the steps of a run hold of activations, however little is captured: kind of step -> (bytes, what would take less)."""
+    sizes = sample_bytes(network.wiring)
+    needs = {"a forward pass": (RUNNING * settings.batch_size * max(sizes.values()), "--batch-size")}
+    if settings.does("sequential") or settings.does("parallel"):
+        step = settings.batch_size if padded else settings.step_batch
+        inside = [
+            sum(sizes[op.name] for op in network.wiring.operations if op.name in unit.layers or f"{op.owner}.".startswith(f"{unit.name}."))
+            for unit in network.units
+        ]
+        needs["a step of AdaQuant"] = (TRAINED * step * max(inside, default=0), "--batch-size" if padded else "--step-batch")
+    if settings.does("bias_tuning"):
+        needs["tuning biases on one input"] = (TRAINED * sum(sizes.values()), "--no-bias-tuning")
+    needs["observing one input"] = (OBSERVED * sum(sizes.values()), "smaller inputs")
+    return needs
+
+
+def check_memory(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> None:
+    """Raise InvalidSetting, naming the least that works, where a step alone takes more than the memory that is allowed."""
+    needs = working_memory(network, calibration.fitting[0].mask is not None, settings)
+    step, (least, instead) = max(needs.items(), key=lambda item: item[1][0])
+    if settings.memory < least:
+        raise InvalidSetting(
+            f"memory {settings.memory / 1e6:.4g}MB is less than the {_megabytes(least)} of activations that {step} holds. "
+            f"Give at least --memory {_megabytes(least)}, or less to do at once: {instead}."
+        )
+
+
+def _megabytes(count: int) -> str:
+    return f"{-(-count // 10**6)}MB"
+
+
+def memory_to_capture(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> int:
+    """Bytes that captured activations may take beside a step of AdaQuant."""
+    needs = working_memory(network, calibration.fitting[0].mask is not None, settings)
+    return max(0, settings.memory - max(least for least, _ in needs.values()))
+
+
+def samples_at_once(wiring: Wiring, copies: int, memory: int, most: int) -> int:
+    """How many samples a pass that holds so many copies of every tensor has room for, from 1 to `most`."""
+    return min(most, max(1, memory // (copies * sum(sample_bytes(wiring).values()))))
+
+
+def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Batch]:
+    """As many of the first batches as one joined forward pass can hold."""
+    room = max(1, memory // (RUNNING * max(sample_bytes(wiring).values())))
+    kept, count = [], 0
+    for batch in batches:
+        if kept and count + len(batch) > room:
+            break
+        kept.append(batch)
+        count += len(batch)
+    return kept

@@ -1,0 +1,93 @@
+"""What a road ends with, and how it is saved."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from anybit.networks.candidates import Candidates
+from anybit.networks.canonical import Canonical
+from anybit.networks.cost import CostModel
+from anybit.reports.page import run_page, runs_page
+from anybit.runs.candidates import write_candidates
+from anybit.runs.folder import new_folder
+from anybit.runs.report import write_report
+from anybit.runs.scheme_file import write_canonical
+from anybit.runs.trusted import trust
+from anybit.scheme import Scheme
+
+
+@dataclass
+class Result:
+    """What a road ends with: the canonical model (its bits in `scheme`), and the report. `save` writes the run folder."""
+
+    canonical: Canonical
+    report: dict[str, Any]
+    about: dict[str, Any]
+    candidates: Candidates | None = None
+    table: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.canonical.model
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.canonical.scheme
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write the run folder, all of it or nothing."""
+        with new_folder(Path(folder), overwrite) as draft:
+            self.write(draft)
+        trust(Path(folder))
+        return Path(folder)
+
+    def write(self, folder: Path) -> None:
+        """The run folder's files, into a folder that is there."""
+        write_canonical(folder, self.canonical, self.about)
+        size = (folder / "model.safetensors").stat().st_size
+        assert size == self.report["result"]["bytes"], f"counted {self.report['result']['bytes']} bytes, wrote {size}"
+        write_report(folder, self.report)
+        (folder / "report.html").write_text(run_page(self.report), encoding="utf8")
+        if self.candidates is not None:
+            write_candidates(folder, self.candidates, self.table)
+
+
+def test_scores(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured on test data."""
+    return {key: report[key] for key in ("test", "float_test") if key in report}
+
+
+def layer_costs(costs: CostModel, scheme: Scheme) -> dict[str, Any]:
+    """What each layer is and costs at its precision."""
+    return {
+        name: {
+            "precision": str(precision),
+            "weights": costs.layers[name].weights,
+            "macs": costs.layers[name].macs,
+            "bytes": costs.layer_bytes(name, precision),
+        }
+        for name, precision in scheme.items()
+    }
+
+
+def save_all(results: Result | Sequence[Result], output: str | Path, overwrite: bool = False) -> list[Path]:
+    """Write one result to `output`, or each of several to `output/<budget>/` with a common report.json in `output`."""
+    output = Path(output)
+    if isinstance(results, Result):
+        return [results.save(output, overwrite)]
+    if len(results) == 1:
+        return [results[0].save(output, overwrite)]
+    names = [str(result.report["budget"] or "largest").replace("/", "_") for result in results]
+    with new_folder(output, overwrite) as draft:
+        for name, result in zip(names, results, strict=True):
+            (draft / name).mkdir()
+            result.write(draft / name)
+        reports = {name: result.report for name, result in zip(names, results, strict=True)}
+        write_report(draft, {"version": 1, "budgets": reports})
+        (draft / "report.html").write_text(runs_page(reports), encoding="utf8")
+    for name in names:
+        trust(output / name)
+    return [output / name for name in names]

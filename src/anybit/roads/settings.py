@@ -1,0 +1,163 @@
+"""Settings of the calibrate and grow roads. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anybit.budget import SIZE
+from anybit.data.options import TASKS
+from anybit.errors import InvalidSetting
+from anybit.loops.settings import SEEDS, TrainSettings
+from anybit.methods.settings import CSQSettings, LSQSettings
+from anybit.scheme import BITS, FLOAT, KEEP, PRECISION, Precision
+from anybit.settings import NAMES, Settings, Text, documented, option, same_as
+
+if TYPE_CHECKING:
+    from anybit.networks.options import LayerOptions
+
+SWITCHES = ("parallel", "sequential", "bias_tuning")
+"""Steps that the pipeline turns on or off where the user does not."""
+
+
+def load_metric(reference: str) -> Any:
+    """The function that a reference names."""
+    from anybit.sources.callables import load_callable
+
+    return load_callable(reference, "--metric")
+
+
+@documented
+@dataclass(frozen=True)
+class RunOptions(Settings):
+    """What a road is given besides its settings: nothing here is recorded among them."""
+
+    output: Path | None = option(None, "The run folder to write.")
+    model: str | None = option(
+        None, "The network: package.module:function, FILE.py:function, hf:FOLDER or NAME, timm:NAME, torchvision:NAME."
+    )
+    weights: str | None = option(None, "State dict to load into it (.safetensors, .pt, .pth).")
+    data: str | None = option(
+        None, "Inputs: a folder of images, FILE.npz, FILE.npz#test, texts (.tsv, .csv, .jsonl, .txt), FILE.py:function."
+    )
+    train: str | None = option(None, "Labelled training data, named as for --data elsewhere.")
+    test: str | None = option(None, "Labelled data for the report; nothing is chosen on it.")
+    budget: tuple[str, ...] | None = option(
+        None, "4bit, 120kB, 12.5%, bops=2.1G, latency=3ms, loss=0.02, drop=1%; join with commas, or repeat.", text=NAMES, repeat=True
+    )
+    metric: Any = option(
+        None, "FILE.py:function of (outputs, labels), higher is better: reported, and what drop= counts.", text=Text(load_metric)
+    )
+    cache: bool = option(True, "Keep results of stages and take them up again, from the user's cache directory.")
+    workers: int = option(0, "Processes that load data; changes speed alone.", least=0)
+    threads: int | None = option(None, "Processor threads (default: PyTorch's choice).", least=1)
+    device: str = option("cpu", "Where to compute: cpu, cuda, cuda:1, ...")
+    overwrite: bool = option(False, "Replace a finished run.", switch=True)
+
+
+@documented
+@dataclass(frozen=True)
+class CalibrateSettings(Settings):
+    """Every choice of the calibrate road; None for a step's switch means: as the pipeline has it."""
+
+    weight_bits: tuple[int, ...] = option((2, 3, 4, 6, 8), "Bit-widths a layer's weights may get.", least=2, most=8, text=BITS)
+    activation_bits: tuple[int | None, ...] = option(
+        (4, 6, 8), "Bit-widths its input may get; `float` (in Python None) leaves it float.", least=2, most=8, text=BITS
+    )
+    keep: Mapping[str, Precision] = option(
+        dict, "PATTERN=W8A8 or PATTERN=float: pin layers; patterns match whole names.", text=KEEP, repeat=True
+    )
+    pipeline: str = option("advanced", "light: no back-propagation.", choices=("advanced", "light"))
+    parallel: bool | None = option(None, "AdaQuant at every candidate bit-width before the allocation.")
+    sequential: bool | None = option(None, "AdaQuant on the chosen scheme.")
+    bn_tuning: bool = option(True, "Batch-norm tuning.")
+    bias_tuning: bool | None = option(None, "Bias tuning on the outputs.")
+    tune_scales: bool = option(False, "Bias tuning trains the scales too.")
+    samples: int = option(1024, "Inputs drawn, fitting and held-out together.", least=2)
+    held_out: float = option(0.2, "Share of them that is held out.", above=0, below=1)
+    steps: int = option(300, "Adam steps a unit on the chosen scheme.", least=1)
+    candidate_steps: int = option(60, "Adam steps a layer for each candidate.", least=1)
+    step_batch: int = option(32, "Inputs that such a step sees; of padded texts it sees a whole batch.", least=1)
+    unit: str = option("block", "What is reconstructed at once.", choices=("block", "layer"))
+    blocks: tuple[str, ...] | None = option(
+        None, "Name the blocks instead of finding them; repeat.", text=NAMES, flag="--block", repeat=True
+    )
+    start: str | None = option(
+        None, "Where sequential AdaQuant starts: ranges, or matched statistics (default: parallel AdaQuant's codes, else ranges).",
+        choices=("ranges", "matched"),
+    )  # fmt: skip
+    drop: float = option(0.0, "Share of activation quantizations dropped while reconstructing.", least=0, most=1)
+    mirror: bool = option(False, "Fit to the mirror images too.")
+    estimator: str = option("mse", "Range estimator.", choices=("mse", "minmax", "percentile"))
+    sensitivity_base: Precision = option(FLOAT, "Precision of the other layers while one is measured.", text=PRECISION)
+    pairs: bool = option(False, "Measure every (W, A) pair instead of summing two measurements.")
+    alternatives: int = option(
+        5, "How many of the best schemes are measured.", least=1, most=100, why="each is a program to solve and a network to measure"
+    )
+    bn_prior: float = option(0.0, "Weight of the target in the measured batch-norm statistics, of candidates too.", least=0, below=1)
+    bn_target: str = option(
+        "float", "float: the float network's statistics; prior: beta and |gamma| (the paper's form).", choices=("float", "prior")
+    )
+    group: int | None = option(
+        None, "A weight scale for each so many inputs of a linear's or embedding's channel.", least=2, why="128, 64 and 32 are usual"
+    )
+    memory: int = option(2**31, "Memory for captured activations; more spills to disk.", least=0, text=SIZE)
+    seed: int = option(0, "Seed of every draw.", least=-SEEDS, most=SEEDS)
+    batch_size: int = option(64, "Inputs a forward pass.", least=1)
+    task: str | None = option(None, "Of the network, where it does not tell.", choices=TASKS)
+
+    def check(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            if not getattr(self, name):
+                raise InvalidSetting(f"{name} is empty. Give at least one bit-width.")
+
+    @property
+    def options(self) -> "LayerOptions":
+        """What observing the network needs of these settings."""
+        from anybit.networks.options import LayerOptions
+
+        gradients = self.does("bias_tuning")
+        return LayerOptions(self.weight_bits, self.activation_bits, self.keep, self.group, self.unit, self.blocks, gradients)
+
+    def does(self, step: str) -> bool:
+        """Whether `step` runs: its switch, or what the pipeline has."""
+        switch = getattr(self, step)
+        return self.pipeline == "advanced" if switch is None else switch
+
+    def to_json(self) -> dict[str, Any]:
+        return super().to_json() | {step: self.does(step) for step in SWITCHES}
+
+    @classmethod
+    def recorded(cls, report: Mapping[str, Any]) -> Any:
+        report = next(iter(report["budgets"].values())) if "budgets" in report else report
+        settings = super().recorded(report)
+        if settings and settings.get("parallel") and not report.get("candidate_errors"):  # the pipeline's: it found no layer with a choice
+            settings = {**settings, "parallel": None}
+        return settings
+
+
+def parse_one_width(text: str) -> int | None:
+    """A bit-width, or None for float."""
+    bits = BITS.parse(text)
+    if len(bits) != 1:
+        raise InvalidSetting(f"--activation-bits {text}: grow trains one activation bit-width. Give one number, or float.")
+    return bits[0]
+
+
+ONE_WIDTH = Text(parse_one_width, lambda bits: BITS.write([bits]), "a bit-width, or float")
+
+
+@documented
+@dataclass(frozen=True)
+class GrowSettings(Settings):
+    """Every choice of the grow road."""
+
+    activation_bits: int | None = option(
+        8, "Bits of every layer's input, 2..8, or `float` (in Python None).", least=2, most=8, text=ONE_WIDTH
+    )
+    keep: Mapping[str, Precision] = same_as(CalibrateSettings, "keep")
+    from_scratch: bool = option(False, "Forget the trained weights; give --fix 0.6 --gate-rate 0.03 then.", switch=True)
+    task: str | None = same_as(CalibrateSettings, "task")
+    csq: CSQSettings = field(default_factory=CSQSettings)
+    lsq: LSQSettings = field(default_factory=LSQSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)

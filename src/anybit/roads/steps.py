@@ -1,0 +1,193 @@
+"""The steps of the calibrate road, each a function of (network, data, settings) that changes nothing it was given."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from anybit.allocation.choice import Choice, Judge, choose_scheme
+from anybit.allocation.sensitivity import SensitivityTable, measure_sensitivity
+from anybit.budget import Budget
+from anybit.data.samples import Calibration
+from anybit.errors import InvalidFile
+from anybit.files.cache import Cache
+from anybit.methods import batchnorm_tuning
+from anybit.methods.adaquant import AdaQuantSettings, parallel
+from anybit.networks import batchnorm
+from anybit.networks.candidates import (
+    Candidates,
+    activation_candidate,
+    apply_scheme,
+    check_finite_samples,
+    frozen_candidate,
+    weight_candidate,
+)
+from anybit.networks.capture import input_samples
+from anybit.networks.layers import float_weight, quantized_layers, weight_rows
+from anybit.networks.observed import ObservedNetwork, is_reconstructed
+from anybit.roads.memory import memory_to_capture
+from anybit.roads.settings import CalibrateSettings
+from anybit.scheme import Precision, Scheme
+
+
+def range_candidates(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
+    """Every layer's weights rounded to nearest at each of its bit-widths, and its input range at each activation bit-width."""
+    samples = finite_samples(network, calibration, settings)
+    layers = quantized_layers(network.prepared)
+    candidates = Candidates()
+    for name, choices in network.choices.items():
+        precisions = [*choices, settings.sensitivity_base] if len(choices) > 1 else choices
+        for bits in sorted({p.weight_bits for p in precisions if p.weight_bits}):
+            candidates.weights[name, bits] = weight_candidate(layers[name], bits, settings.estimator)
+        for bits in sorted({p.activation_bits for p in precisions if p.activation_bits}):
+            candidates.activations[name, bits] = activation_candidate(samples[name], bits, settings.estimator)
+    return candidates
+
+
+def finite_samples(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> dict[str, list[Tensor]]:
+    """Values of each layer's input on the fitting inputs; raises InvalidInput naming the first layer whose input is not finite."""
+    samples = input_samples(network.folded, network.used_once, calibration.fitting, 2**17, settings.seed)
+    check_finite_samples(samples)
+    return samples
+
+
+def batch_norm_targets(
+    network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings
+) -> Mapping[str, batchnorm.ChannelStatistics]:
+    """What every folded layer's output statistics should be: the float network's on the fitting inputs, or beta and |gamma|."""
+    if settings.bn_target == "prior":
+        return network.promised
+    return batchnorm.channel_statistics(network.folded, network.norms, calibration.fitting)
+
+
+def matched_candidates(
+    network: ObservedNetwork,
+    candidates: Candidates,
+    targets: Mapping[str, batchnorm.ChannelStatistics],
+    calibration: Calibration,
+    prior_weight: float = 0.0,
+) -> Candidates:
+    """The same candidates with every layer's output statistics matched to the float network's (batch-norm tuning, layer by layer)."""
+    return _with_weights(
+        network, candidates, lambda model, names: batchnorm_tuning.match_layers(
+            network.folded, model, {name: targets[name] for name in targets if name in names}, calibration.fitting, prior_weight
+        )
+    )  # fmt: skip
+
+
+def _variants(network: ObservedNetwork, candidates: Candidates) -> dict[int, nn.Module]:
+    """bits -> the network with the weights of all layers that have a candidate of these bits, activations float."""
+    variants = {}
+    for bits in sorted({bits for _, bits in candidates.weights}):
+        scheme = {name: Precision(bits, None) for name in network.names if (name, bits) in candidates.weights}
+        variants[bits] = apply_scheme(network.prepared, Scheme(scheme), candidates)
+    return variants
+
+
+def _with_weights(network: ObservedNetwork, candidates: Candidates, change) -> Candidates:
+    changed = Candidates(dict(candidates.weights), candidates.activations)
+    for bits, model in _variants(network, candidates).items():
+        names = [name for name in network.names if (name, bits) in candidates.weights]
+        change(model, names)
+        for name in names:
+            changed.weights[name, bits] = frozen_candidate(model.get_submodule(name))
+    return changed
+
+
+def free_weights(network: ObservedNetwork, ranged: Candidates, scheme: Mapping[str, Precision]) -> dict[str, Tensor]:
+    """Each layer's float weight in units of its estimated scale, [channels, fan-in]: where AdaQuant starts from."""
+    starts = {}
+    for name, precision in scheme.items():
+        if precision.weight_bits:
+            layer = network.prepared.get_submodule(name)
+            rows = weight_rows(layer, float_weight(layer)).detach()
+            starts[name] = rows / ranged.weights[name, precision.weight_bits].scale
+    return starts
+
+
+def reconstructed_candidates(
+    network: ObservedNetwork,
+    candidates: Candidates,
+    ranged: Candidates,
+    calibration: Calibration,
+    settings: CalibrateSettings,
+    recall: Cache = Cache(),
+) -> tuple[Candidates, dict]:
+    """AdaQuant in its parallel form, a layer at a time, at every candidate bit-width: (candidates, each layer's errors)."""
+    variants = _variants(network, candidates)
+    starts = {
+        bits: free_weights(network, ranged, {n: Precision(bits) for n in network.names if (n, bits) in candidates.weights})
+        for bits in variants
+    }
+    layers = quantized_layers(network.prepared)
+    free = [name for name, options in network.choices.items() if is_reconstructed(layers[name]) and any(p.weight_bits for p in options)]
+    units = network.wiring.units(free, [])
+    changed = Candidates(dict(candidates.weights), candidates.activations)
+    wanted, room = adaquant_settings(settings, settings.candidate_steps), memory_to_capture(network, calibration, settings)
+    errors = parallel(variants, network.folded, units, starts, network.wiring, calibration, wanted, room, recall)
+    for bits, model in variants.items():
+        for name in network.names:
+            if (name, bits) in candidates.weights:
+                changed.weights[name, bits] = frozen_candidate(model.get_submodule(name))
+    return changed, errors
+
+
+def adaquant_settings(settings: CalibrateSettings, steps: int) -> AdaQuantSettings:
+    return AdaQuantSettings(steps=steps, batch_size=settings.step_batch, drop=settings.drop, seed=settings.seed)
+
+
+def sensitivity_table(
+    network: ObservedNetwork,
+    candidates: Candidates,
+    calibration: Calibration,
+    reference: Tensor,
+    task: str,
+    settings: CalibrateSettings,
+    recall: Cache = Cache(),
+) -> SensitivityTable:
+    """The table on the held-out inputs."""
+    base, pairs = settings.sensitivity_base, settings.pairs
+    return measure_sensitivity(network.prepared, candidates, network.choices, calibration.held_out, reference, task, base, pairs, recall)
+
+
+def chosen_scheme(bench: "CalibrationState", budget: Budget | None) -> Choice:
+    """`choose_scheme`, or what it gave an earlier run."""
+    network, judge = bench.network, bench.judge
+    latency = None if network.costs.latency is None else asdict(network.costs.latency)
+    recall = judge.recall.keyed("allocation", budget and str(budget), bench.settings.alternatives, latency)
+
+    def read(told: Mapping[str, Any]) -> Choice:
+        choice = Choice.from_json(told)
+        for scheme in (choice.scheme, *(row["scheme"] for row in choice.measured)):
+            if set(scheme) != set(network.choices):
+                raise InvalidFile("its layers are not the network's")
+        return choice
+
+    return recall.value(
+        "allocation", lambda: choose_scheme(network, bench.table, budget, bench.settings.alternatives, judge).to_json(), read
+    )
+
+
+@dataclass(frozen=True)
+class CalibrationState:
+    """What all budgets of one run share.
+
+    ranged         candidates rounded to nearest in estimated ranges; `candidates` those after matching and parallel AdaQuant
+    matched        candidates after matching alone, where parallel AdaQuant came after it; None where it did not run
+    targets        what each folded layer's output statistics should be
+    references     the float network's outputs, one tensor a fitting batch
+    errors         parallel AdaQuant's errors, by layer and bits
+    """
+
+    network: ObservedNetwork
+    calibration: Calibration
+    settings: CalibrateSettings
+    ranged: Candidates
+    candidates: Candidates
+    table: SensitivityTable
+    judge: Judge
+    targets: Mapping[str, batchnorm.ChannelStatistics]
+    references: Sequence[Tensor] = ()
+    matched: Candidates | None = None
+    errors: Mapping[str, Any] = field(default_factory=dict)

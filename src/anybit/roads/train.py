@@ -1,0 +1,113 @@
+"""The train-once road: one network for every bit-width."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from anybit.data.batches import check_finite
+from anybit.data.tasks import Metric, guess_task, outputs_of
+from anybit.data.tasks import evaluate as evaluate_model
+from anybit.environment import StageClock, environment
+from anybit.errors import InvalidInput
+from anybit.loops.processes import share_state
+from anybit.loops.training import train_epochs
+from anybit.networks import batchnorm
+from anybit.networks.edges import observe_edge_ranges
+from anybit.progress import tell
+from anybit.roads.grow import plain_batches, watched_batches
+from anybit.roads.inputs import on_device, training_inputs
+from anybit.roads.keys import training_identity
+from anybit.roads.result import test_scores
+from anybit.settings import takes
+from anybit.sources.preprocessing import Preprocessing
+from anybit.supernets.prepared import bn_batches, held_out_split, make_multiquant, observe_supernet, to_store
+from anybit.supernets.settings import SupernetSettings
+from anybit.supernets.supernet import Supernet, uniform_schemes, width_scores
+
+
+@takes(SupernetSettings)
+@torch.inference_mode(False)
+def train(
+    model: nn.Module | str,
+    data: Any,
+    *,
+    weights: str | Path | None = None,
+    preprocessing: Preprocessing = Preprocessing(),
+    test: Any = None,
+    metric: Metric | None = None,
+    checkpoint: str | Path | None = None,
+    workers: int = 0,
+    device: str = "cpu",
+    **settings: Any,
+) -> Supernet:
+    """Train one network for every bit-width (MultiQuant): a supernet, which any scheme of those bits makes a subnet of, at once.
+
+    model       a trained network, or a reference to one
+    data        labelled training data: a data set, arrays, Samples, or a reference; a share of it is held out for the search
+    weights, preprocessing, workers, device  as for `calibrate`
+    test        labelled data on which every bit-width is reported after every epoch; nothing is chosen on it
+    checkpoint  a file that is written after every epoch and continued from where it is found
+
+    The result's weights are those of the store: rounded to 8 bits. Raises as `grow` does.
+    """
+    wanted = SupernetSettings.of(**settings)
+    clock = StageClock()
+    float_model, samples, tests, about = training_inputs(model, weights, data, test, metric, preprocessing, workers, device, wanted.task)
+    with clock.stage("observe and fold"):
+        if len(samples) < 2:
+            raise InvalidInput(f"{len(samples)} training sample(s): at least two are needed, one to train on and one to hold out.")
+        fitting, _ = held_out_split(samples, wanted)
+        plain = plain_batches(fitting, wanted.train)
+        check_finite(plain)
+        share_state(float_model)
+        network = observe_supernet(float_model, plain[0].head(2), wanted)
+        outputs = outputs_of(float_model, plain[:1])
+        task = wanted.task or guess_task(outputs, plain[0].reader)
+        method = make_multiquant(network, plain, wanted, outputs.shape[-1] if task == "classification" else None)
+    edges = network.wiring.edges()
+    supernet = Supernet(on_device(float_model, "cpu"), method, wanted, network.norms, network.costs, edges, task, about=about)
+    report: dict[str, Any] = {}
+    bn = bn_batches(fitting, wanted) if wanted.multiquant.batch_norm == "reestimate" else None
+    if tests is not None:
+        report["float_test"] = evaluate_model(float_model, tests.batches(256), task, metric)
+        watched = watched_batches(tests, wanted.train.seed)
+    with clock.stage("training"), torch.random.fork_rng(devices=[]):
+        epochs = train_epochs(
+            method,
+            fitting,
+            wanted.train,
+            task,
+            float_model if wanted.train.distill else None,
+            batchnorm.folded_gammas(method.model, network.norms),
+            None if checkpoint is None else Path(checkpoint),
+            training_identity(float_model, samples, plain[0], wanted.to_json()),
+            None if tests is None else lambda: {"widths": width_scores(supernet, bn, watched, metric)},
+        )
+    if tests is not None:
+        report["float_store"] = width_scores(supernet, bn, list(tests.batches(256)), metric)
+    with clock.stage("store"):
+        to_store(method)
+        for scheme in uniform_schemes(supernet).values():
+            supernet.learn(scheme, bn, lambda model: observe_edge_ranges(model, network.wiring, plain))
+    if tests is not None:
+        with clock.stage("test"):
+            report["test"] = width_scores(supernet, None, list(tests.batches(256)), metric)
+    method.model.cpu()
+    supernet.report = {
+        "version": 1,
+        "road": "train once",
+        **report,
+        "subnets": {name: network.costs.summary(scheme) for name, scheme in uniform_schemes(supernet).items()},
+        "float_bytes": network.costs.float_bytes,
+        "bn_images": sum(map(len, bn)) if bn else 0,
+        "inputs": {"fitting": len(fitting), "held_out": len(samples) - len(fitting)},
+        "epochs": epochs,
+        "uncovered": dict(network.uncovered),
+        "settings": wanted.to_json(),
+        "environment": environment(),
+        "stages": clock.stages,
+    }
+    tell("result", subnets=supernet.report["subnets"], **test_scores(report))
+    return supernet

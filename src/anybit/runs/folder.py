@@ -1,0 +1,117 @@
+"""The run folder: a fresh draft, moved into place whole."""
+
+import glob
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from anybit.errors import AnybitError, InvalidSetting
+from anybit.runs.names import CHECKPOINT, RUN_FILES
+
+FORMAT_VERSION = 1
+
+
+@contextmanager
+def new_folder(
+    path: Path, overwrite: bool = False, check: Callable[[Path, bool], None] | None = None, remedy: str | None = None
+) -> Iterator[Path]:
+    """A fresh folder to write into, moved to `path` when the block ends well and removed when it does not.
+
+    `check` raises where `path` is taken; without one, `check_free`.
+    """
+    check = check or check_free
+    check(path, overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_behind(path)
+        draft = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}"
+        try:
+            draft.mkdir()
+            yield draft
+            check(path, overwrite)  # another run may have taken the place meanwhile
+            _open_as_others(draft)
+            _put_in_place(draft, path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        remedy = remedy or "Make room, or choose another --output; what was finished is kept, and the same command continues."
+        raise AnybitError(f"{path} cannot be written: {error}. Nothing is left there. {remedy}") from error
+
+
+def _open_as_others(folder: Path) -> None:
+    """Give the files in a folder the rights that new ones have here: those of tensors are made for their writer alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
+def _put_in_place(draft: Path, path: Path) -> None:
+    """Move the draft to `path`; an old run goes only once the new one stands in its place, and comes back where it does not."""
+    if not path.exists():
+        draft.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.old.", dir=path.parent))
+    try:
+        path.rename(aside / path.name)
+        draft.rename(path)
+    finally:
+        if not path.exists():
+            (aside / path.name).rename(path)
+        shutil.rmtree(aside)
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Remove the drafts of `path` that a killed process has left; an old run that was being replaced goes only if another is there."""
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
+        writer = draft.name.removeprefix(f".{path.name}.").split(".")
+        if writer[0].isdigit() and not _is_alive(int(writer[0])) and (writer[1] != "old" or path.exists()):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder holds what anybit writes, and nothing else: a run, or several with their common report."""
+    if not path.is_dir() or path.is_symlink():
+        return False
+    items = list(path.iterdir())
+    known = all(item.name in RUN_FILES if item.is_file() else is_run(item) for item in items)
+    return known and any(item.name == "report.json" for item in items)
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The run folders inside one that holds several; none where `path` is a run itself."""
+    return [] if (path / "scheme.json").is_file() else sorted(child.parent for child in path.glob("*/scheme.json"))
+
+
+def check_free(path: Path, overwrite: bool = False, unfinished: bool = False) -> None:
+    """Raise InvalidSetting where `path` is taken: by a run, unless it may be overwritten, or by anything else, always.
+
+    A training that was interrupted has left its checkpoint alone there: free for the one that continues it (`unfinished`).
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if path.is_dir() and {item.name for item in path.iterdir()} <= {CHECKPOINT, f".{CHECKPOINT}.tmp"}:
+        if unfinished or overwrite:
+            return
+        raise InvalidSetting(f"{path} holds an unfinished training. Continue it with the verb that began it, or give --overwrite.")
+    if not is_run(path):
+        raise InvalidSetting(f"{path} exists and is no run folder of anybit, or holds files besides. Choose another --output.")
+    if not overwrite:
+        raise InvalidSetting(f"{path} holds a finished run. Choose another --output, or give --overwrite.")

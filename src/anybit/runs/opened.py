@@ -1,0 +1,95 @@
+"""Open a run folder: its network and its inputs."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from anybit.data.samples import Samples
+from anybit.errors import InvalidInput, InvalidSetting
+from anybit.networks.canonical import Canonical
+from anybit.networks.refusals import check_network
+from anybit.runs.scheme_file import SchemeFile, read_canonical, read_scheme
+from anybit.runs.trusted import is_trusted
+from anybit.sources.callables import absolute
+from anybit.sources.inputs import samples_from
+from anybit.sources.models import adapted_network, load_model
+from anybit.sources.preprocessing import Preprocessing
+
+
+def followed_reference(folder: Path, file: SchemeFile, model: nn.Module | str | None) -> dict[str, Any]:
+    """What a result records of its model: a reference that was followed, or was this user's own before; no stranger's."""
+    if isinstance(model, str):
+        return {"reference": absolute(model), "weights": file.model.get("weights")}
+    return file.model if model is None or is_trusted(folder) else {}
+
+
+def recorded_data(folder: Path, file: SchemeFile) -> str:
+    reference = file.data.get("reference")
+    if not isinstance(reference, str) or not is_trusted(folder):
+        raise InvalidSetting(f"{folder} does not name data that may be followed. Give inputs of the network with --data.")
+    return reference
+
+
+def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
+    """The saved model, ready to run on preprocessed inputs, its bits in `.scheme`; outputs are bitwise those that were saved.
+
+    `model` is the float network's architecture (a network or a reference). It may be left out for a run that this user's own anybit
+    wrote, and for timm:, torchvision: and hf: references; a reference in any other folder is code from elsewhere and is not followed.
+    """
+    canonical, _ = opened(folder, model)
+    canonical.model.scheme = canonical.scheme
+    return canonical.model
+
+
+def opened(folder: str | Path, model: nn.Module | str | None = None) -> tuple[Canonical, SchemeFile]:
+    """A run folder's canonical form and its scheme file; `model` as for `load`."""
+    folder = Path(folder)
+    file = read_scheme(folder)
+    return read_canonical(folder, float_model_of(folder, file, model), file), file
+
+
+def inputs_for(folder: str | Path, file: SchemeFile, model: nn.Module, data: Any = None, workers: int = 0) -> Samples:
+    """Samples for a run folder and its `model`: `data`, preprocessed as the run's own, or what the run was made with."""
+    folder = Path(folder)
+    reference = recorded_data(folder, file) if data is None else data
+    return samples_from(reference, workers, Preprocessing.from_json(file.preprocessing), model)
+
+
+def first_of(inputs: Samples, count: int | None) -> Samples:
+    """The first `count` samples, all where None; raises where there are none."""
+    if count is not None and count < 1:
+        raise InvalidSetting(f"--samples {count} must be at least 1.")
+    if len(inputs) == 0:
+        raise InvalidInput("The data is empty. Give inputs of the network with --data.")
+    return inputs if count is None else inputs.subset(range(min(count, len(inputs))))
+
+
+def float_model_of(folder: Path, file: Any, model: nn.Module | str | None, named_in: str = "scheme.json") -> nn.Module:
+    """The float network of a folder: `model`, or the reference that `file`, read from `named_in`, holds."""
+    if isinstance(model, nn.Module):
+        model = adapted_network(model)
+        check_network(model)
+        return model
+    if model is not None:
+        return load_model(model, file.model.get("weights"), file.task)
+    reference = file.model.get("reference")
+    if not isinstance(reference, str):
+        raise InvalidSetting(f"{folder} does not say which network it is of. Give it: load(folder, model=...) or --model.")
+    if not is_trusted(folder, named_in) and not re.fullmatch(r"hf:.+|(timm|torchvision):[\w.]+", reference):
+        raise InvalidSetting(
+            f"{folder} was not written by your own anybit, and its model reference {reference!r} is code. "
+            "If you trust it, name it yourself: load(folder, model=...) or --model."
+        )
+    return load_model(reference, file.model.get("weights"), file.task)
+
+
+def recorded_preprocessing(run: str | Path) -> Preprocessing:
+    """The preprocessing that a run recorded."""
+    return Preprocessing.from_json(read_scheme(Path(run)).preprocessing)
+
+
+def recorded_task(run: str | Path) -> str:
+    """The task that a run recorded."""
+    return read_scheme(Path(run)).task

@@ -1,0 +1,271 @@
+"""report.json and search.json, strictly typed where verbs and pages rely on them; the rest is left alone."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from anybit.allocation.frontier import Frontier, frontier
+from anybit.budget import Budget
+from anybit.files.strict import check_version, validated
+from anybit.scheme import Precision
+
+Bits = Annotated[Precision, BeforeValidator(lambda text: text if isinstance(text, Precision) else Precision.parse(text))]
+Scores = dict[str, float | None]
+SCORES = ("metric", "top1", "spearman", "f1")  # higher is better; the user's own first
+Count = Annotated[int, Field(ge=0)]
+Words = Annotated[str, Field(max_length=1000)]
+"""Text that is shown in a table."""
+BudgetText = Annotated[Words, AfterValidator(lambda text: Budget.parse(text) and text)]
+ROWS = 1000
+"""Most rows of what is shown whole in a table."""
+
+
+class Part(BaseModel):
+    """An object of a report: known fields are of their type and finite, others are not looked at."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Amounts(Part):
+    weight_bits: Annotated[float, Field(ge=0)]
+    bytes: Annotated[int, Field(gt=0)]
+    percent: Annotated[float, Field(ge=0)]
+    bops: Count
+
+
+class LayerRow(Part):
+    precision: Bits
+    weights: Count
+    bytes: Count
+    predicted_loss: float | None = None
+
+
+class Scored(Part):
+    """What held-out inputs with labels may have scored."""
+
+    metric: float | None = None
+    top1: float | None = None
+    spearman: float | None = None
+    f1: float | None = None
+
+
+class SchemeRow(Amounts, Scored):
+    """A scheme that was measured on held-out inputs before one was chosen."""
+
+    name: Words
+    scheme: dict[str, Bits]
+    predicted: float
+    measured: float | None = None
+    chosen: bool
+
+
+class LadderRow(Scored):
+    step: Words
+    kept: bool
+    loss: float
+
+
+class UnitErrors(Part):
+    """Errors of a unit of AdaQuant, or of a layer alone, on held-out inputs and on fitted ones, and the step that was kept."""
+
+    before: float
+    after: float
+    fitted_before: float | None = None
+    fitted_after: float | None = None
+    steps: int
+
+
+Errors = Annotated[UnitErrors | None, BeforeValidator(lambda errors: None if errors == {} else errors)]
+"""Empty where there was nothing to fit."""
+
+
+class Stage(Part):
+    stage: Words
+    seconds: Annotated[float, Field(ge=0)]
+    peak_bytes: Count
+
+
+def counted(rows: Sequence[Scored]) -> str | None:
+    """The first of the scores that any of `rows` has."""
+    return next((score for score in SCORES if any(getattr(row, score) is not None for row in rows)), None)
+
+
+class Cell(Part):
+    loss: float
+    bytes: Count
+    bops: Count
+
+
+class Table(Part):
+    """Every candidate precision's predicted loss and costs."""
+
+    floor: float
+    fixed_bytes: Count
+    weights: Annotated[int, Field(gt=0)]
+    layers: dict[str, Annotated[dict[Bits, Cell], Field(min_length=1)]]
+
+    @cached_property
+    def frontier(self) -> Frontier:
+        """The best schemes over the bytes that layers take; the floor and the fixed bytes are in none of its numbers."""
+        return self.frontier_over(lambda name, precision: self.layers[name][precision].bytes)
+
+    def frontier_over(self, cost: Callable[[str, Precision], float]) -> Frontier:
+        """The best schemes over what `cost` says of a layer at a precision."""
+        losses = {name: np.array([cell.loss for cell in row.values()]) for name, row in self.layers.items()}
+        costs = {name: np.array([float(cost(name, precision)) for precision in row]) for name, row in self.layers.items()}
+        return frontier({name: list(row) for name, row in self.layers.items()}, losses, costs)
+
+    def sums(self, scheme: Mapping[str, Precision]) -> tuple[int, float]:
+        """(bytes, predicted loss) of a scheme of the table's precisions."""
+        cells = [self.layers[name][precision] for name, precision in scheme.items()]
+        return self.fixed_bytes + sum(cell.bytes for cell in cells), self.floor + math.fsum(cell.loss for cell in cells)
+
+    def uniforms(self) -> dict[str, dict[str, Precision]]:
+        """Every uniform scheme: a layer that cannot have both its bits has those of its weights or input, or what it is kept at."""
+        found = dict.fromkeys(p for row in self.layers.values() if len(row) > 1 for p in row)
+        whole = [p for p in found if p.weight_bits is not None and p.activation_bits is not None] or list(found)
+        return {f"uniform {p}": {name: _nearest(p, list(row)) for name, row in self.layers.items()} for p in whole}
+
+
+def _nearest(wanted: Precision, options: Sequence[Precision]) -> Precision:
+    parts = (wanted, Precision(wanted.weight_bits, None), Precision(None, wanted.activation_bits))
+    return next((part for part in parts if part in options), options[0])
+
+
+class Certificate(Part):
+    """What a solver proved, the value that it reached and the least that any other could; the name of the scheme that was `chosen`."""
+
+    solver: str | None = None
+    objective: str | None = None
+    value: float | None = None
+    bound: float | None = None
+    gap: float | None = None
+    seed: int | None = None
+    chosen: Words | None = None
+
+
+class Latency(Part):
+    """Seconds of one sample."""
+
+    predicted: float
+    exported: float
+    float32: float
+
+
+class Epoch(Part):
+    epoch: int
+    loss: float
+    weight_bits: float | None = None
+    layers: dict[str, int | None] = {}
+    soft: Scores = {}
+    frozen: Scores = {}
+
+
+class EvaluatedRecord(Part):
+    scheme: dict[str, Bits]
+    score: float
+    cost: float
+    origin: Literal["uniform", "drawn", "sensitivity", "searched", "allocated"]
+    measured: float | None = None
+
+
+class FoundFor(Amounts):
+    scheme: dict[str, Bits]
+
+
+class SearchRecord(Part):
+    """What a search found, as its report tells it."""
+
+    score: str
+    quantity: str
+    front: list[EvaluatedRecord]
+    budgets: dict[BudgetText, FoundFor]
+    settings: dict[str, Any]
+    evaluated: list[EvaluatedRecord] = []
+
+
+class SearchFile(SearchRecord):
+    """search.json: every evaluated subnet too, and the hash of the supernet that all of it is of."""
+
+    evaluated: list[EvaluatedRecord]
+    sha256: str
+
+
+class Record(Part):
+    """One run's report, of any road. `test` is of the run's network, or of each uniform subnet of a supernet."""
+
+    version: Annotated[int, Field(ge=1, le=1)]
+    road: str = "calibrate"
+    budget: BudgetText | None = None
+    result: Amounts | None = None
+    float_bytes: Count = 0
+    layers: dict[str, LayerRow] = {}
+    schemes: Annotated[list[SchemeRow], Field(max_length=ROWS)] = []
+    table: Table | None = None
+    certificate: Certificate = Certificate()
+    candidate_errors: dict[str, dict[str, Errors]] = {}
+    ladder: Annotated[list[LadderRow], Field(max_length=ROWS)] = []
+    units: dict[str, Errors] = {}
+    stages: Annotated[list[Stage], Field(max_length=ROWS)] = []
+    latency: Latency | None = None
+    epochs: list[Epoch] = []
+    subnets: dict[str, Amounts] = {}
+    search: SearchRecord | None = None
+    test: Scores | dict[str, Scores] = {}
+    float_test: Scores = {}
+    inputs: dict[str, int] = {}
+    uncovered: dict[str, str] = {}
+    settings: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _layers_agree(self) -> "Record":
+        for what, names in [("table", self.table and self.table.layers), *((row.name, row.scheme) for row in self.schemes)]:
+            if names is not None and set(names) != set(self.layers):
+                raise ValueError(f"{what} is not of the layers that the report lists: {sorted(set(names) ^ set(self.layers))[0]!r}")
+        for name, row in self.layers.items() if self.table else ():
+            if row.precision not in self.table.layers[name]:
+                raise ValueError(f"table has no {row.precision} of {name!r}, which the layers list")
+        return self
+
+    @model_validator(mode="after")
+    def _all_that_a_run_is_shown_by(self) -> "Record":
+        lacking = {"budget", "float_bytes", "layers", "stages"} - self.model_fields_set
+        if self.result is not None and lacking:
+            raise ValueError(f"{', '.join(sorted(lacking))} lacking beside the result")
+        if self.result is None and self.schemes:
+            raise ValueError("the result is lacking beside the schemes")
+        if self.schemes and self.chosen is None:
+            raise ValueError("none of the schemes is chosen")
+        if (self.schemes or self.ladder) and self.final_loss is None:
+            raise ValueError("no step of the ladder is kept")
+        return self
+
+    @property
+    def chosen(self) -> SchemeRow | None:
+        return next((row for row in self.schemes if row.chosen), None)
+
+    @property
+    def final_loss(self) -> float | None:
+        """On held-out inputs, after the last step that was kept."""
+        return next((row.loss for row in reversed(self.ladder) if row.kept), None)
+
+    def tested(self, score: str, subnet: str | None = None) -> float | None:
+        """What the run's own network, or a subnet, scored on the test data."""
+        scores = self.test if subnet is None else self.test.get(subnet)
+        value = scores.get(score) if isinstance(scores, dict) else None
+        return None if isinstance(value, dict) else value
+
+    def score_tested(self) -> str | None:
+        """The first of the scores that test data gave, or "loss"."""
+        return next((s for s in (*SCORES, "loss") if any(self.tested(s, of) is not None for of in (None, *self.subnets))), None)
+
+
+def record_of(report: Mapping[str, Any], where: str = "The report") -> Record:
+    """`report` as a record; raises InvalidFile naming the field that cannot be."""
+    check_version(report, where, 1)
+    return validated(Record, report, where)

@@ -1,0 +1,62 @@
+"""report.json and search.json: written with digests, read strictly."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anybit.errors import InvalidFile
+from anybit.files.strict import check_sealed, read_sealed, sealed, sha256_of, validated, write_json
+from anybit.runs.folder import FORMAT_VERSION
+from anybit.runs.names import MODEL, REPORT, SEARCH
+from anybit.runs.names import SUPERNET as SUPERNET
+from anybit.runs.records import Record, SearchFile, record_of
+
+TIMES = ("stages", "latency", "budgets")
+"""What no digest of a report guards: no two runs take as long. (Of several budgets each has its own.)"""
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """report.json, bound to the tensors that are in the folder already."""
+    tensors = _tensors_in(folder)
+    told = {**report} if tensors is None else {**report, "sha256": sha256_of(tensors)}
+    if "budgets" in told:
+        told["budgets"] = {name: sealed(one, TIMES) for name, one in told["budgets"].items()}
+    write_json(folder / REPORT, sealed(told, TIMES))
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """report.json, strictly: as it was written, and of the tensors that are in the folder."""
+    path, again = folder / REPORT, "Run again."
+    report = read_sealed(path, FORMAT_VERSION, again, TIMES)
+    several = validated(dict[str, dict[str, Any]], report.get("budgets", {}), f"{path}: budgets")
+    for name, one in several.items():
+        check_sealed(one, f"{path}: {name}", again, TIMES)
+        record_of(one, f"{path}: {name}")
+    if not several:
+        record_of(report, str(path))
+    tensors = _tensors_in(folder)
+    if "sha256" in report and (tensors is None or sha256_of(tensors) != report["sha256"]):
+        raise InvalidFile(f"{path} was not measured on {'the tensors' if tensors is None else tensors.name} in {folder}. {again}")
+    return report
+
+
+def _tensors_in(folder: Path) -> Path | None:
+    return next((folder / name for name in (MODEL, SUPERNET) if (folder / name).is_file()), None)
+
+
+def read_record(folder: Path) -> Record:
+    """What one run folder reports, with all that its search evaluated where it is a search's."""
+    record = record_of(read_report(folder), str(folder / REPORT))
+    if not (record.result or record.search or record.subnets):
+        raise InvalidFile(f"{folder / REPORT} is no report of a run: it has neither a result nor subnets.")
+    whole = record.search is not None and (folder / SEARCH).is_file()
+    return record.model_copy(update={"search": read_search(folder)}) if whole else record
+
+
+def read_search(folder: Path) -> SearchFile:
+    """search.json, strictly, and only if it is of the supernet beside it."""
+    path, again = folder / SEARCH, "Search again."
+    found = validated(SearchFile, read_sealed(path, FORMAT_VERSION, again), str(path))
+    if found.sha256 != sha256_of(folder / SUPERNET):
+        raise InvalidFile(f"{path} is not of the {SUPERNET} beside it. {again}")
+    return found

@@ -1,0 +1,238 @@
+"""scheme.json and model.safetensors: the canonical form, packed, written and read strictly."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from anybit.data.options import Task
+from anybit.errors import AnybitError, InvalidFile, SchemeMismatch
+from anybit.files.strict import check_version, in_words, read_header, read_json, read_tensors, sha256_of, validated, write_json
+from anybit.networks import batchnorm
+from anybit.networks.candidates import ActivationCandidate, WeightCandidate, install
+from anybit.networks.canonical import Canonical
+from anybit.networks.cost import operands_of
+from anybit.networks.layers import codes_of, float_weight, prepare, quantized_layers, weight_rows
+from anybit.networks.states import check_state, leftovers, spec_of
+from anybit.networks.wiring import BATCH_NORMS
+from anybit.numerics.packing import PackedLayer, layout, pack, packed_bytes, unpack
+from anybit.runs.folder import FORMAT_VERSION, runs_in
+from anybit.runs.names import SUPERNET as SUPERNET
+from anybit.scheme import Scheme, check_names
+from anybit.sources.preprocessing import Preprocessing
+
+
+class LayerRecord(BaseModel):
+    """One layer of scheme.json: its precision and its weight's shape as rows x columns (0 x 0 of a matmul).
+
+    With a scale for each group of inputs, the rows are the groups: their columns do not reach across the layer's inputs.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    precision: str
+    rows: int = Field(ge=0)
+    columns: int = Field(ge=0)
+
+
+class SchemeFile(BaseModel):
+    """scheme.json. Strict: a wrong type, a missing or an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: Literal["anybit"] = "anybit"
+    version: Literal[1] = FORMAT_VERSION
+    layers: dict[str, LayerRecord]
+    folded: dict[str, str] = {}
+    edges: list[str] = []
+    budget: str | None = None
+    certificate: dict[str, Any] = {}
+    model: dict[str, str | None] = {}
+    data: dict[str, str | None] = {}
+    preprocessing: dict[str, Any] = {}
+    task: Task = "classification"
+    sha256: str
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme.parse({name: record.precision for name, record in self.layers.items()})
+
+    def digest(self) -> str:
+        """SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
+        meaning = self.model_dump(include={"layers", "folded", "edges", "preprocessing", "task"})
+        return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
+
+
+def packed_tensors(canonical: Canonical) -> dict[str, Tensor]:
+    """The tensors of model.safetensors."""
+    layers = quantized_layers(canonical.model)
+    scheme = canonical.scheme
+    codes, scales, input_scales, zero_points = [], [], [], []
+    kept_float = [name for name, precision in scheme.items() if precision.weight_bits is None]
+    for name, precision in scheme.items():
+        layer = layers[name]
+        if precision.weight_bits:
+            codes.append(torch.from_numpy(pack(codes_of(layer).numpy(), precision.weight_bits)))
+            scales.append(layer.weight_quantizer.scale.flatten())
+        if precision.activation_bits:
+            input_scales.append(layer.input_quantizer.scale.reshape(-1))
+            zero_points.append(layer.input_quantizer.zero_point.reshape(-1).to(torch.uint8))
+    numbers, others = leftovers(canonical.model, [name for name in scheme if name not in kept_float])
+    shared = {
+        "codes": codes,
+        "weight_scales": scales,
+        "activation_scales": input_scales,
+        "activation_zero_points": zero_points,
+        "floats": [tensor.flatten() for tensor in numbers.values()],
+    }
+    tensors = {name: torch.cat(parts).contiguous() for name, parts in shared.items() if parts}
+    if canonical.edges:
+        tensors["edges"] = torch.tensor(list(canonical.edges.values()), dtype=torch.float32)
+    return tensors | {key: tensor.contiguous().clone() for key, tensor in others.items()}
+
+
+def write_canonical(folder: Path, canonical: Canonical, about: Mapping[str, Any]) -> None:
+    """Write scheme.json and model.safetensors into `folder`; `about` fills SchemeFile's budget, certificate, model, ..."""
+    layers = quantized_layers(canonical.model)
+    records = {}
+    for name, precision in canonical.scheme.items():
+        rows = weight_rows(layers[name], float_weight(layers[name]))
+        records[name] = LayerRecord(precision=str(precision), rows=rows.shape[0], columns=rows.shape[1])
+    file = SchemeFile(layers=records, folded=dict(canonical.folded), edges=list(canonical.edges), sha256="", **about)
+    save_file(packed_tensors(canonical), folder / "model.safetensors", {"scheme": file.digest()})
+    file.sha256 = sha256_of(folder / "model.safetensors")
+    write_json(folder / "scheme.json", file.model_dump())
+
+
+def read_scheme(folder: Path) -> SchemeFile:
+    """scheme.json, strictly, and only if model.safetensors is the one it was written with and was written for it."""
+    path = folder / "scheme.json"
+    several = [] if path.is_file() else runs_in(folder)
+    if several:
+        raise InvalidFile(f"{folder} holds several runs: {', '.join(run.name for run in several)}. Name one of them: {several[0]}.")
+    if not path.is_file() and (folder / SUPERNET).is_file():
+        raise InvalidFile(
+            f"{folder} holds a supernet, which has no scheme of its own. Extract a subnet: anybit extract {folder} --budget 3bit."
+        )
+    data = read_json(path)
+    check_version(data, path, FORMAT_VERSION)
+    file = validated(SchemeFile, data, str(path))
+    try:
+        _ = file.scheme
+        Preprocessing.from_json(file.preprocessing)
+    except AnybitError as error:
+        raise InvalidFile(f"{path}: {in_words(error)}") from error
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise InvalidFile(f"{weights} is missing. The run is incomplete: run it again.")
+    if sha256_of(weights) != file.sha256:
+        raise InvalidFile(f"{weights} is not the file that scheme.json was written with (its SHA-256 differs). Restore it or run again.")
+    if stored_digest(weights, "scheme") != file.digest():
+        raise InvalidFile(
+            f"{folder / 'scheme.json'} is not the one that {weights.name} was written for: a layer, fold, edge, the preprocessing or "
+            "the task has been edited. Restore it or run again."
+        )
+    return file
+
+
+def stored_digest(path: Path, of: str) -> str | None:
+    """The digest that a file of tensors holds of what gives them their meaning."""
+    return read_header(path)[1].get(of)
+
+
+def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None = None) -> Canonical:
+    """The canonical model that was saved, on a copy of the float network: its outputs are bitwise those of the saved one."""
+    file = file or read_scheme(folder)
+    scheme = file.scheme
+    names = {name for name, _ in float_model.named_modules()}
+    check_names([*file.layers, *file.folded, *file.folded.values()], names, "The model")
+    check_folded(file, float_model, "scheme.json")
+    folded, _ = batchnorm.fold(float_model, file.folded)
+    kept_float = [name for name, precision in scheme.items() if precision.weight_bits is None]
+    model = prepare(folded, list(file.layers), kept_float, _groups(folded, file))
+    layers = quantized_layers(model)
+    for name, record in file.layers.items():
+        shape = tuple(weight_rows(layers[name], float_weight(layers[name])).shape)
+        if shape != (record.rows, record.columns):
+            raise SchemeMismatch(
+                f"{name}: the weight is {shape[0]} x {shape[1]} in the model and {record.rows} x {record.columns} in the file."
+            )
+    coded = [name for name, precision in scheme.items() if precision.weight_bits is not None]
+    numbers, others = leftovers(model, coded)
+    stored = [
+        PackedLayer(record.rows, record.columns, scheme[name].weight_bits, operands_of(layers[name]) * bool(scheme[name].activation_bits))
+        for name, record in file.layers.items()
+    ]
+    specs = layout(stored, len(file.edges), sum(t.numel() for t in numbers.values()), {key: spec_of(t) for key, t in others.items()})
+    tensors = read_tensors(folder / "model.safetensors", specs)
+    cursor = {name: 0 for name in tensors}
+
+    def take(name: str, count: int) -> Tensor:
+        part = tensors[name][cursor[name] : cursor[name] + count]
+        cursor[name] += count
+        return part
+
+    for name, precision in scheme.items():
+        layer, record = layers[name], file.layers[name]
+        weights = inputs = None
+        if precision.weight_bits:
+            stream = take("codes", packed_bytes(record.rows * record.columns, precision.weight_bits)).numpy()
+            codes = torch.from_numpy(unpack(stream, precision.weight_bits, record.rows * record.columns)).view(record.rows, record.columns)
+            weights = WeightCandidate(codes, checked_scale(take("weight_scales", record.rows), name)[:, None], None)
+        if precision.activation_bits:
+            count = operands_of(layer)
+            scale, zero_point = checked_scale(take("activation_scales", count), name), take("activation_zero_points", count).float()
+            if zero_point.max() > 2**precision.activation_bits - 1:
+                raise InvalidFile(f"{name}: activation zero point {int(zero_point.max())} is above {2**precision.activation_bits - 1}.")
+            inputs = ActivationCandidate(*((scale, zero_point) if count > 1 else (scale[0], zero_point[0])))
+        install(layer, weights, inputs, precision)
+    with torch.no_grad():
+        for tensor in numbers.values():
+            tensor.copy_(take("floats", tensor.numel()).view(tensor.shape))
+        for key, tensor in others.items():
+            tensor.copy_(tensors[key])
+    edges = dict(zip(file.edges, [tuple(row) for row in tensors["edges"].tolist()], strict=True)) if file.edges else {}
+    check_edges(edges, folder / "model.safetensors")
+    check_state(model, folder / "model.safetensors")
+    return Canonical(model.eval(), file.folded, edges)
+
+
+def check_edges(edges: Mapping[str, tuple[float, float]], where: Path | str) -> None:
+    """Raise InvalidFile naming the first edge whose stored ends are not finite, or in the wrong order."""
+    for name, (low, high) in edges.items():
+        if not -math.inf < low <= high < math.inf:
+            raise InvalidFile(f"{where}: edge {name} reaches from {low:g} to {high:g}. Restore the file or run again.")
+
+
+def _groups(model: nn.Module, file: SchemeFile) -> dict[str, int]:
+    """layer -> group size, of those whose rows in the file are shorter than the model's."""
+    groups = {}
+    for name, record in file.layers.items():
+        layer = model.get_submodule(name)
+        whole = isinstance(layer, (nn.Linear, nn.Embedding)) and layer.weight.numel() == record.rows * record.columns
+        if whole and 0 < record.columns < layer.weight.shape[1]:
+            groups[name] = record.columns
+    return groups
+
+
+def check_folded(file: Any, float_model: nn.Module, name: str) -> None:
+    """Each pair that `file` (called `name`) folds must be one of its layers and a batch norm of as many channels, named once."""
+    if len(set(file.folded.values())) < len(file.folded) or len(set(file.edges)) < len(file.edges):
+        raise InvalidFile(f"{name} names a batch norm or an edge twice.")
+    for layer, norm in file.folded.items():
+        module = float_model.get_submodule(norm)
+        rows = file.layers[layer].rows if layer in file.layers else None
+        if not isinstance(module, BATCH_NORMS) or module.num_features != rows:
+            raise InvalidFile(f"{name} folds {norm} into {layer}, but that is no batch norm of the layer's {rows} channels.")
+
+
+def checked_scale(scale: Tensor, where: str) -> Tensor:
+    """`scale` itself, when it is above zero and its multiples by 8-bit codes are finite."""
+    if not (torch.isfinite(scale * 255).all() and (scale > 0).all()):
+        raise InvalidFile(f"{where}: a stored scale is not a positive finite number. Restore the file or run again.")
+    return scale

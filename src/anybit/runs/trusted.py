@@ -1,0 +1,60 @@
+"""Runs that this user's own anybit wrote, whose model references may be followed."""
+
+import fcntl
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from anybit.errors import InvalidFile
+from anybit.files.strict import read_json, sha256_of
+from anybit.files.whole import write_whole
+
+
+def _trusted_runs() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "anybit" / "runs.json"
+
+
+def trust(folder: Path, file: str = "scheme.json") -> None:
+    """List the run as one of this user's own, by the hash of the file that names its model, so that its reference may be followed.
+
+    The run is written by then: a list that cannot be written is worth a warning, not the run.
+    """
+    listing = _trusted_runs()
+    try:
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        digest = sha256_of(folder / file)
+        with _one_at_a_time(listing.with_suffix(".lock")):
+            known = _known_runs(listing)
+            if digest not in known:
+                write_whole(listing, json.dumps([*known, digest], indent=1).encode())
+    except (OSError, InvalidFile) as error:
+        warnings.warn(
+            f"{folder} is not listed as your own run ({error}): name its model when you load it, or mend {listing}.", stacklevel=2
+        )
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Wait until no other process is in here; a file system without locks lets all in."""
+    with open(lock, "w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def is_trusted(folder: Path, file: str = "scheme.json") -> bool:
+    """Whether this user's own run wrote the folder's scheme file (or another that names its model) as it stands."""
+    return sha256_of(folder / file) in _known_runs(_trusted_runs())
+
+
+def _known_runs(listing: Path) -> list[str]:
+    """The hashes in the user's list; none where there is no list yet."""
+    if not listing.is_file():
+        return []
+    known = read_json(listing)
+    if not isinstance(known, list) or not all(isinstance(digest, str) for digest in known):
+        raise InvalidFile(f"{listing} is no list of hashes. Remove it; your runs are then loaded with --model, as a stranger's are.")
+    return known

@@ -1,0 +1,1 @@
+"""References to networks and data, followed. Imports networks and below."""

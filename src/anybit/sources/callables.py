@@ -1,0 +1,96 @@
+"""References to code (`package.module:function`, `file.py:function`), imported and called."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+from anybit.errors import AnybitError, InvalidSetting, MissingPackage
+
+
+def absolute(reference: str) -> str:
+    """A reference that can be followed from another working folder: paths of scripts, arrays and folders made absolute."""
+    place, separator, name = reference.rpartition(":")
+    if place.endswith(".py"):
+        return f"{Path(place).resolve()}{separator}{name}"
+    if reference.startswith("hf:"):
+        return f"hf:{Path(reference[3:]).resolve()}" if Path(reference[3:]).is_dir() else reference
+    path, _, part = reference.partition("#")
+    return str(Path(path).resolve()) + (f"#{part}" if part else "") if Path(path).exists() else reference
+
+
+def call_user_function(function: Callable, what: str) -> Any:
+    """What the user's function returns; whatever it raises becomes one error that names it."""
+    try:
+        return function()
+    except AnybitError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise InvalidSetting(f"{what} failed with {type(error).__name__}: {said}. It is called without arguments.") from error
+
+
+def load_callable(reference: str, option: str) -> Callable:
+    """The function that `package.module:function` or `path/to/file.py:function` names."""
+    place, separator, name = reference.rpartition(":")
+    if not separator or not place or not name:
+        raise InvalidSetting(f"{option} {reference!r} cannot be read. Write package.module:function or path/to/file.py:function.")
+    try:
+        module = _import_file(Path(place), option) if place.endswith(".py") else importlib.import_module(place)
+    except ImportError as error:
+        raise InvalidSetting(f"{option} {reference}: {error}. Is the package installed and the name right?") from error
+    except AnybitError:
+        raise
+    except Exception as error:
+        raise InvalidSetting(
+            f"{option} {reference}: running {place} failed with {type(error).__name__}: {error}. Repair the script."
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InvalidSetting(f"{option} {reference}: {place} has no function {name!r}.")
+    return function
+
+
+def _import_file(path: Path, option: str):
+    if not path.is_file():
+        raise InvalidSetting(f"{option}: there is no file {path}.")
+    name = f"anybit_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickled workers look their module up
+    sys.path.insert(0, str(path.parent.resolve()))
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # as a script that is run, it leaves nothing beside itself
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = writes
+        sys.path.remove(str(path.parent.resolve()))
+    return module
+
+
+def import_optional(module: str, package: str, what: str):
+    """The module of a package that is one of anybit's extras; `what` needs it."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another build of torch
+        why = " ".join(str(error).split())
+        raise MissingPackage(f"{what} needs {package}, which does not import ({why}): run `pip install {package}`.") from error
+
+
+def code_of(function: Callable) -> str:
+    """What tells a function from another: where it is from and what it says. What else it holds (a closure, arguments bound to it, an
+    object's state) cannot be read: such a function is like no other, nor like itself in another process."""
+    if not isinstance(function, FunctionType) or function.__closure__:
+        return f"{os.getpid()} {id(function)} {getattr(function, '__qualname__', type(function).__qualname__)}"
+    code = function.__code__
+    constants = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
+    told = [function.__module__, function.__defaults__, function.__kwdefaults__, code.co_code.hex(), code.co_names, constants]
+    try:
+        told.append(inspect.getsource(function))
+    except (OSError, TypeError):
+        told.append(function.__qualname__)
+    return repr(told)

@@ -1,0 +1,1 @@
+"""Hugging Face models and their texts. The only importer of transformers."""

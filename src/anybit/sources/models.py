@@ -1,0 +1,117 @@
+"""What `--model` names: references turned into networks."""
+
+import importlib
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
+from anybit.files.strict import in_words
+from anybit.networks.layers import unwrapped
+from anybit.sources.callables import call_user_function, import_optional, load_callable
+from anybit.sources.preprocessing import Preprocessing
+
+
+def load_model(reference: str, weights: str | None = None, task: str | None = None) -> nn.Module:
+    """The network that `reference` names, in evaluation mode, with the state dict of `weights` (.safetensors, .pt, .pth) if given.
+
+    `task` chooses the head of a Hugging Face model; None takes the one that it was saved with.
+    """
+    kind, _, name = reference.partition(":")
+    make = {"timm": _from_timm, "torchvision": _from_torchvision}.get(kind)
+    if kind == "hf":
+        model = huggingface("models", f"--model {reference}").load(name, task)
+    else:
+        function = (lambda: make(name, weights is None)) if make else load_callable(reference, "--model")
+        model = call_user_function(function, f"--model {reference}")
+    if not isinstance(model, nn.Module):
+        raise InvalidSetting(f"--model {reference} returned a {type(model).__name__}, not a torch.nn.Module.")
+    model = adapted_network(model)
+    if weights:
+        load_weights(model, Path(weights))
+    return model.eval()
+
+
+def huggingface(module: str, what: str) -> Any:
+    """The module of Hugging Face models, whose package is optional; `what` needs it."""
+    import_optional("transformers", "transformers", what)
+    return importlib.import_module(f"anybit.sources.huggingface.{module}")
+
+
+def adapted_network(model: nn.Module) -> nn.Module:
+    """The network itself, out of what wraps it; where it is one of transformers' an adapted copy, whose attention anybit covers."""
+    model = unwrapped(model)
+    if not is_transformers(model) or "scores" in {name.rpartition(".")[2] for name, _ in model.named_modules()}:
+        return model
+    return huggingface("attention", f"A {type(model).__name__}").adapted(model)
+
+
+def is_transformers(model: Any) -> bool:
+    """Whether `model` is one of transformers' models; that package is not imported to know it."""
+    package = sys.modules.get("transformers")
+    return package is not None and isinstance(model, package.PreTrainedModel)
+
+
+def with_model_defaults(preprocessing: Preprocessing, model: nn.Module) -> Preprocessing:
+    """The preprocessing, or where none was given the one that a Hugging Face model's own files state for pictures."""
+    if preprocessing != Preprocessing() or not is_transformers(model):
+        return preprocessing
+    return Preprocessing(**huggingface("models", "the model").picture_settings(model))
+
+
+def _from_timm(name: str, pretrained: bool) -> nn.Module:
+    return import_optional("timm", "timm", f"--model timm:{name}").create_model(name, pretrained=pretrained)
+
+
+def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
+    return import_optional("torchvision.models", "torchvision", f"--model torchvision:{name}").get_model(
+        name, weights="DEFAULT" if pretrained else None
+    )
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict strictly; raises SchemeMismatch naming the first keys that differ. Nothing in the file is executed."""
+    if not path.is_file():
+        raise InvalidFile(f"Weights file {path} is not there.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            _check_archive(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InvalidFile(f"Weights file {path} cannot be read as a state dict: {in_words(error)}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+        raise InvalidFile(f"Weights file {path} holds a {type(state).__name__}, not a state dict of tensors.")
+    own = model.state_dict()
+    # Counters of batches seen play no part in a trained network, and some files leave them out.
+    lacking = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    surplus = [key for key in state if key not in own]
+    shapes = [key for key in state if key in own and tuple(state[key].shape) != tuple(own[key].shape)]
+    if lacking or surplus or shapes:
+        parts = [
+            f"{what} {', '.join(key[:200] for key in keys[:3])}"
+            for what, keys in (("lack", lacking), ("have besides", surplus), ("differ in shape at", shapes))
+            if keys
+        ]
+        raise SchemeMismatch(f"The weights in {path.name} do not match the model: they {'; '.join(parts)}. Check --model and --weights.")
+    try:
+        model.load_state_dict(state, strict=False)
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse or quantized tensors, or storage that is not there
+        raise InvalidFile(f"Weights file {path} does not fit the model: {in_words(error)}") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError where an archive would unpack to more than its own size."""
+    if not zipfile.is_zipfile(path):  # as torch before 1.6 saved
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in archive.infolist()):
+            raise ValueError("its entries are compressed, which torch.save does not do; save it again, as .safetensors at best")

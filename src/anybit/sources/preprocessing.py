@@ -1,0 +1,46 @@
+"""How pictures and texts become inputs of the network. Imports no torch."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+from anybit.data.options import parse_columns
+from anybit.errors import InvalidSetting
+from anybit.settings import NUMBERS, Settings, documented, option
+
+LONGEST_SIDE = 2**14
+"""Of a picture that is resized: beyond it one picture takes gigabytes."""
+
+
+@documented
+@dataclass(frozen=True)
+class Preprocessing(Settings):
+    """How pictures and texts become inputs; stated by the user or by the model's own files, recorded in the run, never guessed."""
+
+    mean: tuple[float, ...] | None = option(None, "Mean of each channel, pixels scaled to 0..1: 0.485,0.456,0.406", text=NUMBERS)
+    std: tuple[float, ...] | None = option(None, "Standard deviation of each channel.", above=0, text=NUMBERS)
+    size: int | None = option(None, "Sides of the input picture.", least=1, most=LONGEST_SIDE)
+    resize: int | None = option(None, "Short side before a centre crop to --size.", least=1, most=LONGEST_SIDE)
+    interpolation: str = option("bilinear", "Of the resizing.", choices=("nearest", "bilinear", "bicubic", "lanczos"))
+    columns: str | None = option(
+        None, "Of texts: text=NAME,pair=NAME,label=NAME or question=,context=,answers=; numbers from 0 where there is no header."
+    )
+    length: int | None = option(None, "Most tokens of a text; longer ones are cut (default: they are an error).", least=1)
+    stride: int | None = option(None, "Tokens by which the windows of a long context overlap (default: 128).", least=1)
+
+    def check(self) -> None:
+        parse_columns(self.columns)
+        if self.resize and self.size and self.size > self.resize:
+            raise InvalidSetting(f"--size {self.size} cannot be cropped from a short side of {self.resize}. Give a larger --resize.")
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "preprocessing") -> Self:
+        return super().from_json(data, where)
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_json().items() if value is not None}
+
+
+def overridden(recorded: Preprocessing, given: Preprocessing) -> Preprocessing:
+    """What a run recorded, with what is now given otherwise than by default in its place."""
+    defaults = Preprocessing()
+    return replace(recorded, **{f.name: value for f in fields(given) if (value := getattr(given, f.name)) != getattr(defaults, f.name)})

@@ -1,0 +1,142 @@
+"""The supernet's folder, written and read strictly."""
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anybit.data.options import TASKS
+from anybit.errors import AnybitError, InvalidFile
+from anybit.files.strict import in_words, read_tensors
+from anybit.networks import batchnorm
+from anybit.networks.cost import CostModel, LayerSize
+from anybit.networks.layers import float_weight, from_rows, prepare, weight_rows
+from anybit.networks.states import check_state, leftovers, spec_of
+from anybit.numerics.packing import TensorSpec
+from anybit.runs.names import REPORT, SUPERNET, SUPERNET_JSON
+from anybit.runs.opened import float_model_of
+from anybit.runs.report import read_report
+from anybit.runs.scheme_file import check_folded
+from anybit.runs.trusted import is_trusted
+from anybit.scheme import Scheme, check_names, check_whole
+from anybit.sources.callables import absolute
+from anybit.sources.preprocessing import Preprocessing
+from anybit.supernets.prepared import fill_slots, prepared_multiquant, uniform
+from anybit.supernets.settings import SupernetSettings
+from anybit.supernets.statistics import KnownSubnet, statistics_of
+from anybit.supernets.store import LayerTensors, StoredLayer, SupernetFile, check_parts, layer_specs, read_store, split_tensors
+from anybit.supernets.supernet import Supernet
+
+
+def read_supernet_file(folder: Path) -> SupernetFile:
+    """supernet.json, strictly, with what `store` does not know of: subnets, settings, preprocessing and task."""
+    file, path = read_store(folder), folder / SUPERNET_JSON
+    choices = {name: layer.choices for name, layer in file.stored().items()}
+    try:
+        for scheme in map(Scheme.parse, file.subnets):
+            check_whole(scheme, choices)
+        settings = SupernetSettings.from_json(file.settings)
+        uniform_ones = [uniform(choices, bits).to_json() for bits in settings.bits]
+        if settings.multiquant.batch_norm == "switch" and not all(one in file.subnets for one in uniform_ones):
+            raise InvalidFile("the statistics of a bit-width's own batch norms are not among its subnets")
+        Preprocessing.from_json(file.preprocessing)
+        if file.task not in TASKS:
+            raise InvalidFile(f"task {reprlib.repr(file.task)} is unknown. Choose from {', '.join(TASKS)}.")
+    except AnybitError as error:
+        raise InvalidFile(f"{path}: {in_words(error)}") from error
+    return file
+
+
+def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
+    """The supernet that was saved, on a copy of the float network."""
+    file = read_supernet_file(folder)
+    layers = file.stored()
+    settings = SupernetSettings.from_json(file.settings)
+    check_names([*layers, *file.folded, *file.folded.values()], [name for name, _ in float_model.named_modules()], "The model")
+    check_folded(file, float_model, SUPERNET_JSON)
+    kept_float = [name for name, layer in layers.items() if not layer.has_codes]
+    model = prepare(float_model, list(layers), kept_float)
+    for name, layer in layers.items():
+        target = model.get_submodule(name)
+        shape = tuple(weight_rows(target, float_weight(target)).shape)
+        if shape != (layer.rows, layer.columns):
+            raise InvalidFile(
+                f"Layer {name} is {shape[0]} x {shape[1]} in the model; {folder / SUPERNET_JSON} has {layer.rows} x {layer.columns}."
+            )
+        fill_slots(target, *_blank(layer, file.layers[name].per_channel), settings.multiquant)
+    method = prepared_multiquant(model, {name: layer.choices for name, layer in layers.items()}, file.folded, settings, None)
+    numbers, others = leftovers(model, [name for name in layers if name not in kept_float])
+    statistics = statistics_of(model).numel()
+    expected = _expected(layers, [tensor.numel() for tensor in numbers.values()], len(file.subnets), statistics, len(file.edges))
+    expected |= {key: spec_of(tensor) for key, tensor in others.items()}
+    tensors = read_tensors(folder / SUPERNET, expected)
+    parts = split_tensors(layers, {name: tensor.numpy() for name, tensor in tensors.items() if name not in others})
+    check_parts(parts, folder / SUPERNET)
+    with torch.no_grad():
+        for name, part in parts.items():
+            _load(model.get_submodule(name), part)
+        flat = tensors.get("floats", torch.zeros(0)).split([tensor.numel() for tensor in numbers.values()])
+        for target, values in zip(numbers.values(), flat, strict=True):
+            target.copy_(values.view_as(target))
+        for key, target in others.items():
+            target.copy_(tensors[key])
+    rows = tensors.get("statistics", torch.zeros(0)).view(len(file.subnets), statistics)
+    ends = tensors.get("edges", torch.zeros(0)).view(len(file.subnets), len(file.edges), 2)
+    known = [KnownSubnet(Scheme.parse(scheme), row, end) for scheme, row, end in zip(file.subnets, rows, ends, strict=True)]
+    check_state(model, folder / SUPERNET)
+    if not all((gamma > 0).all() for gamma in batchnorm.folded_gammas(method.model, file.folded)):
+        raise InvalidFile(f"{folder / SUPERNET}: a batch norm that folds has a factor of zero or below. Restore it or train again.")
+    folded, _ = batchnorm.fold(float_model, file.folded)
+    costs = CostModel.of(prepare(folded, list(layers), kept_float), list(layers), None, len(file.edges), float_model)
+    costs = replace(costs, layers={name: LayerSize(one.rows, one.columns, one.macs, one.operands) for name, one in file.layers.items()})
+    about = {"model": file.model, "data": file.data, "preprocessing": file.preprocessing}
+    report = read_report(folder) if (folder / REPORT).is_file() else {}
+    supernet = Supernet(float_model, method, settings, file.folded, costs, file.edges, file.task, known, about, report)
+    for one in known:
+        supernet.check_known(one, str(folder / SUPERNET))
+    return supernet
+
+
+def _blank(layer: StoredLayer, per_channel: bool) -> tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:
+    """Scales and ranges of the right shapes, to be overwritten."""
+    scales = {bits: torch.ones(layer.rows if per_channel else 1, 1) for bits in layer.weight_bits if bits}
+    shape = () if layer.operands == 1 else (layer.operands,)
+    return scales, {bits: (torch.ones(shape), torch.zeros(shape)) for bits in layer.activation_bits if bits}
+
+
+def _expected(layers: Mapping[str, StoredLayer], floats: Sequence[int], subnets: int, statistics: int, edges: int) -> dict[str, TensorSpec]:
+    """The shared tensors of the file; those with nothing in them are left out."""
+    shared = layer_specs(layers) | {
+        "floats": TensorSpec("F32", (sum(floats),)),
+        "statistics": TensorSpec("F32", (subnets * statistics,)),
+        "edges": TensorSpec("F32", (subnets * edges * 2,)),
+    }
+    return {name: spec for name, spec in shared.items() if spec.nbytes}
+
+
+def _load(layer: nn.Module, part: LayerTensors) -> None:
+    """Put a layer's stored numbers into its blank slots. Raises InvalidFile where a scale is none."""
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    if part.codes is not None:
+        values = torch.from_numpy(part.codes.astype(np.float32) * part.code_scale[:, None])
+        float_weight(layer).copy_(from_rows(layer, values))
+        scales = torch.from_numpy(np.stack([scale for scale in part.weight_scales.values()]))[:, :, None]
+        weights.load(scales if weights.start.shape[1] > 1 else scales[:, :1])
+    if inputs is not None:
+        scales, zeros = torch.tensor([list(zip(*operands, strict=True)) for operands in part.ranges.values()]).unbind(1)
+        inputs.load(scales.view_as(inputs.start))
+        inputs.offsets.copy_(zeros.view_as(inputs.offsets) / inputs.highest())
+
+
+def load_supernet(folder: str | Path, model: nn.Module | str | None = None) -> Supernet:
+    """The supernet that `train` or `search` saved; `model` as for `load`."""
+    folder = Path(folder)
+    file = read_supernet_file(folder)
+    supernet = read_supernet(folder, float_model_of(folder, file, model, SUPERNET_JSON))
+    if not is_trusted(folder, SUPERNET_JSON):  # what is saved of it is one's own: no stranger's reference goes on into that
+        supernet.about |= {"model": {"reference": absolute(model)} if isinstance(model, str) else {}, "data": {}}
+    return supernet

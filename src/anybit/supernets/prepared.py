@@ -1,0 +1,157 @@
+"""Prepare a supernet: the network with switchable quantizers, its subnets, its stored codes."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from anybit.data.batches import Batch
+from anybit.data.samples import Samples, draw
+from anybit.errors import InvalidInput, InvalidSetting, SchemeMismatch
+from anybit.loops.training import epoch_batches
+from anybit.methods.multiquant import MultiQuant, SwitchableInput, SwitchableWeight
+from anybit.methods.settings import MultiQuantSettings
+from anybit.networks import batchnorm
+from anybit.networks.candidates import activation_candidate, check_finite_samples
+from anybit.networks.capture import input_samples
+from anybit.networks.cost import CostModel
+from anybit.networks.layers import float_weight, from_rows, prepare, quantized_layers, weight_rows
+from anybit.networks.observed import ObservedNetwork, observe_network
+from anybit.networks.options import LayerOptions
+from anybit.networks.refusals import once_a_batch
+from anybit.numerics.quantizers import UniformQuantizer
+from anybit.numerics.ranges import weight_scale
+from anybit.scheme import FLOAT, MAX_BITS, Precision, Scheme
+from anybit.supernets.settings import SupernetSettings
+from anybit.supernets.store import STORE_BITS
+
+
+def held_out_split(samples: Samples, settings: SupernetSettings) -> tuple[Samples, Samples]:
+    """(what is trained on, what the search evaluates on), by the training's seed."""
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(settings.train.seed)).tolist()
+    kept = min(max(1, round(len(samples) * settings.held_out)), len(samples) - 1)
+    return samples.subset(order[kept:]), samples.subset(order[:kept])
+
+
+def bn_batches(samples: Samples, settings: SupernetSettings) -> list[Batch]:
+    """Training inputs for batch-norm statistics, drawn once, augmented as in training; all of them in every process."""
+    if len(samples) < 2:
+        raise InvalidInput(f"{len(samples)} training input(s) are too few for batch-norm statistics. Give at least 2; hundreds work well.")
+    with torch.random.fork_rng(devices=[]):
+        return list(epoch_batches(draw(samples, settings.bn_images, settings.train.seed), settings.train, -1, share=(0, 1)))
+
+
+def observe_supernet(model: nn.Module, example: Batch, settings: SupernetSettings) -> ObservedNetwork:
+    """The float network observed and folded, each layer with the precisions that it is trained for."""
+    pruned = next((pattern for pattern, precision in settings.keep.items() if precision.weight_bits == 0), None)
+    if pruned is not None:
+        raise InvalidSetting(f"--keep {pruned}=W0: a supernet prunes no layer. Keep it at 2 to 8 bits, or float.")
+    return observe_network(model, example, LayerOptions(settings.bits, settings.bits, settings.keep, gradients=True))
+
+
+def make_multiquant(network: ObservedNetwork, plain: Sequence[Batch], settings: SupernetSettings, classes: int | None) -> MultiQuant:
+    """The unfolded network with switchable quantizers in its slots, each bit-width in its range of least squared error."""
+    unfolded = copy.deepcopy(network.float_model)
+    batchnorm.flip_negative(unfolded, network.norms)
+    model = prepare(unfolded, network.names, [name for name, options in network.choices.items() if options[0].weight_bits is None])
+    with once_a_batch(network.folded, network.used_once):
+        samples = input_samples(network.folded, network.used_once, plain, 2**17, settings.train.seed)
+    check_finite_samples(samples)
+    wanted = settings.multiquant
+    for name, layer in quantized_layers(model).items():
+        rows = weight_rows(layer, float_weight(layer)).detach()
+        weights, inputs = bit_widths(network.choices[name])
+        scales = {bits: weight_scale(rows if wanted.per_channel else rows.reshape(1, -1), bits) for bits in weights}
+        starts = {bits: activation_candidate(samples[name], bits, "mse") for bits in inputs}
+        fill_slots(layer, scales, {bits: (start.scale, start.zero_point) for bits, start in starts.items()}, wanted)
+    return prepared_multiquant(model, network.choices, network.norms, settings, classes)
+
+
+def prepared_multiquant(
+    model: nn.Module, choices: Mapping, norms: Mapping[str, str], settings: SupernetSettings, classes: int | None
+) -> MultiQuant:
+    """The method on a network whose slots are filled."""
+    method = MultiQuant(model, choices, settings.multiquant, classes, settings.train.seed)
+    if settings.multiquant.batch_norm == "switch":
+        method.switch_norms(norms)
+    return method
+
+
+def bit_widths(options: Sequence[Precision]) -> tuple[list[int], list[int]]:
+    """Bit-widths of a layer's weights and of its input, ascending; without float."""
+    return sorted({p.weight_bits for p in options if p.weight_bits}), sorted({p.activation_bits for p in options if p.activation_bits})
+
+
+def fill_slots(
+    layer: nn.Module, scales: Mapping[int, Tensor], ranges: Mapping[int, tuple[Tensor, Tensor]], wanted: MultiQuantSettings
+) -> None:
+    """Switchable quantizers in a layer's slots, where there are bits to switch."""
+    layer.weight_quantizer = SwitchableWeight(scales, wanted.step_rates) if scales else None
+    layer.input_quantizer = SwitchableInput(ranges, wanted.step_rates, wanted.offset_rate > 0) if ranges else None
+
+
+def uniform(choices: Mapping[str, Sequence[Precision]], bits: int) -> Scheme:
+    """Every layer at `bits`; kept layers, which have no choice, as they are kept. Raises SchemeMismatch where `bits` was not trained."""
+    chosen = {}
+    for name, options in choices.items():
+        wanted = [p for p in options if p != FLOAT and {p.weight_bits, p.activation_bits} <= {bits, None}]
+        if not wanted and len(options) > 1:
+            there = ", ".join(str(width) for width in bit_widths(options)[0] or bit_widths(options)[1])
+            raise SchemeMismatch(f"{name} was not trained at {bits} bits. Choose from {there}, or train again with those --bits.")
+        chosen[name] = (wanted or list(options))[0]
+    return Scheme(chosen)
+
+
+def bit_distance(one: Scheme, other: Scheme, costs: CostModel) -> float:
+    """Mean difference in bits, of weights and inputs together, over all weights."""
+    total = sum(size.weights for size in costs.layers.values())
+    return sum(
+        costs.layers[name].weights
+        * (
+            abs(one[name].stored_weight_bits - other[name].stored_weight_bits)
+            + abs((one[name].activation_bits or 32) - (other[name].activation_bits or 32))
+        )
+        for name in one
+    ) / (2 * total)
+
+
+# The store
+
+
+@torch.no_grad()
+def to_store(method: MultiQuant) -> dict[str, tuple[Tensor, Tensor]]:
+    """Round the shared weights to the store's 8 bits, in place; layer -> (int8 codes [rows, columns], step [rows, 1]).
+
+    The step is the one trained for 8 bits where there is one, and else holds the largest weight of each row. Trained weights gather at the
+    thresholds of low bit-widths: of the two codes around a weight, the nearest is taken unless the other keeps more of its lower codes.
+    """
+    stored = {}
+    for name, layer in method.layers.items():
+        weights = layer.weight_quantizer
+        if isinstance(weights, SwitchableWeight):
+            rows = weight_rows(layer, float_weight(layer))
+            if MAX_BITS in weights.widths:
+                scale = weights.scales()[weights.widths.index(MAX_BITS)].expand(len(rows), 1)
+            else:
+                scale = weight_scale(rows, STORE_BITS, "minmax")
+            quantizer = UniformQuantizer(STORE_BITS, True, scale)
+            nearest = quantizer.codes(rows)
+            other = (nearest + torch.sign(rows / quantizer.scale - nearest)).clamp(*quantizer.limits)
+            codes = torch.where(
+                _changed_codes(weights, rows, quantizer.values(other)) < _changed_codes(weights, rows, quantizer.values(nearest)),
+                other,
+                nearest,
+            )
+            float_weight(layer).copy_(from_rows(layer, quantizer.values(codes)))
+            stored[name] = (codes.to(torch.int8), quantizer.scale)
+    return stored
+
+
+def _changed_codes(weights: SwitchableWeight, rows: Tensor, rounded: Tensor) -> Tensor:
+    """How many of a weight's codes rounding changes, one of fewer bits counting for more than all of more bits, [rows, columns]."""
+    changed = torch.zeros_like(rows)
+    for bits, scale in zip(weights.widths, weights.scales(), strict=True):
+        quantizer = UniformQuantizer(bits, True, scale.expand(len(rows), 1))
+        changed += (quantizer.codes(rows) != quantizer.codes(rounded)) * 4.0**-bits
+    return changed

@@ -1,0 +1,56 @@
+"""Settings of a supernet. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from anybit.data.options import TASKS
+from anybit.errors import InvalidSetting
+from anybit.loops.settings import TrainSettings
+from anybit.methods.settings import MultiQuantSettings
+from anybit.scheme import BITS, KEEP, Precision
+from anybit.settings import Settings, Text, documented, option
+
+
+def parse_trained_bits(text: str) -> tuple[int | None, ...]:
+    """Bit-widths alone."""
+    bits = BITS.parse(text)
+    if None in bits:
+        raise InvalidSetting("--bits takes bit-widths alone: a float network has no step to train. Keep layers float with --keep.")
+    return bits
+
+
+@documented
+@dataclass(frozen=True)
+class SupernetSettings(Settings):
+    """Every choice of the train-once road."""
+
+    bits: tuple[int, ...] = option(
+        (2, 4, 6, 8), "Bit-widths of weights and inputs, 2..8.", least=2, most=8, text=Text(parse_trained_bits, BITS.write, BITS.example)
+    )
+    keep: Mapping[str, Precision] = option(
+        dict, "PATTERN=W8A8 or PATTERN=float: pin layers; patterns match whole names.", text=KEEP, repeat=True
+    )
+    task: str | None = option(None, "Of the network, where it does not tell.", choices=TASKS)
+    held_out: float = option(
+        0.1, "Share of the training data that is left to the search.", above=0, below=1, why="the search evaluates on that share"
+    )
+    bn_images: int = option(
+        4096, "Training inputs that batch-norm statistics are estimated from, augmented as in training.",
+        least=2, why="fewer are too few for statistics, and hundreds work well",
+    )  # fmt: skip
+    multiquant: MultiQuantSettings = field(default_factory=MultiQuantSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    @classmethod
+    def of(cls, **settings: Any) -> Self:
+        weight = settings.get("label_weight", MultiQuantSettings.label_weight)
+        if settings.get("label", MultiQuantSettings.label) == "one-hot" and weight != MultiQuantSettings.label_weight:
+            raise InvalidSetting(f"label_weight {weight} has no part in one-hot labels. Choose label adaptive or teacher, or leave it out.")
+        return super().of(**settings)
+
+    def check(self) -> None:
+        if len(set(self.bits)) < len(self.bits) or len(self.bits) < 2:
+            raise InvalidSetting(f"bits {', '.join(map(str, self.bits))}: give at least two bit-widths, each once.")
+        if self.multiquant.batch_norm == "switch" and self.train.compile:
+            raise InvalidSetting("A batch norm for each bit-width cannot be compiled: every scheme would be compiled anew. Leave off one.")

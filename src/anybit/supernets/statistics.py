@@ -1,0 +1,45 @@
+"""Batch-norm statistics of subnets."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from anybit.methods.multiquant import SwitchableNorm
+from anybit.networks.wiring import BATCH_NORMS
+from anybit.scheme import Scheme
+
+# Batch norm
+
+
+def active_norms(model: nn.Module) -> list[nn.Module]:
+    """The batch norms that the network at hand computes with, in order of definition."""
+    idle = {
+        id(norm) for module in model.modules() if isinstance(module, SwitchableNorm) for norm in module.norms if norm is not module.chosen()
+    }
+    return [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None and id(m) not in idle]
+
+
+def statistics_of(model: nn.Module) -> Tensor:
+    """Means and variances of all active batch norms, one after another, [numbers]."""
+    parts = [part for norm in active_norms(model) for part in (norm.running_mean, norm.running_var)]
+    return torch.cat(parts).clone() if parts else torch.zeros(0)
+
+
+@torch.no_grad()
+def set_statistics(model: nn.Module, statistics: Tensor) -> None:
+    """Put back what `statistics_of` read."""
+    at = 0
+    for norm in active_norms(model):
+        for part in (norm.running_mean, norm.running_var):
+            part.copy_(statistics[at : at + part.numel()])
+            at += part.numel()
+
+
+@dataclass(frozen=True)
+class KnownSubnet:
+    """A subnet whose batch-norm statistics and edge ranges are kept: statistics [numbers], edges [edges, 2]."""
+
+    scheme: Scheme
+    statistics: Tensor
+    edges: Tensor

@@ -1,0 +1,385 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from commands import FAST, anybit_cli, one_json_object
+from networks import Chain, make, pictures
+
+import anybit
+from anybit.budget import parse_size
+from anybit.cli.app import app
+from anybit.roads.settings import CalibrateSettings
+
+TESTS = Path(__file__).parent.parent
+
+
+def calibrate(*more: str, model: str = "m.py:net", data: str = "x.npz", output: str = "run"):
+    return anybit_cli("calibrate", "--model", model, "--data", data, "--output", output, *FAST, *more)
+
+
+def test_the_main_job_writes_a_run_that_loads_by_itself(here):
+    done = calibrate("--budget", "6bit", "--test", "x.npz")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(Path("run/report.json").read_text())
+    assert report["result"]["bytes"] == Path("run/model.safetensors").stat().st_size and report["result"]["weight_bits"] <= 6
+    assert done.stdout.splitlines()[-1].startswith("run: ") and "test top-1" in done.stdout
+    certificate = json.loads(Path("run/scheme.json").read_text())["certificate"]
+    assert set(certificate) == {"solver", "objective", "value", "bound", "gap", "predicted_loss", "seed", "chosen"}
+    assert certificate["seed"] == 0 and certificate["predicted_loss"] == pytest.approx(certificate["value"])
+    model = anybit.load("run")
+    scores = anybit_cli("evaluate", "run", "--data", "x.npz", "--json")
+    assert one_json_object(scores.stdout)["top1"] == pytest.approx(report["test"]["top1"])
+    assert model.scheme.keys() == {"conv1", "conv2", "fc"}
+
+
+def test_a_run_is_followed_from_another_working_folder(here, monkeypatch):
+    assert calibrate("--budget", "6bit").exit_code == 0
+    monkeypatch.chdir("/")
+    assert anybit.load(here / "run").scheme
+    assert anybit_cli("allocate", str(here / "run"), "--budget", "5bit", "--output", str(here / "second"), "--quiet").exit_code == 0
+
+
+def test_the_command_and_the_function_do_the_same(here):
+    assert calibrate("--budget", "6bit", "--keep", "fc=W8A8", "--seed", "3").exit_code == 0
+    settings = {"pipeline": "light", "weight_bits": (4, 8), "activation_bits": (8,), "samples": 24}
+    keep = {"fc": anybit.Precision(8, 8)}
+    anybit.calibrate("m.py:net", "x.npz", "6bit", keep=keep, seed=3, **settings).save("twin")
+    for name in ("model.safetensors", "scheme.json"):
+        assert Path("run", name).read_bytes() == Path("twin", name).read_bytes()
+    assert json.loads(Path("twin/scheme.json").read_text())["model"]["reference"] == f"{here / 'm.py'}:net"
+
+
+def test_a_run_of_the_function_is_followed_from_another_working_folder(here, monkeypatch):
+    torch.save(make(Chain, seed=5).state_dict(), "w.pt")
+    result = anybit.calibrate("m.py:net", "x.npz", None, weights="w.pt", pipeline="light", samples=24)
+    result.save("run")
+    monkeypatch.chdir("/")
+    assert torch.equal(anybit.load(here / "run")(pictures(2)), result.model(pictures(2)))
+    assert anybit.allocate(here / "run", "5bit").scheme
+
+
+def test_weights_beside_a_network_are_refused(here):
+    with pytest.raises(anybit.InvalidSetting, match=r"w\.pt"):
+        anybit.calibrate(make(Chain), "x.npz", None, weights="w.pt")
+
+
+def test_json_is_one_object_on_stdout_alone(here):
+    objects = {
+        "calibrate": calibrate("--budget", "6bit", "--json"),
+        "allocate": anybit_cli("allocate", "run", "--budget", "5bit", "--output", "second", "--json"),
+        "evaluate": anybit_cli("evaluate", "run", "--data", "x.npz", "--json"),
+        "evaluate float": anybit_cli("evaluate", "--model", "m.py:net", "--data", "x.npz", "--json"),
+        "inspect": anybit_cli("inspect", "--model", "m.py:net", "--data", "x.npz", "--json"),
+    }
+    for verb, done in objects.items():
+        assert done.exit_code == 0, (verb, done.stderr)
+        one_json_object(done.stdout)
+    assert one_json_object(objects["evaluate float"].stdout)["top1"] == 100.0
+    assert set(one_json_object(objects["inspect"].stdout)["layers"]) == {"conv1", "conv2", "fc"}
+
+
+def test_json_of_several_budgets_is_one_object(here):
+    done = calibrate("--budget", "5bit", "--budget", "6bit", "--json")
+    assert done.exit_code == 0, done.stderr
+    summary = one_json_object(done.stdout)
+    assert list(summary) == ["runs"]
+    assert [(one["folder"], one["budget"]) for one in summary["runs"]] == [("run/5bit", "5bit"), ("run/6bit", "6bit")]
+    for one in summary["runs"]:
+        assert one["result"]["bytes"] == Path(one["folder"], "model.safetensors").stat().st_size
+    assert {path.name for path in Path("run").iterdir()} == {"5bit", "6bit", "report.json", "report.html"}
+    assert anybit.load("run/5bit").scheme
+
+
+def test_several_runs_are_reported_on_one_page(here):
+    assert calibrate("--budget", "5bit").exit_code == 0
+    assert anybit_cli("allocate", "run", "--budget", "4bit", "--output", "second", "--quiet").exit_code == 0
+    done = anybit_cli("report", "run", "second", "--output", "both.html")
+    assert done.exit_code == 0 and done.stdout == "both.html\n", done.stderr
+    page = Path("both.html").read_text(encoding="utf8")
+    assert "2 runs side by side" in page and page.count('type="range" id=') == 1
+    for arguments, said in ((["run"], "--overwrite"), (["run", "m.py", "--overwrite"], "m.py/report.json is not there")):
+        again = anybit_cli("report", *arguments, "--output", "both.html")
+        assert again.exit_code == 2 and said in again.stderr and again.stderr.count("\n") == 1
+    assert Path("both.html").read_text(encoding="utf8") == page
+
+
+def test_quiet_prints_the_result_alone(here):
+    done = calibrate("--budget", "6bit", "--quiet")
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 1
+    done = calibrate("--budget", "6bit", "--budget", "5bit", "--quiet", "--overwrite")
+    assert done.stderr == "" and [line.split(":")[0] for line in done.stdout.splitlines()] == ["run/6bit", "run/5bit"]
+
+
+def test_allocate_takes_the_common_options(here):
+    assert calibrate("--budget", "6bit").exit_code == 0
+    common = ["--device", "cpu", "--batch-size", "5", "--memory", "1MiB", "--metric", "m.py:ones", "--threads", "1"]
+    done = anybit_cli("allocate", "run", "--budget", "drop=0.1%", "--output", "second", "--json", *common)
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(Path("second/report.json").read_text())
+    assert (report["settings"]["batch_size"], report["settings"]["memory"]) == (5, 2**20)
+    assert report["result"]["weight_bits"] < 4.1 and all(row["metric"] == 1.0 for row in report["ladder"])
+    third = anybit_cli("allocate", "second", "--budget", "6bit", "--output", "third", "--json")  # the run's own settings again
+    assert json.loads(Path("third/report.json").read_text())["settings"]["batch_size"] == CalibrateSettings().batch_size, third.stderr
+
+
+def test_inspect_takes_the_common_options(here):
+    whole = anybit_cli("inspect", "--model", "m.py:net", "--data", "x.npz", "--threads", "1")
+    quiet = anybit_cli("inspect", "--model", "m.py:net", "--data", "x.npz", "--quiet")
+    assert "conv2" in whole.stdout and "conv2" not in quiet.stdout and quiet.stderr == ""
+    assert quiet.stdout.strip() and whole.stdout.endswith(quiet.stdout)
+
+
+def test_a_network_without_gradients_is_refused_only_where_they_are_needed(here):
+    refused = calibrate("--pipeline", "advanced", model="m.py:without_gradients")
+    assert refused.exit_code == 2 and "gradient" in refused.stderr and not Path("run").exists()
+    assert calibrate("--budget", "6bit", model="m.py:without_gradients").exit_code == 0
+    for verb, *more in (["inspect"], ["inspect", "--data", "x.npz"], ["profile", "--data", "x.npz", "--rounds", "1"]):
+        done = anybit_cli(verb, "--model", "m.py:without_gradients", *more, "--json")
+        assert done.exit_code == 0, done.stderr
+        assert set(one_json_object(done.stdout)["layers"]) == {"conv1", "conv2", "fc"}
+
+
+def test_inspect_without_data_says_what_needs_them(here):
+    seen = anybit_cli("inspect", "--model", "m.py:net", "--data", "x.npz")
+    unseen = anybit_cli("inspect", "--model", "m.py:net")
+    assert unseen.exit_code == 0, unseen.stderr
+    for text in ("conv2", "8x8x3x3", "W4", "% of float"):
+        assert text in seen.stdout and text in unseen.stdout
+    assert "3x8x8" in seen.stdout and "BOPs" in seen.stdout.split("Whole network")[1]
+    assert [line for line in unseen.stdout.splitlines() if "--data" in line] == unseen.stdout.splitlines()[-1:]
+    assert one_json_object(anybit_cli("inspect", "--model", "m.py:net", "--json").stdout)["layers"]["fc"]["input"] is None
+
+
+def test_every_default_is_told_by_help():
+    for verb in ("calibrate", "allocate", "evaluate", "inspect"):
+        done = anybit_cli(verb, "--help")
+        assert done.exit_code == 0 and "--model" in done.stdout
+    assert all(default in anybit_cli("calibrate", "--help").stdout for default in ("2,3,4,6,8", "4,6,8", "1024", "advanced", "2GiB"))
+
+
+def test_a_finished_run_is_refused_without_overwrite(here):
+    assert calibrate("--budget", "6bit").exit_code == 0
+    before = Path("run/scheme.json").read_bytes()
+    refused = calibrate("--budget", "5bit")
+    assert refused.exit_code == 2 and "--overwrite" in refused.stderr and Path("run/scheme.json").read_bytes() == before
+    assert calibrate("--budget", "5bit", "--overwrite").exit_code == 0
+    assert Path("run/scheme.json").read_bytes() != before
+
+
+def test_a_metric_of_the_users_own_is_reported(here):
+    done = anybit_cli("evaluate", "--model", "m.py:net", "--data", "x.npz", "--metric", "m.py:ones", "--json")
+    assert one_json_object(done.stdout)["ones"] == 1.0
+
+
+def test_a_metric_of_the_users_own_decides_what_a_drop_is(here):
+    done = calibrate("--budget", "drop=0.1%", "--metric", "m.py:ones", "--json")  # all that it counts is nothing: the smallest will do
+    assert done.exit_code == 0, done.stderr
+    assert one_json_object(done.stdout)["result"]["weight_bits"] < 4.1
+    assert calibrate("--budget", "drop=0.1%", "--metric", "m.py:fewer", "--overwrite").exit_code == 2
+
+
+# arguments -> what the one line on stderr must say
+BAD = {
+    "nan weight": (["--model", "m.py:nan"], r"conv2.weight"),
+    "infinite activation": (["--model", "m.py:hot"], "conv2"),
+    "nan input": (["--data", "nan.npz"], "NaN or infinity"),
+    "no input": (["--data", "empty.npz"], "empty"),
+    "one input": (["--data", "one.npz"], "at least 2"),
+    "wrong shape": (["--data", "wide.npz"], "(2, 4, 8, 8)"),
+    "wrong rank": (["--data", "vectors.npz"], "(2, 4)"),
+    "budget below the minimum": (["--budget", "1bit"], "raise the budget to"),
+    "bytes below the minimum": (["--budget", "100B"], "bind"),
+    "budget above float": (["--budget", "33bit"], "above the float"),
+    "bytes above float": (["--budget", "1GB"], "above the float"),
+    "budget grammar": (["--budget", "four bits"], "four bits"),
+    "budget of nothing": (["--budget", "0bit"], "above zero"),
+    "one bit": (["--weight-bits", "1,4"], "outside 2..8"),
+    "nine bits": (["--activation-bits", "9"], "outside 2..8"),
+    "bits grammar": (["--weight-bits", "four"], "--weight-bits"),
+    "no bits": (["--weight-bits", ""], "--weight-bits"),
+    "float weights": (["--weight-bits", "float"], "outside 2..8"),
+    "no layer": (["--model", "m.py:hollow"], "no layer to quantize"),
+    "called twice": (["--model", "m.py:twice", "--data", "vectors.npz"], "--keep 'again=float'"),
+    "shared weight": (["--model", "m.py:shared", "--data", "vectors.npz"], "left=float"),
+    "other weights": (["--weights", "other.pt"], "conv1.weight"),
+    "broken weights": (["--weights", "broken.pt"], "broken.pt"),
+    "no weights file": (["--weights", "nowhere.pt"], "nowhere.pt"),
+    "no model": (["--model", "m.py:nets"], "nets"),
+    "no script": (["--model", "n.py:net"], "n.py"),
+    "no data": (["--data", "nowhere.npz"], "nowhere.npz"),
+    "keep nothing": (["--keep", "cnv*=W8A8"], "cnv*"),
+    "keep grammar": (["--keep", "fc"], "fc"),
+    "keep precision": (["--keep", "fc=W1"], "outside 2..8"),
+    "unknown block": (["--block", "b1"], "b1"),
+    "batch size": (["--batch-size", "0"], "batch"),
+    "workers": (["--workers", "-1"], "workers"),
+    "threads": (["--threads", "0"], "--threads"),
+    "held out": (["--held-out", "1.5"], "held"),
+    "memory": (["--memory", "lots"], "lots"),
+    "task": (["--task", "poetry"], "poetry"),
+    "prior": (["--bn-prior", "1.5"], "prior"),
+    "sensitivity base": (["--sensitivity-base", "W9A8"], "9"),
+    "mean": (["--mean", "a,b"], "--mean"),
+    "mean of other channels": (["--mean", "0.1,0.2"], "3 channels"),
+    "mean of vectors": (["--data", "vectors.npz", "--mean", "0.1"], "pictures"),
+    "labels of other classes": (["--data", "labels.npz"], "5 classes"),
+    "size of arrays": (["--size", "8"], "--size"),
+    "unlabelled drop": (["--data", "unlabelled.npz", "--budget", "drop=1%"], "label"),
+    "unlabelled test": (["--test", "unlabelled.npz"], "label"),
+    "test of another shape": (["--test", "wide.npz"], "8, 8"),
+    "test with other classes": (["--test", "labels.npz"], "5 classes"),
+    "latency without a table": (["--budget", "latency=3ms"], "latency"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_status_2_and_one_line(case, here):
+    arguments, message = BAD[case]
+    torch.save(torch.nn.Linear(2, 2).state_dict(), "other.pt")
+    Path("broken.pt").write_bytes(b"garbage")
+    before = sorted(os.listdir())
+    done = calibrate("--quiet", *arguments)
+    assert done.exit_code == 2, done.exception
+    assert done.stdout == "" and done.stderr.startswith("anybit: ") and len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "run", "--data", "wide.npz"], "8, 8"),
+        (["evaluate", "run", "--data", "unlabelled.npz"], "label"),
+        (["evaluate", "run", "--data", "empty.npz"], "empty"),
+        (["evaluate", "run"], "--data"),
+        (["evaluate", "--data", "x.npz"], "--model"),
+        (["evaluate", "nowhere", "--data", "x.npz"], "nowhere"),
+        (["evaluate", "--model", "m.py:net", "--data", "labels.npz"], "5 classes"),
+        (["allocate", "run", "--output", "second"], "--budget"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--device", "abacus"], "--device abacus"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--batch-size", "0"], "batch_size 0"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--memory", "lots"], "lots"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--metric", "m.py:net", "--data", "unlabelled.npz"], "labels"),
+        (["inspect", "--model", "m.py:net", "--data", "x.npz", "--threads", "0"], "--threads"),
+        (["allocate", "run", "--output", "second", "--budget", "1bit"], "bind"),
+        (["allocate", "nowhere", "--output", "second", "--budget", "5bit"], "nowhere"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--model", "m.py:residual"], "conv1"),
+        (["inspect"], "--model"),
+        (["inspect", "--model", "m.py:hollow"], "no layer"),
+        (["inspect", "--model", "m.py:net", "--data", "wide.npz"], "8, 8"),
+        (["inspect", "--model", "m.py:net", "--data", "empty.npz"], "empty"),
+        (["inspect", "--model", "m.py:hollow", "--data", "x.npz"], "no layer"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_of_the_other_verbs_ends_with_status_2_and_one_line(arguments, message, here):
+    assert calibrate("--budget", "6bit").exit_code == 0
+    before = sorted(os.listdir())
+    done = anybit_cli(*arguments)
+    assert done.exit_code == 2, done.exception
+    said = [line for line in done.stderr.splitlines() if line.startswith("anybit: ")]
+    assert len(said) == 1 and done.stderr.splitlines()[-1] == said[0] and message in said[0]
+    assert sorted(os.listdir()) == before
+
+
+def test_an_unlabelled_test_set_is_refused_before_any_long_work(here, monkeypatch):
+    pass
+
+    monkeypatch.setattr("anybit.roads.calibrate.range_candidates", lambda *given: pytest.fail("long work has begun"))
+    assert calibrate("--quiet", "--test", "unlabelled.npz").exit_code == 2
+
+
+def test_an_error_steers_no_terminal(here):
+    Path("run\x1b[2J").mkdir()
+    done = anybit_cli("evaluate", "run\x1b[2J", "--data", "x.npz")
+    assert done.exit_code == 2 and r"run\x1b[2J" in done.stderr and done.stderr.rstrip("\n").isprintable()
+
+
+def test_an_interruption_ends_with_status_130_and_leaves_nothing(here, monkeypatch):
+    pass
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("anybit.roads.calibrate.observe_edge_ranges", interrupted)
+    done = calibrate("--budget", "6bit")
+    assert done.exit_code == 130 and "Traceback" not in done.stderr and not Path("run").exists()
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_importing_anybit_imports_no_torch():
+    code = "import sys, anybit; dir(anybit); print([name for name in ('torch', 'numpy', 'scipy') if name in sys.modules])"
+    assert run_python(code).stdout == "[]\n"
+
+
+def test_help_needs_no_torch():
+    code = """
+import sys
+sys.modules["torch"] = None
+from anybit.cli.app import main
+sys.argv = ["anybit", "calibrate", "--help"]
+main()
+"""
+    done = run_python(code)
+    assert done.returncode == 0 and "--budget" in done.stdout, done.stderr
+
+
+def test_the_shell_sees_the_status():
+    done = subprocess.run(
+        [sys.executable, "-m", "anybit", "evaluate", "nowhere", "--data", "x"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("anybit: ") and "Traceback" not in done.stderr
+
+
+def test_a_warning_is_one_line(here):
+    Path("state").write_text("in the way")
+    arguments = ["calibrate", "--model", "m.py:net", "--data", "x.npz", "--output", "run", "--quiet", *FAST]
+    done = subprocess.run(
+        [sys.executable, "-m", "anybit", *arguments],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "XDG_STATE_HOME": "state"},
+    )  # fmt: skip
+    assert done.returncode == 0 and Path("run/scheme.json").is_file() and len(done.stdout.splitlines()) == 1
+    assert done.stderr.startswith("warning: run is not listed") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", anybit.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(anybit, name) is not None and name in dir(anybit)
+
+
+def test_all_errors_have_one_root():
+    for name in (
+        "InvalidSetting",
+        "InvalidInput",
+        "InvalidFile",
+        "UnsupportedModel",
+        "SchemeMismatch",
+        "InfeasibleBudget",
+        "MissingPackage",
+    ):
+        assert issubclass(getattr(anybit, name), anybit.AnybitError) and issubclass(anybit.AnybitError, ValueError)
+
+
+def test_the_defaults_of_the_command_line_are_those_of_the_settings():
+    options = {option.name: option.default for option in typer.main.get_command(app).commands["calibrate"].params}
+    defaults = CalibrateSettings()
+    written = {
+        "weight_bits": ",".join(map(str, defaults.weight_bits)),
+        "activation_bits": ",".join(map(str, defaults.activation_bits)),
+        "sensitivity_base": str(defaults.sensitivity_base),
+        "memory": "2GiB",
+    }
+    assert parse_size("2GiB") == defaults.memory
+    for field in dataclasses.fields(CalibrateSettings):
+        if field.name in options and field.name != "keep":
+            assert options[field.name] == written.get(field.name, getattr(defaults, field.name)), field.name
+    assert {field.name for field in dataclasses.fields(CalibrateSettings)} <= set(options)

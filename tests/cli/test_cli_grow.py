@@ -1,0 +1,145 @@
+"""`anybit grow` as a user types it."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from commands import SCRIPT, anybit_cli, one_json_object
+from networks import Residual, make, pictures
+
+import anybit
+from anybit.cli.app import app
+from anybit.loops.settings import TrainSettings
+from anybit.methods.settings import CSQSettings
+from anybit.roads.settings import GrowSettings
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with a model script and labelled arrays."""
+    monkeypatch.chdir(tmp_path)
+    Path("m.py").write_text(SCRIPT)
+    x = pictures(32)
+    with torch.no_grad():
+        y = make(Residual)(x).argmax(1).numpy()
+    np.savez("x.npz", x=x.numpy(), y=y)
+    np.savez("unlabelled.npz", x=x.numpy())
+    np.savez("empty.npz", x=x.numpy()[:0], y=y[:0])
+    np.savez("nan.npz", x=np.full_like(x.numpy(), np.nan), y=y)
+    return tmp_path
+
+
+def grow(*more: str, output: str = "run", train: str = "x.npz"):
+    fixed = ["--model", "m.py:residual", "--train", train, "--output", output, "--epochs", "2", "--batch-size", "16"]
+    return anybit_cli("grow", *fixed, *more)
+
+
+def test_a_network_grows_and_loads_by_itself(here):
+    done = grow("--budget", "3bit", "--test", "x.npz", "--activation-bits", "4")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(Path("run/report.json").read_text())
+    assert report["result"]["weight_bits"] <= 3 and report["result"]["bytes"] == Path("run/model.safetensors").stat().st_size
+    assert sorted(os.listdir("run")) == ["model.safetensors", "report.html", "report.json", "scheme.json"]
+    certificate = json.loads(Path("run/scheme.json").read_text())["certificate"]
+    assert certificate["objective"] == "likeliest planes" and certificate["bound"] <= certificate["value"]
+    assert "Bits of each layer" in done.stdout and done.stdout.splitlines()[-1].startswith("run: ")
+    told = [line for line in done.stderr.splitlines() if line.startswith("epoch ")]
+    assert len(told) == 2 and all("frozen top1" in line and "bits" in line and "temperature" in line for line in told)
+    scores = anybit_cli("evaluate", "run", "--data", "x.npz", "--json")
+    assert one_json_object(scores.stdout)["top1"] == pytest.approx(report["test"]["top1"])
+    assert {precision.activation_bits for precision in anybit.load("run").scheme.values()} == {4}
+
+
+def test_a_runs_scheme_is_trained(here):
+    assert grow("--budget", "3bit", output="first").exit_code == 0
+    assert grow("--scheme", "first", "--quiet", output="second").exit_code == 0
+    assert anybit.load("first").scheme == anybit.load("second").scheme
+
+
+def test_json_is_one_object_on_stdout_alone(here):
+    done = grow("--budget", "3bit", "--json")
+    assert one_json_object(done.stdout)["result"]["weight_bits"] <= 3 and not done.stderr
+
+
+def test_an_interrupted_training_continues_and_refuses_other_settings(here, monkeypatch):
+    from anybit.loops.checkpoint import save_checkpoint
+
+    assert grow("--budget", "3bit", output="whole").exit_code == 0
+    save = save_checkpoint
+
+    def interrupted(*given):
+        save(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("anybit.loops.training.save_checkpoint", interrupted)
+        assert grow("--budget", "3bit").exit_code == 130
+    assert os.listdir("run") == ["checkpoint.safetensors"]
+    other = grow("--budget", "4bit")
+    assert other.exit_code == 2 and "3bit" in other.stderr and "4bit" in other.stderr
+    calibrating = anybit_cli("calibrate", "--model", "m.py:residual", "--data", "x.npz", "--output", "run")
+    assert calibrating.exit_code == 2 and "unfinished training" in calibrating.stderr
+    assert grow("--budget", "3bit").exit_code == 0
+    assert Path("run/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    assert sorted(os.listdir("run")) == ["model.safetensors", "report.html", "report.json", "scheme.json"]
+    finished = grow("--budget", "3bit")
+    assert finished.exit_code == 2 and "--overwrite" in finished.stderr
+
+
+def test_test_data_may_come_in_when_a_training_is_continued(here, monkeypatch):
+    from anybit.loops.checkpoint import save_checkpoint
+
+    save = save_checkpoint
+    with monkeypatch.context() as patched:
+        patched.setattr("anybit.loops.training.save_checkpoint", lambda *given: [save(*given), (_ for _ in ()).throw(KeyboardInterrupt)])
+        assert grow("--budget", "3bit").exit_code == 130
+    done = grow("--budget", "3bit", "--test", "x.npz")
+    assert done.exit_code == 0, done.exception
+    assert "frozen top1" in done.stdout and "frozen" not in json.loads(Path("run/report.json").read_text())["epochs"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "1bit"], "bind"),
+        (["--budget", "9bit"], "all planes need"),
+        (["--budget", "bops=1M"], "bits or bytes"),
+        ([], "--budget"),
+        (["--budget", "3bit", "--scheme", "m.py"], "not both"),
+        (["--scheme", "nowhere"], "nowhere"),
+        (["--budget", "3bit", "--activation-bits", "9"], "outside 2..8"),
+        (["--budget", "3bit", "--activation-bits", "4,8"], "one number"),
+        (["--budget", "3bit", "--planes", "8"], "1..7"),
+        (["--budget", "3bit", "--epochs", "0"], "at least 1"),
+        (["--budget", "3bit", "--augment", "twirl"], "twirl"),
+        (["--budget", "3bit", "--phase", "none"], "restart, rewind or continue"),
+        (["--budget", "3bit", "--keep", "nothing=W8A8"], "matches no"),
+        (["--budget", "3bit", "--train", "empty.npz"], "empty"),
+        (["--budget", "3bit", "--train", "unlabelled.npz"], "--distill"),
+        (["--budget", "3bit", "--train", "nan.npz"], "NaN"),
+        (["--budget", "3bit", "--test", "unlabelled.npz"], "labels"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_ends_with_status_2_and_one_line(arguments, message, here):
+    before = sorted(os.listdir())
+    done = grow(*arguments)
+    assert done.exit_code == 2, done.exception
+    said = [line for line in done.stderr.splitlines() if line.startswith("anybit: ")]
+    assert len(said) == 1 and message in said[0], done.stderr
+    assert sorted(os.listdir()) == before
+
+
+def test_the_defaults_of_the_command_line_are_those_of_the_settings():
+    options = {option.name: option.default for option in typer.main.get_command(app).commands["grow"].params}
+    told = {"activation_bits": str(GrowSettings().activation_bits), "keep": None, "task": None}
+    for kind in (CSQSettings, TrainSettings, GrowSettings):
+        for field in dataclasses.fields(kind):
+            name = field.name
+            if name in options and field.name != "train":  # that is the data
+                assert options[name] == told.get(field.name, getattr(kind(), field.name)), field.name

@@ -1,0 +1,64 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = """
+import os, signal, sys
+import anybit.cli.app
+from anybit.__main__ import main
+
+def swallowed():  # as extension modules do that are interrupted while they are imported
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        pass
+    raise RuntimeError("half imported")
+
+def twice():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+
+def failing():
+    raise RuntimeError("a bug")
+
+def leaving():
+    sys.exit(2)
+
+anybit.cli.app.main = globals()[sys.argv[1]]
+main()
+"""
+
+
+@pytest.mark.parametrize("what", ["swallowed", "twice"])
+def test_ctrl_c_ends_with_130_wherever_it_comes(what):
+    done = subprocess.run([sys.executable, "-c", COMMAND, what], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "anybit: interrupted\n")
+
+
+@pytest.mark.parametrize(("what", "status"), [("failing", 1), ("leaving", 2)])
+def test_other_ends_are_their_own(what, status):
+    done = subprocess.run([sys.executable, "-c", COMMAND, what], capture_output=True, text=True)
+    assert done.returncode == status and ("a bug" in done.stderr) == (what == "failing") and "interrupted" not in done.stderr
+
+
+def test_where_ctrl_c_is_ignored_it_stays_so():
+    ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + COMMAND
+    done = subprocess.run([sys.executable, "-c", ignoring, "twice"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_an_output_that_is_full_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "anybit", "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("anybit: the output cannot be written") and done.stderr.count("\n") == 1
+
+
+def test_a_name_that_the_system_does_not_take_is_one_line():
+    command = [sys.executable, "-m", "anybit", "extract", "x" * 300, "--budget", "3bit", "--output", "y"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "too long" in done.stderr and "shorter" in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,355 @@
+"""Folders in the format compressed-tensors: packed as the format says, and loaded by transformers to what was evaluated."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import anybit_cli
+from hypothesis import given
+from hypothesis import strategies as st
+from language import folder, make, sentences, write_tsv
+from networks import Residual
+from safetensors.torch import load_file, save_file
+
+import anybit
+from anybit.data.tasks import outputs_of
+from anybit.errors import AnybitError, InvalidFile, InvalidSetting, UnsupportedModel
+from anybit.exports.compressed_tensors import CONFIG, _made, _write, export_folder, pack_words, packed, verify_folder
+from anybit.networks.layers import Pruned, codes_of, fill, quantized_layers
+from anybit.runs.opened import opened
+from anybit.sources.huggingface.folder import loaded_folder, own_network
+from anybit.sources.inputs import load_data
+from anybit.sources.models import load_model
+from anybit.sources.preprocessing import Preprocessing
+
+FAMILIES = ("bert", "bert embedding", "llama", "gpt2", "vit")
+FLOAT_PRODUCTS = {"*scores": "float", "*mixture": "float"}
+
+
+def run_of(kind, path, **how):
+    """(run folder, network, data) of a quick calibration."""
+    if kind == "vit":
+        make(kind).save_pretrained(path / "net")
+        data = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    else:
+        folder(kind, path / "net")
+        (path / "texts.tsv").write_text("\n".join(["sentence", *sentences(24)]) + "\n")
+        if kind == "bert":
+            write_tsv(path / "texts.tsv", 24)
+    model = load_model(f"hf:{path / 'net'}")
+    if kind != "vit":
+        data = load_data(str(path / "texts.tsv"), Preprocessing(), model=model)
+    settings = {"budget": "4bit", "weight_bits": (2, 3, 5, 8), "activation_bits": (None,), "samples": 24, "batch_size": 8, **how}
+    result = anybit.calibrate(model, data, pipeline="light", cache=False, **settings)
+    return result.save(path / "run"), model, data
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A run of mixed bits with quantized inputs, and its folder."""
+    path = tmp_path_factory.mktemp("bert")
+    run, model, data = run_of("bert", path, activation_bits=(4, 8), keep=FLOAT_PRODUCTS)
+    export_folder(run, path / "out", model=model)
+    return run, model, data, path / "out"
+
+
+@pytest.fixture
+def copied(bert, tmp_path):
+    """The same with a folder that a test may change."""
+    run, model, data, out = bert
+    return run, model, data, Path(shutil.copytree(out, tmp_path / "out"))
+
+
+# The format
+
+
+def unpack_words(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """The inverse of `pack_words`: int8 [rows, columns], by the format's own words: 32 codes in `bits` words."""
+    stream = np.unpackbits(np.ascontiguousarray(words, "<i4").view(np.uint8), axis=1, count=columns * bits, bitorder="little")
+    fields = np.packbits(stream.reshape(len(words), columns, bits), axis=2, bitorder="little")[:, :, 0]
+    return (fields.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
+
+
+@given(st.data())
+def test_words_hold_each_rows_codes_as_one_stream_of_bits(data):
+    bits, rows, columns = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 70))
+    numbers = st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    codes = np.array(data.draw(st.lists(numbers, min_size=rows * columns, max_size=rows * columns)), np.int8).reshape(rows, columns)
+    words = pack_words(codes, bits)
+    assert words.dtype == np.int32 and words.shape == (rows, -(-columns * bits // 32))
+    for row, held in zip(codes, words, strict=True):
+        stream = sum(int(word) % 2**32 << 32 * number for number, word in enumerate(held))
+        assert [(stream >> bits * i) % 2**bits - 2 ** (bits - 1) for i in range(columns)] == row.tolist()
+        assert stream >> bits * columns == 0
+    assert np.array_equal(unpack_words(words, bits, columns), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_formats_own_library_packs_the_same_words(bits):
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, 45), dtype=torch.int8, generator=torch.Generator().manual_seed(bits))
+    assert np.array_equal(pack_words(codes.numpy(), bits), helpers.pack_to_int32(codes, bits).numpy())
+
+
+def test_the_folder_holds_the_runs_own_codes_and_scales(bert):
+    run, model, _, out = bert
+    tensors = load_file(out / "model.safetensors")
+    quantized = quantized_layers(canonical_of(run, model))
+    groups = json.loads((out / CONFIG).read_text())["quantization_config"]["config_groups"].values()
+    told = {name: group for group in groups for name in group["targets"]}
+    assert {"bert.encoder.layer.0.output.dense", "classifier"} < set(told) and len({row["weights"]["num_bits"] for row in groups}) > 1
+    for name, group in told.items():
+        layer = quantized[name]
+        assert group["weights"]["num_bits"] == layer.weight_quantizer.bits
+        assert group["input_activations"]["num_bits"] == layer.input_quantizer.bits
+        shape = tensors[f"{name}.weight_shape"].tolist()
+        codes = unpack_words(tensors[f"{name}.weight_packed"].numpy(), layer.weight_quantizer.bits, shape[1])
+        assert np.array_equal(codes, codes_of(layer).numpy()) and f"{name}.weight" not in tensors
+
+
+# What transformers makes of it
+
+
+@pytest.mark.parametrize("embeddings", [False, True], ids=["", "packed embeddings"])
+@pytest.mark.parametrize("how", [{}, {"group": 8, "weight_bits": (3,), "budget": None}], ids=["mixed", "groups"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_transformers_computes_what_was_evaluated(kind, how, embeddings, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    run, model, data = run_of(kind, tmp_path, **how)
+    told = export_folder(run, tmp_path / "out", model=model, embeddings=embeddings)
+    found = verify_folder(run, tmp_path / "out", model=model, data=data)
+    assert found["ok"] and found["simulation"]["largest_difference"] < 1e-5 * found["simulation"]["largest_output"]
+    quantized = [layer for layer in quantized_layers(canonical_of(run, model)).values() if layer.weight_quantizer is not None]
+    assert told["packed"] + len(told["dense"]) == len(quantized)
+    if kind in ("bert", "llama"):  # every linear is packed, and embeddings where asked for
+        assert all("embed" in name for name in told["dense"]) and bool(told["dense"]) != embeddings
+    if kind == "gpt2":  # whose layers are no Linear in transformers
+        assert "transformer.h.0.attn.c_attn" in told["dense"]
+
+
+def canonical_of(run, model):
+    return opened(run, model)[0].model
+
+
+def test_inputs_are_quantized_there_too(bert):
+    pytest.importorskip("compressed_tensors")
+    run, model, data, out = bert
+    batches, canonical = list(data.batches(8)), canonical_of(run, model)
+    simulated, there = outputs_of(canonical, batches), outputs_of(loaded_folder(out, canonical), batches)
+    for layer in quantized_layers(canonical).values():
+        layer.input_quantizer = None
+    without = outputs_of(canonical, batches)
+    assert (there - simulated).abs().max() < 0.02 * (without - simulated).abs().max()
+
+
+def test_attention_products_and_inputs_of_what_is_not_packed_are_named(tmp_path):
+    run, model, _ = run_of("vit", tmp_path, activation_bits=(8,))
+    told = export_folder(run, tmp_path / "out", model=model)
+    products = {name for name in quantized_layers(canonical_of(run, model)) if name.endswith(("scores", "mixture"))}
+    assert set(told["float_inputs"]) == products | {"vit.embeddings.patch_embeddings.projection"}
+    assert told["dense"] == ["vit.embeddings.patch_embeddings.projection"]
+
+
+def test_a_pruned_layer_is_one_bit_of_zeros(bert):
+    run, model, _, _ = bert
+    canonical, name = opened(run, model)[0], "bert.encoder.layer.0.output.dense"
+    fill(canonical.model.get_submodule(name), Pruned(), None)
+    made = packed(canonical, own_network(canonical.model))
+    words = made.tensors[f"{name}.weight_packed"]
+    assert words.numel() == 16  # 16 rows of 24 inputs, 24 bits
+    assert not unpack_words(words.numpy(), 1, 24).any()
+    groups = made.quantization["config_groups"].values()
+    assert [group["weights"]["num_bits"] for group in groups if name in group["targets"]] == [1]
+
+
+def test_a_pruned_layer_is_loaded_as_zeros(bert, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    run, model, data, _ = bert
+    canonical, file = opened(run, model)
+    fill(canonical.model.get_submodule("bert.encoder.layer.0.output.dense"), Pruned(), None)
+    _write(tmp_path, *_made(canonical, file, embeddings=False), file)
+    batches = list(data.batches(8))
+    simulated, there = outputs_of(canonical.model, batches), outputs_of(loaded_folder(tmp_path, canonical.model), batches)
+    assert (there - simulated).abs().max() < 0.02 * simulated.abs().max()
+
+
+# What is not the run's
+
+
+@pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "input_zero_point", "bias"])
+def test_one_changed_number_is_found_in_its_layer(part, copied):
+    run, model, data, out = copied
+    key = f"bert.encoder.layer.1.output.dense.{part}"
+    tensors = load_file(out / "model.safetensors")
+    tensors[key].view(-1)[0] += 1
+    rewrite(out, tensors)
+    found = verify_folder(run, out, model=model, data=data)
+    assert not found["ok"] and found["failures"] == [f"{key}: 1 of {tensors[key].numel()} stored numbers are not the run's."]
+    assert "simulation" not in found
+
+
+def rewrite(out, tensors):
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+
+
+def test_other_tensors_and_settings_are_found(copied):
+    run, model, data, out = copied
+    tensors = load_file(out / "model.safetensors")
+    tensors["more"] = tensors.pop("classifier.bias")
+    rewrite(out, tensors)
+    config = json.loads((out / CONFIG).read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 7
+    (out / CONFIG).write_text(json.dumps(config))
+    found = " ".join(verify_folder(run, out, model=model, data=data)["failures"])
+    assert "classifier.bias is missing" in found and "more is in" in found and CONFIG in found
+
+
+def test_a_folder_of_another_run_is_said_to_be_one(copied, tmp_path):
+    _, _, _, out = copied
+    run, model, data = run_of("bert", tmp_path, budget="3bit")
+    assert "another run" in verify_folder(run, out, model=model, data=data)["failures"][0]
+
+
+def test_a_folder_without_its_files_is_refused(copied):
+    run, model, data, out = copied
+    (out / CONFIG).unlink()
+    with pytest.raises(InvalidFile, match=r"no config\.json"):
+        verify_folder(run, out, model=model, data=data)
+
+
+def test_a_place_that_is_taken_stays_as_it_is(bert, tmp_path):
+    run, model, _, out = bert
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(InvalidSetting, match="--overwrite"):
+        export_folder(run, out, model=model)
+    with pytest.raises(InvalidSetting, match="is no folder that anybit exported"):
+        export_folder(run, run, model=model, overwrite=True)
+    for _ in range(4):
+        export_folder(run, out, model=model, overwrite=True)
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == before  # the same bytes each time
+
+
+def test_files_of_the_users_own_are_not_overwritten(copied, tmp_path):
+    run, model, _, out = copied
+    (out / "notes").mkdir()
+    (out / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(InvalidSetting, match="holds files besides"):
+        export_folder(run, out, model=model, overwrite=True)
+    assert (out / "notes" / "mine.txt").read_text() == "mine"
+    (tmp_path / "link").symlink_to(out)
+    for place in (tmp_path / "link", run / "inside"):
+        with pytest.raises(InvalidSetting, match=r"is no folder|inside a run folder"):
+            export_folder(run, place, model=model, overwrite=True)
+
+
+def test_a_damaged_folder_is_named_and_written_again(copied):
+    run, model, data, out = copied
+    content = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(content[:50])
+    with pytest.raises(InvalidFile, match="Export the run again, with --overwrite"):
+        verify_folder(run, out, model=model, data=data)
+    export_folder(run, out, model=model, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == content
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_option(bert, tmp_path):
+    run, model, _, _ = bert
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AnybitError, match=r"cannot be written.*another --compressed-tensors\.$"):
+        export_folder(run, tmp_path / "file" / "out", model=model)
+
+
+def test_settings_are_compared_and_not_how_they_are_written(copied):
+    run, model, data, out = copied
+    config = json.loads((out / CONFIG).read_text()) | {"transformers_version": "9.9.9"}
+    (out / CONFIG).write_text(json.dumps(dict(reversed(config.items())), indent=3))
+    assert verify_folder(run, out, model=model, data=data)["ok"]
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "adapter_config.json"])
+def test_files_that_transformers_may_read_besides_are_named(name, copied):
+    run, model, data, out = copied
+    (out / name).write_text("{}")
+    assert verify_folder(run, out, model=model, data=data)["failures"] == [
+        f"{name} did not come with the network, and transformers may read it. Remove it."
+    ]
+
+
+def test_a_folder_of_something_else_is_refused(bert, tmp_path):
+    run, model, data, _ = bert
+    with pytest.raises(InvalidFile, match="is no folder that anybit exported"):
+        verify_folder(run, folder("bert", tmp_path / "net"), model=model, data=data)
+
+
+def test_what_cannot_be_loaded_here_is_skipped_by_name(bert, monkeypatch):
+    def lacking(path, model):
+        raise ImportError("a package is missing")
+
+    run, model, data, out = bert
+    monkeypatch.setattr("anybit.sources.huggingface.folder.loaded_folder", lacking)
+    found = verify_folder(run, out, model=model, data=data)
+    assert found["ok"] and "a package is missing" in found["skipped"]["outputs"] and "simulation" not in found
+
+
+@pytest.mark.parametrize("samples", [0, -3])
+def test_no_samples_are_too_few(samples, bert):
+    run, model, data, out = bert
+    with pytest.raises(InvalidSetting, match=f"--samples {samples}"):
+        verify_folder(run, out, model=model, data=data, samples=samples)
+
+
+def test_an_exported_folder_is_no_float_network(bert):
+    _, _, _, out = bert
+    with pytest.raises(InvalidSetting, match="quantized already"):
+        load_model(f"hf:{out}")
+    with pytest.raises(InvalidSetting, match=r"There is no folder .*moved"):
+        load_model(f"hf:{out / 'moved'}")
+
+
+def test_a_network_that_is_not_of_transformers_is_refused_and_nothing_is_left(tmp_path):
+    model = Residual().eval()
+    data = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    run = anybit.calibrate(model, data, "4bit", samples=16, batch_size=8, pipeline="light", cache=False).save(tmp_path / "run")
+    with pytest.raises(UnsupportedModel, match=r"Residual is no network of transformers.*--onnx"):
+        export_folder(run, tmp_path / "out", model=model)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+# The command line
+
+
+def test_the_command_line_writes_and_verifies_a_folder(tmp_path, monkeypatch):
+    pytest.importorskip("compressed_tensors")
+    monkeypatch.chdir(tmp_path)
+    folder("bert", tmp_path / "net")
+    write_tsv(tmp_path / "t.tsv", 24)
+    calibrate = ["calibrate", "--model", "hf:net", "--data", "t.tsv", "--samples", "24", "--pipeline", "light", "--budget", "4bit"]
+    assert anybit_cli(*calibrate, "--output", "run", "--quiet").exit_code == 0
+    told = anybit_cli("export", "run", "--compressed-tensors", "out")
+    assert told.exit_code == 0 and "float32" in told.stdout and "scores" in told.stdout, told.stdout
+    shown = anybit_cli("verify", "run", "out")
+    assert shown.exit_code == 0 and shown.stdout.endswith("verified\n") and "exported: top1" in shown.stdout
+    packed = json.loads(anybit_cli("export", "run", "--compressed-tensors", "out", "--pack-embeddings", "--overwrite", "--json").stdout)
+    assert packed["dense"] == [] and packed["bytes"] == Path("out/model.safetensors").stat().st_size
+    assert "not checked here" in anybit_cli("verify", "run", "out").stdout
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    broken = anybit_cli("verify", "run", "out")
+    assert broken.exit_code == 1 and "tokenizer.json" in broken.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "--onnx FILE, or --compressed-tensors FOLDER"),
+        (["--onnx", "a.onnx", "--compressed-tensors", "out"], "--onnx FILE, or --compressed-tensors FOLDER"),
+        (["--compressed-tensors", "out", "--tables"], "belong to --onnx"),
+        (["--onnx", "a.onnx", "--pack-embeddings"], "belongs to --compressed-tensors"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_do_not_go_together_are_refused(options, words):
+    told = anybit_cli("export", "run", *options)
+    assert told.exit_code == 2 and words in told.stderr

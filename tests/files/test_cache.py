@@ -1,0 +1,409 @@
+"""Results that outlive the process: what is kept, when it is taken up, and that a run ends with the same bytes whatever was kept."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import SCRIPT, anybit_cli
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import NoBatchNorm, Residual, Windows, make, pictures
+
+import anybit
+from anybit.files.cache import Cache, Entry, entries, remove_damaged, results_folder, trim_cache
+from anybit.files.whole import write_whole
+from anybit.runs.folder import new_folder
+
+
+def kept(seed: int = 0) -> Entry:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"weight": torch.randn(3, 4, generator=generator), "codes": torch.arange(5, dtype=torch.int8), "number": torch.tensor(2.5)}
+    return Entry({"error": 0.1 + seed, "name": "layer.µ|", "none": None}, tensors)
+
+
+def same(one: Entry, other: Entry) -> bool:
+    tensors = all(torch.equal(one.tensors[key], other.tensors[key]) for key in one.tensors)
+    types = all(one.tensors[key].dtype == other.tensors[key].dtype for key in one.tensors)
+    return one.record == other.record and one.tensors.keys() == other.tensors.keys() and tensors and types
+
+
+def refuse() -> Entry:
+    raise AssertionError("it was to be taken up")
+
+
+def test_a_result_is_made_once_and_read_back_as_it_was(tmp_path):
+    recall = Cache(tmp_path).keyed("weights")
+    first = recall("result", kept, lambda result: result)
+    again = Cache(tmp_path).keyed("weights")
+    assert same(first, kept()) and same(again("result", refuse, lambda result: result), first)
+    assert (recall.counts["made"], again.counts["recalled"]) == (1, 1)
+
+
+@pytest.mark.parametrize("other", [("weights", 1), ("weight",), ("weights", None), ()])
+def test_a_result_of_something_else_is_not_taken_up(tmp_path, other):
+    Cache(tmp_path).keyed("weights").value("result", lambda: 1)
+    assert Cache(tmp_path).keyed(*other).value("result", lambda: 2) == 2
+    assert Cache(tmp_path).keyed("weights").value("another result", lambda: 3) == 3
+
+
+def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Cache().value("result", lambda: 1) == 1 and Cache().value("result", lambda: 2) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_made_is_told_as_it_will_be_read(tmp_path):
+    made, read = (Cache(tmp_path).value("result", lambda: {4: (1, 2.5)}) for _ in range(2))
+    assert made == read == {"4": [1, 2.5]}
+
+
+@given(st.integers(0, 2**32), st.sampled_from(["flip", "cut", "append", "empty"]))
+def test_a_damaged_result_is_named_and_made_again(tmp_path_factory, seed, damage):
+    folder, rng = tmp_path_factory.mktemp("cache"), random.Random(seed)
+    Cache(folder)("the layer's result", kept, lambda result: result)
+    file = entries(folder)[0].path
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    data = {"cut": data[: rng.randrange(len(data))], "append": data + b"\0", "empty": b""}.get(damage, data)
+    file.write_bytes(data)
+    with pytest.warns(UserWarning, match="the layer's result.* is damaged"):
+        found = Cache(folder)("the layer's result", kept, lambda result: result)
+    assert same(found, kept()) and same(Cache(folder)("the layer's result", refuse, lambda result: result), kept())
+
+
+def test_a_whole_result_that_is_not_what_it_should_be_is_made_again(tmp_path):
+    Cache(tmp_path).value("result", lambda: "text")
+    with pytest.warns(UserWarning, match="could not convert string to float"):
+        assert Cache(tmp_path).value("result", lambda: 2, float) == 2.0
+
+
+def test_a_place_that_takes_nothing_costs_a_warning_and_not_the_run(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    recall = Cache(tmp_path / "file")
+    with pytest.warns(UserWarning, match="takes no more") as told:
+        assert [recall.keyed(number).value("result", lambda number=number: number) for number in range(3)] == [0, 1, 2]
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
+    def interrupted(self, target):
+        raise error(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(error):
+        write_whole(tmp_path / "ab" / "entry", b"data")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_trimming_removes_the_least_recently_used_first(tmp_path):
+    for number in range(4):
+        Cache(tmp_path).value(f"result {number}", lambda number=number: number)
+    files = {number: Cache(tmp_path)._path(f"result {number}") for number in range(4)}
+    for number, path in files.items():
+        os.utime(path, (number, number))
+    Cache(tmp_path).value("result 0", refuse)  # it was used now
+    size = entries(tmp_path)[0].bytes
+    assert trim_cache(tmp_path, 2 * size) == 2 * size
+    assert [number for number, path in files.items() if path.is_file()] == [0, 3]
+
+
+def test_trimming_removes_what_a_killed_process_left_behind(tmp_path):
+    Cache(tmp_path).value("result", lambda: 1)
+    folder = entries(tmp_path)[0].path.parent
+    old, new = (folder / f".{'ab' * 32}.{process}.tmp" for process in (1, 2))
+    for draft in (old, new):
+        draft.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    assert trim_cache(tmp_path, 10**9) == 4 and not old.is_file() and new.is_file() and len(entries(tmp_path)) == 1
+
+
+def test_trimming_touches_what_it_wrote_alone(tmp_path):
+    """A store may be put into a folder that holds other files, and links and pipes may be put into a store."""
+    Cache(tmp_path).value("result", lambda: 1)
+    results, letters = entries(tmp_path)[0].path.parent, tmp_path / "my"
+    letters.mkdir()
+    for file in (letters / "letter.txt", letters / "draft.tmp", results / "note"):
+        file.write_text("mine")
+        os.utime(file, (0, 0))
+    (letters / ("ab" * 32)).mkdir()
+    os.mkfifo(letters / ("cd" * 32))
+    (letters / ("ef" * 32)).symlink_to("/dev/zero")
+    before = sorted(tmp_path.glob("*/*"))
+    assert len(entries(tmp_path)) == 1 and remove_damaged(tmp_path) == {}
+    trim_cache(tmp_path, 0)
+    assert [path for path in before if not os.path.lexists(path)] == [
+        path for path in before if path.parent == results and path.name != "note"
+    ]
+
+
+def test_a_result_that_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch):
+    for name in "abc":
+        Cache(tmp_path).value(name, lambda: 1)
+    entries(tmp_path)[0].path.write_bytes(b"damage")
+
+    def refused(self, missing_ok=False):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.warns(UserWarning, match="cannot be removed .Permission denied") as told:
+        assert trim_cache(tmp_path, 0) == 0
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match="cannot be removed"):
+        remove_damaged(tmp_path)
+
+
+def test_damaged_results_are_found_without_a_run(tmp_path):
+    for name in "abc":
+        Cache(tmp_path).value(name, lambda: 1)
+    file = Cache(tmp_path)._path("b")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert list(remove_damaged(tmp_path)) == [file] and len(entries(tmp_path)) == 2
+
+
+# Whole runs
+
+
+SETTINGS = {
+    "samples": 40, "batch_size": 16, "weight_bits": (2, 4, 8), "activation_bits": (4, 8), "steps": 6, "candidate_steps": 3,
+    "alternatives": 2, "step_batch": 4,
+}  # fmt: skip
+
+
+def calibrated(folder: Path, cache, network=Residual, budget="4bit", **settings) -> dict[str, bytes]:
+    """The bytes of a run, times and memory left out."""
+    model = make(network)
+    anybit.calibrate(model, pictures(40), budget, cache=cache, **{**SETTINGS, **settings}).save(folder, overwrite=True)
+    return bytes_of(folder)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """What a run folder holds, but for times and memory."""
+    report = json.loads((folder / "report.json").read_text())
+    report.pop("stages")
+    files = ("scheme.json", "model.safetensors", "candidates.json", "candidates.safetensors")
+    return {"report": json.dumps(report).encode(), **{name: (folder / name).read_bytes() for name in files}}
+
+
+def names_made(monkeypatch) -> list[str]:
+    """The names of results that are made from now on."""
+    made: list[str] = []
+    keep = Cache._keep
+    monkeypatch.setattr(Cache, "_keep", lambda self, path, name, kept: (made.append(name), keep(self, path, name, kept)))
+    return made
+
+
+@pytest.mark.parametrize("network", [Residual, NoBatchNorm, Windows])
+def test_a_run_ends_with_the_same_bytes_whatever_part_of_it_was_kept(tmp_path, monkeypatch, network):
+    settings = {"unit": "layer"} if network is Windows else {}
+    reference = calibrated(tmp_path / "run", False, network, **settings)
+    cache, made = tmp_path / "kept", names_made(monkeypatch)
+    assert calibrated(tmp_path / "run", cache, network, **settings) == reference
+    everything = len(made)
+    assert everything == len(entries(cache)) > 20
+    made.clear()
+    assert calibrated(tmp_path / "run", cache, network, **settings) == reference and made == []
+    for seed in range(6):
+        rng = random.Random(seed)
+        share, found = rng.random(), entries(cache)
+        gone = [entry.path for entry in found if rng.random() < share]
+        for path in gone:
+            path.unlink()
+        made.clear()
+        assert calibrated(tmp_path / "run", cache, network, **settings) == reference
+        assert 0 < len(made) <= everything - (len(found) - len(gone)) or not gone
+
+
+@pytest.fixture(scope="module")
+def whole_cache(tmp_path_factory) -> Path:
+    """The cache of a run of SETTINGS, for copies alone."""
+    here = tmp_path_factory.mktemp("cache")
+    calibrated(here / "run", here / "kept")
+    return here / "kept"
+
+
+@pytest.fixture
+def filled_cache(whole_cache, tmp_path) -> Path:
+    """That cache, the test's own."""
+    return shutil.copytree(whole_cache, tmp_path / "kept")
+
+
+def test_a_new_budget_takes_up_all_that_it_does_not_touch(tmp_path, monkeypatch, filled_cache):
+    made = names_made(monkeypatch)
+    calibrated(tmp_path / "run", filled_cache, budget="3bit")
+    touched = ("allocation", "measured", "ranges", "candidates", "sequential", "batch-norm tuning", "bias tuning", "edge ranges")
+    assert [name for name in made if not name.startswith(touched)] == [] and "allocation" in made
+
+
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({"steps": 7}, "sequential AdaQuant of"),
+        ({"alternatives": 3}, "measured"),
+        ({"pairs": True}, "floor"),
+        ({"sensitivity_base": "W6A6"}, "ranges"),
+        ({"candidate_steps": 4}, "parallel AdaQuant of"),
+        ({"bn_prior": 0.5}, "matching of candidates"),
+        ({"estimator": "minmax"}, "ranges"),
+        ({"seed": 1}, "ranges"),
+        ({"batch_size": 8}, "ranges"),
+    ],
+)
+def test_a_setting_touches_what_depends_on_it_and_nothing_before(tmp_path, monkeypatch, filled_cache, settings, first):
+    made = names_made(monkeypatch)
+    with_cache = calibrated(tmp_path / "run", filled_cache, **settings)
+    assert made and made[0].startswith(first)
+    assert with_cache == calibrated(tmp_path / "run", False, **settings)
+
+
+def test_other_weights_data_or_code_take_up_nothing(tmp_path, monkeypatch):
+    model, inputs = make(Residual), pictures(40)
+    made = names_made(monkeypatch)
+    counts = []
+
+    def run(model, inputs) -> int:
+        made.clear()
+        anybit.calibrate(model, inputs, "4bit", cache=tmp_path / "kept", **{**SETTINGS, "pipeline": "light"})
+        return len(made)
+
+    counts.append(run(model, inputs))
+    assert run(model, inputs) == 0
+    other = inputs.clone()
+    other[0, 0, 0, 0] += 1e-3
+    counts.append(run(model, other))
+    other = make(Residual)
+    with torch.no_grad():
+        next(other.parameters())[0, 0, 0, 0] += 1e-3
+    counts.append(run(other, inputs))
+    monkeypatch.setattr("anybit.roads.keys.code_version", lambda: "another")
+    counts.append(run(model, inputs))
+    monkeypatch.setattr("anybit.roads.keys.machine", lambda device: "another")
+    counts.append(run(model, inputs))
+    assert len(set(counts)) == 1 and counts[0] > 10
+
+
+def test_a_metric_of_other_code_is_measured_again(tmp_path, monkeypatch):
+    model, inputs = make(Residual), pictures(40)
+    labels = torch.zeros(40, dtype=torch.int64)
+    made = names_made(monkeypatch)
+    for metric in (lambda outputs, labels: 1.0, lambda outputs, labels: 2.0):
+        made.clear()
+        settings = {**SETTINGS, "pipeline": "light"}
+        result = anybit.calibrate(model, (inputs, labels), "4bit", metric=metric, cache=tmp_path / "kept", **settings)
+        assert {row["metric"] for row in result.report["schemes"]} == {metric(None, None)} and any(n.startswith("measured") for n in made)
+
+
+# The command line
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("m.py").write_text(SCRIPT)
+    np.savez("x.npz", x=pictures(60).numpy())
+    return tmp_path
+
+
+COMMAND = [
+    "calibrate", "--model", "m.py:residual", "--data", "x.npz", "--budget", "4bit", "--samples", "60", "--batch-size", "16",
+    "--weight-bits", "2,4,8", "--activation-bits", "8", "--steps", "30", "--candidate-steps", "20",
+]  # fmt: skip
+
+
+def started(output: str) -> subprocess.Popen:
+    arguments = [sys.executable, "-m", "anybit", *COMMAND, "--threads", "1", "--output", output]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def stopped(output: str, after: int, by: signal.Signals) -> subprocess.Popen:
+    """A run that got this signal once `after` results were kept."""
+    process = started(output)
+    while process.poll() is None and len(entries(results_folder())) < after:
+        time.sleep(0.05)
+    process.send_signal(by)
+    process.out, process.err = process.communicate(timeout=60)
+    return process
+
+
+def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(here):
+    assert anybit_cli(*COMMAND, "--threads", "1", "--no-cache", "--output", "reference").exit_code == 0
+    for after in (3, 25):
+        assert stopped("run", after, signal.SIGKILL).returncode == -signal.SIGKILL
+        assert not Path("run").exists() and len(entries(results_folder())) >= after
+    process = started("run")
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and "results taken up from the cache" in told
+    assert bytes_of(Path("run")) == bytes_of(Path("reference"))
+
+
+def test_ctrl_c_ends_with_130_and_leaves_what_was_finished(here):
+    process = stopped("run", 10, signal.SIGINT)
+    assert process.returncode == 130 and process.err.strip().endswith("anybit: interrupted")
+    assert {path.name for path in here.iterdir()} == {"m.py", "x.npz"}
+    assert len(entries(results_folder())) >= 10 and not list(results_folder().rglob("*.tmp"))
+
+
+def test_the_cache_is_shown_and_trimmed(here):
+    assert anybit_cli(*COMMAND, "--output", "run", "--pipeline", "light").exit_code == 0
+    found = json.loads(anybit_cli("cache", "--json").stdout)
+    assert found["results"] > 10 and found["bytes"] == sum(entry.bytes for entry in entries(results_folder())) > 0
+    assert f"{found['results']} results" in anybit_cli("cache").stdout
+    file = entries(results_folder())[0].path
+    file.write_bytes(b"damage")
+    assert f"damaged and removed: {file}" in anybit_cli("cache", "--check").stdout and not file.exists()
+    assert json.loads(anybit_cli("cache", "--trim", "0B", "--json").stdout)["results"] == 0
+    assert anybit_cli("cache", "--trim", "much").exit_code == 2
+
+
+def test_no_cache_keeps_nothing(here):
+    assert anybit_cli(*COMMAND, "--output", "run", "--pipeline", "light", "--no-cache").exit_code == 0
+    assert entries(results_folder()) == []
+
+
+def test_a_full_disk_leaves_what_was_finished_and_nothing_half_written(here):
+    limited = [sys.executable, "-c", LIMITED, *COMMAND, "--threads", "1", "--output", "run"]
+    process = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 2, process.stderr
+    assert "anybit: run cannot be written" in process.stderr.splitlines()[-1] and "the same command continues" in process.stderr
+    assert {path.name for path in here.iterdir()} == {"m.py", "x.npz"}
+    process = started("run")
+    told = process.communicate(timeout=120)[1]
+    recalled, made = map(int, re.search(r"(\d+) results taken up from the cache, (\d+) made anew", told).groups())
+    assert process.returncode == 0 and recalled > 20 and made < 5  # the few that were too large to keep
+
+
+# No file of this process may grow beyond some kilobytes, as if the disk were full: results of layers fit, the run's files do not.
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
+sys.argv[0] = "anybit"
+from anybit.cli.app import main
+main()
+"""
+
+
+def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (tmp_path / f".run.{process.pid}.abc").mkdir()
+    (tmp_path / f".run.{process.pid}.old.abc").mkdir()
+    (tmp_path / f".run.{os.getpid()}.abc").mkdir()
+    (tmp_path / ".run.notes.txt").write_text("mine")
+    with new_folder(tmp_path / "run") as draft:
+        (draft / "report.json").write_text("{}")
+    kept = {"run", f".run.{process.pid}.old.abc", f".run.{os.getpid()}.abc", ".run.notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    with new_folder(tmp_path / "run", overwrite=True) as draft:
+        (draft / "report.json").write_text("{}")
+    assert {path.name for path in tmp_path.iterdir()} == kept - {f".run.{process.pid}.old.abc"}

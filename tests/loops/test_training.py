@@ -1,0 +1,435 @@
+"""The epoch loop: what it draws, what it refuses, what a checkpoint gives back, and several processes."""
+
+import json
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from networks import NoBatchNorm, Residual, make, pictures
+from processes import run_processes
+from torch import nn
+from torch.utils.data import Dataset
+
+import anybit
+from anybit.data.augment import augmented
+from anybit.data.batches import Batch
+from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
+from anybit.loops.settings import TrainSettings
+from anybit.loops.training import _steps, epoch_batches, learning_rate
+from anybit.networks.layers import quantized_layers
+from anybit.progress import listening
+from anybit.scheme import Precision, Scheme
+from anybit.sources.inputs import as_samples
+
+TESTS = Path(__file__).parent.parent
+
+
+def labelled(count=48, cls=Residual):
+    """Pictures, and what the float network takes them for."""
+    x = pictures(count)
+    with torch.no_grad():
+        return x, make(cls)(x).argmax(1)
+
+
+def grown(checkpoint=None, cls=Residual, **changes):
+    wanted = {"budget": "3bit", "epochs": 3, "batch_size": 16, "activation_bits": 4, **changes}
+    return anybit.grow(make(cls), labelled(cls=cls), wanted.pop("budget"), checkpoint=checkpoint, test=labelled(cls=cls), **wanted)
+
+
+class Interrupted(Exception):
+    pass
+
+
+# What a run tells
+
+
+def test_every_epoch_is_told_soft_and_frozen_with_its_bits():
+    result = grown()
+    assert [row["epoch"] for row in result.report["epochs"]] == [1, 2, 3]
+    for row in result.report["epochs"]:
+        assert {"top1", "loss"} <= set(row["soft"]) and {"top1", "loss"} <= set(row["frozen"])
+        assert set(row["layers"]) == set(result.scheme)
+        assert 0 <= row["undecided"] <= 1 and row["paper_bits"] <= 7
+    last = result.report["epochs"][-1]
+    assert last["undecided"] == 0 and last["weight_bits"] <= 3
+    assert last["layers"] == {name: precision.weight_bits for name, precision in result.scheme.items()}
+    assert last["frozen"] == pytest.approx(last["soft"], rel=1e-5)  # every gate is hard: freezing changes nothing
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_it_was_given_alone():
+    model = make(Residual)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    result = anybit.grow(model, labelled(), "4bit", epochs=12, batch_size=16, activation_bits=None)
+    losses = [row["loss"] for row in result.report["epochs"]]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_a_grown_run_is_saved_and_loaded_bitwise(tmp_path):
+    result = grown()
+    folder = result.save(tmp_path / "run")
+    loaded = anybit.load(folder, model=make(Residual, seed=5))
+    assert torch.equal(loaded(pictures(8)), result.model(pictures(8)))
+    assert (folder / "model.safetensors").stat().st_size == result.report["result"]["bytes"]
+
+
+def test_a_fixed_scheme_is_trained_and_kept():
+    names = list(quantized_layers(grown(epochs=1).model))
+    scheme = Scheme({name: Precision(2 + index, 4) for index, name in enumerate(names)})
+    result = grown(budget=None, scheme=scheme, epochs=12)
+    assert result.scheme == scheme
+    losses = [row["loss"] for row in result.report["epochs"]]
+    assert losses[-1] < losses[0]
+
+
+def test_a_runs_scheme_is_trained_where_the_run_is_named(tmp_path):
+    folder = grown().save(tmp_path / "run")
+    assert grown(budget=None, scheme=folder).scheme == anybit.load(folder, model=make(Residual)).scheme
+    with pytest.raises(InvalidSetting, match="not both"):
+        grown(scheme=folder)
+
+
+OPTIONS = [{"distill": 0.5}, {"from_scratch": True}, {"half": True}, {"augment": "flip,crop2"}, {"per_channel": True}, {"seed": 1}]
+OPTIONS += [{name: 3e-2} for name in ("rate", "gate_rate", "plane_rate", "scale_rate", "strength")]
+OPTIONS += [{"anchor": False}, {"ramp": 0.0}, {"weighting": 1.0}]
+
+
+def outputs_of(**settings):
+    return grown(**settings).model(pictures(4))
+
+
+@cache
+def unchanged_outputs():
+    return outputs_of(phase="continue", fix=0.4, plane_temperature=2.0)
+
+
+@pytest.mark.parametrize("changes", OPTIONS, ids=str)
+def test_every_option_changes_what_is_trained(changes):
+    outputs = [unchanged_outputs(), outputs_of(phase="continue", fix=0.4, plane_temperature=2.0, **changes)]
+    assert torch.isfinite(outputs[1]).all() and not torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("changes", [{"rate": 3e-2}, {"scale_rate": 3e-2}], ids=str)
+def test_rates_reach_a_fixed_scheme(changes):
+    scheme = Scheme.uniform(grown(epochs=1).scheme, Precision(3, 4))
+    outputs = [grown(budget=None, scheme=scheme, **more).model(pictures(4)) for more in ({}, changes)]
+    assert not torch.equal(*outputs)
+
+
+def test_from_scratch_forgets_a_copy():
+    result = grown(from_scratch=True, distill=0.5)
+    assert result.report["float_test"]["top1"] == 100  # of the trained network, which is also the teacher
+
+
+def test_a_kept_layer_is_kept_where_there_is_one_plane():
+    result = grown(budget=None, planes=1, keep={"fc": Precision(), "conv": Precision(8, 4)})
+    assert result.scheme["fc"] == Precision() and result.scheme["conv"] == Precision(8, 4)
+    assert result.scheme["block1.conv1"] == Precision(2, 4)
+
+
+def test_a_scheme_with_a_float_layer_is_trained():
+    scheme = grown(budget="8bit", keep={"fc": Precision()}, epochs=1).scheme
+    assert grown(budget=None, scheme=scheme, epochs=1).scheme == scheme
+
+
+def test_the_callers_random_numbers_are_left_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    grown(epochs=1, from_scratch=True)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_task_decides_the_loss():
+    x, y = pictures(32), torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
+    result = anybit.grow(make(Residual), (x, y), "4bit", epochs=2, batch_size=16, task="regression")
+    assert result.about["task"] == "regression" and result.report["epochs"][0]["train_top1"] is None
+    with pytest.raises(InvalidSetting, match="task"):
+        grown(task="poetry")
+
+
+@pytest.mark.parametrize("labels", [torch.full((32,), 9), torch.full((32,), -1), torch.zeros(32)])
+def test_labels_that_cannot_be_are_named(labels):
+    with pytest.raises(InvalidInput, match="abels"):
+        anybit.grow(make(Residual), (pictures(32), labels), "4bit", epochs=1, batch_size=16)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"rate": -1.0}, {"rate": float("nan")}, {"strength": 0.0}, {"budget": ["3bit", "4bit"]}, {"batch_size": 1}]
+)
+def test_settings_that_cannot_be_are_refused(bad):
+    with pytest.raises(InvalidSetting):
+        grown(**bad)
+
+
+def test_unlabelled_data_trains_on_the_float_networks_outputs_alone():
+    with pytest.raises(InvalidInput, match="distill"):
+        anybit.grow(make(Residual), pictures(32), "4bit", epochs=1, batch_size=16)
+    anybit.grow(make(Residual), pictures(32), "4bit", epochs=1, batch_size=16, distill=1.0)
+
+
+@pytest.mark.parametrize(
+    ("able", "told"),
+    [
+        ({"architecture": "x86_64", "avx512_bw": False}, True),
+        ({"architecture": "x86_64", "avx512_bw": True}, False),
+        ({"architecture": "aarch64"}, False),
+        ({}, False),
+    ],
+)
+def test_half_precision_that_is_emulated_is_told(able, told, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    notes = []
+    for half in (False, True):
+        with listening(events=lambda event, fields: notes.append(fields["note"]) if event == "note" else None):
+            grown(half=half)
+        assert len(notes) == (told and half) and all("bfloat16" in note for note in notes)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
+def test_compiled_training_gives_the_same_scheme():
+    assert grown(compile=True).scheme == grown().scheme
+
+
+# Batches
+
+
+def test_an_epochs_batches_depend_on_seed_and_epoch_alone():
+    samples = as_samples(labelled())
+    settings = TrainSettings(batch_size=16, augment="flip,crop1")
+    first, again, other = (list(epoch_batches(samples, settings, epoch)) for epoch in (0, 0, 1))
+    assert len(first) == 3
+    assert all(torch.equal(a.inputs, b.inputs) and torch.equal(a.labels, b.labels) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a.inputs, b.inputs) for a, b in zip(first, other, strict=True))
+
+
+def test_augmentation_moves_pictures_and_keeps_their_pixels():
+    x = torch.arange(2 * 1 * 6 * 6, dtype=torch.float32).view(2, 1, 6, 6) + 1
+    moved = augmented(Batch(x, torch.tensor([0, 1])), "flip,crop1", 2, torch.Generator().manual_seed(3)).inputs
+    assert moved.shape == x.shape
+    for one, original in zip(moved, x, strict=True):
+        inside = one[0, 1:-1, 1:-1]
+        assert set(inside.flatten().tolist()) <= set(original.flatten().tolist())
+    assert x[0, 0, 0, 0] == 1  # the batch itself is left alone
+    with pytest.raises(InvalidSetting, match="pictures"):
+        augmented(Batch(torch.zeros(2, 3)), "flip", 2, torch.Generator())
+    with pytest.raises(InvalidSetting, match="crop4"):
+        TrainSettings(augment="twirl")
+
+
+def test_rates_rise_then_fall_to_zero():
+    values = [learning_rate(step / 100, 0.1) for step in range(101)]
+    assert values[10] == 1 and values[-1] == pytest.approx(0, abs=1e-9)
+    assert values[:11] == sorted(values[:11]) and values[10:] == sorted(values[10:], reverse=True)
+
+
+# What is refused
+
+
+class Short(Dataset):
+    """Claims more samples than it has."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        if index >= 40:
+            raise IndexError(index)
+        return pictures(64)[index], 0
+
+
+def test_data_that_ends_early_is_told_with_its_epoch_and_batch():
+    class AtTheEnd(Short):
+        calls = 0
+
+        def __getitem__(self, index):  # the first look, at plain inputs, goes well
+            AtTheEnd.calls += 1
+            if AtTheEnd.calls > 100:
+                raise IndexError(index)
+            return pictures(64)[index], 0
+
+    with pytest.raises(InvalidInput, match=r"ended after \d of 4 batches in epoch 1"):
+        anybit.grow(make(Residual), as_samples(AtTheEnd()), "3bit", epochs=2, batch_size=16)
+
+
+def test_weights_that_are_no_numbers_are_not_kept(tmp_path, monkeypatch):
+    path, step, steps = tmp_path / "checkpoint.safetensors", torch.optim.Adam.step, []
+
+    def breaking(self):
+        step(self)
+        steps.append(None)
+        if len(steps) == 6:  # the last step of the second epoch: its loss was fine
+            self.param_groups[-1]["params"][0].data.fill_(torch.nan)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", breaking)
+    with pytest.raises(AnybitError, match="became NaN in epoch 2, step 3 of 3"):
+        grown(path)
+    monkeypatch.undo()
+    assert [row["epoch"] for row in grown(path).report["epochs"]] == [1, 2, 3]
+
+
+class Poisoned(Short):
+    """Clean for a while, then NaN."""
+
+    calls = 0
+
+    def __getitem__(self, index):
+        Poisoned.calls += 1
+        picture = pictures(64)[index]
+        return (picture * torch.nan if Poisoned.calls > 170 else picture), 0
+
+
+def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_last_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(AnybitError, match=r"became nan .* in epoch 2, step \d of 4. The checkpoint of epoch 1 is kept in .*lower learning"):
+        anybit.grow(make(Residual), as_samples(Poisoned()), "3bit", epochs=3, batch_size=16, checkpoint=path)
+    assert path.is_file()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "other network"])
+def test_a_broken_checkpoint_is_named(damage, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    grown(path, epochs=2)
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:200])
+    elif damage == "garbage":
+        path.write_bytes(b"nothing")
+    else:
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        with safe_open(path, framework="pt") as file:
+            about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        save_file({key: tensor for key, tensor in tensors.items() if "fc" not in key}, path, metadata=about)
+    with pytest.raises(InvalidFile, match=r"checkpoint\.safetensors"):
+        grown(path, epochs=2)
+
+
+# Continued
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch, full_disk):
+    from anybit.loops.checkpoint import save_file
+
+    save, checkpoint = save_file, tmp_path / "run" / "checkpoint.safetensors"
+
+    def filling(*args, **more):
+        with full_disk() if checkpoint.exists() else nullcontext():
+            save(*args, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("anybit.loops.checkpoint.save_file", filling)
+        with pytest.raises(AnybitError, match=r"cannot be written: .*continues from the checkpoint of epoch 1, which is kept"):
+            grown(checkpoint, epochs=3)
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    continued = grown(checkpoint, epochs=3)
+    assert [row["epoch"] for row in continued.report["epochs"]] == [1, 2, 3]
+    assert continued.report["epochs"] == grown(epochs=3).report["epochs"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AnybitError, match=r"cannot be written: .*Make room, or choose another --output"):
+        grown(tmp_path / "file" / "checkpoint.safetensors", epochs=1)
+
+
+def stop_after(monkeypatch, epoch):
+    """Let training die after the checkpoint of `epoch`, as a killed process would."""
+    from anybit.loops.checkpoint import save_checkpoint
+
+    save, saved = save_checkpoint, []
+
+    def saving(*args):
+        save(*args)
+        saved.append(args)
+        if len(saved) == epoch:
+            raise Interrupted
+
+    monkeypatch.setattr("anybit.loops.training.save_checkpoint", saving)
+
+
+CONTINUED = {"epochs": 4, "augment": "flip", "fix": 0.5, "harden": 0.75}  # the decisions fall between epochs, too
+
+
+@cache
+def uninterrupted(phase):
+    return grown(**CONTINUED, phase=phase)
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+@pytest.mark.parametrize("phase", ["restart", "rewind"])
+def test_a_continued_run_ends_with_the_same_bytes(phase, epoch, tmp_path, monkeypatch):
+    wanted = CONTINUED | {"phase": phase}
+    whole = uninterrupted(phase).save(tmp_path / "whole")
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    with monkeypatch.context() as patched:
+        stop_after(patched, epoch)
+        with pytest.raises(Interrupted):
+            grown(checkpoint, **wanted)
+    continued = grown(checkpoint, **wanted).save(tmp_path / "continued")
+    for name in ("model.safetensors", "scheme.json"):
+        assert (whole / name).read_bytes() == (continued / name).read_bytes()
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (whole, continued)]
+    assert reports[0]["epochs"] == reports[1]["epochs"]
+
+
+@pytest.mark.parametrize("changes", [{"budget": "4bit"}, {"seed": 1}, {"strength": 0.1}, {"epochs": 5}, {"activation_bits": 8}])
+def test_other_settings_are_refused_by_name(changes, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        with pytest.raises(Interrupted):
+            grown(checkpoint)
+    with pytest.raises(InvalidSetting, match=next(iter(changes))):
+        grown(checkpoint, **changes)
+    with pytest.raises(InvalidSetting, match="data was"):  # as many others
+        x, y = labelled()
+        anybit.grow(make(Residual), (x + 1, y), "3bit", epochs=3, batch_size=16, activation_bits=4, checkpoint=checkpoint)
+
+
+# Several processes
+
+WORKER = f"""
+import sys
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "loops")!r}]
+import torch
+torch.set_num_threads(1)
+import anybit, test_training as t
+from networks import NoBatchNorm
+result = t.grown(cls=NoBatchNorm, epochs=3, augment="flip")
+import torch.distributed as dist
+if not dist.is_initialized() or dist.get_rank() == 0:
+    result.save(sys.argv[1])
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_end_with_the_scheme_and_weights_of_one(tmp_path):
+    for count in (1, 2):
+        run_processes(count, tmp_path / f"by{count}", tmp_path, WORKER)
+    one, two = (anybit.load(tmp_path / f"by{count}", model=make(NoBatchNorm)) for count in (1, 2))
+    assert one.scheme == two.scheme
+    for name, layer in quantized_layers(one).items():
+        other = two.get_submodule(name)
+        flipped = (layer.weight_quantizer.codes(layer.weight.flatten(1)) != other.weight_quantizer.codes(other.weight.flatten(1))).sum()
+        assert flipped <= 1  # a gate that ends at zero may fall to either side by rounding
+        assert torch.allclose(layer.weight_quantizer.scale, other.weight_quantizer.scale, rtol=1e-4)
+
+
+def test_a_batch_that_does_not_divide_among_processes_is_refused(monkeypatch):
+    monkeypatch.setattr("anybit.loops.training.world", lambda: 3)
+    with pytest.raises(InvalidSetting, match="multiple of 3"):
+        _steps(as_samples(labelled()), TrainSettings(batch_size=16), make(Residual))
+
+
+def test_gammas_that_training_drives_to_zero_stay_positive():
+    result = grown(rate=0.3, epochs=6)
+    for layer in quantized_layers(result.model).values():
+        assert (layer.weight_quantizer.scale > 0).all()
+
+
+def test_a_network_of_one_module_is_trained():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
+    result = anybit.grow(model, labelled(), "3bit", epochs=2, batch_size=16)
+    assert result.scheme["1"].weight_bits <= 3

@@ -1,0 +1,144 @@
+"""What every method must hold. Adding a method is adding its line to METHODS."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from language import covered, inputs
+from networks import Residual, assert_untouched, make, pictures, snapshot
+
+import anybit
+from anybit.data.batches import Batch
+from anybit.data.samples import draw, split
+from anybit.data.tasks import distance, outputs_of
+from anybit.networks.batchnorm import reestimate
+from anybit.networks.candidates import apply_scheme
+from anybit.networks.layers import codes_of, quantized_layers, scheme_of, weight_rows
+from anybit.networks.matmul import Matmul
+from anybit.networks.observed import observe_network
+from anybit.numerics.quantizers import UniformQuantizer
+from anybit.roads.settings import CalibrateSettings
+from anybit.roads.steps import range_candidates
+from anybit.scheme import Precision, Scheme
+from anybit.sources.inputs import as_samples
+
+CALIBRATE = partial(anybit.calibrate, budget=None, steps=20, candidate_steps=5, batch_size=16)
+
+
+def grown(model, x, weight_bits, activation_bits):
+    """CSQ under a budget that only the wanted bits meet, on the float network's own outputs."""
+    wanted = {"planes": weight_bits[0] - 1, "activation_bits": activation_bits[0], "per_channel": True, "gate_rate": 3e-2, "rate": 3e-3}
+    return anybit.grow(model, x, None, distill=1.0, epochs=40, batch_size=16, **wanted)
+
+
+def trained(model, x, weight_bits, activation_bits):
+    """LSQ at the wanted bits, on the float network's own outputs."""
+    wanted = Precision(weight_bits[0], activation_bits[0])
+    scheme = Scheme({name: of_kind(model.get_submodule(name), wanted) for name in quantizable(model, x)})
+    return anybit.grow(model, x, scheme=scheme, distill=1.0, epochs=15, batch_size=16)
+
+
+def subnet(model, x, weight_bits, activation_bits):
+    """MultiQuant at the wanted bits and at eight (six, where those are all), taught by the float network; the subnet of the wanted bits."""
+    bits = {weight_bits[0], activation_bits[0], 8} | ({6} if weight_bits == activation_bits == (8,) else set())
+    wanted = {"bits": tuple(sorted(bits)), "label": "teacher", "distill": 1.0, "epochs": 30, "batch_size": 16, "held_out": 0.05}
+    supernet = anybit.train(model, x, **wanted)
+    wanted = Precision(weight_bits[0], activation_bits[0])
+    scheme = Scheme({name: of_kind(model.get_submodule(name), wanted) for name in supernet.choices})
+    return anybit.extract(supernet, scheme=scheme, data=x)
+
+
+# name -> function of (network, inputs, weight_bits=(one,), activation_bits=(one,)) that returns a Result
+METHODS = {
+    "ranges only": partial(CALIBRATE, pipeline="light", bn_tuning=False),
+    "light": partial(CALIBRATE, pipeline="light"),
+    "adaquant layer": partial(CALIBRATE, unit="layer"),
+    "adaquant block": partial(CALIBRATE, unit="block"),
+    "csq": grown,
+    "lsq": trained,
+    "multiquant": subnet,
+}
+
+
+def quantizable(model, x):
+    """The layers that a scheme names."""
+    return list(anybit.inspect(model, x)["layers"])
+
+
+def rounded_start(model, calibration, precision: Precision):
+    """The network with every tensor rounded to nearest in its estimated range, and the folded float network."""
+    settings = CalibrateSettings(weight_bits=(precision.weight_bits,), activation_bits=(precision.activation_bits,))
+    network = observe_network(model, calibration.fitting[0], settings.options)
+    scheme = network.uniform(precision.weight_bits, precision.activation_bits)
+    return apply_scheme(network.prepared, scheme, range_candidates(network, calibration, settings)), network.folded
+
+
+@pytest.mark.parametrize("text", ["W2A8", "W4A4", "W8A8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_ends_in_the_canonical_form(method, text, tmp_path):
+    model, x, precision = make(Residual), pictures(48), Precision.parse(text)
+    reestimate(model, [Batch(x)])  # as a trained network's: training computes with the statistics of its batches
+    before = snapshot(model)
+    result = METHODS[method](model, x, weight_bits=(precision.weight_bits,), activation_bits=(precision.activation_bits,))
+    assert_untouched(model, before)
+
+    layers = quantized_layers(result.model)
+    assert result.scheme == scheme_of(result.model) == Scheme.uniform(layers, precision)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in result.model.modules())
+    for layer in layers.values():
+        assert type(layer.weight_quantizer) is UniformQuantizer and type(layer.input_quantizer) is UniformQuantizer
+        assert torch.equal(weight_rows(layer, layer.weight), codes_of(layer).float() * layer.weight_quantizer.scale)
+        assert all((slot.scale > 0).all() and torch.isfinite(slot.scale).all() for slot in (layer.weight_quantizer, layer.input_quantizer))
+
+    settings = CalibrateSettings()
+    calibration = split(draw(as_samples(x), settings.samples, settings.seed), settings.seed, settings.held_out, 16)
+    start, float_model = rounded_start(model, calibration, precision)
+    reference = outputs_of(float_model, calibration.held_out)
+    errors = [distance(outputs_of(one, calibration.held_out), reference, "classification") for one in (start, result.model)]
+    # A trained network leaves its start, which at eight bits is as near to float as can be told; a calibrated one never gets worse.
+    assert errors[1] <= (max(errors[0], 1e-4) if method in ("csq", "lsq", "multiquant") else errors[0])
+
+    folder = result.save(tmp_path / "run")
+    loaded = anybit.load(folder, model=make(Residual, seed=3))
+    assert torch.equal(loaded(x), result.model(x)) and loaded.scheme == result.scheme
+    assert (folder / "model.safetensors").stat().st_size == result.report["result"]["bytes"]
+
+
+def of_kind(layer, precision: Precision) -> Precision:
+    """What of a precision a layer can have: an embedding reads no activation, a product has no weight."""
+    if isinstance(layer, torch.nn.Embedding):
+        return Precision(precision.weight_bits, None)
+    return Precision(None, precision.activation_bits) if isinstance(layer, Matmul) else precision
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_a_transformer(method, tmp_path):
+    batch, precision = inputs("bert", 48), Precision(4, 8)
+    model = covered("bert")
+    sentences = [{name: tensor[index] for name, tensor in batch.inputs.items()} for index in range(len(batch))]
+    result = METHODS[method](model, sentences, weight_bits=(4,), activation_bits=(8,))
+
+    layers = quantized_layers(result.model)
+    assert result.scheme == Scheme({name: of_kind(layer, precision) for name, layer in layers.items()})
+    for layer in layers.values():
+        if isinstance(layer, Matmul):
+            assert type(layer.input_quantizer) is UniformQuantizer and layer.input_quantizer.scale.shape == (2,)
+        else:
+            assert torch.equal(weight_rows(layer, layer.weight), codes_of(layer).float() * layer.weight_quantizer.scale)
+    reference, found = (outputs_of(one, [batch]) for one in (model, result.model))
+    scrambled = outputs_of(covered_with_noise(model), [batch])
+    assert distance(found, reference, "classification") < distance(scrambled, reference, "classification")
+    loaded = anybit.load(result.save(tmp_path / "run"), model=covered("bert"))
+    assert torch.equal(outputs_of(loaded, [batch]), found)
+
+
+def covered_with_noise(model):
+    """The network with every weight rounded to two bits, nothing fitted: what a method must be better than."""
+    noisy = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            if parameter.dim() > 1:
+                step = parameter.abs().max()
+                parameter.copy_((parameter / step).round() * step)
+    return noisy

@@ -1,0 +1,130 @@
+import pytest
+import torch
+from networks import NETWORKS, assert_untouched, make, network_and_inputs, run, snapshot
+from schemes import WEIGHT_BITS, prepared_with_candidates, random_scheme
+from torch import nn
+
+from anybit.errors import AnybitError, InvalidInput, SchemeMismatch, UnsupportedModel
+from anybit.networks.candidates import (
+    apply_scheme,
+    check_finite_samples,
+    frozen_candidate,
+    weight_candidate,
+)
+from anybit.networks.layers import Pruned, codes_of, float_weight, prepare, quantized_layers, scheme_of, weight_rows
+from anybit.networks.states import check_finite_weights
+from anybit.numerics.quantizers import UniformQuantizer
+from anybit.scheme import Precision, Scheme
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_slots_spell_out_the_scheme_that_was_applied(name, seed):
+    prepared, candidates = prepared_with_candidates(name)
+    before = snapshot(prepared)
+    scheme = random_scheme(prepared, seed)
+    model = apply_scheme(prepared, scheme, candidates)
+    assert scheme_of(model) == scheme
+    assert_untouched(prepared, before)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_in_the_canonical_form_every_weight_is_code_times_scale(name):
+    prepared, candidates = prepared_with_candidates(name)
+    scheme = Scheme.uniform(quantized_layers(prepared), "W3A4" if name != "tokens" else "W3")
+    model = apply_scheme(prepared, scheme, candidates)
+    assert set(quantized_layers(model)) == set(scheme)
+    for layer_name, layer in quantized_layers(model).items():
+        codes = codes_of(layer)
+        assert torch.equal(codes, candidates.weights[layer_name, 3].codes)
+        assert torch.equal(weight_rows(layer, layer.weight), codes.float() * layer.weight_quantizer.scale)
+        assert torch.equal(layer.weight, float_weight(layer))
+
+
+def test_the_float_scheme_changes_no_output():
+    prepared, candidates = prepared_with_candidates("residual")
+    _, batch = network_and_inputs("residual")
+    model = apply_scheme(prepared, Scheme.uniform(quantized_layers(prepared), "float"), candidates)
+    assert torch.equal(run(model, batch), run(prepared, batch))
+
+
+def test_a_pruned_layer_gives_its_bias_alone():
+    prepared, candidates = prepared_with_candidates("no batch norm")
+    model = apply_scheme(prepared, Scheme({"conv": Precision(), "fc": Precision(0)}), candidates)
+    assert isinstance(model.fc.weight_quantizer, Pruned)
+    _, batch = network_and_inputs("no batch norm")
+    assert torch.equal(run(model, batch), prepared.fc.bias.detach().expand(4, 5))
+
+
+def test_more_bits_are_closer_to_the_float_network():
+    prepared, candidates = prepared_with_candidates("chain")
+    _, batch = network_and_inputs("chain")
+    names = quantized_layers(prepared)
+    models = [apply_scheme(prepared, Scheme.uniform(names, f"W{bits}"), candidates) for bits in WEIGHT_BITS]
+    errors = [float((run(model, batch) - run(prepared, batch)).abs().mean()) for model in models]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.1 * errors[0]
+
+
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_freezing_a_filled_layer_gives_its_candidate_back(bits):
+    prepared, candidates = prepared_with_candidates("upsampling")
+    model = apply_scheme(prepared, Scheme.uniform(quantized_layers(prepared), f"W{bits}"), candidates)
+    for name, layer in quantized_layers(model).items():
+        frozen, given = frozen_candidate(layer), candidates.weights[name, bits]
+        assert torch.equal(frozen.codes, given.codes) and torch.equal(frozen.scale, given.scale) and torch.equal(frozen.bias, given.bias)
+
+
+def test_a_candidate_is_a_copy():
+    layer = prepare(make(lambda: nn.Sequential(nn.Linear(3, 2))), ["0"])[0]
+    candidate = weight_candidate(layer, 4, "mse")
+    bias = candidate.bias.clone()
+    with torch.no_grad():
+        layer.bias.add_(1)
+    assert torch.equal(candidate.bias, bias)
+
+
+def test_models_of_one_set_of_candidates_are_independent():
+    prepared, candidates = prepared_with_candidates("chain")
+    scheme = Scheme.uniform(quantized_layers(prepared), "W5A4")
+    one, other = apply_scheme(prepared, scheme, candidates), apply_scheme(prepared, scheme, candidates)
+    with torch.no_grad():
+        for tensor in one.state_dict().values():
+            tensor.zero_()
+    assert all(torch.equal(codes_of(layer), candidates.weights[name, 5].codes) for name, layer in quantized_layers(other).items())
+    assert all((candidate.scale > 0).all() for candidate in candidates.weights.values())
+
+
+def test_a_scheme_of_another_model_is_refused_with_the_nearest_name():
+    prepared, candidates = prepared_with_candidates("chain")
+    with pytest.raises(SchemeMismatch, match=r"'conv11' \(did you mean 'conv1'\?\)"):
+        apply_scheme(prepared, Scheme.uniform(["conv11"], "W4"), candidates)
+
+
+def test_a_precision_without_a_candidate_is_refused_by_layer():
+    prepared, candidates = prepared_with_candidates("chain")
+    with pytest.raises(AnybitError, match="conv1"):
+        apply_scheme(prepared, Scheme.parse({"conv1": "W4", "conv2": "W3", "fc": "float"}), candidates)
+
+
+def test_canonical_slots_hold_uniform_quantizers():
+    prepared, candidates = prepared_with_candidates("depthwise")
+    model = apply_scheme(prepared, Scheme.uniform(quantized_layers(prepared), "W5A8"), candidates)
+    for layer in quantized_layers(model).values():
+        assert type(layer.weight_quantizer) is UniformQuantizer and layer.weight_quantizer.signed
+        assert type(layer.input_quantizer) is UniformQuantizer and not layer.input_quantizer.signed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named_by_layer(value):
+    model, _ = network_and_inputs("residual")
+    check_finite_weights(model)
+    with torch.no_grad():
+        model.block2.conv1.weight[0, 0, 0, 0] = value
+    with pytest.raises(UnsupportedModel, match=r"block2\.conv1\.weight holds 1 value"):
+        check_finite_weights(model)
+
+
+def test_activations_that_are_not_finite_are_named_by_layer():
+    samples = {"conv1": [torch.ones(3)], "fc": [torch.ones(2), torch.tensor([1.0, float("inf")])]}
+    with pytest.raises(InvalidInput, match="fc"):
+        check_finite_samples(samples)

@@ -1,0 +1,281 @@
+import copy
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import NETWORKS, CalledTwice, Chain, Residual, assert_untouched, make, network_and_inputs, numbers, pictures, snapshot
+from torch import nn
+
+from anybit.data.batches import Batch
+from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.networks.wiring import BATCH_NORM, BATCH_NORMS, COVERED, LAYER, observe
+
+PICTURES = Batch(pictures(2))
+VALUES = numbers(64) * 8
+
+
+class Forms(nn.Module):
+    """One residual step, its batch norm, activation and sum written in the form that is asked for."""
+
+    def __init__(self, activate, add):
+        super().__init__()
+        self.conv1, self.bn, self.conv2, self.fc = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.Linear(3, 2)
+        self.act = activate if isinstance(activate, nn.Module) else nn.Identity()
+        self.activate, self.add = activate, add
+
+    def forward(self, x):
+        hidden = self.activate(self.bn(self.conv1(x)))
+        return self.fc(F.relu(self.add(self.conv2(hidden), hidden)).mean((2, 3)))
+
+
+def sum_in_place(a, b):
+    a += b
+    return a
+
+
+SUMS = {
+    "operator": lambda a, b: a + b,
+    "in place": sum_in_place,
+    "torch.add": torch.add,
+    "method in place": lambda a, b: a.add_(b),
+}
+RELUS = {
+    "module": nn.ReLU(),
+    "module in place": nn.ReLU(inplace=True),
+    "functional": F.relu,
+    "functional in place": lambda x: F.relu(x, inplace=True),
+    "torch": torch.relu,
+    "method": lambda x: x.relu(),
+    "method in place": lambda x: x.relu_(),
+    "clamp": lambda x: x.clamp(min=0),
+}
+RELU6S = {
+    "module": nn.ReLU6(),
+    "module in place": nn.ReLU6(inplace=True),
+    "functional": F.relu6,
+    "functional in place": lambda x: F.relu6(x, inplace=True),
+    "hardtanh": lambda x: F.hardtanh(x, 0.0, 6.0),
+    "hardtanh module": nn.Hardtanh(0.0, 6.0),
+    "clamp": lambda x: torch.clamp(x, 0, 6),
+    "clamp in place": lambda x: x.clamp_(0, 6),
+}
+
+
+def activation_of(activate, module="conv1"):
+    return observe(make(lambda: Forms(activate, SUMS["operator"])), PICTURES).activation_after(module)
+
+
+@pytest.mark.parametrize("form", RELUS)
+def test_a_relu_is_found_in_every_form(form):
+    assert torch.equal(activation_of(RELUS[form])(VALUES), F.relu(VALUES))
+
+
+@pytest.mark.parametrize("form", RELU6S)
+def test_a_relu6_is_not_a_relu(form):
+    assert torch.equal(activation_of(RELU6S[form])(VALUES), F.relu6(VALUES))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [F.silu, F.hardswish, F.hardsigmoid, torch.sigmoid, torch.tanh, F.mish, nn.LeakyReLU(0.3), nn.ELU(0.5), nn.GELU("tanh")],
+    ids=lambda function: getattr(function, "__name__", str(function)),  # an address would name the test anew in every run
+)
+def test_an_observed_activation_computes_what_the_network_does(function):
+    found = activation_of(function)
+    assert torch.equal(found(VALUES), function(VALUES))
+
+
+def test_an_observed_activation_leaves_its_input_as_it_was():
+    values = VALUES.clone()
+    activation_of(RELUS["functional in place"])(values)
+    assert torch.equal(values, VALUES)
+
+
+@pytest.mark.parametrize("form", SUMS)
+def test_a_relu_after_a_residual_sum_is_not_the_convolutions(form):
+    wiring = observe(make(lambda: Forms(F.relu, SUMS[form])), PICTURES)
+    assert wiring.activation_after("conv2") is None
+    assert [operation.kind for operation in wiring.joins()] == ["add"]
+
+
+def test_functional_in_place_and_module_forms_are_wired_alike():
+    def picture(activate, add):
+        wiring = observe(make(lambda: Forms(activate, add)), PICTURES)
+        return [(op.kind, op.inputs, op.outputs, op.shape) for op in wiring.operations]
+
+    relus = {name: relu for name, relu in RELUS.items() if name != "clamp"}
+    pictures_seen = [picture(relu, add) for relu in relus.values() for add in SUMS.values()]
+    assert all(seen == pictures_seen[0] for seen in pictures_seen)
+
+
+def test_the_batch_norm_after_each_layer_is_found():
+    wiring = observe(make(Residual), PICTURES)
+    found = {name: wiring.batch_norm_after(name) for name in wiring.layer_names()}
+    assert found == {
+        "conv": "bn", "block1.conv1": "block1.bn1", "block1.conv2": "block1.bn2", "block2.conv1": "block2.bn1",
+        "block2.conv2": "block2.bn2", "block2.shortcut.0": "block2.shortcut.1", "fc": None,
+    }  # fmt: skip
+
+
+class NormOf(nn.Module):
+    """A convolution and a batch norm, put together by `wire(conv, bn, x)`."""
+
+    def __init__(self, wire):
+        super().__init__()
+        self.conv, self.bn, self.wire = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), wire
+
+    def forward(self, x):
+        return self.wire(self.conv, self.bn, x)
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        lambda conv, bn, x: bn(conv(conv(x))),  # the layer runs twice
+        lambda conv, bn, x: bn(bn(conv(x))),  # the norm runs twice
+        lambda conv, bn, x: (lambda y: bn(y) + y)(conv(x)),  # something else reads it
+        lambda conv, bn, x: (lambda y: (bn(y), y))(conv(x)),  # the model gives it out
+        lambda conv, bn, x: bn(F.relu(conv(x))),  # an activation stands between
+        lambda conv, bn, x: conv(bn(x)),  # the norm comes before
+        lambda conv, bn, x: F.batch_norm(conv(x), bn.running_mean, bn.running_var),  # a function, not a module
+    ],
+    ids=["layer twice", "norm twice", "second reader", "given out", "relu between", "norm before", "functional"],
+)
+def test_a_batch_norm_that_cannot_be_folded_is_not_offered(wire):
+    assert observe(make(lambda: NormOf(wire)), PICTURES).batch_norm_after("conv") is None
+
+
+def test_blocks_are_the_innermost_modules_that_join_and_their_kind():
+    model = make(Residual)
+    assert observe(model, PICTURES).blocks() == ["block1", "block2"]
+    model.block1.forward = lambda x: F.relu(model.block1.bn1(model.block1.conv1(x)))  # the first of its kind has no shortcut
+    assert observe(model, PICTURES).blocks() == ["block1", "block2"]
+    assert observe(make(lambda: nn.Sequential(make(Residual))), PICTURES).blocks() == ["0.block1", "0.block2"]
+
+
+def test_a_join_in_the_root_makes_no_block():
+    wiring = observe(make(lambda: Forms(F.relu, torch.add)), PICTURES)
+    assert wiring.joins() and wiring.blocks() == []
+
+
+def test_named_blocks_are_taken_and_wrong_ones_refused():
+    wiring = observe(make(Residual), PICTURES)
+    assert wiring.blocks(["block2"]) == ["block2"]
+    with pytest.raises(InvalidSetting, match="block9"):
+        wiring.blocks(["block9"])
+    with pytest.raises(InvalidSetting, match=r"block2\.shortcut"):
+        wiring.blocks(["block2", "block2.shortcut"])
+
+
+def test_every_layer_is_in_exactly_one_unit():
+    wiring = observe(make(Residual), PICTURES)
+    for blocks in ([], ["block2"], wiring.blocks()):
+        units = wiring.units(wiring.layer_names(), blocks)
+        assert Counter(layer for unit in units for layer in unit.layers) == Counter(wiring.layer_names())
+        assert set(blocks) <= {unit.name for unit in units}
+
+
+def test_every_reader_of_a_tensor_is_seen():
+    wiring = observe(make(Residual), PICTURES)
+    block_input = wiring.operation("block1.conv1").inputs[0]
+    assert {op.name for op in wiring.readers(block_input)} == {"block1.conv1", "block1/add"}
+
+
+def test_a_layer_called_twice_is_counted():
+    assert observe(make(CalledTwice), Batch(numbers(2, 4))).calls["again"] == 2
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_observed_shapes_are_those_of_the_layers_outputs(name):
+    model, batch = network_and_inputs(name)
+    shapes = {}
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, COVERED + BATCH_NORMS):
+            layer.register_forward_hook(lambda module, args, output, key=layer_name: shapes.__setitem__(key, tuple(output.shape)))
+    wiring = observe(model, batch)
+    assert {op.name: op.shape for op in wiring.operations if op.kind in (LAYER, BATCH_NORM)} == shapes
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_edges_have_names_of_their_own_and_begin_with_the_inputs(name):
+    model, batch = network_and_inputs(name)
+    edges = observe(model, batch).edges()
+    assert len(set(edges)) == len(edges) and edges[0] == "input/0"
+
+
+def test_edges_of_a_layer_called_twice_have_names_of_their_own():
+    edges = observe(make(CalledTwice), Batch(numbers(2, 4))).edges()
+    assert len(set(edges)) == len(edges)
+
+
+def test_an_edge_lies_after_the_activation():
+    edges = observe(make(Residual), PICTURES).edges()
+    assert "block1/add" not in edges and "conv" not in edges and "fc" in edges
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_observing_changes_nothing(name):
+    model, batch = network_and_inputs(name)
+    before = snapshot(model)
+    observe(model, batch)
+    assert_untouched(model, before)
+
+
+def test_observing_keeps_each_modules_own_mode():
+    model = make(Chain).train()
+    model.bn1.eval()
+    before = snapshot(model)
+    observe(model, PICTURES)
+    assert_untouched(model, before)
+
+
+def test_observing_leaves_no_hook_when_the_model_refuses():
+    model = make(Chain)
+    before = snapshot(model)
+    with pytest.raises(InvalidInput, match="2, 5, 8, 8"):
+        observe(model, Batch(torch.zeros(2, 5, 8, 8)))
+    assert_untouched(model, before)
+
+
+# What a network's own checks raise, NotImplementedError among them: an input to the test, nothing that is left to write.
+@pytest.mark.parametrize("error", [AssertionError, KeyError, AttributeError, RuntimeError, NotImplementedError])
+def test_whatever_a_model_refuses_its_input_with_is_an_input_error(error):
+    class Strict(Chain):
+        def forward(self, x):
+            raise error("8 x 8 pictures alone")
+
+    with pytest.raises(InvalidInput, match="8 x 8 pictures alone"):
+        observe(make(Strict), PICTURES)
+
+
+def test_a_model_without_a_tensor_to_give_is_refused():
+    class Silent(Chain):
+        def forward(self, x):
+            return "done"
+
+    with pytest.raises(UnsupportedModel, match="str"):
+        observe(make(Silent), PICTURES)
+
+
+def test_values_are_shown_as_they_are_made():
+    model = make(Chain)
+    shown = {}
+    observe(model, PICTURES, lambda name, tensor: shown.setdefault(name, tensor.clone()))
+    twin = copy.deepcopy(model)
+    assert torch.equal(shown["input/0"], PICTURES.inputs)
+    assert torch.equal(shown["conv1"], twin.conv1(PICTURES.inputs))
+    assert torch.equal(shown["fc"], twin(PICTURES.inputs))
+
+
+def test_a_function_called_norm_is_no_batch_norm():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(x).norm(dim=1)
+
+    wiring = observe(make(Normed), Batch(numbers(2, 4)))
+    assert wiring.batch_norm_after("fc") is None and "fc" in wiring.edges()

@@ -1,0 +1,665 @@
+"""An exported file is as small as its bits, runs on integer kernels, and computes what the integer reference computes."""
+
+import functools
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+import torch.nn.functional as F
+from exported import EXACT, Activated, canonical_of, inputs, random_precision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from torch import nn
+
+import anybit
+from anybit.data.batches import call, evaluating
+from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
+from anybit.networks.layers import fill, quantized_layers
+from anybit.numerics.quantizers import UniformQuantizer
+from anybit.onnx.file import EXACT_SUMS, exported, ideal_bytes, load, measured_in, outputs, save, session
+from anybit.onnx.floats import input_tensors
+from anybit.onnx.interpreter import interpret
+from anybit.onnx.plan import Affine
+from anybit.onnx.storage import PLANES, field_table, pack_fields, stored
+from anybit.onnx.verification import flipped_codes, lacks_exact_kernels, lacks_vnni, saturating, verify_file
+from anybit.onnx.writer import LARGEST_BIAS, _Writer, with_room
+from anybit.scheme import Precision
+
+exactly = pytest.mark.skipif(lacks_exact_kernels() is not None, reason=f"bitwise equality: {lacks_exact_kernels()}")
+
+
+@functools.cache
+def made_of(name, seed=0, precision=None, tables=True):
+    """(canonical model, its graphs, inputs) of one of EXACT at a mixed scheme, or at one precision; for tests that only read them."""
+    network, shape = EXACT[name]
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    batch = inputs(shape)
+    canonical = canonical_of(network(), batch, lambda layer: precision or random_precision(draw))
+    return canonical, exported(canonical, batch, tables=tables), inputs(shape, 24, seed=7)
+
+
+def runtime_outputs(graph, batch):
+    return outputs(session(graph), [batch])
+
+
+# Storage
+
+
+class _Emitted:
+    """A graph of unpacking operators alone."""
+
+    def __init__(self):
+        self.nodes, self.constants = [], {}
+
+    def emit(self, kind, inputs, attributes, name):
+        node = ir.node(kind, inputs, attributes)
+        node.outputs[0].name = f"v{len(self.nodes)}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name, array):
+        if name not in self.constants:
+            held = ir.tensor(array, name=name)
+            self.constants[name] = ir.Value(name=name, shape=held.shape, type=ir.TensorType(held.dtype), const_value=held)
+        return self.constants[name]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([0, 2, 3, 4, 5, 6, 7, 8]), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(0, 2**16))
+def test_codes_come_back_from_what_is_stored(bits, shape, seed):
+    half = 2 ** (bits - 1) if bits else 0
+    codes = np.random.default_rng(seed).integers(-half, max(half, 1), shape).astype(np.int8)
+    part = _Emitted()
+    value = stored("layer", codes, bits, part.emit, part.constant)
+    kept = ir.node("Identity", [value])
+    kept.outputs[0].name, kept.outputs[0].type = "codes", ir.TensorType(ir.DataType.INT8)
+    graph = ir.Graph([], kept.outputs, nodes=[*part.nodes, kept], initializers=list(part.constants.values()), opset_imports={"": 21})
+    (there,) = session(ir.Model(graph, ir_version=10)).run(None, {})
+    assert there.dtype == np.int8 and np.array_equal(there, codes)
+    assert np.array_equal(interpret(ir.Model(graph, ir_version=10), {}).constants["codes"].numpy(), codes)
+    taken = sum(value.const_value.nbytes for name, value in part.constants.items() if name.startswith("layer.packed"))
+    assert taken <= -(-codes.size // 8) * bits if bits in PLANES else taken <= codes.size
+
+
+def test_a_table_says_what_every_field_of_every_byte_is_worth():
+    for width, shift, signed in [(1, 2, True), (2, 0, False), (2, 4, True), (4, 0, False)]:
+        fields = np.random.default_rng(0).integers(0, 2**width, 64).astype(np.uint8)
+        worth = field_table(width, shift, signed)[pack_fields(fields, width)].reshape(-1).astype(int)
+        expected = fields.astype(int) - (2**width * (fields >= 2 ** (width - 1)) if signed else 0)
+        assert (worth == expected << shift).all()
+
+
+# The numbers
+
+
+@exactly
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", EXACT)
+def test_the_runtime_computes_what_the_integer_reference_does(name, seed, tmp_path):
+    canonical, made, batch = made_of(name, seed)
+    feeds = dict(zip([value.name for value in made.integer.graph.inputs], input_tensors(batch), strict=True))
+    reference = interpret(made.integer, feeds)
+    if name == "mixed":  # its norm and its mean over tokens are summed in float, which no two libraries do alike
+        verdict = verdict_of(canonical, made, batch, tmp_path)
+        assert reference.in_float and not verdict.failures and verdict.numbers.get("codes_apart", 0) <= 1
+        return
+    assert not reference.in_float
+    for value, there in zip(made.integer.graph.outputs, runtime_outputs(made.integer, batch), strict=True):
+        assert np.array_equal(there, reference.values[value.name].numpy())
+
+
+@exactly
+@pytest.mark.parametrize("precision", [Precision(8, 8), Precision(7, 8), Precision(8, 7), Precision(2, 8)], ids=str)
+@pytest.mark.parametrize("name", ["joined", "mixed"])
+def test_layers_whose_sums_may_saturate_are_named_and_summed_exactly(name, precision, tmp_path):
+    """Two products of 8-bit codes can leave 16 bits, which is all that some processors give them, unless a session asks for more."""
+    canonical, made, batch = made_of(name, precision=precision)
+    save(made.integer, tmp_path / "net.onnx")
+    file = load(tmp_path / "net.onnx")
+    verdict = verify_file(tmp_path / "net.onnx", file, made, canonical.model, batch)
+    assert not verdict.failures and not verdict.skipped
+    assert set(verdict.saturating) == (set(canonical.scheme) if precision == Precision(8, 8) else set())
+    assert (EXACT_SUMS[0] in verdict.advice) == bool(verdict.saturating)
+
+
+@pytest.mark.skipif(not lacks_vnni(), reason="this processor sums 8-bit products exactly, whatever a session asks for")
+def test_a_session_that_does_not_ask_for_exact_sums_saturates_here_and_only_where_it_is_said():
+    asked = {}
+    for precision in (Precision(8, 8), Precision(7, 8), Precision(8, 7)):
+        canonical, made, batch = made_of("asymmetric", precision=precision)
+        exact, plain = (outputs(session(made.integer, exact=how), [batch]) for how in (True, False))
+        asked[precision] = np.array_equal(exact[0], plain[0])
+        assert asked[precision] == (not saturating(canonical.model, made.plan))
+    assert not asked[Precision(8, 8)]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_nothing_in_the_file_is_computed_in_vain(name):
+    _, made, _ = made_of(name)
+    for node in made.integer.graph:
+        assert any(value.uses() or value.is_graph_output() for value in node.outputs), node.op_type
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_at_eight_bits_the_file_is_close_to_the_simulation(name):
+    canonical, made, batch = made_of(name, precision=Precision(8, 8))
+    with evaluating(canonical.model), torch.no_grad():
+        simulated = call(canonical.model, batch.inputs)
+    for ours, there in zip(simulated if isinstance(simulated, tuple) else (simulated,), runtime_outputs(made.integer, batch), strict=True):
+        assert torch.from_numpy(there).sub(ours).norm() < 0.05 * ours.norm()
+
+
+@pytest.mark.parametrize(("bias", "most"), [(False, 1e-4), (True, 0.03)])
+def test_without_shared_tensors_codes_are_the_simulations(bias, most):
+    """A chain has no edges: the file's quantizers are the layers' own. Codes differ where float sums round otherwise, and where an int32
+    bias does, which counts in units of input scale times weight scale."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, bias=bias), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4, bias=bias), nn.ReLU6(), nn.Flatten()]
+    batch = inputs((3, 12, 12))
+    canonical = canonical_of(nn.Sequential(*layers, nn.Linear(512, 4, bias=bias)), batch, lambda layer: Precision(5, 6))
+    flipped = flipped_codes(canonical.model, exported(canonical, batch), batch)
+    assert set(flipped) == {"0", "2", "5"} and max(flipped.values()) < most
+
+
+def test_a_network_that_ends_in_a_pool_says_that_it_is_summed_in_float():
+    torch.manual_seed(0)
+    pooled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    batch = inputs((3, 12, 12))
+    made = exported(canonical_of(pooled, batch, lambda layer: Precision(8, 8)), batch)
+    reference = interpret(made.integer, {made.integer.graph.inputs[0].name: batch.inputs})
+    assert len(reference.in_float) == 1
+    assert np.allclose(runtime_outputs(made.integer, batch)[0], reference.values[made.integer.graph.outputs[0].name].numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["relu", "silu", "joined", "mixed"])
+def test_every_quantized_layer_has_an_integer_kernel(name, tmp_path):
+    canonical, made, batch = made_of(name)
+    save(made.integer, tmp_path / "net.onnx")
+    verdict = verify_file(tmp_path / "net.onnx", load(tmp_path / "net.onnx"), made, canonical.model, batch)
+    assert not verdict.failures and set(verdict.kernels) == set(canonical.scheme) and not verdict.floats
+
+
+def test_layers_that_stay_float_are_named_with_the_reason(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.up, self.free, self.whole, self.last = (
+                nn.Embedding(9, 4), nn.ConvTranspose1d(4, 4, 2, stride=2), nn.Conv1d(4, 6, 3), nn.Conv1d(6, 6, 3), nn.Linear(6, 3)
+            )  # fmt: skip
+
+        def forward(self, words):
+            h = F.relu(self.up(self.words(words).transpose(1, 2)))
+            return self.last(F.relu(self.whole(F.relu(self.free(h)))).mean(2))
+
+    precisions = {"words": "W3", "up": "W4A8", "free": "W3", "whole": "float", "last": "W0A8"}
+    batch = anybit.data.batches.Batch(torch.randint(9, (12, 8), generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(0)
+    canonical = canonical_of(Net(), batch, lambda layer: Precision.parse(precisions[layer]))
+    made = exported(canonical, batch)
+    save(made.integer, tmp_path / "net.onnx")
+    verdict = verify_file(tmp_path / "net.onnx", load(tmp_path / "net.onnx"), made, canonical.model, batch)
+    assert set(verdict.floats) == {"words", "up", "free", "whole"} and not verdict.failures
+    for layer, reason in {"words": "embedding", "up": "ConvTranspose", "free": "activations", "whole": "weights"}.items():
+        assert reason in verdict.floats[layer]
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    (there,) = runtime_outputs(made.integer, batch)
+    assert np.allclose(there, simulated.numpy(), atol=1e-5)
+
+
+def test_a_layer_kept_float_between_integer_ones_stays_float(tmp_path):
+    """The runtime rounds the float weights of a layer that stands between quantizers to 8 bits, where it is let."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(288, 16), nn.ReLU()]
+    batch = inputs((3, 12, 12))
+    canonical = canonical_of(nn.Sequential(*layers, nn.Linear(16, 4)), batch, lambda n: Precision.parse("float" if n in "26" else "W8A8"))
+    made = exported(canonical, batch)
+    save(made.integer, tmp_path / "net.onnx")
+    verdict = verify_file(tmp_path / "net.onnx", load(tmp_path / "net.onnx"), made, canonical.model, batch)
+    assert set(verdict.floats) == {"2", "6"} and set(verdict.kernels) == {"0", "4", "8"} and not verdict.failures
+
+
+@pytest.mark.parametrize("between", [[], [nn.ReLU()], [nn.ReLU6()]], ids=["", "relu", "relu6"])
+def test_a_pool_after_a_float_layer_is_rounded_after_it(between, tmp_path, monkeypatch):
+    """To the same numbers: the runtime's maximum of float numbers is fast, that of codes in its float layout is slow."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), *between, nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)]
+    batch = inputs((3, 16, 16))
+    canonical = canonical_of(nn.Sequential(*layers), batch, lambda name: Precision.parse("float" if name == "0" else "W8A4"))
+    made = exported(canonical, batch)
+    save(made.integer, tmp_path / "net.onnx")
+    session(tmp_path / "net.onnx", optimized=tmp_path / "optimized.onnx")
+    nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+    pooled = {name for node in nodes if node.op_type == "MaxPool" for name in node.input}
+    assert pooled and not any(node.op_type in ("QuantizeLinear", "Clip") for node in nodes if pooled & set(node.output))
+    verdict = verify_file(tmp_path / "net.onnx", load(tmp_path / "net.onnx"), made, canonical.model, batch)
+    assert not verdict.failures
+    monkeypatch.setattr(_Writer, "_pooled", lambda self, node, affine: self._as_codes(node.outputs[0].name, on_codes(self, node), affine))
+    assert np.array_equal(runtime_outputs(exported(canonical, batch).integer, batch), runtime_outputs(made.integer, batch))
+
+
+def on_codes(writer, node):
+    return writer.emit("MaxPool", [writer.codes[node.inputs[0].name]], node.attributes, node.name)
+
+
+def test_weights_alone_quantized_give_the_simulations_numbers():
+    canonical, made, batch = made_of("relu", precision=Precision(3, None))
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert not any(node.op_type == "QuantizeLinear" for node in made.integer.graph)
+    assert np.allclose(runtime_outputs(made.integer, batch)[0], simulated.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+def test_weight_only_linears_run_on_packed_weights(bits, tmp_path):
+    torch.manual_seed(0)
+    batch = inputs((64,))
+    network = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32), nn.GELU(), nn.Linear(32, 8))
+    canonical = canonical_of(network, batch, lambda layer: Precision(bits, None))
+    made = exported(canonical, batch, weight_only=True)
+    save(made.integer, tmp_path / "net.onnx")
+    verdict = verify_file(tmp_path / "net.onnx", load(tmp_path / "net.onnx"), made, canonical.model, batch)
+    assert not verdict.failures and all("MatMulNBits" in reason for reason in verdict.floats.values()) and len(verdict.floats) == 3
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert torch.from_numpy(runtime_outputs(made.integer, batch)[0]).sub(simulated).norm() < 0.03 * simulated.norm()
+
+
+def test_the_batch_is_any_size():
+    _, made, batch = made_of("joined")
+    running = session(made.integer)
+    whole = outputs(running, [batch])
+    single = [running.run(None, {"x": batch.inputs[i : i + 1].numpy()}) for i in range(3)]
+    for index, array in enumerate(whole):
+        assert np.array_equal(array[:3], np.concatenate([part[index] for part in single]))
+
+
+@exactly
+@pytest.mark.parametrize("name", ["silu", "gelu", "hardswish", "mixed", "gated"])
+def test_functions_in_float_are_within_a_code_of_the_reference(name, tmp_path):
+    canonical, made, batch = made_of(name, tables=False)
+    save(made.integer, tmp_path / "net.onnx")
+    verdict = verify_file(tmp_path / "net.onnx", load(tmp_path / "net.onnx"), made, canonical.model, batch)
+    assert not verdict.failures and verdict.numbers["in_float"] and set(verdict.kernels) == set(canonical.scheme)
+
+
+# Size
+
+
+def test_the_file_shrinks_with_its_bits():
+    class Wide(nn.Sequential):
+        def __init__(self):
+            super().__init__(
+                nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 128, 3), nn.Flatten(), nn.Linear(128, 9)
+            )
+
+    batch = inputs((3, 7, 7))
+    for bits in range(2, 9):
+        canonical = canonical_of(Wide(), batch, lambda layer, bits=bits: Precision(bits, 8))
+        content = ir.to_proto(exported(canonical, batch).integer).SerializeToString()
+        assert ideal_bytes(canonical) < len(content) < ideal_bytes(canonical) + 16_000, bits
+
+
+# Corners
+
+
+def test_a_bias_beyond_int32_takes_coarser_weights():
+    codes, scale = torch.tensor([[100, -50], [3, 4]], dtype=torch.int8), np.array([1e-9, 0.1], np.float32)
+    coarser, wider = with_room(codes, scale, np.array([50.0, 1.0]), 8)
+    assert 50 / wider[0] <= LARGEST_BIAS * 1.001 and wider[1] == scale[1]
+    assert coarser[1].tolist() == [3, 4] and coarser[0].abs().max() < 100
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3))
+def test_an_edge_holds_its_range_and_zero_exactly(a, b):
+    low, high = sorted((a, b))
+    affine = Affine.of_range(low, high)
+    assert affine.scale > 0 and 0 <= affine.zero_point <= 255
+    for value in (low, 0.0, high):
+        stands_for = (affine.code(value) - affine.zero_point) * affine.scale
+        assert abs(stands_for - value) <= affine.scale * 1.01
+    assert affine.code(0.0) == affine.zero_point
+
+
+# The verbs
+
+
+def test_a_run_is_exported_verified_and_timed(exported_run):
+    run, path, model, data = exported_run
+    found = anybit.verify(run, path, model=model, data=data)
+    assert found["ok"] and not found["failures"] and found["simulation"]["agreement"] > 80
+    assert set(found["kernels"]) | set(found["floats"]) == set(anybit.load(run, model).scheme)
+    timed = anybit.bench(run, path, model=model, data=data, rounds=2)
+    assert timed["bytes"] == path.stat().st_size < timed["float_bytes"] and timed["onnxruntime"]["faster"]["ratio"] > 0
+
+
+BESIDE = """
+import json, sys
+from pathlib import Path
+import numpy as np, openvino, torch
+from anybit.data.batches import Batch
+from anybit.exports.verbs import measured
+from anybit.onnx import file as onnx_file
+graph, x = onnx_file.load(Path(sys.argv[1])), torch.from_numpy(np.load(sys.argv[2]))
+timed = measured(graph, graph, Batch(x), 1)
+core, running = openvino.Core(), onnx_file.session(graph)
+there = next(iter(core.compile_model(core.read_model(sys.argv[1]), "CPU")([x.numpy()]).values()))
+here = running.run(None, {running.get_inputs()[0].name: x.numpy()})[0]
+print(json.dumps([timed["openvino"]["faster"]["ratio"], float(np.abs(there - here).max() / np.abs(here).max())]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is optional, and not installed")
+def test_openvino_runs_the_same_file_beside_it(exported_run, tmp_path):
+    _, path, _, data = exported_run
+    np.save(tmp_path / "x.npy", data[:16].numpy())
+    command = [sys.executable, "-W", "ignore", "-c", BESIDE, str(path), str(tmp_path / "x.npy")]
+    ratio, apart = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    assert ratio > 0 and apart < 0.1
+
+
+def edited(path, change):
+    """The file with `change` applied to the first initializer that it takes (and says so)."""
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor).copy()
+        if change(tensor.name, array):
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+            onnx.save(model, path)
+            return tensor.name
+    raise AssertionError("nothing was edited")
+
+
+def _code(name, array):
+    if ".codes" in name or ".packed" in name:
+        array.reshape(-1)[0] = array.reshape(-1)[0] ^ array.reshape(-1)[0].__class__(1)
+        return True
+    return False
+
+
+def _scale(name, array):
+    if name.endswith(".scale"):
+        array[0] *= 1.5
+        return True
+    return False
+
+
+def _zero_point(name, array):
+    if name.startswith("zero_point"):
+        array[...] = (
+            array + 100 if array < 100 else array - 100
+        )  # by so much that codes leave their range: both ends of it share the number
+        return True
+    return False
+
+
+@pytest.mark.parametrize("change", [_code, _scale, _zero_point])
+def test_verify_names_the_layer_that_was_altered(change, exported_run):
+    run, path, model, data = exported_run
+    name = edited(path, change)
+    found = anybit.verify(run, path, model=model, data=data)
+    layers = list(anybit.load(run, model).scheme)
+    assert len(found["failures"]) > 1  # the stored number, and what the runtime makes of it
+    owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+    assert not found["ok"] and found["failures"][0].startswith(name)
+    assert any((owner or layers[0]) in failure for failure in found["failures"])
+
+
+def test_an_altered_operator_is_named(exported_run):
+    run, path, model, data = exported_run
+    content = onnx.load(path)
+    node = next(node for node in content.graph.node if node.op_type == "Conv")
+    next(attribute for attribute in node.attribute if attribute.name == "pads").ints[:] = [0, 0, 2, 2]
+    onnx.save(content, path)
+    found = anybit.verify(run, path, model=model, data=data)
+    assert not found["ok"] and node.name in found["failures"][0]
+
+
+def test_a_file_of_another_run_is_refused(exported_run, tmp_path):
+    _, path, model, data = exported_run
+    other = anybit.calibrate(model, data, "3bit", samples=40, weight_bits=(2, 4), activation_bits=(8,), pipeline="light").save(
+        tmp_path / "b"
+    )
+    found = anybit.verify(other, path, model=model, data=data)
+    assert not found["ok"] and "another run" in found["failures"][0]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file", b"\x08\x0a" * 50])
+def test_what_is_no_file_of_anybits_is_an_error(content, exported_run):
+    run, path, model, data = exported_run
+    path.write_bytes(content)
+    with pytest.raises(InvalidFile, match=r"net\.onnx"):
+        anybit.verify(run, path, model=model, data=data)
+
+
+def test_a_file_that_is_there_is_not_replaced_unasked(exported_run):
+    run, path, model, data = exported_run
+    before = path.read_bytes()
+    with pytest.raises(InvalidSetting, match="overwrite"):
+        anybit.export(run, path, model=model, data=data)
+    assert path.read_bytes() == before
+    anybit.export(run, path, model=model, data=data, overwrite=True)
+    assert path.read_bytes() == before
+
+
+def test_an_operator_that_cannot_be_exported_is_named_and_leaves_no_file(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.special.bessel_j0(self.layer(x))
+
+    result = anybit.calibrate(Odd(), torch.randn(24, 4), samples=24, weight_bits=(8,), activation_bits=(8,), pipeline="light")
+    run = result.save(tmp_path / "run")
+    with pytest.raises(UnsupportedModel, match="bessel_j0"):
+        anybit.export(run, tmp_path / "net.onnx", model=Odd(), data=torch.randn(4, 4))
+    assert [item.name for item in tmp_path.iterdir() if item.name.endswith(".onnx")] == []
+
+
+def test_an_older_runtime_is_told_the_operator_set(monkeypatch, exported_run):
+    run, path, model, data = exported_run
+    monkeypatch.setattr("anybit.onnx.writer.IR_VERSION", 99)
+    with pytest.raises(UnsupportedModel, match="operator set"):
+        anybit.export(run, path.with_name("new.onnx"), model=model, data=data)
+    assert not path.with_name("new.onnx").exists()
+
+
+def test_the_network_is_left_as_it_was():
+    canonical, *_ = made_of("relu")
+    before = {name: tensor.clone() for name, tensor in canonical.model.state_dict().items()}
+    exported(canonical, inputs((3, 12, 12)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in canonical.model.state_dict().items())
+    assert all(layer.weight_quantizer is not None for layer in quantized_layers(canonical.model).values())
+    assert isinstance(canonical.model, Activated)
+
+
+# What was once wrong
+
+
+def verdict_of(canonical, made, batch, folder):
+    save(made.integer, folder / "net.onnx")
+    return verify_file(folder / "net.onnx", load(folder / "net.onnx"), made, canonical.model, batch)
+
+
+class Odd(nn.Module):
+    """A function of named layers, for networks of one line."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def odd(function, shape=(3, 8, 8), precision="W8A8", **layers):
+    torch.manual_seed(0)
+    batch = inputs(shape)
+    return canonical_of(Odd(function, **layers).eval(), batch, lambda layer: Precision.parse(precision)), batch
+
+
+def conv(narrow, wide, kernel=3, **more):
+    return nn.Conv2d(narrow, wide, kernel, **more)
+
+
+@pytest.mark.parametrize(
+    ("function", "layers", "shape"),
+    [
+        (
+            lambda s, x: sum(f(p) for f, p in zip((s.b, s.c), s.a(x).chunk(2, 1), strict=True)),
+            {"a": (3, 8), "b": (4, 4), "c": (4, 4)},
+            (3, 8, 8),
+        ),
+        (lambda s, x: s.b(F.relu(s.a(x.transpose(0, 1)))).transpose(0, 1), {"a": 6, "b": 6}, (5, 6)),
+        (lambda s, x: s.b(F.silu(s.a(x).transpose(1, 2)).transpose(1, 2)), {"a": 6, "b": 6}, (5, 6)),
+        (lambda s, x: s.b(torch.cat([s.a(x.mean(1, keepdim=True)).expand(-1, 2, -1), x], 1)), {"a": 6, "b": 6}, (5, 6)),
+        (lambda s, x: s.relu(F.relu(s.flat(x))), {"flat": (3, 8), "relu": (8, 4)}, (3, 8, 8)),
+    ],
+    ids=["split", "sequence first", "moved function", "class token", "names of operators"],
+)
+@pytest.mark.parametrize("tables", [False, True])
+@pytest.mark.parametrize("precision", ["W8A8", "W3A8"])
+def test_unusual_graphs_are_carried(function, layers, shape, tables, precision, tmp_path):
+    made_layers = {name: nn.Linear(6, size) if isinstance(size, int) else conv(*size) for name, size in layers.items()}
+    canonical, batch = odd(function, shape, precision, **made_layers)
+    made = exported(canonical, batch, tables=tables)
+    verdict = verdict_of(canonical, made, batch, tmp_path)
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert not verdict.failures
+    assert torch.from_numpy(runtime_outputs(made.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
+@pytest.mark.parametrize("cls", [Standardized, Scaled])
+def test_a_layer_whose_forward_is_more_than_its_operator_is_refused_by_name(cls):
+    canonical, batch = odd(lambda s, x: s.odd(x), odd=cls(3, 4, 3))
+    with pytest.raises(UnsupportedModel, match=rf"odd: the forward of .*{cls.__name__}"):
+        exported(canonical, batch)
+
+
+def test_what_the_exporter_drops_is_noticed():
+    canonical, batch = odd(lambda s, x: s.b(F.avg_pool2d(s.a(x), 2, 2, divisor_override=3)), a=conv(3, 8), b=conv(8, 4, 1))
+    with pytest.raises(UnsupportedModel, match="exporter changes the network"):
+        exported(canonical, batch)
+
+
+class AnyArguments(nn.Module):
+    """A forward whose input has no name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, *given, **more):
+        return self.b(F.relu(self.a(*given)))
+
+
+def test_a_forward_of_any_arguments_is_carried():
+    torch.manual_seed(0)
+    batch = inputs((6,))
+    canonical = canonical_of(AnyArguments().eval(), batch, lambda layer: Precision.parse("W4A8"))
+    made = exported(canonical, batch)
+    more = inputs((6,), 3)
+    (given,) = runtime_outputs(made.integer, more)
+    with torch.no_grad():
+        assert np.abs(given - canonical.model(more.inputs).numpy()).max() < 0.05
+
+
+def test_a_batch_that_forward_fixes_is_refused():
+    canonical, batch = odd(lambda s, x: s.a(x).reshape(len(x), -1), a=conv(3, 4))
+    with pytest.raises(UnsupportedModel, match="size of the batch"):
+        exported(canonical, batch)
+
+
+def test_of_edges_that_look_alike_the_widest_is_taken():
+    """On the first inputs no value meets the clamp: by its numbers there the clamped tensor is the other one, too."""
+    torch.manual_seed(0)
+    layers = {"z": conv(3, 8), "b": conv(8, 8, 1), "c": conv(8, 4, 1)}
+    batch = inputs((3, 8, 8))
+    batch.inputs[:4] *= 1e-3
+    network = Odd(lambda s, x: (lambda h: s.c(h + s.b(h.clamp(-0.5, 0.5))))(s.z(x)), **layers).eval()
+    canonical = canonical_of(network, batch, lambda layer: Precision(8, 8))
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert torch.from_numpy(runtime_outputs(exported(canonical, batch).integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
+def test_a_layer_with_one_scale_is_carried(tmp_path):
+    canonical, batch = odd(lambda s, x: s.b(F.relu(s.a(x))), a=conv(3, 8), b=conv(8, 16))
+    for layer in quantized_layers(canonical.model).values():
+        fill(layer, UniformQuantizer(8, True, layer.weight_quantizer.scale.max().reshape(1, 1)), layer.input_quantizer)
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and set(verdict.kernels) == {"a", "b"}
+
+
+def test_a_float_layer_at_the_end_is_no_failure(tmp_path):
+    canonical, batch = odd(lambda s, x: s.b(F.relu(s.a(x))), precision="W4", a=conv(3, 8), b=conv(8, 16))
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and set(verdict.floats) == {"a", "b"}
+
+
+def test_a_setting_that_was_altered_is_noticed(tmp_path):
+    canonical, batch = odd(lambda s, x: F.leaky_relu(s.a(x).mean((2, 3)), 0.01), a=conv(3, 8))
+    made = exported(canonical, batch)
+    save(made.integer, tmp_path / "net.onnx")
+    content = onnx.load(tmp_path / "net.onnx")
+    next(node for node in content.graph.node if node.op_type == "LeakyRelu").attribute[0].f = 0.5
+    onnx.save(content, tmp_path / "net.onnx")
+    verdict = verify_file(tmp_path / "net.onnx", load(tmp_path / "net.onnx"), made, canonical.model, batch)
+    assert any("leakyrelu" in failure for failure in verdict.failures)
+
+
+def test_exchanged_outputs_are_noticed(tmp_path):
+    canonical, batch = odd(
+        lambda s, x: (lambda h: (s.a(h), s.b(h)))(F.gelu(s.z(x))), (6,), z=nn.Linear(6, 6), a=nn.Linear(6, 3), b=nn.Linear(6, 3)
+    )
+    made = exported(canonical, batch)
+    save(made.integer, tmp_path / "net.onnx")
+    content = onnx.load(tmp_path / "net.onnx")
+    first, second = (output.name for output in content.graph.output)
+    for node in content.graph.node:
+        node.output[:] = [{first: second, second: first}.get(name, name) for name in node.output]
+    onnx.save(content, tmp_path / "net.onnx")
+    assert verify_file(tmp_path / "net.onnx", load(tmp_path / "net.onnx"), made, canonical.model, batch).failures
+
+
+def test_ranges_that_an_export_measured_are_what_verify_uses(tmp_path):
+    """Other inputs than the export's own give other ranges, and the file is the run's all the same."""
+    torch.manual_seed(0)
+    network = Odd(lambda s, x: s.b(s.norm(s.a(x))), a=conv(3, 8), norm=nn.GroupNorm(2, 8), b=conv(8, 4))
+    batch = inputs((3, 8, 8))
+    result = anybit.calibrate(network, batch.inputs, samples=16, weight_bits=(8,), activation_bits=(8,), pipeline="light")
+    result.canonical.edges = {}  # every range is measured
+    canonical = result.canonical
+    made = exported(canonical, batch)
+    assert made.plan.measured
+    save(made.integer, tmp_path / "net.onnx")
+    file = load(tmp_path / "net.onnx")
+    other = inputs((3, 8, 8), seed=5)
+    again = exported(canonical, other, measured=measured_in(file))
+    assert not verify_file(tmp_path / "net.onnx", file, again, canonical.model, other).failures
+    assert verify_file(tmp_path / "net.onnx", file, exported(canonical, other), canonical.model, other).failures

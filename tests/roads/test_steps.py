@@ -1,0 +1,455 @@
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from networks import (
+    NETWORKS,
+    CalledTwice,
+    Chain,
+    Residual,
+    assert_untouched,
+    calibration_of,
+    make,
+    network_and_inputs,
+    numbers,
+    pictures,
+    snapshot,
+)
+from torch import nn
+
+from anybit.allocation.choice import Judge, check_feasible, choose_scheme, fits_budget
+from anybit.allocation.sensitivity import SensitivityTable
+from anybit.budget import Budget
+from anybit.data.batches import Batch
+from anybit.data.samples import Calibration
+from anybit.data.samples import mirrored as stages_mirrored
+from anybit.data.tasks import outputs_of
+from anybit.errors import AnybitError, InfeasibleBudget, InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.networks.batchnorm import channel_statistics
+from anybit.networks.candidates import apply_scheme
+from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.layers import codes_of, quantized_layers
+from anybit.networks.observed import ObservedNetwork, observe_network
+from anybit.roads.memory import within_memory
+from anybit.roads.polish import polish_scheme, sequential_start
+from anybit.roads.settings import CalibrateSettings
+from anybit.roads.steps import (
+    CalibrationState,
+    batch_norm_targets,
+    matched_candidates,
+    range_candidates,
+    reconstructed_candidates,
+    sensitivity_table,
+)
+from anybit.scheme import Precision, Scheme
+
+SETTINGS = CalibrateSettings(weight_bits=(2, 4, 8), activation_bits=(4, 8), steps=4, candidate_steps=3, alternatives=2)
+
+
+def bench(name: str = "residual", settings: CalibrateSettings = SETTINGS):
+    """(network, calibration, ranged candidates, a judge)."""
+    calibration = calibration_of(name)
+    network = observe_network(make(NETWORKS[name][0]), calibration.fitting[0], settings.options)
+    candidates = range_candidates(network, calibration, settings)
+    reference = outputs_of(network.folded, calibration.held_out)
+    return network, calibration, candidates, Judge(network, candidates, calibration.held_out, reference, "classification")
+
+
+@pytest.fixture(scope="module")
+def residual():
+    network, calibration, candidates, judge = bench()
+    table = sensitivity_table(network, candidates, calibration, judge.reference, "classification", SETTINGS)
+    return network, calibration, candidates, judge, table
+
+
+def unchanged(network: ObservedNetwork):
+    models = (network.float_model, network.folded, network.prepared)
+    before = [snapshot(model) for model in models]
+    return lambda: [assert_untouched(model, was) for model, was in zip(models, before, strict=True)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_observing_a_network_leaves_it_alone_and_covers_or_names_every_layer(name):
+    model, batch = network_and_inputs(name)
+    before = snapshot(model)
+    network = observe_network(model, batch, SETTINGS.options)
+    assert_untouched(model, before)
+    matrices = {key.rpartition(".")[0] for key, parameter in model.named_parameters() if parameter.dim() > 1}
+    assert matrices == set(network.names) | set(network.uncovered)
+    looked_up = {layer for layer in network.names if isinstance(model.get_submodule(layer), nn.Embedding)}
+    assert sorted(layer for unit in network.units for layer in unit.layers) == sorted(set(network.names) - looked_up)
+    for layer, options in network.choices.items():
+        bits = {None} if isinstance(model.get_submodule(layer), nn.Embedding) else {4, 8}
+        assert {option.weight_bits for option in options} == {2, 4, 8} and {option.activation_bits for option in options} == bits
+
+
+def test_kept_layers_have_one_choice():
+    settings = CalibrateSettings(keep={"block*": Precision(8, 8), "block1.*": Precision(), "fc": Precision(4)})
+    network = observe_network(make(Residual), Batch(pictures(2)), settings.options)
+    assert network.choices["block2.conv1"] == [Precision(8, 8)] and network.choices["block1.conv1"] == [Precision()]
+    assert network.choices["fc"] == [Precision(4)] and len(network.choices["conv"]) == 15
+
+
+def test_a_pattern_without_a_layer_is_refused_with_near_matches():
+    with pytest.raises(InvalidSetting, match=r"block1\.conv3=W8A8 matches no quantizable layer.*block1\.conv"):
+        observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(keep={"block1.conv3": Precision(8, 8)}).options)
+
+
+def test_a_model_without_a_layer_is_refused():
+    with pytest.raises(UnsupportedModel, match="no layer to quantize"):
+        observe_network(nn.Sequential(nn.ReLU(), nn.Flatten()), Batch(pictures(2)), SETTINGS.options)
+
+
+def test_following_the_advice_on_a_layer_called_twice_works():
+    with pytest.raises(UnsupportedModel, match="again=float"):
+        observe_network(make(CalledTwice), Batch(numbers(2, 4)), SETTINGS.options)
+    network = observe_network(make(CalledTwice), Batch(numbers(2, 4)), CalibrateSettings(keep={"again": Precision()}).options)
+    assert network.choices["again"] == [Precision()]
+
+
+def test_the_units_follow_the_settings():
+    blocks = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(unit="block").options).units}
+    layers = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(unit="layer").options).units}
+    named = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(blocks=("block2",)).options).units}
+    assert blocks == {"conv", "block1", "block2", "fc"}
+    assert "block1" not in layers and "block1.conv2" in layers
+    assert named == {"conv", "block1.conv1", "block1.conv2", "block2", "fc"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"weight_bits": (1,)}, {"weight_bits": (4, 9)}, {"weight_bits": ()}, {"weight_bits": (None,)}, {"activation_bits": (0,)},
+        {"activation_bits": (4.0,)}, {"pipeline": "heavy"}, {"estimator": "mean"}, {"unit": "net"}, {"bn_target": "beta"}, {"task": "fun"},
+        {"held_out": 0}, {"held_out": 1}, {"drop": 2}, {"samples": 1}, {"steps": 0}, {"batch_size": 0}, {"candidate_steps": -1},
+        {"bn_prior": 1.5}, {"memory": -1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused_at_once(wrong):
+    with pytest.raises(InvalidSetting):
+        CalibrateSettings(**wrong)
+
+
+def test_settings_survive_json():
+    settings = CalibrateSettings(keep={"fc": Precision(8, 8)}, activation_bits=(4, None), blocks=("a",), sensitivity_base=Precision(8, 8))
+    again = CalibrateSettings.from_json(settings.to_json(), "candidates.json")
+    assert again.to_json() == settings.to_json() and again.keep == settings.keep and again.activation_bits == (4, None)
+
+
+def test_every_choice_has_its_candidates(residual):
+    network, _, candidates, _, _ = residual
+    for name, options in network.choices.items():
+        for option in options:
+            assert (name, option.weight_bits) in candidates.weights and (name, option.activation_bits) in candidates.activations
+
+
+@pytest.mark.parametrize("stage", ["matched", "reconstructed"])
+def test_a_stage_of_candidates_changes_nothing_it_was_given(residual, stage):
+    network, calibration, candidates, _, _ = residual
+    check = unchanged(network)
+    before = {key: (candidate.codes.clone(), candidate.scale.clone()) for key, candidate in candidates.weights.items()}
+    if stage == "matched":
+        targets = batch_norm_targets(network, calibration, SETTINGS)
+        changed = matched_candidates(network, candidates, targets, calibration)
+        assert all(torch.equal(changed.weights[key].codes, codes) for key, (codes, _) in before.items())
+    else:
+        changed, _ = reconstructed_candidates(network, candidates, candidates, calibration, SETTINGS)
+    check()
+    assert set(changed.weights) == set(candidates.weights)
+    for key, (codes, scale) in before.items():
+        assert torch.equal(candidates.weights[key].codes, codes) and torch.equal(candidates.weights[key].scale, scale)
+    assert any(not torch.equal(changed.weights[key].scale, scale) for key, (_, scale) in before.items())
+
+
+def test_reconstructed_candidates_are_no_worse_on_held_out_inputs(residual):
+    network, calibration, candidates, _, _ = residual
+    _, errors = reconstructed_candidates(network, candidates, candidates, calibration, SETTINGS)
+    assert set(errors) == set(network.names)
+    assert all(error["after"] <= error["before"] for by_bits in errors.values() for error in by_bits.values())
+
+
+def test_batch_norm_targets_are_the_float_networks_or_what_it_promised(residual):
+    network, calibration, _, _, _ = residual
+    found = batch_norm_targets(network, calibration, SETTINGS)
+    measured = channel_statistics(network.folded, network.norms, calibration.fitting)
+    assert all(torch.equal(found[name].mean, measured[name].mean) for name in network.norms)
+    prior = batch_norm_targets(network, calibration, CalibrateSettings(bn_target="prior"))
+    norm = network.float_model.block1.bn1
+    assert torch.equal(prior["block1.conv1"].mean, norm.bias) and torch.equal(prior["block1.conv1"].deviation, norm.weight.abs())
+
+
+def test_the_sensitivity_table_is_what_one_changed_layer_costs(residual):
+    network, _, _, judge, table = residual
+    check = unchanged(network)
+    alone = Scheme.uniform(network.names, "float").replace({"block2.conv1": Precision(2)})
+    expected = judge.of_scheme(alone)["loss"] - judge.of_scheme(Scheme.uniform(network.names, "float"))["loss"]
+    assert table.loss("block2.conv1", Precision(2)) == pytest.approx(expected, abs=1e-12)
+    assert table.loss("conv", Precision(2, 8)) == table.loss("conv", Precision(2)) + table.loss("conv", Precision(None, 8))
+    assert SensitivityTable.from_json(table.to_json()) == table
+    check()
+
+
+@pytest.mark.parametrize("base", ["W8A8", "W6A8"])
+def test_the_base_of_the_sensitivity_may_be_any_precision(base):
+    settings = CalibrateSettings(weight_bits=(2, 4, 8), activation_bits=(4, 8), sensitivity_base=Precision.parse(base))
+    try:
+        network, calibration, candidates, judge = bench("chain", settings)
+        table = sensitivity_table(network, candidates, calibration, judge.reference, "classification", settings)
+        assert table.base == settings.sensitivity_base
+    except AnybitError as error:
+        assert base in str(error)
+
+
+def test_no_fitting_uniform_scheme_was_measured_better_than_the_chosen(residual):
+    network, _, _, judge, table = residual
+    for text in ("3bit", "4bit", "60%", "bops=3M", "5bit,bops=4M"):
+        budget = Budget.parse(text)
+        choice = choose_scheme(network, table, budget, SETTINGS.alternatives, judge)
+        assert fits_budget(network.costs, choice.scheme, budget), text
+        chosen = judge.of_scheme(choice.scheme)["loss"]
+        for weight_bits in (2, 4, 8):
+            for activation_bits in (4, 8):
+                uniform = network.uniform(weight_bits, activation_bits)
+                if fits_budget(network.costs, uniform, budget):
+                    assert chosen <= judge.of_scheme(uniform)["loss"], (text, weight_bits, activation_bits)
+
+
+def test_without_a_budget_the_largest_candidates_win(residual):
+    network, _, _, judge, table = residual
+    assert choose_scheme(network, table, None, SETTINGS.alternatives, judge).scheme == network.uniform(8, 8)
+
+
+def test_a_limit_on_the_predicted_loss_is_met_with_the_smallest_size(residual):
+    network, _, _, judge, table = residual
+    sizes = []
+    for limit in (0.5, 0.05, 0.01):
+        choice = choose_scheme(network, table, Budget.parse(f"loss={limit}"), SETTINGS.alternatives, judge)
+        assert table.total(choice.scheme) <= limit * (1 + 1e-9)
+        sizes.append(network.costs.file_size(choice.scheme))
+    assert sizes == sorted(sizes)
+
+
+def random_budgets(network: ObservedNetwork, unit: str, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    smallest, largest = (network.costs.summary(network.uniform(bits, bits)) for bits in (4, 8))
+    if unit == "bytes":
+        return [f"{rng.randint(smallest['bytes'], largest['bytes'])}B" for _ in range(10)]
+    return [f"{rng.uniform(smallest['percent'], largest['percent']):.3f}%" for _ in range(10)]
+
+
+@pytest.mark.parametrize("unit", ["bytes", "percent"])
+def test_a_budget_of_bytes_is_met_by_the_counted_file(residual, unit):
+    network, _, _, judge, table = residual
+    for text in random_budgets(network, unit, seed=3):
+        budget = Budget.parse(text)
+        choice = choose_scheme(network, table, budget, SETTINGS.alternatives, judge)
+        size = network.costs.file_size(choice.scheme)
+        assert size <= (budget.conditions[0].limit if unit == "bytes" else budget.conditions[0].limit / 100 * network.costs.float_bytes)
+
+
+@pytest.mark.parametrize("budget", ["0.5bit", "100B", "1%", "bops=1k", "1bit,bops=1k"])
+@pytest.mark.parametrize("kept", [{}, {"conv": Precision()}, {"block1.conv1": Precision(3, 3)}], ids=str)
+def test_raising_an_impossible_budget_to_what_the_error_says_is_enough(budget, kept):
+    settings = CalibrateSettings(weight_bits=(2, 4), activation_bits=(4, 8), keep=kept)
+    network = observe_network(make(Residual), Batch(pictures(2)), settings.options)
+    with pytest.raises(InfeasibleBudget, match=r"smallest scheme needs .* \(layers .* bind\)") as refused:
+        check_feasible(network, Budget.parse(budget))
+    check_feasible(network, Budget.parse(str(refused.value).rpartition("raise the budget to ")[2].rstrip(".")))
+
+
+@pytest.mark.parametrize("budget", ["33bit", "100MB", "101%"])
+def test_a_budget_above_the_float_size_is_refused(residual, budget):
+    network, _, _, judge, table = residual
+    with pytest.raises(InvalidSetting, match="above the float network's"):
+        choose_scheme(network, table, Budget.parse(budget), SETTINGS.alternatives, judge)
+
+
+def labelled(calibration: Calibration, network: ObservedNetwork) -> list[Batch]:
+    """The held-out batches, labelled with what the float network says."""
+    return [Batch(batch.inputs, outputs_of(network.folded, [batch]).argmax(1)) for batch in calibration.held_out]
+
+
+@pytest.mark.parametrize("kept", [{}, {"block2.*": Precision()}], ids=["none", "float"])
+def test_a_generous_drop_is_always_met(kept):
+    settings = CalibrateSettings(weight_bits=(2, 4, 8), activation_bits=(8,), keep=kept)
+    network, calibration, candidates, judge = bench("residual", settings)
+    judge = Judge(network, candidates, labelled(calibration, network), judge.reference, "classification")
+    nothing = SensitivityTable({(name, p): 0.0 for name, options in network.choices.items() for p in options}, Precision(), 8)
+    choice = choose_scheme(network, nothing, Budget.parse("drop=100%"), settings.alternatives, judge)
+    assert network.costs.weight_bits(choice.scheme) <= network.costs.weight_bits(network.uniform(4, 8))
+
+
+def test_a_drop_counts_in_the_users_metric():
+    network, calibration, candidates, judge = bench("residual")
+    held_out = labelled(calibration, network)
+    table = sensitivity_table(network, candidates, calibration, judge.reference, "classification", SETTINGS)
+
+    def closeness(outputs, labels):
+        return -float((outputs - judge.reference).abs().max())
+
+    budget = Budget.parse("drop=0.05%")
+    by_metric, by_top1 = (
+        choose_scheme(
+            network, table, budget, SETTINGS.alternatives, Judge(network, candidates, held_out, judge.reference, "classification", m)
+        )
+        for m in (closeness, None)
+    )
+    assert closeness(outputs_of(apply_scheme(network.prepared, by_metric.scheme, candidates), held_out), None) >= -0.05
+    assert closeness(outputs_of(apply_scheme(network.prepared, by_top1.scheme, candidates), held_out), None) < -0.05
+    regression = Judge(network, candidates, held_out, judge.reference, "regression", closeness)
+    assert choose_scheme(network, table, budget, SETTINGS.alternatives, regression).scheme == by_metric.scheme
+
+
+def test_a_drop_needs_labels(residual):
+    network, _, _, judge, table = residual
+    with pytest.raises(InvalidSetting, match="labelled"):
+        choose_scheme(network, table, Budget.parse("drop=1%"), SETTINGS.alternatives, judge)
+
+
+@pytest.mark.parametrize("better", ["ranges", "candidates"])
+def test_polishing_keeps_only_what_helps_on_held_out_inputs(residual, better):
+    network, calibration, candidates, judge, table = residual
+    check = unchanged(network)
+    scheme = network.uniform(4, 8)
+    targets = batch_norm_targets(network, calibration, SETTINGS)
+    references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
+    matched = matched_candidates(network, candidates, targets, calibration)
+    losses = {id(found): judge.of_model(apply_scheme(network.prepared, scheme, found))["loss"] for found in (candidates, matched)}
+    first = sorted((candidates, matched), key=lambda found: losses[id(found)], reverse=better == "candidates")
+    shared = CalibrationState(network, calibration, SETTINGS, *first, table, judge, targets, references)
+    model, ladder, errors = polish_scheme(shared, scheme)
+    check()
+    assert [row["loss"] for row in ladder[:2]] == [losses[id(found)] for found in first]
+    assert [row["step"] for row in ladder[:2] if row["kept"]] == [better]
+    kept = [row["loss"] for row in ladder if row["kept"]]
+    assert kept == sorted(kept, reverse=True) and all(row["loss"] >= kept[-1] for row in ladder)
+    assert judge.of_model(model)["loss"] == kept[-1]
+    assert [row["step"] for row in ladder] == ["ranges", "candidates", "sequential AdaQuant", "batch-norm tuning", "bias tuning"]
+    assert set(errors) == {unit.name for unit in network.units}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_polishing_without_a_step_gives_the_better_of_ranges_and_candidates(residual, swapped):
+    network, calibration, candidates, judge, table = residual
+    settings = replace(SETTINGS, pipeline="light", bn_tuning=False)
+    scheme = network.uniform(4, 8)
+    targets = batch_norm_targets(network, calibration, settings)
+    matched = matched_candidates(network, candidates, targets, calibration)
+    both = (matched, candidates) if swapped else (candidates, matched)
+    model, ladder, errors = polish_scheme(CalibrationState(network, calibration, settings, *both, table, judge, targets), scheme)
+    losses = [judge.of_model(apply_scheme(network.prepared, scheme, found))["loss"] for found in both]
+    assert [(row["step"], row["loss"]) for row in ladder] == [("ranges", losses[0]), ("candidates", losses[1])]
+    assert judge.of_model(model)["loss"] == min(losses) < max(losses) and errors == {}
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_sequential_adaquant_starts_where_it_is_told(residual, parallel):
+    network, calibration, ranged, judge, table = residual
+    scheme = network.uniform(4, 8)
+    targets = batch_norm_targets(network, calibration, SETTINGS)
+    matched = candidates = matched_candidates(network, ranged, targets, calibration)
+    if parallel:
+        candidates, _ = reconstructed_candidates(network, matched, ranged, calibration, SETTINGS)
+    for start, expected in ((None, candidates if parallel else ranged), ("ranges", ranged), ("matched", matched)):
+        settings = replace(SETTINGS, start=start)
+        shared = CalibrationState(
+            network, calibration, settings, ranged, candidates, table, judge, targets, (), matched if parallel else None
+        )
+        model, free = sequential_start(shared, scheme)
+        for name, layer in quantized_layers(model).items():
+            assert torch.equal(codes_of(layer), expected.weights[name, 4].codes)
+            torch.testing.assert_close(layer.weight_quantizer.scale, expected.weights[name, 4].scale)
+            assert torch.equal(free[name].round().clamp(-8, 7).to(torch.int8), expected.weights[name, 4].codes)
+
+
+def test_the_prior_acts_on_candidates_too(residual):
+    network, calibration, ranged, _, _ = residual
+    targets = batch_norm_targets(network, calibration, SETTINGS)
+
+    def moved(prior: float) -> float:
+        matched = matched_candidates(network, ranged, targets, calibration, prior)
+        return sum(float((candidate.scale - ranged.weights[key].scale).abs().sum()) for key, candidate in matched.weights.items())
+
+    assert moved(0.9) < moved(0.5) < moved(0.0)
+
+
+def test_edges_hold_every_value_that_passes():
+    network, calibration, candidates, _ = bench("residual")
+    model = apply_scheme(network.prepared, network.uniform(4, 8), candidates)
+    edges = observe_edge_ranges(model, network.wiring, calibration.fitting)
+    assert list(edges) == network.wiring.edges()
+    inputs = torch.cat([batch.inputs for batch in calibration.fitting])
+    outputs = outputs_of(model, calibration.fitting)
+    assert edges["input/0"] == (float(inputs.min()), float(inputs.max()))
+    assert edges["fc"] == pytest.approx((float(outputs.min()), float(outputs.max())), abs=1e-6)
+    assert all(low <= high for low, high in edges.values())
+
+
+def test_inputs_that_make_activations_infinite_are_refused_by_layer():
+    calibration = calibration_of("chain")
+    model = make(Chain)
+    with torch.no_grad():
+        model.bn1.weight.fill_(3e38)
+        model.relu1 = nn.Identity()
+    network = observe_network(model, calibration.fitting[0], SETTINGS.options)
+    with pytest.raises(InvalidInput, match="layer conv2"):
+        range_candidates(network, calibration, SETTINGS)
+
+
+def test_mirroring_adds_the_mirror_images_to_the_fitting_side_alone():
+    calibration = calibration_of("chain")
+    mirrored = stages_mirrored(calibration)
+    assert mirrored.held_out == calibration.held_out
+    assert mirrored.count() == (2 * calibration.count()[0], calibration.count()[1])
+    assert torch.equal(mirrored.fitting[-1].inputs, calibration.fitting[-1].inputs.flip(-1))
+    with pytest.raises(InvalidSetting, match="images"):
+        stages_mirrored(calibration_of("tokens"))
+
+
+def test_a_joined_pass_stays_within_memory(residual):
+    network, calibration, _, _, _ = residual
+    assert within_memory(network.wiring, calibration.fitting, 2**40) == calibration.fitting
+    assert within_memory(network.wiring, calibration.fitting, 0) == calibration.fitting[:1]
+
+
+def test_matched_candidates_keep_their_codes_in_a_model(residual):
+    network, calibration, candidates, _, _ = residual
+    targets = batch_norm_targets(network, calibration, SETTINGS)
+    matched = matched_candidates(network, candidates, targets, calibration)
+    model = apply_scheme(network.prepared, network.uniform(2, 8), matched)
+    assert all(torch.equal(codes_of(layer), candidates.weights[name, 2].codes) for name, layer in quantized_layers(model).items())
+    assert len(quantized_layers(model)) == len(network.names)
+
+
+def test_a_transformer_layer_computes_with_its_quantizers_watched_or_not():
+    """PyTorch's fused path reads the weights and skips the forward of the layers, and with it their input quantizers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 4)).eval()
+    calibration = Calibration([Batch(torch.randn(8, 5, 8))], [Batch(torch.randn(4, 5, 8))])
+    settings = CalibrateSettings(weight_bits=(4,), activation_bits=(2,))
+    network = observe_network(model, calibration.fitting[0], settings.options)
+    assert {"0.linear1", "0.linear2", "1"} <= set(network.names) and "0.self_attn" in network.uncovered
+    quantized = apply_scheme(network.prepared, network.uniform(4, 2), range_candidates(network, calibration, settings))
+    with torch.no_grad():
+        alone = quantized(calibration.held_out[0].inputs)
+        hooks = [module.register_forward_hook(lambda *args: None) for module in quantized.modules()]
+        watched = quantized(calibration.held_out[0].inputs)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(alone, watched)
+
+
+@pytest.mark.parametrize("limit", [0.001, 0.01, 0.1])
+def test_a_limit_on_the_loss_is_kept_when_measured_wherever_a_scheme_does(residual, limit):
+    network, _, _, judge, table = residual
+    try:
+        choice = choose_scheme(network, table, Budget.parse(f"loss={limit}"), SETTINGS.alternatives, judge)
+    except InfeasibleBudget:
+        assert min(table.total(network.uniform(w, a)) for w in SETTINGS.weight_bits for a in SETTINGS.activation_bits) > limit
+        return
+    keeping = [row for row in choice.measured if row["measured"] <= limit]
+    taken = next(row for row in choice.measured if row["scheme"] == choice.scheme)
+    assert taken in keeping if keeping else taken["name"] == "allocated 1"
+    assert all(taken["bytes"] <= row["bytes"] for row in keeping)

@@ -1,0 +1,524 @@
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from networks import NETWORKS, Chain, Residual, assert_untouched, make, network_and_inputs, run, snapshot
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from schemes import prepared_with_candidates, random_scheme
+from torch import nn
+
+import anybit
+from anybit.errors import AnybitError, InvalidFile, InvalidSetting, SchemeMismatch
+from anybit.files.strict import read_tensors
+from anybit.networks.candidates import Candidates, apply_scheme
+from anybit.networks.canonical import Canonical
+from anybit.networks.cost import CostModel
+from anybit.networks.layers import coverage, prepare, quantized_layers
+from anybit.networks.wiring import observe
+from anybit.runs.candidates import read_candidates, write_candidates
+from anybit.runs.folder import new_folder
+from anybit.runs.scheme_file import SchemeFile, packed_tensors, read_canonical, read_scheme, write_canonical
+from anybit.runs.trusted import is_trusted, trust
+from anybit.scheme import Precision, Scheme
+
+
+def random_canonical(name: str, seed: int) -> tuple[nn.Module, Canonical]:
+    """A network (nothing folded) and a canonical form of it with any precisions."""
+    model, _ = network_and_inputs(name)
+    prepared, candidates = prepared_with_candidates(name)
+    rng = random.Random(seed)
+    edges = {f"edge/{i}": (-rng.random(), rng.random()) for i in range(rng.randint(0, 4))}
+    return model, Canonical(apply_scheme(prepared, random_scheme(prepared, seed), candidates), {}, edges)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("seed", range(4))
+def test_any_scheme_is_saved_and_loaded_bitwise_at_the_counted_size(name, seed, tmp_path):
+    model, canonical = random_canonical(name, seed)
+    _, batch = network_and_inputs(name)
+    write_canonical(tmp_path, canonical, {})
+    names = coverage(model, observe(model, batch))[0]
+    costs = CostModel.of(prepare(model, names), names, observe(model, batch), len(canonical.edges), model)
+    assert (tmp_path / "model.safetensors").stat().st_size == costs.file_size(canonical.scheme)
+    before = snapshot(model)
+    again = read_canonical(tmp_path, model)
+    assert_untouched(model, before)
+    assert again.scheme == canonical.scheme
+    assert again.edges == {key: tuple(torch.tensor(ends).tolist()) for key, ends in canonical.edges.items()}
+    assert torch.equal(run(again.model, batch), run(canonical.model, batch))
+    tensors = packed_tensors(again)
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in packed_tensors(canonical).items())
+
+
+def test_entries_named_like_shared_tensors_do_not_collide(tmp_path):
+    class Crafty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self.register_buffer("codes", torch.arange(4, dtype=torch.uint8))
+            self.register_buffer("floats", torch.arange(3))
+
+        def forward(self, x):
+            return self.fc(x) + self.codes.sum() + self.floats.sum()
+
+    model, x = make(Crafty), torch.ones(2, 3)
+    try:
+        result = anybit.calibrate(model, torch.randn(20, 3), None, weight_bits=(4,), activation_bits=(8,), pipeline="light")
+        result.save(tmp_path / "run")
+        assert torch.equal(anybit.load(tmp_path / "run", model=model)(x), result.model(x))
+    except AnybitError as error:
+        assert "codes" in str(error)
+
+
+def test_a_calibrated_run_is_loaded_bitwise_by_a_fresh_network(run_folder, calibrated):
+    _, x, result = calibrated
+    loaded = anybit.load(run_folder, model=make(Residual, seed=9))
+    assert torch.equal(loaded(x), result.model(x)) and loaded.scheme == result.scheme
+
+
+def test_a_run_holds_json_and_safetensors_alone(run_folder):
+    assert {path.name for path in run_folder.iterdir()} == {
+        "scheme.json", "model.safetensors", "report.json", "report.html", "candidates.json", "candidates.safetensors"
+    }  # fmt: skip
+
+
+def edit(folder: Path, change) -> None:
+    """Change scheme.json as one would with an editor."""
+    data = json.loads((folder / "scheme.json").read_text())
+    change(data)
+    (folder / "scheme.json").write_text(json.dumps(data))
+
+
+def rehash(folder: Path) -> None:
+    """Write the hash of the (changed) tensors into scheme.json."""
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    edit(folder, lambda data: data.update(sha256=digest))
+
+
+def reseal(folder: Path, change=lambda tensors: tensors) -> None:
+    """Write model.safetensors anew, for scheme.json as it stands, as one would who knows both files."""
+    data = json.loads((folder / "scheme.json").read_text())
+    with suppress(ValidationError):  # what cannot be read has no digest
+        digest = SchemeFile.model_validate(data).digest()
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path, {"scheme": digest})
+        rehash(folder)
+
+
+EDITS = {
+    "fewer activation bits": lambda d: d["layers"]["fc"].update(precision=d["layers"]["fc"]["precision"][:3] + "7"),
+    "another preprocessing": lambda d: d.update(preprocessing={"mean": [0.5], "interpolation": "bilinear"}),
+    "another task": lambda d: d.update(task="regression"),
+    "fewer weight bits": lambda d: d["layers"]["fc"].update(precision="W2A8" if d["layers"]["fc"]["precision"][1] != "2" else "W3A8"),
+    "weights said to be float": lambda d: d["layers"]["fc"].update(precision="float"),
+    "weights said to be pruned": lambda d: d["layers"]["fc"].update(precision="W0A8"),
+    "no such precision": lambda d: d["layers"]["fc"].update(precision="W9"),
+    "not a precision": lambda d: d["layers"]["fc"].update(precision="four"),
+    "precision is a number": lambda d: d["layers"]["fc"].update(precision=4),
+    "rows": lambda d: d["layers"]["fc"].update(rows=4),
+    "no rows": lambda d: d["layers"]["fc"].update(rows=0),
+    "columns as text": lambda d: d["layers"]["fc"].update(columns="8"),
+    "rows and columns swapped": lambda d: d["layers"]["fc"].update(rows=8, columns=5),
+    "unknown field of a layer": lambda d: d["layers"]["fc"].update(bits=4),
+    "unknown field": lambda d: d.update(note="mine"),
+    "layer left out": lambda d: d["layers"].pop("fc"),
+    "layer that is none": lambda d: d["layers"].update({"bn": d["layers"].pop("fc")}),
+    "layer of another model": lambda d: d["layers"].update({"fc9": d["layers"].pop("fc")}),
+    "layer without a name": lambda d: d["layers"].update({"": d["layers"].pop("fc")}),
+    "no layers": lambda d: d.update(layers={}),
+    "layers is a list": lambda d: d.update(layers=[]),
+    "no hash": lambda d: d.pop("sha256"),
+    "another hash": lambda d: d.update(sha256="0" * 64),
+    "another format": lambda d: d.update(format="other"),
+    "version from the future": lambda d: d.update(version=99),
+    "version below the first": lambda d: d.update(version=0),
+    "version as text": lambda d: d.update(version="1"),
+    "an edge more": lambda d: d["edges"].append("more"),
+    "an edge less": lambda d: d["edges"].pop(),
+    "no edges": lambda d: d.update(edges=[]),
+    "one edge twice": lambda d: d["edges"].__setitem__(0, d["edges"][1]),
+    "folds a convolution": lambda d: d["folded"].update(conv="conv"),
+    "folds another norm": lambda d: d["folded"].update({"conv": "block2.bn1"}),
+    "folds a block": lambda d: d["folded"].update({"block1": "bn"}),
+    "folds nothing": lambda d: d.update(folded={}),
+    "folds one norm twice": lambda d: d["folded"].update(fc="bn"),
+    "folds an unknown norm": lambda d: d["folded"].update(conv="bn7"),
+    "task": lambda d: d.update(task="segmentation"),
+    "preprocessing": lambda d: d.update(preprocessing={"crop": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", EDITS)
+def test_an_edited_scheme_is_refused(change, run_folder):
+    edit(run_folder, EDITS[change])
+    with pytest.raises(AnybitError) as raised:
+        anybit.load(run_folder, model=make(Residual))
+    assert "\n" not in str(raised.value)
+
+
+SOUND = ("fewer activation bits", "another preprocessing", "another task", "another hash")  # nothing else tells
+
+
+@pytest.mark.parametrize("change", [name for name in EDITS if name not in SOUND])
+def test_an_edited_scheme_is_refused_where_its_digest_is_made_to_match(change, run_folder):
+    edit(run_folder, EDITS[change])
+    reseal(run_folder)
+    with pytest.raises(AnybitError) as raised:
+        anybit.load(run_folder, model=make(Residual))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "7", '{"format": "anybit"}', "[" * 100_000, '{"version": NaN}', "\udcff"], ids=repr
+)
+def test_a_scheme_that_is_not_one_is_refused(text, run_folder):
+    (run_folder / "scheme.json").write_bytes(text.encode("utf8", "surrogateescape"))
+    with pytest.raises(InvalidFile, match=r"scheme\.json"):
+        anybit.load(run_folder, model=make(Residual))
+
+
+@pytest.mark.parametrize("name", ["scheme.json", "model.safetensors"])
+def test_every_truncation_is_refused(name, run_folder):
+    whole = (run_folder / name).read_bytes()
+    for share in (0, 0.1, 0.5, 0.9, 0.999):
+        (run_folder / name).write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(InvalidFile, match=name.replace(".", r"\.")):
+            anybit.load(run_folder, model=make(Residual))
+
+
+def test_one_flipped_bit_is_refused(run_folder):
+    path = run_folder / "model.safetensors"
+    whole = path.read_bytes()
+    for position in random.Random(0).sample(range(len(whole)), 20):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(InvalidFile, match="SHA-256"):
+            anybit.load(run_folder, model=make(Residual))
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_with_a_matching_hash_is_refused(share, run_folder):
+    path = run_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    rehash(run_folder)
+    with pytest.raises(InvalidFile, match=r"model\.safetensors"):
+        anybit.load(run_folder, model=make(Residual))
+
+
+TENSORS = {
+    "a tensor more": lambda t: t | {"more": torch.ones(1)},
+    "a tensor less": lambda t: {key: value for key, value in t.items() if key != "floats"},
+    "shorter codes": lambda t: t | {"codes": t["codes"][:-1].clone()},
+    "codes of another type": lambda t: t | {"codes": t["codes"].to(torch.int8)},
+    "flat edges": lambda t: t | {"edges": t["edges"].flatten()},
+    "zero scale": lambda t: t | {"weight_scales": torch.zeros_like(t["weight_scales"])},
+    "negative scale": lambda t: t | {"activation_scales": -t["activation_scales"]},
+    "nan scale": lambda t: t | {"weight_scales": t["weight_scales"] * float("nan")},
+    "nan bias": lambda t: t | {"floats": t["floats"] * float("nan")},
+}
+
+
+@pytest.mark.parametrize("change", TENSORS)
+def test_other_tensors_with_a_matching_hash_are_refused(change, run_folder):
+    reseal(run_folder, TENSORS[change])
+    with pytest.raises(InvalidFile):
+        anybit.load(run_folder, model=make(Residual))
+
+
+def test_a_zero_point_that_its_bits_cannot_hold_is_refused(tmp_path):
+    prepared, candidates = prepared_with_candidates("chain")
+    model = apply_scheme(prepared, Scheme.uniform(quantized_layers(prepared), "W5A4"), candidates)
+    quantized_layers(model)["conv2"].input_quantizer.zero_point.fill_(16)
+    write_canonical(tmp_path, Canonical(model, {}), {})
+    with pytest.raises(InvalidFile, match="conv2: activation zero point 16"):
+        read_canonical(tmp_path, make(Chain))
+
+
+def test_a_missing_file_or_folder_is_named(run_folder, tmp_path):
+    (run_folder / "model.safetensors").unlink()
+    with pytest.raises(InvalidFile, match=r"model\.safetensors is missing"):
+        anybit.load(run_folder, model=make(Residual))
+    with pytest.raises(InvalidFile, match="nowhere"):
+        anybit.load(tmp_path / "nowhere", model=make(Residual))
+
+
+def test_another_network_is_refused_by_name(run_folder):
+    with pytest.raises(SchemeMismatch, match=r"no quantizable layer .*conv"):
+        anybit.load(run_folder, model=make(Chain))
+
+
+TRAP = """
+import pathlib
+pathlib.Path(__file__).with_name("executed").touch()
+def make():
+    import networks
+    return networks.make(networks.Residual)
+"""
+
+
+@pytest.fixture
+def trapped(run_folder):
+    """A folder whose model reference leaves a mark when it is followed."""
+    script = run_folder.parent / "trap.py"
+    script.write_text(TRAP)
+    edit(run_folder, lambda data: data.update(model={"reference": f"{script}:make"}))
+    return run_folder, script
+
+
+def test_a_foreign_folders_reference_is_not_followed(trapped, calibrated):
+    folder, script = trapped
+    with pytest.raises(InvalidSetting, match=r"not written by your own anybit.*model="):
+        anybit.load(folder)
+    with pytest.raises(InvalidSetting, match="not written by your own anybit"):
+        anybit.allocate(folder, "4bit", data=calibrated[1])
+    assert not script.with_name("executed").exists()
+    anybit.load(folder, model=make(Residual))
+    assert not script.with_name("executed").exists()
+
+
+def test_a_foreign_folders_reference_is_not_handed_on(trapped, calibrated, tmp_path):
+    folder, script = trapped
+    anybit.allocate(folder, "4bit", data=calibrated[1], model=make(Residual)).save(tmp_path / "second")
+    with pytest.raises(InvalidSetting, match="does not say which network"):
+        anybit.load(tmp_path / "second")
+    assert not script.with_name("executed").exists()
+
+
+def test_a_foreign_folders_data_are_not_followed(run_folder, calibrated):
+    script = run_folder.parent / "trap.py"
+    script.write_text(TRAP)
+    edit(run_folder, lambda data: data.update(data={"reference": f"{script}:make"}))
+    with pytest.raises(InvalidSetting, match="--data"):
+        anybit.allocate(run_folder, "4bit", model=calibrated[0])
+    assert not script.with_name("executed").exists()
+
+
+def test_ones_own_folder_is_followed_until_it_is_changed(trapped, monkeypatch, tmp_path):
+    folder, script = trapped
+    trust(folder)
+    assert anybit.load(folder).scheme and script.with_name("executed").exists()
+    edit(folder, lambda data: data.update(budget="other"))
+    assert not is_trusted(folder)
+    with pytest.raises(InvalidSetting):
+        anybit.load(folder)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
+    assert not is_trusted(folder)
+
+
+LISTS = """
+import sys, warnings
+from pathlib import Path
+from anybit.runs.trusted import trust
+warnings.simplefilter("error")
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    trust(folder)
+"""
+
+
+def test_runs_that_end_at_once_are_all_listed(tmp_path):
+    for process in "abc":
+        for number in range(40):
+            (tmp_path / process / str(number)).mkdir(parents=True)
+            (tmp_path / process / str(number) / "scheme.json").write_text(f"{process} {number}")
+    listing = [subprocess.Popen([sys.executable, "-c", LISTS, tmp_path / process]) for process in "abc"]
+    assert [process.wait(timeout=120) for process in listing] == [0, 0, 0]
+    assert all(is_trusted(tmp_path / process / str(number)) for process in "abc" for number in range(40))
+
+
+@pytest.mark.parametrize("state", ["a file", "a broken list"])
+def test_a_run_that_cannot_be_listed_is_saved_with_a_warning(state, calibrated, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
+    if state == "a file":
+        (tmp_path / "elsewhere").write_text("in the way")
+    else:
+        (tmp_path / "elsewhere" / "anybit").mkdir(parents=True)
+        (tmp_path / "elsewhere" / "anybit" / "runs.json").write_text("[")
+    with pytest.warns(UserWarning, match="not listed as your own run") as warned:
+        folder = calibrated[2].save(tmp_path / "run")
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+    assert anybit.load(folder, model=calibrated[0]).scheme == calibrated[2].scheme
+
+
+def test_a_run_without_a_reference_asks_for_the_network(run_folder):
+    with pytest.raises(InvalidSetting, match=r"load\(folder, model=\.\.\.\)"):
+        anybit.load(run_folder)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError, match="half way"), new_folder(tmp_path / "runs" / "mine") as draft:
+        (draft / "scheme.json").write_text("{")
+        raise RuntimeError("half way")
+    assert not (tmp_path / "runs" / "mine").exists() and list((tmp_path / "runs").iterdir()) == []
+    with new_folder(tmp_path / "runs" / "mine") as draft:
+        (draft / "scheme.json").write_text("{}")
+        assert not (tmp_path / "runs" / "mine").exists()
+    assert [path.name for path in (tmp_path / "runs" / "mine").iterdir()] == ["scheme.json"]
+
+
+def test_ctrl_c_as_the_draft_is_made_leaves_nothing(tmp_path, monkeypatch):
+    made = os.mkdir
+
+    def interrupted(*given, **options):
+        made(*given, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "run"):
+        pytest.fail("the folder was not made")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_another_run_took_meanwhile_stays_its_own(tmp_path):
+    with pytest.raises(InvalidSetting, match="holds a finished run"), new_folder(tmp_path / "run") as late:
+        (late / "report.json").write_text("late")
+        with new_folder(tmp_path / "run") as draft:
+            (draft / "report.json").write_text("first")
+    assert (tmp_path / "run" / "report.json").read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_whoever_may_read_new_files_may_read_a_run(calibrated, tmp_path):
+    mask = os.umask(0o027)
+    try:
+        folder = calibrated[2].save(tmp_path / "run")
+    finally:
+        os.umask(mask)
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_an_overwrite_that_ends_between_two_moves_keeps_one_run_whole(error, moved, run_folder, monkeypatch):
+    old, moves, rename = (run_folder / "scheme.json").read_text(), [], Path.rename
+
+    def interrupted(self, target):
+        moves.append(self)
+        if moved == 0 and len(moves) == 1:
+            raise error
+        rename(self, target)
+        if len(moves) == moved:
+            raise error
+
+    with pytest.raises((KeyboardInterrupt, AnybitError)), new_folder(run_folder, overwrite=True) as draft:
+        (draft / "scheme.json").write_text("new")
+        monkeypatch.setattr(Path, "rename", interrupted)
+    assert (run_folder / "scheme.json").read_text() == ("new" if moved == 2 else old)
+    assert not list(run_folder.parent.glob(f".{run_folder.name}.*"))
+
+
+def test_a_failed_overwrite_keeps_the_run_that_was_there(run_folder):
+    before = {path.name: path.read_bytes() for path in run_folder.iterdir()}
+    with pytest.raises(RuntimeError), new_folder(run_folder, overwrite=True) as draft:
+        (draft / "scheme.json").write_text("{}")
+        raise RuntimeError
+    assert {path.name: path.read_bytes() for path in run_folder.iterdir()} == before
+
+
+def test_a_finished_run_is_replaced_only_when_asked(run_folder, calibrated):
+    with pytest.raises(InvalidSetting, match="--overwrite"):
+        calibrated[2].save(run_folder)
+    (run_folder / "report.json").write_text("old")
+    calibrated[2].save(run_folder, overwrite=True)
+    assert (run_folder / "report.json").read_text() != "old"
+    assert not [path.name for path in run_folder.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_with_something_else_beside_it_is_not_deleted(run_folder, calibrated):
+    (run_folder / "notes.txt").write_text("dear reader")
+    with pytest.raises(InvalidSetting, match="holds files besides"):
+        calibrated[2].save(run_folder, overwrite=True)
+    assert (run_folder / "notes.txt").read_text() == "dear reader"
+
+
+def test_what_is_no_run_is_never_replaced(tmp_path, calibrated):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("dear reader")
+    (tmp_path / "file").write_text("dear reader")
+    for path in (tmp_path / "thesis", tmp_path / "file"):
+        with pytest.raises(InvalidSetting, match="no run folder"):
+            calibrated[2].save(path, overwrite=True)
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == (tmp_path / "file").read_text() == "dear reader"
+
+
+def test_an_empty_folder_may_be_filled(tmp_path, calibrated):
+    (tmp_path / "empty").mkdir()
+    assert (calibrated[2].save(tmp_path / "empty") / "scheme.json").is_file()
+
+
+def saved_candidates(folder: Path) -> tuple[Candidates, dict, dict]:
+    """(candidates of every bit-width, what was said of them, shapes of the layers), written beside a model as calibrate does."""
+    prepared, candidates = prepared_with_candidates("upsampling")
+    names = list(quantized_layers(prepared))
+    write_canonical(folder, Canonical(apply_scheme(prepared, Scheme.uniform(names, "W8A8"), candidates), {}), {})
+    table = {"base": "float", "samples": 8, "pairs": False, "floor": 0.0, "rows": {name: {"W8": 0.1, "A8": 0} for name in names}}
+    given = {"table": table, "choices": {name: ["W8A8", "W3A4"] for name in names}, "settings": {"seed": 3}}
+    write_candidates(folder, candidates, given)
+    return candidates, given, {name: tuple(candidates.weights[name, 8].codes.shape) for name in names}
+
+
+def test_candidates_are_saved_and_read_bitwise(tmp_path):
+    candidates, given, shapes = saved_candidates(tmp_path)
+    again, about = read_candidates(tmp_path, shapes)
+    assert (
+        given.items() <= about.items()
+        and set(again.weights) == set(candidates.weights)
+        and set(again.activations) == set(candidates.activations)
+    )
+    for key, candidate in candidates.weights.items():
+        assert torch.equal(again.weights[key].codes, candidate.codes) and torch.equal(again.weights[key].scale, candidate.scale)
+        assert torch.equal(again.weights[key].bias, candidate.bias)
+    for key, candidate in candidates.activations.items():
+        assert again.activations[key].scale == candidate.scale and again.activations[key].zero_point == candidate.zero_point
+
+
+@pytest.mark.parametrize("name", ["candidates.json", "candidates.safetensors"])
+def test_damaged_candidates_are_refused(name, run_folder, calibrated):
+    whole = (run_folder / name).read_bytes()
+    for content in (b"", whole[: len(whole) // 2]):
+        (run_folder / name).write_bytes(content)
+        with pytest.raises(InvalidFile, match="candidates"):
+            anybit.allocate(run_folder, "4bit", data=calibrated[1], model=calibrated[0])
+
+
+@pytest.mark.parametrize("field", ["table", "choices", "settings", "sha256", "version"])
+def test_candidates_that_lack_a_field_are_refused(field, run_folder, calibrated):
+    path = run_folder / "candidates.json"
+    data = json.loads(path.read_text())
+    del data[field]
+    path.write_text(json.dumps(data))
+    with pytest.raises(InvalidFile, match="candidates"):
+        anybit.allocate(run_folder, "4bit", data=calibrated[1], model=calibrated[0])
+
+
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"not json at all!")
+    with pytest.raises(InvalidFile, match=r"x\.safetensors cannot be read"):
+        read_tensors(tmp_path / "x.safetensors", {})
+
+
+def test_the_scheme_file_names_what_it_holds(run_folder, calibrated):
+    file = read_scheme(run_folder)
+    assert file.scheme == calibrated[2].scheme and set(file.folded) < set(file.layers)
+    assert (
+        file.budget == "4bit" and file.certificate["seed"] == 0 and file.certificate["bound"] <= file.certificate["predicted_loss"] + 1e-9
+    )
+
+
+def test_a_pruned_layer_costs_next_to_nothing(tmp_path):
+    prepared, candidates = prepared_with_candidates("chain")
+    sizes = []
+    for precision in ("W8", "W2", "W0"):
+        scheme = Scheme({name: Precision.parse(precision if name == "conv2" else "W8") for name in quantized_layers(prepared)})
+        (tmp_path / precision).mkdir()
+        write_canonical(tmp_path / precision, Canonical(apply_scheme(prepared, scheme, candidates), {}), {})
+        sizes.append((tmp_path / precision / "model.safetensors").stat().st_size)
+    codes = 8 * 72  # weights of conv2; the header's length moves by eight bytes at most
+    assert 0 <= sizes[0] - sizes[1] - codes * 6 // 8 <= 8
+    assert 0 <= sizes[1] - sizes[2] - codes * 2 // 8 - 8 * 4 <= 8

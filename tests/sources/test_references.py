@@ -1,0 +1,367 @@
+import functools
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import Chain, make, pictures
+from torch import nn
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+
+from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
+from anybit.sources.callables import code_of, load_callable
+from anybit.sources.inputs import as_samples, load_data
+from anybit.sources.models import load_model, load_weights
+from anybit.sources.preprocessing import Preprocessing
+
+SCRIPT = """
+import torch, networks
+def net():
+    return networks.make(networks.Chain).train()
+def number():
+    return 7
+def data():
+    return torch.utils.data.TensorDataset(networks.pictures(6), torch.arange(6))
+def loader():
+    return torch.utils.data.DataLoader(data(), batch_size=4)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def all_of(samples, size: int = 4) -> tuple[torch.Tensor, torch.Tensor | None]:
+    batches = list(samples.batches(size))
+    labels = None if batches[0].labels is None else torch.cat([batch.labels for batch in batches])
+    return torch.cat([batch.inputs for batch in batches]), labels
+
+
+def test_a_function_of_a_file_or_a_package_is_the_network(script):
+    for reference in (f"{script}:net", "torch.nn:Identity"):
+        model = load_model(reference)
+        assert isinstance(model, nn.Module) and not model.training
+    assert torch.equal(load_model(f"{script}:net")(pictures(2)), make(Chain)(pictures(2)))
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("{}", "cannot be read. Write package"), ("{}:", "cannot be read"), (":net", "cannot be read"), ("net", "cannot be read"),
+        ("{}:nets", "has no function 'nets'"), ("nowhere.py:net", "no file nowhere.py"), ("no_such_package:net", "no_such_package"),
+        ("{}:number", "returned a int, not a torch.nn.Module"), ("math:pi", "no function 'pi'"),
+    ],
+)  # fmt: skip
+def test_a_model_reference_that_leads_nowhere_is_refused(reference, message, script):
+    with pytest.raises(InvalidSetting, match=message.replace(".", r"\.")):
+        load_model(reference.format(script))
+
+
+@pytest.mark.parametrize("text", ["import no_such_thing_at_all", "def net(:", "raise KeyError('mine')"])
+def test_a_script_that_does_not_import_is_refused_by_name(text, tmp_path):
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(AnybitError, match=r"broken\.py") as raised:
+        load_model(f"{tmp_path / 'broken.py'}:net")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("package", "module"), [("timm", "timm"), ("torchvision", "torchvision"), ("pillow", "PIL")])
+def test_an_optional_package_that_is_missing_is_one_sentence_with_the_command(package, module, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, f"{module}.Image", raising=False)
+    with pytest.raises(MissingPackage, match=f"needs {package}, .* run `pip install {package}`") as raised:
+        load_data(str(tmp_path)) if package == "pillow" else load_model(f"{package}:resnet18")
+    assert "\n" not in str(raised.value)
+
+
+def test_every_optional_package_is_an_extra():
+    root = Path(__file__).parent.parent.parent
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    offered = {re.match(r"[\w-]+", requirement)[0] for extra in ("images", "timm", "torchvision", "hf") for requirement in extras[extra]}
+    used = set(re.findall(r'_optional\("[\w.]+", "([\w-]+)"', "".join(path.read_text() for path in (root / "src").rglob("*.py"))))
+    assert used == offered
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_are_loaded_from_every_format(suffix, tmp_path):
+    from safetensors.torch import save_file
+
+    trained, path = make(Chain, seed=5), tmp_path / f"weights.{suffix}"
+    save_file(trained.state_dict(), path) if suffix == "safetensors" else torch.save({"state_dict": trained.state_dict()}, path)
+    model = make(Chain)
+    load_weights(model, path)
+    assert torch.equal(model(pictures(2)), trained(pictures(2)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("fc.weight"), r"lack fc\.weight"),
+        (lambda s: s.update(extra=torch.ones(1)), "have besides extra"),
+        (lambda s: s.update({"fc.weight": torch.ones(5, 9)}), r"differ in shape at fc\.weight"),
+    ],
+    ids=["lacking", "surplus", "shape"],
+)
+def test_weights_of_another_network_are_refused_by_name_and_none_is_loaded(change, message, tmp_path):
+    state = make(Chain, seed=5).state_dict()
+    change(state)
+    torch.save(state, tmp_path / "weights.pt")
+    model = make(Chain)
+    with pytest.raises(SchemeMismatch, match=message):
+        load_weights(model, tmp_path / "weights.pt")
+    assert torch.equal(model.conv1.weight, make(Chain).conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("weights.pt", b"garbage"), ("weights.safetensors", b"garbage"), ("weights.pt", None), ("weights.pt", [1, 2]),
+        ("weights.pt", "a network"),
+    ],
+    ids=["garbage pt", "garbage safetensors", "missing", "a list", "pickled module"],
+)  # fmt: skip
+def test_a_weights_file_that_cannot_be_read_is_refused_in_one_line(name, content, tmp_path):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(nn.Linear(2, 2) if content == "a network" else content, path)
+    with pytest.raises((InvalidFile, SchemeMismatch), match="weights") as raised:
+        load_weights(make(Chain), path)
+    assert "\n" not in str(raised.value)
+
+
+def test_arrays_are_read_as_they_are_written(tmp_path):
+    x, y = np.random.default_rng(0).standard_normal((6, 3, 8, 8)).astype(np.float32), np.arange(6)
+    np.savez(tmp_path / "plain.npz", x=x, y=y)
+    np.savez(tmp_path / "parts.npz", x_train=x, y_train=y, x_test=x[:4] + 1, y_test=y[:4])
+    np.savez(tmp_path / "unlabelled.npz", x=x)
+    for reference, inputs, labels in (
+        ("plain.npz", x, y), ("parts.npz", x, y), ("parts.npz#test", x[:4] + 1, y[:4]), ("unlabelled.npz", x, None)
+    ):  # fmt: skip
+        given, marks = all_of(load_data(str(tmp_path / reference)))
+        assert np.array_equal(given.numpy(), inputs)
+        assert marks is None if labels is None else np.array_equal(marks.numpy(), labels)
+
+
+def test_pictures_in_an_array_are_scaled_and_normalized_as_stated(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x=x)
+    preprocessing = Preprocessing(mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0))
+    given, _ = all_of(load_data(str(tmp_path / "x.npz"), preprocessing))
+    expected = (x / 255 - np.array([0.1, 0.2, 0.3])) / np.array([1, 2, 4])
+    assert np.allclose(given.numpy(), expected.transpose(0, 3, 1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_number_of_workers_changes_nothing(workers, tmp_path):
+    np.savez(tmp_path / "x.npz", x=pictures(5).numpy(), y=np.arange(5))
+    given, labels = all_of(load_data(str(tmp_path / "x.npz"), workers=workers), size=2)
+    assert torch.equal(given, pictures(5)) and labels.tolist() == list(range(5))
+
+
+def save_picture(path, colour=(10, 20, 30), size=(8, 8)):
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def test_a_folder_of_pictures_is_read_in_order(tmp_path):
+    for index in range(3):
+        save_picture(tmp_path / f"{index}.png", (index * 50, 0, 255))
+    given, labels = all_of(load_data(str(tmp_path)))
+    assert labels is None and given.shape == (3, 3, 8, 8)
+    assert torch.allclose(given[:, 0, 0, 0], torch.tensor([0, 50, 100]) / 255) and (given[:, 2] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"), [(("7", "10", "2"), [10, 2, 7]), (("dog", "ant", "cat"), [0, 1, 2])], ids=["integers", "names"]
+)
+def test_integer_folder_names_are_class_numbers_and_others_are_numbered_in_order(names, labels, tmp_path):
+    for name in names:
+        save_picture(tmp_path / name / "picture.png")
+    assert all_of(load_data(str(tmp_path)))[1].tolist() == labels
+
+
+def test_resizing_is_done_as_stated(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "wide.png"
+    left, right = Image.new("RGB", (30, 30), (255, 0, 0)), Image.new("RGB", (30, 30), (0, 0, 255))
+    wide = Image.new("RGB", (60, 30))
+    wide.paste(left, (0, 0)), wide.paste(right, (30, 0))
+    wide.save(path)
+    squeezed, _ = all_of(load_data(str(tmp_path), Preprocessing(size=10)))
+    cropped, _ = all_of(load_data(str(tmp_path), Preprocessing(size=10, resize=20, interpolation="nearest")))
+    assert squeezed.shape == cropped.shape == (1, 3, 10, 10)
+    assert (cropped[0, 0, :, :5] == 1).all() and (cropped[0, 2, :, 5:] == 1).all()
+
+
+def test_the_result_does_not_depend_on_where_the_data_come_from(script):
+    for reference in (f"{script}:data", f"{script}:loader"):
+        given, labels = all_of(load_data(reference))
+        assert torch.equal(given, pictures(6)) and labels.tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (pictures(6), torch.arange(6)), (pictures(6).numpy(), np.arange(6)), TensorDataset(pictures(6), torch.arange(6)),
+        DataLoader(TensorDataset(pictures(6), torch.arange(6)), batch_size=2), [(pictures(6)[i], i) for i in range(6)],
+    ],
+    ids=["tensors", "arrays", "data set", "loader", "list"],
+)  # fmt: skip
+def test_what_a_user_has_at_hand_becomes_the_same_samples(data):
+    given, labels = all_of(as_samples(data))
+    assert torch.equal(given, pictures(6)) and labels.tolist() == list(range(6))
+
+
+def halved(items):
+    return torch.stack([x for x, _ in items]) / 2, [y + 1 for _, y in items]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loaders_own_collate_function_makes_the_batches(workers):
+    dataset = list(zip(pictures(6), range(6), strict=True))
+    given, labels = all_of(as_samples(DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=halved)))
+    assert torch.equal(given, pictures(6) / 2) and labels.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_loaders_collate_function_says_whether_there_are_labels():
+    words = ["a", "bb", "ccc"]  # items that nothing but the user's own function can put into a batch
+    samples = as_samples(DataLoader(words, collate_fn=lambda items: torch.tensor([[float(len(word))] for word in items])))
+    assert all_of(samples)[0].tolist() == [[1], [2], [3]] and not samples.labelled
+    given, labels = all_of(as_samples(DataLoader(pictures(4), collate_fn=lambda items: (torch.stack(items) * 2, torch.ones(len(items))))))
+    assert torch.equal(given, 2 * pictures(4)) and labels.tolist() == [1, 1, 1, 1]
+
+
+def test_a_loaders_workers_and_subset_are_kept():
+    def told(worker):
+        raise RuntimeError("worker_init_fn has run")
+
+    dataset = TensorDataset(pictures(6), torch.arange(6))
+    samples = as_samples(DataLoader(dataset, num_workers=1, worker_init_fn=told))
+    assert samples.workers == 1
+    with pytest.raises(RuntimeError, match="worker_init_fn has run"):
+        all_of(samples)
+    assert all_of(as_samples(DataLoader(dataset, sampler=SubsetRandomSampler([4, 1]))))[1].tolist() == [4, 1]
+
+
+def test_a_loader_that_does_not_batch_is_refused():
+    with pytest.raises(InvalidInput, match="batch_size=None"):
+        as_samples(DataLoader([pictures(2), pictures(2)], batch_size=None))
+
+
+@pytest.mark.parametrize(
+    "data", [pictures(6), pictures(6).numpy(), list(pictures(6)), pictures(6).requires_grad_()], ids=["tensor", "array", "list", "grad"]
+)
+def test_unlabelled_inputs_have_no_labels(data):
+    given, labels = all_of(as_samples(data))
+    assert torch.equal(given, pictures(6)) and labels is None
+
+
+@pytest.mark.parametrize("data", [None, 7, {"x": 1}, iter([1])], ids=["None", "number", "dict", "iterator"])
+def test_what_is_no_data_is_refused_by_type(data):
+    with pytest.raises(InvalidInput, match=type(data).__name__):
+        as_samples(data)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "part", "message"),
+    [
+        ({"images": np.ones(3)}, "", "no array x; it holds images"),
+        ({"x_train": np.ones((2, 3))}, "#test", "no array x_test"),
+        ({"x": np.ones((3, 2)), "y": np.arange(2)}, "", "3 inputs but 2 labels"),
+        ({"x": np.array([{}, {}], dtype=object)}, "", "cannot be read"),
+    ],
+    ids=["other names", "no test part", "too few labels", "pickled"],
+)
+def test_an_array_file_that_does_not_fit_is_refused(arrays, part, message, tmp_path):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises((InvalidInput, InvalidFile), match=message):
+        load_data(f"{tmp_path / 'x.npz'}{part}")
+
+
+def test_data_that_are_not_there_are_refused_by_name(tmp_path):
+    (tmp_path / "broken.npz").write_bytes(b"PK\3\4 broken")
+    (tmp_path / "empty").mkdir()
+    for name in ("missing.npz", "missing", "broken.npz", "empty"):
+        with pytest.raises((InvalidInput, InvalidFile), match=name):
+            load_data(str(tmp_path / name))
+
+
+def test_a_picture_that_is_broken_is_named(tmp_path):
+    save_picture(tmp_path / "a.png")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    with pytest.raises(InvalidInput, match=r"broken\.jpg"):
+        all_of(load_data(str(tmp_path)))
+
+
+def test_pictures_of_several_sizes_ask_for_one(tmp_path):
+    save_picture(tmp_path / "a.png", size=(8, 8))
+    save_picture(tmp_path / "b.png", size=(9, 7))
+    with pytest.raises(InvalidInput, match="--size"):
+        all_of(load_data(str(tmp_path)))
+    assert all_of(load_data(str(tmp_path), Preprocessing(size=8)))[0].shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"interpolation": "linear"}, {"std": (1.0, 0.0, 1.0)}, {"size": 0}, {"size": -8}, {"resize": 0}, {"std": (float("nan"),)}],
+    ids=str,
+)
+def test_preprocessing_that_cannot_be_is_refused_at_once(wrong):
+    with pytest.raises(InvalidSetting):
+        Preprocessing(**wrong)
+
+
+def test_preprocessing_survives_json():
+    for one in (Preprocessing(), Preprocessing((0.5,), (0.2,), 32, 36, "bicubic")):
+        assert Preprocessing.from_json(one.to_json()) == one
+
+
+def test_sizes_do_not_apply_to_arrays(tmp_path):
+    np.savez(tmp_path / "x.npz", x=pictures(3).numpy())
+    with pytest.raises(InvalidSetting, match="--size"):
+        load_data(str(tmp_path / "x.npz"), Preprocessing(size=8))
+
+
+def test_a_script_keeps_nothing_on_the_path(script):
+    before = list(sys.path)
+    assert callable(load_callable(f"{script}:net", "--model"))
+    assert sys.path == before
+
+
+def test_what_a_users_function_raises_is_one_error_that_names_it(tmp_path):
+    (tmp_path / "net.py").write_text("def network(size):\n    return size\n\ndef broken():\n    raise KeyError('weights')\n")
+    for name, said in (("network", "TypeError"), ("broken", "KeyError")):
+        with pytest.raises(InvalidSetting, match=f"net.py:{name} failed with {said}"):
+            load_model(f"{tmp_path / 'net.py'}:{name}")
+
+
+def test_a_crop_larger_than_the_resized_picture_is_refused():
+    with pytest.raises(InvalidSetting, match="larger --resize"):
+        Preprocessing(size=256, resize=224)
+
+
+def test_functions_of_other_code_are_told_apart():
+    def scaled(factor):
+        return lambda outputs, labels: factor * 1.0
+
+    def one(outputs, labels):
+        return 1.0
+
+    def other(outputs, labels, by=2.0):
+        return 1.0
+
+    both = (lambda outputs, labels: 1.0, lambda outputs, labels: 2.0)
+    functions = [one, other, *both, scaled(1), scaled(2), functools.partial(other, by=3.0), functools.partial(other, by=4.0)]
+    told = [code_of(function) for function in functions]
+    assert len(set(told)) == len(told) and told == [code_of(function) for function in functions]

@@ -1,0 +1,537 @@
+"""Supernets: trained, stored, sliced, searched; and what must be refused."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import Depthwise, NoBatchNorm, Residual, Signal, Tokens, make, pictures
+from processes import run_processes
+
+import anybit
+from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, SchemeMismatch
+from anybit.files.cache import Entry, _written, entries
+from anybit.networks.layers import codes_of, quantized_layers
+from anybit.scheme import Precision, Scheme
+from anybit.supernets.prepared import bn_batches, held_out_split, to_store
+from anybit.supernets.settings import SupernetSettings
+from anybit.supernets.statistics import statistics_of
+from anybit.supernets.store import slice_subnet
+from anybit.supernets.supernet import scores as subnet_scores
+from anybit.supernets.supernet import uniform_schemes
+
+TESTS = Path(__file__).parent.parent
+
+INPUTS = {
+    Residual: lambda: pictures(60),
+    Depthwise: lambda: pictures(60),
+    NoBatchNorm: lambda: pictures(60),
+    Signal: lambda: torch.randn(60, 2, 12, generator=torch.Generator().manual_seed(0)),
+    Tokens: lambda: torch.randint(0, 20, (60, 7), generator=torch.Generator().manual_seed(0)),
+}
+
+
+def labelled(cls=Residual):
+    x = INPUTS[cls]()
+    with torch.no_grad():
+        return x, make(cls)(x).argmax(1)
+
+
+HELD = {"epochs": 1, "batch_size": 16, "held_out": 0.3, "bn_images": 32}
+
+
+def trained(cls=Residual, **changes):
+    wanted = {"bits": (2, 4, 8), **HELD, **changes}
+    return anybit.train(make(cls), labelled(cls), test=labelled(cls), **wanted)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A supernet with a kept layer, and its folder."""
+    supernet = trained(keep={"conv": Precision(8, 8)})
+    return supernet, supernet.save(tmp_path_factory.mktemp("supernet") / "run")
+
+
+def random_scheme(supernet, seed=0):
+    return supernet.method.drawn(random.Random(seed))
+
+
+# Training
+
+
+@pytest.mark.parametrize("cls", INPUTS)
+def test_every_network_trains_and_loads_bitwise(cls, tmp_path):
+    supernet = trained(cls)
+    x = labelled(cls)[0]
+    loaded = anybit.load_supernet(supernet.save(tmp_path / "run"), model=make(cls, seed=5))
+    for scheme in (supernet.uniform(2), supernet.uniform(8), random_scheme(supernet)):
+        assert supernet.switch(scheme) == loaded.switch(scheme)
+        with torch.no_grad():
+            assert torch.equal(supernet.model(x), loaded.model(x))
+    assert loaded.costs == supernet.costs and loaded.settings == supernet.settings
+
+
+@pytest.mark.parametrize("changes", [{"batch_norm": "switch"}, {"per_channel": False}, {"offset_rate": 1e-2}, {"bits": (2, 3)}], ids=str)
+def test_every_form_of_supernet_loads_bitwise(changes, tmp_path):
+    """Bitwise, mixed schemes included: with a batch norm for each bit-width every layer keeps its own."""
+    supernet, x = trained(**changes), labelled()[0]
+    loaded = anybit.load_supernet(supernet.save(tmp_path / "run"), model=make(Residual, seed=5))
+    for scheme in (*uniform_schemes(supernet).values(), random_scheme(supernet)):
+        supernet.switch(scheme)
+        loaded.switch(scheme)
+        with torch.no_grad():
+            assert torch.equal(supernet.model(x), loaded.model(x))
+
+
+class Reversed(torch.nn.Module):
+    """Layers that are defined in another order than that in which they run."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.second, self.first = torch.nn.Linear(8, 5), torch.nn.Linear(6, 8), torch.nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+def test_layers_are_stored_under_their_names_whatever_their_order(tmp_path):
+    x = torch.randn(60, 4)
+    supernet = anybit.train(make(Reversed), (x, x.argmax(1)), bits=(2, 8), epochs=1, batch_size=16)
+    folder = supernet.save(tmp_path / "run")
+    loaded, scheme = anybit.load_supernet(folder, model=make(Reversed, seed=3)), random_scheme(supernet)
+    supernet.switch(scheme)
+    loaded.switch(scheme)
+    with torch.no_grad():
+        assert torch.equal(supernet.model(x), loaded.model(x))
+    sliced = slice_subnet(folder, scheme)
+    for name, layer in quantized_layers(loaded.canonical().model).items():
+        assert np.array_equal(sliced[name][0], codes_of(layer).numpy())
+
+
+def test_with_a_batch_norm_for_each_bit_width_a_mixed_subnet_has_each_layers_own():
+    supernet = trained(batch_norm="switch")
+    supernet.switch(supernet.uniform(2))
+    low = supernet.method.norms["conv"].chosen().running_mean.clone()
+    words = supernet.switch(supernet.uniform(8).replace({"conv": Precision(2, 8)}))
+    assert "own bit-width" in words and torch.equal(supernet.method.norms["conv"].chosen().running_mean, low)
+
+
+def test_the_report_tells_every_bit_width_and_the_store():
+    report = trained().report
+    names = ["2 bits", "4 bits", "8 bits"]
+    assert all(list(report[key]) == names for key in ("test", "float_store", "subnets")) and list(report["epochs"][0]["widths"]) == names
+    assert report["bn_images"] == 32 and report["inputs"] == {"fitting": 42, "held_out": 18}
+    json.dumps(report, allow_nan=False)
+
+
+def test_training_lowers_the_loss_of_the_lowest_bits():
+    before = trained(epochs=1, rate=1e-9, step_rate=1e-9).report["test"]["2 bits"]["loss"]
+    assert trained(epochs=12, rate=3e-3).report["test"]["2 bits"]["loss"] < before
+
+
+def test_a_continued_training_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    from anybit.loops.checkpoint import save_checkpoint
+
+    changes = {"epochs": 3, "middle": "worst", "label": "adaptive"}
+    trained(**changes, checkpoint=tmp_path / "whole").save(tmp_path / "a")
+    save, calls = save_checkpoint, []
+
+    def interrupted(*given):
+        save(*given)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("anybit.loops.training.save_checkpoint", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trained(**changes, checkpoint=tmp_path / "broken")
+    with pytest.raises(InvalidSetting, match=r"label_weight was 0\.5"):
+        trained(**changes, label_weight=1.0, checkpoint=tmp_path / "broken")
+    trained(**changes, checkpoint=tmp_path / "broken").save(tmp_path / "b")
+    for name in ("supernet.safetensors", "supernet.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_store_rounds_the_weights_once_and_keeps_the_codes_of_the_highest_bits():
+    supernet = trained()
+    before = {name: layer._parameters["weight"].clone() for name, layer in supernet.method.layers.items()}
+    to_store(supernet.method)  # a second time
+    assert all(torch.equal(before[name], layer._parameters["weight"]) for name, layer in supernet.method.layers.items())
+
+
+WORKER = f"""
+import sys
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "supernets")!r}]
+import torch
+torch.set_num_threads(1)
+import test_supernet as t
+from networks import NoBatchNorm
+supernet = t.trained(cls=NoBatchNorm, epochs=3, middle="worst", label="adaptive", augment="flip")
+assert len(t.bn_batches(t._samples()[0], t._samples()[1])[0]) == 16  # every process sees all
+import torch.distributed as dist
+if not dist.is_initialized() or dist.get_rank() == 0:
+    supernet.save(sys.argv[1])
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_train_the_supernet_of_one(tmp_path):
+    for count in (1, 2):
+        run_processes(count, tmp_path / f"by{count}", tmp_path, WORKER)
+    one, two = (anybit.load_supernet(tmp_path / f"by{count}", model=make(NoBatchNorm)) for count in (1, 2))
+    x = labelled()[0]
+    for scheme in (one.uniform(2), one.uniform(8), random_scheme(one)):
+        one.switch(scheme)
+        two.switch(scheme)
+        with torch.no_grad():
+            assert torch.allclose(one.model(x), two.model(x), rtol=1e-4, atol=1e-5)  # far less than training moves them
+
+
+@pytest.mark.slow  # it compiles
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
+def test_a_compiled_supernet_is_compiled_once_for_all_its_networks():
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = trained(compile=True, epochs=2)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]  # the scheme of a step is data, not code
+    plain = trained(epochs=2)
+    assert compiled.report["test"]["8 bits"]["loss"] == pytest.approx(plain.report["test"]["8 bits"]["loss"], rel=0.05)
+
+
+def test_the_store_keeps_the_codes_of_the_lowest_bits():
+    supernet = trained(bits=(2, 4, 8), epochs=1)
+    layer = supernet.method.layers["block1.conv1"]
+    slot = layer.weight_quantizer
+    slot.switch(2)
+    threshold = 0.5 * slot.scale().expand(len(layer._parameters["weight"]), 1)
+    with torch.no_grad():  # every weight right beside a threshold of two bits, where rounding to eight would carry half of them over
+        beside = threshold * (1 + 1e-3 * torch.randn(threshold.shape[0], 54, generator=torch.Generator().manual_seed(0)))
+        layer._parameters["weight"].copy_(beside.view_as(layer._parameters["weight"]))
+        before = slot.freeze(len(beside)).codes(beside)
+        to_store(supernet.method)
+        assert torch.equal(slot.freeze(len(beside)).codes(layer._parameters["weight"].flatten(1)), before)
+
+
+# Subnets
+
+
+def test_batch_norm_is_estimated_for_the_subnet_at_hand(stored):
+    supernet, _ = stored
+    batches = bn_batches(held_out_split(*_samples())[0], supernet.settings)
+    supernet.switch(supernet.uniform(2), batches)
+    low = statistics_of(supernet.model)
+    supernet.switch(supernet.uniform(8), batches)
+    assert not torch.allclose(low, statistics_of(supernet.model))
+    supernet.switch(supernet.uniform(2))
+    assert torch.equal(low, statistics_of(supernet.model))
+
+
+def _samples():
+    from anybit.sources.inputs import as_samples
+
+    return as_samples(labelled()), SupernetSettings.of(held_out=0.3, bn_images=32, batch_size=16)
+
+
+def test_a_subnet_is_sliced_from_the_file_by_numpy_alone(stored):
+    supernet, folder = stored
+    for seed in range(5):
+        scheme = random_scheme(supernet, seed)
+        supernet.switch(scheme)
+        sliced = slice_subnet(folder, scheme)
+        frozen = supernet.canonical()
+        for name, layer in quantized_layers(frozen.model).items():
+            assert np.array_equal(sliced[name][0], codes_of(layer).numpy())
+    script = (
+        "import sys, json; from anybit.supernets.store import slice_subnet; from anybit.scheme import Scheme; "
+        f"slice_subnet({str(folder)!r}, {supernet.uniform(4).to_json()!r}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_an_extracted_run_is_an_ordinary_one(stored, tmp_path):
+    supernet, folder = stored
+    x = labelled()[0]
+    result = anybit.extract(folder, "3bit", model=make(Residual), test=labelled())
+    assert result.report["result"]["weight_bits"] <= 3 and "stored for this scheme" in result.report["statistics"]
+    run = result.save(tmp_path / "run")
+    loaded = anybit.load(run, model=make(Residual, seed=9))
+    assert torch.equal(loaded(x), result.model(x)) and (run / "model.safetensors").stat().st_size == result.report["result"]["bytes"]
+    supernet.switch(result.scheme)
+    with torch.no_grad():
+        assert torch.allclose(supernet.model(x), result.model(x), atol=1e-5)
+
+
+def test_the_report_says_whose_statistics_a_subnet_has(stored, tmp_path):
+    supernet, folder = stored
+    mixed = random_scheme(supernet, 3)
+    (tmp_path / "scheme.json").write_text(json.dumps(mixed.to_json()))
+    near = anybit.extract(folder, scheme=tmp_path / "scheme.json", model=make(Residual))
+    assert "nearest" in near.report["statistics"] and near.scheme == mixed
+    own = anybit.extract(folder, scheme=mixed, data=labelled(), model=make(Residual))
+    assert own.report["statistics"] == "estimated anew on 32 inputs"
+    again = anybit.extract(folder, scheme=anybit.extract(folder, "3bit", model=make(Residual)).save(tmp_path / "run"), model=make(Residual))
+    assert again.scheme == supernet.uniform(2)
+
+
+def test_a_polished_subnet_is_never_further_from_the_float_outputs(stored):
+    _, folder = stored
+    how = {"data": labelled(), "model": make(Residual), "scheme": anybit.load_supernet(folder, make(Residual)).uniform(2)}
+    result = anybit.extract(folder, polish=True, samples=42, steps=20, batch_size=16, **how)
+    kept = [row["loss"] for row in result.report["ladder"] if row["kept"]]
+    assert kept == sorted(kept, reverse=True) and len(result.report["ladder"]) == 4
+    assert result.scheme == how["scheme"]
+
+
+# Searching
+
+
+def test_a_search_keeps_the_best_of_each_budget_and_its_statistics(stored, tmp_path):
+    _, folder = stored
+    found = anybit.search(folder, labelled(), ["3bit", "5bit"], model=make(Residual), evaluations=30, cache=tmp_path / "cache")
+    fits = {text: supernet_bits(found, scheme) for text, scheme in found.chosen.items()}
+    assert fits["3bit"] <= 3 and fits["5bit"] <= 5
+    rows = found.report["evaluated"]
+    assert len(rows) == len({json.dumps(row["scheme"]) for row in rows}) == 30
+    best = max(row["score"] for row in rows if row["cost"] <= 3)
+    assert next(r["score"] for r in rows if r["scheme"] == found.chosen["3bit"].to_json()) == best
+    assert all(row["measured"] is not None for row in found.report["front"])
+    run = found.save(tmp_path / "search")
+    assert "stored for this scheme" in anybit.extract(run, "3bit", model=make(Residual)).report["statistics"]
+    assert anybit.extract(run, "5bit", model=make(Residual)).scheme == found.chosen["5bit"]
+
+
+def supernet_bits(found, scheme):
+    return found.supernet.costs.weight_bits(scheme)
+
+
+def test_a_search_that_was_interrupted_repeats_nothing_and_ends_the_same(stored, tmp_path, monkeypatch):
+    _, folder = stored
+    how = {"model": make(Residual), "evaluations": 20}
+    whole = anybit.search(folder, labelled(), "3bit", cache=tmp_path / "a", **how)
+    scores, calls = subnet_scores, []
+
+    def counted(*given):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return scores(*given)
+
+    monkeypatch.setattr("anybit.roads.search.scores", counted)
+    with pytest.raises(KeyboardInterrupt):
+        anybit.search(folder, labelled(), "3bit", cache=tmp_path / "b", **how)
+    again = anybit.search(folder, labelled(), "3bit", cache=tmp_path / "b", **how)
+    assert again.report["evaluated"] == whole.report["evaluated"]
+    assert again.report["recalled"] == 7
+    before = len(calls)
+    other = anybit.search(folder, labelled(), "5bit", cache=tmp_path / "b", **how)
+    assert len(calls) == before and other.chosen["5bit"]  # another budget measures nothing
+
+
+def test_a_search_estimates_batch_norm_on_as_many_inputs_as_it_is_told(stored, tmp_path, monkeypatch):
+    _, folder = stored
+    how = {"model": make(Residual), "evaluations": 12, "cache": tmp_path / "cache"}
+    scores, seen = subnet_scores, []
+
+    def counted(supernet, scheme, statistics, *given):
+        seen.append(sum(map(len, statistics)))
+        return scores(supernet, scheme, statistics, *given)
+
+    monkeypatch.setattr("anybit.roads.search.scores", counted)
+    told = anybit.search(folder, labelled(), bn_images=16, **how).report
+    front = len(seen) - 12
+    assert told["images"]["batch_norm"] == 16 < told["images"]["batch_norm_of_the_front"]
+    assert seen == [16] * 12 + [told["images"]["batch_norm_of_the_front"]] * front and front >= len(told["front"])
+    for other in (17, None):  # what was measured with other statistics is not taken, be they as many: 17 are a batch of 16, too
+        before = len(seen)
+        anybit.search(folder, labelled(), bn_images=other, **how)
+        assert len(seen) >= before + 12
+    with pytest.raises(InvalidSetting, match="bn_images 1 "):
+        anybit.search(folder, labelled(), bn_images=1, **how)
+
+
+def test_a_users_metric_ranks_the_subnets_and_names_its_scores(stored, tmp_path):
+    _, folder = stored
+
+    def fewest(outputs, labels):
+        return -float(outputs.abs().mean())
+
+    how = {"model": make(Residual), "evaluations": 12, "cache": tmp_path / "cache"}
+    found = anybit.search(folder, labelled(), metric=fewest, **how)
+    assert found.report["score"] == "fewest" and all(row["score"] < 0 for row in found.report["evaluated"])
+    plain = anybit.search(folder, labelled(), **how)  # scores of another metric are never taken from the file
+    assert plain.report["score"] == "top1" and max(row["score"] for row in plain.report["evaluated"]) > 1
+
+
+def test_another_supernets_scores_are_never_taken(stored, tmp_path):
+    _, folder = stored
+    how = {"evaluations": 10, "cache": tmp_path / "cache"}
+    anybit.search(folder, labelled(), model=make(Residual), **how)
+    other = trained(seed=3, keep={"conv": Precision(8, 8)})
+    assert anybit.search(other, labelled(), **how).report["recalled"] == 0
+
+
+def test_another_budget_estimates_nothing_anew(stored, tmp_path, monkeypatch):
+    _, folder = stored
+    how = {"model": make(Residual), "evaluations": 15, "cache": tmp_path / "cache"}
+    first = anybit.search(folder, labelled(), "3bit", **how)
+    with monkeypatch.context() as patched:
+        patched.setattr("anybit.networks.batchnorm.reestimate", lambda *given: pytest.fail("estimated"))
+        second = anybit.search(folder, labelled(), "3bit", **how)
+    for one, other in zip(first.supernet.known, second.supernet.known, strict=True):
+        assert one.scheme == other.scheme and torch.equal(one.statistics, other.statistics) and torch.equal(one.edges, other.edges)
+
+
+@pytest.mark.parametrize("settings", [{"bits": (4, 8)}, {"bits": (4, 8), "keep": {"*": Precision(8, 8)}}], ids=["few", "none"])
+def test_a_search_among_few_schemes_ends(settings):
+    from torch import nn
+
+    x = torch.randn(60, 6)
+    supernet = anybit.train(nn.Sequential(nn.Linear(6, 4)), (x, x[:, :4].argmax(1)), epochs=1, batch_size=16, held_out=0.3, **settings)
+    report = anybit.search(supernet, (x, x[:, :4].argmax(1)), evaluations=20, cache=False).report
+    assert len(report["evaluated"]) == (1 if "keep" in settings else 4) and report["rank_correlation"] is None
+
+
+# What must be refused
+
+
+def test_a_budget_below_the_lowest_subnet_names_it(stored):
+    _, folder = stored
+    least = anybit.load_supernet(folder, make(Residual))
+    bits = least.costs.weight_bits(least.method.lowest)
+    how = {"model": make(Residual)}
+    for verb in (lambda: anybit.search(folder, labelled(), "1bit", **how), lambda: anybit.extract(folder, "1bit", **how)):
+        with pytest.raises(InfeasibleBudget, match=f"{bits:.4g} bits"):
+            verb()
+
+
+@pytest.mark.parametrize(
+    ("run", "error"),
+    [
+        (lambda f: anybit.extract(f, scheme={"fc": "W3A8"} and Scheme({"fc": Precision(3, 8)}), model=make(Residual)), SchemeMismatch),
+        (lambda f: anybit.extract(f, model=make(Residual)), InvalidSetting),
+        (lambda f: anybit.extract(f, "3bit", polish=True, model=make(Residual)), InvalidSetting),
+        (lambda f: anybit.extract(f, "3bit", steps=3, model=make(Residual)), InvalidSetting),
+        (lambda f: anybit.search(f, labelled()[0], "3bit", model=make(Residual)), InvalidInput),
+        (lambda f: anybit.search(f, labelled(), "latency=3ms", model=make(Residual)), InvalidSetting),
+        (lambda f: anybit.search(f, labelled(), "3bit", model=make(Residual), strategy="guess"), InvalidSetting),
+        (lambda f: anybit.search(f, tuple(t[:3] for t in labelled()), "3bit", model=make(Residual)), InvalidInput),
+        (lambda f: anybit.load_supernet(f, make(Depthwise)), SchemeMismatch),
+        (lambda f: slice_subnet(f, {"fc": "W3A8"}), SchemeMismatch),
+        (lambda f: slice_subnet(f, {"fc": 4}), (SchemeMismatch, InvalidSetting)),
+        (lambda f: anybit.extract(f, scheme=Scheme({"fc": Precision(2, 8)}), model=make(Residual)), SchemeMismatch),
+        (lambda f: anybit.load_supernet(f, make(Residual)).uniform(3), SchemeMismatch),
+        (lambda f: anybit.extract(f, "3bit", polish=True, pairs=True, data=labelled(), model=make(Residual)), InvalidSetting),
+        (lambda f: anybit.extract(f, "3bit", data=tuple(t[:2] for t in labelled()), model=make(Residual)), InvalidInput),
+        (lambda f: anybit.train(make(Residual), labelled(), keep={"fc": Precision(0, 8)}), InvalidSetting),
+        (lambda f: anybit.train(make(Residual), labelled(), metric=lambda outputs, labels: 1.0), InvalidSetting),
+        (lambda f: anybit.train(make(Residual), labelled(), label="teacher", sandwich="LRH"), InvalidSetting),
+        (lambda f: anybit.train(make(Residual), labelled()[0], distill=1.0, label="adaptive", **HELD), InvalidSetting),
+        (lambda f: slice_subnet(f / "nowhere", {"fc": "W2A8"}), InvalidFile),
+    ],
+)
+def test_what_cannot_be_is_refused(run, error, stored):
+    with pytest.raises(error):
+        run(stored[1])
+
+
+def test_labels_are_not_needed_where_the_float_network_teaches():
+    assert anybit.train(make(Residual), labelled()[0], distill=1.0, **HELD).report["epochs"][0]["loss"] > 0
+
+
+@pytest.mark.parametrize("damage", ["codes", "json", "settings", "surplus", "scale", "missing", "order", "macs", "truncated"])
+def test_a_damaged_store_is_named(damage, stored, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from anybit.files.strict import sha256_of
+
+    folder = tmp_path / "run"
+    shutil.copytree(stored[1], folder)
+    weights, about = folder / "supernet.safetensors", json.loads((folder / "supernet.json").read_text())
+    if damage == "codes":
+        data = bytearray(weights.read_bytes())
+        data[-40] ^= 1
+        weights.write_bytes(bytes(data))
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif damage == "order":
+        about["layers"] = dict(reversed(about["layers"].items()))
+    elif damage == "macs":
+        about["layers"]["fc"]["macs"] += 1
+    elif damage in ("surplus", "scale"):
+        tensors = load_file(weights)
+        if damage == "surplus":
+            tensors["more"] = torch.zeros(3)
+        else:
+            tensors["weight_scales"][0] = -1.0
+        save_file(tensors, weights)
+        about["sha256"] = sha256_of(weights)
+    else:
+        about["settings" if damage == "settings" else "edges"] = {"bits": "many"}
+    (folder / "supernet.json").write_text(json.dumps(about))
+    with pytest.raises(InvalidFile):
+        anybit.load_supernet(folder, make(Residual))
+    if damage in ("codes", "missing", "truncated"):
+        with pytest.raises(InvalidFile):
+            slice_subnet(folder, {"fc": "W2A8"})
+
+
+ONE_LAYER = '{"evaluated": [{"scheme": {"fc": "W2A8"}, "score": 1.0, "cost": 1.0}]}'
+
+
+@pytest.mark.parametrize("damage", ["[]", "{}", ONE_LAYER, '{"evaluated": [{}]}'])
+def test_a_damaged_search_is_named(damage, stored, tmp_path):
+    found = anybit.search(stored[1], labelled(), "3bit", model=make(Residual), evaluations=10, cache=False)
+    folder = found.save(tmp_path / "run")
+    (folder / "search.json").write_text(damage)
+    with pytest.raises(InvalidFile, match=r"search\.json"):
+        anybit.extract(folder, "3bit", model=make(Residual))
+
+
+def test_a_kept_score_that_is_none_is_made_again(stored, tmp_path):
+    how = {"model": make(Residual), "evaluations": 10, "cache": tmp_path / "cache"}
+    first = anybit.search(stored[1], labelled(), "3bit", **how)
+    for entry in entries(tmp_path / "cache"):
+        entry.path.write_bytes(_written("score", Entry({})))
+    with pytest.warns(UserWarning, match="is damaged"):
+        again = anybit.search(stored[1], labelled(), "3bit", **how)
+    assert again.report["evaluated"] == first.report["evaluated"] and again.report["recalled"] == 0
+
+
+def test_too_few_samples_are_refused():
+    x, y = labelled()
+    with pytest.raises(InvalidInput, match="two"):
+        anybit.train(make(Residual), (x[:1], y[:1]))
+    with pytest.raises(InvalidSetting, match="bn_images"):
+        trained(bn_images=1)
+
+
+def test_a_strangers_reference_is_never_followed_nor_handed_on(stored, monkeypatch, tmp_path):
+    supernet, _ = stored
+    supernet.about = {"model": {"reference": f"{tmp_path}/evil.py:network"}, "data": {"reference": f"{tmp_path}/evil.py:data"}}
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    theirs = supernet.save(tmp_path / "theirs")
+    supernet.about = {}
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))  # another user's list of own runs
+    with pytest.raises(InvalidSetting, match="was not written by your own"):
+        anybit.load_supernet(theirs)
+    mine = anybit.load_supernet(theirs, model=make(Residual)).save(tmp_path / "mine")
+    found = anybit.search(theirs, labelled(), "3bit", model=make(Residual), evaluations=10, cache=False).save(tmp_path / "found")
+    for folder in (mine, found):
+        with pytest.raises(InvalidSetting, match="does not say which network"):
+            anybit.load_supernet(folder)
+    run = anybit.extract(theirs, "3bit", model=make(Residual)).save(tmp_path / "run")
+    with pytest.raises(InvalidSetting, match="does not say which network"):
+        anybit.load(run)

@@ -1,0 +1,77 @@
+"""The layout shows itself: packages in one order, each says what it holds, nothing imports from above, tests mirror the sources."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import anybit
+
+ROOT = Path(anybit.__file__).parent
+TESTS = Path(__file__).parent
+ORDER = (
+    "errors", "progress", "environment", "settings", "scheme", "budget", "numerics", "files", "data", "networks", "sources", "loops",
+    "allocation", "methods", "runs", "supernets", "reports", "onnx", "roads", "exports", "cli", "__main__",
+)  # fmt: skip
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of the package that a file imports, inside of functions too."""
+    modules = {name_of(file) for file in FILES}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are written in full"
+            names = [node.module or ""] + [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.removeprefix("anybit.") for name in names if name.startswith("anybit.")} & modules
+    return found
+
+
+def test_every_file_has_its_place_in_the_order():
+    assert {name_of(path).split(".")[0] for path in FILES if path != ROOT / "__init__.py"} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_is_imported_from_above(path):
+    above = {name for name in imports_of(path) if ORDER.index(name.split(".")[0]) > ORDER.index(name_of(path).split(".")[0])}
+    assert path == ROOT / "__init__.py" or not above
+
+
+def test_no_file_imports_itself_through_others():
+    below = {name_of(path): imports_of(path) for path in FILES}
+    while free := [name for name, needs in below.items() if not needs & set(below) - {name}]:
+        for name in free:
+            del below[name]
+    assert not below
+
+
+@pytest.mark.parametrize("package", sorted(path.parent.name for path in ROOT.glob("*/__init__.py")))
+def test_a_package_says_what_it_holds_and_what_it_may_import(package):
+    text = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text())) or ""
+    assert re.search(r"[Ii]mports \w+", text)
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in TESTS.iterdir() if any(path.glob("test_*.py"))))
+def test_tests_mirror_the_packages(folder):
+    assert (ROOT / folder / "__init__.py").is_file()
+
+
+def test_only_one_package_imports_transformers():
+    importers = {name_of(path) for path in FILES if re.search(r"^(import|from) transformers", path.read_text(), re.M)}
+    assert importers and all(name.startswith("sources.huggingface.") for name in importers)
+
+
+def test_no_method_imports_another():
+    for path in (ROOT / "methods").glob("*.py"):
+        others = {name for name in imports_of(path) if name.startswith("methods.")} - {"methods.settings"}
+        assert not others, path
