@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import anybit
-from anybit.data.options import TASKS
+from anybit.data.options import TASK_NAMES
 from anybit.errors import InvalidFile, InvalidSetting
 from anybit.loops.settings import TrainSettings
 from anybit.methods.settings import CSQSettings, LSQSettings, MultiQuantSettings, SearchSettings
@@ -167,4 +167,4 @@ def test_the_functions_say_the_options_that_they_take(function, kind):
 
 def test_choices_are_those_of_the_code():
     assert set(options_of(CalibrateSettings)["estimator"].choices) == set(ESTIMATORS)
-    assert {tuple(options_of(kind)["task"].choices) for kind in (CalibrateSettings, GrowSettings, SupernetSettings)} == {TASKS}
+    assert {tuple(options_of(kind)["task"].choices) for kind in (CalibrateSettings, GrowSettings, SupernetSettings)} == {TASK_NAMES}

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Residual, make, pictures
 
-from anybit.cli.logs import WIDTH, appended, completing, plain, readable
+from anybit.cli.logs import WIDTH, completing, readable
 from anybit.errors import InvalidSetting
+from anybit.files.lines import appended, plain
 from anybit.progress import listening, tell
 
 ROOT = Path(__file__).parent.parent.parent
@@ -240,7 +241,7 @@ def test_a_disk_that_fills_costs_the_rest_of_the_log_and_one_warning(tmp_path, m
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("anybit.cli.logs.json.dumps", lambda *a, **k: full(None))
+            patch.setattr("anybit.files.lines.json.dumps", lambda *a, **k: full(None))
             with pytest.warns(UserWarning, match="No space left"):
                 tell("note", note="second")
         tell("note", note="third")  # no second warning: it would be an error here
@@ -275,6 +276,6 @@ def test_an_interrupted_verb_says_so(here, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("anybit.sources.models.load_model", stop)
+    monkeypatch.setattr("anybit.roads.evaluate.load_model", stop)
     assert anybit_cli("evaluate", "--model", "m.py:net", "--data", "x.npz", "--log", "log.jsonl").exit_code == 130
     assert rows("log.jsonl")[-1]["status"] == "interrupted"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from language import WORDS, sentences, tokenizer
 
 from anybit.data.batches import Batch
+from anybit.data.tasks import TASKS
 from anybit.data.texts import Answers, Blocks, Encoding, NextTokens, Questions, Texts, answer_scores, best_answer, gold_answers, read_rows
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 
@@ -244,9 +245,7 @@ def test_logits_of_padding_are_ruled_out_and_make_no_nan():
     assert logits.shape == (6, 2, 30)
     shares = logits.softmax(-1)
     assert torch.equal(shares[:, 0, :length] > 0, batch.mask) and (shares[:, :, length:] == 0).all()
-    from anybit.methods.bias_tuning import output_loss
-
-    assert torch.isfinite(output_loss(logits, logits * 0.5, "question-answering"))
+    assert torch.isfinite(TASKS["question-answering"].distance.loss(logits, logits * 0.5))
 
 
 def test_a_question_that_leaves_no_room_is_refused():

@@ -18,9 +18,9 @@ from torch import nn
 
 from anybit.data.batches import Batch, predict
 from anybit.data.samples import Calibration
-from anybit.data.tasks import distance, outputs_of
+from anybit.data.tasks import TASKS, distance, outputs_of
 from anybit.methods.adaquant import AdaQuantSettings, DroppedInput, LearnedWeight, UnitData, mix, parallel, reconstruct, sequential
-from anybit.methods.bias_tuning import BiasTuningSettings, _add_gradients, output_loss, tune_biases
+from anybit.methods.bias_tuning import BiasTuningSettings, _add_gradients, tune_biases
 from anybit.networks.candidates import Candidates, apply_scheme
 from anybit.networks.capture import MemoryBudget, capture
 from anybit.networks.layers import codes_of, quantized_layers, scheme_of, weight_rows
@@ -260,7 +260,7 @@ def test_biases_of_a_frozen_network_are_tuned_too():
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_the_trained_loss_is_the_measured_distance(task):
     outputs, reference = torch.randn(9, 5), torch.randn(9, 5)
-    assert float(output_loss(outputs, reference, task)) == pytest.approx(distance(outputs, reference, task), rel=1e-5)
+    assert float(TASKS[task].distance.loss(outputs, reference)) == pytest.approx(distance(outputs, reference, task), rel=1e-5)
 
 
 def test_a_scheme_with_float_and_pruned_layers_is_reconstructed():

@@ -22,7 +22,16 @@ from anybit.data.batches import Batch
 from anybit.data.tasks import outputs_of
 from anybit.errors import InvalidSetting
 from anybit.methods.batchnorm_tuning import join, match_layers, tune
-from anybit.networks.batchnorm import ChannelStatistics, channel_statistics, flip_negative, fold, fold_checked, foldable, reestimate
+from anybit.networks.batchnorm import (
+    ChannelStatistics,
+    channel_statistics,
+    flip_negative,
+    fold,
+    fold_checked,
+    foldable,
+    reestimate,
+    twin_statistics,
+)
 from anybit.networks.candidates import Candidates, apply_scheme, weight_candidate
 from anybit.networks.layers import codes_of, float_weight, prepare, quantized_layers
 from anybit.networks.wiring import BATCH_NORMS, observe
@@ -146,7 +155,7 @@ def test_tuning_leaves_integer_codes_as_they_are(how, bits):
     if how == "tune":
         tune(model, targets, [Batch(pictures(16))])
     else:
-        match_layers(folded, model, targets, [Batch(pictures(16))])
+        match_layers(folded, [model], targets, [Batch(pictures(16))])
     for name, layer in quantized_layers(model).items():
         assert torch.equal(codes_of(layer), codes[name])
         assert (layer.weight_quantizer.scale > 0).all()
@@ -166,10 +175,10 @@ def test_layers_matched_alone_have_the_float_statistics_on_float_inputs():
     folded, model, names = rounded(Chain, 3)
     batches = [Batch(pictures(16))]
     targets = channel_statistics(folded, names, batches)
-    match_layers(folded, model, targets, batches)
-    after = channel_statistics(folded, names, batches, twins=model)
+    match_layers(folded, [model], targets, batches)
+    after = twin_statistics(folded, {name: [model.get_submodule(name)] for name in names}, batches)
     for name in names:
-        assert torch.allclose(after[name].mean, targets[name].mean, atol=1e-4)
+        assert torch.allclose(after[name][0].mean, targets[name].mean, atol=1e-4)
 
 
 def test_a_constant_channel_keeps_its_gain_and_stays_finite():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import NETWORKS, assert_untouched, make, network_and_inputs, run, snapshot
@@ -6,9 +8,11 @@ from torch import nn
 
 from anybit.errors import AnybitError, InvalidInput, SchemeMismatch, UnsupportedModel
 from anybit.networks.candidates import (
+    Candidates,
     apply_scheme,
     check_finite_samples,
     frozen_candidate,
+    swapped,
     weight_candidate,
 )
 from anybit.networks.layers import Pruned, codes_of, float_weight, prepare, quantized_layers, scheme_of, weight_rows
@@ -128,3 +132,46 @@ def test_activations_that_are_not_finite_are_named_by_layer():
     samples = {"conv1": [torch.ones(3)], "fc": [torch.ones(2), torch.tensor([1.0, float("inf")])]}
     with pytest.raises(InvalidInput, match="fc"):
         check_finite_samples(samples)
+
+
+def tuned(candidates: Candidates) -> Candidates:
+    """The same candidates with other biases at every bit-width, as methods leave them."""
+    weights = {
+        (name, bits): one if one.bias is None else replace(one, bias=one.bias + bits) for (name, bits), one in candidates.weights.items()
+    }
+    return Candidates(weights, candidates.activations)
+
+
+@pytest.mark.parametrize("base", ["float", "W2", "W5A8"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_swapped_layer_makes_the_network_that_a_new_copy_would_be_and_is_put_back_exactly(name, base):
+    prepared, candidates = prepared_with_candidates(name)
+    candidates = tuned(candidates)
+    _, batch = network_and_inputs(name)
+    layers = quantized_layers(prepared)
+    base_scheme = Scheme.uniform(layers, base if name != "tokens" else base.partition("A")[0])
+    model = apply_scheme(prepared, base_scheme, candidates)
+    before, untouched, outputs = snapshot(model), snapshot(prepared), run(model, batch)
+    for layer, bits in zip(layers, [0, 2, 5, None] * len(layers), strict=False):
+        precision = Precision(bits, None if isinstance(layers[layer], nn.Embedding) else 4)
+        fresh = apply_scheme(prepared, base_scheme.replace({layer: precision}), candidates)
+        with swapped(model, prepared, layer, precision, candidates):
+            assert scheme_of(model)[layer] == precision
+            assert all(map(torch.equal, model.state_dict().values(), fresh.state_dict().values()))
+            assert torch.equal(run(model, batch), run(fresh, batch))
+        assert_untouched(model, before)
+    assert torch.equal(run(model, batch), outputs)
+    assert_untouched(prepared, untouched)
+
+
+def test_a_swapped_layer_is_put_back_where_the_block_or_the_swap_fails():
+    prepared, candidates = prepared_with_candidates("residual")
+    candidates = tuned(candidates)
+    model = apply_scheme(prepared, Scheme.uniform(quantized_layers(prepared), "W5A8"), candidates)
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt), swapped(model, prepared, "fc", Precision(2, 4), candidates):
+        raise KeyboardInterrupt
+    assert_untouched(model, before)
+    with pytest.raises(SchemeMismatch, match="no candidate for fc at W4"), swapped(model, prepared, "fc", Precision(4), candidates):
+        pass
+    assert_untouched(model, before)

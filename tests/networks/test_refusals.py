@@ -20,8 +20,9 @@ from anybit.data.samples import Samples
 from anybit.data.tasks import outputs_of
 from anybit.errors import AnybitError, InvalidInput, UnsupportedModel
 from anybit.networks.batchnorm import fold, fold_checked, foldable
+from anybit.networks.layer_types import COVERED
 from anybit.networks.layers import coverage, prepare, quantized_layers, unwrapped
-from anybit.networks.wiring import COVERED, observe
+from anybit.networks.wiring import observe
 
 WIDTH = 8
 TINY = {"samples": 24, "batch_size": 8, "weight_bits": (4, 8), "activation_bits": (8,), "alternatives": 1, "steps": 3, "candidate_steps": 2}

@@ -9,7 +9,8 @@ from torch import nn
 
 from anybit.data.batches import Batch
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
-from anybit.networks.wiring import BATCH_NORM, BATCH_NORMS, COVERED, LAYER, observe
+from anybit.networks.layer_types import COVERED
+from anybit.networks.wiring import BATCH_NORM, BATCH_NORMS, LAYER, observe
 
 PICTURES = Batch(pictures(2))
 VALUES = numbers(64) * 8

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import anybit
-from anybit.allocation.program import HEADER_SLACK
 from anybit.errors import InvalidFile, InvalidSetting, printable
 from anybit.files.strict import write_json
+from anybit.networks.cost import HEADER_SLACK
 from anybit.reports import figures
 from anybit.reports import page as pages
 from anybit.reports.charts import DASHES, SHAPES, Chart

@@ -26,10 +26,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import anybit
-from anybit.allocation.program import HEADER_SLACK
 from anybit.budget import parse_size
 from anybit.data.samples import Samples
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.networks.cost import HEADER_SLACK
 from anybit.networks.layers import scheme_of
 from anybit.roads.allocate import allocate
 from anybit.roads.calibrate import calibrate

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from anybit.allocation.program import Allocation, allocate, best_allocations, least_costs, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget, Condition
+from anybit.budget import BITS, BYTES, DROP, LOSS, Budget, Condition
 from anybit.data.batches import Batch
-from anybit.data.tasks import COUNTED, Metric, distance, outputs_of, score
+from anybit.data.tasks import TASKS, Metric, distance, outputs_of, score
 from anybit.errors import InfeasibleBudget, InvalidSetting
 from anybit.files.cache import Cache
 from anybit.networks.candidates import Candidates, apply_scheme
@@ -50,7 +50,7 @@ class Judge:
     def of_outputs(self, outputs: Tensor) -> dict[str, float]:
         """The same of outputs on the held-out inputs."""
         result = {"loss": distance(outputs, self.reference, self.task)}
-        counted = COUNTED[self.task]
+        counted = TASKS[self.task].counted
         if self.labels is not None and counted is not None:
             told = score(outputs, self.labels, self.task, reader=self.held_out[0].reader)
             result |= {counted: told[counted]} if counted in told else {}
@@ -61,7 +61,7 @@ class Judge:
     @property
     def counted(self) -> str | None:
         """What a limit on the drop counts in."""
-        return COUNTED[self.task] if self.metric is None else "metric"
+        return TASKS[self.task].counted if self.metric is None else "metric"
 
     @property
     def labels(self) -> Tensor | None:
@@ -112,12 +112,12 @@ def choose_scheme(network: ObservedNetwork, table: SensitivityTable, budget: Bud
     if budget is None:
         largest = Scheme({name: precisions[-1] for name, precisions in network.choices.items()})
         return Choice(largest, None, [measured_row(network, table, "largest", largest, judge)])
-    if budget.limit("drop") is not None:
+    if budget.loss() is DROP:
         return _choose_by_drop(network, table, budget, judge)
     problem = make_problem(network.choices, table, network.costs, budget)
-    loss_limit = budget.limit("loss")
+    loss_limit = budget.limit(LOSS.name)
     if loss_limit is not None:
-        size = make_problem(network.choices, table, network.costs, Budget.parse("100%")).costs["bytes"]
+        size = make_problem(network.choices, table, network.costs, Budget.parse("100%")).costs[BYTES.name]
         solutions = least_costs(problem, size, loss_limit - table.floor)
     else:
         solutions = best_allocations(problem)
@@ -148,10 +148,8 @@ def uniform_rows(network: ObservedNetwork, table: SensitivityTable, budget: Budg
 
 
 def fits_budget(costs: CostModel, scheme: Scheme, budget: Budget) -> bool:
-    """Whether the scheme's costs meet every condition on bits, bytes, percent, BOPs and latency."""
-    amounts = costs.summary(scheme)
-    amounts["bits"] = amounts.pop("weight_bits")
-    return all(amounts[c.quantity] <= c.limit * (1 + 1e-12) for c in budget.conditions if c.quantity in amounts)
+    """Return whether the scheme meets every limit on a cost."""
+    return all(cost.total(costs, scheme) <= limit * (1 + 1e-12) for cost, limit in budget.costs() if cost.is_known(costs))
 
 
 def measured_row(network: ObservedNetwork, table: SensitivityTable, name: str, scheme: Scheme, judge: Judge) -> dict[str, Any]:
@@ -170,7 +168,8 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
             "A budget of drop= needs labelled data, and a --metric where the network is no classifier. Give them, or use loss=."
         )
     float_score = judge.of_outputs(judge.reference)[judge.counted]
-    others = tuple(c for c in budget.conditions if c.quantity != "drop")
+    allowed = budget.limit(DROP.name)
+    others = tuple(c for c in budget.conditions if c.quantity != DROP.name)
     rows: list[dict[str, Any]] = []
     passed: tuple[Scheme, Allocation] | None = None
     largest = Scheme({name: options[-1] for name, options in network.choices.items()})
@@ -178,7 +177,7 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
     for attempt in range(8):
         # The easiest scheme first: where that one fails, no smaller one is worth a look.
         bits = high if attempt == 0 else (low + high) / 2
-        trial = Budget(f"{bits}bit", (*others, Condition("bits", bits)))
+        trial = Budget(f"{bits}bit", (*others, Condition(BITS.name, bits)))
         try:
             allocation = next(best_allocations(make_problem(network.choices, table, network.costs, trial)))
         except InfeasibleBudget:
@@ -189,12 +188,12 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
         row = measured_row(network, table, f"allocated at {bits:.2f} bits", allocation.scheme, judge)
         rows.append(row)
         lost = float_score - row[judge.counted]
-        if lost <= budget.limit("drop"):
+        if lost <= allowed:
             passed, high = (allocation.scheme, allocation), bits
         elif attempt == 0:
             raise InfeasibleBudget(
                 f"Even the largest scheme loses {lost:.4g} points of {judge.counted} on the held-out inputs, "
-                f"more than {budget.limit('drop'):g}. "
+                f"more than {allowed:g}. "
                 f"Allow more bits or raise the budget to drop={lost:.4g}%."
             )
         else:

@@ -9,7 +9,6 @@ kept as a certificate; the next best schemes follow by excluding those already f
 once, `frontier` gives the convex hull of all schemes.
 """
 
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +21,10 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, mi
 from scipy.sparse import csr_matrix
 
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget, Condition
+from anybit.budget import Budget, Cost
 from anybit.errors import InfeasibleBudget, InvalidSetting, UnsupportedModel
 from anybit.networks.cost import CostModel
-from anybit.scheme import FLOAT_BITS, Precision, Scheme
-
-# Up to this many bytes of a file's header depend on the choice (digits of offsets and shapes); reserved when bytes are limited.
-HEADER_SLACK = 64
+from anybit.scheme import Precision, Scheme
 
 # Choices a layer that the integer program starts with; the relaxation's reduced costs tell which, and whether they were enough.
 CORE = 5
@@ -79,7 +75,7 @@ class Allocation:
 
 
 def make_problem(choices: Mapping[str, Sequence[Precision]], table: SensitivityTable, costs: CostModel, budget: Budget | None) -> Problem:
-    """The problem of least predicted loss under `budget`'s limits on bits, bytes, percent, BOPs and latency."""
+    """Make the problem of least predicted loss under `budget`'s limits on costs."""
     names = list(choices)
     for name in names:
         if not choices[name]:
@@ -89,46 +85,34 @@ def make_problem(choices: Mapping[str, Sequence[Precision]], table: SensitivityT
         if not np.isfinite(losses[name]).all():
             raise UnsupportedModel(f"The sensitivity of layer {name} is not finite: {losses[name].tolist()}. --keep the layer.")
     limited, limits, in_words = {}, {}, {}
-    for condition in budget.conditions if budget else ():
-        if condition.quantity in ("loss", "drop"):
-            continue
-        quantity, per_layer, limit, words = _linear(condition, choices, costs)
-        if quantity not in limits or limit < limits[quantity]:  # "120kB,12.5%" limits the same bytes twice
-            limited[quantity], limits[quantity], in_words[quantity] = per_layer, limit, words
+    for cost, limit in budget.costs() if budget else ():
+        _check_limit(cost, limit, costs)
+        parts, part_limit, words = _linear(cost, limit, choices, costs)
+        name = cost.counted.name
+        if name not in limits or part_limit < limits[name]:  # "120kB,12.5%" limits the same bytes twice
+            limited[name], limits[name], in_words[name] = parts, part_limit, words
     return Problem(choices, losses, limited, limits, in_words)
 
 
-Linear = tuple[str, dict[str, np.ndarray], float, Callable[[float], str]]
+Linear = tuple[dict[str, np.ndarray], float, Callable[[float], str]]
 
 
-def _linear(condition: Condition, choices: Mapping[str, Sequence[Precision]], costs: CostModel) -> Linear:
-    """(quantity, cost of each layer's choices, what they may sum to, how a sum is written)."""
-    if condition.quantity == "bits":
-        per_layer = {name: np.array([float(costs.layers[name].weights * p.stored_weight_bits) for p in choices[name]]) for name in choices}
-        total = sum(size.weights for size in costs.layers.values())
-        _check_below_float(condition, FLOAT_BITS, "bits a weight")
-        return "bits", per_layer, condition.limit * total, lambda amount: f"{_round_up(amount / total, 1000):g}bit"
-    if condition.quantity in ("bytes", "percent"):
-        _check_below_float(condition, costs.float_bytes if condition.quantity == "bytes" else 100, condition.quantity)
-        limit = condition.limit if condition.quantity == "bytes" else condition.limit / 100 * costs.float_bytes
-        per_layer = {name: np.array([float(costs.layer_bytes(name, p)) for p in choices[name]]) for name in choices}
-        fixed = fixed_bytes(choices, costs) + HEADER_SLACK
-        return "bytes", per_layer, limit - fixed, lambda amount: f"{math.ceil((amount + fixed) / 100) / 10:.1f}kB"
-    if condition.quantity == "bops":
-        per_layer = {name: np.array([float(costs.layer_bops(name, p)) for p in choices[name]]) for name in choices}
-        return "bops", per_layer, condition.limit, lambda amount: f"bops={math.ceil(amount / 1e5) / 10:.1f}M"
-    if condition.quantity == "latency" and costs.latency is not None:
-        table = costs.latency
-        per_layer = {name: np.array([table.layer(name, p) for p in choices[name]]) for name in choices}
-        rest = table.rest["int8"]
-        return "latency", per_layer, condition.limit - rest, lambda amount: f"latency={math.ceil((amount + rest) * 1e7) / 1e4:.4f}ms"
-    raise InvalidSetting(f"A budget of {condition.quantity} needs a measured table: run anybit profile on this model and data first.")
+def _linear(cost: Cost, limit: float, choices: Mapping[str, Sequence[Precision]], costs: CostModel) -> Linear:
+    """Return (the parts of each layer's choices, what they may sum to, how a sum is written)."""
+    counted = cost.counted
+    parts = {name: np.array([float(counted.layer(costs, name, p)) for p in choices[name]]) for name in choices}
+    fixed = counted.fixed(costs, choices)
+    return parts, limit * cost.scale(costs) - fixed, lambda amount: counted.text((amount + fixed) / counted.scale(costs))
 
 
-def fixed_bytes(choices: Mapping[str, Sequence[Precision]], costs: CostModel) -> int:
-    """Bytes of the file that no choice of bits changes, up to `HEADER_SLACK` of the header aside."""
-    most = Scheme({name: max(choices[name], key=lambda p: (bool(p.weight_bits), bool(p.activation_bits))) for name in choices})
-    return costs.overhead(most)
+def _check_limit(cost: Cost, limit: float, costs: CostModel) -> None:
+    if not cost.is_known(costs):
+        raise InvalidSetting(f"A budget of {cost.name} needs a measured table: run anybit profile on this model and data first.")
+    if cost.most is not None and limit > cost.most(costs):
+        raise InvalidSetting(
+            f"A budget of {cost.in_words(limit)} is above the float network's {cost.in_words(cost.most(costs))}: there is nothing to save. "
+            "Lower the budget."
+        )
 
 
 def allocate(problem: Problem, objective: Mapping[str, np.ndarray] | None = None, name: str = "least predicted loss") -> Allocation:
@@ -288,14 +272,3 @@ def _silent_solver() -> Iterator[None]:
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nowhere)
-
-
-def _round_up(value: float, parts: int) -> float:
-    return math.ceil(value * parts) / parts
-
-
-def _check_below_float(condition: Condition, most: float, what: str) -> None:
-    if condition.limit > most:
-        raise InvalidSetting(
-            f"A budget of {condition.limit:g} {what} is above the float network's {most:g}: there is nothing to save. Lower the budget."
-        )

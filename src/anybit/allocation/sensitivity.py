@@ -1,8 +1,8 @@
-"""What each layer costs in output quality at each bit-width, measured on held-out unlabelled inputs.
+"""Measure what each layer costs in output quality at each bit-width, on held-out unlabelled inputs.
 
 One row a (layer, bits): the distance of the outputs to the float model's (`evaluation.distance`) with this layer at these bits and every
 other one at the base precision, minus that of the base alone. Weights and activations are measured apart; a pair (W, A) is predicted by
-the sum of its two rows unless pairs are measured too.
+the sum of its two rows unless pairs are measured too. One copy of the network serves all rows: the layer's candidate is swapped in and out.
 
 Source: Hubara et al., ICML 2021, section 3.3. Deviation: the paper measures the loss; on the inputs that the layers were fitted to the
 loss is too kind, so held-out inputs are used, and the divergence to the float outputs needs no labels.
@@ -10,6 +10,7 @@ loss is too kind, so held-out inputs are used, and the divergence to the float o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from anybit.data.batches import Batch
 from anybit.data.tasks import distance, outputs_of
 from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache
-from anybit.networks.candidates import Candidates, apply_scheme
+from anybit.networks.candidates import Candidates, apply_scheme, swapped
 from anybit.progress import tell, track
 from anybit.scheme import FLOAT, Precision, Scheme
 
@@ -38,17 +39,17 @@ class SensitivityTable:
     floor: float = 0.0
 
     def loss(self, layer: str, precision: Precision) -> float:
-        """The measured row, or the sum of the weights-only and the activations-only one."""
+        """Return the measured row, or the sum of the weights-only and the activations-only one."""
         if (layer, precision) in self.measured:
             return self.measured[layer, precision]
         return sum(self.measured[layer, part] for part in _parts(precision))
 
     def total(self, scheme: Scheme) -> float:
-        """Predicted distance of a whole scheme: the floor and the sum over layers."""
+        """Predict the distance of a whole scheme: the floor and the sum over layers."""
         return self.floor + sum(self.loss(name, precision) for name, precision in scheme.items())
 
     def to_json(self) -> dict:
-        """Layer -> precision -> value, with what it was measured on."""
+        """Return layer -> precision -> value, with what it was measured on."""
         rows: dict[str, dict[str, float]] = {}
         for (layer, precision), value in self.measured.items():
             rows.setdefault(layer, {})[str(precision)] = value
@@ -56,7 +57,7 @@ class SensitivityTable:
 
     @classmethod
     def from_json(cls, data: Mapping) -> "SensitivityTable":
-        """The table that `to_json` wrote."""
+        """Return the table that `to_json` wrote."""
         rows = {(layer, Precision.parse(text)): value for layer, row in data["rows"].items() for text, value in row.items()}
         return cls(rows, Precision.parse(data["base"]), data["samples"], data["pairs"], data["floor"])
 
@@ -67,7 +68,7 @@ def _parts(precision: Precision) -> list[Precision]:
 
 
 def rows_to_measure(choices: Mapping[str, Sequence[Precision]], pairs: bool) -> list[Row]:
-    """The (layer, precision) rows that the table of `choices` needs."""
+    """Return the (layer, precision) rows that the table of `choices` needs."""
     rows: dict[Row, None] = {}
     for layer, precisions in choices.items():
         for precision in precisions:
@@ -91,13 +92,20 @@ def measure_sensitivity(
 
     A row of weights is measured with the layer's activations at the base, a row of activations with its weights there.
     """
-    names = list(choices)
-    base_scheme = Scheme({name: choices[name][0] if len(choices[name]) == 1 else base for name in names})
+    base_scheme = Scheme({name: options[0] if len(options) == 1 else base for name, options in choices.items()})
 
-    def apart(scheme: Scheme) -> float:
-        return distance(outputs_of(apply_scheme(prepared, scheme, candidates), held_out), reference, task)
+    @cache  # made only where a row is not recalled
+    def at_base() -> nn.Module:
+        return apply_scheme(prepared, base_scheme, candidates)
 
-    floor = recall.value("floor", lambda: apart(base_scheme), float)
+    def measure() -> float:
+        return distance(outputs_of(at_base(), held_out), reference, task)
+
+    def measure_at(layer: str, precision: Precision) -> float:
+        with swapped(at_base(), prepared, layer, precision, candidates):
+            return measure()
+
+    floor = recall.value("floor", measure, float)
     measured = {}
     for layer, precision in track(rows_to_measure(choices, pairs), "sensitivity"):
         if len(choices[layer]) == 1:
@@ -109,8 +117,7 @@ def measure_sensitivity(
                 base.weight_bits if precision.weight_bits is None else precision.weight_bits,
                 base.activation_bits if precision.activation_bits is None else precision.activation_bits,
             )
-        scheme = base_scheme.replace({layer: at})
-        value = recall.value(f"sensitivity of {layer} at {precision}", lambda scheme=scheme: apart(scheme), float) - floor
+        value = recall.value(f"sensitivity of {layer} at {precision}", partial(measure_at, layer, at), float) - floor
         if not value < float("inf"):
             raise UnsupportedModel(f"{layer} at {precision} makes the outputs NaN or infinite. Exclude that bit-width or --keep the layer.")
         measured[layer, precision] = value

@@ -1,11 +1,10 @@
 """The verbs of exported files: export, verify, bench, profile."""
 
 from pathlib import Path
-from typing import Any
 
 import anybit
 from anybit.cli.work import Outcome
-from anybit.errors import InvalidSetting
+from anybit.exports.formats import chosen_format, format_of
 from anybit.roads.settings import CalibrateSettings
 from anybit.settings import argument, option, same_as
 from anybit.sources.preprocessing import Preprocessing
@@ -25,31 +24,9 @@ def export(
     overwrite=False,
 ) -> Outcome:  # fmt: skip
     """Write a run as an ONNX file, with packed weights and integer kernels when it runs, or as a folder that transformers loads."""
-    if (onnx is None) == (compressed_tensors is None):
-        raise InvalidSetting("Name what to write: --onnx FILE, or --compressed-tensors FOLDER.")
-    if compressed_tensors is not None and (tables or weight_only or data):
-        raise InvalidSetting("--tables, --weight-only and --data belong to --onnx; a folder of compressed-tensors takes none of them.")
-    if onnx is not None and pack_embeddings:
-        raise InvalidSetting("--pack-embeddings belongs to --compressed-tensors; an ONNX file packs them always.")
-    if compressed_tensors is not None:
-        from anybit.exports.compressed_tensors import export_folder
-
-        return Outcome(export_folder(run, compressed_tensors, model=model, embeddings=pack_embeddings, overwrite=overwrite), "print_folder")
-    found = anybit.export(run, onnx, model=model, data=data, tables=tables, weight_only=weight_only, overwrite=overwrite)
-    return Outcome(found, lambda details: _print_file(found, details))
-
-
-def _print_file(found: dict[str, Any], details: bool) -> None:
-    from anybit.reports.words import human_bytes
-
-    over = 100 * (found["bytes"] / found["ideal_bytes"] - 1) if found["ideal_bytes"] else 0
-    ideal = human_bytes(found["ideal_bytes"])
-    print(f"{found['file']}: {human_bytes(found['bytes'])}, {over:.1f} % above the {ideal} of its weights' bits")
-    if details:
-        print(f"{found['integer_layers']} of {found['layers']} layers on integers")
-    if details and found["measured_edges"]:
-        count = len(found["measured_edges"])
-        print(f"{count} tensors between operators have no range in the run: it was measured on the inputs of this export.")
+    options = {"data": data, "tables": tables, "weight-only": weight_only, "pack-embeddings": pack_embeddings}
+    chosen, target = chosen_format({"onnx": onnx, "compressed-tensors": compressed_tensors}, options)
+    return Outcome(chosen.run_export(run, target, options, model=model, overwrite=overwrite), chosen.table)
 
 
 def verify(
@@ -61,13 +38,9 @@ def verify(
     model=None, metric=None, workers=0,
 ) -> Outcome:  # fmt: skip
     """Check an exported file or folder against its run: contents, integer kernels, numbers. Exit status 1 where a promise fails."""
-    check, table = anybit.verify, "print_verdict"
-    if exported.is_dir():
-        from anybit.exports.compressed_tensors import verify_folder as check
-
-        table = "print_folder_verdict"
-    found = check(run, exported, model=model, data=data, samples=samples, metric=metric, workers=workers)
-    return Outcome(found, table, status=0 if found["ok"] else 1)
+    chosen = format_of(exported)
+    verdict = chosen.run_verify(run, exported, model=model, data=data, samples=samples, metric=metric, workers=workers)
+    return Outcome(verdict, chosen.verdict, status=0 if verdict["ok"] else 1)
 
 
 def bench(

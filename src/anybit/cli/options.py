@@ -57,10 +57,6 @@ class Verb:
                 options[name] = dataclasses.replace(COMMON[name], default=default)
         return cls(function, options | {name: COMMON[name] for name in more if name not in options}, groups)
 
-    def parameters(self) -> list[inspect.Parameter]:
-        """As typer takes them."""
-        return [as_parameter(one) for one in self.options.values() if one.command_line]
-
     def given(self, context: typer.Context, written: Mapping[str, Any]) -> dict[str, Any]:
         """name -> value, of each option that stands on the command line or else in the file of --config."""
         values = {}
@@ -78,14 +74,10 @@ class Verb:
         for name, one in self.options.items():
             if one.default is MISSING and name not in given:
                 raise InvalidSetting(f"{one.written} is missing. `anybit {self.function.__name__} --help` lists the options.")
-        arguments: dict[str, Any] = {}
-        for name in inspect.signature(self.function).parameters:
-            if name in self.groups:
-                known = options_of(self.groups[name])
-                arguments[name] = self.groups[name].of(**{key: value for key, value in given.items() if key in known})
-            else:
-                arguments[name] = self.value(name, given)
-        return arguments
+        named = [name for name in inspect.signature(self.function).parameters if name not in self.groups]
+        known = {name: {key: given[key] for key in options_of(kind) if key in given} for name, kind in self.groups.items()}
+        groups = {name: kind.of(**known[name]) for name, kind in self.groups.items()}
+        return {name: self.value(name, given) for name in named} | groups
 
     def value(self, name: str, given: Mapping[str, Any]) -> Any:
         """An option's value."""

@@ -1,5 +1,6 @@
 """The verbs of the roads: calibrate, allocate, grow, train, search, extract; and of any network: evaluate, inspect."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ def calibrate(
     """From a trained network, a few hundred inputs and a budget to a low-bit network, its scheme and a measured report."""
     _check_free(output, overwrite)
     inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": metric, "workers": workers}
-    budgets = list(budget) if budget else None
-    return _saved(anybit.calibrate(model, data, budgets, **inputs, device=device, cache=cache, **settings.flat()), output, overwrite)
+    return _saved(anybit.calibrate(model, data, budget, **inputs, device=device, cache=cache, **settings.flat()), output, overwrite)
 
 
 def allocate(
@@ -48,7 +48,9 @@ def grow(
     settings: GrowSettings, preprocessing: Preprocessing, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome | None:  # fmt: skip
     """Train a network to a budget while its mixed-precision scheme grows; an interrupted run continues where it is started again."""
-    checkpoint = _checkpoint(output, overwrite)
+    from anybit.runs.folder import free_checkpoint
+
+    checkpoint = free_checkpoint(output, overwrite, is_first())
     if budget is None and scheme is None:
         raise InvalidSetting("Say what the network should end at: --budget 3bit, or --scheme RUN for the scheme of a run.")
     inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": metric, "workers": workers}
@@ -61,20 +63,16 @@ def train(
     settings: SupernetSettings, preprocessing: Preprocessing, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome | None:  # fmt: skip
     """Train one network for every bit-width; `search` and `extract` take subnets from it. An interrupted run continues where it began."""
+    from anybit.reports.outcomes import print_trained
+    from anybit.runs.folder import free_checkpoint
+
+    checkpoint = free_checkpoint(output, overwrite, is_first())
     inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": metric, "workers": workers}
-    supernet = anybit.train(model, train, checkpoint=_checkpoint(output, overwrite), device=device, **inputs, **settings.flat())
+    supernet = anybit.train(model, train, checkpoint=checkpoint, device=device, **inputs, **settings.flat())
     if not is_first():
         return None
     folder, report = supernet.save(output, overwrite=True), supernet.report
-
-    def show(details: bool) -> None:
-        from anybit.reports.terminal import print_supernet
-
-        if details:
-            print_supernet(report)
-        print(f"{folder}: a supernet of {', '.join(report['subnets'])}")
-
-    return Outcome({"folder": str(folder), **_part(report, "subnets", "test", "float_test")}, show)
+    return Outcome({"folder": str(folder), **_part(report, "subnets", "test", "float_test")}, partial(print_trained, folder, report))
 
 
 def search(
@@ -85,18 +83,14 @@ def search(
     settings: SearchSettings, cache=True, model=None, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome:  # fmt: skip
     """The best schemes of a supernet along the range of costs, and the best for each budget; what was evaluated once is not again."""
+    from anybit.reports.outcomes import print_searched
+
     _check_free(output, overwrite)
     options = {"model": model, "metric": metric, "workers": workers, "device": device, "cache": cache}
     found = anybit.search(run, data, budget or (), **options, **settings.flat())
     folder, report = found.save(output, overwrite), found.report
-
-    def show(details: bool) -> None:
-        from anybit.reports.terminal import print_search
-
-        print_search(report, front=details)
-        print(f"{folder}: {len(report['front'])} schemes on the front of {len(report['evaluated'])} evaluated")
-
-    return Outcome({"folder": str(folder), **_part(report, "budgets", "hypervolume", "rank_correlation", "recalled")}, show)
+    kept = _part(report, "budgets", "hypervolume", "rank_correlation", "recalled")
+    return Outcome({"folder": str(folder), **kept}, partial(print_searched, folder, report))
 
 
 def extract(
@@ -125,20 +119,10 @@ def evaluate(
 ) -> Outcome:  # fmt: skip
     """Accuracy and loss of a run, or of a float network, on labelled data."""
     from anybit.reports.words import scores_line
-    from anybit.runs.opened import recorded_preprocessing, recorded_task
-    from anybit.sources.inputs import load_data
-    from anybit.sources.models import load_model, with_model_defaults
-    from anybit.sources.preprocessing import overridden
+    from anybit.roads.evaluate import evaluated_network
 
-    if run is not None:
-        network = anybit.load(run, model)
-        preprocessing, task = overridden(recorded_preprocessing(run), preprocessing), task or recorded_task(run)
-    elif model is not None:
-        network = load_model(model, weights, task)
-        preprocessing = with_model_defaults(preprocessing, network)
-    else:
-        raise InvalidSetting("RUN or --model is missing. `anybit evaluate --help` lists the options.")
-    scores = anybit.evaluate(network, load_data(data, preprocessing, workers, network), metric, task, batch_size, device=device)
+    network, preprocessing, task = evaluated_network(run, model, weights, preprocessing, task)
+    scores = anybit.evaluate(network, data, metric, task, batch_size, workers, device, preprocessing)
     return Outcome(scores, lambda details: print(scores_line(scores)))
 
 
@@ -156,40 +140,21 @@ def inspect(
     return Outcome(anybit.inspect(network, samples, weight_bits=weight_bits, keep=keep or {}), "print_inspection")
 
 
-def _check_free(output: Path, overwrite: bool, unfinished: bool = False) -> None:
+def _check_free(output: Path, overwrite: bool) -> None:
     from anybit.runs.folder import check_free
 
-    check_free(output, overwrite, unfinished=unfinished)
-
-
-def _checkpoint(output: Path, overwrite: bool) -> Path:
-    """Where a training's checkpoint is, in a folder that is free; with `overwrite` it begins anew."""
-    from anybit.runs.names import CHECKPOINT
-
-    _check_free(output, overwrite, unfinished=True)
-    if overwrite and is_first():
-        (output / CHECKPOINT).unlink(missing_ok=True)
-    return output / CHECKPOINT
+    check_free(output, overwrite)
 
 
 def _saved(results: Any, output: Path, overwrite: bool) -> Outcome:
     """One result, or several, in folders, and what their reports say."""
-    from anybit.reports.terminal import print_frontier, print_report, result_line
+    from anybit.reports.outcomes import print_runs
     from anybit.roads.result import save_all
     from anybit.runs.report import read_report
 
     reports = {folder: read_report(folder) for folder in save_all(results, output, overwrite)}
     rows = [{"folder": str(folder), **_part(report, "budget", "result", "test", "float_test")} for folder, report in reports.items()]
-
-    def show(details: bool) -> None:
-        for report in reports.values() if details else ():
-            print_report(report)
-        if details and len(reports) > 1:
-            print_frontier(list(reports.values()))
-        for folder, report in reports.items():
-            print(f"{folder}: {result_line(report)}")
-
-    return Outcome(rows[0] if len(rows) == 1 else {"runs": rows}, show)
+    return Outcome(rows[0] if len(rows) == 1 else {"runs": rows}, partial(print_runs, reports))
 
 
 def _part(report: dict[str, Any], *keys: str) -> dict[str, Any]:

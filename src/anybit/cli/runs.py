@@ -34,18 +34,6 @@ def cache(
     check: bool = option(False, "Read every result; name and remove the damaged ones.", switch=True),
 ) -> Outcome:
     """Results that were kept to be taken up again: where they are, how much they take; --trim makes room."""
-    from anybit.files.cache import LIMIT, entries, remove_damaged, results_folder, trim_cache
+    from anybit.files.cache import tidied
 
-    folder = results_folder()
-    removed = 0 if trim is None else trim_cache(folder, trim)
-    damaged = {str(path): reason for path, reason in remove_damaged(folder).items()} if check else {}
-    sizes = [entry.bytes for entry in entries(folder)]
-    found = {
-        "folder": str(folder),
-        "results": len(sizes),
-        "bytes": sum(sizes),
-        "limit": LIMIT,
-        "removed_bytes": removed,
-        "damaged": damaged,
-    }
-    return Outcome(found, "print_cache")
+    return Outcome(tidied(trim, check), "print_cache")

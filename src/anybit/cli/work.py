@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import typer
 
-from anybit.cli.options import Verb
+from anybit.cli.options import Verb, as_parameter
 from anybit.errors import AnybitError, InvalidSetting, printable
 
 
@@ -36,16 +36,19 @@ def as_command(function: Callable[..., Outcome | None], *more: str) -> Callable[
         with reported_errors():
             given = verb.given(context, written)
             common = {name: verb.value(name, given) for name in more}
-        with reported_errors(), _telling(function.__name__, {**written, **given}, common) if "log" in common else nullcontext():
+        telling = _telling(function.__name__, {**written, **given}, common) if "log" in common and is_first() else nullcontext()
+        with reported_errors(), telling:
             arguments = verb.arguments(given)
             if common.get("threads"):
-                _set_threads(common["threads"])
+                import torch
+
+                torch.set_num_threads(common["threads"])
             outcome = function(**arguments)
         if outcome is not None:
             _print(outcome, common)
 
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    signature = inspect.Signature([context, *verb.parameters()])
+    signature = inspect.Signature([context, *(as_parameter(one) for one in verb.options.values() if one.command_line)])
     command.__signature__ = signature  # type: ignore[attr-defined]
     command.__annotations__ = {name: one.annotation for name, one in signature.parameters.items()}
     command.__name__, command.__doc__ = function.__name__, function.__doc__
@@ -64,12 +67,6 @@ def _print(outcome: Outcome, common: Mapping[str, Any]) -> None:
         show(outcome.data, *[not common.get("quiet")][: len(inspect.signature(show).parameters) - 1])
     if outcome.status:
         raise typer.Exit(outcome.status)
-
-
-def _set_threads(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 def is_first() -> bool:
@@ -98,10 +95,8 @@ def _telling(verb: str, settings: Mapping[str, Any], common: Mapping[str, Any]) 
         raise InvalidSetting("--verbose and --quiet contradict each other. Give one of them.")
     if log is not None and settings.get("output") and log.resolve().is_relative_to(Path(settings["output"]).resolve()):
         raise InvalidSetting(f"--log {log} is inside the run folder, which is written whole or not at all. Put the log beside it.")
-    if not is_first():
-        yield
-        return
-    from anybit.cli.logs import appended, completing, readable, verb_told
+    from anybit.cli.logs import completing, readable, verb_told
+    from anybit.files.lines import appended
     from anybit.progress import listening
     from anybit.reports.progress import shown_progress
 
@@ -112,7 +107,6 @@ def _telling(verb: str, settings: Mapping[str, Any], common: Mapping[str, Any]) 
             sinks.append(lambda record: show(readable(record)))
         elif not silent:
             sinks.append(lambda record: "note" in record and show(printable(record["note"])))
-        stack.enter_context(listening(listener, completing(*sinks)))
         own = {name: value for name, value in settings.items() if name == "threads" or name not in common}
-        stack.enter_context(verb_told(verb, own))
-        yield
+        with listening(listener, completing(*sinks)), verb_told(verb, own):
+            yield

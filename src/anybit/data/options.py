@@ -4,8 +4,8 @@ from typing import Literal, get_args
 
 from anybit.errors import InvalidSetting
 
-Task = Literal["classification", "regression", "embedding", "question-answering", "language-model"]
-TASKS = get_args(Task)
+TaskName = Literal["classification", "regression", "embedding", "question-answering", "language-model"]
+TASK_NAMES = get_args(TaskName)
 ROLES = {
     "text": ("sentence", "text", "sentence1", "premise"),
     "pair": ("sentence2", "hypothesis", "pair", "text_pair"),

@@ -35,6 +35,7 @@ from anybit.environment import environment
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
 from anybit.files.strict import load_tensors, read_header, read_json
 from anybit.networks.canonical import Canonical
+from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import Pruned, codes_of, emptied, float_weight, quantized_layers
 from anybit.progress import tell
 from anybit.runs.folder import is_run, new_folder
@@ -103,7 +104,7 @@ def packed(canonical: Canonical, own: nn.Module, transposed: Collection[str] = (
             raise UnsupportedModel(f"{type(own).__name__} has {key}, which folding took from the run. Export it with --onnx.")
         else:
             tensors[key] = values[key].T if name in transposed and name != key else values[key]
-    others = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Embedding)) and name not in coded]
+    others = [name for name, module in modules.items() if isinstance(module, COVERED) and type_of(module).grouped and name not in coded]
     return Packed(
         tensors={key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
         quantization=_quantization({name: layers[name] for name in coded}, others),
@@ -263,7 +264,7 @@ def verify_folder(
     canonical, file = opened(run, model)
     if not (path / CONFIG).is_file() or not (path / MODEL).is_file():
         raise InvalidFile(f"{path} has no {CONFIG} or no {MODEL}. Write it with anybit export --compressed-tensors.")
-    embeddings = {name for name, layer in quantized_layers(canonical.model).items() if isinstance(layer, nn.Embedding)}
+    embeddings = {name for name, layer in quantized_layers(canonical.model).items() if not type_of(layer).reads_numbers}
     try:
         specs, settings = read_header(path / MODEL)[0], read_json(path / CONFIG)
     except InvalidFile as error:

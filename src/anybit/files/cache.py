@@ -217,3 +217,13 @@ def _files(folder: Path, name: re.Pattern) -> Iterator[tuple[Path, os.stat_resul
             continue
         if name.fullmatch(path.name) and stat.S_ISREG(status.st_mode):
             yield path, status
+
+
+def tidied(trim: int | None = None, check: bool = False) -> dict[str, Any]:
+    """What the user's cache directory holds, trimmed to `trim` bytes and rid of damaged results where that is asked for."""
+    folder = results_folder()
+    removed = 0 if trim is None else trim_cache(folder, trim)
+    damaged = {str(path): reason for path, reason in remove_damaged(folder).items()} if check else {}
+    sizes = [entry.bytes for entry in entries(folder)]
+    found = {"folder": str(folder), "results": len(sizes), "bytes": sum(sizes), "limit": LIMIT}
+    return {**found, "removed_bytes": removed, "damaged": damaged}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from anybit.data.augment import augmented, channels_last
 from anybit.data.batches import Batch, first_tensor, predict
 from anybit.data.samples import Samples
-from anybit.data.tasks import TRAINED_ON_CLASSES, task_loss
+from anybit.data.tasks import TASKS, correct, task_loss
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 from anybit.loops.checkpoint import resume_checkpoint, save_checkpoint
 from anybit.loops.processes import average, average_gradients, average_tensors, rank, world
@@ -102,7 +102,7 @@ def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
     if epoch + 1 == run.settings.epochs:
         run.trainee.at(1.0)
     loss, _, right = torch.stack(told).mean(0).tolist()
-    labelled = run.task in TRAINED_ON_CLASSES and samples.labelled
+    labelled = TASKS[run.task].of_one_class and samples.labelled
     return {"loss": loss, "train_top1": 100 * right if labelled else None}
 
 
@@ -132,8 +132,8 @@ def _pass(run: _Run, batch: Batch) -> Tensor:
         outputs = predict(run.forward, batch)
         loss = run.trainee.loss(outputs, batch, task_loss(outputs, batch, run.task, run.teacher, run.settings.distill))
     penalty = run.trainee.penalty().to(loss.device)
-    classes = run.task in TRAINED_ON_CLASSES and batch.labels is not None
-    right = (outputs.argmax(-1) == batch.labels).float().mean() if classes else torch.zeros_like(loss)
+    labelled = TASKS[run.task].of_one_class and batch.labels is not None
+    right = correct(outputs, batch.labels).float().mean() if labelled else torch.zeros_like(loss)
     told = average(torch.stack([loss.detach().float(), penalty.detach(), right.detach()]))  # of all, so that all stop together
     if torch.isfinite(told).all():
         (loss + penalty).backward()

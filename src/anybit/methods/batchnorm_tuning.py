@@ -1,13 +1,14 @@
 """Batch-norm tuning: match the output statistics of quantized layers to those of the float network."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, call, map_tensors, tensors_in
 from anybit.errors import InvalidSetting
-from anybit.networks.batchnorm import ChannelStatistics, channel_statistics, channel_sums, scale_weight, statistics_from_sums
+from anybit.networks.batchnorm import ChannelStatistics, channel_sums, scale_weight, statistics_from_sums, twin_statistics
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight
 
 
@@ -28,8 +29,8 @@ def tune(model: nn.Module, targets: Mapping[str, ChannelStatistics], batches: li
         gain, shift = _correction(statistics_from_sums(*channel_sums(layer, output)), target, prior_weight)
         _scale_channels(layer, gain, shift)
         largest[name] = float(gain.max())
-        shape = [1, -1] + [1] * (output.dim() - 2) if not isinstance(layer, nn.Linear) else [-1]
-        return output.mul_(gain.view(shape)).add_(shift.view(shape))
+        per_channel = type_of(layer).per_channel
+        return output.mul_(per_channel(gain, output)).add_(per_channel(shift, output))
 
     hooks = [
         model.get_submodule(name).register_forward_hook(lambda layer, args, output, name=name: correct(name, layer, output))
@@ -46,15 +47,21 @@ def tune(model: nn.Module, targets: Mapping[str, ChannelStatistics], batches: li
 @torch.no_grad()
 def match_layers(
     float_model: nn.Module,
-    model: nn.Module,
+    models: Sequence[nn.Module],
     targets: Mapping[str, ChannelStatistics],
     batches: Iterable[Batch],
     prior_weight: float = 0.0,
 ) -> None:
-    """The parallel form of `tune`, for candidates: each layer of `model`, in place, matched while fed with the float network's inputs."""
-    measured = channel_statistics(float_model, targets, batches, twins=model)
+    """Do what `tune` does for candidates: match each quantized layer of `models`, in place, while fed with the float network's inputs.
+
+    One pass of the float network over `batches` serves all models.
+    """
+    layers = {name: [model.get_submodule(name) for model in models] for name in targets}
+    twins = {name: [layer for layer in copies if layer.weight_quantizer is not None] for name, copies in layers.items()}
+    measured = twin_statistics(float_model, twins, batches)
     for name, target in targets.items():
-        _scale_channels(model.get_submodule(name), *_correction(measured[name], target, prior_weight))
+        for layer, statistics in zip(twins[name], measured[name], strict=True):
+            _scale_channels(layer, *_correction(statistics, target, prior_weight))
 
 
 def _correction(measured: ChannelStatistics, target: ChannelStatistics, prior_weight: float) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, predict
-from anybit.data.tasks import compares_classes, distance, outputs_of
-from anybit.methods.adaquant import _freeze, relative_error
+from anybit.data.tasks import TASKS, distance, outputs_of
+from anybit.methods.adaquant import _freeze
 from anybit.networks.layers import float_weight, quantized_layers, weight_rows
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
 from anybit.progress import tell, track
@@ -100,18 +99,13 @@ def tune_biases(
 
 def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: str, part: int | None) -> None:
     """Add the gradients of the batch's loss, of as many samples at a time as `part`."""
-    done = 0
+    done, apart = 0, TASKS[task].distance
     for inputs in batch.parts(part or len(batch)):
         with torch.enable_grad():
             outputs = predict(model, inputs)
             target = reference[done : done + len(outputs)]
-            (output_loss(outputs, target, task) * _share(target, reference, task)).backward()
+            (apart.loss(outputs, target) * apart.share(target, reference)).backward()
         done += len(outputs)
-
-
-def _share(part: Tensor, whole: Tensor, task: str) -> float | Tensor:
-    """What a part's `output_loss` weighs in that of the whole: its rows, or its power."""
-    return len(part) / len(whole) if compares_classes(task) else part.square().sum() / whole.square().sum().clamp_min(1e-30)
 
 
 def _free_scales(layers: Iterable[nn.Module]) -> None:
@@ -127,10 +121,3 @@ def _tuned_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
     for slot in (layer.weight_quantizer, layer.input_quantizer):
         if isinstance(slot, ScaledCodes | LearnedInput):
             yield slot.log_scale
-
-
-def output_loss(outputs: Tensor, reference: Tensor, task: str) -> Tensor:
-    """What `evaluation.distance` measures, differentiable and in the model's own precision."""
-    if compares_classes(task):
-        return F.kl_div(F.log_softmax(outputs, -1), F.log_softmax(reference, -1), reduction="none", log_target=True).sum(-1).mean()
-    return relative_error(outputs, reference)

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from anybit.allocation.program import allocate, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget, Condition
+from anybit.budget import QUANTITIES, Budget, Cost
 from anybit.data.batches import Batch
 from anybit.errors import InvalidFile, InvalidSetting
 from anybit.files.strict import validated
@@ -337,11 +337,10 @@ class CSQ:
 
     def _excess(self, scheme: Scheme) -> float:
         total = sum(self.costs.layers[name].weights for name in self.choices)
-        amounts = {"bits": self.costs.weight_bits(scheme) * total, "bytes": 8 * self.costs.file_size(scheme)}
         over = []
-        for condition in self.budget.conditions:
-            limit = {"bits": total, "bytes": 8, "percent": 8 * self.costs.float_bytes / 100}[condition.quantity] * condition.limit
-            over.append((amounts["bits" if condition.quantity == "bits" else "bytes"] - limit) / total)
+        for cost, limit in self.budget.costs():
+            bits = cost.scale(self.costs) * cost.stored_bits  # of the file, in one unit of the limit
+            over.append((cost.total(self.costs, scheme) * bits - limit * bits) / total)
         return max(over)
 
     def scheme(self) -> Scheme:
@@ -472,15 +471,12 @@ def plane_choices(settings: CSQSettings, activation_bits: int | None) -> list[Pr
 def check_budget(budget: Budget, largest: Scheme, costs: CostModel) -> None:
     """Raise InvalidSetting where the budget counts something else than weights, or more than all planes need."""
     for condition in budget.conditions:
-        if condition.quantity not in ("bits", "bytes", "percent"):
-            raise InvalidSetting(f"grow counts weights: give a budget of bits or bytes, not {condition.quantity} ({budget}).")
-        most = {"bits": costs.weight_bits(largest), "bytes": costs.file_size(largest), "percent": costs.summary(largest)["percent"]}
-        if condition.limit > most[condition.quantity]:
+        quantity = QUANTITIES[condition.quantity]
+        if not (isinstance(quantity, Cost) and quantity.stored_bits):
+            raise InvalidSetting(f"grow counts weights: give a budget of bits or bytes, not {quantity.name} ({budget}).")
+        most = quantity.total(costs, largest)
+        if condition.limit > most:
             raise InvalidSetting(
-                f"A budget of {_written(condition)} is above what all planes need, {most[condition.quantity]:g}. "
+                f"A budget of {condition.limit:g} {quantity.name} is above what all planes need, {most:g}. "
                 "Lower the budget, or start with more planes."
             )
-
-
-def _written(condition: Condition) -> str:
-    return f"{condition.limit:g} {condition.quantity}"

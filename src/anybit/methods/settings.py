@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anybit.budget import own_costs
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS
 from anybit.scheme import check_bits
@@ -128,7 +129,7 @@ class SearchSettings(Settings):
         "monte-carlo", "uniform: draws with the same predictor and search; integer-program: on measured sensitivities.",
         choices=("monte-carlo", "uniform", "integer-program"),
     )  # fmt: skip
-    quantity: str = option("bits", "The cost of the front.", choices=("bits", "bytes", "bops"))
+    quantity: str = option("bits", "The cost of the front.", choices=tuple(cost.name for cost in own_costs()))
     images: int = option(2500, "Held-out inputs a subnet is evaluated on; others measure the front again.", least=1)
     bn_images: int | None = option(
         None, "Training inputs that batch norm is estimated on while searching; left out, as many as in training.", least=2

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from anybit.allocation.program import allocate, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget
+from anybit.budget import QUANTITIES, Budget, Condition
 from anybit.errors import InfeasibleBudget
 from anybit.methods.settings import SearchSettings
 from anybit.networks.cost import CostModel
@@ -41,7 +41,7 @@ Floats = NDArray[np.floating]
 STRATEGIES = ("monte-carlo", "uniform", "integer-program")
 BINS = 24
 TILTED = 20000
-"""Number of schemes that the table counts."""
+"""Schemes that the table counts."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,14 @@ class Found:
 
 def layer_cost(costs: CostModel, quantity: str) -> Callable[[str, Precision], float]:
     """Return the function of (layer, precision) that gives a layer's part of the cost."""
-    if quantity == "bops":
-        return lambda name, precision: float(costs.layer_bops(name, precision))
-    if quantity == "bytes":
-        return lambda name, precision: float(costs.layer_bytes(name, precision))
-    total = sum(size.weights for size in costs.layers.values())
-    return lambda name, precision: costs.layers[name].weights * precision.stored_weight_bits / total
+    cost = QUANTITIES[quantity]
+    scale = cost.scale(costs)
+    return lambda name, precision: cost.layer(costs, name, precision) / scale
 
 
 def total_cost(costs: CostModel, quantity: str, scheme: Scheme) -> float:
     """Return the exact cost of a scheme, all in."""
-    return {"bits": costs.weight_bits, "bytes": costs.file_size, "bops": costs.bops}[quantity](scheme)
+    return QUANTITIES[quantity].total(costs, scheme)
 
 
 # Schemes as rows
@@ -376,9 +373,9 @@ def _by_program(
             if len(scores) >= settings.evaluations:
                 return
             limit = limits[0] + index / pieces * (limits[1] - limits[0])
-            text = {"bits": f"{limit:.6f}bit", "bytes": f"{math.floor(limit)}B", "bops": f"bops={limit:.0f}"}[settings.quantity]
+            budget = Budget(f"{settings.quantity} {limit:g}", (Condition(settings.quantity, limit),))
             with suppress(InfeasibleBudget):
-                try_scheme(allocate(make_problem(choices, table, costs, Budget.parse(text))).scheme, "allocated")
+                try_scheme(allocate(make_problem(choices, table, costs, budget)).scheme, "allocated")
 
 
 def _completed(choices: Choices, highest: Scheme, measured: Mapping[tuple[str, Precision], float]) -> dict[tuple[str, Precision], float]:

@@ -16,6 +16,7 @@ is `target="prior"`.
 """
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 
 from anybit.data.batches import Batch, call, evaluating, read_output
 from anybit.errors import UnsupportedModel
+from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import float_weight, from_rows, weight_rows
-from anybit.networks.wiring import BATCH_NORMS, COVERED, Wiring, observe_outputs
+from anybit.networks.wiring import BATCH_NORMS, Wiring, observe_outputs
 from anybit.numerics.quantizers import UniformQuantizer
 
 
@@ -51,9 +53,9 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
         name = wiring.batch_norm_after(layer)
         norm, source = (model.get_submodule(name) if name else None), model.get_submodule(layer)
         plain = isinstance(norm, BATCH_NORMS) and type(norm).forward is nn.BatchNorm2d.forward and norm.running_mean is not None
-        plain = plain and source.weight.dtype == torch.float32  # another type has no digits to spare
+        plain = plain and type_of(source).sums and source.weight.dtype == torch.float32  # another type has no digits to spare
         own = weights[id(source.weight)] == 1 and layer not in wiring.read_weights
-        if plain and own and not isinstance(source, nn.Embedding):
+        if plain and own:
             pairs[layer] = name
     return pairs
 
@@ -183,33 +185,45 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def channel_statistics(
-    model: nn.Module, layers: Iterable[str], batches: Iterable[Batch], twins: nn.Module | None = None
-) -> dict[str, ChannelStatistics]:
-    """Mean and deviation of each layer's output channels over `batches`, summed in double precision.
+def channel_statistics(model: nn.Module, layers: Iterable[str], batches: Iterable[Batch]) -> dict[str, ChannelStatistics]:
+    """Return mean and deviation of each layer's output channels over `batches`, summed in double precision."""
+    outputs_of_layer = {name: lambda args, kwargs, output: [output] for name in layers}
+    return {name: statistics for name, (statistics,) in _statistics(model, outputs_of_layer, batches).items()}
 
-    With `twins`, a quantized copy of `model`, the statistics are those of its layers, each fed with what `model` feeds its own.
-    """
-    sums = {name: (0, 0.0, 0.0) for name in layers}
+
+@torch.no_grad()
+def twin_statistics(
+    model: nn.Module, twins: Mapping[str, Sequence[nn.Module]], batches: Iterable[Batch]
+) -> dict[str, list[ChannelStatistics]]:
+    """Return the same of each layer's `twins`, quantized copies of it that are fed with what `model` feeds the layer, in one pass."""
+    outputs_of_twins = {
+        name: lambda args, kwargs, output, copies=copies: (twin(*args, **kwargs) for twin in copies) for name, copies in twins.items()
+    }
+    return _statistics(model, outputs_of_twins, batches)
+
+
+def _statistics(
+    model: nn.Module, outputs: Mapping[str, Callable[..., Iterable[Tensor]]], batches: Iterable[Batch]
+) -> dict[str, list[ChannelStatistics]]:
+    """Statistics of what `outputs` (layer -> function of its arguments and its output) makes of every call of a layer."""
+    sums: dict[str, list[tuple]] = {}
 
     def listen(name: str) -> Callable:
-        layer = model.get_submodule(name)
-        twin = twins.get_submodule(name) if twins else None
-
-        def add(module, args, kwargs, output: Tensor) -> None:
-            parts = channel_sums(layer, output if twin is None else twin(*args, **kwargs))
-            sums[name] = tuple(total + part for total, part in zip(sums[name], parts, strict=True))
+        def add(layer: nn.Module, args, kwargs, output: Tensor) -> None:
+            parts = [channel_sums(layer, one) for one in outputs[name](args, kwargs, output)]
+            totals = sums.get(name, [(0, 0.0, 0.0)] * len(parts))
+            sums[name] = [tuple(map(operator.add, total, part)) for total, part in zip(totals, parts, strict=True)]
 
         return add
 
-    hooks = [model.get_submodule(name).register_forward_hook(listen(name), with_kwargs=True) for name in sums]
+    hooks = [model.get_submodule(name).register_forward_hook(listen(name), with_kwargs=True) for name in outputs]
     try:
         for batch in batches:
             call(model, batch.inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: statistics_from_sums(*parts) for name, parts in sums.items()}
+    return {name: [statistics_from_sums(*total) for total in sums[name]] for name in outputs}
 
 
 def channel_sums(layer: nn.Module, output: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -217,7 +231,7 @@ def channel_sums(layer: nn.Module, output: Tensor) -> tuple[int, Tensor, Tensor]
 
     Each sample's channel is summed first, where its values lie side by side: far faster than reducing across samples at once.
     """
-    if isinstance(layer, nn.Linear):  # its channels come last
+    if type_of(layer).channels_last:
         rows = output.flatten(0, -2).double()
         return len(rows), rows.sum(0), rows.square().sum(0)
     places = tuple(range(2, output.dim()))

@@ -6,13 +6,15 @@ A precision combines one of each, so five by three choices cost five reconstruct
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from anybit.errors import InvalidFile, InvalidInput, SchemeMismatch
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
 from anybit.numerics.packing import pack, unpack
 from anybit.numerics.quantizers import UniformQuantizer
@@ -98,16 +100,42 @@ def apply_scheme(prepared: nn.Module, scheme: Scheme, candidates: Candidates) ->
     layers = quantized_layers(model)
     check_names(scheme, layers, "The model")
     for name, precision in scheme.items():
-        takes_input = precision.activation_bits and not isinstance(layers[name], nn.Embedding)
-        try:
-            weights = candidates.weights[name, precision.weight_bits] if precision.weight_bits else None
-            inputs = candidates.activations[name, precision.activation_bits] if takes_input else None
-        except KeyError as error:
-            raise SchemeMismatch(
-                f"There is no candidate for {name} at {precision}. Add the bit-width to those that are prepared."
-            ) from error
-        install(layers[name], weights, inputs, precision)
+        _install_chosen(name, layers[name], precision, candidates)
     return model
+
+
+@contextmanager
+def swapped(model: nn.Module, prepared: nn.Module, name: str, precision: Precision, candidates: Candidates) -> Iterator[None]:
+    """Give one layer of `model`, a canonical form of `prepared`, another precision inside the block, and put it back exactly afterwards.
+
+    For the length of the block `model` is what `apply_scheme` gives of its scheme with this layer at `precision`, without another copy.
+    """
+    layer, source = model.get_submodule(name), prepared.get_submodule(name)
+    slots = layer.weight_quantizer, layer.input_quantizer
+    own = [tensor for tensor in layer._parameters.values() if tensor is not None]
+    values = [tensor.detach().clone() for tensor in own]
+    try:
+        with torch.no_grad():
+            for tensor, value in zip(own, (p for p in source._parameters.values() if p is not None), strict=True):
+                tensor.copy_(value)
+        _install_chosen(name, layer, precision, candidates)
+        yield
+    finally:
+        layer.weight_quantizer, layer.input_quantizer = slots
+        with torch.no_grad():
+            for tensor, value in zip(own, values, strict=True):
+                tensor.copy_(value)
+
+
+def _install_chosen(name: str, layer: nn.Module, precision: Precision, candidates: Candidates) -> None:
+    """Fill the layer's slots with the candidates of a precision; raises SchemeMismatch where there is none."""
+    takes_input = precision.activation_bits and type_of(layer).reads_numbers
+    try:
+        weights = candidates.weights[name, precision.weight_bits] if precision.weight_bits else None
+        inputs = candidates.activations[name, precision.activation_bits] if takes_input else None
+    except KeyError as error:
+        raise SchemeMismatch(f"There is no candidate for {name} at {precision}. Add the bit-width to those that are prepared.") from error
+    install(layer, weights, inputs, precision)
 
 
 def to_tensors(candidates: Candidates) -> dict[str, Tensor]:

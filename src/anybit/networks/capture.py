@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from anybit.data.batches import Batch, call, map_leaves, real, tensors_in
 from anybit.errors import AnybitError, UnsupportedModel
-from anybit.networks.matmul import Matmul
+from anybit.networks.layer_types import type_of
 
 
 class _Stop(Exception):
@@ -297,7 +297,7 @@ def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Bat
 
     def keep(name: str) -> Callable:
         def hook(module, args, kwargs) -> None:
-            operands = tensors_in((args, kwargs))[: 2 if isinstance(module, Matmul) else 1]
+            operands = tensors_in((args, kwargs))[: type_of(module).operands]
             samples[name].append([pick(name, operand.detach()) for operand in operands])
 
         return hook

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, real
-from anybit.networks.matmul import Matmul
+from anybit.networks.layer_types import type_of
 from anybit.networks.wiring import LAYER, Wiring, observe
 
 
@@ -42,7 +42,7 @@ def _token_pairs(model: nn.Module, wiring: Wiring) -> set[str]:
     values: set[int] = set()
     for op in wiring.operations:
         layer = model.get_submodule(op.name) if op.kind == LAYER else None
-        if (layer is None and values & set(op.inputs)) or (isinstance(layer, Matmul) and layer.transposed):
+        if (layer is None and values & set(op.inputs)) or (layer is not None and type_of(layer).pairs_tokens(layer)):
             names.add(op.name)
             values |= set(op.outputs)
     return names

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from anybit.errors import UnsupportedModel
+from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.matmul import Matmul
-from anybit.networks.wiring import COVERED, Wiring
+from anybit.networks.wiring import Wiring
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.scheme import Precision, Scheme
 
@@ -45,38 +46,6 @@ class QuantizedLayer:
         return super().forward(*args, **kwargs)
 
 
-class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
-    pass
-
-
-class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
-    pass
-
-
-class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
-    pass
-
-
-class QuantizedConvTranspose1d(QuantizedLayer, nn.ConvTranspose1d):
-    pass
-
-
-class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
-    pass
-
-
-class QuantizedConvTranspose3d(QuantizedLayer, nn.ConvTranspose3d):
-    pass
-
-
-class QuantizedLinear(QuantizedLayer, nn.Linear):
-    pass
-
-
-class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
-    pass
-
-
 class QuantizedMatmul(QuantizedLayer, Matmul):
     weight = None
 
@@ -86,14 +55,16 @@ class QuantizedMatmul(QuantizedLayer, Matmul):
         return Matmul.forward(self, left, right)
 
 
-_SWAPPED = {cls.__mro__[2]: cls for cls in QuantizedLayer.__subclasses__()}  # nn.Conv2d -> QuantizedConv2d, ...
+_SWAPPED: dict[type, type] = {Matmul: QuantizedMatmul}  # nn.Conv2d -> QuantizedConv2d, ...
 
 
 def _swapped_class(cls: type) -> type:
-    """The quantized subclass of `cls`, made on first use for a class of the user's own."""
+    """Return the quantized subclass of `cls`, made on first use."""
     if cls not in _SWAPPED:
-        pickled = {"__reduce__": lambda self: (_new_swapped, (cls,), self.__dict__)}  # its class is found through the user's
-        _SWAPPED[cls] = type(f"Quantized{cls.__name__}", (QuantizedLayer, cls), {"__module__": cls.__module__, **pickled})
+        pickled = {"__reduce__": lambda self: (_new_swapped, (cls,), self.__dict__)}  # its class is found through the float one
+        # One of torch's own is not said to be of torch: what torch knows of its modules does not hold of it.
+        module = __name__ if cls in COVERED else cls.__module__
+        _SWAPPED[cls] = type(f"Quantized{cls.__name__}", (QuantizedLayer, cls), {"__module__": module, **pickled})
     return _SWAPPED[cls]
 
 
@@ -171,9 +142,7 @@ def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] 
         layer = prepared.get_submodule(name)
         if not isinstance(layer, COVERED):
             raise UnsupportedModel(f"{name} is a {type(layer).__name__}; anybit covers {', '.join(cls.__name__ for cls in COVERED)}.")
-        parameter = layer._parameters.get("weight")
-        if isinstance(layer, Matmul):
-            parameter = float_weight(layer)
+        parameter = layer._parameters.get("weight") if type_of(layer).has_weights else float_weight(layer)
         if parameter is None:
             raise UnsupportedModel(f"{name}: the weight is computed (a parametrization or weight norm). Remove the parametrization first.")
         sharing = owners.get(id(parameter), [])
@@ -187,7 +156,7 @@ def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] 
         bias = layer._parameters.get("bias")
         if bias is not None and len(owners[id(bias)]) > 1:  # each is tuned for its own layer
             layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
-        if isinstance(layer, nn.Embedding):
+        if not type_of(layer).reads_numbers:
             layer.sparse = False  # a quantizer passes no sparse gradient on
         layer.__class__ = _swapped_class(type(layer))
         layer.register_module("weight_quantizer", None)
@@ -229,7 +198,7 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 
 def takes_groups(layer: nn.Module, group: int) -> bool:
     """Whether the layer's weight can have a scale for each `group` inputs of a channel: a linear or an embedding of a multiple of them."""
-    return isinstance(layer, (nn.Linear, nn.Embedding)) and layer.weight.shape[1] % group == 0
+    return type_of(layer).grouped and layer.weight.shape[1] % group == 0
 
 
 def _checked_group(name: str, layer: nn.Module, group: int) -> int:
@@ -246,26 +215,19 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def float_weight(layer: nn.Module) -> nn.Parameter:
     """The stored weight, whatever is in the slot; an empty one of a matmul."""
-    return nn.Parameter(torch.empty(0, 0)) if isinstance(layer, Matmul) else layer._parameters["weight"]
+    return layer._parameters["weight"] if type_of(layer).has_weights else nn.Parameter(torch.empty(0, 0))
 
 
 def weight_rows(layer: nn.Module, weight: Tensor) -> Tensor:
     """`weight` as rows [output channels, fan-in]; for an embedding a row is a word. With groups, each group of a channel is a row."""
-    if not isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        group = getattr(layer, "weight_group", None)
-        return weight.flatten(1) if group is None else weight.reshape(-1, group)
-    # [in, out / groups, ...] -> [groups, in / groups, out / groups, ...] -> [groups, out / groups, in / groups, ...]
-    grouped = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)
-    return grouped.flatten(0, 1).flatten(1)
+    group = getattr(layer, "weight_group", None)
+    return type_of(layer).rows(layer, weight) if group is None else weight.reshape(-1, group)
 
 
 def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
-    """The inverse of `weight_rows`."""
-    weight = float_weight(layer)
-    if not isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return rows.view(weight.shape)
-    grouped = rows.view(layer.groups, weight.shape[1], weight.shape[0] // layer.groups, *weight.shape[2:])
-    return grouped.transpose(1, 2).flatten(0, 1)
+    """Lay out rows as the layer's weight: the inverse of `weight_rows`."""
+    shape = float_weight(layer).shape
+    return type_of(layer).weight(layer, rows, shape) if getattr(layer, "weight_group", None) is None else rows.view(shape)
 
 
 @torch.no_grad()

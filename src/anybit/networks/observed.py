@@ -12,8 +12,8 @@ from anybit.networks import batchnorm
 from anybit.networks.candidates import Candidates, activation_candidate, apply_scheme, weight_candidate
 from anybit.networks.capture import input_samples
 from anybit.networks.cost import CostModel
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import check_float32, check_plain_use, coverage, prepare, quantized_layers
-from anybit.networks.matmul import Matmul
 from anybit.networks.options import LayerOptions, group_sizes, layer_choices
 from anybit.networks.refusals import check_differentiable, check_network, check_outputs, moving_state, observed_pass
 from anybit.networks.states import check_finite_weights, restore, state_of
@@ -83,18 +83,12 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     layers = quantized_layers(prepared)
     choices = {name: layer_choices(layers[name], kept.get(name), options) for name in names}
     blocks = wiring.blocks(list(options.blocks) if options.blocks is not None else None) if options.unit == "block" else []
-    fitted = {name for name in names if is_reconstructed(layers[name]) and any(p.weight_bits for p in choices[name])}
+    fitted = {name for name in names if type_of(layers[name]).sums and any(p.weight_bits for p in choices[name])}
     units = [unit for unit in wiring.units(names, blocks) if fitted & set(unit.layers)]
     costs = CostModel.of(prepared, names, wiring, len(wiring.edges()), model)
     if options.gradients:
         check_differentiable(prepared, [unit.name for unit in units if unit.name not in names], example)
     return ObservedNetwork(model, folded, prepared, wiring, norms, fold.promised, choices, uncovered, units, costs, options, moving)
-
-
-def is_reconstructed(layer: nn.Module) -> bool:
-    """Whether AdaQuant has anything to do: not for an embedding, whose words are looked up and never summed, so that rounding each to
-    nearest is the least error already; nor for a matmul."""
-    return not isinstance(layer, (nn.Embedding, Matmul))
 
 
 def unobserved_network(model: nn.Module, options: LayerOptions) -> ObservedNetwork:
@@ -116,12 +110,10 @@ def check_kinds(scheme: Scheme, network: ObservedNetwork) -> None:
     """Raise SchemeMismatch where a scheme gives bits to what a layer does not have."""
     for name, precision in scheme.items():
         layer = network.folded.get_submodule(name)
-        if isinstance(layer, nn.Embedding) and precision.activation_bits is not None:
-            raise SchemeMismatch(f"{name} is an embedding, whose input is no activation: write {Precision(precision.weight_bits)}.")
-        if isinstance(layer, Matmul) and precision.weight_bits is not None:
-            raise SchemeMismatch(
-                f"{name} is a product of activations, without weights: write {Precision(None, precision.activation_bits)}."
-            )
+        kind = type_of(layer)
+        possible = Precision(precision.weight_bits if kind.has_weights else None, precision.activation_bits if kind.reads_numbers else None)
+        if precision != possible:
+            raise SchemeMismatch(f"{name} {kind.refusal}: write {possible}.")
 
 
 def has_choice(network: ObservedNetwork) -> bool:

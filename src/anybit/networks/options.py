@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from anybit.errors import InvalidSetting
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import takes_groups
-from anybit.networks.matmul import Matmul
 from anybit.scheme import Precision, match_patterns
 
 
@@ -47,8 +47,8 @@ def layer_choices(layer: nn.Module, kept: Precision | None, options: LayerOption
     """The precisions that a layer may get: every pair of bit-widths of the operands that it has, or `kept` alone."""
     weight_bits: Sequence[int | None] = sorted(options.weight_bits) if kept is None else (kept.weight_bits,)
     activation_bits = sorted(options.activation_bits, key=lambda bits: bits or 32) if kept is None else (kept.activation_bits,)
-    if isinstance(layer, nn.Embedding):  # it reads numbers of words
+    if not type_of(layer).reads_numbers:
         activation_bits = (None,)
-    if isinstance(layer, Matmul):  # it reads activations alone
+    if not type_of(layer).has_weights:
         weight_bits = (None,)
     return [Precision(w, a) for w in weight_bits for a in activation_bits]

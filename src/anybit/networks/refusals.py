@@ -20,9 +20,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from anybit.data.batches import Batch, evaluating, predict
 from anybit.errors import AnybitError, UnsupportedModel
-from anybit.networks.matmul import Matmul
+from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.states import STORED_TYPES
-from anybit.networks.wiring import COVERED, Wiring, observe_outputs
+from anybit.networks.wiring import Wiring, observe_outputs
 
 _REMOVERS = {
     WeightNorm: "torch.nn.utils.remove_weight_norm",
@@ -40,7 +40,7 @@ def check_network(model: nn.Module) -> None:
         _check_name(name)
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModel(f"{where} is TorchScript, whose layers cannot be changed. Give the Python module that it was made from.")
-        if isinstance(module, COVERED) and not isinstance(module, Matmul):
+        if isinstance(module, COVERED) and type_of(module).has_weights:
             _check_not_computed(where, module)
         kept = {key for key in module._buffers if key not in module._non_persistent_buffers_set}
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:

@@ -19,11 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from anybit.data.batches import Batch, call, evaluating, tensors_in
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
-from anybit.networks.matmul import Matmul
+from anybit.networks.layer_types import COVERED, type_of
 
-COVERED = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.Embedding, Matmul,
-)  # fmt: skip
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 LAYER, BATCH_NORM = "a layer", "a batch norm"  # kinds that no function's name can be
@@ -96,6 +93,8 @@ class Wiring:
     """Layer -> what is around it in the forward and would not be when it is run alone (vmap, autocast, gradients)."""
     read_weights: frozenset[str] = frozenset()
     """Layers whose weight or bias something besides them reads."""
+    channels_last: frozenset[str] = frozenset()
+    """Layers whose output has its channels in the last dimension."""
 
     @cached_property
     def _by_name(self) -> dict[str, Operation]:
@@ -134,8 +133,9 @@ class Wiring:
         """The batch norm that alone reads this layer's output, both called once; None where there is none."""
         reader = self.only_reader(self.operation(layer).outputs[0])
         once = reader is not None and self.calls[layer] == 1 and reader.kind == BATCH_NORM and self.calls[reader.name] == 1
-        # The channels of a linear's output are its last dimension; a batch norm over another one is not about them.
-        return reader.name if once and not (len(self.operation(layer).shape) == 3 and self.classes[layer] == "Linear") else None
+        # Where channels are the last dimension, a batch norm over the second is not about them.
+        over_others = layer in self.channels_last and len(self.operation(layer).shape) > 2
+        return reader.name if once and not over_others else None
 
     def activation_after(self, module: str) -> Callable[[Tensor], Tensor] | None:
         """The activation that alone reads this module's output (seen through its batch norm), or None.
@@ -267,6 +267,7 @@ class _Observer(TorchFunctionMode):
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, COVERED)]
         self.weights = {id(parameter): name for name, module in layers for parameter in module.parameters(recurse=False)}
         self.read_weights: set[str] = set()
+        self.channels_last = {name for name, module in layers if type_of(module).channels_last}
 
     def begin(self, batch: Batch) -> None:
         self.input_values = tuple(self._new_value(tensor) for tensor in tensors_in(batch.inputs))
@@ -281,7 +282,7 @@ class _Observer(TorchFunctionMode):
         return Wiring(
             tuple(self.operations), self.calls, self.module_outputs,
             self.input_values, given_out, batch_size, self.classes, self.input_shapes, self.module_inputs, frozenset(self.escaped),
-            self.surroundings, frozenset(self.read_weights),
+            self.surroundings, frozenset(self.read_weights), frozenset(self.channels_last),
         )  # fmt: skip
 
     def hooks(self) -> ExitStack:

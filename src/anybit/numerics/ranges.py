@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from anybit.errors import InvalidSetting
-from anybit.numerics.affine import dequantize, quant_limits, quantize
+from anybit.numerics.affine import fake_quantize, quant_limits
 
 ESTIMATORS = ("minmax", "percentile", "mse")
 
@@ -16,6 +16,7 @@ ESTIMATORS = ("minmax", "percentile", "mse")
 SMALLEST_RELATIVE_SCALE = 2.0**-12
 
 
+@torch.no_grad()
 def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: int = 80, symmetric: bool = False) -> Tensor:
     """Symmetric scale of each row of `rows` [channels, fan-in], as [channels, 1].
 
@@ -37,12 +38,13 @@ def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: in
     best_scale, best_error = full.clone(), torch.full_like(full, torch.inf)
     for step in range(1, candidates + 1):
         scale = _floored(full * (step / candidates), full.max())
-        error = (dequantize(quantize(rows, scale, zero, quant_min, quant_max), scale, zero) - rows).square().sum(1, keepdim=True)
+        error = fake_quantize(rows, scale, zero, quant_min, quant_max).sub_(rows).square_().sum(1, keepdim=True)
         best_scale = torch.where(error < best_error, scale, best_scale)
         best_error = torch.minimum(error, best_error)
     return best_scale
 
 
+@torch.no_grad()
 def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidates: int = 100) -> tuple[Tensor, Tensor]:
     """(scale, zero_point) of a flat `sample` of one tensor's values, as 0-d tensors; the zero point is an integer.
 
@@ -58,7 +60,7 @@ def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidat
 
     def error_of(low_end: Tensor, high_end: Tensor) -> float:
         scale, zero = affine_from_ends(low_end, high_end, bits)
-        return float((dequantize(quantize(sample, scale, zero, *quant_limits(bits, signed=False)), scale, zero) - sample).square().sum())
+        return float(fake_quantize(sample, scale, zero, *quant_limits(bits, signed=False)).sub_(sample).square_().sum())
 
     # Both ends shrink together first, then each alone around the best: the optimum is rarely symmetric.
     best = min((step / candidates for step in range(1, candidates + 1)), key=lambda share: error_of(low * share, high * share))

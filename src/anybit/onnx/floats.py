@@ -27,6 +27,7 @@ from anybit.files.cache import Cache
 from anybit.networks.layers import float_weight
 from anybit.networks.wiring import observe
 from anybit.onnx.graphs import forget_graph, kept_graph
+from anybit.onnx.operators import LAYER_OPERATORS, layer_operator
 from anybit.onnx.traces import graph_digest, state_of
 
 OPSET, IR_VERSION = 21, 10
@@ -37,8 +38,6 @@ LAYER = "layer"
 
 BIAS = "bias"
 """Key of the metadata of a sum that adds its layer's bias."""
-
-LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
 
 
 def float_graph(
@@ -172,7 +171,7 @@ def _computes(node: ir.Node, weight: np.ndarray) -> bool:
 
 def _weight_of(node: ir.Node) -> np.ndarray | None:
     """The constant that a layer's operator computes with."""
-    return constant(node.inputs[0 if node.op_type == "Gather" else 1])
+    return constant(node.inputs[layer_operator(node.op_type).weight_input])
 
 
 def _is_weight(found: np.ndarray | None, weight: np.ndarray) -> bool:
@@ -296,7 +295,7 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
     nodes = {node.name: node for node in graph.graph if node.metadata_props.get(LAYER) == node.name}
     for name, given in inputs.items():
         node = nodes.get(name)
-        read = None if node is None else values.get(node.inputs[1 if node.op_type == "Gather" else 0].name)
+        read = None if node is None else values.get(node.inputs[1 - layer_operator(node.op_type).weight_input].name)
         if node is None or (read is not None and not _reads(node, read, given)):
             raise UnsupportedModel(
                 f"{name}: the forward of {type(plain.get_submodule(name)).__name__} does not compute with its weight and input as they "

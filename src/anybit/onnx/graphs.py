@@ -65,7 +65,7 @@ def _remember(key: str, entry: Entry) -> None:
 def _without_weights(model: ir.Model, state: Mapping[str, Tensor]) -> Entry:
     """The graph as a file has it, weights being inputs after the network's own; initializers that are no weights stay as they are."""
     graph = model.graph
-    record = {"inputs": len(graph.inputs), "initializers": list(graph.initializers)}
+    record = {"inputs": len(graph.inputs), "initializers": list(graph.initializers), "names": _next_name(graph)}
     for name in [name for name in graph.initializers if name in state]:
         value = graph.initializers.pop(name)
         value.const_value = None
@@ -94,4 +94,22 @@ def _with_weights(entry: Entry, state: Mapping[str, Tensor]) -> ir.Model:
     graph.initializers.clear()
     for name in entry.record["initializers"]:
         graph.initializers[name] = values[name]
+    _reserve_names(graph, entry.record["names"])
     return model
+
+
+def _next_name(graph: ir.Graph) -> int:
+    """The number in the name that the graph would give to its next value."""
+    node = ir.node("Identity", [])
+    graph.append(node)
+    graph.remove(node)
+    return int(node.outputs[0].name.removeprefix("val_"))
+
+
+def _reserve_names(graph: ir.Graph, count: int) -> None:
+    """Let the graph name values as the one that was exported would, which counts names of values that it no longer has."""
+    node = ir.Node("", "Identity", [], num_outputs=count)
+    for index, value in enumerate(node.outputs):
+        value.name = f"val_{index}"
+    graph.append(node)
+    graph.remove(node)

@@ -34,6 +34,7 @@ from anybit.networks.observed import ObservedNetwork, rounded_to_nearest
 from anybit.networks.wiring import LAYER as LAYER_KIND
 from anybit.onnx.file import asks_for_exact_sums, exported, session
 from anybit.onnx.floats import LAYER, input_tensors, probe_of
+from anybit.onnx.operators import LAYER_OPERATORS
 from anybit.onnx.timing import in_turns
 from anybit.scheme import FLOAT, Precision, Scheme
 
@@ -146,7 +147,7 @@ def _owners(graph: ir.Model, kernels: Sequence[str]) -> dict[str, str]:
 
 
 def _is_layer(node: ir.Node) -> bool:
-    return node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and bool(node.name)
+    return node.op_type in LAYER_OPERATORS and not LAYER_OPERATORS[node.op_type].lookup and bool(node.name)
 
 
 # The cache

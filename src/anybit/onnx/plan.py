@@ -20,9 +20,10 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import quantized_layers, scheme_of
-from anybit.networks.matmul import Matmul
 from anybit.onnx.floats import BIAS, LAYER, constant
+from anybit.onnx.operators import layer_operator
 
 MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice", "Pad"}
 CLAMPS = {"Relu", "Clip"}
@@ -121,8 +122,8 @@ class _Planner:
             if quantizer is not None:
                 grids = zip(quantizer.scale.reshape(-1).tolist(), quantizer.zero_point.reshape(-1).tolist(), strict=True)
                 self.plan.inputs[layer] = tuple(Affine(scale, int(zero_point), quantizer.limits[1]) for scale, zero_point in grids)
-            has_kernel = node.op_type in ("Conv", "Gemm", "MatMul") and modules[layer].weight_group is None
-            if quantizer is not None and has_kernel and (scheme[layer].weight_bits is not None or isinstance(modules[layer], Matmul)):
+            has_kernel = layer_operator(node.op_type).integer and modules[layer].weight_group is None
+            if quantizer is not None and has_kernel and (scheme[layer].weight_bits is not None or not type_of(modules[layer]).has_weights):
                 self.plan.integer.add(layer)
 
     def readers(self, value: ir.Value) -> list[ir.Node]:

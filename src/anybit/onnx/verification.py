@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from anybit.data.batches import Batch, call, first_tensor
 from anybit.errors import UnsupportedModel, some
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import quantized_layers
-from anybit.networks.matmul import Matmul
 from anybit.onnx.file import EXACT_SUMS, Exported, asks_for_exact_sums, outputs, session, x86_flags
 from anybit.onnx.floats import LAYER, constant, input_tensors
 from anybit.onnx.interpreter import interpret
+from anybit.onnx.operators import layer_operator
 from anybit.onnx.plan import Plan
 from anybit.onnx.writer import weight_numbers
 
@@ -194,13 +195,13 @@ def _check_kernels(verdict: Verdict, path: Path, made: Exported, model: nn.Modul
 
 def _why_float(graph: ir.Model, layer: str, module: nn.Module) -> str:
     if module.weight_quantizer is None:
-        return "its operands are float" if isinstance(module, Matmul) else "its weights are float"
+        return "its weights are float" if type_of(module).has_weights else "its operands are float"
     if module.weight_group is not None:
         return "its weights have scales for groups of inputs, which integer kernels do not"
     kind = next((node.op_type for node in graph.graph if node.metadata_props.get(LAYER) == layer), None)
     if kind is None:
         return "it does not depend on the inputs, and was computed once"
-    if kind == "Gather":
+    if layer_operator(kind).lookup:
         return "an embedding looks rows up"
     return "its activations are float" if module.input_quantizer is None else f"the runtime has no integer kernel for {kind}"
 
@@ -269,7 +270,7 @@ def with_codes(model: ir.Model) -> ir.Model:
 def saturating(model: nn.Module, plan: Plan) -> list[str]:
     """Integer layers in which two neighbouring products of a code of the input and one of the weight can leave 16 bits together."""
     layers = quantized_layers(model)
-    weighted = [name for name in plan.integer if not isinstance(layers[name], Matmul)]  # both operands of a matmul are unsigned
+    weighted = [name for name in plan.integer if type_of(layers[name]).has_weights]  # both operands of a matmul are unsigned
     largest = {name: max(map(abs, codes.aminmax())) for name in weighted if (codes := weight_numbers(layers[name])[0].int()).numel()}
     return [name for name in layers if name in largest and 2 * plan.inputs[name][0].highest * largest[name] > 2**15 - 1]
 
@@ -296,7 +297,7 @@ def flipped_codes(model: nn.Module, made: Exported, batch: Batch) -> dict[str, f
         if layer.input_quantizer is not None:
 
             def keep(module, args, kwargs, name=name):
-                simulated[name] = module.input_quantizer.codes(first_tensor((args, kwargs)), 0 if isinstance(module, Matmul) else None)
+                simulated[name] = module.input_quantizer.codes(first_tensor((args, kwargs)), 0 if type_of(module).operands > 1 else None)
 
             hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
     try:

@@ -15,9 +15,10 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import Pruned, codes_of, float_weight, from_rows, quantized_layers, weight_rows
-from anybit.networks.matmul import Matmul
 from anybit.onnx.floats import BIAS, IR_VERSION, LAYER, OPSET, constant
+from anybit.onnx.operators import layer_operator
 from anybit.onnx.plan import MOVES, Affine, Plan
 from anybit.onnx.storage import stored
 
@@ -212,8 +213,9 @@ class _Writer:
     def _layer(self, node: ir.Node, name: str) -> ir.Value | None:
         """A layer; None of one whose bias is yet to be added, if it is made together with it."""
         layer, integer = self.layers[name], name in self.plan.integer
-        if isinstance(layer, Matmul):
-            read = [self._input(node, name, index) for index in range(2)] if integer else map(self._operand, node.inputs)
+        kind = type_of(layer)
+        if not kind.has_weights:
+            read = [self._input(node, name, index) for index in range(kind.operands)] if integer else map(self._operand, node.inputs)
             return self.emit(node.op_type, list(read), {}, node.name)
         if layer.weight_quantizer is None and name not in self.plan.inputs:
             return self._kept_float(node)
@@ -230,12 +232,13 @@ class _Writer:
         operands = [self._operand(value) for value in node.inputs]
         if name in self.plan.inputs:
             operands[0] = self._input(node, name)
-        transposed = node.op_type in ("Gemm", "MatMul")
+        operator = layer_operator(node.op_type)
+        transposed = operator.transposed
         attributes = {key: value for key, value in node.attributes.items() if key != "transB"}
         operands[0] = operands[0] if integer else self._apart(operands[0])
         if layer.weight_quantizer is None:
             return self.emit(node.op_type, operands, node.attributes, node.name)
-        at = 0 if node.op_type == "Gather" else 1
+        at = operator.weight_input
         if integer:
             operands[at] = self._integer_weight(name, layer, transposed)
             if len(node.inputs) > 2:

@@ -3,13 +3,13 @@ worth where the budget ended.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from anybit.allocation.frontier import Frontier
-from anybit.budget import Budget
+from anybit.budget import BYTES, QUANTITIES, Budget, Cost
 from anybit.errors import InvalidFile
 from anybit.reports.words import human_bytes, human_count
 from anybit.runs.folder import runs_in
@@ -19,11 +19,15 @@ from anybit.runs.report import read_record, read_search
 from anybit.scheme import Precision, check_names
 from anybit.supernets.folder import read_supernet_file
 
-LIMITED = {"bits": "bits", "bytes": "bytes", "percent": "bytes", "bops": "bops"}
-"""Condition of a budget -> the cost that it limits."""
 WHOLE = "steps are whole, and this scheme was the better one as a whole, predicted or measured"
 EACH = {"bits": (1000, "kB of codes"), "bytes": (1000, "kB"), "bops": (1e6, "million BOPs")}
-"""Cost -> (how much of it a price is given for, in words). Bits are counted as the bytes of codes that they take."""
+"""Cost -> (how much of it a price is given for, in words), where that is not the unit of its limits."""
+AMOUNTS: Mapping[str, Callable[[float], str]] = {
+    "bits": lambda amount: f"{human_bytes(round(amount))} of codes",
+    "bytes": lambda amount: human_bytes(round(amount)),
+    "bops": lambda amount: f"{human_count(round(amount))} BOPs",
+}
+"""Cost -> how an amount of it is written, where that is not as a limit is."""
 
 
 def explain(run: str | Path, layer: str) -> dict[str, Any]:
@@ -87,22 +91,27 @@ def _of_allocation(record: Record, layer: str) -> dict[str, Any]:
 
 
 def _limited(record: Record) -> tuple[str, float | None]:
-    """Return the cost that the budget limits most tightly, and how much of it is left; bytes and None where it limits none of them."""
-    result, total = record.result, record.table.weights
-    spent = {"bits": result.weight_bits, "bytes": result.bytes, "percent": result.percent, "bops": result.bops}
-    unit = {"bits": total / 8, "bytes": 1, "percent": record.float_bytes / 100, "bops": 1}
-    conditions = [one for one in Budget.parse(record.budget).conditions if one.quantity in LIMITED] if record.budget else []
-    if not conditions:
-        return "bytes", None
-    tightest = max(conditions, key=lambda one: spent[one.quantity] / one.limit)
-    return LIMITED[tightest.quantity], (tightest.limit - spent[tightest.quantity]) * unit[tightest.quantity]
+    """Return (the cost that the budget limits most tightly, how much of it the scheme left); bytes, and None, where it limits none of
+    those that a report records."""
+    limits = Budget.parse(record.budget).costs() if record.budget else []
+    spent = {cost: record.result.amount(cost.report_key) for cost, _ in limits if cost.counted.recorded != "nowhere"}
+    if not spent:
+        return BYTES.name, None
+    tightest, limit = max(((cost, limit) for cost, limit in limits if cost in spent), key=lambda one: spent[one[0]] / one[1])
+    return tightest.counted.name, (limit - spent[tightest]) * tightest.scale(record) / _each(tightest)
 
 
 def _cost(record: Record, cost: str, layer: str, precision: Precision) -> float:
-    """Return what a layer costs at a precision: bytes of the file, bytes of codes alone, or BOPs."""
-    if cost == "bits":
-        return record.layers[layer].weights * precision.stored_weight_bits / 8
-    return float(getattr(record.table.layers[layer][precision], cost))
+    """Return what a layer costs at a precision; bits count as the bytes of codes that they take."""
+    quantity = QUANTITIES[cost]
+    if quantity.recorded == "weights":
+        return quantity.layer(record, layer, precision) / _each(quantity)
+    return float(record.table.layers[layer][precision].amount(cost))
+
+
+def _each(cost: Cost) -> float:
+    """Return how much of a layer's part counts as one: of a cost in stored bits, a byte."""
+    return 8 / cost.stored_bits if cost.stored_bits else 1
 
 
 def _move(layer: str, before: Precision, after: Precision, cost: float, loss: float) -> dict[str, Any]:
@@ -219,13 +228,12 @@ def _step(move: Mapping[str, Any]) -> str:
 
 
 def _amount(amount: float, cost: str) -> str:
-    if cost == "bops":
-        return f"{human_count(round(amount))} BOPs"
-    return human_bytes(round(amount)) + (" of codes" if cost == "bits" else "")
+    return AMOUNTS.get(cost, QUANTITIES[cost].in_words)(amount)
 
 
 def _price(move: Mapping[str, Any], cost: str) -> str:
-    each, words = EACH[cost]
+    unit = QUANTITIES[cost].unit
+    each, words = EACH.get(cost, (QUANTITIES[cost].units[unit], unit))
     return f"{move['price'] * each:.3g} of loss a {words}"
 
 

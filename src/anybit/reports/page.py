@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from anybit.budget import Budget
 from anybit.errors import InvalidSetting, printable
 from anybit.files.whole import whole_file
 from anybit.reports import figures
@@ -539,12 +540,8 @@ def _measured(record: Record) -> str:
 
 
 def _reason(record: Record) -> str:
-    budget = record.budget or ""
-    if "loss=" in budget:
-        return "It is the smallest that keeps the limit on the loss."
-    if "drop=" in budget:
-        return "It is the smallest found that loses no more accuracy than allowed."
-    return "No other measured less."
+    limited = Budget.parse(record.budget).loss() if record.budget else None
+    return limited.chosen if limited else "No other measured less."
 
 
 def _settings(records: Mapping[str, Record]) -> list[Rows]:

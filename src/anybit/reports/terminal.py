@@ -286,6 +286,18 @@ def _print_outcome(verdict: Report) -> None:
     print("verified" if verdict["ok"] else f"not verified: {len(verdict['failures'])} promises failed")
 
 
+def print_file(found: Mapping[str, Any], details: bool = True) -> None:
+    """Print what an exported ONNX file holds."""
+    over = 100 * (found["bytes"] / found["ideal_bytes"] - 1) if found["ideal_bytes"] else 0
+    ideal = human_bytes(found["ideal_bytes"])
+    print(f"{found['file']}: {human_bytes(found['bytes'])}, {over:.1f} % above the {ideal} of its weights' bits")
+    if details:
+        print(f"{found['integer_layers']} of {found['layers']} layers on integers")
+    if details and found["measured_edges"]:
+        count = len(found["measured_edges"])
+        print(f"{count} tensors between operators have no range in the run: it was measured on the inputs of this export.")
+
+
 def print_folder(exported: Report, details: bool = True) -> None:
     """Print what an exported folder holds, and what its format cannot."""
     size = human_bytes(exported["bytes"])

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from anybit.allocation.choice import Choice, Judge, check_feasible
-from anybit.allocation.program import fixed_bytes
-from anybit.budget import Budget
+from anybit.budget import DROP, LATENCY, Budget, cost_quantities
 from anybit.data.batches import check_finite
 from anybit.data.samples import Samples, draw, mirrored, split
 from anybit.data.tasks import Metric, check_labels, outputs_of
@@ -174,7 +173,7 @@ def finish(
         tell("allocation", budget=budget and str(budget), certificate=choice.certificate(bench.settings.seed), scheme=choice.scheme)
     with clock.stage("polish"):
         model, ladder, errors = polish_scheme(bench, choice.scheme)
-        if budget is not None and budget.limit("drop") is not None:
+        if budget is not None and budget.limit(DROP.name) is not None:
             model = _within_drop(bench, budget, choice.scheme, model)
     with clock.stage("edge ranges"):
         part = samples_at_once(network.wiring, OBSERVED, bench.settings.memory, 8)
@@ -188,7 +187,7 @@ def finish(
         with clock.stage("test"):
             report |= _tests(bench, canonical.model, test)
     canonical.model.cpu()
-    if budget is not None and budget.limit("latency") is not None:
+    if budget is not None and budget.limit(LATENCY.name) is not None:
         with clock.stage("latency"):
             report["latency"] = measured_latencies(network.costs, canonical, bench.calibration.fitting[0].to("cpu"))
     report["stages"] = clock.stages
@@ -200,7 +199,7 @@ def finish(
 def _within_drop(bench: CalibrationState, budget: Budget, scheme: Scheme, polished: nn.Module) -> nn.Module:
     """The polished model, or the candidates that met the allowed drop where polishing (judged by the loss) has left it."""
     judge = bench.judge
-    if judge.of_outputs(judge.reference)[judge.counted] - judge.of_model(polished)[judge.counted] <= budget.limit("drop"):
+    if judge.of_outputs(judge.reference)[judge.counted] - judge.of_model(polished)[judge.counted] <= budget.limit(DROP.name):
         return polished
     return apply_scheme(bench.network.prepared, scheme, bench.candidates)
 
@@ -232,14 +231,14 @@ def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Bud
 def _table(bench: CalibrationState) -> dict[str, Any]:
     """Every candidate precision's predicted loss and costs: what other budgets would give can be told from it, without the network."""
     choices, costs = bench.network.choices, bench.network.costs
+    told = [cost for cost in cost_quantities() if cost.counted is cost and cost.recorded == "candidates"]
     return {
         "floor": bench.table.floor,
-        "fixed_bytes": fixed_bytes(choices, costs),
+        "fixed_bytes": costs.fixed_bytes(choices),
         "weights": sum(size.weights for size in costs.layers.values()),
         "layers": {
             name: {
-                str(p): {"loss": bench.table.loss(name, p), "bytes": costs.layer_bytes(name, p), "bops": costs.layer_bops(name, p)}
-                for p in precisions
+                str(p): {"loss": bench.table.loss(name, p)} | {cost.name: cost.layer(costs, name, p) for cost in told} for p in precisions
             }
             for name, precisions in choices.items()
         },

@@ -11,7 +11,7 @@ from torch import nn
 
 from anybit.allocation.choice import Judge
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget
+from anybit.budget import LATENCY, Budget
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples, draw, mirrored, split
 from anybit.data.tasks import Metric, outputs_of
@@ -167,7 +167,7 @@ def extract(
         "environment": environment(),
         "certificate": {},
     }
-    if limits is not None and limits.limit("latency") is not None and batches is not None:
+    if limits is not None and limits.limit(LATENCY.name) is not None and batches is not None:
         with clock.stage("latency"):
             report["latency"] = measured_latencies(supernet.costs, canonical, batches[0])
     if test is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from anybit.budget import Budget
+from anybit.budget import LATENCY, Budget
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples
 from anybit.errors import InvalidSetting
@@ -16,7 +16,7 @@ from anybit.supernets.supernet import Supernet
 
 def with_latencies(network: ObservedNetwork, budgets: Sequence[Budget]) -> ObservedNetwork:
     """The network with this machine's measured latencies among its costs, where a budget limits them."""
-    if all(budget.limit("latency") is None for budget in budgets):
+    if all(budget.limit(LATENCY.name) is None for budget in budgets):
         return network
     from anybit.onnx.latency import load_table  # optional packages
 
@@ -28,7 +28,7 @@ def with_latencies(network: ObservedNetwork, budgets: Sequence[Budget]) -> Obser
 
 def supernet_with_latencies(supernet: Supernet, samples: Samples, budgets: Sequence[Budget]) -> Supernet:
     """The supernet with this machine's measured latencies among its costs, where a budget limits them."""
-    if all(budget.limit("latency") is None for budget in budgets):
+    if all(budget.limit(LATENCY.name) is None for budget in budgets):
         return supernet
     from anybit.onnx.file import PROBE  # what `profile` observes: padded texts have the length of so many
 

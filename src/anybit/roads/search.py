@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from anybit.allocation.choice import fits_budget
-from anybit.budget import Budget
+from anybit.budget import BYTES, PERCENT, QUANTITIES, Budget, Cost, cost_quantities, own_costs
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples
-from anybit.data.tasks import COUNTED, Metric, metric_name
+from anybit.data.tasks import TASKS, Metric, metric_name
 from anybit.environment import environment
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
 from anybit.files.cache import Cache, Entry
@@ -133,7 +133,7 @@ def run_search(
     bn = bn_batches(fitting, supernet.settings)
     asked = settings.bn_images or supernet.settings.bn_images
     few = bn_batches(fitting, replace(supernet.settings, bn_images=asked))
-    key = metric_name(metric) if metric else COUNTED[supernet.task] or "loss"
+    key = metric_name(metric) if metric else TASKS[supernet.task].counted or "loss"
 
     def score(scheme: Scheme, test: Sequence[Batch], statistics: Sequence[Batch], where: tuple[str, int]) -> float:
         def measure() -> float:
@@ -214,23 +214,27 @@ def lowest(supernet: Supernet) -> Scheme:
 def check_fits(supernet: Supernet, budget: Budget) -> None:
     """Raise InfeasibleBudget, naming the least, where even the lowest subnet is above the budget."""
     for condition in budget.conditions:
-        if condition.quantity == "latency" and supernet.costs.latency is None:
+        quantity = QUANTITIES[condition.quantity]
+        if not isinstance(quantity, Cost):
+            *names, last = (cost.name for cost in cost_quantities())
+            raise InvalidSetting(f"A search takes budgets of {', '.join(names)} and {last}, not {quantity.name} ({budget}).")
+        if not quantity.is_known(supernet.costs):
             raise InvalidSetting(
-                f"A budget of latency ({budget}) is counted for the shapes of the network's inputs: give them with --data."
+                f"A budget of {quantity.name} ({budget}) is counted for the shapes of the network's inputs: give them with --data."
             )
-        if condition.quantity not in ("bits", "bytes", "percent", "bops", "latency"):
-            raise InvalidSetting(f"A search takes budgets of bits, bytes, percent, BOPs and latency, not {condition.quantity} ({budget}).")
     if not fits_budget(supernet.costs, lowest(supernet), budget):
-        least = supernet.costs.summary(lowest(supernet))
-        timed, instead = "", "train with lower --bits"
-        if "latency" in least:
-            timed = f" and is predicted to take {1e3 * least['latency']:.4g} ms, as any other of integers"
-            limit = budget.limit("latency")
-            instead = "keep fewer layers float" if limit is not None and least["latency"] > limit else instead
-        raise InfeasibleBudget(
-            f"The smallest subnet has {least['weight_bits']:.4g} bits a weight, {least['bytes']} bytes ({least['percent']:.4g} %), "
-            f"{least['bops']:.4g} BOPs{timed}: more than the budget {budget}. Raise the budget to that, or {instead}."
-        )
+        raise InfeasibleBudget(_why_too_large(supernet, budget))
+
+
+def _why_too_large(supernet: Supernet, budget: Budget) -> str:
+    """Name all that the smallest subnet costs, and what helps."""
+    amounts = {cost: cost.total(supernet.costs, lowest(supernet)) for cost in cost_quantities() if cost.is_known(supernet.costs)}
+    least = {cost: cost.in_words(amount) for cost, amount in amounts.items()}
+    counted = ", ".join(f"{least[cost]} ({least[PERCENT]})" if cost is BYTES else least[cost] for cost in own_costs())
+    timed = "".join(f" and is predicted to take {words}" for cost, words in least.items() if cost.known)
+    exceeded = [cost for cost, limit in budget.costs() if amounts[cost] > limit]
+    remedy = next((cost.remedy for cost in exceeded if cost.known), exceeded[0].remedy)
+    return f"The smallest subnet has {counted}{timed}: more than the budget {budget}. Raise the budget to that, or {remedy}."
 
 
 def _evaluated_in(folder: Path, supernet: Supernet) -> list[tuple[float, float, Scheme]]:

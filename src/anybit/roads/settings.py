@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anybit.budget import SIZE
-from anybit.data.options import TASKS
+from anybit.data.options import TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
 from anybit.methods.settings import CSQSettings, LSQSettings
@@ -104,7 +104,7 @@ class CalibrateSettings(Settings):
     memory: int = option(2**31, "Memory for captured activations; more spills to disk.", least=0, text=SIZE)
     seed: int = option(0, "Seed of every draw.", least=-SEEDS, most=SEEDS)
     batch_size: int = option(64, "Inputs a forward pass.", least=1)
-    task: str | None = option(None, "Of the network, where it does not tell.", choices=TASKS)
+    task: str | None = option(None, "Of the network, where it does not tell.", choices=TASK_NAMES)
 
     def check(self) -> None:
         for name in ("weight_bits", "activation_bits"):

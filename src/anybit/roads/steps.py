@@ -24,8 +24,9 @@ from anybit.networks.candidates import (
     weight_candidate,
 )
 from anybit.networks.capture import input_samples
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight, quantized_layers, weight_rows
-from anybit.networks.observed import ObservedNetwork, is_reconstructed
+from anybit.networks.observed import ObservedNetwork
 from anybit.roads.memory import memory_to_capture
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
@@ -69,11 +70,9 @@ def matched_candidates(
     prior_weight: float = 0.0,
 ) -> Candidates:
     """The same candidates with every layer's output statistics matched to the float network's (batch-norm tuning, layer by layer)."""
-    return _with_weights(
-        network, candidates, lambda model, names: batchnorm_tuning.match_layers(
-            network.folded, model, {name: targets[name] for name in targets if name in names}, calibration.fitting, prior_weight
-        )
-    )  # fmt: skip
+    variants = _variants(network, candidates)
+    batchnorm_tuning.match_layers(network.folded, list(variants.values()), targets, calibration.fitting, prior_weight)
+    return _with_weights_of(variants, network, candidates)
 
 
 def _variants(network: ObservedNetwork, candidates: Candidates) -> dict[int, nn.Module]:
@@ -85,13 +84,13 @@ def _variants(network: ObservedNetwork, candidates: Candidates) -> dict[int, nn.
     return variants
 
 
-def _with_weights(network: ObservedNetwork, candidates: Candidates, change) -> Candidates:
+def _with_weights_of(variants: Mapping[int, nn.Module], network: ObservedNetwork, candidates: Candidates) -> Candidates:
+    """Take the weights from `variants`, the ranges of activations from `candidates`."""
     changed = Candidates(dict(candidates.weights), candidates.activations)
-    for bits, model in _variants(network, candidates).items():
-        names = [name for name in network.names if (name, bits) in candidates.weights]
-        change(model, names)
-        for name in names:
-            changed.weights[name, bits] = frozen_candidate(model.get_submodule(name))
+    for bits, model in variants.items():
+        for name in network.names:
+            if (name, bits) in candidates.weights:
+                changed.weights[name, bits] = frozen_candidate(model.get_submodule(name))
     return changed
 
 
@@ -121,16 +120,11 @@ def reconstructed_candidates(
         for bits in variants
     }
     layers = quantized_layers(network.prepared)
-    free = [name for name, options in network.choices.items() if is_reconstructed(layers[name]) and any(p.weight_bits for p in options)]
+    free = [name for name, options in network.choices.items() if type_of(layers[name]).sums and any(p.weight_bits for p in options)]
     units = network.wiring.units(free, [])
-    changed = Candidates(dict(candidates.weights), candidates.activations)
     wanted, room = adaquant_settings(settings, settings.candidate_steps), memory_to_capture(network, calibration, settings)
     errors = parallel(variants, network.folded, units, starts, network.wiring, calibration, wanted, room, recall)
-    for bits, model in variants.items():
-        for name in network.names:
-            if (name, bits) in candidates.weights:
-                changed.weights[name, bits] = frozen_candidate(model.get_submodule(name))
-    return changed, errors
+    return _with_weights_of(variants, network, candidates), errors
 
 
 def adaquant_settings(settings: CalibrateSettings, steps: int) -> AdaQuantSettings:

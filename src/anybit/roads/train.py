@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from anybit.data.batches import check_finite
-from anybit.data.tasks import Metric, guess_task, outputs_of
+from anybit.data.tasks import TASKS, Metric, guess_task, outputs_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidInput
@@ -65,7 +65,7 @@ def train(
         network = observe_supernet(float_model, plain[0].head(2), wanted)
         outputs = outputs_of(float_model, plain[:1])
         task = wanted.task or guess_task(outputs, plain[0].reader)
-        method = make_multiquant(network, plain, wanted, outputs.shape[-1] if task == "classification" else None)
+        method = make_multiquant(network, plain, wanted, TASKS[task].classes(outputs))
     edges = network.wiring.edges()
     supernet = Supernet(on_device(float_model, "cpu"), method, wanted, network.norms, network.costs, edges, task, about=about)
     report: dict[str, Any] = {}

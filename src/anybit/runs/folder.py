@@ -17,6 +17,14 @@ from anybit.runs.names import CHECKPOINT, RUN_FILES
 FORMAT_VERSION = 1
 
 
+def free_checkpoint(folder: Path, overwrite: bool, first: bool = True) -> Path:
+    """Where the checkpoint of a training in `folder` is, once that is free; with `overwrite` the `first` process begins anew."""
+    check_free(folder, overwrite, unfinished=True)
+    if overwrite and first:
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    return folder / CHECKPOINT
+
+
 @contextmanager
 def new_folder(
     path: Path, overwrite: bool = False, check: Callable[[Path, bool], None] | None = None, remedy: str | None = None

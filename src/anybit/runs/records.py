@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from anybit.allocation.frontier import Frontier, frontier
-from anybit.budget import Budget
+from anybit.budget import Budget, cost_quantities
 from anybit.files.strict import check_version, validated
 from anybit.scheme import Precision
 
@@ -30,7 +30,24 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
 
 
-class Amounts(Part):
+class Costed(Part):
+    """An object with amounts of costs: its fields, and any other quantity that anybit knows."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_known_quantities(cls, data: Any) -> Any:
+        known = cls.model_fields.keys() | {cost.report_key for cost in cost_quantities()}
+        return {key: value for key, value in data.items() if key in known} if isinstance(data, dict) else data
+
+    def amount(self, key: str) -> float | None:
+        """Return the amount of a cost, where it is there."""
+        return getattr(self, key, None)
+
+
+class Amounts(Costed):
     weight_bits: Annotated[float, Field(ge=0)]
     bytes: Annotated[int, Field(gt=0)]
     percent: Annotated[float, Field(ge=0)]
@@ -94,7 +111,7 @@ def counted(rows: Sequence[Scored]) -> str | None:
     return next((score for score in SCORES if any(getattr(row, score) is not None for row in rows)), None)
 
 
-class Cell(Part):
+class Cell(Costed):
     loss: float
     bytes: Count
     bops: Count

@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anybit.data.options import Task
+from anybit.data.options import TaskName
 from anybit.errors import AnybitError, InvalidFile, SchemeMismatch
 from anybit.files.strict import check_version, in_words, read_header, read_json, read_tensors, sha256_of, validated, write_json
 from anybit.networks import batchnorm
 from anybit.networks.candidates import ActivationCandidate, WeightCandidate, install
 from anybit.networks.canonical import Canonical
-from anybit.networks.cost import operands_of
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import codes_of, float_weight, prepare, quantized_layers, weight_rows
 from anybit.networks.states import check_state, leftovers, spec_of
 from anybit.networks.wiring import BATCH_NORMS
@@ -55,7 +55,7 @@ class SchemeFile(BaseModel):
     model: dict[str, str | None] = {}
     data: dict[str, str | None] = {}
     preprocessing: dict[str, Any] = {}
-    task: Task = "classification"
+    task: TaskName = "classification"
     sha256: str
 
     @property
@@ -165,7 +165,9 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     coded = [name for name, precision in scheme.items() if precision.weight_bits is not None]
     numbers, others = leftovers(model, coded)
     stored = [
-        PackedLayer(record.rows, record.columns, scheme[name].weight_bits, operands_of(layers[name]) * bool(scheme[name].activation_bits))
+        PackedLayer(
+            record.rows, record.columns, scheme[name].weight_bits, type_of(layers[name]).operands * bool(scheme[name].activation_bits)
+        )
         for name, record in file.layers.items()
     ]
     specs = layout(stored, len(file.edges), sum(t.numel() for t in numbers.values()), {key: spec_of(t) for key, t in others.items()})
@@ -185,7 +187,7 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
             codes = torch.from_numpy(unpack(stream, precision.weight_bits, record.rows * record.columns)).view(record.rows, record.columns)
             weights = WeightCandidate(codes, checked_scale(take("weight_scales", record.rows), name)[:, None], None)
         if precision.activation_bits:
-            count = operands_of(layer)
+            count = type_of(layer).operands
             scale, zero_point = checked_scale(take("activation_scales", count), name), take("activation_zero_points", count).float()
             if zero_point.max() > 2**precision.activation_bits - 1:
                 raise InvalidFile(f"{name}: activation zero point {int(zero_point.max())} is above {2**precision.activation_bits - 1}.")
@@ -214,7 +216,7 @@ def _groups(model: nn.Module, file: SchemeFile) -> dict[str, int]:
     groups = {}
     for name, record in file.layers.items():
         layer = model.get_submodule(name)
-        whole = isinstance(layer, (nn.Linear, nn.Embedding)) and layer.weight.numel() == record.rows * record.columns
+        whole = type_of(layer).grouped and layer.weight.numel() == record.rows * record.columns
         if whole and 0 < record.columns < layer.weight.shape[1]:
             groups[name] = record.columns
     return groups

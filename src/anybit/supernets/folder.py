@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anybit.data.options import TASKS
+from anybit.data.options import TASK_NAMES
 from anybit.errors import AnybitError, InvalidFile
 from anybit.files.strict import in_words, read_tensors
 from anybit.networks import batchnorm
@@ -44,8 +44,8 @@ def read_supernet_file(folder: Path) -> SupernetFile:
         if settings.multiquant.batch_norm == "switch" and not all(one in file.subnets for one in uniform_ones):
             raise InvalidFile("the statistics of a bit-width's own batch norms are not among its subnets")
         Preprocessing.from_json(file.preprocessing)
-        if file.task not in TASKS:
-            raise InvalidFile(f"task {reprlib.repr(file.task)} is unknown. Choose from {', '.join(TASKS)}.")
+        if file.task not in TASK_NAMES:
+            raise InvalidFile(f"task {reprlib.repr(file.task)} is unknown. Choose from {', '.join(TASK_NAMES)}.")
     except AnybitError as error:
         raise InvalidFile(f"{path}: {in_words(error)}") from error
     return file

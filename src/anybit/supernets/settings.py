@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from anybit.data.options import TASKS
+from anybit.data.options import TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import TrainSettings
 from anybit.methods.settings import MultiQuantSettings
@@ -31,7 +31,7 @@ class SupernetSettings(Settings):
     keep: Mapping[str, Precision] = option(
         dict, "PATTERN=W8A8 or PATTERN=float: pin layers; patterns match whole names.", text=KEEP, repeat=True
     )
-    task: str | None = option(None, "Of the network, where it does not tell.", choices=TASKS)
+    task: str | None = option(None, "Of the network, where it does not tell.", choices=TASK_NAMES)
     held_out: float = option(
         0.1, "Share of the training data that is left to the search.", above=0, below=1, why="the search evaluates on that share"
     )

@@ -13,14 +13,7 @@ from anybit.errors import InvalidSetting
 from anybit.progress import tell
 from anybit.sources.huggingface.attention import adapted
 from anybit.sources.huggingface.folder import json_of, quiet
-
-HEADS = {  # task -> (what transformers calls a class with that head, the class that loads one)
-    "question-answering": ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
-    "language-model": ("ForCausalLM", "AutoModelForCausalLM"),
-    "classification": ("ForSequenceClassification", "AutoModelForSequenceClassification"),
-    "regression": ("ForSequenceClassification", "AutoModelForSequenceClassification"),
-    "embedding": ("Model", "AutoModel"),
-}
+from anybit.sources.huggingface.texts import HEADS
 
 
 def is_transformers(model: Any) -> bool:
@@ -69,12 +62,12 @@ def _check_whole(name: str, model: nn.Module, drawn: Iterable[str]) -> None:
 
 
 def _loader(config: Any, task: str | None) -> Any:
-    if task in ("regression", "classification") and any("ForImage" in name for name in config.architectures or ()):
+    if task in HEADS and HEADS[task].pictures and any("ForImage" in name for name in config.architectures or ()):
         task = None  # a picture's classes
     if task is not None:
         if task not in HEADS:
             raise InvalidSetting(f"task {task!r} has no Hugging Face model. Choose from {', '.join(HEADS)}.")
-        return getattr(transformers, HEADS[task][1])
+        return getattr(transformers, HEADS[task].loader)
     named = getattr(transformers, (config.architectures or [""])[0], None)
     return named if named is not None else transformers.AutoModel
 

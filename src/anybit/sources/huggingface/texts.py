@@ -1,6 +1,8 @@
-"""Texts tokenized by a Hugging Face model's own tokenizer, and how its outputs are read."""
+"""The heads of Hugging Face models, one for a task: texts tokenized by a model's own tokenizer, and how its outputs are read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import transformers
@@ -13,30 +15,46 @@ from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.sources.huggingface.folder import json_of
 
 
-def task_of(model: nn.Module) -> str:
-    """What the model's head is for."""
-    name = type(model).__name__
-    if name.endswith("LMHeadModel") or name.endswith("ForCausalLM"):
-        return "language-model"
-    if name.endswith("ForQuestionAnswering"):
-        return "question-answering"
-    if name.endswith(("ForSequenceClassification", "ForImageClassification")):
-        return "regression" if getattr(model.config, "num_labels", 2) == 1 else "classification"
-    if name.endswith("Model") and "Heads" not in name:
-        return "embedding"
-    raise UnsupportedModel(
-        f"{name} has a head that is not covered: classes and values of sequences and pictures, answers, next tokens and embeddings are."
-    )
+@dataclass(frozen=True)
+class Head:
+    """A head of transformers' models, and the task that it is for.
+
+    endings    of the names of classes that have it;   loader  the class that loads one
+    pictures   of the names of classes that have it for pictures, which load as they were saved
+    one_value  whether it gives one value, not several; None where that does not matter
+    reader     of a model: what is read in its output
+    samples    of (model, rows, where they are from, encoding, workers): rows of role -> value, tokenized
+    length     tokens of a sample, at most, where the user does not say
+    """
+
+    endings: tuple[str, ...]
+    loader: str
+    reader: Callable[[nn.Module], Reader]
+    samples: Callable[[nn.Module, Sequence[Row], str, Encoding, int], Samples]
+    pictures: tuple[str, ...] = ()
+    one_value: bool | None = None
+    length: int | None = None
+
+    def fits(self, model: nn.Module) -> bool:
+        """Return whether the model has this head."""
+        name, values = type(model).__name__, getattr(model.config, "num_labels", 2)
+        return name.endswith(self.endings + self.pictures) and "Heads" not in name and self.one_value in (None, values == 1)
+
+
+def head_of(model: nn.Module) -> Head:
+    """Find the model's head; raise UnsupportedModel where it is for none of the tasks."""
+    head = next((head for head in HEADS.values() if head.fits(model)), None)
+    if head is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has a head that is not covered: classes and values of sequences and pictures, answers, next tokens "
+            "and embeddings are."
+        )
+    return head
 
 
 def reader_of(model: nn.Module) -> Reader:
-    """What is read in the model's output."""
-    task = task_of(model)
-    if task == "language-model":
-        return NextTokens()
-    if task == "question-answering":
-        return Answers(_length_of(model))
-    return SentenceEmbedding(_pooling(model)) if task == "embedding" else FirstOutput(task)
+    """Return what is read in the model's output."""
+    return head_of(model).reader(model)
 
 
 def _pooling(model: nn.Module) -> str:
@@ -54,26 +72,44 @@ def _pooling(model: nn.Module) -> str:
 def text_samples(
     model: nn.Module, rows: Sequence[Row], where: str, length: int | None = None, stride: int | None = None, workers: int = 0
 ) -> Samples:
-    """Rows (role -> value) as the samples that `model` takes: tokenized by its own tokenizer, for the task of its head."""
-    encoding, task = _encoding(model, length, stride), task_of(model)
-    if task == "question-answering":
-        if not {"question", "context"} <= set(rows[0]):
-            raise InvalidInput(f"{where}: question answering needs columns question and context. Name them with --columns.")
-        questions = Questions(rows, encoding, where)
-        return Samples(questions, "answers" in rows[0], workers, reader=Answers(encoding.length, questions))
+    """Make samples that `model` takes of rows (role -> value): tokenized by its own tokenizer, for the task of its head."""
+    return head_of(model).samples(model, rows, where, _encoding(model, length, stride), workers)
+
+
+def _questions(model: nn.Module, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+    if not {"question", "context"} <= set(rows[0]):
+        raise InvalidInput(f"{where}: question answering needs columns question and context. Name them with --columns.")
+    questions = Questions(rows, encoding, where)
+    return Samples(questions, "answers" in rows[0], workers, reader=Answers(encoding.length, questions))
+
+
+def _check_texts(rows: Sequence[Row], where: str) -> None:
     if "text" not in rows[0]:
         raise InvalidInput(f"{where} has no column of texts. Name it: --columns text=NAME.")
-    if task == "language-model":
-        end = encoding.tokenizer.eos_token_id
-        separate = [] if end is None else [end]
-        rows_of_tokens = encoding.tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]
-        tokens = [token for one in rows_of_tokens for token in [*one, *([] if one[-1:] == separate else separate)]]
-        return Samples(Blocks(tokens, encoding.length, where), True, workers, reader=NextTokens())
-    if task == "embedding" and "label" in rows[0] and "pair" not in rows[0]:
+
+
+def _blocks(model: nn.Module, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+    _check_texts(rows, where)
+    end = encoding.tokenizer.eos_token_id
+    separate = [] if end is None else [end]
+    rows_of_tokens = encoding.tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]
+    tokens = [token for one in rows_of_tokens for token in [*one, *([] if one[-1:] == separate else separate)]]
+    return Samples(Blocks(tokens, encoding.length, where), True, workers, reader=NextTokens())
+
+
+def _texts(
+    model: nn.Module, rows: Sequence[Row], where: str, encoding: Encoding, workers: int, label: "Label", apart: bool = False
+) -> Samples:
+    _check_texts(rows, where)
+    labels = [label(row["label"], model, where) for row in rows] if "label" in rows[0] else None
+    return Samples(Texts(rows, labels, encoding, where, apart=apart), labels is not None, workers, reader=reader_of(model))
+
+
+def _pairs(model: nn.Module, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+    _check_texts(rows, where)
+    if "label" in rows[0] and "pair" not in rows[0]:
         raise InvalidInput(f"{where}: embeddings are scored by pairs of texts. Name the second one's column with --columns pair=NAME.")
-    labels = [_label(row["label"], task, model, where) for row in rows] if "label" in rows[0] else None
-    texts = Texts(rows, labels, encoding, where, apart=task == "embedding")
-    return Samples(texts, labels is not None, workers, reader=reader_of(model))
+    return _texts(model, rows, where, encoding, workers, _number, apart=True)
 
 
 def _encoding(model: nn.Module, length: int | None, stride: int | None) -> Encoding:
@@ -95,8 +131,8 @@ def _encoding(model: nn.Module, length: int | None, stride: int | None) -> Encod
     most = _length_of(model)
     if length is not None and not 2 <= length <= most:
         raise InvalidSetting(f"--length {length}: the network takes 2 to {most} tokens.")
-    default = {"question-answering": 384, "language-model": 1024}.get(task_of(model), most)
-    return Encoding(tokenizer, length or min(most, default), length is not None, 128 if stride is None else stride)
+    default = min(most, head_of(model).length or most)
+    return Encoding(tokenizer, length or default, length is not None, 128 if stride is None else stride)
 
 
 def _length_of(model: nn.Module) -> int:
@@ -107,19 +143,47 @@ def _length_of(model: nn.Module) -> int:
     return most - taken if isinstance(most, int) and most > taken else 2048
 
 
-def _label(value: Any, task: str, model: nn.Module, where: str) -> int | float:
+Label = Callable[[Any, nn.Module, str], int | float]
+
+
+def _class_number(value: Any, model: nn.Module, where: str) -> int:
+    """Read a label of a class: one of the model's names, or its number."""
     names = getattr(model.config, "label2id", None) or {}
-    if task == "classification" and isinstance(value, str) and value in names:
+    if isinstance(value, str) and value in names:
         return int(names[value])
     try:
-        number = float(value)
-        if task == "classification" and number != int(number):
+        if float(value) != int(float(value)):
             raise ValueError
-        return int(number) if task == "classification" else number
+        return int(float(value))
     except (TypeError, ValueError, OverflowError) as error:
-        known = f" nor one of the model's ({', '.join(map(str, names))})" if task == "classification" else ""
-        kind = "class number" if task == "classification" else "number"
-        raise InvalidInput(f"{where}: the label {value!r} is no {kind}{known}. Name another column with --columns label=NAME.") from error
+        said = f"no class number nor one of the model's ({', '.join(map(str, names))})"
+        raise InvalidInput(f"{where}: the label {value!r} is {said}. Name another column with --columns label=NAME.") from error
+
+
+def _number(value: Any, model: nn.Module, where: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidInput(f"{where}: the label {value!r} is no number. Name another column with --columns label=NAME.") from error
+
+
+_SEQUENCE = {
+    "endings": ("ForSequenceClassification",),
+    "pictures": ("ForImageClassification",),
+    "loader": "AutoModelForSequenceClassification",
+}
+HEADS = {
+    "question-answering": Head(
+        ("ForQuestionAnswering",), "AutoModelForQuestionAnswering", lambda model: Answers(_length_of(model)), _questions, length=384
+    ),
+    "language-model": Head(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM", lambda model: NextTokens(), _blocks, length=1024),
+    "classification": Head(
+        **_SEQUENCE, reader=lambda model: FirstOutput("classification"), samples=partial(_texts, label=_class_number), one_value=False
+    ),
+    "regression": Head(**_SEQUENCE, reader=lambda model: FirstOutput("regression"), samples=partial(_texts, label=_number), one_value=True),
+    "embedding": Head(("Model",), "AutoModel", lambda model: SentenceEmbedding(_pooling(model)), _pairs),
+}
+"""Task -> its head. The first that fits a model is its head: a class whose name ends in "LMHeadModel" ends in "Model" too."""
 
 
 def hub_rows(name: str, part: str, columns: Mapping[str, str | int]) -> list[Row]:
