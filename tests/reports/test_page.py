@@ -169,6 +169,10 @@ def test_a_page_is_small_of_large_networks_too(plain, run_folder):
     report = large(plain, layers=200, epochs=100)
     for page in (pages.run_page(report), pages.runs_page({f"run {number}": large(plain, 100, 60) for number in range(5)})):
         assert len(page.encode()) <= 1_500_000
+    scheme = {name: "W4A8" for name in report["layers"]}
+    search = SEARCH | {"evaluated": [FOUND | {"cost": float(at), "scheme": scheme} for at in range(600)]}
+    page = pages.run_page(SUPERNET | {"search": search})
+    assert len(page.encode()) <= 1_500_000 and page.count(" ".join(scheme.values())) == 600
 
 
 def test_headings_are_in_order_and_ids_unique(plain):
