@@ -113,7 +113,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def map_leaves(value: Any, leaf: type, function: Callable[[Any], Any]) -> Any:
+def map_leaves(value: Any, leaf: type | tuple[type, ...], function: Callable[[Any], Any]) -> Any:
     """`value` with every `leaf` in its nested tuples, lists and dicts mapped."""
     if isinstance(value, leaf):
         return function(value)
