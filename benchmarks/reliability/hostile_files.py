@@ -48,7 +48,7 @@ import anybit
 from anybit.data.batches import Batch
 from anybit.environment import _reset_peak, environment, peak_memory
 from anybit.errors import AnybitError, InvalidFile
-from anybit.files.cache import DIGEST_BYTES, RECORD, Cache, Entry, _written
+from anybit.files.cache import DIGEST_BYTES, RECORD, Cache, Entry, _serialized
 from anybit.files.strict import DIGEST, digest_of, sha256_of
 from anybit.loops.checkpoint import _digest, resume_checkpoint, save_checkpoint
 from anybit.networks.candidates import apply_scheme
@@ -58,7 +58,7 @@ from anybit.networks.states import put_back, snapshot
 from anybit.onnx import latency
 from anybit.onnx.file import load as load_graph
 from anybit.onnx.latency import load_table, save_table
-from anybit.onnx.verification import _contents, _told
+from anybit.onnx.verification import _contents, _described
 from anybit.reports.terminal import print_frontier, print_report
 from anybit.roads.allocate import _table_from, check_saved
 from anybit.roads.extract import _scheme_from
@@ -262,7 +262,7 @@ def quickly(seed: int, width: int) -> nn.Module:
 
 
 def write_kept(folder: Path, seed: int, width: int) -> None:
-    data = _written("a unit", kept_of(quickly(seed, width)))
+    data = _serialized("a unit", kept_of(quickly(seed, width)))
     (folder / "digest").write_bytes(data[:DIGEST_BYTES])
     (folder / "kept.safetensors").write_bytes(data[DIGEST_BYTES:])
     for name in ("record.json", "record as written"):
@@ -314,7 +314,7 @@ def read_graph(folder: Path) -> Any:
         contents = {name: digest_of(array.tolist()) for name, array in _contents(model).items() if array is not None}
     except (ValueError, TypeError) as error:
         raise InvalidFile(f"net.onnx: {error}") from error
-    return contents, digest_of([str(_told(node)) for node in model.graph])
+    return contents, digest_of([str(_described(node)) for node in model.graph])
 
 
 def replaced(path: Path, key: str, value: str) -> None:

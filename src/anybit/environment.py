@@ -69,9 +69,7 @@ def peak_memory() -> int:
 
 def environment(*more: str) -> dict[str, Any]:
     """Versions, of `more` packages too, and the machine, so that a number can be judged later."""
-    import torch
-
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("anybit", "torch", "numpy", "scipy", "safetensors", *more):
         try:
             packages[name] = version(name)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import anybit
 from anybit.data.tasks import outputs_of
 from anybit.errors import AnybitError, InvalidFile, InvalidSetting, UnsupportedModel
-from anybit.exports.compressed_tensors import CONFIG, _made, _write, export_folder, pack_words, packed, verify_folder
+from anybit.exports.compressed_tensors import CONFIG, _exported, _write, export_folder, pack_words, packed, verify_folder
 from anybit.networks.layers import Pruned, codes_of, fill, quantized_layers
 from anybit.runs.opened import opened
 from anybit.sources.huggingface.folder import loaded_folder, own_network
@@ -170,7 +170,7 @@ def test_a_pruned_layer_is_loaded_as_zeros(bert, tmp_path):
     run, model, data, _ = bert
     canonical, file = opened(run, model)
     fill(canonical.model.get_submodule("bert.encoder.layer.0.output.dense"), Pruned(), None)
-    _write(tmp_path, *_made(canonical, file, embeddings=False), file)
+    _write(tmp_path, *_exported(canonical, file, embeddings=False), file)
     batches = list(data.batches(8))
     simulated, there = outputs_of(canonical.model, batches), outputs_of(loaded_folder(tmp_path, canonical.model), batches)
     assert (there - simulated).abs().max() < 0.02 * simulated.abs().max()

@@ -285,6 +285,15 @@ def test_a_new_budget_is_served_from_a_saved_run(run_folder, calibrated, tmp_pat
     assert scheme_of(result.model) == result.scheme
 
 
+def test_the_rounding_is_recorded_and_named_where_it_worked(tmp_path):
+    result = anybit.calibrate(make(Residual), pictures(40), "4bit", rounding="adaround", **QUICK)
+    report = result.report
+    assert report["settings"]["rounding"] == "adaround"
+    assert "parallel AdaRound" in [stage["stage"] for stage in report["stages"]]
+    assert "sequential AdaRound" in [row["step"] for row in report["ladder"]]
+    assert anybit.load(result.save(tmp_path / "run"), model=make(Residual)).scheme == result.scheme
+
+
 def test_an_impossible_budget_is_refused_before_any_long_work(monkeypatch):
     monkeypatch.setattr("anybit.roads.calibrate.range_candidates", lambda *given: pytest.fail("long work has begun"))
     for budget in ("1bit", ["6bit", "100B"], "40bit", "latency=3ms"):

@@ -14,7 +14,7 @@ from processes import run_processes
 
 import anybit
 from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, SchemeMismatch
-from anybit.files.cache import Entry, _written, entries
+from anybit.files.cache import Entry, _serialized, entries
 from anybit.networks.layers import codes_of, quantized_layers
 from anybit.scheme import Precision, Scheme
 from anybit.supernets.prepared import bn_batches, held_out_split, to_store
@@ -504,7 +504,7 @@ def test_a_kept_score_that_is_none_is_made_again(stored, tmp_path):
     how = {"model": make(Residual), "evaluations": 10, "cache": tmp_path / "cache"}
     first = anybit.search(stored[1], labelled(), "3bit", **how)
     for entry in entries(tmp_path / "cache"):
-        entry.path.write_bytes(_written("score", Entry({})))
+        entry.path.write_bytes(_serialized("score", Entry({})))
     with pytest.warns(UserWarning, match="is damaged"):
         again = anybit.search(stored[1], labelled(), "3bit", **how)
     assert again.report["evaluated"] == first.report["evaluated"] and again.report["recalled"] == 0

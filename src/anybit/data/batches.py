@@ -3,6 +3,7 @@
 The one seeded split into fitting and held-out inputs is made here, once a run.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ class Batch:
     def parts(self, size: int) -> Iterator["Batch"]:
         """The inputs of its samples, at most `size` at a time, without labels."""
         for start in range(0, len(self), size):
-            yield Batch(map_tensors(self.inputs, lambda tensor, start=start: tensor[start : start + size]), None, self.reader)
+            chunk = slice(start, start + size)
+            yield Batch(map_tensors(self.inputs, operator.itemgetter(chunk)), None, self.reader)
 
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:
@@ -76,7 +78,7 @@ def read_output(output: Any, batch: Batch) -> Tensor:
     return first_tensor(output) if batch.reader is None else batch.reader.read(output, batch)
 
 
-def real(tensor: Tensor, mask: Tensor | None) -> Tensor:
+def unpadded(tensor: Tensor, mask: Tensor | None) -> Tensor:
     """The values of `tensor` that belong to real tokens, by `mask` [N, T]; all of it where its dimensions are not those of tokens.
 
     Tokens run along the last dimension but one, [N, ..., T, features], or are flattened, [N T, features]; what all samples share,

@@ -1,8 +1,8 @@
 """Samples: a data set, drawn and split by seed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Samples:
     reader: Reader | None = None
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(cast(Sized, self.dataset))
 
     def on(self, device: str) -> "Samples":
         """The same samples, their batches on `device`."""
@@ -40,15 +40,15 @@ class Samples:
 
     def subset(self, indices: Sequence[int]) -> "Samples":
         """These samples alone, in this order."""
-        return replace(self, dataset=Subset(self.dataset, list(indices)))
+        return replace(self, dataset=Subset(cast(Dataset, self.dataset), list(indices)))
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All samples in order, `size` at a time."""
         if size < 1 or self.workers < 0:
             raise InvalidSetting(f"batch size {size} must be at least 1 and workers {self.workers} at least 0.")
         generator = torch.Generator().manual_seed(self.seed)
-        how: dict[str, Any] = {"num_workers": self.workers, "collate_fn": self._collate, "generator": generator, **self.loading}
-        for batch in DataLoader(self.dataset, batch_size=size, **how):
+        options: dict[str, Any] = {"num_workers": self.workers, "collate_fn": self._collate, "generator": generator, **self.loading}
+        for batch in DataLoader(cast(Dataset, self.dataset), batch_size=size, **options):
             labels = batch.labels if self.labelled else None
             yield replace(batch, labels=labels, reader=batch.reader or self.reader).to(self.device)
 
@@ -146,18 +146,19 @@ def split(samples: Samples, seed: int, held_out: float, batch_size: int) -> Cali
     total = len(samples)
     if total < 2:
         raise InvalidInput(f"{total} input(s) to calibrate on: at least 2 are needed, one to fit and one to hold out. Give a few hundred.")
-    kept = min(max(1, round(total * held_out)), total - 1)
+    cut = min(max(1, round(total * held_out)), total - 1)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     return Calibration(
-        list(samples.subset(order[kept:]).by_length().batches(batch_size)),
-        list(samples.subset(order[:kept]).by_length().batches(batch_size)),
+        list(samples.subset(order[cut:]).by_length().batches(batch_size)),
+        list(samples.subset(order[:cut]).by_length().batches(batch_size)),
     )
 
 
 def mirrored(calibration: Calibration) -> Calibration:
     """The same split, the fitting inputs joined by their mirror images; images are 4-d tensors, anything else is refused."""
+    flipped = []
     for batch in calibration.fitting:
         if not isinstance(batch.inputs, Tensor) or batch.inputs.dim() != 4:
             raise InvalidSetting("mirror needs images: one 4-d input tensor. Leave it off for this data.")
-    flipped = [replace(batch, inputs=batch.inputs.flip(-1)) for batch in calibration.fitting]
+        flipped.append(replace(batch, inputs=batch.inputs.flip(-1)))
     return Calibration([*calibration.fitting, *flipped], calibration.held_out)

@@ -272,12 +272,12 @@ def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], task: str
     apart = {"largest_difference": float((simulated - there).abs().max()), "largest_output": float(simulated.abs().max())}
     if simulated.dim() == 2 and simulated.shape[1] > 1:
         apart["agreement"] = agreement(there, simulated)
-    found: dict[str, Any] = {"simulation": apart}
+    report: dict[str, Any] = {"simulation": apart}
     if batches[0].labels is not None:
-        labels = torch.cat([batch.labels for batch in batches])
+        labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
         both = {"simulated": simulated, "exported": there}
-        found["accuracy"] = {kind: score(outputs, labels, task, metric, batches[0].reader) for kind, outputs in both.items()}
-    return found
+        report["accuracy"] = {kind: score(outputs, labels, task, metric, batches[0].reader) for kind, outputs in both.items()}
+    return report
 
 
 def correct(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -361,6 +361,7 @@ def task_loss(outputs: Tensor, batch: Batch, task: str, teacher: nn.Module | Non
         check_labels(outputs, batch.labels, task)
         loss = (1 - distill) * TASKS[task].loss(outputs, batch.labels)
     if distill > 0:
+        assert teacher is not None, "distillation is from a teacher"
         with torch.no_grad():
             target = predict(teacher, batch).float()
         loss = loss + distill * TASKS[task].distance.distilled(outputs, target)

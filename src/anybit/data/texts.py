@@ -9,10 +9,10 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ def read_rows(path: Path, columns: str | None = None) -> list[Row]:
     `columns` ("text=sentence,label=label") says which column has which role; columns by number, counted from 0, are those of a file
     without a header. Raises InvalidInput naming the line that is at fault.
     """
-    wanted = parse_columns(columns)
+    roles = parse_columns(columns)
     try:
         content = path.read_bytes().decode("utf-8-sig")  # what begins a file in some programs is no part of its first column's name
     except (OSError, UnicodeDecodeError) as error:
@@ -47,16 +47,16 @@ def read_rows(path: Path, columns: str | None = None) -> list[Row]:
     content = content.replace("\r\n", "\n").replace("\r", "\n")
     lines = content.split("\n")  # and at nothing else: a text may hold what Unicode calls a line's end
     if path.suffix == ".txt":
-        if wanted:
+        if roles:
             raise InvalidSetting(f"{path} has one text a line and no columns. Leave --columns out.")
         table: list[tuple[int, Row]] = [(number, {"text": line}) for number, line in enumerate(lines, 1) if line.strip()]
     elif path.suffix == ".jsonl":
         table = [(number, _object(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
     else:
-        table = _separated(path, content, any(isinstance(column, int) for column in wanted.values()))
+        table = _separated(path, content, any(isinstance(column, int) for column in roles.values()))
     if not table:
         raise InvalidInput(f"{path} holds no rows. Give at least 2 texts (a few hundred work well).")
-    return with_roles(table, wanted, str(path))
+    return with_roles(table, roles, str(path))
 
 
 def _object(path: Path, number: int, line: str) -> Row:
@@ -73,8 +73,8 @@ def _separated(path: Path, content: str, bare: bool) -> list[tuple[int, Row]]:
     """(line, row of column -> text). Tabs separate in a .tsv, and where the first line has one, whatever the file's name."""
     tabs = path.suffix == ".tsv" or "\t" in content.partition("\n")[0]
     # Between tabs quotes are characters like others: real files hold them unpaired.
-    how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-    reader = csv.reader(io.StringIO(content, newline=""), **how)
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    reader = csv.reader(io.StringIO(content, newline=""), **dialect)
     try:
         cells = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
@@ -91,34 +91,51 @@ def _separated(path: Path, content: str, bare: bool) -> list[tuple[int, Row]]:
     return [(number, dict(zip(header, row, strict=False))) for number, row in cells]
 
 
-def with_roles(table: Sequence[tuple[int, Mapping]], wanted: Mapping[str, str | int], where: str) -> list[Row]:
+def with_roles(table: Sequence[tuple[int, Mapping]], columns: Mapping[str, str | int], where: str) -> list[Row]:
     """Numbered rows of column -> value as rows of role -> value. Raises InvalidInput on a lacking column or text, with its number."""
     there = list(table[0][1])
-    for role, column in wanted.items():
+    for role, column in columns.items():
         if column not in there:
             names = ", ".join(map(str, there))
             raise InvalidInput(f"{where} has no column {column!r} for the {role}; it has {names}. Name one with --columns {role}=NAME.")
-    chosen = {
-        role: wanted.get(role, next((name for name in names if name in there), None))
+    candidates = {
+        role: columns.get(role, next((name for name in names if name in there), None))
         for role, names in ROLES.items()
     }  # fmt: skip
-    chosen = {role: column for role, column in chosen.items() if column is not None}
+    chosen = {role: column for role, column in candidates.items() if column is not None}
     if not {"text", "context"} & set(chosen):
         names = ", ".join(map(str, there))
         raise InvalidInput(f"{where} has no column of texts ({names}). Name it: --columns text=NAME (and label=NAME, pair=NAME).")
-    rows = []
+    rows: list[Row] = []
     for number, row in table:
-        found = {role: row.get(column) for role, column in chosen.items()}
-        for role in {"text", "pair", "question", "context"} & set(found):
-            if found[role] is not None and not isinstance(found[role], str):
-                raise InvalidInput(f"{where}, line {number}: the {role} is a {type(found[role]).__name__}, not a text.")
-            if not found[role] or not found[role].strip():
+        values = {role: row.get(column) for role, column in chosen.items()}
+        for role in {"text", "pair", "question", "context"} & set(values):
+            text = values[role]
+            if text is not None and not isinstance(text, str):
+                raise InvalidInput(f"{where}, line {number}: the {role} is a {type(text).__name__}, not a text.")
+            if not text or not text.strip():
                 raise InvalidInput(f"{where}, line {number}: the {role} is empty. Leave such lines out.")
-        rows.append(found)
+        rows.append(values)
     return rows
 
 
 # Samples
+
+
+class Tokenizer(Protocol):
+    """A tokenizer as transformers has them."""
+
+    model_input_names: list[str]
+    eos_token_id: int | None
+
+    def __call__(self, text: Any, pair: Any = None, /, **options: Any) -> Any:
+        """Return the tokens of the texts, by the names of the network's inputs."""
+
+    def pad(self, samples: Any, /, *, return_tensors: Any, return_attention_mask: bool, verbose: bool) -> Any:
+        """Return the samples' inputs as tensors [N, T], padded to the longest."""
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """Return how many tokens of its own the tokenizer adds to a text, or to a pair."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +143,7 @@ class Encoding:
     """How texts become tokens: the tokenizer, the most tokens a sample may have (longer ones are cut only where `cut` says so), and by how
     many tokens the windows of a long context overlap."""
 
-    tokenizer: Callable
+    tokenizer: Tokenizer
     length: int
     cut: bool
     stride: int = 128
@@ -170,13 +187,13 @@ class Texts(Dataset):
         ]  # fmt: skip
 
     def _encoded(self, index: int, texts: tuple[str, ...]) -> Mapping[str, list[int]]:
-        how = self.encoding
-        tokens = how.tokenizer(*texts, truncation=how.cut, max_length=how.length if how.cut else None, verbose=False)
+        encoding = self.encoding
+        tokens = encoding.tokenizer(*texts, truncation=encoding.cut, max_length=encoding.length if encoding.cut else None, verbose=False)
         count = len(tokens["input_ids"])
-        if count > how.length:
+        if count > encoding.length:
             raise InvalidInput(
-                f"{self.where}: text {index + 1} has {count} tokens, more than the {how.length} that the network takes "
-                f"({texts[0][:40]!r}...). Cut such texts with --length {how.length}, or leave them out."
+                f"{self.where}: text {index + 1} has {count} tokens, more than the {encoding.length} that the network takes "
+                f"({texts[0][:40]!r}...). Cut such texts with --length {encoding.length}, or leave them out."
             )
         if count == 0:
             raise InvalidInput(f"{self.where}: text {index + 1} has no tokens ({texts[0][:40]!r}). Leave it out.")
@@ -194,10 +211,10 @@ class Texts(Dataset):
         return Batch(inputs, torch.tensor([self.labels[index] for index in indices for _ in range(twice)]))
 
 
-def padded(tokenizer: Callable, parts: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+def padded(tokenizer: Tokenizer, samples: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
     """One tensor [N, T] an input, T the longest; "attention_mask" is 0 at the padding."""
-    given = [{name: part[name] for name in part if name in tokenizer.model_input_names} for part in parts]
-    return dict(tokenizer.pad(given, return_tensors="pt", return_attention_mask=True, verbose=False))
+    inputs = [{name: tokens[name] for name in tokens if name in tokenizer.model_input_names} for tokens in samples]
+    return dict(tokenizer.pad(inputs, return_tensors="pt", return_attention_mask=True, verbose=False))
 
 
 class Blocks(Dataset):
@@ -256,7 +273,7 @@ class Questions(Dataset):
 
 
 def _windows(number: int, row: Row, encoding: Encoding, where: str) -> list[Window]:
-    tokenizer, how = encoding.tokenizer, {"truncation": "only_second", "max_length": encoding.length, "verbose": False}
+    tokenizer, options = encoding.tokenizer, {"truncation": "only_second", "max_length": encoding.length, "verbose": False}
     asked = len(tokenizer(row["question"], add_special_tokens=False, verbose=False)["input_ids"])
     room = encoding.length - asked - tokenizer.num_special_tokens_to_add(pair=True)
     if encoding.stride >= room:
@@ -264,15 +281,15 @@ def _windows(number: int, row: Row, encoding: Encoding, where: str) -> list[Wind
             f"{where}: question {number + 1} has {asked} tokens, which leaves room for {max(room, 0)} of its context in {encoding.length}, "
             f"and windows are to overlap by {encoding.stride}. Raise --length, or lower --stride."
         )
-    made = tokenizer(
-        row["question"], row["context"], stride=encoding.stride, return_overflowing_tokens=True, return_offsets_mapping=True, **how
+    encoded = tokenizer(
+        row["question"], row["context"], stride=encoding.stride, return_overflowing_tokens=True, return_offsets_mapping=True, **options
     )
-    names = [name for name in made if name in tokenizer.model_input_names]
+    names = [name for name in encoded if name in tokenizer.model_input_names]
     windows = []
-    for index, offsets in enumerate(made["offset_mapping"]):
-        of_context = [part == 1 for part in made.sequence_ids(index)]
+    for index, offsets in enumerate(encoded["offset_mapping"]):
+        of_context = [sequence == 1 for sequence in encoded.sequence_ids(index)]
         places = [tuple(place) if inside else None for place, inside in zip(offsets, of_context, strict=True)]
-        windows.append(Window(number, {name: made[name][index] for name in names}, places))
+        windows.append(Window(number, {name: encoded[name][index] for name in names}, places))
     return windows
 
 
@@ -353,13 +370,17 @@ class Answers(FirstOutput):
         if self.questions is None:
             return {}
         windows, rows = self.questions.windows, self.questions.rows
-        found: dict[int, tuple[float, str]] = {}
+        best: dict[int, tuple[float, str]] = {}
         for logits, number in zip(outputs.double().cpu().numpy(), labels.tolist(), strict=True):
             window = windows[number]
-            text = best_answer(logits[0], logits[1], window.offsets, rows[window.example]["context"], self.longest, self.best)
-            if window.example not in found or text[0] > found[window.example][0]:
-                found[window.example] = text
-        scores = [answer_scores(text, gold_answers(rows[example]["answers"])) for example, (_, text) in found.items()]
+            answer = best_answer(logits[0], logits[1], window.offsets, rows[window.example]["context"], self.longest, self.best)
+            if window.example not in best or answer[0] > best[window.example][0]:
+                best[window.example] = answer
+        scores = []
+        for example, (_, text) in best.items():
+            accepted = gold_answers(rows[example]["answers"])
+            assert accepted is not None, "Questions takes no other answers"
+            scores.append(answer_scores(text, accepted))
         exact, overlap = zip(*scores, strict=True)
         return {"exact": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(overlap))}
 
@@ -368,14 +389,14 @@ def best_answer(
     start: np.ndarray, end: np.ndarray, offsets: Sequence[tuple[int, int] | None], context: str, longest: int, best: int
 ) -> tuple[float, str]:
     """(its logits' sum, the text) of the likeliest answer of at most `longest` tokens, among the `best` starts and ends; "" where none."""
-    places = [index for index, place in enumerate(offsets) if place is not None]
+    places = {index: place for index, place in enumerate(offsets) if place is not None}
     starts = sorted(places, key=lambda index: -start[index])[:best]
     ends = sorted(places, key=lambda index: -end[index])[:best]
     options = [(float(start[s] + end[e]), s, e) for s in starts for e in ends if s <= e < s + longest]
     if not options:
         return -np.inf, ""
     score, s, e = max(options)
-    return score, context[offsets[s][0] : offsets[e][1]]
+    return score, context[places[s][0] : places[e][1]]
 
 
 def gold_answers(answers: Any) -> list[str] | None:

@@ -74,7 +74,7 @@ FORMATS = (
 
 def chosen_format(targets: Mapping[str, Path | None], options: Mapping[str, Any]) -> tuple[Format, Path]:
     """Find the one format whose target is given; raise InvalidSetting where none or several are, or where it has not one of `options`."""
-    named = [(one, targets[one.name]) for one in FORMATS if targets.get(one.name) is not None]
+    named = [(one, target) for one in FORMATS if (target := targets.get(one.name)) is not None]
     if len(named) != 1:
         raise InvalidSetting(f"Name what to write: {', or '.join(f'--{one.name} {one.target}' for one in FORMATS)}.")
     chosen, target = named[0]

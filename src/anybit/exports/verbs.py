@@ -59,20 +59,20 @@ def export(
     if path.exists() and not overwrite:
         raise InvalidSetting(f"{path} exists. Choose another --onnx, or give --overwrite.")
     canonical, file = opened(run, model)
-    made = exported(canonical, _first(inputs_for(run, file, canonical.model, data), EXAMPLES), {RUN: file.sha256}, tables, weight_only)
-    save(made.integer, path)
+    graphs = exported(canonical, _first(inputs_for(run, file, canonical.model, data), EXAMPLES), {RUN: file.sha256}, tables, weight_only)
+    save(graphs.integer, path)
     layers = len(canonical.scheme)
-    found = {
+    report = {
         "file": str(path),
         "bytes": path.stat().st_size,
         "ideal_bytes": ideal_bytes(canonical),
         "layers": layers,
-        "integer_layers": len(made.plan.integer),
-        "edges": len(set(made.plan.edges.values())),
-        "measured_edges": list(made.plan.measured),
+        "integer_layers": len(graphs.plan.integer),
+        "edges": len(set(graphs.plan.edges.values())),
+        "measured_edges": list(graphs.plan.measured),
     }
-    tell("result", **found)
-    return found
+    tell("result", **report)
+    return report
 
 
 def _first(samples: Samples, count: int) -> Batch:
@@ -98,13 +98,13 @@ def verify(
     """
     path = Path(onnx)
     canonical, file = opened(run, model)
-    given = load(path)
+    integer = load(path)
     inputs = inputs_for(run, file, canonical.model, data, workers)
     first = _first(inputs, CHECKED)
-    how = given.metadata_props
-    tables, weight_only = how.get(FUNCTIONS) == "tables", how.get(LINEARS) == "packed"
-    made = exported(canonical, first, {RUN: file.sha256}, tables, weight_only, measured_in(given))
-    verdict = verify_file(path, given, made, canonical.model, first)
+    properties = integer.metadata_props
+    tables, weight_only = properties.get(FUNCTIONS) == "tables", properties.get(LINEARS) == "packed"
+    graphs = exported(canonical, first, {RUN: file.sha256}, tables, weight_only, measured_in(integer))
+    verdict = verify_file(path, integer, graphs, canonical.model, first)
     report = verdict.to_json() | {"quantized_layers": len(canonical.scheme), "environment": _environment()}
     if not verdict.numbers:  # it could not be run as this one
         tell("result", ok=report["ok"], failures=report["failures"])
@@ -114,7 +114,7 @@ def verify(
     running = session(path, torch.get_num_threads())
     there = _predicted(running, canonical.model, batches)
     simulated = outputs_of(canonical.model, batches)
-    flips = flipped_codes(canonical.model, made, probe_of(first, 8))
+    flips = flipped_codes(canonical.model, graphs, probe_of(first, 8))
     report |= {"inputs": len(inputs)} | beside(simulated, there, batches, file.task, metric)
     report["simulation"]["flipped_codes"] = flips
     tell("result", ok=report["ok"], failures=report["failures"], accuracy=report.get("accuracy"))
@@ -130,6 +130,7 @@ def _predicted(running: Any, model: nn.Module, batches: Sequence[Batch]) -> torc
     names = [name for name, value in output.items() if isinstance(value, torch.Tensor)] if isinstance(output, Mapping) else ["output"]
     parts = []
     for batch in batches:
+        assert batch.reader is not None, "batches of one data set have one reader"
         arrays = map(torch.from_numpy, outputs(running, [batch]))
         parts.append(batch.reader.read(dict(zip(names, arrays, strict=True)), batch))
     return torch.cat(parts)
@@ -148,11 +149,11 @@ def bench(
     """Size of the exported file against its bits, and its latency against the float network's in the same runtime, in turns."""
     canonical, file = opened(run, model)
     example = _first(inputs_for(run, file, canonical.model, data), max(batch_size, PROBE))
-    made = exported(canonical, example)
-    given = made.integer if onnx is None else load(Path(onnx))
-    found = measured(made.floating, given, probe_of(example, batch_size), rounds, threads) | {"ideal_bytes": ideal_bytes(canonical)}
-    tell("result", **{key: value for key, value in found.items() if key != "environment"})
-    return found
+    graphs = exported(canonical, example)
+    integer = graphs.integer if onnx is None else load(Path(onnx))
+    report = measured(graphs.floating, integer, probe_of(example, batch_size), rounds, threads) | {"ideal_bytes": ideal_bytes(canonical)}
+    tell("result", **{key: value for key, value in report.items() if key != "environment"})
+    return report
 
 
 def profile(
@@ -172,22 +173,22 @@ def profile(
     overwrite   measure again where the network has been measured on this machine and runtime before
     """
     network = load_model(model, None if weights is None else str(weights)) if isinstance(model, str) else adapted_network(model)
-    given = with_model_defaults(preprocessing, network)
-    samples = load_data(data, given, workers, network) if isinstance(data, str) else as_samples(data, workers, network)
+    adjusted = with_model_defaults(preprocessing, network)
+    samples = load_data(data, adjusted, workers, network) if isinstance(data, str) else as_samples(data, workers, network)
     batch = _first(samples, PROBE)
     ready = observe_network(network.eval(), batch, LayerOptions((8,), (8, None), parsed_keep(keep or {})))
-    found = None if overwrite else load_table(ready)
-    if found is None:
-        table, about = measure_latency(ready, batch, rounds)
-        keep_table(ready, table, about)
+    recorded = None if overwrite else load_table(ready)
+    if recorded is None:
+        table, provenance = measure_latency(ready, batch, rounds)
+        keep_table(ready, table, provenance)
     else:
-        table, about = found
-    tell("result", measured=about["measured"], rest=table.rest, layers=table.layers)
+        table, provenance = recorded
+    tell("result", measured=provenance["measured"], rest=table.rest, layers=table.layers)
     return {
         "layers": {name: {**row, "boundaries": table.boundary * table.crossing([name])} for name, row in table.layers.items()},
         "rest": dict(table.rest),
-        "recalled": found is not None,
-        **about,
+        "recalled": recorded is not None,
+        **provenance,
         "environment": _environment(),
     }
 
@@ -199,8 +200,8 @@ def measured(floating: ir.Model, integer: ir.Model, inputs: Batch, rounds: int, 
     runners = {}
     for name, graph in (("float32", floating), ("exported", integer)):
         running = session(graph, threads)
-        given = dict(zip([value.name for value in running.get_inputs()], feeds, strict=True))
-        runners[name] = lambda running=running, given=given: running.run(None, given)
+        feed = dict(zip([value.name for value in running.get_inputs()], feeds, strict=True))
+        runners[name] = lambda running=running, feed=feed: running.run(None, feed)
     report: dict[str, Any] = {
         "bytes": len(files["exported"]),
         "float_bytes": len(files["float32"]),

@@ -67,7 +67,7 @@ class Cache:
 
         `read` raises ValueError, KeyError, TypeError or RuntimeError where the result is not what it should be.
         """
-        path = None if self.folder is None else self._path(name)
+        path = None if self.folder is None else self._path(self.folder, name)
         if path is not None and path.is_file():
             try:
                 value = read(_read(path))
@@ -79,30 +79,30 @@ class Cache:
                 self.counts["recalled"] += 1
                 tell("recalled", result=name)
                 return value
-        made = make()
-        kept = replace(made, record=json.loads(json.dumps(made.record)))  # as it will be read
+        entry = make()
+        entry = replace(entry, record=json.loads(json.dumps(entry.record)))  # as it will be read
         self.counts["made"] += 1
         if path is not None:
-            self._keep(path, name, kept)
-        return read(kept)
+            self._store(path, name, entry)
+        return read(entry)
 
     def value(self, name: str, make: Callable[[], Any], read: Callable[[Any], Value] = lambda value: value) -> Value:
         """The same for a result that JSON can hold."""
-        return self(name, lambda: Entry(make()), lambda kept: read(kept.record))
+        return self(name, lambda: Entry(make()), lambda entry: read(entry.record))
 
     def forget(self, name: str) -> None:
         """Remove the result called `name`, where it is kept."""
         if self.folder is not None:
-            _removed(self._path(name))
+            _removed(self._path(self.folder, name))
 
-    def _path(self, name: str) -> Path:
+    def _path(self, folder: Path, name: str) -> Path:
         key = self.keyed(name).key
-        return self.folder / key[:2] / key
+        return folder / key[:2] / key
 
-    def _keep(self, path: Path, name: str, kept: Entry) -> None:
+    def _store(self, path: Path, name: str, entry: Entry) -> None:
         """Store a result; a disk that takes no more is worth a warning, not the run."""
         try:
-            write_whole(path, _written(name, kept))
+            write_whole(path, _serialized(name, entry))
         except OSError as error:
             if not self.counts["unwritable"]:
                 reason = f"{path.parent} takes no more ({error.strerror})"
@@ -110,9 +110,9 @@ class Cache:
             self.counts["unwritable"] += 1
 
 
-def _written(name: str, kept: Entry) -> bytes:
-    record = np.frombuffer(json.dumps({"name": name, "value": kept.record}).encode(), np.uint8)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in kept.tensors.items()}
+def _serialized(name: str, entry: Entry) -> bytes:
+    record = np.frombuffer(json.dumps({"name": name, "value": entry.record}).encode(), np.uint8)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in entry.tensors.items()}
     data = safetensors.torch.save({RECORD: torch.from_numpy(record.copy()), **{f"={key}": tensor for key, tensor in tensors.items()}})
     return hashlib.sha256(data).digest() + data
 
@@ -139,7 +139,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     whole = hashlib.sha256()
     for tensor in tensors:
         whole.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 
@@ -164,8 +164,8 @@ class CachedFile:
 
 def entries(folder: Path) -> list[CachedFile]:
     """The kept results, the least recently used first."""
-    found = [CachedFile(path, status.st_size, status.st_mtime) for path, status in _files(folder, KEY_NAME)]
-    return sorted(found, key=lambda entry: (entry.used, entry.path))
+    files = [CachedFile(path, status.st_size, status.st_mtime) for path, status in _files(folder, KEY_NAME)]
+    return sorted(files, key=lambda entry: (entry.used, entry.path))
 
 
 def trim_cache(folder: Path, limit: int) -> int:
@@ -174,9 +174,9 @@ def trim_cache(folder: Path, limit: int) -> int:
     for path, status in _files(folder, DRAFT):
         if time.time() - status.st_mtime > 3600 and _removed(path):  # an older one has no process that still writes it
             removed += status.st_size
-    kept = entries(folder)
-    total = sum(entry.bytes for entry in kept)
-    for entry in kept:
+    files = entries(folder)
+    total = sum(entry.bytes for entry in files)
+    for entry in files:
         if total <= limit or not _removed(entry.path):
             break
         total -= entry.bytes

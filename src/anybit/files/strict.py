@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -68,12 +69,11 @@ def _refuse_constant(text: str):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"{reprlib.repr(twice)} stands twice in one object")
-    return made
+    return values
 
 
 def _check_value(value: Any) -> None:
@@ -85,7 +85,7 @@ def _check_value(value: Any) -> None:
             if level > LEVELS:
                 raise ValueError(f"it is nested deeper than {LEVELS} levels")
             inner = [*one, *one.values()] if isinstance(one, dict) else one
-            ahead += [(part, level + 1) for part in inner]
+            ahead += [(item, level + 1) for item in inner]
         elif isinstance(one, str):
             one.encode("utf8")  # a lone half of a pair cannot be written again
         elif isinstance(one, float) and not math.isfinite(one):
@@ -120,11 +120,11 @@ def validated(kind: type[Value], data: Any, where: str) -> Value:
 
 def _first_difference(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(str(key) for key in first["loc"])
     value = first["input"]
     shown = f"a {type(value).__name__}" if isinstance(value, (dict, list, tuple)) and value else reprlib.repr(value)
-    given = "" if first["type"] in ("missing", "value_error") else f" (it is {shown})"
-    return f"{place[:300] + ': ' if place else ''}{' '.join(first['msg'].removeprefix('Value error, ').split())}{given}"
+    suffix = "" if first["type"] in ("missing", "value_error") else f" (it is {shown})"
+    return f"{place[:300] + ': ' if place else ''}{' '.join(first['msg'].removeprefix('Value error, ').split())}{suffix}"
 
 
 # Digests
@@ -178,7 +178,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     try:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            specs = {name: TensorSpec(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            specs = {name: TensorSpec(view.get_dtype(), tuple(view.get_shape())) for name, view in slices.items()}
             return specs, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise InvalidFile(f"{path} cannot be read: {in_words(error)}. Restore it or make it again.") from error
@@ -203,17 +203,17 @@ def load_tensors(path: Path, names: Iterable[str], framework: Literal["pt", "np"
     return tensors
 
 
-def check_tensors(path: Path, found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
+def check_tensors(path: Path, specs: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
     """Raise InvalidFile where the names, types and shapes of a file's tensors are not those that are expected."""
-    if set(found) != set(expected):
-        lacking, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if set(specs) != set(expected):
+        lacking, surplus = sorted(set(expected) - set(specs)), sorted(set(specs) - set(expected))
         said = (
             f"tensors lacking: {reprlib.repr(lacking) if lacking else 'none'}; unexpected: {reprlib.repr(surplus) if surplus else 'none'}"
         )
         raise InvalidFile(f"{path}: {said}. Restore it or make it again.")
     for name, spec in expected.items():
-        if found[name] != TensorSpec(spec.dtype, tuple(spec.shape)):
-            there = f"{found[name].dtype} {reprlib.repr(list(found[name].shape))}"
+        if specs[name] != TensorSpec(spec.dtype, tuple(spec.shape)):
+            there = f"{specs[name].dtype} {reprlib.repr(list(specs[name].shape))}"
             raise InvalidFile(f"{path}: tensor {name} is {there}; {spec.dtype} {list(spec.shape)} is needed. Restore it or make it again.")
 
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from anybit.data.batches import Batch, predict
 from anybit.data.tasks import TASKS, distance, outputs_of
-from anybit.methods.adaquant import _freeze
-from anybit.networks.layers import float_weight, quantized_layers, weight_rows
+from anybit.networks.layers import float_weight, freeze_slots, quantized_layers, weight_rows
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
 from anybit.progress import tell, track
 
@@ -39,8 +38,8 @@ class ScaledCodes(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         return self.codes * self.log_scale.exp()
 
-    def freeze(self) -> UniformQuantizer:
-        return UniformQuantizer(self.bits, True, self.log_scale.exp())
+    def freeze(self, rows: Tensor) -> tuple[Tensor, UniformQuantizer]:
+        return self(rows), UniformQuantizer(self.bits, True, self.log_scale.exp())
 
 
 def tune_biases(
@@ -90,7 +89,8 @@ def tune_biases(
         for parameter, kept in zip(parameters, best, strict=True):
             parameter.copy_(kept)
     if settings.scales and result["epochs"]:
-        _freeze(layers)
+        for layer in layers.values():
+            freeze_slots(layer)
     else:  # exp(log(scale)) is not bitwise the scale: an unchanged model gets its own quantizers back
         for name, layer in layers.items():
             layer.weight_quantizer, layer.input_quantizer = slots[name]

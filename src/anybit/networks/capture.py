@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, call, map_leaves, real, tensors_in
+from anybit.data.batches import Batch, call, map_leaves, tensors_in, unpadded
 from anybit.errors import AnybitError, UnsupportedModel
 from anybit.networks.layer_types import type_of
 
@@ -306,7 +306,7 @@ def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Bat
         return hook
 
     def pick(name: str, tensor: Tensor) -> Tensor:
-        flat = real(tensor, mask).reshape(-1)
+        flat = unpadded(tensor, mask).reshape(-1)
         if not len(flat):
             raise UnsupportedModel(
                 f"Layer {name} reads an input of shape {tuple(tensor.shape)}, without a value. Keep it: --keep '{name}=float'."

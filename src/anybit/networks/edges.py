@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, real
+from anybit.data.batches import Batch, unpadded
 from anybit.networks.layer_types import type_of
 from anybit.networks.wiring import LAYER, Wiring, observe
 
@@ -19,7 +19,7 @@ def observe_edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batc
 
     def widen(name: str, tensor: Tensor) -> None:
         if name in names and tensor.is_floating_point():
-            tensor = _of_real_pairs(tensor, mask) if name in pairs and mask is not None else real(tensor, mask)
+            tensor = _of_real_pairs(tensor, mask) if name in pairs and mask is not None else unpadded(tensor, mask)
             low, high = ends.get(name, (float("inf"), float("-inf")))
             ends[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from anybit.errors import UnsupportedModel
 from anybit.networks.matmul import Matmul
 
 
@@ -129,4 +130,7 @@ _TYPES = {cls: layer_type for layer_type in LAYER_TYPES for cls in layer_type.cl
 def type_of(layer: nn.Module | type[nn.Module]) -> LayerType:
     """Look up the type of a layer, or of a class of layers, by the nearest class that anybit covers."""
     cls = layer if isinstance(layer, type) else type(layer)
-    return next(_TYPES[one] for one in cls.__mro__ if one in _TYPES)
+    covered = next((one for one in cls.__mro__ if one in _TYPES), None)
+    if covered is None:
+        raise UnsupportedModel(f"{cls.__name__} is no layer that anybit covers: {', '.join(one.__name__ for one in COVERED)}.")
+    return _TYPES[covered]

@@ -257,6 +257,21 @@ def fill(layer: nn.Module, weights: nn.Module | None, inputs: nn.Module | None) 
 
 
 @torch.no_grad()
+def freeze_slots(layer: nn.Module) -> None:
+    """Put uniform quantizers into the slots in place of those that were trained, and round the stored weight onto their grid.
+
+    A trained weight quantizer's `freeze` takes the stored rows and returns (values on the grid, the uniform quantizer; None: pruned); a
+    trained input quantizer's returns the uniform one.
+    """
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    if hasattr(weights, "freeze"):
+        values, quantizer = weights.freeze(weight_rows(layer, float_weight(layer)))
+        float_weight(layer).copy_(from_rows(layer, values))
+        weights = Pruned() if quantizer is None else quantizer
+    fill(layer, weights, inputs.freeze() if hasattr(inputs, "freeze") else inputs)
+
+
+@torch.no_grad()
 def emptied(model: nn.Module) -> nn.Module:
     """A float copy: the classes that `prepare` found, with the weights that the slots give. A road can start where another ended."""
     plain = copy.deepcopy(model)

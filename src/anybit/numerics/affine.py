@@ -26,7 +26,8 @@ def quant_limits(bits: int, signed: bool) -> tuple[int, int]:
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
     """Codes of `x`; `scale` and `zero_point` broadcast against it."""
-    return torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max)
+    codes = torch.round(x / scale) + zero_point
+    return codes.clamp(quant_min, quant_max)  # type: ignore[arg-type]  # the stubs take two numbers or two tensors, no union of both
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -47,7 +48,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Limit
     Deviation: LSQ's gradient scale is left to the caller, whose step sizes are relative to each tensor's scale.
     """
     if not torch.is_grad_enabled():  # nothing to keep for a backward: one temporary, not three
-        return (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
+        # torch's stubs know clamp_ with numbers or with tensors alone; it takes either for each end
+        codes = (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max)  # type: ignore[arg-type]
+        return codes.sub_(zero_point).mul_(scale)
     return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)
 
 
@@ -58,7 +61,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
         steps = x / scale
         codes = steps.round().add_(zero_point)
-        clamped = codes.clamp(quant_min, quant_max)
+        clamped = codes.clamp(quant_min, quant_max)  # type: ignore[arg-type]  # as in `quantize`
         if any(ctx.needs_input_grad):
             inside = (clamped == codes).to(x.dtype)  # as numbers: products with them are several times faster than torch.where
             offset = clamped - zero_point

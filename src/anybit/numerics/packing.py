@@ -87,18 +87,14 @@ class PackedLayer:
     weight_bits: int | None
     quantized_inputs: int
 
-    @property
-    def has_codes(self) -> bool:
-        return bool(self.weight_bits)
-
 
 def layout(layers: Sequence[PackedLayer], edges: int, floats: int, others: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """The tensors of a packed file; a shared tensor with nothing in it is left out."""
-    coded = [layer for layer in layers if layer.has_codes]
+    coded = [(layer, layer.weight_bits) for layer in layers if layer.weight_bits]
     inputs = sum(layer.quantized_inputs for layer in layers)
     shared = {
-        "codes": TensorSpec("U8", (sum(packed_bytes(layer.rows * layer.columns, layer.weight_bits) for layer in coded),)),
-        "weight_scales": TensorSpec("F32", (sum(layer.rows for layer in coded),)),
+        "codes": TensorSpec("U8", (sum(packed_bytes(layer.rows * layer.columns, bits) for layer, bits in coded),)),
+        "weight_scales": TensorSpec("F32", (sum(layer.rows for layer, _ in coded),)),
         "activation_scales": TensorSpec("F32", (inputs,)),
         "activation_zero_points": TensorSpec("U8", (inputs,)),
         "edges": TensorSpec("F32", (edges, 2)),

@@ -47,6 +47,12 @@ class UniformQuantizer(nn.Module):
         return f"{self.bits} bits, {'signed' if self.signed else 'unsigned'}, {self.scale.numel()} scale(s)"
 
 
+def frozen(quantizer: nn.Module | Tensor | None) -> UniformQuantizer:
+    """Return the quantizer of a slot that holds the canonical one; assert that it does."""
+    assert isinstance(quantizer, UniformQuantizer), f"a {type(quantizer).__name__} in place of the canonical quantizer"
+    return quantizer
+
+
 def of_operand(numbers: Tensor, operand: int | None) -> Tensor:
     """The number of one operand of a matmul; of a layer, which has one input, the number itself."""
     return numbers if operand is None else numbers[operand]

@@ -17,6 +17,7 @@ from anybit.files.strict import in_words, parse_json, validated
 from anybit.files.whole import whole_file
 from anybit.networks.canonical import Canonical
 from anybit.networks.layers import Pruned, emptied, float_weight, quantized_layers
+from anybit.numerics.quantizers import frozen
 from anybit.onnx.floats import OPSET, edge_names, float_graph, input_tensors, probe_of, ranges_on
 from anybit.onnx.plan import Plan, make_plan
 from anybit.onnx.storage import stored_bytes
@@ -67,7 +68,7 @@ class Exported:
 def exported(
     canonical: Canonical,
     example: Batch,
-    about: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     tables: bool = False,
     weight_only: bool = False,
     measured: Mapping[str, tuple[float, float]] | None = None,
@@ -94,9 +95,9 @@ def exported(
         return wider[name]
 
     plan = make_plan(model, floating, canonical.edges, names, measure, tables)
-    about = {**(about or {}), FUNCTIONS: "tables" if tables else "float", LINEARS: "packed" if weight_only else "unpacked"}
-    about[MEASURED] = json.dumps(plan.measured)
-    return Exported(write_graph(model, floating, plan, about, weight_only), floating, plan)
+    metadata = {**(metadata or {}), FUNCTIONS: "tables" if tables else "float", LINEARS: "packed" if weight_only else "unpacked"}
+    metadata[MEASURED] = json.dumps(plan.measured)
+    return Exported(write_graph(model, floating, plan, metadata, weight_only), floating, plan)
 
 
 def ideal_bytes(canonical: Canonical) -> int:
@@ -104,7 +105,7 @@ def ideal_bytes(canonical: Canonical) -> int:
     counts = []
     for layer in quantized_layers(canonical.model).values():
         quantizer = layer.weight_quantizer
-        bits = 32 if quantizer is None else 0 if isinstance(quantizer, Pruned) else quantizer.bits
+        bits = 32 if quantizer is None else 0 if isinstance(quantizer, Pruned) else frozen(quantizer).bits
         counts.append((float_weight(layer).numel(), bits))
     return stored_bytes(counts)
 
@@ -147,8 +148,8 @@ def _tensors(message: Any) -> Iterator[Any]:
         return
     for field, value in message.ListFields():
         if field.message_type is not None:
-            for part in [value] if isinstance(value, Message) else value:
-                yield from _tensors(part)
+            for inner in [value] if isinstance(value, Message) else value:
+                yield from _tensors(inner)
 
 
 def session(
@@ -169,9 +170,9 @@ def session(
         options.optimized_model_filepath = str(optimized)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    given = str(source) if isinstance(source, Path) else ir.to_proto(source).SerializeToString()
+    content = str(source) if isinstance(source, Path) else ir.to_proto(source).SerializeToString()
     try:
-        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors derive from Exception alone
         first = str(error).splitlines()[0]
         raise UnsupportedModel(
@@ -183,11 +184,11 @@ def session(
 def measured_in(model: ir.Model) -> dict[str, tuple[float, float]]:
     """The ranges that the file's export took from its inputs; raises InvalidFile where they are no ranges."""
     where = "The ONNX file's measured ranges"
-    found = validated(dict[str, list[float]], parse_json(model.metadata_props.get(MEASURED, "{}"), where), where)
-    for name, ends in found.items():
+    ranges = validated(dict[str, list[float]], parse_json(model.metadata_props.get(MEASURED, "{}"), where), where)
+    for name, ends in ranges.items():
         if len(ends) != 2 or not ends[0] <= ends[1]:
             raise InvalidFile(f"{where}: {name} has {reprlib.repr(ends)}, not a low and a high end. Export the run again.")
-    return {name: (float(low), float(high)) for name, (low, high) in found.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
 
 
 def outputs(running: Any, batches: Sequence[Batch], names: Sequence[str] | None = None) -> list[np.ndarray]:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -26,9 +27,10 @@ from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache
 from anybit.networks.layers import float_weight
 from anybit.networks.wiring import observe
-from anybit.onnx.graphs import forget_graph, kept_graph
+from anybit.onnx.graphs import cached_graph, forget_graph
 from anybit.onnx.operators import LAYER_OPERATORS, layer_operator
 from anybit.onnx.traces import graph_digest, state_of
+from anybit.onnx.values import constant, maker, name_of, operand
 
 OPSET, IR_VERSION = 21, 10
 """What the file is written in: the first operator set with four-bit integers; runtimes of early 2024 load it."""
@@ -67,7 +69,7 @@ def float_graph(
             return _exported(plain, inputs, length)
 
         try:
-            graph = kept_graph(key, export, state, cache)
+            graph = cached_graph(key, export, state, cache)
             _tidy(graph, weights)
             values = values_on(graph, input_tensors(probe))
             check_graph(plain, graph, values, probe, rounded)
@@ -95,7 +97,8 @@ def _key(plain: nn.Module, inputs: Inputs, length: int | None) -> str | None:
 
 def _exported(plain: nn.Module, inputs: Inputs, length: int | None) -> ir.Model:
     """The graph as torch's exporter gives it, before it is optimized."""
-    passed = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": inputs if isinstance(inputs, tuple) else (inputs,)}
+    positional = inputs if isinstance(inputs, tuple) else (inputs,)
+    passed: dict[str, Any] = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": positional}
     sizes = {0: torch.export.Dim("batch", min=1)}
     tokens = {} if length is None else {1: torch.export.Dim("tokens", min=1)}
     bound = inspect.signature(plain.forward).bind(*passed.get("args", ()), **passed.get("kwargs", {}))
@@ -106,9 +109,11 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None) -> ir.Model:
     settings = {"dynamic_shapes": shapes, "opset_version": OPSET, "optimize": False, "verbose": False}
     try:
         with _quiet(), torch.no_grad():  # a forward that turns gradients off stays one graph
-            graph = torch.onnx.export(plain, **passed, dynamo=True, **settings).model
+            program = torch.onnx.export(plain, **passed, dynamo=True, **settings)
     except Exception as error:  # the exporter's own errors are of many kinds
         raise UnsupportedModel(f"The network cannot be exported to ONNX: {_reason(error)}") from error
+    assert program is not None, "without a file to write, the exporter returns its program"
+    graph = program.model
     for value in graph.graph.inputs:
         if value.shape is not None and len(value.shape) and isinstance(value.shape[0], int):
             raise UnsupportedModel(
@@ -137,7 +142,7 @@ def _quiet():
         logging.disable(before)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The innermost cause's first line: the outer ones tell of the exporter's stages."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -153,9 +158,9 @@ def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
         if layer is not None and node.op_type in LAYER_OPERATORS and _computes(node, weights[layer]):
             node.metadata_props[LAYER] = node.name = layer
             continue
-        maker = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-        of_the_layer = maker is not None and maker.op_type == "MatMul" and layer is not None and maker.metadata_props.get(LAYER) == layer
-        if of_the_layer and node.op_type == "Add" and getattr(constant(node.inputs[1]), "ndim", 0) == 1:
+        product = maker(node.inputs[0]) if node.inputs else None
+        of_the_layer = product is not None and product.op_type == "MatMul" and product.metadata_props.get(LAYER) == layer
+        if layer is not None and of_the_layer and node.op_type == "Add" and getattr(constant(node.inputs[1]), "ndim", 0) == 1:
             node.metadata_props.update({LAYER: layer, BIAS: layer})
         name = ".".join(filter(None, [_owner(scopes), node.op_type.lower()]))
         seen[name] = seen.get(name, 0) + 1
@@ -174,11 +179,11 @@ def _weight_of(node: ir.Node) -> np.ndarray | None:
     return constant(node.inputs[layer_operator(node.op_type).weight_input])
 
 
-def _is_weight(found: np.ndarray | None, weight: np.ndarray) -> bool:
+def _is_weight(array: np.ndarray | None, weight: np.ndarray) -> bool:
     """Whether `found` is the layer's weight, as it is or transposed."""
-    if found is None or found.size != weight.size:
+    if array is None or array.size != weight.size:
         return False
-    return np.array_equal(found, weight) or (found.ndim == 2 and np.array_equal(found.T, weight))
+    return np.array_equal(array, weight) or (array.ndim == 2 and np.array_equal(array.T, weight))
 
 
 def _owner(scopes: Sequence[str]) -> str:
@@ -186,19 +191,14 @@ def _owner(scopes: Sequence[str]) -> str:
     return scopes[-2] if len(scopes) > 1 else ""
 
 
-def constant(value: ir.Value | None) -> np.ndarray | None:
-    """What an initializer holds; None of a value that depends on the input."""
-    return None if value is None or value.const_value is None else value.const_value.numpy()
-
-
 def _pool_means(model: ir.Model) -> None:
     for node in list(model.graph):
-        if node.op_type != "ReduceMean" or node.inputs[0].shape is None or len(node.inputs[0].shape) != 4:
+        shape = operand(node, 0).shape if node.op_type == "ReduceMean" else None
+        if shape is None or len(shape) != 4:
             continue
         axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
         if axes is None or sorted(int(axis) % 4 for axis in axes) != [2, 3]:
             continue
-        shape = node.inputs[0].shape
         keeps = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
         pool = ir.node("GlobalAveragePool", [node.inputs[0]], name=node.name)
         pool.outputs[0].shape, pool.outputs[0].type = ir.Shape([*shape[:2], 1, 1]), ir.TensorType(ir.DataType.FLOAT)
@@ -209,7 +209,7 @@ def _pool_means(model: ir.Model) -> None:
 def _replace(graph: ir.Graph, node: ir.Node, added: Sequence[ir.Node]) -> None:
     """`added`, of which the last gives what `node` gave, in its place."""
     output = added[-1].outputs[0]
-    output.name, output.shape, output.type = node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type
+    output.name, output.shape, output.type = name_of(node.outputs[0]), node.outputs[0].shape, node.outputs[0].type
     ir.convenience.replace_nodes_and_values(graph, node, [node], added, node.outputs, added[-1].outputs)
 
 
@@ -242,18 +242,18 @@ def values_on(model: ir.Model, inputs: Sequence[Tensor]) -> dict[str, np.ndarray
     import onnxruntime
 
     shown = ir.from_proto(ir.to_proto(model))
-    given = {value.name for value in shown.graph.outputs}
+    shown_names = {name_of(value) for value in shown.graph.outputs}
     for node in shown.graph:
-        new = [value for value in node.outputs if value.name not in given and isinstance(value.type, ir.TensorType)]
+        new = [value for value in node.outputs if name_of(value) not in shown_names and isinstance(value.type, ir.TensorType)]
         shown.graph.outputs.extend(value for value in new if value.dtype == ir.DataType.FLOAT)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(ir.to_proto(shown).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feeds = {value.name: tensor.numpy() for value, tensor in zip(model.graph.inputs, inputs, strict=True)}
-    names = [value.name for value in shown.graph.outputs]
-    return {value.name: feeds[value.name] for value in model.graph.inputs} | dict(zip(names, session.run(names, feeds), strict=True))
+    feeds = {name_of(value): tensor.numpy() for value, tensor in zip(model.graph.inputs, inputs, strict=True)}
+    names = [name_of(value) for value in shown.graph.outputs]
+    return feeds | dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def ranges_on(model: ir.Model, inputs: Sequence[Tensor], size: int) -> dict[str, tuple[float, float]]:
@@ -287,27 +287,27 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
         for hook in hooks:
             hook.remove()
     for value, output in zip(graph.graph.outputs, outputs, strict=True):
-        if value.name in values and not _alike(values[value.name], output.float().numpy()):
+        if name_of(value) in values and not _alike(values[name_of(value)], output.float().numpy()):
             raise UnsupportedModel(
-                f"The ONNX exporter changes the network: its output {value.name} is not what the network gives. It translates one of "
+                f"The ONNX exporter changes the network: its output {name_of(value)} is not what the network gives. It translates one of "
                 "the network's operators only in part; replace that one."
             )
     nodes = {node.name: node for node in graph.graph if node.metadata_props.get(LAYER) == node.name}
-    for name, given in inputs.items():
+    for name, taken in inputs.items():
         node = nodes.get(name)
-        read = None if node is None else values.get(node.inputs[1 - layer_operator(node.op_type).weight_input].name)
-        if node is None or (read is not None and not _reads(node, read, given)):
+        read = None if node is None else values.get(name_of(node.inputs[1 - layer_operator(node.op_type).weight_input]))
+        if node is None or (read is not None and not _reads(node, read, taken)):
             raise UnsupportedModel(
                 f"{name}: the forward of {type(plain.get_submodule(name)).__name__} does not compute with its weight and input as they "
                 f"are, so that an integer kernel cannot take its place. Keep the layer float: --keep '{name}=float'."
             )
 
 
-def _reads(node: ir.Node, read: np.ndarray, given: np.ndarray) -> bool:
+def _reads(node: ir.Node, read: np.ndarray, taken: np.ndarray) -> bool:
     """Whether what the operator reads is what the layer was given, but for zeros around it that are the operator's padding now."""
-    if node.op_type == "Conv" and read.size < given.size:
-        return _alike(np.abs(read).sum(), np.abs(given).sum())
-    return _alike(read, given)
+    if node.op_type == "Conv" and read.size < taken.size:
+        return _alike(np.abs(read).sum(), np.abs(taken).sum())
+    return _alike(read, taken)
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:
@@ -330,13 +330,13 @@ def edge_names(
             edges.setdefault(tuple(tensor.shape), []).append((name, tensor.detach().float().numpy().copy()))
 
     observe(plain, probe, keep)
-    found = {}
+    edge_of = {}
     for name, array in values.items():
         tolerance = 1e-4 * (np.abs(array).max(initial=0) + 1e-12)
         alike = [edge for edge, other in edges.get(array.shape, []) if np.abs(array - other).max(initial=0) <= tolerance]
         if alike:
-            found[name] = max(alike, key=lambda edge: ranges[edge][1] - ranges[edge][0])
-    return found
+            edge_of[name] = max(alike, key=lambda edge: ranges[edge][1] - ranges[edge][0])
+    return edge_of
 
 
 def probe_of(batch: Batch, count: int) -> Batch:

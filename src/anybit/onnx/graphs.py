@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anybit.errors import InvalidFile
 from anybit.files.cache import Cache, Entry
+from anybit.onnx.values import name_of
 
 NAME = "exported graph"
 RECENT, LARGEST = 32, 10 * 10**6
@@ -25,7 +26,7 @@ RECENT, LARGEST = 32, 10 * 10**6
 _recent: OrderedDict[str, Entry] = OrderedDict()
 
 
-def kept_graph(key: str | None, export: Callable[[], ir.Model], state: Mapping[str, Tensor], cache: Cache) -> ir.Model:
+def cached_graph(key: str | None, export: Callable[[], ir.Model], state: Mapping[str, Tensor], cache: Cache) -> ir.Model:
     """The optimized graph with the weights of `state`.
 
     key      all that the graph depends on; None keeps nothing
@@ -33,7 +34,7 @@ def kept_graph(key: str | None, export: Callable[[], ir.Model], state: Mapping[s
     """
 
     def make() -> Entry:
-        return _recent[key] if key in _recent else _without_weights(export(), state)
+        return _recent[key] if key is not None and key in _recent else _without_weights(export(), state)
 
     def read(entry: Entry) -> ir.Model:
         model = _with_weights(entry, state)
@@ -103,7 +104,7 @@ def _next_name(graph: ir.Graph) -> int:
     node = ir.node("Identity", [])
     graph.append(node)
     graph.remove(node)
-    return int(node.outputs[0].name.removeprefix("val_"))
+    return int(name_of(node.outputs[0]).removeprefix("val_"))
 
 
 def _reserve_names(graph: ir.Graph, count: int) -> None:

@@ -36,6 +36,7 @@ from anybit.onnx.file import asks_for_exact_sums, exported, session
 from anybit.onnx.floats import LAYER, input_tensors, probe_of
 from anybit.onnx.operators import LAYER_OPERATORS
 from anybit.onnx.timing import in_turns
+from anybit.onnx.values import makers, name_of
 from anybit.scheme import FLOAT, Precision, Scheme
 
 
@@ -48,8 +49,8 @@ def measure_latency(network: ObservedNetwork, batch: Batch, rounds: int = 20, th
     graphs: dict[str, ir.Model] = {}
     for kind, precisions in (("int8", whole), ("alternating", striped)):
         model = rounded_to_nearest(network, [batch], Scheme(precisions))
-        made = exported(Canonical(model, network.norms, observe_edge_ranges(model, network.wiring, [batch])), batch)
-        graphs[kind], graphs["float32"] = made.integer, made.floating
+        file = exported(Canonical(model, network.norms, observe_edge_ranges(model, network.wiring, [batch])), batch)
+        graphs[kind], graphs["float32"] = file.integer, file.floating
     one = probe_of(batch, 1)
     runners = {kind: _runner(graph, one, threads) for kind, graph in graphs.items()}
     seconds = {kind: float(np.median(times)) for kind, times in in_turns(runners, rounds).items()}
@@ -65,9 +66,9 @@ def measure_latency(network: ObservedNetwork, batch: Batch, rounds: int = 20, th
 
 def latency_of(canonical: Canonical, batch: Batch, rounds: int = 20, threads: int = 1) -> dict[str, float]:
     """Seconds of a finished network as it is exported, and of its float32 file, in turns."""
-    made = exported(canonical, batch)
+    file = exported(canonical, batch)
     one = probe_of(batch, 1)
-    runners = {"exported": _runner(made.integer, one, threads), "float32": _runner(made.floating, one, threads)}
+    runners = {"exported": _runner(file.integer, one, threads), "float32": _runner(file.floating, one, threads)}
     return {kind: float(np.median(times)) for kind, times in in_turns(runners, rounds).items()}
 
 
@@ -125,24 +126,25 @@ def _kernels(graph: ir.Model, batch: Batch, seconds: float, threads: int, runs: 
 
 def _owners(graph: ir.Model, kernels: Sequence[str]) -> dict[str, str]:
     """Kernel -> its layer. Kernels are named after their node, or after the value that a fused one gives."""
-    named = {node.name: node.metadata_props.get(LAYER, node.name) for node in graph.graph if _is_layer(node)}
+    named = {name_of(node): node.metadata_props.get(LAYER, name_of(node)) for node in graph.graph if _is_layer(node)}
     owners = {kernel: named[kernel.split("_token_")[0]] for kernel in kernels if kernel.split("_token_")[0] in named}
-    makers = {value.name: node for node in graph.graph for value in node.outputs}
+    sources = {value.name: node for node in graph.graph for value in node.outputs}
     for kernel in kernels:
-        node = makers.get(kernel.removesuffix("_nchwc"))
+        node = sources.get(kernel.removesuffix("_nchwc"))
         if kernel in owners or node is None or not kernel.endswith("_nchwc"):
             continue
-        ahead, seen = [node], set()
+        ahead: list[ir.Node] = [node]
+        seen: set[str | None] = set()
         while ahead:  # a fused kernel is named after the last of its operators
             node = ahead.pop(0)
             if _is_layer(node):
-                if named[node.name] not in owners.values():
-                    owners[kernel] = named[node.name]
+                if named[name_of(node)] not in owners.values():
+                    owners[kernel] = named[name_of(node)]
                     break
                 continue
             if node.name not in seen and len(seen) < 6:
                 seen.add(node.name)
-                ahead += [value.producer() for value in node.inputs if value is not None and value.producer() is not None]
+                ahead += makers(node)
     return owners
 
 
@@ -190,16 +192,16 @@ def _table_file(network: ObservedNetwork, threads: int) -> Path:
     operations = [[op.name, op.kind, list(op.shape[1:])] for op in network.wiring.operations]
     weights = [[name, size.rows, size.columns] for name, size in network.costs.layers.items()]
     floats = [name for name, options in _on_integers(network).items() if not options]
-    told = json.dumps([3, operations, weights, floats, processor(), asks_for_exact_sums(), onnxruntime.__version__, threads])
+    description = json.dumps([3, operations, weights, floats, processor(), asks_for_exact_sums(), onnxruntime.__version__, threads])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit" / "latency"
-    return home / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
+    return home / f"{hashlib.sha256(description.encode()).hexdigest()[:32]}.json"
 
 
-def save_table(network: ObservedNetwork, table: LatencyTable, about: Mapping[str, Any], threads: int = 1) -> Path:
+def save_table(network: ObservedNetwork, table: LatencyTable, provenance: Mapping[str, Any], threads: int = 1) -> Path:
     """Write the table where `recalled` finds it."""
     place = _table_file(network, threads)
     with whole_file(place, "Make room, or let XDG_CACHE_HOME name another folder.") as draft:
-        write_json(draft, sealed({"version": 2, "of": place.stem, **asdict(table), "about": dict(about)}))
+        write_json(draft, sealed({"version": 2, "of": place.stem, **asdict(table), "about": dict(provenance)}))
     return place
 
 
@@ -209,11 +211,11 @@ def load_table(network: ObservedNetwork, threads: int = 1) -> tuple[LatencyTable
     if not place.is_file():
         return None
     try:
-        told = validated(LatencyFile, read_sealed(place, 2, ""), str(place))
-        if told.of != place.stem or not set(told.layers) == set(network.names):
+        record = validated(LatencyFile, read_sealed(place, 2, ""), str(place))
+        if record.of != place.stem or not set(record.layers) == set(network.names):
             raise InvalidFile(f"{place} is of another network, machine or runtime.")
     except InvalidFile as error:
         raise InvalidFile(f"{error} Measure again: anybit profile --overwrite.") from error
-    layers = {name: row.model_dump() for name, row in told.layers.items()}
-    steps = [OperationFlow(step.layer, tuple(step.inputs), tuple(step.outputs), step.numbers) for step in told.steps]
-    return LatencyTable(layers, told.rest.model_dump(), told.boundary, steps, told.fixed, told.products), told.about
+    layers = {name: row.model_dump() for name, row in record.layers.items()}
+    steps = [OperationFlow(step.layer, tuple(step.inputs), tuple(step.outputs), step.numbers) for step in record.steps]
+    return LatencyTable(layers, record.rest.model_dump(), record.boundary, steps, record.fixed, record.products), record.about

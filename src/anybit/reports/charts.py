@@ -89,14 +89,14 @@ class Chart:
         """Yield (left, top, words) of each mark."""
         for point in self._shown(series.points):
             if point is not None:
-                yield *self._place(point.x, point.y), point.words
+                yield *self._place(point), point.words
 
     def lines(self, series: Series) -> Iterator[str]:
         """Yield the points of each piece of the line: it is broken where a value was not measured."""
         piece: list[str] = []
         for point in (*self._shown(series.points), None):
             if point is not None:
-                piece.append(",".join(f"{place:g}" for place in self._place(point.x, point.y)))
+                piece.append(",".join(f"{place:g}" for place in self._place(point)))
             elif len(piece) > 1:
                 yield " ".join(piece)
             if point is None:
@@ -105,13 +105,17 @@ class Chart:
     def boxes(self, series: Series) -> Iterator[tuple[float, float, float, float, Box]]:
         """Yield (left, top, width, height, box) of each box."""
         for box in series.boxes:
-            (left, right), (top, bottom) = (sorted(places) for places in zip(*map(self._place, box.x, box.y), strict=True))
+            (left, right), (top, bottom) = (sorted(places) for places in zip(*map(self._place_of, box.x, box.y), strict=True))
             yield left, top, round(right - left, 2), round(bottom - top, 2), box
 
     def _shown(self, points: Iterable[Point]) -> Iterator[Point | None]:
         return (point if self.y.can_show(point.y) and self.x.can_show(point.x) else None for point in points)
 
-    def _place(self, x: float, y: float) -> tuple[float, float]:
+    def _place(self, point: Point) -> tuple[float, float]:
+        assert point.y is not None, "an axis shows no value that was not measured"
+        return self._place_of(point.x, point.y)
+
+    def _place_of(self, x: float, y: float) -> tuple[float, float]:
         return self.x.place(x), round(100 - self.y.place(y), 2)
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from anybit.reports.charts import DASHES, SHAPES, Axis, Box, Chart, Point, Series, linear_axis, loss_axis, names_axis, short, upside_down
 from anybit.reports.words import human_bytes, human_count, number, scheme_in_words
-from anybit.runs.records import Epoch, LayerRow, Record, SchemeRow, SearchRecord
+from anybit.runs.records import Epoch, LayerRow, Record, SchemeRow, SearchRecord, Table
 
 FLOAT_HEIGHT = 9  # where float stands on an axis of 2 to 8 bits
 MOST_EPOCHS = 10  # that are written on an axis
@@ -33,7 +33,7 @@ def loss_over_size(record: Record) -> Chart:
     series = []
     if record.table is not None:
         sums = {name: record.table.sums(scheme) for name, scheme in record.table.uniforms().items()}
-        series.append(frontier_line(record, "best for its size, predicted", 0))
+        series.append(frontier_line(record.table, "best for its size, predicted", 0))
         series.append(_marks("uniform, predicted", 5, "diamond", [(*point, name) for name, point in sums.items()], is_open=True))
     series += [
         _marks("uniform, measured", 5, "diamond", [(row.bytes, row.measured, in_words(row)) for row in uniform]),
@@ -70,7 +70,7 @@ def losses_side_by_side(records: Mapping[str, Record]) -> Chart:
         shape = SHAPES[index % len(SHAPES)]
         if record.table is not None and record.table not in drawn:
             drawn.append(record.table)
-            series.append(frontier_line(record, f"{short(name)}: predicted best", index))
+            series.append(frontier_line(record.table, f"{short(name)}: predicted best", index))
         measured = [(row.bytes, row.measured, f"{name}, {in_words(row)}") for row in record.schemes]
         series.append(_marks(f"{short(name)}: measured", index, shape, measured, is_open=True))
         if record.result is not None:
@@ -97,13 +97,14 @@ def tested_points(name: str, record: Record, score: str) -> list[tuple[int, floa
         points = [(record.result.bytes, record.tested(score), name)]
     else:
         points = [(amounts.bytes, record.tested(score, subnet), f"{name}, {subnet}") for subnet, amounts in record.subnets.items()]
-    return [point for point in points if point[1] is not None]
+    return [(size, value, words) for size, value, words in points if value is not None]
 
 
-def frontier_line(record: Record, name: str, index: int) -> Series:
+def frontier_line(table: Table, name: str, index: int) -> Series:
     """Draw the best scheme of every size that the table predicts."""
-    table, frontier = record.table, record.table.frontier
-    points = [(table.fixed_bytes + one.cost, table.floor + one.loss, "") for one in (frontier, *frontier.steps)]
+    frontier = table.frontier
+    ends = [(frontier.cost, frontier.loss), *((step.cost, step.loss) for step in frontier.steps)]
+    points = [(table.fixed_bytes + cost, table.floor + loss, "") for cost, loss in ends]
     shape = "dot" if len(points) <= MOST_MARKS else None
     return Series(name, index, _points(points), shape, dash=DASHES[index % len(DASHES)])
 
@@ -120,11 +121,11 @@ def _by_kind(rows: Iterable[SchemeRow]) -> tuple[list[SchemeRow], list[SchemeRow
 
 def _over_size(key: str, label: str, series: Iterable[Series], score_axis: Callable[..., Axis], title: str) -> Chart:
     series = [_with_values(one, human_bytes) for one in _drawn(series)]
-    return Chart(key, label, linear_axis("size of the file", _values(series, 0), _size), score_axis(title, _values(series, 1)), series)
+    return Chart(key, label, linear_axis("size of the file", _values(series, "x"), _size), score_axis(title, _values(series, "y")), series)
 
 
-def _values(series: Iterable[Series], place: int) -> list[float | None]:
-    return [point[place] for one in series for point in one.points]
+def _values(series: Iterable[Series], place: Literal["x", "y"]) -> list[float | None]:
+    return [getattr(point, place) for one in series for point in one.points]
 
 
 def _with_values(series: Series, write: Callable[[float], str]) -> Series:
@@ -224,7 +225,7 @@ def searched(search: SearchRecord) -> Chart:
     series.append(Series("front", None, _points(_stairs(front)), dash="solid"))
     series.append(Series("front, measured on other inputs", None, _points(again), "circle", is_open=True, dash="dot"))
     series = [_with_values(one, number) for one in _drawn(series)]
-    costs, scores = linear_axis(search.quantity, _values(series, 0)), linear_axis(search.score, _values(series, 1))
+    costs, scores = linear_axis(search.quantity, _values(series, "x")), linear_axis(search.score, _values(series, "y"))
     return Chart("search", f"{search.score} over {search.quantity} of every evaluated subnet, and the front.", costs, scores, series)
 
 
@@ -291,7 +292,7 @@ def scores_over_epochs(epochs: Sequence[Epoch], score: str) -> Chart:
 
 def _over_epochs(key: str, label: str, epochs: Sequence[Epoch], series: Iterable[Series], title: str) -> Chart:
     series = [one if len(epochs) <= MOST_EPOCH_MARKS else replace(one, shape=None) for one in _drawn(series)]
-    return Chart(key, label, _epoch_axis(epochs), linear_axis(title, _values(series, 1)), series, 300)
+    return Chart(key, label, _epoch_axis(epochs), linear_axis(title, _values(series, "y")), series, 300)
 
 
 def _epoch_axis(epochs: Sequence[Epoch]) -> Axis:

@@ -22,7 +22,7 @@ from anybit.files.whole import whole_file
 from anybit.reports import figures
 from anybit.reports.words import SCORE_WORDS, human_bytes, human_count, number, points_apart, scheme_in_words
 from anybit.runs.folder import runs_in
-from anybit.runs.records import Amounts, Epoch, Record, Table, counted, record_of
+from anybit.runs.records import Amounts, Epoch, Record, SearchRecord, Table, counted, record_of
 from anybit.runs.report import read_record
 from anybit.scheme import Precision
 
@@ -133,7 +133,7 @@ def _of_one(record: Record) -> Context:
         "above": _asked(record),
         **_headline(record),
         "sizes": _sizes(record) if record.schemes else None,
-        "search": _search(record) if record.search else None,
+        "search": _search(record.search) if record.search else None,
         "explorer": _explorer("budgets", record.table, record) if record.table else None,
         "bits": _bits(records) if record.layers else None,
         "hurting": _hurting(record, record.table) if record.table else None,
@@ -191,9 +191,10 @@ def _headline(record: Record) -> Context:
 def _accuracy(record: Record) -> str:
     """Say what was tested, against float, in a sentence."""
     score = record.score_tested()
-    if score is None:
+    scored = None if score is None else record.tested(score)
+    if score is None or scored is None:
         return "Its accuracy was not tested: --test takes labelled data. Below it is compared with the float network on held-out inputs."
-    scored, before = record.tested(score), record.float_test.get(score)
+    before = record.float_test.get(score)
     if score == "top1":
         words = f"On the test data it gets {scored:.2f} % right (top-1)"
         return f"{words}." if before is None else f"{words}, the float network {before:.2f} %: {points_apart(scored - before)}."
@@ -219,8 +220,8 @@ def _end(name: str, record: Record, score: str | None) -> Iterable[list[str]]:
     if record.result is not None:
         yield row(name, record.budget, record.result, record.final_loss, record.tested(score) if score else None)
     elif record.search is not None and record.search.budgets:
-        for budget, amounts in record.search.budgets.items():
-            yield row(f"{name}, {budget}", budget, amounts, None, None)
+        for budget, found_for in record.search.budgets.items():
+            yield row(f"{name}, {budget}", budget, found_for, None, None)
     else:
         for subnet, amounts in record.subnets.items():
             yield row(f"{name}, {subnet}", None, amounts, None, record.tested(score, subnet) if score else None)
@@ -390,18 +391,19 @@ def frontier_data(table: Table, record: Record) -> Context:
     names, frontier = list(table.layers), table.frontier
     now = dict(frontier.start)
     bits = sum(weights[name] * precision.stored_weight_bits for name, precision in now.items())
-    data = {
+    steps: list[Context] = []
+    data: Context = {
         "layers": [printable(name) for name in names],
         "start": [str(precision) for precision in now.values()],
         "bytes": round(table.fixed_bytes + frontier.cost),
         "loss": table.floor + frontier.loss,
         "bits": bits / table.weights,
-        "steps": [],
+        "steps": steps,
     }
     for step in frontier.steps:
         bits += weights[step.layer] * (step.precision.stored_weight_bits - now[step.layer].stored_weight_bits)
         now[step.layer] = step.precision
-        data["steps"].append(
+        steps.append(
             {
                 "layer": names.index(step.layer),
                 "precision": str(step.precision),
@@ -471,8 +473,7 @@ def _stretch_in_words(stretch: figures.Stretch) -> str:
     return f"{stretch.text} ({epochs})"
 
 
-def _search(record: Record) -> Context:
-    search = record.search
+def _search(search: SearchRecord) -> Context:
     front = [[number(row.cost), number(row.score), number(row.measured), row.origin, scheme_in_words(row.scheme)] for row in search.front]
     budgets = [
         [budget, human_bytes(row.bytes), f"{row.weight_bits:.2f}", human_count(row.bops), scheme_in_words(row.scheme)]

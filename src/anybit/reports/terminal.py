@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +24,7 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]
     table = Table(title=Text(printable(title), "table.title"), title_justify="left", header_style="bold")
     cells = [[_cell(value) for value in row] for row in rows]
     for index, column in enumerate(columns):
-        justify = "right" if all(_is_numeric(row[index]) for row in cells) else "left"
+        justify: Literal["left", "right"] = "right" if all(_is_numeric(row[index]) for row in cells) else "left"
         table.add_column(Text(printable(column)), justify=justify, no_wrap=index > 0, overflow="fold")  # no name is cut
     for row in cells:
         table.add_row(*map(Text, row))
@@ -93,7 +93,7 @@ def _print_schemes(report: Report) -> None:
 
 def _print_ladder(ladder: Sequence[Report]) -> None:
     score = _score_counted(ladder)
-    rows = [[row["step"], row["loss"], row.get(score), "yes" if row["kept"] else "no"] for row in ladder]
+    rows = [[row["step"], row["loss"], row.get(score) if score else None, "yes" if row["kept"] else "no"] for row in ladder]
     print_table("What each step gained (held-out inputs)", ["step", "loss", score or "top1", "kept"], rows)
 
 
@@ -352,7 +352,7 @@ def print_difference(difference: Report) -> None:
     if "units" in sections:
         sections["units"] = {name: {"after": unit["after"]} for name, unit in [*sections["units"].items()][:MOST_UNITS] if "after" in unit}
     _print_sections(sections, _columns(difference["runs"]), across_roads)
-    others = {name: sum(1 for _ in _leaves(part)) for name, part in sections.items() if name not in SHOWN}
+    others = {name: sum(1 for _ in _leaves(piece)) for name, piece in sections.items() if name not in SHOWN}
     if others:
         print("What else differs (--json shows it): " + ", ".join(f"{name} ({count})" for name, count in others.items()))
     if across_roads:
@@ -380,8 +380,8 @@ def _leaves(tree: Any, within: str = "") -> Iterator[tuple[str, list[Any]]]:
     """Yield (name, [left, right]) of every difference below."""
     if isinstance(tree, list):
         yield within, tree
-    for key, part in tree.items() if isinstance(tree, Mapping) else ():
-        yield from _leaves(part, f"{within}.{key}" if within else key)
+    for key, piece in tree.items() if isinstance(tree, Mapping) else ():
+        yield from _leaves(piece, f"{within}.{key}" if within else key)
 
 
 def _brief(value: Any) -> str:

@@ -18,6 +18,7 @@ from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidSetting, UnsupportedModel
 from anybit.files.cache import Cache, digest
+from anybit.methods.table import rounding_named
 from anybit.networks.candidates import apply_scheme
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import as_ranges, observe_edge_ranges
@@ -153,7 +154,7 @@ def prepare_bench(
     if settings.does("parallel") and (settings.parallel is True or has_choice(network)):
         matched = candidates
         recall = keyed_by_settings(recall, settings, PARALLEL)
-        with clock.stage("parallel AdaQuant"):
+        with clock.stage(f"parallel {rounding_named(settings.rounding).__name__}"):
             candidates, errors = reconstructed_candidates(network, candidates, ranged, calibration, settings, recall)
     recall = keyed_by_settings(recall, settings, SENSITIVITY).keyed(task)
     with clock.stage("sensitivity"):

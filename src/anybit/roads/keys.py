@@ -21,7 +21,7 @@ from anybit.supernets.supernet import Supernet
 
 # Settings by the first result that depends on them: a change of one leaves what was made before it. All others count from the beginning.
 MATCHING = ("bn_tuning", "bn_prior", "bn_target")
-PARALLEL = ("candidate_steps", "step_batch", "drop")
+PARALLEL = ("rounding", "candidate_steps", "step_batch", "drop")
 SENSITIVITY = ("pairs",)
 LATER = ("pipeline", "parallel", "alternatives", "memory", "steps", "start", "sequential", "bias_tuning", "tune_scales")
 

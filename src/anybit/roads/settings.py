@@ -10,6 +10,7 @@ from anybit.data.options import TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
 from anybit.methods.settings import CSQSettings, LSQSettings
+from anybit.methods.table import ROUNDINGS
 from anybit.scheme import BITS, FLOAT, KEEP, PRECISION, Precision
 from anybit.settings import NAMES, Settings, Text, documented, option, same_as
 
@@ -82,6 +83,7 @@ class CalibrateSettings(Settings):
     blocks: tuple[str, ...] | None = option(
         None, "Name the blocks instead of finding them; repeat.", text=NAMES, flag="--block", repeat=True
     )
+    rounding: str = option("adaquant", "How a reconstruction rounds weights.", choices=tuple(ROUNDINGS))
     start: str | None = option(
         None, "Where sequential AdaQuant starts: ranges, or matched statistics (default: parallel AdaQuant's codes, else ranges).",
         choices=("ranges", "matched"),

@@ -39,7 +39,7 @@ def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
     wrote, and for timm:, torchvision: and hf: references; a reference in any other folder is code from elsewhere and is not followed.
     """
     canonical, _ = opened(folder, model)
-    canonical.model.scheme = canonical.scheme
+    canonical.model.scheme = canonical.scheme  # type: ignore[assignment]  # the stubs know modules and tensors as attributes, no other values
     return canonical.model
 
 

@@ -1,7 +1,7 @@
 """report.json and search.json, strictly typed where verbs and pages rely on them; the rest is left alone."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -143,14 +143,14 @@ class Table(Part):
 
     def uniforms(self) -> dict[str, dict[str, Precision]]:
         """Every uniform scheme: a layer that cannot have both its bits has those of its weights or input, or what it is kept at."""
-        found = dict.fromkeys(p for row in self.layers.values() if len(row) > 1 for p in row)
-        whole = [p for p in found if p.weight_bits is not None and p.activation_bits is not None] or list(found)
+        precisions = dict.fromkeys(p for row in self.layers.values() if len(row) > 1 for p in row)
+        whole = [p for p in precisions if p.weight_bits is not None and p.activation_bits is not None] or list(precisions)
         return {f"uniform {p}": {name: _nearest(p, list(row)) for name, row in self.layers.items()} for p in whole}
 
 
-def _nearest(wanted: Precision, options: Sequence[Precision]) -> Precision:
-    parts = (wanted, Precision(wanted.weight_bits, None), Precision(None, wanted.activation_bits))
-    return next((part for part in parts if part in options), options[0])
+def _nearest(precision: Precision, options: Sequence[Precision]) -> Precision:
+    parts = (precision, Precision(precision.weight_bits, None), Precision(None, precision.activation_bits))
+    return next((option for option in parts if option in options), options[0])
 
 
 class Certificate(Part):
@@ -241,12 +241,14 @@ class Record(Part):
 
     @model_validator(mode="after")
     def _layers_agree(self) -> "Record":
-        for what, names in [("table", self.table and self.table.layers), *((row.name, row.scheme) for row in self.schemes)]:
-            if names is not None and set(names) != set(self.layers):
-                raise ValueError(f"{what} is not of the layers that the report lists: {sorted(set(names) ^ set(self.layers))[0]!r}")
-        for name, row in self.layers.items() if self.table else ():
-            if row.precision not in self.table.layers[name]:
-                raise ValueError(f"table has no {row.precision} of {name!r}, which the layers list")
+        tables = {} if self.table is None else self.table.layers
+        named: list[tuple[str, Collection[str]]] = [] if self.table is None else [("table", tables)]
+        for what, names in [*named, *((row.name, row.scheme) for row in self.schemes)]:
+            if set(names) != set(self.layers):
+                raise ValueError(f"{what} is not of the layers that the report lists: {min(set(names) ^ set(self.layers))!r}")
+        for name in tables:
+            if self.layers[name].precision not in tables[name]:
+                raise ValueError(f"table has no {self.layers[name].precision} of {name!r}, which the layers list")
         return self
 
     @model_validator(mode="after")

@@ -18,10 +18,10 @@ TIMES = ("stages", "latency", "budgets")
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """report.json, bound to the tensors that are in the folder already."""
     tensors = _tensors_in(folder)
-    told = {**report} if tensors is None else {**report, "sha256": sha256_of(tensors)}
-    if "budgets" in told:
-        told["budgets"] = {name: sealed(one, TIMES) for name, one in told["budgets"].items()}
-    write_json(folder / REPORT, sealed(told, TIMES))
+    record = {**report} if tensors is None else {**report, "sha256": sha256_of(tensors)}
+    if "budgets" in record:
+        record["budgets"] = {name: sealed(one, TIMES) for name, one in record["budgets"].items()}
+    write_json(folder / REPORT, sealed(record, TIMES))
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def read_record(folder: Path) -> Record:
 def read_search(folder: Path) -> SearchFile:
     """search.json, strictly, and only if it is of the supernet beside it."""
     path, again = folder / SEARCH, "Search again."
-    found = validated(SearchFile, read_sealed(path, FORMAT_VERSION, again), str(path))
-    if found.sha256 != sha256_of(folder / SUPERNET):
+    search = validated(SearchFile, read_sealed(path, FORMAT_VERSION, again), str(path))
+    if search.sha256 != sha256_of(folder / SUPERNET):
         raise InvalidFile(f"{path} is not of the {SUPERNET} beside it. {again}")
-    return found
+    return search

@@ -18,11 +18,12 @@ from anybit.files.strict import check_version, in_words, read_header, read_json,
 from anybit.networks import batchnorm
 from anybit.networks.candidates import ActivationCandidate, WeightCandidate, install
 from anybit.networks.canonical import Canonical
-from anybit.networks.layer_types import type_of
+from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import codes_of, float_weight, prepare, quantized_layers, weight_rows
 from anybit.networks.states import check_state, leftovers, spec_of
 from anybit.networks.wiring import BATCH_NORMS
 from anybit.numerics.packing import PackedLayer, layout, pack, packed_bytes, unpack
+from anybit.numerics.quantizers import frozen
 from anybit.runs.folder import FORMAT_VERSION, runs_in
 from anybit.runs.names import SUPERNET as SUPERNET
 from anybit.scheme import Scheme, check_names
@@ -46,7 +47,7 @@ class SchemeFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     format: Literal["anybit"] = "anybit"
-    version: Literal[1] = FORMAT_VERSION
+    version: Literal[1] = 1
     layers: dict[str, LayerRecord]
     folded: dict[str, str] = {}
     edges: list[str] = []
@@ -78,10 +79,11 @@ def packed_tensors(canonical: Canonical) -> dict[str, Tensor]:
         layer = layers[name]
         if precision.weight_bits:
             codes.append(torch.from_numpy(pack(codes_of(layer).numpy(), precision.weight_bits)))
-            scales.append(layer.weight_quantizer.scale.flatten())
+            scales.append(frozen(layer.weight_quantizer).scale.flatten())
         if precision.activation_bits:
-            input_scales.append(layer.input_quantizer.scale.reshape(-1))
-            zero_points.append(layer.input_quantizer.zero_point.reshape(-1).to(torch.uint8))
+            quantizer = frozen(layer.input_quantizer)
+            input_scales.append(quantizer.scale.reshape(-1))
+            zero_points.append(quantizer.zero_point.reshape(-1).to(torch.uint8))
     numbers, others = leftovers(canonical.model, [name for name in scheme if name not in kept_float])
     shared = {
         "codes": codes,
@@ -96,14 +98,14 @@ def packed_tensors(canonical: Canonical) -> dict[str, Tensor]:
     return tensors | {key: tensor.contiguous().clone() for key, tensor in others.items()}
 
 
-def write_canonical(folder: Path, canonical: Canonical, about: Mapping[str, Any]) -> None:
+def write_canonical(folder: Path, canonical: Canonical, provenance: Mapping[str, Any]) -> None:
     """Write scheme.json and model.safetensors into `folder`; `about` fills SchemeFile's budget, certificate, model, ..."""
     layers = quantized_layers(canonical.model)
     records = {}
     for name, precision in canonical.scheme.items():
         rows = weight_rows(layers[name], float_weight(layers[name]))
         records[name] = LayerRecord(precision=str(precision), rows=rows.shape[0], columns=rows.shape[1])
-    file = SchemeFile(layers=records, folded=dict(canonical.folded), edges=list(canonical.edges), sha256="", **about)
+    file = SchemeFile(layers=records, folded=dict(canonical.folded), edges=list(canonical.edges), sha256="", **provenance)
     save_file(packed_tensors(canonical), folder / "model.safetensors", {"scheme": file.digest()})
     file.sha256 = sha256_of(folder / "model.safetensors")
     write_json(folder / "scheme.json", file.model_dump())
@@ -175,9 +177,9 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     cursor = {name: 0 for name in tensors}
 
     def take(name: str, count: int) -> Tensor:
-        part = tensors[name][cursor[name] : cursor[name] + count]
+        values = tensors[name][cursor[name] : cursor[name] + count]
         cursor[name] += count
-        return part
+        return values
 
     for name, precision in scheme.items():
         layer, record = layers[name], file.layers[name]
@@ -216,8 +218,10 @@ def _groups(model: nn.Module, file: SchemeFile) -> dict[str, int]:
     groups = {}
     for name, record in file.layers.items():
         layer = model.get_submodule(name)
-        whole = type_of(layer).grouped and layer.weight.numel() == record.rows * record.columns
-        if whole and 0 < record.columns < layer.weight.shape[1]:
+        if not (isinstance(layer, COVERED) and type_of(layer).grouped):
+            continue
+        weight = float_weight(layer)
+        if weight.numel() == record.rows * record.columns and 0 < record.columns < weight.shape[1]:
             groups[name] = record.columns
     return groups
 

@@ -25,9 +25,9 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".ti
 def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), workers: int = 0, model: nn.Module | None = None) -> Samples:
     """The samples that `reference` names: an image folder, `file.npz` or `file.npz#test`, texts, or a function returning a data set or
     loader. Texts are tokenized by the tokenizer of `model`."""
-    path, _, part = reference.partition("#")
+    path, _, subset = reference.partition("#")
     if path.endswith(".npz"):
-        x, y = _read_npz(Path(path), part)
+        x, y = _read_npz(Path(path), subset)
         if preprocessing.size or preprocessing.resize:
             raise InvalidSetting("--size and --resize apply to image folders; the pictures of a .npz are used as they are.")
         return Samples(ArrayDataset(x, y, preprocessing.mean, preprocessing.std), y is not None, workers)
@@ -49,11 +49,11 @@ def _texts(reference: str, preprocessing: Preprocessing, workers: int, model: nn
             f"--data {reference} holds texts, which the tokenizer of a Hugging Face model reads: give --model hf:FOLDER. For another "
             "network give a function that returns a data set of tokens."
         )
-    place, _, part = reference.partition("#")
+    place, _, subset = reference.partition("#")
     texts = huggingface("texts", f"--data {reference}")
     if place.startswith("hf:"):
         import_optional("datasets", "datasets", f"--data {reference}")
-        rows = texts.hub_rows(place[3:], part, parse_columns(preprocessing.columns))
+        rows = texts.hub_rows(place[3:], subset, parse_columns(preprocessing.columns))
     else:
         rows = read_rows(Path(place), preprocessing.columns)
     return texts.text_samples(model, rows, reference, preprocessing.length, preprocessing.stride, workers)
@@ -85,7 +85,7 @@ def _as_samples(data: Any, workers: int) -> Samples:
     if isinstance(data, (torch.Tensor, np.ndarray)):
         data = (data, None)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (torch.Tensor, np.ndarray)):
-        x, y = (_array(part) if isinstance(part, torch.Tensor) else part for part in data)
+        x, y = (_array(array) if isinstance(array, torch.Tensor) else array for array in data)
         return Samples(ArrayDataset(x, y), y is not None, workers)
     if not (isinstance(data, (Dataset, Sequence)) and hasattr(data, "__len__")):
         raise InvalidInput(f"Data of type {type(data).__name__} cannot be used. Give a data set with a length, a loader, or arrays (x, y).")
@@ -117,13 +117,13 @@ def _samples_of_loader(loader: DataLoader, workers: int) -> Samples:
     return replace(samples, dataset=dataset, labelled=_has_labels(first), collate=loader.collate_fn)
 
 
-def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_npz(path: Path, subset: str) -> tuple[np.ndarray, np.ndarray | None]:
     if not path.is_file():
         raise InvalidInput(f"There is no file {path}.")
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = list(arrays)
-            suffix = f"_{part}" if part else next((s for s in ("", "_train") if f"x{s}" in names), "")
+            suffix = f"_{subset}" if subset else next((s for s in ("", "_train") if f"x{s}" in names), "")
             if f"x{suffix}" not in names:
                 raise InvalidInput(f"{path} has no array x{suffix}; it holds {', '.join(names)}. Write {path.name}#test for x_test.")
             x = arrays[f"x{suffix}"]
@@ -170,15 +170,15 @@ def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
         picture = Image.open(path).convert("RGB")
     except Exception as error:  # broken files raise SyntaxError and struct.error too, and too large ones an error of PIL's own
         raise InvalidInput(f"{path} cannot be read as a picture: {in_words(error)}. Remove or replace it.") from error
-    how = getattr(Image.Resampling, preprocessing.interpolation.upper())
+    resampling = getattr(Image.Resampling, preprocessing.interpolation.upper())
     if preprocessing.resize:
         share = preprocessing.resize / min(picture.size)
-        picture = picture.resize((round(picture.width * share), round(picture.height * share)), how)
+        picture = picture.resize((round(picture.width * share), round(picture.height * share)), resampling)
         if preprocessing.size:
             left, top = (picture.width - preprocessing.size) // 2, (picture.height - preprocessing.size) // 2
             picture = picture.crop((left, top, left + preprocessing.size, top + preprocessing.size))
     elif preprocessing.size:
-        picture = picture.resize((preprocessing.size, preprocessing.size), how)
+        picture = picture.resize((preprocessing.size, preprocessing.size), resampling)
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
     if preprocessing.mean is not None:
         x = x - torch.tensor(preprocessing.mean)[:, None, None]

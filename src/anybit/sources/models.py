@@ -4,7 +4,7 @@ import importlib
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from anybit.files.strict import in_words
 from anybit.networks.layers import unwrapped
 from anybit.sources.callables import call_user_function, import_optional, load_callable
 from anybit.sources.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def load_model(reference: str, weights: str | None = None, task: str | None = None) -> nn.Module:
@@ -50,7 +53,7 @@ def adapted_network(model: nn.Module) -> nn.Module:
     return huggingface("attention", f"A {type(model).__name__}").adapted(model)
 
 
-def is_transformers(model: Any) -> bool:
+def is_transformers(model: Any) -> "TypeGuard[PreTrainedModel]":
     """Whether `model` is one of transformers' models; that package is not imported to know it."""
     package = sys.modules.get("transformers")
     return package is not None and isinstance(model, package.PreTrainedModel)
@@ -81,7 +84,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state: Any = load_file(path)
         else:
             _check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -40,7 +40,8 @@ class Preprocessing(Settings):
         return {key: value for key, value in super().to_json().items() if value is not None}
 
 
-def overridden(recorded: Preprocessing, given: Preprocessing) -> Preprocessing:
+def overridden(recorded: Preprocessing, overrides: Preprocessing) -> Preprocessing:
     """What a run recorded, with what is now given otherwise than by default in its place."""
     defaults = Preprocessing()
-    return replace(recorded, **{f.name: value for f in fields(given) if (value := getattr(given, f.name)) != getattr(defaults, f.name)})
+    values = {field.name: getattr(overrides, field.name) for field in fields(overrides)}
+    return replace(recorded, **{name: value for name, value in values.items() if value != getattr(defaults, name)})

@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from anybit.data.batches import Reader
 from anybit.data.samples import Samples
@@ -29,19 +30,19 @@ class Head:
 
     endings: tuple[str, ...]
     loader: str
-    reader: Callable[[nn.Module], Reader]
-    samples: Callable[[nn.Module, Sequence[Row], str, Encoding, int], Samples]
+    reader: Callable[[PreTrainedModel], Reader]
+    samples: Callable[[PreTrainedModel, Sequence[Row], str, Encoding, int], Samples]
     pictures: tuple[str, ...] = ()
     one_value: bool | None = None
     length: int | None = None
 
-    def fits(self, model: nn.Module) -> bool:
+    def fits(self, model: PreTrainedModel) -> bool:
         """Return whether the model has this head."""
         name, values = type(model).__name__, getattr(model.config, "num_labels", 2)
         return name.endswith(self.endings + self.pictures) and "Heads" not in name and self.one_value in (None, values == 1)
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: PreTrainedModel) -> Head:
     """Find the model's head; raise UnsupportedModel where it is for none of the tasks."""
     head = next((head for head in HEADS.values() if head.fits(model)), None)
     if head is None:
@@ -52,12 +53,12 @@ def head_of(model: nn.Module) -> Head:
     return head
 
 
-def reader_of(model: nn.Module) -> Reader:
+def reader_of(model: PreTrainedModel) -> Reader:
     """Return what is read in the model's output."""
     return head_of(model).reader(model)
 
 
-def _pooling(model: nn.Module) -> str:
+def _pooling(model: PreTrainedModel) -> str:
     """ "first" where the model's sentence-embedding configuration takes the first token, else "mean"; others are refused by name."""
     modes = {mode: on for mode, on in json_of(model, "1_Pooling/config.json").items() if mode.startswith("pooling_mode_") and on}
     others = sorted(set(modes) - {"pooling_mode_mean_tokens", "pooling_mode_cls_token"})
@@ -70,13 +71,13 @@ def _pooling(model: nn.Module) -> str:
 
 
 def text_samples(
-    model: nn.Module, rows: Sequence[Row], where: str, length: int | None = None, stride: int | None = None, workers: int = 0
+    model: PreTrainedModel, rows: Sequence[Row], where: str, length: int | None = None, stride: int | None = None, workers: int = 0
 ) -> Samples:
     """Make samples that `model` takes of rows (role -> value): tokenized by its own tokenizer, for the task of its head."""
     return head_of(model).samples(model, rows, where, _encoding(model, length, stride), workers)
 
 
-def _questions(model: nn.Module, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+def _questions(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
     if not {"question", "context"} <= set(rows[0]):
         raise InvalidInput(f"{where}: question answering needs columns question and context. Name them with --columns.")
     questions = Questions(rows, encoding, where)
@@ -88,7 +89,7 @@ def _check_texts(rows: Sequence[Row], where: str) -> None:
         raise InvalidInput(f"{where} has no column of texts. Name it: --columns text=NAME.")
 
 
-def _blocks(model: nn.Module, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+def _blocks(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
     _check_texts(rows, where)
     end = encoding.tokenizer.eos_token_id
     separate = [] if end is None else [end]
@@ -98,21 +99,21 @@ def _blocks(model: nn.Module, rows: Sequence[Row], where: str, encoding: Encodin
 
 
 def _texts(
-    model: nn.Module, rows: Sequence[Row], where: str, encoding: Encoding, workers: int, label: "Label", apart: bool = False
+    model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int, label: "Label", apart: bool = False
 ) -> Samples:
     _check_texts(rows, where)
     labels = [label(row["label"], model, where) for row in rows] if "label" in rows[0] else None
     return Samples(Texts(rows, labels, encoding, where, apart=apart), labels is not None, workers, reader=reader_of(model))
 
 
-def _pairs(model: nn.Module, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+def _pairs(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
     _check_texts(rows, where)
     if "label" in rows[0] and "pair" not in rows[0]:
         raise InvalidInput(f"{where}: embeddings are scored by pairs of texts. Name the second one's column with --columns pair=NAME.")
     return _texts(model, rows, where, encoding, workers, _number, apart=True)
 
 
-def _encoding(model: nn.Module, length: int | None, stride: int | None) -> Encoding:
+def _encoding(model: PreTrainedModel, length: int | None, stride: int | None) -> Encoding:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -135,7 +136,7 @@ def _encoding(model: nn.Module, length: int | None, stride: int | None) -> Encod
     return Encoding(tokenizer, length or default, length is not None, 128 if stride is None else stride)
 
 
-def _length_of(model: nn.Module) -> int:
+def _length_of(model: PreTrainedModel) -> int:
     """The most tokens that the network takes; of RoBERTa's family positions begin after the padding's."""
     most = getattr(model.config, "max_position_embeddings", None)
     tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
@@ -143,10 +144,10 @@ def _length_of(model: nn.Module) -> int:
     return most - taken if isinstance(most, int) and most > taken else 2048
 
 
-Label = Callable[[Any, nn.Module, str], int | float]
+Label = Callable[[Any, PreTrainedModel, str], int | float]
 
 
-def _class_number(value: Any, model: nn.Module, where: str) -> int:
+def _class_number(value: Any, model: PreTrainedModel, where: str) -> int:
     """Read a label of a class: one of the model's names, or its number."""
     names = getattr(model.config, "label2id", None) or {}
     if isinstance(value, str) and value in names:
@@ -160,41 +161,37 @@ def _class_number(value: Any, model: nn.Module, where: str) -> int:
         raise InvalidInput(f"{where}: the label {value!r} is {said}. Name another column with --columns label=NAME.") from error
 
 
-def _number(value: Any, model: nn.Module, where: str) -> float:
+def _number(value: Any, model: PreTrainedModel, where: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidInput(f"{where}: the label {value!r} is no number. Name another column with --columns label=NAME.") from error
 
 
-_SEQUENCE = {
-    "endings": ("ForSequenceClassification",),
-    "pictures": ("ForImageClassification",),
-    "loader": "AutoModelForSequenceClassification",
-}
+_sequence = partial(Head, ("ForSequenceClassification",), "AutoModelForSequenceClassification", pictures=("ForImageClassification",))
 HEADS = {
     "question-answering": Head(
         ("ForQuestionAnswering",), "AutoModelForQuestionAnswering", lambda model: Answers(_length_of(model)), _questions, length=384
     ),
     "language-model": Head(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM", lambda model: NextTokens(), _blocks, length=1024),
-    "classification": Head(
-        **_SEQUENCE, reader=lambda model: FirstOutput("classification"), samples=partial(_texts, label=_class_number), one_value=False
+    "classification": _sequence(
+        reader=lambda model: FirstOutput("classification"), samples=partial(_texts, label=_class_number), one_value=False
     ),
-    "regression": Head(**_SEQUENCE, reader=lambda model: FirstOutput("regression"), samples=partial(_texts, label=_number), one_value=True),
+    "regression": _sequence(reader=lambda model: FirstOutput("regression"), samples=partial(_texts, label=_number), one_value=True),
     "embedding": Head(("Model",), "AutoModel", lambda model: SentenceEmbedding(_pooling(model)), _pairs),
 }
 """Task -> its head. The first that fits a model is its head: a class whose name ends in "LMHeadModel" ends in "Model" too."""
 
 
-def hub_rows(name: str, part: str, columns: Mapping[str, str | int]) -> list[Row]:
+def hub_rows(name: str, split: str, columns: Mapping[str, str | int]) -> list[Row]:
     """The rows of a Hugging Face data set's split, role -> value (needs the package datasets)."""
     import datasets
 
     try:
-        found = datasets.load_dataset(*name.split(":"), split=part or "train")
+        dataset = datasets.load_dataset(*name.split(":"), split=split or "train")
     except Exception as error:  # the library raises whatever its readers do
         said = " ".join(str(error).split())
         raise InvalidInput(f"--data hf:{name} cannot be loaded: {type(error).__name__}: {said[:300]}") from error
-    if len(found) == 0:
+    if len(dataset) == 0:
         raise InvalidInput(f"--data hf:{name} holds no rows.")
-    return with_roles([(number, dict(row)) for number, row in enumerate(found, 1)], columns, f"hf:{name}")
+    return with_roles([(number, dict(row)) for number, row in enumerate(dataset, 1)], columns, f"hf:{name}")
