@@ -65,8 +65,8 @@ class Judge:
 
     @property
     def labels(self) -> Tensor | None:
-        labels = [batch.labels for batch in self.held_out]
-        return None if any(part is None for part in labels) else torch.cat(labels)
+        labels = [batch.labels for batch in self.held_out if batch.labels is not None]
+        return torch.cat(labels) if len(labels) == len(self.held_out) else None
 
 
 def as_scores(record: Mapping[str, Any]) -> dict[str, float]:
@@ -198,4 +198,5 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
             )
         else:
             low = bits
+    assert passed is not None  # the first attempt passes or raises
     return Choice(*passed, rows)

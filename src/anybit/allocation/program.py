@@ -84,7 +84,9 @@ def make_problem(choices: Mapping[str, Sequence[Precision]], table: SensitivityT
     for name in names:
         if not np.isfinite(losses[name]).all():
             raise UnsupportedModel(f"The sensitivity of layer {name} is not finite: {losses[name].tolist()}. --keep the layer.")
-    limited, limits, in_words = {}, {}, {}
+    limited: dict[str, dict[str, np.ndarray]] = {}
+    limits: dict[str, float] = {}
+    in_words: dict[str, Callable[[float], str]] = {}
     for cost, limit in budget.costs() if budget else ():
         _check_limit(cost, limit, costs)
         parts, part_limit, words = _linear(cost, limit, choices, costs)
@@ -250,7 +252,7 @@ def _why_infeasible(problem: Problem) -> str:
         least = {layer: float(problem.costs[quantity][layer].min()) for layer in problem.choices}
         words = problem.in_words.get(quantity, lambda amount, quantity=quantity: f"{quantity}={amount:.6g}")
         if sum(least.values()) > limit:
-            binding = sorted(least, key=least.get, reverse=True)[:3]
+            binding = sorted(least, key=least.__getitem__, reverse=True)[:3]
             needed, allowed = words(sum(least.values())), words(limit)
             parts.append(f"The smallest scheme needs {needed}, more than the budget of {allowed} (layers {', '.join(binding)} bind).")
             enough.append(needed)

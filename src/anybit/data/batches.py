@@ -115,7 +115,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def map_leaves(value: Any, leaf: type, function: Callable[[Any], Any]) -> Any:
+def map_leaves(value: Any, leaf: type | tuple[type, ...], function: Callable[[Any], Any]) -> Any:
     """Map every `leaf` in nested tuples, lists and dicts."""
     if isinstance(value, leaf):
         return function(value)

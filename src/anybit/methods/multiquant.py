@@ -60,6 +60,11 @@ DRAWN = 4
 class _Switchable(nn.Module):
     """Steps for several bit-widths. The index is a tensor, so that a compiled network is not compiled again when it changes."""
 
+    start: Tensor
+    factors: Tensor
+    limits: Tensor
+    index: Tensor
+
     def __init__(self, scales: Mapping[int, Tensor], signed: bool, factors: Mapping[int, float]):
         super().__init__()
         self.widths, self.bits, self.signed = tuple(scales), next(iter(scales)), signed
@@ -186,7 +191,8 @@ class MultiQuant:
         self.right = torch.zeros(classes or 0, classes or 0, device=device)
         self.labels = torch.zeros_like(self.right)
         self.losses: dict[str, dict[str, float]] = {name: {} for name in choices}
-        self.progress, self.wider, self.letter = 0.0, None, ""
+        self.progress, self.letter = 0.0, ""
+        self.wider: Tensor | None = None
         self.highest = Scheme({name: max(options, key=bits_of) for name, options in choices.items()})
         self.lowest = Scheme({name: min(options, key=bits_of) for name, options in choices.items()})
         self.scheme = self.highest
@@ -198,10 +204,13 @@ class MultiQuant:
         for name, precision in scheme.items():
             weights, inputs = self.layers[name].weight_quantizer, self.layers[name].input_quantizer
             if isinstance(weights, SwitchableWeight):
+                assert precision.weight_bits is not None  # one of the layer's choices, which all have bits
                 weights.switch(precision.weight_bits)
             if isinstance(inputs, SwitchableInput):
+                assert precision.activation_bits is not None
                 inputs.switch(precision.activation_bits)
             if name in self.norms:
+                assert precision.weight_bits is not None
                 self.norms[name].switch(precision.weight_bits)
         self.scheme = self.scheme.replace(scheme)
 

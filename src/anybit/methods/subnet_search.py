@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from anybit.allocation.program import allocate, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import QUANTITIES, Budget, Condition
+from anybit.budget import QUANTITIES, Budget, Condition, Cost
 from anybit.errors import InfeasibleBudget
 from anybit.methods.settings import SearchSettings
 from anybit.networks.cost import CostModel
@@ -67,14 +67,20 @@ class Found:
 
 def layer_cost(costs: CostModel, quantity: str) -> Callable[[str, Precision], float]:
     """Return the function of (layer, precision) that gives a layer's part of the cost."""
-    cost = QUANTITIES[quantity]
+    cost = _cost_named(quantity)
     scale = cost.scale(costs)
     return lambda name, precision: cost.layer(costs, name, precision) / scale
 
 
 def total_cost(costs: CostModel, quantity: str, scheme: Scheme) -> float:
     """Return the exact cost of a scheme, all in."""
-    return QUANTITIES[quantity].total(costs, scheme)
+    return _cost_named(quantity).total(costs, scheme)
+
+
+def _cost_named(quantity: str) -> Cost:
+    cost = QUANTITIES[quantity]
+    assert isinstance(cost, Cost)  # `SearchSettings` takes no other
+    return cost
 
 
 # Schemes as rows

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from anybit.data.batches import Batch, call, evaluating, read_output
 from anybit.errors import UnsupportedModel
 from anybit.networks.layer_types import COVERED, type_of
-from anybit.networks.layers import float_weight, from_rows, weight_rows
-from anybit.networks.wiring import BATCH_NORMS, Wiring, observe_outputs
+from anybit.networks.layers import float_bias, float_weight, from_rows, weight_rows
+from anybit.networks.wiring import BATCH_NORMS, BatchNorm, Wiring, observe_outputs
 from anybit.numerics.quantizers import UniformQuantizer
 
 
@@ -51,7 +51,9 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
     pairs = {}
     for layer in wiring.layer_names():
         name = wiring.batch_norm_after(layer)
-        norm, source = (model.get_submodule(name) if name else None), model.get_submodule(layer)
+        if name is None:
+            continue
+        norm, source = model.get_submodule(name), model.get_submodule(layer)
         plain = isinstance(norm, BATCH_NORMS) and type(norm).forward is nn.BatchNorm2d.forward and norm.running_mean is not None
         plain = plain and type_of(source).sums and source.weight.dtype == torch.float32  # another type has no digits to spare
         own = weights[id(source.weight)] == 1 and layer not in wiring.read_weights
@@ -117,13 +119,14 @@ def fold(model: nn.Module, pairs: Mapping[str, str]) -> tuple[nn.Module, dict[st
     folded = copy.deepcopy(model)
     promised = {}
     for layer_name, norm_name in pairs.items():
-        layer, norm = folded.get_submodule(layer_name), folded.get_submodule(norm_name)
-        gamma = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight
-        beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
+        layer, norm = folded.get_submodule(layer_name), _batch_norm(folded, norm_name)
+        mean, variance = running_statistics(norm)
+        gamma = torch.ones_like(mean) if norm.weight is None else norm.weight
+        beta = torch.zeros_like(mean) if norm.bias is None else norm.bias
         # In double precision: the fold must not cost the float network anything.
-        gain = gamma.double() / torch.sqrt(norm.running_var.double() + norm.eps)
-        bias = 0.0 if layer.bias is None else layer.bias.double()
-        bias = (bias - norm.running_mean.double()) * gain + beta.double()
+        gain = gamma.double() / torch.sqrt(variance.double() + norm.eps)
+        own = float_bias(layer)
+        bias = ((0.0 if own is None else own.double()) - mean.double()) * gain + beta.double()
         scale_weight(layer, gain)
         layer.bias = nn.Parameter(bias.to(float_weight(layer).dtype))
         promised[layer_name] = ChannelStatistics(beta.detach().clone(), gamma.detach().abs())
@@ -138,13 +141,13 @@ def flip_negative(model: nn.Module, pairs: Mapping[str, str]) -> None:
     Training quantized weights before a fold needs it: a scale times a negative gamma is no scale.
     """
     for layer_name, norm_name in pairs.items():
-        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        layer, norm = model.get_submodule(layer_name), _batch_norm(model, norm_name)
         if norm.weight is None:
             continue
         sign = torch.where(norm.weight < 0, -1.0, 1.0)
         weight = float_weight(layer)
         weight.copy_(from_rows(layer, weight_rows(layer, weight) * sign[:, None]))
-        for tensor in (layer.bias, norm.running_mean, norm.weight):
+        for tensor in (float_bias(layer), norm.running_mean, norm.weight):
             if tensor is not None:
                 tensor.mul_(sign)
 
@@ -156,7 +159,7 @@ def folded_gammas(model: nn.Module, pairs: Mapping[str, str]) -> list[nn.Paramet
 
 
 @torch.no_grad()
-def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[nn.Module] | None = None) -> None:
+def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[BatchNorm] | None = None) -> None:
     """Put the running statistics of every batch norm (or of `norms`) to those of `batches`, in place; all else runs in evaluation mode."""
     if norms is None:
         norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.running_mean is not None]
@@ -173,6 +176,18 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[nn.Mo
             call(model, batch.inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+
+
+def _batch_norm(model: nn.Module, name: str) -> BatchNorm:
+    norm = model.get_submodule(name)
+    assert isinstance(norm, BATCH_NORMS)
+    return norm
+
+
+def running_statistics(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Running mean and variance, [channels] each, of a batch norm that keeps them."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    return norm.running_mean, norm.running_var
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -104,7 +104,7 @@ class Captured:
     arguments: tuple[tuple, dict]
     output: CapturedTensor | BatchStore | None
     device: torch.device
-    masks: list[Tensor] | None = None
+    masks: list[Tensor | None] | None = None
 
     def batch(self, indices: Tensor) -> tuple[tuple, dict]:
         """(args, kwargs) of the samples `indices` (of padded data: of one batch), on the device they came from."""
@@ -112,6 +112,7 @@ class Captured:
 
     def outputs(self, indices: Tensor) -> Tensor:
         """The outputs of the samples `indices` (of padded data: of one batch)."""
+        assert self.output is not None  # asked for
         return self.output.rows(indices).to(self.device)
 
 
@@ -130,6 +131,7 @@ def carry(
         part = source(indices)
         store = store or CapturedTensor.like(part, len(indices), count, budget)
         store.add(part, len(indices))
+    assert store is not None  # even of no samples there is one chunk
     return store
 
 
@@ -148,7 +150,8 @@ def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, b
     hooks = [module.register_forward_pre_hook(recorder.before, with_kwargs=True), module.register_forward_hook(recorder.after)]
     try:
         for batch in batches:
-            recorder.batch_size = len(batch)
+            if isinstance(recorder, _Recorder):
+                recorder.batch_size = len(batch)
             with suppress(_Stop):
                 call(model, batch.inputs)
     finally:
@@ -196,8 +199,8 @@ class _Recorder:
         """The arguments, each tensor as its Store or, where all samples share it, as it is."""
 
         def held(place: _Place) -> CapturedTensor | Tensor:
-            shared = self.stores[place.number] is None or (place.number in self.same and self.calls > 1)
-            return self.first[place.number] if shared else self.stores[place.number]
+            store, same = self.stores[place.number], place.number in self.same and self.calls > 1
+            return self.first[place.number] if store is None or same else store
 
         return Captured(map_leaves(self.places, _Place, held), self.output, self.first[0].device)
 
@@ -213,8 +216,7 @@ class _Recorder:
         self.same = {number for number in self.same if torch.equal(parts[number], self.first[number])}
         for number, (store, part) in enumerate(zip(self.stores, parts, strict=True)):
             if store is not None:
-                self._check(part, store)
-                store.add(part, self.batch_size)
+                self._checked(part, store).add(part, self.batch_size)
             elif number not in self.same:
                 raise UnsupportedModel(self._refusal(part))
         if not self.outputs:
@@ -223,17 +225,17 @@ class _Recorder:
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         _check_tensor(self.name, output)
         self.output = self.output or self._store(output)
-        self._check(output, self.output)
-        self.output.add(output.detach(), self.batch_size)
+        self._checked(output, self.output).add(output.detach(), self.batch_size)
         raise _Stop
 
     def _store(self, part: Tensor) -> CapturedTensor | None:
         is_batched = part.dim() and len(part) % self.batch_size == 0
         return CapturedTensor.like(part, self.batch_size, self.count, self.budget) if is_batched else None
 
-    def _check(self, part: Tensor, store: CapturedTensor | None) -> None:
+    def _checked(self, part: Tensor, store: CapturedTensor | None) -> CapturedTensor:
         if store is None or len(part) != self.batch_size * store.tensor.shape[1]:
             raise UnsupportedModel(self._refusal(part))
+        return store
 
     def _refusal(self, part: Tensor) -> str:
         return (
@@ -279,6 +281,7 @@ class _WholeBatches:
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         _check_tensor(self.name, output)
+        assert self.output is not None  # else `before` has stopped the pass
         self.output.add(output, self.budget)
         raise _Stop
 

@@ -12,7 +12,7 @@ from torch import nn
 from anybit.budget import cost_quantities
 from anybit.networks.latency import LatencyTable
 from anybit.networks.layer_types import type_of
-from anybit.networks.layers import float_weight, weight_rows
+from anybit.networks.layers import float_weight, rows_shape
 from anybit.networks.states import STORED_TYPES, leftovers, spec_of
 from anybit.networks.wiring import Wiring
 from anybit.numerics.packing import PACKED_METADATA, PackedLayer, TensorSpec, file_bytes, layout, packed_bytes
@@ -64,9 +64,8 @@ class CostModel:
         layers = {}
         for name in names:
             layer = prepared.get_submodule(name)
-            rows = weight_rows(layer, float_weight(layer))
             macs = macs_per_sample(layer, name, wiring) if wiring else 0
-            layers[name] = LayerSize(rows.shape[0], rows.shape[1], macs, type_of(layer).operands)
+            layers[name] = LayerSize(*rows_shape(layer), macs, type_of(layer).operands)
         float32 = [name for name in names if float_weight(prepared.get_submodule(name)).dtype == torch.float32]
         leftover, others = leftovers(prepared, float32)  # a weight of another type is kept, under its own key
         numbers = sum(tensor.numel() for tensor in leftover.values())

@@ -62,6 +62,7 @@ class LatencyTable:
         kinds: dict[int, str] = {}
         crossed: set[int] = set()
         numbers = {value: step.numbers for step in self.steps for value in step.outputs}
+        kind: str | None
         for step in self.steps:
             read = {kinds[value] for value in step.inputs if value in kinds}
             if step.layer is not None:

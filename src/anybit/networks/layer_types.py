@@ -60,15 +60,21 @@ class TransposedConvolution(LayerType):
 
     def rows(self, layer: nn.Module, weight: Tensor) -> Tensor:
         # [in, out / groups, ...] -> [groups, in / groups, out / groups, ...] -> [groups, out / groups, in / groups, ...]
-        grouped = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)
+        grouped = weight.unflatten(0, (_groups(layer), -1)).transpose(1, 2)
         return grouped.flatten(0, 1).flatten(1)
 
     def weight(self, layer: nn.Module, rows: Tensor, shape: Sequence[int]) -> Tensor:
-        grouped = rows.view(layer.groups, shape[1], shape[0] // layer.groups, *shape[2:])
+        groups = _groups(layer)
+        grouped = rows.view(groups, shape[1], shape[0] // groups, *shape[2:])
         return grouped.transpose(1, 2).flatten(0, 1)
 
     def macs(self, weights: int, read: Sequence[int], made: Sequence[int], batch_size: int) -> int:
         return weights * math.prod(read[2:])
+
+
+def _groups(layer: nn.Module) -> int:
+    assert isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    return layer.groups
 
 
 class LinearLayer(LayerType):
@@ -92,6 +98,7 @@ class Product(LayerType):
         return math.prod(made) * read[-1] // batch_size
 
     def pairs_tokens(self, layer: nn.Module) -> bool:
+        assert isinstance(layer, Matmul)
         return layer.transposed  # of queries and keys
 
 

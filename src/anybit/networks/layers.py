@@ -22,17 +22,19 @@ from anybit.numerics.quantizers import UniformQuantizer
 from anybit.scheme import Precision, Scheme
 
 
-class QuantizedLayer:
+class QuantizedLayer(nn.Module):
     """Mixin of every swapped class: the two slots and the weight that reads through one of them."""
 
     weight_quantizer: nn.Module | None
     input_quantizer: nn.Module | None
+    bias: nn.Parameter | None
     weight_group: int | None = None
 
     @property
     def weight(self) -> Tensor:
         """The weight as the layer computes with it: through the slot where one is filled."""
         weight = self._parameters["weight"]
+        assert weight is not None  # `prepare` refuses a computed one
         if self.weight_quantizer is None:
             return weight
         return from_rows(self, self.weight_quantizer(weight_rows(self, weight)))
@@ -47,7 +49,7 @@ class QuantizedLayer:
 
 
 class QuantizedMatmul(QuantizedLayer, Matmul):
-    weight = None
+    weight = None  # type: ignore[assignment]  # the one layer without a weight: all else reads a Tensor
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         if self.input_quantizer is not None:
@@ -55,10 +57,10 @@ class QuantizedMatmul(QuantizedLayer, Matmul):
         return Matmul.forward(self, left, right)
 
 
-_SWAPPED: dict[type, type] = {Matmul: QuantizedMatmul}  # nn.Conv2d -> QuantizedConv2d, ...
+_SWAPPED: dict[type[nn.Module], type[QuantizedLayer]] = {Matmul: QuantizedMatmul}  # nn.Conv2d -> QuantizedConv2d, ...
 
 
-def _swapped_class(cls: type) -> type:
+def _swapped_class(cls: type[nn.Module]) -> type[QuantizedLayer]:
     """Return the quantized subclass of `cls`, made on first use."""
     if cls not in _SWAPPED:
         pickled = {"__reduce__": lambda self: (_new_swapped, (cls,), self.__dict__)}  # its class is found through the float one
@@ -68,7 +70,7 @@ def _swapped_class(cls: type) -> type:
     return _SWAPPED[cls]
 
 
-def _new_swapped(cls: type) -> nn.Module:
+def _new_swapped(cls: type[nn.Module]) -> QuantizedLayer:
     swapped = _swapped_class(cls)
     return swapped.__new__(swapped)
 
@@ -156,9 +158,10 @@ def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] 
         bias = layer._parameters.get("bias")
         if bias is not None and len(owners[id(bias)]) > 1:  # each is tuned for its own layer
             layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
-        if not type_of(layer).reads_numbers:
+        if isinstance(layer, nn.Embedding):
             layer.sparse = False  # a quantizer passes no sparse gradient on
         layer.__class__ = _swapped_class(type(layer))
+        assert isinstance(layer, QuantizedLayer)
         layer.register_module("weight_quantizer", None)
         layer.register_module("input_quantizer", None)
         if name in groups:
@@ -198,7 +201,7 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 
 def takes_groups(layer: nn.Module, group: int) -> bool:
     """Whether the layer's weight can have a scale for each `group` inputs of a channel: a linear or an embedding of a multiple of them."""
-    return type_of(layer).grouped and layer.weight.shape[1] % group == 0
+    return type_of(layer).grouped and float_weight(layer).shape[1] % group == 0
 
 
 def _checked_group(name: str, layer: nn.Module, group: int) -> int:
@@ -208,20 +211,33 @@ def _checked_group(name: str, layer: nn.Module, group: int) -> int:
     return group
 
 
-def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Name -> layer with slots, in the model's order of definition."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
 def float_weight(layer: nn.Module) -> nn.Parameter:
     """The stored weight, whatever is in the slot; an empty one of a matmul."""
-    return layer._parameters["weight"] if type_of(layer).has_weights else nn.Parameter(torch.empty(0, 0))
+    weight = layer._parameters["weight"] if type_of(layer).has_weights else nn.Parameter(torch.empty(0, 0))
+    assert weight is not None  # a computed one is refused before
+    return weight
+
+
+def float_bias(layer: nn.Module) -> Tensor | None:
+    """The bias; None where the layer has none."""
+    return getattr(layer, "bias", None)
 
 
 def weight_rows(layer: nn.Module, weight: Tensor) -> Tensor:
     """`weight` as rows [output channels, fan-in]; for an embedding a row is a word. With groups, each group of a channel is a row."""
     group = getattr(layer, "weight_group", None)
     return type_of(layer).rows(layer, weight) if group is None else weight.reshape(-1, group)
+
+
+def rows_shape(layer: nn.Module) -> tuple[int, int]:
+    """(rows, columns) of the layer's weight as `weight_rows` lays it out."""
+    rows = weight_rows(layer, float_weight(layer))
+    return rows.shape[0], rows.shape[1]
 
 
 def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
@@ -231,8 +247,9 @@ def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(layer: nn.Module, weights: nn.Module | None, inputs: UniformQuantizer | None) -> None:
+def fill(layer: nn.Module, weights: nn.Module | None, inputs: nn.Module | None) -> None:
     """Put quantizers into the slots and round the stored weight onto the grid, so that weight and codes say the same."""
+    assert isinstance(layer, QuantizedLayer)
     if weights is not None:
         parameter = float_weight(layer)
         parameter.copy_(from_rows(layer, weights(weight_rows(layer, parameter))))
@@ -272,12 +289,15 @@ def scheme_of(model: nn.Module) -> Scheme:
     return Scheme({name: _precision_of(layer) for name, layer in quantized_layers(model).items()})
 
 
-def _precision_of(layer: nn.Module) -> Precision:
-    if isinstance(layer.weight_quantizer, Pruned):
-        weight_bits = 0
-    else:
-        weight_bits = None if layer.weight_quantizer is None else layer.weight_quantizer.bits
-    return Precision(weight_bits, None if layer.input_quantizer is None else layer.input_quantizer.bits)
+def _precision_of(layer: QuantizedLayer) -> Precision:
+    return Precision(_bits_of(layer.weight_quantizer), _bits_of(layer.input_quantizer))
+
+
+def _bits_of(quantizer: nn.Module | None) -> int | None:
+    if quantizer is None or isinstance(quantizer, Pruned):
+        return None if quantizer is None else 0
+    assert isinstance(quantizer, UniformQuantizer)
+    return quantizer.bits
 
 
 class Pruned(nn.Module):
@@ -287,6 +307,12 @@ class Pruned(nn.Module):
         return torch.zeros_like(rows)
 
 
+def weight_quantizer_of(layer: nn.Module) -> UniformQuantizer:
+    """The quantizer in a weight slot that is filled with a uniform one."""
+    assert isinstance(layer, QuantizedLayer) and isinstance(layer.weight_quantizer, UniformQuantizer)
+    return layer.weight_quantizer
+
+
 def codes_of(layer: nn.Module) -> Tensor:
     """Integer codes [channels, fan-in] of a layer whose weight slot is filled, as int8."""
-    return layer.weight_quantizer.codes(weight_rows(layer, float_weight(layer))).to(torch.int8)
+    return weight_quantizer_of(layer).codes(weight_rows(layer, float_weight(layer))).to(torch.int8)

@@ -131,7 +131,7 @@ def _checksum(tensor: Tensor) -> int:
     if torch._C._functorch.is_batchedtensor(tensor):  # its bytes cannot be had
         return 0
     flat = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy())
+    return zlib.crc32(flat.view(torch.uint8).numpy().data)
 
 
 def moving_state(
@@ -154,7 +154,7 @@ def moving_state(
             f"The network runs once on an input and not again ({_said(error)}). Reset what it keeps in each pass."
         ) from error
     after = model.state_dict()
-    moved = {key: before.get(key) for key in before | after if not _same(before.get(key), after.get(key))}
+    moved = {key: before.get(key) for key in {**before, **after} if not _same(before.get(key), after.get(key))}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key in moved:
         if key in parameters:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from anybit.errors import InvalidFile, UnsupportedModel
 from anybit.networks.candidates import ActivationCandidate, Candidates, from_tensors, frozen_candidate, to_tensors
-from anybit.networks.layers import QuantizedLayer, float_weight, from_rows, weight_rows
+from anybit.networks.layers import QuantizedLayer, float_bias, float_weight, from_rows, quantized_layers, rows_shape
 from anybit.networks.wiring import BATCH_NORMS
 from anybit.numerics.affine import dequantize
 from anybit.numerics.packing import TensorSpec
@@ -30,13 +30,15 @@ def restore(model: nn.Module, state: Mapping[str, Tensor | None]) -> None:
 def snapshot(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """What stands in these layers of a canonical model, by name, for a file: codes, ranges and biases, float weights where there are no
     codes."""
-    held, floats = Candidates(), {}
+    held = Candidates()
+    floats: dict[str, Tensor] = {}
+    layers = quantized_layers(model)
     for name in names:
-        layer = model.get_submodule(name)
+        layer = layers[name]
         if isinstance(layer.weight_quantizer, UniformQuantizer):
             held.weights[name, layer.weight_quantizer.bits] = frozen_candidate(layer)
         else:
-            bias = getattr(layer, "bias", None)
+            bias = float_bias(layer)
             floats |= {f"{name}|weight": float_weight(layer)} | ({} if bias is None else {f"{name}|bias": bias})
         if isinstance(layer.input_quantizer, UniformQuantizer):
             quantizer = layer.input_quantizer
@@ -47,9 +49,10 @@ def snapshot(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 @torch.no_grad()
 def put_back(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
     """Put what `snapshot` gave back, in place, into layers of the same bits. Raises InvalidFile where it is of others."""
-    layers = {name: model.get_submodule(name) for name in names}
+    quantized = quantized_layers(model)
+    layers = {name: quantized[name] for name in names}
     floats = {f"{name}|{part}" for name in layers for part in ("weight", "bias")}
-    shapes = {name: tuple(weight_rows(layer, float_weight(layer)).shape) for name, layer in layers.items()}
+    shapes = {name: rows_shape(layer) for name, layer in layers.items()}
     held = from_tensors({key: tensor for key, tensor in tensors.items() if key not in floats}, shapes)
     changes: list[tuple[Tensor, Tensor]] = []  # all are found before the first is made
     for name, layer in layers.items():
@@ -102,7 +105,8 @@ def leftovers(prepared: nn.Module, names: list[str]) -> tuple[dict[str, torch.Te
     places = [(name, module) for name, module in prepared.named_modules(remove_duplicate=False) if isinstance(module, QuantizedLayer)]
     skipped = {f"{name}.weight" for name, module in places if id(module) in coded}  # under every name that the network has for it
     quantizers = tuple(f"{name}.{slot}_quantizer." for name, _ in places for slot in ("weight", "input"))
-    float32, others = {}, {}
+    float32: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
     for key, tensor in prepared.state_dict().items():
         if key not in skipped and not key.startswith(quantizers):
             (float32 if tensor.dtype == torch.float32 else others)[key] = tensor

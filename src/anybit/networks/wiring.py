@@ -22,6 +22,7 @@ from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.networks.layer_types import COVERED, type_of
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 LAYER, BATCH_NORM = "a layer", "a batch norm"  # kinds that no function's name can be
 PRODUCTS = {"matmul", "bmm", "baddbmm", "mm", "addmm", "einsum", "scaled_dot_product_attention"}
@@ -132,10 +133,11 @@ class Wiring:
     def batch_norm_after(self, layer: str) -> str | None:
         """The batch norm that alone reads this layer's output, both called once; None where there is none."""
         reader = self.only_reader(self.operation(layer).outputs[0])
-        once = reader is not None and self.calls[layer] == 1 and reader.kind == BATCH_NORM and self.calls[reader.name] == 1
+        if reader is None or reader.kind != BATCH_NORM or self.calls[layer] != 1 or self.calls[reader.name] != 1:
+            return None
         # Where channels are the last dimension, a batch norm over the second is not about them.
         over_others = layer in self.channels_last and len(self.operation(layer).shape) > 2
-        return reader.name if once and not over_others else None
+        return None if over_others else reader.name
 
     def activation_after(self, module: str) -> Callable[[Tensor], Tensor] | None:
         """The activation that alone reads this module's output (seen through its batch norm), or None.

@@ -16,6 +16,7 @@ from anybit.environment import StageClock
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.files.cache import digest
 from anybit.networks.candidates import Candidates, to_tensors
+from anybit.networks.layers import float_bias
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.roads.calibrate import finish
 from anybit.roads.inputs import check_metric_has_labels, example_of, on_device
@@ -113,6 +114,6 @@ def check_saved(
     if lacking:
         raise InvalidFile(f"{path}: the table has no row of {lacking[0]} at {lacking[1]}. Run calibrate again.")
     for (name, bits), candidate in candidates.weights.items():
-        bias = getattr(network.prepared.get_submodule(name), "bias", None)
-        if (bias is None) != (candidate.bias is None) or (bias is not None and bias.shape != candidate.bias.shape):
+        own, saved = float_bias(network.prepared.get_submodule(name)), candidate.bias
+        if (None if own is None else own.shape) != (None if saved is None else saved.shape):
             raise InvalidFile(f"{path}: the bias of {name} at W{bits} is not of the layer's shape. Run calibrate again.")

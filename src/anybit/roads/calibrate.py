@@ -82,7 +82,11 @@ def calibrate(
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
     wanted = CalibrateSettings.of(**settings)
-    budgets = [Budget.parse(b) for b in budget] if isinstance(budget, (list, tuple)) else [Budget.parse(budget) if budget else None]
+    budgets: list[Budget | None]
+    if several := isinstance(budget, Sequence) and not isinstance(budget, str):
+        budgets = [Budget.parse(one) for one in budget]
+    else:
+        budgets = [Budget.parse(budget) if budget else None]
     twice = [text for text, count in Counter(map(str, budgets)).items() if count > 1]
     if twice:
         raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
@@ -101,7 +105,7 @@ def calibrate(
     }
     results = [finish(bench, one, about, saved, StageClock(list(clock.stages)), tests) for one in budgets]
     settle(recall)
-    return results if isinstance(budget, (list, tuple)) else results[0]
+    return results if several else results[0]
 
 
 def prepare_bench(
@@ -129,7 +133,7 @@ def prepare_bench(
         reference = outputs_of(network.folded, calibration.held_out)
         task = task_for(settings, reference, calibration.held_out[0])
         if samples.labelled:
-            check_labels(reference, torch.cat([batch.labels for batch in calibration.held_out]), task)
+            check_labels(reference, torch.cat([batch.labels for batch in calibration.held_out if batch.labels is not None]), task)
         if not all(torch.isfinite(outputs).all() for outputs in (reference, *references)):
             finite_samples(network, calibration, settings)  # names the layer, where it is one's input
             raise UnsupportedModel(
@@ -174,8 +178,8 @@ def finish(
         tell("allocation", budget=budget and str(budget), certificate=choice.certificate(bench.settings.seed), scheme=choice.scheme)
     with clock.stage("polish"):
         model, ladder, errors = polish_scheme(bench, choice.scheme)
-        if budget is not None and budget.limit(DROP.name) is not None:
-            model = _within_drop(bench, budget, choice.scheme, model)
+        if budget is not None and (drop := budget.limit(DROP.name)) is not None:
+            model = _within_drop(bench, drop, choice.scheme, model)
     with clock.stage("edge ranges"):
         part = samples_at_once(network.wiring, OBSERVED, bench.settings.memory, 8)
         recall = bench.judge.recall.keyed("edges", digest(model.state_dict().values()), part)
@@ -197,10 +201,11 @@ def finish(
     return Result(canonical, report, about, bench.candidates, dict(saved))
 
 
-def _within_drop(bench: CalibrationState, budget: Budget, scheme: Scheme, polished: nn.Module) -> nn.Module:
+def _within_drop(bench: CalibrationState, drop: float, scheme: Scheme, polished: nn.Module) -> nn.Module:
     """The polished model, or the candidates that met the allowed drop where polishing (judged by the loss) has left it."""
-    judge = bench.judge
-    if judge.of_outputs(judge.reference)[judge.counted] - judge.of_model(polished)[judge.counted] <= budget.limit(DROP.name):
+    judge, counted = bench.judge, bench.judge.counted
+    assert counted is not None  # else the budget is refused
+    if judge.of_outputs(judge.reference)[counted] - judge.of_model(polished)[counted] <= drop:
         return polished
     return apply_scheme(bench.network.prepared, scheme, bench.candidates)
 

@@ -134,15 +134,15 @@ def extract(
     limits = None if budget is None else Budget.parse(budget)
     if limits is not None and samples is not None:
         supernet = supernet_with_latencies(supernet, samples, [limits])
-    wanted = _scheme_from(scheme) if limits is None else best_within(run, supernet, limits)
-    check_whole(wanted, supernet.choices)
+    chosen = best_within(run, supernet, limits) if limits is not None else _scheme_from(scheme)
+    check_whole(chosen, supernet.choices)
     supernet.model.cpu()
     with clock.stage("extract"):
         batches = None
         if samples is not None:
             fitting, _ = held_out_split(samples, supernet.settings)
             batches = bn_batches(fitting, supernet.settings)
-        statistics = supernet.switch(wanted, batches)
+        statistics = supernet.switch(chosen, batches)
         canonical = supernet.canonical()
         if batches is None:
             canonical.edges = supernet.stored_edges()
@@ -151,10 +151,11 @@ def extract(
             canonical.edges = observe_edge_ranges(canonical.model, wiring, batches[:8])
     ladder: list[dict[str, Any]] = []
     if polish:
+        assert batches is not None  # polishing without data is refused
         with clock.stage("polish"):
             canonical, ladder = polished(supernet, canonical, fitting, batches, CalibrateSettings.of(**settings), open_cache(cache))
     scheme = canonical.scheme
-    report = {
+    report: dict[str, Any] = {
         "version": 1,
         "road": "train once",
         **({"ladder": ladder} if polish else {}),
@@ -180,10 +181,11 @@ def extract(
     return Result(canonical, report | {"stages": clock.stages}, about)
 
 
-def _scheme_from(scheme: Scheme | str | Path) -> Scheme:
+def _scheme_from(scheme: Scheme | str | Path | None) -> Scheme:
     """The scheme of a run folder or of a JSON file; a scheme itself."""
     if isinstance(scheme, Scheme):
         return scheme
+    assert scheme is not None  # where there is no budget
     path = Path(scheme)
     if path.is_dir():
         return read_scheme(path).scheme

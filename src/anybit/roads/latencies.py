@@ -41,4 +41,5 @@ def measured_latencies(costs: CostModel, canonical: Canonical, example: Batch) -
     """What the table predicted of the finished network, and what it takes once exported; seconds of one sample."""
     from anybit.onnx.latency import latency_of
 
+    assert costs.latency is not None  # a budget that limits latency brings its table
     return {"predicted": costs.latency.total(canonical.scheme), **latency_of(canonical, example)}

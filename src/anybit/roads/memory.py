@@ -70,10 +70,11 @@ def samples_at_once(wiring: Wiring, copies: int, memory: int, most: int) -> int:
 def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Batch]:
     """As many of the first batches as one joined forward pass can hold."""
     room = max(1, memory // (RUNNING * max(sample_bytes(wiring).values())))
-    kept, count = [], 0
+    first: list[Batch] = []
+    count = 0
     for batch in batches:
-        if kept and count + len(batch) > room:
+        if first and count + len(batch) > room:
             break
-        kept.append(batch)
+        first.append(batch)
         count += len(batch)
-    return kept
+    return first

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +178,14 @@ def run_search(
 
     for scheme in dict.fromkeys([*chosen.values(), *(one.scheme for one in front)]):
         if all(known.scheme != scheme for known in supernet.known):
-            cached_statistics(recall, supernet, scheme, lambda scheme=scheme: supernet.learn(scheme, bn, edge_ranges))
+            cached_statistics(recall, supernet, scheme, partial(supernet.learn, scheme, bn, edge_ranges))
     # The same corner for every search of this supernet: the highest bits' cost, the lowest bits' score.
     corner = (total_cost(supernet.costs, settings.quantity, supernet.method.highest), found.evaluated[0].score)
     rows = [
         {"scheme": o.scheme.to_json(), "score": o.score, "cost": o.cost, "origin": o.origin, "measured": again.get(o.scheme)}
         for o in found.evaluated
     ]  # fmt: skip
-    report = {
+    report: dict[str, Any] = {
         "version": 1,
         "score": key,
         "quantity": settings.quantity,

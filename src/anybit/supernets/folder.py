@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from anybit.data.options import TASK_NAMES
 from anybit.errors import AnybitError, InvalidFile
 from anybit.files.strict import in_words, read_tensors
+from anybit.methods.multiquant import SwitchableInput, SwitchableWeight
 from anybit.networks import batchnorm
 from anybit.networks.cost import CostModel, LayerSize
-from anybit.networks.layers import float_weight, from_rows, prepare, weight_rows
+from anybit.networks.layers import QuantizedLayer, float_weight, from_rows, prepare, quantized_layers, rows_shape
 from anybit.networks.states import check_state, leftovers, spec_of
 from anybit.numerics.packing import TensorSpec
 from anybit.runs.names import REPORT, SUPERNET, SUPERNET_JSON
@@ -60,14 +61,14 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     check_folded(file, float_model, SUPERNET_JSON)
     kept_float = [name for name, layer in layers.items() if not layer.has_codes]
     model = prepare(float_model, list(layers), kept_float)
+    slots = quantized_layers(model)
     for name, layer in layers.items():
-        target = model.get_submodule(name)
-        shape = tuple(weight_rows(target, float_weight(target)).shape)
+        shape = rows_shape(slots[name])
         if shape != (layer.rows, layer.columns):
             raise InvalidFile(
                 f"Layer {name} is {shape[0]} x {shape[1]} in the model; {folder / SUPERNET_JSON} has {layer.rows} x {layer.columns}."
             )
-        fill_slots(target, *_blank(layer, file.layers[name].per_channel), settings.multiquant)
+        fill_slots(slots[name], *_blank(layer, file.layers[name].per_channel), settings.multiquant)
     method = prepared_multiquant(model, {name: layer.choices for name, layer in layers.items()}, file.folded, settings, None)
     numbers, others = leftovers(model, [name for name in layers if name not in kept_float])
     statistics = statistics_of(model).numel()
@@ -78,7 +79,7 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     check_parts(parts, folder / SUPERNET)
     with torch.no_grad():
         for name, part in parts.items():
-            _load(model.get_submodule(name), part)
+            _load(slots[name], part)
         flat = tensors.get("floats", torch.zeros(0)).split([tensor.numel() for tensor in numbers.values()])
         for target, values in zip(numbers.values(), flat, strict=True):
             target.copy_(values.view_as(target))
@@ -118,15 +119,16 @@ def _expected(layers: Mapping[str, StoredLayer], floats: Sequence[int], subnets:
     return {name: spec for name, spec in shared.items() if spec.nbytes}
 
 
-def _load(layer: nn.Module, part: LayerTensors) -> None:
+def _load(layer: QuantizedLayer, part: LayerTensors) -> None:
     """Put a layer's stored numbers into its blank slots. Raises InvalidFile where a scale is none."""
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     if part.codes is not None:
+        assert part.code_scale is not None and isinstance(weights, SwitchableWeight)  # a layer with codes has all three
         values = torch.from_numpy(part.codes.astype(np.float32) * part.code_scale[:, None])
         float_weight(layer).copy_(from_rows(layer, values))
         scales = torch.from_numpy(np.stack([scale for scale in part.weight_scales.values()]))[:, :, None]
         weights.load(scales if weights.start.shape[1] > 1 else scales[:, :1])
-    if inputs is not None:
+    if isinstance(inputs, SwitchableInput):
         scales, zeros = torch.tensor([list(zip(*operands, strict=True)) for operands in part.ranges.values()]).unbind(1)
         inputs.load(scales.view_as(inputs.start))
         inputs.offsets.copy_(zeros.view_as(inputs.offsets) / inputs.highest())

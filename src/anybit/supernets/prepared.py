@@ -16,7 +16,7 @@ from anybit.networks import batchnorm
 from anybit.networks.candidates import activation_candidate, check_finite_samples
 from anybit.networks.capture import input_samples
 from anybit.networks.cost import CostModel
-from anybit.networks.layers import float_weight, from_rows, prepare, quantized_layers, weight_rows
+from anybit.networks.layers import QuantizedLayer, float_weight, from_rows, prepare, quantized_layers, weight_rows
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.networks.options import LayerOptions
 from anybit.networks.refusals import once_a_batch
@@ -84,7 +84,7 @@ def bit_widths(options: Sequence[Precision]) -> tuple[list[int], list[int]]:
 
 
 def fill_slots(
-    layer: nn.Module, scales: Mapping[int, Tensor], ranges: Mapping[int, tuple[Tensor, Tensor]], wanted: MultiQuantSettings
+    layer: QuantizedLayer, scales: Mapping[int, Tensor], ranges: Mapping[int, tuple[Tensor, Tensor]], wanted: MultiQuantSettings
 ) -> None:
     """Switchable quantizers in a layer's slots, where there are bits to switch."""
     layer.weight_quantizer = SwitchableWeight(scales, wanted.step_rates) if scales else None

@@ -29,7 +29,7 @@ from anybit.numerics.packing import TensorSpec
 from anybit.runs.names import SUPERNET, SUPERNET_JSON
 from anybit.scheme import Precision, Scheme, check_choices
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 STORE_BITS = 8
 LARGEST_STEP = float(np.finfo(np.float32).max) / 256
 """A larger step times a code would be infinite."""
@@ -174,13 +174,14 @@ def split_tensors(layers: Mapping[str, StoredLayer], tensors: Mapping[str, np.nd
 
     found = {}
     for name, layer in layers.items():
-        codes, code_scale, scales = None, None, {}
+        codes, code_scale = None, None
+        scales: dict[int, np.ndarray] = {}
         if layer.has_codes:
             codes, code_scale = (
                 take("codes", layer.rows * layer.columns).reshape(layer.rows, layer.columns),
                 take("code_scales", layer.rows),
             )
-            scales = {bits: take("weight_scales", layer.rows) for bits in layer.weight_bits}
+            scales = {bits: take("weight_scales", layer.rows) for bits in layer.weight_bits if bits}
         first, widths = taken["activation_scales"], [bits for bits in layer.activation_bits if bits]
         count = len(widths) * layer.operands
         zeros = tensors.get("activation_zero_points", empty)[first : first + count].reshape(-1, layer.operands)
@@ -211,6 +212,7 @@ def slice_subnet(folder: str | Path, scheme: Scheme | Mapping[str, str]) -> dict
     for name, precision in scheme.items():
         if precision.weight_bits:
             part, scale = parts[name], parts[name].weight_scales[precision.weight_bits]
+            assert part.codes is not None and part.code_scale is not None  # the layer has bits to choose from
             sliced[name] = (lower(part.codes, part.code_scale, scale, precision.weight_bits), scale)
     return sliced
 

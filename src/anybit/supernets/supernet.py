@@ -95,7 +95,8 @@ class Supernet:
         of_bits = {scheme[name].weight_bits: scheme for scheme in uniform_schemes(self).values() for name in self.method.norms}
         known = {bits: next(one.statistics for one in self.known if one.scheme == scheme) for bits, scheme in of_bits.items()}
         bits_of_norm = {id(norm.chosen()): norm.bits for norm in self.method.norms.values()}
-        parts, at = [], 0
+        parts: list[Tensor] = []
+        at = 0
         for norm in active_norms(self.model):
             source, count = known.get(bits_of_norm.get(id(norm)), nearest.statistics), 2 * norm.num_features
             parts.append(source[at : at + count])
