@@ -10,6 +10,7 @@ of inputs; `weight_rows` and `from_rows` convert. A matmul has no weight, which 
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -263,7 +264,8 @@ def freeze_slots(layer: nn.Module) -> None:
     A trained weight quantizer's `freeze` takes the stored rows and returns (values on the grid, the uniform quantizer; None: pruned); a
     trained input quantizer's returns the uniform one.
     """
-    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    weights: Any = layer.weight_quantizer
+    inputs: Any = layer.input_quantizer
     if hasattr(weights, "freeze"):
         values, quantizer = weights.freeze(weight_rows(layer, float_weight(layer)))
         float_weight(layer).copy_(from_rows(layer, values))
