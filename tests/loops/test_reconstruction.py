@@ -200,7 +200,7 @@ def test_penalties_are_asked_for_with_the_share_of_steps_done_and_are_minimized(
     data = [unit_data(case.network.folded, "conv1", pictures(8, seed)) for seed in (1, 2)]
     layer, weights = case.model.conv1, []
     monitor = ReconstructionSettings(Pulled, steps=4)
-    hook = layer.register_forward_pre_hook(lambda layer, args: weights.append(float(layer.weight.square().sum())))
+    hook = layer.register_forward_pre_hook(lambda layer, args: weights.append(float(layer.weight.detach().square().sum())))
     reconstruct(layer, {"": case.starts["conv1"]}, *data, None, monitor)
     hook.remove()
     assert asked == [0.25, 0.5, 0.75, 1.0]
