@@ -84,7 +84,7 @@ def export(
 
 @contextmanager
 def _graphs(cache: str | Path | bool) -> Iterator[Cache]:
-    """The cache of exported graphs, within its limit after one is added."""
+    """Yield the cache of exported graphs, trimmed to its limit after one is added."""
     graphs = open_cache(cache)
     yield graphs
     if graphs.folder is not None and graphs.counts["made"]:
