@@ -13,10 +13,10 @@ from anybit.data.batches import Batch
 from anybit.data.tasks import outputs_of
 from anybit.loops.reconstruction import DroppedInput, ReconstructionSettings, UnitData, mix, parallel, reconstruct, sequential
 from anybit.methods.adaquant import AdaQuant
-from anybit.methods.table import ROUNDINGS
 from anybit.networks.capture import MemoryBudget, capture
 from anybit.networks.layers import codes_of, quantized_layers, scheme_of, weight_rows
 from anybit.numerics.quantizers import UniformQuantizer
+from anybit.roads.methods import ROUNDINGS
 from anybit.scheme import Precision
 
 FEW = ReconstructionSettings(AdaQuant, steps=5)

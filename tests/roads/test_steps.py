@@ -27,13 +27,13 @@ from anybit.data.samples import Calibration
 from anybit.data.samples import mirrored as stages_mirrored
 from anybit.data.tasks import outputs_of
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidInput, InvalidSetting, UnsupportedModel
-from anybit.methods.table import ROUNDINGS
 from anybit.networks.batchnorm import channel_statistics
 from anybit.networks.candidates import apply_scheme
 from anybit.networks.edges import observe_edge_ranges
 from anybit.networks.layers import codes_of, quantized_layers
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.roads.memory import within_memory
+from anybit.roads.methods import ROUNDINGS
 from anybit.roads.polish import polish_scheme, sequential_start
 from anybit.roads.settings import CalibrateSettings
 from anybit.roads.steps import (

@@ -19,7 +19,6 @@ from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidSetting, UnsupportedModel
 from anybit.files.cache import Cache, digest
-from anybit.methods.table import ROUNDINGS
 from anybit.networks.candidates import apply_scheme
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import as_ranges, observe_edge_ranges
@@ -31,6 +30,7 @@ from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_
 from anybit.roads.keys import MATCHING, PARALLEL, SENSITIVITY, cached_candidates, key_of_run, keyed_by_settings, open_cache, settle
 from anybit.roads.latencies import measured_latencies, with_latencies
 from anybit.roads.memory import OBSERVED, check_memory, samples_at_once
+from anybit.roads.methods import ROUNDINGS
 from anybit.roads.polish import polish_scheme
 from anybit.roads.result import Result, layer_costs, test_scores
 from anybit.roads.settings import CalibrateSettings

@@ -13,7 +13,6 @@ from anybit.files.cache import Cache, Entry
 from anybit.loops.reconstruction import sequential
 from anybit.methods import batchnorm_tuning
 from anybit.methods.bias_tuning import BiasTuningSettings, tune_biases
-from anybit.methods.table import ROUNDINGS
 from anybit.networks.candidates import apply_scheme
 from anybit.networks.capture import give_back
 from anybit.networks.layers import quantized_layers
@@ -22,6 +21,7 @@ from anybit.numerics.quantizers import UniformQuantizer
 from anybit.progress import tell
 from anybit.roads.keys import PARALLEL, keyed_by_settings
 from anybit.roads.memory import TRAINED, samples_at_once, within_memory
+from anybit.roads.methods import ROUNDINGS
 from anybit.roads.steps import CalibrationState, free_weights, reconstruction_settings
 from anybit.scheme import Scheme
 

@@ -9,9 +9,9 @@ from anybit.errors import InvalidSetting
 from anybit.loops.trainee import TrainSettings
 from anybit.methods.csq import CSQSettings
 from anybit.methods.lsq import LSQSettings
-from anybit.methods.table import ROUNDINGS
 from anybit.networks.options import LayerOptions
 from anybit.numerics.ranges import ESTIMATORS
+from anybit.roads.methods import GROW_METHODS, ROUNDINGS
 from anybit.scheme import FLOAT, Precision, check_bits, parsed_keep
 
 PIPELINES = ("advanced", "light")
@@ -145,6 +145,7 @@ class CalibrateSettings:
 class GrowSettings:
     """activation_bits  of every layer's input, 2..8, with a learned range; None leaves activations float
     keep             shell pattern on layer names -> precision
+    method           "csq" or "lsq"; None is lsq at a scheme and csq without one
     from_scratch     forget the trained weights; they are learned before they are decided with fix 0.6 and gate_rate 0.03
     task             "classification" or "regression", where the outputs do not tell
     csq, train       the method's settings and the loop's
@@ -152,6 +153,7 @@ class GrowSettings:
 
     activation_bits: int | None = 8
     keep: Mapping[str, Precision] = field(default_factory=dict)
+    method: str | None = None
     from_scratch: bool = False
     task: str | None = None
     csq: CSQSettings = field(default_factory=CSQSettings)
@@ -170,6 +172,8 @@ class GrowSettings:
         return cls(**inner, **parts[""])
 
     def __post_init__(self):
+        if self.method is not None and self.method not in GROW_METHODS:
+            raise InvalidSetting(f"method {self.method!r} is unknown. Choose from {', '.join(GROW_METHODS)}.")
         if self.task is not None and self.task not in TASKS:
             raise InvalidSetting(f"task {self.task!r} is unknown. Choose from {', '.join(TASKS)}.")
 

@@ -14,7 +14,6 @@ from anybit.errors import InvalidFile
 from anybit.files.cache import Cache
 from anybit.loops.reconstruction import ReconstructionSettings, parallel
 from anybit.methods import batchnorm_tuning
-from anybit.methods.table import ROUNDINGS
 from anybit.networks import batchnorm
 from anybit.networks.candidates import (
     Candidates,
@@ -28,6 +27,7 @@ from anybit.networks.capture import input_samples
 from anybit.networks.layers import float_weight, quantized_layers, weight_rows
 from anybit.networks.observed import ObservedNetwork, is_reconstructed
 from anybit.roads.memory import memory_to_capture
+from anybit.roads.methods import ROUNDINGS
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
 
