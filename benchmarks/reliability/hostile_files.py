@@ -198,8 +198,8 @@ def identity_of(seed: int) -> dict[str, Any]:
 def trainee_of(network: nn.Module) -> Any:
     wanted = GrowSettings.of(epochs=2, batch_size=8, activation_bits=4)
     plain = [Batch(INPUTS[:8], LABELLED[1][:8])]
-    observed = observe_trainable(network, Batch(INPUTS[:2]), wanted, None)
-    return make_trainee(observed, plain, anybit.Budget.parse("4bit"), False, wanted)
+    observed = observe_trainable(network, Batch(INPUTS[:2]), wanted, None, "csq")
+    return make_trainee(observed, plain, anybit.Budget.parse("4bit"), wanted, "csq")
 
 
 @functools.cache
@@ -448,7 +448,7 @@ def write_training(folder: Path, seed: int, network: nn.Module) -> None:
     torch.manual_seed(seed)
     nn.functional.cross_entropy(one.model(INPUTS[:8]), LABELLED[1][:8]).backward()
     optimizer.step()
-    record = {"epoch": 1, "loss": 1.0, "train_top1": 50.0, **one.record()}
+    record = {"epoch": 1, "loss": 1.0, "train_top1": 50.0, **one.summary()}
     save_checkpoint(folder / "checkpoint.safetensors", one, optimizer, [record], identity_of(seed))
 
 

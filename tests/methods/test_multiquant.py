@@ -145,7 +145,7 @@ def test_what_is_drawn_follows_from_seed_and_progress_alone():
     for seed, progress in ((0, 0.25), (0, 0.25), (0, 0.5), (1, 0.25)):
         method, _ = multiquant(sandwich="R")
         method.seed = seed
-        method.at(progress)
+        method.before_step(progress)
         drawn += [method.scheme for _ in method.passes()]
     assert drawn[0] == drawn[1] and drawn[0] != drawn[2] and drawn[0] != drawn[3]
 
@@ -154,7 +154,7 @@ def test_shrinking_goes_from_the_highest_bits_to_all():
     method, _ = multiquant(middle="progressive")
     generator = random.Random(0)
     for progress, share in ((0.0, 1 / 9), (0.25, 5 / 9), (0.6, 1.0)):
-        method.at(progress)
+        method.before_step(progress)
         seen = {scheme["fc"] for scheme in (method.drawn(generator) for _ in range(300))}
         assert len(seen) == round(9 * share)
         left_out = set(method.choices["fc"]) - seen
@@ -188,7 +188,7 @@ def test_the_adaptive_label_is_the_mean_of_what_was_right_in_the_last_epoch():
         probabilities.append(outputs.softmax(1)[right])
         labels.append(batch.labels[right])
     assert torch.equal(method.labels, torch.zeros_like(method.labels))  # this epoch's count from the next one on
-    method.end_epoch()
+    method.end_of_epoch()
     probabilities, labels = torch.cat(probabilities), torch.cat(labels)
     for y in range(5):
         expected = probabilities[labels == y].mean(0) if (labels == y).any() else torch.zeros(5)

@@ -60,7 +60,7 @@ def train_epochs(
     if checkpoint is not None and checkpoint.is_file():
         records = resume_checkpoint(checkpoint, trainee, run.optimizer, identity or {})
     for epoch in track(range(len(records), settings.epochs), "epochs"):
-        record = {"epoch": epoch + 1, **_epoch(run, samples, epoch), **trainee.record()}
+        record = {"epoch": epoch + 1, **_epoch(run, samples, epoch), **trainee.summary()}
         records.append(record | (watch() if watch else {}))
         tell("epoch", **records[-1], note=summary(records[-1], settings.epochs))
         if checkpoint is not None and rank() == 0:
@@ -97,10 +97,10 @@ def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
     if broken:  # the last update's doing, which no loss has shown yet: not to be kept
         raise AnybitError(f"{broken[0]} became NaN in {_where(run, epoch, run.steps - 1)}")
     average_tensors(run.trainee.state().values())
-    run.trainee.end_epoch()
+    run.trainee.end_of_epoch()
     average_tensors(model.buffers())
     if epoch + 1 == run.settings.epochs:
-        run.trainee.at(1.0)
+        run.trainee.before_step(1.0)
     loss, _, right = torch.stack(told).mean(0).tolist()
     labelled = TASKS[run.task].of_one_class and samples.labelled
     return {"loss": loss, "train_top1": 100 * right if labelled else None}
@@ -108,7 +108,7 @@ def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
 
 def _step(run: _Run, batch: Batch, progress: float) -> Tensor:
     """One update, unless a loss is no number; returns (loss, penalty, share of right answers), means over passes and processes."""
-    for parameter in run.trainee.at(progress):
+    for parameter in run.trainee.before_step(progress):
         run.optimizer.state.pop(parameter, None)
     for group, rate in zip(run.optimizer.param_groups, run.rates, strict=True):
         group["lr"] = rate * learning_rate(progress, run.settings.warmup)

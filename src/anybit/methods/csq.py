@@ -52,7 +52,8 @@ from anybit.errors import InvalidFile, InvalidSetting
 from anybit.files.strict import validated
 from anybit.methods.settings import CSQSettings
 from anybit.networks.cost import CostModel
-from anybit.networks.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.networks.layers import Pruned, float_weight, freeze_slots, quantized_layers, weight_rows
+from anybit.networks.observed import ObservedNetwork
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
 from anybit.numerics.ranges import weight_scale
 from anybit.scheme import FLOAT, Precision, Scheme
@@ -216,8 +217,8 @@ class GatedWeight(nn.Module):
         return sum(int(((g > 0.01) & (g < 0.99)).sum()) for g in gates), sum(g.numel() for g in gates)
 
     @torch.no_grad()
-    def freeze(self) -> tuple[Tensor, UniformQuantizer | None]:
-        """(values [channels, fan-in], the uniform quantizer that leaves them as they are); (zeros, None) without planes."""
+    def freeze(self, rows: Tensor) -> tuple[Tensor, UniformQuantizer | None]:
+        """Return (values [channels, fan-in], the uniform quantizer that leaves them as they are); (zeros, None) without planes."""
         kept = self.kept_planes()
         bits = (self.positive >= 0).long() - (self.negative >= 0).long()  # [N, channels, fan-in], each -1, 0 or 1
         if not kept:
@@ -232,11 +233,13 @@ class GatedWeight(nn.Module):
 
 
 class CSQ:
-    """A prepared, unfolded network whose scheme grows: what `training.train` needs to know of the method.
+    """A prepared, unfolded network whose scheme grows: a `Trainee` of the grow road.
 
     choices  layer -> the precisions it may end with; one alone where it is kept
     budget   on bits, bytes or percent; None keeps every plane
     """
+
+    needs_scheme = False
 
     def __init__(
         self, model: nn.Module, choices: Mapping[str, list[Precision]], costs: CostModel, budget: Budget | None, settings: CSQSettings
@@ -267,6 +270,31 @@ class CSQ:
         self.hard, self.searched = False, 0.0
         self.certificate: dict[str, Any] = {}
 
+    @staticmethod
+    def choices(settings: CSQSettings, activation_bits: int | None) -> list[Precision]:
+        """Return the precisions that a layer may end with."""
+        return [Precision(bits, activation_bits) for bits in ((0,) if settings.prune else ()) + tuple(range(2, settings.planes + 2))]
+
+    @staticmethod
+    def check_budget(budget: Budget, network: ObservedNetwork) -> None:
+        """Raise InvalidSetting where the budget counts something else than weights, or more than all planes need."""
+        largest = Scheme({name: options[-1] for name, options in network.choices.items()})
+        for condition in budget.conditions:
+            quantity = QUANTITIES[condition.quantity]
+            if not (isinstance(quantity, Cost) and quantity.stored_bits):
+                raise InvalidSetting(f"grow counts weights: give a budget of bits or bytes, not {quantity.name} ({budget}).")
+            most = quantity.total(network.costs, largest)
+            if condition.limit > most:
+                raise InvalidSetting(
+                    f"A budget of {condition.limit:g} {quantity.name} is above what all planes need, {most:g}. "
+                    "Lower the budget, or start with more planes."
+                )
+
+    @classmethod
+    def attach(cls, model: nn.Module, network: ObservedNetwork, budget: Budget | None, settings: CSQSettings) -> "CSQ":
+        """Put gates into the weight slots of `model`, as many planes as the largest precision of each layer of `network` has."""
+        return cls(model, network.choices, network.costs, budget, settings)
+
     @property
     def gated(self) -> dict[str, GatedWeight]:
         """Layer -> its gates."""
@@ -278,7 +306,7 @@ class CSQ:
         return {name: weight for name, weight in self.gated.items() if weight.live is None}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What Adam trains, at which rate. No weight decay: it would pull logits back to undecided."""
+        """Return what Adam trains, at which rate. No weight decay: it would pull logits back to undecided."""
         gates = list(self.gated.values())
         scales = [weight.log_scale for weight in gates] + [m.log_scale for m in self.model.modules() if isinstance(m, LearnedInput)]
         logits, planes = [m for weight in gates for m in (weight.positive, weight.negative)], [weight.planes for weight in gates]
@@ -288,8 +316,8 @@ class CSQ:
         groups = ((logits, rates.gate_rate), (planes, rates.plane_rate), (scales, rates.scale_rate), (others, rates.rate))
         return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
 
-    def at(self, progress: float) -> list[nn.Parameter]:
-        """Set what follows from the share of the run that is done: temperatures, and the two decisions. Returns what was set anew."""
+    def before_step(self, progress: float) -> list[nn.Parameter]:
+        """Set temperatures, and decide planes and weights when it is time; returns the parameters that start anew."""
         s, restarted = self.settings, []
         if progress >= s.fix and self.growing:
             gates = list(self.growing.values()) if s.phase == "restart" else []
@@ -372,8 +400,8 @@ class CSQ:
                 weight.start(rows, live)
             weight.fix(live)
 
-    def end_epoch(self) -> None:
-        """Straight-through plane gates only: planes that are closed are pruned for good."""
+    def end_of_epoch(self) -> None:
+        """Prune closed planes for good, of straight-through plane gates only."""
         if self.settings.plane_gates == "straight-through":
             for weight in self.growing.values():
                 weight.planes.data[weight.planes < 0] = -math.inf
@@ -384,10 +412,10 @@ class CSQ:
         for weight in self.gated.values():
             weight.harden()
 
-    # What training tells and stores
+    # For records and checkpoints
 
-    def record(self) -> dict[str, Any]:
-        """The scheme now, in this project's count and in the paper's, and how decided it is."""
+    def summary(self) -> dict[str, Any]:
+        """Return the scheme now, in this project's count and in the paper's, and how decided it is."""
         gated, scheme = self.gated, self.scheme()
         undecided = [weight.undecided() for weight in gated.values()]
         first = next(iter(gated.values()), None)
@@ -422,30 +450,19 @@ class CSQ:
         if known.hard:
             self.harden()
 
-    @torch.no_grad()
     def freeze(self, model: nn.Module) -> None:
         """Put uniform quantizers into the slots of `model`, a copy of this one, in place of the gates."""
         for layer in quantized_layers(model).values():
-            freeze_layer(layer)
+            freeze_slots(layer)
 
 
 class Decisions(BaseModel):
-    """What a checkpoint keeps of the method: planes that are fixed, whether every weight's bits are, and the allocation's certificate."""
+    """The method's part of a checkpoint: planes that are fixed, whether every weight's bits are, and the allocation's certificate."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     fixed: dict[str, list[int]]
     hard: bool
     certificate: dict[str, Any]
-
-
-def freeze_layer(layer: nn.Module) -> None:
-    """Uniform quantizers in the layer's slots, in place of gates and of a learned range."""
-    weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    if isinstance(weights, GatedWeight):
-        values, quantizer = weights.freeze()
-        float_weight(layer).copy_(from_rows(layer, values))
-        weights = quantizer or Pruned()
-    fill(layer, weights, inputs.freeze() if isinstance(inputs, LearnedInput) else inputs)
 
 
 def _likeliest(logits: list[float], anchored: bool = False) -> Iterator[tuple[int, tuple[float, list[int]]]]:
@@ -461,22 +478,3 @@ def _likeliest(logits: list[float], anchored: bool = False) -> Iterator[tuple[in
             planes = [b for b in range(low, low + width) if b in (low, low + width - 1) or logits[b] >= 0]
             options.append((sum(max(logits[b], -1e3) for b in planes), planes))  # a pruned plane has no odds, and JSON no infinity
         yield width + 1, max(options)
-
-
-def plane_choices(settings: CSQSettings, activation_bits: int | None) -> list[Precision]:
-    """What a layer may end with."""
-    return [Precision(bits, activation_bits) for bits in ((0,) if settings.prune else ()) + tuple(range(2, settings.planes + 2))]
-
-
-def check_budget(budget: Budget, largest: Scheme, costs: CostModel) -> None:
-    """Raise InvalidSetting where the budget counts something else than weights, or more than all planes need."""
-    for condition in budget.conditions:
-        quantity = QUANTITIES[condition.quantity]
-        if not (isinstance(quantity, Cost) and quantity.stored_bits):
-            raise InvalidSetting(f"grow counts weights: give a budget of bits or bytes, not {quantity.name} ({budget}).")
-        most = quantity.total(costs, largest)
-        if condition.limit > most:
-            raise InvalidSetting(
-                f"A budget of {condition.limit:g} {quantity.name} is above what all planes need, {most:g}. "
-                "Lower the budget, or start with more planes."
-            )

@@ -226,7 +226,7 @@ class MultiQuant:
 
     # The step
 
-    def at(self, progress: float) -> list[nn.Parameter]:
+    def before_step(self, progress: float) -> list[nn.Parameter]:
         """Remember how far the run is: what is drawn follows from it and from the seed."""
         self.progress = progress
         return []
@@ -295,7 +295,7 @@ class MultiQuant:
             soft = torch.where(soft.sum(-1, keepdim=True) > 0, soft, F.one_hot(batch.labels, self.classes).to(soft.dtype))
         return (1 - share) * task_loss - share * (soft * log_p).sum(-1).mean()
 
-    def end_epoch(self) -> None:
+    def end_of_epoch(self) -> None:
         """The online adaptive label: what was right in this epoch is the next one's."""
         counts = self.right.sum(-1, keepdim=True)
         self.labels.copy_(torch.where(counts > 0, self.right / counts.clamp_min(1e-12), torch.zeros_like(self.right)))
@@ -317,7 +317,7 @@ class MultiQuant:
 
     # What training tells and stores
 
-    def record(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """How sure the labels are: the mean of the right class's share."""
         sure = self.labels.diagonal()[self.labels.sum(-1) > 0] if self.classes else self.labels
         return {"label_confidence": float(sure.mean()) if sure.numel() else None}

@@ -10,7 +10,7 @@ from anybit.data.options import TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
 from anybit.methods.settings import CSQSettings, LSQSettings
-from anybit.methods.table import ROUNDINGS
+from anybit.methods.table import GROW_METHODS, ROUNDINGS
 from anybit.scheme import BITS, FLOAT, KEEP, PRECISION, Precision
 from anybit.settings import NAMES, Settings, Text, documented, option, same_as
 
@@ -158,6 +158,9 @@ class GrowSettings(Settings):
         8, "Bits of every layer's input, 2..8, or `float` (in Python None).", least=2, most=8, text=ONE_WIDTH
     )
     keep: Mapping[str, Precision] = same_as(CalibrateSettings, "keep")
+    method: str | None = option(
+        None, "Grow a scheme (csq) or train a given one (lsq); default: lsq with --scheme, else csq.", choices=tuple(GROW_METHODS)
+    )
     from_scratch: bool = option(False, "Forget the trained weights; give --fix 0.6 --gate-rate 0.03 then.", switch=True)
     task: str | None = same_as(CalibrateSettings, "task")
     csq: CSQSettings = field(default_factory=CSQSettings)
