@@ -10,6 +10,7 @@ of inputs; `weight_rows` and `from_rows` convert. A matmul has no weight, which 
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from anybit.errors import UnsupportedModel
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.matmul import Matmul
 from anybit.networks.wiring import Wiring
-from anybit.numerics.quantizers import UniformQuantizer
+from anybit.numerics.quantizers import UniformQuantizer, frozen
 from anybit.scheme import Precision, Scheme
 
 
@@ -256,19 +257,32 @@ def fill(layer: nn.Module, weights: nn.Module | None, inputs: nn.Module | None) 
     layer.weight_quantizer, layer.input_quantizer = weights, inputs
 
 
+@runtime_checkable
+class TrainedWeight(Protocol):
+    """A weight quantizer in training."""
+
+    def freeze(self, rows: Tensor) -> tuple[Tensor, UniformQuantizer | None]:
+        """Return the values of the stored rows on the grid, and the uniform quantizer; None: pruned."""
+
+
+@runtime_checkable
+class TrainedInput(Protocol):
+    """An input quantizer in training."""
+
+    def freeze(self) -> UniformQuantizer:
+        """Return the uniform quantizer of the trained range."""
+
+
 @torch.no_grad()
 def freeze_slots(layer: nn.Module) -> None:
-    """Put uniform quantizers into the slots in place of those that were trained, and round the stored weight onto their grid.
-
-    A trained weight quantizer's `freeze` takes the stored rows and returns (values on the grid, the uniform quantizer; None: pruned); a
-    trained input quantizer's returns the uniform one.
-    """
+    """Put uniform quantizers into the slots in place of those that were trained, and round the stored weight onto their grid."""
+    assert isinstance(layer, QuantizedLayer)
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    if hasattr(weights, "freeze"):
+    if isinstance(weights, TrainedWeight):
         values, quantizer = weights.freeze(weight_rows(layer, float_weight(layer)))
         float_weight(layer).copy_(from_rows(layer, values))
         weights = Pruned() if quantizer is None else quantizer
-    fill(layer, weights, inputs.freeze() if hasattr(inputs, "freeze") else inputs)
+    fill(layer, weights, inputs.freeze() if isinstance(inputs, TrainedInput) else inputs)
 
 
 @torch.no_grad()
@@ -296,8 +310,7 @@ def _precision_of(layer: QuantizedLayer) -> Precision:
 def _bits_of(quantizer: nn.Module | None) -> int | None:
     if quantizer is None or isinstance(quantizer, Pruned):
         return None if quantizer is None else 0
-    assert isinstance(quantizer, UniformQuantizer)
-    return quantizer.bits
+    return frozen(quantizer).bits
 
 
 class Pruned(nn.Module):
@@ -309,8 +322,8 @@ class Pruned(nn.Module):
 
 def weight_quantizer_of(layer: nn.Module) -> UniformQuantizer:
     """The quantizer in a weight slot that is filled with a uniform one."""
-    assert isinstance(layer, QuantizedLayer) and isinstance(layer.weight_quantizer, UniformQuantizer)
-    return layer.weight_quantizer
+    assert isinstance(layer, QuantizedLayer)
+    return frozen(layer.weight_quantizer)
 
 
 def codes_of(layer: nn.Module) -> Tensor:
