@@ -126,10 +126,10 @@ def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
 
 
 def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] = (), groups: Mapping[str, int] = {}) -> nn.Module:
-    """A copy of `model` whose layers `names` have empty slots; its outputs are bitwise those of `model`.
+    """Return a copy of `model` whose layers `names` have empty slots; its outputs are bitwise those of `model`.
 
     `groups` are the layers that have a weight scale for each so many inputs of a channel, instead of one a channel.
-    Raises UnsupportedModel where a name is not a layer that anybit covers, or where two that are not `kept_float` share a weight.
+    Raise UnsupportedModel where a name is not a layer that anybit covers, or where two that are not `kept_float` share a weight.
     """
     names = list(names)
     check_float32(model, [name for name in names if name not in kept_float])
@@ -183,7 +183,7 @@ def check_float32(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself; where it or a part of it is wrapped (DataParallel, torch.compile), a copy without the wrappers.
+    """Return the network itself; where it or a part of it is wrapped (DataParallel, torch.compile), a copy without the wrappers.
 
     Layers so have the names that the network's author gave them, and their forward is Python that can be observed.
     """
@@ -218,14 +218,14 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def float_weight(layer: nn.Module) -> nn.Parameter:
-    """The stored weight, whatever is in the slot; an empty one of a matmul."""
+    """Return the stored weight, whatever is in the slot; an empty one of a matmul."""
     weight = layer._parameters["weight"] if type_of(layer).has_weights else nn.Parameter(torch.empty(0, 0))
     assert weight is not None  # a computed one is refused before
     return weight
 
 
 def float_bias(layer: nn.Module) -> Tensor | None:
-    """The bias; None where the layer has none."""
+    """Return the bias; None where the layer has none."""
     return getattr(layer, "bias", None)
 
 
@@ -299,7 +299,7 @@ def emptied(model: nn.Module) -> nn.Module:
 
 
 def scheme_of(model: nn.Module) -> Scheme:
-    """The scheme that the model's filled slots spell out."""
+    """Return the scheme that the model's filled slots spell out."""
     return Scheme({name: _precision_of(layer) for name, layer in quantized_layers(model).items()})
 
 
@@ -321,11 +321,11 @@ class Pruned(nn.Module):
 
 
 def weight_quantizer_of(layer: nn.Module) -> UniformQuantizer:
-    """The quantizer in a weight slot that is filled with a uniform one."""
+    """Return the quantizer in a weight slot that is filled with a uniform one."""
     assert isinstance(layer, QuantizedLayer)
     return frozen(layer.weight_quantizer)
 
 
 def codes_of(layer: nn.Module) -> Tensor:
-    """Integer codes [channels, fan-in] of a layer whose weight slot is filled, as int8."""
+    """Return integer codes [channels, fan-in] of a layer whose weight slot is filled, as int8."""
     return weight_quantizer_of(layer).codes(weight_rows(layer, float_weight(layer))).to(torch.int8)
