@@ -53,8 +53,8 @@ def bench(
     threads: int = option(1, "Processor threads of the runtime.", least=1),
 ) -> Outcome:  # fmt: skip
     """Size of the exported file against its bits, and latency against the same runtime's float32 file, in turns."""
-    found = anybit.bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads)
-    return Outcome(found, "print_bench")
+    measured = anybit.bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads)
+    return Outcome(measured, "print_bench")
 
 
 def profile(
@@ -63,5 +63,5 @@ def profile(
     overwrite: bool = option(False, "Measure again what was measured before.", switch=True),
 ) -> Outcome:  # fmt: skip
     """How long each layer takes in float and on integers on this machine: the table behind --budget latency=3ms."""
-    found = anybit.profile(model, data, weights=weights, preprocessing=preprocessing, keep=keep, rounds=rounds, overwrite=overwrite)
-    return Outcome(found, "print_profile")
+    measured = anybit.profile(model, data, weights=weights, preprocessing=preprocessing, keep=keep, rounds=rounds, overwrite=overwrite)
+    return Outcome(measured, "print_profile")
