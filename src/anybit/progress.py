@@ -1,4 +1,4 @@
-"""What long work tells whoever listens: how far it is, and each event. The command line shows and logs it, the library is silent.
+"""Progress and events of long work, sent to whoever listens. The command line shows and logs them; the library is silent.
 
 Events are records of the standard logger "anybit" at level INFO: the message is the event's name, `record.fields` what was measured.
 """
@@ -20,7 +20,7 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 def track(items: Collection[Item], what: str) -> Iterator[Item]:
-    """The items, each reported when it has been worked on."""
+    """Yield the items, reporting each when it has been worked on."""
     listener = _listener.get()
     if listener:
         listener(what, 0, len(items))

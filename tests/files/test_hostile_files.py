@@ -115,7 +115,7 @@ def test_a_reports_times_may_differ(run_folder):
 
 
 @pytest.mark.parametrize(
-    ("part", "change"),
+    ("section", "change"),
     [
         ("layers", lambda layers: None),
         ("stages", lambda stages: None),
@@ -130,11 +130,11 @@ def test_a_reports_times_may_differ(run_folder):
         ("units", lambda units: {name: {"before": 1.0} for name in units}),
     ],
 )
-def test_a_report_that_lacks_what_is_shown_of_it_is_refused(part, change, run_folder):
+def test_a_report_that_lacks_what_is_shown_of_it_is_refused(section, change, run_folder):
     path = run_folder / "report.json"
-    edited(path, **{part: change(json.loads(path.read_text())[part])})
+    edited(path, **{section: change(json.loads(path.read_text())[section])})
     hostile_files.remake_report(run_folder)
-    with pytest.raises(InvalidFile, match=rf"report\.json.*{part[:-1]}") as raised:
+    with pytest.raises(InvalidFile, match=rf"report\.json.*{section[:-1]}") as raised:
         read_report(run_folder)
     assert len(str(raised.value)) < 1000
 
@@ -161,7 +161,7 @@ def test_candidates_of_another_run_are_refused(run_folder, calibrated, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("part", "change"),
+    ("section", "change"),
     [
         ("settings", lambda s: {**s, "samples": "many"}),
         ("settings", lambda s: {**s, "weight_bits": [8]}),
@@ -173,9 +173,9 @@ def test_candidates_of_another_run_are_refused(run_folder, calibrated, tmp_path)
         ("choices", lambda c: {**c, "fc9": ["W8A8"]}),
     ],
 )
-def test_edited_candidates_with_their_digest_are_refused(part, change, run_folder, calibrated):
+def test_edited_candidates_with_their_digest_are_refused(section, change, run_folder, calibrated):
     path = run_folder / "candidates.json"
-    edited(path, **{part: change(json.loads(path.read_text())[part])})
+    edited(path, **{section: change(json.loads(path.read_text())[section])})
     hostile_files.reseal(path)
     with pytest.raises(AnybitError) as raised:
         anybit.allocate(run_folder, "4bit", data=calibrated[1], model=calibrated[0])
@@ -253,9 +253,9 @@ def test_a_graph_that_is_not_the_runs_is_not_run(exported_run, monkeypatch):
     shape = next(tensor for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.INT64)
     shape.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(shape) + 10**12, shape.name))
     exported.write_bytes(graph.SerializeToString())
-    monkeypatch.setattr("anybit.onnx.verification.session", lambda *given, **how: pytest.fail("the file is run"))
-    found = anybit.verify(run_folder, exported, model=model, data=data)
-    assert not found["ok"] and shape.name in found["failures"][0] and "not run" in found["skipped"]["kernels and numbers"]
+    monkeypatch.setattr("anybit.onnx.verification.session", lambda *args, **kwargs: pytest.fail("the file is run"))
+    report = anybit.verify(run_folder, exported, model=model, data=data)
+    assert not report["ok"] and shape.name in report["failures"][0] and "not run" in report["skipped"]["kernels and numbers"]
 
 
 # A folder from elsewhere: its references are code, and no verb follows them

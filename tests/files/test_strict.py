@@ -202,27 +202,27 @@ GUARDED = {
 
 
 def modules(tree: ast.AST) -> set[str]:
-    found = set()
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add((node.module or "").split(".")[0])
-    return found
+            names.add((node.module or "").split(".")[0])
+    return names
 
 
 def unguarded_calls(tree: ast.AST) -> list[str]:
     """Calls that run text (eval, exec, compile), and readers without the argument that keeps them from running what they read."""
-    found = []
+    names = []
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name = call.func
         if isinstance(name, ast.Name) and name.id in ("eval", "exec", "compile", "__import__"):
-            found.append(name.id)
+            names.append(name.id)
         if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name) and (name.value.id, name.attr) in GUARDED:
             argument, value = GUARDED[name.value.id, name.attr]
             if not any(k.arg == argument and isinstance(k.value, ast.Constant) and k.value.value is value for k in call.keywords):
-                found.append(f"{name.value.id}.{name.attr} without {argument}={value}")
-    return found
+                names.append(f"{name.value.id}.{name.attr} without {argument}={value}")
+    return names
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: path.stem)

@@ -13,14 +13,14 @@ from anybit.data.batches import Batch
 from anybit.data.tasks import outputs_of
 from anybit.loops.reconstruction import DroppedInput, ReconstructionSettings, UnitData, mix, parallel, reconstruct, sequential
 from anybit.methods.adaquant import AdaQuant
-from anybit.methods.table import ROUNDINGS
+from anybit.methods.table import ROUNDINGS, rounding_named
 from anybit.networks.capture import MemoryBudget, capture
 from anybit.networks.layers import codes_of, quantized_layers, scheme_of, weight_rows
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.scheme import Precision
 
 FEW = ReconstructionSettings(AdaQuant, steps=5)
-every_rounding = pytest.mark.parametrize("rounding", ROUNDINGS.values(), ids=ROUNDINGS)
+every_rounding = pytest.mark.parametrize("rounding", [rounding_named(name) for name in ROUNDINGS], ids=ROUNDINGS)
 
 
 class Reckless(AdaQuant):
@@ -200,7 +200,7 @@ def test_penalties_are_asked_for_with_the_share_of_steps_done_and_are_minimized(
     data = [unit_data(case.network.folded, "conv1", pictures(8, seed)) for seed in (1, 2)]
     layer, weights = case.model.conv1, []
     monitor = ReconstructionSettings(Pulled, steps=4)
-    hook = layer.register_forward_pre_hook(lambda layer, args: weights.append(float(layer.weight.square().sum())))
+    hook = layer.register_forward_pre_hook(lambda layer, args: weights.append(float(layer.weight.detach().square().sum())))
     reconstruct(layer, {"": case.starts["conv1"]}, *data, None, monitor)
     hook.remove()
     assert asked == [0.25, 0.5, 0.75, 1.0]

@@ -169,6 +169,10 @@ def test_a_page_is_small_of_large_networks_too(plain, run_folder):
     report = large(plain, layers=200, epochs=100)
     for page in (pages.run_page(report), pages.runs_page({f"run {number}": large(plain, 100, 60) for number in range(5)})):
         assert len(page.encode()) <= 1_500_000
+    scheme = {name: "W4A8" for name in report["layers"]}
+    search = SEARCH | {"evaluated": [FOUND | {"cost": float(at), "scheme": scheme} for at in range(600)]}
+    page = pages.run_page(SUPERNET | {"search": search})
+    assert len(page.encode()) <= 1_500_000 and page.count(" ".join(scheme.values())) == 600
 
 
 def test_headings_are_in_order_and_ids_unique(plain):
@@ -359,10 +363,10 @@ def test_the_page_begins_with_size_and_accuracy_in_words(test, before, said):
 
 
 def test_the_certificate_is_in_words(plain):
-    told = " ".join(Reader(pages.run_page(plain)).words)
+    text = " ".join(Reader(pages.run_page(plain)).words)
     chosen = next(row for row in plain["schemes"] if row["chosen"])
-    assert "HiGHS" in told and "It proved that none within the budget reaches less" in told
-    assert f"Chosen: {chosen['name']}" in told and f"on {plain['inputs']['held_out']} held-out inputs" in told
+    assert "HiGHS" in text and "It proved that none within the budget reaches less" in text
+    assert f"Chosen: {chosen['name']}" in text and f"on {plain['inputs']['held_out']} held-out inputs" in text
     largest = plain | {"budget": None, "certificate": {}, "schemes": []}
     assert "HiGHS" not in " ".join(Reader(pages.run_page(largest)).words)
 
@@ -413,7 +417,7 @@ def test_a_folder_that_is_no_run_is_named_and_nothing_is_written(run_folder, tmp
         (GROWN | {"layers": {"conv": {"precision": "W9", "weights": 1, "bytes": 1}}}, "layers.conv.precision"),
     ):
         if report is not None:
-            write = write_report if isinstance(report, dict) else lambda folder, told: write_json(folder / "report.json", told)
+            write = write_report if isinstance(report, dict) else lambda folder, text: write_json(folder / "report.json", text)
             write(tmp_path / "empty", report)
         with pytest.raises(InvalidFile, match=re.escape(said)) as error:
             anybit.report(run_folder, tmp_path / "empty", output=tmp_path / "page.html")

@@ -67,7 +67,7 @@ def shown(page):
     return (*amounts, tuple(page.locator("[data-layer]").all_inner_texts()))
 
 
-def told(plain, budget):
+def expected_words(plain, budget):
     """The same, worked out from the table."""
     record = record_of(plain)
     data = pages.frontier_data(record.table, record)
@@ -87,7 +87,7 @@ def test_the_slider_moves_by_keyboard_and_shows_the_best_scheme_of_every_budget(
         for key in keys:
             page.keyboard.press(key)
         size, bits, loss, scheme = shown(page)
-        expected = told(plain, int(slider.input_value()))
+        expected = expected_words(plain, int(slider.input_value()))
         value, unit = size.split()
         assert float(value) * {"B": 1, "kB": 1000}[unit] == pytest.approx(expected[0], abs={"B": 0.5, "kB": 51}[unit])
         assert float(bits) == pytest.approx(expected[1], abs=0.006)
@@ -160,7 +160,7 @@ def test_every_chart_has_its_points_where_they_belong(page, plain):
 def lightness(locator, what):
     """Red, green and blue of a computed colour, summed."""
     colour = locator.evaluate(f"(element) => getComputedStyle(element).{what}")
-    return sum(int(part) for part in colour.split("(")[1].rstrip(")").split(",")[:3])
+    return sum(int(piece) for piece in colour.split("(")[1].rstrip(")").split(",")[:3])
 
 
 def test_dark_is_dark_and_follows_the_system(page):

@@ -10,7 +10,7 @@ from anybit.reports.terminal import print_explanation, print_inspection, print_t
 def test_a_table_shows_every_cell(capsys):
     print_table("Title", ["name", "value"], ([name, value] for name, value in [("a", 0.123456), ("b", None), ("c", "text")]))
     shown = capsys.readouterr().out
-    assert all(part in shown for part in ("Title", "name", "value", "a", "0.1235", "b", "c", "text"))
+    assert all(piece in shown for piece in ("Title", "name", "value", "a", "0.1235", "b", "c", "text"))
     assert "None" not in shown
 
 

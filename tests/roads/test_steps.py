@@ -26,7 +26,7 @@ from anybit.data.samples import Calibration
 from anybit.data.samples import mirrored as stages_mirrored
 from anybit.data.tasks import outputs_of
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidInput, InvalidSetting, UnsupportedModel
-from anybit.methods.table import ROUNDINGS
+from anybit.methods.table import ROUNDINGS, rounding_named
 from anybit.networks.batchnorm import channel_statistics
 from anybit.networks.candidates import apply_scheme
 from anybit.networks.edges import observe_edge_ranges
@@ -359,7 +359,7 @@ def test_sequential_reconstruction_starts_where_the_settings_say(residual, paral
     matched = candidates = matched_candidates(network, ranged, targets, calibration)
     if parallel:
         candidates, _ = reconstructed_candidates(network, matched, ranged, calibration, replace(SETTINGS, rounding=rounding))
-    resumed = candidates if parallel and ROUNDINGS[rounding].resumes else ranged
+    resumed = candidates if parallel and rounding_named(rounding).resumes else ranged
     for start, expected in ((None, resumed), ("ranges", ranged), ("matched", matched)):
         settings = replace(SETTINGS, start=start, rounding=rounding)
         shared = CalibrationState(

@@ -1,4 +1,4 @@
-"""What the user may say of data, and its grammar: tasks, augmentations of pictures, columns of texts. Imports no torch."""
+"""The options of data and their grammar: tasks, augmentations of pictures, columns of texts. Imports no torch."""
 
 from typing import Literal, get_args
 
@@ -18,26 +18,26 @@ ROLES = {
 
 
 def parse_augmentations(text: str) -> list[tuple[str, int]]:
-    """[("flip", 0), ("crop", 4)] of "flip,crop4"."""
-    found = []
-    for part in filter(None, text.split(",")):
-        if part == "flip":
-            found.append(("flip", 0))
-        elif part.startswith("crop") and part[4:].isdigit():
-            found.append(("crop", int(part[4:])))
+    """Parse "flip,crop4" into [("flip", 0), ("crop", 4)]."""
+    augmentations = []
+    for name in filter(None, text.split(",")):
+        if name == "flip":
+            augmentations.append(("flip", 0))
+        elif name.startswith("crop") and name[4:].isdigit():
+            augmentations.append(("crop", int(name[4:])))
         else:
-            raise InvalidSetting(f"augment {part!r} is unknown. Write flip, crop4 (shifts by up to 4 pixels), or both with a comma.")
-    return found
+            raise InvalidSetting(f"augment {name!r} is unknown. Write flip, crop4 (shifts by up to 4 pixels), or both with a comma.")
+    return augmentations
 
 
 def parse_columns(text: str | None) -> dict[str, str | int]:
-    """role -> column's name, or its number."""
-    found: dict[str, str | int] = {}
-    for part in text.split(",") if text else ():
-        role, separator, column = part.partition("=")
+    """Return role -> column's name, or its number."""
+    columns: dict[str, str | int] = {}
+    for assignment in text.split(",") if text else ():
+        role, separator, column = assignment.partition("=")
         if not separator or role not in ROLES or not column:
             raise InvalidSetting(f"--columns {text!r} cannot be read. Write roles ({', '.join(ROLES)}): text=sentence,label=label.")
-        if role in found:
+        if role in columns:
             raise InvalidSetting(f"--columns {text!r} names the {role} twice.")
-        found[role] = int(column) if column.isascii() and column.isdigit() else column
-    return found
+        columns[role] = int(column) if column.isascii() and column.isdigit() else column
+    return columns

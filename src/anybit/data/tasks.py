@@ -33,8 +33,8 @@ class Distance(Protocol):
     def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """Measure all at once, differentiable and in the outputs' own precision."""
 
-    def share(self, part: Tensor, whole: Tensor) -> float | Tensor:
-        """Weigh the loss to a part of the reference in the loss to the whole of it."""
+    def share(self, chunk: Tensor, whole: Tensor) -> float | Tensor:
+        """Return the weight of the loss to a chunk of the reference in the loss to the whole of it."""
 
     def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """Return the training loss towards a teacher's outputs."""
@@ -59,8 +59,8 @@ class Divergence:
     def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
         return F.kl_div(F.log_softmax(outputs, -1), F.log_softmax(reference, -1), reduction="none", log_target=True).sum(-1).mean()
 
-    def share(self, part: Tensor, whole: Tensor) -> float:
-        return len(part) / len(whole)
+    def share(self, chunk: Tensor, whole: Tensor) -> float:
+        return len(chunk) / len(whole)
 
     def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
         return F.kl_div(F.log_softmax(outputs.float(), -1), F.log_softmax(reference, -1), log_target=True, reduction="batchmean")
@@ -81,8 +81,8 @@ class SquaredError:
     def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
         return (outputs - reference).square().sum() / reference.square().sum().clamp_min(1e-30)
 
-    def share(self, part: Tensor, whole: Tensor) -> Tensor:
-        return part.square().sum() / whole.square().sum().clamp_min(1e-30)
+    def share(self, chunk: Tensor, whole: Tensor) -> Tensor:
+        return chunk.square().sum() / whole.square().sum().clamp_min(1e-30)
 
     def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
         return F.mse_loss(outputs.float(), reference)
@@ -98,7 +98,7 @@ DIVERGENCE, SQUARED_ERROR = Divergence(), SquaredError()
 
 
 class Task:
-    """What every task may be asked; a task overrides what differs for it.
+    """The questions that every task answers; a task overrides what differs for it.
 
     distance   to the float network's outputs
     counted    the score in percent that a limit on the drop counts in; None where there is none
@@ -228,7 +228,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Regress
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """What is read in the output on every sample, [N, ...], in evaluation mode."""
+    """Run `model` in evaluation mode and return what is read in its output on every sample, [N, ...]."""
     with evaluating(model):
         outputs = [predict(model, batch) for batch in batches]
     if not outputs:
@@ -237,7 +237,7 @@ def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
 
 
 def guess_task(outputs: Tensor, reader: Reader | None = None) -> str:
-    """The reader's; else "classification" where outputs are [N, classes >= 2], or "regression"; the user's --task overrules it."""
+    """Return the reader's task; else "classification" if outputs are [N, classes >= 2], or "regression". The user's --task overrules it."""
     if reader is not None:
         return reader.task
     return "classification" if outputs.dim() == 2 and outputs.shape[1] >= 2 else "regression"
@@ -254,18 +254,18 @@ def sample_distances(outputs: Tensor, reference: Tensor, task: str) -> Tensor:
 
 
 def _in_parts(outputs: Tensor, beside: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some samples of both after the others, so that the outputs have NUMBERS at most."""
+    """Split both into runs of samples whose outputs have at most NUMBERS numbers."""
     count = max(1, NUMBERS // max(1, outputs[:1].numel()))
     return zip(outputs.split(count), beside.split(count), strict=True)
 
 
 def agreement(outputs: Tensor, reference: Tensor) -> float:
-    """Percent of samples whose top-1 class is the reference's."""
+    """Return the percentage of samples whose top-1 class is the reference's."""
     return 100 * float((outputs.argmax(-1) == reference.argmax(-1)).double().mean())
 
 
 def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], task: str, metric: Metric | None = None) -> dict[str, Any]:
-    """What an exported network gives on these batches beside the simulation: how far its outputs are away, and both scores on labels.
+    """Compare an exported network's outputs with the simulation's: how far apart they are, and the scores of both on labels.
 
     simulation  the largest difference, the largest output, and where outputs are classes top-1 agreement in percent
     """
@@ -281,12 +281,12 @@ def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], task: str
 
 
 def correct(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Which samples have their label first, bool [N]."""
+    """Return which samples have their label first, bool [N]."""
     return outputs.argmax(-1) == labels
 
 
 def places(outputs: Tensor, labels: Tensor) -> Tensor:
-    """The label's place among the classes, [N], 0 the first; of equal classes the one of the lower number is before the other."""
+    """Return the label's place among the classes, [N], 0 the first; ties go to the class of the lower number."""
     own = outputs.gather(1, labels[:, None])
     before = torch.arange(outputs.shape[1], device=outputs.device) < labels[:, None]
     return (outputs > own).sum(1) + ((outputs == own) & before).sum(1)
@@ -305,7 +305,7 @@ def check_metric(metric: Metric | None, task: str) -> None:
 
 
 def metric_name(metric: Metric) -> str:
-    """What a user's metric is called in a report."""
+    """Return the name of a user's metric in reports."""
     return getattr(metric, "__name__", "metric")
 
 

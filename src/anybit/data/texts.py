@@ -34,7 +34,7 @@ Row = Mapping[str, Any]
 
 
 def read_rows(path: Path, columns: str | None = None) -> list[Row]:
-    """The rows of a file, each role -> value: tab- or comma-separated with a header, .jsonl of objects, or .txt of one text a line.
+    """Read the rows of a file, each role -> value: tab- or comma-separated with a header, .jsonl of objects, or .txt of one text a line.
 
     `columns` ("text=sentence,label=label") says which column has which role; columns by number, counted from 0, are those of a file
     without a header. Raises InvalidInput naming the line that is at fault.
@@ -70,7 +70,7 @@ def _object(path: Path, number: int, line: str) -> Row:
 
 
 def _separated(path: Path, content: str, bare: bool) -> list[tuple[int, Row]]:
-    """(line, row of column -> text). Tabs separate in a .tsv, and where the first line has one, whatever the file's name."""
+    """Return (line, row of column -> text). Tabs separate in a .tsv, and where the first line has one, whatever the file's name."""
     tabs = path.suffix == ".tsv" or "\t" in content.partition("\n")[0]
     # Between tabs quotes are characters like others: real files hold them unpaired.
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
@@ -92,7 +92,8 @@ def _separated(path: Path, content: str, bare: bool) -> list[tuple[int, Row]]:
 
 
 def with_roles(table: Sequence[tuple[int, Mapping]], columns: Mapping[str, str | int], where: str) -> list[Row]:
-    """Numbered rows of column -> value as rows of role -> value. Raises InvalidInput on a lacking column or text, with its number."""
+    """Turn numbered rows of column -> value into rows of role -> value. Raise InvalidInput naming the line if a column or text is
+    lacking."""
     there = list(table[0][1])
     for role, column in columns.items():
         if column not in there:
@@ -176,7 +177,7 @@ class Texts(Dataset):
         return len(self.rows)
 
     def tokens(self, index: int) -> Mapping[str, list[int]]:
-        """One sample's inputs, without padding; of two texts apart, the first's."""
+        """Return one sample's inputs, without padding; the first's, if its two texts are apart."""
         return self._parts(index)[0]
 
     def _parts(self, index: int) -> list[Mapping[str, list[int]]]:
@@ -212,7 +213,7 @@ class Texts(Dataset):
 
 
 def padded(tokenizer: Tokenizer, samples: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-    """One tensor [N, T] an input, T the longest; "attention_mask" is 0 at the padding."""
+    """Return one tensor [N, T] an input, T the longest; "attention_mask" is 0 at the padding."""
     inputs = [{name: tokens[name] for name in tokens if name in tokenizer.model_input_names} for tokens in samples]
     return dict(tokenizer.pad(inputs, return_tensors="pt", return_attention_mask=True, verbose=False))
 
@@ -334,7 +335,7 @@ class SentenceEmbedding(FirstOutput):
         self.pooling = pooling
 
     def first(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Each sentence's first real token."""
+        """Return each sentence's first real token."""
         places = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device) if mask is None else mask.int().argmax(1)
         return tokens[torch.arange(len(tokens), device=tokens.device), places]
 
@@ -366,7 +367,7 @@ class Answers(FirstOutput):
         return torch.nn.functional.pad(logits, (0, self.length - logits.shape[-1]), value=RULED_OUT)
 
     def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """Exact match and F1 in percent, over the questions that any of these windows is of."""
+        """Return exact match and F1 in percent, over the questions that any of these windows is of."""
         if self.questions is None:
             return {}
         windows, rows = self.questions.windows, self.questions.rows
@@ -388,7 +389,8 @@ class Answers(FirstOutput):
 def best_answer(
     start: np.ndarray, end: np.ndarray, offsets: Sequence[tuple[int, int] | None], context: str, longest: int, best: int
 ) -> tuple[float, str]:
-    """(its logits' sum, the text) of the likeliest answer of at most `longest` tokens, among the `best` starts and ends; "" where none."""
+    """Return (sum of its logits, text) of the likeliest answer of at most `longest` tokens, among the `best` starts and ends; "" if
+    none."""
     places = {index: place for index, place in enumerate(offsets) if place is not None}
     starts = sorted(places, key=lambda index: -start[index])[:best]
     ends = sorted(places, key=lambda index: -end[index])[:best]
@@ -400,14 +402,14 @@ def best_answer(
 
 
 def gold_answers(answers: Any) -> list[str] | None:
-    """The accepted texts: {"text": [...]}, a list of texts, or one text; "" where there are none. None of anything else."""
+    """Return the accepted texts of {"text": [...]}, a list of texts, or one text; "" if there are none. None for anything else."""
     texts = answers.get("text") if isinstance(answers, Mapping) else answers
     texts = [texts] if isinstance(texts, str) else texts
     return (list(texts) or [""]) if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts) else None
 
 
 def answer_scores(text: str, accepted: Sequence[str]) -> tuple[float, float]:
-    """(1 where it is one of those accepted, share of words in common as F1), the best over those accepted.
+    """Return (1 if it is one of those accepted, share of words in common as F1), the best over those accepted.
 
     Compared in lower case, without punctuation and articles, as SQuAD's own measure does (Rajpurkar et al., EMNLP 2016, section 6.1).
     """

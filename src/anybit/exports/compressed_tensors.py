@@ -62,7 +62,7 @@ FLOAT_TOLERANCE = 1e-3
 
 
 def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
-    """int32 [rows, ceil(columns bits / 32)] that holds signed codes [rows, columns] of `bits` bits, offset to be unsigned."""
+    """Pack signed codes [rows, columns] of `bits` bits, offset to be unsigned, as int32 [rows, ceil(columns bits / 32)]."""
     rows, columns = codes.shape
     fields = (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
     stream = np.unpackbits(fields[:, :, None], axis=2, count=bits, bitorder="little").reshape(rows, columns * bits)
@@ -85,7 +85,7 @@ class Packed:
 
 
 def packed(canonical: Canonical, own: nn.Module, transposed: Collection[str] = (), embeddings: bool = False) -> Packed:
-    """The canonical model in the format; `own` is a network of the class that loads it, whose weights may be missing.
+    """Pack the canonical model; `own` is a network of the class that loads it, whose weights may be missing.
 
     transposed  layers of which that class keeps the weight [in, out];   embeddings  pack these too
     """
@@ -119,7 +119,7 @@ def packed(canonical: Canonical, own: nn.Module, transposed: Collection[str] = (
 
 
 def _of_layer(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors that stand for a layer's weight and the quantizer of its input."""
+    """Return the tensors that stand for a layer's weight and the quantizer of its input."""
     rows, columns = float_weight(layer).shape
     pruned = isinstance(layer.weight_quantizer, Pruned)
     codes = torch.zeros(rows, columns, dtype=torch.int8) if pruned else codes_of(layer).reshape(rows, columns)
@@ -141,7 +141,7 @@ def _weight_bits(layer: nn.Module) -> int:
 
 
 def _quantization(layers: Mapping[str, nn.Module], others: Collection[str]) -> dict[str, Any]:
-    """config.json's quantization_config: layers of the same precision and group size share a group; `others` stay float."""
+    """Return config.json's quantization_config: layers of the same precision and group size share a group; `others` stay float."""
     groups: dict[tuple, list[str]] = {}
     for name, layer in layers.items():
         inputs = None if layer.input_quantizer is None else frozen(layer.input_quantizer).bits
@@ -222,7 +222,7 @@ def _transformers_network(canonical: Canonical) -> "PreTrainedModel":
 
 
 def _exported(canonical: Canonical, file: SchemeFile, embeddings: bool) -> tuple[Packed, dict[str, bytes]]:
-    """(the tensors, the other files of the folder)"""
+    """Return (the tensors, the other files of the folder)."""
     network = _transformers_network(canonical).cpu()
     from anybit.sources.huggingface.folder import files_beside, own_config, own_network, transposed_layers
 
@@ -328,7 +328,7 @@ def verify_folder(
 def _differences(
     path: Path, specs: Collection[str], settings: Mapping[str, Any], exported: Packed, files: Mapping[str, bytes]
 ) -> list[str]:
-    """What the folder holds otherwise than the run gives it, each in a sentence that names the layer or the setting."""
+    """Compare the folder with what the run gives; each difference is a sentence that names the layer or the setting."""
     failures = [f"{key} is missing from {MODEL}." for key in exported.tensors if key not in specs]
     failures += [f"{key} is in {MODEL} and not in what the run gives." for key in specs if key not in exported.tensors]
     there = load_tensors(path / MODEL, [key for key in exported.tensors if key in specs])
@@ -347,7 +347,7 @@ def _differences(
 
 
 def huggingface_files() -> tuple[str, ...]:
-    """Names of what may come with a network; transformers is imported to know them, and not by those who never come here."""
+    """Return the names of files that may come with a network; imports transformers, and only for those who call it."""
     from anybit.sources.huggingface.folder import BESIDE
 
     return BESIDE

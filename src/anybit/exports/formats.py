@@ -19,6 +19,7 @@ class Format:
     export   of (run, target, model=, overwrite=, and `options`);   verify  of (run, target, model=, data=, samples=, metric=, workers=)
     options  option of the command line -> keyword of `export`;   without  why the format has none of the others' options
     table    function of `reports.terminal` that prints what was exported;   verdict  the same of what was verified
+    cached   whether both take `cache`, which keeps the graph that they share
     """
 
     name: str
@@ -30,15 +31,19 @@ class Format:
     without: str
     table: str
     verdict: str
+    cached: bool = False
 
     def run_export(self, run: str | Path, target: str | Path, options: Mapping[str, Any], **common: Any) -> dict[str, Any]:
         """Write `run` to `target`; `options` by their names on the command line."""
         own = {self.options[name]: value for name, value in options.items() if name in self.options}
-        return _function(self.export)(run, target, **own, **common)
+        return _function(self.export)(run, target, **own, **self._common(common))
 
     def run_verify(self, run: str | Path, target: str | Path, **common: Any) -> dict[str, Any]:
         """Check `target` against `run`."""
-        return _function(self.verify)(run, target, **common)
+        return _function(self.verify)(run, target, **self._common(common))
+
+    def _common(self, common: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in common.items() if self.cached or name != "cache"}
 
 
 def _function(place: str) -> Callable[..., dict[str, Any]]:
@@ -57,6 +62,7 @@ FORMATS = (
         without="an ONNX file packs them always",
         table="print_file",
         verdict="print_verdict",
+        cached=True,
     ),
     Format(
         name="compressed-tensors",

@@ -1,12 +1,12 @@
-"""Results that outlive the process: killed and run again, a run takes up what it had finished.
+"""Results that outlive the process: a run that was killed recalls, when it is run again, what it had finished.
 
-    recall = Recall(folder).keyed(weights, data, code, machine)      what every result depends on
-    stage = recall.keyed("sensitivity", base)                        what the results of one stage depend on besides
-    value = stage("conv1 W4", make, read)                            made and stored, or taken up
+    cache = Cache(folder).keyed(weights, data, code, machine)        what every result depends on
+    stage = cache.keyed("sensitivity", base)                         what the results of one stage depend on besides
+    value = stage("conv1 W4", make, read)                            computed and stored, or recalled
 
-A result is a JSON record and tensors. It is kept in a file of its own, named by the SHA-256 of all that it depends on, which is moved into
-place whole; the file begins with the SHA-256 of the rest. What cannot be read is named in a warning and made again. Nothing in such a file
-is executed. Whether a result was made or taken up, the caller gets what `read` makes of it, so both end with the same bytes.
+A result is a JSON record and tensors. It is stored in a file of its own, named by the SHA-256 of all that it depends on, which is moved
+into place whole; the file begins with the SHA-256 of the rest. A file that cannot be read is named in a warning and made again. Nothing in
+it is executed. Whether a result was computed or recalled, the caller gets what `read` returns for it, so both end with the same bytes.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ LIMIT = 10 * 10**9
 
 @dataclass(frozen=True)
 class Entry:
-    """What a result is kept as: a record that JSON can hold, and tensors."""
+    """A stored result: a record that JSON can hold, and tensors."""
 
     record: Any = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -59,15 +59,15 @@ class Cache:
     counts: Counter = field(default_factory=Counter, compare=False)
 
     def keyed(self, *what: Any) -> "Cache":
-        """The same store, for results that depend on `what` (anything that JSON can hold) too."""
+        """Return the same cache, for results that depend on `what` (anything that JSON can hold) too."""
         return replace(self, key=hashlib.sha256(json.dumps([self.key, *what], sort_keys=True).encode()).hexdigest())
 
     def __call__(self, name: str, make: Callable[[], Entry], read: Callable[[Entry], Value]) -> Value:
-        """What `read` makes of the result called `name`, which `make` gives unless it is kept already.
+        """Return `read` of the result called `name`, which is made by `make` unless it is stored already.
 
         `read` raises ValueError, KeyError, TypeError or RuntimeError where the result is not what it should be.
         """
-        path = None if self.folder is None else self._path(self.folder, name)
+        path = None if self.folder is None else self._path(name)
         if path is not None and path.is_file():
             try:
                 value = read(_read(path))
@@ -83,23 +83,24 @@ class Cache:
         entry = replace(entry, record=json.loads(json.dumps(entry.record)))  # as it will be read
         self.counts["made"] += 1
         if path is not None:
-            self._store(path, name, entry)
+            self._keep(path, name, entry)
         return read(entry)
 
     def value(self, name: str, make: Callable[[], Any], read: Callable[[Any], Value] = lambda value: value) -> Value:
-        """The same for a result that JSON can hold."""
+        """Do the same for a result that JSON can hold."""
         return self(name, lambda: Entry(make()), lambda entry: read(entry.record))
 
     def forget(self, name: str) -> None:
         """Remove the result called `name`, where it is kept."""
         if self.folder is not None:
-            _removed(self._path(self.folder, name))
+            _removed(self._path(name))
 
-    def _path(self, folder: Path, name: str) -> Path:
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None, "a result has a file where there is a folder"
         key = self.keyed(name).key
-        return folder / key[:2] / key
+        return self.folder / key[:2] / key
 
-    def _store(self, path: Path, name: str, entry: Entry) -> None:
+    def _keep(self, path: Path, name: str, entry: Entry) -> None:
         """Store a result; a disk that takes no more is worth a warning, not the run."""
         try:
             write_whole(path, _serialized(name, entry))
@@ -118,7 +119,7 @@ def _serialized(name: str, entry: Entry) -> bytes:
 
 
 def _read(path: Path) -> Entry:
-    """Raises InvalidFile where the file's bytes are not those that were written."""
+    """Read an entry. Raise InvalidFile if the file's bytes are not those that were written."""
     data = path.read_bytes()
     if hashlib.sha256(data[DIGEST_BYTES:]).digest() != data[:DIGEST_BYTES]:
         raise InvalidFile(f"{len(data)} bytes whose SHA-256 is not the one that they were written with")
@@ -135,7 +136,7 @@ def _words(error: BaseException) -> str:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 over the bytes, types and shapes of tensors."""
+    """Return the SHA-256 over the bytes, types and shapes of tensors."""
     whole = hashlib.sha256()
     for tensor in tensors:
         whole.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -144,12 +145,12 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def cache_home() -> Path:
-    """The user's cache directory for anybit."""
+    """Return the user's cache directory for anybit."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit"
 
 
 def results_folder() -> Path:
-    """Where results are kept."""
+    """Return the folder in which results are kept."""
     return cache_home() / "results"
 
 
@@ -163,7 +164,7 @@ class CachedFile:
 
 
 def entries(folder: Path) -> list[CachedFile]:
-    """The kept results, the least recently used first."""
+    """Return the kept results, the least recently used first."""
     files = [CachedFile(path, status.st_size, status.st_mtime) for path, status in _files(folder, KEY_NAME)]
     return sorted(files, key=lambda entry: (entry.used, entry.path))
 
@@ -209,7 +210,7 @@ def remove_damaged(folder: Path) -> dict[Path, str]:
 
 
 def _files(folder: Path, name: re.Pattern) -> Iterator[tuple[Path, os.stat_result]]:
-    """The files of such a name that a store keeps its results under: whatever else is in the folder is not its own."""
+    """Yield the files with names that a cache gives to its own; whatever else is in the folder is left alone."""
     for path in folder.glob("??/*"):
         try:  # another process may have trimmed it
             status = path.lstat()
@@ -220,7 +221,7 @@ def _files(folder: Path, name: re.Pattern) -> Iterator[tuple[Path, os.stat_resul
 
 
 def tidied(trim: int | None = None, check: bool = False) -> dict[str, Any]:
-    """What the user's cache directory holds, trimmed to `trim` bytes and rid of damaged results where that is asked for."""
+    """Describe the user's cache directory, trimmed to `trim` bytes and rid of damaged results if asked."""
     folder = results_folder()
     removed = 0 if trim is None else trim_cache(folder, trim)
     damaged = {str(path): reason for path, reason in remove_damaged(folder).items()} if check else {}

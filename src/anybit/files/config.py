@@ -11,7 +11,8 @@ from anybit.settings import Option, Settings, check_known, inner_settings
 
 
 def read_options(path: Path, options: Mapping[str, Option], kinds: Sequence[type[Settings]], who: str) -> dict[str, Any]:
-    """name -> value, of the options that a file gives. `kinds` are the classes of settings among them, the first the one that runs record.
+    """Return name -> value of the options that a file gives. `kinds` are the classes of settings among them, the first the one that runs
+    record.
 
     Raises InvalidSetting, or InvalidFile where the file is none, naming `who` asks, the file and the key.
     """
@@ -42,7 +43,7 @@ def _content(path: Path, kinds: Sequence[type[Settings]], where: str) -> Mapping
 
 
 def _items(data: Mapping[str, Any], inner: set[str]) -> list[tuple[str, Any]]:
-    """The items of a mapping, those within `csq`, `train` and other `inner` settings among them."""
+    """Yield the items of a mapping, those within `csq`, `train` and other `inner` settings among them."""
     parts = [value.items() if key in inner and isinstance(value, dict) else [(key, value)] for key, value in data.items()]
     return [item for part in parts for item in part]
 

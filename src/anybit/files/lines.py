@@ -17,7 +17,7 @@ START = b'{"time": '
 
 @contextmanager
 def appended(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A sink that appends each record to the file at once; a disk that fills costs one warning and the rest of the log, not the work.
+    """Yield a sink that appends each record to the file at once; a disk that fills costs one warning and the rest of the log, not the work.
 
     No logging.FileHandler, which would go on printing an error for each event.
 
@@ -47,7 +47,7 @@ def appended(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 def _opened(path: Path) -> TextIO:
-    """The file, open at its end; a last line that was cut off by a kill is ended first."""
+    """Open the file at its end; a last line that was cut off by a kill is ended first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         cut = _cut_off(path)
@@ -59,7 +59,7 @@ def _opened(path: Path) -> TextIO:
 
 
 def _cut_off(path: Path) -> bool:
-    """Whether the log's last line has no end. Raises InvalidSetting where the file is no log: appending would damage it."""
+    """Return whether the log's last line has no end. Raise InvalidSetting if the file is no log: appending would damage it."""
     if not path.is_file() or path.stat().st_size == 0:
         return False
     with open(path, "rb") as file:
@@ -72,7 +72,7 @@ def _cut_off(path: Path) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: NaN and infinity are null, anything unknown is its text."""
+    """Return `value` as JSON can hold it: NaN and infinity are null, anything unknown is its text."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 
 
 def parse_json(content: bytes | str, where: str) -> Any:
-    """The JSON value in `content`, which `where` names in errors."""
+    """Parse the JSON value in `content`, which `where` names in errors."""
     try:
         text = content if isinstance(content, str) else content.decode("utf8")
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
@@ -45,14 +45,14 @@ def parse_json(content: bytes | str, where: str) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in the file."""
+    """Read a file of JSON."""
     if not path.is_file():
         raise InvalidFile(f"{path} is not there. Is {path.parent} a run folder of anybit?")
     return parse_json(read_bytes(path), str(path))
 
 
 def read_bytes(path: Path) -> bytes:
-    """The file's bytes."""
+    """Return the file's bytes."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -60,7 +60,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Indented JSON with a final newline; numbers that JSON cannot hold are refused."""
+    """Write indented JSON with a final newline; numbers that JSON cannot hold are refused."""
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf8")
 
 
@@ -109,7 +109,7 @@ def check_version(data: Any, path: Path | str, newest: int) -> None:
 
 
 def validated(kind: type[Value], data: Any, where: str) -> Value:
-    """`data` as the pydantic model or type `kind`; what differs is named by its field."""
+    """Return `data` as the pydantic model or type `kind`. Raise InvalidFile naming the field that differs."""
     try:
         return TypeAdapter(kind).validate_python(data, strict=True)
     except ValidationError as error:
@@ -131,7 +131,7 @@ def _first_difference(error: ValidationError) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Return the hex digest of a file's bytes."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -140,17 +140,17 @@ def sha256_of(path: Path) -> str:
 
 
 def digest_of(data: Any) -> str:
-    """SHA-256 of a JSON value, however a file lays it out."""
+    """Return the SHA-256 of a JSON value, however a file lays it out."""
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
 def sealed(data: Mapping[str, Any], unguarded: Iterable[str] = ()) -> dict[str, Any]:
-    """`data` with the digest of all but its `unguarded` keys."""
+    """Return `data` with the digest of all but its `unguarded` keys."""
     return {**data, DIGEST: _seal_of(data, unguarded)}
 
 
 def read_sealed(path: Path, newest: int, remedy: str, unguarded: Iterable[str] = ()) -> dict[str, Any]:
-    """The object in the file, of a version that is known here, and only with the digest that `sealed` gave it."""
+    """Read an object of a known version. Raise InvalidFile if its digest is not the one that `sealed` gave it."""
     data = read_json(path)
     check_version(data, path, newest)
     check_sealed(data, str(path), remedy, unguarded)
@@ -174,7 +174,7 @@ def _seal_of(data: Mapping[str, Any], unguarded: Iterable[str]) -> str:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """(name -> type and shape, the metadata) of a safetensors file."""
+    """Return (name -> type and shape, the metadata) of a safetensors file."""
     try:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -185,13 +185,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
 
 
 def read_tensors(path: Path, expected: Mapping[str, TensorSpec], framework: Literal["pt", "np"] = "pt") -> dict[str, Any]:
-    """The tensors of a safetensors file that must hold exactly the `expected` names, types and shapes, and finite numbers."""
+    """Read a safetensors file that must hold exactly the `expected` names, types and shapes, and finite numbers."""
     check_tensors(path, read_header(path)[0], expected)
     return load_tensors(path, expected, framework)
 
 
 def load_tensors(path: Path, names: Iterable[str], framework: Literal["pt", "np"] = "pt") -> dict[str, Any]:
-    """Some tensors of a safetensors file whose header was found to be right; finite numbers."""
+    """Read some tensors of a safetensors file whose header has been checked. Raise InvalidFile if a number is not finite."""
     try:
         with safe_open(path, framework=framework) as file:
             tensors = {name: file.get_tensor(name) for name in names}
@@ -224,5 +224,5 @@ def _finite(tensor: Any) -> bool:
 
 
 def in_words(error: BaseException) -> str:
-    """An error's message on one line of bounded length; its type where it says nothing."""
+    """Return an error's message on one line of bounded length; its type if it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

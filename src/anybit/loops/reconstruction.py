@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from anybit.networks.capture import Captured, MemoryBudget, capture, carry, chun
 from anybit.networks.layers import QuantizedLayer, freeze_slots, quantized_layers
 from anybit.networks.states import put_back, snapshot
 from anybit.networks.wiring import Unit, Wiring
-from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
+from anybit.numerics.quantizers import LearnedInput, UniformQuantizer, frozen
 from anybit.progress import tell, track
 
 
@@ -218,7 +218,7 @@ def reconstruct(
     errors = {"before": _error(module, held_out, finish), "fitted_before": _error(module, fitting, finish, held_out.count)}
 
     for name, layer in layers.items():
-        layer.weight_quantizer = settings.rounding(starts[name], layer.weight_quantizer)
+        layer.weight_quantizer = cast(nn.Module, settings.rounding(starts[name], frozen(layer.weight_quantizer)))
         if isinstance(layer.input_quantizer, UniformQuantizer):
             layer.input_quantizer = DroppedInput(layer.input_quantizer, settings.drop)
     best, steps, state = errors["before"], 0, None
@@ -244,7 +244,7 @@ def reconstruct(
 
 def _descend(
     module: nn.Module,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, QuantizedLayer],
     fitting: UnitData,
     finish: Callable[[Tensor], Tensor],
     settings: ReconstructionSettings,
@@ -258,7 +258,7 @@ def _descend(
         args, kwargs = fitting.arguments(indices, settings.drop)
         loss = relative_error(finish(module(*args, **kwargs)), finish(fitting.targets(indices)), fitting.mask(indices))
         for layer in layers.values():
-            penalty = layer.weight_quantizer.penalty(step / settings.steps)
+            penalty = _rounding(layer).penalty(step / settings.steps)
             loss = loss if penalty is None else loss + penalty
         if not torch.isfinite(loss):
             raise AnybitError(f"The reconstruction error became {float(loss)} at step {step}. Lower the learning rates.")
@@ -269,8 +269,13 @@ def _descend(
         yield step
 
 
-def _parameter_groups(layer: nn.Module, settings: ReconstructionSettings) -> list[dict[str, Any]]:
-    groups = layer.weight_quantizer.parameter_groups()
+def _rounding(layer: QuantizedLayer) -> Rounding:
+    """Return the rounding in the layer's weight slot, which `reconstruct` has put there."""
+    return cast(Rounding, layer.weight_quantizer)
+
+
+def _parameter_groups(layer: QuantizedLayer, settings: ReconstructionSettings) -> list[dict[str, Any]]:
+    groups = _rounding(layer).parameter_groups()
     if isinstance(layer.input_quantizer, LearnedInput):
         groups.append({"params": [layer.input_quantizer.log_scale], "lr": settings.input_rate})
     if (bias := getattr(layer, "bias", None)) is not None:
@@ -283,17 +288,17 @@ def _typical(bias: Tensor) -> float:
     return float(bias.detach().abs().mean()) or 1.0
 
 
-def _states(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+def _states(layers: Mapping[str, QuantizedLayer]) -> dict[str, dict[str, Tensor]]:
     """Copy what is fitted, layer by layer; what else the module has in buffers is its own."""
     return {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
 
 
-def _load(layers: Mapping[str, nn.Module], states: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _load(layers: Mapping[str, QuantizedLayer], states: Mapping[str, Mapping[str, Tensor]]) -> None:
     for name, layer in layers.items():
         layer.load_state_dict(states[name])
 
 
-def _set_training(layers: Mapping[str, nn.Module], on: bool) -> None:
+def _set_training(layers: Mapping[str, QuantizedLayer], on: bool) -> None:
     """Train roundings and drop inputs, or give the values of the final codes; the rest of the module stays in evaluation mode."""
     for layer in layers.values():
         for slot in (layer.weight_quantizer, layer.input_quantizer):
@@ -313,7 +318,7 @@ def _error(module: nn.Module, data: UnitData, finish: Callable[[Tensor], Tensor]
     return error / max(power, 1e-30)
 
 
-def _layers_in(module: nn.Module) -> dict[str, nn.Module]:
+def _layers_in(module: nn.Module) -> dict[str, QuantizedLayer]:
     return {"": module} if isinstance(module, QuantizedLayer) else quantized_layers(module)
 
 
@@ -395,7 +400,7 @@ def parallel(
             errors = _cached_unit(name, model, unit, starts[bits], sides, wiring, settings, cache)
             report.setdefault(unit.name, {})[bits] = errors
             tell("unit", unit=unit.name, bits=bits, **errors)
-        sides = None
+        del sides  # what was captured goes before the next is
         give_back()
     return report
 
@@ -415,7 +420,8 @@ def _cached_unit(
 
     def make() -> Entry:
         inner = {layer.removeprefix(unit.name).lstrip("."): starts[layer] for layer in layers}
-        errors = reconstruct(model.get_submodule(unit.name), inner, *sides(), wiring.activation_after(unit.name), settings)
+        fitting, held_out = sides()
+        errors = reconstruct(model.get_submodule(unit.name), inner, fitting, held_out, wiring.activation_after(unit.name), settings)
         return Entry(errors, snapshot(model, layers))
 
     def read(entry: Entry) -> dict[str, float]:

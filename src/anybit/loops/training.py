@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def train_epochs(
     if settings.half and emulates_bfloat16(next(trainee.model.parameters()).device):
         tell("note", note="this processor emulates bfloat16, which is slower than float32: leave --half out")
     groups = trainee.parameter_groups()
-    forward = torch.compile(trainee.model) if settings.compile else trainee.model
+    forward = cast(nn.Module, torch.compile(trainee.model)) if settings.compile else trainee.model
     steps, rates = _steps(samples, settings, trainee.model), [group["lr"] for group in groups]
     run = _Run(trainee, settings, task, teacher, positive, forward, torch.optim.Adam(groups), rates, steps, checkpoint)
     records: list[dict[str, Any]] = []
@@ -77,7 +77,7 @@ class _Run:
     task: str
     teacher: nn.Module | None
     positive: Sequence[nn.Parameter]
-    forward: Callable
+    forward: nn.Module
     optimizer: torch.optim.Optimizer
     rates: Sequence[float]
     steps: int
@@ -132,8 +132,8 @@ def _pass(run: _Run, batch: Batch) -> Tensor:
         outputs = predict(run.forward, batch)
         loss = run.trainee.loss(outputs, batch, task_loss(outputs, batch, run.task, run.teacher, run.settings.distill))
     penalty = run.trainee.penalty().to(loss.device)
-    labelled = TASKS[run.task].of_one_class and batch.labels is not None
-    right = correct(outputs, batch.labels).float().mean() if labelled else torch.zeros_like(loss)
+    labels = batch.labels if TASKS[run.task].of_one_class else None
+    right = torch.zeros_like(loss) if labels is None else correct(outputs, labels).float().mean()
     told = average(torch.stack([loss.detach().float(), penalty.detach(), right.detach()]))  # of all, so that all stop together
     if torch.isfinite(told).all():
         (loss + penalty).backward()

@@ -37,6 +37,8 @@ class AdaRound(nn.Module):
     beta       exponent of the penalty after the warm-up, and at the end
     """
 
+    floor: Tensor
+    scale: Tensor
     resumes = False  # both neighbours of a float weight are open; a code has none
 
     def __init__(

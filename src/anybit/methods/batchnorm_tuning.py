@@ -77,10 +77,11 @@ def _correction(measured: ChannelStatistics, target: ChannelStatistics, prior_we
 def _scale_channels(layer: nn.Module, gain: Tensor, shift: Tensor) -> None:
     """Multiply the layer's output channels by `gain` and add `shift`, leaving the integer codes of its weight as they are."""
     scale_weight(layer, gain)
-    if layer.bias is None:
+    bias = layer._parameters["bias"]
+    if bias is None:
         layer.bias = nn.Parameter(shift.to(float_weight(layer).dtype))
     else:
-        layer.bias.copy_(layer.bias * gain + shift)
+        bias.copy_(bias * gain + shift)
 
 
 def join(batches: list[Batch]) -> Batch:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from anybit.data.batches import Batch, predict
 from anybit.data.tasks import TASKS, distance, outputs_of
-from anybit.networks.layers import float_weight, freeze_slots, quantized_layers, weight_rows
-from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
+from anybit.networks.layers import QuantizedLayer, float_weight, freeze_slots, quantized_layers, weight_rows
+from anybit.numerics.quantizers import LearnedInput, UniformQuantizer, frozen
 from anybit.progress import tell, track
 
 
@@ -28,6 +28,8 @@ class BiasTuningSettings:
 
 class ScaledCodes(nn.Module):
     """Fixed integer codes times a free scale: the weight slot of a layer while its outputs are tuned."""
+
+    codes: Tensor
 
     def __init__(self, quantizer: UniformQuantizer, rows: Tensor):
         super().__init__()
@@ -108,15 +110,15 @@ def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: str,
         done += len(outputs)
 
 
-def _free_scales(layers: Iterable[nn.Module]) -> None:
+def _free_scales(layers: Iterable[QuantizedLayer]) -> None:
     for layer in layers:
-        layer.weight_quantizer = ScaledCodes(layer.weight_quantizer, weight_rows(layer, float_weight(layer)).detach())
+        layer.weight_quantizer = ScaledCodes(frozen(layer.weight_quantizer), weight_rows(layer, float_weight(layer)).detach())
         if isinstance(layer.input_quantizer, UniformQuantizer):
             layer.input_quantizer = LearnedInput(layer.input_quantizer)
 
 
-def _tuned_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
-    if getattr(layer, "bias", None) is not None:
+def _tuned_parameters(layer: QuantizedLayer) -> Iterator[nn.Parameter]:
+    if layer.bias is not None:
         yield layer.bias
     for slot in (layer.weight_quantizer, layer.input_quantizer):
         if isinstance(slot, ScaledCodes | LearnedInput):

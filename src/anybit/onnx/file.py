@@ -31,7 +31,7 @@ setting is left out: a runtime may give up its fastest kernels for it."""
 
 
 def x86_flags() -> str | None:
-    """What an x86 processor can do, as Linux tells it."""
+    """Return the features of an x86 processor as Linux lists them; None on others."""
     try:
         return Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0]
     except (OSError, IndexError):
@@ -39,7 +39,7 @@ def x86_flags() -> str | None:
 
 
 def asks_for_exact_sums() -> bool:
-    """Whether sessions here have the setting: on every processor that is not known to have VNNI."""
+    """Return whether sessions here have the setting: on every processor that is not known to have VNNI."""
     return "vnni" not in (x86_flags() or "")
 
 
@@ -74,7 +74,7 @@ def exported(
     measured: Mapping[str, tuple[float, float]] | None = None,
     cache: Cache = Cache(),
 ) -> Exported:
-    """The canonical model as graphs; `example` is a batch of real inputs, of which a few are run.
+    """Export the canonical model as graphs; `example` is a batch of real inputs, of which a few are run.
 
     tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
     weight_only  linears with float inputs keep their weights packed as they run
@@ -101,7 +101,7 @@ def exported(
 
 
 def ideal_bytes(canonical: Canonical) -> int:
-    """What the weights' bits take: packed codes of quantized layers, 32 bits of float ones, and nothing else."""
+    """Return the bytes of the weights' bits alone: packed codes of quantized layers, 32 bits of float ones."""
     counts = []
     for layer in quantized_layers(canonical.model).values():
         quantizer = layer.weight_quantizer
@@ -120,7 +120,7 @@ def save(model: ir.Model, path: Path) -> None:
 
 
 def load(path: Path) -> ir.Model:
-    """The graph in `path`, checked to be one of anybit's; nothing in it is run."""
+    """Load the graph in `path`, checked to be one of anybit's; nothing in it is run."""
     import onnx
 
     if not path.is_file():
@@ -139,7 +139,7 @@ def load(path: Path) -> ir.Model:
 
 
 def _tensors(message: Any) -> Iterator[Any]:
-    """Every tensor in a protobuf message, at any depth."""
+    """Yield every tensor in a protobuf message, at any depth."""
     import onnx
     from google.protobuf.message import Message
 
@@ -155,7 +155,7 @@ def _tensors(message: Any) -> Iterator[Any]:
 def session(
     source: Path | ir.Model, threads: int = 1, optimized: Path | None = None, profile: Path | None = None, exact: bool = True
 ) -> Any:
-    """The runtime's session of a file or a graph.
+    """Open a session of the runtime for a file or a graph.
 
     exact      with exact sums on every processor;
     optimized  where the graph that the runtime made of it is written;   profile  what the name of its profile begins with
@@ -182,7 +182,7 @@ def session(
 
 
 def measured_in(model: ir.Model) -> dict[str, tuple[float, float]]:
-    """The ranges that the file's export took from its inputs; raises InvalidFile where they are no ranges."""
+    """Read the ranges that the file's export took from its inputs. Raise InvalidFile if they are not ranges."""
     where = "The ONNX file's measured ranges"
     ranges = validated(dict[str, list[float]], parse_json(model.metadata_props.get(MEASURED, "{}"), where), where)
     for name, ends in ranges.items():
@@ -192,7 +192,7 @@ def measured_in(model: ir.Model) -> dict[str, tuple[float, float]]:
 
 
 def outputs(running: Any, batches: Sequence[Batch], names: Sequence[str] | None = None) -> list[np.ndarray]:
-    """The session's outputs on batches, joined."""
+    """Run the session on batches and join its outputs."""
     parts = []
     for batch in batches:
         feeds = _feeds([value.name for value in running.get_inputs()], batch)
@@ -204,7 +204,7 @@ def outputs(running: Any, batches: Sequence[Batch], names: Sequence[str] | None 
 
 
 def _feeds(names: Sequence[str], batch: Batch) -> dict[str, np.ndarray]:
-    """The batch's inputs under the names that the file has for them: by name where they have some, else in order."""
+    """Return the batch's inputs by the names that the file has for them: by name if they have some, else in order."""
     if isinstance(batch.inputs, dict):
         lacking = [name for name in names if name not in batch.inputs]
         if lacking:

@@ -45,8 +45,8 @@ BIAS = "bias"
 def float_graph(
     plain: nn.Module, example: Batch, probe: Batch, layers: Iterable[str], rounded: Collection[str], cache: Cache
 ) -> tuple[ir.Model, dict[str, np.ndarray]]:
-    """(`plain`, the canonical model with its quantizers off, exported, tidied and checked; its values on `probe`). The first dimension of
-    inputs and outputs is the batch, the second of padded texts their length.
+    """Return (`plain`, the canonical model with its quantizers off, exported, tidied and checked; its values on `probe`). The first
+    dimension of inputs and outputs is the batch, the second of padded texts their length.
 
     layers   those that become nodes of their name;   rounded  those of them that have quantizers
     cache    keeps the graph; one that was kept and does not pass the check is exported anew
@@ -60,7 +60,7 @@ def float_graph(
     weights = {name: float_weight(plain.get_submodule(name)).detach().numpy() for name in layers}
 
     def attempt(cache: Cache) -> tuple[ir.Model, dict[str, np.ndarray]] | None:
-        """None where a kept graph is not the network's."""
+        """Return the graph and its values; None if a cached graph is not the network's."""
         new = False
 
         def export() -> ir.Model:
@@ -88,7 +88,7 @@ def float_graph(
 
 
 def _key(plain: nn.Module, inputs: Inputs, length: int | None) -> str | None:
-    """What a kept graph goes by; None where the forward pass cannot be recorded."""
+    """Return the cache key of the graph; None if the forward pass cannot be recorded."""
     try:
         return graph_digest(plain, inputs, length)
     except Exception:  # whatever the network's code raises: it runs on another size, and its operators under a recorder
@@ -96,7 +96,7 @@ def _key(plain: nn.Module, inputs: Inputs, length: int | None) -> str | None:
 
 
 def _exported(plain: nn.Module, inputs: Inputs, length: int | None) -> ir.Model:
-    """The graph as torch's exporter gives it, before it is optimized."""
+    """Export the graph as torch's exporter gives it, before it is optimized."""
     positional = inputs if isinstance(inputs, tuple) else (inputs,)
     passed: dict[str, Any] = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": positional}
     sizes = {0: torch.export.Dim("batch", min=1)}
@@ -131,7 +131,7 @@ def _tidy(graph: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
 
 @contextmanager
 def _quiet():
-    """Without the exporter's warnings, which are about itself."""
+    """Silence the exporter's warnings, which are about itself."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -143,7 +143,7 @@ def _quiet():
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause's first line: the outer ones tell of the exporter's stages."""
+    """Return the first line of the innermost cause: the outer ones are about the exporter's stages."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -168,26 +168,26 @@ def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
 
 
 def _computes(node: ir.Node, weight: np.ndarray) -> bool:
-    """Whether the operator is the layer of this weight; a matmul, which has none, multiplies what no constant is."""
+    """Return whether the operator is the layer of this weight; a matmul, which has none, multiplies no constants."""
     if not weight.size:
         return node.op_type == "MatMul" and all(constant(value) is None for value in node.inputs)
     return _is_weight(_weight_of(node), weight)
 
 
 def _weight_of(node: ir.Node) -> np.ndarray | None:
-    """The constant that a layer's operator computes with."""
+    """Return the constant that a layer's operator computes with."""
     return constant(node.inputs[layer_operator(node.op_type).weight_input])
 
 
 def _is_weight(array: np.ndarray | None, weight: np.ndarray) -> bool:
-    """Whether `found` is the layer's weight, as it is or transposed."""
+    """Return whether `array` is the layer's weight, as it is or transposed."""
     if array is None or array.size != weight.size:
         return False
     return np.array_equal(array, weight) or (array.ndim == 2 and np.array_equal(array.T, weight))
 
 
 def _owner(scopes: Sequence[str]) -> str:
-    """The module that ran the operator: the last scope but one is its own call."""
+    """Return the module that ran the operator: the last scope but one is its own call."""
     return scopes[-2] if len(scopes) > 1 else ""
 
 
@@ -207,14 +207,14 @@ def _pool_means(model: ir.Model) -> None:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, added: Sequence[ir.Node]) -> None:
-    """`added`, of which the last gives what `node` gave, in its place."""
+    """Put `added`, the last of which gives the output of `node`, in its place."""
     output = added[-1].outputs[0]
     output.name, output.shape, output.type = name_of(node.outputs[0]), node.outputs[0].shape, node.outputs[0].type
     ir.convenience.replace_nodes_and_values(graph, node, [node], added, node.outputs, added[-1].outputs)
 
 
 def _merge_padding(model: ir.Model) -> None:
-    """A Pad of zeros at the ends of spatial dimensions, read by convolutions alone, into their pads."""
+    """Merge a Pad of zeros at the ends of spatial dimensions, read by convolutions alone, into their pads."""
     for node in list(model.graph):
         if node.op_type != "Pad" or any(attribute.value != "constant" for attribute in node.attributes.values()):
             continue
@@ -238,7 +238,7 @@ def _merge_padding(model: ir.Model) -> None:
 
 
 def values_on(model: ir.Model, inputs: Sequence[Tensor]) -> dict[str, np.ndarray]:
-    """Every float value of the graph on these inputs, computed by the runtime without optimizations."""
+    """Compute every float value of the graph on these inputs, in the runtime without optimizations."""
     import onnxruntime
 
     shown = ir.from_proto(ir.to_proto(model))
@@ -257,7 +257,7 @@ def values_on(model: ir.Model, inputs: Sequence[Tensor]) -> dict[str, np.ndarray
 
 
 def ranges_on(model: ir.Model, inputs: Sequence[Tensor], size: int) -> dict[str, tuple[float, float]]:
-    """(low, high) of every float value of the graph on these inputs, `size` at a time."""
+    """Return (low, high) of every float value of the graph on these inputs, `size` at a time."""
     ends: dict[str, tuple[float, float]] = {}
     for parts in zip(*(tensor.split(size) for tensor in inputs), strict=True):
         for name, array in values_on(model, parts).items():
@@ -304,21 +304,21 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
 
 
 def _reads(node: ir.Node, read: np.ndarray, taken: np.ndarray) -> bool:
-    """Whether what the operator reads is what the layer was given, but for zeros around it that are the operator's padding now."""
+    """Return whether the operator reads what the layer took, but for zeros around it that are the operator's padding now."""
     if node.op_type == "Conv" and read.size < taken.size:
         return _alike(np.abs(read).sum(), np.abs(taken).sum())
     return _alike(read, taken)
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal but for the order of float sums."""
+    """Return whether both are equal but for the order of float sums."""
     return a.size == b.size and bool(np.allclose(np.reshape(a, -1), np.reshape(b, -1), rtol=1e-3, atol=1e-3 * np.abs(b).max(initial=1e-12)))
 
 
 def edge_names(
     plain: nn.Module, values: Mapping[str, np.ndarray], probe: Batch, ranges: Mapping[str, tuple[float, float]]
 ) -> dict[str, str]:
-    """Value of the graph -> the edge (named as `wiring` does) that holds the same numbers on the probe inputs.
+    """Match values of the graph to the edges (named as `wiring` does) that hold the same numbers on the probe inputs.
 
     Exporters rename, merge and split operators; numbers on real inputs say which tensor is which whatever they do. Of several edges that
     hold the same numbers there the one of the widest range is taken: a clamp that nothing met yet, say, from what it clamps.
@@ -340,10 +340,10 @@ def edge_names(
 
 
 def probe_of(batch: Batch, count: int) -> Batch:
-    """The first `count` samples."""
+    """Return the first `count` samples."""
     return batch.head(count)
 
 
 def input_tensors(batch: Batch) -> list[Tensor]:
-    """What the graph is fed with, in order."""
+    """Return the graph's inputs, in order."""
     return [tensor.contiguous() for tensor in tensors_in(batch.inputs)]

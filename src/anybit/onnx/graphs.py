@@ -27,7 +27,7 @@ _recent: OrderedDict[str, Entry] = OrderedDict()
 
 
 def cached_graph(key: str | None, export: Callable[[], ir.Model], state: Mapping[str, Tensor], cache: Cache) -> ir.Model:
-    """The optimized graph with the weights of `state`.
+    """Return the optimized graph with the weights of `state`.
 
     key      all that the graph depends on; None keeps nothing
     export   gives the graph before it is optimized
@@ -64,7 +64,7 @@ def _remember(key: str, entry: Entry) -> None:
 
 
 def _without_weights(model: ir.Model, state: Mapping[str, Tensor]) -> Entry:
-    """The graph as a file has it, weights being inputs after the network's own; initializers that are no weights stay as they are."""
+    """Serialize the graph with weights as inputs after the network's own; initializers that are not weights stay as they are."""
     graph = model.graph
     record = {"inputs": len(graph.inputs), "initializers": list(graph.initializers), "names": _next_name(graph)}
     for name in [name for name in graph.initializers if name in state]:
@@ -76,7 +76,7 @@ def _without_weights(model: ir.Model, state: Mapping[str, Tensor]) -> Entry:
 
 
 def _with_weights(entry: Entry, state: Mapping[str, Tensor]) -> ir.Model:
-    """The graph with the weights of `state` in their places. Raises InvalidFile, KeyError or TypeError where they do not fit."""
+    """Put the weights of `state` into the graph. Raise InvalidFile, KeyError or TypeError if they do not fit."""
     try:
         model = ir.from_proto(onnx.ModelProto.FromString(entry.tensors["graph"].numpy().tobytes()))
     except DecodeError as error:
@@ -100,7 +100,7 @@ def _with_weights(entry: Entry, state: Mapping[str, Tensor]) -> ir.Model:
 
 
 def _next_name(graph: ir.Graph) -> int:
-    """The number in the name that the graph would give to its next value."""
+    """Return the number in the name that the graph would give to its next value."""
     node = ir.node("Identity", [])
     graph.append(node)
     graph.remove(node)

@@ -1,4 +1,4 @@
-"""What an exported graph computes, in integers: the reference that a runtime's output is compared with, bit for bit.
+"""The integer arithmetic of an exported graph: the reference that a runtime's output is compared with, bit for bit.
 
 The graph is read as its Q/DQ nodes say, and an operator between quantizers is computed on their codes as an integer kernel does:
 
@@ -46,11 +46,11 @@ class Codes:
     block: int = 0
 
     def offsets(self) -> Tensor:
-        """codes - zero point, int32."""
+        """Return codes - zero point, int32."""
         return self.codes.int() - self._along(self.zero_point.int())
 
     def values(self) -> Tensor:
-        """The float32 numbers that they stand for."""
+        """Return the float32 numbers that they stand for."""
         return self.offsets().float() * self._along(self.scale)
 
     def _along(self, numbers: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Pending:
-    """What an integer operator has summed, until a quantizer takes it to its grid.
+    """The sum of an integer operator, until a quantizer takes it to its grid.
 
     values  what it is in float, where no quantizer follows;   exactly  whether a runtime computes that from the exact sum, too
     """
@@ -156,13 +156,13 @@ def interpret(model: ir.Model, inputs: Mapping[str, Tensor], runtime: Mapping[st
 
 
 def _summed_in_float(value: ir.Value | None, held: Mapping[str, Any]) -> str | None:
-    """The node behind a sum or a pool that no quantizer takes up: a runtime adds it up in float, in an order of its own."""
+    """Name the node behind a sum or a pool that no quantizer takes up: a runtime adds it up in float, in an order of its own."""
     pending = None if value is None else held.get(name_of(value))
     return name_of(maker(value)) if isinstance(pending, Pending) and not pending.exactly else None
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    """An initializer; two- and four-bit integers as int8."""
+    """Return an initializer as a tensor; two- and four-bit integers as int8."""
     narrow = array.dtype.name in ("int2", "int4")
     return torch.from_numpy(np.array(array.astype(np.int8) if narrow else array))
 
@@ -175,7 +175,7 @@ def _plain(value: Any) -> Tensor:
 
 
 def _in_float(node: ir.Node, inputs: list[Tensor | None]) -> list[Tensor]:
-    """One operator by its reference implementation: a graph of it alone, whose inputs have types and shapes."""
+    """Run one operator by its reference implementation: a graph of it alone, whose inputs have types and shapes."""
     from onnx import TensorProto, helper, numpy_helper
     from onnx.reference import ReferenceEvaluator
 
@@ -206,7 +206,7 @@ def _quantize(inputs: list[Any], settings: Mapping[str, Any]) -> Tensor:
 
 
 def _rounded(steps: Tensor, zero_point: Tensor) -> Tensor:
-    """uint8 codes of numbers in units of their scale."""
+    """Round numbers in units of their scale to uint8 codes."""
     return (steps.round() + zero_point.float()).clamp(0, 255).to(torch.uint8)
 
 
@@ -225,14 +225,14 @@ def _dequantize(inputs: list[Any], settings: Mapping[str, Any]) -> Codes:
 
 
 def _exact(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, fan_in: int) -> Tensor:
-    """function(x, weight) on integers, exactly: in float32 where every partial sum fits its 24 bits."""
+    """Compute function(x, weight) on integers, exactly: in float32 if every partial sum fits its 24 bits."""
     largest = fan_in * int(x.abs().max()) * int(weight.abs().max()) if x.numel() and weight.numel() else 0
     kind = torch.float32 if largest < 2**24 else torch.float64
     return function(x.to(kind), weight.to(kind)).to(torch.int64)
 
 
 def _scaled(total: Tensor, inputs: list[Any], channel: int) -> Pending:
-    """The int32 sum of a layer (bias included), and what it stands for: sx sw for each channel."""
+    """Scale the int32 sum of a layer (bias included) by sx sw for each channel."""
     scale = inputs[0].scale * inputs[1].scale
     along = scale.reshape([-1 if axis == channel % total.dim() else 1 for axis in range(total.dim())]) if scale.dim() else scale
     return Pending(lambda sy, zy: _rounded(total.float() * (along / sy), zy), lambda: total.float() * along, True)

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from anybit.data.batches import Batch
 from anybit.environment import processor
 from anybit.errors import AnybitError, InvalidFile
+from anybit.files.cache import Cache
 from anybit.files.strict import read_sealed, sealed, validated, write_json
 from anybit.files.whole import whole_file
 from anybit.networks.canonical import Canonical
@@ -40,8 +41,10 @@ from anybit.onnx.values import makers, name_of
 from anybit.scheme import FLOAT, Precision, Scheme
 
 
-def measure_latency(network: ObservedNetwork, batch: Batch, rounds: int = 20, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]]:
-    """(the table, what was measured and predicted of whole networks) for one sample a forward pass."""
+def measure_latency(
+    network: ObservedNetwork, batch: Batch, rounds: int = 20, threads: int = 1, cache: Cache = Cache()
+) -> tuple[LatencyTable, dict[str, Any]]:
+    """Return (the table, what was measured and predicted for whole networks) at one sample a forward pass; `cache` keeps the graph."""
     on_integers = _on_integers(network)
     whole = {name: options[0] if options else network.choices[name][0] for name, options in on_integers.items()}
     free = [name for name, options in on_integers.items() if options]
@@ -49,7 +52,8 @@ def measure_latency(network: ObservedNetwork, batch: Batch, rounds: int = 20, th
     graphs: dict[str, ir.Model] = {}
     for kind, precisions in (("int8", whole), ("alternating", striped)):
         model = rounded_to_nearest(network, [batch], Scheme(precisions))
-        file = exported(Canonical(model, network.norms, observe_edge_ranges(model, network.wiring, [batch])), batch)
+        canonical = Canonical(model, network.norms, observe_edge_ranges(model, network.wiring, [batch]))
+        file = exported(canonical, batch, cache=cache)
         graphs[kind], graphs["float32"] = file.integer, file.floating
     one = probe_of(batch, 1)
     runners = {kind: _runner(graph, one, threads) for kind, graph in graphs.items()}
@@ -65,7 +69,7 @@ def measure_latency(network: ObservedNetwork, batch: Batch, rounds: int = 20, th
 
 
 def latency_of(canonical: Canonical, batch: Batch, rounds: int = 20, threads: int = 1) -> dict[str, float]:
-    """Seconds of a finished network as it is exported, and of its float32 file, in turns."""
+    """Measure the seconds of a finished network as it is exported, and of its float32 file, in turns."""
     file = exported(canonical, batch)
     one = probe_of(batch, 1)
     runners = {"exported": _runner(file.integer, one, threads), "float32": _runner(file.floating, one, threads)}
@@ -79,7 +83,7 @@ def _runner(graph: ir.Model, batch: Batch, threads: int):
 
 
 def _on_integers(network: ObservedNetwork) -> dict[str, list[Precision]]:
-    """Layer -> those of its choices that run on integers."""
+    """Return layer -> those of its choices that run on integers."""
     products = _products(network)
     return {name: [p for p in options if kernel_class(p, name in products) == "int8"] for name, options in network.choices.items()}
 
@@ -97,7 +101,7 @@ def _steps(network: ObservedNetwork) -> tuple[OperationFlow, ...]:
 
 
 def _kernels(graph: ir.Model, batch: Batch, seconds: float, threads: int, runs: int = 20) -> tuple[dict[str, float], float]:
-    """(seconds of each layer, of the rest), which add up to `seconds`."""
+    """Return (seconds of each layer, of the rest), which add up to `seconds`."""
     with tempfile.TemporaryDirectory() as folder:
         running = session(graph, threads, profile=Path(folder) / "profile")
         feeds = {value.name: tensor.numpy() for value, tensor in zip(running.get_inputs(), input_tensors(batch), strict=True)}
@@ -125,7 +129,7 @@ def _kernels(graph: ir.Model, batch: Batch, seconds: float, threads: int, runs: 
 
 
 def _owners(graph: ir.Model, kernels: Sequence[str]) -> dict[str, str]:
-    """Kernel -> its layer. Kernels are named after their node, or after the value that a fused one gives."""
+    """Return kernel -> its layer. Kernels are named after their node, or after the value that a fused one gives."""
     named = {name_of(node): node.metadata_props.get(LAYER, name_of(node)) for node in graph.graph if _is_layer(node)}
     owners = {kernel: named[kernel.split("_token_")[0]] for kernel in kernels if kernel.split("_token_")[0] in named}
     sources = {value.name: node for node in graph.graph for value in node.outputs}
@@ -186,7 +190,7 @@ class LatencyFile(BaseModel):
 
 
 def _table_file(network: ObservedNetwork, threads: int) -> Path:
-    """Where the table of a network of this shape, on this machine and runtime, is kept."""
+    """Return the file of the table for a network of this shape, on this machine and runtime."""
     import onnxruntime
 
     operations = [[op.name, op.kind, list(op.shape[1:])] for op in network.wiring.operations]
@@ -198,7 +202,7 @@ def _table_file(network: ObservedNetwork, threads: int) -> Path:
 
 
 def save_table(network: ObservedNetwork, table: LatencyTable, provenance: Mapping[str, Any], threads: int = 1) -> Path:
-    """Write the table where `recalled` finds it."""
+    """Write the table to where `load_table` looks."""
     place = _table_file(network, threads)
     with whole_file(place, "Make room, or let XDG_CACHE_HOME name another folder.") as draft:
         write_json(draft, sealed({"version": 2, "of": place.stem, **asdict(table), "about": dict(provenance)}))
@@ -206,7 +210,7 @@ def save_table(network: ObservedNetwork, table: LatencyTable, provenance: Mappin
 
 
 def load_table(network: ObservedNetwork, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]] | None:
-    """(the table, what was measured) of an earlier `keep` for the same network, machine and runtime; None where there is none."""
+    """Load (the table, its provenance) that `save_table` wrote for the same network, machine and runtime; None if there is none."""
     place = _table_file(network, threads)
     if not place.is_file():
         return None

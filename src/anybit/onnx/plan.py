@@ -50,20 +50,20 @@ class Affine:
 
     @classmethod
     def of_range(cls, low: float, high: float) -> "Affine":
-        """8 bits over a range, 0 included; the scale is a float32."""
+        """Return the 8-bit quantizer of a range, 0 included; the scale is a float32."""
         low, high = min(float(low), 0.0), max(float(high), 0.0)
         scale = float(np.float32((high - low) / 255))
         scale = scale if scale > SMALLEST_SCALE else 1.0
         return cls(scale, int(np.clip(np.rint(-low / scale), 0, 255)))
 
     def code(self, value: float) -> int:
-        """The code of one number."""
+        """Return the code of one number."""
         return int(np.clip(np.rint(np.float32(value) / np.float32(self.scale)) + self.zero_point, 0, self.highest))
 
 
 @dataclass
 class Plan:
-    """What the writer needs to know of each value and node, by name.
+    """The writer's plan for each value and node, by name.
 
     integer    layers that compute on integers
     inputs     layer -> the quantizer of its input, or of both operands of a matmul (all layers that have one, integer or not)
@@ -89,7 +89,7 @@ def make_plan(
     measure: Callable[[str], tuple[float, float]],
     tables: bool = False,
 ) -> Plan:
-    """The plan for `graph`, the float graph of canonical `model`.
+    """Plan `graph`, the float graph of canonical `model`.
 
     edges    edge -> its range, of the run;   names  value -> edge
     measure  the range of a value that no edge is
@@ -151,7 +151,7 @@ class _Planner:
                 self.plan.clamped[name_of(output)] = (name_of(source), *bounds)
 
     def _touching(self) -> set[str]:
-        """Nodes that are connected to an integer layer through others that runtimes compute on integers."""
+        """Find the nodes that are connected to an integer layer through others that runtimes compute on integers."""
         reached: set[str] = set()
         ahead = [node for node in self.graph if node.metadata_props.get(LAYER) in self.plan.integer]
         while ahead:
@@ -168,7 +168,7 @@ class _Planner:
         return reached
 
     def _functions(self, touching: set[str], tables: bool) -> None:
-        """Values that are elementwise functions of one value, and not clamps of it alone."""
+        """Find the values that are elementwise functions of one value, and not clamps of it alone."""
         base: dict[str, str] = {}
         for node in self.graph:
             inputs = [value for value in node.inputs if value is not None]
@@ -188,7 +188,8 @@ class _Planner:
         }  # fmt: skip
 
     def _reaching(self) -> set[str]:
-        """Nodes whose numbers go on into an integer layer, a pool or the outputs, through nothing but what runtimes compute on integers.
+        """Find the nodes whose numbers reach an integer layer, a pool or the outputs, through nothing but what runtimes compute on
+        integers.
 
         A sum that only a norm reads is none: on integers it would be rounded for nothing.
         """
@@ -200,7 +201,8 @@ class _Planner:
         return reaching
 
     def _convolved(self) -> set[str]:
-        """Nodes that compute on integers what convolutions made: a linear gives floats without being slower, a convolution does not."""
+        """Find the nodes that compute on integers what convolutions made: a linear gives floats without being slower, a convolution does
+        not."""
         convolved: set[str] = set()
         for node in self.graph:
             passes = node.op_type in MOVES | CLAMPS | JOINT or name_of(node.outputs[0]) in self.functions
@@ -227,7 +229,7 @@ class _Planner:
         }
 
     def _edges(self, touching: set[str]) -> None:
-        """Every group of values that share codes gets one quantizer, where an integer operator makes or reads it."""
+        """Give every group of values that share codes one quantizer, if an integer operator makes or reads it."""
         groups: dict[str, list[str]] = {}
         for value in self.values.values():
             if value.dtype == ir.DataType.FLOAT:
@@ -252,11 +254,11 @@ class _Planner:
         self.plan.tables = {name: base for name, base in self.plan.tables.items() if name in self.plan.edges}
 
     def _is_layer(self, node: ir.Node) -> bool:
-        """Whether it is an integer layer, and not the sum that adds its bias."""
+        """Return whether it is an integer layer, and not the sum that adds its bias."""
         return node.metadata_props.get(LAYER) in self.plan.integer and BIAS not in node.metadata_props
 
     def _inner_to_tables(self) -> set[str]:
-        """Values that a table computes through, and nothing else reads."""
+        """Return the values that a table computes through, and nothing else reads."""
         inner: set[str] = set()
         for name, base in self.plan.tables.items():
             ahead = [self._value(name)]
@@ -269,18 +271,18 @@ class _Planner:
         return inner
 
     def _lacks_bias(self, root: str) -> bool:
-        """Whether a layer's bias is yet to be added."""
+        """Return whether a layer's bias is yet to be added."""
         readers = self.readers(self._value(root))
         return len(readers) == 1 and BIAS in readers[0].metadata_props
 
     def _only_clamped(self, root: str, members: list[str]) -> bool:
-        """Whether a clamp alone reads what an operator makes: its own output is then the quantized value."""
+        """Return whether a clamp alone reads an operator's result: the clamp's output is then the quantized value."""
         readers = self.readers(self._value(root))
         alone = len(members) == 1 and len(readers) == 1 and root not in self.outputs and self._value(root).producer() is not None
         return alone and name_of(readers[0].outputs[0]) in self.plan.clamped
 
     def _kind(self, root: str, touching: set[str]) -> str | None:
-        """The operator that computes the group, if only a quantizer after it lets it compute on integers (a linear needs none).
+        """Return the operator that computes the group, if only a quantizer after it lets it compute on integers (a linear needs none).
 
         It is seen through the clamps that the quantizer absorbs.
         """
@@ -311,7 +313,7 @@ class _Planner:
         return Affine.of_range(*self.plan.measured[root])
 
     def _own(self, members: Collection[str], layers: Iterable[ir.Node]) -> set[Affine]:
-        """The quantizers of the layers that read any of these values."""
+        """Return the quantizers of the layers that read any of these values."""
         return {
             affine
             for node in layers
@@ -321,22 +323,22 @@ class _Planner:
 
 
 def _on_codes(node: ir.Node) -> bool:
-    """Whether a sum, product or the like is to be computed on integers: not the one that masks a softmax, whose huge numbers leave no codes
-    for others, and not that of a norm with its factor for each row."""
+    """Return whether a sum, product or the like is to be computed on integers: not the one that masks a softmax, whose huge numbers leave
+    no codes for others, and not that of a norm with its factor for each row."""
     sizes = [value.shape[-1] for value in node.inputs if value is not None and value.shape is not None and len(value.shape) == 3]
     factors = node.op_type == "Mul" and len(set(map(str, sizes))) > 1 and 1 in sizes
     return not factors and all(use.node.op_type != "Softmax" for use in node.outputs[0].uses())
 
 
 def _moves(node: ir.Node) -> bool:
-    """Whether the node's output holds only numbers of its first input (and zero, which every quantizer has)."""
+    """Return whether the node's output holds only numbers of its first input (and zero, which every quantizer has)."""
     filled = constant(node.inputs[2]) if node.op_type == "Pad" and len(node.inputs) > 2 else None
     zeros = node.op_type != "Pad" or (all(a.value == "constant" for a in node.attributes.values()) and (filled is None or not filled.any()))
     return node.op_type in MOVES and zeros and operand(node, 0).dtype == ir.DataType.FLOAT and constant(node.inputs[0]) is None
 
 
 def _bounds(node: ir.Node) -> tuple[float, float] | None:
-    """(lowest, highest) value that a clamp lets through; None where they are computed."""
+    """Return (lowest, highest) value that a clamp lets through; None where they are computed."""
     if node.op_type == "Relu":
         return 0.0, np.inf
     ends = []

@@ -28,7 +28,7 @@ EXPORTER = ("torch", "onnx", "onnx_ir", "onnxscript")
 
 
 def graph_digest(model: nn.Module, inputs: Inputs, length: int | None) -> str:
-    """SHA-256 over the structure, the code and the recorded passes of `model`; `length` is that of padded texts among the inputs.
+    """Return the SHA-256 over the structure, code and recorded passes of `model`; `length` is that of padded texts among the inputs.
 
     Raises whatever the forward raises where its operators cannot be recorded.
     """
@@ -47,12 +47,12 @@ def graph_digest(model: nn.Module, inputs: Inputs, length: int | None) -> str:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under all their names."""
+    """Return the parameters and buffers under all their names."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _of_another_size(inputs: Inputs, length: int | None) -> Inputs:
-    """A sample more, texts a token shorter: operators whose arguments follow the size differ from those that do not."""
+    """Add a sample and shorten texts by a token: operators whose arguments follow the size differ from those that do not."""
 
     def resized(tensor: Tensor) -> Tensor:
         longer = torch.cat([tensor, tensor[:1]])
@@ -62,7 +62,7 @@ def _of_another_size(inputs: Inputs, length: int | None) -> Inputs:
 
 
 def _class_code(cls: type) -> list[str]:
-    """The code of the class's functions and of those that it inherits; PyTorch's own are known by its version."""
+    """Return the code of the class's functions and of those that it inherits; PyTorch's own are known by its version."""
     return [
         f"{base.__qualname__}.{name}: {_code(function.__code__)}"
         for base in cls.__mro__
@@ -73,7 +73,7 @@ def _class_code(cls: type) -> list[str]:
 
 
 def _functions(member: Any) -> Iterator[FunctionType]:
-    """The Python functions in a class's attribute, seen through decorators."""
+    """Yield the Python functions in a class's attribute, seen through decorators."""
     parts = [member.fget, member.fset] if isinstance(member, property) else [getattr(member, "__func__", member)]
     for part in parts:
         while isinstance(part, FunctionType):
@@ -87,12 +87,12 @@ def _code(code: CodeType) -> str:
 
 
 def _repr(constant: Any) -> str:
-    """The same in every process, which the order of a set is not."""
+    """Return a representation that is the same in every process, which the order of a set is not."""
     return repr(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)
 
 
 def _recorded(model: nn.Module, inputs: Inputs) -> list[Any]:
-    """Names and shapes of weights and inputs, and what one pass does with them."""
+    """Record names and shapes of weights and inputs, and what one pass does with them."""
     recorder = _Recorder()
     for name, tensor in [*state_of(model).items(), *((f"input/{i}", tensor) for i, tensor in enumerate(tensors_in(inputs)))]:
         recorder.steps.append([name, recorder.known(tensor, name), list(tensor.shape), str(tensor.dtype), type(tensor).__name__])
@@ -111,7 +111,7 @@ def _recorded(model: nn.Module, inputs: Inputs) -> list[Any]:
 
 
 def _structure(value: Any) -> Any:
-    """The nested containers around tensors."""
+    """Describe the nested containers around tensors."""
     if isinstance(value, Mapping):
         return [type(value).__qualname__, {str(key): _structure(item) for key, item in value.items()}]
     if isinstance(value, (tuple, list)):
@@ -142,15 +142,15 @@ class _Recorder(TorchDispatchMode):
         self.steps.append(event)
 
     def known(self, tensor: Tensor, label: str) -> str:
-        """The tensor's label, which is `label` unless it has one."""
+        """Return the tensor's label, which is `label` unless it has one."""
         return self.labels.setdefault(tensor, label)
 
     def label(self, tensor: Tensor) -> str:
-        """The tensor's label; of one that comes from outside, a digest of its values."""
+        """Return the tensor's label; for one that comes from outside, a digest of its values."""
         return self.labels[tensor] if tensor in self.labels else self.known(tensor, f"constant {digest([tensor])}")
 
     def describe(self, value: Any) -> Any:
-        """An operator's arguments as JSON can hold them."""
+        """Describe an operator's arguments as JSON can hold them."""
         if isinstance(value, Tensor):
             return self.label(value)
         if isinstance(value, Mapping):

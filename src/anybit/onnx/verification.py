@@ -1,4 +1,5 @@
-"""What an exported file promises, checked on real inputs: that it is the run's, that it is fast, that it computes what the reference says.
+"""The promises of an exported file, checked on real inputs: that it is the run's, that it is fast, that it computes what the reference
+says.
 
     the run's       every constant and operator of the file is what exporting the run gives
     fused           every layer that computes on integers has an integer kernel in the graph that the runtime makes of the file
@@ -92,13 +93,13 @@ def verify_file(path: Path, file: ir.Model, exported: Exported, model: nn.Module
 
 
 def _as_read(model: ir.Model) -> ir.Model:
-    """The graph with its numbers as files have them."""
+    """Serialize the graph and read it back, with its numbers as files have them."""
     proto = ir.to_proto(model)
     return ir.from_proto(type(proto).FromString(proto.SerializeToString()))
 
 
 def _check_contents(verdict: Verdict, file: ir.Model, expected: ir.Model) -> None:
-    """The file's constants and operators are those that exporting the run gives."""
+    """Check that the file's constants and operators are those that exporting the run gives."""
     stored, promised = _contents(file), _contents(expected)
     for name in promised:
         if name not in stored:
@@ -118,7 +119,8 @@ def _check_contents(verdict: Verdict, file: ir.Model, expected: ir.Model) -> Non
 
 
 def _safe_to_run(file: ir.Model, expected: ir.Model) -> bool:
-    """Whether the file differs from the run's graph in the values of its constants at most, and in none that is a shape or an index."""
+    """Return whether the file differs from the run's graph in the values of its constants at most, and in none that is a shape or an
+    index."""
     stored, promised = _contents(file), _contents(expected)
     same = set(stored) == set(promised) and all(stored[name].shape == promised[name].shape for name in promised)
     same = same and all(np.array_equal(stored[name], promised[name]) for name in promised if promised[name].dtype == np.int64)
@@ -126,7 +128,7 @@ def _safe_to_run(file: ir.Model, expected: ir.Model) -> bool:
 
 
 def _described(node: ir.Node) -> tuple:
-    """All that says what a node computes, of what, and what it calls it."""
+    """Return all that says what a node computes, of what, and what it calls it."""
     settings = sorted((name, str(attribute.type), repr(attribute.value)) for name, attribute in node.attributes.items())
     return (
         node.domain,
@@ -150,14 +152,14 @@ def _contents(model: ir.Model) -> dict[str, np.ndarray]:
 
 
 def _readers(model: ir.Model, name: str) -> str:
-    """Which layers a shared constant serves."""
+    """Say which layers a shared constant serves."""
     value = model.graph.initializers[name]
     places = sorted({_served(use.node) for use in value.uses()})
     return f"It serves {', '.join(places[:3])}{' and others' if len(places) > 3 else ''}."
 
 
 def _served(node: ir.Node) -> str:
-    """The first named operator at or after a node."""
+    """Return the first named operator at or after a node."""
     while not node.name or node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip"):
         uses = [use.node for value in node.outputs for use in value.uses()]
         if not uses:
@@ -167,7 +169,7 @@ def _served(node: ir.Node) -> str:
 
 
 def _place(node: ir.Node | None) -> str:
-    """The layer or operator that a node belongs to: its own name, or that of the nearest named one before it."""
+    """Return the layer or operator that a node belongs to: its own name, or that of the nearest named one before it."""
     while node is not None and (not node.name or node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip")):
         node = next((value.producer() for value in node.inputs if value is not None and constant(value) is None), None)
     return "the input" if node is None else name_of(node)
@@ -217,7 +219,7 @@ def _why_float(graph: ir.Model, layer: str, module: nn.Module) -> str:
 
 
 def _check_numbers(verdict: Verdict, path: Path, file: ir.Model, exported: Exported, batch: Batch) -> None:
-    """The runtime's outputs beside the interpreter's, and then operator by operator: each on the codes that the runtime gave it."""
+    """Compare the runtime's outputs with the interpreter's, and then operator by operator: each on the codes that the runtime gave it."""
     missing = lacks_exact_kernels()
     feeds = {name_of(value): tensor for value, tensor in zip(file.graph.inputs, input_tensors(batch), strict=True)}
     try:
@@ -263,7 +265,7 @@ def _compare_operators(verdict: Verdict, file: ir.Model, expected: ir.Model, fee
 
 
 def with_codes(model: ir.Model) -> ir.Model:
-    """The same graph, which also gives out the codes of every quantized value."""
+    """Return the same graph with the codes of every quantized value among its outputs."""
     shown = ir.from_proto(ir.to_proto(model))
     for node in shown.graph:
         value, table = node.outputs[0], constant(node.inputs[0]) if node.op_type == "Gather" else None
@@ -275,7 +277,7 @@ def with_codes(model: ir.Model) -> ir.Model:
 
 
 def saturating(model: nn.Module, plan: Plan) -> list[str]:
-    """Integer layers in which two neighbouring products of a code of the input and one of the weight can leave 16 bits together."""
+    """List integer layers in which two neighbouring products of a code of the input and one of the weight can leave 16 bits together."""
     layers = quantized_layers(model)
     weighted = [name for name in plan.integer if type_of(layers[name]).has_weights]  # both operands of a matmul are unsigned
     largest = {name: max(map(abs, codes.aminmax())) for name in weighted if (codes := weight_numbers(layers[name])[0].int()).numel()}
@@ -283,12 +285,12 @@ def saturating(model: nn.Module, plan: Plan) -> list[str]:
 
 
 def lacks_vnni() -> bool:
-    """Whether this is an x86 processor that, left to itself, sums 8-bit products in 16 bits."""
+    """Return whether this is an x86 processor that, left to itself, sums 8-bit products in 16 bits."""
     return x86_flags() is not None and asks_for_exact_sums()
 
 
 def lacks_exact_kernels() -> str | None:
-    """Why the runtime's integer kernels may differ from exact sums on this processor; None where they do not."""
+    """Say why the runtime's integer kernels may differ from exact sums on this processor; None if they do not."""
     return "the processor is not known to be an x86 one, and others have not been tried" if x86_flags() is None else None
 
 
@@ -297,7 +299,8 @@ def lacks_exact_kernels() -> str | None:
 
 @torch.no_grad()
 def flipped_codes(model: nn.Module, exported: Exported, batch: Batch) -> dict[str, float]:
-    """Layer -> share of its input's codes that differ between the simulated and the integer network; of layers with grids of their own."""
+    """Return layer -> share of its input's codes that differ between the simulated and the integer network, for layers with grids of their
+    own."""
     simulated: dict[str, Tensor] = {}
     hooks = []
     for name, layer in quantized_layers(model).items():

@@ -32,7 +32,7 @@ LARGEST_BIAS = 2**30
 
 
 def write_graph(model: nn.Module, graph: ir.Model, plan: Plan, metadata: Mapping[str, str], weight_only: bool = False) -> ir.Model:
-    """The integer graph of canonical `model`, whose float graph and plan these are; `about` becomes the file's metadata.
+    """Write the integer graph of canonical `model`, given its float graph and plan; `metadata` becomes the file's.
 
     weight_only  linears with float inputs keep their weights packed as they run: what a batch of one waits for is reading them
     """
@@ -80,7 +80,7 @@ class _Writer:
         return result
 
     def _output(self, value: ir.Value) -> ir.Value:
-        """The model's output under its own name."""
+        """Return the model's output under its own name."""
         output = self.floats[name_of(value)]
         if output.producer() is None or name_of(output) != name_of(value):
             output = self.emit("Identity", [output], {}, "")
@@ -89,7 +89,7 @@ class _Writer:
         return output
 
     def _used(self, outputs: Sequence[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
-        """(nodes, initializers) that the outputs depend on: a runtime would run the others, too."""
+        """Return the (nodes, initializers) that the outputs depend on: a runtime would run the others, too."""
         needed = {id(value) for value in outputs}
         used = []
         for node in reversed(self.nodes):
@@ -101,14 +101,14 @@ class _Writer:
     # Building
 
     def emit(self, kind: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], name: str) -> ir.Value:
-        """A new node's output. What no reader of the file looks for has no name: names are bytes."""
+        """Add a node and return its output. Nodes that no reader of the file looks for have no name: names are bytes."""
         node = ir.node(kind, inputs, dict(attributes), name=name)
         node.outputs[0].name = self._untaken(name or f"v{len(self.nodes)}")
         self.nodes.append(node)
         return node.outputs[0]
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """An initializer; the same name gives the same one."""
+        """Return an initializer; the same name gives the same one."""
         if name not in self.constants:
             unique = self._untaken(name)
             tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=unique)
@@ -116,21 +116,21 @@ class _Writer:
         return self.constants[name]
 
     def _untaken(self, name: str) -> str:
-        """`name`, or one like it where a layer is called so."""
+        """Return `name`, or one like it if a layer has it."""
         while name in self.taken:
             name += "_"
         self.taken.add(name)
         return name
 
     def _scale(self, affine: Affine) -> list[ir.Value]:
-        """[scale, zero point]; equal ones are shared."""
+        """Return [scale, zero point]; equal ones are shared."""
         return [
             self.constant(f"scale_{affine.scale!r}", np.array(affine.scale, np.float32)),
             self.constant(f"zero_point_{affine.zero_point}", np.array(affine.zero_point, np.uint8)),
         ]
 
     def _clipped(self, codes: ir.Value, affine: Affine, low: float = -np.inf, high: float = np.inf) -> ir.Value:
-        """Codes kept within the quantizer's bits and the codes of two values."""
+        """Clip codes to the quantizer's bits and the codes of two values."""
         lowest = 0 if low == -np.inf else affine.code(low)
         highest = affine.highest if high == np.inf else affine.code(high)
         if (lowest, highest) == (0, 255):
@@ -148,7 +148,7 @@ class _Writer:
         self._as_codes(name, codes if shape is None else self.emit("Reshape", [codes, shape], {}, ""), affine)
 
     def _pooled(self, node: ir.Node, affine: Affine) -> None:
-        """The maximum of what a float layer makes, rounded after it: the same codes, since rounding and clamping are monotonic.
+        """Round the maximum of a float layer's outputs after pooling: the same codes, since rounding and clamping are monotonic.
 
         The layer's numbers lie as its kernel likes them, in which a maximum is fast, and that of codes is not. The second Max has one
         operand: ONNX Runtime would pull the quantizer through the pool, but not through it.
@@ -205,7 +205,7 @@ class _Writer:
         return self.floats[name_of(value)] if name_of(value) in self.floats else self.constant(name_of(value), numbers(value))
 
     def _copied(self, node: ir.Node) -> ir.Value:
-        """The node as it is, on the new graph's values."""
+        """Copy the node, on the new graph's values."""
         copy = ir.Node(
             node.domain, node.op_type, [self._operand(value) for value in node.inputs], list(node.attributes.values()),
             num_outputs=len(node.outputs), name=node.name,
@@ -220,7 +220,7 @@ class _Writer:
     # Layers
 
     def _layer(self, node: ir.Node, name: str) -> ir.Value | None:
-        """A layer; None of one whose bias is yet to be added, if it is made together with it."""
+        """Add a layer; None for one whose bias is yet to be added, if it is added together with it."""
         layer, integer = self.layers[name], name in self.plan.integer
         kind = type_of(layer)
         if not kind.has_weights:
@@ -258,14 +258,14 @@ class _Writer:
         return self.emit("Max", [result], {}, "") if fused else result
 
     def _float_layer(self, node: ir.Node) -> ir.Value:
-        """A layer that computes in float, as it is."""
+        """Add a layer that computes in float, as it is."""
         operands = [self._operand(value) for value in node.inputs]
         if BIAS not in node.metadata_props:
             operands[0] = self._apart(self._required(node.inputs[0]))
         return self.emit(node.op_type, operands, node.attributes, name_of(node))
 
     def _apart(self, value: ir.Value) -> ir.Value:
-        """The same numbers, behind an operator that runtimes do not see through.
+        """Return the same numbers, behind an operator that runtimes do not see through.
 
         ONNX Runtime quantizes the float weights of a layer that stands between quantizers, unasked.
         """
@@ -274,7 +274,8 @@ class _Writer:
         return self.emit("Max", [value], {}, "") if rounded else value
 
     def _matrix_product(self, node: ir.Node, name: str, bias: np.ndarray | None) -> ir.Value:
-        """A linear on more than two dimensions as one on a matrix of rows, for which runtimes have a kernel, bias and rounding in it."""
+        """Add a linear on more than two dimensions as one on a matrix of rows, for which runtimes have a kernel, bias and rounding in
+        it."""
         quantized = self._input(node, name)
         dequantize, sizes = maker(quantized), _row_shape(node)
         assert dequantize is not None and sizes is not None, "its input is quantized and its width known"
@@ -290,7 +291,8 @@ class _Writer:
         return whole
 
     def _shape_like(self, source: ir.Value, last: int) -> ir.Value:
-        """The shape of `source` with another last size, found as it runs: of texts neither their number nor their length is known."""
+        """Add the shape of `source` with another last size, computed at run time: of texts neither their number nor their length is
+        known."""
         if name_of(source) not in self.leads:
             self.leads[name_of(source)] = self.emit("Shape", [source], {"start": 0, "end": -1}, "")
         return self.emit("Concat", [self.leads[name_of(source)], self._constant_of("size", [last])], {"axis": 0}, "")
@@ -299,12 +301,12 @@ class _Writer:
         return self.constant("_".join([kind, *map(str, sizes)]), np.array([int(size) for size in sizes], np.int64))
 
     def _read_as(self, source: str, name: str, operand: int) -> Affine:
-        """The grid of the codes that a layer reads: its own, or the edge's where both have 8 bits."""
+        """Return the grid of the codes that a layer reads: its own, or the edge's where both have 8 bits."""
         own, edge = self.plan.inputs[name][operand], self.plan.edges.get(source)
         return edge if edge is not None and own.highest == 255 and name in self.plan.integer else own
 
     def _input(self, node: ir.Node, name: str, operand: int = 0) -> ir.Value:
-        """The layer's input (of a matmul, one of them), rounded to the grid that it reads."""
+        """Return the layer's input (of a matmul, one of them), rounded to the grid that it reads."""
         source = name_of(node.inputs[operand])
         affine = self.units[name] = self._read_as(source, name, operand)
         if self.plan.edges.get(source) == affine:
@@ -329,7 +331,7 @@ class _Writer:
         return self.emit("DequantizeLinear", operands, {"axis": 1 if transposed else 0}, "")
 
     def _float_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:
-        """Codes times scale in plain operators, which a runtime folds into a float weight."""
+        """Multiply codes by scale in plain operators, which a runtime folds into a float weight."""
         codes, scale, bits = weight_numbers(layer)
         if self.weight_only and transposed and bits:
             return self._packed_weight(name, layer, _shaped(layer, codes, transposed), scale, bits)
@@ -344,7 +346,7 @@ class _Writer:
         return self.emit("Mul", [held, self.constant(f"{name}.scale", factors)], {}, "")
 
     def _grouped_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:
-        """A scale for each row of a group, in plain operators on the groups, which then become the weight's own rows."""
+        """Scale each row of a group, in plain operators on the groups, which then become the weight's own rows."""
         codes, scale, bits = weight_numbers(layer)
         held = self.emit("Cast", [stored(name, codes.numpy(), bits, self.emit, self.constant)], {"to": int(ir.DataType.FLOAT)}, "")
         held = self.emit("Mul", [held, self.constant(f"{name}.scale", scale[:, None])], {}, "")
@@ -352,7 +354,8 @@ class _Writer:
         return self.emit("Transpose", [held], {"perm": [1, 0]}, "") if transposed else held
 
     def _packed_weight(self, name: str, layer: nn.Module, codes: np.ndarray, scale: np.ndarray, bits: int) -> ir.Value:
-        """Codes [inputs, outputs] in the narrowest type of 2, 4 or 8 bits, dequantized where they are read: one kernel with the product."""
+        """Store codes [inputs, outputs] in the narrowest type of 2, 4 or 8 bits, dequantized where they are read: one kernel with the
+        product."""
         if layer.weight_group is not None:  # [outputs x groups] -> [groups, outputs]
             scale, settings = scale.reshape(codes.shape[1], -1).T.copy(), {"axis": 0, "block_size": layer.weight_group}
         else:
@@ -364,7 +367,7 @@ class _Writer:
         return self.emit("DequantizeLinear", operands, settings, "")
 
     def _integer_bias(self, name: str, bias: np.ndarray) -> ir.Value:
-        """int32 codes in units of the input's scale times each channel's, which a runtime multiplies when it loads them."""
+        """Add int32 codes in units of the input's scale times each channel's, which a runtime multiplies when it loads them."""
         unit, scale = np.float32(self.units[name].scale), numbers(self.constants[f"{name}.scale"])
         codes = np.rint(bias.astype(np.float64) / (unit * scale)).astype(np.int32)
         units = self.emit("Mul", [self.constants[f"scale_{self.units[name].scale!r}"], self.constants[f"{name}.scale"]], {}, "")
@@ -374,7 +377,7 @@ class _Writer:
     # Functions of one value
 
     def _computed_by_tables(self) -> set[str]:
-        """Values that only tables are computed through."""
+        """Return the values that only tables are computed through."""
         inner: set[str] = set()
         bases = set(self.plan.tables.values())
         for node in reversed(list(self.source)):
@@ -387,7 +390,7 @@ class _Writer:
         return inner
 
     def _table(self, node: ir.Node, affine: Affine) -> ir.Value:
-        """Codes of a function of one value, looked up by that value's codes."""
+        """Look up the codes of a function of one value by that value's codes."""
         output, base = node.outputs[0], self.plan.tables[name_of(node.outputs[0])]
         edge = self.plan.edges[base]
         values = (np.arange(256) - edge.zero_point).astype(np.float32) * np.float32(edge.scale)
@@ -398,8 +401,8 @@ class _Writer:
 
 
 def _row_shape(node: ir.Node) -> tuple[list[int] | None, int] | None:
-    """(dimensions between the first, which is the batch, and the last, None where only a run tells; the last) of a linear's input; None
-    where the last is not known."""
+    """Return (dimensions between the first, which is the batch, and the last, None if only a run tells; the last) of a linear's input; None
+    if the last is not known."""
     shape = operand(node, 0).shape
     if shape is None or len(shape) < 2 or not isinstance(shape[-1], int):
         return None
@@ -408,7 +411,7 @@ def _row_shape(node: ir.Node) -> tuple[list[int] | None, int] | None:
 
 
 def weight_numbers(layer: nn.Module) -> tuple[torch.Tensor, np.ndarray, int]:
-    """(codes as rows, int8; a scale for each row; bits) of a layer with a weight quantizer; zeros of no bits where it is pruned."""
+    """Return (codes as rows, int8; a scale for each row; bits) of a layer with a weight quantizer; zeros of no bits if it is pruned."""
     if isinstance(layer.weight_quantizer, Pruned):
         rows = weight_rows(layer, float_weight(layer))
         return torch.zeros(rows.shape, dtype=torch.int8), np.ones(len(rows), np.float32), 0
@@ -418,7 +421,7 @@ def weight_numbers(layer: nn.Module) -> tuple[torch.Tensor, np.ndarray, int]:
 
 
 def with_room(codes: torch.Tensor, scale: np.ndarray, bias: np.ndarray, bits: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Codes and scales of coarser steps in the channels whose bias (in units of the input's scale) would not fit into int32.
+    """Coarsen the steps of channels whose bias (in units of the input's scale) would not fit into int32.
 
     Such a channel's weights are all but zero beside its bias: what they lose is less than the bias's own rounding elsewhere.
     """
@@ -434,7 +437,7 @@ def with_room(codes: torch.Tensor, scale: np.ndarray, bias: np.ndarray, bits: in
 
 
 def evaluated(graph: ir.Graph, base: str, output: ir.Value, values: np.ndarray) -> np.ndarray:
-    """What the nodes between value `base` and `output` make of `values`, by the reference implementation of the operators."""
+    """Evaluate the nodes between value `base` and `output` on `values`, by the reference implementation of the operators."""
     from onnx.reference import ReferenceEvaluator
 
     between: set[str] = set()
@@ -468,6 +471,6 @@ def evaluated(graph: ir.Graph, base: str, output: ir.Value, values: np.ndarray) 
 
 
 def _shaped(layer: nn.Module, rows: torch.Tensor, transposed: bool) -> np.ndarray:
-    """Rows in the weight's own shape; a linear's [inputs, outputs]."""
+    """Return rows in the weight's own shape; a linear's as [inputs, outputs]."""
     shaped = from_rows(layer, rows).numpy()
     return np.ascontiguousarray(shaped.T if transposed else shaped)

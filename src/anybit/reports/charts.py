@@ -60,7 +60,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Series:
-    """What a line of the legend names: marks (where there is a shape), a line through them (where there is a dash), boxes."""
+    """One entry of the legend: marks (if it has a shape), a line through them (if it has a dash), boxes."""
 
     name: str
     colour: int | None = None

@@ -1,4 +1,4 @@
-"""What differs between two runs of any road, told from their files alone: no network is made, nothing is followed."""
+"""The differences between two runs of any road, from their files alone: no network is built, no reference followed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ KEYS = ("name", "step", "epoch")
 
 
 def diff(run: str | Path, run2: str | Path) -> dict[str, Any]:
-    """What differs between two runs, of whichever roads.
+    """Compare two runs, of whichever roads.
 
     "differences" holds, section by section and under the names of the runs' files, [what the first has, what the second has]; None is what
     one does not have. "same" says whether there are none, times and memory aside; "same_weights", whether the packed weights are the same
@@ -36,7 +36,7 @@ def diff(run: str | Path, run2: str | Path) -> dict[str, Any]:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """Section -> what the run is, was asked for and came to. Times and memory differ between equal runs, and are not in it."""
+    """Return section -> what the run is, was asked for and came to, without times and memory, which differ between equal runs."""
     file = read_supernet_file(folder) if (folder / SUPERNET_JSON).is_file() else read_scheme(folder)
     report = read_report(folder)
     identity = {key: report.pop(key, None) for key in ("road", "budget", "stages", "latency", "layers", "version", "sha256", "digest")}
@@ -54,7 +54,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _differences(first: Any, second: Any) -> Any:
-    """Of two objects, or lists of rows, the keys that differ; of anything else [first, second], or nothing where they are equal."""
+    """Return the keys that differ of two objects or lists of rows; of anything else [first, second], or nothing if they are equal."""
     first, second = _by_name(first), _by_name(second)
     if first == second:
         return []
@@ -66,7 +66,7 @@ def _differences(first: Any, second: Any) -> Any:
 
 
 def _by_name(value: Any) -> Any:
-    """A list of rows as an object: by what names each row, else by its number."""
+    """Turn a list of rows into an object, keyed by what names each row, else by its number."""
     if not isinstance(value, list) or not value or not all(isinstance(row, Mapping) for row in value):
         return value
     names = [str(next((row[key] for key in KEYS if key in row), index)) for index, row in enumerate(value)]
@@ -74,7 +74,7 @@ def _by_name(value: Any) -> Any:
 
 
 def _change(unit: Mapping[str, Any]) -> float:
-    """How far a unit's error moved, against the larger of the two; what one run does not have comes first."""
+    """Return how far a unit's error moved, relative to the larger of the two; infinity if one run lacks it."""
     after = unit.get("after", [0.0, 0.0])
     if not all(isinstance(error, float) for error in after):
         return float("inf")

@@ -31,7 +31,7 @@ AMOUNTS: Mapping[str, Callable[[float], str]] = {
 
 
 def explain(run: str | Path, layer: str) -> dict[str, Any]:
-    """Why `layer` has its bits: numbers, and under "why" sentences that say what they mean.
+    """Explain why `layer` has its bits: numbers, and under "why" sentences that say what they mean.
 
     Of a calibrate run: "candidates" (each precision's predicted loss, bytes and BOPs), the "shadow_price" of its budget (what the last bits
     were spent on, and the loss that they gained for each unit of cost), what one step "more" or "less" would gain or lose, and the
@@ -67,7 +67,7 @@ def explain(run: str | Path, layer: str) -> dict[str, Any]:
 
 
 def _of_allocation(record: Record, layer: str) -> dict[str, Any]:
-    """What the table says of the layer, and what a unit of the limited cost was worth where the budget ended."""
+    """Explain a layer from the table of candidates, and the price of the limited cost where the budget ended."""
     table = _table(record)
     row, candidates = record.layers[layer], table.layers[layer]
     scheme = {name: one.precision for name, one in record.layers.items()}
@@ -144,12 +144,13 @@ def _each(cost: Cost) -> float:
 
 
 def _move(layer: str, before: Precision, after: Precision, cost: float, loss: float) -> dict[str, Any]:
-    """A change of one layer's precision: by how much the cost and the predicted loss rise, and the loss gained for each unit of cost."""
+    """Describe a change of one layer's precision: how much the cost and the predicted loss rise, and the loss gained for each unit of
+    cost."""
     return {"layer": layer, "from": str(before), "to": str(after), "cost": cost, "loss": loss, "price": -loss / cost}
 
 
 def _step_of(hull: Frontier, index: int) -> dict[str, Any] | None:
-    """A step of the frontier as a move, where there is one of this number."""
+    """Return a step of the frontier as a move; None if there is no step of this number."""
     if not 0 <= index < len(hull.steps):
         return None
     one, before = hull.steps[index], hull.steps[index - 1] if index else hull
@@ -157,7 +158,7 @@ def _step_of(hull: Frontier, index: int) -> dict[str, Any] | None:
 
 
 def _best_move(record: Record, cost: str, layer: str, dearer: bool) -> dict[str, Any] | None:
-    """The step from the layer's precision that gains most for its cost, or, to a cheaper one, loses least for what it frees."""
+    """Return the step from the layer's precision that gains most for its cost, or, to a cheaper one, loses least for what it frees."""
     now = record.layers[layer].precision
     candidates = _table(record).layers[layer]
     loss, spent = candidates[now].loss, _cost(record, cost, layer, now)
@@ -192,7 +193,7 @@ def _choice_in_words(record: Record, layer: str) -> list[str]:
 
 
 def _prices_in_words(facts: Mapping[str, Any]) -> list[str]:
-    """The shadow price, and one step more and less beside it; nothing where there was no choice."""
+    """Say the shadow price, and one step more and less beside it; nothing if there was no choice."""
     if len(facts["candidates"]) == 1:
         return []
     return [*_frontier_in_words(facts), _more_in_words(facts), _less_in_words(facts)]
@@ -269,7 +270,7 @@ def _price(move: Mapping[str, Any], cost: str) -> str:
 
 
 def _of_training(record: Record, layer: str) -> dict[str, Any]:
-    """The layer's bits after each epoch, and since when they stand."""
+    """Explain a layer by its bits after each epoch, and since when they stand."""
     epochs = record.epochs
     for epoch in epochs:
         check_names([layer], epoch.layers, f"Epoch {epoch.epoch}")
@@ -284,7 +285,7 @@ def _of_training(record: Record, layer: str) -> dict[str, Any]:
 
 
 def _of_supernet(folder: Path, layer: str) -> dict[str, Any]:
-    """What a search tried of the layer; of a supernet that was not searched, what it was trained for."""
+    """Explain a layer by the schemes that a search tried; in a supernet that was not searched, by what it was trained for."""
     stored = read_supernet_file(folder).stored()
     check_names([layer], stored, str(folder))
     options = stored[layer].choices

@@ -11,6 +11,7 @@ from anybit.runs.records import Epoch, LayerRow, Record, SchemeRow, SearchRecord
 
 FLOAT_HEIGHT = 9  # where float stands on an axis of 2 to 8 bits
 MOST_EPOCHS = 10  # that are written on an axis
+MOST_NAMED = 20_000  # precisions of evaluated subnets that are shown with their layers' names
 MOST_EPOCH_MARKS = 40  # epochs that are marked one by one on a line
 MOST_MARKS = 100  # steps of a frontier that are
 BITS = Axis("bits", 0, FLOAT_HEIGHT + 0.3, [*((bits, str(bits)) for bits in (0, 2, 4, 6, 8)), (FLOAT_HEIGHT, "float")])
@@ -215,11 +216,16 @@ def ladder(record: Record) -> Chart:
 
 
 def searched(search: SearchRecord) -> Chart:
-    """Draw every evaluated subnet over its cost, the front, and the front measured again."""
+    """Draw every evaluated subnet over its cost, the front, and the front measured again; pointing at a subnet shows its scheme.
+
+    Of very many subnets the precisions are shown without the layers' names, in the network's order: they would make the page large.
+    """
+    is_small = sum(len(row.scheme) for row in search.evaluated) <= MOST_NAMED
+    in_short = scheme_in_words if is_small else lambda scheme: " ".join(map(str, scheme.values()))
     series = []
     for index, (origin, (name, shape, is_open)) in enumerate(ORIGINS.items()):
         rows = [row for row in search.evaluated if row.origin == origin]
-        series.append(_marks(name, index, shape, [(row.cost, row.score, "") for row in rows], is_open=is_open))
+        series.append(_marks(name, index, shape, [(row.cost, row.score, in_short(row.scheme)) for row in rows], is_open=is_open))
     front = [(row.cost, row.score, scheme_in_words(row.scheme)) for row in search.front]
     again = [(row.cost, row.measured, scheme_in_words(row.scheme)) for row in search.front]
     series.append(Series("front", None, _points(_stairs(front)), dash="solid"))

@@ -108,7 +108,7 @@ def _hash(text: str) -> str:
 
 @cache
 def _templates() -> Environment:
-    """Templates that escape every value: markup as entities, control and bidirectional characters as text."""
+    """Return templates that escape every value: markup as entities, control and bidirectional characters as text."""
     templates = Environment(
         loader=PackageLoader("anybit.reports"),
         autoescape=True,

@@ -10,7 +10,8 @@ from typing import Any
 
 @contextmanager
 def shown_progress(bars: bool) -> Iterator[tuple[Callable[[str, int, int], None] | None, Callable[[str], None]]]:
-    """(what shows how far the work is, if it is to be shown; what shows a line): bars with time left on a terminal, plain lines elsewhere.
+    """Return (a listener that shows progress, if it is to be shown; a function that shows a line): bars with time left on a terminal, plain
+    lines elsewhere.
 
     All on stderr: stdout is for results.
     """

@@ -286,15 +286,15 @@ def _print_outcome(verdict: Report) -> None:
     print("verified" if verdict["ok"] else f"not verified: {len(verdict['failures'])} promises failed")
 
 
-def print_file(found: Mapping[str, Any], details: bool = True) -> None:
+def print_file(report: Mapping[str, Any], details: bool = True) -> None:
     """Print what an exported ONNX file holds."""
-    over = 100 * (found["bytes"] / found["ideal_bytes"] - 1) if found["ideal_bytes"] else 0
-    ideal = human_bytes(found["ideal_bytes"])
-    print(f"{found['file']}: {human_bytes(found['bytes'])}, {over:.1f} % above the {ideal} of its weights' bits")
+    over = 100 * (report["bytes"] / report["ideal_bytes"] - 1) if report["ideal_bytes"] else 0
+    ideal = human_bytes(report["ideal_bytes"])
+    print(f"{report['file']}: {human_bytes(report['bytes'])}, {over:.1f} % above the {ideal} of its weights' bits")
     if details:
-        print(f"{found['integer_layers']} of {found['layers']} layers on integers")
-    if details and found["measured_edges"]:
-        count = len(found["measured_edges"])
+        print(f"{report['integer_layers']} of {report['layers']} layers on integers")
+    if details and report["measured_edges"]:
+        count = len(report["measured_edges"])
         print(f"{count} tensors between operators have no range in the run: it was measured on the inputs of this export.")
 
 

@@ -132,7 +132,8 @@ def sequential_start(state: CalibrationState, scheme: Scheme) -> tuple[nn.Module
     start, prepared = state.settings.start, state.network.prepared
     free = free_weights(state.network, state.ranged, scheme)
     if start is None and state.matched is not None and rounding_named(state.settings.rounding).resumes:
-        free = {name: state.candidates.weights[name, scheme[name].weight_bits].codes.float() for name in free}
+        coded = {name: bits for name in free if (bits := scheme[name].weight_bits)}
+        free = {name: state.candidates.weights[name, bits].codes.float() for name, bits in coded.items()}
         return apply_scheme(prepared, scheme, state.candidates), free
     matched = state.matched or state.candidates
     return apply_scheme(prepared, scheme, matched if start == "matched" else state.ranged), free

@@ -18,7 +18,7 @@ from anybit.scheme import Precision, check_names
 
 
 def write_candidates(folder: Path, candidates: Candidates, provenance: Mapping[str, Any]) -> None:
-    """candidates.safetensors (packed codes, scales and biases a candidate) and candidates.json with `provenance`."""
+    """Write candidates.safetensors (packed codes, scales and biases a candidate) and candidates.json with `provenance`."""
     save_file(to_tensors(candidates), folder / "candidates.safetensors")
     digests = {"sha256": sha256_of(folder / "candidates.safetensors"), "run": sha256_of(folder / MODEL)}
     write_json(folder / "candidates.json", sealed({"version": FORMAT_VERSION, **digests, **provenance}))
@@ -49,7 +49,7 @@ class CandidatesFile(BaseModel):
 
 
 def read_candidates(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[Candidates, dict]:
-    """What `write_candidates` wrote, for layers of these row x column shapes; (candidates, record)."""
+    """Read (candidates, record) as `write_candidates` wrote them, for layers of these row x column shapes."""
     again = "Run calibrate again."
     if not (folder / "candidates.json").is_file():
         raise InvalidFile(f"{folder} has no candidates.json: runs of calibrate alone have candidates to allocate. Name such a run.")
@@ -70,7 +70,8 @@ def read_candidates(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> tupl
 def _candidate_specs(
     path: Path, stored: Mapping[str, TensorSpec], choices: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, TensorSpec]:
-    """What candidates.safetensors must hold: all that the layers may choose; more bit-widths of theirs, and biases, as far as it does."""
+    """Return the tensors that candidates.safetensors must hold: all that the layers may choose; and further bit-widths and biases if it has
+    them."""
     check_names(choices, shapes, "scheme.json")
     parsed = {name: [Precision.parse(text) for text in texts] for name, texts in choices.items()}
     needed = {f"{name}|W{p.weight_bits}|codes" for name, options in parsed.items() for p in options if p.weight_bits}

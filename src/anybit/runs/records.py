@@ -62,7 +62,7 @@ class LayerRow(Part):
 
 
 class Scored(Part):
-    """What held-out inputs with labels may have scored."""
+    """The scores that held-out inputs with labels may have."""
 
     metric: float | None = None
     top1: float | None = None
@@ -107,7 +107,7 @@ class Stage(Part):
 
 
 def counted(rows: Sequence[Scored]) -> str | None:
-    """The first of the scores that any of `rows` has."""
+    """Return the first of the scores that any of `rows` has."""
     return next((score for score in SCORES if any(getattr(row, score) is not None for row in rows)), None)
 
 
@@ -131,18 +131,19 @@ class Table(Part):
         return self.frontier_over(lambda name, precision: self.layers[name][precision].bytes)
 
     def frontier_over(self, cost: Callable[[str, Precision], float]) -> Frontier:
-        """The best schemes over what `cost` says of a layer at a precision."""
+        """Return the best schemes over the `cost` of each layer at each precision."""
         losses = {name: np.array([cell.loss for cell in row.values()]) for name, row in self.layers.items()}
         costs = {name: np.array([float(cost(name, precision)) for precision in row]) for name, row in self.layers.items()}
         return frontier({name: list(row) for name, row in self.layers.items()}, losses, costs)
 
     def sums(self, scheme: Mapping[str, Precision]) -> tuple[int, float]:
-        """(bytes, predicted loss) of a scheme of the table's precisions."""
+        """Return (bytes, predicted loss) of a scheme of the table's precisions."""
         cells = [self.layers[name][precision] for name, precision in scheme.items()]
         return self.fixed_bytes + sum(cell.bytes for cell in cells), self.floor + math.fsum(cell.loss for cell in cells)
 
     def uniforms(self) -> dict[str, dict[str, Precision]]:
-        """Every uniform scheme: a layer that cannot have both its bits has those of its weights or input, or what it is kept at."""
+        """Return every uniform scheme: a layer that cannot have both bits has those of its weights or input, or the precision it is kept
+        at."""
         precisions = dict.fromkeys(p for row in self.layers.values() if len(row) > 1 for p in row)
         whole = [p for p in precisions if p.weight_bits is not None and p.activation_bits is not None] or list(precisions)
         return {f"uniform {p}": {name: _nearest(p, list(row)) for name, row in self.layers.items()} for p in whole}
@@ -154,7 +155,7 @@ def _nearest(precision: Precision, options: Sequence[Precision]) -> Precision:
 
 
 class Certificate(Part):
-    """What a solver proved, the value that it reached and the least that any other could; the name of the scheme that was `chosen`."""
+    """The proof of a solver: the value that it reached and the least possible one; and the name of the scheme that was `chosen`."""
 
     solver: str | None = None
     objective: str | None = None
@@ -195,7 +196,7 @@ class FoundFor(Amounts):
 
 
 class SearchRecord(Part):
-    """What a search found, as its report tells it."""
+    """The result of a search, as its report has it."""
 
     score: str
     quantity: str
@@ -274,17 +275,17 @@ class Record(Part):
         return next((row.loss for row in reversed(self.ladder) if row.kept), None)
 
     def tested(self, score: str, subnet: str | None = None) -> float | None:
-        """What the run's own network, or a subnet, scored on the test data."""
+        """Return the score of the run's own network, or of a subnet, on the test data."""
         scores = self.test if subnet is None else self.test.get(subnet)
         value = scores.get(score) if isinstance(scores, dict) else None
         return None if isinstance(value, dict) else value
 
     def score_tested(self) -> str | None:
-        """The first of the scores that test data gave, or "loss"."""
+        """Return the first of the scores that test data gave, or "loss"."""
         return next((s for s in (*SCORES, "loss") if any(self.tested(s, of) is not None for of in (None, *self.subnets))), None)
 
 
 def record_of(report: Mapping[str, Any], where: str = "The report") -> Record:
-    """`report` as a record; raises InvalidFile naming the field that cannot be."""
+    """Read `report` as a record. Raise InvalidFile naming the field that is wrong."""
     check_version(report, where, 1)
     return validated(Record, report, where)

@@ -64,13 +64,13 @@ class SchemeFile(BaseModel):
         return Scheme.parse({name: record.precision for name, record in self.layers.items()})
 
     def digest(self) -> str:
-        """SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
+        """Return the SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
         meaning = self.model_dump(include={"layers", "folded", "edges", "preprocessing", "task"})
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
 
 def packed_tensors(canonical: Canonical) -> dict[str, Tensor]:
-    """The tensors of model.safetensors."""
+    """Return the tensors of model.safetensors."""
     layers = quantized_layers(canonical.model)
     scheme = canonical.scheme
     codes, scales, input_scales, zero_points = [], [], [], []
@@ -112,7 +112,7 @@ def write_canonical(folder: Path, canonical: Canonical, provenance: Mapping[str,
 
 
 def read_scheme(folder: Path) -> SchemeFile:
-    """scheme.json, strictly, and only if model.safetensors is the one it was written with and was written for it."""
+    """Read scheme.json strictly, and only if model.safetensors is the one it was written with and was written for it."""
     path = folder / "scheme.json"
     several = [] if path.is_file() else runs_in(folder)
     if several:
@@ -143,12 +143,12 @@ def read_scheme(folder: Path) -> SchemeFile:
 
 
 def stored_digest(path: Path, of: str) -> str | None:
-    """The digest that a file of tensors holds of what gives them their meaning."""
+    """Return the digest in a file of tensors of what gives them their meaning."""
     return read_header(path)[1].get(of)
 
 
 def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None = None) -> Canonical:
-    """The canonical model that was saved, on a copy of the float network: its outputs are bitwise those of the saved one."""
+    """Read the saved canonical model onto a copy of the float network: its outputs are bitwise those of the saved one."""
     file = file or read_scheme(folder)
     scheme = file.scheme
     names = {name for name, _ in float_model.named_modules()}
@@ -214,7 +214,7 @@ def check_edges(edges: Mapping[str, tuple[float, float]], where: Path | str) -> 
 
 
 def _groups(model: nn.Module, file: SchemeFile) -> dict[str, int]:
-    """layer -> group size, of those whose rows in the file are shorter than the model's."""
+    """Return layer -> group size, for layers whose rows in the file are shorter than the model's."""
     groups = {}
     for name, record in file.layers.items():
         layer = model.get_submodule(name)
@@ -227,7 +227,7 @@ def _groups(model: nn.Module, file: SchemeFile) -> dict[str, int]:
 
 
 def check_folded(file: Any, float_model: nn.Module, name: str) -> None:
-    """Each pair that `file` (called `name`) folds must be one of its layers and a batch norm of as many channels, named once."""
+    """Raise InvalidFile unless each pair that `file` (called `name`) folds is a layer and a batch norm of as many channels, named once."""
     if len(set(file.folded.values())) < len(file.folded) or len(set(file.edges)) < len(file.edges):
         raise InvalidFile(f"{name} names a batch norm or an edge twice.")
     for layer, norm in file.folded.items():
@@ -238,7 +238,7 @@ def check_folded(file: Any, float_model: nn.Module, name: str) -> None:
 
 
 def checked_scale(scale: Tensor, where: str) -> Tensor:
-    """`scale` itself, when it is above zero and its multiples by 8-bit codes are finite."""
+    """Return `scale`. Raise InvalidFile unless it is above zero and its multiples by 8-bit codes are finite."""
     if not (torch.isfinite(scale * 255).all() and (scale > 0).all()):
         raise InvalidFile(f"{where}: a stored scale is not a positive finite number. Restore the file or run again.")
     return scale

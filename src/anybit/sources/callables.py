@@ -14,7 +14,7 @@ from anybit.errors import AnybitError, InvalidSetting, MissingPackage
 
 
 def absolute(reference: str) -> str:
-    """A reference that can be followed from another working folder: paths of scripts, arrays and folders made absolute."""
+    """Make paths of scripts, arrays and folders absolute, so that the reference can be followed from another working folder."""
     place, separator, name = reference.rpartition(":")
     if place.endswith(".py"):
         return f"{Path(place).resolve()}{separator}{name}"
@@ -25,7 +25,7 @@ def absolute(reference: str) -> str:
 
 
 def call_user_function(function: Callable, what: str) -> Any:
-    """What the user's function returns; whatever it raises becomes one error that names it."""
+    """Call the user's function. Raise InvalidSetting naming it, whatever it raises."""
     try:
         return function()
     except AnybitError:
@@ -36,7 +36,7 @@ def call_user_function(function: Callable, what: str) -> Any:
 
 
 def load_callable(reference: str, option: str) -> Callable:
-    """The function that `package.module:function` or `path/to/file.py:function` names."""
+    """Import the function that `package.module:function` or `path/to/file.py:function` names."""
     place, separator, name = reference.rpartition(":")
     if not separator or not place or not name:
         raise InvalidSetting(f"{option} {reference!r} cannot be read. Write package.module:function or path/to/file.py:function.")
@@ -75,7 +75,7 @@ def _import_file(path: Path, option: str) -> ModuleType:
 
 
 def import_optional(module: str, package: str, what: str) -> Any:
-    """The module of a package that is one of anybit's extras; `what` needs it."""
+    """Import a package that is one of anybit's extras; `what` needs it."""
     try:
         return importlib.import_module(module)
     except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another build of torch
@@ -84,8 +84,8 @@ def import_optional(module: str, package: str, what: str) -> Any:
 
 
 def code_of(function: Callable) -> str:
-    """What tells a function from another: where it is from and what it says. What else it holds (a closure, arguments bound to it, an
-    object's state) cannot be read: such a function is like no other, nor like itself in another process."""
+    """Return a text that identifies a function by where it is from and its code. Whatever else it holds (a closure, bound arguments, an
+    object's state) cannot be read: such a function equals no other, nor itself in another process."""
     if not isinstance(function, FunctionType) or function.__closure__:
         return f"{os.getpid()} {id(function)} {getattr(function, '__qualname__', type(function).__qualname__)}"
     code = function.__code__

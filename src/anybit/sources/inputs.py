@@ -1,4 +1,4 @@
-"""What `--data` names: references turned into samples."""
+"""The references of `--data`, turned into samples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".ti
 
 
 def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), workers: int = 0, model: nn.Module | None = None) -> Samples:
-    """The samples that `reference` names: an image folder, `file.npz` or `file.npz#test`, texts, or a function returning a data set or
+    """Load the samples that `reference` names: an image folder, `file.npz` or `file.npz#test`, texts, or a function returning a data set or
     loader. Texts are tokenized by the tokenizer of `model`."""
     path, _, subset = reference.partition("#")
     if path.endswith(".npz"):
@@ -43,7 +43,7 @@ def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), wo
 
 
 def _texts(reference: str, preprocessing: Preprocessing, workers: int, model: nn.Module | None) -> Samples:
-    """The samples of a file of texts or of a Hugging Face data set."""
+    """Load the samples of a file of texts or of a Hugging Face data set."""
     if not is_transformers(model):
         raise InvalidSetting(
             f"--data {reference} holds texts, which the tokenizer of a Hugging Face model reads: give --model hf:FOLDER. For another "
@@ -60,14 +60,14 @@ def _texts(reference: str, preprocessing: Preprocessing, workers: int, model: nn
 
 
 def _read_by(model: nn.Module | None, samples: Samples) -> Samples:
-    """The samples with the reader of a Hugging Face model, whose outputs are many."""
+    """Give the samples the reader of a Hugging Face model, which has several outputs."""
     if samples.reader is not None or not is_transformers(model):
         return samples
     return replace(samples, reader=huggingface("texts", "the model").reader_of(model))
 
 
 def as_samples(data: Any, workers: int = 0, model: nn.Module | None = None) -> Samples:
-    """Samples from what a user has at hand: Samples, a DataLoader, a data set, a tensor or array, or (x, y).
+    """Turn data at hand into samples: Samples, a DataLoader, a data set, a tensor or array, or (x, y).
 
     Outputs are read as the head of `model` asks for, where it is a Hugging Face model. Of a DataLoader, its data set, its collate_fn and
     how it loads are taken; which samples, in what order, how many at once is drawn here.
@@ -100,7 +100,8 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _has_labels(item: Any) -> bool:
-    """Whether an item, or a batch, is an input with its label: a pair, or a dict with `labels` as transformers' collators make them."""
+    """Return whether an item, or a batch, is an input with its label: a pair, or a dict with `labels` as transformers' collators make
+    them."""
     return "labels" in item if isinstance(item, Mapping) else isinstance(item, (tuple, list)) and len(item) > 1
 
 
@@ -163,7 +164,7 @@ class ImageFolder(Dataset):
 
 
 def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
-    """One picture as float [3, H, W]: RGB, resized, cropped, scaled to 0..1, normalized."""
+    """Read one picture as float [3, H, W]: RGB, resized, cropped, scaled to 0..1, normalized."""
     from PIL import Image
 
     try:

@@ -41,7 +41,7 @@ class Preprocessing(Settings):
 
 
 def overridden(recorded: Preprocessing, overrides: Preprocessing) -> Preprocessing:
-    """What a run recorded, with what is now given otherwise than by default in its place."""
+    """Return the recorded preprocessing with the settings that are not at their default in `overrides`."""
     defaults = Preprocessing()
     values = {field.name: getattr(overrides, field.name) for field in fields(overrides)}
     return replace(recorded, **{name: value for name, value in values.items() if value != getattr(defaults, name)})

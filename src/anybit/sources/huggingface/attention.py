@@ -30,7 +30,7 @@ def attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(query key^T scaling + mask) value through the module's two Matmul layers; [N, heads, T, d] -> [N, T, heads, d].
+    """Compute softmax(query key^T scaling + mask) value through the module's two Matmul layers; [N, heads, T, d] -> [N, T, heads, d].
 
     Keys and values of fewer heads serve several queries' heads each. Raises UnsupportedModel on what it would have to leave out.
     """
@@ -56,8 +56,8 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
 def adapted(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose attention runs through Matmul layers `scores` and `mixture` of each attention module, whose Conv1D layers are Linear,
-    and whose tied weights are apart.
+    """Return a copy whose attention runs through Matmul layers `scores` and `mixture` of each attention module, with Linear layers in place
+    of Conv1D, and without tied weights.
 
     Outputs are those of the model up to float rounding. Raises UnsupportedModel for an encoder-decoder.
     """
@@ -82,13 +82,13 @@ def adapted(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _calls_interface(module: nn.Module) -> bool:
-    """Whether the module's forward looks its attention function up in transformers' interface."""
+    """Return whether the module's forward looks its attention function up in transformers' interface."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def _linear(layer: Conv1D) -> nn.Linear:
-    """GPT-2's layer, which keeps its weight transposed, as the Linear that it is."""
+    """Turn GPT-2's layer, which stores its weight transposed, into the Linear that it is."""
     linear = nn.Linear(layer.weight.shape[0], layer.weight.shape[1], device=layer.weight.device, dtype=layer.weight.dtype)
     with torch.no_grad():
         linear.weight.copy_(layer.weight.T)

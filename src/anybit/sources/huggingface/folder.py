@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own messages and progress bars."""
+    """Silence transformers' own messages and progress bars."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -29,7 +29,7 @@ def quiet() -> Iterator[None]:
 
 
 def file_of(model: transformers.PreTrainedModel, name: str) -> Path | None:
-    """A file that comes with the model; None where there is none."""
+    """Return the path of a file that comes with the model; None if there is none."""
     if not model.name_or_path:
         return None
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -41,7 +41,7 @@ def file_of(model: transformers.PreTrainedModel, name: str) -> Path | None:
 
 
 def json_of(model: transformers.PreTrainedModel, file: str) -> dict[str, Any]:
-    """A JSON file that comes with the model; nothing where there is none."""
+    """Read a JSON file that comes with the model; {} if there is none."""
     try:
         path = file_of(model, file)
         data = json.loads(path.read_text(encoding="utf8")) if path else {}
@@ -63,18 +63,18 @@ BESIDE = (
 
 
 def own_network(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """The network as transformers itself makes it for the model's configuration, without weights (on the device "meta")."""
+    """Build the network as transformers itself does for the model's configuration, without weights (on the device "meta")."""
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))
 
 
 def transposed_layers(own: nn.Module) -> set[str]:
-    """The layers of transformers' own network that are Linear in the adapted one, and keep their weight the other way round."""
+    """Return the layers of transformers' own network that are Linear in the adapted one, and store their weight transposed."""
     return {name for name, module in own.named_modules() if isinstance(module, Conv1D)}
 
 
 def own_config(model: transformers.PreTrainedModel) -> dict[str, Any]:
-    """config.json of the model, without what `adapted` changes for the time in which anybit runs it."""
+    """Return config.json of the model, without what `adapted` changes while anybit runs it."""
     config = json.loads(model.config.to_json_string(use_diff=False))
     for name in ("use_cache", "return_dict", "_name_or_path", "quantization_config"):
         config.pop(name, None)
@@ -87,6 +87,6 @@ def files_beside(model: transformers.PreTrainedModel) -> dict[str, bytes]:
 
 
 def loaded_folder(path: Path, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """What transformers loads from a folder that holds a network of the model's class; raises ImportError where it lacks a package."""
+    """Load a folder that holds a network of the model's class, as transformers does. Raise ImportError if it lacks a package."""
     with quiet(), redirect_stderr(io.StringIO()):  # compressed-tensors draws a progress bar of its own
         return type(model).from_pretrained(path.resolve(), dtype=torch.float32, use_safetensors=True).eval()

@@ -16,7 +16,7 @@ from anybit.sources.huggingface.texts import HEADS
 
 
 def is_transformers(model: Any) -> bool:
-    """Whether `model` is one of transformers' models."""
+    """Return whether `model` is one of transformers' models."""
     return isinstance(model, transformers.PreTrainedModel)
 
 
@@ -24,7 +24,7 @@ def is_transformers(model: Any) -> bool:
 
 
 def load(name: str, task: str | None = None) -> transformers.PreTrainedModel:
-    """The float32 network of a folder or a name, adapted; with a head for `task`, or the one it was saved with.
+    """Load the float32 network of a folder or a name, adapted; with a head for `task`, or the one it was saved with.
 
     Nothing that comes with the network is executed: weights are safetensors, and code of its own is refused. A head that the files do
     not hold is drawn by a fixed seed.
@@ -72,7 +72,7 @@ def _loader(config: Any, task: str | None) -> Any:
 
 
 def picture_settings(model: transformers.PreTrainedModel) -> dict[str, Any]:
-    """mean, std, size, resize and interpolation of the model's pictures, as its preprocessor_config.json has them; {} where it has none."""
+    """Return mean, std, size, resize and interpolation of the model's pictures from its preprocessor_config.json; {} if it has none."""
     config = json_of(model, "preprocessor_config.json")
     settings: dict[str, Any] = {}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):

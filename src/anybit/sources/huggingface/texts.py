@@ -59,7 +59,7 @@ def reader_of(model: PreTrainedModel) -> Reader:
 
 
 def _pooling(model: PreTrainedModel) -> str:
-    """ "first" where the model's sentence-embedding configuration takes the first token, else "mean"; others are refused by name."""
+    """Return "first" if the model's sentence-embedding configuration takes the first token, else "mean"; others are refused by name."""
     modes = {mode: on for mode, on in json_of(model, "1_Pooling/config.json").items() if mode.startswith("pooling_mode_") and on}
     others = sorted(set(modes) - {"pooling_mode_mean_tokens", "pooling_mode_cls_token"})
     if others or len(modes) > 1:
@@ -137,7 +137,7 @@ def _encoding(model: PreTrainedModel, length: int | None, stride: int | None) ->
 
 
 def _length_of(model: PreTrainedModel) -> int:
-    """The most tokens that the network takes; of RoBERTa's family positions begin after the padding's."""
+    """Return the most tokens that the network takes; in RoBERTa's family positions begin after the padding's."""
     most = getattr(model.config, "max_position_embeddings", None)
     tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
     taken = tables[0].padding_idx + 1 if tables and tables[0].padding_idx is not None else 0
@@ -184,7 +184,7 @@ HEADS = {
 
 
 def hub_rows(name: str, split: str, columns: Mapping[str, str | int]) -> list[Row]:
-    """The rows of a Hugging Face data set's split, role -> value (needs the package datasets)."""
+    """Load the rows of a Hugging Face data set's split, role -> value (needs the package datasets)."""
     import datasets
 
     try:
