@@ -88,12 +88,12 @@ class Option:
 
     @property
     def written(self) -> str:
-        """What it is called on the command line."""
+        """Its name on the command line."""
         return self.name.upper() if self.positional else self.flag or f"--{self.name.replace('_', '-')}"
 
     @property
     def range(self) -> str:
-        """What a number may be, in words."""
+        """The range of a number, in words."""
         if self.least is not None and self.most is not None and _number(self.kind) is int:
             return f"{self.least}..{self.most}"
         if self.least is not None and self.most is not None:
@@ -102,7 +102,7 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """What it may be and what it is by default, in brackets."""
+        """The allowed values and the default, in brackets."""
         allowed = ", ".join(self.choices) or self.range
         default = "" if self.default_text in (None, "") else f"default: {self.default_text}"
         return f"({'; '.join(filter(None, (allowed, default)))})" if allowed or default else ""
@@ -158,7 +158,7 @@ class Option:
         return f"{_shown(value)} {demand}{self.why and ': '}{self.why}."
 
     def from_text(self, text: Any, name: str) -> Any:
-        """The value of what was written on the command line; `name` is what the user called it."""
+        """Return the value of what was written on the command line; `name` is what the user called it."""
         if self.text is None:
             return not text if self.inverted else text
         try:
@@ -181,7 +181,7 @@ class Option:
 
 
 def without_none(kind: Any) -> Any:
-    """What an optional type is where it is not None."""
+    """Return the type T of an optional type T | None."""
     if typing.get_origin(kind) not in (typing.Union, types.UnionType):
         return kind
     return next(one for one in typing.get_args(kind) if one is not types.NoneType)
@@ -197,7 +197,7 @@ def _noun(kind: Any) -> str:
 
 
 def _number(kind: Any) -> Any:
-    """The type of the numbers in a type, where there are any."""
+    """Return the type of the numbers in a type, where there are any."""
     inner = [_number(one) for one in reversed(typing.get_args(kind))]
     return next(filter(None, inner), None) if inner else kind if kind in (int, float) else None
 
@@ -217,18 +217,18 @@ def _listed(names: Collection[str]) -> str:
 
 
 def option(default: Value | Callable[[], Value], doc: str, **description: Any) -> Value:
-    """A field of a dataclass, or a parameter of a command, described as `Option` has it. A default that is a class is called."""
+    """Return a field of a dataclass, or a parameter of a command, described as `Option` has it. A default that is a class is called."""
     of_field: Any = {"default_factory" if isinstance(default, type) else "default": default}
     return typing.cast(Value, dataclasses.field(**of_field, metadata={"doc": doc, **description}))
 
 
 def argument(doc: str, default: Any = ..., **description: Any) -> Any:
-    """A positional parameter of a command; it must be given where it has no default."""
+    """Return a positional parameter of a command; it must be given where it has no default."""
     return option(default, doc, **{"positional": True, **description})
 
 
 def same_as(kind: "type[Settings]", name: str, **changes: Any) -> Any:
-    """The field `name` of another class, described as there but for `changes`."""
+    """Return the field `name` of another class, described as there but for `changes`."""
     source = next(one for one in dataclasses.fields(kind) if one.name == name)
     default = source.default if source.default_factory is MISSING else source.default_factory
     default, doc = changes.pop("default", default), changes.pop("doc", source.metadata["doc"])
@@ -236,7 +236,7 @@ def same_as(kind: "type[Settings]", name: str, **changes: Any) -> Any:
 
 
 def described(name: str, kind: Any, one: dataclasses.Field) -> Option:
-    """The option that a field is."""
+    """Return the option that a field is."""
     default = one.default if one.default_factory is MISSING else one.default_factory()
     default = MISSING if default is ... else default
     return Option(name, kind, default, **one.metadata)
@@ -244,11 +244,11 @@ def described(name: str, kind: Any, one: dataclasses.Field) -> Option:
 
 def options_of(*kinds: "type[Settings]") -> dict[str, Option]:
     """name -> option, of all fields of these classes and of the settings within them. Of two of one name the first counts."""
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for kind in kinds:
         for name, one in [*_own(kind).items(), *options_of(*inner_settings(kind).values()).items()]:
-            found.setdefault(name, one)
-    return found
+            options.setdefault(name, one)
+    return options
 
 
 def _is_settings(kind: Any) -> bool:
@@ -281,11 +281,11 @@ class Settings:
         return cls(**parts, **{name: value for name, value in settings.items() if name in _own(cls)})
 
     def flat(self) -> dict[str, Any]:
-        """What `of` takes."""
-        found = {name: getattr(self, name) for name in _own(type(self))}
+        """Return all settings under their own names, as `of` takes them."""
+        values = {name: getattr(self, name) for name in _own(type(self))}
         for value in vars(self).values():
-            found = {**(value.flat() if isinstance(value, Settings) else {}), **found}
-        return found
+            values = {**(value.flat() if isinstance(value, Settings) else {}), **values}
+        return values
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds them."""
@@ -293,12 +293,15 @@ class Settings:
 
     @classmethod
     def recorded(cls, report: Mapping[str, Any]) -> Any:
-        """The settings in a run's report.json, as they would be asked for again."""
+        """Return the settings in a run's report.json, as they would be asked for again."""
         return report.get("settings")
 
     @classmethod
     def from_json(cls, data: Any, where: str = "settings") -> Self:
-        """What `to_json` gave. Raises InvalidFile, naming `where`, for any other type, value or name; what is left out has its default."""
+        """Return the settings that `to_json` wrote; what is left out has its default.
+
+        Raise InvalidFile, naming `where`, for any other type, value or name.
+        """
         if not isinstance(data, dict):
             raise InvalidFile(f"{where} is a {type(data).__name__}, not a JSON object. Restore it or make it again.")
         inner = inner_settings(cls)

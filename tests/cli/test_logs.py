@@ -74,7 +74,7 @@ def logged(tmp_path_factory):
         return rows("log.jsonl")
 
 
-def told_in_the_code():
+def events_in_the_code():
     for path in (ROOT / "src" / "anybit").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "tell":
@@ -82,7 +82,7 @@ def told_in_the_code():
 
 
 def test_every_event_of_the_code_is_documented_and_no_other():
-    assert set(told_in_the_code()) == set(DOCUMENTED)
+    assert set(events_in_the_code()) == set(DOCUMENTED)
 
 
 def test_every_event_and_field_is_as_documented(logged):

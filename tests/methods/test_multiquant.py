@@ -29,9 +29,9 @@ def multiquant(cls=Residual, bits=(2, 4, 8), **settings) -> tuple[MultiQuant, Ba
     x = INPUTS[cls]()
     with torch.no_grad():
         labels = make(cls)(x).argmax(1)
-    wanted = SupernetSettings.of(bits=bits, **settings)
-    network = observe_supernet(make(cls), Batch(x[:2]), wanted)
-    return make_multiquant(network, [Batch(x)], wanted, 5), Batch(x, labels)
+    chosen = SupernetSettings.of(bits=bits, **settings)
+    network = observe_supernet(make(cls), Batch(x[:2]), chosen)
+    return make_multiquant(network, [Batch(x)], chosen, 5), Batch(x, labels)
 
 
 def summed_gradients(method: MultiQuant, batch: Batch) -> None:

@@ -34,8 +34,8 @@ BITS = (2, 3, 4, 6, 8)
 
 
 def network():
-    wanted = CalibrateSettings(weight_bits=BITS, activation_bits=(4, 8))
-    return observe_network(make(Residual), Batch(pictures(2)), wanted.options)
+    settings = CalibrateSettings(weight_bits=BITS, activation_bits=(4, 8))
+    return observe_network(make(Residual), Batch(pictures(2)), settings.options)
 
 
 NETWORK = network()
@@ -134,22 +134,22 @@ def test_a_search_spends_what_it_may_and_beats_random_draws(strategy):
         calls.append(scheme)
         return noise(scheme)
 
-    wanted = SearchSettings(evaluations=80, strategy=strategy, generations=8, population=30, targets=8)
+    settings = SearchSettings(evaluations=80, strategy=strategy, generations=8, population=30, targets=8)
     uniform = [NETWORK.uniform(bits, 8) for bits in BITS]
-    found = search_subnets(NETWORK.choices, NETWORK.costs, score, wanted, uniform)
-    assert len(calls) == len(set(calls)) == len(found.evaluated) <= 80
-    assert [one.scheme for one in found.evaluated[:5]] == uniform
+    result = search_subnets(NETWORK.choices, NETWORK.costs, score, settings, uniform)
+    assert len(calls) == len(set(calls)) == len(result.evaluated) <= 80
+    assert [one.scheme for one in result.evaluated[:5]] == uniform
     drawn = evaluated([*uniform, *uniform_schemes(75, 1)])
-    areas = [hypervolume(pareto_front(some), 8.0, 60.0) for some in (found.evaluated, drawn)]
+    areas = [hypervolume(pareto_front(some), 8.0, 60.0) for some in (result.evaluated, drawn)]
     assert areas[0] > areas[1]
-    assert (found.rank_correlation is None) == (strategy == "integer-program")
+    assert (result.rank_correlation is None) == (strategy == "integer-program")
 
 
 def test_the_same_seed_gives_the_same_search():
-    wanted = SearchSettings(evaluations=40, generations=4, population=20, targets=4)
-    first, second = (search_subnets(NETWORK.choices, NETWORK.costs, noise, wanted) for _ in range(2))
+    settings = SearchSettings(evaluations=40, generations=4, population=20, targets=4)
+    first, second = (search_subnets(NETWORK.choices, NETWORK.costs, noise, settings) for _ in range(2))
     assert first == second
-    assert first.evaluated != search_subnets(NETWORK.choices, NETWORK.costs, noise, replace(wanted, seed=1)).evaluated
+    assert first.evaluated != search_subnets(NETWORK.choices, NETWORK.costs, noise, replace(settings, seed=1)).evaluated
 
 
 points = st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), min_size=1, max_size=12)

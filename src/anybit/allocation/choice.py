@@ -40,27 +40,27 @@ class Judge:
 
     def of_scheme(self, scheme: Scheme) -> dict[str, float]:
         """Measure a scheme made of the candidates as they are."""
-        made = partial(apply_scheme, self.network.prepared, scheme, self.candidates)
-        return self.recall.value(f"measured {scheme}", lambda: self.of_model(made()), as_scores)
+        apply = partial(apply_scheme, self.network.prepared, scheme, self.candidates)
+        return self.recall.value(f"measured {scheme}", lambda: self.of_model(apply()), as_scores)
 
     def of_model(self, model: nn.Module) -> dict[str, float]:
         """{"loss": distance, and where there are labels what the task counts ("top1", ...), "metric": the user's}."""
         return self.of_outputs(outputs_of(model, self.held_out))
 
     def of_outputs(self, outputs: Tensor) -> dict[str, float]:
-        """The same of outputs on the held-out inputs."""
+        """Measure outputs on the held-out inputs, as `of_model` does."""
         result = {"loss": distance(outputs, self.reference, self.task)}
         counted = TASKS[self.task].counted
         if self.labels is not None and counted is not None:
-            told = score(outputs, self.labels, self.task, reader=self.held_out[0].reader)
-            result |= {counted: told[counted]} if counted in told else {}
+            scores = score(outputs, self.labels, self.task, reader=self.held_out[0].reader)
+            result |= {counted: scores[counted]} if counted in scores else {}
         if self.labels is not None and self.metric is not None:
             result["metric"] = float(self.metric(outputs, self.labels))
         return result
 
     @property
     def counted(self) -> str | None:
-        """What a limit on the drop counts in."""
+        """Name of the score that a limit on the drop counts in."""
         return TASKS[self.task].counted if self.metric is None else "metric"
 
     @property
@@ -70,7 +70,7 @@ class Judge:
 
 
 def as_scores(record: Mapping[str, Any]) -> dict[str, float]:
-    """A kept record of what `Judge.of_model` measured."""
+    """Return a kept record of what `Judge.of_model` measured."""
     return {"loss": float(record["loss"])} | {str(key): float(value) for key, value in record.items()}
 
 
@@ -83,7 +83,7 @@ class Choice:
     measured: list[dict[str, Any]]
 
     def certificate(self, seed: int) -> dict[str, Any]:
-        """The solver's certificate of its best scheme, and which of the measured ones was taken."""
+        """Return the solver's certificate of its best scheme, and which of the measured ones was taken."""
         chosen = next((row["name"] for row in self.measured if row["scheme"] == self.scheme), None)
         solved = (
             {**self.allocation.certificate(), "predicted_loss": self.allocation.predicted_loss, "seed": seed} if self.allocation else {}
@@ -98,9 +98,9 @@ class Choice:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Choice":
-        """The choice that `to_json` told of."""
-        told = data["allocation"]
-        allocation = None if told is None else Allocation(**{**told, "scheme": Scheme.parse(told["scheme"])})
+        """Return the choice that `to_json` wrote."""
+        solved = data["allocation"]
+        allocation = None if solved is None else Allocation(**{**solved, "scheme": Scheme.parse(solved["scheme"])})
         return cls(Scheme.parse(data["scheme"]), allocation, [{**row, "scheme": Scheme.parse(row["scheme"])} for row in data["measured"]])
 
 
@@ -121,14 +121,14 @@ def choose_scheme(network: ObservedNetwork, table: SensitivityTable, budget: Bud
         solutions = least_costs(problem, size, loss_limit - table.floor)
     else:
         solutions = best_allocations(problem)
-    found = list(islice(solutions, alternatives))
-    rows = [measured_row(network, table, f"allocated {index}", solution.scheme, judge) for index, solution in enumerate(found, 1)]
+    solved = list(islice(solutions, alternatives))
+    rows = [measured_row(network, table, f"allocated {index}", solution.scheme, judge) for index, solution in enumerate(solved, 1)]
     rows += uniform_rows(network, table, budget, judge)
     if loss_limit is None:
         best = min(rows, key=lambda row: row["measured"])
     else:  # the smallest that keeps the limit when measured; where none does, the smallest that was predicted to
         best = min((row for row in rows if row["measured"] <= loss_limit), key=lambda row: row["bytes"], default=rows[0])
-    return Choice(best["scheme"], found[0], rows)
+    return Choice(best["scheme"], solved[0], rows)
 
 
 def check_feasible(network: ObservedNetwork, budget: Budget) -> None:
@@ -138,7 +138,7 @@ def check_feasible(network: ObservedNetwork, budget: Budget) -> None:
 
 
 def uniform_rows(network: ObservedNetwork, table: SensitivityTable, budget: Budget, judge: Judge) -> list[dict[str, Any]]:
-    """Every uniform scheme (kept layers aside) that fits the budget, measured."""
+    """Return every uniform scheme (kept layers aside) that fits the budget, measured."""
     schemes = {Precision(w, a): network.uniform(w, a) for w in network.options.weight_bits for a in network.options.activation_bits}
     return [
         measured_row(network, table, f"uniform {precision}", scheme, judge)
@@ -153,7 +153,7 @@ def fits_budget(costs: CostModel, scheme: Scheme, budget: Budget) -> bool:
 
 
 def measured_row(network: ObservedNetwork, table: SensitivityTable, name: str, scheme: Scheme, judge: Judge) -> dict[str, Any]:
-    """What the table predicts of a scheme, what the held-out inputs say, and its costs."""
+    """Return a scheme's row: the table's prediction, its measurement on held-out inputs, and its costs."""
     measured = judge.of_scheme(scheme)
     loss = measured.pop("loss")
     row = {"name": name, "scheme": scheme, "predicted": table.total(scheme), "measured": loss, **measured, **network.costs.summary(scheme)}

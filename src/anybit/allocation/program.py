@@ -64,7 +64,7 @@ class Allocation:
     gap: float
 
     def certificate(self) -> dict[str, Any]:
-        """What the scheme file keeps. No time and no machine, so that equal problems give equal files."""
+        """Return the certificate for the scheme file. It names no time and no machine, so that equal problems give equal files."""
         return {
             "solver": "HiGHS through scipy.optimize.milp",
             "objective": self.objective,
@@ -123,7 +123,7 @@ def allocate(problem: Problem, objective: Mapping[str, np.ndarray] | None = None
 
 
 def least_costs(problem: Problem, cost: Mapping[str, np.ndarray], loss_limit: float) -> Iterator[Allocation]:
-    """The paper's form: schemes of a predicted loss of at most `loss_limit`, from the smallest cost on."""
+    """Yield the paper's form: schemes of a predicted loss of at most `loss_limit`, from the smallest cost on."""
     costs, limits = {**problem.costs, "loss": problem.losses}, {**problem.limits, "loss": loss_limit}
     bounded = Problem(problem.choices, problem.losses, costs, limits, problem.in_words)
     return best_allocations(bounded, cost, "least cost under a loss limit")
@@ -140,12 +140,12 @@ def best_allocations(
     layers = list(problem.choices)
     columns = [(layer, int(k)) for layer in layers for k in _undominated(problem, objective, layer)]
     program = _Program.of(problem, objective, layers, columns)
-    found_any = False
+    feasible = False
     while (solved := program.solve()) is not None:
         chosen, bound = solved
         picked = {columns[i][0]: columns[i][1] for i in chosen}
         if all(sum(problem.costs[q][layer][k] for layer, k in picked.items()) <= limit for q, limit in problem.limits.items()):
-            found_any = True
+            feasible = True
             scheme = Scheme({layer: problem.choices[layer][k] for layer, k in picked.items()})
             predicted = float(sum(problem.losses[layer][k] for layer, k in picked.items()))
             value = float(sum(objective[layer][k] for layer, k in picked.items()))
@@ -153,7 +153,7 @@ def best_allocations(
             yield Allocation(scheme, predicted, name, value, bound, (value - bound) / max(abs(value), 1e-300))
         # Found already, or over a limit by less than the solver's tolerance: either way not to be found again.
         program.exclude(chosen)
-    if not found_any:
+    if not feasible:
         raise InfeasibleBudget(_why_infeasible(problem))
 
 
@@ -237,7 +237,7 @@ class _Program:
 
 
 def _undominated(problem: Problem, objective: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
-    """Indices of the choices that no other beats in the objective and in every limited cost: the best scheme needs only these."""
+    """Return indices of the choices that no other beats in the objective and in every limited cost: the best scheme needs only these."""
     table = np.stack([objective[layer], *(problem.costs[quantity][layer] for quantity in problem.limits)])  # [quantities, choices]
     better_or_equal = (table[:, :, None] <= table[:, None, :]).all(0)  # [j, k]: j is nowhere above k
     better = better_or_equal & (table[:, :, None] < table[:, None, :]).any(0)
@@ -266,11 +266,11 @@ def _why_infeasible(problem: Problem) -> str:
 def _silent_solver() -> Iterator[None]:
     """HiGHS prints notes on some problems, whatever it is told, past Python's own stdout; stdout is for results."""
     sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    stdout, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
     try:
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(devnull)

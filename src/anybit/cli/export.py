@@ -54,8 +54,8 @@ def bench(
     cache=True,
 ) -> Outcome:  # fmt: skip
     """Size of the exported file against its bits, and latency against the same runtime's float32 file, in turns."""
-    found = anybit.bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads, cache=cache)
-    return Outcome(found, "print_bench")
+    measured = anybit.bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads, cache=cache)
+    return Outcome(measured, "print_bench")
 
 
 def profile(
@@ -65,7 +65,7 @@ def profile(
     cache=True,
 ) -> Outcome:  # fmt: skip
     """How long each layer takes in float and on integers on this machine: the table behind --budget latency=3ms."""
-    found = anybit.profile(
+    measured = anybit.profile(
         model, data, weights=weights, preprocessing=preprocessing, keep=keep, rounds=rounds, overwrite=overwrite, cache=cache
     )
-    return Outcome(found, "print_profile")
+    return Outcome(measured, "print_profile")

@@ -29,16 +29,16 @@ def completing(*sinks: Callable[[Record], Any]) -> EventListener:
         nonlocal stage, before
         now = time.monotonic()
         stage = fields["stage"] if event == "stage begins" else stage
-        about = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **({"stage": stage} if stage else {})}
+        header = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **({"stage": stage} if stage else {})}
         for sink in sinks:
-            sink({**about, **fields, "seconds": fields.get("seconds", now - before)})
+            sink({**header, **fields, "seconds": fields.get("seconds", now - before)})
         stage, before = None if event == "stage ends" else stage, now
 
     return listen
 
 
 @contextmanager
-def verb_told(verb: str, settings: Mapping[str, Any]) -> Iterator[None]:
+def verb_events(verb: str, settings: Mapping[str, Any]) -> Iterator[None]:
     """Tell how a verb begins, and how it ends: done, interrupted, or with which error."""
     tell("begins", verb=verb, settings=settings, version=__version__)
     started, ending = time.monotonic(), {"status": "done"}

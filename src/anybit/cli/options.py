@@ -16,7 +16,7 @@ from anybit.settings import Option, Settings, described, option, options_of, wit
 
 @dataclass(frozen=True)
 class Telling(Settings):
-    """What verbs that work for longer than a moment tell, and where their options may stand."""
+    """Options of long-running verbs: what they report, and the file of further options."""
 
     config: Path | None = option(
         None, "Options from a .toml or .json file, or the settings of a run's report.json; the command line wins over them."
@@ -57,7 +57,7 @@ class Verb:
                 options[name] = dataclasses.replace(COMMON[name], default=default)
         return cls(function, options | {name: COMMON[name] for name in more if name not in options}, groups)
 
-    def given(self, context: typer.Context, written: Mapping[str, Any]) -> dict[str, Any]:
+    def read(self, context: typer.Context, written: Mapping[str, Any]) -> dict[str, Any]:
         """name -> value, of each option that stands on the command line or else in the file of --config."""
         values = {}
         if written.get("config"):
@@ -69,20 +69,20 @@ class Verb:
                 values[name] = self.options[name].from_text(text, self.options[name].written)
         return values
 
-    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The function's arguments. Raises InvalidSetting where an option is missing or cannot be."""
         for name, one in self.options.items():
-            if one.default is MISSING and name not in given:
+            if one.default is MISSING and name not in values:
                 raise InvalidSetting(f"{one.written} is missing. `anybit {self.function.__name__} --help` lists the options.")
         named = [name for name in inspect.signature(self.function).parameters if name not in self.groups]
-        known = {name: {key: given[key] for key in options_of(kind) if key in given} for name, kind in self.groups.items()}
+        known = {name: {key: values[key] for key in options_of(kind) if key in values} for name, kind in self.groups.items()}
         groups = {name: kind.of(**known[name]) for name, kind in self.groups.items()}
-        return {name: self.value(name, given) for name in named} | groups
+        return {name: self.value(name, values) for name in named} | groups
 
-    def value(self, name: str, given: Mapping[str, Any]) -> Any:
+    def value(self, name: str, values: Mapping[str, Any]) -> Any:
         """An option's value."""
         one = self.options[name]
-        return one.checked(given[name], one.written if name in SHARED else name) if name in given else one.default
+        return one.checked(values[name], one.written if name in SHARED else name) if name in values else one.default
 
 
 def as_parameter(one: Option) -> inspect.Parameter:
@@ -93,8 +93,8 @@ def as_parameter(one: Option) -> inspect.Parameter:
     elif kind is bool and not one.switch:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     metavar = f"[{'|'.join(one.choices)}]" if one.choices else None
-    about = typer.Argument(help=one.doc) if one.positional else typer.Option(flag, help=one.doc, metavar=metavar)
+    info = typer.Argument(help=one.doc) if one.positional else typer.Option(flag, help=one.doc, metavar=metavar)
     if one.positional and one.default is MISSING:
         default = inspect.Parameter.empty
-    annotation = Annotated[kind | None if default is None else kind, about]  # type: ignore[valid-type]
+    annotation = Annotated[kind | None if default is None else kind, info]  # type: ignore[valid-type]
     return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -72,7 +72,7 @@ def train(
     if not is_first():
         return None
     folder, report = supernet.save(output, overwrite=True), supernet.report
-    return Outcome({"folder": str(folder), **_part(report, "subnets", "test", "float_test")}, partial(print_trained, folder, report))
+    return Outcome({"folder": str(folder), **_fields(report, "subnets", "test", "float_test")}, partial(print_trained, folder, report))
 
 
 def search(
@@ -87,10 +87,10 @@ def search(
 
     _check_free(output, overwrite)
     options = {"model": model, "metric": metric, "workers": workers, "device": device, "cache": cache}
-    found = anybit.search(run, data, budget or (), **options, **settings.flat())
-    folder, report = found.save(output, overwrite), found.report
-    kept = _part(report, "budgets", "hypervolume", "rank_correlation", "recalled")
-    return Outcome({"folder": str(folder), **kept}, partial(print_searched, folder, report))
+    result = anybit.search(run, data, budget or (), **options, **settings.flat())
+    folder, report = result.save(output, overwrite), result.report
+    summary = _fields(report, "budgets", "hypervolume", "rank_correlation", "recalled")
+    return Outcome({"folder": str(folder), **summary}, partial(print_searched, folder, report))
 
 
 def extract(
@@ -153,9 +153,9 @@ def _saved(results: Any, output: Path, overwrite: bool) -> Outcome:
     from anybit.runs.report import read_report
 
     reports = {folder: read_report(folder) for folder in save_all(results, output, overwrite)}
-    rows = [{"folder": str(folder), **_part(report, "budget", "result", "test", "float_test")} for folder, report in reports.items()]
+    rows = [{"folder": str(folder), **_fields(report, "budget", "result", "test", "float_test")} for folder, report in reports.items()]
     return Outcome(rows[0] if len(rows) == 1 else {"runs": rows}, partial(print_runs, reports))
 
 
-def _part(report: dict[str, Any], *keys: str) -> dict[str, Any]:
+def _fields(report: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: report[key] for key in keys if key in report}

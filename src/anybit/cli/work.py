@@ -16,7 +16,7 @@ from anybit.errors import AnybitError, InvalidSetting, printable
 
 
 class Outcome(NamedTuple):
-    """What a verb has found.
+    """The outcome of a verb.
 
     data    is printed where --json asks for it
     show    prints it to be read; called with False, the result alone. A name is that of a function of reports.terminal, called with `data`
@@ -34,11 +34,11 @@ def as_command(function: Callable[..., Outcome | None], *more: str) -> Callable[
 
     def command(context: typer.Context, **written: Any) -> None:
         with reported_errors():
-            given = verb.given(context, written)
-            common = {name: verb.value(name, given) for name in more}
-        telling = _telling(function.__name__, {**written, **given}, common) if "log" in common and is_first() else nullcontext()
+            values = verb.read(context, written)
+            common = {name: verb.value(name, values) for name in more}
+        telling = _telling(function.__name__, {**written, **values}, common) if "log" in common and is_first() else nullcontext()
         with reported_errors(), telling:
-            arguments = verb.arguments(given)
+            arguments = verb.arguments(values)
             if common.get("threads"):
                 import torch
 
@@ -95,7 +95,7 @@ def _telling(verb: str, settings: Mapping[str, Any], common: Mapping[str, Any]) 
         raise InvalidSetting("--verbose and --quiet contradict each other. Give one of them.")
     if log is not None and settings.get("output") and log.resolve().is_relative_to(Path(settings["output"]).resolve()):
         raise InvalidSetting(f"--log {log} is inside the run folder, which is written whole or not at all. Put the log beside it.")
-    from anybit.cli.logs import completing, readable, verb_told
+    from anybit.cli.logs import completing, readable, verb_events
     from anybit.files.lines import appended
     from anybit.progress import listening
     from anybit.reports.progress import shown_progress
@@ -108,5 +108,5 @@ def _telling(verb: str, settings: Mapping[str, Any], common: Mapping[str, Any]) 
         elif not silent:
             sinks.append(lambda record: "note" in record and show(printable(record["note"])))
         own = {name: value for name, value in settings.items() if name == "threads" or name not in common}
-        with listening(listener, completing(*sinks)), verb_told(verb, own):
+        with listening(listener, completing(*sinks)), verb_events(verb, own):
             yield

@@ -89,11 +89,11 @@ class _Switchable(nn.Module):
         self.change.zero_()
 
     def scales(self) -> Tensor:
-        """The steps of every bit-width, [widths, ...]; a factor makes them, so that a loaded step is exact."""
+        """Return the steps of every bit-width, [widths, ...]; a factor makes them, so that a loaded step is exact."""
         return self.start * (self.factors * self.change).exp()
 
     def scale(self) -> Tensor:
-        """The step in use."""
+        """Return the step in use."""
         return self.at_hand(self.scales())
 
     def at_hand(self, rows: Tensor) -> Tensor:
@@ -127,16 +127,16 @@ class SwitchableInput(_Switchable):
         self.offsets = nn.Parameter(zeros / self.highest(), requires_grad=train_offsets)
 
     def highest(self) -> Tensor:
-        """The highest code of every bit-width, of as many dimensions as the offsets."""
+        """Return the highest code of every bit-width, of as many dimensions as the offsets."""
         return self.limits[:, 1].view(-1, *[1] * (self.start.dim() - 1))
 
     def zero_points(self) -> Tensor:
-        """The integer zero point of every bit-width, [widths, ...]; the gradient passes the rounding."""
+        """Return the integer zero point of every bit-width, [widths, ...]; the gradient passes the rounding."""
         free = self.offsets.clamp(0, 1) * self.highest()
         return free + (free.round() - free).detach()
 
     def zero_point(self) -> Tensor:
-        """The one in use."""
+        """Return the one in use."""
         return self.at_hand(self.zero_points())
 
     def forward(self, x: Tensor, operand: int | None = None) -> Tensor:
@@ -169,7 +169,7 @@ class SwitchableNorm(nn.Module):
 
 
 def bits_of(precision: Precision) -> tuple[int, int]:
-    """What precisions are ordered by: bits of weight and input together, then the weight's."""
+    """Return the key that orders precisions: bits of weight and input together, then the weight's."""
     return precision.stored_weight_bits + (precision.activation_bits or FLOAT_BITS), precision.stored_weight_bits
 
 
@@ -232,7 +232,7 @@ class MultiQuant:
         return []
 
     def passes(self) -> Iterator[None]:
-        """The networks of one step, switched to one after another."""
+        """Yield the networks of one step, switched to one after another."""
         generator = random.Random(f"{self.seed} {self.progress!r}")
         self.wider = None
         for letter in self.settings.sandwich:
@@ -250,7 +250,7 @@ class MultiQuant:
         return pick(known, key=lambda pair: pair[0])[1]
 
     def drawn(self, generator: random.Random) -> Scheme:
-        """A scheme drawn uniformly; while shrinking progressively, from the precisions that have joined."""
+        """Return a scheme drawn uniformly; while shrinking progressively, from the precisions that have joined."""
         scheme = {}
         for name, options in self.choices.items():
             options = sorted(options, key=bits_of)
@@ -265,13 +265,13 @@ class MultiQuant:
         return sum(self.losses[name].get(str(precision), 0.0) for name, precision in scheme.items())
 
     def loss(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
-        """The loss of the network at hand, by the label rule."""
+        """Return the loss of the network at hand, by the label rule."""
         loss = self._labelled(outputs, batch, task_loss)
         if self.letter == "R" and self.settings.middle in ("worst", "best"):
-            told = float(average(loss.detach()))  # of all processes, so that all draw alike
+            mean = float(average(loss.detach()))  # of all processes, so that all draw alike
             for name, precision in self.scheme.items():
                 row = self.losses[name]
-                row[str(precision)] = 0.9 * row.get(str(precision), told) + 0.1 * told
+                row[str(precision)] = 0.9 * row.get(str(precision), mean) + 0.1 * mean
         return loss
 
     def _labelled(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
@@ -323,11 +323,11 @@ class MultiQuant:
         return {"label_confidence": float(sure.mean()) if sure.numel() else None}
 
     def state(self) -> dict[str, Tensor]:
-        """What the label is made of."""
+        """Return the tensors behind the online label."""
         return {"right": self.right, "labels": self.labels}
 
     def decisions(self) -> dict[str, Any]:
-        """What attentive sampling knows."""
+        """Return the losses that attentive sampling draws by."""
         return {"losses": self.losses}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:

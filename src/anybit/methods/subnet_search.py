@@ -55,7 +55,7 @@ class Evaluated:
 
 
 @dataclass
-class Found:
+class SearchResult:
     """A finished search: all evaluated schemes, in order, and Kendall's tau of the predictor on schemes that it was not fitted to."""
 
     evaluated: list[Evaluated]
@@ -294,24 +294,24 @@ def genetic(
 
 def search_subnets(
     choices: Choices, costs: CostModel, evaluate: Callable[[Scheme], float], settings: SearchSettings, always: Sequence[Scheme] = ()
-) -> Found:
+) -> SearchResult:
     """Spend `settings.evaluations` calls of `evaluate` (a scheme's score, higher is better) on schemes along the whole range of costs.
 
     `always` are evaluated first: the uniform schemes, say.
     """
-    found = Found([])
+    result = SearchResult([])
     scores: dict[Scheme, float] = {}
 
     def try_scheme(scheme: Scheme, origin: str) -> None:
         if scheme not in scores and len(scores) < settings.evaluations:
             scores[scheme] = evaluate(scheme)
-            found.evaluated.append(Evaluated(scheme, scores[scheme], total_cost(costs, settings.quantity, scheme), origin))
+            result.evaluated.append(Evaluated(scheme, scores[scheme], total_cost(costs, settings.quantity, scheme), origin))
 
     for scheme in always:
         try_scheme(scheme, "uniform")
     if settings.strategy == "integer-program":
         _by_program(choices, costs, settings, try_scheme, scores)
-        return found
+        return result
     space, generator = SchemeSpace(choices, layer_cost(costs, settings.quantity)), np.random.default_rng(settings.seed)
     draws = MonteCarloTable(space, generator) if settings.strategy == "monte-carlo" else UniformDraws(space)
     explored, attempts = max(len(scores) + 4, int(settings.explored * settings.evaluations)), 0
@@ -326,7 +326,7 @@ def search_subnets(
             break
         until, each = len(scores) + room, math.ceil(room / len(targets))
         predictor = Predictor(space, space.rows(scores), list(scores.values()), settings.seed)
-        known = space.rows(one.scheme for one in pareto_front(found.evaluated))
+        known = space.rows(one.scheme for one in pareto_front(result.evaluated))
         for target in generator.permutation(targets):
             if len(scores) >= until:
                 break
@@ -334,9 +334,9 @@ def search_subnets(
             fresh = (scheme for scheme in map(space.scheme, best) if scheme not in scores)
             for scheme in list(islice(fresh, min(each, until - len(scores)))):
                 try_scheme(scheme, "searched")
-    drawn = [one for one in found.evaluated if one.origin != "searched"]
-    found.rank_correlation = rank_correlation(space, drawn, settings.seed)
-    return found
+    drawn = [one for one in result.evaluated if one.origin != "searched"]
+    result.rank_correlation = rank_correlation(space, drawn, settings.seed)
+    return result
 
 
 def _by_program(

@@ -82,11 +82,11 @@ def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch, out
     own_forward = {name for name in pairs if not any(type(model.get_submodule(name)).forward is cls.forward for cls in COVERED)}
     plain = {name: norm for name, norm in pairs.items() if name not in own_forward}
     for chosen in (lambda: pairs, lambda: plain, lambda: _harmless(model, plain, example, outputs)):
-        kept = chosen()
-        folded, promised = fold(model, kept)
+        folding = chosen()
+        folded, promised = fold(model, folding)
         wiring = _wiring_if_same(folded, example, outputs)
         if wiring is not None:
-            return Folded(folded, dict(kept), promised, wiring)
+            return Folded(folded, dict(folding), promised, wiring)
     raise UnsupportedModel(
         f"Folding the batch norms of {', '.join(pairs)} changes the network's outputs. Fold them yourself before the run."
     )

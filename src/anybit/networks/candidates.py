@@ -57,7 +57,7 @@ class Candidates:
     activations: dict[tuple[str, int], ActivationCandidate] = field(default_factory=dict)
 
     def on(self, device: str) -> "Candidates":
-        """The same candidates on `device`."""
+        """Return the same candidates on `device`."""
 
         def moved(candidate):
             return type(candidate)(*(None if part is None else part.to(device) for part in vars(candidate).values()))
@@ -74,7 +74,7 @@ def weight_candidate(layer: nn.Module, bits: int, estimator: str) -> WeightCandi
 
 
 def frozen_candidate(layer: nn.Module) -> WeightCandidate:
-    """What stands in the filled slot of a layer."""
+    """Return the candidate in the filled slot of a layer."""
     quantizer = weight_quantizer_of(layer)
     codes = quantizer.codes(weight_rows(layer, float_weight(layer))).to(torch.int8)
     bias = float_bias(layer)
@@ -82,7 +82,7 @@ def frozen_candidate(layer: nn.Module) -> WeightCandidate:
 
 
 def activation_candidate(samples: Sequence[Tensor], bits: int, estimator: str) -> ActivationCandidate:
-    """The range of a sample of the layer's input values, or of both operands' of a matmul."""
+    """Return the range of a sample of the layer's input values, or of both operands' of a matmul."""
     ranges = [activation_range(sample, bits, estimator) for sample in samples]
     return ActivationCandidate(*ranges[0]) if len(ranges) == 1 else ActivationCandidate(*map(torch.stack, zip(*ranges, strict=True)))
 
@@ -109,7 +109,7 @@ def install(layer: nn.Module, weights: WeightCandidate | None, inputs: Activatio
 
 
 def apply_scheme(prepared: nn.Module, scheme: Scheme, candidates: Candidates) -> nn.Module:
-    """A copy of the prepared model with each layer's slots filled as `scheme` says: the canonical form."""
+    """Return a copy of the prepared model with each layer's slots filled as `scheme` says: the canonical form."""
     model = copy.deepcopy(prepared)
     layers = quantized_layers(model)
     check_names(scheme, layers, "The model")
@@ -154,7 +154,7 @@ def _install_chosen(name: str, layer: nn.Module, precision: Precision, candidate
 
 
 def to_tensors(candidates: Candidates) -> dict[str, Tensor]:
-    """The candidates by name, for a file: packed codes, scales and biases apart."""
+    """Return the candidates by name, for a file: packed codes, scales and biases apart."""
     tensors = {}
     for (name, bits), weights in candidates.weights.items():
         tensors[f"{name}|W{bits}|codes"] = torch.from_numpy(pack(weights.codes.cpu().numpy(), bits))
@@ -183,8 +183,8 @@ def from_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, 
         else:
             bits = int(match["activation_bits"])
             candidates.activations[match["name"], bits] = _activation_from(key, tensor, bits)
-    for (name, bits), found in parts.items():
-        candidates.weights[name, bits] = _weights_from(f"{name} at W{bits}", found, bits, *shapes[name])
+    for (name, bits), stored in parts.items():
+        candidates.weights[name, bits] = _weights_from(f"{name} at W{bits}", stored, bits, *shapes[name])
     return candidates
 
 

@@ -32,15 +32,15 @@ class CapturedTensor:
     filled: int = 0
 
     @classmethod
-    def like(cls, part: Tensor, batch_size: int, count: int, budget: "MemoryBudget") -> "CapturedTensor":
-        return cls(budget.allocate((count, len(part) // batch_size, *part.shape[1:]), part.dtype))
+    def like(cls, values: Tensor, batch_size: int, count: int, budget: "MemoryBudget") -> "CapturedTensor":
+        return cls(budget.allocate((count, len(values) // batch_size, *values.shape[1:]), values.dtype))
 
-    def add(self, part: Tensor, batch_size: int) -> None:
-        self.tensor[self.filled : self.filled + batch_size].copy_(part.view(batch_size, -1, *part.shape[1:]))
+    def add(self, values: Tensor, batch_size: int) -> None:
+        self.tensor[self.filled : self.filled + batch_size].copy_(values.view(batch_size, -1, *values.shape[1:]))
         self.filled += batch_size
 
     def rows(self, indices: Tensor) -> Tensor:
-        """The rows of the samples `indices`, as the layer saw them."""
+        """Return the rows of the samples `indices`, as the layer saw them."""
         return self.tensor[indices].flatten(0, 1)
 
 
@@ -50,11 +50,11 @@ class BatchStore:
 
     tensors: list[Tensor]
 
-    def add(self, part: Tensor, budget: "MemoryBudget") -> None:
-        self.tensors.append(budget.allocate(tuple(part.shape), part.dtype).copy_(part))
+    def add(self, values: Tensor, budget: "MemoryBudget") -> None:
+        self.tensors.append(budget.allocate(tuple(values.shape), values.dtype).copy_(values))
 
     def rows(self, indices: Tensor) -> Tensor:
-        """The tensor of the one batch that `indices` names."""
+        """Return the tensor of the one batch that `indices` names."""
         return self.tensors[int(indices)]
 
 
@@ -95,7 +95,7 @@ def give_back() -> None:
 
 @dataclass
 class Captured:
-    """What went into a module and what came out, sample by sample.
+    """Inputs and outputs of a module, sample by sample.
 
     `arguments` are the (args, kwargs) of its forward, as nested as they came, every tensor of the batch replaced by its Store; a tensor
     that is the same for all samples (a mask) is kept once. Of padded batches `masks` say which tokens are real; they are kept whole.
@@ -111,7 +111,7 @@ class Captured:
         return map_leaves(self.arguments, (CapturedTensor, BatchStore), lambda store: store.rows(indices).to(self.device))
 
     def outputs(self, indices: Tensor) -> Tensor:
-        """The outputs of the samples `indices` (of padded data: of one batch)."""
+        """Return the outputs of the samples `indices` (of padded data: of one batch)."""
         assert self.output is not None  # asked for
         return self.output.rows(indices).to(self.device)
 
@@ -122,15 +122,15 @@ def carry(
 ) -> CapturedTensor | BatchStore:
     """A store of `source(indices)`, computed `size` samples at a time, or `count` whole batches one by one."""
     if whole_batches:
-        kept = BatchStore([])
+        whole = BatchStore([])
         for index in chunks(count, 1):
-            kept.add(source(index), budget)
-        return kept
+            whole.add(source(index), budget)
+        return whole
     store: CapturedTensor | None = None
     for indices in chunks(count, size):
-        part = source(indices)
-        store = store or CapturedTensor.like(part, len(indices), count, budget)
-        store.add(part, len(indices))
+        values = source(indices)
+        store = store or CapturedTensor.like(values, len(indices), count, budget)
+        store.add(values, len(indices))
     assert store is not None  # even of no samples there is one chunk
     return store
 
@@ -166,9 +166,9 @@ def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, b
 
 
 def _differ_in_length(masks: list[Tensor | None]) -> bool:
-    """Whether any batch is padded, or has another length than the others: samples of one length stack, masked or not."""
-    given = [mask for mask in masks if mask is not None]
-    return len({mask.shape[1] for mask in given}) > 1 or not all(mask.all() for mask in given)
+    """Return whether any batch is padded, or has another length than the others: samples of one length stack, masked or not."""
+    present = [mask for mask in masks if mask is not None]
+    return len({mask.shape[1] for mask in present}) > 1 or not all(mask.all() for mask in present)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class _Recorder:
         self.output: CapturedTensor | None = None
 
     def complete(self, batches: int) -> bool:
-        """Whether every sample was seen once."""
+        """Return whether every sample was seen once."""
         return all(store is None or store.filled == self.count for store in [*self.stores, self.output])
 
     @property
@@ -205,20 +205,20 @@ class _Recorder:
         return Captured(map_leaves(self.places, _Place, held), self.output, self.first[0].device)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        parts = [part.detach() for part in tensors_in((args, kwargs))]  # a forward may take gradients of its own
+        tensors = [tensor.detach() for tensor in tensors_in((args, kwargs))]  # a forward may take gradients of its own
         if not self.calls:
-            numbers = iter(range(len(parts)))
+            numbers = iter(range(len(tensors)))
             self.places = map_leaves((args, kwargs), Tensor, lambda _: _Place(next(numbers)))
-            self.first = [part.clone() for part in parts]
-            self.stores = [self._store(part) for part in parts]
-            self.same = set(range(1, len(parts)))  # the first tensor is the data, whatever it holds
+            self.first = [tensor.clone() for tensor in tensors]
+            self.stores = [self._store(tensor) for tensor in tensors]
+            self.same = set(range(1, len(tensors)))  # the first tensor is the data, whatever it holds
         self.calls += 1
-        self.same = {number for number in self.same if torch.equal(parts[number], self.first[number])}
-        for number, (store, part) in enumerate(zip(self.stores, parts, strict=True)):
+        self.same = {number for number in self.same if torch.equal(tensors[number], self.first[number])}
+        for number, (store, tensor) in enumerate(zip(self.stores, tensors, strict=True)):
             if store is not None:
-                self._checked(part, store).add(part, self.batch_size)
+                self._checked(tensor, store).add(tensor, self.batch_size)
             elif number not in self.same:
-                raise UnsupportedModel(self._refusal(part))
+                raise UnsupportedModel(self._refusal(tensor))
         if not self.outputs:
             raise _Stop
 
@@ -228,18 +228,18 @@ class _Recorder:
         self._checked(output, self.output).add(output.detach(), self.batch_size)
         raise _Stop
 
-    def _store(self, part: Tensor) -> CapturedTensor | None:
-        is_batched = part.dim() and len(part) % self.batch_size == 0
-        return CapturedTensor.like(part, self.batch_size, self.count, self.budget) if is_batched else None
+    def _store(self, values: Tensor) -> CapturedTensor | None:
+        is_batched = values.dim() and len(values) % self.batch_size == 0
+        return CapturedTensor.like(values, self.batch_size, self.count, self.budget) if is_batched else None
 
-    def _checked(self, part: Tensor, store: CapturedTensor | None) -> CapturedTensor:
-        if store is None or len(part) != self.batch_size * store.tensor.shape[1]:
-            raise UnsupportedModel(self._refusal(part))
+    def _checked(self, values: Tensor, store: CapturedTensor | None) -> CapturedTensor:
+        if store is None or len(values) != self.batch_size * store.tensor.shape[1]:
+            raise UnsupportedModel(self._refusal(values))
         return store
 
-    def _refusal(self, part: Tensor) -> str:
+    def _refusal(self, values: Tensor) -> str:
         return (
-            f"Unit {self.name} sees a tensor of shape {tuple(part.shape)} for {self.batch_size} samples, whose rows cannot be told "
+            f"Unit {self.name} sees a tensor of shape {tuple(values.shape)} for {self.batch_size} samples, whose rows cannot be told "
             "apart by sample. Name a larger block around it with --block, or keep its layers float."
         )
 
@@ -260,7 +260,7 @@ class _WholeBatches:
         self.device = torch.device("cpu")
 
     def complete(self, batches: int) -> bool:
-        """Whether every batch was seen once."""
+        """Return whether every batch was seen once."""
         return all(len(store.tensors) == batches for store in [*self.stores, *([self.output] if self.output else [])])
 
     @property
@@ -268,14 +268,14 @@ class _WholeBatches:
         return Captured(map_leaves(self.places, _Place, lambda place: self.stores[place.number]), self.output, self.device)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        parts = tensors_in((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         if not self.calls:
-            numbers = iter(range(len(parts)))
+            numbers = iter(range(len(tensors)))
             self.places = map_leaves((args, kwargs), Tensor, lambda _: _Place(next(numbers)))
-            self.stores, self.device = [BatchStore([]) for _ in parts], parts[0].device
+            self.stores, self.device = [BatchStore([]) for _ in tensors], tensors[0].device
         self.calls += 1
-        for store, part in zip(self.stores, parts, strict=True):
-            store.add(part, self.budget)
+        for store, tensor in zip(self.stores, tensors, strict=True):
+            store.add(tensor, self.budget)
         if not self.outputs:
             raise _Stop
 
@@ -326,5 +326,5 @@ def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Bat
 
 
 def chunks(count: int, size: int) -> Iterator[Tensor]:
-    """Indices 0 .. count - 1, `size` at a time."""
+    """Yield indices 0 .. count - 1, `size` at a time."""
     yield from torch.arange(count).split(size)

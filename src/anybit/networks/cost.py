@@ -73,7 +73,7 @@ class CostModel:
         return cls(layers, numbers, {key: spec_of(t) for key, t in others.items()}, edges, file_bytes(float_state))
 
     def weight_bits(self, scheme: Scheme) -> float:
-        """Mean stored bits of a weight."""
+        """Return mean stored bits of a weight."""
         total = sum(self.layers[name].weights for name in scheme)
         return sum(self.layers[name].weights * precision.stored_weight_bits for name, precision in scheme.items()) / total
 
@@ -87,7 +87,7 @@ class CostModel:
         return size.macs * (activation_bits if size.operands == 2 else precision.stored_weight_bits) * activation_bits
 
     def layer_bytes(self, name: str, precision: Precision) -> int:
-        """Bytes that the layer's weight and quantizers add to the file, its share of the header aside."""
+        """Return bytes that the layer's weight and quantizers add to the file, its share of the header aside."""
         size = self.layers[name]
         inputs = 5 * size.operands if precision.activation_bits else 0
         if precision.weight_bits is None:
@@ -109,11 +109,11 @@ class CostModel:
         return file_bytes(layout(stored, self.edges, self.leftover + kept_float, self.others), PACKED_METADATA)
 
     def overhead(self, scheme: Scheme) -> int:
-        """Bytes of the file that no choice of bits changes, a few bytes of header aside."""
+        """Return bytes of the file that no choice of bits changes, a few bytes of header aside."""
         return self.file_size(scheme) - sum(self.layer_bytes(name, precision) for name, precision in scheme.items())
 
     def fixed_bytes(self, choices: Mapping[str, Sequence[Precision]]) -> int:
-        """Bytes of the file that no choice of bits changes, up to `HEADER_SLACK` of the header aside."""
+        """Return bytes of the file that no choice of bits changes, up to `HEADER_SLACK` of the header aside."""
         most = {name: max(choices[name], key=lambda p: (bool(p.weight_bits), bool(p.activation_bits))) for name in choices}
         return self.overhead(Scheme(most))
 
@@ -128,5 +128,5 @@ class CostModel:
 
 def macs_per_sample(layer: nn.Module, name: str, wiring: Wiring) -> int:
     """Count the multiply-accumulates of one sample, from the observed shapes."""
-    weights, made = float_weight(layer).numel(), wiring.operation(name).shape
-    return type_of(layer).macs(weights, wiring.input_shapes[name], made, wiring.batch_size)
+    weights, output_shape = float_weight(layer).numel(), wiring.operation(name).shape
+    return type_of(layer).macs(weights, wiring.input_shapes[name], output_shape, wiring.batch_size)

@@ -42,9 +42,9 @@ class LayerType:
         """Lay out rows as a weight of this shape: the inverse of `rows`."""
         return rows.view(shape)
 
-    def macs(self, weights: int, read: Sequence[int], made: Sequence[int], batch_size: int) -> int:
+    def macs(self, weights: int, input_shape: Sequence[int], output_shape: Sequence[int], batch_size: int) -> int:
         """Count multiply-accumulates of one sample, of a layer with so many weights that reads and makes tensors of these shapes."""
-        return weights * math.prod(made[2:])
+        return weights * math.prod(output_shape[2:])
 
     def per_channel(self, values: Tensor, output: Tensor) -> Tensor:
         """Shape values [channels] so that they broadcast over an output."""
@@ -68,8 +68,8 @@ class TransposedConvolution(LayerType):
         grouped = rows.view(groups, shape[1], shape[0] // groups, *shape[2:])
         return grouped.transpose(1, 2).flatten(0, 1)
 
-    def macs(self, weights: int, read: Sequence[int], made: Sequence[int], batch_size: int) -> int:
-        return weights * math.prod(read[2:])
+    def macs(self, weights: int, input_shape: Sequence[int], output_shape: Sequence[int], batch_size: int) -> int:
+        return weights * math.prod(input_shape[2:])
 
 
 def _groups(layer: nn.Module) -> int:
@@ -80,22 +80,22 @@ def _groups(layer: nn.Module) -> int:
 class LinearLayer(LayerType):
     """A weight [channels, fan-in], applied at every place but the last dimension's."""
 
-    def macs(self, weights: int, read: Sequence[int], made: Sequence[int], batch_size: int) -> int:
-        return weights * math.prod(made[:-1]) // batch_size
+    def macs(self, weights: int, input_shape: Sequence[int], output_shape: Sequence[int], batch_size: int) -> int:
+        return weights * math.prod(output_shape[:-1]) // batch_size
 
 
 class Lookup(LayerType):
     """A weight whose rows are looked up by number and never summed."""
 
-    def macs(self, weights: int, read: Sequence[int], made: Sequence[int], batch_size: int) -> int:
+    def macs(self, weights: int, input_shape: Sequence[int], output_shape: Sequence[int], batch_size: int) -> int:
         return 0
 
 
 class Product(LayerType):
     """A product of two activations, without a weight."""
 
-    def macs(self, weights: int, read: Sequence[int], made: Sequence[int], batch_size: int) -> int:
-        return math.prod(made) * read[-1] // batch_size
+    def macs(self, weights: int, input_shape: Sequence[int], output_shape: Sequence[int], batch_size: int) -> int:
+        return math.prod(output_shape) * input_shape[-1] // batch_size
 
     def pairs_tokens(self, layer: nn.Module) -> bool:
         assert isinstance(layer, Matmul)

@@ -10,7 +10,7 @@ of inputs; `weight_rows` and `from_rows` convert. A matmul has no weight, which 
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from anybit.errors import UnsupportedModel
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.matmul import Matmul
 from anybit.networks.wiring import Wiring
-from anybit.numerics.quantizers import UniformQuantizer
+from anybit.numerics.quantizers import UniformQuantizer, frozen
 from anybit.scheme import Precision, Scheme
 
 
@@ -126,10 +126,10 @@ def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
 
 
 def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] = (), groups: Mapping[str, int] = {}) -> nn.Module:
-    """A copy of `model` whose layers `names` have empty slots; its outputs are bitwise those of `model`.
+    """Return a copy of `model` whose layers `names` have empty slots; its outputs are bitwise those of `model`.
 
     `groups` are the layers that have a weight scale for each so many inputs of a channel, instead of one a channel.
-    Raises UnsupportedModel where a name is not a layer that anybit covers, or where two that are not `kept_float` share a weight.
+    Raise UnsupportedModel where a name is not a layer that anybit covers, or where two that are not `kept_float` share a weight.
     """
     names = list(names)
     check_float32(model, [name for name in names if name not in kept_float])
@@ -183,7 +183,7 @@ def check_float32(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself; where it or a part of it is wrapped (DataParallel, torch.compile), a copy without the wrappers.
+    """Return the network itself; where it or a part of it is wrapped (DataParallel, torch.compile), a copy without the wrappers.
 
     Layers so have the names that the network's author gave them, and their forward is Python that can be observed.
     """
@@ -218,14 +218,14 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def float_weight(layer: nn.Module) -> nn.Parameter:
-    """The stored weight, whatever is in the slot; an empty one of a matmul."""
+    """Return the stored weight, whatever is in the slot; an empty one of a matmul."""
     weight = layer._parameters["weight"] if type_of(layer).has_weights else nn.Parameter(torch.empty(0, 0))
     assert weight is not None  # a computed one is refused before
     return weight
 
 
 def float_bias(layer: nn.Module) -> Tensor | None:
-    """The bias; None where the layer has none."""
+    """Return the bias; None where the layer has none."""
     return getattr(layer, "bias", None)
 
 
@@ -257,20 +257,32 @@ def fill(layer: nn.Module, weights: nn.Module | None, inputs: nn.Module | None) 
     layer.weight_quantizer, layer.input_quantizer = weights, inputs
 
 
+@runtime_checkable
+class TrainedWeight(Protocol):
+    """A weight quantizer in training."""
+
+    def freeze(self, rows: Tensor) -> tuple[Tensor, UniformQuantizer | None]:
+        """Return the values of the stored rows on the grid, and the uniform quantizer; None: pruned."""
+
+
+@runtime_checkable
+class TrainedInput(Protocol):
+    """An input quantizer in training."""
+
+    def freeze(self) -> UniformQuantizer:
+        """Return the uniform quantizer of the trained range."""
+
+
 @torch.no_grad()
 def freeze_slots(layer: nn.Module) -> None:
-    """Put uniform quantizers into the slots in place of those that were trained, and round the stored weight onto their grid.
-
-    A trained weight quantizer's `freeze` takes the stored rows and returns (values on the grid, the uniform quantizer; None: pruned); a
-    trained input quantizer's returns the uniform one.
-    """
-    weights: Any = layer.weight_quantizer
-    inputs: Any = layer.input_quantizer
-    if hasattr(weights, "freeze"):
+    """Put uniform quantizers into the slots in place of those that were trained, and round the stored weight onto their grid."""
+    assert isinstance(layer, QuantizedLayer)
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    if isinstance(weights, TrainedWeight):
         values, quantizer = weights.freeze(weight_rows(layer, float_weight(layer)))
         float_weight(layer).copy_(from_rows(layer, values))
         weights = Pruned() if quantizer is None else quantizer
-    fill(layer, weights, inputs.freeze() if hasattr(inputs, "freeze") else inputs)
+    fill(layer, weights, inputs.freeze() if isinstance(inputs, TrainedInput) else inputs)
 
 
 @torch.no_grad()
@@ -287,7 +299,7 @@ def emptied(model: nn.Module) -> nn.Module:
 
 
 def scheme_of(model: nn.Module) -> Scheme:
-    """The scheme that the model's filled slots spell out."""
+    """Return the scheme that the model's filled slots spell out."""
     return Scheme({name: _precision_of(layer) for name, layer in quantized_layers(model).items()})
 
 
@@ -298,8 +310,7 @@ def _precision_of(layer: QuantizedLayer) -> Precision:
 def _bits_of(quantizer: nn.Module | None) -> int | None:
     if quantizer is None or isinstance(quantizer, Pruned):
         return None if quantizer is None else 0
-    assert isinstance(quantizer, UniformQuantizer)
-    return quantizer.bits
+    return frozen(quantizer).bits
 
 
 class Pruned(nn.Module):
@@ -310,11 +321,11 @@ class Pruned(nn.Module):
 
 
 def weight_quantizer_of(layer: nn.Module) -> UniformQuantizer:
-    """The quantizer in a weight slot that is filled with a uniform one."""
-    assert isinstance(layer, QuantizedLayer) and isinstance(layer.weight_quantizer, UniformQuantizer)
-    return layer.weight_quantizer
+    """Return the quantizer in a weight slot that is filled with a uniform one."""
+    assert isinstance(layer, QuantizedLayer)
+    return frozen(layer.weight_quantizer)
 
 
 def codes_of(layer: nn.Module) -> Tensor:
-    """Integer codes [channels, fan-in] of a layer whose weight slot is filled, as int8."""
+    """Return integer codes [channels, fan-in] of a layer whose weight slot is filled, as int8."""
     return weight_quantizer_of(layer).codes(weight_rows(layer, float_weight(layer))).to(torch.int8)

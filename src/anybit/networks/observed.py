@@ -51,8 +51,8 @@ class ObservedNetwork:
 
     def uniform(self, weight_bits: int, activation_bits: int | None) -> Scheme:
         """These bits everywhere, except in kept layers; embeddings have no activation bits, matmuls no weights."""
-        wanted = (Precision(weight_bits, activation_bits), Precision(weight_bits, None), Precision(None, activation_bits))
-        return Scheme({n: next((p for p in wanted if p in options), options[0]) for n, options in self.choices.items()})
+        precisions = (Precision(weight_bits, activation_bits), Precision(weight_bits, None), Precision(None, activation_bits))
+        return Scheme({n: next((p for p in precisions if p in options), options[0]) for n, options in self.choices.items()})
 
 
 def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> ObservedNetwork:
@@ -63,15 +63,15 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     check_float32(
         model, [name for name in covered if name not in options.kept_float(covered)]
     )  # before a type that differs makes the network refuse its input
-    given = state_of(model)
+    before = state_of(model)
     first = observed_pass(model, example)
     names, uncovered = coverage(model, first.wiring)
     if not names:
         others = "".join(f" {name or 'The network itself'}: {why}." for name, why in uncovered.items())
         raise UnsupportedModel(f"The model has no layer to quantize: no convolution, linear or embedding ran on the data.{others}")
-    kept, kept_float = match_patterns(options.keep, names), options.kept_float(names)
+    pinned, kept_float = match_patterns(options.keep, names), options.kept_float(names)
     check_plain_use(first.wiring, [name for name in names if name not in kept_float])
-    moving, last = moving_state(model, example, given, first)
+    moving, last = moving_state(model, example, before, first)
     with torch.no_grad():
         outputs = read_output(last.output, example)
     check_outputs(model, outputs, example)
@@ -81,7 +81,7 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
         restore(network, moving)
     prepared = prepare(folded, names, kept_float, group_sizes(folded, [name for name in names if name not in norms], options.group))
     layers = quantized_layers(prepared)
-    choices = {name: layer_choices(layers[name], kept.get(name), options) for name in names}
+    choices = {name: layer_choices(layers[name], pinned.get(name), options) for name in names}
     blocks = wiring.blocks(list(options.blocks) if options.blocks is not None else None) if options.unit == "block" else []
     fitted = {name for name in names if type_of(layers[name]).sums and any(p.weight_bits for p in choices[name])}
     units = [unit for unit in wiring.units(names, blocks) if fitted & set(unit.layers)]
@@ -92,16 +92,16 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
 
 
 def unobserved_network(model: nn.Module, options: LayerOptions) -> ObservedNetwork:
-    """What can be said of `model` before any input is seen: nothing folded, no units, no shapes."""
+    """Describe `model` before any input is seen: nothing folded, no units, no shapes."""
     check_network(model)
     check_finite_weights(model)
     names, uncovered = coverage(model)
     if not names:
         raise UnsupportedModel("The model has no layer to quantize: no convolution, linear or embedding.")
-    kept, kept_float = match_patterns(options.keep, names), options.kept_float(names)
+    pinned, kept_float = match_patterns(options.keep, names), options.kept_float(names)
     prepared = prepare(model, names, kept_float, group_sizes(model, names, options.group))
     layers = quantized_layers(prepared)
-    choices = {name: layer_choices(layers[name], kept.get(name), options) for name in names}
+    choices = {name: layer_choices(layers[name], pinned.get(name), options) for name in names}
     costs = CostModel.of(prepared, names, None, 0, model)
     return ObservedNetwork(model, model, prepared, Wiring((), {}, {}, (), (), 0), {}, {}, choices, uncovered, [], costs, options)
 
@@ -117,7 +117,7 @@ def check_kinds(scheme: Scheme, network: ObservedNetwork) -> None:
 
 
 def has_choice(network: ObservedNetwork) -> bool:
-    """Whether any layer has more than one precision to choose from."""
+    """Return whether any layer has more than one precision to choose from."""
     return any(len(precisions) > 1 for precisions in network.choices.values())
 
 

@@ -42,10 +42,10 @@ def check_network(model: nn.Module) -> None:
             raise UnsupportedModel(f"{where} is TorchScript, whose layers cannot be changed. Give the Python module that it was made from.")
         if isinstance(module, COVERED) and type_of(module).has_weights:
             _check_not_computed(where, module)
-        kept = {key for key in module._buffers if key not in module._non_persistent_buffers_set}
+        stored = {key for key in module._buffers if key not in module._non_persistent_buffers_set}
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             _check_name(key)
-            _check_tensor(f"{name}.{key}".lstrip("."), tensor, key in module._parameters or key in kept)
+            _check_tensor(f"{name}.{key}".lstrip("."), tensor, key in module._parameters or key in stored)
 
 
 def _check_name(name: str) -> None:
@@ -84,7 +84,7 @@ def _check_tensor(key: str, tensor: Tensor, is_stored: bool) -> None:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; raises UnsupportedModel naming the innermost module that cannot be copied."""
+    """Return a deep copy; raise UnsupportedModel naming the innermost module that cannot be copied."""
     try:
         return copy.deepcopy(model)
     except Exception as error:  # an attribute's own class raises whatever it likes
@@ -105,7 +105,7 @@ def _uncopiable(model: nn.Module, error: Exception) -> tuple[str, nn.Module, str
 
 
 def _said(error: Exception) -> str:
-    """What an error says, up to its first full stop."""
+    """Return an error's message, up to its first full stop."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text.partition('. ')[0].rstrip('.')}."
 
@@ -163,10 +163,10 @@ def moving_state(
                 "alone (of an embedding: max_norm=None)."
             )
     if name is not None:
-        kept = f" It keeps {', '.join(moved)}." if moved else ""
+        note = f" It keeps {', '.join(moved)}." if moved else ""
         raise UnsupportedModel(
             f"The same inputs give other outputs the second time, from {name} on: the network draws at random or keeps what it saw."
-            f"{kept} Make it repeat itself in evaluation mode."
+            f"{note} Make it repeat itself in evaluation mode."
         )
     return moved, last
 
@@ -187,8 +187,8 @@ def _first_difference(first: ObservedPass, second: ObservedPass) -> str | None:
     counts = set(wiring.output_values or (number for op in wiring.operations for number in op.outputs))
     for op in reversed(wiring.operations):
         counts.update(op.inputs if counts & set(op.outputs) else ())
-    made = [*((number,) for number in wiring.input_values), *(op.outputs for op in wiring.operations if op.outputs)]
-    for one, other, numbers in zip(first.values, second.values, made, strict=False):
+    values = [*((number,) for number in wiring.input_values), *(op.outputs for op in wiring.operations if op.outputs)]
+    for one, other, numbers in zip(first.values, second.values, values, strict=False):
         if one[0] != other[0] or (one != other and counts & set(numbers)):
             return one[0]
     return None if len(first.values) == len(second.values) else "its last operation"

@@ -16,7 +16,7 @@ from anybit.numerics.quantizers import UniformQuantizer
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state dict."""
+    """Return a copy of the state dict."""
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
 
@@ -28,7 +28,7 @@ def restore(model: nn.Module, state: Mapping[str, Tensor | None]) -> None:
 
 
 def snapshot(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """What stands in these layers of a canonical model, by name, for a file: codes, ranges and biases, float weights where there are no
+    """Return what is in these layers of a canonical model, by name, for a file: codes, ranges and biases, float weights where there are no
     codes."""
     held = Candidates()
     floats: dict[str, Tensor] = {}
@@ -58,10 +58,10 @@ def put_back(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tenso
     for name, layer in layers.items():
         weights, inputs = layer.weight_quantizer, layer.input_quantizer
         if isinstance(weights, UniformQuantizer):
-            kept = held.weights[name, weights.bits]
-            values = dequantize(kept.codes.float(), kept.scale, torch.zeros(()))
-            changes += [(weights.scale, kept.scale), (float_weight(layer), from_rows(layer, values))]
-            bias = kept.bias
+            candidate = held.weights[name, weights.bits]
+            values = dequantize(candidate.codes.float(), candidate.scale, torch.zeros(()))
+            changes += [(weights.scale, candidate.scale), (float_weight(layer), from_rows(layer, values))]
+            bias = candidate.bias
         else:
             changes.append((float_weight(layer), tensors[f"{name}|weight"]))
             bias = tensors.get(f"{name}|bias")
@@ -70,8 +70,8 @@ def put_back(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tenso
                 layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0], device=float_weight(layer).device))
             changes.append((layer.bias, bias))
         if isinstance(inputs, UniformQuantizer):
-            kept_range = held.activations[name, inputs.bits]
-            changes += [(inputs.scale, kept_range.scale), (inputs.zero_point, kept_range.zero_point)]
+            input_candidate = held.activations[name, inputs.bits]
+            changes += [(inputs.scale, input_candidate.scale), (inputs.zero_point, input_candidate.zero_point)]
     for target, value in changes:
         if target.shape != value.shape:
             raise InvalidFile(f"a tensor is {tuple(value.shape)} where the network has {tuple(target.shape)}")
@@ -100,7 +100,7 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
 
 
 def leftovers(prepared: nn.Module, names: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The state dict without the weights of layers `names` and without quantizers: (float32 entries, all others), in its order."""
+    """Return the state dict without the weights of layers `names` and without quantizers: (float32 entries, all others), in its order."""
     coded = {id(prepared.get_submodule(name)) for name in names}
     places = [(name, module) for name, module in prepared.named_modules(remove_duplicate=False) if isinstance(module, QuantizedLayer)]
     skipped = {f"{name}.weight" for name, module in places if id(module) in coded}  # under every name that the network has for it

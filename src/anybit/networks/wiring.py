@@ -77,7 +77,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Wiring:
-    """What one forward pass showed. Lookups are by name; `calls` counts how often each module ran."""
+    """The record of one forward pass. Lookups are by name; `calls` counts how often each module ran."""
 
     operations: tuple[Operation, ...]
     calls: dict[str, int]
@@ -122,16 +122,16 @@ class Wiring:
         return self._by_input.get(value, [])
 
     def only_reader(self, value: int) -> Operation | None:
-        """The one operation that reads `value`, where nothing else does and the model does not give it out."""
+        """Return the one operation that reads `value`, where nothing else does and the model does not give it out."""
         readers = self.readers(value)
         return readers[0] if len(readers) == 1 and value not in self._given_out else None
 
     def layer_names(self) -> list[str]:
-        """Layers of a covered class that ran, in order of their first call."""
+        """Return layers of a covered class that ran, in order of their first call."""
         return list(dict.fromkeys(op.name for op in self.operations if op.kind == LAYER))
 
     def batch_norm_after(self, layer: str) -> str | None:
-        """The batch norm that alone reads this layer's output, both called once; None where there is none."""
+        """Return the batch norm that alone reads this layer's output, both called once; None where there is none."""
         reader = self.only_reader(self.operation(layer).outputs[0])
         if reader is None or reader.kind != BATCH_NORM or self.calls[layer] != 1 or self.calls[reader.name] != 1:
             return None
@@ -140,7 +140,7 @@ class Wiring:
         return None if over_others else reader.name
 
     def activation_after(self, module: str) -> Callable[[Tensor], Tensor] | None:
-        """The activation that alone reads this module's output (seen through its batch norm), or None.
+        """Return the activation that alone reads this module's output (seen through its batch norm), or None.
 
         A ReLU after a residual sum is the sum's, not the convolution's: the sum stands between them here as in the network.
         """
@@ -151,7 +151,7 @@ class Wiring:
         return None if reader is None else reader.function
 
     def feeds(self, first: str, second: str) -> bool:
-        """Whether all that module `second` reads is what `first` gives, through the activation after it where there is one."""
+        """Return whether all that module `second` reads is what `first` gives, through the activation after it where there is one."""
         value = self.module_outputs.get(first)
         reader = None if value is None else self.only_reader(value)
         if reader is not None and reader.function is not None:
@@ -165,7 +165,7 @@ class Wiring:
         return [op for op in self.operations if op.kind in JOINS and len(set(op.inputs)) > 1]
 
     def products(self) -> list[Operation]:
-        """Matrix products of several observed values that no layer computes."""
+        """Return matrix products of several observed values that no layer computes."""
         return [op for op in self.operations if op.kind in PRODUCTS and len(set(op.inputs)) > 1]
 
     def functions(self) -> list[Operation]:
@@ -196,7 +196,7 @@ class Wiring:
         return named
 
     def units(self, layers: list[str], blocks: list[str]) -> list[Unit]:
-        """The layers grouped into blocks, the others alone, in order of their first call."""
+        """Return the layers grouped into blocks, the others alone, in order of their first call."""
         units: dict[str, list[str]] = {}
         for layer in layers:
             home = next((block for block in blocks if _inside(layer, block)), layer)
@@ -224,7 +224,7 @@ def observe(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], No
     """Run `model` once on `batch`, in evaluation mode and without gradients, and say what happened.
 
     `on_value(name, tensor)` is called with every named value as it is made ("input/0", ..., then each operation's first output).
-    Raises InvalidInput where the model refuses the batch, UnsupportedModel where it gives back no tensor.
+    Raise InvalidInput where the model refuses the batch, UnsupportedModel where it gives back no tensor.
     """
     return observe_outputs(model, batch, on_value)[0]
 
@@ -367,7 +367,7 @@ class _Observer(TorchFunctionMode):
 
 
 def _surroundings(tensor: Tensor) -> str | None:
-    """What is around a layer that reads `tensor` and would not be there when it is run alone; None in a plain forward."""
+    """Return what is around a layer that reads `tensor` and would not be there when it is run alone; None in a plain forward."""
     if torch._C._functorch.is_batchedtensor(tensor):
         return "inside torch.vmap"
     if torch.is_autocast_enabled(tensor.device.type):
@@ -376,7 +376,7 @@ def _surroundings(tensor: Tensor) -> str | None:
 
 
 def _float_class(module: nn.Module) -> type:
-    """The class that the model's author wrote, under a swapped one."""
+    """Return the class that the model's author wrote, under a swapped one."""
     return next(cls for cls in type(module).__mro__ if not cls.__name__.startswith("Quantized"))
 
 
@@ -390,7 +390,7 @@ def _bare_name(func) -> str:
 
 
 def _activation(kind: str, args: tuple, kwargs: dict) -> Callable[[Tensor], Tensor] | None:
-    """The out-of-place function of one tensor that this call is, where it is an activation."""
+    """Return the out-of-place function of one tensor that this call is, where it is an activation."""
     if kind not in ACTIVATIONS or tensors_in((args[1:], kwargs)):
         return None
     settings = {key: value for key, value in kwargs.items() if key not in ("inplace", "input")}

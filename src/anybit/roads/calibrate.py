@@ -81,7 +81,7 @@ def calibrate(
 
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
-    wanted = CalibrateSettings.of(**settings)
+    options = CalibrateSettings.of(**settings)
     budgets: list[Budget | None]
     if several := isinstance(budget, Sequence) and not isinstance(budget, str):
         budgets = [Budget.parse(one) for one in budget]
@@ -90,21 +90,21 @@ def calibrate(
     twice = [text for text, count in Counter(map(str, budgets)).items() if count > 1]
     if twice:
         raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
-    model, preprocessing, about = follow_model(model, weights, data, preprocessing, wanted.task)
-    samples = draw(samples_from(data, workers, preprocessing, model), wanted.samples, wanted.seed).on(device)
+    model, preprocessing, provenance = follow_model(model, weights, data, preprocessing, options.task)
+    samples = draw(samples_from(data, workers, preprocessing, model), options.samples, options.seed).on(device)
     if test is None:
         check_metric_has_labels(metric, samples)
     tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), model)
     clock = StageClock()
-    recall = open_cache(cache)
-    bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one], clock, metric, recall)
+    entries = open_cache(cache)
+    bench = prepare_bench(on_device(model, device).eval(), samples, options, [one for one in budgets if one], clock, metric, entries)
     saved = {
         "table": bench.table.to_json(),
         "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
-        "settings": wanted.to_json(),
+        "settings": options.to_json(),
     }
-    results = [finish(bench, one, about, saved, StageClock(list(clock.stages)), tests) for one in budgets]
-    settle(recall)
+    results = [finish(bench, one, provenance, saved, StageClock(list(clock.stages)), tests) for one in budgets]
+    settle(entries)
     return results if several else results[0]
 
 
@@ -115,7 +115,7 @@ def prepare_bench(
     budgets: Sequence[Budget],
     clock: StageClock,
     metric: Metric | None = None,
-    recall: Cache = Cache(),
+    cache: Cache = Cache(),
 ) -> CalibrationState:
     """Everything up to the sensitivity table; budgets that no scheme can meet are refused before the long work."""
     with clock.stage("observe and fold"):
@@ -139,39 +139,39 @@ def prepare_bench(
             raise UnsupportedModel(
                 "The float network's outputs are NaN or infinite on the calibration data. Check the network and the data."
             )
-        recall = key_of_run(recall, network, calibration, [*references, reference], settings)
+        cache = key_of_run(cache, network, calibration, [*references, reference], settings)
     with clock.stage("ranges"):
-        ranged = candidates = cached_candidates(recall, "ranges", network, lambda: range_candidates(network, calibration, settings))
-    recall = keyed_by_settings(recall, settings, MATCHING)
+        ranged = candidates = cached_candidates(cache, "ranges", network, lambda: range_candidates(network, calibration, settings))
+    cache = keyed_by_settings(cache, settings, MATCHING)
     targets: Mapping[str, Any] = {}
     matched = None
     if settings.bn_tuning and network.norms:
         with clock.stage("matching of candidates"):
             targets = batch_norm_targets(network, calibration, settings)
             match = partial(matched_candidates, network, candidates, targets, calibration, settings.bn_prior)
-            candidates = cached_candidates(recall, "matching of candidates", network, match)
+            candidates = cached_candidates(cache, "matching of candidates", network, match)
     errors: dict[str, Any] = {}
     if settings.does("parallel") and (settings.parallel is True or has_choice(network)):
         matched = candidates
-        recall = keyed_by_settings(recall, settings, PARALLEL)
+        cache = keyed_by_settings(cache, settings, PARALLEL)
         with clock.stage(f"parallel {rounding_named(settings.rounding).__name__}"):
-            candidates, errors = reconstructed_candidates(network, candidates, ranged, calibration, settings, recall)
-    recall = keyed_by_settings(recall, settings, SENSITIVITY).keyed(task)
+            candidates, errors = reconstructed_candidates(network, candidates, ranged, calibration, settings, cache)
+    cache = keyed_by_settings(cache, settings, SENSITIVITY).keyed(task)
     with clock.stage("sensitivity"):
-        table = sensitivity_table(network, candidates, calibration, reference, task, settings, recall)
-    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, recall.keyed(metric and code_of(metric)))
+        table = sensitivity_table(network, candidates, calibration, reference, task, settings, cache)
+    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, cache.keyed(metric and code_of(metric)))
     return CalibrationState(network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors)
 
 
 def finish(
     bench: CalibrationState,
     budget: Budget | None,
-    about: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     saved: Mapping[str, Any],
     clock: StageClock,
     test: Samples | None = None,
 ) -> Result:
-    """One budget's scheme, polished, measured and reported; `saved` goes beside the candidates, for budgets to come."""
+    """Return one budget's scheme, polished, measured and reported; `saved` goes beside the candidates, for budgets to come."""
     network = bench.network
     with clock.stage("allocation"):
         choice = chosen_scheme(bench, budget)
@@ -181,10 +181,10 @@ def finish(
         if budget is not None and (drop := budget.limit(DROP.name)) is not None:
             model = _within_drop(bench, drop, choice.scheme, model)
     with clock.stage("edge ranges"):
-        part = samples_at_once(network.wiring, OBSERVED, bench.settings.memory, 8)
-        recall = bench.judge.recall.keyed("edges", digest(model.state_dict().values()), part)
-        observe_edges = partial(observe_edge_ranges, model, network.wiring, bench.calibration.fitting, part)
-        edges = recall.value("edge ranges", observe_edges, partial(as_ranges, wiring=network.wiring))
+        chunk_size = samples_at_once(network.wiring, OBSERVED, bench.settings.memory, 8)
+        cache = bench.judge.recall.keyed("edges", digest(model.state_dict().values()), chunk_size)
+        observe_edges = partial(observe_edge_ranges, model, network.wiring, bench.calibration.fitting, chunk_size)
+        edges = cache.value("edge ranges", observe_edges, partial(as_ranges, wiring=network.wiring))
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
     report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
@@ -197,12 +197,12 @@ def finish(
             report["latency"] = measured_latencies(network.costs, canonical, bench.calibration.fitting[0].to("cpu"))
     report["stages"] = clock.stages
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
-    about = {**about, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task}
-    return Result(canonical, report, about, bench.candidates, dict(saved))
+    provenance = {**provenance, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task}
+    return Result(canonical, report, provenance, bench.candidates, dict(saved))
 
 
 def _within_drop(bench: CalibrationState, drop: float, scheme: Scheme, polished: nn.Module) -> nn.Module:
-    """The polished model, or the candidates that met the allowed drop where polishing (judged by the loss) has left it."""
+    """Return the polished model, or the candidates that met the allowed drop where polishing (judged by the loss) has left it."""
     judge, counted = bench.judge, bench.judge.counted
     assert counted is not None  # else the budget is refused
     if judge.of_outputs(judge.reference)[counted] - judge.of_model(polished)[counted] <= drop:
@@ -211,7 +211,7 @@ def _within_drop(bench: CalibrationState, drop: float, scheme: Scheme, polished:
 
 
 def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Budget | None) -> dict[str, Any]:
-    """The JSON report, before what was tried, tests and times."""
+    """Return the JSON report, before what was tried, tests and times."""
     network, settings = bench.network, bench.settings
     layers = {
         name: {**row, "predicted_loss": bench.table.loss(name, scheme[name])} for name, row in layer_costs(network.costs, scheme).items()
@@ -237,14 +237,14 @@ def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Bud
 def _table(bench: CalibrationState) -> dict[str, Any]:
     """Every candidate precision's predicted loss and costs: what other budgets would give can be told from it, without the network."""
     choices, costs = bench.network.choices, bench.network.costs
-    told = [cost for cost in cost_quantities() if cost.counted is cost and cost.recorded == "candidates"]
+    shown = [cost for cost in cost_quantities() if cost.counted is cost and cost.recorded == "candidates"]
     return {
         "floor": bench.table.floor,
         "fixed_bytes": costs.fixed_bytes(choices),
         "weights": sum(size.weights for size in costs.layers.values()),
         "layers": {
             name: {
-                str(p): {"loss": bench.table.loss(name, p)} | {cost.name: cost.layer(costs, name, p) for cost in told} for p in precisions
+                str(p): {"loss": bench.table.loss(name, p)} | {cost.name: cost.layer(costs, name, p) for cost in shown} for p in precisions
             }
             for name, precisions in choices.items()
         },

@@ -26,7 +26,7 @@ def evaluate(
     device: str = "cpu",
     preprocessing: Preprocessing = Preprocessing(),
 ) -> dict[str, Any]:
-    """What the task counts (`evaluation.score`), and the user's metric, of a network on labelled data."""
+    """Score a network on labelled data: the task's own scores, and the user's metric."""
     model = adapted_network(model)
     samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)
     if len(samples) == 0:

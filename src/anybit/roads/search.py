@@ -20,7 +20,7 @@ from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInp
 from anybit.files.cache import Cache, Entry
 from anybit.files.strict import in_words, sealed, sha256_of, validated, write_json
 from anybit.methods.settings import SearchSettings
-from anybit.methods.subnet_search import Evaluated, Found, hypervolume, pareto_front, search_subnets, total_cost
+from anybit.methods.subnet_search import Evaluated, SearchResult, hypervolume, pareto_front, search_subnets, total_cost
 from anybit.networks.edges import observe_edge_ranges
 from anybit.networks.wiring import observe
 from anybit.progress import tell, track
@@ -44,46 +44,46 @@ TIE = 1e-3
 """Points of top-1 that one nat is worth."""
 
 
-def cached_search(recall: Cache, supernet: Supernet, settings: SearchSettings, images: int, run: Callable[[], Found]) -> Found:
-    """A whole search, under its settings."""
+def cached_search(cache: Cache, supernet: Supernet, settings: SearchSettings, images: int, run: Callable[[], SearchResult]) -> SearchResult:
+    """Return a whole search, under its settings."""
 
     def as_json() -> dict[str, Any]:
-        found = run()
-        rows = [{**vars(one), "scheme": one.scheme.to_json()} for one in found.evaluated]
-        return {"evaluated": rows, "rank_correlation": found.rank_correlation}
+        result = run()
+        rows = [{**vars(one), "scheme": one.scheme.to_json()} for one in result.evaluated]
+        return {"evaluated": rows, "rank_correlation": result.rank_correlation}
 
-    def as_found(told: Any) -> Found:
-        kept = validated(SearchEntry, told, "the search")
-        rows = [Evaluated(Scheme(row.scheme), row.score, row.cost, row.origin) for row in kept.evaluated]
+    def from_json(data: Any) -> SearchResult:
+        entry = validated(SearchEntry, data, "the search")
+        rows = [Evaluated(Scheme(row.scheme), row.score, row.cost, row.origin) for row in entry.evaluated]
         for row in rows:
             check_whole(row.scheme, supernet.choices)
             if row.cost != total_cost(supernet.costs, settings.quantity, row.scheme):
                 raise InvalidFile(f"{row.scheme} does not cost {row.cost:g}")
-        return Found(rows, kept.rank_correlation)
+        return SearchResult(rows, entry.rank_correlation)
 
-    return recall.keyed(images, settings.to_json()).value("search", as_json, as_found)
+    return cache.keyed(images, settings.to_json()).value("search", as_json, from_json)
 
 
-def cached_statistics(recall: Cache, supernet: Supernet, scheme: Scheme, learn: Callable[[], KnownSubnet]) -> None:
+def cached_statistics(cache: Cache, supernet: Supernet, scheme: Scheme, learn: Callable[[], KnownSubnet]) -> None:
     """A subnet's batch-norm statistics and edge ranges, which the supernet knows from now on."""
 
     def make() -> Entry:
         known = learn()
         return Entry(None, {"statistics": known.statistics, "edges": known.edges})
 
-    def read(kept: Entry) -> KnownSubnet:
-        known, another = KnownSubnet(scheme, kept.tensors["statistics"], kept.tensors["edges"]), supernet.known[0]
+    def read(entry: Entry) -> KnownSubnet:
+        known, another = KnownSubnet(scheme, entry.tensors["statistics"], entry.tensors["edges"]), supernet.known[0]
         if known.statistics.shape != another.statistics.shape or known.edges.shape != another.edges.shape:
             raise InvalidFile("it is of another network")
         supernet.check_known(known, f"statistics of {scheme}")
         return known
 
-    known = recall(f"statistics of {scheme}", make, read)
+    known = cache(f"statistics of {scheme}", make, read)
     supernet.known = [*(one for one in supernet.known if one.scheme != scheme), known]
 
 
 class SearchEntry(BaseModel):
-    """What is kept of a whole search."""
+    """Cache entry of a whole search."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     evaluated: list[EvaluatedRecord] = Field(min_length=1)
@@ -92,7 +92,7 @@ class SearchEntry(BaseModel):
 
 @dataclass
 class Search:
-    """What a search found: `supernet` keeps the statistics of `chosen` (budget -> scheme) and of the front; `report` tells the rest."""
+    """Result of a search: `supernet` keeps the statistics of `chosen` (budget -> scheme) and of the front; `report` tells the rest."""
 
     supernet: Supernet
     chosen: dict[str, Scheme]
@@ -115,7 +115,7 @@ def run_search(
     budgets: Sequence[Budget],
     settings: SearchSettings,
     metric: Metric | None,
-    recall: Cache,
+    cache: Cache,
 ) -> Search:
     """Search, measure the front again on other held-out samples, and choose for each budget; `samples` are the training data.
 
@@ -138,37 +138,37 @@ def run_search(
 
     def score(scheme: Scheme, test: Sequence[Batch], statistics: Sequence[Batch], where: tuple[str, int]) -> float:
         def measure() -> float:
-            told = scores(supernet, scheme, statistics, test, metric)
+            measured = scores(supernet, scheme, statistics, test, metric)
             # Of two subnets that get as many right the one of lower loss is the better; a metric of the user's own is taken as it is.
             if key == "loss":
-                return -told["loss"]
-            return told[key] - (TIE * min(told["loss"], 100.0) if key == "top1" else 0.0)
+                return -measured["loss"]
+            return measured[key] - (TIE * min(measured["loss"], 100.0) if key == "top1" else 0.0)
 
-        return recall.keyed(*where, images).value(f"score of {scheme}", measure, float)
+        return cache.keyed(*where, images).value(f"score of {scheme}", measure, float)
 
     progress = iter(track(range(settings.evaluations), "evaluations"))
 
     def evaluate(scheme: Scheme) -> float:
         next(progress, None)
-        found = score(scheme, search_on, few, ("search", asked))
-        tell("subnet", score=found, cost=total_cost(supernet.costs, settings.quantity, scheme), scheme=scheme)
-        return found
+        value = score(scheme, search_on, few, ("search", asked))
+        tell("subnet", score=value, cost=total_cost(supernet.costs, settings.quantity, scheme), scheme=scheme)
+        return value
 
     uniform_ones = list(uniform_schemes(supernet).values())
-    found = cached_search(
-        recall.keyed(asked),
+    result = cached_search(
+        cache.keyed(asked),
         supernet,
         settings,
         images,
         lambda: search_subnets(supernet.choices, supernet.costs, evaluate, settings, uniform_ones),
     )
     next(progress, None)
-    front = pareto_front(found.evaluated)
-    shown = dict.fromkeys(one.scheme for one in [*front, *found.evaluated[: len(uniform_ones)]])
+    front = pareto_front(result.evaluated)
+    shown = dict.fromkeys(one.scheme for one in [*front, *result.evaluated[: len(uniform_ones)]])
     again = {scheme: score(scheme, measure_on, bn, ("measure", supernet.settings.bn_images)) for scheme in shown}
     chosen = {}
     for budget in budgets:
-        fit = [one for one in found.evaluated if fits_budget(supernet.costs, one.scheme, budget)]
+        fit = [one for one in result.evaluated if fits_budget(supernet.costs, one.scheme, budget)]
         chosen[str(budget)] = max(fit, key=lambda one: (one.score, -one.cost)).scheme if fit else lowest(supernet)
     first = next(fitting.subset([0, 1]).batches(2))
     edge_batches = bn[:8]
@@ -178,22 +178,22 @@ def run_search(
 
     for scheme in dict.fromkeys([*chosen.values(), *(one.scheme for one in front)]):
         if all(known.scheme != scheme for known in supernet.known):
-            cached_statistics(recall, supernet, scheme, partial(supernet.learn, scheme, bn, edge_ranges))
+            cached_statistics(cache, supernet, scheme, partial(supernet.learn, scheme, bn, edge_ranges))
     # The same corner for every search of this supernet: the highest bits' cost, the lowest bits' score.
-    corner = (total_cost(supernet.costs, settings.quantity, supernet.method.highest), found.evaluated[0].score)
+    corner = (total_cost(supernet.costs, settings.quantity, supernet.method.highest), result.evaluated[0].score)
     rows = [
         {"scheme": o.scheme.to_json(), "score": o.score, "cost": o.cost, "origin": o.origin, "measured": again.get(o.scheme)}
-        for o in found.evaluated
+        for o in result.evaluated
     ]  # fmt: skip
     report: dict[str, Any] = {
         "version": 1,
         "score": key,
         "quantity": settings.quantity,
         "evaluated": rows,
-        "front": [rows[found.evaluated.index(one)] for one in front],
+        "front": [rows[result.evaluated.index(one)] for one in front],
         "hypervolume": {"value": hypervolume(front, *corner), "cost": corner[0], "score": corner[1]},
-        "rank_correlation": found.rank_correlation,
-        "recalled": recall.counts["recalled"],
+        "rank_correlation": result.rank_correlation,
+        "recalled": cache.counts["recalled"],
         "budgets": {text: {"scheme": scheme.to_json(), **supernet.costs.summary(scheme)} for text, scheme in chosen.items()},
         "images": {
             "searched_on": images,
@@ -204,7 +204,7 @@ def run_search(
         "settings": settings.to_json(),
         "environment": environment(),
     }
-    tell("result", budgets=report["budgets"], hypervolume=report["hypervolume"]["value"], rank_correlation=found.rank_correlation)
+    tell("result", budgets=report["budgets"], hypervolume=report["hypervolume"]["value"], rank_correlation=result.rank_correlation)
     return Search(supernet, chosen, report)
 
 
@@ -250,7 +250,7 @@ def _evaluated_in(folder: Path, supernet: Supernet) -> list[tuple[float, float, 
 
 
 def best_within(folder: Any, supernet: Supernet, budget: Budget) -> Scheme:
-    """The best evaluated subnet of a search that fits; of a supernet that was not searched, the largest uniform one that fits."""
+    """Return the best evaluated subnet of a search that fits; of a supernet that was not searched, the largest uniform one that fits."""
     check_fits(supernet, budget)
     if isinstance(folder, (str, Path)) and (Path(folder) / SEARCH).is_file():
         known = _evaluated_in(Path(folder), supernet)
@@ -282,7 +282,7 @@ def search(
 
     Raises InfeasibleBudget, naming the least, where no subnet fits a budget.
     """
-    wanted = SearchSettings.of(**settings)
+    options = SearchSettings.of(**settings)
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
     budgets = [Budget.parse(one) for one in ([budget] if isinstance(budget, (str, Budget)) else budget)]
     samples = supernet_data(run, supernet, data, workers).on(device)
@@ -291,11 +291,11 @@ def search(
         check_fits(supernet, one)
     on_device(torch.nn.Identity(), device)  # refused by name where there is none
     supernet.model.to(device)
-    recall = key_of_supernet(open_cache(cache), supernet, samples, metric)
+    scores_cache = key_of_supernet(open_cache(cache), supernet, samples, metric)
     try:
-        found = run_search(supernet, samples, budgets, wanted, metric, recall)
+        result = run_search(supernet, samples, budgets, options, metric, scores_cache)
         if supernet.costs.latency is not None:  # counted for these budgets
-            found.supernet = replace(supernet, costs=replace(supernet.costs, latency=None))
-        return found
+            result.supernet = replace(supernet, costs=replace(supernet.costs, latency=None))
+        return result
     finally:
         supernet.model.cpu()

@@ -53,7 +53,7 @@ def read_supernet_file(folder: Path) -> SupernetFile:
 
 
 def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
-    """The supernet that was saved, on a copy of the float network."""
+    """Return the supernet that was saved, on a copy of the float network."""
     file = read_supernet_file(folder)
     layers = file.stored()
     settings = SupernetSettings.from_json(file.settings)
@@ -94,9 +94,9 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     folded, _ = batchnorm.fold(float_model, file.folded)
     costs = CostModel.of(prepare(folded, list(layers), kept_float), list(layers), None, len(file.edges), float_model)
     costs = replace(costs, layers={name: LayerSize(one.rows, one.columns, one.macs, one.operands) for name, one in file.layers.items()})
-    about = {"model": file.model, "data": file.data, "preprocessing": file.preprocessing}
+    provenance = {"model": file.model, "data": file.data, "preprocessing": file.preprocessing}
     report = read_report(folder) if (folder / REPORT).is_file() else {}
-    supernet = Supernet(float_model, method, settings, file.folded, costs, file.edges, file.task, known, about, report)
+    supernet = Supernet(float_model, method, settings, file.folded, costs, file.edges, file.task, known, provenance, report)
     for one in known:
         supernet.check_known(one, str(folder / SUPERNET))
     return supernet
@@ -110,7 +110,7 @@ def _blank(layer: StoredLayer, per_channel: bool) -> tuple[dict[int, Tensor], di
 
 
 def _expected(layers: Mapping[str, StoredLayer], floats: Sequence[int], subnets: int, statistics: int, edges: int) -> dict[str, TensorSpec]:
-    """The shared tensors of the file; those with nothing in them are left out."""
+    """Return the shared tensors of the file; those with nothing in them are left out."""
     shared = layer_specs(layers) | {
         "floats": TensorSpec("F32", (sum(floats),)),
         "statistics": TensorSpec("F32", (subnets * statistics,)),
@@ -119,23 +119,23 @@ def _expected(layers: Mapping[str, StoredLayer], floats: Sequence[int], subnets:
     return {name: spec for name, spec in shared.items() if spec.nbytes}
 
 
-def _load(layer: QuantizedLayer, part: LayerTensors) -> None:
+def _load(layer: QuantizedLayer, tensors: LayerTensors) -> None:
     """Put a layer's stored numbers into its blank slots. Raises InvalidFile where a scale is none."""
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    if part.codes is not None:
-        assert part.code_scale is not None and isinstance(weights, SwitchableWeight)  # a layer with codes has all three
-        values = torch.from_numpy(part.codes.astype(np.float32) * part.code_scale[:, None])
+    if tensors.codes is not None:
+        assert tensors.code_scale is not None and isinstance(weights, SwitchableWeight)  # a layer with codes has all three
+        values = torch.from_numpy(tensors.codes.astype(np.float32) * tensors.code_scale[:, None])
         float_weight(layer).copy_(from_rows(layer, values))
-        scales = torch.from_numpy(np.stack([scale for scale in part.weight_scales.values()]))[:, :, None]
+        scales = torch.from_numpy(np.stack([scale for scale in tensors.weight_scales.values()]))[:, :, None]
         weights.load(scales if weights.start.shape[1] > 1 else scales[:, :1])
     if isinstance(inputs, SwitchableInput):
-        scales, zeros = torch.tensor([list(zip(*operands, strict=True)) for operands in part.ranges.values()]).unbind(1)
+        scales, zeros = torch.tensor([list(zip(*operands, strict=True)) for operands in tensors.ranges.values()]).unbind(1)
         inputs.load(scales.view_as(inputs.start))
         inputs.offsets.copy_(zeros.view_as(inputs.offsets) / inputs.highest())
 
 
 def load_supernet(folder: str | Path, model: nn.Module | str | None = None) -> Supernet:
-    """The supernet that `train` or `search` saved; `model` as for `load`."""
+    """Return the supernet that `train` or `search` saved; `model` as for `load`."""
     folder = Path(folder)
     file = read_supernet_file(folder)
     supernet = read_supernet(folder, float_model_of(folder, file, model, SUPERNET_JSON))

@@ -14,7 +14,7 @@ from anybit.scheme import Scheme
 
 
 def active_norms(model: nn.Module) -> list[BatchNorm]:
-    """The batch norms that the network at hand computes with, in order of definition."""
+    """Return the batch norms that the network at hand computes with, in order of definition."""
     idle = {
         id(norm) for module in model.modules() if isinstance(module, SwitchableNorm) for norm in module.norms if norm is not module.chosen()
     }
