@@ -61,7 +61,7 @@ class GrowMethod(Trainee, Protocol):
     needs_scheme: bool
 
     @staticmethod
-    def choices(settings: Any, activation_bits: int | None) -> list[Precision]:
+    def layer_choices(settings: Any, activation_bits: int | None) -> list[Precision]:
         """Return the precisions that a layer may end with, by rising weight bits."""
 
     @staticmethod

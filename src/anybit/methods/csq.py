@@ -38,7 +38,7 @@ DAC 2023 (arXiv 2212.02770); its equations from the paper's abstract and the aut
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -97,8 +97,7 @@ class _GatedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         positive, negative, place, step, temperature = ctx.saved_tensors
-        needs_logits = ctx.needs_input_grad[0]
-        to_positive, to_negative = (torch.zeros_like(positive), torch.zeros_like(negative)) if needs_logits else (None, None)
+        to_positive, to_negative = (torch.zeros_like(m) if ctx.needs_input_grad[0] else None for m in (positive, negative))
         to_place, total = torch.zeros_like(place), torch.zeros_like(positive[0])
         scaled = grad * step
         for b in ctx.planes:
@@ -106,7 +105,7 @@ class _GatedSum(torch.autograd.Function):
             bit = gate(p, temperature, ctx.kind) - gate(n, temperature, ctx.kind)
             to_place[b] = (bit * scaled).sum()
             total += bit * place[b]
-            if needs_logits:
+            if to_positive is not None and to_negative is not None:
                 shared = scaled * place[b]
                 torch.mul(shared, slope(p, temperature, ctx.kind), out=to_positive[b])
                 torch.mul(shared, -slope(n, temperature, ctx.kind), out=to_negative[b])
@@ -121,6 +120,10 @@ class GatedWeight(nn.Module):
     log_scale           log s, [1, 1] or [channels, 1]
     live                the planes that stay, once they are fixed; None before
     """
+
+    place_values: Tensor
+    temperature: Tensor
+    plane_temperature: Tensor
 
     def __init__(
         self,
@@ -173,17 +176,15 @@ class GatedWeight(nn.Module):
             return soft + ((planes >= 0).to(soft.dtype) - soft).detach()
         return gate(planes, self.plane_temperature, "soft")
 
-    def shrinkage(self) -> Tensor:
-        """What decided gates make of a weight at the start: tanh(c beta / 2) of its bits, f(1) of its planes; 1 where they are hard."""
+    def shrinkage(self) -> Tensor | float:
+        """Return what decided gates make of a weight at the start: tanh(c beta / 2) of its bits, f(1) of its planes; 1 where hard."""
         weights = torch.tanh(self.logit * self.temperature / 2) if self.weight_gates == "soft" else 1.0
         return weights * (torch.sigmoid(self.plane_temperature) if self.live is None and self.plane_gates == "soft" else 1.0)
 
     def forward(self, rows: Tensor) -> Tensor:
         step = self.log_scale.exp() / self.shrinkage()
-        if self.live is None:
-            place, planes = self.place_values * self.plane_gate(), range(len(self.planes))
-        else:
-            place, planes = self.place_values, self.live
+        place = self.place_values * self.plane_gate() if self.live is None else self.place_values
+        planes = range(len(self.planes)) if self.live is None else self.live
         return _GatedSum.apply(self.positive, self.negative, place, step, self.temperature, self.weight_gates, planes)
 
     # Precision, and the end of it
@@ -223,7 +224,7 @@ class GatedWeight(nn.Module):
         bits = (self.positive >= 0).long() - (self.negative >= 0).long()  # [N, channels, fan-in], each -1, 0 or 1
         if not kept:
             return torch.zeros_like(self.positive[0]), None
-        codes = sum(bits[b] << (b - kept[0]) for b in kept)
+        codes = sum((bits[b] << (b - kept[0]) for b in kept), torch.zeros_like(bits[0]))
         step = self.log_scale.exp() * self.place_values[kept[0]]
         quantizer = UniformQuantizer(self.bits(), True, step.expand(len(codes), 1))
         return quantizer.values(codes.float()), quantizer
@@ -242,7 +243,7 @@ class CSQ:
     needs_scheme = False
 
     def __init__(
-        self, model: nn.Module, choices: Mapping[str, list[Precision]], costs: CostModel, budget: Budget | None, settings: CSQSettings
+        self, model: nn.Module, choices: Mapping[str, Sequence[Precision]], costs: CostModel, budget: Budget | None, settings: CSQSettings
     ):
         self.model, self.choices, self.costs, self.budget, self.settings = model, choices, costs, budget, settings
         self.layers = quantized_layers(model)
@@ -260,8 +261,8 @@ class CSQ:
                 rows,
                 planes,
                 settings.per_channel,
-                settings.weight_gates,
-                settings.plane_gates,
+                cast(Gates, settings.weight_gates),  # settings are checked to be among GATES
+                cast(Gates, settings.plane_gates),
                 settings.logit,
                 settings.anchor and not settings.prune,
             )
@@ -271,7 +272,7 @@ class CSQ:
         self.certificate: dict[str, Any] = {}
 
     @staticmethod
-    def choices(settings: CSQSettings, activation_bits: int | None) -> list[Precision]:
+    def layer_choices(settings: CSQSettings, activation_bits: int | None) -> list[Precision]:
         """Return the precisions that a layer may end with."""
         return [Precision(bits, activation_bits) for bits in ((0,) if settings.prune else ()) + tuple(range(2, settings.planes + 2))]
 
@@ -366,6 +367,7 @@ class CSQ:
     def _excess(self, scheme: Scheme) -> float:
         total = sum(self.costs.layers[name].weights for name in self.choices)
         over = []
+        assert self.budget is not None  # without one there is no excess to ask for
         for cost, limit in self.budget.costs():
             bits = cost.scale(self.costs) * cost.stored_bits  # of the file, in one unit of the limit
             over.append((cost.total(self.costs, scheme) * bits - limit * bits) / total)
@@ -382,9 +384,10 @@ class CSQ:
         A gate at logit m is open with odds exp(m), so a set of planes has the log likelihood sum of their m, up to a constant. It counts
         once for every weight of the layer, as the penalty and the budget do.
         """
-        best = {name: dict(_likeliest(weight.planes.detach().tolist(), weight.anchor)) for name, weight in self.growing.items()}
+        growing = self.growing
+        best = {name: dict(_likeliest(weight.planes.detach().tolist(), weight.anchor)) for name, weight in growing.items()}
         losses = {
-            (name, precision): -self.costs.layers[name].weights * best[name][precision.weight_bits][0] if name in best else 0.0
+            (name, precision): -self.costs.layers[name].weights * best[name][precision.stored_weight_bits][0] if name in best else 0.0
             for name, options in self.choices.items()
             for precision in options
         }
@@ -392,7 +395,8 @@ class CSQ:
         allocation = allocate(problem, name="likeliest planes")
         scheme, self.certificate = allocation.scheme, allocation.certificate()
         for name, planes in best.items():
-            weight, live = self.layers[name].weight_quantizer, planes[scheme[name].weight_bits][1]
+            weight = growing[name]
+            live: Sequence[int] = planes[scheme[name].stored_weight_bits][1]
             if live and self.settings.phase == "restart":
                 live = range(live[0], live[-1] + 1)  # those between cost nothing and are useful
                 rows = weight(float_weight(self.layers[name])).detach()
@@ -439,14 +443,15 @@ class CSQ:
         return {"fixed": fixed, "hard": self.hard, "certificate": self.certificate}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:
-        known = validated(Decisions, decisions, "the decisions")
+        """Take `decisions` back; raises InvalidFile where they are not of this network."""
+        known, gated = validated(Decisions, decisions, "the decisions"), self.gated
         for name, live in known.fixed.items():
-            planes = len(self.gated[name].planes) if name in self.gated else 0
+            planes = len(gated[name].planes) if name in gated else 0
             if sorted(set(live)) != live or not set(live) <= set(range(planes)):
                 raise InvalidFile(f"planes {live} of {name} are not some of its {planes}, in order")
         self.certificate = known.certificate
         for name, live in known.fixed.items():
-            self.layers[name].weight_quantizer.fix(live)
+            gated[name].fix(live)
         if known.hard:
             self.harden()
 

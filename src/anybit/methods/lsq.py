@@ -59,7 +59,7 @@ class LSQ:
                 layer.weight_quantizer = Pruned()
 
     @staticmethod
-    def choices(settings: LSQSettings, activation_bits: int | None) -> list[Precision]:
+    def layer_choices(settings: LSQSettings, activation_bits: int | None) -> list[Precision]:
         """Return the precisions that a scheme may give a layer."""
         return [Precision(bits, activation_bits) for bits in range(2, 9)]
 

@@ -82,15 +82,15 @@ def forgotten(model: nn.Module, plain: Sequence[Batch], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in fresh.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
     batchnorm.reestimate(fresh, plain)
     return fresh
 
 
 def observe_trainable(model: nn.Module, example: Batch, settings: GrowSettings, scheme: Scheme | None, method: str) -> ObservedNetwork:
     """Observe and fold the float network; each layer has the choices of the method, or `scheme`'s alone."""
-    options = grow_method_named(method).choices(getattr(settings, method), settings.activation_bits)
+    options = grow_method_named(method).layer_choices(getattr(settings, method), settings.activation_bits)
     widths = tuple(precision.weight_bits for precision in options if precision.weight_bits)
     fixed = {} if scheme is None else {glob.escape(name): p for name, p in scheme.items() if p.weight_bits is None}
     keep = settings.keep if scheme is None else fixed
@@ -226,7 +226,7 @@ def grow(
         canonical = frozen(trainee, network, plain)
     with clock.stage("edge ranges"):
         canonical.edges = observe_edge_ranges(canonical.model, network.wiring, plain)
-    report = {
+    report: dict[str, Any] = {
         "version": 1,
         "road": "grow",
         "budget": str(budget) if budget else None,
