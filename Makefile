@@ -68,6 +68,7 @@ reference: .venv/ready  ## the tables of options in docs/command-line.md
 lint: .venv/ready
 	$(BIN)/ruff check src tests examples benchmarks
 	$(BIN)/ruff format --check --quiet src tests examples benchmarks
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv runs

@@ -46,6 +46,7 @@ def test_a_run_is_exported_verified_and_timed(exported_here):
     assert "float32" in anybit_cli("bench", "run", "--rounds", "1").stdout
 
 
+@pytest.mark.filterwarnings("ignore:.*takes no more.*what it finishes is not kept")
 def test_what_a_full_disk_does_not_take_is_named_and_the_file_before_stays(here, full_disk):
     exported()
     before = Path("net.onnx").read_bytes()

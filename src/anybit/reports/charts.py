@@ -1,4 +1,4 @@
-"""Charts as places on an area: axes that fit their data, and series of lines, marks and boxes. `chart.svg.j2` draws them.
+"""Charts as places on an area: axes that fit their data, and series of lines, marks and boxes. `chart.html.j2` draws them.
 
 Drawn here as SVG rather than by a chart library: those at hand put 1 to 5 MB of script into each page, or start a JavaScript engine in
 the process that trains. Every place is in percent of the area, so a chart is as wide as its page without a script. What a colour says, a
