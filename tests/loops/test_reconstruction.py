@@ -192,6 +192,9 @@ def test_penalties_are_asked_for_with_the_share_of_steps_done_and_are_minimized(
     class Pulled(AdaQuant):
         """A weight that is pulled to zero."""
 
+        def __init__(self, start, quantizer):
+            super().__init__(start, quantizer, weight_rate=10.0)
+
         def penalty(self, progress):
             asked.append(progress)
             return 1e3 * self.in_steps.square().mean()
@@ -200,11 +203,11 @@ def test_penalties_are_asked_for_with_the_share_of_steps_done_and_are_minimized(
     data = [unit_data(case.network.folded, "conv1", pictures(8, seed)) for seed in (1, 2)]
     layer, weights = case.model.conv1, []
     monitor = ReconstructionSettings(Pulled, steps=4)
-    hook = layer.register_forward_pre_hook(lambda layer, args: weights.append(float(layer.weight.square().sum())))
+    hook = layer.register_forward_pre_hook(lambda layer, args: weights.append(layer.weight.detach().square().sum().item()))
     reconstruct(layer, {"": case.starts["conv1"]}, *data, None, monitor)
     hook.remove()
     assert asked == [0.25, 0.5, 0.75, 1.0]
-    assert min(weights) < weights[0]
+    assert min(weights) < 0.8 * weights[0]
 
 
 def test_dropped_activations_are_dropped_in_training_only():

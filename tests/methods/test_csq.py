@@ -273,9 +273,9 @@ def test_planes_that_fit_the_budget_keep_their_signs():
     with torch.no_grad():
         for weight in growth.gated.values():
             weight.planes[:3] = -1  # the three lowest are closed
-    before = {name: weight.kept_planes() for name, weight in growth.gated.items()}
+    before = {name: weight.open_planes() for name, weight in growth.gated.items()}
     growth.fix_planes()
-    assert {name: weight.kept_planes() for name, weight in growth.gated.items()} == before
+    assert {name: weight.open_planes() for name, weight in growth.gated.items()} == before
 
 
 def test_the_penalty_closes_planes_above_the_budget_and_opens_them_below():
@@ -374,7 +374,7 @@ def test_pruned_planes_of_hard_gates_stay_closed():
     weight.planes.data[0] = -0.5
     growth.end_of_epoch()
     weight(torch.zeros_like(weight.positive[0])).sum().backward()
-    assert 0 not in weight.kept_planes() and weight.planes.grad[0] == 0 and torch.isfinite(weight.planes.grad).all()
+    assert 0 not in weight.open_planes() and weight.planes.grad[0] == 0 and torch.isfinite(weight.planes.grad).all()
 
 
 @pytest.mark.parametrize(

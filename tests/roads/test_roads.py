@@ -118,7 +118,7 @@ def least_memory(message: str) -> int:
 def test_too_little_memory_names_the_least_which_works_and_changes_no_result():
     settings = {**QUICK, "bn_tuning": False, "bias_tuning": False}  # what these see at once depends on the memory
     network, inputs = make(Residual), pictures(40)
-    with pytest.raises(InvalidSetting, match="a step of AdaQuant") as refused:
+    with pytest.raises(InvalidSetting, match="a step of reconstruction") as refused:
         anybit.calibrate(network, inputs, "4bit", memory=10**5, **settings)
     least = least_memory(str(refused.value))
     results = [anybit.calibrate(network, inputs, "4bit", memory=memory, cache=False, **settings) for memory in (least, 2**31)]

@@ -51,14 +51,14 @@ def match_layers(
     batches: Iterable[Batch],
     prior_weight: float = 0.0,
 ) -> None:
-    """The parallel form of `tune`, for candidates: each layer of `model`, in place, matched while fed with the float network's inputs."""
+    """Match each layer of `model`, in place, while it is fed with the float network's inputs: for candidates."""
     measured = channel_statistics(float_model, targets, batches, twins=model)
     for name, target in targets.items():
         _scale_channels(model.get_submodule(name), *_correction(measured[name], target, prior_weight))
 
 
 def _correction(measured: ChannelStatistics, target: ChannelStatistics, prior_weight: float) -> tuple[Tensor, Tensor]:
-    """(gain, shift) of each channel that take the measured statistics to the target's."""
+    """Return (gain, shift) of each channel that take the measured statistics to the target's."""
     mean = torch.lerp(measured.mean, target.mean, prior_weight)
     deviation = torch.lerp(measured.deviation, target.deviation, prior_weight)
     alive = (deviation > 1e-6) & (target.deviation > 1e-6)
@@ -77,7 +77,7 @@ def _scale_channels(layer: nn.Module, gain: Tensor, shift: Tensor) -> None:
 
 
 def join(batches: list[Batch]) -> Batch:
-    """All `batches` as one."""
+    """Return all `batches` as one."""
     flat = [iter(tensors) for tensors in zip(*(tensors_in(batch.inputs) for batch in batches), strict=True)]
     joined = iter([torch.cat(list(tensors)) for tensors in flat])
     return Batch(map_tensors(batches[0].inputs, lambda _: next(joined)), None, batches[0].reader)

@@ -1,4 +1,13 @@
-"""Bias tuning: train the biases of a quantized network towards the float network's outputs."""
+"""Bias tuning: train the biases of a quantized network, end to end, towards the float network's outputs.
+
+    argmin over biases      KL( softmax of the float outputs || softmax of the quantized outputs ),  mean over samples
+
+Where outputs are no class scores, the squared error over the float outputs' power takes the place of the KL divergence.
+
+Source: Hubara, Nahshan, Hanani, Banner, Soudry, "Accurate Post Training Quantization With Small Calibration Sets", ICML 2021,
+section 3.5. Deviations: the release also divides the divergence by the number of classes; held-out inputs decide which epoch's state is
+taken; scales may be trained too.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,15 +26,18 @@ from anybit.progress import tell, track
 
 @dataclass(frozen=True)
 class BiasTuningSettings:
-    """epochs over the fitting inputs; rate of Adam; scales: train the scales too (as logarithms); patience in epochs; part: samples that
-    are in memory at once, a batch's gradients being summed over its parts (None: all)."""
+    """epochs (over the fitting inputs), rate (of Adam), seed
+    scales      train the scales too, as logarithms
+    patience    epochs without a lower held-out loss after which tuning stops
+    chunk_size  samples that are in memory at once, a batch's gradients being summed over its chunks; None: all
+    """
 
     epochs: int = 6
     rate: float = 1e-3
     scales: bool = False
     patience: int = 3
     seed: int = 0
-    part: int | None = None
+    chunk_size: int | None = None
 
 
 class ScaledCodes(nn.Module):
@@ -55,7 +67,7 @@ def tune_biases(
 ) -> dict[str, float]:
     """Train the biases of the quantized layers, in place, towards the float outputs `references`, one tensor a fitting batch.
 
-    No integer code changes. The best state on held-out inputs is kept; `epochs` 0 means that the start was best. With `scales` the
+    No integer code changes. The best state on held-out inputs is taken; `epochs` 0 means that the start was best. With `scales` the
     weight and input scales are trained too, which the paper does not do; calibration inputs are often the network's own training data,
     on which more freedom can fit more than it should.
     """
@@ -77,7 +89,7 @@ def tune_biases(
     for epoch in track(range(1, settings.epochs + 1), "bias tuning"):
         for index in torch.randperm(len(fitting), generator=generator).tolist():
             optimizer.zero_grad()
-            _add_gradients(model, fitting[index], references[index], task, settings.part)
+            _add_gradients(model, fitting[index], references[index], task, settings.chunk_size)
             optimizer.step()
             schedule.step()
         after = distance(outputs_of(model, held_out), held_out_reference, task)
@@ -88,8 +100,8 @@ def tune_biases(
         elif epoch - result["epochs"] >= settings.patience:
             break
     with torch.no_grad():
-        for parameter, kept in zip(parameters, best, strict=True):
-            parameter.copy_(kept)
+        for parameter, values in zip(parameters, best, strict=True):
+            parameter.copy_(values)
     if settings.scales and result["epochs"]:
         for layer in layers.values():
             freeze_slots(layer)
@@ -99,10 +111,10 @@ def tune_biases(
     return result
 
 
-def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: str, part: int | None) -> None:
-    """Add the gradients of the batch's loss, of as many samples at a time as `part`."""
+def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: str, chunk_size: int | None) -> None:
+    """Add the gradients of the batch's loss, `chunk_size` samples at a time."""
     done = 0
-    for inputs in batch.parts(part or len(batch)):
+    for inputs in batch.parts(chunk_size or len(batch)):
         with torch.enable_grad():
             outputs = predict(model, inputs)
             target = reference[done : done + len(outputs)]
@@ -110,9 +122,9 @@ def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: str,
         done += len(outputs)
 
 
-def _share(part: Tensor, whole: Tensor, task: str) -> float | Tensor:
-    """What a part's `output_loss` weighs in that of the whole: its rows, or its power."""
-    return len(part) / len(whole) if compares_classes(task) else part.square().sum() / whole.square().sum().clamp_min(1e-30)
+def _share(chunk: Tensor, whole: Tensor, task: str) -> float | Tensor:
+    """Return the weight of a chunk's `output_loss` in that of the whole: its share of the rows, or of the power."""
+    return len(chunk) / len(whole) if compares_classes(task) else chunk.square().sum() / whole.square().sum().clamp_min(1e-30)
 
 
 def _free_scales(layers: Iterable[nn.Module]) -> None:
@@ -131,7 +143,7 @@ def _tuned_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def output_loss(outputs: Tensor, reference: Tensor, task: str) -> Tensor:
-    """What `evaluation.distance` measures, differentiable and in the model's own precision."""
+    """Return what `data.tasks.distance` measures, 0-d, differentiable and in the model's own precision."""
     if compares_classes(task):
         return F.kl_div(F.log_softmax(outputs, -1), F.log_softmax(reference, -1), reduction="none", log_target=True).sum(-1).mean()
     return relative_error(outputs, reference)

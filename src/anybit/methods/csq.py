@@ -73,7 +73,7 @@ class CSQSettings:
     fix, harden          shares of the run at which the planes are fixed and the weight gates hardened
     logit                c, size of the logits of a gate that starts decided, at beta 1: 1 leaves it at 0.73 or 0.27, 3 at 0.95 or 0.05
     plane_temperature    beta of the plane gates when they are fixed
-    phase                how the weight gates go on when the planes are fixed: "restart", "rewind" or "continue" (see above)
+    phase                what the weight gates do when the planes are fixed: "restart", "rewind" or "continue" (see above)
     fix_temperature      beta of the weight gates when the planes are fixed
     final_temperature    beta of the weight gates when they are hardened
     weight_gates         "soft", or "straight-through" for comparison: hard forward, soft backward
@@ -140,9 +140,9 @@ def slope(logits: Tensor, temperature: Tensor, kind: Gates) -> Tensor:
 
 
 class _GatedSum(torch.autograd.Function):
-    """step times the sum over `planes` of  [ f(p[b]) - f(n[b]) ] place[b] : backward computes the gates again, so only logits are kept.
+    """step times the sum over `planes` of  [ f(p[b]) - f(n[b]) ] place[b] : backward computes the gates again, so only logits are stored.
 
-    A plane at a time: no tensor of all planes is made, in either direction, but the logits' own gradients.
+    A plane at a time: no tensor has all planes, in either direction, but the logits' own gradients.
     """
 
     @staticmethod
@@ -236,7 +236,7 @@ class GatedWeight(nn.Module):
         return gate(planes, self.plane_temperature, "soft")
 
     def shrinkage(self) -> Tensor:
-        """What decided gates make of a weight at the start: tanh(c beta / 2) of its bits, f(1) of its planes; 1 where they are hard."""
+        """Return the factor that gates at +-c put on a weight: tanh(c beta / 2) of its bits, f(1) of its planes; 1 where they are hard."""
         weights = torch.tanh(self.logit * self.temperature / 2) if self.weight_gates == "soft" else 1.0
         return weights * (torch.sigmoid(self.plane_temperature) if self.live is None and self.plane_gates == "soft" else 1.0)
 
@@ -250,14 +250,14 @@ class GatedWeight(nn.Module):
 
     # Precision, and the end of it
 
-    def kept_planes(self) -> list[int]:
-        """The planes that count: fixed, or with m_B >= 0."""
+    def open_planes(self) -> list[int]:
+        """Return the planes that count: fixed, or with m_B >= 0."""
         return torch.nonzero(self.planes.detach() >= 0).flatten().tolist() if self.live is None else list(self.live)
 
     def bits(self) -> int:
-        """Two's-complement bits that the kept planes need: highest minus lowest plus one, and the sign; 0 without planes."""
-        kept = self.kept_planes()
-        return kept[-1] - kept[0] + 2 if kept else 0
+        """Return the two's-complement bits that the open planes need: highest minus lowest plus one, and the sign; 0 without planes."""
+        planes = self.open_planes()
+        return planes[-1] - planes[0] + 2 if planes else 0
 
     def fix(self, live: Iterable[int]) -> None:
         """Decide the planes for good."""
@@ -272,8 +272,8 @@ class GatedWeight(nn.Module):
 
     def undecided(self) -> tuple[int, int]:
         """(gates between 0.01 and 0.99, all gates) of the planes that count, plane gates included until they are fixed."""
-        kept = self.kept_planes()
-        gates = [gate(logits[kept], self.temperature, self.weight_gates) for logits in (self.positive, self.negative)]
+        planes = self.open_planes()
+        gates = [gate(logits[planes], self.temperature, self.weight_gates) for logits in (self.positive, self.negative)]
         if self.live is None and self.plane_gates == "soft":
             gates.append(self.plane_gate())
         return sum(int(((g > 0.01) & (g < 0.99)).sum()) for g in gates), sum(g.numel() for g in gates)
@@ -281,12 +281,12 @@ class GatedWeight(nn.Module):
     @torch.no_grad()
     def freeze(self, rows: Tensor) -> tuple[Tensor, UniformQuantizer | None]:
         """Return (values [channels, fan-in], the uniform quantizer that leaves them as they are); (zeros, None) without planes."""
-        kept = self.kept_planes()
+        planes = self.open_planes()
         bits = (self.positive >= 0).long() - (self.negative >= 0).long()  # [N, channels, fan-in], each -1, 0 or 1
-        if not kept:
+        if not planes:
             return torch.zeros_like(self.positive[0]), None
-        codes = sum(bits[b] << (b - kept[0]) for b in kept)
-        step = self.log_scale.exp() * self.place_values[kept[0]]
+        codes = sum(bits[b] << (b - planes[0]) for b in planes)
+        step = self.log_scale.exp() * self.place_values[planes[0]]
         quantizer = UniformQuantizer(self.bits(), True, step.expand(len(codes), 1))
         return quantizer.values(codes.float()), quantizer
 
@@ -297,7 +297,7 @@ class GatedWeight(nn.Module):
 class CSQ:
     """A prepared, unfolded network whose scheme grows: a `Trainee` of the grow road.
 
-    choices  layer -> the precisions it may end with; one alone where it is kept
+    choices  layer -> the precisions it may end with; one alone where it is fixed
     budget   on bits, bytes or percent; None keeps every plane
     """
 
@@ -358,12 +358,12 @@ class CSQ:
 
     @property
     def gated(self) -> dict[str, GatedWeight]:
-        """Layer -> its gates."""
+        """The gates of each layer that has any."""
         return {n: layer.weight_quantizer for n, layer in self.layers.items() if isinstance(layer.weight_quantizer, GatedWeight)}
 
     @property
     def growing(self) -> dict[str, GatedWeight]:
-        """Those whose planes are not fixed yet."""
+        """Of them, those whose planes are not fixed yet."""
         return {name: weight for name, weight in self.gated.items() if weight.live is None}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -397,15 +397,15 @@ class CSQ:
         return restarted
 
     def passes(self) -> Iterator[None]:
-        """One, of the network as it is."""
+        """Yield once, for the network as it is."""
         yield
 
     def loss(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
-        """The task's."""
+        """Return the task's loss."""
         return task_loss
 
     def penalty(self) -> Tensor:
-        """lambda dS times the soft mean bits of a layer, weighted; 0 once all planes are fixed."""
+        """Return lambda dS times the soft mean bits of a layer, weighted; 0 once all planes are fixed."""
         growing = self.growing
         if not growing or self.budget is None:
             return torch.zeros((), device=next(self.model.parameters()).device)
@@ -417,11 +417,11 @@ class CSQ:
         return self.settings.strength * (self.excess() - (1 - reached) * max(distance, 0.0)) * soft_bits
 
     def scheme_of_all_planes(self) -> Scheme:
-        """Where the search starts."""
+        """Return the scheme that the search starts at."""
         return Scheme({name: options[-1] for name, options in self.choices.items()})
 
     def excess(self) -> float:
-        """dS: bits a weight that the scheme now has above the budget (below zero: has in hand)."""
+        """Return dS: bits a weight that the scheme now has above the budget (below zero: has in hand)."""
         return self._excess(self.scheme())
 
     def _excess(self, scheme: Scheme) -> float:
@@ -434,12 +434,12 @@ class CSQ:
         return max(over)
 
     def scheme(self) -> Scheme:
-        """The precisions as the planes stand now."""
+        """Return the precisions that the open planes need now."""
         gated = self.gated
         return Scheme({n: Precision(gated[n].bits(), o[0].activation_bits) if n in gated else o[0] for n, o in self.choices.items()})
 
     def fix_planes(self) -> None:
-        """Keep the planes that are likeliest by the gates' own odds, among those that fit the budget: an allocation.
+        """Fix the planes that are likeliest by the gates' own odds, among those that fit the budget: an allocation.
 
         A gate at logit m is open with odds exp(m), so a set of planes has the log likelihood sum of their m, up to a constant. It counts
         once for every weight of the layer, as the penalty and the budget do.
@@ -483,7 +483,7 @@ class CSQ:
         first = next(iter(gated.values()), None)
         return {
             "weight_bits": self.costs.weight_bits(scheme),
-            "paper_bits": sum(len(weight.kept_planes()) for weight in gated.values()) / max(len(gated), 1),
+            "paper_bits": sum(len(weight.open_planes()) for weight in gated.values()) / max(len(gated), 1),
             "undecided": sum(part for part, _ in undecided) / max(sum(total for _, total in undecided), 1),
             "temperature": float(first.temperature) if first else 1.0,
             "plane_temperature": float(first.plane_temperature) if first else 1.0,
@@ -492,12 +492,12 @@ class CSQ:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """None: all is in the network."""
+        """Return nothing: all is in the network."""
         return {}
 
     def decisions(self) -> dict[str, Any]:
-        """What has been decided, as JSON, for a checkpoint; `restore` takes it back."""
-        fixed = {name: weight.kept_planes() for name, weight in self.gated.items() if weight.live is not None}
+        """Return what has been decided, as JSON, for a checkpoint; `restore` takes it back."""
+        fixed = {name: weight.open_planes() for name, weight in self.gated.items() if weight.live is not None}
         return {"fixed": fixed, "hard": self.hard, "certificate": self.certificate}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ def working_memory(network: ObservedNetwork, padded: bool, settings: CalibrateSe
             sum(sizes[op.name] for op in network.wiring.operations if op.name in unit.layers or f"{op.owner}.".startswith(f"{unit.name}."))
             for unit in network.units
         ]
-        needs["a step of AdaQuant"] = (TRAINED * step * max(inside, default=0), "--batch-size" if padded else "--step-batch")
+        needs["a step of reconstruction"] = (TRAINED * step * max(inside, default=0), "--batch-size" if padded else "--step-batch")
     if settings.does("bias_tuning"):
         needs["tuning biases on one input"] = (TRAINED * sum(sizes.values()), "--no-bias-tuning")
     needs["observing one input"] = (OBSERVED * sum(sizes.values()), "smaller inputs")
@@ -57,7 +57,7 @@ def _megabytes(count: int) -> str:
 
 
 def memory_to_capture(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> int:
-    """Bytes that captured activations may take beside a step of AdaQuant."""
+    """Bytes that captured activations may take beside a step of reconstruction."""
     needs = working_memory(network, calibration.fitting[0].mask is not None, settings)
     return max(0, settings.memory - max(least for least, _ in needs.values()))
 

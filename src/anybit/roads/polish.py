@@ -113,9 +113,9 @@ def _tune_biases(state: CalibrationState, ladder: _Ladder) -> None:
     settings, judge, calibration = state.settings, state.judge, state.calibration
     changed = copy.deepcopy(ladder.model)
     coded = [name for name, layer in quantized_layers(changed).items() if isinstance(layer.weight_quantizer, UniformQuantizer)]
-    part = samples_at_once(state.network.wiring, TRAINED, settings.memory, settings.batch_size)
-    ladder.cache = keyed_by_settings(ladder.cache, settings, ("tune_scales",)).keyed(part)
-    tuning = BiasTuningSettings(scales=settings.tune_scales, seed=settings.seed, part=part)
+    chunk_size = samples_at_once(state.network.wiring, TRAINED, settings.memory, settings.batch_size)
+    ladder.cache = keyed_by_settings(ladder.cache, settings, ("tune_scales",)).keyed(chunk_size)
+    tuning = BiasTuningSettings(scales=settings.tune_scales, seed=settings.seed, chunk_size=chunk_size)
     references = list(state.references)
     fit = partial(tune_biases, changed, calibration.fitting, references, calibration.held_out, judge.reference, judge.task, tuning)
     ladder.climb("bias tuning", changed, coded, fit)

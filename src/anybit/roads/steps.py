@@ -1,4 +1,4 @@
-"""The steps of the calibrate road, each a function of (network, data, settings) that changes nothing it was given."""
+"""The steps of the calibrate road, each a function of (network, data, settings) that changes none of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,7 +33,7 @@ from anybit.scheme import Precision, Scheme
 
 
 def range_candidates(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
-    """Every layer's weights rounded to nearest at each of its bit-widths, and its input range at each activation bit-width."""
+    """Round every layer's weights to nearest at each of its bit-widths, and estimate its input range at each activation bit-width."""
     samples = finite_samples(network, calibration, settings)
     layers = quantized_layers(network.prepared)
     candidates = Candidates()
@@ -47,7 +47,7 @@ def range_candidates(network: ObservedNetwork, calibration: Calibration, setting
 
 
 def finite_samples(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> dict[str, list[Tensor]]:
-    """Values of each layer's input on the fitting inputs; raises InvalidInput naming the first layer whose input is not finite."""
+    """Sample values of each layer's input on the fitting inputs; raises InvalidInput naming the first layer whose input is not finite."""
     samples = input_samples(network.folded, network.used_once, calibration.fitting, 2**17, settings.seed)
     check_finite_samples(samples)
     return samples
@@ -56,7 +56,7 @@ def finite_samples(network: ObservedNetwork, calibration: Calibration, settings:
 def batch_norm_targets(
     network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings
 ) -> Mapping[str, batchnorm.ChannelStatistics]:
-    """What every folded layer's output statistics should be: the float network's on the fitting inputs, or beta and |gamma|."""
+    """Return every folded layer's target statistics: the float network's on the fitting inputs, or beta and |gamma|."""
     if settings.bn_target == "prior":
         return network.promised
     return batchnorm.channel_statistics(network.folded, network.norms, calibration.fitting)
@@ -69,7 +69,7 @@ def matched_candidates(
     calibration: Calibration,
     prior_weight: float = 0.0,
 ) -> Candidates:
-    """The same candidates with every layer's output statistics matched to the float network's (batch-norm tuning, layer by layer)."""
+    """Match every candidate layer's output statistics to the float network's (batch-norm tuning, layer by layer)."""
     return _with_weights(
         network, candidates, lambda model, names: batchnorm_tuning.match_layers(
             network.folded, model, {name: targets[name] for name in targets if name in names}, calibration.fitting, prior_weight
@@ -78,7 +78,7 @@ def matched_candidates(
 
 
 def _variants(network: ObservedNetwork, candidates: Candidates) -> dict[int, nn.Module]:
-    """bits -> the network with the weights of all layers that have a candidate of these bits, activations float."""
+    """Return bits -> the network with the weights of all layers that have a candidate of these bits, activations float."""
     variants = {}
     for bits in sorted({bits for _, bits in candidates.weights}):
         scheme = {name: Precision(bits, None) for name in network.names if (name, bits) in candidates.weights}
@@ -97,7 +97,7 @@ def _with_weights(network: ObservedNetwork, candidates: Candidates, change) -> C
 
 
 def free_weights(network: ObservedNetwork, ranged: Candidates, scheme: Mapping[str, Precision]) -> dict[str, Tensor]:
-    """Each layer's float weight in units of its estimated scale, [channels, fan-in]: where reconstruction starts from."""
+    """Return each layer's float weight in units of its estimated scale, [channels, fan-in]: where reconstruction starts from."""
     starts = {}
     for name, precision in scheme.items():
         if precision.weight_bits:
@@ -157,19 +157,19 @@ def sensitivity_table(
     settings: CalibrateSettings,
     recall: Cache = Cache(),
 ) -> SensitivityTable:
-    """The table on the held-out inputs."""
+    """Measure the table on the held-out inputs."""
     base, pairs = settings.sensitivity_base, settings.pairs
     return measure_sensitivity(network.prepared, candidates, network.choices, calibration.held_out, reference, task, base, pairs, recall)
 
 
 def chosen_scheme(bench: "CalibrationState", budget: Budget | None) -> Choice:
-    """`choose_scheme`, or what it gave an earlier run."""
+    """Choose the scheme of a budget, or take what an earlier run chose."""
     network, judge = bench.network, bench.judge
     latency = None if network.costs.latency is None else asdict(network.costs.latency)
     recall = judge.recall.keyed("allocation", budget and str(budget), bench.settings.alternatives, latency)
 
-    def read(told: Mapping[str, Any]) -> Choice:
-        choice = Choice.from_json(told)
+    def read(record: Mapping[str, Any]) -> Choice:
+        choice = Choice.from_json(record)
         for scheme in (choice.scheme, *(row["scheme"] for row in choice.measured)):
             if set(scheme) != set(network.choices):
                 raise InvalidFile("its layers are not the network's")
@@ -182,7 +182,7 @@ def chosen_scheme(bench: "CalibrationState", budget: Budget | None) -> Choice:
 
 @dataclass(frozen=True)
 class CalibrationState:
-    """What all budgets of one run share.
+    """The state that all budgets of one run share.
 
     ranged         candidates rounded to nearest in estimated ranges; `candidates` those after matching and parallel reconstruction
     matched        candidates after matching alone, where parallel reconstruction came after it; None where it did not run
