@@ -7,7 +7,7 @@ import signal
 import sys
 
 NOT_TAKEN = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT)
-"""What the system says of names that are too long and of disks that are full, wherever it is met: no code is to blame for it."""
+"""The system's errors for names that are too long and disks that are full: no code is to blame for them."""
 
 
 def main() -> None:

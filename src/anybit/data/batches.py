@@ -23,7 +23,7 @@ class Reader(Protocol):
 
     task: str
     unit: str
-    """What a prediction is of: "samples", or the tokens, texts or windows that a sample has."""
+    """The unit of a prediction: "samples", or the tokens, texts or windows that a sample has."""
 
     def read(self, output: Any, batch: "Batch") -> Tensor:
         """Return one row a prediction, of one shape in every batch: it is compared with the float model's, and scored."""

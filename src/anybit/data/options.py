@@ -14,7 +14,7 @@ ROLES = {
     "context": ("context",),
     "answers": ("answers",),
 }
-"""What a column is for, and the names that it is found by where the user names none."""
+"""Roles of columns, and the names that each goes by if the user names none."""
 
 
 def parse_augmentations(text: str) -> list[tuple[str, int]]:

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from anybit.errors import InvalidSetting
 
 START = b'{"time": '
-"""What every line of a log begins with."""
+"""Fields that begin every line of a log."""
 
 
 @contextmanager

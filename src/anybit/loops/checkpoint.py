@@ -23,7 +23,7 @@ from anybit.numerics.packing import TensorSpec
 
 
 class EpochRecord(BaseModel):
-    """What every epoch's record tells; the method and who watches add to it."""
+    """The fields of every epoch's record; the method and the watcher add their own."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     epoch: int

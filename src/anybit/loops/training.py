@@ -70,7 +70,7 @@ def train_epochs(
 
 @dataclass(frozen=True)
 class _Run:
-    """What does not change from epoch to epoch; `rates` are the groups' full learning rates."""
+    """The parts of a run that stay the same from epoch to epoch; `rates` are the groups' full learning rates."""
 
     trainee: Trainee
     settings: TrainSettings

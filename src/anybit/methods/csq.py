@@ -438,7 +438,7 @@ class CSQ:
         return {}
 
     def decisions(self) -> dict[str, Any]:
-        """What has been decided, as JSON, for a checkpoint; `restore` takes it back."""
+        """Return the decisions so far, as JSON, for a checkpoint; `restore` takes it back."""
         fixed = {name: weight.kept_planes() for name, weight in self.gated.items() if weight.live is not None}
         return {"fixed": fixed, "hard": self.hard, "certificate": self.certificate}
 

@@ -12,13 +12,13 @@ ROUNDINGS: Mapping[str, str] = {
     "adaquant": "anybit.methods.adaquant:AdaQuant",
     "adaround": "anybit.methods.adaround:AdaRound",
 }
-"""What `calibrate --rounding` reconstructs with."""
+"""The roundings of `calibrate --rounding`."""
 
 GROW_METHODS: Mapping[str, str] = {
     "csq": "anybit.methods.csq:CSQ",
     "lsq": "anybit.methods.lsq:LSQ",
 }
-"""What `grow --method` trains with; the first that fits is the default."""
+"""The methods of `grow --method`; the first that fits is the default."""
 
 
 def rounding_named(name: str) -> "type[Rounding]":

@@ -33,7 +33,7 @@ from anybit.onnx.traces import graph_digest, state_of
 from anybit.onnx.values import constant, maker, name_of, operand
 
 OPSET, IR_VERSION = 21, 10
-"""What the file is written in: the first operator set with four-bit integers; runtimes of early 2024 load it."""
+"""The file's versions: the first operator set with four-bit integers; runtimes of early 2024 load it."""
 
 LAYER = "layer"
 """Key of a node's metadata: the layer that it computes."""

@@ -30,7 +30,7 @@ from anybit.onnx.values import constant, maker, makers, name_of, numbers, operan
 MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice", "Pad"}
 CLAMPS = {"Relu", "Clip"}
 JOINT = {"Add", "Mul", "Concat", "GlobalAveragePool", "AveragePool"}
-"""What runtimes compute on integers besides layers."""
+"""Operators besides layers that runtimes compute on integers."""
 ELEMENTWISE = {
     "Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Log", "Abs", "Neg", "Min", "Max", "Reciprocal", "Floor", "Ceil", "Round", "Erf",
     "Sigmoid", "Tanh", "Gelu", "HardSwish", "HardSigmoid", "LeakyRelu", "Elu", "Selu", "Celu", "Mish", "Softplus", "Softsign",

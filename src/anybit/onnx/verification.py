@@ -34,7 +34,7 @@ from anybit.onnx.values import constant, maker, name_of, numbers
 from anybit.onnx.writer import weight_numbers
 
 KERNELS = {"QLinearConv", "QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "NhwcQLinearConv"}
-"""What the runtime calls layers that compute on integers."""
+"""The runtime's names for layers that compute on integers."""
 
 
 RUN = "anybit.run"

@@ -10,7 +10,7 @@ from anybit.runs.scheme_file import SchemeFile, read_scheme
 from anybit.supernets.folder import read_supernet_file
 
 KEYS = ("name", "step", "epoch")
-"""What tells the rows of a report's lists apart."""
+"""The keys that tell the rows of a report's lists apart."""
 
 
 def diff(run: str | Path, run2: str | Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Rows(NamedTuple):
 
 
 Context = dict[str, Any]
-"""What a template shows, by name."""
+"""The values of a template, by name."""
 
 
 def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Path:

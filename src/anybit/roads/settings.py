@@ -31,7 +31,7 @@ def load_metric(reference: str) -> Any:
 @documented
 @dataclass(frozen=True)
 class RunOptions(Settings):
-    """What a road is given besides its settings: nothing here is recorded among them."""
+    """Options of a run that are not among its recorded settings."""
 
     output: Path | None = option(None, "The run folder to write.")
     model: str | None = option(
@@ -115,7 +115,7 @@ class CalibrateSettings(Settings):
 
     @property
     def options(self) -> "LayerOptions":
-        """What observing the network needs of these settings."""
+        """The part of these settings that observing the network needs."""
         from anybit.networks.options import LayerOptions
 
         gradients = self.does("bias_tuning")

@@ -57,7 +57,7 @@ def finite_samples(network: ObservedNetwork, calibration: Calibration, settings:
 def batch_norm_targets(
     network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings
 ) -> Mapping[str, batchnorm.ChannelStatistics]:
-    """What every folded layer's output statistics should be: the float network's on the fitting inputs, or beta and |gamma|."""
+    """Return the target of every folded layer's output statistics: the float network's on the fitting inputs, or beta and |gamma|."""
     if settings.bn_target == "prior":
         return network.promised
     return batchnorm.channel_statistics(network.folded, network.norms, calibration.fitting)
@@ -176,7 +176,7 @@ def chosen_scheme(bench: "CalibrationState", budget: Budget | None) -> Choice:
 
 @dataclass(frozen=True)
 class CalibrationState:
-    """What all budgets of one run share.
+    """The state that all budgets of one run share.
 
     ranged         candidates rounded to nearest in estimated ranges; `candidates` those after matching and parallel reconstruction
     matched        candidates after matching alone, where parallel reconstruction came after it; None where it did not run

@@ -12,7 +12,7 @@ from anybit.runs.names import SUPERNET as SUPERNET
 from anybit.runs.records import Record, SearchFile, record_of
 
 TIMES = ("stages", "latency", "budgets")
-"""What no digest of a report guards: no two runs take as long. (Of several budgets each has its own.)"""
+"""Fields that no digest of a report guards: no two runs take as long. (Of several budgets each has its own.)"""
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
