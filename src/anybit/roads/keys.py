@@ -83,7 +83,7 @@ def key_of_supernet(recall: Cache, supernet: Supernet, samples: Samples, metric:
 
 
 def training_identity(model: nn.Module, samples: Samples, first: Batch, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return everything that must agree for a training to be continued: weights, data (its length and some preprocessed inputs), every setting."""
+    """Return all that must agree to continue a training: weights, data (its length and some preprocessed inputs), every setting."""
     flat = {f"{key}.{k}" if isinstance(value, dict) else key: v for key, value in settings.items() for k, v in _items(value)}
     return {
         "weights": digest(model.state_dict().values()),
