@@ -72,7 +72,7 @@ def test_the_method_follows_from_the_scheme_and_is_recorded(here):
     [
         ("lsq", ["--budget", "3bit"], "Method lsq trains a scheme: give one with --scheme RUN, or choose --method csq."),
         ("csq", ["--scheme", "first"], "Method csq grows a scheme of its own: leave out --scheme, or choose --method lsq."),
-        ("qat", ["--budget", "3bit"], "method 'qat' is unknown. Choose from csq, lsq."),
+        ("qat", ["--budget", "3bit"], "method 'qat' is unknown. Choose from csq or lsq."),
     ],
 )
 def test_a_method_that_does_not_fit_is_refused_with_a_remedy(here, folders, method, options, remedy):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from anybit.data.batches import Batch, predict
 from anybit.data.tasks import TASKS, distance, outputs_of
-from anybit.networks.layers import QuantizedLayer, float_weight, freeze_slots, quantized_layers, weight_rows
+from anybit.networks.layers import QuantizedLayer, float_bias, float_weight, freeze_slots, quantized_layers, weight_rows
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer, frozen
 from anybit.progress import tell, track
 
@@ -118,8 +118,9 @@ def _free_scales(layers: Iterable[QuantizedLayer]) -> None:
 
 
 def _tuned_parameters(layer: QuantizedLayer) -> Iterator[nn.Parameter]:
-    if layer.bias is not None:
-        yield layer.bias
+    bias = float_bias(layer)  # an embedding has none
+    if isinstance(bias, nn.Parameter):
+        yield bias
     for slot in (layer.weight_quantizer, layer.input_quantizer):
         if isinstance(slot, ScaledCodes | LearnedInput):
             yield slot.log_scale
