@@ -1,4 +1,4 @@
-"""A unit's inputs and outputs, held within a memory budget. The only place that spills to disk."""
+"""Capture a unit's inputs and outputs within a memory budget. Nothing else spills to disk."""
 
 import ctypes
 import os
@@ -18,12 +18,12 @@ from anybit.networks.matmul import Matmul
 
 
 class _Stop(Exception):
-    """Ends a forward pass once the captured module has run."""
+    """End a forward pass once the captured module has run."""
 
 
 @dataclass
 class CapturedTensor:
-    """One captured tensor over all samples, [N, rows a sample, ...], in memory or in a file that the operating system pages.
+    """Hold one captured tensor over all samples, [N, rows a sample, ...], in memory or in a file that the operating system pages.
 
     Windows and flattened positions give a layer several rows a sample; they stay together.
     """
@@ -40,13 +40,13 @@ class CapturedTensor:
         self.filled += batch_size
 
     def rows(self, indices: Tensor) -> Tensor:
-        """The rows of the samples `indices`, as the layer saw them."""
+        """Return the rows of the samples `indices`, as the layer saw them."""
         return self.tensor[indices].flatten(0, 1)
 
 
 @dataclass
 class BatchStore:
-    """One captured tensor, batch by batch as it came: samples padded to the length of their batch do not stack."""
+    """Hold one captured tensor, batch by batch as it came: samples padded to the length of their batch do not stack."""
 
     tensors: list[Tensor]
 
@@ -54,18 +54,18 @@ class BatchStore:
         self.tensors.append(budget.allocate(tuple(part.shape), part.dtype).copy_(part))
 
     def rows(self, indices: Tensor) -> Tensor:
-        """The tensor of the one batch that `indices` names."""
+        """Return the tensor of the one batch that `indices` names."""
         return self.tensors[int(indices)]
 
 
 class MemoryBudget:
-    """Hands out a unit's tensors: from memory while `limit` bytes last, then from temporary files that go with the tensors."""
+    """Hand out a unit's tensors: from memory while `limit` bytes last, then from temporary files that go with the tensors."""
 
     def __init__(self, limit: int):
         self.limit, self.used, self.spilled = limit, 0, 0
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialized tensor; contents of a spilled one live on disk."""
+        """Return an uninitialized tensor; contents of a spilled one live on disk."""
         count = int(torch.Size(shape).numel())
         size = count * dtype.itemsize
         if self.used + size <= self.limit:
@@ -95,9 +95,9 @@ def give_back() -> None:
 
 @dataclass
 class Captured:
-    """What went into a module and what came out, sample by sample.
+    """Hold the inputs and outputs of a module, sample by sample.
 
-    `arguments` are the (args, kwargs) of its forward, as nested as they came, every tensor of the batch replaced by its Store; a tensor
+    `arguments` are the (args, kwargs) of its forward, as nested as they came, every tensor of the batch replaced by its store; a tensor
     that is the same for all samples (a mask) is kept once. Of padded batches `masks` say which tokens are real; they are kept whole.
     """
 
@@ -107,11 +107,11 @@ class Captured:
     masks: list[Tensor] | None = None
 
     def batch(self, indices: Tensor) -> tuple[tuple, dict]:
-        """(args, kwargs) of the samples `indices` (of padded data: of one batch), on the device they came from."""
+        """Return (args, kwargs) of the samples `indices` (of padded data: of one batch), on the device they came from."""
         return map_leaves(self.arguments, (CapturedTensor, BatchStore), lambda store: store.rows(indices).to(self.device))
 
     def outputs(self, indices: Tensor) -> Tensor:
-        """The outputs of the samples `indices` (of padded data: of one batch)."""
+        """Return the outputs of the samples `indices` (of padded data: of one batch)."""
         return self.output.rows(indices).to(self.device)
 
 
@@ -119,7 +119,7 @@ class Captured:
 def carry(
     source: Callable[[Tensor], Tensor], count: int, budget: "MemoryBudget", whole_batches: bool, size: int = 64
 ) -> CapturedTensor | BatchStore:
-    """A store of `source(indices)`, computed `size` samples at a time, or `count` whole batches one by one."""
+    """Return a store of `source(indices)`, computed `size` samples at a time, or `count` whole batches one by one."""
     if whole_batches:
         kept = BatchStore([])
         for index in chunks(count, 1):
@@ -135,7 +135,7 @@ def carry(
 
 @torch.no_grad()
 def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, budget: MemoryBudget, outputs: bool = False) -> Captured:
-    """Inputs (and `outputs`, if asked) of module `name` over `batches`, which hold `count` samples together.
+    """Return inputs (and `outputs`, if asked) of module `name` over `batches`, which hold `count` samples together.
 
     Tensors are copied the moment they pass: a later in-place operation (`out += shortcut`) would rewrite them.
     The pass stops once the module has run. Raises UnsupportedModel where the module's rows cannot be told apart by sample; padded
@@ -163,20 +163,20 @@ def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, b
 
 
 def _differ_in_length(masks: list[Tensor | None]) -> bool:
-    """Whether any batch is padded, or has another length than the others: samples of one length stack, masked or not."""
+    """Say whether any batch is padded, or has another length than the others: samples of one length stack, masked or not."""
     given = [mask for mask in masks if mask is not None]
     return len({mask.shape[1] for mask in given}) > 1 or not all(mask.all() for mask in given)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Stands for the number-th tensor among a module's arguments."""
+    """Stand for the number-th tensor among a module's arguments."""
 
     number: int
 
 
 class _Recorder:
-    """The two hooks of `capture`, and what they have kept."""
+    """Provide the two hooks of `capture` and hold their tensors."""
 
     def __init__(self, name: str, count: int, budget: MemoryBudget, outputs: bool):
         self.name, self.count, self.budget, self.outputs = name, count, budget, outputs
@@ -188,12 +188,12 @@ class _Recorder:
         self.output: CapturedTensor | None = None
 
     def complete(self, batches: int) -> bool:
-        """Whether every sample was seen once."""
+        """Say whether every sample was seen once."""
         return all(store is None or store.filled == self.count for store in [*self.stores, self.output])
 
     @property
     def captured(self) -> Captured:
-        """The arguments, each tensor as its Store or, where all samples share it, as it is."""
+        """Return the arguments, each tensor as its store or, where all samples share it, as it is."""
 
         def held(place: _Place) -> CapturedTensor | Tensor:
             shared = self.stores[place.number] is None or (place.number in self.same and self.calls > 1)
@@ -248,7 +248,7 @@ def _check_tensor(name: str, output: Any) -> None:
 
 
 class _WholeBatches:
-    """The two hooks of `capture` for padded batches, whose lengths differ: nothing is cut by sample."""
+    """Provide the two hooks of `capture` for padded batches, whose lengths differ: nothing is cut by sample."""
 
     def __init__(self, name: str, budget: MemoryBudget, outputs: bool):
         self.name, self.budget, self.outputs, self.calls = name, budget, outputs, 0
@@ -258,7 +258,7 @@ class _WholeBatches:
         self.device = torch.device("cpu")
 
     def complete(self, batches: int) -> bool:
-        """Whether every batch was seen once."""
+        """Say whether every batch was seen once."""
         return all(len(store.tensors) == batches for store in [*self.stores, *([self.output] if self.output else [])])
 
     @property
@@ -285,7 +285,7 @@ class _WholeBatches:
 
 @torch.no_grad()
 def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Batch], values: int, seed: int) -> dict[str, list[Tensor]]:
-    """About `values` values of each layer's input over all batches, flat, always with the smallest and the largest one; of padding none.
+    """Return about `values` values of each layer's input over all batches, flat, smallest and largest included, none of padding.
 
     One tensor a layer, two of a matmul: one an operand.
     """
@@ -323,5 +323,5 @@ def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Bat
 
 
 def chunks(count: int, size: int) -> Iterator[Tensor]:
-    """Indices 0 .. count - 1, `size` at a time."""
+    """Return the indices 0 .. count - 1, `size` at a time."""
     yield from torch.arange(count).split(size)

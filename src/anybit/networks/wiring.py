@@ -1,4 +1,4 @@
-"""Who feeds whom, observed in one forward pass.
+"""Observe in one forward pass which operation feeds which.
 
 A TorchFunctionMode sees module calls and plain functions alike, so control flow, functional activations and in-place sums are all
 in the picture, without tracing the model or asking it to be traceable. From the operations follow the batch norm and the activation
@@ -49,7 +49,7 @@ CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clip"}
 
 @dataclass(frozen=True)
 class Operation:
-    """One observed step: a layer, a batch norm, or a function.
+    """Describe one observed step: a layer, a batch norm, or a function.
 
     name      the module's own name for a layer or batch norm, else "block/add", numbered where a block adds twice
     kind      LAYER or BATCH_NORM for a module, else the bare name of a function ("add" for +, += and torch.add)
@@ -71,7 +71,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Unit:
-    """A layer or a block whose output is reconstructed at once; `name` is the module to run, `layers` those in it, in call order."""
+    """Name a layer or a block whose output is reconstructed at once; `name` is the module to run, `layers` those in it, in call order."""
 
     name: str
     layers: tuple[str, ...]
@@ -79,7 +79,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Wiring:
-    """What one forward pass showed. Lookups are by name; `calls` counts how often each module ran."""
+    """Hold what one forward pass showed. Lookups are by name; `calls` counts how often each module ran."""
 
     operations: tuple[Operation, ...]
     calls: dict[str, int]
@@ -122,23 +122,23 @@ class Wiring:
         return self._by_input.get(value, [])
 
     def only_reader(self, value: int) -> Operation | None:
-        """The one operation that reads `value`, where nothing else does and the model does not give it out."""
+        """Return the one operation that reads `value`, where nothing else does and the model does not give it out."""
         readers = self.readers(value)
         return readers[0] if len(readers) == 1 and value not in self._given_out else None
 
     def layer_names(self) -> list[str]:
-        """Layers of a covered class that ran, in order of their first call."""
+        """Return the layers of a covered class that ran, in order of their first call."""
         return list(dict.fromkeys(op.name for op in self.operations if op.kind == LAYER))
 
     def batch_norm_after(self, layer: str) -> str | None:
-        """The batch norm that alone reads this layer's output, both called once; None where there is none."""
+        """Return the batch norm that alone reads this layer's output, both called once; None where there is none."""
         reader = self.only_reader(self.operation(layer).outputs[0])
         once = reader is not None and self.calls[layer] == 1 and reader.kind == BATCH_NORM and self.calls[reader.name] == 1
         # The channels of a linear's output are its last dimension; a batch norm over another one is not about them.
         return reader.name if once and not (len(self.operation(layer).shape) == 3 and self.classes[layer] == "Linear") else None
 
     def activation_after(self, module: str) -> Callable[[Tensor], Tensor] | None:
-        """The activation that alone reads this module's output (seen through its batch norm), or None.
+        """Return the activation that alone reads this module's output (seen through its batch norm), or None.
 
         A ReLU after a residual sum is the sum's, not the convolution's: the sum stands between them here as in the network.
         """
@@ -149,7 +149,7 @@ class Wiring:
         return None if reader is None else reader.function
 
     def feeds(self, first: str, second: str) -> bool:
-        """Whether all that module `second` reads is what `first` gives, through the activation after it where there is one."""
+        """Say whether `second` reads exactly the output of `first`, after its activation where it has one."""
         value = self.module_outputs.get(first)
         reader = None if value is None else self.only_reader(value)
         if reader is not None and reader.function is not None:
@@ -159,19 +159,19 @@ class Wiring:
         return value is not None and self.module_inputs.get(second) == value
 
     def joins(self) -> list[Operation]:
-        """Sums, products and concatenations of several observed values."""
+        """Return the sums, products and concatenations of several observed values."""
         return [op for op in self.operations if op.kind in JOINS and len(set(op.inputs)) > 1]
 
     def products(self) -> list[Operation]:
-        """Matrix products of several observed values that no layer computes."""
+        """Return the matrix products of several observed values that no layer computes."""
         return [op for op in self.operations if op.kind in PRODUCTS and len(set(op.inputs)) > 1]
 
     def functions(self) -> list[Operation]:
-        """Convolutions, linears and embeddings that no layer computes."""
+        """Return the convolutions, linears and embeddings that no layer computes."""
         return [op for op in self.operations if op.kind in FUNCTIONS]
 
     def blocks(self, named: list[str] | None = None) -> list[str]:
-        """Modules to reconstruct whole: the innermost ones whose forward joins values, and others of the same class.
+        """Return the modules to reconstruct whole: the innermost ones whose forward joins values, and others of the same class.
 
         A join in the root makes no block; of two nested candidates the inner one stays. `named` are taken instead where given.
         """
@@ -194,7 +194,7 @@ class Wiring:
         return named
 
     def units(self, layers: list[str], blocks: list[str]) -> list[Unit]:
-        """The layers grouped into blocks, the others alone, in order of their first call."""
+        """Return the layers grouped into blocks, the others alone, in order of their first call."""
         units: dict[str, list[str]] = {}
         for layer in layers:
             home = next((block for block in blocks if _inside(layer, block)), layer)
@@ -202,9 +202,11 @@ class Wiring:
         return [Unit(name, tuple(members)) for name, members in units.items()]
 
     def edges(self) -> list[str]:
-        """Names of the tensors that a runtime keeps as integers: the inputs ("input/0", ...) and every operation's output, except reshapes
-        (their input's range holds), what only a clamp reads (ReLU; the clamp's output is the edge), and what goes into a batch norm that
-        folds."""
+        """Return the names of the tensors that a runtime keeps as integers: the inputs ("input/0", ...) and each operation's output.
+
+        Left out are reshapes (their input's range holds), what only a clamp reads (ReLU; the clamp's output is the edge), and what goes
+        into a batch norm that folds.
+        """
         names = [f"input/{index}" for index in range(len(self.input_values))]
         for op in self.operations:
             reader = self.only_reader(op.outputs[0]) if op.outputs else None
@@ -219,7 +221,7 @@ def _inside(name: str, block: str) -> bool:
 
 
 def observe(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], None] | None = None) -> Wiring:
-    """Run `model` once on `batch`, in evaluation mode and without gradients, and say what happened.
+    """Run `model` once on `batch`, in evaluation mode and without gradients, and return its wiring.
 
     `on_value(name, tensor)` is called with every named value as it is made ("input/0", ..., then each operation's first output).
     Raises InvalidInput where the model refuses the batch, UnsupportedModel where it gives back no tensor.
@@ -228,7 +230,7 @@ def observe(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], No
 
 
 def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], None] | None = None) -> tuple[Wiring, Any]:
-    """Do the same and return what the model gave back beside the wiring, so that no second pass is needed for it."""
+    """Do the same and return (wiring, the model's output), so that the output needs no pass of its own."""
     observer = _Observer(model, on_value)
     try:
         with torch.no_grad(), evaluating(model), observer.hooks(), observer:
@@ -245,7 +247,7 @@ def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Ten
 
 
 class _Observer(TorchFunctionMode):
-    """Numbers every tensor as it is made. Tensors are kept alive for the pass, so that an id is never used twice."""
+    """Number every tensor as it is made. Tensors are kept alive for the pass, so that an id is never used twice."""
 
     def __init__(self, model: nn.Module, on_value: Callable[[str, Tensor], None] | None):
         super().__init__()
@@ -285,7 +287,7 @@ class _Observer(TorchFunctionMode):
         )  # fmt: skip
 
     def hooks(self) -> ExitStack:
-        """Hooks on every module, taken off when the stack closes."""
+        """Put hooks on every module, taken off when the stack closes."""
         stack = ExitStack()
         for name, module in self.model.named_modules():
             self.classes[name] = _float_class(module).__name__
@@ -356,7 +358,7 @@ class _Observer(TorchFunctionMode):
             self.inside_leaf -= 1
 
     def _new_value(self, tensor: Tensor) -> int:
-        """An in-place operation gives its tensor a new number: the value has changed, whoever read it before read another."""
+        """Number a value. An in-place operation gives its tensor a new number: whoever read it before read another value."""
         self.alive.append(tensor)
         self.values[id(tensor)] = self.made
         self.made += 1
@@ -364,7 +366,7 @@ class _Observer(TorchFunctionMode):
 
 
 def _surroundings(tensor: Tensor) -> str | None:
-    """What is around a layer that reads `tensor` and would not be there when it is run alone; None in a plain forward."""
+    """Name what is around a layer that reads `tensor` and would not be there when it is run alone; None in a plain forward."""
     if torch._C._functorch.is_batchedtensor(tensor):
         return "inside torch.vmap"
     if torch.is_autocast_enabled(tensor.device.type):
@@ -373,7 +375,7 @@ def _surroundings(tensor: Tensor) -> str | None:
 
 
 def _float_class(module: nn.Module) -> type:
-    """The class that the model's author wrote, under a swapped one."""
+    """Return the class that the model's author wrote, under a swapped one."""
     return next(cls for cls in type(module).__mro__ if not cls.__name__.startswith("Quantized"))
 
 
@@ -381,13 +383,13 @@ _IN_PLACE = {operator.iadd.__name__: "add", "radd": "add", "imul": "mul", "rmul"
 
 
 def _bare_name(func) -> str:
-    """ "add" for torch.add, Tensor.add_, x + y and x += y."""
+    """Return "add" for torch.add, Tensor.add_, x + y and x += y."""
     name = getattr(func, "__name__", type(func).__name__).strip("_")
     return _IN_PLACE.get(name, name)
 
 
 def _activation(kind: str, args: tuple, kwargs: dict) -> Callable[[Tensor], Tensor] | None:
-    """The out-of-place function of one tensor that this call is, where it is an activation."""
+    """Return this call as an out-of-place function of one tensor, where it is an activation."""
     if kind not in ACTIVATIONS or tensors_in((args[1:], kwargs)):
         return None
     settings = {key: value for key, value in kwargs.items() if key not in ("inplace", "input")}
