@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow package reliability tables tables-check lint clean
+.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow package reliability tables tables-check reference lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -43,7 +43,7 @@ demo-imagenet: .venv/ready  ## make demo-imagenet IMAGES=folder: the same for Ef
 	  --budget 4bit --budget 5bit --budget 20% --output runs/lite0 --overwrite
 
 test: .venv/ready lint tables-check  ## the whole suite, minutes on two cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 20
 
 test-slow: .venv/ready  ## the long checks
 	$(BIN)/python -m pytest -m slow
@@ -62,9 +62,13 @@ tables: .venv/ready  ## docs/results.md, its figures and the README's results, f
 tables-check: .venv/ready  ## the same, compared with what is committed
 	$(BIN)/python -m benchmarks.tables --check
 
+reference: .venv/ready  ## the tables of options in docs/command-line.md
+	$(BIN)/python docs/reference.py
+
 lint: .venv/ready
 	$(BIN)/ruff check src tests examples benchmarks
 	$(BIN)/ruff format --check --quiet src tests examples benchmarks
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv runs

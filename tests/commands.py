@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import torch
+from networks import Chain, make, pictures
 from typer.testing import CliRunner
 
 from anybit.cli.app import app
@@ -13,6 +16,7 @@ import sys
 sys.path.insert(0, {str(TESTS)!r})
 import torch, networks as n
 def net(): return n.make(n.Chain)
+def without_gradients(): return n.make(n.WithoutGradients)
 def residual(): return n.make(n.Residual)
 def twice(): return n.make(n.CalledTwice)
 def shared(): return n.make(n.SharedWeight)
@@ -42,3 +46,19 @@ def one_json_object(text: str) -> dict:
     value = json.loads(text)
     assert isinstance(value, dict) and text.count("\n") == 1
     return value
+
+
+def write_inputs() -> None:
+    """Write the model script and arrays of every kind into the working folder."""
+    Path("m.py").write_text(SCRIPT)
+    x = pictures(24).numpy()
+    with torch.no_grad():
+        y = make(Chain)(pictures(24)).argmax(1).numpy()
+    np.savez("x.npz", x=x, y=y)
+    np.savez("unlabelled.npz", x=x)
+    np.savez("empty.npz", x=x[:0])
+    np.savez("one.npz", x=x[:1])
+    np.savez("wide.npz", x=np.zeros((24, 4, 8, 8), np.float32), y=y)
+    np.savez("vectors.npz", x=np.zeros((24, 4), np.float32))
+    np.savez("nan.npz", x=np.where(np.arange(24)[:, None, None, None] == 9, np.nan, x).astype(np.float32))
+    np.savez("labels.npz", x=x, y=y + 100)

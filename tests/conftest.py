@@ -1,7 +1,10 @@
-"""Every test has a state and a cache folder of its own, one thread, and the quick settings below."""
+"""Every test has a state and a cache folder of its own, one thread unless OMP_NUM_THREADS says otherwise, and the quick settings below."""
 
 import functools
+import os
 import resource
+import shutil
+import signal
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(1)
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 1))
+torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,6 +36,16 @@ def one_registry_of_operators():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def interruptible():
+    """A shell that runs the suite in the background has Ctrl-C ignored, which processes started by tests would inherit."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True, scope="session")
 def nobodys_home(tmp_path_factory):
     """Before any test has its own: what fixtures of the session write goes here."""
     with pytest.MonkeyPatch.context() as patch:
@@ -44,6 +58,13 @@ def nobodys_home(tmp_path_factory):
 def own_home(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def own_threads():
+    """A command that a test runs in this process may set their number."""
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture
@@ -92,6 +113,24 @@ def run_folder(calibrated, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def exported_file(calibrated, tmp_path_factory):
+    """That run's ONNX file, for tests that only read it."""
+    import anybit
+
+    model, data, result = calibrated
+    here = tmp_path_factory.mktemp("exported")
+    anybit.export(result.save(here / "run"), here / "net.onnx", model=model, data=data)
+    return here / "net.onnx"
+
+
+@pytest.fixture
+def exported_run(exported_file, run_folder, calibrated, tmp_path):
+    """(run folder, its ONNX file, float model, its inputs), the folder and the file being the test's own."""
+    model, data, _ = calibrated
+    return run_folder, Path(shutil.copy(exported_file, tmp_path)), model, data
+
+
+@pytest.fixture(scope="session")
 def folders(calibrated, tmp_path_factory):
     """Run folders of every road, for tests that only read them: calibrate twice, grow, train, search, extract."""
     import anybit
@@ -120,21 +159,8 @@ def folders(calibrated, tmp_path_factory):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A working folder with a model script and arrays."""
-    import numpy as np
-    from commands import SCRIPT
-    from networks import Chain, make, pictures
+    from commands import write_inputs
 
     monkeypatch.chdir(tmp_path)
-    Path("m.py").write_text(SCRIPT)
-    x = pictures(24).numpy()
-    with torch.no_grad():
-        y = make(Chain)(pictures(24)).argmax(1).numpy()
-    np.savez("x.npz", x=x, y=y)
-    np.savez("unlabelled.npz", x=x)
-    np.savez("empty.npz", x=x[:0])
-    np.savez("one.npz", x=x[:1])
-    np.savez("wide.npz", x=np.zeros((24, 4, 8, 8), np.float32), y=y)
-    np.savez("vectors.npz", x=np.zeros((24, 4), np.float32))
-    np.savez("nan.npz", x=np.where(np.arange(24)[:, None, None, None] == 9, np.nan, x).astype(np.float32))
-    np.savez("labels.npz", x=x, y=y + 100)
+    write_inputs()
     return tmp_path

@@ -26,6 +26,14 @@ class Chain(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class WithoutGradients(Chain):
+    """A network whose own forward lets no gradient through."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 class Block(nn.Module):
     """A residual block with a sum in place and a functional ReLU; the shortcut is the identity where the widths agree."""
 

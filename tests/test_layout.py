@@ -11,8 +11,8 @@ import anybit
 ROOT = Path(anybit.__file__).parent
 TESTS = Path(__file__).parent
 ORDER = (
-    "errors", "progress", "environment", "scheme", "budget", "numerics", "files", "data", "networks", "sources", "loops", "allocation",
-    "methods", "runs", "supernets", "reports", "onnx", "roads", "exports", "cli", "__main__",
+    "errors", "progress", "environment", "settings", "scheme", "budget", "numerics", "files", "data", "networks", "sources", "loops",
+    "allocation", "methods", "runs", "supernets", "reports", "onnx", "roads", "exports", "cli", "__main__",
 )  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -73,4 +73,14 @@ def test_only_one_package_imports_transformers():
 
 def test_no_method_imports_another():
     for path in (ROOT / "methods").glob("*.py"):
-        assert not {name for name in imports_of(path) if name.startswith("methods.")}, path
+        others = {name for name in imports_of(path) if name.startswith("methods.")} - {"methods.settings"}
+        assert not others, path
+
+
+def test_every_module_is_on_the_map():
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", (TESTS.parent / "docs" / "design.md").read_text().split("## Three walks")[0], re.M)
+    words = {package.strip("`/"): set(re.findall(r"[a-z_]+", files)) for package, files in rows}
+    for path in FILES:
+        package, _, module = name_of(path).rpartition(".")
+        if path.name not in ("__init__.py", "__main__.py") and package:
+            assert module in words[package.split(".")[0]], f"{package}/{module}.py is not on the map of docs/design.md"

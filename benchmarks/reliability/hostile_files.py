@@ -48,7 +48,7 @@ import anybit
 from anybit.data.batches import Batch
 from anybit.environment import _reset_peak, environment, peak_memory
 from anybit.errors import AnybitError, InvalidFile
-from anybit.files.cache import DIGEST_BYTES, RECORD, Cache, Entry, _written
+from anybit.files.cache import DIGEST_BYTES, RECORD, Cache, Entry, _serialized
 from anybit.files.strict import DIGEST, digest_of, sha256_of
 from anybit.loops.checkpoint import _digest, resume_checkpoint, save_checkpoint
 from anybit.networks.candidates import apply_scheme
@@ -58,9 +58,9 @@ from anybit.networks.states import put_back, snapshot
 from anybit.onnx import latency
 from anybit.onnx.file import load as load_graph
 from anybit.onnx.latency import load_table, save_table
-from anybit.onnx.verification import _contents, _told
+from anybit.onnx.verification import _contents, _described
 from anybit.reports.terminal import print_frontier, print_report
-from anybit.roads.allocate import _settings_from, _table_from, check_saved
+from anybit.roads.allocate import _table_from, check_saved
 from anybit.roads.extract import _scheme_from
 from anybit.roads.grow import make_trainee, observe_trainable
 from anybit.roads.search import best_within
@@ -165,7 +165,7 @@ def read_saved(folder: Path) -> Any:
     file = read_scheme(folder)
     candidates, saved = read_candidates(folder, {name: (record.rows, record.columns) for name, record in file.layers.items()})
     place = folder / "candidates.json"
-    settings, table = _settings_from(saved["settings"], place), _table_from(saved["table"], place)
+    settings, table = CalibrateSettings.from_json(saved["settings"], f"{place}: settings"), _table_from(saved["table"], place)
     network = network_of(settings)
     check_saved(network, candidates, table, saved["choices"], place)
     highest = Scheme({name: options[-1] for name, options in network.choices.items()})
@@ -198,8 +198,8 @@ def identity_of(seed: int) -> dict[str, Any]:
 def trainee_of(network: nn.Module) -> Any:
     wanted = GrowSettings.of(epochs=2, batch_size=8, activation_bits=4)
     plain = [Batch(INPUTS[:8], LABELLED[1][:8])]
-    observed = observe_trainable(network, Batch(INPUTS[:2]), wanted, None)
-    return make_trainee(observed, plain, anybit.Budget.parse("4bit"), False, wanted)
+    observed = observe_trainable(network, Batch(INPUTS[:2]), wanted, None, "csq")
+    return make_trainee(observed, plain, anybit.Budget.parse("4bit"), wanted, "csq")
 
 
 @functools.cache
@@ -262,7 +262,7 @@ def quickly(seed: int, width: int) -> nn.Module:
 
 
 def write_kept(folder: Path, seed: int, width: int) -> None:
-    data = _written("a unit", kept_of(quickly(seed, width)))
+    data = _serialized("a unit", kept_of(quickly(seed, width)))
     (folder / "digest").write_bytes(data[:DIGEST_BYTES])
     (folder / "kept.safetensors").write_bytes(data[DIGEST_BYTES:])
     for name in ("record.json", "record as written"):
@@ -314,7 +314,7 @@ def read_graph(folder: Path) -> Any:
         contents = {name: digest_of(array.tolist()) for name, array in _contents(model).items() if array is not None}
     except (ValueError, TypeError) as error:
         raise InvalidFile(f"net.onnx: {error}") from error
-    return contents, digest_of([str(_told(node)) for node in model.graph])
+    return contents, digest_of([str(_described(node)) for node in model.graph])
 
 
 def replaced(path: Path, key: str, value: str) -> None:
@@ -448,7 +448,7 @@ def write_training(folder: Path, seed: int, network: nn.Module) -> None:
     torch.manual_seed(seed)
     nn.functional.cross_entropy(one.model(INPUTS[:8]), LABELLED[1][:8]).backward()
     optimizer.step()
-    record = {"epoch": 1, "loss": 1.0, "train_top1": 50.0, **one.record()}
+    record = {"epoch": 1, "loss": 1.0, "train_top1": 50.0, **one.summary()}
     save_checkpoint(folder / "checkpoint.safetensors", one, optimizer, [record], identity_of(seed))
 
 

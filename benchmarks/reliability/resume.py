@@ -26,7 +26,7 @@ from typing import Any
 
 import anybit
 from anybit.files.cache import Cache, entries
-from anybit.methods import adaquant
+from anybit.loops import reconstruction
 from anybit.roads import keys, polish
 from benchmarks.studies.study import ROOT, Entries, parser
 
@@ -170,7 +170,7 @@ def cost(arguments: argparse.Namespace, results: Entries) -> None:
 
     for owner, names in {
         Cache: ("_keep",), keys: ("key_of_run", "to_tensors", "from_tensors"), polish: ("snapshot", "put_back"),
-        adaquant: ("snapshot", "put_back"),
+        reconstruction: ("snapshot", "put_back"),
     }.items():  # fmt: skip
         for name in names:
             timed(owner, name)

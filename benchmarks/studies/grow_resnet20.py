@@ -147,8 +147,9 @@ def cost(study: Growing) -> None:
     ):
         settings = GrowSettings.of(activation_bits=None)
         fixed = None if scheme is None else Scheme.uniform(study.names(), scheme)
-        network = observe_trainable(study.network().to(study.arguments.device), Batch(batch.inputs[:2]), settings, fixed)
-        trainee = make_trainee(network, [batch], None, fixed is not None, settings)
+        method = "csq" if scheme is None else "lsq"
+        network = observe_trainable(study.network().to(study.arguments.device), Batch(batch.inputs[:2]), settings, fixed, method)
+        trainee = make_trainee(network, [batch], None, settings, method)
         if name == "CSQ, two planes left":
             for weight in trainee.gated.values():
                 weight.fix(range(5, 7))

@@ -28,7 +28,7 @@ from scipy.stats import spearmanr
 
 import anybit
 from anybit.data.samples import draw
-from anybit.data.tasks import compares_classes, distance, outputs_of, score
+from anybit.data.tasks import TASKS, distance, outputs_of, score
 from anybit.sources.inputs import load_data
 from anybit.sources.models import load_model
 from anybit.sources.preprocessing import Preprocessing
@@ -60,7 +60,7 @@ class Study(Entries):
         report, outputs = result.report, outputs_of(result.model, self.batches)
         embeddings = [name for name in report["layers"] if "embeddings" in name]
         scores = score(outputs, self.labels, self.task)
-        distances = {"kl" if compares_classes(self.task) else "error": distance(outputs, self.reference, self.task)}
+        distances = {TASKS[self.task].distance.key: distance(outputs, self.reference, self.task)}
         return {
             **scores,
             "float": score(self.reference, self.labels, self.task),

@@ -27,8 +27,9 @@ import torch
 
 import anybit
 from anybit.data.batches import Batch
-from anybit.methods.lsq import LSQ, LSQSettings
+from anybit.methods.lsq import LSQ
 from anybit.methods.multiquant import MultiQuant
+from anybit.methods.settings import LSQSettings
 from anybit.networks.layers import float_weight, quantized_layers
 from anybit.roads.grow import make_trainee, observe_trainable, watched_batches
 from anybit.roads.settings import GrowSettings
@@ -216,7 +217,7 @@ def cost(study: TrainingOnce) -> None:
     method = make_multiquant(network, plain, settings, 10)
     settings = GrowSettings.of(activation_bits=4)
     fixed = Scheme.uniform(study.names, Precision(4, 4))
-    single = make_trainee(observe_trainable(study.network().to(device), plain[0], settings, fixed), plain, None, True, settings)
+    single = make_trainee(observe_trainable(study.network().to(device), plain[0], settings, fixed, "lsq"), plain, None, settings, "lsq")
     assert isinstance(method, MultiQuant) and isinstance(single, LSQ) and LSQSettings() == settings.lsq
 
     def step(trainee: Any, optimizer: torch.optim.Optimizer, repeats: int) -> float:
@@ -235,7 +236,7 @@ def cost(study: TrainingOnce) -> None:
     optimizers = [torch.optim.Adam(one.parameter_groups()) for one in (method, single)]
     seconds: list[tuple[float, float]] = []
     for round_ in range(study.arguments.rounds):
-        method.at(round_ / study.arguments.rounds)
+        method.before_step(round_ / study.arguments.rounds)
         seconds.append((step(method, optimizers[0], 1), step(single, optimizers[1], 3)))
     ratios = np.array(seconds)[:, 0] / np.array(seconds)[:, 1]
     study.measured("one step", lambda: {"seconds": seconds, "times_three_steps": float(np.median(ratios))})

@@ -1,31 +1,242 @@
-"""Budget: what a scheme may cost, and its grammar (`4bit`, `120kB`, `12.5%`, `bops=2G`, `latency=3ms`, `loss=0.02`, `drop=1%`)."""
+"""Budget: limits on what a scheme may cost or lose, and one object for each quantity that can be limited.
+
+A quantity knows its grammar (`4bit`, `120kB`, `12.5%`, `bops=2G`, `latency=3ms`, `loss=0.02`, `drop=1%`) and, where it is a cost, how it
+is counted of a scheme. Whatever reads, meets, checks or reports a budget looks the quantity up in `QUANTITIES`.
+"""
 
 import re
-from dataclasses import dataclass
-from decimal import Decimal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Decimal
+from typing import Any, Literal, Protocol
 
 from anybit.errors import InvalidSetting
+from anybit.scheme import FLOAT_BITS, Precision
+from anybit.settings import Text
 
-UNITS = {
-    "bytes": {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
-    "bops": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
-    "latency": {"us": 1e-6, "ms": 1e-3, "s": 1.0},
-}
 _NUMBER = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-_FORMS = (  # (pattern, quantity, units)
-    (rf"{_NUMBER}bits?", "bits", None),
-    (rf"{_NUMBER}(B|kB|KB|MB|GB|KiB|MiB|GiB)", "bytes", UNITS["bytes"]),
-    (rf"{_NUMBER}%", "percent", None),
-    (rf"bops={_NUMBER}([kMGT]?)", "bops", UNITS["bops"]),
-    (rf"latency={_NUMBER}(us|ms|s)", "latency", UNITS["latency"]),
-    (rf"loss={_NUMBER}", "loss", None),
-    (rf"drop={_NUMBER}%", "drop", None),
+
+Choices = Mapping[str, Sequence[Precision]]
+Precisions = Mapping[str, Precision]
+
+
+class Costs(Protocol):
+    """The counts of a network that costs are made of. `networks.cost.CostModel` has them; written down here because budgets are read
+    before torch is imported."""
+
+    @property
+    def layers(self) -> Mapping[str, Any]: ...
+    @property
+    def float_bytes(self) -> int: ...
+    @property
+    def latency(self) -> Any: ...
+
+    def weight_bits(self, scheme: Any) -> float: ...
+    def bops(self, scheme: Any) -> int: ...
+    def file_size(self, scheme: Any) -> int: ...
+    def layer_bops(self, name: str, precision: Precision) -> int: ...
+    def layer_bytes(self, name: str, precision: Precision) -> int: ...
+    def reserved_bytes(self, choices: Choices) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Quantity:
+    """Something that a budget can limit, and the grammar of a limit: `prefix`, a number, and one of `units`.
+
+    units     suffix -> how much one is;   examples  limits as a user may write them
+    unit      the unit that `text` writes, to so many `digits`
+
+    Quantities are compared by identity: each is one object of `QUANTITIES`.
+    """
+
+    name: str
+    prefix: str = ""
+    units: Mapping[str, float]
+    unit: str
+    digits: int
+    examples: tuple[str, ...]
+
+    def parse(self, text: str) -> float | None:
+        """Return the limit that `text` writes; None where it is not in this quantity's grammar."""
+        match = re.fullmatch(f"{re.escape(self.prefix)}{_NUMBER}({'|'.join(map(re.escape, self.units))})", text)
+        # In decimals, as it is written: in binary 8444.8 times a million is a little less than 8,444,800,000.
+        return float(Decimal(match[1]) * Decimal(str(self.units[match[2]]))) if match else None
+
+    def text(self, limit: float) -> str:
+        """Write a limit as `parse` reads it, rounded up."""
+        number = Decimal(repr(float(limit))) / Decimal(str(self.units[self.unit]))
+        steps = (number * 10**self.digits).to_integral_value(ROUND_CEILING)
+        return f"{self.prefix}{steps.scaleb(-self.digits).normalize():f}{self.unit}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loss(Quantity):
+    """A limit on what quantization loses, which is measured and not counted; `chosen` says why a scheme is the best under it."""
+
+    chosen: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cost(Quantity):
+    """A quantity that is counted of a scheme: a part of each layer and a fixed part, of which `scale` are one unit of a limit.
+
+    layer        part of one layer at a precision
+    fixed        part that is the same for every choice
+    exact        a whole scheme's cost in units of a limit, where the sum of the parts is only a bound on it
+    known        whether the counts are there, of a cost that has to be measured first
+    most         the float network's cost, in units of a limit: a limit above it is refused, because it saves nothing
+    words        a scheme's cost in a sentence
+    key          its name among the amounts of a report, where that is another
+    counted_as   the cost of which this one is only another unit
+    stored_bits  bits of stored weights in one unit of a layer's part; 0 where it counts something else
+    recorded     where a report tells a layer's part: with each of its candidates, by its number of weights, or nowhere
+    remedy       what else helps where the smallest subnet of a supernet is above the limit
+    """
+
+    layer: Callable[[Costs, str, Precision], float]
+    fixed: Callable[[Costs, Choices], float] = lambda costs, choices: 0
+    scale: Callable[[Costs], float] = lambda costs: 1
+    exact: Callable[[Costs, Precisions], float] | None = None
+    known: Callable[[Costs], bool] | None = None
+    most: Callable[[Costs], float] | None = None
+    words: Callable[[float], str] | None = None
+    key: str = ""
+    counted_as: "Cost | None" = None
+    stored_bits: float = 0
+    recorded: Literal["candidates", "weights", "nowhere"] = "candidates"
+    remedy: str = "train with lower --bits"
+
+    @property
+    def report_key(self) -> str:
+        """The name of its amount in a report."""
+        return self.key or self.name
+
+    @property
+    def counted(self) -> "Cost":
+        """The cost that a limit on this one is a limit on."""
+        return self.counted_as or self
+
+    def is_known(self, costs: Costs) -> bool:
+        """Return whether `costs` has what this is counted from."""
+        return self.known is None or self.known(costs)
+
+    def total(self, costs: Costs, scheme: Precisions) -> float:
+        """Count a whole scheme, in units of a limit."""
+        if self.exact is not None:
+            return self.exact(costs, scheme)
+        parts = sum(self.layer(costs, name, precision) for name, precision in scheme.items())
+        return (self.fixed(costs, {name: [precision] for name, precision in scheme.items()}) + parts) / self.scale(costs)
+
+    def in_words(self, amount: float) -> str:
+        """Write an amount in a sentence."""
+        return self.words(amount) if self.words else self.text(amount).removeprefix(self.prefix)
+
+
+def _weights(costs: Costs) -> int:
+    return sum(layer.weights for layer in costs.layers.values())
+
+
+BITS = Cost(
+    name="bits",
+    units={"bit": 1, "bits": 1},
+    unit="bit",
+    digits=3,
+    examples=("4bit",),
+    layer=lambda costs, name, precision: costs.layers[name].weights * precision.stored_weight_bits,
+    scale=_weights,
+    exact=lambda costs, scheme: costs.weight_bits(scheme),
+    most=lambda costs: FLOAT_BITS,
+    words=lambda bits: f"{bits:.4g} bits a weight",
+    key="weight_bits",
+    stored_bits=1,
+    recorded="weights",
 )
+BYTES = Cost(
+    name="bytes",
+    units={"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+    unit="kB",
+    digits=1,
+    examples=("120kB", "1.5MiB"),
+    layer=lambda costs, name, precision: costs.layer_bytes(name, precision),
+    fixed=lambda costs, choices: costs.reserved_bytes(choices),
+    exact=lambda costs, scheme: costs.file_size(scheme),
+    most=lambda costs: costs.float_bytes,
+    words=lambda size: f"{size:.0f} bytes",
+    stored_bits=8,
+)
+PERCENT = replace(
+    BYTES,
+    name="percent",
+    units={"%": 1},
+    unit="%",
+    digits=3,
+    examples=("12.5%",),
+    scale=lambda costs: costs.float_bytes / 100,
+    exact=lambda costs, scheme: 100 * costs.file_size(scheme) / costs.float_bytes,
+    most=lambda costs: 100,
+    words=lambda share: f"{share:.4g} %",
+    counted_as=BYTES,
+)
+BOPS = Cost(
+    name="bops",
+    prefix="bops=",
+    units={"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
+    unit="M",
+    digits=1,
+    examples=("bops=2.1G",),
+    layer=lambda costs, name, precision: costs.layer_bops(name, precision),
+    exact=lambda costs, scheme: costs.bops(scheme),
+    words=lambda count: f"{count:.4g} BOPs",
+)
+LATENCY = Cost(
+    name="latency",
+    prefix="latency=",
+    units={"us": 1e-6, "ms": 1e-3, "s": 1.0},
+    unit="ms",
+    digits=4,
+    examples=("latency=3ms",),
+    layer=lambda costs, name, precision: costs.latency.layer(name, precision),
+    fixed=lambda costs, choices: costs.latency.rest["int8"],
+    exact=lambda costs, scheme: costs.latency.total(scheme),  # float layers that feed each other share no boundary
+    known=lambda costs: costs.latency is not None,
+    words=lambda seconds: f"{1e3 * seconds:.4g} ms",
+    recorded="nowhere",
+    remedy="keep fewer layers float, since integers of any bits are as fast",
+)
+LOSS = Loss(
+    name="loss",
+    prefix="loss=",
+    units={"": 1},
+    unit="",
+    digits=6,
+    examples=("loss=0.02",),
+    chosen="It is the smallest that keeps the limit on the loss.",
+)
+DROP = Loss(
+    name="drop",
+    prefix="drop=",
+    units={"%": 1},
+    unit="%",
+    digits=3,
+    examples=("drop=1%",),
+    chosen="It is the smallest found that loses no more accuracy than allowed.",
+)
+QUANTITIES: dict[str, Quantity] = {one.name: one for one in (BITS, BYTES, PERCENT, BOPS, LATENCY, LOSS, DROP)}
+
+
+def cost_quantities() -> list[Cost]:
+    """Return the quantities that are counted of a scheme."""
+    return [one for one in QUANTITIES.values() if isinstance(one, Cost)]
+
+
+def own_costs() -> list[Cost]:
+    """Return the costs that need no measurement and are no other's in another unit: those that a front can be drawn over."""
+    return [one for one in cost_quantities() if one.counted is one and one.known is None]
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One limit: `quantity` (bits, bytes, percent, bops, latency, loss or drop) is at most `limit`, in bits, bytes, seconds, ..."""
+    """One limit: `quantity`, a name in `QUANTITIES`, is at most `limit`, in bits, bytes, seconds, ..."""
 
     quantity: str
     limit: float
@@ -40,43 +251,59 @@ class Budget:
 
     @classmethod
     def parse(cls, text: "str | Budget") -> "Budget":
-        """The budget that `text` ("4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...) writes."""
+        """Read a budget: "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ..."""
         if isinstance(text, Budget):
             return text
         conditions = tuple(_parse_condition(part.strip()) for part in text.split(","))
         quantities = [condition.quantity for condition in conditions]
         if len(set(quantities)) < len(quantities):
             raise InvalidSetting(f"Budget {text!r} limits one quantity twice. Keep the smaller limit.")
-        if {"loss", "drop"} <= set(quantities):
-            raise InvalidSetting(f"Budget {text!r} asks for both loss= and drop=. Choose one.")
+        losses = [quantity.prefix for quantity in QUANTITIES.values() if isinstance(quantity, Loss) and quantity.name in quantities]
+        if len(losses) > 1:
+            raise InvalidSetting(f"Budget {text!r} asks for both {' and '.join(losses)}. Choose one.")
         return cls(text, conditions)
 
     def limit(self, quantity: str) -> float | None:
-        """The limit on `quantity`, or None."""
+        """Return the limit on `quantity`, or None."""
         return next((condition.limit for condition in self.conditions if condition.quantity == quantity), None)
+
+    def costs(self) -> list[tuple[Cost, float]]:
+        """Return the costs that are limited, each with its limit."""
+        found = ((QUANTITIES[condition.quantity], condition.limit) for condition in self.conditions)
+        return [(quantity, limit) for quantity, limit in found if isinstance(quantity, Cost)]
+
+    def loss(self) -> Loss | None:
+        """Return the limited loss, where there is one."""
+        found = (QUANTITIES[condition.quantity] for condition in self.conditions)
+        return next((quantity for quantity in found if isinstance(quantity, Loss)), None)
 
     def __str__(self) -> str:
         return self.text
 
 
 def _parse_condition(part: str) -> Condition:
-    for pattern, quantity, units in _FORMS:
-        match = re.fullmatch(pattern, part)
-        if match:
-            # In decimals, as it is written: in binary 8444.8 times a million is a little less than 8,444,800,000.
-            limit = float(Decimal(match[1]) * Decimal(str(units[match[2]] if units else 1)))
+    for quantity in QUANTITIES.values():
+        limit = quantity.parse(part)
+        if limit is not None:
             if limit <= 0:
                 raise InvalidSetting(f"Budget {part!r} must be above zero.")
-            return Condition(quantity, limit)
-    raise InvalidSetting(
-        f"Budget {part!r} cannot be read. Write 4bit, 120kB, 1.5MiB, 12.5%, bops=2.1G, latency=3ms, loss=0.02 or drop=1%; "
-        "join conditions with a comma."
-    )
+            return Condition(quantity.name, limit)
+    *examples, last = (example for quantity in QUANTITIES.values() for example in quantity.examples)
+    raise InvalidSetting(f"Budget {part!r} cannot be read. Write {', '.join(examples)} or {last}; join conditions with a comma.")
 
 
 def parse_size(text: str) -> int:
-    """Bytes that `text` ("2GiB", "500MB") writes."""
-    match = re.fullmatch(rf"{_NUMBER}(B|kB|KB|MB|GB|KiB|MiB|GiB)", text)
-    if not match:
+    """Return the bytes that `text` ("2GiB", "500MB") writes."""
+    size = BYTES.parse(text)
+    if size is None:
         raise InvalidSetting(f"Size {text!r} cannot be read. Write 500MB or 2GiB.")
-    return int(Decimal(match[1]) * Decimal(str(UNITS["bytes"][match[2]])))
+    return int(size)
+
+
+def size_text(size: int) -> str:
+    """Write a number of bytes as `parse_size` reads it: in the largest binary unit that divides it."""
+    unit = next(unit for unit in ("GiB", "MiB", "KiB", "B") if size % BYTES.units[unit] == 0)
+    return f"{size // int(BYTES.units[unit])}{unit}"
+
+
+SIZE = Text(parse_size, size_text, "500MB or 2GiB")

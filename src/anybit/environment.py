@@ -21,7 +21,7 @@ from anybit.progress import tell
 
 @cache
 def code_version() -> str:
-    """The version and the SHA-256 of anybit's own source: results of other code are not taken up."""
+    """Return the SHA-256 of anybit's version and source: results of other code are not reused."""
     whole = hashlib.sha256(anybit.__version__.encode())
     for file in sorted(Path(anybit.__file__).parent.rglob("*.py")):
         whole.update(file.read_bytes())
@@ -29,7 +29,7 @@ def code_version() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What else the last bits of a result depend on: PyTorch, its threads, what the processor can do, and the device."""
+    """Describe what else the last bits of a result depend on: PyTorch, its threads, the processor's features, and the device."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(), "device": kind}
 
@@ -52,13 +52,13 @@ class StageClock:
 
 
 def _reset_peak() -> None:
-    """Linux keeps a high-water mark that can be reset; elsewhere the peak is that of the process so far."""
+    """Reset the high-water mark that Linux keeps; elsewhere the peak is that of the process so far."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:
-    """The process's peak resident bytes since the last reset."""
+    """Return the process's peak resident bytes since the last reset."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
@@ -68,10 +68,8 @@ def peak_memory() -> int:
 
 
 def environment(*more: str) -> dict[str, Any]:
-    """Versions, of `more` packages too, and the machine, so that a number can be judged later."""
-    import torch
-
-    packages = {}
+    """Describe the machine and the versions of packages, `more` included, so that a number can be judged later."""
+    packages: dict[str, str | None] = {}
     for name in ("anybit", "torch", "numpy", "scipy", "safetensors", *more):
         try:
             packages[name] = version(name)
@@ -90,7 +88,7 @@ def environment(*more: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -46,10 +46,10 @@ class MissingPackage(AnybitError):
 
 
 def printable(text: str) -> str:
-    """`text` as a terminal may be given it: a name may come from a stranger's file, and what would steer the terminal is escaped."""
+    """Escape what would steer a terminal: a name may come from a stranger's file."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def some(names: list[str], most: int = 4) -> str:
-    """The first of many names, and how many more there are."""
+    """Join the first of many names, and say how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

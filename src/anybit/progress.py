@@ -1,5 +1,9 @@
-"""What long work tells whoever listens: how far it is, and each event. The command line shows and logs it, the library is silent."""
+"""Progress and events of long work, sent to whoever listens. The command line shows and logs them; the library is silent.
 
+Events are records of the standard logger "anybit" at level INFO: the message is the event's name, `record.fields` what was measured.
+"""
+
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -8,15 +12,15 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 Listener = Callable[[str, int, int], None]
 """Called with (what, done, total) at the start and after each item."""
-EventListener = Callable[[str, Mapping[str, Any]], None]
+EventListener = Callable[[str, Mapping[str, Any]], Any]
 """Called with (event, fields) as it happens; docs/command-line.md lists them."""
+EVENTS = logging.getLogger("anybit")
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
-_event_listener: ContextVar[EventListener | None] = ContextVar("event_listener", default=None)
 
 
 def track(items: Collection[Item], what: str) -> Iterator[Item]:
-    """The items, each reported when it has been worked on."""
+    """Yield the items, reporting each when it has been worked on."""
     listener = _listener.get()
     if listener:
         listener(what, 0, len(items))
@@ -28,17 +32,29 @@ def track(items: Collection[Item], what: str) -> Iterator[Item]:
 
 def tell(event: str, /, **fields: Any) -> None:
     """Tell of an event, with what was measured. A `note` among its fields is a line that is shown without being asked for."""
-    listener = _event_listener.get()
-    if listener:
-        listener(event, fields)
+    EVENTS.info(event, extra={"fields": fields})
+
+
+class EventHandler(logging.Handler):
+    """Hands each event to a function; what that raises is raised where the event is told of."""
+
+    def __init__(self, listener: EventListener):
+        super().__init__()
+        self.listener = listener
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.listener(record.getMessage(), getattr(record, "fields", {}))
 
 
 @contextmanager
 def listening(listener: Listener | None = None, events: EventListener | None = None) -> Iterator[None]:
     """Send progress to `listener`, and events to `events`, inside the block."""
-    tokens = _listener.set(listener), _event_listener.set(events)
+    token, level, handler = _listener.set(listener), EVENTS.level, EventHandler(events) if events else logging.NullHandler()
+    EVENTS.addHandler(handler)
+    EVENTS.setLevel(logging.INFO)
     try:
         yield
     finally:
-        _listener.reset(tokens[0])
-        _event_listener.reset(tokens[1])
+        EVENTS.removeHandler(handler)
+        EVENTS.setLevel(level)
+        _listener.reset(token)

@@ -1,7 +1,6 @@
-"""Precision, Scheme and Budget: immutable values with a human grammar.
+"""Precision and Scheme: immutable values with a human grammar.
 
     Precision    W4A8 | W4 (activations float) | A8 (an operation without weights) | W0 (pruned: no codes) | float
-    Budget       4bit | 120kB | 1.5MiB | 12.5% | bops=2.1G | latency=3ms | loss=0.02 | drop=1%, and comma-joined conditions
 
 What is counted:
 
@@ -21,20 +20,21 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from anybit.errors import InvalidSetting, SchemeMismatch
+from anybit.settings import Text
 
 FLOAT_BITS = 32
 MIN_BITS, MAX_BITS = 2, 8
 
 
 def check_bits(bits: int, what: str = "bit-width") -> int:
-    """`bits` itself, when it is an integer from 2 to 8."""
+    """Return `bits`. Raise InvalidSetting unless it is an integer from 2 to 8."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise InvalidSetting(f"{what} {bits!r} is outside {MIN_BITS}..{MAX_BITS}. Choose from 2, 3, 4, 5, 6, 7, 8.")
     return bits
 
 
 def check_positive(value: float, what: str) -> float:
-    """`value` itself, when it is a finite number above zero."""
+    """Return `value`. Raise InvalidSetting unless it is a finite number above zero."""
     if not 0 < value < math.inf:
         raise InvalidSetting(f"{what} {value} must be a finite number above zero.")
     return value
@@ -55,7 +55,7 @@ class Precision:
 
     @classmethod
     def parse(cls, text: str) -> "Precision":
-        """The precision that `text` ("W4A8", "W4", "A8", "W0" or "float") writes."""
+        """Parse "W4A8", "W4", "A8", "W0" or "float"."""
         if text == "float":
             return cls()
         match = re.fullmatch(r"(?:W([0-9]{1,3}))?(?:A([0-9]{1,3}))?", text) if isinstance(text, str) else None
@@ -91,22 +91,22 @@ class Scheme(Mapping[str, Precision]):
 
     @classmethod
     def uniform(cls, names: Iterable[str], precision: Precision | str) -> "Scheme":
-        """The same precision in every layer of `names`."""
+        """Return the scheme with the same precision in every layer of `names`."""
         if isinstance(precision, str):
             precision = Precision.parse(precision)
         return cls(dict.fromkeys(names, precision))
 
     @classmethod
     def parse(cls, layers: Mapping[str, str]) -> "Scheme":
-        """The scheme that a JSON object of layer name -> text writes."""
+        """Parse a JSON object of layer name -> precision."""
         return cls({name: Precision.parse(text) for name, text in layers.items()})
 
     def to_json(self) -> dict[str, str]:
-        """A JSON object that `parse` reads back."""
+        """Return a JSON object that `parse` reads back."""
         return {name: str(precision) for name, precision in self.layers.items()}
 
     def replace(self, changes: Mapping[str, Precision]) -> "Scheme":
-        """This scheme with the precisions of some layers changed."""
+        """Return this scheme with the precisions of some layers changed."""
         self.check_names(changes)
         return Scheme({**self.layers, **changes})
 
@@ -145,12 +145,39 @@ def check_names(names: Iterable[str], known: Iterable[str], who: str) -> None:
 
 
 def parsed_keep(keep: Mapping[str, Precision | str]) -> dict[str, Precision]:
-    """Shell pattern on layer names -> precision, from values or text."""
+    """Parse the precisions of shell patterns on layer names, where they are text."""
     return {pattern: Precision.parse(p) if isinstance(p, str) else p for pattern, p in keep.items()}
 
 
+def parse_keep(items: Sequence[str]) -> dict[str, Precision]:
+    """Parse texts like "head=W8A8" into shell pattern -> precision."""
+    keep = {}
+    for item in items:
+        pattern, separator, precision = item.rpartition("=")
+        if not separator or not pattern:
+            raise InvalidSetting(f"--keep {item!r} cannot be read. Write PATTERN=W8A8 or PATTERN=float.")
+        keep[pattern] = Precision.parse(precision)
+    return keep
+
+
+def parse_bits(text: str) -> tuple[int | None, ...]:
+    """Parse "4,8,float" into bit-widths; None for float."""
+    return tuple(None if part == "float" else int(part) for part in text.split(","))
+
+
+def bits_text(bits: Iterable[int | None]) -> str:
+    """Write bit-widths as `parse_bits` reads them."""
+    return ",".join("float" if one is None else str(one) for one in bits)
+
+
+PRECISION = Text(Precision.parse)
+KEEP = Text(parse_keep, lambda keep: [f"{pattern}={precision}" for pattern, precision in keep.items()] or None)
+BITS = Text(parse_bits, bits_text, "bit-widths with commas: 2,3,4,6,8")
+
+
 def match_patterns(patterns: Mapping[str, Precision], names: Iterable[str]) -> dict[str, Precision]:
-    """Layer name -> precision for shell `patterns` on whole names; a later pattern wins; one that matches nothing is an error."""
+    """Return layer name -> precision for shell `patterns` on whole names. A later pattern wins; raise InvalidSetting if one matches
+    nothing."""
     names = list(names)
     kept: dict[str, Precision] = {}
     for pattern, precision in patterns.items():

@@ -72,9 +72,9 @@ def test_the_allocation_is_the_best_of_all_schemes_that_fit(problem):
         with pytest.raises(InfeasibleBudget):
             allocate(problem)
         return
-    found = allocate(problem)
-    assert found.predicted_loss == pytest.approx(amount(problem.losses, problem, found.scheme))
-    assert found.predicted_loss == pytest.approx(min(losses))
+    solution = allocate(problem)
+    assert solution.predicted_loss == pytest.approx(amount(problem.losses, problem, solution.scheme))
+    assert solution.predicted_loss == pytest.approx(min(losses))
 
 
 @pytest.mark.parametrize("largest_cost", [100, 10**6, 10**9, 10**12])
@@ -100,21 +100,21 @@ def test_a_limit_that_a_scheme_meets_exactly_is_met():
 @given(problems())
 def test_the_bound_is_no_larger_than_what_was_found(problem):
     assume(any(fitting_schemes(problem)))
-    found = allocate(problem)
-    assert found.bound <= found.predicted_loss + 1e-12
-    assert found.gap >= 0
-    assert found.bound == pytest.approx(found.predicted_loss, abs=1e-6)  # small problems are solved to the end
+    solution = allocate(problem)
+    assert solution.bound <= solution.predicted_loss + 1e-12
+    assert solution.gap >= 0
+    assert solution.bound == pytest.approx(solution.predicted_loss, abs=1e-6)  # small problems are solved to the end
 
 
 @few
 @given(problems())
 def test_best_allocations_are_distinct_fitting_and_come_from_the_best_on(problem):
-    found = list(itertools.islice(best_allocations(problem), 5)) if any(fitting_schemes(problem)) else []
-    losses = [one.predicted_loss for one in found]
+    solution = list(itertools.islice(best_allocations(problem), 5)) if any(fitting_schemes(problem)) else []
+    losses = [one.predicted_loss for one in solution]
     assert losses == pytest.approx(sorted(losses))
-    assert len({one.scheme for one in found}) == len(found)
+    assert len({one.scheme for one in solution}) == len(solution)
     fitting = set(fitting_schemes(problem))
-    assert all(one.scheme in fitting for one in found)
+    assert all(one.scheme in fitting for one in solution)
 
 
 @pytest.mark.parametrize("core", [0, 1])
@@ -125,10 +125,10 @@ def test_a_core_of_few_choices_finds_the_same_schemes_in_the_same_order(core):
         losses = sorted(amount(problem.losses, problem, scheme) for scheme in fitting_schemes(problem))
         assume(losses)
         with patch("anybit.allocation.program.CORE", core):
-            found = [one for one, _ in zip(best_allocations(problem), range(3), strict=False)]
-        assert found[0].predicted_loss == pytest.approx(losses[0])
-        assert all(one.bound <= one.predicted_loss + 1e-12 for one in found)
-        assert [one.predicted_loss for one in found] == pytest.approx(
+            solution = [one for one, _ in zip(best_allocations(problem), range(3), strict=False)]
+        assert solution[0].predicted_loss == pytest.approx(losses[0])
+        assert all(one.bound <= one.predicted_loss + 1e-12 for one in solution)
+        assert [one.predicted_loss for one in solution] == pytest.approx(
             [one.predicted_loss for one in itertools.islice(best_allocations(problem), 3)]
         )
 
@@ -160,10 +160,10 @@ def test_the_papers_form_is_the_cheapest_of_all_schemes_within_the_loss(problem)
         with pytest.raises(InfeasibleBudget, match="loss=1"):
             next(least_costs(unlimited, costs, loss_limit))
         return
-    found = next(least_costs(unlimited, costs, loss_limit))
-    assert found.predicted_loss <= loss_limit + 1e-9
-    assert amount(costs, problem, found.scheme) == min(amount(costs, problem, scheme) for scheme in within)
-    assert found.bound <= amount(costs, problem, found.scheme) + 1e-6
+    solution = next(least_costs(unlimited, costs, loss_limit))
+    assert solution.predicted_loss <= loss_limit + 1e-9
+    assert amount(costs, problem, solution.scheme) == min(amount(costs, problem, scheme) for scheme in within)
+    assert solution.bound <= amount(costs, problem, solution.scheme) + 1e-6
 
 
 def test_the_solver_prints_nothing(capfd):
@@ -192,9 +192,9 @@ def test_the_certificate_is_json_without_time_or_machine():
 
 def frontier_of(problem):
     """The frontier over the problem's one cost, and (cost, loss, scheme) of its start and after each step."""
-    found = frontier(problem.choices, problem.losses, problem.costs["cost0"])
-    points = [(found.cost, found.loss), *((step.cost, step.loss) for step in found.steps)]
-    return found, [(*point, found.scheme(count)) for count, point in enumerate(points)]
+    solution = frontier(problem.choices, problem.losses, problem.costs["cost0"])
+    points = [(solution.cost, solution.loss), *((step.cost, step.loss) for step in solution.steps)]
+    return solution, [(*point, solution.scheme(count)) for count, point in enumerate(points)]
 
 
 @few
@@ -211,10 +211,10 @@ def test_every_scheme_of_the_frontier_is_the_best_of_all_that_cost_no_more(probl
 @few
 @given(problems(budgets=(1,)))
 def test_no_scheme_lies_below_the_frontiers_line(problem):
-    found, points = frontier_of(problem)
-    prices = [step.price for step in found.steps]
+    solution, points = frontier_of(problem)
+    prices = [step.price for step in solution.steps]
     assert prices == sorted(prices, reverse=True) and all(price > 0 for price in prices)
-    for count, step in enumerate(found.steps):  # the price is the slope between two points, and a line that every scheme lies above
+    for count, step in enumerate(solution.steps):  # the price is the slope between two points, and a line that every scheme lies above
         (cost, loss, _), (dearer, lower, _) = points[count], points[count + 1]
         assert step.price == pytest.approx((loss - lower) / (dearer - cost))
         for rival in fitting_schemes(dataclasses.replace(problem, limits={})):
@@ -241,10 +241,10 @@ def test_of_equal_steps_the_earlier_layer_comes_first_and_of_equal_choices_the_e
 @few
 @given(problems(budgets=(1,)))
 def test_a_limit_allows_the_frontiers_last_scheme_that_meets_it(problem):
-    found, points = frontier_of(problem)
+    solution, points = frontier_of(problem)
     limit = problem.limits["cost0"]
     fitting = [count for count, (cost, _, _) in enumerate(points) if cost <= limit]
-    assert found.within(limit) == (fitting[-1] if fitting else None)
+    assert solution.within(limit) == (fitting[-1] if fitting else None)
 
 
 # Problems from a table, costs and a budget
@@ -286,10 +286,10 @@ def test_the_exact_cost_of_the_scheme_is_within_the_budget(network, share, quant
     low, high = cost_of(costs, cheap, quantity), cost_of(costs, dear, quantity)
     budget = Budget.parse(f"{max(low + share * (high - low), 0.01):.6f}{quantity}")
     try:
-        found = allocate(make_problem(choices, plain_table(choices), costs, budget))
+        solution = allocate(make_problem(choices, plain_table(choices), costs, budget))
     except (InfeasibleBudget, InvalidSetting):
         return
-    assert cost_of(costs, found.scheme, quantity) <= budget.conditions[0].limit
+    assert cost_of(costs, solution.scheme, quantity) <= budget.conditions[0].limit
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -299,10 +299,10 @@ def test_a_budget_of_bytes_holds_to_the_byte_where_a_choice_brings_new_tensors(f
     choices, costs = {"layer0": [options[first], options[1 - first]]}, costs_of([400])
     for limit in range(300, 900, 5):
         try:
-            found = allocate(make_problem(choices, plain_table(choices), costs, Budget.parse(f"{limit}B")))
+            solution = allocate(make_problem(choices, plain_table(choices), costs, Budget.parse(f"{limit}B")))
         except InfeasibleBudget:
             continue
-        assert costs.file_size(found.scheme) <= limit
+        assert costs.file_size(solution.scheme) <= limit
 
 
 def test_a_budget_of_bytes_holds_to_the_byte_where_offsets_get_more_digits():
@@ -310,8 +310,8 @@ def test_a_budget_of_bytes_holds_to_the_byte_where_offsets_get_more_digits():
     for padding in range(1, 9):  # a name of eight lengths, so that every digit shows in the padded header
         costs = dataclasses.replace(costs_of([1000]), others={"_" * padding: TensorSpec("I64", ())})
         limit = costs.file_size(Scheme({"layer0": Precision(8)})) - 1
-        found = allocate(make_problem(choices, plain_table(choices), costs, Budget.parse(f"{limit}B")))
-        assert costs.file_size(found.scheme) <= limit
+        solution = allocate(make_problem(choices, plain_table(choices), costs, Budget.parse(f"{limit}B")))
+        assert costs.file_size(solution.scheme) <= limit
 
 
 @few
@@ -360,8 +360,8 @@ def test_conditions_that_only_fail_together_are_told_apart():
 def test_of_two_limits_on_bytes_the_smaller_holds():
     choices, costs = {"layer0": LADDER}, costs_of([10_000])
     for text in ("5kB,90%", "90%,5kB"):
-        found = allocate(make_problem(choices, plain_table(choices), costs, Budget.parse(text)))
-        assert costs.file_size(found.scheme) <= 5000
+        solution = allocate(make_problem(choices, plain_table(choices), costs, Budget.parse(text)))
+        assert costs.file_size(solution.scheme) <= 5000
 
 
 @pytest.mark.parametrize("text", ["33bit", "101%", "1GB"])
@@ -517,12 +517,12 @@ def test_a_gap_that_the_solver_does_not_reach_is_widened_and_told(monkeypatch):
 
     def slow(*arguments, options, **more):
         asked.append(options["mip_rel_gap"])
-        found = solve(*arguments, **more)
+        solution = solve(*arguments, **more)
         if options["mip_rel_gap"] < 1e-3:  # out of time, with something in hand that another run might not have
-            found.status = TIME_LIMIT
+            solution.status = TIME_LIMIT
         else:
-            found.mip_dual_bound = found.fun - 5e-4 * abs(found.fun)
-        return found
+            solution.mip_dual_bound = solution.fun - 5e-4 * abs(solution.fun)
+        return solution
 
     choices = {layer: [Precision(bits, 8) for bits in (2, 4, 8)] for layer in "abc"}
     losses = {layer: np.array([3.0, 1.0, 0.0]) * weight for layer, weight in zip("abc", (1, 2, 3), strict=True)}
@@ -530,6 +530,6 @@ def test_a_gap_that_the_solver_does_not_reach_is_widened_and_told(monkeypatch):
     problem = Problem(choices, losses, costs, {"bits": 14.0}, {})
     plain = allocate(problem)
     monkeypatch.setattr("anybit.allocation.program.milp", slow)
-    found = list(itertools.islice(best_allocations(problem), 3))
-    assert found[0].scheme == plain.scheme and 0 < found[0].gap <= 1e-3
+    solution = list(itertools.islice(best_allocations(problem), 3))
+    assert solution[0].scheme == plain.scheme and 0 < solution[0].gap <= 1e-3
     assert asked[0] == 1e-4 and set(asked[1:]) == {1e-3}  # what was too narrow once is not tried again

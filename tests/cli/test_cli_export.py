@@ -5,19 +5,37 @@ from pathlib import Path
 
 import onnx
 import pytest
-from commands import FAST, anybit_cli
+from commands import FAST, anybit_cli, write_inputs
 from onnx import numpy_helper
 
 CALIBRATE = ["calibrate", "--model", "m.py:residual", "--data", "x.npz", *FAST, "--budget", "6bit", "--output", "run"]
 
 
-def exported(here, *more):
+def exported():
     assert anybit_cli(*CALIBRATE).exit_code == 0
-    assert anybit_cli("export", "run", "--onnx", "net.onnx", *more).exit_code == 0
+    assert anybit_cli("export", "run", "--onnx", "net.onnx").exit_code == 0
 
 
-def test_a_run_is_exported_verified_and_timed(here):
-    exported(here)
+@pytest.fixture(scope="module")
+def exported_folder(tmp_path_factory):
+    """A working folder with a run and its file, for tests that only read them."""
+    folder = tmp_path_factory.mktemp("exported")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("XDG_STATE_HOME", str(folder / "state"))
+        write_inputs()
+        exported()
+    return folder
+
+
+@pytest.fixture
+def exported_here(exported_folder, monkeypatch):
+    """That folder as the working folder, in the home of whoever wrote it."""
+    monkeypatch.chdir(exported_folder)
+    monkeypatch.setenv("XDG_STATE_HOME", str(exported_folder / "state"))
+
+
+def test_a_run_is_exported_verified_and_timed(exported_here):
     told = anybit_cli("verify", "run", "net.onnx", "--data", "x.npz", "--json")
     found = json.loads(told.stdout)
     assert told.exit_code == 0 and found["ok"] and found["inputs"] == 24 and set(found["accuracy"]) == {"simulated", "exported"}
@@ -28,8 +46,9 @@ def test_a_run_is_exported_verified_and_timed(here):
     assert "float32" in anybit_cli("bench", "run", "--rounds", "1").stdout
 
 
+@pytest.mark.filterwarnings("ignore:.*takes no more.*what it finishes is not kept")
 def test_what_a_full_disk_does_not_take_is_named_and_the_file_before_stays(here, full_disk):
-    exported(here)
+    exported()
     before = Path("net.onnx").read_bytes()
     with full_disk():
         told = anybit_cli("export", "run", "--onnx", "net.onnx", "--overwrite")
@@ -39,13 +58,12 @@ def test_what_a_full_disk_does_not_take_is_named_and_the_file_before_stays(here,
     assert profiled.exit_code == 2 and "TMPDIR" in profiled.stderr.splitlines()[-1]
 
 
-def test_a_broken_promise_is_exit_status_one(here):
-    exported(here)
+def test_a_broken_promise_is_exit_status_one(exported_here, tmp_path):
     model = onnx.load("net.onnx")
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("bias_codes"))
     tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + 900, tensor.name))
-    onnx.save(model, "net.onnx")
-    told = anybit_cli("verify", "run", "net.onnx")
+    onnx.save(model, tmp_path / "broken.onnx")
+    told = anybit_cli("verify", "run", str(tmp_path / "broken.onnx"))
     assert told.exit_code == 1 and tensor.name in told.stdout and "not verified" in told.stdout
 
 
@@ -71,8 +89,7 @@ def test_profile_measures_once(here):
     ],
     ids=" ".join,
 )
-def test_bad_input_is_one_line(arguments, words, here):
-    exported(here)
+def test_bad_input_is_one_line(arguments, words, exported_here):
     told = anybit_cli(*arguments)
     message = told.stderr.strip()
     assert told.exit_code == 2 and len(message.splitlines()) == 1 and any(word in message for word in words.split("|")), message

@@ -14,8 +14,8 @@ from networks import Residual, make, pictures
 
 import anybit
 from anybit.cli.app import app
-from anybit.loops.trainee import TrainSettings
-from anybit.methods.csq import CSQSettings
+from anybit.loops.settings import TrainSettings
+from anybit.methods.settings import CSQSettings
 from anybit.roads.settings import GrowSettings
 
 
@@ -59,6 +59,26 @@ def test_a_runs_scheme_is_trained(here):
     assert grow("--budget", "3bit", output="first").exit_code == 0
     assert grow("--scheme", "first", "--quiet", output="second").exit_code == 0
     assert anybit.load("first").scheme == anybit.load("second").scheme
+
+
+def test_the_method_follows_from_the_scheme_and_is_recorded(here):
+    assert grow("--budget", "3bit", "--method", "csq", "--quiet", output="first").exit_code == 0
+    assert grow("--scheme", "first", "--quiet", output="second").exit_code == 0
+    assert [json.loads(Path(run, "report.json").read_text())["settings"]["method"] for run in ("first", "second")] == ["csq", "lsq"]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "remedy"),
+    [
+        ("lsq", ["--budget", "3bit"], "Method lsq trains a scheme: give one with --scheme RUN, or choose --method csq."),
+        ("csq", ["--scheme", "first"], "Method csq grows a scheme of its own: leave out --scheme, or choose --method lsq."),
+        ("qat", ["--budget", "3bit"], "method 'qat' is unknown. Choose from csq, lsq."),
+    ],
+)
+def test_a_method_that_does_not_fit_is_refused_with_a_remedy(here, folders, method, options, remedy):
+    Path("first").symlink_to(folders["grown"])
+    done = grow("--method", method, *options)
+    assert done.exit_code == 2 and remedy in " ".join(done.stderr.split())
 
 
 def test_json_is_one_object_on_stdout_alone(here):
@@ -140,6 +160,6 @@ def test_the_defaults_of_the_command_line_are_those_of_the_settings():
     told = {"activation_bits": str(GrowSettings().activation_bits), "keep": None, "task": None}
     for kind in (CSQSettings, TrainSettings, GrowSettings):
         for field in dataclasses.fields(kind):
-            name = {"compile": "compile_"}.get(field.name, field.name)
+            name = field.name
             if name in options and field.name != "train":  # that is the data
                 assert options[name] == told.get(field.name, getattr(kind(), field.name)), field.name

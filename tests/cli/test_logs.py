@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Residual, make, pictures
 
-from anybit.cli.logs import WIDTH, appended, completing, plain, readable
+from anybit.cli.logs import WIDTH, completing, readable
 from anybit.errors import InvalidSetting
+from anybit.files.lines import appended, plain
 from anybit.progress import listening, tell
 
 ROOT = Path(__file__).parent.parent.parent
@@ -73,7 +74,7 @@ def logged(tmp_path_factory):
         return rows("log.jsonl")
 
 
-def told_in_the_code():
+def events_in_the_code():
     for path in (ROOT / "src" / "anybit").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "tell":
@@ -81,7 +82,7 @@ def told_in_the_code():
 
 
 def test_every_event_of_the_code_is_documented_and_no_other():
-    assert set(told_in_the_code()) == set(DOCUMENTED)
+    assert set(events_in_the_code()) == set(DOCUMENTED)
 
 
 def test_every_event_and_field_is_as_documented(logged):
@@ -159,6 +160,15 @@ def test_nobody_is_told_who_does_not_listen():
     assert heard == [("note", {"note": "heard"})]
 
 
+def test_events_are_records_of_the_standard_logger(caplog):
+    tell("note", note="lost")
+    with caplog.at_level("INFO", "anybit"):
+        tell("unit", unit="fc 100%", after=0.5)
+    [record] = caplog.records
+    assert (record.name, record.levelname, record.getMessage()) == ("anybit", "INFO", "unit")
+    assert record.fields == {"unit": "fc 100%", "after": 0.5}
+
+
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.builds(np.float32, st.floats(width=32)),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3),
@@ -231,7 +241,7 @@ def test_a_disk_that_fills_costs_the_rest_of_the_log_and_one_warning(tmp_path, m
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("anybit.cli.logs.json.dumps", lambda *a, **k: full(None))
+            patch.setattr("anybit.files.lines.json.dumps", lambda *a, **k: full(None))
             with pytest.warns(UserWarning, match="No space left"):
                 tell("note", note="second")
         tell("note", note="third")  # no second warning: it would be an error here
@@ -266,6 +276,6 @@ def test_an_interrupted_verb_says_so(here, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("anybit.sources.models.load_model", stop)
+    monkeypatch.setattr("anybit.roads.evaluate.load_model", stop)
     assert anybit_cli("evaluate", "--model", "m.py:net", "--data", "x.npz", "--log", "log.jsonl").exit_code == 130
     assert rows("log.jsonl")[-1]["status"] == "interrupted"

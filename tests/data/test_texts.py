@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from language import WORDS, sentences, tokenizer
 
 from anybit.data.batches import Batch
+from anybit.data.tasks import TASKS
 from anybit.data.texts import Answers, Blocks, Encoding, NextTokens, Questions, Texts, answer_scores, best_answer, gold_answers, read_rows
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 
@@ -200,16 +201,16 @@ def test_the_windows_of_a_context_cover_it_and_overlap():
         windows = [window for window in data.windows if window.example == number]
         assert len(windows) > 1 and all(len(window.tokens["input_ids"]) <= 24 for window in windows)
         places = [[place for place in window.offsets if place is not None] for window in windows]
-        assert {word for part in places for word in part} == set(_places(row["context"]))
+        assert {word for piece in places for word in piece} == set(_places(row["context"]))
         assert all(set(one) & set(other) for one, other in itertools.pairwise(places))
 
 
 def _places(text):
-    at, found = 0, []
+    at, scores = 0, []
     for word in text.split():
-        found.append((at, at + len(word)))
+        scores.append((at, at + len(word)))
         at += len(word) + 1
-    return found
+    return scores
 
 
 def perfect(data, order):
@@ -244,9 +245,7 @@ def test_logits_of_padding_are_ruled_out_and_make_no_nan():
     assert logits.shape == (6, 2, 30)
     shares = logits.softmax(-1)
     assert torch.equal(shares[:, 0, :length] > 0, batch.mask) and (shares[:, :, length:] == 0).all()
-    from anybit.methods.bias_tuning import output_loss
-
-    assert torch.isfinite(output_loss(logits, logits * 0.5, "question-answering"))
+    assert torch.isfinite(TASKS["question-answering"].distance.loss(logits, logits * 0.5))
 
 
 def test_a_question_that_leaves_no_room_is_refused():
@@ -263,8 +262,8 @@ def test_a_hub_data_set_has_the_same_rows(tmp_path):
     rows = [{"sentence": text, "label": i % 2} for i, text in enumerate(sentences(6))]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf8")
-    found = hub_rows(str(tmp_path / "data"), "train", {})
-    assert [dict(row) for row in found] == [{"text": row["sentence"], "label": row["label"]} for row in rows]
+    scores = hub_rows(str(tmp_path / "data"), "train", {})
+    assert [dict(row) for row in scores] == [{"text": row["sentence"], "label": row["label"]} for row in rows]
     with pytest.raises(InvalidInput, match="cannot be loaded"):
         hub_rows(str(tmp_path / "nothing"), "", {})
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import anybit
 from anybit.data.tasks import outputs_of
 from anybit.errors import AnybitError, InvalidFile, InvalidSetting, UnsupportedModel
-from anybit.exports.compressed_tensors import CONFIG, _made, _write, export_folder, pack_words, packed, verify_folder
+from anybit.exports.compressed_tensors import CONFIG, _exported, _write, export_folder, pack_words, packed, verify_folder
 from anybit.networks.layers import Pruned, codes_of, fill, quantized_layers
 from anybit.runs.opened import opened
 from anybit.sources.huggingface.folder import loaded_folder, own_network
@@ -29,7 +29,7 @@ FAMILIES = ("bert", "bert embedding", "llama", "gpt2", "vit")
 FLOAT_PRODUCTS = {"*scores": "float", "*mixture": "float"}
 
 
-def run_of(kind, path, **how):
+def run_of(kind, path, **overrides):
     """(run folder, network, data) of a quick calibration."""
     if kind == "vit":
         make(kind).save_pretrained(path / "net")
@@ -42,7 +42,14 @@ def run_of(kind, path, **how):
     model = load_model(f"hf:{path / 'net'}")
     if kind != "vit":
         data = load_data(str(path / "texts.tsv"), Preprocessing(), model=model)
-    settings = {"budget": "4bit", "weight_bits": (2, 3, 5, 8), "activation_bits": (None,), "samples": 24, "batch_size": 8, **how}
+    settings = {
+        "budget": "4bit",
+        "weight_bits": (2, 3, 5, 8),
+        "activation_bits": (None,),
+        "samples": 24,
+        "batch_size": 8,
+        **overrides,
+    }
     result = anybit.calibrate(model, data, pipeline="light", cache=False, **settings)
     return result.save(path / "run"), model, data
 
@@ -99,9 +106,9 @@ def test_the_folder_holds_the_runs_own_codes_and_scales(bert):
     tensors = load_file(out / "model.safetensors")
     quantized = quantized_layers(canonical_of(run, model))
     groups = json.loads((out / CONFIG).read_text())["quantization_config"]["config_groups"].values()
-    told = {name: group for group in groups for name in group["targets"]}
-    assert {"bert.encoder.layer.0.output.dense", "classifier"} < set(told) and len({row["weights"]["num_bits"] for row in groups}) > 1
-    for name, group in told.items():
+    report = {name: group for group in groups for name in group["targets"]}
+    assert {"bert.encoder.layer.0.output.dense", "classifier"} < set(report) and len({row["weights"]["num_bits"] for row in groups}) > 1
+    for name, group in report.items():
         layer = quantized[name]
         assert group["weights"]["num_bits"] == layer.weight_quantizer.bits
         assert group["input_activations"]["num_bits"] == layer.input_quantizer.bits
@@ -114,20 +121,20 @@ def test_the_folder_holds_the_runs_own_codes_and_scales(bert):
 
 
 @pytest.mark.parametrize("embeddings", [False, True], ids=["", "packed embeddings"])
-@pytest.mark.parametrize("how", [{}, {"group": 8, "weight_bits": (3,), "budget": None}], ids=["mixed", "groups"])
+@pytest.mark.parametrize("overrides", [{}, {"group": 8, "weight_bits": (3,), "budget": None}], ids=["mixed", "groups"])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_transformers_computes_what_was_evaluated(kind, how, embeddings, tmp_path):
+def test_transformers_computes_what_was_evaluated(kind, overrides, embeddings, tmp_path):
     pytest.importorskip("compressed_tensors")
-    run, model, data = run_of(kind, tmp_path, **how)
-    told = export_folder(run, tmp_path / "out", model=model, embeddings=embeddings)
-    found = verify_folder(run, tmp_path / "out", model=model, data=data)
-    assert found["ok"] and found["simulation"]["largest_difference"] < 1e-5 * found["simulation"]["largest_output"]
+    run, model, data = run_of(kind, tmp_path, **overrides)
+    report = export_folder(run, tmp_path / "out", model=model, embeddings=embeddings)
+    verdict = verify_folder(run, tmp_path / "out", model=model, data=data)
+    assert verdict["ok"] and verdict["simulation"]["largest_difference"] < 1e-5 * verdict["simulation"]["largest_output"]
     quantized = [layer for layer in quantized_layers(canonical_of(run, model)).values() if layer.weight_quantizer is not None]
-    assert told["packed"] + len(told["dense"]) == len(quantized)
+    assert report["packed"] + len(report["dense"]) == len(quantized)
     if kind in ("bert", "llama"):  # every linear is packed, and embeddings where asked for
-        assert all("embed" in name for name in told["dense"]) and bool(told["dense"]) != embeddings
+        assert all("embed" in name for name in report["dense"]) and bool(report["dense"]) != embeddings
     if kind == "gpt2":  # whose layers are no Linear in transformers
-        assert "transformer.h.0.attn.c_attn" in told["dense"]
+        assert "transformer.h.0.attn.c_attn" in report["dense"]
 
 
 def canonical_of(run, model):
@@ -147,21 +154,21 @@ def test_inputs_are_quantized_there_too(bert):
 
 def test_attention_products_and_inputs_of_what_is_not_packed_are_named(tmp_path):
     run, model, _ = run_of("vit", tmp_path, activation_bits=(8,))
-    told = export_folder(run, tmp_path / "out", model=model)
+    report = export_folder(run, tmp_path / "out", model=model)
     products = {name for name in quantized_layers(canonical_of(run, model)) if name.endswith(("scores", "mixture"))}
-    assert set(told["float_inputs"]) == products | {"vit.embeddings.patch_embeddings.projection"}
-    assert told["dense"] == ["vit.embeddings.patch_embeddings.projection"]
+    assert set(report["float_inputs"]) == products | {"vit.embeddings.patch_embeddings.projection"}
+    assert report["dense"] == ["vit.embeddings.patch_embeddings.projection"]
 
 
 def test_a_pruned_layer_is_one_bit_of_zeros(bert):
     run, model, _, _ = bert
     canonical, name = opened(run, model)[0], "bert.encoder.layer.0.output.dense"
     fill(canonical.model.get_submodule(name), Pruned(), None)
-    made = packed(canonical, own_network(canonical.model))
-    words = made.tensors[f"{name}.weight_packed"]
+    expected = packed(canonical, own_network(canonical.model))
+    words = expected.tensors[f"{name}.weight_packed"]
     assert words.numel() == 16  # 16 rows of 24 inputs, 24 bits
     assert not unpack_words(words.numpy(), 1, 24).any()
-    groups = made.quantization["config_groups"].values()
+    groups = expected.quantization["config_groups"].values()
     assert [group["weights"]["num_bits"] for group in groups if name in group["targets"]] == [1]
 
 
@@ -170,7 +177,7 @@ def test_a_pruned_layer_is_loaded_as_zeros(bert, tmp_path):
     run, model, data, _ = bert
     canonical, file = opened(run, model)
     fill(canonical.model.get_submodule("bert.encoder.layer.0.output.dense"), Pruned(), None)
-    _write(tmp_path, *_made(canonical, file, embeddings=False), file)
+    _write(tmp_path, *_exported(canonical, file, embeddings=False), file)
     batches = list(data.batches(8))
     simulated, there = outputs_of(canonical.model, batches), outputs_of(loaded_folder(tmp_path, canonical.model), batches)
     assert (there - simulated).abs().max() < 0.02 * simulated.abs().max()
@@ -179,16 +186,16 @@ def test_a_pruned_layer_is_loaded_as_zeros(bert, tmp_path):
 # What is not the run's
 
 
-@pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "input_zero_point", "bias"])
-def test_one_changed_number_is_found_in_its_layer(part, copied):
+@pytest.mark.parametrize("tensor_name", ["weight_packed", "weight_scale", "input_zero_point", "bias"])
+def test_one_changed_number_is_found_in_its_layer(tensor_name, copied):
     run, model, data, out = copied
-    key = f"bert.encoder.layer.1.output.dense.{part}"
+    key = f"bert.encoder.layer.1.output.dense.{tensor_name}"
     tensors = load_file(out / "model.safetensors")
     tensors[key].view(-1)[0] += 1
     rewrite(out, tensors)
-    found = verify_folder(run, out, model=model, data=data)
-    assert not found["ok"] and found["failures"] == [f"{key}: 1 of {tensors[key].numel()} stored numbers are not the run's."]
-    assert "simulation" not in found
+    verdict = verify_folder(run, out, model=model, data=data)
+    assert not verdict["ok"] and verdict["failures"] == [f"{key}: 1 of {tensors[key].numel()} stored numbers are not the run's."]
+    assert "simulation" not in verdict
 
 
 def rewrite(out, tensors):
@@ -203,8 +210,8 @@ def test_other_tensors_and_settings_are_found(copied):
     config = json.loads((out / CONFIG).read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 7
     (out / CONFIG).write_text(json.dumps(config))
-    found = " ".join(verify_folder(run, out, model=model, data=data)["failures"])
-    assert "classifier.bias is missing" in found and "more is in" in found and CONFIG in found
+    verdict = " ".join(verify_folder(run, out, model=model, data=data)["failures"])
+    assert "classifier.bias is missing" in verdict and "more is in" in verdict and CONFIG in verdict
 
 
 def test_a_folder_of_another_run_is_said_to_be_one(copied, tmp_path):
@@ -290,8 +297,8 @@ def test_what_cannot_be_loaded_here_is_skipped_by_name(bert, monkeypatch):
 
     run, model, data, out = bert
     monkeypatch.setattr("anybit.sources.huggingface.folder.loaded_folder", lacking)
-    found = verify_folder(run, out, model=model, data=data)
-    assert found["ok"] and "a package is missing" in found["skipped"]["outputs"] and "simulation" not in found
+    verdict = verify_folder(run, out, model=model, data=data)
+    assert verdict["ok"] and "a package is missing" in verdict["skipped"]["outputs"] and "simulation" not in verdict
 
 
 @pytest.mark.parametrize("samples", [0, -3])
@@ -328,8 +335,8 @@ def test_the_command_line_writes_and_verifies_a_folder(tmp_path, monkeypatch):
     write_tsv(tmp_path / "t.tsv", 24)
     calibrate = ["calibrate", "--model", "hf:net", "--data", "t.tsv", "--samples", "24", "--pipeline", "light", "--budget", "4bit"]
     assert anybit_cli(*calibrate, "--output", "run", "--quiet").exit_code == 0
-    told = anybit_cli("export", "run", "--compressed-tensors", "out")
-    assert told.exit_code == 0 and "float32" in told.stdout and "scores" in told.stdout, told.stdout
+    report = anybit_cli("export", "run", "--compressed-tensors", "out")
+    assert report.exit_code == 0 and "float32" in report.stdout and "scores" in report.stdout, report.stdout
     shown = anybit_cli("verify", "run", "out")
     assert shown.exit_code == 0 and shown.stdout.endswith("verified\n") and "exported: top1" in shown.stdout
     packed = json.loads(anybit_cli("export", "run", "--compressed-tensors", "out", "--pack-embeddings", "--overwrite", "--json").stdout)
@@ -351,5 +358,5 @@ def test_the_command_line_writes_and_verifies_a_folder(tmp_path, monkeypatch):
     ids=" ".join,
 )
 def test_options_that_do_not_go_together_are_refused(options, words):
-    told = anybit_cli("export", "run", *options)
-    assert told.exit_code == 2 and words in told.stderr
+    report = anybit_cli("export", "run", *options)
+    assert report.exit_code == 2 and words in report.stderr

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from anybit.files.whole import write_whole
 from anybit.runs.folder import new_folder
 
 
-def kept(seed: int = 0) -> Entry:
+def stored_entry(seed: int = 0) -> Entry:
     generator = torch.Generator().manual_seed(seed)
     tensors = {"weight": torch.randn(3, 4, generator=generator), "codes": torch.arange(5, dtype=torch.int8), "number": torch.tensor(2.5)}
     return Entry({"error": 0.1 + seed, "name": "layer.µ|", "none": None}, tensors)
@@ -42,9 +43,9 @@ def refuse() -> Entry:
 
 def test_a_result_is_made_once_and_read_back_as_it_was(tmp_path):
     recall = Cache(tmp_path).keyed("weights")
-    first = recall("result", kept, lambda result: result)
+    first = recall("result", stored_entry, lambda result: result)
     again = Cache(tmp_path).keyed("weights")
-    assert same(first, kept()) and same(again("result", refuse, lambda result: result), first)
+    assert same(first, stored_entry()) and same(again("result", refuse, lambda result: result), first)
     assert (recall.counts["made"], again.counts["recalled"]) == (1, 1)
 
 
@@ -62,14 +63,14 @@ def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
 
 
 def test_what_is_made_is_told_as_it_will_be_read(tmp_path):
-    made, read = (Cache(tmp_path).value("result", lambda: {4: (1, 2.5)}) for _ in range(2))
-    assert made == read == {"4": [1, 2.5]}
+    computed, read = (Cache(tmp_path).value("result", lambda: {4: (1, 2.5)}) for _ in range(2))
+    assert computed == read == {"4": [1, 2.5]}
 
 
 @given(st.integers(0, 2**32), st.sampled_from(["flip", "cut", "append", "empty"]))
 def test_a_damaged_result_is_named_and_made_again(tmp_path_factory, seed, damage):
     folder, rng = tmp_path_factory.mktemp("cache"), random.Random(seed)
-    Cache(folder)("the layer's result", kept, lambda result: result)
+    Cache(folder)("the layer's result", stored_entry, lambda result: result)
     file = entries(folder)[0].path
     data = bytearray(file.read_bytes())
     if damage == "flip":
@@ -77,8 +78,8 @@ def test_a_damaged_result_is_named_and_made_again(tmp_path_factory, seed, damage
     data = {"cut": data[: rng.randrange(len(data))], "append": data + b"\0", "empty": b""}.get(damage, data)
     file.write_bytes(data)
     with pytest.warns(UserWarning, match="the layer's result.* is damaged"):
-        found = Cache(folder)("the layer's result", kept, lambda result: result)
-    assert same(found, kept()) and same(Cache(folder)("the layer's result", refuse, lambda result: result), kept())
+        cached = Cache(folder)("the layer's result", stored_entry, lambda result: result)
+    assert same(cached, stored_entry()) and same(Cache(folder)("the layer's result", refuse, lambda result: result), stored_entry())
 
 
 def test_a_whole_result_that_is_not_what_it_should_be_is_made_again(tmp_path):
@@ -90,9 +91,9 @@ def test_a_whole_result_that_is_not_what_it_should_be_is_made_again(tmp_path):
 def test_a_place_that_takes_nothing_costs_a_warning_and_not_the_run(tmp_path):
     (tmp_path / "file").write_text("in the way")
     recall = Cache(tmp_path / "file")
-    with pytest.warns(UserWarning, match="takes no more") as told:
+    with pytest.warns(UserWarning, match="takes no more") as warned:
         assert [recall.keyed(number).value("result", lambda number=number: number) for number in range(3)] == [0, 1, 2]
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -156,9 +157,9 @@ def test_a_result_that_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "unlink", refused)
-    with pytest.warns(UserWarning, match="cannot be removed .Permission denied") as told:
+    with pytest.warns(UserWarning, match="cannot be removed .Permission denied") as warned:
         assert trim_cache(tmp_path, 0) == 0
-    assert len(told) == 1
+    assert len(warned) == 1
     with pytest.warns(UserWarning, match="cannot be removed"):
         remove_damaged(tmp_path)
 
@@ -189,47 +190,60 @@ def calibrated(folder: Path, cache, network=Residual, budget="4bit", **settings)
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     """What a run folder holds, but for times and memory."""
-    report = json.loads((folder / "report.json").read_text())
-    report.pop("stages")
+    cached = json.loads((folder / "report.json").read_text())
+    cached.pop("stages")
     files = ("scheme.json", "model.safetensors", "candidates.json", "candidates.safetensors")
-    return {"report": json.dumps(report).encode(), **{name: (folder / name).read_bytes() for name in files}}
+    return {"report": json.dumps(cached).encode(), **{name: (folder / name).read_bytes() for name in files}}
 
 
 def names_made(monkeypatch) -> list[str]:
     """The names of results that are made from now on."""
-    made: list[str] = []
+    computed: list[str] = []
     keep = Cache._keep
-    monkeypatch.setattr(Cache, "_keep", lambda self, path, name, kept: (made.append(name), keep(self, path, name, kept)))
-    return made
+    monkeypatch.setattr(Cache, "_keep", lambda self, path, name, entry: (computed.append(name), keep(self, path, name, entry)))
+    return computed
 
 
 @pytest.mark.parametrize("network", [Residual, NoBatchNorm, Windows])
 def test_a_run_ends_with_the_same_bytes_whatever_part_of_it_was_kept(tmp_path, monkeypatch, network):
     settings = {"unit": "layer"} if network is Windows else {}
     reference = calibrated(tmp_path / "run", False, network, **settings)
-    cache, made = tmp_path / "kept", names_made(monkeypatch)
+    cache, computed = tmp_path / "kept", names_made(monkeypatch)
     assert calibrated(tmp_path / "run", cache, network, **settings) == reference
-    everything = len(made)
+    everything = len(computed)
     assert everything == len(entries(cache)) > 20
-    made.clear()
-    assert calibrated(tmp_path / "run", cache, network, **settings) == reference and made == []
+    computed.clear()
+    assert calibrated(tmp_path / "run", cache, network, **settings) == reference and computed == []
     for seed in range(6):
         rng = random.Random(seed)
-        share, found = rng.random(), entries(cache)
-        gone = [entry.path for entry in found if rng.random() < share]
+        share, cached = rng.random(), entries(cache)
+        gone = [entry.path for entry in cached if rng.random() < share]
         for path in gone:
             path.unlink()
-        made.clear()
+        computed.clear()
         assert calibrated(tmp_path / "run", cache, network, **settings) == reference
-        assert 0 < len(made) <= everything - (len(found) - len(gone)) or not gone
+        assert 0 < len(computed) <= everything - (len(cached) - len(gone)) or not gone
 
 
-def test_a_new_budget_takes_up_all_that_it_does_not_touch(tmp_path, monkeypatch):
-    calibrated(tmp_path / "run", tmp_path / "kept")
-    made = names_made(monkeypatch)
-    calibrated(tmp_path / "run", tmp_path / "kept", budget="3bit")
+@pytest.fixture(scope="module")
+def whole_cache(tmp_path_factory) -> Path:
+    """The cache of a run of SETTINGS, for copies alone."""
+    here = tmp_path_factory.mktemp("cache")
+    calibrated(here / "run", here / "kept")
+    return here / "kept"
+
+
+@pytest.fixture
+def filled_cache(whole_cache, tmp_path) -> Path:
+    """That cache, the test's own."""
+    return shutil.copytree(whole_cache, tmp_path / "kept")
+
+
+def test_a_new_budget_takes_up_all_that_it_does_not_touch(tmp_path, monkeypatch, filled_cache):
+    computed = names_made(monkeypatch)
+    calibrated(tmp_path / "run", filled_cache, budget="3bit")
     touched = ("allocation", "measured", "ranges", "candidates", "sequential", "batch-norm tuning", "bias tuning", "edge ranges")
-    assert [name for name in made if not name.startswith(touched)] == [] and "allocation" in made
+    assert [name for name in computed if not name.startswith(touched)] == [] and "allocation" in computed
 
 
 @pytest.mark.parametrize(
@@ -240,29 +254,29 @@ def test_a_new_budget_takes_up_all_that_it_does_not_touch(tmp_path, monkeypatch)
         ({"pairs": True}, "floor"),
         ({"sensitivity_base": "W6A6"}, "ranges"),
         ({"candidate_steps": 4}, "parallel AdaQuant of"),
+        ({"rounding": "adaround"}, "parallel AdaRound of"),
         ({"bn_prior": 0.5}, "matching of candidates"),
         ({"estimator": "minmax"}, "ranges"),
         ({"seed": 1}, "ranges"),
         ({"batch_size": 8}, "ranges"),
     ],
 )
-def test_a_setting_touches_what_depends_on_it_and_nothing_before(tmp_path, monkeypatch, settings, first):
-    calibrated(tmp_path / "run", tmp_path / "kept")
-    made = names_made(monkeypatch)
-    with_cache = calibrated(tmp_path / "run", tmp_path / "kept", **settings)
-    assert made and made[0].startswith(first)
+def test_a_setting_touches_what_depends_on_it_and_nothing_before(tmp_path, monkeypatch, filled_cache, settings, first):
+    computed = names_made(monkeypatch)
+    with_cache = calibrated(tmp_path / "run", filled_cache, **settings)
+    assert computed and computed[0].startswith(first)
     assert with_cache == calibrated(tmp_path / "run", False, **settings)
 
 
 def test_other_weights_data_or_code_take_up_nothing(tmp_path, monkeypatch):
     model, inputs = make(Residual), pictures(40)
-    made = names_made(monkeypatch)
+    computed = names_made(monkeypatch)
     counts = []
 
     def run(model, inputs) -> int:
-        made.clear()
+        computed.clear()
         anybit.calibrate(model, inputs, "4bit", cache=tmp_path / "kept", **{**SETTINGS, "pipeline": "light"})
-        return len(made)
+        return len(computed)
 
     counts.append(run(model, inputs))
     assert run(model, inputs) == 0
@@ -283,12 +297,14 @@ def test_other_weights_data_or_code_take_up_nothing(tmp_path, monkeypatch):
 def test_a_metric_of_other_code_is_measured_again(tmp_path, monkeypatch):
     model, inputs = make(Residual), pictures(40)
     labels = torch.zeros(40, dtype=torch.int64)
-    made = names_made(monkeypatch)
+    computed = names_made(monkeypatch)
     for metric in (lambda outputs, labels: 1.0, lambda outputs, labels: 2.0):
-        made.clear()
+        computed.clear()
         settings = {**SETTINGS, "pipeline": "light"}
         result = anybit.calibrate(model, (inputs, labels), "4bit", metric=metric, cache=tmp_path / "kept", **settings)
-        assert {row["metric"] for row in result.report["schemes"]} == {metric(None, None)} and any(n.startswith("measured") for n in made)
+        assert {row["metric"] for row in result.report["schemes"]} == {metric(None, None)} and any(
+            n.startswith("measured") for n in computed
+        )
 
 
 # The command line
@@ -324,16 +340,13 @@ def stopped(output: str, after: int, by: signal.Signals) -> subprocess.Popen:
 
 
 def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(here):
-    reference = started("reference")
-    reference.communicate(timeout=120)
-    assert reference.returncode == 0
-    trim_cache(results_folder(), 0)
+    assert anybit_cli(*COMMAND, "--threads", "1", "--no-cache", "--output", "reference").exit_code == 0
     for after in (3, 25):
         assert stopped("run", after, signal.SIGKILL).returncode == -signal.SIGKILL
         assert not Path("run").exists() and len(entries(results_folder())) >= after
     process = started("run")
-    told = process.communicate(timeout=120)[1]
-    assert process.returncode == 0 and "results taken up from the cache" in told
+    output = process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and "results taken up from the cache" in output
     assert bytes_of(Path("run")) == bytes_of(Path("reference"))
 
 
@@ -346,9 +359,9 @@ def test_ctrl_c_ends_with_130_and_leaves_what_was_finished(here):
 
 def test_the_cache_is_shown_and_trimmed(here):
     assert anybit_cli(*COMMAND, "--output", "run", "--pipeline", "light").exit_code == 0
-    found = json.loads(anybit_cli("cache", "--json").stdout)
-    assert found["results"] > 10 and found["bytes"] == sum(entry.bytes for entry in entries(results_folder())) > 0
-    assert f"{found['results']} results" in anybit_cli("cache").stdout
+    cached = json.loads(anybit_cli("cache", "--json").stdout)
+    assert cached["results"] > 10 and cached["bytes"] == sum(entry.bytes for entry in entries(results_folder())) > 0
+    assert f"{cached['results']} results" in anybit_cli("cache").stdout
     file = entries(results_folder())[0].path
     file.write_bytes(b"damage")
     assert f"damaged and removed: {file}" in anybit_cli("cache", "--check").stdout and not file.exists()
@@ -368,9 +381,9 @@ def test_a_full_disk_leaves_what_was_finished_and_nothing_half_written(here):
     assert "anybit: run cannot be written" in process.stderr.splitlines()[-1] and "the same command continues" in process.stderr
     assert {path.name for path in here.iterdir()} == {"m.py", "x.npz"}
     process = started("run")
-    told = process.communicate(timeout=120)[1]
-    recalled, made = map(int, re.search(r"(\d+) results taken up from the cache, (\d+) made anew", told).groups())
-    assert process.returncode == 0 and recalled > 20 and made < 5  # the few that were too large to keep
+    output = process.communicate(timeout=120)[1]
+    recalled, computed = map(int, re.search(r"(\d+) results taken up from the cache, (\d+) made anew", output).groups())
+    assert process.returncode == 0 and recalled > 20 and computed < 5  # the few that were too large to keep
 
 
 # No file of this process may grow beyond some kilobytes, as if the disk were full: results of layers fit, the run's files do not.
@@ -392,8 +405,8 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path):
     (tmp_path / ".run.notes.txt").write_text("mine")
     with new_folder(tmp_path / "run") as draft:
         (draft / "report.json").write_text("{}")
-    kept = {"run", f".run.{process.pid}.old.abc", f".run.{os.getpid()}.abc", ".run.notes.txt"}
-    assert {path.name for path in tmp_path.iterdir()} == kept
+    stored_entry = {"run", f".run.{process.pid}.old.abc", f".run.{os.getpid()}.abc", ".run.notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == stored_entry
     with new_folder(tmp_path / "run", overwrite=True) as draft:
         (draft / "report.json").write_text("{}")
-    assert {path.name for path in tmp_path.iterdir()} == kept - {f".run.{process.pid}.old.abc"}
+    assert {path.name for path in tmp_path.iterdir()} == stored_entry - {f".run.{process.pid}.old.abc"}

@@ -115,7 +115,7 @@ def test_a_reports_times_may_differ(run_folder):
 
 
 @pytest.mark.parametrize(
-    ("part", "change"),
+    ("section", "change"),
     [
         ("layers", lambda layers: None),
         ("stages", lambda stages: None),
@@ -130,11 +130,11 @@ def test_a_reports_times_may_differ(run_folder):
         ("units", lambda units: {name: {"before": 1.0} for name in units}),
     ],
 )
-def test_a_report_that_lacks_what_is_shown_of_it_is_refused(part, change, run_folder):
+def test_a_report_that_lacks_what_is_shown_of_it_is_refused(section, change, run_folder):
     path = run_folder / "report.json"
-    edited(path, **{part: change(json.loads(path.read_text())[part])})
+    edited(path, **{section: change(json.loads(path.read_text())[section])})
     hostile_files.remake_report(run_folder)
-    with pytest.raises(InvalidFile, match=rf"report\.json.*{part[:-1]}") as raised:
+    with pytest.raises(InvalidFile, match=rf"report\.json.*{section[:-1]}") as raised:
         read_report(run_folder)
     assert len(str(raised.value)) < 1000
 
@@ -161,7 +161,7 @@ def test_candidates_of_another_run_are_refused(run_folder, calibrated, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("part", "change"),
+    ("section", "change"),
     [
         ("settings", lambda s: {**s, "samples": "many"}),
         ("settings", lambda s: {**s, "weight_bits": [8]}),
@@ -173,9 +173,9 @@ def test_candidates_of_another_run_are_refused(run_folder, calibrated, tmp_path)
         ("choices", lambda c: {**c, "fc9": ["W8A8"]}),
     ],
 )
-def test_edited_candidates_with_their_digest_are_refused(part, change, run_folder, calibrated):
+def test_edited_candidates_with_their_digest_are_refused(section, change, run_folder, calibrated):
     path = run_folder / "candidates.json"
-    edited(path, **{part: change(json.loads(path.read_text())[part])})
+    edited(path, **{section: change(json.loads(path.read_text())[section])})
     hostile_files.reseal(path)
     with pytest.raises(AnybitError) as raised:
         anybit.allocate(run_folder, "4bit", data=calibrated[1], model=calibrated[0])
@@ -235,13 +235,8 @@ def test_a_broken_picture_is_named(tmp_path):
                 assert "a.png" in str(error)
 
 
-@pytest.fixture
-def exported(run_folder, calibrated, tmp_path):
-    anybit.export(run_folder, tmp_path / "net.onnx", model=calibrated[0], data=calibrated[1])
-    return tmp_path / "net.onnx"
-
-
-def test_an_exported_file_that_names_other_files_is_refused(exported, run_folder, calibrated):
+def test_an_exported_file_that_names_other_files_is_refused(exported_run):
+    run_folder, exported, model, data = exported_run
     graph = onnx.load(exported)
     tensor = graph.graph.initializer[0]
     tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -249,17 +244,18 @@ def test_an_exported_file_that_names_other_files_is_refused(exported, run_folder
     tensor.external_data.add(key="location", value="../../etc/passwd")
     exported.write_bytes(graph.SerializeToString())
     with pytest.raises(InvalidFile, match=r"net\.onnx.*other files"):
-        anybit.verify(run_folder, exported, model=calibrated[0], data=calibrated[1])
+        anybit.verify(run_folder, exported, model=model, data=data)
 
 
-def test_a_graph_that_is_not_the_runs_is_not_run(exported, run_folder, calibrated, monkeypatch):
+def test_a_graph_that_is_not_the_runs_is_not_run(exported_run, monkeypatch):
+    run_folder, exported, model, data = exported_run
     graph = onnx.load(exported)
     shape = next(tensor for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.INT64)
     shape.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(shape) + 10**12, shape.name))
     exported.write_bytes(graph.SerializeToString())
-    monkeypatch.setattr("anybit.onnx.verification.session", lambda *given, **how: pytest.fail("the file is run"))
-    found = anybit.verify(run_folder, exported, model=calibrated[0], data=calibrated[1])
-    assert not found["ok"] and shape.name in found["failures"][0] and "not run" in found["skipped"]["kernels and numbers"]
+    monkeypatch.setattr("anybit.onnx.verification.session", lambda *args, **kwargs: pytest.fail("the file is run"))
+    report = anybit.verify(run_folder, exported, model=model, data=data)
+    assert not report["ok"] and shape.name in report["failures"][0] and "not run" in report["skipped"]["kernels and numbers"]
 
 
 # A folder from elsewhere: its references are code, and no verb follows them
@@ -294,7 +290,8 @@ def test_a_strangers_reference_is_code_and_is_not_followed(reference, run_folder
     assert not (tmp_path / "executed").exists()
 
 
-def test_no_verb_runs_what_a_folder_from_elsewhere_names(run_folder, exported, tmp_path, monkeypatch):
+def test_no_verb_runs_what_a_folder_from_elsewhere_names(exported_run, tmp_path, monkeypatch):
+    run_folder, exported, *_ = exported_run
     monkeypatch.chdir(tmp_path)
     network, x = make(Residual), torch.randn(40, 3, 8, 8)
     supernet = anybit.train(network, (x, torch.arange(40) % 5), bits=(2, 4), epochs=1, batch_size=16, held_out=0.3, bn_images=16)

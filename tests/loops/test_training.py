@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import anybit
 from anybit.data.augment import augmented
 from anybit.data.batches import Batch
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
-from anybit.loops.trainee import TrainSettings
+from anybit.loops.settings import TrainSettings
 from anybit.loops.training import _steps, epoch_batches, learning_rate
 from anybit.networks.layers import quantized_layers
 from anybit.progress import listening
@@ -95,10 +96,18 @@ OPTIONS += [{name: 3e-2} for name in ("rate", "gate_rate", "plane_rate", "scale_
 OPTIONS += [{"anchor": False}, {"ramp": 0.0}, {"weighting": 1.0}]
 
 
+def outputs_of(**settings):
+    return grown(**settings).model(pictures(4))
+
+
+@cache
+def unchanged_outputs():
+    return outputs_of(phase="continue", fix=0.4, plane_temperature=2.0)
+
+
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)
 def test_every_option_changes_what_is_trained(changes):
-    results = [grown(phase="continue", fix=0.4, plane_temperature=2.0, **more) for more in ({}, changes)]
-    outputs = [result.model(pictures(4)) for result in results]
+    outputs = [unchanged_outputs(), outputs_of(phase="continue", fix=0.4, plane_temperature=2.0, **changes)]
     assert torch.isfinite(outputs[1]).all() and not torch.equal(*outputs)
 
 
@@ -339,11 +348,19 @@ def stop_after(monkeypatch, epoch):
     monkeypatch.setattr("anybit.loops.training.save_checkpoint", saving)
 
 
+CONTINUED = {"epochs": 4, "augment": "flip", "fix": 0.5, "harden": 0.75}  # the decisions fall between epochs, too
+
+
+@cache
+def uninterrupted(phase):
+    return grown(**CONTINUED, phase=phase)
+
+
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 @pytest.mark.parametrize("phase", ["restart", "rewind"])
 def test_a_continued_run_ends_with_the_same_bytes(phase, epoch, tmp_path, monkeypatch):
-    wanted = {"epochs": 4, "augment": "flip", "phase": phase, "fix": 0.5, "harden": 0.75}  # the decisions fall between epochs, too
-    whole = grown(**wanted).save(tmp_path / "whole")
+    wanted = CONTINUED | {"phase": phase}
+    whole = uninterrupted(phase).save(tmp_path / "whole")
     checkpoint = tmp_path / "checkpoint.safetensors"
     with monkeypatch.context() as patched:
         stop_after(patched, epoch)

@@ -55,6 +55,7 @@ METHODS = {
     "light": partial(CALIBRATE, pipeline="light"),
     "adaquant layer": partial(CALIBRATE, unit="layer"),
     "adaquant block": partial(CALIBRATE, unit="block"),
+    "adaround": partial(CALIBRATE, rounding="adaround"),
     "csq": grown,
     "lsq": trained,
     "multiquant": subnet,

@@ -13,7 +13,8 @@ import anybit
 from anybit.budget import Budget
 from anybit.data.batches import Batch, call
 from anybit.errors import InfeasibleBudget, InvalidSetting
-from anybit.methods.csq import CSQ, CSQSettings, GatedWeight, _GatedSum, _likeliest, gate, slope
+from anybit.methods.csq import CSQ, GatedWeight, _GatedSum, _likeliest, gate, slope
+from anybit.methods.settings import CSQSettings
 from anybit.networks import batchnorm
 from anybit.networks.layers import codes_of, quantized_layers, weight_rows
 from anybit.numerics.quantizers import UniformQuantizer
@@ -46,8 +47,8 @@ def growth_of(cls, budget=None, **settings_):
     """A network ready to grow, with float activations, and what it was observed to be."""
     x = NETWORKS[cls]()
     wanted = GrowSettings.of(activation_bits=None, **settings_)
-    network = observe_trainable(make(cls), Batch(x[:2]), wanted, None)
-    return make_trainee(network, [Batch(x)], budget and Budget.parse(budget), False, wanted), network, x
+    network = observe_trainable(make(cls), Batch(x[:2]), wanted, None, "csq")
+    return make_trainee(network, [Batch(x)], budget and Budget.parse(budget), wanted, "csq"), network, x
 
 
 # The gate
@@ -186,7 +187,7 @@ def test_bits_are_those_that_the_codes_need():
         weight = random_weight()
         weight.fix(live)
         weight.harden()
-        values, quantizer = weight.freeze()
+        values, quantizer = weight.freeze(weight.positive[0])
         if not live:
             assert weight.bits() == 0 and quantizer is None and not values.any()
             continue
@@ -202,7 +203,7 @@ def test_freezing_a_hard_weight_changes_it_by_rounding_only(seed, planes, per_ch
     weight = random_weight(seed, planes, per_channel)
     weight.fix([b for b in range(planes) if b % 2 == seed % 2] or [0])
     weight.harden()
-    values, quantizer = weight.freeze()
+    values, quantizer = weight.freeze(weight.positive[0])
     assert torch.allclose(weight(values), values, rtol=1e-6, atol=0)
     assert torch.equal(quantizer(values), values)
 
@@ -215,7 +216,7 @@ def test_freezing_a_network_changes_its_outputs_by_rounding_only(cls):
         for weight in growth.gated.values():
             for logits in (weight.positive, weight.negative, weight.planes):
                 logits.add_(torch.randn(logits.shape, generator=generator))
-    growth.at(1.0)
+    growth.before_step(1.0)
     batchnorm.reestimate(growth.model, [Batch(x)])
     hard = call(growth.model.eval(), x).detach()
     canonical = frozen(growth, network, [Batch(x)])
@@ -230,7 +231,7 @@ def test_a_layer_without_planes_is_pruned_and_stores_no_codes(tmp_path):
     growth, network, x = growth_of(Residual, "2bit", prune=True)
     with torch.no_grad():
         growth.gated["block1.conv1"].planes.fill_(-1)
-    growth.at(1.0)
+    growth.before_step(1.0)
     canonical = frozen(growth, network, [Batch(x)])
     assert canonical.scheme["block1.conv1"] == Precision(0, None)
     assert network.costs.weight_bits(canonical.scheme) <= 2
@@ -326,7 +327,7 @@ def test_anchored_planes_reach_to_the_highest(logits):
 
 def test_bytes_are_counted_as_the_file_is():
     growth, network, x = growth_of(Residual, "1500B")
-    growth.at(1.0)
+    growth.before_step(1.0)
     assert network.costs.file_size(frozen(growth, network, [Batch(x)]).scheme) <= 1500
 
 
@@ -346,9 +347,9 @@ def test_a_budget_out_of_reach_names_the_least_or_the_most(budget, error, words)
 
 def test_the_second_phase_starts_from_the_weights_as_they_are_in_the_range_of_the_planes_that_stay():
     growth, _, _ = growth_of(Residual, "3bit")
-    growth.at(0.1)
+    growth.before_step(0.1)
     weights = {name: layer.weight.detach().flatten(1) for name, layer in growth.layers.items()}
-    growth.at(growth.settings.fix)
+    growth.before_step(growth.settings.fix)
     for name, layer in growth.layers.items():
         bits = growth.scheme()[name].weight_bits
         step, largest = weight_scale(weights[name].reshape(1, -1), bits, symmetric=True), 2 ** (bits - 1) - 1
@@ -363,7 +364,7 @@ def test_the_papers_two_phases_rewind_the_temperature():
     weight = next(iter(growth.gated.values()))
     seen = []
     for progress in (0.0, 0.49, 0.5, 0.99):
-        growth.at(progress)
+        growth.before_step(progress)
         seen.append(float(weight.temperature))
     assert seen[0] == 1 and seen[1] > 80 and seen[2] == 1 and seen[3] > 80
 
@@ -372,7 +373,7 @@ def test_pruned_planes_of_hard_gates_stay_closed():
     growth, _, _ = growth_of(Residual, "3bit", plane_gates="straight-through")
     weight = next(iter(growth.gated.values()))
     weight.planes.data[0] = -0.5
-    growth.end_epoch()
+    growth.end_of_epoch()
     weight(torch.zeros_like(weight.positive[0])).sum().backward()
     assert 0 not in weight.kept_planes() and weight.planes.grad[0] == 0 and torch.isfinite(weight.planes.grad).all()
 
@@ -389,10 +390,10 @@ def test_decisions_are_taken_back():
     growth, _, _ = growth_of(Residual, "3bit")
     with torch.no_grad():
         growth.gated["fc"].planes[2] = -1
-    growth.at(1.0)
+    growth.before_step(1.0)
     other, _, _ = growth_of(Residual, "3bit")
     other.restore(copy.deepcopy(growth.decisions()))
     other.model.load_state_dict(growth.model.state_dict())
     assert isinstance(other, CSQ) and other.scheme() == growth.scheme() and other.hard
     for name, weight in growth.gated.items():
-        assert torch.equal(weight.freeze()[0], other.gated[name].freeze()[0])
+        assert torch.equal(weight.freeze(weight.positive[0])[0], other.gated[name].freeze(weight.positive[0])[0])

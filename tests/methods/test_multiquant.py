@@ -9,12 +9,13 @@ from networks import Depthwise, NoBatchNorm, Residual, Tokens, make, pictures
 
 from anybit.data.batches import Batch, call
 from anybit.errors import InvalidSetting, SchemeMismatch
-from anybit.methods.multiquant import MultiQuant, MultiQuantSettings, SwitchableInput, SwitchableWeight, bits_of
+from anybit.methods.multiquant import MultiQuant, SwitchableInput, SwitchableWeight, bits_of
+from anybit.methods.settings import MultiQuantSettings
 from anybit.networks.layers import float_weight, quantized_layers
 from anybit.numerics.affine import fake_quantize, quant_limits
 from anybit.scheme import Precision, Scheme
 from anybit.supernets.prepared import make_multiquant, observe_supernet
-from anybit.supernets.settings import SupernetSettings, settings_from_json
+from anybit.supernets.settings import SupernetSettings
 
 INPUTS = {
     Residual: lambda: pictures(16),
@@ -28,9 +29,9 @@ def multiquant(cls=Residual, bits=(2, 4, 8), **settings) -> tuple[MultiQuant, Ba
     x = INPUTS[cls]()
     with torch.no_grad():
         labels = make(cls)(x).argmax(1)
-    wanted = SupernetSettings.of(bits=bits, **settings)
-    network = observe_supernet(make(cls), Batch(x[:2]), wanted)
-    return make_multiquant(network, [Batch(x)], wanted, 5), Batch(x, labels)
+    chosen = SupernetSettings.of(bits=bits, **settings)
+    network = observe_supernet(make(cls), Batch(x[:2]), chosen)
+    return make_multiquant(network, [Batch(x)], chosen, 5), Batch(x, labels)
 
 
 def summed_gradients(method: MultiQuant, batch: Batch) -> None:
@@ -144,7 +145,7 @@ def test_what_is_drawn_follows_from_seed_and_progress_alone():
     for seed, progress in ((0, 0.25), (0, 0.25), (0, 0.5), (1, 0.25)):
         method, _ = multiquant(sandwich="R")
         method.seed = seed
-        method.at(progress)
+        method.before_step(progress)
         drawn += [method.scheme for _ in method.passes()]
     assert drawn[0] == drawn[1] and drawn[0] != drawn[2] and drawn[0] != drawn[3]
 
@@ -153,7 +154,7 @@ def test_shrinking_goes_from_the_highest_bits_to_all():
     method, _ = multiquant(middle="progressive")
     generator = random.Random(0)
     for progress, share in ((0.0, 1 / 9), (0.25, 5 / 9), (0.6, 1.0)):
-        method.at(progress)
+        method.before_step(progress)
         seen = {scheme["fc"] for scheme in (method.drawn(generator) for _ in range(300))}
         assert len(seen) == round(9 * share)
         left_out = set(method.choices["fc"]) - seen
@@ -187,7 +188,7 @@ def test_the_adaptive_label_is_the_mean_of_what_was_right_in_the_last_epoch():
         probabilities.append(outputs.softmax(1)[right])
         labels.append(batch.labels[right])
     assert torch.equal(method.labels, torch.zeros_like(method.labels))  # this epoch's count from the next one on
-    method.end_epoch()
+    method.end_of_epoch()
     probabilities, labels = torch.cat(probabilities), torch.cat(labels)
     for y in range(5):
         expected = probabilities[labels == y].mean(0) if (labels == y).any() else torch.zeros(5)
@@ -246,7 +247,7 @@ def test_settings_that_cannot_be_are_refused(bad):
 def test_a_label_weight_that_had_no_effect_is_read_where_it_was_stored():
     """It is refused where it is asked for."""
     stored = SupernetSettings(multiquant=MultiQuantSettings(label="one-hot", label_weight=1.0))
-    assert settings_from_json(stored.to_json()) == stored
+    assert SupernetSettings.from_json(stored.to_json()) == stored
 
 
 @pytest.mark.parametrize("changes", [{"step_rates": {2: 0.1}}, {"per_channel": False}])

@@ -1,21 +1,23 @@
 """The search, on scores that are known."""
 
-import random
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Residual, make, pictures
 
 from anybit.data.batches import Batch
+from anybit.methods.settings import SearchSettings
 from anybit.methods.subnet_search import (
     BINS,
     Evaluated,
     MonteCarloTable,
     Predictor,
-    SearchSettings,
+    SchemeSpace,
     UniformDraws,
     hypervolume,
     layer_cost,
@@ -32,8 +34,8 @@ BITS = (2, 3, 4, 6, 8)
 
 
 def network():
-    wanted = CalibrateSettings(weight_bits=BITS, activation_bits=(4, 8))
-    return observe_network(make(Residual), Batch(pictures(2)), wanted.options)
+    settings = CalibrateSettings(weight_bits=BITS, activation_bits=(4, 8))
+    return observe_network(make(Residual), Batch(pictures(2)), settings.options)
 
 
 NETWORK = network()
@@ -45,48 +47,83 @@ def noise(scheme):
     return 100 - sum(WEIGHT[name] * (4.0**-p.weight_bits + 4.0**-p.activation_bits) for name, p in scheme.items()) * 40
 
 
+def space_of(quantity="bits"):
+    return SchemeSpace(NETWORK.choices, layer_cost(NETWORK.costs, quantity))
+
+
+def uniform_schemes(count, seed):
+    """Schemes with each layer's precision drawn uniformly."""
+    space = space_of()
+    return list(map(space.scheme, UniformDraws(space).draw(0, count, np.random.default_rng(seed))))
+
+
 def evaluated(schemes):
     return [Evaluated(scheme, noise(scheme), total_cost(NETWORK.costs, "bits", scheme), "drawn") for scheme in schemes]
 
 
 @pytest.mark.parametrize("quantity", ["bits", "bops"])
 def test_a_layers_costs_sum_to_the_whole(quantity):
-    part, generator = layer_cost(NETWORK.costs, quantity), random.Random(0)
-    scheme = UniformDraws(NETWORK.choices).draw(0, generator)
-    assert sum(part(name, p) for name, p in scheme.items()) == pytest.approx(total_cost(NETWORK.costs, quantity, scheme))
+    part = layer_cost(NETWORK.costs, quantity)
+    schemes = uniform_schemes(5, 0)
+    whole = [total_cost(NETWORK.costs, quantity, scheme) for scheme in schemes]
+    assert [sum(part(name, p) for name, p in scheme.items()) for scheme in schemes] == pytest.approx(whole)
+    space = space_of(quantity)
+    assert space.cost(space.rows(schemes)) == pytest.approx(whole)
+
+
+def test_a_row_is_a_scheme_and_back():
+    """Layers of unlike numbers of choices, one of them without a choice."""
+    choices = {"a": [Precision(b, 8) for b in (2, 4, 6)], "b": [Precision(3, 8)], "c": [Precision(b, 4) for b in (5, 7)]}
+    space = SchemeSpace(choices, lambda name, p: float(p.weight_bits))
+    assert (space.low, space.high) == (10, 16)
+    for draws in (UniformDraws(space), MonteCarloTable(space, np.random.default_rng(0))):
+        for sample in (draws.sample, draws.draw):
+            rows = np.concatenate([sample(target, 200, np.random.default_rng(1)) for target in (10.1, 13.0, 15.9)])
+            schemes = list(map(space.scheme, rows))
+            assert all(scheme[name] in options for scheme in schemes for name, options in choices.items())
+            assert np.array_equal(space.rows(schemes), rows) and len(set(schemes)) == 6
+            assert space.cost(rows).tolist() == [sum(p.weight_bits for p in scheme.values()) for scheme in schemes]
 
 
 def test_the_table_draws_where_it_is_asked_to_and_fills_the_range():
-    part, generator = layer_cost(NETWORK.costs, "bits"), random.Random(0)
-    table = MonteCarloTable(NETWORK.choices, part, generator)
-    assert (table.low, table.high) == (2, 8)
-    uniform = UniformDraws(NETWORK.choices)
+    space, generator = space_of(), np.random.default_rng(0)
+    table, uniform = MonteCarloTable(space, generator), UniformDraws(space)
+    assert (space.low, space.high) == (2, 8)
+
+    def costs(draws, target, count):
+        return [total_cost(NETWORK.costs, "bits", space.scheme(row)) for row in draws.draw(target, count, generator)]
 
     def bins(draws):
-        targets = [2 + 6 * (index + 0.5) / BINS for index in range(BINS) for _ in range(10)]
-        return Counter(table.bin(total_cost(NETWORK.costs, "bits", draws.draw(target, generator))) for target in targets)
+        return Counter(int(table.bin(cost)) for index in range(BINS) for cost in costs(draws, 2 + 6 * (index + 0.5) / BINS, 10))
 
     assert len(bins(table)) == BINS > len(bins(uniform))
     for target in (2.3, 3.0, 5.0, 7.7):
-        drawn = [total_cost(NETWORK.costs, "bits", table.draw(target, generator)) for _ in range(20)]
-        assert abs(sum(drawn) / 20 - target) < 0.3
+        assert abs(sum(costs(table, target, 20)) / 20 - target) < 0.3
 
 
 def test_the_table_counts_what_is_uniform_among_schemes_of_one_cost():
     """Two equal layers at an average in the middle: by symmetry both have the same distribution, and it is symmetric too."""
     choices = {name: [Precision(b, 8) for b in (2, 4, 6)] for name in "ab"}
-    table = MonteCarloTable(choices, lambda name, p: float(p.weight_bits), random.Random(0))
-    counts = [table.counts[name][table.bin(8.0)] for name in "ab"]  # (2, 6), (4, 4), (6, 2): a third each
-    for row in counts:
+    table = MonteCarloTable(SchemeSpace(choices, lambda name, p: float(p.weight_bits)), np.random.default_rng(0))
+    for row in table.counts[:, table.bin(8.0)]:  # (2, 6), (4, 4), (6, 2): a third each
         assert all(0.28 < count / sum(row) < 0.39 for count in row)
 
 
 def test_the_predictor_ranks_schemes_that_it_has_not_seen():
-    generator, draws = random.Random(0), UniformDraws(NETWORK.choices)
-    known = evaluated([draws.draw(0, generator) for _ in range(90)])
-    assert rank_correlation(NETWORK.choices, known, 0) > 0.7
-    again = [Predictor(NETWORK.choices, known, 0).scores([known[0].scheme]) for _ in range(2)]
+    known, space = evaluated(uniform_schemes(90, 0)), space_of()
+    assert rank_correlation(space, known, 0) > 0.7
+    rows, scores = space.rows(one.scheme for one in known), [one.score for one in known]
+    again = [Predictor(space, rows, scores, 0).scores(rows[:1]) for _ in range(2)]
     assert again[0] == again[1]
+
+
+def test_predictors_that_are_fitted_at_once_are_those_that_are_fitted_alone():
+    known, space = evaluated(uniform_schemes(12, 0)), space_of()
+    rows, scores = space.rows(one.scheme for one in known), np.array([one.score for one in known])
+    fitted = np.array([np.arange(12) < 8, np.arange(12) >= 3])
+    together = Predictor(space, rows, scores, 0, fitted).scores(rows)
+    alone = [Predictor(space, rows[some], scores[some], 0).scores(rows)[0] for some in fitted]
+    assert together == pytest.approx(np.array(alone), abs=0.02 * scores.std())  # 300 steps carry roundings on
 
 
 @pytest.mark.parametrize("strategy", ["monte-carlo", "uniform", "integer-program"])
@@ -97,22 +134,22 @@ def test_a_search_spends_what_it_may_and_beats_random_draws(strategy):
         calls.append(scheme)
         return noise(scheme)
 
-    wanted = SearchSettings(evaluations=80, strategy=strategy, generations=8, population=30, targets=8)
+    settings = SearchSettings(evaluations=80, strategy=strategy, generations=8, population=30, targets=8)
     uniform = [NETWORK.uniform(bits, 8) for bits in BITS]
-    found = search_subnets(NETWORK.choices, NETWORK.costs, score, wanted, uniform)
-    assert len(calls) == len(set(calls)) == len(found.evaluated) <= 80
-    assert [one.scheme for one in found.evaluated[:5]] == uniform
-    generator, draws = random.Random(1), UniformDraws(NETWORK.choices)
-    drawn = evaluated([*uniform, *(draws.draw(0, generator) for _ in range(75))])
-    areas = [hypervolume(pareto_front(some), 8.0, 60.0) for some in (found.evaluated, drawn)]
+    result = search_subnets(NETWORK.choices, NETWORK.costs, score, settings, uniform)
+    assert len(calls) == len(set(calls)) == len(result.evaluated) <= 80
+    assert [one.scheme for one in result.evaluated[:5]] == uniform
+    drawn = evaluated([*uniform, *uniform_schemes(75, 1)])
+    areas = [hypervolume(pareto_front(some), 8.0, 60.0) for some in (result.evaluated, drawn)]
     assert areas[0] > areas[1]
-    assert (found.rank_correlation is None) == (strategy == "integer-program")
+    assert (result.rank_correlation is None) == (strategy == "integer-program")
 
 
 def test_the_same_seed_gives_the_same_search():
-    wanted = SearchSettings(evaluations=40, generations=4, population=20, targets=4)
-    first, second = (search_subnets(NETWORK.choices, NETWORK.costs, noise, wanted) for _ in range(2))
+    settings = SearchSettings(evaluations=40, generations=4, population=20, targets=4)
+    first, second = (search_subnets(NETWORK.choices, NETWORK.costs, noise, settings) for _ in range(2))
     assert first == second
+    assert first.evaluated != search_subnets(NETWORK.choices, NETWORK.costs, noise, replace(settings, seed=1)).evaluated
 
 
 points = st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), min_size=1, max_size=12)

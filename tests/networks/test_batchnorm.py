@@ -146,13 +146,13 @@ def test_after_tuning_each_layers_statistics_are_the_float_ones(cls, bits):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
-@pytest.mark.parametrize("how", ["tune", "match"])
-def test_tuning_leaves_integer_codes_as_they_are(how, bits):
+@pytest.mark.parametrize("method", ["tune", "match"])
+def test_tuning_leaves_integer_codes_as_they_are(method, bits):
     folded, model, names = rounded(Residual, bits)
     codes = {name: codes_of(layer).clone() for name, layer in quantized_layers(model).items()}
     scales = {name: layer.weight_quantizer.scale.clone() for name, layer in quantized_layers(model).items()}
     targets = channel_statistics(folded, names, [Batch(pictures(16))])
-    if how == "tune":
+    if method == "tune":
         tune(model, targets, [Batch(pictures(16))])
     else:
         match_layers(folded, [model], targets, [Batch(pictures(16))])

@@ -74,8 +74,8 @@ def test_freezing_a_filled_layer_gives_its_candidate_back(bits):
     prepared, candidates = prepared_with_candidates("upsampling")
     model = apply_scheme(prepared, Scheme.uniform(quantized_layers(prepared), f"W{bits}"), candidates)
     for name, layer in quantized_layers(model).items():
-        frozen, given = frozen_candidate(layer), candidates.weights[name, bits]
-        assert torch.equal(frozen.codes, given.codes) and torch.equal(frozen.scale, given.scale) and torch.equal(frozen.bias, given.bias)
+        frozen, stored = frozen_candidate(layer), candidates.weights[name, bits]
+        assert torch.equal(frozen.codes, stored.codes) and torch.equal(frozen.scale, stored.scale) and torch.equal(frozen.bias, stored.bias)
 
 
 def test_a_candidate_is_a_copy():

@@ -35,12 +35,12 @@ def test_what_is_captured_is_what_passed(name, limit):
     model, batches = make(Residual), [Batch(pictures(n, seed=n)) for n in (4, 4, 3)]
     before = snapshot(model)
     captured = capture(model, name, batches, 11, MemoryBudget(LIMITS[limit]), outputs=True)
-    given, made = watched(model, name, join(batches))
+    given, outputs = watched(model, name, join(batches))
     everything = torch.arange(11)
     (kept,), kwargs = captured.batch(everything)
     assert kwargs == {}
     torch.testing.assert_close(kept, given, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(captured.outputs(everything), made, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(captured.outputs(everything), outputs, atol=1e-6, rtol=1e-5)
     assert_untouched(model, before)
 
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from anybit.data.batches import Batch
 from anybit.errors import UnsupportedModel
+from anybit.networks.layer_types import COVERED
 from anybit.networks.layers import (
     check_plain_use,
     codes_of,
@@ -35,7 +36,7 @@ from anybit.networks.layers import (
     quantized_layers,
     weight_rows,
 )
-from anybit.networks.wiring import COVERED, observe
+from anybit.networks.wiring import observe
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.numerics.ranges import weight_scale
 

@@ -20,8 +20,9 @@ from anybit.data.samples import Samples
 from anybit.data.tasks import outputs_of
 from anybit.errors import AnybitError, InvalidInput, UnsupportedModel
 from anybit.networks.batchnorm import fold, fold_checked, foldable
+from anybit.networks.layer_types import COVERED
 from anybit.networks.layers import coverage, prepare, quantized_layers, unwrapped
-from anybit.networks.wiring import COVERED, observe
+from anybit.networks.wiring import observe
 
 WIDTH = 8
 TINY = {"samples": 24, "batch_size": 8, "weight_bits": (4, 8), "activation_bits": (8,), "alternatives": 1, "steps": 3, "candidate_steps": 2}
@@ -67,17 +68,17 @@ class Layered(nn.Module):
 class Joined(Layered):
     """A layered part beside its input: summed, summed in place, multiplied, or concatenated and mixed."""
 
-    def __init__(self, how: str, *parts: str):
+    def __init__(self, mode: str, *parts: str):
         super().__init__(*parts)
-        self.how, self.mix = how, nn.Conv2d(2 * WIDTH, WIDTH, 1) if how == "cat" else None
+        self.mode, self.mix = mode, nn.Conv2d(2 * WIDTH, WIDTH, 1) if mode == "cat" else None
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
-        if self.how == "in place":
+        if self.mode == "in place":
             out = out + 0.0
             out += x
             return out
-        return self.mix(torch.cat([out, x], 1)) if self.how == "cat" else x + out if self.how == "add" else out * torch.sigmoid(x)
+        return self.mix(torch.cat([out, x], 1)) if self.mode == "cat" else x + out if self.mode == "add" else out * torch.sigmoid(x)
 
 
 class Aliased(Layered):
@@ -109,18 +110,18 @@ class Chosen(Layered):
 class Peeked(Layered):
     """Something besides the norm reads, or writes into, what the convolution gives."""
 
-    def __init__(self, how: str, *parts: str):
+    def __init__(self, mode: str, *parts: str):
         super().__init__(*parts)
-        self.how = how
+        self.mode = mode
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
-        if self.how == "compared":
+        if self.mode == "compared":
             return self.act(self.norm(y)) * (y > 0.1)
-        if self.how == "written":
+        if self.mode == "written":
             y[:, 0] = 0.5
             return self.act(self.norm(y))
-        if self.how == "spectrum":
+        if self.mode == "spectrum":
             return self.act(self.norm(y)) + torch.fft.rfft(y).abs().mean((1, 2, 3), keepdim=True)
         return self.act(self.norm(y)) + self.conv.weight.mean()
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from anybit.data.batches import Batch
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
-from anybit.networks.wiring import BATCH_NORM, BATCH_NORMS, COVERED, LAYER, observe
+from anybit.networks.layer_types import COVERED
+from anybit.networks.wiring import BATCH_NORM, BATCH_NORMS, LAYER, observe
 
 PICTURES = Batch(pictures(2))
 VALUES = numbers(64) * 8
@@ -82,8 +83,8 @@ def test_a_relu6_is_not_a_relu(form):
     ids=lambda function: getattr(function, "__name__", str(function)),  # an address would name the test anew in every run
 )
 def test_an_observed_activation_computes_what_the_network_does(function):
-    found = activation_of(function)
-    assert torch.equal(found(VALUES), function(VALUES))
+    observed = activation_of(function)
+    assert torch.equal(observed(VALUES), function(VALUES))
 
 
 def test_an_observed_activation_leaves_its_input_as_it_was():
@@ -111,8 +112,8 @@ def test_functional_in_place_and_module_forms_are_wired_alike():
 
 def test_the_batch_norm_after_each_layer_is_found():
     wiring = observe(make(Residual), PICTURES)
-    found = {name: wiring.batch_norm_after(name) for name in wiring.layer_names()}
-    assert found == {
+    observed = {name: wiring.batch_norm_after(name) for name in wiring.layer_names()}
+    assert observed == {
         "conv": "bn", "block1.conv1": "block1.bn1", "block1.conv2": "block1.bn2", "block2.conv1": "block2.bn1",
         "block2.conv2": "block2.bn2", "block2.shortcut.0": "block2.shortcut.1", "fc": None,
     }  # fmt: skip

@@ -166,14 +166,14 @@ def test_gradients_sum_over_what_was_broadcast(scale_shape, zero_shape):
         torch.testing.assert_close(ours, other)
 
 
-@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)])
-def test_a_gradient_does_not_depend_on_which_others_are_asked_for(wanted):
+@pytest.mark.parametrize("needs_grad", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)])
+def test_a_gradient_does_not_depend_on_which_others_are_asked_for(needs_grad):
     tensors = (torch.tensor([[-9.0, 0.3, 1.6, 40.0]]), torch.tensor([[0.5]]), torch.tensor(3.0))
     _, every = value_and_gradients(fake_quantize, *tensors, (0, 15))
-    leaves = [tensor.clone().requires_grad_(asked) for tensor, asked in zip(tensors, wanted, strict=True)]
+    leaves = [tensor.clone().requires_grad_(asked) for tensor, asked in zip(tensors, needs_grad, strict=True)]
     value = fake_quantize(*leaves, 0, 15)
     (value * torch.linspace(-1, 2, 4)).sum().backward()
-    for leaf, expected, asked in zip(leaves, every, wanted, strict=True):
+    for leaf, expected, asked in zip(leaves, every, needs_grad, strict=True):
         assert torch.equal(leaf.grad, expected) if asked else leaf.grad is None
 
 

@@ -72,7 +72,11 @@ def test_weight_scales_follow_the_weights_through_powers_of_two(rows, bits, esti
 def test_a_row_of_ordinary_size_is_scaled_on_its_own(rows, bits, estimator):
     together = weight_scale(rows, bits, estimator)
     alone = torch.cat([weight_scale(row[None], bits, estimator) for row in rows])
-    assert torch.equal(together, alone)
+    if estimator != "mse":
+        assert torch.equal(together, alone)
+    # Sums over one row and over several may round otherwise, and of two scales that err alike another may be taken.
+    errors = (squared_error(rows, scale, torch.zeros(()), quant_limits(bits, signed=True)).sum(1) for scale in (together, alone))
+    torch.testing.assert_close(*errors)
 
 
 @few

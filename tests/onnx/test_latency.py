@@ -90,9 +90,9 @@ def observed_residual():
 def test_measured_parts_add_up_to_measured_wholes(name):
     network, shape = EXACT[name]
     torch.manual_seed(0)
-    table, about = measure_latency(ready(network().eval(), inputs(shape, 2)), inputs(shape, 2), rounds=2)
+    table, provenance = measure_latency(ready(network().eval(), inputs(shape, 2)), inputs(shape, 2), rounds=2)
     for kind in ("float32", "int8"):
-        assert sum(row[kind] for row in table.layers.values()) + table.rest[kind] == pytest.approx(about["measured"][kind], rel=1e-6)
+        assert sum(row[kind] for row in table.layers.values()) + table.rest[kind] == pytest.approx(provenance["measured"][kind], rel=1e-6)
         assert all(row[kind] > 0 for row in table.layers.values()), kind
     assert table.boundary >= 0 and all(table.crossing([layer]) > 0 for layer in list(table.layers)[1:-1])
 
@@ -121,36 +121,38 @@ def test_allocate_counts_latency_too(run_folder, calibrated):
     model, data, result = calibrated
     observed = ready(model, Batch(data[:2]))
     save_table(observed, table_of(observed.names), {})
-    found = anybit.allocate(run_folder, "latency=100ms,3bit", model=model, data=data)
-    assert found.report["latency"]["predicted"] > 0 and found.report["result"]["weight_bits"] <= 3 < result.report["result"]["weight_bits"]
+    loaded = anybit.allocate(run_folder, "latency=100ms,3bit", model=model, data=data)
+    assert (
+        loaded.report["latency"]["predicted"] > 0 and loaded.report["result"]["weight_bits"] <= 3 < result.report["result"]["weight_bits"]
+    )
 
 
 def test_a_search_and_an_extraction_count_latency_too(tmp_path):
     x = pictures(40)
     labelled = x, torch.arange(40) % 5
     folder = anybit.train(make(Residual), labelled, bits=(2, 8), epochs=1, batch_size=16, held_out=0.3).save(tmp_path / "supernet")
-    how = {"model": make(Residual), "data": labelled}
+    options = {"model": make(Residual), "data": labelled}
     for verb in (anybit.search, anybit.extract):
         with pytest.raises(InvalidSetting, match="anybit profile"):
-            verb(folder, budget="latency=2ms", **how)
+            verb(folder, budget="latency=2ms", **options)
     observed = ready(make(Residual), Batch(x[:2]))
     table = table_of(observed.names)
     save_table(observed, table, {})
     least = table.total(Scheme.uniform(observed.names, INT8))
     enough, short = (f"latency={1e3 * least * times:.6f}ms" for times in (1.05, 0.5))
-    found = anybit.search(folder, budget=f"5bit,{enough}", evaluations=10, **how)
-    for told in found.report["budgets"].values():
-        assert told["latency"] == pytest.approx(least) and told["weight_bits"] <= 5
-    found.save(tmp_path / "search")
-    subnet = anybit.extract(tmp_path / "search", f"5bit,{enough}", **how)
+    loaded = anybit.search(folder, budget=f"5bit,{enough}", evaluations=10, **options)
+    for record in loaded.report["budgets"].values():
+        assert record["latency"] == pytest.approx(least) and record["weight_bits"] <= 5
+    loaded.save(tmp_path / "search")
+    subnet = anybit.extract(tmp_path / "search", f"5bit,{enough}", **options)
     assert subnet.report["latency"]["predicted"] == pytest.approx(least) and subnet.report["latency"]["exported"] > 0
     assert anybit.load(subnet.save(tmp_path / "run"), make(Residual)).scheme == subnet.scheme
     for verb in (anybit.search, anybit.extract):
         with pytest.raises(InfeasibleBudget, match=f"{1e3 * least:.4g} ms"):
-            verb(folder, budget=short, **how)
+            verb(folder, budget=short, **options)
     with pytest.raises(InvalidSetting, match="--data"):
         anybit.extract(folder, enough, model=make(Residual))
-    assert "latency" not in anybit.extract(found.supernet, scheme=subnet.scheme).report  # nothing is measured without inputs
+    assert "latency" not in anybit.extract(loaded.supernet, scheme=subnet.scheme).report  # nothing is measured without inputs
 
 
 def test_profiles_are_recalled_for_the_same_network_alone():

@@ -17,8 +17,8 @@ from anybit.runs.report import write_report
 def leaves(tree, path=()):
     if isinstance(tree, list):
         yield path, tree
-    for key, part in tree.items() if isinstance(tree, dict) else ():
-        yield from leaves(part, (*path, key))
+    for key, piece in tree.items() if isinstance(tree, dict) else ():
+        yield from leaves(piece, (*path, key))
 
 
 def report_of(folder):
@@ -30,24 +30,24 @@ def test_equal_runs_are_the_same_whatever_they_took(calibrated, quick, tmp_path)
     second = anybit.calibrate(model, inputs, "4bit", **quick)
     folders = [result.save(tmp_path / name) for name, result in (("first", first), ("second", second))]
     assert report_of(folders[0])["stages"] != report_of(folders[1])["stages"]
-    found = diff(*folders)
-    assert found["same"] and found["same_weights"] and found["differences"] == {}
-    told = anybit_cli("diff", *map(str, folders))
-    assert told.exit_code == 0 and "are the same" in told.stdout
+    differences = diff(*folders)
+    assert differences["same"] and differences["same_weights"] and differences["differences"] == {}
+    text = anybit_cli("diff", *map(str, folders))
+    assert text.exit_code == 0 and "are the same" in text.stdout
 
 
 def test_a_difference_is_told_by_name_with_both_values(folders):
     first, second = folders["calibrated"], folders["seeded"]
-    found, reports = diff(first, second), [report_of(first), report_of(second)]
-    differences = found["differences"]
-    assert not found["same"] and not found["same_weights"]
+    loaded, reports = diff(first, second), [report_of(first), report_of(second)]
+    differences = loaded["differences"]
+    assert not loaded["same"] and not loaded["same_weights"]
     assert differences["settings"] == {"seed": [0, 1]} and differences["run"] == {"budget": ["4bit", "3bit"]}
     bits = [{name: row["precision"] for name, row in report["layers"].items()} for report in reports]
     assert differences["bits"] == {name: [bits[0][name], bits[1][name]] for name in bits[0] if bits[0][name] != bits[1][name]} != {}
     assert differences["result"]["bytes"] == [report["result"]["bytes"] for report in reports]
     assert differences["ladder"]["ranges"]["loss"] == [report["ladder"][0]["loss"] for report in reports]
     assert "shapes" not in differences and "references" not in differences and "environment" not in differences
-    assert found["shared_layers"] == len(bits[0])
+    assert loaded["shared_layers"] == len(bits[0])
 
 
 def test_units_go_by_how_far_their_error_moved(folders):
@@ -58,33 +58,33 @@ def test_units_go_by_how_far_their_error_moved(folders):
 
 def test_runs_of_all_roads_compare_and_the_order_swaps_the_sides(folders):
     for first, second in combinations(folders.values(), 2):
-        found, swapped = diff(first, second), diff(second, first)
-        assert not found["same"] and json.loads(json.dumps(found)) == found
-        assert dict(leaves(swapped["differences"])) == {path: two[::-1] for path, two in leaves(found["differences"])}
-        told = anybit_cli("diff", str(first), str(second))
-        assert told.exit_code == 0 and "layers are in both" in told.stdout, told.stderr
+        differences, swapped = diff(first, second), diff(second, first)
+        assert not differences["same"] and json.loads(json.dumps(differences)) == differences
+        assert dict(leaves(swapped["differences"])) == {path: two[::-1] for path, two in leaves(differences["differences"])}
+        text = anybit_cli("diff", str(first), str(second))
+        assert text.exit_code == 0 and "layers are in both" in text.stdout, text.stderr
     for folder in folders.values():
         assert diff(folder, folder)["same"]
 
 
 def test_other_networks_compare_as_far_as_names_agree(folders, quick, tmp_path):
     other = anybit.calibrate(make(Chain), pictures(40), "4bit", **quick).save(tmp_path / "other")
-    found = diff(folders["calibrated"], other)
-    assert found["shared_layers"] == 1  # fc
-    bits = found["differences"]["bits"]
+    differences = diff(folders["calibrated"], other)
+    assert differences["shared_layers"] == 1  # fc
+    bits = differences["differences"]["bits"]
     assert (
         bits["conv"][1] is None and bits["conv1"][0] is None and all(isinstance(side, str | None) for two in bits.values() for side in two)
     )
 
 
 def test_the_command_prints_one_object(folders):
-    told = anybit_cli("diff", str(folders["calibrated"]), str(folders["seeded"]), "--json")
-    assert told.exit_code == 0 and one_json_object(told.stdout)["differences"]["settings"] == {"seed": [0, 1]}
+    text = anybit_cli("diff", str(folders["calibrated"]), str(folders["seeded"]), "--json")
+    assert text.exit_code == 0 and one_json_object(text.stdout)["differences"]["settings"] == {"seed": [0, 1]}
 
 
 def test_what_one_road_alone_has_is_not_a_page_of_dashes(folders):
-    told = anybit_cli("diff", str(folders["calibrated"]), str(folders["grown"])).stdout
-    assert "csq" not in told and "one road alone" in told and "grow" in told
+    text = anybit_cli("diff", str(folders["calibrated"]), str(folders["grown"])).stdout
+    assert "csq" not in text and "one road alone" in text and "grow" in text
 
 
 values = st.recursive(
@@ -105,11 +105,11 @@ def test_nothing_differs_between_equals_alone(first, second):
 def test_a_lacking_or_broken_file_is_named(run_folder, folders, name):
     path = run_folder / name
     path.write_bytes(path.read_bytes()[:-9])
-    told = anybit_cli("diff", str(folders["grown"]), str(run_folder))
-    assert told.exit_code == 2 and len(told.stderr.splitlines()) == 1 and str(run_folder) in told.stderr
+    text = anybit_cli("diff", str(folders["grown"]), str(run_folder))
+    assert text.exit_code == 2 and len(text.stderr.splitlines()) == 1 and str(run_folder) in text.stderr
     path.unlink()
-    told = anybit_cli("diff", str(run_folder), str(folders["grown"]))
-    assert told.exit_code == 2 and name in told.stderr
+    text = anybit_cli("diff", str(run_folder), str(folders["grown"]))
+    assert text.exit_code == 2 and name in text.stderr
 
 
 @pytest.mark.parametrize("broken", [{"settings": 3}, {"environment": []}, {"version": "1"}, {"schemes": None}, {"float_bytes": -1}])

@@ -61,8 +61,8 @@ def tables(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(tables(), st.sampled_from(["3bit", "900kB", "50%", "bops=10G"]), st.integers(0, 20))
-def test_on_the_frontier_no_step_up_is_worth_the_shadow_price_and_every_step_down_the_next(tmp_path_factory, made, budget, steps):
-    table, weights = made
+def test_on_the_frontier_no_step_up_is_worth_the_shadow_price_and_every_step_down_the_next(tmp_path_factory, network, budget, steps):
+    table, weights = network
     cost = {"3bit": "bits", "900kB": "bytes", "50%": "bytes", "bops=10G": "bops"}[budget]
     choices = {name: [Precision.parse(text) for text in options] for name, options in table.items()}
     losses = {name: np.array([one["loss"] for one in options.values()]) for name, options in table.items()}
@@ -75,9 +75,9 @@ def test_on_the_frontier_no_step_up_is_worth_the_shadow_price_and_every_step_dow
     scheme = {name: str(precision) for name, precision in hull.scheme(steps).items()}
     folder = written(tmp_path_factory.mktemp("run") / "run", made_up(table, scheme, budget, weights))
     for name in table:
-        found = explain(folder, name)
-        last, following, more, less = (found[key] for key in ("shadow_price", "next_step", "more", "less"))
-        assert found["limited"] == cost and found["precision"] == scheme[name] and found["on_frontier"]
+        explanation = explain(folder, name)
+        last, following, more, less = (explanation[key] for key in ("shadow_price", "next_step", "more", "less"))
+        assert explanation["limited"] == cost and explanation["precision"] == scheme[name] and explanation["on_frontier"]
         assert (last is None) == (steps == 0) and (following is None) == (steps == len(hull.steps))
         if last:
             step = hull.steps[steps - 1]
@@ -93,7 +93,7 @@ def test_on_the_frontier_no_step_up_is_worth_the_shadow_price_and_every_step_dow
         for move in filter(None, (more, less)):
             loss = {text: one["loss"] for text, one in table[name].items()}
             assert move["loss"] == pytest.approx(loss[move["to"]] - loss[scheme[name]]) and move["price"] == -move["loss"] / move["cost"]
-        assert found["why"] and all(sentence.endswith(".") and "nan" not in sentence for sentence in found["why"])
+        assert explanation["why"] and all(sentence.endswith(".") and "nan" not in sentence for sentence in explanation["why"])
 
 
 WEIGHTS = {"a": 8000, "b": 8000}
@@ -106,15 +106,15 @@ THREE = TABLE | {"c": {"W2A8": {"loss": 0.05, "bytes": 2000, "bops": 1}, "W4A8":
 
 def test_by_hand(tmp_path):
     scheme = {"a": "W4A8", "b": "W2A8"}
-    found = explain(written(tmp_path / "run", made_up(TABLE, scheme, "7kB", WEIGHTS)), "b")
-    assert found["shadow_price"] == {
+    explanation = explain(written(tmp_path / "run", made_up(TABLE, scheme, "7kB", WEIGHTS)), "b")
+    assert explanation["shadow_price"] == {
         "layer": "a", "from": "W2A8", "to": "W4A8", "cost": 2000, "loss": pytest.approx(-0.4), "price": pytest.approx(2e-4),
     }  # fmt: skip
-    assert found["more"] == {
+    assert explanation["more"] == {
         "layer": "b", "from": "W2A8", "to": "W4A8", "cost": 2000, "loss": pytest.approx(-0.1), "price": pytest.approx(5e-5),
     }  # fmt: skip
-    assert found["next_step"] == found["more"] and found["less"] is None and found["left"] == 1000
-    words = " ".join(found["why"])
+    assert explanation["next_step"] == explanation["more"] and explanation["less"] is None and explanation["left"] == 1000
+    words = " ".join(explanation["why"])
     assert "b is W2A8: 8 k weights, 2.0 kB of the file's 6.0 kB (33.3 %), 0.3 of predicted loss." in words
     assert "shadow price is 0.2 of loss a kB: the last step that this size pays for took a from W2A8 to W4A8, 2.0 kB for 0.4 less" in words
     assert "More, W4A8, would cost 2.0 kB and gain 0.1, 0.05 of loss a kB: less than the shadow price" in words
@@ -153,13 +153,13 @@ def test_the_tightest_of_several_limits_is_looked_at(tmp_path):
 def test_a_real_run_says_what_its_files_hold(folders):
     report = json.loads((folders["calibrated"] / "report.json").read_text())
     for layer, row in report["layers"].items():
-        found = explain(folders["calibrated"], layer)
-        assert found["candidates"] == report["table"]["layers"][layer] and found["precision"] == row["precision"]
-        assert found["errors"]["candidates"] == report["candidate_errors"].get(layer, {})
-        assert {name for name in report["units"] if name == layer or layer.startswith(f"{name}.")} == set(found["errors"]["units"])
-        assert json.loads(json.dumps(found)) == found and found["left"] >= 0 and found["limited"] == "bits"
+        explanation = explain(folders["calibrated"], layer)
+        assert explanation["candidates"] == report["table"]["layers"][layer] and explanation["precision"] == row["precision"]
+        assert explanation["errors"]["candidates"] == report["candidate_errors"].get(layer, {})
+        assert {name for name in report["units"] if name == layer or layer.startswith(f"{name}.")} == set(explanation["errors"]["units"])
+        assert json.loads(json.dumps(explanation)) == explanation and explanation["left"] >= 0 and explanation["limited"] == "bits"
     chosen = report["certificate"]["chosen"]
-    assert any(chosen in sentence for sentence in found["why"]) == (chosen != "allocated 1")
+    assert any(chosen in sentence for sentence in explanation["why"]) == (chosen != "allocated 1")
 
 
 def test_a_kept_layer_had_no_choice(calibrated, quick, tmp_path):
@@ -170,27 +170,27 @@ def test_a_kept_layer_had_no_choice(calibrated, quick, tmp_path):
 
 def test_a_training_says_the_bits_after_each_epoch(folders):
     report = json.loads((folders["grown"] / "report.json").read_text())
-    found = explain(folders["grown"], "fc")
-    assert found["bits"] == {row["epoch"]: row["layers"]["fc"] for row in report["epochs"]} and found["road"] == "grow"
-    assert f"after each: {', '.join(map(str, found['bits'].values()))}." in found["why"][0]
+    explanation = explain(folders["grown"], "fc")
+    assert explanation["bits"] == {row["epoch"]: row["layers"]["fc"] for row in report["epochs"]} and explanation["road"] == "grow"
+    assert f"after each: {', '.join(map(str, explanation['bits'].values()))}." in explanation["why"][0]
 
 
 def test_a_search_says_what_it_tried(folders):
-    search, found = json.loads((folders["search"] / "search.json").read_text()), explain(folders["search"], "fc")
-    assert sum(row["evaluated"] for row in found["candidates"].values()) == len(search["evaluated"])
-    assert max(row["best_score"] for row in found["candidates"].values() if row["evaluated"]) == max(
+    search, explanation = json.loads((folders["search"] / "search.json").read_text()), explain(folders["search"], "fc")
+    assert sum(row["evaluated"] for row in explanation["candidates"].values()) == len(search["evaluated"])
+    assert max(row["best_score"] for row in explanation["candidates"].values() if row["evaluated"]) == max(
         r["score"] for r in search["evaluated"]
     )
-    assert found["budgets"] == {"5bit": search["budgets"]["5bit"]["scheme"]["fc"]}
-    assert len(found["front"]) == len(search["front"]) == sum(row["on_front"] for row in found["candidates"].values())
+    assert explanation["budgets"] == {"5bit": search["budgets"]["5bit"]["scheme"]["fc"]}
+    assert len(explanation["front"]) == len(search["front"]) == sum(row["on_front"] for row in explanation["candidates"].values())
     assert "extract" in explain(folders["supernet"], "fc")["why"][0]
     assert "subnet" in explain(folders["subnet"], "fc")["why"][0]
 
 
 @pytest.mark.parametrize("road", ["calibrated", "grown", "supernet", "search", "subnet"])
 def test_the_command_answers_on_every_road_and_names_near_layers(folders, road):
-    told = anybit_cli("explain", str(folders[road]), "fc")
-    assert told.exit_code == 0 and "fc" in told.stdout and not told.stderr
+    text = anybit_cli("explain", str(folders[road]), "fc")
+    assert text.exit_code == 0 and "fc" in text.stdout and not text.stderr
     assert one_json_object(anybit_cli("explain", str(folders[road]), "fc", "--json").stdout)["layer"] == "fc"
     for name in ("block1.conv", "fc "):
         wrong = anybit_cli("explain", str(folders[road]), name)
@@ -198,9 +198,9 @@ def test_the_command_answers_on_every_road_and_names_near_layers(folders, road):
 
 
 def test_the_layers_precision_is_marked_in_the_table(folders):
-    found = explain(folders["calibrated"], "fc")
+    explanation = explain(folders["calibrated"], "fc")
     marked = [line for line in anybit_cli("explain", str(folders["calibrated"]), "fc").stdout.splitlines() if "> " in line]
-    assert len(marked) == 1 and f"> {found['precision']} " in marked[0]
+    assert len(marked) == 1 and f"> {explanation['precision']} " in marked[0]
 
 
 def test_a_report_without_a_table_is_to_be_made_again(run_folder):
@@ -234,10 +234,10 @@ def test_a_report_without_a_table_is_to_be_made_again(run_folder):
 )
 def test_a_broken_report_is_refused(run_folder, place, value):
     report = json.loads((run_folder / "report.json").read_text())
-    part = report
+    piece = report
     for key in place[:-1]:
-        part = part[key]
-    part[place[-1]] = value
+        piece = piece[key]
+    piece[place[-1]] = value
     with pytest.raises(anybit.InvalidFile, match=r"report\.json"):
         explain(written(run_folder, report), "fc")
 

@@ -1,29 +1,32 @@
 """The page of a report: what it says, that it asks nothing, and that no name in it becomes markup."""
 
 import copy
+import hashlib
 import json
 import re
 import tomllib
+from base64 import b64encode
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
-import plotly.graph_objects as go
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import anybit
-from anybit.allocation.program import HEADER_SLACK
-from anybit.errors import InvalidFile, InvalidSetting
+from anybit.errors import InvalidFile, InvalidSetting, printable
 from anybit.files.strict import write_json
-from anybit.reports.figures import loss_over_size, losses_side_by_side, tests_side_by_side
-from anybit.reports.page import frontier_data, run_page, runs_page
+from anybit.networks.cost import HEADER_SLACK
+from anybit.reports import figures
+from anybit.reports import page as pages
+from anybit.reports.charts import DASHES, SHAPES, Chart
 from anybit.roads.result import save_all
 from anybit.runs.records import record_of
 from anybit.runs.report import write_report
 from anybit.scheme import Precision
 
+ROOT = Path(__file__).parent.parent.parent
 AMOUNTS = {"weight_bits": 3.0, "bytes": 1000, "percent": 10.0, "bops": 5_000_000}
 GROWN = {
     "version": 1,
@@ -67,12 +70,6 @@ SEARCH = {
 """As a page has it; in a folder it is in two files."""
 
 
-@pytest.fixture(autouse=True)
-def no_library(monkeypatch):
-    """Millions of letters that no test here looks at."""
-    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")
-
-
 @pytest.fixture(scope="session")
 def plain(calibrated):
     """The report of a calibrate run, as its file holds it."""
@@ -85,13 +82,14 @@ class Reader(HTMLParser):
     def __init__(self, page):
         super().__init__()
         self.tags, self.inside, self.headings, self.words, self.data, self.cells = [], [], [], [], {}, []
-        self.references, self.ids = [], []
+        self.references, self.ids, self.attributes = [], [], set()
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.tags.append(tag)
-        self.references += [attributes[key] for key in ("src", "href", "action") if key in attributes]
+        self.attributes |= set(attributes)
+        self.references += [attributes[key] for key in ("src", "href", "action") if key in attributes and attributes[key][:1] != "#"]
         self.ids += [attributes["id"]] if "id" in attributes else []
         if tag not in ("meta", "input"):
             self.inside.append((tag, attributes))
@@ -128,13 +126,53 @@ def renamed(report, names):
 def every_page(plain):
     """A page of each road's report, and one of all of them."""
     reports = {"calibrate": plain, "grow": GROWN, "supernet": SUPERNET, "search": SUPERNET | {"search": SEARCH}}
-    return {name: run_page(report) for name, report in reports.items()} | {"all": runs_page(reports)}
+    return {name: pages.run_page(report) for name, report in reports.items()} | {"all": pages.runs_page(reports)}
 
 
 def test_a_page_asks_nothing_of_the_network(plain):
     for page in every_page(plain).values():
         assert Reader(page).references == [] and "default-src 'none'" in page
         assert not re.search(r"@import|url\(|<link|https?:|fetch\(|XMLHttp|import\(", page)
+
+
+def test_the_policy_lets_the_pages_own_script_and_style_be_and_nothing_else(plain):
+    for page in every_page(plain).values():
+        policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
+        assert "unsafe" not in policy and "http" not in policy
+        for element in ("script", "style"):
+            (text,) = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
+            assert f"{element}-src 'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
+        assert not any(name == "style" or name.startswith("on") for name in Reader(page).attributes)
+
+
+def large(plain, layers, epochs):
+    """The report of a large network that was trained for long: `layers` layers of ten precisions each."""
+    report = copy.deepcopy(plain)
+    names = [f"backbone.stages.{place // 9}.blocks.{place % 9}.projection" for place in range(layers)]
+    precisions = [f"W{weights}A{inputs}" for weights in (2, 3, 4, 6, 8) for inputs in (4, 8)]
+    cells = {
+        name: {text: {"loss": 1 / (1 + place * (1 + at)), "bytes": 100 * (1 + at), "bops": 10} for at, text in enumerate(precisions)}
+        for place, name in enumerate(names)
+    }
+    scheme = {name: precisions[place % 10] for place, name in enumerate(names)}
+    report["table"] |= {"layers": cells}
+    report["layers"] = {name: {"precision": text, "weights": 1000, "bytes": 500} for name, text in scheme.items()}
+    report["schemes"] = [row | {"scheme": scheme} for row in report["schemes"]]
+    bits = [{name: 1 + (place + epoch) // 9 % 8 for place, name in enumerate(names)} for epoch in range(epochs)]
+    scores = {"soft": {"top1": 50.0}, "frozen": {"top1": 40.0}}
+    report["epochs"] = [{"epoch": n, "loss": 0.5, "weight_bits": 4.0, "layers": row, **scores} for n, row in enumerate(bits)]
+    return report
+
+
+def test_a_page_is_small_of_large_networks_too(plain, run_folder):
+    assert (run_folder / "report.html").stat().st_size < 100_000
+    report = large(plain, layers=200, epochs=100)
+    for page in (pages.run_page(report), pages.runs_page({f"run {number}": large(plain, 100, 60) for number in range(5)})):
+        assert len(page.encode()) <= 1_500_000
+    scheme = {name: "W4A8" for name in report["layers"]}
+    search = SEARCH | {"evaluated": [FOUND | {"cost": float(at), "scheme": scheme} for at in range(600)]}
+    page = pages.run_page(SUPERNET | {"search": search})
+    assert len(page.encode()) <= 1_500_000 and page.count(" ".join(scheme.values())) == 600
 
 
 def test_headings_are_in_order_and_ids_unique(plain):
@@ -146,57 +184,98 @@ def test_headings_are_in_order_and_ids_unique(plain):
         assert len(set(read.ids)) == len(read.ids) and read.inside == []
 
 
-def test_every_table_has_a_caption_and_every_plot_a_table(plain):
+def test_every_table_has_a_caption_and_every_chart_a_table(plain):
     for page in every_page(plain).values():
         assert page.count("<table") == page.count("<caption>") > 0
-        for section in page.split("<section>")[1:]:
-            assert 'class="plot"' not in section or "<table" in section
+        for section in page.split("<section")[1:]:
+            assert "<figure" not in section or "<table" in section
 
 
-def test_every_figure_is_one_that_plotly_takes(plain):
-    """Colours are the page's variables, which plotly knows as black here."""
+def charts_in(value):
+    """Every chart that a page is made of."""
+    if isinstance(value, Chart):
+        yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        yield from charts_in(one)
+
+
+def charts_of(report):
+    return [chart for chart in charts_in(pages._of_one(record_of(report))) if chart.series]
+
+
+def test_every_chart_is_on_its_page_and_all_of_it_within_its_area(plain):
     count = 0
-    for page in every_page(plain).values():
-        for name, data in Reader(page).data.items():
-            if "layout" in data:
-                go.Figure(json.loads(re.sub(r"var\(--[\w-]+\)", "#000000", json.dumps(data))), skip_invalid=False)
-                assert data["data"], name
+    for report in (plain, GROWN, SUPERNET | {"search": SEARCH}):
+        page = pages.run_page(report)
+        charts = charts_of(report)
+        assert [chart.key for chart in charts] == re.findall(r'<figure class="chart" id="([\w-]+)"', page)
+        for chart in charts:
+            for series in chart.series:
+                marks, boxes, lines = list(chart.marks(series)), list(chart.boxes(series)), list(chart.lines(series))
+                assert marks or boxes, (chart.key, series.name)
+                corners = [(left + more * width, top + more * height) for left, top, width, height, _ in boxes for more in (0, 1)]
+                corners += [tuple(map(float, corner.split(","))) for line in lines for corner in line.split()]
+                assert all(-0.01 <= place <= 100.01 for place in sum([corner[:2] for corner in [*marks, *corners]], ()))
                 count += 1
     assert count >= 12
 
 
+def test_every_shape_and_dash_is_one_that_the_page_knows(plain):
+    for page in every_page(plain).values():
+        assert set(re.findall(r'href="#([\w-]+)"', page)) <= set(Reader(page).ids)
+    style = (ROOT / "src/anybit/reports/page.css").read_text()
+    assert all(f".{dash} {{" in style for dash in DASHES if dash != "solid")
+    assert all(f'id="shape-{shape}"' in page for shape in (*SHAPES, "ring", "star", "dot"))
+
+
+def test_what_was_not_measured_is_not_drawn(plain):
+    report = copy.deepcopy(plain)
+    row = next(row for row in report["schemes"] if not row["chosen"] and row["name"].startswith("uniform"))
+    before = figures.loss_over_size(record_of(report))
+    del row["measured"]
+    after = figures.loss_over_size(record_of(report))
+    drawn = [{series.name: len(list(chart.marks(series))) for series in chart.series} for chart in (before, after)]
+    assert drawn[1] == drawn[0] | {"uniform, measured": drawn[0]["uniform, measured"] - 1}
+    epochs = [GROWN["epochs"][0] | {"epoch": n, "soft": {"top1": 90.0} if n != 3 else {}} for n in range(1, 7)]
+    soft, _ = (chart := figures.scores_over_epochs(record_of(GROWN | {"epochs": epochs}).epochs, "top1")).series
+    assert [len(line.split()) for line in chart.lines(soft)] == [2, 3] and len(list(chart.marks(soft))) == 5
+
+
 HOSTILE = "</script><img src=x onerror=document.title='taken'>"
+STEERING = "a\x1b[31m\x9b2J\u202e\n\u200f\ud800"
 
 
 @pytest.mark.parametrize(
-    "name", [HOSTILE, "<!--<script>", "a&amp;b&lt;", "${1}`'\"", "\u2028 \ud800", "%{x}<b>bold</b>", "]]>", "var(--ink)", "__proto__"]
+    "name",
+    [HOSTILE, "<!--<script>", "a&amp;b&lt;", "${1}`'\"", "\u2028 \ud800", "%{x}<b>bold</b>", "]]>", "{{ title }}", "__proto__", STEERING],
 )
 def test_no_name_becomes_markup(name, plain):
     first = next(iter(plain["layers"]))
-    before = Reader(run_page(renamed(plain, ["harmless"])))
-    page = run_page(renamed(plain, [name]))
+    before = Reader(pages.run_page(renamed(plain, ["harmless"])))
+    page = pages.run_page(renamed(plain, [name]))
     page.encode("utf8")
     read = Reader(page)
     assert read.tags == before.tags and HOSTILE not in page
-    shown = name.encode("utf8", "backslashreplace").decode()
-    assert shown in read.cells and first not in read.cells
-    assert read.data["budgets-data"]["layers"][0] == name
+    assert all(letter.isprintable() for letter in page.replace("\n", ""))
+    assert printable(name) in read.cells and first not in read.cells
+    assert read.data["budgets-data"]["layers"][0] == printable(name)
 
 
-def test_what_a_user_wrote_elsewhere_does_not_become_markup_either(plain):
-    report = copy.deepcopy(plain) | {"uncovered": {HOSTILE: HOSTILE}, "settings": {HOSTILE: HOSTILE}}
-    report["schemes"][0]["name"] = HOSTILE
-    report["certificate"] |= {"solver": HOSTILE, "objective": HOSTILE}
-    assert "<img" not in run_page(report)
-    assert "<img" not in runs_page({HOSTILE: report, "other": plain, "grown": GROWN | {"road": HOSTILE}})
+@pytest.mark.parametrize("text", [HOSTILE, STEERING[:-1]])
+def test_what_a_user_wrote_elsewhere_does_not_become_markup_either(text, plain):
+    report = copy.deepcopy(plain) | {"uncovered": {text: text}, "settings": {text: text}}
+    report["schemes"][0]["name"] = text
+    report["certificate"] |= {"solver": text, "objective": text}
+    for page in (pages.run_page(report), pages.runs_page({text: report, "other": plain, "grown": GROWN | {"road": text}})):
+        assert "<img" not in page and all(letter.isprintable() for letter in page.replace("\n", ""))
     for report in (plain, GROWN):
         with pytest.raises(InvalidFile, match="budget"):
-            run_page(report | {"budget": HOSTILE})
+            pages.run_page(report | {"budget": text})
 
 
 def test_the_sliders_schemes_are_those_of_the_table(plain):
     record = record_of(plain)
-    data = frontier_data(record.table, record)
+    data = pages.frontier_data(record.table, record)
     scheme = dict(zip(data["layers"], data["start"], strict=True))
     assert len(data["steps"]) > 3
     for point in [data, *data["steps"]]:
@@ -212,8 +291,8 @@ def test_the_sliders_schemes_are_those_of_the_table(plain):
 
 def test_without_javascript_a_table_shows_the_smallest_and_the_largest_budget(plain):
     record = record_of(plain)
-    data = frontier_data(record.table, record)
-    page = run_page(plain)
+    data = pages.frontier_data(record.table, record)
+    page = pages.run_page(plain)
     assert '<div class="controls" hidden>' in page
     losses = {f"{point['loss']:.4g}" for point in (data, data["steps"][-1])}
     assert losses <= set(Reader(page).cells)
@@ -230,30 +309,32 @@ def test_uniform_schemes_are_those_that_were_measured(plain):
         assert abs(size - row["bytes"]) <= HEADER_SLACK and loss == pytest.approx(row["predicted"] + 0.5)
 
 
-def test_every_measured_scheme_is_in_the_plot_and_in_the_table(plain):
-    read = Reader(run_page(plain))
-    drawn = {(x, y) for trace in read.data["losses"]["data"] for x, y in zip(trace["x"], trace["y"], strict=True)}
+def test_every_measured_scheme_is_in_the_chart_and_in_the_table(plain):
+    read, chart = Reader(pages.run_page(plain)), figures.loss_over_size(record_of(plain))
+    drawn = {(point.x, point.y) for series in chart.series for point in series.points}
+    marks = [mark for series in chart.series for mark in chart.marks(series)]
     for row in plain["schemes"]:
         assert {(row["bytes"], row["measured"]), (row["bytes"], row["predicted"])} <= drawn
-        assert f"{row['measured']:.4g}" in read.cells
+        assert (chart.x.place(row["bytes"]), round(100 - chart.y.place(row["measured"]), 2)) in {mark[:2] for mark in marks}
+        assert f"{row['measured']:.4g}" in read.cells and any(f"{row['measured']:.4g}" in words for *_, words in marks)
     chosen = next(row for row in plain["schemes"] if row["chosen"])
     assert f"{chosen['name']} (chosen)" in read.cells
+    assert {words for *_, words in marks} <= set(read.words) | {""}
 
 
 def test_shapes_and_dashes_tell_what_colours_tell(plain):
     reports = {f"run {number}": record_of(plain) for number in range(12)}
-    for figure in (loss_over_size(record_of(plain)), losses_side_by_side(reports), tests_side_by_side(
-        {name: record_of(GROWN) for name in reports}, "top1", "top-1"
-    )):  # fmt: skip
+    grown = {name: record_of(GROWN) for name in reports}
+    tests = figures.tests_side_by_side(grown, "top1", "top-1")
+    for chart in (figures.loss_over_size(record_of(plain)), figures.losses_side_by_side(reports), tests, figures.bits_along_network(grown)):
         looks = {}
-        for trace in figure["data"]:
-            look = (trace["mode"], trace["marker"]["symbol"] if "marker" in trace else None, trace.get("line", {}).get("dash"))
-            looks.setdefault(look, []).append((trace["name"], trace.get("marker", trace.get("line"))["color"]))
-        assert all(len({of for _, of in same}) == len(same) for same in looks.values())
+        for series in chart.series:
+            looks.setdefault((series.shape, series.is_open, series.dash), []).append((series.name, series.classes))
+        assert all(len({classes for _, classes in same}) == len(same) for same in looks.values())
 
 
 def test_the_next_step_of_the_layer_that_hurts_most_is_told(plain):
-    page = Reader(run_page(plain))
+    page = Reader(pages.run_page(plain))
     record = record_of(plain)
     worst = max(record.layers, key=lambda name: record.table.layers[name][record.layers[name].precision].loss)
     words = next(text for text in page.words if "hurts most" in text)
@@ -262,7 +343,7 @@ def test_the_next_step_of_the_layer_that_hurts_most_is_told(plain):
 
 def test_times_and_memory_are_not_on_the_page(plain):
     later = plain | {"stages": [stage | {"seconds": 1e6, "peak_bytes": 1} for stage in plain["stages"]]}
-    assert run_page(plain) == run_page(later)
+    assert pages.run_page(plain) == pages.run_page(later)
 
 
 @pytest.mark.parametrize(
@@ -276,22 +357,22 @@ def test_times_and_memory_are_not_on_the_page(plain):
     ],
 )
 def test_the_page_begins_with_size_and_accuracy_in_words(test, before, said):
-    read = Reader(run_page(GROWN | {"test": test, "float_test": before}))
+    read = Reader(pages.run_page(GROWN | {"test": test, "float_test": before}))
     assert read.headings[0][1] == "1.0 kB instead of 10.0 kB, 3.00 bits a weight"
     assert any(said in words for words in read.words)
 
 
 def test_the_certificate_is_in_words(plain):
-    told = " ".join(Reader(run_page(plain)).words)
+    text = " ".join(Reader(pages.run_page(plain)).words)
     chosen = next(row for row in plain["schemes"] if row["chosen"])
-    assert "HiGHS" in told and "It proved that none within the budget reaches less" in told
-    assert f"Chosen: {chosen['name']}" in told and f"on {plain['inputs']['held_out']} held-out inputs" in told
+    assert "HiGHS" in text and "It proved that none within the budget reaches less" in text
+    assert f"Chosen: {chosen['name']}" in text and f"on {plain['inputs']['held_out']} held-out inputs" in text
     largest = plain | {"budget": None, "certificate": {}, "schemes": []}
-    assert "HiGHS" not in " ".join(Reader(run_page(largest)).words)
+    assert "HiGHS" not in " ".join(Reader(pages.run_page(largest)).words)
 
 
 def test_a_report_of_before_the_table_has_a_page_without_the_slider(plain):
-    page = run_page({key: value for key, value in plain.items() if key != "table"})
+    page = pages.run_page({key: value for key, value in plain.items() if key != "table"})
     assert Reader(page).tags.count("input") == 0 and "Size against loss" in page
 
 
@@ -309,8 +390,8 @@ def test_runs_of_all_roads_are_side_by_side(run_folder, folders, tmp_path):
     read = Reader(written.read_text(encoding="utf8"))
     ends = {cell.rpartition("/")[2] for cell in read.cells}
     assert {"4bit", "grown", "super, 2 bits", "super, 8 bits", "search, 5bit"} <= ends
-    tested = {trace["name"] for trace in read.data["tests"]["data"]}
-    assert {"grown", "super"} <= {name.rpartition("/")[2] for name in tested}
+    legend = re.search(r'id="tests">.*?</figure>', written.read_text(encoding="utf8"), re.DOTALL)[0]
+    assert all(re.search(rf"[^<>]*/{name}\s*</li>", legend) for name in ("grown", "super"))
     assert [path.name for path in written.parent.iterdir()] == ["all.html"]
 
 
@@ -336,7 +417,7 @@ def test_a_folder_that_is_no_run_is_named_and_nothing_is_written(run_folder, tmp
         (GROWN | {"layers": {"conv": {"precision": "W9", "weights": 1, "bytes": 1}}}, "layers.conv.precision"),
     ):
         if report is not None:
-            write = write_report if isinstance(report, dict) else lambda folder, told: write_json(folder / "report.json", told)
+            write = write_report if isinstance(report, dict) else lambda folder, text: write_json(folder / "report.json", text)
             write(tmp_path / "empty", report)
         with pytest.raises(InvalidFile, match=re.escape(said)) as error:
             anybit.report(run_folder, tmp_path / "empty", output=tmp_path / "page.html")
@@ -385,13 +466,13 @@ def test_a_report_with_anything_in_it_is_a_page_or_one_error(data, plain):
         else:
             place[path[-1]] = data.draw(st.sampled_from(WRONG))
         try:
-            assert "<img" not in runs_page({"changed": report, "other": plain}) + run_page(report)
+            assert "<img" not in pages.runs_page({"changed": report, "other": plain}) + pages.run_page(report)
         except InvalidFile as error:
             assert "Restore it" in str(error) or "Upgrade" in str(error)
 
 
 def test_every_file_that_is_no_module_is_packaged():
-    root = Path(__file__).parent.parent.parent
-    packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["anybit"]
-    others = {path.name for path in (root / "src" / "anybit").iterdir() if path.is_file() and path.suffix != ".py"}
-    assert others == set(packaged)
+    source, tables = ROOT / "src", tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packaged = {path for package, globs in tables.items() for glob in globs for path in (source / package.replace(".", "/")).glob(glob)}
+    others = {path for path in (source / "anybit").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others == packaged

@@ -1,13 +1,14 @@
-"""The page in a real browser: the slider moves, the plots have their points, nothing is asked of any network."""
+"""The page in a real browser: the slider moves, the charts have their points, nothing is asked of any network."""
 
 import json
 import shutil
 from itertools import pairwise
 
 import pytest
-from test_page import HOSTILE, Reader, renamed
+from test_page import HOSTILE, STEERING, charts_of, large, renamed
 
-from anybit.reports.page import frontier_data, run_page, runs_page
+from anybit.errors import printable
+from anybit.reports import page as pages
 from anybit.runs.records import record_of
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
@@ -31,7 +32,7 @@ def plain(calibrated):
 
 @pytest.fixture(scope="module")
 def opened(browser, tmp_path_factory):
-    """Opens a page, its plots drawn; whatever the browser complains of or asks for is in `page.heard`."""
+    """Opens a page; whatever the browser complains of or asks for is in `page.heard`."""
     contexts = []
 
     def opened(html, **options):
@@ -47,8 +48,6 @@ def opened(browser, tmp_path_factory):
         page.on("request", lambda request: page.heard.append(request.url) if request.url != file.as_uri() else None)
         context.route("**/*", lambda route: route.continue_() if route.request.url == file.as_uri() else route.abort())
         page.goto(file.as_uri())
-        if options.get("java_script_enabled", True):
-            sync_api.expect(page.locator(".plot:not(:has(.main-svg))")).to_have_count(0)
         return page
 
     yield opened
@@ -59,7 +58,7 @@ def opened(browser, tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(opened, plain):
     """The calibrate run's page; a test leaves its slider anywhere."""
-    return opened(run_page(plain))
+    return opened(pages.run_page(plain))
 
 
 def shown(page):
@@ -68,10 +67,10 @@ def shown(page):
     return (*amounts, tuple(page.locator("[data-layer]").all_inner_texts()))
 
 
-def told(plain, budget):
+def expected_words(plain, budget):
     """The same, worked out from the table."""
     record = record_of(plain)
-    data = frontier_data(record.table, record)
+    data = pages.frontier_data(record.table, record)
     fitting = [step for step in data["steps"] if step["bytes"] <= budget]
     scheme = list(data["start"])
     for step in fitting:
@@ -88,7 +87,7 @@ def test_the_slider_moves_by_keyboard_and_shows_the_best_scheme_of_every_budget(
         for key in keys:
             page.keyboard.press(key)
         size, bits, loss, scheme = shown(page)
-        expected = told(plain, int(slider.input_value()))
+        expected = expected_words(plain, int(slider.input_value()))
         value, unit = size.split()
         assert float(value) * {"B": 1, "kB": 1000}[unit] == pytest.approx(expected[0], abs={"B": 0.5, "kB": 51}[unit])
         assert float(bits) == pytest.approx(expected[1], abs=0.006)
@@ -113,7 +112,7 @@ def test_the_slider_is_reached_by_tabbing_and_has_a_name(page):
 
 def test_the_buttons_go_one_scheme_at_a_time_and_stop_at_the_ends(page, plain):
     record = record_of(plain)
-    steps = len(frontier_data(record.table, record)["steps"])
+    steps = len(pages.frontier_data(record.table, record)["steps"])
     back, on = page.get_by_role("button", name="Previous scheme"), page.get_by_role("button", name="Next scheme")
     page.get_by_role("slider").press("Home")
     for _ in range(steps):
@@ -129,58 +128,92 @@ def test_the_buttons_go_one_scheme_at_a_time_and_stop_at_the_ends(page, plain):
     assert schemes[-1][2] in page.get_by_role("status").inner_text()
 
 
-def test_every_plot_has_its_points(page, plain):
-    figures = {name: data for name, data in Reader(run_page(plain)).data.items() if "layout" in data}
-    assert len(figures) >= 4
-    for name, figure in figures.items():
-        plot = page.locator(f"[data-figure={name}]")
-        logarithmic = figure["layout"]["yaxis"].get("type") == "log"
-        markers = sum(
-            sum(y is not None and (y > 0 or not logarithmic) and x is not None for x, y in zip(trace["x"], trace["y"], strict=True))
-            for trace in figure["data"]
-            if "markers" in trace.get("mode", "")
-        )
-        assert plot.locator(".scatterlayer .point").count() == markers, name
-        assert plot.locator(".barlayer .point").count() == sum(len(trace["x"]) for trace in figure["data"] if trace["type"] == "bar")
-        assert markers > 0
+PLACES = """(area) => {
+    const all = area.getBoundingClientRect();
+    return (selector) => [...area.querySelectorAll(selector)]
+        .map((one) => one.getBoundingClientRect())
+        .map((box) => [box.width, box.height, (box.x + box.width / 2 - all.x) / all.width, (box.y + box.height / 2 - all.y) / all.height])
+}"""
+
+
+def places(page, chart, selector):
+    """(width, height, place across, place down) of what a chart shows, the places from 0 to 1 of its area."""
+    return page.evaluate(f"([key, selector]) => ({PLACES})(document.querySelector(`#${{key}} .area`))(selector)", [chart.key, selector])
+
+
+def test_every_chart_has_its_points_where_they_belong(page, plain):
+    charts = charts_of(plain)
+    assert len(charts) >= 4
+    for chart in charts:
+        marks = [mark for series in chart.series for mark in chart.marks(series)]
+        shown = places(page, chart, "use")
+        assert len(shown) == len(marks) > 0, chart.key
+        for (left, top, _), (width, height, across, down) in zip(marks, shown, strict=True):
+            assert 3 < width < 30 and 3 < height < 30
+            assert (100 * across, 100 * down) == pytest.approx((left, top), abs=1)
+        boxes = [box for series in chart.series for box in chart.boxes(series)]
+        shown = places(page, chart, "rect")
+        for (left, top, width, height, _), (*_, across, down) in zip(boxes, shown, strict=True):
+            assert (100 * across, 100 * down) == pytest.approx((left + width / 2, top + height / 2), abs=1)
 
 
 def lightness(locator, what):
     """Red, green and blue of a computed colour, summed."""
     colour = locator.evaluate(f"(element) => getComputedStyle(element).{what}")
-    return sum(int(part) for part in colour.split("(")[1].rstrip(")").split(",")[:3])
+    return sum(int(piece) for piece in colour.split("(")[1].rstrip(")").split(",")[:3])
 
 
 def test_dark_is_dark_and_follows_the_system(page):
-    body, words = page.locator("body"), page.locator(".plot .xtitle").first
+    body, words, mark = page.locator("body"), page.locator(".axes text").first, page.locator("#losses use").first
     for scheme, is_dark in (("light", False), ("dark", True), ("light", False)):
         page.emulate_media(color_scheme=scheme)
-        ink = body.evaluate("(element) => getComputedStyle(element).color")
-        sync_api.expect(words).to_have_css("fill", ink)
+        quiet = page.locator(".road").evaluate("(element) => getComputedStyle(element).color")
+        sync_api.expect(words).to_have_css("fill", quiet)
+        assert abs(lightness(mark, "stroke") - lightness(body, "backgroundColor")) > 200
         paper = lightness(body, "backgroundColor")
         assert paper < 150 < 600 < lightness(body, "color") if is_dark else paper > 600 > 150 > lightness(body, "color")
 
 
 def test_a_phone_scrolls_in_one_direction(opened, plain):
     long = [f"encoder.layers.{number}.self_attention.output_projection_of_the_whole_block" for number in range(9)]
-    for html in (run_page(renamed(plain, long)), runs_page({name: renamed(plain, long) for name in ("a" * 80, "b")})):
+    for html in (pages.run_page(renamed(plain, long)), pages.runs_page({name: renamed(plain, long) for name in ("a" * 80, "b")})):
         page = opened(html, viewport={"width": 360, "height": 700})
         page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         assert page.heard == []
 
 
+@pytest.mark.parametrize("width", [375, 1000])
+def test_what_stands_beside_a_chart_can_be_read(opened, plain, width):
+    """Names of layers are aslant, one line after the other; the others must not touch each other."""
+    page = opened(pages.run_page(large(plain, 40, 30)), viewport={"width": width, "height": 700})
+    for chart in charts_of(large(plain, 40, 30)):
+        area = page.locator(f"#{chart.key} .area").bounding_box()
+        for selector, size, place, extent in ((".below", 0, 2, area["width"]), (".left", 1, 3, area["height"])):
+            shown = sorted((one for one in places(page, chart, f".axes {selector}") if one[0]), key=lambda one: one[place])
+            for before, after in pairwise(shown):
+                assert (after[place] - before[place]) * extent >= (before[size] + after[size]) / 2 - 3, (chart.key, selector)
+        ends = sorted(across * area["width"] + width / 2 for width, _, across, _ in places(page, chart, ".aslant") if width)
+        assert all(after - before >= 10 for before, after in pairwise(ends)), chart.key
+    assert all(
+        size >= 11
+        for size in page.locator(".axes text").evaluate_all("(all) => all.map((one) => parseFloat(getComputedStyle(one).fontSize))")
+    )
+
+
 def test_names_stay_names(opened, plain):
-    page = opened(run_page(renamed(plain, [HOSTILE, "<b>bold</b>", "a&amp;b", "%{x}", "__proto__"])))
+    page = opened(pages.run_page(renamed(plain, [HOSTILE, "<b>bold</b>", "a&amp;b", STEERING, "__proto__"])))
     assert page.heard == [] and page.title() != "taken" and page.locator("img").count() == 0
     page.get_by_role("slider").press("End")
     assert page.locator("table", has=page.locator("[data-layer]")).locator("tbody th").first.inner_text() == HOSTILE
-    ticks = page.locator("[data-figure=bits] .xtick").all_text_contents()
+    assert page.locator("table", has=page.locator("[data-layer]")).get_by_text(printable(STEERING)).count() == 1
+    ticks = page.locator("#bits .aslant").all_text_contents()
     assert any("<b>bold</b>" in tick for tick in ticks) and any("a&amp;b" in tick for tick in ticks)
 
 
 def test_without_javascript_the_tables_are_there(opened, plain):
-    page = opened(run_page(plain), java_script_enabled=False)
+    page = opened(pages.run_page(plain), java_script_enabled=False)
     assert not page.locator(".controls").is_visible()
+    assert all(page.locator(f"#{chart.key} .area use").first.is_visible() for chart in charts_of(plain))
     page.get_by_text("Some budgets as a table").click()
     assert page.get_by_role("table").filter(has_text="Best predicted schemes").locator("tbody tr").count() > 2

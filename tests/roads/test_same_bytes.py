@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent.parent
 SCRIPT = """
 import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/roads']
 import random, torch
-seed = int(sys.argv[2]); random.seed(seed); torch.manual_seed(seed); torch.set_num_threads(1)  # no generator but the run's own counts
+seed = int(sys.argv[2]); random.seed(seed); torch.manual_seed(seed)  # no generator but the run's own counts
 from test_same_bytes import written
 written(sys.argv[3])
 """

@@ -1,6 +1,5 @@
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from anybit.data.samples import Calibration
 from anybit.data.samples import mirrored as stages_mirrored
 from anybit.data.tasks import outputs_of
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.methods.table import ROUNDINGS, rounding_named
 from anybit.networks.batchnorm import channel_statistics
 from anybit.networks.candidates import apply_scheme
 from anybit.networks.edges import observe_edge_ranges
@@ -124,7 +124,7 @@ def test_the_units_follow_the_settings():
         {"weight_bits": (1,)}, {"weight_bits": (4, 9)}, {"weight_bits": ()}, {"weight_bits": (None,)}, {"activation_bits": (0,)},
         {"activation_bits": (4.0,)}, {"pipeline": "heavy"}, {"estimator": "mean"}, {"unit": "net"}, {"bn_target": "beta"}, {"task": "fun"},
         {"held_out": 0}, {"held_out": 1}, {"drop": 2}, {"samples": 1}, {"steps": 0}, {"batch_size": 0}, {"candidate_steps": -1},
-        {"bn_prior": 1.5}, {"memory": -1},
+        {"bn_prior": 1.5}, {"memory": -1}, {"rounding": "nearest"},
     ],
     ids=str,
 )  # fmt: skip
@@ -134,11 +134,14 @@ def test_settings_that_cannot_be_are_refused_at_once(wrong):
 
 
 def test_settings_survive_json():
-    from anybit.roads.allocate import _settings_from
-
     settings = CalibrateSettings(keep={"fc": Precision(8, 8)}, activation_bits=(4, None), blocks=("a",), sensitivity_base=Precision(8, 8))
-    again = _settings_from(settings.to_json(), Path("candidates.json"))
+    again = CalibrateSettings.from_json(settings.to_json(), "candidates.json")
     assert again.to_json() == settings.to_json() and again.keep == settings.keep and again.activation_bits == (4, None)
+
+
+def test_settings_that_were_written_before_there_was_a_choice_of_roundings_are_adaquants():
+    older = {key: value for key, value in CalibrateSettings(seed=3).to_json().items() if key != "rounding"}
+    assert CalibrateSettings.from_json(older, "candidates.json").to_json() == CalibrateSettings(seed=3, rounding="adaquant").to_json()
 
 
 def test_every_choice_has_its_candidates(residual):
@@ -347,16 +350,18 @@ def test_polishing_without_a_step_gives_the_better_of_ranges_and_candidates(resi
     assert judge.of_model(model)["loss"] == min(losses) < max(losses) and errors == {}
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("parallel", [False, True])
-def test_sequential_adaquant_starts_where_it_is_told(residual, parallel):
+def test_sequential_reconstruction_starts_where_the_settings_say(residual, parallel, rounding):
     network, calibration, ranged, judge, table = residual
     scheme = network.uniform(4, 8)
     targets = batch_norm_targets(network, calibration, SETTINGS)
     matched = candidates = matched_candidates(network, ranged, targets, calibration)
     if parallel:
-        candidates, _ = reconstructed_candidates(network, matched, ranged, calibration, SETTINGS)
-    for start, expected in ((None, candidates if parallel else ranged), ("ranges", ranged), ("matched", matched)):
-        settings = replace(SETTINGS, start=start)
+        candidates, _ = reconstructed_candidates(network, matched, ranged, calibration, replace(SETTINGS, rounding=rounding))
+    resumed = candidates if parallel and rounding_named(rounding).resumes else ranged
+    for start, expected in ((None, resumed), ("ranges", ranged), ("matched", matched)):
+        settings = replace(SETTINGS, start=start, rounding=rounding)
         shared = CalibrationState(
             network, calibration, settings, ranged, candidates, table, judge, targets, (), matched if parallel else None
         )

@@ -122,6 +122,6 @@ def test_every_pass_and_copy_of_a_light_calibration_has_a_reason(work):
     assert work == {"passes": sum(passes.values()), "copies": sum(copies.values())}
 
 
-def edge_passes(samples: int, batch_size: int, part: int = 8) -> int:
+def edge_passes(samples: int, batch_size: int, chunk_size: int = 8) -> int:
     sizes = [min(batch_size, samples - start) for start in range(0, samples, batch_size)]
-    return sum(ceil(size / part) for size in sizes)
+    return sum(ceil(size / chunk_size) for size in sizes)

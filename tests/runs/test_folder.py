@@ -363,10 +363,10 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_ctrl_c_as_the_draft_is_made_leaves_nothing(tmp_path, monkeypatch):
-    made = os.mkdir
+    mkdir = os.mkdir
 
-    def interrupted(*given, **options):
-        made(*given, **options)
+    def interrupted(*args, **options):
+        mkdir(*args, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "mkdir", interrupted)
@@ -458,16 +458,16 @@ def saved_candidates(folder: Path) -> tuple[Candidates, dict, dict]:
     names = list(quantized_layers(prepared))
     write_canonical(folder, Canonical(apply_scheme(prepared, Scheme.uniform(names, "W8A8"), candidates), {}), {})
     table = {"base": "float", "samples": 8, "pairs": False, "floor": 0.0, "rows": {name: {"W8": 0.1, "A8": 0} for name in names}}
-    given = {"table": table, "choices": {name: ["W8A8", "W3A4"] for name in names}, "settings": {"seed": 3}}
-    write_candidates(folder, candidates, given)
-    return candidates, given, {name: tuple(candidates.weights[name, 8].codes.shape) for name in names}
+    args = {"table": table, "choices": {name: ["W8A8", "W3A4"] for name in names}, "settings": {"seed": 3}}
+    write_candidates(folder, candidates, args)
+    return candidates, args, {name: tuple(candidates.weights[name, 8].codes.shape) for name in names}
 
 
 def test_candidates_are_saved_and_read_bitwise(tmp_path):
-    candidates, given, shapes = saved_candidates(tmp_path)
-    again, about = read_candidates(tmp_path, shapes)
+    candidates, args, shapes = saved_candidates(tmp_path)
+    again, provenance = read_candidates(tmp_path, shapes)
     assert (
-        given.items() <= about.items()
+        args.items() <= provenance.items()
         and set(again.weights) == set(candidates.weights)
         and set(again.activations) == set(candidates.activations)
     )

@@ -145,8 +145,8 @@ def test_arrays_are_read_as_they_are_written(tmp_path):
     for reference, inputs, labels in (
         ("plain.npz", x, y), ("parts.npz", x, y), ("parts.npz#test", x[:4] + 1, y[:4]), ("unlabelled.npz", x, None)
     ):  # fmt: skip
-        given, marks = all_of(load_data(str(tmp_path / reference)))
-        assert np.array_equal(given.numpy(), inputs)
+        batches, marks = all_of(load_data(str(tmp_path / reference)))
+        assert np.array_equal(batches.numpy(), inputs)
         assert marks is None if labels is None else np.array_equal(marks.numpy(), labels)
 
 
@@ -154,16 +154,16 @@ def test_pictures_in_an_array_are_scaled_and_normalized_as_stated(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", x=x)
     preprocessing = Preprocessing(mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0))
-    given, _ = all_of(load_data(str(tmp_path / "x.npz"), preprocessing))
+    batches, _ = all_of(load_data(str(tmp_path / "x.npz"), preprocessing))
     expected = (x / 255 - np.array([0.1, 0.2, 0.3])) / np.array([1, 2, 4])
-    assert np.allclose(given.numpy(), expected.transpose(0, 3, 1, 2), atol=1e-6)
+    assert np.allclose(batches.numpy(), expected.transpose(0, 3, 1, 2), atol=1e-6)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_number_of_workers_changes_nothing(workers, tmp_path):
     np.savez(tmp_path / "x.npz", x=pictures(5).numpy(), y=np.arange(5))
-    given, labels = all_of(load_data(str(tmp_path / "x.npz"), workers=workers), size=2)
-    assert torch.equal(given, pictures(5)) and labels.tolist() == list(range(5))
+    batches, labels = all_of(load_data(str(tmp_path / "x.npz"), workers=workers), size=2)
+    assert torch.equal(batches, pictures(5)) and labels.tolist() == list(range(5))
 
 
 def save_picture(path, colour=(10, 20, 30), size=(8, 8)):
@@ -176,9 +176,9 @@ def save_picture(path, colour=(10, 20, 30), size=(8, 8)):
 def test_a_folder_of_pictures_is_read_in_order(tmp_path):
     for index in range(3):
         save_picture(tmp_path / f"{index}.png", (index * 50, 0, 255))
-    given, labels = all_of(load_data(str(tmp_path)))
-    assert labels is None and given.shape == (3, 3, 8, 8)
-    assert torch.allclose(given[:, 0, 0, 0], torch.tensor([0, 50, 100]) / 255) and (given[:, 2] == 1).all()
+    batches, labels = all_of(load_data(str(tmp_path)))
+    assert labels is None and batches.shape == (3, 3, 8, 8)
+    assert torch.allclose(batches[:, 0, 0, 0], torch.tensor([0, 50, 100]) / 255) and (batches[:, 2] == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,8 @@ def test_resizing_is_done_as_stated(tmp_path):
 
 def test_the_result_does_not_depend_on_where_the_data_come_from(script):
     for reference in (f"{script}:data", f"{script}:loader"):
-        given, labels = all_of(load_data(reference))
-        assert torch.equal(given, pictures(6)) and labels.tolist() == list(range(6))
+        batches, labels = all_of(load_data(reference))
+        assert torch.equal(batches, pictures(6)) and labels.tolist() == list(range(6))
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,8 @@ def test_the_result_does_not_depend_on_where_the_data_come_from(script):
     ids=["tensors", "arrays", "data set", "loader", "list"],
 )  # fmt: skip
 def test_what_a_user_has_at_hand_becomes_the_same_samples(data):
-    given, labels = all_of(as_samples(data))
-    assert torch.equal(given, pictures(6)) and labels.tolist() == list(range(6))
+    batches, labels = all_of(as_samples(data))
+    assert torch.equal(batches, pictures(6)) and labels.tolist() == list(range(6))
 
 
 def halved(items):
@@ -230,24 +230,24 @@ def halved(items):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loaders_own_collate_function_makes_the_batches(workers):
     dataset = list(zip(pictures(6), range(6), strict=True))
-    given, labels = all_of(as_samples(DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=halved)))
-    assert torch.equal(given, pictures(6) / 2) and labels.tolist() == [1, 2, 3, 4, 5, 6]
+    batches, labels = all_of(as_samples(DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=halved)))
+    assert torch.equal(batches, pictures(6) / 2) and labels.tolist() == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_loaders_collate_function_says_whether_there_are_labels():
     words = ["a", "bb", "ccc"]  # items that nothing but the user's own function can put into a batch
     samples = as_samples(DataLoader(words, collate_fn=lambda items: torch.tensor([[float(len(word))] for word in items])))
     assert all_of(samples)[0].tolist() == [[1], [2], [3]] and not samples.labelled
-    given, labels = all_of(as_samples(DataLoader(pictures(4), collate_fn=lambda items: (torch.stack(items) * 2, torch.ones(len(items))))))
-    assert torch.equal(given, 2 * pictures(4)) and labels.tolist() == [1, 1, 1, 1]
+    batches, labels = all_of(as_samples(DataLoader(pictures(4), collate_fn=lambda items: (torch.stack(items) * 2, torch.ones(len(items))))))
+    assert torch.equal(batches, 2 * pictures(4)) and labels.tolist() == [1, 1, 1, 1]
 
 
 def test_a_loaders_workers_and_subset_are_kept():
-    def told(worker):
+    def init_worker(worker):
         raise RuntimeError("worker_init_fn has run")
 
     dataset = TensorDataset(pictures(6), torch.arange(6))
-    samples = as_samples(DataLoader(dataset, num_workers=1, worker_init_fn=told))
+    samples = as_samples(DataLoader(dataset, num_workers=1, worker_init_fn=init_worker))
     assert samples.workers == 1
     with pytest.raises(RuntimeError, match="worker_init_fn has run"):
         all_of(samples)
@@ -263,8 +263,8 @@ def test_a_loader_that_does_not_batch_is_refused():
     "data", [pictures(6), pictures(6).numpy(), list(pictures(6)), pictures(6).requires_grad_()], ids=["tensor", "array", "list", "grad"]
 )
 def test_unlabelled_inputs_have_no_labels(data):
-    given, labels = all_of(as_samples(data))
-    assert torch.equal(given, pictures(6)) and labels is None
+    batches, labels = all_of(as_samples(data))
+    assert torch.equal(batches, pictures(6)) and labels is None
 
 
 @pytest.mark.parametrize("data", [None, 7, {"x": 1}, iter([1])], ids=["None", "number", "dict", "iterator"])
@@ -274,7 +274,7 @@ def test_what_is_no_data_is_refused_by_type(data):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "part", "message"),
+    ("arrays", "fragment", "message"),
     [
         ({"images": np.ones(3)}, "", "no array x; it holds images"),
         ({"x_train": np.ones((2, 3))}, "#test", "no array x_test"),
@@ -283,10 +283,10 @@ def test_what_is_no_data_is_refused_by_type(data):
     ],
     ids=["other names", "no test part", "too few labels", "pickled"],
 )
-def test_an_array_file_that_does_not_fit_is_refused(arrays, part, message, tmp_path):
+def test_an_array_file_that_does_not_fit_is_refused(arrays, fragment, message, tmp_path):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises((InvalidInput, InvalidFile), match=message):
-        load_data(f"{tmp_path / 'x.npz'}{part}")
+        load_data(f"{tmp_path / 'x.npz'}{fragment}")
 
 
 def test_data_that_are_not_there_are_refused_by_name(tmp_path):
@@ -363,5 +363,5 @@ def test_functions_of_other_code_are_told_apart():
 
     both = (lambda outputs, labels: 1.0, lambda outputs, labels: 2.0)
     functions = [one, other, *both, scaled(1), scaled(2), functools.partial(other, by=3.0), functools.partial(other, by=4.0)]
-    told = [code_of(function) for function in functions]
-    assert len(set(told)) == len(told) and told == [code_of(function) for function in functions]
+    descriptions = [code_of(function) for function in functions]
+    assert len(set(descriptions)) == len(descriptions) and descriptions == [code_of(function) for function in functions]

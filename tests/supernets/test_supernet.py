@@ -14,7 +14,7 @@ from processes import run_processes
 
 import anybit
 from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, SchemeMismatch
-from anybit.files.cache import Entry, _written, entries
+from anybit.files.cache import Entry, _serialized, entries
 from anybit.networks.layers import codes_of, quantized_layers
 from anybit.scheme import Precision, Scheme
 from anybit.supernets.prepared import bn_batches, held_out_split, to_store
@@ -284,11 +284,11 @@ def test_the_report_says_whose_statistics_a_subnet_has(stored, tmp_path):
 
 def test_a_polished_subnet_is_never_further_from_the_float_outputs(stored):
     _, folder = stored
-    how = {"data": labelled(), "model": make(Residual), "scheme": anybit.load_supernet(folder, make(Residual)).uniform(2)}
-    result = anybit.extract(folder, polish=True, samples=42, steps=20, batch_size=16, **how)
+    options = {"data": labelled(), "model": make(Residual), "scheme": anybit.load_supernet(folder, make(Residual)).uniform(2)}
+    result = anybit.extract(folder, polish=True, samples=42, steps=20, batch_size=16, **options)
     kept = [row["loss"] for row in result.report["ladder"] if row["kept"]]
     assert kept == sorted(kept, reverse=True) and len(result.report["ladder"]) == 4
-    assert result.scheme == how["scheme"]
+    assert result.scheme == options["scheme"]
 
 
 # Searching
@@ -296,27 +296,27 @@ def test_a_polished_subnet_is_never_further_from_the_float_outputs(stored):
 
 def test_a_search_keeps_the_best_of_each_budget_and_its_statistics(stored, tmp_path):
     _, folder = stored
-    found = anybit.search(folder, labelled(), ["3bit", "5bit"], model=make(Residual), evaluations=30, cache=tmp_path / "cache")
-    fits = {text: supernet_bits(found, scheme) for text, scheme in found.chosen.items()}
+    result = anybit.search(folder, labelled(), ["3bit", "5bit"], model=make(Residual), evaluations=30, cache=tmp_path / "cache")
+    fits = {text: supernet_bits(result, scheme) for text, scheme in result.chosen.items()}
     assert fits["3bit"] <= 3 and fits["5bit"] <= 5
-    rows = found.report["evaluated"]
+    rows = result.report["evaluated"]
     assert len(rows) == len({json.dumps(row["scheme"]) for row in rows}) == 30
     best = max(row["score"] for row in rows if row["cost"] <= 3)
-    assert next(r["score"] for r in rows if r["scheme"] == found.chosen["3bit"].to_json()) == best
-    assert all(row["measured"] is not None for row in found.report["front"])
-    run = found.save(tmp_path / "search")
+    assert next(r["score"] for r in rows if r["scheme"] == result.chosen["3bit"].to_json()) == best
+    assert all(row["measured"] is not None for row in result.report["front"])
+    run = result.save(tmp_path / "search")
     assert "stored for this scheme" in anybit.extract(run, "3bit", model=make(Residual)).report["statistics"]
-    assert anybit.extract(run, "5bit", model=make(Residual)).scheme == found.chosen["5bit"]
+    assert anybit.extract(run, "5bit", model=make(Residual)).scheme == result.chosen["5bit"]
 
 
-def supernet_bits(found, scheme):
-    return found.supernet.costs.weight_bits(scheme)
+def supernet_bits(result, scheme):
+    return result.supernet.costs.weight_bits(scheme)
 
 
 def test_a_search_that_was_interrupted_repeats_nothing_and_ends_the_same(stored, tmp_path, monkeypatch):
     _, folder = stored
-    how = {"model": make(Residual), "evaluations": 20}
-    whole = anybit.search(folder, labelled(), "3bit", cache=tmp_path / "a", **how)
+    options = {"model": make(Residual), "evaluations": 20}
+    whole = anybit.search(folder, labelled(), "3bit", cache=tmp_path / "a", **options)
     scores, calls = subnet_scores, []
 
     def counted(*given):
@@ -327,18 +327,18 @@ def test_a_search_that_was_interrupted_repeats_nothing_and_ends_the_same(stored,
 
     monkeypatch.setattr("anybit.roads.search.scores", counted)
     with pytest.raises(KeyboardInterrupt):
-        anybit.search(folder, labelled(), "3bit", cache=tmp_path / "b", **how)
-    again = anybit.search(folder, labelled(), "3bit", cache=tmp_path / "b", **how)
+        anybit.search(folder, labelled(), "3bit", cache=tmp_path / "b", **options)
+    again = anybit.search(folder, labelled(), "3bit", cache=tmp_path / "b", **options)
     assert again.report["evaluated"] == whole.report["evaluated"]
     assert again.report["recalled"] == 7
     before = len(calls)
-    other = anybit.search(folder, labelled(), "5bit", cache=tmp_path / "b", **how)
+    other = anybit.search(folder, labelled(), "5bit", cache=tmp_path / "b", **options)
     assert len(calls) == before and other.chosen["5bit"]  # another budget measures nothing
 
 
 def test_a_search_estimates_batch_norm_on_as_many_inputs_as_it_is_told(stored, tmp_path, monkeypatch):
     _, folder = stored
-    how = {"model": make(Residual), "evaluations": 12, "cache": tmp_path / "cache"}
+    options = {"model": make(Residual), "evaluations": 12, "cache": tmp_path / "cache"}
     scores, seen = subnet_scores, []
 
     def counted(supernet, scheme, statistics, *given):
@@ -346,16 +346,16 @@ def test_a_search_estimates_batch_norm_on_as_many_inputs_as_it_is_told(stored, t
         return scores(supernet, scheme, statistics, *given)
 
     monkeypatch.setattr("anybit.roads.search.scores", counted)
-    told = anybit.search(folder, labelled(), bn_images=16, **how).report
+    told = anybit.search(folder, labelled(), bn_images=16, **options).report
     front = len(seen) - 12
     assert told["images"]["batch_norm"] == 16 < told["images"]["batch_norm_of_the_front"]
     assert seen == [16] * 12 + [told["images"]["batch_norm_of_the_front"]] * front and front >= len(told["front"])
     for other in (17, None):  # what was measured with other statistics is not taken, be they as many: 17 are a batch of 16, too
         before = len(seen)
-        anybit.search(folder, labelled(), bn_images=other, **how)
+        anybit.search(folder, labelled(), bn_images=other, **options)
         assert len(seen) >= before + 12
     with pytest.raises(InvalidSetting, match="bn_images 1 "):
-        anybit.search(folder, labelled(), bn_images=1, **how)
+        anybit.search(folder, labelled(), bn_images=1, **options)
 
 
 def test_a_users_metric_ranks_the_subnets_and_names_its_scores(stored, tmp_path):
@@ -364,28 +364,28 @@ def test_a_users_metric_ranks_the_subnets_and_names_its_scores(stored, tmp_path)
     def fewest(outputs, labels):
         return -float(outputs.abs().mean())
 
-    how = {"model": make(Residual), "evaluations": 12, "cache": tmp_path / "cache"}
-    found = anybit.search(folder, labelled(), metric=fewest, **how)
-    assert found.report["score"] == "fewest" and all(row["score"] < 0 for row in found.report["evaluated"])
-    plain = anybit.search(folder, labelled(), **how)  # scores of another metric are never taken from the file
+    options = {"model": make(Residual), "evaluations": 12, "cache": tmp_path / "cache"}
+    result = anybit.search(folder, labelled(), metric=fewest, **options)
+    assert result.report["score"] == "fewest" and all(row["score"] < 0 for row in result.report["evaluated"])
+    plain = anybit.search(folder, labelled(), **options)  # scores of another metric are never taken from the file
     assert plain.report["score"] == "top1" and max(row["score"] for row in plain.report["evaluated"]) > 1
 
 
 def test_another_supernets_scores_are_never_taken(stored, tmp_path):
     _, folder = stored
-    how = {"evaluations": 10, "cache": tmp_path / "cache"}
-    anybit.search(folder, labelled(), model=make(Residual), **how)
+    options = {"evaluations": 10, "cache": tmp_path / "cache"}
+    anybit.search(folder, labelled(), model=make(Residual), **options)
     other = trained(seed=3, keep={"conv": Precision(8, 8)})
-    assert anybit.search(other, labelled(), **how).report["recalled"] == 0
+    assert anybit.search(other, labelled(), **options).report["recalled"] == 0
 
 
 def test_another_budget_estimates_nothing_anew(stored, tmp_path, monkeypatch):
     _, folder = stored
-    how = {"model": make(Residual), "evaluations": 15, "cache": tmp_path / "cache"}
-    first = anybit.search(folder, labelled(), "3bit", **how)
+    options = {"model": make(Residual), "evaluations": 15, "cache": tmp_path / "cache"}
+    first = anybit.search(folder, labelled(), "3bit", **options)
     with monkeypatch.context() as patched:
         patched.setattr("anybit.networks.batchnorm.reestimate", lambda *given: pytest.fail("estimated"))
-        second = anybit.search(folder, labelled(), "3bit", **how)
+        second = anybit.search(folder, labelled(), "3bit", **options)
     for one, other in zip(first.supernet.known, second.supernet.known, strict=True):
         assert one.scheme == other.scheme and torch.equal(one.statistics, other.statistics) and torch.equal(one.edges, other.edges)
 
@@ -407,8 +407,8 @@ def test_a_budget_below_the_lowest_subnet_names_it(stored):
     _, folder = stored
     least = anybit.load_supernet(folder, make(Residual))
     bits = least.costs.weight_bits(least.method.lowest)
-    how = {"model": make(Residual)}
-    for verb in (lambda: anybit.search(folder, labelled(), "1bit", **how), lambda: anybit.extract(folder, "1bit", **how)):
+    options = {"model": make(Residual)}
+    for verb in (lambda: anybit.search(folder, labelled(), "1bit", **options), lambda: anybit.extract(folder, "1bit", **options)):
         with pytest.raises(InfeasibleBudget, match=f"{bits:.4g} bits"):
             verb()
 
@@ -493,20 +493,20 @@ ONE_LAYER = '{"evaluated": [{"scheme": {"fc": "W2A8"}, "score": 1.0, "cost": 1.0
 
 @pytest.mark.parametrize("damage", ["[]", "{}", ONE_LAYER, '{"evaluated": [{}]}'])
 def test_a_damaged_search_is_named(damage, stored, tmp_path):
-    found = anybit.search(stored[1], labelled(), "3bit", model=make(Residual), evaluations=10, cache=False)
-    folder = found.save(tmp_path / "run")
+    result = anybit.search(stored[1], labelled(), "3bit", model=make(Residual), evaluations=10, cache=False)
+    folder = result.save(tmp_path / "run")
     (folder / "search.json").write_text(damage)
     with pytest.raises(InvalidFile, match=r"search\.json"):
         anybit.extract(folder, "3bit", model=make(Residual))
 
 
 def test_a_kept_score_that_is_none_is_made_again(stored, tmp_path):
-    how = {"model": make(Residual), "evaluations": 10, "cache": tmp_path / "cache"}
-    first = anybit.search(stored[1], labelled(), "3bit", **how)
+    options = {"model": make(Residual), "evaluations": 10, "cache": tmp_path / "cache"}
+    first = anybit.search(stored[1], labelled(), "3bit", **options)
     for entry in entries(tmp_path / "cache"):
-        entry.path.write_bytes(_written("score", Entry({})))
+        entry.path.write_bytes(_serialized("score", Entry({})))
     with pytest.warns(UserWarning, match="is damaged"):
-        again = anybit.search(stored[1], labelled(), "3bit", **how)
+        again = anybit.search(stored[1], labelled(), "3bit", **options)
     assert again.report["evaluated"] == first.report["evaluated"] and again.report["recalled"] == 0
 
 
@@ -528,8 +528,8 @@ def test_a_strangers_reference_is_never_followed_nor_handed_on(stored, monkeypat
     with pytest.raises(InvalidSetting, match="was not written by your own"):
         anybit.load_supernet(theirs)
     mine = anybit.load_supernet(theirs, model=make(Residual)).save(tmp_path / "mine")
-    found = anybit.search(theirs, labelled(), "3bit", model=make(Residual), evaluations=10, cache=False).save(tmp_path / "found")
-    for folder in (mine, found):
+    result = anybit.search(theirs, labelled(), "3bit", model=make(Residual), evaluations=10, cache=False).save(tmp_path / "found")
+    for folder in (mine, result):
         with pytest.raises(InvalidSetting, match="does not say which network"):
             anybit.load_supernet(folder)
     run = anybit.extract(theirs, "3bit", model=make(Residual)).save(tmp_path / "run")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from anybit.allocation.program import Allocation, allocate, best_allocations, least_costs, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget, Condition
+from anybit.budget import BITS, BYTES, DROP, LOSS, Budget, Condition
 from anybit.data.batches import Batch
-from anybit.data.tasks import COUNTED, Metric, distance, outputs_of, score
+from anybit.data.tasks import TASKS, Metric, distance, outputs_of, score
 from anybit.errors import InfeasibleBudget, InvalidSetting
 from anybit.files.cache import Cache
 from anybit.networks.candidates import Candidates, apply_scheme
@@ -40,37 +40,37 @@ class Judge:
 
     def of_scheme(self, scheme: Scheme) -> dict[str, float]:
         """Measure a scheme made of the candidates as they are."""
-        made = partial(apply_scheme, self.network.prepared, scheme, self.candidates)
-        return self.recall.value(f"measured {scheme}", lambda: self.of_model(made()), as_scores)
+        apply = partial(apply_scheme, self.network.prepared, scheme, self.candidates)
+        return self.recall.value(f"measured {scheme}", lambda: self.of_model(apply()), as_scores)
 
     def of_model(self, model: nn.Module) -> dict[str, float]:
         """{"loss": distance, and where there are labels what the task counts ("top1", ...), "metric": the user's}."""
         return self.of_outputs(outputs_of(model, self.held_out))
 
     def of_outputs(self, outputs: Tensor) -> dict[str, float]:
-        """The same of outputs on the held-out inputs."""
+        """Measure outputs on the held-out inputs, as `of_model` does."""
         result = {"loss": distance(outputs, self.reference, self.task)}
-        counted = COUNTED[self.task]
+        counted = TASKS[self.task].counted
         if self.labels is not None and counted is not None:
-            told = score(outputs, self.labels, self.task, reader=self.held_out[0].reader)
-            result |= {counted: told[counted]} if counted in told else {}
+            scores = score(outputs, self.labels, self.task, reader=self.held_out[0].reader)
+            result |= {counted: scores[counted]} if counted in scores else {}
         if self.labels is not None and self.metric is not None:
             result["metric"] = float(self.metric(outputs, self.labels))
         return result
 
     @property
     def counted(self) -> str | None:
-        """What a limit on the drop counts in."""
-        return COUNTED[self.task] if self.metric is None else "metric"
+        """Name of the score that a limit on the drop counts in."""
+        return TASKS[self.task].counted if self.metric is None else "metric"
 
     @property
     def labels(self) -> Tensor | None:
-        labels = [batch.labels for batch in self.held_out]
-        return None if any(part is None for part in labels) else torch.cat(labels)
+        labels = [batch.labels for batch in self.held_out if batch.labels is not None]
+        return torch.cat(labels) if len(labels) == len(self.held_out) else None
 
 
 def as_scores(record: Mapping[str, Any]) -> dict[str, float]:
-    """A kept record of what `Judge.of_model` measured."""
+    """Return a kept record of what `Judge.of_model` measured."""
     return {"loss": float(record["loss"])} | {str(key): float(value) for key, value in record.items()}
 
 
@@ -83,7 +83,7 @@ class Choice:
     measured: list[dict[str, Any]]
 
     def certificate(self, seed: int) -> dict[str, Any]:
-        """The solver's certificate of its best scheme, and which of the measured ones was taken."""
+        """Return the solver's certificate of its best scheme, and which of the measured ones was taken."""
         chosen = next((row["name"] for row in self.measured if row["scheme"] == self.scheme), None)
         solved = (
             {**self.allocation.certificate(), "predicted_loss": self.allocation.predicted_loss, "seed": seed} if self.allocation else {}
@@ -98,9 +98,9 @@ class Choice:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Choice":
-        """The choice that `to_json` told of."""
-        told = data["allocation"]
-        allocation = None if told is None else Allocation(**{**told, "scheme": Scheme.parse(told["scheme"])})
+        """Return the choice that `to_json` wrote."""
+        solved = data["allocation"]
+        allocation = None if solved is None else Allocation(**{**solved, "scheme": Scheme.parse(solved["scheme"])})
         return cls(Scheme.parse(data["scheme"]), allocation, [{**row, "scheme": Scheme.parse(row["scheme"])} for row in data["measured"]])
 
 
@@ -112,23 +112,23 @@ def choose_scheme(network: ObservedNetwork, table: SensitivityTable, budget: Bud
     if budget is None:
         largest = Scheme({name: precisions[-1] for name, precisions in network.choices.items()})
         return Choice(largest, None, [measured_row(network, table, "largest", largest, judge)])
-    if budget.limit("drop") is not None:
+    if budget.loss() is DROP:
         return _choose_by_drop(network, table, budget, judge)
     problem = make_problem(network.choices, table, network.costs, budget)
-    loss_limit = budget.limit("loss")
+    loss_limit = budget.limit(LOSS.name)
     if loss_limit is not None:
-        size = make_problem(network.choices, table, network.costs, Budget.parse("100%")).costs["bytes"]
+        size = make_problem(network.choices, table, network.costs, Budget.parse("100%")).costs[BYTES.name]
         solutions = least_costs(problem, size, loss_limit - table.floor)
     else:
         solutions = best_allocations(problem)
-    found = list(islice(solutions, alternatives))
-    rows = [measured_row(network, table, f"allocated {index}", solution.scheme, judge) for index, solution in enumerate(found, 1)]
+    solved = list(islice(solutions, alternatives))
+    rows = [measured_row(network, table, f"allocated {index}", solution.scheme, judge) for index, solution in enumerate(solved, 1)]
     rows += uniform_rows(network, table, budget, judge)
     if loss_limit is None:
         best = min(rows, key=lambda row: row["measured"])
     else:  # the smallest that keeps the limit when measured; where none does, the smallest that was predicted to
         best = min((row for row in rows if row["measured"] <= loss_limit), key=lambda row: row["bytes"], default=rows[0])
-    return Choice(best["scheme"], found[0], rows)
+    return Choice(best["scheme"], solved[0], rows)
 
 
 def check_feasible(network: ObservedNetwork, budget: Budget) -> None:
@@ -138,7 +138,7 @@ def check_feasible(network: ObservedNetwork, budget: Budget) -> None:
 
 
 def uniform_rows(network: ObservedNetwork, table: SensitivityTable, budget: Budget, judge: Judge) -> list[dict[str, Any]]:
-    """Every uniform scheme (kept layers aside) that fits the budget, measured."""
+    """Return every uniform scheme (kept layers aside) that fits the budget, measured."""
     schemes = {Precision(w, a): network.uniform(w, a) for w in network.options.weight_bits for a in network.options.activation_bits}
     return [
         measured_row(network, table, f"uniform {precision}", scheme, judge)
@@ -148,14 +148,12 @@ def uniform_rows(network: ObservedNetwork, table: SensitivityTable, budget: Budg
 
 
 def fits_budget(costs: CostModel, scheme: Scheme, budget: Budget) -> bool:
-    """Whether the scheme's costs meet every condition on bits, bytes, percent, BOPs and latency."""
-    amounts = costs.summary(scheme)
-    amounts["bits"] = amounts.pop("weight_bits")
-    return all(amounts[c.quantity] <= c.limit * (1 + 1e-12) for c in budget.conditions if c.quantity in amounts)
+    """Return whether the scheme meets every limit on a cost."""
+    return all(cost.total(costs, scheme) <= limit * (1 + 1e-12) for cost, limit in budget.costs() if cost.is_known(costs))
 
 
 def measured_row(network: ObservedNetwork, table: SensitivityTable, name: str, scheme: Scheme, judge: Judge) -> dict[str, Any]:
-    """What the table predicts of a scheme, what the held-out inputs say, and its costs."""
+    """Return a scheme's row: the table's prediction, its measurement on held-out inputs, and its costs."""
     measured = judge.of_scheme(scheme)
     loss = measured.pop("loss")
     row = {"name": name, "scheme": scheme, "predicted": table.total(scheme), "measured": loss, **measured, **network.costs.summary(scheme)}
@@ -170,7 +168,8 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
             "A budget of drop= needs labelled data, and a --metric where the network is no classifier. Give them, or use loss=."
         )
     float_score = judge.of_outputs(judge.reference)[judge.counted]
-    others = tuple(c for c in budget.conditions if c.quantity != "drop")
+    allowed = budget.limit(DROP.name)
+    others = tuple(c for c in budget.conditions if c.quantity != DROP.name)
     rows: list[dict[str, Any]] = []
     passed: tuple[Scheme, Allocation] | None = None
     largest = Scheme({name: options[-1] for name, options in network.choices.items()})
@@ -178,7 +177,7 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
     for attempt in range(8):
         # The easiest scheme first: where that one fails, no smaller one is worth a look.
         bits = high if attempt == 0 else (low + high) / 2
-        trial = Budget(f"{bits}bit", (*others, Condition("bits", bits)))
+        trial = Budget(f"{bits}bit", (*others, Condition(BITS.name, bits)))
         try:
             allocation = next(best_allocations(make_problem(network.choices, table, network.costs, trial)))
         except InfeasibleBudget:
@@ -189,14 +188,15 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
         row = measured_row(network, table, f"allocated at {bits:.2f} bits", allocation.scheme, judge)
         rows.append(row)
         lost = float_score - row[judge.counted]
-        if lost <= budget.limit("drop"):
+        if lost <= allowed:
             passed, high = (allocation.scheme, allocation), bits
         elif attempt == 0:
             raise InfeasibleBudget(
                 f"Even the largest scheme loses {lost:.4g} points of {judge.counted} on the held-out inputs, "
-                f"more than {budget.limit('drop'):g}. "
+                f"more than {allowed:g}. "
                 f"Allow more bits or raise the budget to drop={lost:.4g}%."
             )
         else:
             low = bits
+    assert passed is not None  # the first attempt passes or raises
     return Choice(*passed, rows)

@@ -32,7 +32,7 @@ class Frontier:
     steps: tuple[Step, ...]
 
     def scheme(self, steps: int) -> Scheme:
-        """The scheme after so many steps."""
+        """Return the scheme after so many steps."""
         return Scheme({**self.start, **{step.layer: step.precision for step in self.steps[:steps]}})
 
     def within(self, limit: float) -> int | None:
@@ -41,7 +41,7 @@ class Frontier:
 
 
 def frontier(choices: Mapping[str, Sequence[Precision]], losses: Mapping[str, np.ndarray], costs: Mapping[str, np.ndarray]) -> Frontier:
-    """The best schemes over one cost, without a solver: each layer's own convex hull, their steps merged by loss gained per cost.
+    """Return the best schemes over one cost, without a solver: each layer's own convex hull, their steps merged by loss gained per cost.
 
     With I relaxed to [0, 1] and one limit, this is the exact solution at every limit. Source: Sinha and Zoltners, "The multiple-choice
     knapsack problem", 1979. Of equals, the earlier layer and the earlier choice come first.

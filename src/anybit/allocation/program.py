@@ -9,7 +9,6 @@ kept as a certificate; the next best schemes follow by excluding those already f
 once, `frontier` gives the convex hull of all schemes.
 """
 
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +21,10 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, mi
 from scipy.sparse import csr_matrix
 
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget, Condition
+from anybit.budget import Budget, Cost
 from anybit.errors import InfeasibleBudget, InvalidSetting, UnsupportedModel
 from anybit.networks.cost import CostModel
-from anybit.scheme import FLOAT_BITS, Precision, Scheme
-
-# Up to this many bytes of a file's header depend on the choice (digits of offsets and shapes); reserved when bytes are limited.
-HEADER_SLACK = 64
+from anybit.scheme import Precision, Scheme
 
 # Choices a layer that the integer program starts with; the relaxation's reduced costs tell which, and whether they were enough.
 CORE = 5
@@ -68,7 +64,7 @@ class Allocation:
     gap: float
 
     def certificate(self) -> dict[str, Any]:
-        """What the scheme file keeps. No time and no machine, so that equal problems give equal files."""
+        """Return the certificate for the scheme file. It names no time and no machine, so that equal problems give equal files."""
         return {
             "solver": "HiGHS through scipy.optimize.milp",
             "objective": self.objective,
@@ -79,7 +75,7 @@ class Allocation:
 
 
 def make_problem(choices: Mapping[str, Sequence[Precision]], table: SensitivityTable, costs: CostModel, budget: Budget | None) -> Problem:
-    """The problem of least predicted loss under `budget`'s limits on bits, bytes, percent, BOPs and latency."""
+    """Make the problem of least predicted loss under `budget`'s limits on costs."""
     names = list(choices)
     for name in names:
         if not choices[name]:
@@ -88,47 +84,37 @@ def make_problem(choices: Mapping[str, Sequence[Precision]], table: SensitivityT
     for name in names:
         if not np.isfinite(losses[name]).all():
             raise UnsupportedModel(f"The sensitivity of layer {name} is not finite: {losses[name].tolist()}. --keep the layer.")
-    limited, limits, in_words = {}, {}, {}
-    for condition in budget.conditions if budget else ():
-        if condition.quantity in ("loss", "drop"):
-            continue
-        quantity, per_layer, limit, words = _linear(condition, choices, costs)
-        if quantity not in limits or limit < limits[quantity]:  # "120kB,12.5%" limits the same bytes twice
-            limited[quantity], limits[quantity], in_words[quantity] = per_layer, limit, words
+    limited: dict[str, dict[str, np.ndarray]] = {}
+    limits: dict[str, float] = {}
+    in_words: dict[str, Callable[[float], str]] = {}
+    for cost, limit in budget.costs() if budget else ():
+        _check_limit(cost, limit, costs)
+        parts, part_limit, words = _linear(cost, limit, choices, costs)
+        name = cost.counted.name
+        if name not in limits or part_limit < limits[name]:  # "120kB,12.5%" limits the same bytes twice
+            limited[name], limits[name], in_words[name] = parts, part_limit, words
     return Problem(choices, losses, limited, limits, in_words)
 
 
-Linear = tuple[str, dict[str, np.ndarray], float, Callable[[float], str]]
+Linear = tuple[dict[str, np.ndarray], float, Callable[[float], str]]
 
 
-def _linear(condition: Condition, choices: Mapping[str, Sequence[Precision]], costs: CostModel) -> Linear:
-    """(quantity, cost of each layer's choices, what they may sum to, how a sum is written)."""
-    if condition.quantity == "bits":
-        per_layer = {name: np.array([float(costs.layers[name].weights * p.stored_weight_bits) for p in choices[name]]) for name in choices}
-        total = sum(size.weights for size in costs.layers.values())
-        _check_below_float(condition, FLOAT_BITS, "bits a weight")
-        return "bits", per_layer, condition.limit * total, lambda amount: f"{_round_up(amount / total, 1000):g}bit"
-    if condition.quantity in ("bytes", "percent"):
-        _check_below_float(condition, costs.float_bytes if condition.quantity == "bytes" else 100, condition.quantity)
-        limit = condition.limit if condition.quantity == "bytes" else condition.limit / 100 * costs.float_bytes
-        per_layer = {name: np.array([float(costs.layer_bytes(name, p)) for p in choices[name]]) for name in choices}
-        fixed = fixed_bytes(choices, costs) + HEADER_SLACK
-        return "bytes", per_layer, limit - fixed, lambda amount: f"{math.ceil((amount + fixed) / 100) / 10:.1f}kB"
-    if condition.quantity == "bops":
-        per_layer = {name: np.array([float(costs.layer_bops(name, p)) for p in choices[name]]) for name in choices}
-        return "bops", per_layer, condition.limit, lambda amount: f"bops={math.ceil(amount / 1e5) / 10:.1f}M"
-    if condition.quantity == "latency" and costs.latency is not None:
-        table = costs.latency
-        per_layer = {name: np.array([table.layer(name, p) for p in choices[name]]) for name in choices}
-        rest = table.rest["int8"]
-        return "latency", per_layer, condition.limit - rest, lambda amount: f"latency={math.ceil((amount + rest) * 1e7) / 1e4:.4f}ms"
-    raise InvalidSetting(f"A budget of {condition.quantity} needs a measured table: run anybit profile on this model and data first.")
+def _linear(cost: Cost, limit: float, choices: Mapping[str, Sequence[Precision]], costs: CostModel) -> Linear:
+    """Return (the parts of each layer's choices, what they may sum to, how a sum is written)."""
+    counted = cost.counted
+    parts = {name: np.array([float(counted.layer(costs, name, p)) for p in choices[name]]) for name in choices}
+    fixed = counted.fixed(costs, choices)
+    return parts, limit * cost.scale(costs) - fixed, lambda amount: counted.text((amount + fixed) / counted.scale(costs))
 
 
-def fixed_bytes(choices: Mapping[str, Sequence[Precision]], costs: CostModel) -> int:
-    """Bytes of the file that no choice of bits changes, up to `HEADER_SLACK` of the header aside."""
-    most = Scheme({name: max(choices[name], key=lambda p: (bool(p.weight_bits), bool(p.activation_bits))) for name in choices})
-    return costs.overhead(most)
+def _check_limit(cost: Cost, limit: float, costs: CostModel) -> None:
+    if not cost.is_known(costs):
+        raise InvalidSetting(f"A budget of {cost.name} needs a measured table: run anybit profile on this model and data first.")
+    if cost.most is not None and limit > cost.most(costs):
+        raise InvalidSetting(
+            f"A budget of {cost.in_words(limit)} is above the float network's {cost.in_words(cost.most(costs))}: there is nothing to save. "
+            "Lower the budget."
+        )
 
 
 def allocate(problem: Problem, objective: Mapping[str, np.ndarray] | None = None, name: str = "least predicted loss") -> Allocation:
@@ -137,7 +123,7 @@ def allocate(problem: Problem, objective: Mapping[str, np.ndarray] | None = None
 
 
 def least_costs(problem: Problem, cost: Mapping[str, np.ndarray], loss_limit: float) -> Iterator[Allocation]:
-    """The paper's form: schemes of a predicted loss of at most `loss_limit`, from the smallest cost on."""
+    """Yield the paper's form: schemes of a predicted loss of at most `loss_limit`, from the smallest cost on."""
     costs, limits = {**problem.costs, "loss": problem.losses}, {**problem.limits, "loss": loss_limit}
     bounded = Problem(problem.choices, problem.losses, costs, limits, problem.in_words)
     return best_allocations(bounded, cost, "least cost under a loss limit")
@@ -154,12 +140,12 @@ def best_allocations(
     layers = list(problem.choices)
     columns = [(layer, int(k)) for layer in layers for k in _undominated(problem, objective, layer)]
     program = _Program.of(problem, objective, layers, columns)
-    found_any = False
+    feasible = False
     while (solved := program.solve()) is not None:
         chosen, bound = solved
         picked = {columns[i][0]: columns[i][1] for i in chosen}
         if all(sum(problem.costs[q][layer][k] for layer, k in picked.items()) <= limit for q, limit in problem.limits.items()):
-            found_any = True
+            feasible = True
             scheme = Scheme({layer: problem.choices[layer][k] for layer, k in picked.items()})
             predicted = float(sum(problem.losses[layer][k] for layer, k in picked.items()))
             value = float(sum(objective[layer][k] for layer, k in picked.items()))
@@ -167,7 +153,7 @@ def best_allocations(
             yield Allocation(scheme, predicted, name, value, bound, (value - bound) / max(abs(value), 1e-300))
         # Found already, or over a limit by less than the solver's tolerance: either way not to be found again.
         program.exclude(chosen)
-    if not found_any:
+    if not feasible:
         raise InfeasibleBudget(_why_infeasible(problem))
 
 
@@ -251,7 +237,7 @@ class _Program:
 
 
 def _undominated(problem: Problem, objective: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
-    """Indices of the choices that no other beats in the objective and in every limited cost: the best scheme needs only these."""
+    """Return indices of the choices that no other beats in the objective and in every limited cost: the best scheme needs only these."""
     table = np.stack([objective[layer], *(problem.costs[quantity][layer] for quantity in problem.limits)])  # [quantities, choices]
     better_or_equal = (table[:, :, None] <= table[:, None, :]).all(0)  # [j, k]: j is nowhere above k
     better = better_or_equal & (table[:, :, None] < table[:, None, :]).any(0)
@@ -266,7 +252,7 @@ def _why_infeasible(problem: Problem) -> str:
         least = {layer: float(problem.costs[quantity][layer].min()) for layer in problem.choices}
         words = problem.in_words.get(quantity, lambda amount, quantity=quantity: f"{quantity}={amount:.6g}")
         if sum(least.values()) > limit:
-            binding = sorted(least, key=least.get, reverse=True)[:3]
+            binding = sorted(least, key=least.__getitem__, reverse=True)[:3]
             needed, allowed = words(sum(least.values())), words(limit)
             parts.append(f"The smallest scheme needs {needed}, more than the budget of {allowed} (layers {', '.join(binding)} bind).")
             enough.append(needed)
@@ -280,22 +266,11 @@ def _why_infeasible(problem: Problem) -> str:
 def _silent_solver() -> Iterator[None]:
     """HiGHS prints notes on some problems, whatever it is told, past Python's own stdout; stdout is for results."""
     sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    stdout, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
     try:
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _round_up(value: float, parts: int) -> float:
-    return math.ceil(value * parts) / parts
-
-
-def _check_below_float(condition: Condition, most: float, what: str) -> None:
-    if condition.limit > most:
-        raise InvalidSetting(
-            f"A budget of {condition.limit:g} {what} is above the float network's {most:g}: there is nothing to save. Lower the budget."
-        )
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(devnull)

@@ -8,9 +8,10 @@ Source: Hubara et al., ICML 2021, section 3.3. Deviation: the paper measures the
 loss is too kind, so held-out inputs are used, and the divergence to the float outputs needs no labels.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -86,7 +87,7 @@ def measure_sensitivity(
     task: str,
     base: Precision = FLOAT,
     pairs: bool = False,
-    recall: Cache = Cache(),
+    cache: Cache = Cache(),
 ) -> SensitivityTable:
     """Measure every row that `choices` (layer -> precisions) needs; `reference` are the float model's outputs on `held_out`.
 
@@ -94,7 +95,7 @@ def measure_sensitivity(
     """
     base_scheme = Scheme({name: options[0] if len(options) == 1 else base for name, options in choices.items()})
 
-    @cache  # made only where a row is not recalled
+    @functools.cache  # made only where a row is not recalled
     def at_base() -> nn.Module:
         return apply_scheme(prepared, base_scheme, candidates)
 
@@ -105,7 +106,7 @@ def measure_sensitivity(
         with swapped(at_base(), prepared, layer, precision, candidates):
             return measure()
 
-    floor = recall.value("floor", measure, float)
+    floor = cache.value("floor", measure, float)
     measured = {}
     for layer, precision in track(rows_to_measure(choices, pairs), "sensitivity"):
         if len(choices[layer]) == 1:
@@ -117,7 +118,7 @@ def measure_sensitivity(
                 base.weight_bits if precision.weight_bits is None else precision.weight_bits,
                 base.activation_bits if precision.activation_bits is None else precision.activation_bits,
             )
-        value = recall.value(f"sensitivity of {layer} at {precision}", partial(measure_at, layer, at), float) - floor
+        value = cache.value(f"sensitivity of {layer} at {precision}", partial(measure_at, layer, at), float) - floor
         if not value < float("inf"):
             raise UnsupportedModel(f"{layer} at {precision} makes the outputs NaN or infinite. Exclude that bit-width or --keep the layer.")
         measured[layer, precision] = value

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybit.data.batches import Batch
+from anybit.data.options import parse_augmentations
 from anybit.errors import InvalidSetting
 
 
 def augmented(batch: Batch, augment: str, global_size: int, generator: torch.Generator, share: tuple[int, int] = (0, 1)) -> Batch:
-    """The batch with each of its pictures mirrored or shifted at random; the draws are of the global batch, of which this is a `share`."""
+    """Mirror or shift each picture of the batch at random; the draws are of the global batch, of which this is a `share`."""
     inputs, (which, of) = batch.inputs, share
     for kind, pixels in parse_augmentations(augment):
         if not isinstance(inputs, Tensor) or inputs.dim() != 4:
@@ -28,20 +29,7 @@ def augmented(batch: Batch, augment: str, global_size: int, generator: torch.Gen
 
 
 def channels_last(batch: Batch) -> Batch:
-    """Pictures with their channels innermost in memory: convolutions hand the layout on."""
+    """Put the channels of pictures innermost in memory: convolutions hand the layout on."""
     if isinstance(batch.inputs, Tensor) and batch.inputs.dim() == 4:
         return replace(batch, inputs=batch.inputs.contiguous(memory_format=torch.channels_last))
     return batch
-
-
-def parse_augmentations(text: str) -> list[tuple[str, int]]:
-    """[("flip", 0), ("crop", 4)] of "flip,crop4"."""
-    found = []
-    for part in filter(None, text.split(",")):
-        if part == "flip":
-            found.append(("flip", 0))
-        elif part.startswith("crop") and part[4:].isdigit():
-            found.append(("crop", int(part[4:])))
-        else:
-            raise InvalidSetting(f"augment {part!r} is unknown. Write flip, crop4 (shifts by up to 4 pixels), or both with a comma.")
-    return found

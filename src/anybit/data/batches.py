@@ -3,6 +3,7 @@
 The one seeded split into fitting and held-out inputs is made here, once a run.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,17 +19,17 @@ Inputs = Tensor | tuple | dict
 
 
 class Reader(Protocol):
-    """What a task reads in a model's output, and scores of its own beside those of `evaluation`."""
+    """How a task reads a model's output, and its own scores beside those of `evaluation`."""
 
     task: str
     unit: str
     """What a prediction is of: "samples", or the tokens, texts or windows that a sample has."""
 
     def read(self, output: Any, batch: "Batch") -> Tensor:
-        """One row a prediction, of one shape in every batch: what is compared with the float model's, and scored."""
+        """Return one row a prediction, of one shape in every batch: it is compared with the float model's, and scored."""
 
     def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """By name; {} where there are none."""
+        """Return scores by name; {} if there are none."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,19 @@ class Batch:
         return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
+        """Move the batch to `device`."""
         labels = None if self.labels is None else self.labels.to(device)
         return Batch(map_tensors(self.inputs, lambda t: t.to(device)), labels, self.reader)
 
     def head(self, count: int) -> "Batch":
-        """The inputs of its first samples, without labels."""
+        """Return the inputs of the first samples, without labels."""
         return Batch(map_tensors(self.inputs, lambda tensor: tensor[:count]), None, self.reader)
 
     def parts(self, size: int) -> Iterator["Batch"]:
-        """The inputs of its samples, at most `size` at a time, without labels."""
+        """Yield the inputs of the samples, at most `size` at a time, without labels."""
         for start in range(0, len(self), size):
-            yield Batch(map_tensors(self.inputs, lambda tensor, start=start: tensor[start : start + size]), None, self.reader)
+            chunk = slice(start, start + size)
+            yield Batch(map_tensors(self.inputs, operator.itemgetter(chunk)), None, self.reader)
 
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:
@@ -76,8 +78,8 @@ def read_output(output: Any, batch: Batch) -> Tensor:
     return first_tensor(output) if batch.reader is None else batch.reader.read(output, batch)
 
 
-def real(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """The values of `tensor` that belong to real tokens, by `mask` [N, T]; all of it where its dimensions are not those of tokens.
+def unpadded(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the values of `tensor` at real tokens, by `mask` [N, T]; all of it if its dimensions are not those of tokens.
 
     Tokens run along the last dimension but one, [N, ..., T, features], or are flattened, [N T, features]; what all samples share,
     [1, ..., T, features], has a real token where any sample has.
@@ -95,7 +97,7 @@ def real(tensor: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """`model` on the inputs of a batch."""
+    """Run `model` on the inputs of a batch."""
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -103,7 +105,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module is in the mode that it was in."""
+    """Put `model` into evaluation mode inside the block, and every module back into its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -113,8 +115,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def map_leaves(value: Any, leaf: type, function: Callable[[Any], Any]) -> Any:
-    """`value` with every `leaf` in its nested tuples, lists and dicts mapped."""
+def map_leaves(value: Any, leaf: type | tuple[type, ...], function: Callable[[Any], Any]) -> Any:
+    """Map every `leaf` in nested tuples, lists and dicts."""
     if isinstance(value, leaf):
         return function(value)
     if isinstance(value, Mapping):
@@ -127,12 +129,12 @@ def map_leaves(value: Any, leaf: type, function: Callable[[Any], Any]) -> Any:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """`value` with every tensor mapped."""
+    """Map every tensor in nested tuples, lists and dicts."""
     return map_leaves(value, Tensor, function)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists, dicts and dataclasses, in order."""
+    """List every tensor in nested tuples, lists, dicts and dataclasses, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -145,7 +147,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def first_tensor(value: Any) -> Tensor:
-    """The first tensor in `value`: the logits, where a model gives several outputs."""
+    """Return the first tensor in `value`: the logits, where a model gives several outputs."""
     tensors = tensors_in(value)
     if not tensors:
         raise InvalidInput(f"No tensor in a {type(value).__name__}: inputs and outputs must hold at least one.")
@@ -153,7 +155,7 @@ def first_tensor(value: Any) -> Tensor:
 
 
 def stacked(items: list) -> Any:
-    """Items as one batch, tensor beside tensor; raises InvalidInput where their shapes differ."""
+    """Stack items into one batch, tensor by tensor. Raise InvalidInput if their shapes differ."""
     try:
         return default_collate(items)
     except TypeError as error:

@@ -1,8 +1,8 @@
 """Samples: a data set, drawn and split by seed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,28 +32,28 @@ class Samples:
     reader: Reader | None = None
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(cast(Sized, self.dataset))
 
     def on(self, device: str) -> "Samples":
-        """The same samples, their batches on `device`."""
+        """Return the same samples, their batches on `device`."""
         return replace(self, device=device)
 
     def subset(self, indices: Sequence[int]) -> "Samples":
-        """These samples alone, in this order."""
-        return replace(self, dataset=Subset(self.dataset, list(indices)))
+        """Return these samples alone, in this order."""
+        return replace(self, dataset=Subset(cast(Dataset, self.dataset), list(indices)))
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """All samples in order, `size` at a time."""
+        """Yield all samples in order, `size` at a time."""
         if size < 1 or self.workers < 0:
             raise InvalidSetting(f"batch size {size} must be at least 1 and workers {self.workers} at least 0.")
         generator = torch.Generator().manual_seed(self.seed)
-        how: dict[str, Any] = {"num_workers": self.workers, "collate_fn": self._collate, "generator": generator, **self.loading}
-        for batch in DataLoader(self.dataset, batch_size=size, **how):
+        options: dict[str, Any] = {"num_workers": self.workers, "collate_fn": self._collate, "generator": generator, **self.loading}
+        for batch in DataLoader(cast(Dataset, self.dataset), batch_size=size, **options):
             labels = batch.labels if self.labelled else None
             yield replace(batch, labels=labels, reader=batch.reader or self.reader).to(self.device)
 
     def by_length(self) -> "Samples":
-        """The same samples with those of like length together, where the data set tells lengths: batches are padded less."""
+        """Sort the samples by length, where the data set gives lengths, so that batches are padded less."""
         lengths = _lengths(self.dataset)
         return self if lengths is None else self.subset(sorted(range(len(self)), key=lambda index: lengths[index]))
 
@@ -73,7 +73,7 @@ class Samples:
 
 
 def _lengths(dataset: Any) -> Sequence[int] | None:
-    """The samples' lengths that a data set tells, seen through subsets."""
+    """Return the lengths of the samples if the data set gives them, seen through subsets."""
     if isinstance(dataset, Subset):
         lengths = _lengths(dataset.dataset)
         return None if lengths is None else [lengths[index] for index in dataset.indices]
@@ -130,34 +130,35 @@ class Calibration:
     held_out: list[Batch]
 
     def count(self) -> tuple[int, int]:
-        """(fitting, held-out) number of inputs."""
+        """Return the number of (fitting, held-out) inputs."""
         return sum(map(len, self.fitting)), sum(map(len, self.held_out))
 
 
 def draw(samples: Samples, count: int, seed: int) -> Samples:
-    """`count` samples (all, where there are fewer) drawn without replacement by `seed`."""
+    """Draw `count` samples (all, if there are fewer) without replacement, by `seed`."""
     if len(samples) == 0:
         raise InvalidInput("The data set is empty. Give at least 2 inputs (a few hundred work well).")
     return samples.subset(torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:count].tolist())
 
 
 def split(samples: Samples, seed: int, held_out: float, batch_size: int) -> Calibration:
-    """The one seeded split; `held_out` is the share kept from fitting (at least one input on each side)."""
+    """Split once, by seed; `held_out` is the share kept from fitting (at least one input on each side)."""
     total = len(samples)
     if total < 2:
         raise InvalidInput(f"{total} input(s) to calibrate on: at least 2 are needed, one to fit and one to hold out. Give a few hundred.")
-    kept = min(max(1, round(total * held_out)), total - 1)
+    cut = min(max(1, round(total * held_out)), total - 1)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     return Calibration(
-        list(samples.subset(order[kept:]).by_length().batches(batch_size)),
-        list(samples.subset(order[:kept]).by_length().batches(batch_size)),
+        list(samples.subset(order[cut:]).by_length().batches(batch_size)),
+        list(samples.subset(order[:cut]).by_length().batches(batch_size)),
     )
 
 
 def mirrored(calibration: Calibration) -> Calibration:
-    """The same split, the fitting inputs joined by their mirror images; images are 4-d tensors, anything else is refused."""
+    """Add the mirror images of the fitting inputs. Raise InvalidSetting unless inputs are images, one 4-d tensor."""
+    flipped = []
     for batch in calibration.fitting:
         if not isinstance(batch.inputs, Tensor) or batch.inputs.dim() != 4:
             raise InvalidSetting("mirror needs images: one 4-d input tensor. Leave it off for this data.")
-    flipped = [replace(batch, inputs=batch.inputs.flip(-1)) for batch in calibration.fitting]
+        flipped.append(replace(batch, inputs=batch.inputs.flip(-1)))
     return Calibration([*calibration.fitting, *flipped], calibration.held_out)

@@ -1,8 +1,11 @@
-"""What a model's outputs are worth: accuracy with labels, distance to the float model without."""
+"""Tasks: how far a network's outputs are from the float network's, what it is trained on, and what labels say of it; one class a task.
+
+A task is called by its name in files, settings and on the command line; `TASKS` has it by that name.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,28 +15,220 @@ from anybit.data.batches import Batch, Reader, evaluating, predict
 from anybit.errors import InvalidInput, InvalidSetting
 
 Metric = Callable[[Tensor, Tensor], float]
-Task = Literal["classification", "regression", "embedding", "question-answering", "language-model"]
-COUNTED: dict[str, str | None] = {
-    "classification": "top1",
-    "regression": None,
-    "embedding": "spearman",
-    "question-answering": "f1",
-    "language-model": "top1",
-}
-"""Task -> the score in percent that a limit on the drop counts in, where there is one."""
-TASKS = get_args(Task)
 NUMBERS = 2**24
 """Outputs whose distance or loss is computed at once, in double precision: a vocabulary makes many."""
 
 
-def compares_classes(task: str) -> bool:
-    """Whether outputs are logits, whose distance is a KL divergence."""
-    return task in ("classification", "question-answering", "language-model")
+# Distances to the float network's outputs
+
+
+class Distance(Protocol):
+    """How far outputs [N, ...] are from those of the float network. `key` is its name in a report."""
+
+    key: str
+
+    def of_samples(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        """Measure each sample in double precision, [N]."""
+
+    def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        """Measure all at once, differentiable and in the outputs' own precision."""
+
+    def share(self, chunk: Tensor, whole: Tensor) -> float | Tensor:
+        """Return the weight of the loss to a chunk of the reference in the loss to the whole of it."""
+
+    def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        """Return the training loss towards a teacher's outputs."""
+
+    def further(self, outputs: Tensor, reference: Tensor) -> dict[str, float]:
+        """Measure what else a report tells beside the distance."""
+
+
+class Divergence:
+    """KL divergence of a sample's classes, whose logits the outputs are; the mean of several where a sample has several."""
+
+    key = "kl"
+
+    def of_samples(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        return torch.cat([self._of_some(some.double(), float_ones.double()) for some, float_ones in _in_parts(outputs, reference)])
+
+    def _of_some(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        log_p, log_q = F.log_softmax(reference, -1), F.log_softmax(outputs, -1)
+        terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0)  # a class that both rule out adds nothing
+        return terms.sum(-1).clamp_min(0).reshape(len(outputs), -1).mean(1)  # rounding alone can make it -1e-17
+
+    def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        return F.kl_div(F.log_softmax(outputs, -1), F.log_softmax(reference, -1), reduction="none", log_target=True).sum(-1).mean()
+
+    def share(self, chunk: Tensor, whole: Tensor) -> float:
+        return len(chunk) / len(whole)
+
+    def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        return F.kl_div(F.log_softmax(outputs.float(), -1), F.log_softmax(reference, -1), log_target=True, reduction="batchmean")
+
+    def further(self, outputs: Tensor, reference: Tensor) -> dict[str, float]:
+        return {"agreement": agreement(outputs, reference)}
+
+
+class SquaredError:
+    """Squared error, divided by the mean square of the reference."""
+
+    key = "error"
+
+    def of_samples(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        error = (outputs.double() - reference.double()).square().reshape(len(outputs), -1).mean(1)
+        return error / reference.double().square().mean().clamp_min(1e-30)
+
+    def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        return (outputs - reference).square().sum() / reference.square().sum().clamp_min(1e-30)
+
+    def share(self, chunk: Tensor, whole: Tensor) -> Tensor:
+        return chunk.square().sum() / whole.square().sum().clamp_min(1e-30)
+
+    def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        return F.mse_loss(outputs.float(), reference)
+
+    def further(self, outputs: Tensor, reference: Tensor) -> dict[str, float]:
+        return {}
+
+
+DIVERGENCE, SQUARED_ERROR = Divergence(), SquaredError()
+
+
+# Tasks
+
+
+class Task:
+    """The questions that every task answers; a task overrides what differs for it.
+
+    distance   to the float network's outputs
+    counted    the score in percent that a limit on the drop counts in; None where there is none
+    numbers    whether labels are numbers, which a metric of the user's own can be given
+    of_one_class  whether a prediction is of one class, and so right or wrong
+    """
+
+    name: str
+    distance: Distance
+    counted: str | None = None
+    numbers = True
+    of_one_class = False
+
+    def check(self, outputs: Tensor, labels: Tensor) -> None:
+        """Raise InvalidInput where `labels` are not what a network with such `outputs` can be right about."""
+
+    def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """Score outputs by labels; {} where only the reader of the outputs can."""
+        return {}
+
+    def check_trains_on_labels(self) -> None:
+        """Raise InvalidSetting where labels make no training loss."""
+        raise InvalidSetting(f"A network for {self.name} is trained on the float network's outputs alone here: give --distill 1.")
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the training loss on labels."""
+        raise NotImplementedError
+
+    def classes(self, outputs: Tensor) -> int | None:
+        """Return the number of classes that a whole sample is of one of; None where it is of none."""
+        return None
+
+
+class Classification(Task):
+    """Logits [N, classes] of which class a sample is: top1, top5 and loss (cross-entropy)."""
+
+    name, distance, counted, of_one_class = "classification", DIVERGENCE, "top1", True
+
+    def check(self, outputs: Tensor, labels: Tensor) -> None:
+        if labels.dim() != 1 or labels.is_floating_point():
+            raise InvalidInput(f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}.")
+        if labels.min() < 0 or labels.max() >= outputs.shape[-1]:
+            raise InvalidInput(
+                f"Labels run from {int(labels.min())} to {int(labels.max())}, but the model has {outputs.shape[-1]} classes. "
+                "Check that the data set's class numbers are the model's."
+            )
+
+    def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        result = {"top1": 100 * float(correct(outputs, labels).double().mean())}
+        if outputs.shape[-1] > 5:
+            result["top5"] = 100 * float((places(outputs, labels) < 5).double().mean())
+        losses = [F.cross_entropy(some.double(), theirs, reduction="sum") for some, theirs in _in_parts(outputs, labels)]
+        return result | {"loss": float(sum(losses) / len(labels))}
+
+    def check_trains_on_labels(self) -> None:
+        pass
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.float(), labels)
+
+    def classes(self, outputs: Tensor) -> int | None:
+        return outputs.shape[-1]
+
+
+class LanguageModel(Classification):
+    """Logits [N, vocabulary] of the next token: the scores of a classification, and perplexity."""
+
+    name = "language-model"
+
+    def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        result = super().scores(outputs, labels)
+        return result | {"perplexity": math.exp(min(result["loss"], 700.0))}
+
+    def classes(self, outputs: Tensor) -> int | None:
+        return None
+
+
+class Regression(Task):
+    """Values [N, ...]: loss (mean squared error)."""
+
+    name, distance = "regression", SQUARED_ERROR
+
+    def check(self, outputs: Tensor, labels: Tensor) -> None:
+        if outputs.numel() != labels.numel():
+            raise InvalidInput(f"Targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}.")
+
+    def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        return {"loss": float((outputs.double().flatten() - labels.double().flatten()).square().mean())}
+
+    def check_trains_on_labels(self) -> None:
+        pass
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.mse_loss(outputs.float().flatten(), labels.float().flatten())
+
+
+class Embedding(Task):
+    """Vectors [N, features], each two of a pair: spearman and pearson, correlation of the pairs' labels with their cosines, in percent."""
+
+    name, distance, counted = "embedding", SQUARED_ERROR, "spearman"
+
+    def check(self, outputs: Tensor, labels: Tensor) -> None:
+        if len(outputs) % 2 or len(labels) < 4 or len(labels[0::2].unique()) < 2:
+            raise InvalidInput("Embeddings are scored by pairs of sentences of different scores. Give at least two (--columns pair=NAME).")
+        if not torch.equal(labels[0::2], labels[1::2]):
+            raise InvalidInput("Embeddings are scored by pairs of sentences, one after the other with one score. Give both the same label.")
+
+    def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        from scipy.stats import pearsonr, spearmanr  # a third of the time that every command takes to start
+
+        cosines = F.cosine_similarity(outputs[0::2].double(), outputs[1::2].double()).cpu().numpy()
+        expected = labels[0::2].cpu().numpy()
+        return {name: 100 * float(of(cosines, expected).statistic) for name, of in (("spearman", spearmanr), ("pearson", pearsonr))}
+
+
+class QuestionAnswering(Task):
+    """Logits [N, 2, length] of an answer's first and last token; the reader, which has the texts, scores them by exact and f1."""
+
+    name, distance, counted, numbers = "question-answering", DIVERGENCE, "f1", False
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Regression(), Embedding(), QuestionAnswering(), LanguageModel())}
+
+
+# Outputs
 
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """What is read in the output on every sample, [N, ...], in evaluation mode."""
+    """Run `model` in evaluation mode and return what is read in its output on every sample, [N, ...]."""
     with evaluating(model):
         outputs = [predict(model, batch) for batch in batches]
     if not outputs:
@@ -42,66 +237,56 @@ def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
 
 
 def guess_task(outputs: Tensor, reader: Reader | None = None) -> str:
-    """The reader's; else "classification" where outputs are [N, classes >= 2], or "regression"; the user's --task overrules it."""
+    """Return the reader's task; else "classification" if outputs are [N, classes >= 2], or "regression". The user's --task overrules it."""
     if reader is not None:
         return reader.task
     return "classification" if outputs.dim() == 2 and outputs.shape[1] >= 2 else "regression"
 
 
 def distance(outputs: Tensor, reference: Tensor, task: str) -> float:
-    """How far `outputs` are from those of the float model: mean KL divergence of one sample's classes, or normalized squared error."""
+    """Measure how far `outputs` are from those of the float model: the mean over samples."""
     return float(sample_distances(outputs, reference, task).mean())
 
 
 def sample_distances(outputs: Tensor, reference: Tensor, task: str) -> Tensor:
-    """The same for each sample, [N]; where outputs are no logits each is divided by the mean square of the reference."""
-    if compares_classes(task):
-        return torch.cat([_divergence(some.double(), float_ones.double()) for some, float_ones in _in_parts(outputs, reference)])
-    error = (outputs.double() - reference.double()).square().reshape(len(outputs), -1).mean(1)
-    return error / reference.double().square().mean().clamp_min(1e-30)
+    """Measure the distance of each sample, [N]."""
+    return TASKS[task].distance.of_samples(outputs, reference)
 
 
 def _in_parts(outputs: Tensor, beside: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some samples of both after the others, so that the outputs have NUMBERS at most."""
+    """Split both into runs of samples whose outputs have at most NUMBERS numbers."""
     count = max(1, NUMBERS // max(1, outputs[:1].numel()))
     return zip(outputs.split(count), beside.split(count), strict=True)
 
 
-def _divergence(outputs: Tensor, reference: Tensor) -> Tensor:
-    """KL divergence of each sample's classes, [N]; the mean of several where a sample has several."""
-    log_p, log_q = F.log_softmax(reference, -1), F.log_softmax(outputs, -1)
-    terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0)  # a class that both rule out adds nothing
-    return terms.sum(-1).clamp_min(0).reshape(len(outputs), -1).mean(1)  # rounding alone can make it -1e-17
-
-
 def agreement(outputs: Tensor, reference: Tensor) -> float:
-    """Percent of samples whose top-1 class is the reference's."""
+    """Return the percentage of samples whose top-1 class is the reference's."""
     return 100 * float((outputs.argmax(-1) == reference.argmax(-1)).double().mean())
 
 
 def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], task: str, metric: Metric | None = None) -> dict[str, Any]:
-    """What an exported network gives on these batches beside the simulation: how far its outputs are away, and both scores on labels.
+    """Compare an exported network's outputs with the simulation's: how far apart they are, and the scores of both on labels.
 
     simulation  the largest difference, the largest output, and where outputs are classes top-1 agreement in percent
     """
     apart = {"largest_difference": float((simulated - there).abs().max()), "largest_output": float(simulated.abs().max())}
     if simulated.dim() == 2 and simulated.shape[1] > 1:
         apart["agreement"] = agreement(there, simulated)
-    found: dict[str, Any] = {"simulation": apart}
+    report: dict[str, Any] = {"simulation": apart}
     if batches[0].labels is not None:
-        labels = torch.cat([batch.labels for batch in batches])
+        labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
         both = {"simulated": simulated, "exported": there}
-        found["accuracy"] = {kind: score(outputs, labels, task, metric, batches[0].reader) for kind, outputs in both.items()}
-    return found
+        report["accuracy"] = {kind: score(outputs, labels, task, metric, batches[0].reader) for kind, outputs in both.items()}
+    return report
 
 
 def correct(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Which samples have their label first, bool [N]."""
+    """Return which samples have their label first, bool [N]."""
     return outputs.argmax(-1) == labels
 
 
 def places(outputs: Tensor, labels: Tensor) -> Tensor:
-    """The label's place among the classes, [N], 0 the first; of equal classes the one of the lower number is before the other."""
+    """Return the label's place among the classes, [N], 0 the first; ties go to the class of the lower number."""
     own = outputs.gather(1, labels[:, None])
     before = torch.arange(outputs.shape[1], device=outputs.device) < labels[:, None]
     return (outputs > own).sum(1) + ((outputs == own) & before).sum(1)
@@ -109,62 +294,28 @@ def places(outputs: Tensor, labels: Tensor) -> Tensor:
 
 def check_labels(outputs: Tensor, labels: Tensor, task: str) -> None:
     """Raise InvalidInput where `labels` are not what a network with such `outputs` can be right about."""
-    classes = task in ("classification", "language-model")
-    if classes and (labels.dim() != 1 or labels.is_floating_point()):
-        raise InvalidInput(f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}.")
-    if task == "regression" and outputs.numel() != labels.numel():
-        raise InvalidInput(f"Targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}.")
-    if task == "embedding" and (len(outputs) % 2 or len(labels) < 4 or len(labels[0::2].unique()) < 2):
-        raise InvalidInput("Embeddings are scored by pairs of sentences of different scores. Give at least two (--columns pair=NAME).")
-    if task == "embedding" and not torch.equal(labels[0::2], labels[1::2]):
-        raise InvalidInput("Embeddings are scored by pairs of sentences, one after the other with one score. Give both the same label.")
-    if classes and (labels.min() < 0 or labels.max() >= outputs.shape[-1]):
-        raise InvalidInput(
-            f"Labels run from {int(labels.min())} to {int(labels.max())}, but the model has {outputs.shape[-1]} classes. "
-            "Check that the data set's class numbers are the model's."
-        )
+    TASKS[task].check(outputs, labels)
 
 
 def check_metric(metric: Metric | None, task: str) -> None:
     """Raise InvalidSetting where the task's labels are nothing that a function of outputs and labels can use."""
-    if metric is not None and task == "question-answering":
-        raise InvalidSetting("A metric compares outputs with labels, and those of question answering are texts. Leave --metric out.")
+    if metric is not None and not TASKS[task].numbers:
+        what = task.replace("-", " ")
+        raise InvalidSetting(f"A metric compares outputs with labels, and those of {what} are texts. Leave --metric out.")
 
 
 def metric_name(metric: Metric) -> str:
-    """What a user's metric is called in a report."""
+    """Return the name of a user's metric in reports."""
     return getattr(metric, "__name__", "metric")
 
 
 def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = None, reader: Reader | None = None) -> dict[str, float]:
-    """What the task counts, and the user's metric; the reader's own scores join them.
-
-    classification  top1, top5 and loss (cross-entropy)         language-model  the same of next tokens, and perplexity
-    regression      loss (squared error)                        embedding       spearman, pearson: correlation of the labels with the
-                                                                                cosine of each two outputs, in percent
-    """
+    """Score outputs by labels: the task's scores, the reader's own, and the user's metric."""
     if len(labels) != len(outputs):
         raise InvalidInput(f"{len(labels)} labels for {len(outputs)} outputs. Give one label a sample.")
     check_metric(metric, task)
-    result: dict[str, float] = {}
     check_labels(outputs, labels, task)
-    if task in ("classification", "language-model"):
-        classes = outputs.shape[-1]
-        result["top1"] = 100 * float(correct(outputs, labels).double().mean())
-        if classes > 5:
-            result["top5"] = 100 * float((places(outputs, labels) < 5).double().mean())
-        losses = [F.cross_entropy(some.double(), theirs, reduction="sum") for some, theirs in _in_parts(outputs, labels)]
-        result["loss"] = float(sum(losses) / len(labels))
-        if task == "language-model":
-            result["perplexity"] = math.exp(min(result["loss"], 700.0))
-    elif task == "embedding":
-        from scipy.stats import pearsonr, spearmanr  # takes a second of every run, and this task alone needs it
-
-        cosines = F.cosine_similarity(outputs[0::2].double(), outputs[1::2].double()).cpu().numpy()
-        result["spearman"] = 100 * float(spearmanr(cosines, labels[0::2].cpu().numpy()).statistic)
-        result["pearson"] = 100 * float(pearsonr(cosines, labels[0::2].cpu().numpy()).statistic)
-    elif task == "regression":
-        result["loss"] = float((outputs.double().flatten() - labels.double().flatten()).square().mean())
+    result = TASKS[task].scores(outputs, labels)
     if reader is not None:
         result |= reader.score(outputs, labels)
     if metric is not None:
@@ -195,34 +346,23 @@ def evaluate(
     unit = readers[0].unit if readers[0] else "samples"
     result: dict[str, Any] = {unit: len(outputs), **score(outputs, torch.cat(labels), task, metric, readers[0])}
     if reference is not None:
-        result["kl" if compares_classes(task) else "error"] = distance(outputs, reference, task)
-        if compares_classes(task):
-            result["agreement"] = agreement(outputs, reference)
+        measured = TASKS[task].distance
+        result |= {measured.key: distance(outputs, reference, task)} | measured.further(outputs, reference)
     return result
 
 
-TRAINED_ON_CLASSES = ("classification", "language-model")
-
-
 def task_loss(outputs: Tensor, batch: Batch, task: str, teacher: nn.Module | None, distill: float) -> Tensor:
-    """Cross-entropy of a classifier (squared error of a regression), joined by the divergence from the teacher's outputs."""
+    """Return the task's training loss on labels, joined by the distance to the teacher's outputs, which weighs `distill`."""
     loss = torch.zeros((), device=outputs.device)
-    classes = task in TRAINED_ON_CLASSES
-    if distill < 1 and task not in (*TRAINED_ON_CLASSES, "regression"):
-        raise InvalidSetting(f"A network for {task} is trained on the float network's outputs alone here: give --distill 1.")
     if distill < 1:
+        TASKS[task].check_trains_on_labels()
         if batch.labels is None:
             raise InvalidInput("Training needs labels, and this data has none. Give labelled data, or --distill 1.")
-        labels = batch.labels
-        check_labels(outputs, labels, task)
-        loss = F.cross_entropy(outputs.float(), labels) if classes else F.mse_loss(outputs.float().flatten(), labels.float().flatten())
-        loss = (1 - distill) * loss
+        check_labels(outputs, batch.labels, task)
+        loss = (1 - distill) * TASKS[task].loss(outputs, batch.labels)
     if distill > 0:
+        assert teacher is not None, "distillation is from a teacher"
         with torch.no_grad():
             target = predict(teacher, batch).float()
-        if compares_classes(task):
-            apart = F.kl_div(F.log_softmax(outputs.float(), -1), F.log_softmax(target, -1), log_target=True, reduction="batchmean")
-        else:
-            apart = F.mse_loss(outputs.float(), target)
-        loss = loss + distill * apart
+        loss = loss + distill * TASKS[task].distance.distilled(outputs, target)
     return loss

@@ -9,10 +9,10 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,18 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from anybit.data.batches import Batch, first_tensor
+from anybit.data.options import ROLES, parse_columns
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".txt")
-ROLES = {
-    "text": ("sentence", "text", "sentence1", "premise"),
-    "pair": ("sentence2", "hypothesis", "pair", "text_pair"),
-    "label": ("label", "score"),
-    "question": ("question",),
-    "context": ("context",),
-    "answers": ("answers",),
-}
-"""What a column is for, and the names that it is found by where the user names none."""
 RULED_OUT = -1e4
 """A logit whose exponential is zero in float32, and that no arithmetic makes NaN, as infinity would."""
 
@@ -42,12 +34,12 @@ Row = Mapping[str, Any]
 
 
 def read_rows(path: Path, columns: str | None = None) -> list[Row]:
-    """The rows of a file, each role -> value: tab- or comma-separated with a header, .jsonl of objects, or .txt of one text a line.
+    """Read the rows of a file, each role -> value: tab- or comma-separated with a header, .jsonl of objects, or .txt of one text a line.
 
     `columns` ("text=sentence,label=label") says which column has which role; columns by number, counted from 0, are those of a file
     without a header. Raises InvalidInput naming the line that is at fault.
     """
-    wanted = parse_columns(columns)
+    roles = parse_columns(columns)
     try:
         content = path.read_bytes().decode("utf-8-sig")  # what begins a file in some programs is no part of its first column's name
     except (OSError, UnicodeDecodeError) as error:
@@ -55,16 +47,16 @@ def read_rows(path: Path, columns: str | None = None) -> list[Row]:
     content = content.replace("\r\n", "\n").replace("\r", "\n")
     lines = content.split("\n")  # and at nothing else: a text may hold what Unicode calls a line's end
     if path.suffix == ".txt":
-        if wanted:
+        if roles:
             raise InvalidSetting(f"{path} has one text a line and no columns. Leave --columns out.")
         table: list[tuple[int, Row]] = [(number, {"text": line}) for number, line in enumerate(lines, 1) if line.strip()]
     elif path.suffix == ".jsonl":
         table = [(number, _object(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
     else:
-        table = _separated(path, content, any(isinstance(column, int) for column in wanted.values()))
+        table = _separated(path, content, any(isinstance(column, int) for column in roles.values()))
     if not table:
         raise InvalidInput(f"{path} holds no rows. Give at least 2 texts (a few hundred work well).")
-    return with_roles(table, wanted, str(path))
+    return with_roles(table, roles, str(path))
 
 
 def _object(path: Path, number: int, line: str) -> Row:
@@ -78,11 +70,11 @@ def _object(path: Path, number: int, line: str) -> Row:
 
 
 def _separated(path: Path, content: str, bare: bool) -> list[tuple[int, Row]]:
-    """(line, row of column -> text). Tabs separate in a .tsv, and where the first line has one, whatever the file's name."""
+    """Return (line, row of column -> text). Tabs separate in a .tsv, and where the first line has one, whatever the file's name."""
     tabs = path.suffix == ".tsv" or "\t" in content.partition("\n")[0]
     # Between tabs quotes are characters like others: real files hold them unpaired.
-    how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-    reader = csv.reader(io.StringIO(content, newline=""), **how)
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    reader = csv.reader(io.StringIO(content, newline=""), **dialect)
     try:
         cells = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
@@ -99,47 +91,52 @@ def _separated(path: Path, content: str, bare: bool) -> list[tuple[int, Row]]:
     return [(number, dict(zip(header, row, strict=False))) for number, row in cells]
 
 
-def parse_columns(text: str | None) -> dict[str, str | int]:
-    """role -> column's name, or its number."""
-    found: dict[str, str | int] = {}
-    for part in text.split(",") if text else ():
-        role, separator, column = part.partition("=")
-        if not separator or role not in ROLES or not column:
-            raise InvalidSetting(f"--columns {text!r} cannot be read. Write roles ({', '.join(ROLES)}): text=sentence,label=label.")
-        if role in found:
-            raise InvalidSetting(f"--columns {text!r} names the {role} twice.")
-        found[role] = int(column) if column.isascii() and column.isdigit() else column
-    return found
-
-
-def with_roles(table: Sequence[tuple[int, Mapping]], wanted: Mapping[str, str | int], where: str) -> list[Row]:
-    """Numbered rows of column -> value as rows of role -> value. Raises InvalidInput on a lacking column or text, with its number."""
+def with_roles(table: Sequence[tuple[int, Mapping]], columns: Mapping[str, str | int], where: str) -> list[Row]:
+    """Turn numbered rows of column -> value into rows of role -> value. Raise InvalidInput naming the line if a column or text is
+    lacking."""
     there = list(table[0][1])
-    for role, column in wanted.items():
+    for role, column in columns.items():
         if column not in there:
             names = ", ".join(map(str, there))
             raise InvalidInput(f"{where} has no column {column!r} for the {role}; it has {names}. Name one with --columns {role}=NAME.")
-    chosen = {
-        role: wanted.get(role, next((name for name in names if name in there), None))
+    candidates = {
+        role: columns.get(role, next((name for name in names if name in there), None))
         for role, names in ROLES.items()
     }  # fmt: skip
-    chosen = {role: column for role, column in chosen.items() if column is not None}
+    chosen = {role: column for role, column in candidates.items() if column is not None}
     if not {"text", "context"} & set(chosen):
         names = ", ".join(map(str, there))
         raise InvalidInput(f"{where} has no column of texts ({names}). Name it: --columns text=NAME (and label=NAME, pair=NAME).")
-    rows = []
+    rows: list[Row] = []
     for number, row in table:
-        found = {role: row.get(column) for role, column in chosen.items()}
-        for role in {"text", "pair", "question", "context"} & set(found):
-            if found[role] is not None and not isinstance(found[role], str):
-                raise InvalidInput(f"{where}, line {number}: the {role} is a {type(found[role]).__name__}, not a text.")
-            if not found[role] or not found[role].strip():
+        values = {role: row.get(column) for role, column in chosen.items()}
+        for role in {"text", "pair", "question", "context"} & set(values):
+            text = values[role]
+            if text is not None and not isinstance(text, str):
+                raise InvalidInput(f"{where}, line {number}: the {role} is a {type(text).__name__}, not a text.")
+            if not text or not text.strip():
                 raise InvalidInput(f"{where}, line {number}: the {role} is empty. Leave such lines out.")
-        rows.append(found)
+        rows.append(values)
     return rows
 
 
 # Samples
+
+
+class Tokenizer(Protocol):
+    """A tokenizer as transformers has them."""
+
+    model_input_names: list[str]
+    eos_token_id: int | None
+
+    def __call__(self, text: Any, pair: Any = None, /, **options: Any) -> Any:
+        """Return the tokens of the texts, by the names of the network's inputs."""
+
+    def pad(self, samples: Any, /, *, return_tensors: Any, return_attention_mask: bool, verbose: bool) -> Any:
+        """Return the samples' inputs as tensors [N, T], padded to the longest."""
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """Return how many tokens of its own the tokenizer adds to a text, or to a pair."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ class Encoding:
     """How texts become tokens: the tokenizer, the most tokens a sample may have (longer ones are cut only where `cut` says so), and by how
     many tokens the windows of a long context overlap."""
 
-    tokenizer: Callable
+    tokenizer: Tokenizer
     length: int
     cut: bool
     stride: int = 128
@@ -180,7 +177,7 @@ class Texts(Dataset):
         return len(self.rows)
 
     def tokens(self, index: int) -> Mapping[str, list[int]]:
-        """One sample's inputs, without padding; of two texts apart, the first's."""
+        """Return one sample's inputs, without padding; the first's, if its two texts are apart."""
         return self._parts(index)[0]
 
     def _parts(self, index: int) -> list[Mapping[str, list[int]]]:
@@ -191,13 +188,13 @@ class Texts(Dataset):
         ]  # fmt: skip
 
     def _encoded(self, index: int, texts: tuple[str, ...]) -> Mapping[str, list[int]]:
-        how = self.encoding
-        tokens = how.tokenizer(*texts, truncation=how.cut, max_length=how.length if how.cut else None, verbose=False)
+        encoding = self.encoding
+        tokens = encoding.tokenizer(*texts, truncation=encoding.cut, max_length=encoding.length if encoding.cut else None, verbose=False)
         count = len(tokens["input_ids"])
-        if count > how.length:
+        if count > encoding.length:
             raise InvalidInput(
-                f"{self.where}: text {index + 1} has {count} tokens, more than the {how.length} that the network takes "
-                f"({texts[0][:40]!r}...). Cut such texts with --length {how.length}, or leave them out."
+                f"{self.where}: text {index + 1} has {count} tokens, more than the {encoding.length} that the network takes "
+                f"({texts[0][:40]!r}...). Cut such texts with --length {encoding.length}, or leave them out."
             )
         if count == 0:
             raise InvalidInput(f"{self.where}: text {index + 1} has no tokens ({texts[0][:40]!r}). Leave it out.")
@@ -215,10 +212,10 @@ class Texts(Dataset):
         return Batch(inputs, torch.tensor([self.labels[index] for index in indices for _ in range(twice)]))
 
 
-def padded(tokenizer: Callable, parts: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-    """One tensor [N, T] an input, T the longest; "attention_mask" is 0 at the padding."""
-    given = [{name: part[name] for name in part if name in tokenizer.model_input_names} for part in parts]
-    return dict(tokenizer.pad(given, return_tensors="pt", return_attention_mask=True, verbose=False))
+def padded(tokenizer: Tokenizer, samples: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+    """Return one tensor [N, T] an input, T the longest; "attention_mask" is 0 at the padding."""
+    inputs = [{name: tokens[name] for name in tokens if name in tokenizer.model_input_names} for tokens in samples]
+    return dict(tokenizer.pad(inputs, return_tensors="pt", return_attention_mask=True, verbose=False))
 
 
 class Blocks(Dataset):
@@ -277,7 +274,7 @@ class Questions(Dataset):
 
 
 def _windows(number: int, row: Row, encoding: Encoding, where: str) -> list[Window]:
-    tokenizer, how = encoding.tokenizer, {"truncation": "only_second", "max_length": encoding.length, "verbose": False}
+    tokenizer, options = encoding.tokenizer, {"truncation": "only_second", "max_length": encoding.length, "verbose": False}
     asked = len(tokenizer(row["question"], add_special_tokens=False, verbose=False)["input_ids"])
     room = encoding.length - asked - tokenizer.num_special_tokens_to_add(pair=True)
     if encoding.stride >= room:
@@ -285,15 +282,15 @@ def _windows(number: int, row: Row, encoding: Encoding, where: str) -> list[Wind
             f"{where}: question {number + 1} has {asked} tokens, which leaves room for {max(room, 0)} of its context in {encoding.length}, "
             f"and windows are to overlap by {encoding.stride}. Raise --length, or lower --stride."
         )
-    made = tokenizer(
-        row["question"], row["context"], stride=encoding.stride, return_overflowing_tokens=True, return_offsets_mapping=True, **how
+    encoded = tokenizer(
+        row["question"], row["context"], stride=encoding.stride, return_overflowing_tokens=True, return_offsets_mapping=True, **options
     )
-    names = [name for name in made if name in tokenizer.model_input_names]
+    names = [name for name in encoded if name in tokenizer.model_input_names]
     windows = []
-    for index, offsets in enumerate(made["offset_mapping"]):
-        of_context = [part == 1 for part in made.sequence_ids(index)]
+    for index, offsets in enumerate(encoded["offset_mapping"]):
+        of_context = [sequence == 1 for sequence in encoded.sequence_ids(index)]
         places = [tuple(place) if inside else None for place, inside in zip(offsets, of_context, strict=True)]
-        windows.append(Window(number, {name: made[name][index] for name in names}, places))
+        windows.append(Window(number, {name: encoded[name][index] for name in names}, places))
     return windows
 
 
@@ -338,7 +335,7 @@ class SentenceEmbedding(FirstOutput):
         self.pooling = pooling
 
     def first(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Each sentence's first real token."""
+        """Return each sentence's first real token."""
         places = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device) if mask is None else mask.int().argmax(1)
         return tokens[torch.arange(len(tokens), device=tokens.device), places]
 
@@ -370,17 +367,21 @@ class Answers(FirstOutput):
         return torch.nn.functional.pad(logits, (0, self.length - logits.shape[-1]), value=RULED_OUT)
 
     def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """Exact match and F1 in percent, over the questions that any of these windows is of."""
+        """Return exact match and F1 in percent, over the questions that any of these windows is of."""
         if self.questions is None:
             return {}
         windows, rows = self.questions.windows, self.questions.rows
-        found: dict[int, tuple[float, str]] = {}
+        best: dict[int, tuple[float, str]] = {}
         for logits, number in zip(outputs.double().cpu().numpy(), labels.tolist(), strict=True):
             window = windows[number]
-            text = best_answer(logits[0], logits[1], window.offsets, rows[window.example]["context"], self.longest, self.best)
-            if window.example not in found or text[0] > found[window.example][0]:
-                found[window.example] = text
-        scores = [answer_scores(text, gold_answers(rows[example]["answers"])) for example, (_, text) in found.items()]
+            answer = best_answer(logits[0], logits[1], window.offsets, rows[window.example]["context"], self.longest, self.best)
+            if window.example not in best or answer[0] > best[window.example][0]:
+                best[window.example] = answer
+        scores = []
+        for example, (_, text) in best.items():
+            accepted = gold_answers(rows[example]["answers"])
+            assert accepted is not None, "Questions takes no other answers"
+            scores.append(answer_scores(text, accepted))
         exact, overlap = zip(*scores, strict=True)
         return {"exact": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(overlap))}
 
@@ -388,26 +389,27 @@ class Answers(FirstOutput):
 def best_answer(
     start: np.ndarray, end: np.ndarray, offsets: Sequence[tuple[int, int] | None], context: str, longest: int, best: int
 ) -> tuple[float, str]:
-    """(its logits' sum, the text) of the likeliest answer of at most `longest` tokens, among the `best` starts and ends; "" where none."""
-    places = [index for index, place in enumerate(offsets) if place is not None]
+    """Return (sum of its logits, text) of the likeliest answer of at most `longest` tokens, among the `best` starts and ends; "" if
+    none."""
+    places = {index: place for index, place in enumerate(offsets) if place is not None}
     starts = sorted(places, key=lambda index: -start[index])[:best]
     ends = sorted(places, key=lambda index: -end[index])[:best]
     options = [(float(start[s] + end[e]), s, e) for s in starts for e in ends if s <= e < s + longest]
     if not options:
         return -np.inf, ""
     score, s, e = max(options)
-    return score, context[offsets[s][0] : offsets[e][1]]
+    return score, context[places[s][0] : places[e][1]]
 
 
 def gold_answers(answers: Any) -> list[str] | None:
-    """The accepted texts: {"text": [...]}, a list of texts, or one text; "" where there are none. None of anything else."""
+    """Return the accepted texts of {"text": [...]}, a list of texts, or one text; "" if there are none. None for anything else."""
     texts = answers.get("text") if isinstance(answers, Mapping) else answers
     texts = [texts] if isinstance(texts, str) else texts
     return (list(texts) or [""]) if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts) else None
 
 
 def answer_scores(text: str, accepted: Sequence[str]) -> tuple[float, float]:
-    """(1 where it is one of those accepted, share of words in common as F1), the best over those accepted.
+    """Return (1 if it is one of those accepted, share of words in common as F1), the best over those accepted.
 
     Compared in lower case, without punctuation and articles, as SQuAD's own measure does (Rajpurkar et al., EMNLP 2016, section 6.1).
     """

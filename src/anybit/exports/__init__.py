@@ -1,1 +1,4 @@
-"""From a run folder to a file that runs. Imports roads and below."""
+"""From a run folder to a file that runs, and what that takes. Imports roads and below.
+
+Named in the plural because `anybit.export` is the function.
+"""

@@ -23,7 +23,7 @@ from collections.abc import Collection, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,13 +35,18 @@ from anybit.environment import environment
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
 from anybit.files.strict import load_tensors, read_header, read_json
 from anybit.networks.canonical import Canonical
+from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import Pruned, codes_of, emptied, float_weight, quantized_layers
+from anybit.numerics.quantizers import frozen
 from anybit.progress import tell
 from anybit.runs.folder import is_run, new_folder
 from anybit.runs.names import MODEL
 from anybit.runs.opened import first_of, inputs_for, opened
 from anybit.runs.scheme_file import SchemeFile
 from anybit.sources.models import is_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG = "config.json"
 RUN = "anybit_run"
@@ -57,7 +62,7 @@ FLOAT_TOLERANCE = 1e-3
 
 
 def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
-    """int32 [rows, ceil(columns bits / 32)] that holds signed codes [rows, columns] of `bits` bits, offset to be unsigned."""
+    """Pack signed codes [rows, columns] of `bits` bits, offset to be unsigned, as int32 [rows, ceil(columns bits / 32)]."""
     rows, columns = codes.shape
     fields = (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
     stream = np.unpackbits(fields[:, :, None], axis=2, count=bits, bitorder="little").reshape(rows, columns * bits)
@@ -80,7 +85,7 @@ class Packed:
 
 
 def packed(canonical: Canonical, own: nn.Module, transposed: Collection[str] = (), embeddings: bool = False) -> Packed:
-    """The canonical model in the format; `own` is a network of the class that loads it, whose weights may be missing.
+    """Pack the canonical model; `own` is a network of the class that loads it, whose weights may be missing.
 
     transposed  layers of which that class keeps the weight [in, out];   embeddings  pack these too
     """
@@ -98,12 +103,12 @@ def packed(canonical: Canonical, own: nn.Module, transposed: Collection[str] = (
     for key in own.state_dict():
         name = key.removesuffix(".weight")
         if name in coded and name != key:
-            tensors |= {f"{name}.{part}": tensor for part, tensor in _of_layer(layers[name]).items()}
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _of_layer(layers[name]).items()}
         elif key not in values:
             raise UnsupportedModel(f"{type(own).__name__} has {key}, which folding took from the run. Export it with --onnx.")
         else:
             tensors[key] = values[key].T if name in transposed and name != key else values[key]
-    others = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Embedding)) and name not in coded]
+    others = [name for name, module in modules.items() if isinstance(module, COVERED) and type_of(module).grouped and name not in coded]
     return Packed(
         tensors={key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
         quantization=_quantization({name: layers[name] for name in coded}, others),
@@ -114,32 +119,32 @@ def packed(canonical: Canonical, own: nn.Module, transposed: Collection[str] = (
 
 
 def _of_layer(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors that stand for a layer's weight and the quantizer of its input."""
+    """Return the tensors that stand for a layer's weight and the quantizer of its input."""
     rows, columns = float_weight(layer).shape
     pruned = isinstance(layer.weight_quantizer, Pruned)
     codes = torch.zeros(rows, columns, dtype=torch.int8) if pruned else codes_of(layer).reshape(rows, columns)
-    scale = torch.ones(rows) if pruned else layer.weight_quantizer.scale
+    scale = torch.ones(rows) if pruned else frozen(layer.weight_quantizer).scale
     tensors = {
         "weight_packed": torch.from_numpy(pack_words(codes.cpu().numpy(), _weight_bits(layer))),
         "weight_shape": torch.tensor([rows, columns]),
         "weight_scale": scale.reshape(rows, -1),
     }
     if layer.input_quantizer is not None:
-        quantizer = layer.input_quantizer
+        quantizer = frozen(layer.input_quantizer)
         tensors["input_scale"] = quantizer.scale.reshape(1)
         tensors["input_zero_point"] = (quantizer.zero_point.reshape(1) - 2 ** (quantizer.bits - 1)).to(torch.int8)
     return tensors
 
 
 def _weight_bits(layer: nn.Module) -> int:
-    return 1 if isinstance(layer.weight_quantizer, Pruned) else layer.weight_quantizer.bits
+    return 1 if isinstance(layer.weight_quantizer, Pruned) else frozen(layer.weight_quantizer).bits
 
 
 def _quantization(layers: Mapping[str, nn.Module], others: Collection[str]) -> dict[str, Any]:
-    """config.json's quantization_config: layers of the same precision and group size share a group; `others` stay float."""
+    """Return config.json's quantization_config: layers of the same precision and group size share a group; `others` stay float."""
     groups: dict[tuple, list[str]] = {}
     for name, layer in layers.items():
-        inputs = None if layer.input_quantizer is None else layer.input_quantizer.bits
+        inputs = None if layer.input_quantizer is None else frozen(layer.input_quantizer).bits
         groups.setdefault((_weight_bits(layer), inputs, layer.weight_group), []).append(name)
     return {
         "quant_method": "compressed-tensors",
@@ -183,42 +188,48 @@ def export_folder(
     """
     path = Path(folder)
     canonical, file = opened(run, model)
-    made, files = _made(canonical, file, embeddings)
+    exported, files = _exported(canonical, file, embeddings)
     with new_folder(path, overwrite, _check_free, REMEDY) as draft:
-        _write(draft, made, files, file)
-    found = {
+        _write(draft, exported, files, file)
+    report = {
         "folder": str(path),
         "bytes": (path / MODEL).stat().st_size,
-        "layers": len(made.packed) + len(made.dense),
-        "packed": len(made.packed),
-        "dense": list(made.dense),
-        "dense_bytes": sum(made.tensors[f"{name}.weight"].nbytes for name in made.dense),
-        "float_inputs": list(made.float_inputs),
+        "layers": len(exported.packed) + len(exported.dense),
+        "packed": len(exported.packed),
+        "dense": list(exported.dense),
+        "dense_bytes": sum(exported.tensors[f"{name}.weight"].nbytes for name in exported.dense),
+        "float_inputs": list(exported.float_inputs),
     }
-    tell("result", **found)
-    return found
+    tell("result", **report)
+    return report
 
 
-def _write(folder: Path, made: Packed, files: Mapping[str, bytes], file: SchemeFile) -> None:
-    save_file(made.tensors, folder / MODEL, {"format": "pt"})  # one key: several are written in any order
+def _write(folder: Path, exported: Packed, files: Mapping[str, bytes], file: SchemeFile) -> None:
+    save_file(exported.tensors, folder / MODEL, {"format": "pt"})  # one key: several are written in any order
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
 
-def _made(canonical: Canonical, file: SchemeFile, embeddings: bool) -> tuple[Packed, dict[str, bytes]]:
-    """(the tensors, the other files of the folder)"""
-    network = canonical.model.cpu()
+def _transformers_network(canonical: Canonical) -> "PreTrainedModel":
+    """Return the canonical model. Raise UnsupportedModel where it is not a network of transformers."""
+    network = canonical.model
     if not is_transformers(network):
         raise UnsupportedModel(
             f"{type(network).__name__} is no network of transformers, which compressed-tensors folders are for. Export it with --onnx."
         )
+    return network
+
+
+def _exported(canonical: Canonical, file: SchemeFile, embeddings: bool) -> tuple[Packed, dict[str, bytes]]:
+    """Return (the tensors, the other files of the folder)."""
+    network = _transformers_network(canonical).cpu()
     from anybit.sources.huggingface.folder import files_beside, own_config, own_network, transposed_layers
 
     own = own_network(network)
-    made = packed(canonical, own, transposed_layers(own), embeddings)
-    config = own_config(network) | {"quantization_config": made.quantization, RUN: file.sha256}
-    return made, {CONFIG: (json.dumps(config, indent=1) + "\n").encode(), **files_beside(network)}
+    tensors = packed(canonical, own, transposed_layers(own), embeddings)
+    config = own_config(network) | {"quantization_config": tensors.quantization, RUN: file.sha256}
+    return tensors, {CONFIG: (json.dumps(config, indent=1) + "\n").encode(), **files_beside(network)}
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
@@ -263,25 +274,25 @@ def verify_folder(
     canonical, file = opened(run, model)
     if not (path / CONFIG).is_file() or not (path / MODEL).is_file():
         raise InvalidFile(f"{path} has no {CONFIG} or no {MODEL}. Write it with anybit export --compressed-tensors.")
-    embeddings = {name for name, layer in quantized_layers(canonical.model).items() if isinstance(layer, nn.Embedding)}
+    embeddings = {name for name, layer in quantized_layers(canonical.model).items() if not type_of(layer).reads_numbers}
     try:
         specs, settings = read_header(path / MODEL)[0], read_json(path / CONFIG)
     except InvalidFile as error:
         raise InvalidFile(f"{error} Export the run again, with --overwrite.") from error
-    made, files = _made(canonical, file, any(f"{name}.weight_packed" in specs for name in embeddings))
+    exported, files = _exported(canonical, file, any(f"{name}.weight_packed" in specs for name in embeddings))
     if not isinstance(settings, dict) or RUN not in settings:
         raise InvalidFile(f"{path} is no folder that anybit exported. Write one with anybit export --compressed-tensors.")
     if settings[RUN] != file.sha256:
         failures = ["The folder was exported from another run than this one, or the run has changed since."]
     else:
-        failures = _differences(path, specs, settings, made, files)
+        failures = _differences(path, specs, settings, exported, files)
     report: dict[str, Any] = {
         "ok": not failures,
         "failures": failures,
         "skipped": {},
-        "packed": len(made.packed),
-        "dense": list(made.dense),
-        "float_inputs": list(made.float_inputs),
+        "packed": len(exported.packed),
+        "dense": list(exported.dense),
+        "float_inputs": list(exported.float_inputs),
         "environment": environment("transformers", "compressed-tensors"),
     }
     if failures:  # nothing else than the run's own files is given to transformers
@@ -290,13 +301,13 @@ def verify_folder(
     inputs = first_of(inputs_for(run, file, canonical.model, data, workers), samples)
     batches = list(inputs.batches(64))
     with tempfile.TemporaryDirectory() as place:
-        if embeddings & set(made.packed):  # the same network with these in float32
+        if embeddings & set(exported.packed):  # the same network with these in float32
             report["skipped"]["loading"] = "transformers 5 does not load packed embeddings; outputs are those with them in float32"
-            _write(Path(place), *_made(canonical, file, embeddings=False), file)
+            _write(Path(place), *_exported(canonical, file, embeddings=False), file)
         try:
             from anybit.sources.huggingface.folder import loaded_folder
 
-            loaded = loaded_folder(Path(place) if report["skipped"] else path, canonical.model)
+            loaded = loaded_folder(Path(place) if report["skipped"] else path, _transformers_network(canonical))
         except ImportError as error:
             report["skipped"]["outputs"] = f"transformers does not load the format here: {' '.join(str(error).split())}"
             tell("result", ok=True, failures=[])
@@ -314,17 +325,19 @@ def verify_folder(
     return report
 
 
-def _differences(path: Path, specs: Collection[str], settings: Mapping[str, Any], made: Packed, files: Mapping[str, bytes]) -> list[str]:
-    """What the folder holds otherwise than the run gives it, each in a sentence that names the layer or the setting."""
-    failures = [f"{key} is missing from {MODEL}." for key in made.tensors if key not in specs]
-    failures += [f"{key} is in {MODEL} and not in what the run gives." for key in specs if key not in made.tensors]
-    there = load_tensors(path / MODEL, [key for key in made.tensors if key in specs])
+def _differences(
+    path: Path, specs: Collection[str], settings: Mapping[str, Any], exported: Packed, files: Mapping[str, bytes]
+) -> list[str]:
+    """Compare the folder with what the run gives; each difference is a sentence that names the layer or the setting."""
+    failures = [f"{key} is missing from {MODEL}." for key in exported.tensors if key not in specs]
+    failures += [f"{key} is in {MODEL} and not in what the run gives." for key in specs if key not in exported.tensors]
+    there = load_tensors(path / MODEL, [key for key in exported.tensors if key in specs])
     for key, tensor in there.items():
-        wanted = made.tensors[key]
-        if tensor.dtype != wanted.dtype or tensor.shape != wanted.shape:
-            failures.append(f"{key} is {tensor.dtype} {list(tensor.shape)}; the run gives {wanted.dtype} {list(wanted.shape)}.")
-        elif (different := int((tensor != wanted).sum())) > 0:
-            failures.append(f"{key}: {different} of {wanted.numel()} stored numbers are not the run's.")
+        expected = exported.tensors[key]
+        if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
+            failures.append(f"{key} is {tensor.dtype} {list(tensor.shape)}; the run gives {expected.dtype} {list(expected.shape)}.")
+        elif (different := int((tensor != expected).sum())) > 0:
+            failures.append(f"{key}: {different} of {expected.numel()} stored numbers are not the run's.")
     own = json.loads(files[CONFIG])
     keys = [key for key in {**settings, **own} if key != "transformers_version"]  # any may export and verify
     failures += [f"{CONFIG}: {key} is not what the run gives." for key in keys if settings.get(key) != own.get(key)]
@@ -334,7 +347,7 @@ def _differences(path: Path, specs: Collection[str], settings: Mapping[str, Any]
 
 
 def huggingface_files() -> tuple[str, ...]:
-    """Names of what may come with a network; transformers is imported to know them, and not by those who never come here."""
+    """Return the names of files that may come with a network; imports transformers, and only for those who call it."""
     from anybit.sources.huggingface.folder import BESIDE
 
     return BESIDE

@@ -1,6 +1,7 @@
 """From a run folder to a file that runs, and what it takes there: export, verify, bench and profile, one function a verb."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from anybit.data.samples import Samples
 from anybit.data.tasks import Metric, beside, outputs_of
 from anybit.environment import environment
 from anybit.errors import InvalidInput, InvalidSetting
+from anybit.files.cache import LIMIT, Cache, trim_cache
 from anybit.networks.observed import observe_network
 from anybit.networks.options import LayerOptions
 from anybit.onnx.file import FUNCTIONS, LINEARS, PROBE, exported, ideal_bytes, load, measured_in, outputs, save, session
@@ -24,6 +26,7 @@ from anybit.onnx.latency import save_table as keep_table
 from anybit.onnx.timing import faster, in_turns, openvino_runner
 from anybit.onnx.verification import RUN, flipped_codes, verify_file
 from anybit.progress import tell
+from anybit.roads.keys import open_cache
 from anybit.runs.opened import first_of, inputs_for, opened
 from anybit.scheme import Precision, parsed_keep
 from anybit.sources.inputs import as_samples, load_data
@@ -46,12 +49,14 @@ def export(
     tables: bool = False,
     weight_only: bool = False,
     overwrite: bool = False,
+    cache: str | Path | bool = True,
 ) -> dict[str, Any]:
     """Write a run as an ONNX file: weights packed at their bits, int8 kernels when it runs. Returns what it holds.
 
     model   as for `load`;   data  inputs of the network, of which a few are run; left out, those that the run was made with
     tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
     weight_only  linears with float inputs keep their weights packed as they run, at 2, 4 or 8 bits: faster where a few rows are computed
+    cache   where the network's graph is kept, without weights, for the next export, `verify` and `bench`: a folder, or the user's cache
 
     Raises UnsupportedModel naming the operator where the network cannot be exported; no file is left then.
     """
@@ -59,20 +64,31 @@ def export(
     if path.exists() and not overwrite:
         raise InvalidSetting(f"{path} exists. Choose another --onnx, or give --overwrite.")
     canonical, file = opened(run, model)
-    made = exported(canonical, _first(inputs_for(run, file, canonical.model, data), EXAMPLES), {RUN: file.sha256}, tables, weight_only)
-    save(made.integer, path)
+    example = _first(inputs_for(run, file, canonical.model, data), EXAMPLES)
+    with _graphs(cache) as kept:
+        graphs = exported(canonical, example, {RUN: file.sha256}, tables, weight_only, cache=kept)
+    save(graphs.integer, path)
     layers = len(canonical.scheme)
-    found = {
+    report = {
         "file": str(path),
         "bytes": path.stat().st_size,
         "ideal_bytes": ideal_bytes(canonical),
         "layers": layers,
-        "integer_layers": len(made.plan.integer),
-        "edges": len(set(made.plan.edges.values())),
-        "measured_edges": list(made.plan.measured),
+        "integer_layers": len(graphs.plan.integer),
+        "edges": len(set(graphs.plan.edges.values())),
+        "measured_edges": list(graphs.plan.measured),
     }
-    tell("result", **found)
-    return found
+    tell("result", **report)
+    return report
+
+
+@contextmanager
+def _graphs(cache: str | Path | bool) -> Iterator[Cache]:
+    """Yield the cache of exported graphs, trimmed to its limit after one is added."""
+    graphs = open_cache(cache)
+    yield graphs
+    if graphs.folder is not None and graphs.counts["made"]:
+        trim_cache(graphs.folder, LIMIT)
 
 
 def _first(samples: Samples, count: int) -> Batch:
@@ -90,21 +106,25 @@ def verify(
     metric: Metric | None = None,
     samples: int | None = None,
     workers: int = 0,
+    cache: str | Path | bool = True,
 ) -> dict[str, Any]:
     """Check an exported file against its run on real inputs; `ok` says whether all promises hold, `failures` name what does not.
 
     data      inputs, labelled where accuracy is wanted; left out, those that the run was made with
     samples   how many of them run in full (all where None); codes are compared one by one on the first 64
+    cache     as for `export`, whose graph is taken up
     """
     path = Path(onnx)
     canonical, file = opened(run, model)
-    given = load(path)
+    integer = load(path)
     inputs = inputs_for(run, file, canonical.model, data, workers)
     first = _first(inputs, CHECKED)
-    how = given.metadata_props
-    tables, weight_only = how.get(FUNCTIONS) == "tables", how.get(LINEARS) == "packed"
-    made = exported(canonical, first, {RUN: file.sha256}, tables, weight_only, measured_in(given))
-    verdict = verify_file(path, given, made, canonical.model, first)
+    properties = integer.metadata_props
+    tables, weight_only = properties.get(FUNCTIONS) == "tables", properties.get(LINEARS) == "packed"
+    with _graphs(cache) as kept:  # on the inputs of the export, whose graph is then taken up
+        example = _first(inputs, EXAMPLES)
+        graphs = exported(canonical, example, {RUN: file.sha256}, tables, weight_only, measured_in(integer), kept)
+    verdict = verify_file(path, integer, graphs, canonical.model, first)
     report = verdict.to_json() | {"quantized_layers": len(canonical.scheme), "environment": _environment()}
     if not verdict.numbers:  # it could not be run as this one
         tell("result", ok=report["ok"], failures=report["failures"])
@@ -114,7 +134,7 @@ def verify(
     running = session(path, torch.get_num_threads())
     there = _predicted(running, canonical.model, batches)
     simulated = outputs_of(canonical.model, batches)
-    flips = flipped_codes(canonical.model, made, probe_of(first, 8))
+    flips = flipped_codes(canonical.model, graphs, probe_of(first, 8))
     report |= {"inputs": len(inputs)} | beside(simulated, there, batches, file.task, metric)
     report["simulation"]["flipped_codes"] = flips
     tell("result", ok=report["ok"], failures=report["failures"], accuracy=report.get("accuracy"))
@@ -122,7 +142,7 @@ def verify(
 
 
 def _predicted(running: Any, model: nn.Module, batches: Sequence[Batch]) -> torch.Tensor:
-    """What is read in the file's outputs, which go by the names that the network gives them."""
+    """Run the file and read its outputs, which have the names that the network gives them."""
     if batches[0].reader is None:
         return torch.from_numpy(outputs(running, batches)[0])
     with torch.no_grad():
@@ -130,6 +150,7 @@ def _predicted(running: Any, model: nn.Module, batches: Sequence[Batch]) -> torc
     names = [name for name, value in output.items() if isinstance(value, torch.Tensor)] if isinstance(output, Mapping) else ["output"]
     parts = []
     for batch in batches:
+        assert batch.reader is not None, "batches of one data set have one reader"
         arrays = map(torch.from_numpy, outputs(running, [batch]))
         parts.append(batch.reader.read(dict(zip(names, arrays, strict=True)), batch))
     return torch.cat(parts)
@@ -144,15 +165,21 @@ def bench(
     rounds: int = 20,
     batch_size: int = 1,
     threads: int = 1,
+    cache: str | Path | bool = True,
 ) -> dict[str, Any]:
-    """Size of the exported file against its bits, and its latency against the float network's in the same runtime, in turns."""
+    """Measure the size of the exported file against its bits, and its latency against the float network's in the same runtime, in turns.
+
+    cache   as for `export`, whose graph is taken up
+    """
     canonical, file = opened(run, model)
-    example = _first(inputs_for(run, file, canonical.model, data), max(batch_size, PROBE))
-    made = exported(canonical, example)
-    given = made.integer if onnx is None else load(Path(onnx))
-    found = measured(made.floating, given, probe_of(example, batch_size), rounds, threads) | {"ideal_bytes": ideal_bytes(canonical)}
-    tell("result", **{key: value for key, value in found.items() if key != "environment"})
-    return found
+    inputs = inputs_for(run, file, canonical.model, data)
+    with _graphs(cache) as kept:
+        graphs = exported(canonical, _first(inputs, EXAMPLES), cache=kept)
+    integer = graphs.integer if onnx is None else load(Path(onnx))
+    first = _first(inputs, max(batch_size, PROBE))
+    report = measured(graphs.floating, integer, probe_of(first, batch_size), rounds, threads) | {"ideal_bytes": ideal_bytes(canonical)}
+    tell("result", **{key: value for key, value in report.items() if key != "environment"})
+    return report
 
 
 def profile(
@@ -165,42 +192,45 @@ def profile(
     rounds: int = 20,
     overwrite: bool = False,
     workers: int = 0,
+    cache: str | Path | bool = True,
 ) -> dict[str, Any]:
     """Measure how long each layer takes in float and on integers on this machine, and keep it for budgets of latency.
 
     model, data, weights, preprocessing, keep  as for `calibrate`
     overwrite   measure again where the network has been measured on this machine and runtime before
+    cache       where the network's graph is kept, as for `export`
     """
     network = load_model(model, None if weights is None else str(weights)) if isinstance(model, str) else adapted_network(model)
-    given = with_model_defaults(preprocessing, network)
-    samples = load_data(data, given, workers, network) if isinstance(data, str) else as_samples(data, workers, network)
+    adjusted = with_model_defaults(preprocessing, network)
+    samples = load_data(data, adjusted, workers, network) if isinstance(data, str) else as_samples(data, workers, network)
     batch = _first(samples, PROBE)
     ready = observe_network(network.eval(), batch, LayerOptions((8,), (8, None), parsed_keep(keep or {})))
-    found = None if overwrite else load_table(ready)
-    if found is None:
-        table, about = measure_latency(ready, batch, rounds)
-        keep_table(ready, table, about)
+    recorded = None if overwrite else load_table(ready)
+    if recorded is None:
+        with _graphs(cache) as kept:
+            table, provenance = measure_latency(ready, batch, rounds, cache=kept)
+        keep_table(ready, table, provenance)
     else:
-        table, about = found
-    tell("result", measured=about["measured"], rest=table.rest, layers=table.layers)
+        table, provenance = recorded
+    tell("result", measured=provenance["measured"], rest=table.rest, layers=table.layers)
     return {
         "layers": {name: {**row, "boundaries": table.boundary * table.crossing([name])} for name, row in table.layers.items()},
         "rest": dict(table.rest),
-        "recalled": found is not None,
-        **about,
+        "recalled": recorded is not None,
+        **provenance,
         "environment": _environment(),
     }
 
 
 def measured(floating: ir.Model, integer: ir.Model, inputs: Batch, rounds: int, threads: int = 1) -> dict[str, Any]:
-    """Bytes and latency of both graphs, in turns, in every runtime that is installed."""
+    """Measure bytes and latency of both graphs, in turns, in every runtime that is installed."""
     files = {name: ir.to_proto(graph).SerializeToString() for name, graph in (("float32", floating), ("exported", integer))}
     feeds = [tensor.numpy() for tensor in input_tensors(inputs)]
     runners = {}
     for name, graph in (("float32", floating), ("exported", integer)):
         running = session(graph, threads)
-        given = dict(zip([value.name for value in running.get_inputs()], feeds, strict=True))
-        runners[name] = lambda running=running, given=given: running.run(None, given)
+        feed = dict(zip([value.name for value in running.get_inputs()], feeds, strict=True))
+        runners[name] = lambda running=running, feed=feed: running.run(None, feed)
     report: dict[str, Any] = {
         "bytes": len(files["exported"]),
         "float_bytes": len(files["float32"]),

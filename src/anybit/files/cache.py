@@ -1,12 +1,12 @@
-"""Results that outlive the process: killed and run again, a run takes up what it had finished.
+"""Results that outlive the process: a run that was killed recalls, when it is run again, what it had finished.
 
-    recall = Recall(folder).keyed(weights, data, code, machine)      what every result depends on
-    stage = recall.keyed("sensitivity", base)                        what the results of one stage depend on besides
-    value = stage("conv1 W4", make, read)                            made and stored, or taken up
+    cache = Cache(folder).keyed(weights, data, code, machine)        what every result depends on
+    stage = cache.keyed("sensitivity", base)                         what the results of one stage depend on besides
+    value = stage("conv1 W4", make, read)                            computed and stored, or recalled
 
-A result is a JSON record and tensors. It is kept in a file of its own, named by the SHA-256 of all that it depends on, which is moved into
-place whole; the file begins with the SHA-256 of the rest. What cannot be read is named in a warning and made again. Nothing in such a file
-is executed. Whether a result was made or taken up, the caller gets what `read` makes of it, so both end with the same bytes.
+A result is a JSON record and tensors. It is stored in a file of its own, named by the SHA-256 of all that it depends on, which is moved
+into place whole; the file begins with the SHA-256 of the rest. A file that cannot be read is named in a warning and made again. Nothing in
+it is executed. Whether a result was computed or recalled, the caller gets what `read` returns for it, so both end with the same bytes.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ LIMIT = 10 * 10**9
 
 @dataclass(frozen=True)
 class Entry:
-    """What a result is kept as: a record that JSON can hold, and tensors."""
+    """A stored result: a record that JSON can hold, and tensors."""
 
     record: Any = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -59,11 +59,11 @@ class Cache:
     counts: Counter = field(default_factory=Counter, compare=False)
 
     def keyed(self, *what: Any) -> "Cache":
-        """The same store, for results that depend on `what` (anything that JSON can hold) too."""
+        """Return the same cache, for results that depend on `what` (anything that JSON can hold) too."""
         return replace(self, key=hashlib.sha256(json.dumps([self.key, *what], sort_keys=True).encode()).hexdigest())
 
     def __call__(self, name: str, make: Callable[[], Entry], read: Callable[[Entry], Value]) -> Value:
-        """What `read` makes of the result called `name`, which `make` gives unless it is kept already.
+        """Return `read` of the result called `name`, which is made by `make` unless it is stored already.
 
         `read` raises ValueError, KeyError, TypeError or RuntimeError where the result is not what it should be.
         """
@@ -79,25 +79,31 @@ class Cache:
                 self.counts["recalled"] += 1
                 tell("recalled", result=name)
                 return value
-        made = make()
-        kept = replace(made, record=json.loads(json.dumps(made.record)))  # as it will be read
+        entry = make()
+        entry = replace(entry, record=json.loads(json.dumps(entry.record)))  # as it will be read
         self.counts["made"] += 1
         if path is not None:
-            self._keep(path, name, kept)
-        return read(kept)
+            self._keep(path, name, entry)
+        return read(entry)
 
     def value(self, name: str, make: Callable[[], Any], read: Callable[[Any], Value] = lambda value: value) -> Value:
-        """The same for a result that JSON can hold."""
-        return self(name, lambda: Entry(make()), lambda kept: read(kept.record))
+        """Do the same for a result that JSON can hold."""
+        return self(name, lambda: Entry(make()), lambda entry: read(entry.record))
+
+    def forget(self, name: str) -> None:
+        """Remove the result called `name`, where it is kept."""
+        if self.folder is not None:
+            _removed(self._path(name))
 
     def _path(self, name: str) -> Path:
+        assert self.folder is not None, "a result has a file where there is a folder"
         key = self.keyed(name).key
         return self.folder / key[:2] / key
 
-    def _keep(self, path: Path, name: str, kept: Entry) -> None:
+    def _keep(self, path: Path, name: str, entry: Entry) -> None:
         """Store a result; a disk that takes no more is worth a warning, not the run."""
         try:
-            write_whole(path, _written(name, kept))
+            write_whole(path, _serialized(name, entry))
         except OSError as error:
             if not self.counts["unwritable"]:
                 reason = f"{path.parent} takes no more ({error.strerror})"
@@ -105,15 +111,15 @@ class Cache:
             self.counts["unwritable"] += 1
 
 
-def _written(name: str, kept: Entry) -> bytes:
-    record = np.frombuffer(json.dumps({"name": name, "value": kept.record}).encode(), np.uint8)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in kept.tensors.items()}
+def _serialized(name: str, entry: Entry) -> bytes:
+    record = np.frombuffer(json.dumps({"name": name, "value": entry.record}).encode(), np.uint8)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in entry.tensors.items()}
     data = safetensors.torch.save({RECORD: torch.from_numpy(record.copy()), **{f"={key}": tensor for key, tensor in tensors.items()}})
     return hashlib.sha256(data).digest() + data
 
 
 def _read(path: Path) -> Entry:
-    """Raises InvalidFile where the file's bytes are not those that were written."""
+    """Read an entry. Raise InvalidFile if the file's bytes are not those that were written."""
     data = path.read_bytes()
     if hashlib.sha256(data[DIGEST_BYTES:]).digest() != data[:DIGEST_BYTES]:
         raise InvalidFile(f"{len(data)} bytes whose SHA-256 is not the one that they were written with")
@@ -130,21 +136,21 @@ def _words(error: BaseException) -> str:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 over the bytes, types and shapes of tensors."""
+    """Return the SHA-256 over the bytes, types and shapes of tensors."""
     whole = hashlib.sha256()
     for tensor in tensors:
         whole.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 
 def cache_home() -> Path:
-    """The user's cache directory for anybit."""
+    """Return the user's cache directory for anybit."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit"
 
 
 def results_folder() -> Path:
-    """Where results are kept."""
+    """Return the folder in which results are kept."""
     return cache_home() / "results"
 
 
@@ -158,9 +164,9 @@ class CachedFile:
 
 
 def entries(folder: Path) -> list[CachedFile]:
-    """The kept results, the least recently used first."""
-    found = [CachedFile(path, status.st_size, status.st_mtime) for path, status in _files(folder, KEY_NAME)]
-    return sorted(found, key=lambda entry: (entry.used, entry.path))
+    """Return the kept results, the least recently used first."""
+    files = [CachedFile(path, status.st_size, status.st_mtime) for path, status in _files(folder, KEY_NAME)]
+    return sorted(files, key=lambda entry: (entry.used, entry.path))
 
 
 def trim_cache(folder: Path, limit: int) -> int:
@@ -169,9 +175,9 @@ def trim_cache(folder: Path, limit: int) -> int:
     for path, status in _files(folder, DRAFT):
         if time.time() - status.st_mtime > 3600 and _removed(path):  # an older one has no process that still writes it
             removed += status.st_size
-    kept = entries(folder)
-    total = sum(entry.bytes for entry in kept)
-    for entry in kept:
+    files = entries(folder)
+    total = sum(entry.bytes for entry in files)
+    for entry in files:
         if total <= limit or not _removed(entry.path):
             break
         total -= entry.bytes
@@ -204,7 +210,7 @@ def remove_damaged(folder: Path) -> dict[Path, str]:
 
 
 def _files(folder: Path, name: re.Pattern) -> Iterator[tuple[Path, os.stat_result]]:
-    """The files of such a name that a store keeps its results under: whatever else is in the folder is not its own."""
+    """Yield the files with names that a cache gives to its own; whatever else is in the folder is left alone."""
     for path in folder.glob("??/*"):
         try:  # another process may have trimmed it
             status = path.lstat()
@@ -212,3 +218,13 @@ def _files(folder: Path, name: re.Pattern) -> Iterator[tuple[Path, os.stat_resul
             continue
         if name.fullmatch(path.name) and stat.S_ISREG(status.st_mode):
             yield path, status
+
+
+def tidied(trim: int | None = None, check: bool = False) -> dict[str, Any]:
+    """Describe the user's cache directory, trimmed to `trim` bytes and rid of damaged results if asked."""
+    folder = results_folder()
+    removed = 0 if trim is None else trim_cache(folder, trim)
+    damaged = {str(path): reason for path, reason in remove_damaged(folder).items()} if check else {}
+    sizes = [entry.bytes for entry in entries(folder)]
+    found = {"folder": str(folder), "results": len(sizes), "bytes": sum(sizes), "limit": LIMIT}
+    return {**found, "removed_bytes": removed, "damaged": damaged}

@@ -11,15 +11,16 @@ import hashlib
 import json
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from anybit.errors import AnybitError, InvalidFile
+from anybit.errors import InvalidFile
 from anybit.numerics.packing import TensorSpec
 
 LEVELS = 64
@@ -31,7 +32,7 @@ Value = TypeVar("Value")
 
 
 def parse_json(content: bytes | str, where: str) -> Any:
-    """The JSON value in `content`, which `where` names in errors."""
+    """Parse the JSON value in `content`, which `where` names in errors."""
     try:
         text = content if isinstance(content, str) else content.decode("utf8")
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
@@ -44,14 +45,14 @@ def parse_json(content: bytes | str, where: str) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in the file."""
+    """Read a file of JSON."""
     if not path.is_file():
         raise InvalidFile(f"{path} is not there. Is {path.parent} a run folder of anybit?")
     return parse_json(read_bytes(path), str(path))
 
 
 def read_bytes(path: Path) -> bytes:
-    """The file's bytes."""
+    """Return the file's bytes."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -59,7 +60,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Indented JSON with a final newline; numbers that JSON cannot hold are refused."""
+    """Write indented JSON with a final newline; numbers that JSON cannot hold are refused."""
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf8")
 
 
@@ -68,12 +69,11 @@ def _refuse_constant(text: str):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"{reprlib.repr(twice)} stands twice in one object")
-    return made
+    return values
 
 
 def _check_value(value: Any) -> None:
@@ -85,7 +85,7 @@ def _check_value(value: Any) -> None:
             if level > LEVELS:
                 raise ValueError(f"it is nested deeper than {LEVELS} levels")
             inner = [*one, *one.values()] if isinstance(one, dict) else one
-            ahead += [(part, level + 1) for part in inner]
+            ahead += [(item, level + 1) for item in inner]
         elif isinstance(one, str):
             one.encode("utf8")  # a lone half of a pair cannot be written again
         elif isinstance(one, float) and not math.isfinite(one):
@@ -109,7 +109,7 @@ def check_version(data: Any, path: Path | str, newest: int) -> None:
 
 
 def validated(kind: type[Value], data: Any, where: str) -> Value:
-    """`data` as the pydantic model or type `kind`; what differs is named by its field."""
+    """Return `data` as the pydantic model or type `kind`. Raise InvalidFile naming the field that differs."""
     try:
         return TypeAdapter(kind).validate_python(data, strict=True)
     except ValidationError as error:
@@ -118,42 +118,20 @@ def validated(kind: type[Value], data: Any, where: str) -> Value:
         raise InvalidFile(f"{where} is nested too deeply. Restore it or make it again.") from error
 
 
-def read_settings(kind: type[Value], data: Any, where: str, parsed: Mapping[str, Any] = {}) -> Value:
-    """A dataclass of settings from what its `to_json` gave, each field of its declared type; `parsed` fields are given as they are."""
-    if not isinstance(data, dict):
-        raise InvalidFile(f"{where} is a {type(data).__name__}, not a JSON object. Restore it or make it again.")
-    hints = get_type_hints(kind)
-    unknown = [name for name in {**data, **parsed} if name not in hints]
-    if unknown:
-        raise InvalidFile(f"{where}: {reprlib.repr(unknown[0])} is unknown: written by a newer anybit (upgrade), or edited.")
-    try:
-        values = {name: _typed(hints[name], value, name) for name, value in data.items() if name not in parsed}
-        return kind(**values, **parsed)
-    except ValidationError as error:
-        raise InvalidFile(f"{where}: {error.title}: {_first_difference(error)}. Restore it or make it again.") from error
-    except AnybitError as error:
-        raise InvalidFile(f"{where}: {in_words(error)}") from error
-
-
-def _typed(hint: Any, value: Any, name: str) -> Any:
-    config = ConfigDict(strict=True, allow_inf_nan=False, title=name)
-    return TypeAdapter(hint, config=config).validate_python(tuple(value) if isinstance(value, list) else value)
-
-
 def _first_difference(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(str(key) for key in first["loc"])
     value = first["input"]
     shown = f"a {type(value).__name__}" if isinstance(value, (dict, list, tuple)) and value else reprlib.repr(value)
-    given = "" if first["type"] in ("missing", "value_error") else f" (it is {shown})"
-    return f"{place[:300] + ': ' if place else ''}{' '.join(first['msg'].removeprefix('Value error, ').split())}{given}"
+    suffix = "" if first["type"] in ("missing", "value_error") else f" (it is {shown})"
+    return f"{place[:300] + ': ' if place else ''}{' '.join(first['msg'].removeprefix('Value error, ').split())}{suffix}"
 
 
 # Digests
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Return the hex digest of a file's bytes."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -162,17 +140,17 @@ def sha256_of(path: Path) -> str:
 
 
 def digest_of(data: Any) -> str:
-    """SHA-256 of a JSON value, however a file lays it out."""
+    """Return the SHA-256 of a JSON value, however a file lays it out."""
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
 def sealed(data: Mapping[str, Any], unguarded: Iterable[str] = ()) -> dict[str, Any]:
-    """`data` with the digest of all but its `unguarded` keys."""
+    """Return `data` with the digest of all but its `unguarded` keys."""
     return {**data, DIGEST: _seal_of(data, unguarded)}
 
 
 def read_sealed(path: Path, newest: int, remedy: str, unguarded: Iterable[str] = ()) -> dict[str, Any]:
-    """The object in the file, of a version that is known here, and only with the digest that `sealed` gave it."""
+    """Read an object of a known version. Raise InvalidFile if its digest is not the one that `sealed` gave it."""
     data = read_json(path)
     check_version(data, path, newest)
     check_sealed(data, str(path), remedy, unguarded)
@@ -196,24 +174,24 @@ def _seal_of(data: Mapping[str, Any], unguarded: Iterable[str]) -> str:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """(name -> type and shape, the metadata) of a safetensors file."""
+    """Return (name -> type and shape, the metadata) of a safetensors file."""
     try:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            specs = {name: TensorSpec(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            specs = {name: TensorSpec(view.get_dtype(), tuple(view.get_shape())) for name, view in slices.items()}
             return specs, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise InvalidFile(f"{path} cannot be read: {in_words(error)}. Restore it or make it again.") from error
 
 
 def read_tensors(path: Path, expected: Mapping[str, TensorSpec], framework: Literal["pt", "np"] = "pt") -> dict[str, Any]:
-    """The tensors of a safetensors file that must hold exactly the `expected` names, types and shapes, and finite numbers."""
+    """Read a safetensors file that must hold exactly the `expected` names, types and shapes, and finite numbers."""
     check_tensors(path, read_header(path)[0], expected)
     return load_tensors(path, expected, framework)
 
 
 def load_tensors(path: Path, names: Iterable[str], framework: Literal["pt", "np"] = "pt") -> dict[str, Any]:
-    """Some tensors of a safetensors file whose header was found to be right; finite numbers."""
+    """Read some tensors of a safetensors file whose header has been checked. Raise InvalidFile if a number is not finite."""
     try:
         with safe_open(path, framework=framework) as file:
             tensors = {name: file.get_tensor(name) for name in names}
@@ -225,17 +203,17 @@ def load_tensors(path: Path, names: Iterable[str], framework: Literal["pt", "np"
     return tensors
 
 
-def check_tensors(path: Path, found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
+def check_tensors(path: Path, specs: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
     """Raise InvalidFile where the names, types and shapes of a file's tensors are not those that are expected."""
-    if set(found) != set(expected):
-        lacking, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if set(specs) != set(expected):
+        lacking, surplus = sorted(set(expected) - set(specs)), sorted(set(specs) - set(expected))
         said = (
             f"tensors lacking: {reprlib.repr(lacking) if lacking else 'none'}; unexpected: {reprlib.repr(surplus) if surplus else 'none'}"
         )
         raise InvalidFile(f"{path}: {said}. Restore it or make it again.")
     for name, spec in expected.items():
-        if found[name] != TensorSpec(spec.dtype, tuple(spec.shape)):
-            there = f"{found[name].dtype} {reprlib.repr(list(found[name].shape))}"
+        if specs[name] != TensorSpec(spec.dtype, tuple(spec.shape)):
+            there = f"{specs[name].dtype} {reprlib.repr(list(specs[name].shape))}"
             raise InvalidFile(f"{path}: tensor {name} is {there}; {spec.dtype} {list(spec.shape)} is needed. Restore it or make it again.")
 
 
@@ -246,5 +224,5 @@ def _finite(tensor: Any) -> bool:
 
 
 def in_words(error: BaseException) -> str:
-    """An error's message on one line of bounded length; its type where it says nothing."""
+    """Return an error's message on one line of bounded length; its type if it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

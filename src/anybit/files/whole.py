@@ -13,7 +13,7 @@ from anybit.files.strict import in_words
 
 @contextmanager
 def whole_file(path: Path, remedy: str) -> Iterator[Path]:
-    """A draft beside `path` to write into, which takes its place when the block ends well and is removed when it does not.
+    """Yield a draft beside `path` to write into. It replaces `path` when the block succeeds and is removed when it fails.
 
     Raises AnybitError where the disk is full or the folder is not to be written to; what was at `path` before is there still.
     """

@@ -103,7 +103,7 @@ def resume_checkpoint(path: Path, trainee: Trainee, optimizer: torch.optim.Optim
 
 def _check_records(records: Sequence[Mapping[str, Any]], trainee: Trainee, path: Path) -> None:
     """Raise InvalidFile where the records are not one for each epoch, all alike, with what the method tells."""
-    model = {"epoch": 0, "loss": 0.0, "train_top1": records[0].get("train_top1"), **trainee.record()}
+    model = {"epoch": 0, "loss": 0.0, "train_top1": records[0].get("train_top1"), **trainee.summary()}
     for number, record in enumerate(records, 1):
         if record["epoch"] != number:
             raise InvalidFile(f"{path}: record {number} is of epoch {record['epoch']}. {AGAIN}")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from anybit.data.augment import augmented, channels_last
 from anybit.data.batches import Batch, first_tensor, predict
 from anybit.data.samples import Samples
-from anybit.data.tasks import TRAINED_ON_CLASSES, task_loss
+from anybit.data.tasks import TASKS, correct, task_loss
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 from anybit.loops.checkpoint import resume_checkpoint, save_checkpoint
 from anybit.loops.processes import average, average_gradients, average_tensors, rank, world
-from anybit.loops.trainee import SMALLEST_GAMMA, Trainee, TrainSettings
+from anybit.loops.settings import TrainSettings
+from anybit.loops.trainee import SMALLEST_GAMMA, Trainee
 from anybit.networks.wiring import BATCH_NORMS
 from anybit.progress import tell, track
 
@@ -52,14 +53,14 @@ def train_epochs(
     if settings.half and emulates_bfloat16(next(trainee.model.parameters()).device):
         tell("note", note="this processor emulates bfloat16, which is slower than float32: leave --half out")
     groups = trainee.parameter_groups()
-    forward = torch.compile(trainee.model) if settings.compile else trainee.model
+    forward = cast(nn.Module, torch.compile(trainee.model)) if settings.compile else trainee.model
     steps, rates = _steps(samples, settings, trainee.model), [group["lr"] for group in groups]
     run = _Run(trainee, settings, task, teacher, positive, forward, torch.optim.Adam(groups), rates, steps, checkpoint)
     records: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.is_file():
         records = resume_checkpoint(checkpoint, trainee, run.optimizer, identity or {})
     for epoch in track(range(len(records), settings.epochs), "epochs"):
-        record = {"epoch": epoch + 1, **_epoch(run, samples, epoch), **trainee.record()}
+        record = {"epoch": epoch + 1, **_epoch(run, samples, epoch), **trainee.summary()}
         records.append(record | (watch() if watch else {}))
         tell("epoch", **records[-1], note=summary(records[-1], settings.epochs))
         if checkpoint is not None and rank() == 0:
@@ -76,7 +77,7 @@ class _Run:
     task: str
     teacher: nn.Module | None
     positive: Sequence[nn.Parameter]
-    forward: Callable
+    forward: nn.Module
     optimizer: torch.optim.Optimizer
     rates: Sequence[float]
     steps: int
@@ -96,18 +97,18 @@ def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
     if broken:  # the last update's doing, which no loss has shown yet: not to be kept
         raise AnybitError(f"{broken[0]} became NaN in {_where(run, epoch, run.steps - 1)}")
     average_tensors(run.trainee.state().values())
-    run.trainee.end_epoch()
+    run.trainee.end_of_epoch()
     average_tensors(model.buffers())
     if epoch + 1 == run.settings.epochs:
-        run.trainee.at(1.0)
+        run.trainee.before_step(1.0)
     loss, _, right = torch.stack(told).mean(0).tolist()
-    labelled = run.task in TRAINED_ON_CLASSES and samples.labelled
+    labelled = TASKS[run.task].of_one_class and samples.labelled
     return {"loss": loss, "train_top1": 100 * right if labelled else None}
 
 
 def _step(run: _Run, batch: Batch, progress: float) -> Tensor:
     """One update, unless a loss is no number; returns (loss, penalty, share of right answers), means over passes and processes."""
-    for parameter in run.trainee.at(progress):
+    for parameter in run.trainee.before_step(progress):
         run.optimizer.state.pop(parameter, None)
     for group, rate in zip(run.optimizer.param_groups, run.rates, strict=True):
         group["lr"] = rate * learning_rate(progress, run.settings.warmup)
@@ -131,8 +132,8 @@ def _pass(run: _Run, batch: Batch) -> Tensor:
         outputs = predict(run.forward, batch)
         loss = run.trainee.loss(outputs, batch, task_loss(outputs, batch, run.task, run.teacher, run.settings.distill))
     penalty = run.trainee.penalty().to(loss.device)
-    classes = run.task in TRAINED_ON_CLASSES and batch.labels is not None
-    right = (outputs.argmax(-1) == batch.labels).float().mean() if classes else torch.zeros_like(loss)
+    labels = batch.labels if TASKS[run.task].of_one_class else None
+    right = torch.zeros_like(loss) if labels is None else correct(outputs, labels).float().mean()
     told = average(torch.stack([loss.detach().float(), penalty.detach(), right.detach()]))  # of all, so that all stop together
     if torch.isfinite(told).all():
         (loss + penalty).backward()

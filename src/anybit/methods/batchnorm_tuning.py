@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from anybit.data.batches import Batch, call, map_tensors, tensors_in
 from anybit.errors import InvalidSetting
 from anybit.networks.batchnorm import ChannelStatistics, channel_sums, scale_weight, statistics_from_sums, twin_statistics
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight
 
 
@@ -28,8 +29,8 @@ def tune(model: nn.Module, targets: Mapping[str, ChannelStatistics], batches: li
         gain, shift = _correction(statistics_from_sums(*channel_sums(layer, output)), target, prior_weight)
         _scale_channels(layer, gain, shift)
         largest[name] = float(gain.max())
-        shape = [1, -1] + [1] * (output.dim() - 2) if not isinstance(layer, nn.Linear) else [-1]
-        return output.mul_(gain.view(shape)).add_(shift.view(shape))
+        per_channel = type_of(layer).per_channel
+        return output.mul_(per_channel(gain, output)).add_(per_channel(shift, output))
 
     hooks = [
         model.get_submodule(name).register_forward_hook(lambda layer, args, output, name=name: correct(name, layer, output))
@@ -76,10 +77,11 @@ def _correction(measured: ChannelStatistics, target: ChannelStatistics, prior_we
 def _scale_channels(layer: nn.Module, gain: Tensor, shift: Tensor) -> None:
     """Multiply the layer's output channels by `gain` and add `shift`, leaving the integer codes of its weight as they are."""
     scale_weight(layer, gain)
-    if layer.bias is None:
+    bias = layer._parameters["bias"]
+    if bias is None:
         layer.bias = nn.Parameter(shift.to(float_weight(layer).dtype))
     else:
-        layer.bias.copy_(layer.bias * gain + shift)
+        bias.copy_(bias * gain + shift)
 
 
 def join(batches: list[Batch]) -> Batch:

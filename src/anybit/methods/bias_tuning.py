@@ -4,14 +4,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, predict
-from anybit.data.tasks import compares_classes, distance, outputs_of
-from anybit.methods.adaquant import _freeze, relative_error
-from anybit.networks.layers import float_weight, quantized_layers, weight_rows
-from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
+from anybit.data.tasks import TASKS, distance, outputs_of
+from anybit.networks.layers import QuantizedLayer, float_weight, freeze_slots, quantized_layers, weight_rows
+from anybit.numerics.quantizers import LearnedInput, UniformQuantizer, frozen
 from anybit.progress import tell, track
 
 
@@ -31,6 +29,8 @@ class BiasTuningSettings:
 class ScaledCodes(nn.Module):
     """Fixed integer codes times a free scale: the weight slot of a layer while its outputs are tuned."""
 
+    codes: Tensor
+
     def __init__(self, quantizer: UniformQuantizer, rows: Tensor):
         super().__init__()
         self.bits = quantizer.bits
@@ -40,8 +40,8 @@ class ScaledCodes(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         return self.codes * self.log_scale.exp()
 
-    def freeze(self) -> UniformQuantizer:
-        return UniformQuantizer(self.bits, True, self.log_scale.exp())
+    def freeze(self, rows: Tensor) -> tuple[Tensor, UniformQuantizer]:
+        return self(rows), UniformQuantizer(self.bits, True, self.log_scale.exp())
 
 
 def tune_biases(
@@ -91,7 +91,8 @@ def tune_biases(
         for parameter, kept in zip(parameters, best, strict=True):
             parameter.copy_(kept)
     if settings.scales and result["epochs"]:
-        _freeze(layers)
+        for layer in layers.values():
+            freeze_slots(layer)
     else:  # exp(log(scale)) is not bitwise the scale: an unchanged model gets its own quantizers back
         for name, layer in layers.items():
             layer.weight_quantizer, layer.input_quantizer = slots[name]
@@ -100,37 +101,25 @@ def tune_biases(
 
 def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: str, part: int | None) -> None:
     """Add the gradients of the batch's loss, of as many samples at a time as `part`."""
-    done = 0
+    done, apart = 0, TASKS[task].distance
     for inputs in batch.parts(part or len(batch)):
         with torch.enable_grad():
             outputs = predict(model, inputs)
             target = reference[done : done + len(outputs)]
-            (output_loss(outputs, target, task) * _share(target, reference, task)).backward()
+            (apart.loss(outputs, target) * apart.share(target, reference)).backward()
         done += len(outputs)
 
 
-def _share(part: Tensor, whole: Tensor, task: str) -> float | Tensor:
-    """What a part's `output_loss` weighs in that of the whole: its rows, or its power."""
-    return len(part) / len(whole) if compares_classes(task) else part.square().sum() / whole.square().sum().clamp_min(1e-30)
-
-
-def _free_scales(layers: Iterable[nn.Module]) -> None:
+def _free_scales(layers: Iterable[QuantizedLayer]) -> None:
     for layer in layers:
-        layer.weight_quantizer = ScaledCodes(layer.weight_quantizer, weight_rows(layer, float_weight(layer)).detach())
+        layer.weight_quantizer = ScaledCodes(frozen(layer.weight_quantizer), weight_rows(layer, float_weight(layer)).detach())
         if isinstance(layer.input_quantizer, UniformQuantizer):
             layer.input_quantizer = LearnedInput(layer.input_quantizer)
 
 
-def _tuned_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
-    if getattr(layer, "bias", None) is not None:
+def _tuned_parameters(layer: QuantizedLayer) -> Iterator[nn.Parameter]:
+    if layer.bias is not None:
         yield layer.bias
     for slot in (layer.weight_quantizer, layer.input_quantizer):
         if isinstance(slot, ScaledCodes | LearnedInput):
             yield slot.log_scale
-
-
-def output_loss(outputs: Tensor, reference: Tensor, task: str) -> Tensor:
-    """What `evaluation.distance` measures, differentiable and in the model's own precision."""
-    if compares_classes(task):
-        return F.kl_div(F.log_softmax(outputs, -1), F.log_softmax(reference, -1), reduction="none", log_target=True).sum(-1).mean()
-    return relative_error(outputs, reference)

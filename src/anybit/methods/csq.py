@@ -38,8 +38,7 @@ DAC 2023 (arXiv 2212.02770); its equations from the paper's abstract and the aut
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -47,79 +46,19 @@ from torch import Tensor, nn
 
 from anybit.allocation.program import allocate, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget, Condition
+from anybit.budget import QUANTITIES, Budget, Cost
 from anybit.data.batches import Batch
 from anybit.errors import InvalidFile, InvalidSetting
 from anybit.files.strict import validated
+from anybit.methods.settings import CSQSettings
 from anybit.networks.cost import CostModel
-from anybit.networks.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.networks.layers import Pruned, float_weight, freeze_slots, quantized_layers, weight_rows
+from anybit.networks.observed import ObservedNetwork
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
 from anybit.numerics.ranges import weight_scale
-from anybit.scheme import FLOAT, Precision, Scheme, check_positive
+from anybit.scheme import FLOAT, Precision, Scheme
 
 Gates = Literal["soft", "straight-through", "hard"]
-
-
-@dataclass(frozen=True)
-class CSQSettings:
-    """planes            N, magnitude planes a layer starts with; with the sign N + 1 bits
-    per_channel          a scale for each output channel instead of one a layer
-    prune                a layer may lose all its planes (W0)
-    strength             lambda
-    anchor               keep every layer's highest plane open while planes are decided
-    ramp                 share of the search over which the penalty's budget falls to the user's; 0 is at once, as published
-    weighting            power of a layer's weights that its planes are penalized by: 1 as the budget counts, 0 all alike, as published
-    fix, harden          shares of the run at which the planes are fixed and the weight gates hardened
-    logit                c, size of the logits of a gate that starts decided, at beta 1: 1 leaves it at 0.73 or 0.27, 3 at 0.95 or 0.05
-    plane_temperature    beta of the plane gates when they are fixed
-    phase                how the weight gates go on when the planes are fixed: "restart", "rewind" or "continue" (see above)
-    fix_temperature      beta of the weight gates when the planes are fixed
-    final_temperature    beta of the weight gates when they are hardened
-    weight_gates         "soft", or "straight-through" for comparison: hard forward, soft backward
-    plane_gates          "soft", or "straight-through" for comparison: hard, closed planes pruned for good every epoch (BSQ-like)
-    gate_rate, plane_rate, scale_rate, rate   Adam's learning rates: weight logits, plane logits, log scales, all other parameters
-    """
-
-    planes: int = 7
-    per_channel: bool = False
-    prune: bool = False
-    strength: float = 0.3
-    anchor: bool = True
-    ramp: float = 0.8
-    weighting: float = 0.5
-    fix: float = 0.15
-    harden: float = 0.9
-    logit: float = 3.0
-    plane_temperature: float = 200.0
-    fix_temperature: float = 1.3
-    final_temperature: float = 60.0
-    phase: Literal["restart", "rewind", "continue"] = "restart"
-    weight_gates: Gates = "soft"
-    plane_gates: Gates = "soft"
-    gate_rate: float = 1e-2
-    plane_rate: float = 1e-2
-    scale_rate: float = 1e-3
-    rate: float = 1e-3
-
-    def __post_init__(self):
-        if not 1 <= self.planes <= 7:
-            raise InvalidSetting(f"planes {self.planes} is outside 1..7: with the sign they are 2 to 8 bits.")
-        if not 0 < self.fix <= self.harden <= 1:
-            raise InvalidSetting(f"fix {self.fix} and harden {self.harden} are shares of the run, 0 < fix <= harden <= 1.")
-        for name in ("weight_gates", "plane_gates"):
-            if getattr(self, name) not in ("soft", "straight-through"):
-                raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose soft or straight-through.")
-        if not 0 <= self.ramp <= 1 or not 0 <= self.weighting <= 1:
-            raise InvalidSetting(f"ramp {self.ramp} and weighting {self.weighting} must be from 0 to 1.")
-        if self.phase not in ("restart", "rewind", "continue"):
-            raise InvalidSetting(f"phase {self.phase!r} is unknown. Choose restart, rewind or continue.")
-        for name in ("logit", "strength", "gate_rate", "plane_rate", "scale_rate", "rate"):
-            check_positive(getattr(self, name), name)
-        if self.logit > 10:
-            raise InvalidSetting(f"logit {self.logit} is above 10: in float32 such a gate is all but decided and cannot be trained.")
-        for name in ("plane_temperature", "fix_temperature", "final_temperature"):
-            if getattr(self, name) < 1:
-                raise InvalidSetting(f"{name} {getattr(self, name)} must be at least 1, where temperatures start.")
 
 
 # The gates
@@ -158,8 +97,7 @@ class _GatedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         positive, negative, place, step, temperature = ctx.saved_tensors
-        needs_logits = ctx.needs_input_grad[0]
-        to_positive, to_negative = (torch.zeros_like(positive), torch.zeros_like(negative)) if needs_logits else (None, None)
+        to_positive, to_negative = (torch.zeros_like(m) if ctx.needs_input_grad[0] else None for m in (positive, negative))
         to_place, total = torch.zeros_like(place), torch.zeros_like(positive[0])
         scaled = grad * step
         for b in ctx.planes:
@@ -167,7 +105,7 @@ class _GatedSum(torch.autograd.Function):
             bit = gate(p, temperature, ctx.kind) - gate(n, temperature, ctx.kind)
             to_place[b] = (bit * scaled).sum()
             total += bit * place[b]
-            if needs_logits:
+            if to_positive is not None and to_negative is not None:
                 shared = scaled * place[b]
                 torch.mul(shared, slope(p, temperature, ctx.kind), out=to_positive[b])
                 torch.mul(shared, -slope(n, temperature, ctx.kind), out=to_negative[b])
@@ -182,6 +120,10 @@ class GatedWeight(nn.Module):
     log_scale           log s, [1, 1] or [channels, 1]
     live                the planes that stay, once they are fixed; None before
     """
+
+    place_values: Tensor
+    temperature: Tensor
+    plane_temperature: Tensor
 
     def __init__(
         self,
@@ -234,17 +176,15 @@ class GatedWeight(nn.Module):
             return soft + ((planes >= 0).to(soft.dtype) - soft).detach()
         return gate(planes, self.plane_temperature, "soft")
 
-    def shrinkage(self) -> Tensor:
-        """What decided gates make of a weight at the start: tanh(c beta / 2) of its bits, f(1) of its planes; 1 where they are hard."""
+    def shrinkage(self) -> Tensor | float:
+        """Return what decided gates make of a weight at the start: tanh(c beta / 2) of its bits, f(1) of its planes; 1 where hard."""
         weights = torch.tanh(self.logit * self.temperature / 2) if self.weight_gates == "soft" else 1.0
         return weights * (torch.sigmoid(self.plane_temperature) if self.live is None and self.plane_gates == "soft" else 1.0)
 
     def forward(self, rows: Tensor) -> Tensor:
         step = self.log_scale.exp() / self.shrinkage()
-        if self.live is None:
-            place, planes = self.place_values * self.plane_gate(), range(len(self.planes))
-        else:
-            place, planes = self.place_values, self.live
+        place = self.place_values * self.plane_gate() if self.live is None else self.place_values
+        planes = range(len(self.planes)) if self.live is None else self.live
         return _GatedSum.apply(self.positive, self.negative, place, step, self.temperature, self.weight_gates, planes)
 
     # Precision, and the end of it
@@ -278,13 +218,13 @@ class GatedWeight(nn.Module):
         return sum(int(((g > 0.01) & (g < 0.99)).sum()) for g in gates), sum(g.numel() for g in gates)
 
     @torch.no_grad()
-    def freeze(self) -> tuple[Tensor, UniformQuantizer | None]:
-        """(values [channels, fan-in], the uniform quantizer that leaves them as they are); (zeros, None) without planes."""
+    def freeze(self, rows: Tensor) -> tuple[Tensor, UniformQuantizer | None]:
+        """Return (values [channels, fan-in], the uniform quantizer that leaves them as they are); (zeros, None) without planes."""
         kept = self.kept_planes()
         bits = (self.positive >= 0).long() - (self.negative >= 0).long()  # [N, channels, fan-in], each -1, 0 or 1
         if not kept:
             return torch.zeros_like(self.positive[0]), None
-        codes = sum(bits[b] << (b - kept[0]) for b in kept)
+        codes = sum((bits[b] << (b - kept[0]) for b in kept), torch.zeros_like(bits[0]))
         step = self.log_scale.exp() * self.place_values[kept[0]]
         quantizer = UniformQuantizer(self.bits(), True, step.expand(len(codes), 1))
         return quantizer.values(codes.float()), quantizer
@@ -294,14 +234,16 @@ class GatedWeight(nn.Module):
 
 
 class CSQ:
-    """A prepared, unfolded network whose scheme grows: what `training.train` needs to know of the method.
+    """A prepared, unfolded network whose scheme grows: a `Trainee` of the grow road.
 
     choices  layer -> the precisions it may end with; one alone where it is kept
     budget   on bits, bytes or percent; None keeps every plane
     """
 
+    needs_scheme = False
+
     def __init__(
-        self, model: nn.Module, choices: Mapping[str, list[Precision]], costs: CostModel, budget: Budget | None, settings: CSQSettings
+        self, model: nn.Module, choices: Mapping[str, Sequence[Precision]], costs: CostModel, budget: Budget | None, settings: CSQSettings
     ):
         self.model, self.choices, self.costs, self.budget, self.settings = model, choices, costs, budget, settings
         self.layers = quantized_layers(model)
@@ -319,8 +261,8 @@ class CSQ:
                 rows,
                 planes,
                 settings.per_channel,
-                settings.weight_gates,
-                settings.plane_gates,
+                cast(Gates, settings.weight_gates),  # settings are checked to be among GATES
+                cast(Gates, settings.plane_gates),
                 settings.logit,
                 settings.anchor and not settings.prune,
             )
@@ -328,6 +270,31 @@ class CSQ:
                 layer.weight_quantizer.fix(range(planes))
         self.hard, self.searched = False, 0.0
         self.certificate: dict[str, Any] = {}
+
+    @staticmethod
+    def layer_choices(settings: CSQSettings, activation_bits: int | None) -> list[Precision]:
+        """Return the precisions that a layer may end with."""
+        return [Precision(bits, activation_bits) for bits in ((0,) if settings.prune else ()) + tuple(range(2, settings.planes + 2))]
+
+    @staticmethod
+    def check_budget(budget: Budget, network: ObservedNetwork) -> None:
+        """Raise InvalidSetting where the budget counts something else than weights, or more than all planes need."""
+        largest = Scheme({name: options[-1] for name, options in network.choices.items()})
+        for condition in budget.conditions:
+            quantity = QUANTITIES[condition.quantity]
+            if not (isinstance(quantity, Cost) and quantity.stored_bits):
+                raise InvalidSetting(f"grow counts weights: give a budget of bits or bytes, not {quantity.name} ({budget}).")
+            most = quantity.total(network.costs, largest)
+            if condition.limit > most:
+                raise InvalidSetting(
+                    f"A budget of {condition.limit:g} {quantity.name} is above what all planes need, {most:g}. "
+                    "Lower the budget, or start with more planes."
+                )
+
+    @classmethod
+    def attach(cls, model: nn.Module, network: ObservedNetwork, budget: Budget | None, settings: CSQSettings) -> "CSQ":
+        """Put gates into the weight slots of `model`, as many planes as the largest precision of each layer of `network` has."""
+        return cls(model, network.choices, network.costs, budget, settings)
 
     @property
     def gated(self) -> dict[str, GatedWeight]:
@@ -340,7 +307,7 @@ class CSQ:
         return {name: weight for name, weight in self.gated.items() if weight.live is None}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What Adam trains, at which rate. No weight decay: it would pull logits back to undecided."""
+        """Return what Adam trains, at which rate. No weight decay: it would pull logits back to undecided."""
         gates = list(self.gated.values())
         scales = [weight.log_scale for weight in gates] + [m.log_scale for m in self.model.modules() if isinstance(m, LearnedInput)]
         logits, planes = [m for weight in gates for m in (weight.positive, weight.negative)], [weight.planes for weight in gates]
@@ -350,8 +317,8 @@ class CSQ:
         groups = ((logits, rates.gate_rate), (planes, rates.plane_rate), (scales, rates.scale_rate), (others, rates.rate))
         return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
 
-    def at(self, progress: float) -> list[nn.Parameter]:
-        """Set what follows from the share of the run that is done: temperatures, and the two decisions. Returns what was set anew."""
+    def before_step(self, progress: float) -> list[nn.Parameter]:
+        """Set temperatures, and decide planes and weights when it is time; returns the parameters that start anew."""
         s, restarted = self.settings, []
         if progress >= s.fix and self.growing:
             gates = list(self.growing.values()) if s.phase == "restart" else []
@@ -399,11 +366,11 @@ class CSQ:
 
     def _excess(self, scheme: Scheme) -> float:
         total = sum(self.costs.layers[name].weights for name in self.choices)
-        amounts = {"bits": self.costs.weight_bits(scheme) * total, "bytes": 8 * self.costs.file_size(scheme)}
         over = []
-        for condition in self.budget.conditions:
-            limit = {"bits": total, "bytes": 8, "percent": 8 * self.costs.float_bytes / 100}[condition.quantity] * condition.limit
-            over.append((amounts["bits" if condition.quantity == "bits" else "bytes"] - limit) / total)
+        assert self.budget is not None  # without one there is no excess to ask for
+        for cost, limit in self.budget.costs():
+            bits = cost.scale(self.costs) * cost.stored_bits  # of the file, in one unit of the limit
+            over.append((cost.total(self.costs, scheme) * bits - limit * bits) / total)
         return max(over)
 
     def scheme(self) -> Scheme:
@@ -417,9 +384,10 @@ class CSQ:
         A gate at logit m is open with odds exp(m), so a set of planes has the log likelihood sum of their m, up to a constant. It counts
         once for every weight of the layer, as the penalty and the budget do.
         """
-        best = {name: dict(_likeliest(weight.planes.detach().tolist(), weight.anchor)) for name, weight in self.growing.items()}
+        growing = self.growing
+        best = {name: dict(_likeliest(weight.planes.detach().tolist(), weight.anchor)) for name, weight in growing.items()}
         losses = {
-            (name, precision): -self.costs.layers[name].weights * best[name][precision.weight_bits][0] if name in best else 0.0
+            (name, precision): -self.costs.layers[name].weights * best[name][precision.stored_weight_bits][0] if name in best else 0.0
             for name, options in self.choices.items()
             for precision in options
         }
@@ -427,7 +395,8 @@ class CSQ:
         allocation = allocate(problem, name="likeliest planes")
         scheme, self.certificate = allocation.scheme, allocation.certificate()
         for name, planes in best.items():
-            weight, live = self.layers[name].weight_quantizer, planes[scheme[name].weight_bits][1]
+            weight = growing[name]
+            live: Sequence[int] = planes[scheme[name].stored_weight_bits][1]
             if live and self.settings.phase == "restart":
                 live = range(live[0], live[-1] + 1)  # those between cost nothing and are useful
                 rows = weight(float_weight(self.layers[name])).detach()
@@ -435,8 +404,8 @@ class CSQ:
                 weight.start(rows, live)
             weight.fix(live)
 
-    def end_epoch(self) -> None:
-        """Straight-through plane gates only: planes that are closed are pruned for good."""
+    def end_of_epoch(self) -> None:
+        """Prune closed planes for good, of straight-through plane gates only."""
         if self.settings.plane_gates == "straight-through":
             for weight in self.growing.values():
                 weight.planes.data[weight.planes < 0] = -math.inf
@@ -447,10 +416,10 @@ class CSQ:
         for weight in self.gated.values():
             weight.harden()
 
-    # What training tells and stores
+    # For records and checkpoints
 
-    def record(self) -> dict[str, Any]:
-        """The scheme now, in this project's count and in the paper's, and how decided it is."""
+    def summary(self) -> dict[str, Any]:
+        """Return the scheme now, in this project's count and in the paper's, and how decided it is."""
         gated, scheme = self.gated, self.scheme()
         undecided = [weight.undecided() for weight in gated.values()]
         first = next(iter(gated.values()), None)
@@ -474,41 +443,31 @@ class CSQ:
         return {"fixed": fixed, "hard": self.hard, "certificate": self.certificate}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:
-        known = validated(Decisions, decisions, "the decisions")
+        """Take `decisions` back; raises InvalidFile where they are not of this network."""
+        known, gated = validated(Decisions, decisions, "the decisions"), self.gated
         for name, live in known.fixed.items():
-            planes = len(self.gated[name].planes) if name in self.gated else 0
+            planes = len(gated[name].planes) if name in gated else 0
             if sorted(set(live)) != live or not set(live) <= set(range(planes)):
                 raise InvalidFile(f"planes {live} of {name} are not some of its {planes}, in order")
         self.certificate = known.certificate
         for name, live in known.fixed.items():
-            self.layers[name].weight_quantizer.fix(live)
+            gated[name].fix(live)
         if known.hard:
             self.harden()
 
-    @torch.no_grad()
     def freeze(self, model: nn.Module) -> None:
         """Put uniform quantizers into the slots of `model`, a copy of this one, in place of the gates."""
         for layer in quantized_layers(model).values():
-            freeze_layer(layer)
+            freeze_slots(layer)
 
 
 class Decisions(BaseModel):
-    """What a checkpoint keeps of the method: planes that are fixed, whether every weight's bits are, and the allocation's certificate."""
+    """The method's part of a checkpoint: planes that are fixed, whether every weight's bits are, and the allocation's certificate."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     fixed: dict[str, list[int]]
     hard: bool
     certificate: dict[str, Any]
-
-
-def freeze_layer(layer: nn.Module) -> None:
-    """Uniform quantizers in the layer's slots, in place of gates and of a learned range."""
-    weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    if isinstance(weights, GatedWeight):
-        values, quantizer = weights.freeze()
-        float_weight(layer).copy_(from_rows(layer, values))
-        weights = quantizer or Pruned()
-    fill(layer, weights, inputs.freeze() if isinstance(inputs, LearnedInput) else inputs)
 
 
 def _likeliest(logits: list[float], anchored: bool = False) -> Iterator[tuple[int, tuple[float, list[int]]]]:
@@ -524,25 +483,3 @@ def _likeliest(logits: list[float], anchored: bool = False) -> Iterator[tuple[in
             planes = [b for b in range(low, low + width) if b in (low, low + width - 1) or logits[b] >= 0]
             options.append((sum(max(logits[b], -1e3) for b in planes), planes))  # a pruned plane has no odds, and JSON no infinity
         yield width + 1, max(options)
-
-
-def plane_choices(settings: CSQSettings, activation_bits: int | None) -> list[Precision]:
-    """What a layer may end with."""
-    return [Precision(bits, activation_bits) for bits in ((0,) if settings.prune else ()) + tuple(range(2, settings.planes + 2))]
-
-
-def check_budget(budget: Budget, largest: Scheme, costs: CostModel) -> None:
-    """Raise InvalidSetting where the budget counts something else than weights, or more than all planes need."""
-    for condition in budget.conditions:
-        if condition.quantity not in ("bits", "bytes", "percent"):
-            raise InvalidSetting(f"grow counts weights: give a budget of bits or bytes, not {condition.quantity} ({budget}).")
-        most = {"bits": costs.weight_bits(largest), "bytes": costs.file_size(largest), "percent": costs.summary(largest)["percent"]}
-        if condition.limit > most[condition.quantity]:
-            raise InvalidSetting(
-                f"A budget of {_written(condition)} is above what all planes need, {most[condition.quantity]:g}. "
-                "Lower the budget, or start with more planes."
-            )
-
-
-def _written(condition: Condition) -> str:
-    return f"{condition.limit:g} {condition.quantity}"

@@ -2,7 +2,7 @@
 
     W~ = clamp(round(W / s), quant_min, quant_max) s         s one a channel, trained with W; gradients as `numerics` states them
 
-The scheme is given: uniform, or one that another road chose. It is what a grown scheme is compared with, and it trains any run further.
+The scheme is fixed: uniform, or one that another road chose. It is what a grown scheme is compared with, and it trains any run further.
 
 Source: Esser, McKinstry, Bablani, Appuswamy, Modha, "Learned Step Size Quantization", ICLR 2020, eq. 1 to 3. Deviations: a step a channel
 (the paper has one a layer); its logarithm is trained with Adam, whose steps do not depend on the gradient's size, so the paper's gradient
@@ -10,31 +10,21 @@ scale has no part; steps start from the range of least squared error.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from anybit.budget import Budget
 from anybit.data.batches import Batch
+from anybit.methods.settings import LSQSettings
 from anybit.networks.cost import CostModel
-from anybit.networks.layers import Pruned, fill, float_weight, quantized_layers, weight_rows
+from anybit.networks.layers import Pruned, float_weight, freeze_slots, quantized_layers, weight_rows
+from anybit.networks.observed import ObservedNetwork
 from anybit.numerics.affine import fake_quantize
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
 from anybit.numerics.ranges import weight_scale
-from anybit.scheme import Scheme, check_positive
-
-
-@dataclass(frozen=True)
-class LSQSettings:
-    """Adam's learning rates: of log scales, and of weights and all other parameters."""
-
-    scale_rate: float = 1e-3
-    rate: float = 1e-3
-
-    def __post_init__(self):
-        check_positive(self.scale_rate, "scale_rate")
-        check_positive(self.rate, "rate")
+from anybit.scheme import Precision, Scheme
 
 
 class LearnedStep(nn.Module):
@@ -48,12 +38,15 @@ class LearnedStep(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         return fake_quantize(rows, self.log_scale.exp(), torch.zeros((), device=rows.device), *self.limits)
 
-    def freeze(self) -> UniformQuantizer:
-        return UniformQuantizer(self.bits, True, self.log_scale.exp())
+    def freeze(self, rows: Tensor) -> tuple[Tensor, UniformQuantizer]:
+        """Return the rounded weight and its quantizer."""
+        return self(rows), UniformQuantizer(self.bits, True, self.log_scale.exp())
 
 
 class LSQ:
-    """A prepared, unfolded network trained at `scheme`: what `training.train` needs to know of the method."""
+    """A prepared, unfolded network trained at `scheme`: a `Trainee` of the grow road."""
+
+    needs_scheme = True
 
     def __init__(self, model: nn.Module, scheme: Scheme, costs: CostModel, settings: LSQSettings):
         self.model, self.scheme, self.costs, self.settings = model, scheme, costs, settings
@@ -65,49 +58,63 @@ class LSQ:
             elif precision.weight_bits == 0:
                 layer.weight_quantizer = Pruned()
 
+    @staticmethod
+    def layer_choices(settings: LSQSettings, activation_bits: int | None) -> list[Precision]:
+        """Return the precisions that a scheme may give a layer."""
+        return [Precision(bits, activation_bits) for bits in range(2, 9)]
+
+    @staticmethod
+    def check_budget(budget: Budget, network: ObservedNetwork) -> None:
+        """Raise nothing: a scheme takes the place of a budget."""
+
+    @classmethod
+    def attach(cls, model: nn.Module, network: ObservedNetwork, budget: Budget | None, settings: LSQSettings) -> "LSQ":
+        """Put learned steps into the weight slots of `model`, at the one precision that each layer of `network` has; no budget is left."""
+        return cls(model, Scheme({name: options[0] for name, options in network.choices.items()}), network.costs, settings)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return scales and all other parameters, each at their rate."""
         scales = [module.log_scale for module in self.model.modules() if isinstance(module, (LearnedStep, LearnedInput))]
         taken = {id(parameter) for parameter in scales}
         others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in taken]
         groups = ((scales, self.settings.scale_rate), (others, self.settings.rate))
         return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
 
-    def at(self, progress: float) -> list[nn.Parameter]:
-        """Nothing depends on the share of the run that is done."""
+    def before_step(self, progress: float) -> list[nn.Parameter]:
+        """Set nothing: nothing depends on the share of the run that is done."""
         return []
 
-    def end_epoch(self) -> None:
-        """Nothing is decided on the way."""
+    def end_of_epoch(self) -> None:
+        """Decide nothing."""
 
     def passes(self) -> Iterator[None]:
-        """One, of the network as it is."""
+        """Yield once, for the network as it is."""
         yield
 
     def loss(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
-        """The task's."""
+        """Return the task's loss."""
         return task_loss
 
     def penalty(self) -> Tensor:
-        """None: the budget is met from the start."""
+        """Return zero: the scheme has its bits from the start."""
         return torch.zeros(())
 
-    def record(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
+        """Return the scheme's weight bits, on average and layer by layer."""
         return {"weight_bits": self.costs.weight_bits(self.scheme), "layers": {n: p.weight_bits for n, p in self.scheme.items()}}
 
     def state(self) -> dict[str, Tensor]:
-        """None: all is in the network."""
+        """Return nothing: all is in the network."""
         return {}
 
     def decisions(self) -> dict[str, Any]:
+        """Return nothing: the scheme was decided before."""
         return {}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:
-        """There is nothing to take back."""
+        """Take nothing back."""
 
-    @torch.no_grad()
     def freeze(self, model: nn.Module) -> None:
         """Put uniform quantizers into the slots of `model`, a copy of this one, in place of the learned steps."""
         for layer in quantized_layers(model).values():
-            weights, inputs = layer.weight_quantizer, layer.input_quantizer
-            frozen = weights.freeze() if isinstance(weights, LearnedStep) else weights
-            fill(layer, frozen, inputs.freeze() if isinstance(inputs, LearnedInput) else inputs)
+            freeze_slots(layer)

@@ -34,8 +34,7 @@ import copy
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,59 +44,14 @@ from anybit.data.batches import Batch
 from anybit.errors import InvalidFile, InvalidSetting
 from anybit.files.strict import validated
 from anybit.loops.processes import average
+from anybit.methods.settings import MultiQuantSettings
 from anybit.networks.layers import fill, float_weight, quantized_layers, weight_rows
 from anybit.numerics.affine import fake_quantize, quant_limits
 from anybit.numerics.quantizers import UniformQuantizer, of_operand
-from anybit.scheme import FLOAT_BITS, Precision, Scheme, check_bits, check_choices, check_positive
+from anybit.scheme import FLOAT_BITS, Precision, Scheme, check_choices
 
 DRAWN = 4
 """Networks that attentive sampling chooses from."""
-
-
-@dataclass(frozen=True)
-class MultiQuantSettings:
-    """sandwich       the networks of a step, in order: H highest, R random, L lowest; letters may repeat or be left out
-    label          "one-hot", "adaptive", or "teacher" (R learns from H, L from R)
-    label_weight   a, the soft label's or the teacher's share of the loss
-    middle         how R is drawn: "uniform", "worst", "best" or "progressive"
-    per_channel    a weight step for each output channel instead of one a layer
-    batch_norm     "reestimate": one set, statistics estimated anew for the network at hand; "switch": a set for each bit-width of the layer
-    step_rates     bits -> factor on `step_rate`; 1 where not named
-    step_rate, offset_rate, rate   Adam's learning rates: log steps, offsets (0 keeps them), weights and all other parameters
-    """
-
-    sandwich: str = "HRL"
-    label: Literal["one-hot", "adaptive", "teacher"] = "one-hot"
-    label_weight: float = 0.5
-    middle: Literal["uniform", "worst", "best", "progressive"] = "uniform"
-    per_channel: bool = True
-    batch_norm: Literal["reestimate", "switch"] = "reestimate"
-    step_rates: Mapping[int, float] = field(default_factory=dict)
-    step_rate: float = 1e-3
-    offset_rate: float = 0.0
-    rate: float = 1e-3
-
-    def __post_init__(self):
-        if not self.sandwich or set(self.sandwich) - set("HRL"):
-            raise InvalidSetting(f"sandwich {self.sandwich!r} cannot be read. Write the letters H, R and L in any order: HRL.")
-        for name, allowed in (
-            ("label", ("one-hot", "adaptive", "teacher")),
-            ("middle", ("uniform", "worst", "best", "progressive")),
-            ("batch_norm", ("reestimate", "switch")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose from {', '.join(allowed)}.")
-        if self.label == "teacher" and sorted(self.sandwich, key="HRL".index) != list(self.sandwich):
-            raise InvalidSetting(f"sandwich {self.sandwich!r}: with label teacher the wider network comes first. Write H, then R, then L.")
-        if not 0 <= self.label_weight <= 1:
-            raise InvalidSetting(f"label_weight {self.label_weight} must be from 0 to 1.")
-        if not 0 <= self.offset_rate < math.inf:
-            raise InvalidSetting(f"offset_rate {self.offset_rate} must be a finite number, and not below zero.")
-        for bits, factor in self.step_rates.items():
-            check_bits(bits)
-            check_positive(factor, f"step rate factor of {bits} bits")
-        check_positive(self.step_rate, "step_rate")
-        check_positive(self.rate, "rate")
 
 
 # The quantizers: one tensor for all bit-widths, and an index of the one in use
@@ -105,6 +59,11 @@ class MultiQuantSettings:
 
 class _Switchable(nn.Module):
     """Steps for several bit-widths. The index is a tensor, so that a compiled network is not compiled again when it changes."""
+
+    start: Tensor
+    factors: Tensor
+    limits: Tensor
+    index: Tensor
 
     def __init__(self, scales: Mapping[int, Tensor], signed: bool, factors: Mapping[int, float]):
         super().__init__()
@@ -130,11 +89,11 @@ class _Switchable(nn.Module):
         self.change.zero_()
 
     def scales(self) -> Tensor:
-        """The steps of every bit-width, [widths, ...]; a factor makes them, so that a loaded step is exact."""
+        """Return the steps of every bit-width, [widths, ...]; a factor makes them, so that a loaded step is exact."""
         return self.start * (self.factors * self.change).exp()
 
     def scale(self) -> Tensor:
-        """The step in use."""
+        """Return the step in use."""
         return self.at_hand(self.scales())
 
     def at_hand(self, rows: Tensor) -> Tensor:
@@ -168,16 +127,16 @@ class SwitchableInput(_Switchable):
         self.offsets = nn.Parameter(zeros / self.highest(), requires_grad=train_offsets)
 
     def highest(self) -> Tensor:
-        """The highest code of every bit-width, of as many dimensions as the offsets."""
+        """Return the highest code of every bit-width, of as many dimensions as the offsets."""
         return self.limits[:, 1].view(-1, *[1] * (self.start.dim() - 1))
 
     def zero_points(self) -> Tensor:
-        """The integer zero point of every bit-width, [widths, ...]; the gradient passes the rounding."""
+        """Return the integer zero point of every bit-width, [widths, ...]; the gradient passes the rounding."""
         free = self.offsets.clamp(0, 1) * self.highest()
         return free + (free.round() - free).detach()
 
     def zero_point(self) -> Tensor:
-        """The one in use."""
+        """Return the one in use."""
         return self.at_hand(self.zero_points())
 
     def forward(self, x: Tensor, operand: int | None = None) -> Tensor:
@@ -210,7 +169,7 @@ class SwitchableNorm(nn.Module):
 
 
 def bits_of(precision: Precision) -> tuple[int, int]:
-    """What precisions are ordered by: bits of weight and input together, then the weight's."""
+    """Return the key that orders precisions: bits of weight and input together, then the weight's."""
     return precision.stored_weight_bits + (precision.activation_bits or FLOAT_BITS), precision.stored_weight_bits
 
 
@@ -232,7 +191,8 @@ class MultiQuant:
         self.right = torch.zeros(classes or 0, classes or 0, device=device)
         self.labels = torch.zeros_like(self.right)
         self.losses: dict[str, dict[str, float]] = {name: {} for name in choices}
-        self.progress, self.wider, self.letter = 0.0, None, ""
+        self.progress, self.letter = 0.0, ""
+        self.wider: Tensor | None = None
         self.highest = Scheme({name: max(options, key=bits_of) for name, options in choices.items()})
         self.lowest = Scheme({name: min(options, key=bits_of) for name, options in choices.items()})
         self.scheme = self.highest
@@ -244,10 +204,13 @@ class MultiQuant:
         for name, precision in scheme.items():
             weights, inputs = self.layers[name].weight_quantizer, self.layers[name].input_quantizer
             if isinstance(weights, SwitchableWeight):
+                assert precision.weight_bits is not None  # one of the layer's choices, which all have bits
                 weights.switch(precision.weight_bits)
             if isinstance(inputs, SwitchableInput):
+                assert precision.activation_bits is not None
                 inputs.switch(precision.activation_bits)
             if name in self.norms:
+                assert precision.weight_bits is not None
                 self.norms[name].switch(precision.weight_bits)
         self.scheme = self.scheme.replace(scheme)
 
@@ -263,13 +226,13 @@ class MultiQuant:
 
     # The step
 
-    def at(self, progress: float) -> list[nn.Parameter]:
+    def before_step(self, progress: float) -> list[nn.Parameter]:
         """Remember how far the run is: what is drawn follows from it and from the seed."""
         self.progress = progress
         return []
 
     def passes(self) -> Iterator[None]:
-        """The networks of one step, switched to one after another."""
+        """Yield the networks of one step, switched to one after another."""
         generator = random.Random(f"{self.seed} {self.progress!r}")
         self.wider = None
         for letter in self.settings.sandwich:
@@ -287,7 +250,7 @@ class MultiQuant:
         return pick(known, key=lambda pair: pair[0])[1]
 
     def drawn(self, generator: random.Random) -> Scheme:
-        """A scheme drawn uniformly; while shrinking progressively, from the precisions that have joined."""
+        """Return a scheme drawn uniformly; while shrinking progressively, from the precisions that have joined."""
         scheme = {}
         for name, options in self.choices.items():
             options = sorted(options, key=bits_of)
@@ -302,13 +265,13 @@ class MultiQuant:
         return sum(self.losses[name].get(str(precision), 0.0) for name, precision in scheme.items())
 
     def loss(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
-        """The loss of the network at hand, by the label rule."""
+        """Return the loss of the network at hand, by the label rule."""
         loss = self._labelled(outputs, batch, task_loss)
         if self.letter == "R" and self.settings.middle in ("worst", "best"):
-            told = float(average(loss.detach()))  # of all processes, so that all draw alike
+            mean = float(average(loss.detach()))  # of all processes, so that all draw alike
             for name, precision in self.scheme.items():
                 row = self.losses[name]
-                row[str(precision)] = 0.9 * row.get(str(precision), told) + 0.1 * told
+                row[str(precision)] = 0.9 * row.get(str(precision), mean) + 0.1 * mean
         return loss
 
     def _labelled(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
@@ -332,7 +295,7 @@ class MultiQuant:
             soft = torch.where(soft.sum(-1, keepdim=True) > 0, soft, F.one_hot(batch.labels, self.classes).to(soft.dtype))
         return (1 - share) * task_loss - share * (soft * log_p).sum(-1).mean()
 
-    def end_epoch(self) -> None:
+    def end_of_epoch(self) -> None:
         """The online adaptive label: what was right in this epoch is the next one's."""
         counts = self.right.sum(-1, keepdim=True)
         self.labels.copy_(torch.where(counts > 0, self.right / counts.clamp_min(1e-12), torch.zeros_like(self.right)))
@@ -354,17 +317,17 @@ class MultiQuant:
 
     # What training tells and stores
 
-    def record(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """How sure the labels are: the mean of the right class's share."""
         sure = self.labels.diagonal()[self.labels.sum(-1) > 0] if self.classes else self.labels
         return {"label_confidence": float(sure.mean()) if sure.numel() else None}
 
     def state(self) -> dict[str, Tensor]:
-        """What the label is made of."""
+        """Return the tensors behind the online label."""
         return {"right": self.right, "labels": self.labels}
 
     def decisions(self) -> dict[str, Any]:
-        """What attentive sampling knows."""
+        """Return the losses that attentive sampling draws by."""
         return {"losses": self.losses}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:

@@ -17,21 +17,27 @@ the tilt depends on nothing else; and the ends of the range are reached.
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice, pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from anybit.allocation.program import allocate, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget
-from anybit.errors import InfeasibleBudget, InvalidSetting
+from anybit.budget import QUANTITIES, Budget, Condition, Cost
+from anybit.errors import InfeasibleBudget
+from anybit.methods.settings import SearchSettings
 from anybit.networks.cost import CostModel
 from anybit.scheme import FLOAT, FLOAT_BITS, Precision, Scheme
 
 Choices = Mapping[str, Sequence[Precision]]
+Rows = NDArray[np.int64]
+Floats = NDArray[np.floating]
 STRATEGIES = ("monte-carlo", "uniform", "integer-program")
 BINS = 24
 TILTED = 20000
@@ -39,41 +45,8 @@ TILTED = 20000
 
 
 @dataclass(frozen=True)
-class SearchSettings:
-    """evaluations   subnets that are evaluated
-    strategy      "monte-carlo", "uniform" draws with the same predictor and search, or "integer-program" on measured sensitivities
-    quantity      the cost that the front trades against the score: "bits", "bytes" or "bops"
-    explored      share of the evaluations that the predictor is first fitted to
-    rounds        how often the rest is spent: predict, search, evaluate the favourites
-    targets       averages that are searched for in a round
-    population, generations, mutation   of the genetic search
-    """
-
-    evaluations: int = 150
-    strategy: str = "monte-carlo"
-    quantity: str = "bits"
-    seed: int = 0
-    explored: float = 0.6
-    rounds: int = 3
-    targets: int = 20
-    population: int = 100
-    generations: int = 30
-    mutation: float = 0.1
-
-    def __post_init__(self):
-        for name, allowed in (("strategy", STRATEGIES), ("quantity", ("bits", "bytes", "bops"))):
-            if getattr(self, name) not in allowed:
-                raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose from {', '.join(allowed)}.")
-        for name, least in (("evaluations", 10), ("rounds", 1), ("targets", 1), ("population", 4), ("generations", 1)):
-            if getattr(self, name) < least:
-                raise InvalidSetting(f"{name} {getattr(self, name)} must be at least {least}.")
-        if not 0 < self.explored < 1 or not 0 < self.mutation <= 1:
-            raise InvalidSetting("explored must be between 0 and 1, mutation above 0 and at most 1.")
-
-
-@dataclass(frozen=True)
 class Evaluated:
-    """A scheme, its score (higher is better) and its cost; `origin` says what proposed it."""
+    """An evaluated scheme, its score (higher is better) and its cost; `origin` says what proposed it."""
 
     scheme: Scheme
     score: float
@@ -82,8 +55,8 @@ class Evaluated:
 
 
 @dataclass
-class Found:
-    """All that was evaluated, in order, and how well the predictor ranks schemes that it was not fitted to (Kendall; None without one)."""
+class SearchResult:
+    """A finished search: all evaluated schemes, in order, and Kendall's tau of the predictor on schemes that it was not fitted to."""
 
     evaluated: list[Evaluated]
     rank_correlation: float | None = None
@@ -93,125 +66,201 @@ class Found:
 
 
 def layer_cost(costs: CostModel, quantity: str) -> Callable[[str, Precision], float]:
-    """A layer's part of the cost at a precision."""
-    if quantity == "bops":
-        return lambda name, precision: float(costs.layer_bops(name, precision))
-    if quantity == "bytes":
-        return lambda name, precision: float(costs.layer_bytes(name, precision))
-    total = sum(size.weights for size in costs.layers.values())
-    return lambda name, precision: costs.layers[name].weights * precision.stored_weight_bits / total
+    """Return the function of (layer, precision) that gives a layer's part of the cost."""
+    cost = _cost_named(quantity)
+    scale = cost.scale(costs)
+    return lambda name, precision: cost.layer(costs, name, precision) / scale
 
 
 def total_cost(costs: CostModel, quantity: str, scheme: Scheme) -> float:
-    """The exact cost of a scheme, all in."""
-    return {"bits": costs.weight_bits, "bytes": costs.file_size, "bops": costs.bops}[quantity](scheme)
+    """Return the exact cost of a scheme, all in."""
+    return _cost_named(quantity).total(costs, scheme)
+
+
+def _cost_named(quantity: str) -> Cost:
+    cost = QUANTITIES[quantity]
+    assert isinstance(cost, Cost)  # `SearchSettings` takes no other
+    return cost
+
+
+# Schemes as rows
+
+
+class SchemeSpace:
+    """All schemes of a supernet, as rows of integers: entry `l` of a row is the index of layer `l`'s precision among its choices.
+
+    `costs` (layers, options) holds the layers' parts of the cost, `low` and `high` are the ends of the range of whole schemes' costs.
+    """
+
+    def __init__(self, choices: Choices, cost: Callable[[str, Precision], float]):
+        self.choices = {name: tuple(options) for name, options in choices.items()}
+        self.names = list(self.choices)
+        self.sizes = np.array([len(options) for options in self.choices.values()])
+        self.costs = np.zeros((len(self.names), self.sizes.max()))  # zero beyond a layer's own options: no row points there
+        for layer, (name, options) in enumerate(self.choices.items()):
+            self.costs[layer, : len(options)] = [cost(name, precision) for precision in options]
+        self.layers = np.arange(len(self.names))
+        parts = [self.costs[layer, :size] for layer, size in enumerate(self.sizes)]
+        self.low, self.high = (float(sum(end(part) for part in parts)) for end in (min, max))
+        self.widest = max(float(part.max() - part.min()) for part in parts) or 1.0
+
+    def cost(self, rows: Rows) -> Floats:
+        """Return the cost of each row, as the sum of its layers' parts."""
+        return self.costs[self.layers, rows].sum(1)
+
+    def rows(self, schemes: Iterable[Scheme]) -> Rows:
+        indices = [[options.index(scheme[name]) for name, options in self.choices.items()] for scheme in schemes]
+        return np.array(indices, dtype=np.int64).reshape(-1, len(self.names))
+
+    def scheme(self, row: Rows) -> Scheme:
+        return Scheme({name: options[index] for (name, options), index in zip(self.choices.items(), row.tolist(), strict=True)})
+
+
+def _distinct(rows: Rows) -> Rows:
+    """Return each row once, in the order of first occurrence."""
+    return rows[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
 
 
 # Drawing
 
 
 class UniformDraws:
-    """Each layer's precision drawn uniformly, whatever average was asked for."""
+    """Draws each layer's precision uniformly, whatever the target cost."""
 
-    def __init__(self, choices: Choices):
-        self.choices = choices
+    def __init__(self, space: SchemeSpace):
+        self.space = space
 
-    def draw(self, target: float, generator: random.Random) -> Scheme:
-        return Scheme({name: generator.choice(options) for name, options in self.choices.items()})
+    def sample(self, target: float, count: int, generator: np.random.Generator) -> Rows:
+        return (generator.random((count, len(self.space.names))) * self.space.sizes).astype(np.int64)
 
-    def layer(self, name: str, target: float, generator: random.Random) -> Precision:
-        return generator.choice(self.choices[name])
+    draw = sample
 
 
 class MonteCarloTable:
-    """P(precision of a layer | average cost), by counting; `low` and `high` are the ends of the range of costs."""
+    """Draws from P(precision of a layer | cost of the network); `counts` (layers, bins of cost, options) are what it is estimated from."""
 
-    def __init__(self, choices: Choices, cost: Callable[[str, Precision], float], generator: random.Random):
-        self.choices, self.cost = choices, cost
-        part = {name: [cost(name, precision) for precision in options] for name, options in choices.items()}
-        self.low, self.high = (sum(end(row) for row in part.values()) for end in (min, max))
-        span = max((max(row) - min(row) for row in part.values()), default=0.0) or 1.0
-        self.counts = {name: [[1e-3] * len(options) for _ in range(BINS)] for name, options in choices.items()}
-        for _ in range(TILTED):
-            # Layers differ in size a hundredfold: the tilts that empty or fill the largest and the smallest lie as far apart.
-            tilt = generator.choice((-1, 1)) * 10 ** generator.uniform(-1, 3) / span
-            drawn = {name: _tilted(row, tilt, generator) for name, row in part.items()}
-            place = self.bin(sum(part[name][index] for name, index in drawn.items()))
-            for name, index in drawn.items():
-                self.counts[name][place][index] += 1
+    def __init__(self, space: SchemeSpace, generator: np.random.Generator):
+        self.space = space
+        # Layers differ in size a hundredfold: the tilts that empty or fill the largest and the smallest lie as far apart.
+        signs = np.where(generator.random(TILTED) < 0.5, -1, 1)
+        tilts = signs * 10 ** (4 * generator.random(TILTED) - 1) / space.widest
+        rows = np.empty((TILTED, len(space.names)), dtype=np.int64)
+        for layer, size in enumerate(space.sizes):
+            logits = tilts[:, None] * space.costs[layer, :size]
+            cumulative = np.exp(logits - logits.max(1, keepdims=True)).cumsum(1)
+            rows[:, layer] = _indices(cumulative, generator.random(TILTED), size)
+        self.counts = np.zeros((len(space.names), BINS, space.sizes.max()))
+        for layer, size in enumerate(space.sizes):
+            self.counts[layer, :, :size] = 1e-3  # every option stays possible in every bin
+        np.add.at(self.counts, (space.layers, self.bin(space.cost(rows))[:, None], rows), 1)
+        self.cumulative = self.counts.cumsum(2)
 
-    def bin(self, cost: float) -> int:
-        return min(BINS - 1, max(0, int(BINS * (cost - self.low) / ((self.high - self.low) or 1.0))))
+    def bin(self, cost: Floats | float) -> Rows:
+        """Return the bin, or bins, that a cost falls into."""
+        place = BINS * (np.asarray(cost) - self.space.low) / ((self.space.high - self.space.low) or 1.0)
+        return np.clip(place, 0, BINS - 1).astype(np.int64)
 
-    def layer(self, name: str, target: float, generator: random.Random) -> Precision:
-        """A layer's precision, drawn for this average."""
-        return generator.choices(self.choices[name], self.counts[name][self.bin(target)])[0]
+    def sample(self, target: float, count: int, generator: np.random.Generator) -> Rows:
+        """Draw rows, each layer on its own, from the distributions at this cost."""
+        return _indices(self.cumulative[:, self.bin(target)], generator.random((count, len(self.space.names))), self.space.sizes)
 
-    def draw(self, target: float, generator: random.Random) -> Scheme:
-        """A scheme drawn for this average: of several, the nearest to it."""
-        drawn = [Scheme({name: self.layer(name, target, generator) for name in self.choices}) for _ in range(8)]
-        return min(drawn, key=lambda scheme: abs(sum(self.cost(name, p) for name, p in scheme.items()) - target))
+    def draw(self, target: float, count: int, generator: np.random.Generator) -> Rows:
+        """Draw rows near this cost: each is the nearest of several samples."""
+        drawn = self.sample(target, 8 * count, generator)
+        nearest = np.abs(self.space.cost(drawn) - target).reshape(count, 8).argmin(1)
+        return drawn.reshape(count, 8, -1)[np.arange(count), nearest]
 
 
-def _tilted(row: Sequence[float], tilt: float, generator: random.Random) -> int:
-    """An index with a probability proportional to exp(tilt cost)."""
-    highest = max(tilt * cost for cost in row)
-    return generator.choices(range(len(row)), [math.exp(tilt * cost - highest) for cost in row])[0]
+def _indices(cumulative: Floats, uniform: Floats, sizes: Rows | int) -> Rows:
+    """Return the indices below `sizes` that numbers uniform in [0, 1) pick from unnormalised cumulative weights (last dimension)."""
+    picked = (uniform[..., None] * cumulative[..., -1:] >= cumulative).sum(-1)
+    return np.minimum(picked, np.asarray(sizes) - 1)  # the product can round up to the whole weight
 
 
 # Predicting
 
 
 class Predictor:
-    """A small network from a scheme to its score. What it sees of a layer: its bits one-hot, and the rounding noise 4^-b that they make."""
+    """Small networks from a scheme to its score. They see the bits of each layer one-hot, and the rounding noise 4^-b that they make.
 
-    def __init__(self, choices: Choices, evaluated: Sequence[Evaluated], seed: int):
-        self.names = [name for name, options in choices.items() if len(options) > 1]
-        self.widths = sorted({bits for name in self.names for p in choices[name] for bits in _widths(p)})
-        scores = torch.tensor([one.score for one in evaluated])
-        self.mean, self.deviation = float(scores.mean()), float(scores.std(correction=0)) or 1.0
+    `fitted` (networks, schemes) says which schemes each is fitted to; without it there is one network, fitted to all. All train at once,
+    from one start, each as if alone: of batches this small, the time goes into calls.
+    """
+
+    def __init__(self, space: SchemeSpace, rows: Rows, scores: Sequence[float], seed: int, fitted: NDArray[np.bool_] | None = None):
+        self.features = _features(space)
+        shares = torch.ones(1, len(rows)) if fitted is None else torch.from_numpy(fitted).float()
+        shares /= shares.sum(1, keepdim=True)
+        measured = torch.tensor(scores, dtype=torch.float32)
+        self.mean = (shares @ measured)[:, None]
+        deviation = (shares * (measured - self.mean).square()).sum(1, keepdim=True).sqrt()
+        self.deviation = torch.where(deviation > 0, deviation, 1.0)
+        x, y = self._inputs(rows), (measured - self.mean) / self.deviation
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            x, y = self.features([one.scheme for one in evaluated]), (scores - self.mean) / self.deviation
-            self.network = nn.Sequential(nn.Linear(x.shape[1], 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 1))
-            optimizer = torch.optim.AdamW(self.network.parameters(), lr=3e-3, weight_decay=0.1)
-            for _ in range(300):
-                optimizer.zero_grad()
-                nn.functional.smooth_l1_loss(self.network(x)[:, 0], y).backward()
-                optimizer.step()
+            self.layers = [_linears(len(shares), *sizes) for sizes in pairwise((x.shape[1], 64, 64, 1))]
+        optimizer = torch.optim.AdamW([tensor for layer in self.layers for tensor in layer], lr=3e-3, weight_decay=0.1, fused=True)
+        for _ in range(300):
+            optimizer.zero_grad()
+            (nn.functional.smooth_l1_loss(self._forward(x), y, reduction="none") * shares).sum().backward()
+            optimizer.step()
 
-    def features(self, schemes: Sequence[Scheme]) -> Tensor:
-        rows = []
-        for scheme in schemes:
-            bits = [width for name in self.names for width in _widths(scheme[name])]
-            rows.append([float(b == width) for b in bits for width in self.widths] + [16 * 4.0**-b for b in bits])
-        return torch.tensor(rows)
+    def _inputs(self, rows: Rows) -> Tensor:
+        return torch.cat([table[rows[:, layer]] for layer, table in self.features.items()], 1)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        (weight, bias), *deeper = self.layers
+        x = torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
+        for weight, bias in deeper:
+            x = torch.baddbmm(bias, nn.functional.gelu(x), weight)
+        return x[..., 0]
 
     @torch.no_grad()
-    def scores(self, schemes: Sequence[Scheme]) -> list[float]:
-        return (self.network(self.features(schemes))[:, 0] * self.deviation + self.mean).tolist()
+    def scores(self, rows: Rows) -> Floats:
+        """Return what each network predicts of each row, (networks, rows)."""
+        return (self._forward(self._inputs(rows)) * self.deviation + self.mean).numpy()
+
+
+def _linears(count: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+    """Return the weights (count, inputs, outputs) and biases (count, 1, outputs) of `count` equal linear layers, at a random start."""
+    layer = nn.Linear(inputs, outputs).requires_grad_(False)
+    weight, bias = layer.weight.T.repeat(count, 1, 1), layer.bias.repeat(count, 1, 1)
+    return weight.requires_grad_(), bias.requires_grad_()
+
+
+def _features(space: SchemeSpace) -> dict[int, Tensor]:
+    """Return what the predictor sees of each layer that has a choice: (options, features)."""
+    open_layers = {layer: options for layer, options in enumerate(space.choices.values()) if len(options) > 1}
+    widths = sorted({bits for options in open_layers.values() for precision in options for bits in _widths(precision)})
+
+    def seen(precision: Precision) -> list[float]:
+        bits = _widths(precision)
+        return [float(b == width) for b in bits for width in widths] + [16 * 4.0**-b for b in bits]
+
+    return {layer: torch.tensor([seen(precision) for precision in options]) for layer, options in open_layers.items()}
 
 
 def _widths(precision: Precision) -> tuple[int, int]:
     return precision.stored_weight_bits, precision.activation_bits or FLOAT_BITS
 
 
-def rank_correlation(choices: Choices, evaluated: Sequence[Evaluated], seed: int, folds: int = 5) -> float | None:
-    """Kendall's tau of predicted and measured scores, each scheme predicted by a fit that left its fold out; None of too few schemes."""
+def rank_correlation(space: SchemeSpace, evaluated: Sequence[Evaluated], seed: int, folds: int = 5) -> float | None:
+    """Return Kendall's tau of predicted and measured scores, each scheme predicted by a fit that left its fold out.
+
+    None of too few schemes.
+    """
+    from scipy.stats import kendalltau  # slow to import, and every command would
+
     if len(evaluated) < 2 * folds:
         return None
     order = list(range(len(evaluated)))
     random.Random(seed).shuffle(order)
-    predicted = [0.0] * len(evaluated)
-    for fold in range(folds):
-        out = order[fold::folds]
-        left = set(out)
-        fitted = Predictor(choices, [one for index, one in enumerate(evaluated) if index not in left], seed)
-        for index, score in zip(out, fitted.scores([evaluated[index].scheme for index in out]), strict=True):
-            predicted[index] = score
-    from scipy.stats import kendalltau  # takes a second, and all roads import the settings that are here
-
-    return float(kendalltau(predicted, [one.score for one in evaluated]).statistic)
+    fold_of = np.empty(len(evaluated), dtype=np.int64)
+    fold_of[order] = np.arange(len(evaluated)) % folds
+    rows, scores = space.rows(one.scheme for one in evaluated), [one.score for one in evaluated]
+    predictor = Predictor(space, rows, scores, seed, fitted=np.arange(folds)[:, None] != fold_of)
+    predicted = predictor.scores(rows)[fold_of, np.arange(len(evaluated))]
+    return float(kendalltau(predicted, scores).statistic)
 
 
 # Searching
@@ -220,84 +269,74 @@ def rank_correlation(choices: Choices, evaluated: Sequence[Evaluated], seed: int
 def genetic(
     draws: UniformDraws | MonteCarloTable,
     predictor: Predictor,
-    cost: Callable[[Scheme], float],
     target: float,
-    start: Sequence[Scheme],
+    start: Rows,
     settings: SearchSettings,
-    generator: random.Random,
-) -> list[Scheme]:
-    """Schemes of at most the target cost, the best predicted first."""
-    fits = [scheme for scheme in start if cost(scheme) <= target]
-    population = list(dict.fromkeys([*fits, *(draws.draw(target, generator) for _ in range(settings.population))]))
-    names = list(draws.choices)
-    ranked: list[Scheme] = []
+    generator: np.random.Generator,
+) -> Rows:
+    """Return schemes of at most the target cost, the best predicted first."""
+    space, size = draws.space, settings.population
+    population = np.concatenate([start[space.cost(start) <= target], draws.draw(target, size, generator)])
+    ranked = population[:0]
     for _ in range(settings.generations):
-        allowed = [scheme for scheme in dict.fromkeys([*ranked, *population]) if cost(scheme) <= target]
-        if not allowed:  # every draw was too large
-            allowed = sorted(population, key=cost)[: settings.population // 4]
-        scores = predictor.scores(allowed)
-        ranked = [scheme for _, _, scheme in sorted(zip(scores, range(len(allowed)), allowed, strict=True), reverse=True)]
-        ranked = ranked[: settings.population // 2]
-        population = []
-        while len(population) < settings.population:
-            mother, father = generator.choice(ranked), generator.choice(ranked)
-            child = {name: (mother if generator.random() < 0.5 else father)[name] for name in names}
-            for name in names:
-                if generator.random() < settings.mutation:
-                    child[name] = draws.layer(name, target, generator)
-            population.append(Scheme(child))
-    return [scheme for scheme in ranked if cost(scheme) <= target]
+        population = _distinct(np.concatenate([ranked, population]))
+        cost = space.cost(population)
+        fits = population[cost <= target]
+        if not len(fits):  # every draw was too large
+            fits = population[np.argsort(cost, kind="stable")[: size // 4]]
+        ranked = fits[np.argsort(-predictor.scores(fits)[0], kind="stable")][: size // 2]
+        mothers, fathers = (ranked[(generator.random(size) * len(ranked)).astype(np.int64)] for _ in range(2))
+        children = np.where(generator.random(mothers.shape) < 0.5, mothers, fathers)
+        mutated = generator.random(children.shape) < settings.mutation
+        population = np.where(mutated, draws.sample(target, size, generator), children)
+    return ranked[space.cost(ranked) <= target]
 
 
 def search_subnets(
     choices: Choices, costs: CostModel, evaluate: Callable[[Scheme], float], settings: SearchSettings, always: Sequence[Scheme] = ()
-) -> Found:
+) -> SearchResult:
     """Spend `settings.evaluations` calls of `evaluate` (a scheme's score, higher is better) on schemes along the whole range of costs.
 
     `always` are evaluated first: the uniform schemes, say.
     """
-    generator = random.Random(settings.seed)
-    found = Found([])
+    result = SearchResult([])
     scores: dict[Scheme, float] = {}
 
     def try_scheme(scheme: Scheme, origin: str) -> None:
         if scheme not in scores and len(scores) < settings.evaluations:
             scores[scheme] = evaluate(scheme)
-            found.evaluated.append(Evaluated(scheme, scores[scheme], total_cost(costs, settings.quantity, scheme), origin))
+            result.evaluated.append(Evaluated(scheme, scores[scheme], total_cost(costs, settings.quantity, scheme), origin))
 
     for scheme in always:
         try_scheme(scheme, "uniform")
     if settings.strategy == "integer-program":
         _by_program(choices, costs, settings, try_scheme, scores)
-        return found
-    part = layer_cost(costs, settings.quantity)
-    table = MonteCarloTable(choices, part, generator)
-    draws = table if settings.strategy == "monte-carlo" else UniformDraws(choices)
-    ends = [table.low + (index + 0.5) / settings.targets * (table.high - table.low) for index in range(settings.targets)]
+        return result
+    space, generator = SchemeSpace(choices, layer_cost(costs, settings.quantity)), np.random.default_rng(settings.seed)
+    draws = MonteCarloTable(space, generator) if settings.strategy == "monte-carlo" else UniformDraws(space)
     explored, attempts = max(len(scores) + 4, int(settings.explored * settings.evaluations)), 0
     while len(scores) < min(explored, settings.evaluations) and attempts < 20 * explored:
-        try_scheme(draws.draw(generator.uniform(table.low, table.high), generator), "drawn")
+        target = space.low + generator.random() * (space.high - space.low)
+        try_scheme(space.scheme(draws.draw(target, 1, generator)[0]), "drawn")
         attempts += 1
-
-    def cost(scheme: Scheme) -> float:
-        return sum(part(name, precision) for name, precision in scheme.items())
-
+    targets = space.low + (np.arange(settings.targets) + 0.5) / settings.targets * (space.high - space.low)
     for left in range(settings.rounds, 0, -1):
         room = math.ceil((settings.evaluations - len(scores)) / left)
-        if not room or all(len(options) == 1 for options in choices.values()):
+        if not room or (space.sizes == 1).all():
             break
-        until, each = len(scores) + room, math.ceil(room / len(ends))
-        predictor = Predictor(choices, found.evaluated, settings.seed)
-        known = [one.scheme for one in pareto_front(found.evaluated)]
-        for target in generator.sample(ends, len(ends)):
+        until, each = len(scores) + room, math.ceil(room / len(targets))
+        predictor = Predictor(space, space.rows(scores), list(scores.values()), settings.seed)
+        known = space.rows(one.scheme for one in pareto_front(result.evaluated))
+        for target in generator.permutation(targets):
             if len(scores) >= until:
                 break
-            best = [scheme for scheme in genetic(draws, predictor, cost, target, known, settings, generator) if scheme not in scores]
-            for scheme in best[: min(each, until - len(scores))]:
+            best = genetic(draws, predictor, target, known, settings, generator)
+            fresh = (scheme for scheme in map(space.scheme, best) if scheme not in scores)
+            for scheme in list(islice(fresh, min(each, until - len(scores)))):
                 try_scheme(scheme, "searched")
-    drawn = [one for one in found.evaluated if one.origin != "searched"]
-    found.rank_correlation = rank_correlation(choices, drawn, settings.seed)
-    return found
+    drawn = [one for one in result.evaluated if one.origin != "searched"]
+    result.rank_correlation = rank_correlation(space, drawn, settings.seed)
+    return result
 
 
 def _by_program(
@@ -307,10 +346,10 @@ def _by_program(
     try_scheme: Callable[[Scheme, str], None],
     scores: Mapping[Scheme, float],
 ) -> None:
-    """Sensitivities of single layers, lowest bits first, then the schemes that an integer program makes of them, evaluated.
+    """Evaluate the sensitivities of single layers, lowest bits first, then the schemes that an integer program chooses by them.
 
-    Weights and inputs are measured apart, at two thirds of the evaluations; rows that are not measured follow from the widest that is by
-    the noise of rounding, 4^-b.
+    Weights and inputs are measured apart, at two thirds of the evaluations; a row that is not measured follows from the widest one that
+    is, scaled by the noise of rounding, 4^-b.
     """
     lowest, highest = (Scheme({name: end(options, key=_widths) for name, options in choices.items()}) for end in (min, max))
     measured: dict[tuple[str, Precision], float] = {}
@@ -340,13 +379,13 @@ def _by_program(
             if len(scores) >= settings.evaluations:
                 return
             limit = limits[0] + index / pieces * (limits[1] - limits[0])
-            text = {"bits": f"{limit:.6f}bit", "bytes": f"{math.floor(limit)}B", "bops": f"bops={limit:.0f}"}[settings.quantity]
+            budget = Budget(f"{settings.quantity} {limit:g}", (Condition(settings.quantity, limit),))
             with suppress(InfeasibleBudget):
-                try_scheme(allocate(make_problem(choices, table, costs, Budget.parse(text))).scheme, "allocated")
+                try_scheme(allocate(make_problem(choices, table, costs, budget)).scheme, "allocated")
 
 
 def _completed(choices: Choices, highest: Scheme, measured: Mapping[tuple[str, Precision], float]) -> dict[tuple[str, Precision], float]:
-    """Every layer's rows, W and A apart: as measured, none at the highest bits, else scaled by 4^-b from the nearest that was measured."""
+    """Return every layer's rows, W and A apart: as measured, zero at the highest bits, else scaled by 4^-b from the nearest measured."""
     rows: dict[tuple[str, Precision], float] = {}
     for name, options in choices.items():
         for pick, make in ((_weights, lambda b: Precision(b, None)), (_inputs, lambda b: Precision(None, b))):
@@ -374,7 +413,7 @@ def _inputs(precision: Precision) -> int | None:
 
 
 def pareto_front(evaluated: Sequence[Evaluated]) -> list[Evaluated]:
-    """Those that no other beats at the same cost or less, by rising cost."""
+    """Return the schemes that no other beats at the same cost or less, by rising cost."""
     front: list[Evaluated] = []
     for one in sorted(evaluated, key=lambda e: (e.cost, -e.score)):
         if not front or one.score > front[-1].score:
@@ -383,7 +422,7 @@ def pareto_front(evaluated: Sequence[Evaluated]) -> list[Evaluated]:
 
 
 def hypervolume(front: Sequence[Evaluated], cost: float, score: float) -> float:
-    """Area that the front dominates, above `score` and left of `cost`, the corner that counts as nothing."""
+    """Return the area that the front dominates, above `score` and left of `cost`: the corner of no value."""
     area, right = 0.0, cost
     for one in sorted(front, key=lambda e: -e.cost):
         if one.cost < right and one.score > score:

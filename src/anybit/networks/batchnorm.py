@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from anybit.data.batches import Batch, call, evaluating, read_output
 from anybit.errors import UnsupportedModel
-from anybit.networks.layers import float_weight, from_rows, weight_rows
-from anybit.networks.wiring import BATCH_NORMS, COVERED, Wiring, observe_outputs
+from anybit.networks.layer_types import COVERED, type_of
+from anybit.networks.layers import float_bias, float_weight, from_rows, weight_rows
+from anybit.networks.wiring import BATCH_NORMS, BatchNorm, Wiring, observe_outputs
 from anybit.numerics.quantizers import UniformQuantizer
 
 
@@ -50,11 +51,13 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
     pairs = {}
     for layer in wiring.layer_names():
         name = wiring.batch_norm_after(layer)
-        norm, source = (model.get_submodule(name) if name else None), model.get_submodule(layer)
+        if name is None:
+            continue
+        norm, source = model.get_submodule(name), model.get_submodule(layer)
         plain = isinstance(norm, BATCH_NORMS) and type(norm).forward is nn.BatchNorm2d.forward and norm.running_mean is not None
-        plain = plain and source.weight.dtype == torch.float32  # another type has no digits to spare
+        plain = plain and type_of(source).sums and source.weight.dtype == torch.float32  # another type has no digits to spare
         own = weights[id(source.weight)] == 1 and layer not in wiring.read_weights
-        if plain and own and not isinstance(source, nn.Embedding):
+        if plain and own:
             pairs[layer] = name
     return pairs
 
@@ -79,11 +82,11 @@ def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch, out
     own_forward = {name for name in pairs if not any(type(model.get_submodule(name)).forward is cls.forward for cls in COVERED)}
     plain = {name: norm for name, norm in pairs.items() if name not in own_forward}
     for chosen in (lambda: pairs, lambda: plain, lambda: _harmless(model, plain, example, outputs)):
-        kept = chosen()
-        folded, promised = fold(model, kept)
+        folding = chosen()
+        folded, promised = fold(model, folding)
         wiring = _wiring_if_same(folded, example, outputs)
         if wiring is not None:
-            return Folded(folded, dict(kept), promised, wiring)
+            return Folded(folded, dict(folding), promised, wiring)
     raise UnsupportedModel(
         f"Folding the batch norms of {', '.join(pairs)} changes the network's outputs. Fold them yourself before the run."
     )
@@ -116,13 +119,14 @@ def fold(model: nn.Module, pairs: Mapping[str, str]) -> tuple[nn.Module, dict[st
     folded = copy.deepcopy(model)
     promised = {}
     for layer_name, norm_name in pairs.items():
-        layer, norm = folded.get_submodule(layer_name), folded.get_submodule(norm_name)
-        gamma = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight
-        beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
+        layer, norm = folded.get_submodule(layer_name), _batch_norm(folded, norm_name)
+        mean, variance = running_statistics(norm)
+        gamma = torch.ones_like(mean) if norm.weight is None else norm.weight
+        beta = torch.zeros_like(mean) if norm.bias is None else norm.bias
         # In double precision: the fold must not cost the float network anything.
-        gain = gamma.double() / torch.sqrt(norm.running_var.double() + norm.eps)
-        bias = 0.0 if layer.bias is None else layer.bias.double()
-        bias = (bias - norm.running_mean.double()) * gain + beta.double()
+        gain = gamma.double() / torch.sqrt(variance.double() + norm.eps)
+        own = float_bias(layer)
+        bias = ((0.0 if own is None else own.double()) - mean.double()) * gain + beta.double()
         scale_weight(layer, gain)
         layer.bias = nn.Parameter(bias.to(float_weight(layer).dtype))
         promised[layer_name] = ChannelStatistics(beta.detach().clone(), gamma.detach().abs())
@@ -137,13 +141,13 @@ def flip_negative(model: nn.Module, pairs: Mapping[str, str]) -> None:
     Training quantized weights before a fold needs it: a scale times a negative gamma is no scale.
     """
     for layer_name, norm_name in pairs.items():
-        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        layer, norm = model.get_submodule(layer_name), _batch_norm(model, norm_name)
         if norm.weight is None:
             continue
         sign = torch.where(norm.weight < 0, -1.0, 1.0)
         weight = float_weight(layer)
         weight.copy_(from_rows(layer, weight_rows(layer, weight) * sign[:, None]))
-        for tensor in (layer.bias, norm.running_mean, norm.weight):
+        for tensor in (float_bias(layer), norm.running_mean, norm.weight):
             if tensor is not None:
                 tensor.mul_(sign)
 
@@ -155,8 +159,8 @@ def folded_gammas(model: nn.Module, pairs: Mapping[str, str]) -> list[nn.Paramet
 
 
 @torch.no_grad()
-def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[nn.Module] | None = None) -> None:
-    """Set the running statistics of every batch norm (or of `norms`) to those of `batches`, in place; all else runs in evaluation mode."""
+def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[BatchNorm] | None = None) -> None:
+    """Put the running statistics of every batch norm (or of `norms`) to those of `batches`, in place; all else runs in evaluation mode."""
     if norms is None:
         norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.running_mean is not None]
     momenta = [norm.momentum for norm in norms]
@@ -172,6 +176,18 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[nn.Mo
             call(model, batch.inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+
+
+def _batch_norm(model: nn.Module, name: str) -> BatchNorm:
+    norm = model.get_submodule(name)
+    assert isinstance(norm, BATCH_NORMS)
+    return norm
+
+
+def running_statistics(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Running mean and variance, [channels] each, of a batch norm that keeps them."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    return norm.running_mean, norm.running_var
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -230,7 +246,7 @@ def channel_sums(layer: nn.Module, output: Tensor) -> tuple[int, Tensor, Tensor]
 
     Each sample's channel is summed first, where its values lie side by side: far faster than reducing across samples at once.
     """
-    if isinstance(layer, nn.Linear):  # its channels come last
+    if type_of(layer).channels_last:
         rows = output.flatten(0, -2).double()
         return len(rows), rows.sum(0), rows.square().sum(0)
     places = tuple(range(2, output.dim()))

@@ -14,7 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from anybit.errors import InvalidFile, InvalidInput, SchemeMismatch
-from anybit.networks.layers import Pruned, fill, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.networks.layer_types import type_of
+from anybit.networks.layers import (
+    Pruned,
+    QuantizedLayer,
+    fill,
+    float_bias,
+    float_weight,
+    from_rows,
+    quantized_layers,
+    weight_quantizer_of,
+    weight_rows,
+)
 from anybit.numerics.packing import pack, unpack
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.numerics.ranges import activation_range, weight_scale
@@ -46,7 +57,7 @@ class Candidates:
     activations: dict[tuple[str, int], ActivationCandidate] = field(default_factory=dict)
 
     def on(self, device: str) -> "Candidates":
-        """The same candidates on `device`."""
+        """Return the same candidates on `device`."""
 
         def moved(candidate):
             return type(candidate)(*(None if part is None else part.to(device) for part in vars(candidate).values()))
@@ -58,20 +69,20 @@ def weight_candidate(layer: nn.Module, bits: int, estimator: str) -> WeightCandi
     """Round the layer's own weights to nearest within an estimated range."""
     rows = weight_rows(layer, float_weight(layer).detach()).float()
     quantizer = UniformQuantizer(bits, True, weight_scale(rows, bits, estimator))
-    bias = getattr(layer, "bias", None)
+    bias = float_bias(layer)
     return WeightCandidate(quantizer.codes(rows).to(torch.int8), quantizer.scale, None if bias is None else bias.detach().clone())
 
 
 def frozen_candidate(layer: nn.Module) -> WeightCandidate:
-    """What stands in the filled slot of a layer."""
-    quantizer = layer.weight_quantizer
+    """Return the candidate in the filled slot of a layer."""
+    quantizer = weight_quantizer_of(layer)
     codes = quantizer.codes(weight_rows(layer, float_weight(layer))).to(torch.int8)
-    bias = getattr(layer, "bias", None)
+    bias = float_bias(layer)
     return WeightCandidate(codes, quantizer.scale.clone(), None if bias is None else bias.detach().clone())
 
 
 def activation_candidate(samples: Sequence[Tensor], bits: int, estimator: str) -> ActivationCandidate:
-    """The range of a sample of the layer's input values, or of both operands' of a matmul."""
+    """Return the range of a sample of the layer's input values, or of both operands' of a matmul."""
     ranges = [activation_range(sample, bits, estimator) for sample in samples]
     return ActivationCandidate(*ranges[0]) if len(ranges) == 1 else ActivationCandidate(*map(torch.stack, zip(*ranges, strict=True)))
 
@@ -80,21 +91,25 @@ def install(layer: nn.Module, weights: WeightCandidate | None, inputs: Activatio
     """Fill the layer's slots from candidates, in place."""
     weight_quantizer: nn.Module | None = None
     if weights is not None:
-        weight_quantizer = UniformQuantizer(precision.weight_bits, True, weights.scale)
+        assert precision.weight_bits is not None  # those of the candidate
+        weight_quantizer = quantizer = UniformQuantizer(precision.weight_bits, True, weights.scale)
         with torch.no_grad():
-            float_weight(layer).copy_(from_rows(layer, weight_quantizer.values(weights.codes.float())))
+            float_weight(layer).copy_(from_rows(layer, quantizer.values(weights.codes.float())))
             if weights.bias is not None:
-                layer.bias.copy_(weights.bias)
+                bias = float_bias(layer)
+                assert bias is not None  # a candidate has one where its layer has
+                bias.copy_(weights.bias)
     elif precision.weight_bits == 0:
         weight_quantizer = Pruned()
     input_quantizer = None
     if inputs is not None:
+        assert precision.activation_bits is not None
         input_quantizer = UniformQuantizer(precision.activation_bits, False, inputs.scale, inputs.zero_point)
     fill(layer, weight_quantizer, input_quantizer)
 
 
 def apply_scheme(prepared: nn.Module, scheme: Scheme, candidates: Candidates) -> nn.Module:
-    """A copy of the prepared model with each layer's slots filled as `scheme` says: the canonical form."""
+    """Return a copy of the prepared model with each layer's slots filled as `scheme` says: the canonical form."""
     model = copy.deepcopy(prepared)
     layers = quantized_layers(model)
     check_names(scheme, layers, "The model")
@@ -110,13 +125,14 @@ def swapped(model: nn.Module, prepared: nn.Module, name: str, precision: Precisi
     For the length of the block `model` is what `apply_scheme` gives of its scheme with this layer at `precision`, without another copy.
     """
     layer, source = model.get_submodule(name), prepared.get_submodule(name)
+    assert isinstance(layer, QuantizedLayer)
     slots = layer.weight_quantizer, layer.input_quantizer
     own = [tensor for tensor in layer._parameters.values() if tensor is not None]
     values = [tensor.detach().clone() for tensor in own]
     try:
         with torch.no_grad():
-            for tensor, value in zip(own, (p for p in source._parameters.values() if p is not None), strict=True):
-                tensor.copy_(value)
+            for tensor, original in zip(own, (p for p in source._parameters.values() if p is not None), strict=True):
+                tensor.copy_(original)
         _install_chosen(name, layer, precision, candidates)
         yield
     finally:
@@ -128,17 +144,17 @@ def swapped(model: nn.Module, prepared: nn.Module, name: str, precision: Precisi
 
 def _install_chosen(name: str, layer: nn.Module, precision: Precision, candidates: Candidates) -> None:
     """Fill the layer's slots with the candidates of a precision; raises SchemeMismatch where there is none."""
-    takes_input = precision.activation_bits and not isinstance(layer, nn.Embedding)
+    input_bits = precision.activation_bits if type_of(layer).reads_numbers else None
     try:
         weights = candidates.weights[name, precision.weight_bits] if precision.weight_bits else None
-        inputs = candidates.activations[name, precision.activation_bits] if takes_input else None
+        inputs = candidates.activations[name, input_bits] if input_bits else None
     except KeyError as error:
         raise SchemeMismatch(f"There is no candidate for {name} at {precision}. Add the bit-width to those that are prepared.") from error
     install(layer, weights, inputs, precision)
 
 
 def to_tensors(candidates: Candidates) -> dict[str, Tensor]:
-    """The candidates by name, for a file: packed codes, scales and biases apart."""
+    """Return the candidates by name, for a file: packed codes, scales and biases apart."""
     tensors = {}
     for (name, bits), weights in candidates.weights.items():
         tensors[f"{name}|W{bits}|codes"] = torch.from_numpy(pack(weights.codes.cpu().numpy(), bits))
@@ -167,8 +183,8 @@ def from_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, 
         else:
             bits = int(match["activation_bits"])
             candidates.activations[match["name"], bits] = _activation_from(key, tensor, bits)
-    for (name, bits), found in parts.items():
-        candidates.weights[name, bits] = _weights_from(f"{name} at W{bits}", found, bits, *shapes[name])
+    for (name, bits), stored in parts.items():
+        candidates.weights[name, bits] = _weights_from(f"{name} at W{bits}", stored, bits, *shapes[name])
     return candidates
 
 

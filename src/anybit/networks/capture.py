@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, call, map_leaves, real, tensors_in
+from anybit.data.batches import Batch, call, map_leaves, tensors_in, unpadded
 from anybit.errors import AnybitError, UnsupportedModel
-from anybit.networks.matmul import Matmul
+from anybit.networks.layer_types import type_of
 
 
 class _Stop(Exception):
@@ -32,11 +32,11 @@ class CapturedTensor:
     filled: int = 0
 
     @classmethod
-    def like(cls, part: Tensor, batch_size: int, count: int, budget: "MemoryBudget") -> "CapturedTensor":
-        return cls(budget.allocate((count, len(part) // batch_size, *part.shape[1:]), part.dtype))
+    def like(cls, values: Tensor, batch_size: int, count: int, budget: "MemoryBudget") -> "CapturedTensor":
+        return cls(budget.allocate((count, len(values) // batch_size, *values.shape[1:]), values.dtype))
 
-    def add(self, part: Tensor, batch_size: int) -> None:
-        self.tensor[self.filled : self.filled + batch_size].copy_(part.view(batch_size, -1, *part.shape[1:]))
+    def add(self, values: Tensor, batch_size: int) -> None:
+        self.tensor[self.filled : self.filled + batch_size].copy_(values.view(batch_size, -1, *values.shape[1:]))
         self.filled += batch_size
 
     def rows(self, indices: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ class BatchStore:
 
     tensors: list[Tensor]
 
-    def add(self, part: Tensor, budget: "MemoryBudget") -> None:
-        self.tensors.append(budget.allocate(tuple(part.shape), part.dtype).copy_(part))
+    def add(self, values: Tensor, budget: "MemoryBudget") -> None:
+        self.tensors.append(budget.allocate(tuple(values.shape), values.dtype).copy_(values))
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return the tensor of the one batch that `indices` names."""
@@ -95,7 +95,7 @@ def give_back() -> None:
 
 @dataclass
 class Captured:
-    """Hold the inputs and outputs of a module, sample by sample.
+    """Inputs and outputs of a module, sample by sample.
 
     `arguments` are the (args, kwargs) of its forward, as nested as they came, every tensor of the batch replaced by its store; a tensor
     that is the same for all samples (a mask) is kept once. Of padded batches `masks` say which tokens are real; they are kept whole.
@@ -104,7 +104,7 @@ class Captured:
     arguments: tuple[tuple, dict]
     output: CapturedTensor | BatchStore | None
     device: torch.device
-    masks: list[Tensor] | None = None
+    masks: list[Tensor | None] | None = None
 
     def batch(self, indices: Tensor) -> tuple[tuple, dict]:
         """Return (args, kwargs) of the samples `indices` (of padded data: of one batch), on the device they came from."""
@@ -112,6 +112,7 @@ class Captured:
 
     def outputs(self, indices: Tensor) -> Tensor:
         """Return the outputs of the samples `indices` (of padded data: of one batch)."""
+        assert self.output is not None  # asked for
         return self.output.rows(indices).to(self.device)
 
 
@@ -121,15 +122,16 @@ def carry(
 ) -> CapturedTensor | BatchStore:
     """Return a store of `source(indices)`, computed `size` samples at a time, or `count` whole batches one by one."""
     if whole_batches:
-        kept = BatchStore([])
+        whole = BatchStore([])
         for index in chunks(count, 1):
-            kept.add(source(index), budget)
-        return kept
+            whole.add(source(index), budget)
+        return whole
     store: CapturedTensor | None = None
     for indices in chunks(count, size):
-        part = source(indices)
-        store = store or CapturedTensor.like(part, len(indices), count, budget)
-        store.add(part, len(indices))
+        values = source(indices)
+        store = store or CapturedTensor.like(values, len(indices), count, budget)
+        store.add(values, len(indices))
+    assert store is not None  # even of no samples there is one chunk
     return store
 
 
@@ -148,7 +150,8 @@ def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, b
     hooks = [module.register_forward_pre_hook(recorder.before, with_kwargs=True), module.register_forward_hook(recorder.after)]
     try:
         for batch in batches:
-            recorder.batch_size = len(batch)
+            if isinstance(recorder, _Recorder):
+                recorder.batch_size = len(batch)
             with suppress(_Stop):
                 call(model, batch.inputs)
     finally:
@@ -163,9 +166,9 @@ def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, b
 
 
 def _differ_in_length(masks: list[Tensor | None]) -> bool:
-    """Say whether any batch is padded, or has another length than the others: samples of one length stack, masked or not."""
-    given = [mask for mask in masks if mask is not None]
-    return len({mask.shape[1] for mask in given}) > 1 or not all(mask.all() for mask in given)
+    """Return whether any batch is padded, or has another length than the others: samples of one length stack, masked or not."""
+    present = [mask for mask in masks if mask is not None]
+    return len({mask.shape[1] for mask in present}) > 1 or not all(mask.all() for mask in present)
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ class _Recorder:
         self.output: CapturedTensor | None = None
 
     def complete(self, batches: int) -> bool:
-        """Say whether every sample was seen once."""
+        """Return whether every sample was seen once."""
         return all(store is None or store.filled == self.count for store in [*self.stores, self.output])
 
     @property
@@ -196,48 +199,47 @@ class _Recorder:
         """Return the arguments, each tensor as its store or, where all samples share it, as it is."""
 
         def held(place: _Place) -> CapturedTensor | Tensor:
-            shared = self.stores[place.number] is None or (place.number in self.same and self.calls > 1)
-            return self.first[place.number] if shared else self.stores[place.number]
+            store, same = self.stores[place.number], place.number in self.same and self.calls > 1
+            return self.first[place.number] if store is None or same else store
 
         return Captured(map_leaves(self.places, _Place, held), self.output, self.first[0].device)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        parts = [part.detach() for part in tensors_in((args, kwargs))]  # a forward may take gradients of its own
+        tensors = [tensor.detach() for tensor in tensors_in((args, kwargs))]  # a forward may take gradients of its own
         if not self.calls:
-            numbers = iter(range(len(parts)))
+            numbers = iter(range(len(tensors)))
             self.places = map_leaves((args, kwargs), Tensor, lambda _: _Place(next(numbers)))
-            self.first = [part.clone() for part in parts]
-            self.stores = [self._store(part) for part in parts]
-            self.same = set(range(1, len(parts)))  # the first tensor is the data, whatever it holds
+            self.first = [tensor.clone() for tensor in tensors]
+            self.stores = [self._store(tensor) for tensor in tensors]
+            self.same = set(range(1, len(tensors)))  # the first tensor is the data, whatever it holds
         self.calls += 1
-        self.same = {number for number in self.same if torch.equal(parts[number], self.first[number])}
-        for number, (store, part) in enumerate(zip(self.stores, parts, strict=True)):
+        self.same = {number for number in self.same if torch.equal(tensors[number], self.first[number])}
+        for number, (store, tensor) in enumerate(zip(self.stores, tensors, strict=True)):
             if store is not None:
-                self._check(part, store)
-                store.add(part, self.batch_size)
+                self._checked(tensor, store).add(tensor, self.batch_size)
             elif number not in self.same:
-                raise UnsupportedModel(self._refusal(part))
+                raise UnsupportedModel(self._refusal(tensor))
         if not self.outputs:
             raise _Stop
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         _check_tensor(self.name, output)
         self.output = self.output or self._store(output)
-        self._check(output, self.output)
-        self.output.add(output.detach(), self.batch_size)
+        self._checked(output, self.output).add(output.detach(), self.batch_size)
         raise _Stop
 
-    def _store(self, part: Tensor) -> CapturedTensor | None:
-        is_batched = part.dim() and len(part) % self.batch_size == 0
-        return CapturedTensor.like(part, self.batch_size, self.count, self.budget) if is_batched else None
+    def _store(self, values: Tensor) -> CapturedTensor | None:
+        is_batched = values.dim() and len(values) % self.batch_size == 0
+        return CapturedTensor.like(values, self.batch_size, self.count, self.budget) if is_batched else None
 
-    def _check(self, part: Tensor, store: CapturedTensor | None) -> None:
-        if store is None or len(part) != self.batch_size * store.tensor.shape[1]:
-            raise UnsupportedModel(self._refusal(part))
+    def _checked(self, values: Tensor, store: CapturedTensor | None) -> CapturedTensor:
+        if store is None or len(values) != self.batch_size * store.tensor.shape[1]:
+            raise UnsupportedModel(self._refusal(values))
+        return store
 
-    def _refusal(self, part: Tensor) -> str:
+    def _refusal(self, values: Tensor) -> str:
         return (
-            f"Unit {self.name} sees a tensor of shape {tuple(part.shape)} for {self.batch_size} samples, whose rows cannot be told "
+            f"Unit {self.name} sees a tensor of shape {tuple(values.shape)} for {self.batch_size} samples, whose rows cannot be told "
             "apart by sample. Name a larger block around it with --block, or keep its layers float."
         )
 
@@ -258,7 +260,7 @@ class _WholeBatches:
         self.device = torch.device("cpu")
 
     def complete(self, batches: int) -> bool:
-        """Say whether every batch was seen once."""
+        """Return whether every batch was seen once."""
         return all(len(store.tensors) == batches for store in [*self.stores, *([self.output] if self.output else [])])
 
     @property
@@ -266,19 +268,20 @@ class _WholeBatches:
         return Captured(map_leaves(self.places, _Place, lambda place: self.stores[place.number]), self.output, self.device)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        parts = tensors_in((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         if not self.calls:
-            numbers = iter(range(len(parts)))
+            numbers = iter(range(len(tensors)))
             self.places = map_leaves((args, kwargs), Tensor, lambda _: _Place(next(numbers)))
-            self.stores, self.device = [BatchStore([]) for _ in parts], parts[0].device
+            self.stores, self.device = [BatchStore([]) for _ in tensors], tensors[0].device
         self.calls += 1
-        for store, part in zip(self.stores, parts, strict=True):
-            store.add(part, self.budget)
+        for store, tensor in zip(self.stores, tensors, strict=True):
+            store.add(tensor, self.budget)
         if not self.outputs:
             raise _Stop
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         _check_tensor(self.name, output)
+        assert self.output is not None  # else `before` has stopped the pass
         self.output.add(output, self.budget)
         raise _Stop
 
@@ -297,13 +300,13 @@ def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Bat
 
     def keep(name: str) -> Callable:
         def hook(module, args, kwargs) -> None:
-            operands = tensors_in((args, kwargs))[: 2 if isinstance(module, Matmul) else 1]
+            operands = tensors_in((args, kwargs))[: type_of(module).operands]
             samples[name].append([pick(name, operand.detach()) for operand in operands])
 
         return hook
 
     def pick(name: str, tensor: Tensor) -> Tensor:
-        flat = real(tensor, mask).reshape(-1)
+        flat = unpadded(tensor, mask).reshape(-1)
         if not len(flat):
             raise UnsupportedModel(
                 f"Layer {name} reads an input of shape {tuple(tensor.shape)}, without a value. Keep it: --keep '{name}=float'."
@@ -323,5 +326,5 @@ def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Bat
 
 
 def chunks(count: int, size: int) -> Iterator[Tensor]:
-    """Return the indices 0 .. count - 1, `size` at a time."""
+    """Yield indices 0 .. count - 1, `size` at a time."""
     yield from torch.arange(count).split(size)

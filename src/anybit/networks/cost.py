@@ -1,21 +1,25 @@
-"""What a layer costs at a precision: bits, bytes of the file, BOPs.
+"""Count what a layer costs at a precision: bits, bytes of the file, BOPs. `budget.py` makes the quantities of a budget from these counts.
 
-`scheme.py` states what each quantity counts. Everything here is exact: `file_size` of a scheme is the size that `checkpoint` writes.
+Everything here is exact: `file_size` of a scheme is the size of the file that is written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from anybit.budget import cost_quantities
 from anybit.networks.latency import LatencyTable
-from anybit.networks.layers import float_weight, weight_rows
-from anybit.networks.matmul import Matmul
+from anybit.networks.layer_types import type_of
+from anybit.networks.layers import float_weight, rows_shape
 from anybit.networks.states import STORED_TYPES, leftovers, spec_of
 from anybit.networks.wiring import Wiring
 from anybit.numerics.packing import PACKED_METADATA, PackedLayer, TensorSpec, file_bytes, layout, packed_bytes
 from anybit.scheme import FLOAT_BITS, Precision, Scheme
+
+HEADER_SLACK = 64
+"""Bytes of a file's header, at most, that depend on the choice (digits of offsets and shapes); reserved when bytes are limited."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,8 @@ class CostModel:
         layers = {}
         for name in names:
             layer = prepared.get_submodule(name)
-            rows = weight_rows(layer, float_weight(layer))
             macs = macs_per_sample(layer, name, wiring) if wiring else 0
-            layers[name] = LayerSize(rows.shape[0], rows.shape[1], macs, operands_of(layer))
+            layers[name] = LayerSize(*rows_shape(layer), macs, type_of(layer).operands)
         float32 = [name for name in names if float_weight(prepared.get_submodule(name)).dtype == torch.float32]
         leftover, others = leftovers(prepared, float32)  # a weight of another type is kept, under its own key
         numbers = sum(tensor.numel() for tensor in leftover.values())
@@ -70,7 +73,7 @@ class CostModel:
         return cls(layers, numbers, {key: spec_of(t) for key, t in others.items()}, edges, file_bytes(float_state))
 
     def weight_bits(self, scheme: Scheme) -> float:
-        """Mean stored bits of a weight."""
+        """Return mean stored bits of a weight."""
         total = sum(self.layers[name].weights for name in scheme)
         return sum(self.layers[name].weights * precision.stored_weight_bits for name, precision in scheme.items()) / total
 
@@ -84,7 +87,7 @@ class CostModel:
         return size.macs * (activation_bits if size.operands == 2 else precision.stored_weight_bits) * activation_bits
 
     def layer_bytes(self, name: str, precision: Precision) -> int:
-        """Bytes that the layer's weight and quantizers add to the file, its share of the header aside."""
+        """Return bytes that the layer's weight and quantizers add to the file, its share of the header aside."""
         size = self.layers[name]
         inputs = 5 * size.operands if precision.activation_bits else 0
         if precision.weight_bits is None:
@@ -106,42 +109,24 @@ class CostModel:
         return file_bytes(layout(stored, self.edges, self.leftover + kept_float, self.others), PACKED_METADATA)
 
     def overhead(self, scheme: Scheme) -> int:
-        """Bytes of the file that no choice of bits changes, a few bytes of header aside."""
+        """Return bytes of the file that no choice of bits changes, a few bytes of header aside."""
         return self.file_size(scheme) - sum(self.layer_bytes(name, precision) for name, precision in scheme.items())
 
+    def fixed_bytes(self, choices: Mapping[str, Sequence[Precision]]) -> int:
+        """Return bytes of the file that no choice of bits changes, up to `HEADER_SLACK` of the header aside."""
+        most = {name: max(choices[name], key=lambda p: (bool(p.weight_bits), bool(p.activation_bits))) for name in choices}
+        return self.overhead(Scheme(most))
+
+    def reserved_bytes(self, choices: Mapping[str, Sequence[Precision]]) -> int:
+        """`fixed_bytes`, and room for the header that depends on the choice."""
+        return self.fixed_bytes(choices) + HEADER_SLACK
+
     def summary(self, scheme: Scheme) -> dict:
-        """All quantities of one scheme, for a report."""
-        size = self.file_size(scheme)
-        return {
-            "weight_bits": self.weight_bits(scheme),
-            "bytes": size,
-            "percent": 100 * size / self.float_bytes,
-            "bops": self.bops(scheme),
-        } | ({"latency": self.latency.total(scheme)} if self.latency else {})
+        """Count every quantity of one scheme, for a report."""
+        return {cost.report_key: cost.total(self, scheme) for cost in cost_quantities() if cost.is_known(self)}
 
 
 def macs_per_sample(layer: nn.Module, name: str, wiring: Wiring) -> int:
-    """Multiply-accumulates of one sample, from the observed shapes; none for an embedding."""
-    operation = wiring.operation(name)
-    if isinstance(layer, nn.Embedding):
-        return 0
-    weights = float_weight(layer).numel()
-    if isinstance(layer, Matmul):
-        return _product(operation.shape) * wiring.input_shapes[name][-1] // wiring.batch_size
-    if isinstance(layer, nn.Linear):
-        return weights * _product(operation.shape[:-1]) // wiring.batch_size
-    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return weights * _product(wiring.input_shapes[name][2:])
-    return weights * _product(operation.shape[2:])
-
-
-def operands_of(layer: nn.Module) -> int:
-    """How many activations a layer reads."""
-    return 2 if isinstance(layer, Matmul) else 1
-
-
-def _product(numbers) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result
+    """Count the multiply-accumulates of one sample, from the observed shapes."""
+    weights, output_shape = float_weight(layer).numel(), wiring.operation(name).shape
+    return type_of(layer).macs(weights, wiring.input_shapes[name], output_shape, wiring.batch_size)

@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, real
-from anybit.networks.matmul import Matmul
+from anybit.data.batches import Batch, unpadded
+from anybit.networks.layer_types import type_of
 from anybit.networks.wiring import LAYER, Wiring, observe
 
 
-def observe_edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch], part: int = 8) -> dict[str, tuple[float, float]]:
-    """(low, high) of every edge of the finished model over `batches`, for integer runtimes; every tensor of `part` samples at once."""
+def observe_edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch], chunk_size: int = 8) -> dict[str, tuple[float, float]]:
+    """(low, high) of every edge of the finished model over `batches`, for integer runtimes; `chunk_size` samples at once."""
     names, pairs = set(wiring.edges()), _token_pairs(model, wiring)
     ends: dict[str, tuple[float, float]] = {}
 
@@ -19,19 +19,19 @@ def observe_edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batc
 
     def widen(name: str, tensor: Tensor) -> None:
         if name in names and tensor.is_floating_point():
-            tensor = _of_real_pairs(tensor, mask) if name in pairs and mask is not None else real(tensor, mask)
+            tensor = _unpadded_pairs(tensor, mask) if name in pairs and mask is not None else unpadded(tensor, mask)
             low, high = ends.get(name, (float("inf"), float("-inf")))
             ends[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))
 
     for batch in batches:
-        for some in batch.parts(part):
-            mask = some.mask
-            observe(model, some, widen)
+        for chunk in batch.parts(chunk_size):
+            mask = chunk.mask
+            observe(model, chunk, widen)
     return {name: ends.get(name, (0.0, 0.0)) for name in wiring.edges()}
 
 
 def as_ranges(record: Mapping[str, Any], wiring: Wiring) -> dict[str, tuple[float, float]]:
-    """A kept record of edge ranges."""
+    """Return a kept record of edge ranges."""
     return {name: (float(record[name][0]), float(record[name][1])) for name in wiring.edges()}
 
 
@@ -42,14 +42,14 @@ def _token_pairs(model: nn.Module, wiring: Wiring) -> set[str]:
     values: set[int] = set()
     for op in wiring.operations:
         layer = model.get_submodule(op.name) if op.kind == LAYER else None
-        if (layer is None and values & set(op.inputs)) or (isinstance(layer, Matmul) and layer.transposed):
+        if (layer is None and values & set(op.inputs)) or (layer is not None and type_of(layer).pairs_tokens(layer)):
             names.add(op.name)
             values |= set(op.outputs)
     return names
 
 
-def _of_real_pairs(tensor: Tensor, mask: Tensor) -> Tensor:
-    """The numbers of `tensor` [N, ..., T, T] that are of two real tokens; all of a tensor of another shape."""
+def _unpadded_pairs(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return the numbers of `tensor` [N, ..., T, T] that are of two real tokens; all of a tensor of another shape."""
     count, length = mask.shape
     if tensor.dim() < 3 or tensor.shape[0] != count or tensor.shape[-2:] != (length, length):
         return tensor

@@ -36,11 +36,11 @@ class LatencyTable:
     products: Sequence[str] = ()
 
     def kernel(self, name: str, precision: Precision) -> str:
-        """What the layer runs as."""
+        """Return what the layer runs as: "int8" or "float32"."""
         return kernel_class(precision, name in self.products)
 
     def layer(self, name: str, precision: Precision) -> float:
-        """The layer's seconds; of a float one with both its boundaries, as if its neighbours computed on integers."""
+        """Return the layer's seconds; of a float one with both its boundaries, as if its neighbours computed on integers."""
         kernel = self.kernel(name, precision)
         return self.layers[name][kernel] + (self.boundary * self.crossing([name]) if kernel == "float32" else 0.0)
 
@@ -57,11 +57,11 @@ class LatencyTable:
         return max(0, self._crossing({*floats, *self.fixed}) - self._crossing(set(self.fixed)))
 
     def _crossing(self, floats: Set[str]) -> int:
-        """What is given is float and crosses for nothing; a function of one value stays where that is; a join is on integers where one of
-        its values is."""
+        """Inputs cross free; one-input functions stay on their input's side; a join is integer if any operand is."""
         kinds: dict[int, str] = {}
         crossed: set[int] = set()
         numbers = {value: step.numbers for step in self.steps for value in step.outputs}
+        kind: str | None
         for step in self.steps:
             read = {kinds[value] for value in step.inputs if value in kinds}
             if step.layer is not None:
@@ -74,5 +74,5 @@ class LatencyTable:
 
 
 def kernel_class(precision: Precision, product: bool = False) -> str:
-    """What a layer runs as: "int8" where input and weights (a product has none) are quantized, whatever the bits, else "float32"."""
+    """Return what a layer runs as: "int8" where input and weights (a product has none) are quantized, whatever the bits, else "float32"."""
     return "int8" if precision.activation_bits is not None and (product or precision.weight_bits is not None) else "float32"

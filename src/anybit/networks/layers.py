@@ -10,28 +10,32 @@ of inputs; `weight_rows` and `from_rows` convert. A matmul has no weight, which 
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from anybit.errors import UnsupportedModel
+from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.matmul import Matmul
-from anybit.networks.wiring import COVERED, Wiring
-from anybit.numerics.quantizers import UniformQuantizer
+from anybit.networks.wiring import Wiring
+from anybit.numerics.quantizers import UniformQuantizer, frozen
 from anybit.scheme import Precision, Scheme
 
 
-class QuantizedLayer:
+class QuantizedLayer(nn.Module):
     """Mixin of every swapped class: the two slots and the weight that reads through one of them."""
 
     weight_quantizer: nn.Module | None
     input_quantizer: nn.Module | None
+    bias: nn.Parameter | None
     weight_group: int | None = None
 
     @property
     def weight(self) -> Tensor:
         """The weight as the layer computes with it: through the slot where one is filled."""
         weight = self._parameters["weight"]
+        assert weight is not None  # `prepare` refuses a computed one
         if self.weight_quantizer is None:
             return weight
         return from_rows(self, self.weight_quantizer(weight_rows(self, weight)))
@@ -45,40 +49,8 @@ class QuantizedLayer:
         return super().forward(*args, **kwargs)
 
 
-class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
-    pass
-
-
-class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
-    pass
-
-
-class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
-    pass
-
-
-class QuantizedConvTranspose1d(QuantizedLayer, nn.ConvTranspose1d):
-    pass
-
-
-class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
-    pass
-
-
-class QuantizedConvTranspose3d(QuantizedLayer, nn.ConvTranspose3d):
-    pass
-
-
-class QuantizedLinear(QuantizedLayer, nn.Linear):
-    pass
-
-
-class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
-    pass
-
-
 class QuantizedMatmul(QuantizedLayer, Matmul):
-    weight = None
+    weight = None  # type: ignore[assignment]  # the one layer without a weight: all else reads a Tensor
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         if self.input_quantizer is not None:
@@ -86,18 +58,20 @@ class QuantizedMatmul(QuantizedLayer, Matmul):
         return Matmul.forward(self, left, right)
 
 
-_SWAPPED = {cls.__mro__[2]: cls for cls in QuantizedLayer.__subclasses__()}  # nn.Conv2d -> QuantizedConv2d, ...
+_SWAPPED: dict[type[nn.Module], type[QuantizedLayer]] = {Matmul: QuantizedMatmul}  # nn.Conv2d -> QuantizedConv2d, ...
 
 
-def _swapped_class(cls: type) -> type:
-    """The quantized subclass of `cls`, made on first use for a class of the user's own."""
+def _swapped_class(cls: type[nn.Module]) -> type[QuantizedLayer]:
+    """Return the quantized subclass of `cls`, made on first use."""
     if cls not in _SWAPPED:
-        pickled = {"__reduce__": lambda self: (_new_swapped, (cls,), self.__dict__)}  # its class is found through the user's
-        _SWAPPED[cls] = type(f"Quantized{cls.__name__}", (QuantizedLayer, cls), {"__module__": cls.__module__, **pickled})
+        pickled = {"__reduce__": lambda self: (_new_swapped, (cls,), self.__dict__)}  # its class is found through the float one
+        # One of torch's own is not said to be of torch: what torch knows of its modules does not hold of it.
+        module = __name__ if cls in COVERED else cls.__module__
+        _SWAPPED[cls] = type(f"Quantized{cls.__name__}", (QuantizedLayer, cls), {"__module__": module, **pickled})
     return _SWAPPED[cls]
 
 
-def _new_swapped(cls: type) -> nn.Module:
+def _new_swapped(cls: type[nn.Module]) -> QuantizedLayer:
     swapped = _swapped_class(cls)
     return swapped.__new__(swapped)
 
@@ -152,10 +126,10 @@ def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
 
 
 def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] = (), groups: Mapping[str, int] = {}) -> nn.Module:
-    """A copy of `model` whose layers `names` have empty slots; its outputs are bitwise those of `model`.
+    """Return a copy of `model` whose layers `names` have empty slots; its outputs are bitwise those of `model`.
 
     `groups` are the layers that have a weight scale for each so many inputs of a channel, instead of one a channel.
-    Raises UnsupportedModel where a name is not a layer that anybit covers, or where two that are not `kept_float` share a weight.
+    Raise UnsupportedModel where a name is not a layer that anybit covers, or where two that are not `kept_float` share a weight.
     """
     names = list(names)
     check_float32(model, [name for name in names if name not in kept_float])
@@ -171,9 +145,7 @@ def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] 
         layer = prepared.get_submodule(name)
         if not isinstance(layer, COVERED):
             raise UnsupportedModel(f"{name} is a {type(layer).__name__}; anybit covers {', '.join(cls.__name__ for cls in COVERED)}.")
-        parameter = layer._parameters.get("weight")
-        if isinstance(layer, Matmul):
-            parameter = float_weight(layer)
+        parameter = layer._parameters.get("weight") if type_of(layer).has_weights else float_weight(layer)
         if parameter is None:
             raise UnsupportedModel(f"{name}: the weight is computed (a parametrization or weight norm). Remove the parametrization first.")
         sharing = owners.get(id(parameter), [])
@@ -190,6 +162,7 @@ def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] 
         if isinstance(layer, nn.Embedding):
             layer.sparse = False  # a quantizer passes no sparse gradient on
         layer.__class__ = _swapped_class(type(layer))
+        assert isinstance(layer, QuantizedLayer)
         layer.register_module("weight_quantizer", None)
         layer.register_module("input_quantizer", None)
         if name in groups:
@@ -210,7 +183,7 @@ def check_float32(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself; where it or a part of it is wrapped (DataParallel, torch.compile), a copy without the wrappers.
+    """Return the network itself; where it or a part of it is wrapped (DataParallel, torch.compile), a copy without the wrappers.
 
     Layers so have the names that the network's author gave them, and their forward is Python that can be observed.
     """
@@ -229,7 +202,7 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 
 def takes_groups(layer: nn.Module, group: int) -> bool:
     """Whether the layer's weight can have a scale for each `group` inputs of a channel: a linear or an embedding of a multiple of them."""
-    return isinstance(layer, (nn.Linear, nn.Embedding)) and layer.weight.shape[1] % group == 0
+    return type_of(layer).grouped and float_weight(layer).shape[1] % group == 0
 
 
 def _checked_group(name: str, layer: nn.Module, group: int) -> int:
@@ -239,42 +212,77 @@ def _checked_group(name: str, layer: nn.Module, group: int) -> int:
     return group
 
 
-def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Name -> layer with slots, in the model's order of definition."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
 def float_weight(layer: nn.Module) -> nn.Parameter:
-    """The stored weight, whatever is in the slot; an empty one of a matmul."""
-    return nn.Parameter(torch.empty(0, 0)) if isinstance(layer, Matmul) else layer._parameters["weight"]
+    """Return the stored weight, whatever is in the slot; an empty one of a matmul."""
+    weight = layer._parameters["weight"] if type_of(layer).has_weights else nn.Parameter(torch.empty(0, 0))
+    assert weight is not None  # a computed one is refused before
+    return weight
+
+
+def float_bias(layer: nn.Module) -> Tensor | None:
+    """Return the bias; None where the layer has none."""
+    return getattr(layer, "bias", None)
 
 
 def weight_rows(layer: nn.Module, weight: Tensor) -> Tensor:
     """`weight` as rows [output channels, fan-in]; for an embedding a row is a word. With groups, each group of a channel is a row."""
-    if not isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        group = getattr(layer, "weight_group", None)
-        return weight.flatten(1) if group is None else weight.reshape(-1, group)
-    # [in, out / groups, ...] -> [groups, in / groups, out / groups, ...] -> [groups, out / groups, in / groups, ...]
-    grouped = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)
-    return grouped.flatten(0, 1).flatten(1)
+    group = getattr(layer, "weight_group", None)
+    return type_of(layer).rows(layer, weight) if group is None else weight.reshape(-1, group)
+
+
+def rows_shape(layer: nn.Module) -> tuple[int, int]:
+    """(rows, columns) of the layer's weight as `weight_rows` lays it out."""
+    rows = weight_rows(layer, float_weight(layer))
+    return rows.shape[0], rows.shape[1]
 
 
 def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
-    """The inverse of `weight_rows`."""
-    weight = float_weight(layer)
-    if not isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return rows.view(weight.shape)
-    grouped = rows.view(layer.groups, weight.shape[1], weight.shape[0] // layer.groups, *weight.shape[2:])
-    return grouped.transpose(1, 2).flatten(0, 1)
+    """Lay out rows as the layer's weight: the inverse of `weight_rows`."""
+    shape = float_weight(layer).shape
+    return type_of(layer).weight(layer, rows, shape) if getattr(layer, "weight_group", None) is None else rows.view(shape)
 
 
 @torch.no_grad()
-def fill(layer: nn.Module, weights: nn.Module | None, inputs: UniformQuantizer | None) -> None:
+def fill(layer: nn.Module, weights: nn.Module | None, inputs: nn.Module | None) -> None:
     """Put quantizers into the slots and round the stored weight onto the grid, so that weight and codes say the same."""
+    assert isinstance(layer, QuantizedLayer)
     if weights is not None:
         parameter = float_weight(layer)
         parameter.copy_(from_rows(layer, weights(weight_rows(layer, parameter))))
     layer.weight_quantizer, layer.input_quantizer = weights, inputs
+
+
+@runtime_checkable
+class TrainedWeight(Protocol):
+    """A weight quantizer in training."""
+
+    def freeze(self, rows: Tensor) -> tuple[Tensor, UniformQuantizer | None]:
+        """Return the values of the stored rows on the grid, and the uniform quantizer; None: pruned."""
+
+
+@runtime_checkable
+class TrainedInput(Protocol):
+    """An input quantizer in training."""
+
+    def freeze(self) -> UniformQuantizer:
+        """Return the uniform quantizer of the trained range."""
+
+
+@torch.no_grad()
+def freeze_slots(layer: nn.Module) -> None:
+    """Put uniform quantizers into the slots in place of those that were trained, and round the stored weight onto their grid."""
+    assert isinstance(layer, QuantizedLayer)
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    if isinstance(weights, TrainedWeight):
+        values, quantizer = weights.freeze(weight_rows(layer, float_weight(layer)))
+        float_weight(layer).copy_(from_rows(layer, values))
+        weights = Pruned() if quantizer is None else quantizer
+    fill(layer, weights, inputs.freeze() if isinstance(inputs, TrainedInput) else inputs)
 
 
 @torch.no_grad()
@@ -291,16 +299,18 @@ def emptied(model: nn.Module) -> nn.Module:
 
 
 def scheme_of(model: nn.Module) -> Scheme:
-    """The scheme that the model's filled slots spell out."""
+    """Return the scheme that the model's filled slots spell out."""
     return Scheme({name: _precision_of(layer) for name, layer in quantized_layers(model).items()})
 
 
-def _precision_of(layer: nn.Module) -> Precision:
-    if isinstance(layer.weight_quantizer, Pruned):
-        weight_bits = 0
-    else:
-        weight_bits = None if layer.weight_quantizer is None else layer.weight_quantizer.bits
-    return Precision(weight_bits, None if layer.input_quantizer is None else layer.input_quantizer.bits)
+def _precision_of(layer: QuantizedLayer) -> Precision:
+    return Precision(_bits_of(layer.weight_quantizer), _bits_of(layer.input_quantizer))
+
+
+def _bits_of(quantizer: nn.Module | None) -> int | None:
+    if quantizer is None or isinstance(quantizer, Pruned):
+        return None if quantizer is None else 0
+    return frozen(quantizer).bits
 
 
 class Pruned(nn.Module):
@@ -310,6 +320,12 @@ class Pruned(nn.Module):
         return torch.zeros_like(rows)
 
 
+def weight_quantizer_of(layer: nn.Module) -> UniformQuantizer:
+    """Return the quantizer in a weight slot that is filled with a uniform one."""
+    assert isinstance(layer, QuantizedLayer)
+    return frozen(layer.weight_quantizer)
+
+
 def codes_of(layer: nn.Module) -> Tensor:
-    """Integer codes [channels, fan-in] of a layer whose weight slot is filled, as int8."""
-    return layer.weight_quantizer.codes(weight_rows(layer, float_weight(layer))).to(torch.int8)
+    """Return integer codes [channels, fan-in] of a layer whose weight slot is filled, as int8."""
+    return weight_quantizer_of(layer).codes(weight_rows(layer, float_weight(layer))).to(torch.int8)

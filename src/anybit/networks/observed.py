@@ -12,8 +12,8 @@ from anybit.networks import batchnorm
 from anybit.networks.candidates import Candidates, activation_candidate, apply_scheme, weight_candidate
 from anybit.networks.capture import input_samples
 from anybit.networks.cost import CostModel
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import check_float32, check_plain_use, coverage, prepare, quantized_layers
-from anybit.networks.matmul import Matmul
 from anybit.networks.options import LayerOptions, group_sizes, layer_choices
 from anybit.networks.refusals import check_differentiable, check_network, check_outputs, moving_state, observed_pass
 from anybit.networks.states import check_finite_weights, restore, state_of
@@ -50,9 +50,9 @@ class ObservedNetwork:
         return list(self.choices)
 
     def uniform(self, weight_bits: int, activation_bits: int | None) -> Scheme:
-        """Return the scheme of these bits everywhere, except in kept layers; embeddings have no activation bits, matmuls no weights."""
-        wanted = (Precision(weight_bits, activation_bits), Precision(weight_bits, None), Precision(None, activation_bits))
-        return Scheme({n: next((p for p in wanted if p in options), options[0]) for n, options in self.choices.items()})
+        """These bits everywhere, except in kept layers; embeddings have no activation bits, matmuls no weights."""
+        precisions = (Precision(weight_bits, activation_bits), Precision(weight_bits, None), Precision(None, activation_bits))
+        return Scheme({n: next((p for p in precisions if p in options), options[0]) for n, options in self.choices.items()})
 
 
 def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> ObservedNetwork:
@@ -63,15 +63,15 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     check_float32(
         model, [name for name in covered if name not in options.kept_float(covered)]
     )  # before a type that differs makes the network refuse its input
-    given = state_of(model)
+    before = state_of(model)
     first = observed_pass(model, example)
     names, uncovered = coverage(model, first.wiring)
     if not names:
         others = "".join(f" {name or 'The network itself'}: {why}." for name, why in uncovered.items())
         raise UnsupportedModel(f"The model has no layer to quantize: no convolution, linear or embedding ran on the data.{others}")
-    kept, kept_float = match_patterns(options.keep, names), options.kept_float(names)
+    pinned, kept_float = match_patterns(options.keep, names), options.kept_float(names)
     check_plain_use(first.wiring, [name for name in names if name not in kept_float])
-    moving, last = moving_state(model, example, given, first)
+    moving, last = moving_state(model, example, before, first)
     with torch.no_grad():
         outputs = read_output(last.output, example)
     check_outputs(model, outputs, example)
@@ -81,9 +81,9 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
         restore(network, moving)
     prepared = prepare(folded, names, kept_float, group_sizes(folded, [name for name in names if name not in norms], options.group))
     layers = quantized_layers(prepared)
-    choices = {name: layer_choices(layers[name], kept.get(name), options) for name in names}
+    choices = {name: layer_choices(layers[name], pinned.get(name), options) for name in names}
     blocks = wiring.blocks(list(options.blocks) if options.blocks is not None else None) if options.unit == "block" else []
-    fitted = {name for name in names if is_reconstructed(layers[name]) and any(p.weight_bits for p in choices[name])}
+    fitted = {name for name in names if type_of(layers[name]).sums and any(p.weight_bits for p in choices[name])}
     units = [unit for unit in wiring.units(names, blocks) if fitted & set(unit.layers)]
     costs = CostModel.of(prepared, names, wiring, len(wiring.edges()), model)
     if options.gradients:
@@ -91,23 +91,17 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     return ObservedNetwork(model, folded, prepared, wiring, norms, fold.promised, choices, uncovered, units, costs, options, moving)
 
 
-def is_reconstructed(layer: nn.Module) -> bool:
-    """Say whether AdaQuant has anything to do: not for an embedding, whose words are looked up and never summed, so that rounding each to
-    nearest is the least error already; nor for a matmul."""
-    return not isinstance(layer, (nn.Embedding, Matmul))
-
-
 def unobserved_network(model: nn.Module, options: LayerOptions) -> ObservedNetwork:
-    """Return all that is known of `model` before any input is seen: nothing folded, no units, no shapes."""
+    """Describe `model` before any input is seen: nothing folded, no units, no shapes."""
     check_network(model)
     check_finite_weights(model)
     names, uncovered = coverage(model)
     if not names:
         raise UnsupportedModel("The model has no layer to quantize: no convolution, linear or embedding.")
-    kept, kept_float = match_patterns(options.keep, names), options.kept_float(names)
+    pinned, kept_float = match_patterns(options.keep, names), options.kept_float(names)
     prepared = prepare(model, names, kept_float, group_sizes(model, names, options.group))
     layers = quantized_layers(prepared)
-    choices = {name: layer_choices(layers[name], kept.get(name), options) for name in names}
+    choices = {name: layer_choices(layers[name], pinned.get(name), options) for name in names}
     costs = CostModel.of(prepared, names, None, 0, model)
     return ObservedNetwork(model, model, prepared, Wiring((), {}, {}, (), (), 0), {}, {}, choices, uncovered, [], costs, options)
 
@@ -116,16 +110,14 @@ def check_kinds(scheme: Scheme, network: ObservedNetwork) -> None:
     """Raise SchemeMismatch where a scheme gives bits to what a layer does not have."""
     for name, precision in scheme.items():
         layer = network.folded.get_submodule(name)
-        if isinstance(layer, nn.Embedding) and precision.activation_bits is not None:
-            raise SchemeMismatch(f"{name} is an embedding, whose input is no activation: write {Precision(precision.weight_bits)}.")
-        if isinstance(layer, Matmul) and precision.weight_bits is not None:
-            raise SchemeMismatch(
-                f"{name} is a product of activations, without weights: write {Precision(None, precision.activation_bits)}."
-            )
+        kind = type_of(layer)
+        possible = Precision(precision.weight_bits if kind.has_weights else None, precision.activation_bits if kind.reads_numbers else None)
+        if precision != possible:
+            raise SchemeMismatch(f"{name} {kind.refusal}: write {possible}.")
 
 
 def has_choice(network: ObservedNetwork) -> bool:
-    """Say whether any layer has more than one precision to choose from."""
+    """Return whether any layer has more than one precision to choose from."""
     return any(len(precisions) > 1 for precisions in network.choices.values())
 
 

@@ -1,4 +1,4 @@
-"""What observing a network needs to know: which layers get which precisions, and what is reconstructed as one unit."""
+"""Options of observing a network: which layers get which precisions, and what is reconstructed as one unit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from anybit.errors import InvalidSetting
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import takes_groups
-from anybit.networks.matmul import Matmul
 from anybit.scheme import Precision, match_patterns
 
 
@@ -29,7 +29,7 @@ class LayerOptions:
     gradients: bool = False
 
     def kept_float(self, names: Sequence[str]) -> list[str]:
-        """The layers whose weights stay float."""
+        """Return the layers whose weights stay float."""
         return [name for name, precision in match_patterns(self.keep, names).items() if precision.weight_bits is None]
 
 
@@ -43,12 +43,12 @@ def group_sizes(model: nn.Module, names: Sequence[str], group: int | None) -> di
     return groups
 
 
-def layer_choices(layer: nn.Module, kept: Precision | None, options: LayerOptions) -> list[Precision]:
-    """The precisions that a layer may get: every pair of bit-widths of the operands that it has, or `kept` alone."""
-    weight_bits: Sequence[int | None] = sorted(options.weight_bits) if kept is None else (kept.weight_bits,)
-    activation_bits = sorted(options.activation_bits, key=lambda bits: bits or 32) if kept is None else (kept.activation_bits,)
-    if isinstance(layer, nn.Embedding):  # it reads numbers of words
+def layer_choices(layer: nn.Module, pinned: Precision | None, options: LayerOptions) -> list[Precision]:
+    """Return the precisions that a layer may get: every pair of bit-widths of the operands that it has, or `pinned` alone."""
+    weight_bits: Sequence[int | None] = sorted(options.weight_bits) if pinned is None else (pinned.weight_bits,)
+    activation_bits = sorted(options.activation_bits, key=lambda bits: bits or 32) if pinned is None else (pinned.activation_bits,)
+    if not type_of(layer).reads_numbers:
         activation_bits = (None,)
-    if isinstance(layer, Matmul):  # it reads activations alone
+    if not type_of(layer).has_weights:
         weight_bits = (None,)
     return [Precision(w, a) for w in weight_bits for a in activation_bits]

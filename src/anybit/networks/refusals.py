@@ -20,9 +20,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from anybit.data.batches import Batch, evaluating, predict
 from anybit.errors import AnybitError, UnsupportedModel
-from anybit.networks.matmul import Matmul
+from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.states import STORED_TYPES
-from anybit.networks.wiring import COVERED, Wiring, observe_outputs
+from anybit.networks.wiring import Wiring, observe_outputs
 
 _REMOVERS = {
     WeightNorm: "torch.nn.utils.remove_weight_norm",
@@ -40,12 +40,12 @@ def check_network(model: nn.Module) -> None:
         _check_name(name)
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModel(f"{where} is TorchScript, whose layers cannot be changed. Give the Python module that it was made from.")
-        if isinstance(module, COVERED) and not isinstance(module, Matmul):
+        if isinstance(module, COVERED) and type_of(module).has_weights:
             _check_not_computed(where, module)
-        kept = {key for key in module._buffers if key not in module._non_persistent_buffers_set}
+        stored = {key for key in module._buffers if key not in module._non_persistent_buffers_set}
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             _check_name(key)
-            _check_tensor(f"{name}.{key}".lstrip("."), tensor, key in module._parameters or key in kept)
+            _check_tensor(f"{name}.{key}".lstrip("."), tensor, key in module._parameters or key in stored)
 
 
 def _check_name(name: str) -> None:
@@ -131,7 +131,7 @@ def _checksum(tensor: Tensor) -> int:
     if torch._C._functorch.is_batchedtensor(tensor):  # its bytes cannot be had
         return 0
     flat = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy())
+    return zlib.crc32(flat.view(torch.uint8).numpy().data)
 
 
 def moving_state(
@@ -154,7 +154,7 @@ def moving_state(
             f"The network runs once on an input and not again ({_said(error)}). Reset what it keeps in each pass."
         ) from error
     after = model.state_dict()
-    moved = {key: before.get(key) for key in before | after if not _same(before.get(key), after.get(key))}
+    moved = {key: before.get(key) for key in {**before, **after} if not _same(before.get(key), after.get(key))}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key in moved:
         if key in parameters:
@@ -163,10 +163,10 @@ def moving_state(
                 "alone (of an embedding: max_norm=None)."
             )
     if name is not None:
-        kept = f" It keeps {', '.join(moved)}." if moved else ""
+        note = f" It keeps {', '.join(moved)}." if moved else ""
         raise UnsupportedModel(
             f"The same inputs give other outputs the second time, from {name} on: the network draws at random or keeps what it saw."
-            f"{kept} Make it repeat itself in evaluation mode."
+            f"{note} Make it repeat itself in evaluation mode."
         )
     return moved, last
 
@@ -187,8 +187,8 @@ def _first_difference(first: ObservedPass, second: ObservedPass) -> str | None:
     counts = set(wiring.output_values or (number for op in wiring.operations for number in op.outputs))
     for op in reversed(wiring.operations):
         counts.update(op.inputs if counts & set(op.outputs) else ())
-    made = [*((number,) for number in wiring.input_values), *(op.outputs for op in wiring.operations if op.outputs)]
-    for one, other, numbers in zip(first.values, second.values, made, strict=False):
+    values = [*((number,) for number in wiring.input_values), *(op.outputs for op in wiring.operations if op.outputs)]
+    for one, other, numbers in zip(first.values, second.values, values, strict=False):
         if one[0] != other[0] or (one != other and counts & set(numbers)):
             return one[0]
     return None if len(first.values) == len(second.values) else "its last operation"

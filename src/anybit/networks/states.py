@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from anybit.errors import InvalidFile, UnsupportedModel
 from anybit.networks.candidates import ActivationCandidate, Candidates, from_tensors, frozen_candidate, to_tensors
-from anybit.networks.layers import QuantizedLayer, float_weight, from_rows, weight_rows
+from anybit.networks.layers import QuantizedLayer, float_bias, float_weight, from_rows, quantized_layers, rows_shape
 from anybit.networks.wiring import BATCH_NORMS
 from anybit.numerics.affine import dequantize
 from anybit.numerics.packing import TensorSpec
@@ -16,7 +16,7 @@ from anybit.numerics.quantizers import UniformQuantizer
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state dict."""
+    """Return a copy of the state dict."""
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
 
@@ -28,15 +28,17 @@ def restore(model: nn.Module, state: Mapping[str, Tensor | None]) -> None:
 
 
 def snapshot(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """What stands in these layers of a canonical model, by name, for a file: codes, ranges and biases, float weights where there are no
+    """Return what is in these layers of a canonical model, by name, for a file: codes, ranges and biases, float weights where there are no
     codes."""
-    held, floats = Candidates(), {}
+    held = Candidates()
+    floats: dict[str, Tensor] = {}
+    layers = quantized_layers(model)
     for name in names:
-        layer = model.get_submodule(name)
+        layer = layers[name]
         if isinstance(layer.weight_quantizer, UniformQuantizer):
             held.weights[name, layer.weight_quantizer.bits] = frozen_candidate(layer)
         else:
-            bias = getattr(layer, "bias", None)
+            bias = float_bias(layer)
             floats |= {f"{name}|weight": float_weight(layer)} | ({} if bias is None else {f"{name}|bias": bias})
         if isinstance(layer.input_quantizer, UniformQuantizer):
             quantizer = layer.input_quantizer
@@ -47,18 +49,19 @@ def snapshot(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 @torch.no_grad()
 def put_back(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
     """Put what `snapshot` gave back, in place, into layers of the same bits. Raises InvalidFile where it is of others."""
-    layers = {name: model.get_submodule(name) for name in names}
+    quantized = quantized_layers(model)
+    layers = {name: quantized[name] for name in names}
     floats = {f"{name}|{part}" for name in layers for part in ("weight", "bias")}
-    shapes = {name: tuple(weight_rows(layer, float_weight(layer)).shape) for name, layer in layers.items()}
+    shapes = {name: rows_shape(layer) for name, layer in layers.items()}
     held = from_tensors({key: tensor for key, tensor in tensors.items() if key not in floats}, shapes)
     changes: list[tuple[Tensor, Tensor]] = []  # all are found before the first is made
     for name, layer in layers.items():
         weights, inputs = layer.weight_quantizer, layer.input_quantizer
         if isinstance(weights, UniformQuantizer):
-            kept = held.weights[name, weights.bits]
-            values = dequantize(kept.codes.float(), kept.scale, torch.zeros(()))
-            changes += [(weights.scale, kept.scale), (float_weight(layer), from_rows(layer, values))]
-            bias = kept.bias
+            candidate = held.weights[name, weights.bits]
+            values = dequantize(candidate.codes.float(), candidate.scale, torch.zeros(()))
+            changes += [(weights.scale, candidate.scale), (float_weight(layer), from_rows(layer, values))]
+            bias = candidate.bias
         else:
             changes.append((float_weight(layer), tensors[f"{name}|weight"]))
             bias = tensors.get(f"{name}|bias")
@@ -67,8 +70,8 @@ def put_back(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tenso
                 layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0], device=float_weight(layer).device))
             changes.append((layer.bias, bias))
         if isinstance(inputs, UniformQuantizer):
-            kept_range = held.activations[name, inputs.bits]
-            changes += [(inputs.scale, kept_range.scale), (inputs.zero_point, kept_range.zero_point)]
+            input_candidate = held.activations[name, inputs.bits]
+            changes += [(inputs.scale, input_candidate.scale), (inputs.zero_point, input_candidate.zero_point)]
     for target, value in changes:
         if target.shape != value.shape:
             raise InvalidFile(f"a tensor is {tuple(value.shape)} where the network has {tuple(target.shape)}")
@@ -97,12 +100,13 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
 
 
 def leftovers(prepared: nn.Module, names: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The state dict without the weights of layers `names` and without quantizers: (float32 entries, all others), in its order."""
+    """Return the state dict without the weights of layers `names` and without quantizers: (float32 entries, all others), in its order."""
     coded = {id(prepared.get_submodule(name)) for name in names}
     places = [(name, module) for name, module in prepared.named_modules(remove_duplicate=False) if isinstance(module, QuantizedLayer)]
     skipped = {f"{name}.weight" for name, module in places if id(module) in coded}  # under every name that the network has for it
     quantizers = tuple(f"{name}.{slot}_quantizer." for name, _ in places for slot in ("weight", "input"))
-    float32, others = {}, {}
+    float32: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
     for key, tensor in prepared.state_dict().items():
         if key not in skipped and not key.startswith(quantizers):
             (float32 if tensor.dtype == torch.float32 else others)[key] = tensor

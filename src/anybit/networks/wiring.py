@@ -19,12 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from anybit.data.batches import Batch, call, evaluating, tensors_in
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
-from anybit.networks.matmul import Matmul
+from anybit.networks.layer_types import COVERED, type_of
 
-COVERED = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.Embedding, Matmul,
-)  # fmt: skip
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 LAYER, BATCH_NORM = "a layer", "a batch norm"  # kinds that no function's name can be
 PRODUCTS = {"matmul", "bmm", "baddbmm", "mm", "addmm", "einsum", "scaled_dot_product_attention"}
@@ -79,7 +77,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Wiring:
-    """Hold what one forward pass showed. Lookups are by name; `calls` counts how often each module ran."""
+    """The record of one forward pass. Lookups are by name; `calls` counts how often each module ran."""
 
     operations: tuple[Operation, ...]
     calls: dict[str, int]
@@ -96,6 +94,8 @@ class Wiring:
     """Layer -> what is around it in the forward and would not be when it is run alone (vmap, autocast, gradients)."""
     read_weights: frozenset[str] = frozenset()
     """Layers whose weight or bias something besides them reads."""
+    channels_last: frozenset[str] = frozenset()
+    """Layers whose output has its channels in the last dimension."""
 
     @cached_property
     def _by_name(self) -> dict[str, Operation]:
@@ -127,15 +127,17 @@ class Wiring:
         return readers[0] if len(readers) == 1 and value not in self._given_out else None
 
     def layer_names(self) -> list[str]:
-        """Return the layers of a covered class that ran, in order of their first call."""
+        """Return layers of a covered class that ran, in order of their first call."""
         return list(dict.fromkeys(op.name for op in self.operations if op.kind == LAYER))
 
     def batch_norm_after(self, layer: str) -> str | None:
         """Return the batch norm that alone reads this layer's output, both called once; None where there is none."""
         reader = self.only_reader(self.operation(layer).outputs[0])
-        once = reader is not None and self.calls[layer] == 1 and reader.kind == BATCH_NORM and self.calls[reader.name] == 1
-        # The channels of a linear's output are its last dimension; a batch norm over another one is not about them.
-        return reader.name if once and not (len(self.operation(layer).shape) == 3 and self.classes[layer] == "Linear") else None
+        if reader is None or reader.kind != BATCH_NORM or self.calls[layer] != 1 or self.calls[reader.name] != 1:
+            return None
+        # Where channels are the last dimension, a batch norm over the second is not about them.
+        over_others = layer in self.channels_last and len(self.operation(layer).shape) > 2
+        return None if over_others else reader.name
 
     def activation_after(self, module: str) -> Callable[[Tensor], Tensor] | None:
         """Return the activation that alone reads this module's output (seen through its batch norm), or None.
@@ -149,7 +151,7 @@ class Wiring:
         return None if reader is None else reader.function
 
     def feeds(self, first: str, second: str) -> bool:
-        """Say whether `second` reads exactly the output of `first`, after its activation where it has one."""
+        """Return whether all that module `second` reads is what `first` gives, through the activation after it where there is one."""
         value = self.module_outputs.get(first)
         reader = None if value is None else self.only_reader(value)
         if reader is not None and reader.function is not None:
@@ -163,7 +165,7 @@ class Wiring:
         return [op for op in self.operations if op.kind in JOINS and len(set(op.inputs)) > 1]
 
     def products(self) -> list[Operation]:
-        """Return the matrix products of several observed values that no layer computes."""
+        """Return matrix products of several observed values that no layer computes."""
         return [op for op in self.operations if op.kind in PRODUCTS and len(set(op.inputs)) > 1]
 
     def functions(self) -> list[Operation]:
@@ -224,7 +226,7 @@ def observe(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], No
     """Run `model` once on `batch`, in evaluation mode and without gradients, and return its wiring.
 
     `on_value(name, tensor)` is called with every named value as it is made ("input/0", ..., then each operation's first output).
-    Raises InvalidInput where the model refuses the batch, UnsupportedModel where it gives back no tensor.
+    Raise InvalidInput where the model refuses the batch, UnsupportedModel where it gives back no tensor.
     """
     return observe_outputs(model, batch, on_value)[0]
 
@@ -269,6 +271,7 @@ class _Observer(TorchFunctionMode):
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, COVERED)]
         self.weights = {id(parameter): name for name, module in layers for parameter in module.parameters(recurse=False)}
         self.read_weights: set[str] = set()
+        self.channels_last = {name for name, module in layers if type_of(module).channels_last}
 
     def begin(self, batch: Batch) -> None:
         self.input_values = tuple(self._new_value(tensor) for tensor in tensors_in(batch.inputs))
@@ -283,7 +286,7 @@ class _Observer(TorchFunctionMode):
         return Wiring(
             tuple(self.operations), self.calls, self.module_outputs,
             self.input_values, given_out, batch_size, self.classes, self.input_shapes, self.module_inputs, frozenset(self.escaped),
-            self.surroundings, frozenset(self.read_weights),
+            self.surroundings, frozenset(self.read_weights), frozenset(self.channels_last),
         )  # fmt: skip
 
     def hooks(self) -> ExitStack:
@@ -366,7 +369,7 @@ class _Observer(TorchFunctionMode):
 
 
 def _surroundings(tensor: Tensor) -> str | None:
-    """Name what is around a layer that reads `tensor` and would not be there when it is run alone; None in a plain forward."""
+    """Return what is around a layer that reads `tensor` and would not be there when it is run alone; None in a plain forward."""
     if torch._C._functorch.is_batchedtensor(tensor):
         return "inside torch.vmap"
     if torch.is_autocast_enabled(tensor.device.type):
@@ -389,7 +392,7 @@ def _bare_name(func) -> str:
 
 
 def _activation(kind: str, args: tuple, kwargs: dict) -> Callable[[Tensor], Tensor] | None:
-    """Return this call as an out-of-place function of one tensor, where it is an activation."""
+    """Return the out-of-place function of one tensor that this call is, where it is an activation."""
     if kind not in ACTIVATIONS or tensors_in((args[1:], kwargs)):
         return None
     settings = {key: value for key, value in kwargs.items() if key not in ("inplace", "input")}

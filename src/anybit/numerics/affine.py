@@ -20,22 +20,23 @@ Limit = int | Tensor
 
 
 def quant_limits(bits: int, signed: bool) -> tuple[int, int]:
-    """(quant_min, quant_max): two's complement where `signed`, else 0 .. 2^bits - 1."""
+    """Return (quant_min, quant_max): two's complement if `signed`, else 0 .. 2^bits - 1."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
-    """Codes of `x`; `scale` and `zero_point` broadcast against it."""
-    return torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max)
+    """Return the codes of `x`; `scale` and `zero_point` broadcast against it."""
+    codes = torch.round(x / scale) + zero_point
+    return codes.clamp(quant_min, quant_max)  # type: ignore[arg-type]  # the stubs take two numbers or two tensors, no union of both
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """The values that `codes` stand for."""
+    """Return the values that `codes` stand for."""
     return (codes - zero_point) * scale
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
-    """`x` quantized and dequantized, with straight-through gradients to x and learned-step gradients to scale and zero point.
+    """Quantize and dequantize `x`, with straight-through gradients to x and learned-step gradients to scale and zero point.
 
     Shapes: `scale` and `zero_point` broadcast against `x`; their gradients are summed back to their own shapes.
     Gradients (Esser et al., "Learned Step Size Quantization", ICLR 2020, eq. 3; the zero point after Bhalgat et al., "LSQ+", 2020):
@@ -47,7 +48,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Limit
     Deviation: LSQ's gradient scale is left to the caller, whose step sizes are relative to each tensor's scale.
     """
     if not torch.is_grad_enabled():  # nothing to keep for a backward: one temporary, not three
-        return (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
+        # torch's stubs know clamp_ with numbers or with tensors alone; it takes either for each end
+        codes = (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max)  # type: ignore[arg-type]
+        return codes.sub_(zero_point).mul_(scale)
     return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)
 
 
@@ -58,7 +61,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
         steps = x / scale
         codes = steps.round().add_(zero_point)
-        clamped = codes.clamp(quant_min, quant_max)
+        clamped = codes.clamp(quant_min, quant_max)  # type: ignore[arg-type]  # as in `quantize`
         if any(ctx.needs_input_grad):
             inside = (clamped == codes).to(x.dtype)  # as numbers: products with them are several times faster than torch.where
             offset = clamped - zero_point

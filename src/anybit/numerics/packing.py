@@ -33,13 +33,13 @@ PACKED_METADATA = {"scheme": "0" * 64}  # with the digest in place of the zeros
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [ceil(n bits / 8)] that holds the n two's-complement integers `codes` at `bits` each."""
+    """Pack the n two's-complement integers `codes` at `bits` each, as uint8 [ceil(n bits / 8)]."""
     fields = (codes.reshape(-1).astype(np.int16) & (2**bits - 1)).astype(np.uint8)
     return np.packbits(np.unpackbits(fields[:, None], axis=1, count=bits, bitorder="little"), bitorder="little")
 
 
 def unpack(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """int8 [count]: the integers that `pack` wrote. The stream must be exactly as long as they need."""
+    """Return the integers that `pack` wrote, int8 [count]. The stream must be exactly as long as they need."""
     if stream.size != packed_bytes(count, bits):
         raise InvalidFile(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, but {stream.size} are there.")
     fields = np.packbits(np.unpackbits(stream, count=count * bits, bitorder="little").reshape(count, bits), axis=1, bitorder="little")
@@ -48,7 +48,7 @@ def unpack(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` bits take."""
+    """Return the bytes that `count` codes of `bits` bits take."""
     return -(-count * bits // 8)
 
 
@@ -65,7 +65,7 @@ class TensorSpec:
 
 
 def file_bytes(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> int:
-    """Exact size of the safetensors file that holds `tensors` and `metadata`: 8 bytes of length, the header, the data."""
+    """Return the exact size of the safetensors file that holds `tensors` and `metadata`: 8 bytes of length, the header, the data."""
     rank = {dtype: index for index, dtype in enumerate(ITEM_BYTES)}
     order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -80,25 +80,21 @@ def file_bytes(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | 
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """What the layout needs to know of one layer: its weight as rows [channels, fan-in], its bits, how many inputs are quantized."""
+    """One layer as the layout sees it: its weight as rows [channels, fan-in], its bits, how many of its inputs are quantized."""
 
     rows: int
     columns: int
     weight_bits: int | None
     quantized_inputs: int
 
-    @property
-    def has_codes(self) -> bool:
-        return bool(self.weight_bits)
-
 
 def layout(layers: Sequence[PackedLayer], edges: int, floats: int, others: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The tensors of a packed file; a shared tensor with nothing in it is left out."""
-    coded = [layer for layer in layers if layer.has_codes]
+    """Lay out the tensors of a packed file; a shared tensor with nothing in it is left out."""
+    coded = [(layer, layer.weight_bits) for layer in layers if layer.weight_bits]
     inputs = sum(layer.quantized_inputs for layer in layers)
     shared = {
-        "codes": TensorSpec("U8", (sum(packed_bytes(layer.rows * layer.columns, layer.weight_bits) for layer in coded),)),
-        "weight_scales": TensorSpec("F32", (sum(layer.rows for layer in coded),)),
+        "codes": TensorSpec("U8", (sum(packed_bytes(layer.rows * layer.columns, bits) for layer, bits in coded),)),
+        "weight_scales": TensorSpec("F32", (sum(layer.rows for layer, _ in coded),)),
         "activation_scales": TensorSpec("F32", (inputs,)),
         "activation_zero_points": TensorSpec("U8", (inputs,)),
         "edges": TensorSpec("F32", (edges, 2)),

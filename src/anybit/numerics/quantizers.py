@@ -31,12 +31,12 @@ class UniformQuantizer(nn.Module):
         return quant_limits(self.bits, self.signed)
 
     def codes(self, x: Tensor, operand: int | None = None) -> Tensor:
-        """Integers, in x's floating-point type."""
+        """Return the codes of `x`, as integers in its floating-point type."""
         scale, zero_point = of_operand(self.scale, operand), of_operand(self.zero_point, operand)
         return quantize(x, scale.to(x.dtype), zero_point.to(x.dtype), *self.limits)
 
     def values(self, codes: Tensor) -> Tensor:
-        """What the codes stand for."""
+        """Return the values that the codes stand for."""
         return dequantize(codes, self.scale.to(codes.dtype), self.zero_point.to(codes.dtype))
 
     def forward(self, x: Tensor, operand: int | None = None) -> Tensor:
@@ -47,8 +47,14 @@ class UniformQuantizer(nn.Module):
         return f"{self.bits} bits, {'signed' if self.signed else 'unsigned'}, {self.scale.numel()} scale(s)"
 
 
+def frozen(quantizer: nn.Module | Tensor | None) -> UniformQuantizer:
+    """Return the quantizer of a slot that holds the canonical one; assert that it does."""
+    assert isinstance(quantizer, UniformQuantizer), f"a {type(quantizer).__name__} in place of the canonical quantizer"
+    return quantizer
+
+
 def of_operand(numbers: Tensor, operand: int | None) -> Tensor:
-    """The number of one operand of a matmul; of a layer, which has one input, the number itself."""
+    """Return the number of one operand of a matmul; the number itself for a layer, which has one input."""
     return numbers if operand is None else numbers[operand]
 
 

@@ -18,7 +18,7 @@ SMALLEST_RELATIVE_SCALE = 2.0**-12
 
 @torch.no_grad()
 def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: int = 80, symmetric: bool = False) -> Tensor:
-    """Symmetric scale of each row of `rows` [channels, fan-in], as [channels, 1].
+    """Return the symmetric scale of each row of `rows` [channels, fan-in], as [channels, 1].
 
     "minmax" maps the largest magnitude to quant_max; "mse" searches shrunken ranges for the least squared error of each row;
     "percentile" maps the 99.9th percentile of the magnitudes to quant_max. With `symmetric` the lowest code is not used.
@@ -46,7 +46,7 @@ def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: in
 
 @torch.no_grad()
 def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidates: int = 100) -> tuple[Tensor, Tensor]:
-    """(scale, zero_point) of a flat `sample` of one tensor's values, as 0-d tensors; the zero point is an integer.
+    """Return (scale, zero_point) for a flat `sample` of one tensor's values, as 0-d tensors; the zero point is an integer.
 
     Zero is always representable exactly (padding is zero). "mse" shrinks the two ends in turn towards least squared error.
     """
@@ -75,7 +75,7 @@ def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidat
 
 
 def affine_from_ends(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(scale, zero_point) whose codes 0 .. 2^bits - 1 cover [low, high], zero included exactly."""
+    """Return (scale, zero_point) whose codes 0 .. 2^bits - 1 cover [low, high], zero included exactly."""
     quant_max = 2**bits - 1
     scale = (high - low) / quant_max
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))

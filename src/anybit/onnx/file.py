@@ -12,11 +12,13 @@ import onnx_ir as ir
 
 from anybit.data.batches import Batch
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.files.cache import Cache
 from anybit.files.strict import in_words, parse_json, validated
 from anybit.files.whole import whole_file
 from anybit.networks.canonical import Canonical
 from anybit.networks.layers import Pruned, emptied, float_weight, quantized_layers
-from anybit.onnx.floats import OPSET, check_graph, edge_names, float_graph, input_tensors, probe_of, ranges_on, values_on
+from anybit.numerics.quantizers import frozen
+from anybit.onnx.floats import OPSET, edge_names, float_graph, input_tensors, probe_of, ranges_on
 from anybit.onnx.plan import Plan, make_plan
 from anybit.onnx.storage import stored_bytes
 from anybit.onnx.writer import TWO_BIT_VERSIONS, write_graph
@@ -29,7 +31,7 @@ setting is left out: a runtime may give up its fastest kernels for it."""
 
 
 def x86_flags() -> str | None:
-    """What an x86 processor can do, as Linux tells it."""
+    """Return the features of an x86 processor as Linux lists them; None on others."""
     try:
         return Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0]
     except (OSError, IndexError):
@@ -37,7 +39,7 @@ def x86_flags() -> str | None:
 
 
 def asks_for_exact_sums() -> bool:
-    """Whether sessions here have the setting: on every processor that is not known to have VNNI."""
+    """Return whether sessions here have the setting: on every processor that is not known to have VNNI."""
     return "vnni" not in (x86_flags() or "")
 
 
@@ -66,24 +68,24 @@ class Exported:
 def exported(
     canonical: Canonical,
     example: Batch,
-    about: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     tables: bool = False,
     weight_only: bool = False,
     measured: Mapping[str, tuple[float, float]] | None = None,
+    cache: Cache = Cache(),
 ) -> Exported:
-    """The canonical model as graphs; `example` is a batch of real inputs, of which a few are run.
+    """Export the canonical model as graphs; `example` is a batch of real inputs, of which a few are run.
 
     tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
     weight_only  linears with float inputs keep their weights packed as they run
     measured     ranges of tensors that no edge of the run is, as an earlier export took them from its inputs
+    cache        keeps what the exporter of PyTorch gives for this network, whatever its weights
     """
     model = canonical.model.cpu().eval()
     plain, layers = emptied(model).eval(), quantized_layers(model)
-    floating = float_graph(plain, example, layers)
     probe = probe_of(example, PROBE)
-    values = values_on(floating, input_tensors(probe))
-    rounds = [name for name, layer in layers.items() if layer.weight_quantizer is not None or layer.input_quantizer is not None]
-    check_graph(plain, floating, values, probe, rounds)
+    rounded = [name for name, layer in layers.items() if layer.weight_quantizer is not None or layer.input_quantizer is not None]
+    floating, values = float_graph(plain, example, probe, layers, rounded, cache)
     names = edge_names(plain, values, probe, canonical.edges)
     wider: dict[str, tuple[float, float]] = dict(measured or {})
 
@@ -93,17 +95,17 @@ def exported(
         return wider[name]
 
     plan = make_plan(model, floating, canonical.edges, names, measure, tables)
-    about = {**(about or {}), FUNCTIONS: "tables" if tables else "float", LINEARS: "packed" if weight_only else "unpacked"}
-    about[MEASURED] = json.dumps(plan.measured)
-    return Exported(write_graph(model, floating, plan, about, weight_only), floating, plan)
+    metadata = {**(metadata or {}), FUNCTIONS: "tables" if tables else "float", LINEARS: "packed" if weight_only else "unpacked"}
+    metadata[MEASURED] = json.dumps(plan.measured)
+    return Exported(write_graph(model, floating, plan, metadata, weight_only), floating, plan)
 
 
 def ideal_bytes(canonical: Canonical) -> int:
-    """What the weights' bits take: packed codes of quantized layers, 32 bits of float ones, and nothing else."""
+    """Return the bytes of the weights' bits alone: packed codes of quantized layers, 32 bits of float ones."""
     counts = []
     for layer in quantized_layers(canonical.model).values():
         quantizer = layer.weight_quantizer
-        bits = 32 if quantizer is None else 0 if isinstance(quantizer, Pruned) else quantizer.bits
+        bits = 32 if quantizer is None else 0 if isinstance(quantizer, Pruned) else frozen(quantizer).bits
         counts.append((float_weight(layer).numel(), bits))
     return stored_bytes(counts)
 
@@ -118,7 +120,7 @@ def save(model: ir.Model, path: Path) -> None:
 
 
 def load(path: Path) -> ir.Model:
-    """The graph in `path`, checked to be one of anybit's; nothing in it is run."""
+    """Load the graph in `path`, checked to be one of anybit's; nothing in it is run."""
     import onnx
 
     if not path.is_file():
@@ -137,7 +139,7 @@ def load(path: Path) -> ir.Model:
 
 
 def _tensors(message: Any) -> Iterator[Any]:
-    """Every tensor in a protobuf message, at any depth."""
+    """Yield every tensor in a protobuf message, at any depth."""
     import onnx
     from google.protobuf.message import Message
 
@@ -146,14 +148,14 @@ def _tensors(message: Any) -> Iterator[Any]:
         return
     for field, value in message.ListFields():
         if field.message_type is not None:
-            for part in [value] if isinstance(value, Message) else value:
-                yield from _tensors(part)
+            for inner in [value] if isinstance(value, Message) else value:
+                yield from _tensors(inner)
 
 
 def session(
     source: Path | ir.Model, threads: int = 1, optimized: Path | None = None, profile: Path | None = None, exact: bool = True
 ) -> Any:
-    """The runtime's session of a file or a graph.
+    """Open a session of the runtime for a file or a graph.
 
     exact      with exact sums on every processor;
     optimized  where the graph that the runtime made of it is written;   profile  what the name of its profile begins with
@@ -168,9 +170,9 @@ def session(
         options.optimized_model_filepath = str(optimized)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    given = str(source) if isinstance(source, Path) else ir.to_proto(source).SerializeToString()
+    content = str(source) if isinstance(source, Path) else ir.to_proto(source).SerializeToString()
     try:
-        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors derive from Exception alone
         first = str(error).splitlines()[0]
         raise UnsupportedModel(
@@ -180,17 +182,17 @@ def session(
 
 
 def measured_in(model: ir.Model) -> dict[str, tuple[float, float]]:
-    """The ranges that the file's export took from its inputs; raises InvalidFile where they are no ranges."""
+    """Read the ranges that the file's export took from its inputs. Raise InvalidFile if they are not ranges."""
     where = "The ONNX file's measured ranges"
-    found = validated(dict[str, list[float]], parse_json(model.metadata_props.get(MEASURED, "{}"), where), where)
-    for name, ends in found.items():
+    ranges = validated(dict[str, list[float]], parse_json(model.metadata_props.get(MEASURED, "{}"), where), where)
+    for name, ends in ranges.items():
         if len(ends) != 2 or not ends[0] <= ends[1]:
             raise InvalidFile(f"{where}: {name} has {reprlib.repr(ends)}, not a low and a high end. Export the run again.")
-    return {name: (float(low), float(high)) for name, (low, high) in found.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
 
 
 def outputs(running: Any, batches: Sequence[Batch], names: Sequence[str] | None = None) -> list[np.ndarray]:
-    """The session's outputs on batches, joined."""
+    """Run the session on batches and join its outputs."""
     parts = []
     for batch in batches:
         feeds = _feeds([value.name for value in running.get_inputs()], batch)
@@ -202,7 +204,7 @@ def outputs(running: Any, batches: Sequence[Batch], names: Sequence[str] | None 
 
 
 def _feeds(names: Sequence[str], batch: Batch) -> dict[str, np.ndarray]:
-    """The batch's inputs under the names that the file has for them: by name where they have some, else in order."""
+    """Return the batch's inputs by the names that the file has for them: by name if they have some, else in order."""
     if isinstance(batch.inputs, dict):
         lacking = [name for name in names if name not in batch.inputs]
         if lacking:

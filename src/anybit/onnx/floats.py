@@ -12,19 +12,25 @@ import ast
 import inspect
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, call, map_tensors, tensors_in
+from anybit.data.batches import Batch, Inputs, call, map_tensors, tensors_in
 from anybit.errors import UnsupportedModel
+from anybit.files.cache import Cache
 from anybit.networks.layers import float_weight
 from anybit.networks.wiring import observe
+from anybit.onnx.graphs import cached_graph, forget_graph
+from anybit.onnx.operators import LAYER_OPERATORS, layer_operator
+from anybit.onnx.traces import graph_digest, state_of
+from anybit.onnx.values import constant, maker, name_of, operand
 
 OPSET, IR_VERSION = 21, 10
 """What the file is written in: the first operator set with four-bit integers; runtimes of early 2024 load it."""
@@ -35,46 +41,97 @@ LAYER = "layer"
 BIAS = "bias"
 """Key of the metadata of a sum that adds its layer's bias."""
 
-LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
 
+def float_graph(
+    plain: nn.Module, example: Batch, probe: Batch, layers: Iterable[str], rounded: Collection[str], cache: Cache
+) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """Return (`plain`, the canonical model with its quantizers off, exported, tidied and checked; its values on `probe`). The first
+    dimension of inputs and outputs is the batch, the second of padded texts their length.
 
-def float_graph(plain: nn.Module, example: Batch, layers: Iterable[str]) -> ir.Model:
-    """`plain` (the canonical model with its quantizers off), exported and tidied; the first dimension of inputs and outputs is the batch,
-    the second of padded texts their length.
+    layers   those that become nodes of their name;   rounded  those of them that have quantizers
+    cache    keeps the graph; one that was kept and does not pass the check is exported anew
 
     Raises UnsupportedModel naming the operator, where the exporter does not know one, InvalidInput where the model refuses the inputs.
     """
     observe(plain, probe_of(example, 2))  # inputs that the model refuses are named as such
     inputs = map_tensors(example.inputs, lambda tensor: tensor[:2] if len(tensor) > 1 else torch.cat([tensor, tensor]))
-    given = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": inputs if isinstance(inputs, tuple) else (inputs,)}
-    sizes, length = {0: torch.export.Dim("batch", min=1)}, None if example.mask is None else example.mask.shape[1]
+    length = None if example.mask is None else example.mask.shape[1]
+    key, state = _key(plain, inputs, length), state_of(plain)
+    weights = {name: float_weight(plain.get_submodule(name)).detach().numpy() for name in layers}
+
+    def attempt(cache: Cache) -> tuple[ir.Model, dict[str, np.ndarray]] | None:
+        """Return the graph and its values; None if a cached graph is not the network's."""
+        new = False
+
+        def export() -> ir.Model:
+            nonlocal new
+            new = True
+            return _exported(plain, inputs, length)
+
+        try:
+            graph = cached_graph(key, export, state, cache)
+            _tidy(graph, weights)
+            values = values_on(graph, input_tensors(probe))
+            check_graph(plain, graph, values, probe, rounded)
+        except Exception:  # of many kinds, where a graph is run on what it was not exported for
+            if new:
+                raise
+            return None
+        return graph, values
+
+    checked = attempt(cache)
+    if checked is None:
+        forget_graph(key, cache)
+        checked = attempt(Cache())
+    assert checked is not None  # a new graph passes or raises
+    return checked
+
+
+def _key(plain: nn.Module, inputs: Inputs, length: int | None) -> str | None:
+    """Return the cache key of the graph; None if the forward pass cannot be recorded."""
+    try:
+        return graph_digest(plain, inputs, length)
+    except Exception:  # whatever the network's code raises: it runs on another size, and its operators under a recorder
+        return None
+
+
+def _exported(plain: nn.Module, inputs: Inputs, length: int | None) -> ir.Model:
+    """Export the graph as torch's exporter gives it, before it is optimized."""
+    positional = inputs if isinstance(inputs, tuple) else (inputs,)
+    passed: dict[str, Any] = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": positional}
+    sizes = {0: torch.export.Dim("batch", min=1)}
     tokens = {} if length is None else {1: torch.export.Dim("tokens", min=1)}
-    bound = inspect.signature(plain.forward).bind(*given.get("args", ()), **given.get("kwargs", {}))
+    bound = inspect.signature(plain.forward).bind(*passed.get("args", ()), **passed.get("kwargs", {}))
     shapes = map_tensors(
         dict(bound.arguments),  # by the forward's own names: what *args and **kwargs take lies within theirs
         lambda tensor: sizes | tokens if tensor.dim() > 1 and tensor.shape[1] == length else sizes,
     )
+    settings = {"dynamic_shapes": shapes, "opset_version": OPSET, "optimize": False, "verbose": False}
     try:
-        with _quiet():
-            program = torch.onnx.export(plain, **given, dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, verbose=False)
+        with _quiet(), torch.no_grad():  # a forward that turns gradients off stays one graph
+            program = torch.onnx.export(plain, **passed, dynamo=True, **settings)
     except Exception as error:  # the exporter's own errors are of many kinds
         raise UnsupportedModel(f"The network cannot be exported to ONNX: {_reason(error)}") from error
+    assert program is not None, "without a file to write, the exporter returns its program"
     graph = program.model
-    graph.ir_version = IR_VERSION
     for value in graph.graph.inputs:
         if value.shape is not None and len(value.shape) and isinstance(value.shape[0], int):
             raise UnsupportedModel(
                 "The network's forward fixes the size of the batch (by len(x), or int(x.shape[0])). Let it use x.shape[0] as it is, or -1."
             )
-    _name_layers(graph, {name: float_weight(plain.get_submodule(name)).detach().numpy() for name in layers})
+    return graph
+
+
+def _tidy(graph: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
+    graph.ir_version = IR_VERSION
+    _name_layers(graph, weights)
     _pool_means(graph)
     _merge_padding(graph)
-    return graph
 
 
 @contextmanager
 def _quiet():
-    """Without the exporter's warnings, which are about itself."""
+    """Silence the exporter's warnings, which are about itself."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -85,8 +142,8 @@ def _quiet():
         logging.disable(before)
 
 
-def _reason(error: Exception) -> str:
-    """The innermost cause's first line: the outer ones tell of the exporter's stages."""
+def _reason(error: BaseException) -> str:
+    """Return the first line of the innermost cause: the outer ones are about the exporter's stages."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -101,9 +158,9 @@ def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
         if layer is not None and node.op_type in LAYER_OPERATORS and _computes(node, weights[layer]):
             node.metadata_props[LAYER] = node.name = layer
             continue
-        maker = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-        of_the_layer = maker is not None and maker.op_type == "MatMul" and layer is not None and maker.metadata_props.get(LAYER) == layer
-        if of_the_layer and node.op_type == "Add" and getattr(constant(node.inputs[1]), "ndim", 0) == 1:
+        product = maker(node.inputs[0]) if node.inputs else None
+        of_the_layer = product is not None and product.op_type == "MatMul" and product.metadata_props.get(LAYER) == layer
+        if layer is not None and of_the_layer and node.op_type == "Add" and getattr(constant(node.inputs[1]), "ndim", 0) == 1:
             node.metadata_props.update({LAYER: layer, BIAS: layer})
         name = ".".join(filter(None, [_owner(scopes), node.op_type.lower()]))
         seen[name] = seen.get(name, 0) + 1
@@ -111,42 +168,37 @@ def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
 
 
 def _computes(node: ir.Node, weight: np.ndarray) -> bool:
-    """Whether the operator is the layer of this weight; a matmul, which has none, multiplies what no constant is."""
+    """Return whether the operator is the layer of this weight; a matmul, which has none, multiplies no constants."""
     if not weight.size:
         return node.op_type == "MatMul" and all(constant(value) is None for value in node.inputs)
     return _is_weight(_weight_of(node), weight)
 
 
 def _weight_of(node: ir.Node) -> np.ndarray | None:
-    """The constant that a layer's operator computes with."""
-    return constant(node.inputs[0 if node.op_type == "Gather" else 1])
+    """Return the constant that a layer's operator computes with."""
+    return constant(node.inputs[layer_operator(node.op_type).weight_input])
 
 
-def _is_weight(found: np.ndarray | None, weight: np.ndarray) -> bool:
-    """Whether `found` is the layer's weight, as it is or transposed."""
-    if found is None or found.size != weight.size:
+def _is_weight(array: np.ndarray | None, weight: np.ndarray) -> bool:
+    """Return whether `array` is the layer's weight, as it is or transposed."""
+    if array is None or array.size != weight.size:
         return False
-    return np.array_equal(found, weight) or (found.ndim == 2 and np.array_equal(found.T, weight))
+    return np.array_equal(array, weight) or (array.ndim == 2 and np.array_equal(array.T, weight))
 
 
 def _owner(scopes: Sequence[str]) -> str:
-    """The module that ran the operator: the last scope but one is its own call."""
+    """Return the module that ran the operator: the last scope but one is its own call."""
     return scopes[-2] if len(scopes) > 1 else ""
-
-
-def constant(value: ir.Value | None) -> np.ndarray | None:
-    """What an initializer holds; None of a value that depends on the input."""
-    return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def _pool_means(model: ir.Model) -> None:
     for node in list(model.graph):
-        if node.op_type != "ReduceMean" or node.inputs[0].shape is None or len(node.inputs[0].shape) != 4:
+        shape = operand(node, 0).shape if node.op_type == "ReduceMean" else None
+        if shape is None or len(shape) != 4:
             continue
         axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
         if axes is None or sorted(int(axis) % 4 for axis in axes) != [2, 3]:
             continue
-        shape = node.inputs[0].shape
         keeps = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
         pool = ir.node("GlobalAveragePool", [node.inputs[0]], name=node.name)
         pool.outputs[0].shape, pool.outputs[0].type = ir.Shape([*shape[:2], 1, 1]), ir.TensorType(ir.DataType.FLOAT)
@@ -155,14 +207,14 @@ def _pool_means(model: ir.Model) -> None:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, added: Sequence[ir.Node]) -> None:
-    """`added`, of which the last gives what `node` gave, in its place."""
+    """Put `added`, the last of which gives the output of `node`, in its place."""
     output = added[-1].outputs[0]
-    output.name, output.shape, output.type = node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type
+    output.name, output.shape, output.type = name_of(node.outputs[0]), node.outputs[0].shape, node.outputs[0].type
     ir.convenience.replace_nodes_and_values(graph, node, [node], added, node.outputs, added[-1].outputs)
 
 
 def _merge_padding(model: ir.Model) -> None:
-    """A Pad of zeros at the ends of spatial dimensions, read by convolutions alone, into their pads."""
+    """Merge a Pad of zeros at the ends of spatial dimensions, read by convolutions alone, into their pads."""
     for node in list(model.graph):
         if node.op_type != "Pad" or any(attribute.value != "constant" for attribute in node.attributes.values()):
             continue
@@ -186,26 +238,26 @@ def _merge_padding(model: ir.Model) -> None:
 
 
 def values_on(model: ir.Model, inputs: Sequence[Tensor]) -> dict[str, np.ndarray]:
-    """Every float value of the graph on these inputs, computed by the runtime without optimizations."""
+    """Compute every float value of the graph on these inputs, in the runtime without optimizations."""
     import onnxruntime
 
     shown = ir.from_proto(ir.to_proto(model))
-    given = {value.name for value in shown.graph.outputs}
+    shown_names = {name_of(value) for value in shown.graph.outputs}
     for node in shown.graph:
-        new = [value for value in node.outputs if value.name not in given and isinstance(value.type, ir.TensorType)]
+        new = [value for value in node.outputs if name_of(value) not in shown_names and isinstance(value.type, ir.TensorType)]
         shown.graph.outputs.extend(value for value in new if value.dtype == ir.DataType.FLOAT)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(ir.to_proto(shown).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feeds = {value.name: tensor.numpy() for value, tensor in zip(model.graph.inputs, inputs, strict=True)}
-    names = [value.name for value in shown.graph.outputs]
-    return {value.name: feeds[value.name] for value in model.graph.inputs} | dict(zip(names, session.run(names, feeds), strict=True))
+    feeds = {name_of(value): tensor.numpy() for value, tensor in zip(model.graph.inputs, inputs, strict=True)}
+    names = [name_of(value) for value in shown.graph.outputs]
+    return feeds | dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def ranges_on(model: ir.Model, inputs: Sequence[Tensor], size: int) -> dict[str, tuple[float, float]]:
-    """(low, high) of every float value of the graph on these inputs, `size` at a time."""
+    """Return (low, high) of every float value of the graph on these inputs, `size` at a time."""
     ends: dict[str, tuple[float, float]] = {}
     for parts in zip(*(tensor.split(size) for tensor in inputs), strict=True):
         for name, array in values_on(model, parts).items():
@@ -235,38 +287,38 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
         for hook in hooks:
             hook.remove()
     for value, output in zip(graph.graph.outputs, outputs, strict=True):
-        if value.name in values and not _alike(values[value.name], output.float().numpy()):
+        if name_of(value) in values and not _alike(values[name_of(value)], output.float().numpy()):
             raise UnsupportedModel(
-                f"The ONNX exporter changes the network: its output {value.name} is not what the network gives. It translates one of "
+                f"The ONNX exporter changes the network: its output {name_of(value)} is not what the network gives. It translates one of "
                 "the network's operators only in part; replace that one."
             )
     nodes = {node.name: node for node in graph.graph if node.metadata_props.get(LAYER) == node.name}
-    for name, given in inputs.items():
+    for name, taken in inputs.items():
         node = nodes.get(name)
-        read = None if node is None else values.get(node.inputs[1 if node.op_type == "Gather" else 0].name)
-        if node is None or (read is not None and not _reads(node, read, given)):
+        read = None if node is None else values.get(name_of(node.inputs[1 - layer_operator(node.op_type).weight_input]))
+        if node is None or (read is not None and not _reads(node, read, taken)):
             raise UnsupportedModel(
                 f"{name}: the forward of {type(plain.get_submodule(name)).__name__} does not compute with its weight and input as they "
                 f"are, so that an integer kernel cannot take its place. Keep the layer float: --keep '{name}=float'."
             )
 
 
-def _reads(node: ir.Node, read: np.ndarray, given: np.ndarray) -> bool:
-    """Whether what the operator reads is what the layer was given, but for zeros around it that are the operator's padding now."""
-    if node.op_type == "Conv" and read.size < given.size:
-        return _alike(np.abs(read).sum(), np.abs(given).sum())
-    return _alike(read, given)
+def _reads(node: ir.Node, read: np.ndarray, taken: np.ndarray) -> bool:
+    """Return whether the operator reads what the layer took, but for zeros around it that are the operator's padding now."""
+    if node.op_type == "Conv" and read.size < taken.size:
+        return _alike(np.abs(read).sum(), np.abs(taken).sum())
+    return _alike(read, taken)
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal but for the order of float sums."""
+    """Return whether both are equal but for the order of float sums."""
     return a.size == b.size and bool(np.allclose(np.reshape(a, -1), np.reshape(b, -1), rtol=1e-3, atol=1e-3 * np.abs(b).max(initial=1e-12)))
 
 
 def edge_names(
     plain: nn.Module, values: Mapping[str, np.ndarray], probe: Batch, ranges: Mapping[str, tuple[float, float]]
 ) -> dict[str, str]:
-    """Value of the graph -> the edge (named as `wiring` does) that holds the same numbers on the probe inputs.
+    """Match values of the graph to the edges (named as `wiring` does) that hold the same numbers on the probe inputs.
 
     Exporters rename, merge and split operators; numbers on real inputs say which tensor is which whatever they do. Of several edges that
     hold the same numbers there the one of the widest range is taken: a clamp that nothing met yet, say, from what it clamps.
@@ -278,20 +330,20 @@ def edge_names(
             edges.setdefault(tuple(tensor.shape), []).append((name, tensor.detach().float().numpy().copy()))
 
     observe(plain, probe, keep)
-    found = {}
+    edge_of = {}
     for name, array in values.items():
         tolerance = 1e-4 * (np.abs(array).max(initial=0) + 1e-12)
         alike = [edge for edge, other in edges.get(array.shape, []) if np.abs(array - other).max(initial=0) <= tolerance]
         if alike:
-            found[name] = max(alike, key=lambda edge: ranges[edge][1] - ranges[edge][0])
-    return found
+            edge_of[name] = max(alike, key=lambda edge: ranges[edge][1] - ranges[edge][0])
+    return edge_of
 
 
 def probe_of(batch: Batch, count: int) -> Batch:
-    """The first `count` samples."""
+    """Return the first `count` samples."""
     return batch.head(count)
 
 
 def input_tensors(batch: Batch) -> list[Tensor]:
-    """What the graph is fed with, in order."""
+    """Return the graph's inputs, in order."""
     return [tensor.contiguous() for tensor in tensors_in(batch.inputs)]

@@ -1,4 +1,4 @@
-"""What an exported graph computes, in integers: the reference that a runtime's output is compared with, bit for bit.
+"""The integer arithmetic of an exported graph: the reference that a runtime's output is compared with, bit for bit.
 
 The graph is read as its Q/DQ nodes say, and an operator between quantizers is computed on their codes as an integer kernel does:
 
@@ -24,8 +24,12 @@ from torch import Tensor
 
 from anybit.errors import UnsupportedModel
 from anybit.onnx.floats import IR_VERSION, OPSET
+from anybit.onnx.values import maker, name_of, numbers
 
 f32 = np.float32
+
+Operator = Callable[[list[Any], Mapping[str, Any]], Any]
+"""operator(inputs, settings) -> its result; None where it has no form of its own here."""
 
 ARITHMETIC = {"Conv", "Gemm", "MatMul", "Add", "Mul", "GlobalAveragePool", "AveragePool"}
 """Operators whose float form a runtime may compute in another order."""
@@ -42,11 +46,11 @@ class Codes:
     block: int = 0
 
     def offsets(self) -> Tensor:
-        """codes - zero point, int32."""
+        """Return codes - zero point, int32."""
         return self.codes.int() - self._along(self.zero_point.int())
 
     def values(self) -> Tensor:
-        """The float32 numbers that they stand for."""
+        """Return the float32 numbers that they stand for."""
         return self.offsets().float() * self._along(self.scale)
 
     def _along(self, numbers: Tensor) -> Tensor:
@@ -59,7 +63,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Pending:
-    """What an integer operator has summed, until a quantizer takes it to its grid.
+    """The sum of an integer operator, until a quantizer takes it to its grid.
 
     values  what it is in float, where no quantizer follows;   exactly  whether a runtime computes that from the exact sum, too
     """
@@ -112,77 +116,79 @@ def interpret(model: ir.Model, inputs: Mapping[str, Tensor], runtime: Mapping[st
     held: dict[str, Any] = dict(inputs)
     constants: set[str] = set()
     for name, value in model.graph.initializers.items():
-        held[name] = _tensor(value.const_value.numpy())
+        held[name] = _tensor(numbers(value))
         constants.add(name)
     for node in model.graph:
-        given = [None if value is None else held[value.name] for value in node.inputs]
+        operands = [None if value is None else held[name_of(value)] for value in node.inputs]
         if node.op_type != "QuantizeLinear":
             summed = [place for value in node.inputs if (place := _summed_in_float(value, held))]
             done.in_float += summed
-            done.floats.update(value.name for value in node.outputs if summed)
-        fixed = all(value is None or value.name in constants for value in node.inputs)
+            done.floats.update(name_of(value) for value in node.outputs if summed)
+        fixed = all(value is None or name_of(value) in constants for value in node.inputs)
         if fixed:
-            constants.update(value.name for value in node.outputs)
+            constants.update(name_of(value) for value in node.outputs)
         settings = {name: attribute.value for name, attribute in node.attributes.items()}
         operator = _OPERATORS.get(node.op_type)
-        results = [] if operator is None else [operator(given, settings)]
+        results = [] if operator is None else [operator(operands, settings)]
         if not results or results[0] is None:
-            results = _in_float(node, [_plain(value) for value in given])
+            results = _in_float(node, [None if value is None else _plain(value) for value in operands])
             arithmetic = not fixed and any(result.is_floating_point() for result in results)
         else:
             arithmetic = not fixed and node.op_type in ARITHMETIC and isinstance(results[0], Tensor)
         if arithmetic:
-            done.in_float.append(node.name)
-            done.floats.update(value.name for value in node.outputs)
-        inexact = any(value is not None and value.name in done.floats for value in node.inputs)
+            done.in_float.append(name_of(node))
+            done.floats.update(name_of(value) for value in node.outputs)
+        inexact = any(value is not None and name_of(value) in done.floats for value in node.inputs)
         for value, result in zip(node.outputs, results, strict=False):
             if inexact:
-                (done.rounded if node.op_type == "QuantizeLinear" else done.floats).add(value.name)
-            if value.name in runtime:
-                done.apart[value.name] = Apart.between(_plain(result), runtime[value.name])
-                result = runtime[value.name]
-            held[value.name] = result
+                (done.rounded if node.op_type == "QuantizeLinear" else done.floats).add(name_of(value))
+            if name_of(value) in runtime:
+                done.apart[name_of(value)] = Apart.between(_plain(result), runtime[name_of(value)])
+                result = runtime[name_of(value)]
+            held[name_of(value)] = result
     for value in model.graph.outputs:
         if place := _summed_in_float(value, held):
             done.in_float.append(place)
-            done.floats.add(value.name)
+            done.floats.add(name_of(value))
     done.values = {name: _plain(value) for name, value in held.items() if name not in constants}
     done.constants = {name: _plain(held[name]) for name in constants}
     return done
 
 
 def _summed_in_float(value: ir.Value | None, held: Mapping[str, Any]) -> str | None:
-    """The node behind a sum or a pool that no quantizer takes up: a runtime adds it up in float, in an order of its own."""
-    pending = None if value is None else held.get(value.name)
-    return value.producer().name if isinstance(pending, Pending) and not pending.exactly else None
+    """Name the node behind a sum or a pool that no quantizer takes up: a runtime adds it up in float, in an order of its own."""
+    pending = None if value is None else held.get(name_of(value))
+    return name_of(maker(value)) if isinstance(pending, Pending) and not pending.exactly else None
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    """An initializer; two- and four-bit integers as int8."""
+    """Return an initializer as a tensor; two- and four-bit integers as int8."""
     narrow = array.dtype.name in ("int2", "int4")
     return torch.from_numpy(np.array(array.astype(np.int8) if narrow else array))
 
 
-def _plain(value: Any) -> Tensor | None:
+def _plain(value: Any) -> Tensor:
+    """Return the float32 numbers of codes or of a pending sum; a tensor as it is."""
     if isinstance(value, (Codes, Pending)):
         return value.values()
     return value
 
 
 def _in_float(node: ir.Node, inputs: list[Tensor | None]) -> list[Tensor]:
-    """One operator by its reference implementation: a graph of it alone, whose inputs have types and shapes."""
+    """Run one operator by its reference implementation: a graph of it alone, whose inputs have types and shapes."""
     from onnx import TensorProto, helper, numpy_helper
     from onnx.reference import ReferenceEvaluator
 
-    given = {value.name: tensor.numpy() for value, tensor in zip(node.inputs, inputs, strict=True) if value is not None}
-    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in given.items()}
-    takes = [helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in given.items() if array.size > 1]
-    fixed = [numpy_helper.from_array(array, name) for name, array in given.items() if array.size <= 1]
-    makes = [helper.make_tensor_value_info(value.name, TensorProto.FLOAT, None) for value in node.outputs]
+    operands = zip(node.inputs, inputs, strict=True)
+    arrays = {name_of(value): tensor.numpy() for value, tensor in operands if value is not None and tensor is not None}
+    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in arrays.items()}
+    takes = [helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in arrays.items() if array.size > 1]
+    fixed = [numpy_helper.from_array(array, name) for name, array in arrays.items() if array.size <= 1]
+    makes = [helper.make_tensor_value_info(name_of(value), TensorProto.FLOAT, None) for value in node.outputs]
     graph = helper.make_graph([ir.to_proto(node)], "one", takes, makes, fixed)
     try:
         alone = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-        feeds = {info.name: given[info.name] for info in takes}
+        feeds = {info.name: arrays[info.name] for info in takes}
         return [torch.from_numpy(np.asarray(array)) for array in ReferenceEvaluator(alone).run(None, feeds)]
     except Exception as error:  # the reference has gaps of many kinds
         reason = " ".join(str(error).split())[:200]
@@ -200,7 +206,7 @@ def _quantize(inputs: list[Any], settings: Mapping[str, Any]) -> Tensor:
 
 
 def _rounded(steps: Tensor, zero_point: Tensor) -> Tensor:
-    """uint8 codes of numbers in units of their scale."""
+    """Round numbers in units of their scale to uint8 codes."""
     return (steps.round() + zero_point.float()).clamp(0, 255).to(torch.uint8)
 
 
@@ -219,14 +225,14 @@ def _dequantize(inputs: list[Any], settings: Mapping[str, Any]) -> Codes:
 
 
 def _exact(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, fan_in: int) -> Tensor:
-    """function(x, weight) on integers, exactly: in float32 where every partial sum fits its 24 bits."""
+    """Compute function(x, weight) on integers, exactly: in float32 if every partial sum fits its 24 bits."""
     largest = fan_in * int(x.abs().max()) * int(weight.abs().max()) if x.numel() and weight.numel() else 0
     kind = torch.float32 if largest < 2**24 else torch.float64
     return function(x.to(kind), weight.to(kind)).to(torch.int64)
 
 
 def _scaled(total: Tensor, inputs: list[Any], channel: int) -> Pending:
-    """The int32 sum of a layer (bias included), and what it stands for: sx sw for each channel."""
+    """Scale the int32 sum of a layer (bias included) by sx sw for each channel."""
     scale = inputs[0].scale * inputs[1].scale
     along = scale.reshape([-1 if axis == channel % total.dim() else 1 for axis in range(total.dim())]) if scale.dim() else scale
     return Pending(lambda sy, zy: _rounded(total.float() * (along / sy), zy), lambda: total.float() * along, True)
@@ -250,13 +256,14 @@ def _convolution(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
 
 
 def _float_convolution(inputs: list[Any], settings: Mapping[str, Any]) -> Tensor | None:
-    x, weight, *bias = (_plain(value) for value in inputs)
+    x, weight = _plain(inputs[0]), _plain(inputs[1])
+    bias = _plain(inputs[2]) if len(inputs) > 2 and inputs[2] is not None else None
     spatial = weight.dim() - 2
     pads = settings.get("pads", [0] * 2 * spatial)
     padding = [pads[axis + end * spatial] for axis in reversed(range(spatial)) for end in (0, 1)]
     function = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
     strides, dilations = settings.get("strides", 1), settings.get("dilations", 1)
-    return function(F.pad(x, padding), weight, *(bias or [None]), strides, 0, dilations, settings.get("group", 1))
+    return function(F.pad(x, padding), weight, bias, strides, 0, dilations, settings.get("group", 1))
 
 
 def _linear(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
@@ -299,11 +306,9 @@ def _global_average(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
     (x,) = inputs
     if not isinstance(x, Codes):
         return x.mean(tuple(range(2, x.dim())), keepdim=True)
-    axes, count = tuple(range(2, x.codes.dim())), x.codes[0, 0].numel()
+    axes, count = tuple(range(2, x.codes.dim())), float(f32(x.codes[0, 0].numel()))
     total = x.offsets().sum(axes, keepdim=True)
-    return Pending(
-        lambda sy, zy: _rounded(total.float() * (x.scale / (sy * f32(count))), zy), lambda: total.float() * (x.scale / f32(count))
-    )
+    return Pending(lambda sy, zy: _rounded(total.float() * (x.scale / (sy * count)), zy), lambda: total.float() * (x.scale / count))
 
 
 def _average(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
@@ -322,9 +327,9 @@ def _concatenation(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
         return torch.cat([_plain(value) for value in inputs], axis)
 
     def rounded(sy: Tensor, zy: Tensor) -> Tensor:
-        return torch.cat([_rounded(part.values() / sy, zy) for part in inputs], axis)
+        return torch.cat([_rounded(source.values() / sy, zy) for source in inputs], axis)
 
-    return Pending(rounded, lambda: torch.cat([part.values() for part in inputs], axis))
+    return Pending(rounded, lambda: torch.cat([source.values() for source in inputs], axis))
 
 
 def _maximum(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
@@ -348,17 +353,17 @@ def _maximum(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
 # What moves numbers
 
 
-def _moved(function: Callable[[Tensor, list[Any], Mapping[str, Any]], Tensor]) -> Callable:
+def _moved(function: Callable[[Tensor, list[Any], Mapping[str, Any]], Tensor | None]) -> Operator:
     return lambda inputs, settings: function(_plain(inputs[0]), inputs[1:], settings)
 
 
 def _reshape(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
-    wanted = [x.shape[axis] if size == 0 and not settings.get("allowzero") else size for axis, size in enumerate(rest[0].tolist())]
-    return x.reshape(wanted)
+    shape = [x.shape[axis] if size == 0 and not settings.get("allowzero") else size for axis, size in enumerate(rest[0].tolist())]
+    return x.reshape(shape)
 
 
 def _slice(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
-    starts, ends, *more = (part.tolist() for part in rest)
+    starts, ends, *more = (tensor.tolist() for tensor in rest)
     axes = more[0] if more else range(len(starts))
     steps = more[1] if len(more) > 1 else [1] * len(starts)
     index = [slice(None)] * x.dim()
@@ -367,7 +372,7 @@ def _slice(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(x.numpy()[tuple(index)]))
 
 
-def _pad(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
+def _pad(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor | None:
     if settings.get("mode", "constant") != "constant" or len(rest) > 2:
         return None
     begins, ends = np.split(rest[0].numpy(), 2)
@@ -403,7 +408,7 @@ _NUMPY_TYPES = {
     ir.DataType.FLOAT: torch.float32,
 }
 
-_OPERATORS: dict[str, Callable[[list[Any], Mapping[str, Any]], Any]] = {
+_OPERATORS: dict[str, Operator] = {
     "QuantizeLinear": _quantize,
     "DequantizeLinear": _dequantize,
     "Conv": _convolution,

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from anybit.data.batches import Batch
 from anybit.environment import processor
 from anybit.errors import AnybitError, InvalidFile
+from anybit.files.cache import Cache
 from anybit.files.strict import read_sealed, sealed, validated, write_json
 from anybit.files.whole import whole_file
 from anybit.networks.canonical import Canonical
@@ -34,12 +35,16 @@ from anybit.networks.observed import ObservedNetwork, rounded_to_nearest
 from anybit.networks.wiring import LAYER as LAYER_KIND
 from anybit.onnx.file import asks_for_exact_sums, exported, session
 from anybit.onnx.floats import LAYER, input_tensors, probe_of
+from anybit.onnx.operators import LAYER_OPERATORS
 from anybit.onnx.timing import in_turns
+from anybit.onnx.values import makers, name_of
 from anybit.scheme import FLOAT, Precision, Scheme
 
 
-def measure_latency(network: ObservedNetwork, batch: Batch, rounds: int = 20, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]]:
-    """(the table, what was measured and predicted of whole networks) for one sample a forward pass."""
+def measure_latency(
+    network: ObservedNetwork, batch: Batch, rounds: int = 20, threads: int = 1, cache: Cache = Cache()
+) -> tuple[LatencyTable, dict[str, Any]]:
+    """Return (the table, what was measured and predicted for whole networks) at one sample a forward pass; `cache` keeps the graph."""
     on_integers = _on_integers(network)
     whole = {name: options[0] if options else network.choices[name][0] for name, options in on_integers.items()}
     free = [name for name, options in on_integers.items() if options]
@@ -47,8 +52,9 @@ def measure_latency(network: ObservedNetwork, batch: Batch, rounds: int = 20, th
     graphs: dict[str, ir.Model] = {}
     for kind, precisions in (("int8", whole), ("alternating", striped)):
         model = rounded_to_nearest(network, [batch], Scheme(precisions))
-        made = exported(Canonical(model, network.norms, observe_edge_ranges(model, network.wiring, [batch])), batch)
-        graphs[kind], graphs["float32"] = made.integer, made.floating
+        canonical = Canonical(model, network.norms, observe_edge_ranges(model, network.wiring, [batch]))
+        file = exported(canonical, batch, cache=cache)
+        graphs[kind], graphs["float32"] = file.integer, file.floating
     one = probe_of(batch, 1)
     runners = {kind: _runner(graph, one, threads) for kind, graph in graphs.items()}
     seconds = {kind: float(np.median(times)) for kind, times in in_turns(runners, rounds).items()}
@@ -63,10 +69,10 @@ def measure_latency(network: ObservedNetwork, batch: Batch, rounds: int = 20, th
 
 
 def latency_of(canonical: Canonical, batch: Batch, rounds: int = 20, threads: int = 1) -> dict[str, float]:
-    """Seconds of a finished network as it is exported, and of its float32 file, in turns."""
-    made = exported(canonical, batch)
+    """Measure the seconds of a finished network as it is exported, and of its float32 file, in turns."""
+    file = exported(canonical, batch)
     one = probe_of(batch, 1)
-    runners = {"exported": _runner(made.integer, one, threads), "float32": _runner(made.floating, one, threads)}
+    runners = {"exported": _runner(file.integer, one, threads), "float32": _runner(file.floating, one, threads)}
     return {kind: float(np.median(times)) for kind, times in in_turns(runners, rounds).items()}
 
 
@@ -77,7 +83,7 @@ def _runner(graph: ir.Model, batch: Batch, threads: int):
 
 
 def _on_integers(network: ObservedNetwork) -> dict[str, list[Precision]]:
-    """Layer -> those of its choices that run on integers."""
+    """Return layer -> those of its choices that run on integers."""
     products = _products(network)
     return {name: [p for p in options if kernel_class(p, name in products) == "int8"] for name, options in network.choices.items()}
 
@@ -95,7 +101,7 @@ def _steps(network: ObservedNetwork) -> tuple[OperationFlow, ...]:
 
 
 def _kernels(graph: ir.Model, batch: Batch, seconds: float, threads: int, runs: int = 20) -> tuple[dict[str, float], float]:
-    """(seconds of each layer, of the rest), which add up to `seconds`."""
+    """Return (seconds of each layer, of the rest), which add up to `seconds`."""
     with tempfile.TemporaryDirectory() as folder:
         running = session(graph, threads, profile=Path(folder) / "profile")
         feeds = {value.name: tensor.numpy() for value, tensor in zip(running.get_inputs(), input_tensors(batch), strict=True)}
@@ -123,30 +129,31 @@ def _kernels(graph: ir.Model, batch: Batch, seconds: float, threads: int, runs: 
 
 
 def _owners(graph: ir.Model, kernels: Sequence[str]) -> dict[str, str]:
-    """Kernel -> its layer. Kernels are named after their node, or after the value that a fused one gives."""
-    named = {node.name: node.metadata_props.get(LAYER, node.name) for node in graph.graph if _is_layer(node)}
+    """Return kernel -> its layer. Kernels are named after their node, or after the value that a fused one gives."""
+    named = {name_of(node): node.metadata_props.get(LAYER, name_of(node)) for node in graph.graph if _is_layer(node)}
     owners = {kernel: named[kernel.split("_token_")[0]] for kernel in kernels if kernel.split("_token_")[0] in named}
-    makers = {value.name: node for node in graph.graph for value in node.outputs}
+    sources = {value.name: node for node in graph.graph for value in node.outputs}
     for kernel in kernels:
-        node = makers.get(kernel.removesuffix("_nchwc"))
+        node = sources.get(kernel.removesuffix("_nchwc"))
         if kernel in owners or node is None or not kernel.endswith("_nchwc"):
             continue
-        ahead, seen = [node], set()
+        ahead: list[ir.Node] = [node]
+        seen: set[str | None] = set()
         while ahead:  # a fused kernel is named after the last of its operators
             node = ahead.pop(0)
             if _is_layer(node):
-                if named[node.name] not in owners.values():
-                    owners[kernel] = named[node.name]
+                if named[name_of(node)] not in owners.values():
+                    owners[kernel] = named[name_of(node)]
                     break
                 continue
             if node.name not in seen and len(seen) < 6:
                 seen.add(node.name)
-                ahead += [value.producer() for value in node.inputs if value is not None and value.producer() is not None]
+                ahead += makers(node)
     return owners
 
 
 def _is_layer(node: ir.Node) -> bool:
-    return node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and bool(node.name)
+    return node.op_type in LAYER_OPERATORS and not LAYER_OPERATORS[node.op_type].lookup and bool(node.name)
 
 
 # The cache
@@ -183,36 +190,36 @@ class LatencyFile(BaseModel):
 
 
 def _table_file(network: ObservedNetwork, threads: int) -> Path:
-    """Where the table of a network of this shape, on this machine and runtime, is kept."""
+    """Return the file of the table for a network of this shape, on this machine and runtime."""
     import onnxruntime
 
     operations = [[op.name, op.kind, list(op.shape[1:])] for op in network.wiring.operations]
     weights = [[name, size.rows, size.columns] for name, size in network.costs.layers.items()]
     floats = [name for name, options in _on_integers(network).items() if not options]
-    told = json.dumps([3, operations, weights, floats, processor(), asks_for_exact_sums(), onnxruntime.__version__, threads])
+    description = json.dumps([3, operations, weights, floats, processor(), asks_for_exact_sums(), onnxruntime.__version__, threads])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit" / "latency"
-    return home / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
+    return home / f"{hashlib.sha256(description.encode()).hexdigest()[:32]}.json"
 
 
-def save_table(network: ObservedNetwork, table: LatencyTable, about: Mapping[str, Any], threads: int = 1) -> Path:
-    """Write the table where `recalled` finds it."""
+def save_table(network: ObservedNetwork, table: LatencyTable, provenance: Mapping[str, Any], threads: int = 1) -> Path:
+    """Write the table to where `load_table` looks."""
     place = _table_file(network, threads)
     with whole_file(place, "Make room, or let XDG_CACHE_HOME name another folder.") as draft:
-        write_json(draft, sealed({"version": 2, "of": place.stem, **asdict(table), "about": dict(about)}))
+        write_json(draft, sealed({"version": 2, "of": place.stem, **asdict(table), "about": dict(provenance)}))
     return place
 
 
 def load_table(network: ObservedNetwork, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]] | None:
-    """(the table, what was measured) of an earlier `keep` for the same network, machine and runtime; None where there is none."""
+    """Load (the table, its provenance) that `save_table` wrote for the same network, machine and runtime; None if there is none."""
     place = _table_file(network, threads)
     if not place.is_file():
         return None
     try:
-        told = validated(LatencyFile, read_sealed(place, 2, ""), str(place))
-        if told.of != place.stem or not set(told.layers) == set(network.names):
+        record = validated(LatencyFile, read_sealed(place, 2, ""), str(place))
+        if record.of != place.stem or not set(record.layers) == set(network.names):
             raise InvalidFile(f"{place} is of another network, machine or runtime.")
     except InvalidFile as error:
         raise InvalidFile(f"{error} Measure again: anybit profile --overwrite.") from error
-    layers = {name: row.model_dump() for name, row in told.layers.items()}
-    steps = [OperationFlow(step.layer, tuple(step.inputs), tuple(step.outputs), step.numbers) for step in told.steps]
-    return LatencyTable(layers, told.rest.model_dump(), told.boundary, steps, told.fixed, told.products), told.about
+    layers = {name: row.model_dump() for name, row in record.layers.items()}
+    steps = [OperationFlow(step.layer, tuple(step.inputs), tuple(step.outputs), step.numbers) for step in record.steps]
+    return LatencyTable(layers, record.rest.model_dump(), record.boundary, steps, record.fixed, record.products), record.about

@@ -20,9 +20,12 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import quantized_layers, scheme_of
-from anybit.networks.matmul import Matmul
-from anybit.onnx.floats import BIAS, LAYER, constant
+from anybit.numerics.quantizers import frozen
+from anybit.onnx.floats import BIAS, LAYER
+from anybit.onnx.operators import layer_operator
+from anybit.onnx.values import constant, maker, makers, name_of, numbers, operand
 
 MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice", "Pad"}
 CLAMPS = {"Relu", "Clip"}
@@ -47,20 +50,20 @@ class Affine:
 
     @classmethod
     def of_range(cls, low: float, high: float) -> "Affine":
-        """8 bits over a range, 0 included; the scale is a float32."""
+        """Return the 8-bit quantizer of a range, 0 included; the scale is a float32."""
         low, high = min(float(low), 0.0), max(float(high), 0.0)
         scale = float(np.float32((high - low) / 255))
         scale = scale if scale > SMALLEST_SCALE else 1.0
         return cls(scale, int(np.clip(np.rint(-low / scale), 0, 255)))
 
     def code(self, value: float) -> int:
-        """The code of one number."""
+        """Return the code of one number."""
         return int(np.clip(np.rint(np.float32(value) / np.float32(self.scale)) + self.zero_point, 0, self.highest))
 
 
 @dataclass
 class Plan:
-    """What the writer needs to know of each value and node, by name.
+    """The writer's plan for each value and node, by name.
 
     integer    layers that compute on integers
     inputs     layer -> the quantizer of its input, or of both operands of a matmul (all layers that have one, integer or not)
@@ -86,7 +89,7 @@ def make_plan(
     measure: Callable[[str], tuple[float, float]],
     tables: bool = False,
 ) -> Plan:
-    """The plan for `graph`, the float graph of canonical `model`.
+    """Plan `graph`, the float graph of canonical `model`.
 
     edges    edge -> its range, of the run;   names  value -> edge
     measure  the range of a value that no edge is
@@ -98,10 +101,18 @@ def make_plan(
 class _Planner:
     """The steps of `make_plan`, which share the graph."""
 
-    def __init__(self, model, graph, edges, names, measure, tables):
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ir.Model,
+        edges: Mapping[str, tuple[float, float]],
+        names: Mapping[str, str],
+        measure: Callable[[str], tuple[float, float]],
+        tables: bool,
+    ):
         self.graph, self.ranges, self.names, self.measure = graph.graph, edges, names, measure
         self.plan = Plan()
-        self.outputs = {value.name for value in self.graph.outputs}
+        self.outputs = {name_of(value) for value in self.graph.outputs}
         self.functions: set[str] = set()  # values that are elementwise functions of one other, clamps alone aside
         self.root: dict[str, str] = {}  # value -> the value that it shares codes with
         self._layers(model)
@@ -117,12 +128,13 @@ class _Planner:
             layer = node.metadata_props.get(LAYER)
             if layer is None:
                 continue
-            quantizer = modules[layer].input_quantizer
-            if quantizer is not None:
+            slot = modules[layer].input_quantizer
+            if slot is not None:
+                quantizer = frozen(slot)
                 grids = zip(quantizer.scale.reshape(-1).tolist(), quantizer.zero_point.reshape(-1).tolist(), strict=True)
                 self.plan.inputs[layer] = tuple(Affine(scale, int(zero_point), quantizer.limits[1]) for scale, zero_point in grids)
-            has_kernel = node.op_type in ("Conv", "Gemm", "MatMul") and modules[layer].weight_group is None
-            if quantizer is not None and has_kernel and (scheme[layer].weight_bits is not None or isinstance(modules[layer], Matmul)):
+            has_kernel = layer_operator(node.op_type).integer and modules[layer].weight_group is None
+            if slot is not None and has_kernel and (scheme[layer].weight_bits is not None or not type_of(modules[layer]).has_weights):
                 self.plan.integer.add(layer)
 
     def readers(self, value: ir.Value) -> list[ir.Node]:
@@ -134,70 +146,77 @@ class _Planner:
                 continue
             source, output = node.inputs[0], node.outputs[0]
             if _moves(node):
-                self.root[output.name] = self.root.get(source.name, source.name)
+                self.root[name_of(output)] = self.root.get(name_of(source), name_of(source))
             if node.op_type in CLAMPS and (bounds := _bounds(node)) is not None:
-                self.plan.clamped[output.name] = (source.name, *bounds)
+                self.plan.clamped[name_of(output)] = (name_of(source), *bounds)
 
     def _touching(self) -> set[str]:
-        """Nodes that are connected to an integer layer through others that runtimes compute on integers."""
-        reached, ahead = set(), [node for node in self.graph if node.metadata_props.get(LAYER) in self.plan.integer]
+        """Find the nodes that are connected to an integer layer through others that runtimes compute on integers."""
+        reached: set[str] = set()
+        ahead = [node for node in self.graph if node.metadata_props.get(LAYER) in self.plan.integer]
         while ahead:
             node = ahead.pop()
-            around = [value.producer() for value in node.inputs if value is not None and value.producer() is not None]
-            for other in [*around, *(reader for value in node.outputs for reader in self.readers(value))]:
+            for other in [*makers(node), *(reader for value in node.outputs for reader in self.readers(value))]:
                 kind = other.op_type
-                if other.name not in reached and kind in MOVES | CLAMPS | JOINT | ELEMENTWISE and other.metadata_props.get(LAYER) is None:
-                    reached.add(other.name)
+                if (
+                    name_of(other) not in reached
+                    and kind in MOVES | CLAMPS | JOINT | ELEMENTWISE
+                    and other.metadata_props.get(LAYER) is None
+                ):
+                    reached.add(name_of(other))
                     ahead.append(other)
         return reached
 
     def _functions(self, touching: set[str], tables: bool) -> None:
-        """Values that are elementwise functions of one value, and not clamps of it alone."""
+        """Find the values that are elementwise functions of one value, and not clamps of it alone."""
         base: dict[str, str] = {}
         for node in self.graph:
             inputs = [value for value in node.inputs if value is not None]
             dynamic = [value for value in inputs if constant(value) is None]
-            if node.op_type not in ELEMENTWISE or node.name not in touching or node.metadata_props.get(LAYER) or not dynamic:
+            if node.op_type not in ELEMENTWISE or name_of(node) not in touching or node.metadata_props.get(LAYER) or not dynamic:
                 continue
-            output, bases = node.outputs[0], {base.get(value.name, value.name) for value in dynamic}
-            of_a_function = any(value.name in base for value in dynamic)
-            scalars = all(constant(value).size == 1 for value in inputs if constant(value) is not None)
-            if len(bases) == 1 and scalars and (of_a_function or output.name not in self.plan.clamped):
-                base[output.name] = bases.pop()
-                self.plan.clamped.pop(output.name, None)
+            output, bases = node.outputs[0], {base.get(name_of(value), name_of(value)) for value in dynamic}
+            of_a_function = any(name_of(value) in base for value in dynamic)
+            scalars = all(array.size == 1 for array in map(constant, inputs) if array is not None)
+            if len(bases) == 1 and scalars and (of_a_function or name_of(output) not in self.plan.clamped):
+                base[name_of(output)] = bases.pop()
+                self.plan.clamped.pop(name_of(output), None)
         self.functions = set(base)
         self.plan.tables = {} if not tables else {
             name: source for name, source in base.items()
-            if name in self.outputs or any(reader.outputs[0].name not in base for reader in self.readers(self._value(name)))
+            if name in self.outputs or any(name_of(reader.outputs[0]) not in base for reader in self.readers(self._value(name)))
         }  # fmt: skip
 
     def _reaching(self) -> set[str]:
-        """Nodes whose numbers go on into an integer layer, a pool or the outputs, through nothing but what runtimes compute on integers.
+        """Find the nodes whose numbers reach an integer layer, a pool or the outputs, through nothing but what runtimes compute on
+        integers.
 
         A sum that only a norm reads is none: on integers it would be rounded for nothing.
         """
         reaching: set[str] = set()
         for node in reversed(list(self.graph)):
-            given_out = any(value.name in self.outputs for value in node.outputs)
-            if given_out or any(self._takes_codes(reader, reaching) for value in node.outputs for reader in self.readers(value)):
-                reaching.add(node.name)
+            is_output = any(name_of(value) in self.outputs for value in node.outputs)
+            if is_output or any(self._takes_codes(reader, reaching) for value in node.outputs for reader in self.readers(value)):
+                reaching.add(name_of(node))
         return reaching
 
     def _convolved(self) -> set[str]:
-        """Nodes that compute on integers what convolutions made: a linear gives floats without being slower, a convolution does not."""
+        """Find the nodes that compute on integers what convolutions made: a linear gives floats without being slower, a convolution does
+        not."""
         convolved: set[str] = set()
         for node in self.graph:
-            before = [value.producer() for value in node.inputs if value is not None and value.producer() is not None]
-            passes = node.op_type in MOVES | CLAMPS | JOINT or node.outputs[0].name in self.functions
-            if (self._is_layer(node) and node.op_type == "Conv") or (passes and any(maker.name in convolved for maker in before)):
-                convolved.add(node.name)
+            passes = node.op_type in MOVES | CLAMPS | JOINT or name_of(node.outputs[0]) in self.functions
+            if (self._is_layer(node) and node.op_type == "Conv") or (
+                passes and any(name_of(before) in convolved for before in makers(node))
+            ):
+                convolved.add(name_of(node))
         return convolved
 
     def _takes_codes(self, reader: ir.Node, reaching: Collection[str]) -> bool:
         if self._is_layer(reader):
             return True
-        passes = reader.op_type in MOVES | CLAMPS or reader.outputs[0].name in self.functions
-        return reader.name in reaching and (passes or (reader.op_type in JOINT and _on_codes(reader)))
+        passes = reader.op_type in MOVES | CLAMPS or name_of(reader.outputs[0]) in self.functions
+        return name_of(reader) in reaching and (passes or (reader.op_type in JOINT and _on_codes(reader)))
 
     def _value(self, name: str) -> ir.Value:
         return self.values[name]
@@ -205,118 +224,121 @@ class _Planner:
     @cached_property
     def values(self) -> dict[str, ir.Value]:
         """All that the graph takes and makes."""
-        return {value.name: value for node in self.graph for value in node.outputs} | {value.name: value for value in self.graph.inputs}
+        return {name_of(value): value for node in self.graph for value in node.outputs} | {
+            name_of(value): value for value in self.graph.inputs
+        }
 
     def _edges(self, touching: set[str]) -> None:
-        """Every group of values that share codes gets one quantizer, where an integer operator makes or reads it."""
+        """Give every group of values that share codes one quantizer, if an integer operator makes or reads it."""
         groups: dict[str, list[str]] = {}
         for value in self.values.values():
             if value.dtype == ir.DataType.FLOAT:
-                groups.setdefault(self.root.get(value.name, value.name), []).append(value.name)
+                groups.setdefault(self.root.get(name_of(value), name_of(value)), []).append(name_of(value))
         bases = set(self.plan.tables.values())
         inner = self._inner_to_tables()
         for root, members in groups.items():
             if root in inner or self._only_clamped(root, members) or self._lacks_bias(root):
                 continue
-            readers = [node for name in members for node in self.readers(self._value(name)) if node.outputs[0].name not in members]
+            readers = [node for name in members for node in self.readers(self._value(name)) if name_of(node.outputs[0]) not in members]
             layers = [node for node in readers if self._is_layer(node)]
             others = [node for node in readers if not self._is_layer(node)]
-            maker = self._maker(root, touching)
-            wanted = layers or bases & set(members) or maker or any(self._joins(node, touching) for node in others)
-            given_out = any(name in self.outputs for name in members)
+            kind = self._kind(root, touching)
+            is_needed = layers or bases & set(members) or kind or any(self._joins(node, touching) for node in others)
+            is_output = any(name in self.outputs for name in members)
             joined = any(self._joins(node, touching) for node in others)
-            if layers and not maker and not joined and not bases & set(members) and len(self._own(members, layers)) + bool(others) > 1:
+            if layers and not kind and not joined and not bases & set(members) and len(self._own(members, layers)) + bool(others) > 1:
                 continue  # each layer rounds the floats by itself, as simulated
-            if not wanted or (given_out and not readers and maker != "Conv"):
+            if not is_needed or (is_output and not readers and kind != "Conv"):
                 continue
-            self.plan.edges |= dict.fromkeys(members, self._quantizer(root, members, layers, bool(others) or given_out))
+            self.plan.edges |= dict.fromkeys(members, self._quantizer(root, members, layers, bool(others) or is_output))
         self.plan.tables = {name: base for name, base in self.plan.tables.items() if name in self.plan.edges}
 
     def _is_layer(self, node: ir.Node) -> bool:
-        """Whether it is an integer layer, and not the sum that adds its bias."""
+        """Return whether it is an integer layer, and not the sum that adds its bias."""
         return node.metadata_props.get(LAYER) in self.plan.integer and BIAS not in node.metadata_props
 
     def _inner_to_tables(self) -> set[str]:
-        """Values that a table computes through, and nothing else reads."""
+        """Return the values that a table computes through, and nothing else reads."""
         inner: set[str] = set()
         for name, base in self.plan.tables.items():
             ahead = [self._value(name)]
             while ahead:
-                for value in ahead.pop().producer().inputs:
-                    if value is not None and constant(value) is None and value.name != base and value.name not in self.plan.tables:
-                        inner.add(value.name)
+                source = maker(ahead.pop())
+                for value in () if source is None else source.inputs:
+                    if value is not None and constant(value) is None and name_of(value) != base and name_of(value) not in self.plan.tables:
+                        inner.add(name_of(value))
                         ahead.append(value)
         return inner
 
     def _lacks_bias(self, root: str) -> bool:
-        """Whether a layer's bias is yet to be added."""
+        """Return whether a layer's bias is yet to be added."""
         readers = self.readers(self._value(root))
         return len(readers) == 1 and BIAS in readers[0].metadata_props
 
     def _only_clamped(self, root: str, members: list[str]) -> bool:
-        """Whether a clamp alone reads what an operator makes: its own output is then the quantized value."""
+        """Return whether a clamp alone reads an operator's result: the clamp's output is then the quantized value."""
         readers = self.readers(self._value(root))
         alone = len(members) == 1 and len(readers) == 1 and root not in self.outputs and self._value(root).producer() is not None
-        return alone and readers[0].outputs[0].name in self.plan.clamped
+        return alone and name_of(readers[0].outputs[0]) in self.plan.clamped
 
-    def _maker(self, root: str, touching: set[str]) -> str | None:
-        """The operator that computes the group, if only a quantizer after it lets it compute on integers (a linear needs none).
+    def _kind(self, root: str, touching: set[str]) -> str | None:
+        """Return the operator that computes the group, if only a quantizer after it lets it compute on integers (a linear needs none).
 
         It is seen through the clamps that the quantizer absorbs.
         """
         producer = self._value(root).producer()
-        while producer is not None and producer.outputs[0].name in self.plan.clamped:
-            producer = producer.inputs[0].producer()
+        while producer is not None and name_of(producer.outputs[0]) in self.plan.clamped:
+            producer = maker(producer.inputs[0])
         if producer is None:
             return None
         convolves = self._is_layer(producer) and producer.op_type == "Conv"
-        integer = convolves or self._joins(producer, touching) or producer.outputs[0].name in self.plan.tables
+        integer = convolves or self._joins(producer, touching) or name_of(producer.outputs[0]) in self.plan.tables
         return producer.op_type if integer else None
 
     def _joins(self, node: ir.Node, touching: set[str]) -> bool:
         dynamic = [value for value in node.inputs if value is not None and constant(value) is None]
-        if node.outputs[0].name in self.functions or not _on_codes(node) or node.name not in self.reaching & self.convolved:
+        if name_of(node.outputs[0]) in self.functions or not _on_codes(node) or name_of(node) not in self.reaching & self.convolved:
             return False
         pooling = node.op_type in ("GlobalAveragePool", "AveragePool")
-        return node.name in touching and node.op_type in JOINT and (pooling or len(dynamic) == len(node.inputs))
+        return name_of(node) in touching and node.op_type in JOINT and (pooling or len(dynamic) == len(node.inputs))
 
     def _quantizer(self, root: str, members: Collection[str], layers: Iterable[ir.Node], shared: bool) -> Affine:
         own = self._own(members, layers)
         if len(own) == 1 and not shared:
             return own.pop()
         edge = self.names.get(root)
-        if edge in self.ranges:
+        if edge is not None and edge in self.ranges:
             return Affine.of_range(*self.ranges[edge])
         self.plan.measured[root] = self.measure(root)
         return Affine.of_range(*self.plan.measured[root])
 
     def _own(self, members: Collection[str], layers: Iterable[ir.Node]) -> set[Affine]:
-        """The quantizers of the layers that read any of these values."""
+        """Return the quantizers of the layers that read any of these values."""
         return {
             affine
             for node in layers
             for value, affine in zip(node.inputs, self.plan.inputs[node.metadata_props[LAYER]], strict=False)
-            if value.name in members
+            if name_of(value) in members
         }
 
 
 def _on_codes(node: ir.Node) -> bool:
-    """Whether a sum, product or the like is to be computed on integers: not the one that masks a softmax, whose huge numbers leave no codes
-    for others, and not that of a norm with its factor for each row."""
+    """Return whether a sum, product or the like is to be computed on integers: not the one that masks a softmax, whose huge numbers leave
+    no codes for others, and not that of a norm with its factor for each row."""
     sizes = [value.shape[-1] for value in node.inputs if value is not None and value.shape is not None and len(value.shape) == 3]
     factors = node.op_type == "Mul" and len(set(map(str, sizes))) > 1 and 1 in sizes
     return not factors and all(use.node.op_type != "Softmax" for use in node.outputs[0].uses())
 
 
 def _moves(node: ir.Node) -> bool:
-    """Whether the node's output holds only numbers of its first input (and zero, which every quantizer has)."""
+    """Return whether the node's output holds only numbers of its first input (and zero, which every quantizer has)."""
     filled = constant(node.inputs[2]) if node.op_type == "Pad" and len(node.inputs) > 2 else None
     zeros = node.op_type != "Pad" or (all(a.value == "constant" for a in node.attributes.values()) and (filled is None or not filled.any()))
-    return node.op_type in MOVES and zeros and node.inputs[0].dtype == ir.DataType.FLOAT and constant(node.inputs[0]) is None
+    return node.op_type in MOVES and zeros and operand(node, 0).dtype == ir.DataType.FLOAT and constant(node.inputs[0]) is None
 
 
 def _bounds(node: ir.Node) -> tuple[float, float] | None:
-    """(lowest, highest) value that a clamp lets through; None where they are computed."""
+    """Return (lowest, highest) value that a clamp lets through; None where they are computed."""
     if node.op_type == "Relu":
         return 0.0, np.inf
     ends = []
@@ -324,5 +346,5 @@ def _bounds(node: ir.Node) -> tuple[float, float] | None:
         value = node.inputs[index] if len(node.inputs) > index else None
         if value is not None and constant(value) is None:
             return None
-        ends.append(default if value is None else float(constant(value).reshape(())))
+        ends.append(default if value is None else float(numbers(value).reshape(())))
     return ends[0], ends[1]

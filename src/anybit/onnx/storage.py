@@ -26,7 +26,7 @@ Constant = Callable[[str, np.ndarray], ir.Value]
 
 
 def stored(name: str, codes: np.ndarray, bits: int, emit: Emit, constant: Constant) -> ir.Value:
-    """An int8 value that holds `codes` (int8, any shape, of `bits` bits), stored in as few bytes."""
+    """Store `codes` (int8, any shape, of `bits` bits) in as few bytes, and return the int8 value that unpacks them."""
     if bits == 0:
         zero, shape = constant("zero_code", np.zeros(1, np.int8)), constant(f"{name}.shape", np.array(codes.shape, np.int64))
         return emit("Expand", [zero, shape], {}, "")
@@ -55,13 +55,13 @@ def stored(name: str, codes: np.ndarray, bits: int, emit: Emit, constant: Consta
 
 
 def pack_fields(fields: np.ndarray, width: int) -> np.ndarray:
-    """Fields of 1, 2 or 4 bits (uint8, a multiple of 8 of them) as bytes, the first in the lowest bits."""
+    """Pack fields of 1, 2 or 4 bits (uint8, a multiple of 8 of them) into bytes, the first in the lowest bits."""
     shifts = np.arange(0, 8, width, dtype=np.uint8)
     return np.bitwise_or.reduce(fields.reshape(-1, 8 // width) << shifts, axis=1).astype(np.uint8)
 
 
 def field_table(width: int, shift: int, signed: bool) -> np.ndarray:
-    """What the fields of every byte are worth, int8 [256, 8 / width]: field << shift, in two's complement where `signed`."""
+    """Return the values of the fields of every byte, int8 [256, 8 / width]: field << shift, in two's complement if `signed`."""
     fields = (np.arange(256)[:, None] >> np.arange(0, 8, width)) & (2**width - 1)
     if signed:
         fields = np.where(fields >= 2 ** (width - 1), fields - 2**width, fields)
@@ -69,5 +69,5 @@ def field_table(width: int, shift: int, signed: bool) -> np.ndarray:
 
 
 def stored_bytes(counts: Sequence[tuple[int, int]]) -> int:
-    """Bytes that the packed codes of (weights, bits) take at least."""
+    """Return the bytes that the packed codes of (weights, bits) take at least."""
     return sum(-(-count * bits // 8) for count, bits in counts)

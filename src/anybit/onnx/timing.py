@@ -10,7 +10,7 @@ Runner = Callable[[], Any]
 
 
 def in_turns(runners: Mapping[str, Runner], rounds: int, seconds: float = 0.05) -> dict[str, list[float]]:
-    """Seconds a call of each runner, one number a round; a round calls every one for about `seconds`, each after the other.
+    """Time a call of each runner, one number a round; a round calls every one for about `seconds`, each after the other.
 
     What slows the machine for a while slows all of them, so ratios within a round mean more than any of the times.
     """
@@ -31,14 +31,14 @@ def in_turns(runners: Mapping[str, Runner], rounds: int, seconds: float = 0.05) 
 
 
 def faster(times: Mapping[str, Sequence[float]], of: str, than: str) -> dict[str, float]:
-    """How many times faster `of` is than `than`: the median of the rounds' ratios, and their quartiles."""
+    """Return how many times faster `of` is than `than`: the median of the rounds' ratios, and their quartiles."""
     ratios = np.array(times[than]) / np.array(times[of])
     low, median, high = np.percentile(ratios, [25, 50, 75])
     return {"ratio": float(median), "low": float(low), "high": float(high)}
 
 
 def openvino_runner(file: bytes, feeds: Sequence[np.ndarray], threads: int) -> Runner | None:
-    """The file in OpenVINO, ready to be called; None where that is not installed."""
+    """Return a runner of the file in OpenVINO; None if that is not installed."""
     try:
         import openvino
     except ImportError:

@@ -1,4 +1,5 @@
-"""What an exported file promises, checked on real inputs: that it is the run's, that it is fast, that it computes what the reference says.
+"""The promises of an exported file, checked on real inputs: that it is the run's, that it is fast, that it computes what the reference
+says.
 
     the run's       every constant and operator of the file is what exporting the run gives
     fused           every layer that computes on integers has an integer kernel in the graph that the runtime makes of the file
@@ -22,12 +23,14 @@ from torch import Tensor, nn
 
 from anybit.data.batches import Batch, call, first_tensor
 from anybit.errors import UnsupportedModel, some
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import quantized_layers
-from anybit.networks.matmul import Matmul
 from anybit.onnx.file import EXACT_SUMS, Exported, asks_for_exact_sums, outputs, session, x86_flags
-from anybit.onnx.floats import LAYER, constant, input_tensors
+from anybit.onnx.floats import LAYER, input_tensors
 from anybit.onnx.interpreter import interpret
+from anybit.onnx.operators import layer_operator
 from anybit.onnx.plan import Plan
+from anybit.onnx.values import constant, maker, name_of, numbers
 from anybit.onnx.writer import weight_numbers
 
 KERNELS = {"QLinearConv", "QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "NhwcQLinearConv"}
@@ -62,22 +65,22 @@ class Verdict:
         return {"ok": not self.failures, **self.__dict__}
 
 
-def verify_file(path: Path, file: ir.Model, made: Exported, model: nn.Module, batch: Batch) -> Verdict:
+def verify_file(path: Path, file: ir.Model, exported: Exported, model: nn.Module, batch: Batch) -> Verdict:
     """Check `file`, read from `path`, against what exporting canonical `model` made, on real inputs."""
     verdict = Verdict()
-    if file.metadata_props.get(RUN) != made.integer.metadata_props.get(RUN):
+    if file.metadata_props.get(RUN) != exported.integer.metadata_props.get(RUN):
         verdict.failures.append("The file was exported from another run than this one, or the run has changed since.")
         return verdict
-    expected = _as_read(made.integer)
+    expected = _as_read(exported.integer)
     _check_contents(verdict, file, expected)
     if not _safe_to_run(file, expected):  # what else a graph may ask of the runtime, nobody knows
         verdict.skipped["kernels and numbers"] = "the file's operators or shapes are not those of the run, so it is not run"
         return verdict
-    if any(_signature(values[0]) != _signature(values[1]) for values in _ends(file, made.integer)):
+    if any(_signature(values[0]) != _signature(values[1]) for values in _ends(file, exported.integer)):
         verdict.failures.append("The file's inputs and outputs are not those of the run.")
         return verdict
-    _check_kernels(verdict, path, made, model)
-    verdict.saturating = saturating(model, made.plan)
+    _check_kernels(verdict, path, exported, model)
+    verdict.saturating = saturating(model, exported.plan)
     if verdict.saturating:
         setting, value = EXACT_SUMS
         here = " This is such a processor, and the setting is used here." if lacks_vnni() else ""
@@ -85,29 +88,29 @@ def verify_file(path: Path, file: ir.Model, made: Exported, model: nn.Module, ba
             f"On x86 processors without VNNI sums of {some(verdict.saturating)} may saturate, unless a session sets {setting} to {value}; "
             f"weights of at most 7 bits need no such setting.{here}"
         )
-    _check_numbers(verdict, path, file, made, batch)
+    _check_numbers(verdict, path, file, exported, batch)
     return verdict
 
 
 def _as_read(model: ir.Model) -> ir.Model:
-    """The graph with its numbers as files have them."""
+    """Serialize the graph and read it back, with its numbers as files have them."""
     proto = ir.to_proto(model)
     return ir.from_proto(type(proto).FromString(proto.SerializeToString()))
 
 
 def _check_contents(verdict: Verdict, file: ir.Model, expected: ir.Model) -> None:
-    """The file's constants and operators are those that exporting the run gives."""
-    found, wanted = _contents(file), _contents(expected)
-    for name in wanted:
-        if name not in found:
+    """Check that the file's constants and operators are those that exporting the run gives."""
+    stored, promised = _contents(file), _contents(expected)
+    for name in promised:
+        if name not in stored:
             verdict.failures.append(f"{name} is missing from the file.")
-        elif found[name] is not None and found[name].shape != wanted[name].shape:
-            verdict.failures.append(f"{name} has the shape {found[name].shape} in the file; the run gives {wanted[name].shape}.")
-        elif (different := int((found[name] != wanted[name]).sum())) > 0:
-            stored = f"{different} of {wanted[name].size} stored numbers are not the run's"
-            verdict.failures.append(f"{name}: {stored}. {_readers(expected, name)}")
-    verdict.failures += [f"{name} is in the file and not in what the run gives." for name in found if name not in wanted]
-    operators = [[_told(node) for node in model.graph] for model in (file, expected)]
+        elif stored[name] is not None and stored[name].shape != promised[name].shape:
+            verdict.failures.append(f"{name} has the shape {stored[name].shape} in the file; the run gives {promised[name].shape}.")
+        elif (different := int((stored[name] != promised[name]).sum())) > 0:
+            detail = f"{different} of {promised[name].size} stored numbers are not the run's"
+            verdict.failures.append(f"{name}: {detail}. {_readers(expected, name)}")
+    verdict.failures += [f"{name} is in the file and not in what the run gives." for name in stored if name not in promised]
+    operators = [[_described(node) for node in model.graph] for model in (file, expected)]
     if operators[0] != operators[1]:
         index = next((i for i, (a, b) in enumerate(zip(*operators, strict=False)) if a != b), min(map(len, operators)))
         node = list(expected.graph)[index] if index < len(operators[1]) else None
@@ -116,17 +119,24 @@ def _check_contents(verdict: Verdict, file: ir.Model, expected: ir.Model) -> Non
 
 
 def _safe_to_run(file: ir.Model, expected: ir.Model) -> bool:
-    """Whether the file differs from the run's graph in the values of its constants at most, and in none that is a shape or an index."""
-    found, wanted = _contents(file), _contents(expected)
-    same = set(found) == set(wanted) and all(found[name].shape == wanted[name].shape for name in wanted)
-    same = same and all(np.array_equal(found[name], wanted[name]) for name in wanted if wanted[name].dtype == np.int64)
-    return same and [_told(node) for node in file.graph] == [_told(node) for node in expected.graph]
+    """Return whether the file differs from the run's graph in the values of its constants at most, and in none that is a shape or an
+    index."""
+    stored, promised = _contents(file), _contents(expected)
+    same = set(stored) == set(promised) and all(stored[name].shape == promised[name].shape for name in promised)
+    same = same and all(np.array_equal(stored[name], promised[name]) for name in promised if promised[name].dtype == np.int64)
+    return same and [_described(node) for node in file.graph] == [_described(node) for node in expected.graph]
 
 
-def _told(node: ir.Node) -> tuple:
-    """All that says what a node computes, of what, and what it calls it."""
+def _described(node: ir.Node) -> tuple:
+    """Return all that says what a node computes, of what, and what it calls it."""
     settings = sorted((name, str(attribute.type), repr(attribute.value)) for name, attribute in node.attributes.items())
-    return node.domain, node.op_type, [value and value.name for value in node.inputs], [value.name for value in node.outputs], settings
+    return (
+        node.domain,
+        node.op_type,
+        [value and name_of(value) for value in node.inputs],
+        [name_of(value) for value in node.outputs],
+        settings,
+    )
 
 
 def _ends(file: ir.Model, expected: ir.Model) -> list[tuple[Sequence[ir.Value], Sequence[ir.Value]]]:
@@ -134,22 +144,22 @@ def _ends(file: ir.Model, expected: ir.Model) -> list[tuple[Sequence[ir.Value], 
 
 
 def _signature(values: Sequence[ir.Value]) -> list[tuple]:
-    return [(value.name, str(value.dtype), None if value.shape is None else [str(size) for size in value.shape]) for value in values]
+    return [(name_of(value), str(value.dtype), None if value.shape is None else [str(size) for size in value.shape]) for value in values]
 
 
 def _contents(model: ir.Model) -> dict[str, np.ndarray]:
-    return {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+    return {name: numbers(value) for name, value in model.graph.initializers.items()}
 
 
 def _readers(model: ir.Model, name: str) -> str:
-    """Which layers a shared constant serves."""
+    """Say which layers a shared constant serves."""
     value = model.graph.initializers[name]
     places = sorted({_served(use.node) for use in value.uses()})
     return f"It serves {', '.join(places[:3])}{' and others' if len(places) > 3 else ''}."
 
 
 def _served(node: ir.Node) -> str:
-    """The first named operator at or after a node."""
+    """Return the first named operator at or after a node."""
     while not node.name or node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip"):
         uses = [use.node for value in node.outputs for use in value.uses()]
         if not uses:
@@ -159,16 +169,16 @@ def _served(node: ir.Node) -> str:
 
 
 def _place(node: ir.Node | None) -> str:
-    """The layer or operator that a node belongs to: its own name, or that of the nearest named one before it."""
+    """Return the layer or operator that a node belongs to: its own name, or that of the nearest named one before it."""
     while node is not None and (not node.name or node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip")):
         node = next((value.producer() for value in node.inputs if value is not None and constant(value) is None), None)
-    return "the input" if node is None else node.name
+    return "the input" if node is None else name_of(node)
 
 
 # Kernels
 
 
-def _check_kernels(verdict: Verdict, path: Path, made: Exported, model: nn.Module) -> None:
+def _check_kernels(verdict: Verdict, path: Path, exported: Exported, model: nn.Module) -> None:
     """Count the integer kernels of the graph that the runtime makes of the file."""
     import onnx
 
@@ -179,28 +189,28 @@ def _check_kernels(verdict: Verdict, path: Path, made: Exported, model: nn.Modul
     kinds = {node.name.split("_token_")[0]: node.op_type for node in nodes if node.op_type in KERNELS}
     packed = {node.name.split("_token_")[0] for node in nodes if node.op_type == "MatMulNBits"}
     for layer, module in quantized_layers(model).items():
-        if layer in kinds and layer in made.plan.integer:
+        if layer in kinds and layer in exported.plan.integer:
             verdict.kernels[layer] = kinds[layer]
         elif layer in kinds:
             verdict.failures.append(f"{layer}: the runtime computes it on integers, though it is to stay float.")
-        elif layer in made.plan.integer:
+        elif layer in exported.plan.integer:
             verdict.floats[layer] = "the runtime did not fuse it with its quantizers"
             verdict.failures.append(f"{layer}: the runtime computes it in float, though its operands are integers.")
         else:
-            verdict.floats[layer] = _why_float(made.floating, layer, module)
+            verdict.floats[layer] = _why_float(exported.floating, layer, module)
             if layer in packed:
                 verdict.floats[layer] += "; its weights stay packed as it runs (MatMulNBits)"
 
 
 def _why_float(graph: ir.Model, layer: str, module: nn.Module) -> str:
     if module.weight_quantizer is None:
-        return "its operands are float" if isinstance(module, Matmul) else "its weights are float"
+        return "its weights are float" if type_of(module).has_weights else "its operands are float"
     if module.weight_group is not None:
         return "its weights have scales for groups of inputs, which integer kernels do not"
     kind = next((node.op_type for node in graph.graph if node.metadata_props.get(LAYER) == layer), None)
     if kind is None:
         return "it does not depend on the inputs, and was computed once"
-    if kind == "Gather":
+    if layer_operator(kind).lookup:
         return "an embedding looks rows up"
     return "its activations are float" if module.input_quantizer is None else f"the runtime has no integer kernel for {kind}"
 
@@ -208,41 +218,41 @@ def _why_float(graph: ir.Model, layer: str, module: nn.Module) -> str:
 # Numbers
 
 
-def _check_numbers(verdict: Verdict, path: Path, file: ir.Model, made: Exported, batch: Batch) -> None:
-    """The runtime's outputs beside the interpreter's, and then operator by operator: each on the codes that the runtime gave it."""
+def _check_numbers(verdict: Verdict, path: Path, file: ir.Model, exported: Exported, batch: Batch) -> None:
+    """Compare the runtime's outputs with the interpreter's, and then operator by operator: each on the codes that the runtime gave it."""
     missing = lacks_exact_kernels()
-    feeds = {value.name: tensor for value, tensor in zip(file.graph.inputs, input_tensors(batch), strict=True)}
+    feeds = {name_of(value): tensor for value, tensor in zip(file.graph.inputs, input_tensors(batch), strict=True)}
     try:
-        reference = interpret(made.integer, feeds)
+        reference = interpret(exported.integer, feeds)
     except UnsupportedModel as error:
         verdict.numbers["bitwise"], verdict.numbers["in_float"] = False, []
         verdict.skipped["bitwise"] = str(error)
         return
-    given = dict(zip((v.name for v in file.graph.outputs), outputs(session(path), [batch]), strict=True))
-    same = all(np.array_equal(array, reference.values[name].numpy()) for name, array in given.items())
+    computed = dict(zip((name_of(v) for v in file.graph.outputs), outputs(session(path), [batch]), strict=True))
+    same = all(np.array_equal(array, reference.values[name].numpy()) for name, array in computed.items())
     verdict.numbers |= {"bitwise": same, "in_float": reference.in_float}
     if missing:
         verdict.skipped["bitwise"] = missing
     elif not same:
-        _compare_operators(verdict, file, made.integer, feeds, batch)
+        _compare_operators(verdict, file, exported.integer, feeds, batch)
 
 
 def _compare_operators(verdict: Verdict, file: ir.Model, expected: ir.Model, feeds: Mapping[str, Tensor], batch: Batch) -> None:
     """Name the first operator that the runtime computes otherwise: at all, or by more than a code where it computes in float."""
     running = session(with_codes(file))
-    names = [value.name for value in running.get_outputs()]
-    given = dict(zip(names, map(torch.from_numpy, outputs(running, [batch], names)), strict=True))
-    compared = interpret(expected, feeds, given)
-    nodes = {value.name: node for node in expected.graph for value in node.outputs}
-    codes = [apart.largest for name, apart in compared.apart.items() if name in compared.rounded and given[name].dtype == torch.uint8]
+    names = [name_of(value) for value in running.get_outputs()]
+    computed = dict(zip(names, map(torch.from_numpy, outputs(running, [batch], names)), strict=True))
+    compared = interpret(expected, feeds, computed)
+    nodes = {name_of(value): node for node in expected.graph for value in node.outputs}
+    codes = [apart.largest for name, apart in compared.apart.items() if name in compared.rounded and computed[name].dtype == torch.uint8]
     verdict.numbers["codes_apart"] = max(codes, default=0.0)
     packed = any(
-        value.name.endswith(".packed") and len(value.uses()) == 1 and value.uses()[0].node.op_type == "DequantizeLinear"
+        name_of(value).endswith(".packed") and [use.node.op_type for use in value.uses()] == ["DequantizeLinear"]
         for value in expected.graph.initializers.values()
     )
     for name, apart in compared.apart.items():
-        is_codes, inexact = given[name].dtype == torch.uint8, name in compared.rounded or name in compared.floats
-        largest = float(given[name].double().abs().max()) if given[name].numel() else 0.0
+        is_codes, inexact = computed[name].dtype == torch.uint8, name in compared.rounded or name in compared.floats
+        largest = float(computed[name].double().abs().max()) if computed[name].numel() else 0.0
         # Packed linears round their inputs in the runtime, which no reference follows.
         allowed = 0.0 if not inexact else np.inf if packed else 1.0 if is_codes else FLOAT_TOLERANCE * largest
         if not apart.largest <= allowed:  # NaN is not
@@ -255,7 +265,7 @@ def _compare_operators(verdict: Verdict, file: ir.Model, expected: ir.Model, fee
 
 
 def with_codes(model: ir.Model) -> ir.Model:
-    """The same graph, which also gives out the codes of every quantized value."""
+    """Return the same graph with the codes of every quantized value among its outputs."""
     shown = ir.from_proto(ir.to_proto(model))
     for node in shown.graph:
         value, table = node.outputs[0], constant(node.inputs[0]) if node.op_type == "Gather" else None
@@ -267,20 +277,20 @@ def with_codes(model: ir.Model) -> ir.Model:
 
 
 def saturating(model: nn.Module, plan: Plan) -> list[str]:
-    """Integer layers in which two neighbouring products of a code of the input and one of the weight can leave 16 bits together."""
+    """List integer layers in which two neighbouring products of a code of the input and one of the weight can leave 16 bits together."""
     layers = quantized_layers(model)
-    weighted = [name for name in plan.integer if not isinstance(layers[name], Matmul)]  # both operands of a matmul are unsigned
+    weighted = [name for name in plan.integer if type_of(layers[name]).has_weights]  # both operands of a matmul are unsigned
     largest = {name: max(map(abs, codes.aminmax())) for name in weighted if (codes := weight_numbers(layers[name])[0].int()).numel()}
     return [name for name in layers if name in largest and 2 * plan.inputs[name][0].highest * largest[name] > 2**15 - 1]
 
 
 def lacks_vnni() -> bool:
-    """Whether this is an x86 processor that, left to itself, sums 8-bit products in 16 bits."""
+    """Return whether this is an x86 processor that, left to itself, sums 8-bit products in 16 bits."""
     return x86_flags() is not None and asks_for_exact_sums()
 
 
 def lacks_exact_kernels() -> str | None:
-    """Why the runtime's integer kernels may differ from exact sums on this processor; None where they do not."""
+    """Say why the runtime's integer kernels may differ from exact sums on this processor; None if they do not."""
     return "the processor is not known to be an x86 one, and others have not been tried" if x86_flags() is None else None
 
 
@@ -288,15 +298,16 @@ def lacks_exact_kernels() -> str | None:
 
 
 @torch.no_grad()
-def flipped_codes(model: nn.Module, made: Exported, batch: Batch) -> dict[str, float]:
-    """Layer -> share of its input's codes that differ between the simulated and the integer network; of layers with grids of their own."""
+def flipped_codes(model: nn.Module, exported: Exported, batch: Batch) -> dict[str, float]:
+    """Return layer -> share of its input's codes that differ between the simulated and the integer network, for layers with grids of their
+    own."""
     simulated: dict[str, Tensor] = {}
     hooks = []
     for name, layer in quantized_layers(model).items():
         if layer.input_quantizer is not None:
 
             def keep(module, args, kwargs, name=name):
-                simulated[name] = module.input_quantizer.codes(first_tensor((args, kwargs)), 0 if isinstance(module, Matmul) else None)
+                simulated[name] = module.input_quantizer.codes(first_tensor((args, kwargs)), 0 if type_of(module).operands > 1 else None)
 
             hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
     try:
@@ -304,16 +315,16 @@ def flipped_codes(model: nn.Module, made: Exported, batch: Batch) -> dict[str, f
     finally:
         for hook in hooks:
             hook.remove()
-    feeds = {value.name: tensor for value, tensor in zip(made.integer.graph.inputs, input_tensors(batch), strict=True)}
-    values = interpret(made.integer, feeds).values
+    feeds = {name_of(value): tensor for value, tensor in zip(exported.integer.graph.inputs, input_tensors(batch), strict=True)}
+    values = interpret(exported.integer, feeds).values
     flipped = {}
-    for node in made.integer.graph:
-        if node.name in simulated and node.inputs[0].producer() is not None and node.inputs[0].producer().op_type == "DequantizeLinear":
-            source = node.inputs[0].producer()
-            own = made.plan.inputs[node.name][0]
-            scale, zero_point = (constant(value).item() for value in source.inputs[1:])
-            codes = values.get(source.inputs[0].name)
-            if (scale, zero_point) == (np.float32(own.scale).item(), own.zero_point) and codes.numel() == simulated[node.name].numel():
-                different = codes.flatten().float() != simulated[node.name].flatten()
-                flipped[node.name] = float(different.float().mean())
+    for node in exported.integer.graph:
+        source = maker(node.inputs[0]) if node.name in simulated else None
+        if node.name and source is not None and source.op_type == "DequantizeLinear":
+            own = exported.plan.inputs[node.name][0]
+            scale, zero_point = (numbers(value).item() for value in source.inputs[1:])
+            codes, expected = values.get(name_of(source.inputs[0])), simulated[node.name]
+            is_own = (scale, zero_point) == (np.float32(own.scale).item(), own.zero_point)
+            if is_own and codes is not None and codes.numel() == expected.numel():
+                flipped[node.name] = float((codes.flatten().float() != expected.flatten()).float().mean())
     return flipped

@@ -15,11 +15,14 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import Pruned, codes_of, float_weight, from_rows, quantized_layers, weight_rows
-from anybit.networks.matmul import Matmul
-from anybit.onnx.floats import BIAS, IR_VERSION, LAYER, OPSET, constant
+from anybit.numerics.quantizers import frozen
+from anybit.onnx.floats import BIAS, IR_VERSION, LAYER, OPSET
+from anybit.onnx.operators import layer_operator
 from anybit.onnx.plan import MOVES, Affine, Plan
 from anybit.onnx.storage import stored
+from anybit.onnx.values import maker, name_of, numbers, operand
 
 TWO_BIT_VERSIONS = (25, 13)
 """Operator set and file format that have two-bit integers: asked for only where they are used."""
@@ -28,12 +31,12 @@ LARGEST_BIAS = 2**30
 """An int32 bias leaves as much room again for the sum that it joins."""
 
 
-def write_graph(model: nn.Module, graph: ir.Model, plan: Plan, about: Mapping[str, str], weight_only: bool = False) -> ir.Model:
-    """The integer graph of canonical `model`, whose float graph and plan these are; `about` becomes the file's metadata.
+def write_graph(model: nn.Module, graph: ir.Model, plan: Plan, metadata: Mapping[str, str], weight_only: bool = False) -> ir.Model:
+    """Write the integer graph of canonical `model`, given its float graph and plan; `metadata` becomes the file's.
 
     weight_only  linears with float inputs keep their weights packed as they run: what a batch of one waits for is reading them
     """
-    return _Writer(model, graph, plan, weight_only).model(about)
+    return _Writer(model, graph, plan, weight_only).model(metadata)
 
 
 class _Writer:
@@ -47,7 +50,7 @@ class _Writer:
         self.weight_only, self.versions = weight_only, (OPSET, IR_VERSION)
         self.layers, self.source, self.plan = quantized_layers(model), graph.graph, plan
         self.nodes: list[ir.Node] = []
-        self.taken = {value.name for value in self.source.inputs}  # names of values
+        self.taken = {name_of(value) for value in self.source.inputs}  # names of values
         self.constants: dict[str, ir.Value] = {}
         self.floats: dict[str, ir.Value] = {}
         self.codes: dict[str, ir.Value] = {}
@@ -57,77 +60,77 @@ class _Writer:
         self.unrounded: dict[str, tuple[ir.Value, float, float]] = {}  # what a float layer makes -> (it in float, the bounds of its clamp)
         self.units: dict[str, Affine] = {}  # layer -> the grid of its input
 
-    def model(self, about: Mapping[str, str]) -> ir.Model:
+    def model(self, metadata: Mapping[str, str]) -> ir.Model:
         inputs = []
         for value in self.source.inputs:
-            given = ir.Value(name=value.name, shape=value.shape, type=value.type)
-            inputs.append(given)
-            self.floats[value.name] = given
-            if value.name in self.plan.edges:
-                self._quantize(value.name, given, self.plan.edges[value.name])
+            copy = ir.Value(name=value.name, shape=value.shape, type=value.type)
+            inputs.append(copy)
+            self.floats[name_of(value)] = copy
+            if name_of(value) in self.plan.edges:
+                self._quantize(name_of(value), copy, self.plan.edges[name_of(value)])
         inner = self._computed_by_tables()
         for node in self.source:
-            if node.outputs[0].name not in inner:
+            if name_of(node.outputs[0]) not in inner:
                 self._node(node)
         outputs = [self._output(value) for value in self.source.outputs]
         nodes, constants = self._used(outputs)
-        made = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": self.versions[0]}, name="anybit", initializers=constants)
-        result = ir.Model(made, ir_version=self.versions[1], producer_name="anybit")
-        result.metadata_props.update(about)
+        integer_graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": self.versions[0]}, name="anybit", initializers=constants)
+        result = ir.Model(integer_graph, ir_version=self.versions[1], producer_name="anybit")
+        result.metadata_props.update(metadata)
         return result
 
     def _output(self, value: ir.Value) -> ir.Value:
-        """The model's output under its own name."""
-        made = self.floats[value.name]
-        if made.producer() is None or made.name != value.name:
-            made = self.emit("Identity", [made], {}, "")
-            made.name = value.name
-        made.shape, made.type = value.shape, value.type
-        return made
+        """Return the model's output under its own name."""
+        output = self.floats[name_of(value)]
+        if output.producer() is None or name_of(output) != name_of(value):
+            output = self.emit("Identity", [output], {}, "")
+            output.name = name_of(value)
+        output.shape, output.type = value.shape, value.type
+        return output
 
     def _used(self, outputs: Sequence[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
-        """(nodes, initializers) that the outputs depend on: a runtime would run the others, too."""
+        """Return the (nodes, initializers) that the outputs depend on: a runtime would run the others, too."""
         needed = {id(value) for value in outputs}
-        kept = []
+        used = []
         for node in reversed(self.nodes):
             if any(id(value) in needed for value in node.outputs):
-                kept.append(node)
+                used.append(node)
                 needed |= {id(value) for value in node.inputs if value is not None}
-        return kept[::-1], [value for value in self.constants.values() if id(value) in needed]
+        return used[::-1], [value for value in self.constants.values() if id(value) in needed]
 
     # Building
 
-    def emit(self, kind: str, inputs: Sequence[ir.Value], attributes: Mapping[str, Any], name: str) -> ir.Value:
-        """A new node's output. What no reader of the file looks for has no name: names are bytes."""
+    def emit(self, kind: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], name: str) -> ir.Value:
+        """Add a node and return its output. Nodes that no reader of the file looks for have no name: names are bytes."""
         node = ir.node(kind, inputs, dict(attributes), name=name)
         node.outputs[0].name = self._untaken(name or f"v{len(self.nodes)}")
         self.nodes.append(node)
         return node.outputs[0]
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """An initializer; the same name gives the same one."""
+        """Return an initializer; the same name gives the same one."""
         if name not in self.constants:
             unique = self._untaken(name)
             tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=unique)
-            self.constants[name] = ir.Value(name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            self.constants[name] = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         return self.constants[name]
 
     def _untaken(self, name: str) -> str:
-        """`name`, or one like it where a layer is called so."""
+        """Return `name`, or one like it if a layer has it."""
         while name in self.taken:
             name += "_"
         self.taken.add(name)
         return name
 
     def _scale(self, affine: Affine) -> list[ir.Value]:
-        """[scale, zero point]; equal ones are shared."""
+        """Return [scale, zero point]; equal ones are shared."""
         return [
             self.constant(f"scale_{affine.scale!r}", np.array(affine.scale, np.float32)),
             self.constant(f"zero_point_{affine.zero_point}", np.array(affine.zero_point, np.uint8)),
         ]
 
     def _clipped(self, codes: ir.Value, affine: Affine, low: float = -np.inf, high: float = np.inf) -> ir.Value:
-        """Codes kept within the quantizer's bits and the codes of two values."""
+        """Clip codes to the quantizer's bits and the codes of two values."""
         lowest = 0 if low == -np.inf else affine.code(low)
         highest = affine.highest if high == np.inf else affine.code(high)
         if (lowest, highest) == (0, 255):
@@ -140,19 +143,19 @@ class _Writer:
         maker = value.producer()
         if maker is not None and maker.name in self.layers and maker.name not in self.plan.integer:
             self.unrounded[name] = (value, low, high)
-        rows, shape = self.rows.get(value.name, (value, None))
-        codes = self._clipped(self.emit("QuantizeLinear", [rows, *self._scale(affine)], {}, f"{name}.quantized"), affine, low, high)
+        matrix, shape = self.rows.get(name_of(value)) or (value, None)
+        codes = self._clipped(self.emit("QuantizeLinear", [matrix, *self._scale(affine)], {}, f"{name}.quantized"), affine, low, high)
         self._as_codes(name, codes if shape is None else self.emit("Reshape", [codes, shape], {}, ""), affine)
 
     def _pooled(self, node: ir.Node, affine: Affine) -> None:
-        """The maximum of what a float layer makes, rounded after it: the same codes, since rounding and clamping are monotonic.
+        """Round the maximum of a float layer's outputs after pooling: the same codes, since rounding and clamping are monotonic.
 
         The layer's numbers lie as its kernel likes them, in which a maximum is fast, and that of codes is not. The second Max has one
         operand: ONNX Runtime would pull the quantizer through the pool, but not through it.
         """
-        value, low, high = self.unrounded[node.inputs[0].name]
-        pooled = self.emit("Max", [self.emit("MaxPool", [value], node.attributes, node.name)], {}, "")
-        self._quantize(node.outputs[0].name, pooled, affine, low, high)
+        value, low, high = self.unrounded[name_of(node.inputs[0])]
+        pooled = self.emit("Max", [self.emit("MaxPool", [value], node.attributes, name_of(node))], {}, "")
+        self._quantize(name_of(node.outputs[0]), pooled, affine, low, high)
 
     def _as_codes(self, name: str, codes: ir.Value, affine: Affine) -> None:
         self.codes[name] = codes
@@ -162,137 +165,149 @@ class _Writer:
 
     def _node(self, node: ir.Node) -> None:
         output = node.outputs[0]
-        affine = self.plan.edges.get(output.name)
+        affine = self.plan.edges.get(name_of(output))
         layer = node.metadata_props.get(LAYER)
         if layer is not None:
-            made = self._layer(node, layer)
-            if made is None:
+            result = self._layer(node, layer)
+            if result is None:
                 return
-        elif affine is not None and output.name in self.plan.tables:
-            return self._as_codes(output.name, self._table(node, affine), affine)
-        elif node.op_type == "MaxPool" and node.inputs[0].name in self.unrounded and affine is not None:
+        elif affine is not None and name_of(output) in self.plan.tables:
+            return self._as_codes(name_of(output), self._table(node, affine), affine)
+        elif node.op_type == "MaxPool" and name_of(node.inputs[0]) in self.unrounded and affine is not None:
             return self._pooled(node, affine)
-        elif node.op_type in MOVES and node.inputs[0].name in self.codes and affine == self.plan.edges.get(node.inputs[0].name):
-            rest = [self._operand(value) for value in node.inputs[1:]]
+        elif node.op_type in MOVES and affine is not None and self._shares_codes(node, affine):
+            rest = list(map(self._operand, node.inputs[1:]))
             if node.op_type == "Pad":  # zero is a code
                 rest[1:] = [self._scale(affine)[1], *rest[2:]]
-            moved = self.emit(node.op_type, [self.codes[node.inputs[0].name], *rest], node.attributes, node.name)
-            return self._as_codes(output.name, moved, affine)
-        elif affine is not None and output.name in self.plan.clamped:
-            source, low, high = self.plan.clamped[output.name]
-            return self._quantize(output.name, self.floats[source], affine, low, high)
+            moved = self.emit(node.op_type, [self.codes[name_of(node.inputs[0])], *rest], node.attributes, name_of(node))
+            return self._as_codes(name_of(output), moved, affine)
+        elif affine is not None and name_of(output) in self.plan.clamped:
+            source, low, high = self.plan.clamped[name_of(output)]
+            return self._quantize(name_of(output), self.floats[source], affine, low, high)
         else:
-            made = self._copied(node)
-        self.floats[output.name] = made
+            result = self._copied(node)
+        self.floats[name_of(output)] = result
         for value in node.outputs:
-            if value.name in self.plan.edges:
-                self._quantize(value.name, self.floats[value.name], self.plan.edges[value.name])
+            if name_of(value) in self.plan.edges:
+                self._quantize(name_of(value), self.floats[name_of(value)], self.plan.edges[name_of(value)])
+
+    def _shares_codes(self, node: ir.Node, affine: Affine) -> bool:
+        """Return whether what the node reads is quantized by `affine`."""
+        source = name_of(node.inputs[0])
+        return source in self.codes and self.plan.edges.get(source) == affine
 
     def _operand(self, value: ir.Value | None) -> ir.Value | None:
-        """What a node of the new graph reads in its place."""
-        if value is None:
-            return None
-        return self.floats[value.name] if value.name in self.floats else self.constant(value.name, constant(value))
+        """Return what a node of the new graph reads in its place; None for an operand left out."""
+        return None if value is None else self._required(value)
+
+    def _required(self, value: ir.Value | None) -> ir.Value:
+        """Return the same for an operand that is not left out."""
+        return self.floats[name_of(value)] if name_of(value) in self.floats else self.constant(name_of(value), numbers(value))
 
     def _copied(self, node: ir.Node) -> ir.Value:
-        """The node as it is, on the new graph's values."""
-        made = ir.Node(
+        """Copy the node, on the new graph's values."""
+        copy = ir.Node(
             node.domain, node.op_type, [self._operand(value) for value in node.inputs], list(node.attributes.values()),
             num_outputs=len(node.outputs), name=node.name,
         )  # fmt: skip
-        self.taken |= {value.name for value in node.outputs}
-        for new, old in zip(made.outputs, node.outputs, strict=True):
-            new.name, new.shape, new.type = old.name, old.shape, old.type
-            self.floats[old.name] = new
-        self.nodes.append(made)
-        return made.outputs[0]
+        self.taken |= {name_of(value) for value in node.outputs}
+        for new, old in zip(copy.outputs, node.outputs, strict=True):
+            new.name, new.shape, new.type = name_of(old), old.shape, old.type
+            self.floats[name_of(old)] = new
+        self.nodes.append(copy)
+        return copy.outputs[0]
 
     # Layers
 
     def _layer(self, node: ir.Node, name: str) -> ir.Value | None:
-        """A layer; None of one whose bias is yet to be added, if it is made together with it."""
+        """Add a layer; None for one whose bias is yet to be added, if it is added together with it."""
         layer, integer = self.layers[name], name in self.plan.integer
-        if isinstance(layer, Matmul):
-            read = [self._input(node, name, index) for index in range(2)] if integer else map(self._operand, node.inputs)
-            return self.emit(node.op_type, list(read), {}, node.name)
+        kind = type_of(layer)
+        if not kind.has_weights:
+            read = [self._input(node, name, index) for index in range(kind.operands)] if integer else map(self._operand, node.inputs)
+            return self.emit(node.op_type, list(read), {}, name_of(node))
         if layer.weight_quantizer is None and name not in self.plan.inputs:
-            return self._kept_float(node)
+            return self._float_layer(node)
         if BIAS in node.metadata_props:
-            product = node.inputs[0].producer()
-            if integer and _row_shape(product) is not None:
-                return self._matrix_product(product, name, constant(node.inputs[1]))
+            product = maker(node.inputs[0])
+            if integer and product is not None and _row_shape(product) is not None:
+                return self._matrix_product(product, name, numbers(node.inputs[1]))
             if not integer:
                 return self._copied(node)
-            return self.emit("Add", [self._operand(node.inputs[0]), self._integer_bias(name, constant(node.inputs[1]))], {}, node.name)
+            return self.emit("Add", [self._operand(node.inputs[0]), self._integer_bias(name, numbers(node.inputs[1]))], {}, name_of(node))
         if integer and node.op_type == "MatMul" and _row_shape(node) is not None:
             alone = not any(BIAS in use.node.metadata_props for use in node.outputs[0].uses())
             return self._matrix_product(node, name, None) if alone else None
         operands = [self._operand(value) for value in node.inputs]
-        if name in self.plan.inputs:
-            operands[0] = self._input(node, name)
-        transposed = node.op_type in ("Gemm", "MatMul")
+        first = self._input(node, name) if name in self.plan.inputs else self._required(node.inputs[0])
+        operator = layer_operator(node.op_type)
+        transposed = operator.transposed
         attributes = {key: value for key, value in node.attributes.items() if key != "transB"}
-        operands[0] = operands[0] if integer else self._apart(operands[0])
+        operands[0] = first if integer else self._apart(first)
         if layer.weight_quantizer is None:
-            return self.emit(node.op_type, operands, node.attributes, node.name)
-        at = 0 if node.op_type == "Gather" else 1
+            return self.emit(node.op_type, operands, node.attributes, name_of(node))
+        at = operator.weight_input
         if integer:
             operands[at] = self._integer_weight(name, layer, transposed)
             if len(node.inputs) > 2:
-                operands[2] = self._integer_bias(name, constant(node.inputs[2]))
+                operands[2] = self._integer_bias(name, numbers(node.inputs[2]))
         else:
             operands[at] = self._float_weight(name, layer, transposed)
-        made = self.emit(node.op_type, operands, attributes, node.name)
+        result = self.emit(node.op_type, operands, attributes, name_of(node))
         fused = self.weight_only and node.op_type == "Gemm" and not integer  # with its activation, before it meets its packed weights
-        return self.emit("Max", [made], {}, "") if fused else made
+        return self.emit("Max", [result], {}, "") if fused else result
 
-    def _kept_float(self, node: ir.Node) -> ir.Value:
-        """A layer that computes in float, as it is."""
+    def _float_layer(self, node: ir.Node) -> ir.Value:
+        """Add a layer that computes in float, as it is."""
         operands = [self._operand(value) for value in node.inputs]
         if BIAS not in node.metadata_props:
-            operands[0] = self._apart(operands[0])
-        return self.emit(node.op_type, operands, node.attributes, node.name)
+            operands[0] = self._apart(self._required(node.inputs[0]))
+        return self.emit(node.op_type, operands, node.attributes, name_of(node))
 
     def _apart(self, value: ir.Value) -> ir.Value:
-        """The same numbers, behind an operator that runtimes do not see through.
+        """Return the same numbers, behind an operator that runtimes do not see through.
 
         ONNX Runtime quantizes the float weights of a layer that stands between quantizers, unasked.
         """
-        rounded = value.producer() is not None and value.producer().op_type == "DequantizeLinear"
+        source = value.producer()
+        rounded = source is not None and source.op_type == "DequantizeLinear"
         return self.emit("Max", [value], {}, "") if rounded else value
 
     def _matrix_product(self, node: ir.Node, name: str, bias: np.ndarray | None) -> ir.Value:
-        """A linear on more than two dimensions as one on a matrix of rows, for which runtimes have a kernel, bias and rounding in it."""
-        given = self._input(node, name)
-        source, *grid = given.producer().inputs
-        inner, width = _row_shape(node)
+        """Add a linear on more than two dimensions as one on a matrix of rows, for which runtimes have a kernel, bias and rounding in
+        it."""
+        quantized = self._input(node, name)
+        dequantize, sizes = maker(quantized), _row_shape(node)
+        assert dequantize is not None and sizes is not None, "its input is quantized and its width known"
+        source, grid, (inner, width) = operand(dequantize, 0), dequantize.inputs[1:], sizes
         channels = weight_rows(self.layers[name], float_weight(self.layers[name])).shape[0]
         flat = self._constant_of("rows", [-1, width])
         rows = self.emit("DequantizeLinear", [self.emit("Reshape", [source, flat], {}, ""), *grid], {}, "")
         operands = [rows, self._integer_weight(name, self.layers[name], True)]
-        made = self.emit("Gemm", operands if bias is None else [*operands, self._integer_bias(name, bias)], {}, name)
+        product = self.emit("Gemm", operands if bias is None else [*operands, self._integer_bias(name, bias)], {}, name)
         shape = self._constant_of("shape", [-1, *inner, channels]) if inner is not None else self._shape_like(source, channels)
-        whole = self.emit("Reshape", [made, shape], {}, "")
-        self.rows[whole.name] = made, shape
+        whole = self.emit("Reshape", [product, shape], {}, "")
+        self.rows[name_of(whole)] = product, shape
         return whole
 
     def _shape_like(self, source: ir.Value, last: int) -> ir.Value:
-        """The shape of `source` with another last size, found as it runs: of texts neither their number nor their length is known."""
-        if source.name not in self.leads:
-            self.leads[source.name] = self.emit("Shape", [source], {"start": 0, "end": -1}, "")
-        return self.emit("Concat", [self.leads[source.name], self._constant_of("size", [last])], {"axis": 0}, "")
+        """Add the shape of `source` with another last size, computed at run time: of texts neither their number nor their length is
+        known."""
+        if name_of(source) not in self.leads:
+            self.leads[name_of(source)] = self.emit("Shape", [source], {"start": 0, "end": -1}, "")
+        return self.emit("Concat", [self.leads[name_of(source)], self._constant_of("size", [last])], {"axis": 0}, "")
 
     def _constant_of(self, kind: str, sizes: Sequence[int]) -> ir.Value:
         return self.constant("_".join([kind, *map(str, sizes)]), np.array([int(size) for size in sizes], np.int64))
 
     def _read_as(self, source: str, name: str, operand: int) -> Affine:
-        """The grid of the codes that a layer reads: its own, or the edge's where both have 8 bits."""
+        """Return the grid of the codes that a layer reads: its own, or the edge's where both have 8 bits."""
         own, edge = self.plan.inputs[name][operand], self.plan.edges.get(source)
         return edge if edge is not None and own.highest == 255 and name in self.plan.integer else own
 
     def _input(self, node: ir.Node, name: str, operand: int = 0) -> ir.Value:
-        """The layer's input (of a matmul, one of them), rounded to the grid that it reads."""
-        source = node.inputs[operand].name
+        """Return the layer's input (of a matmul, one of them), rounded to the grid that it reads."""
+        source = name_of(node.inputs[operand])
         affine = self.units[name] = self._read_as(source, name, operand)
         if self.plan.edges.get(source) == affine:
             return self.floats[source]
@@ -306,7 +321,7 @@ class _Writer:
 
     def _integer_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:
         codes, scale, bits = weight_numbers(layer)
-        if layer.bias is not None:
+        if isinstance(layer.bias, torch.Tensor):
             codes, scale = with_room(codes, scale, layer.bias.detach().numpy() / np.float32(self.units[name].scale), bits)
         held = stored(name, _shaped(layer, codes, transposed), bits, self.emit, self.constant)
         # Equal zero points are shared, but not of codes that a runtime may make unsigned, with another zero point (`file.EXACT_SUMS`).
@@ -316,7 +331,7 @@ class _Writer:
         return self.emit("DequantizeLinear", operands, {"axis": 1 if transposed else 0}, "")
 
     def _float_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:
-        """Codes times scale in plain operators, which a runtime folds into a float weight."""
+        """Multiply codes by scale in plain operators, which a runtime folds into a float weight."""
         codes, scale, bits = weight_numbers(layer)
         if self.weight_only and transposed and bits:
             return self._packed_weight(name, layer, _shaped(layer, codes, transposed), scale, bits)
@@ -331,7 +346,7 @@ class _Writer:
         return self.emit("Mul", [held, self.constant(f"{name}.scale", factors)], {}, "")
 
     def _grouped_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:
-        """A scale for each row of a group, in plain operators on the groups, which then become the weight's own rows."""
+        """Scale each row of a group, in plain operators on the groups, which then become the weight's own rows."""
         codes, scale, bits = weight_numbers(layer)
         held = self.emit("Cast", [stored(name, codes.numpy(), bits, self.emit, self.constant)], {"to": int(ir.DataType.FLOAT)}, "")
         held = self.emit("Mul", [held, self.constant(f"{name}.scale", scale[:, None])], {}, "")
@@ -339,20 +354,21 @@ class _Writer:
         return self.emit("Transpose", [held], {"perm": [1, 0]}, "") if transposed else held
 
     def _packed_weight(self, name: str, layer: nn.Module, codes: np.ndarray, scale: np.ndarray, bits: int) -> ir.Value:
-        """Codes [inputs, outputs] in the narrowest type of 2, 4 or 8 bits, dequantized where they are read: one kernel with the product."""
+        """Store codes [inputs, outputs] in the narrowest type of 2, 4 or 8 bits, dequantized where they are read: one kernel with the
+        product."""
         if layer.weight_group is not None:  # [outputs x groups] -> [groups, outputs]
-            scale, how = scale.reshape(codes.shape[1], -1).T.copy(), {"axis": 0, "block_size": layer.weight_group}
+            scale, settings = scale.reshape(codes.shape[1], -1).T.copy(), {"axis": 0, "block_size": layer.weight_group}
         else:
-            how = {"axis": 1}
+            settings = {"axis": 1}
         kind = next(kind for most, kind in ((2, ml_dtypes.int2), (4, ml_dtypes.int4), (8, np.int8)) if bits <= most)
         if bits <= 2:
             self.versions = TWO_BIT_VERSIONS
         operands = [self.constant(f"{name}.packed", codes.astype(kind)), self.constant(f"{name}.scale", scale)]
-        return self.emit("DequantizeLinear", operands, how, "")
+        return self.emit("DequantizeLinear", operands, settings, "")
 
     def _integer_bias(self, name: str, bias: np.ndarray) -> ir.Value:
-        """int32 codes in units of the input's scale times each channel's, which a runtime multiplies when it loads them."""
-        unit, scale = np.float32(self.units[name].scale), constant(self.constants[f"{name}.scale"])
+        """Add int32 codes in units of the input's scale times each channel's, which a runtime multiplies when it loads them."""
+        unit, scale = np.float32(self.units[name].scale), numbers(self.constants[f"{name}.scale"])
         codes = np.rint(bias.astype(np.float64) / (unit * scale)).astype(np.int32)
         units = self.emit("Mul", [self.constants[f"scale_{self.units[name].scale!r}"], self.constants[f"{name}.scale"]], {}, "")
         zeros = self.constant(f"zeros_int32_{len(scale)}", np.zeros(len(scale), np.int32))
@@ -361,49 +377,51 @@ class _Writer:
     # Functions of one value
 
     def _computed_by_tables(self) -> set[str]:
-        """Values that only tables are computed through."""
-        made, bases = set(), set(self.plan.tables.values())
+        """Return the values that only tables are computed through."""
+        inner: set[str] = set()
+        bases = set(self.plan.tables.values())
         for node in reversed(list(self.source)):
             readers = [use.node for use in node.outputs[0].uses()]
-            tabled = node.outputs[0].name in self.plan.tables
-            through = [r for r in readers if r.outputs[0].name in self.plan.tables or r.outputs[0].name in made]
-            given_out = node.outputs[0].is_graph_output()
-            if readers and len(through) == len(readers) and not tabled and node.outputs[0].name not in bases and not given_out:
-                made.add(node.outputs[0].name)
-        return made
+            tabled = name_of(node.outputs[0]) in self.plan.tables
+            through = [r for r in readers if name_of(r.outputs[0]) in self.plan.tables or name_of(r.outputs[0]) in inner]
+            is_output = node.outputs[0].is_graph_output()
+            if readers and len(through) == len(readers) and not tabled and name_of(node.outputs[0]) not in bases and not is_output:
+                inner.add(name_of(node.outputs[0]))
+        return inner
 
     def _table(self, node: ir.Node, affine: Affine) -> ir.Value:
-        """Codes of a function of one value, looked up by that value's codes."""
-        output, base = node.outputs[0], self.plan.tables[node.outputs[0].name]
+        """Look up the codes of a function of one value by that value's codes."""
+        output, base = node.outputs[0], self.plan.tables[name_of(node.outputs[0])]
         edge = self.plan.edges[base]
         values = (np.arange(256) - edge.zero_point).astype(np.float32) * np.float32(edge.scale)
         results = evaluated(self.source, base, output, values)
         codes = np.clip(np.rint(results / np.float32(affine.scale)) + affine.zero_point, 0, affine.highest).astype(np.uint8)
         index = self.emit("Cast", [self.codes[base]], {"to": int(ir.DataType.INT32)}, "")
-        return self.emit("Gather", [self.constant(f"{node.name}.table", codes), index], {"axis": 0}, node.name)
+        return self.emit("Gather", [self.constant(f"{node.name}.table", codes), index], {"axis": 0}, name_of(node))
 
 
 def _row_shape(node: ir.Node) -> tuple[list[int] | None, int] | None:
-    """(dimensions between the first, which is the batch, and the last, None where only a run tells; the last) of a linear's input; None
-    where the last is not known."""
-    shape = node.inputs[0].shape
+    """Return (dimensions between the first, which is the batch, and the last, None if only a run tells; the last) of a linear's input; None
+    if the last is not known."""
+    shape = operand(node, 0).shape
     if shape is None or len(shape) < 2 or not isinstance(shape[-1], int):
         return None
-    inner = [int(size) for size in shape[1:-1]] if all(isinstance(size, int) for size in shape[1:-1]) else None
-    return inner, int(shape[-1])
+    inner = [size for size in shape[1:-1] if isinstance(size, int)]
+    return inner if len(inner) == len(shape) - 2 else None, shape[-1]
 
 
 def weight_numbers(layer: nn.Module) -> tuple[torch.Tensor, np.ndarray, int]:
-    """(codes as rows, int8; a scale for each row; bits) of a layer with a weight quantizer; zeros of no bits where it is pruned."""
+    """Return (codes as rows, int8; a scale for each row; bits) of a layer with a weight quantizer; zeros of no bits if it is pruned."""
     if isinstance(layer.weight_quantizer, Pruned):
         rows = weight_rows(layer, float_weight(layer))
         return torch.zeros(rows.shape, dtype=torch.int8), np.ones(len(rows), np.float32), 0
-    codes, scale = codes_of(layer), layer.weight_quantizer.scale.detach().flatten()
-    return codes, scale.expand(len(codes)).numpy().astype(np.float32), layer.weight_quantizer.bits  # one scale serves all rows
+    codes, quantizer = codes_of(layer), frozen(layer.weight_quantizer)
+    scale = quantizer.scale.detach().flatten()
+    return codes, scale.expand(len(codes)).numpy().astype(np.float32), quantizer.bits  # one scale serves all rows
 
 
 def with_room(codes: torch.Tensor, scale: np.ndarray, bias: np.ndarray, bits: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Codes and scales of coarser steps in the channels whose bias (in units of the input's scale) would not fit into int32.
+    """Coarsen the steps of channels whose bias (in units of the input's scale) would not fit into int32.
 
     Such a channel's weights are all but zero beside its bias: what they lose is less than the bias's own rounding elsewhere.
     """
@@ -419,36 +437,40 @@ def with_room(codes: torch.Tensor, scale: np.ndarray, bias: np.ndarray, bits: in
 
 
 def evaluated(graph: ir.Graph, base: str, output: ir.Value, values: np.ndarray) -> np.ndarray:
-    """What the nodes between value `base` and `output` make of `values`, by the reference implementation of the operators."""
+    """Evaluate the nodes between value `base` and `output` on `values`, by the reference implementation of the operators."""
     from onnx.reference import ReferenceEvaluator
 
-    between, ahead = {}, [output]
+    between: set[str] = set()
+    ahead: list[ir.Value | None] = [output]
     while ahead:
         value = ahead.pop()
-        if value is not None and value.name != base and value.producer() is not None and value.name not in between:
-            between[value.name] = value.producer()
-            ahead.extend(value.producer().inputs)
-    nodes = [node for node in graph if node.outputs[0].name in between]
+        source = maker(value)
+        if source is not None and name_of(value) != base and name_of(value) not in between:
+            between.add(name_of(value))
+            ahead.extend(source.inputs)
+    nodes = [node for node in graph if name_of(node.outputs[0]) in between]
     start = ir.Value(name=base, shape=ir.Shape([len(values)]), type=ir.TensorType(ir.DataType.FLOAT))
-    made: dict[str, ir.Value] = {base: start}
+    known: dict[str, ir.Value] = {base: start}
     copies = []
     for node in nodes:
         inputs = []
         for value in node.inputs:
-            if value is not None and value.name not in made:
-                held = ir.tensor(constant(value), name=value.name)
-                made[value.name] = ir.Value(name=value.name, shape=held.shape, type=ir.TensorType(held.dtype), const_value=held)
-            inputs.append(None if value is None else made[value.name])
+            if value is not None and name_of(value) not in known:
+                name, array = name_of(value), numbers(value)
+                held = ir.tensor(array, name=name)
+                known[name] = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(held.dtype), const_value=held)
+            inputs.append(None if value is None else known[name_of(value)])
         copy = ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=1, name=node.name)
-        made[node.outputs[0].name] = copy.outputs[0]
-        copy.outputs[0].name, copy.outputs[0].type = node.outputs[0].name, ir.TensorType(ir.DataType.FLOAT)
+        known[name_of(node.outputs[0])] = copy.outputs[0]
+        copy.outputs[0].name, copy.outputs[0].type = name_of(node.outputs[0]), ir.TensorType(ir.DataType.FLOAT)
         copies.append(copy)
-    constants = [value for value in made.values() if value.const_value is not None]
-    part = ir.Graph([start], [made[output.name]], nodes=copies, initializers=constants, opset_imports={"": OPSET}, name="function")
-    return ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=IR_VERSION))).run(None, {base: values})[0]
+    constants = [value for value in known.values() if value.const_value is not None]
+    function = ir.Graph([start], [known[name_of(output)]], nodes=copies, initializers=constants, opset_imports={"": OPSET}, name="function")
+    evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(function, ir_version=IR_VERSION)))
+    return np.asarray(evaluator.run(None, {base: values})[0])  # type: ignore[index]  # its stub allows a dict, which `run` does not return
 
 
 def _shaped(layer: nn.Module, rows: torch.Tensor, transposed: bool) -> np.ndarray:
-    """Rows in the weight's own shape; a linear's [inputs, outputs]."""
+    """Return rows in the weight's own shape; a linear's as [inputs, outputs]."""
     shaped = from_rows(layer, rows).numpy()
     return np.ascontiguousarray(shaped.T if transposed else shaped)

@@ -1,1 +1,4 @@
-"""Runs for readers: pages, figures, terminal tables, explanations. Imports supernets and below."""
+"""Finished runs shown: pages, terminal tables, one layer explained, two runs compared. Imports supernets and below.
+
+Named in the plural because `anybit.report` is the function.
+"""

@@ -1,4 +1,4 @@
-"""What differs between two runs of any road, told from their files alone: no network is made, nothing is followed."""
+"""The differences between two runs of any road, from their files alone: no network is built, no reference followed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.report import read_report
-from anybit.runs.scheme_file import read_scheme
+from anybit.runs.scheme_file import SchemeFile, read_scheme
 from anybit.supernets.folder import read_supernet_file
 
 KEYS = ("name", "step", "epoch")
@@ -14,7 +14,7 @@ KEYS = ("name", "step", "epoch")
 
 
 def diff(run: str | Path, run2: str | Path) -> dict[str, Any]:
-    """What differs between two runs, of whichever roads.
+    """Compare two runs, of whichever roads.
 
     "differences" holds, section by section and under the names of the runs' files, [what the first has, what the second has]; None is what
     one does not have. "same" says whether there are none, times and memory aside; "same_weights", whether the packed weights are the same
@@ -22,32 +22,31 @@ def diff(run: str | Path, run2: str | Path) -> dict[str, Any]:
     """
     first, second = _facts(Path(run)), _facts(Path(run2))
     same_weights = first.pop("sha256") == second.pop("sha256")
-    found = _differences(first, second) or {}
-    if "units" in found:
-        found["units"] = dict(sorted(found["units"].items(), key=lambda unit: -_change(unit[1])))
+    differences = _differences(first, second) or {}
+    if "units" in differences:
+        differences["units"] = dict(sorted(differences["units"].items(), key=lambda unit: -_change(unit[1])))
     shared = len(first["shapes"].keys() & second["shapes"].keys())
     return {
         "runs": [str(run), str(run2)],
-        "same": same_weights and not found,
+        "same": same_weights and not differences,
         "same_weights": same_weights,
         "shared_layers": shared,
-        "differences": found,
+        "differences": differences,
     }
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """Section -> what the run is, was asked for and came to. Times and memory differ between equal runs, and are not in it."""
-    is_supernet = (folder / SUPERNET_JSON).is_file()
-    file = read_supernet_file(folder) if is_supernet else read_scheme(folder)
+    """Return section -> what the run is, was asked for and came to, without times and memory, which differ between equal runs."""
+    file = read_supernet_file(folder) if (folder / SUPERNET_JSON).is_file() else read_scheme(folder)
     report = read_report(folder)
-    told_apart = {key: report.pop(key, None) for key in ("road", "budget", "stages", "latency", "layers", "version", "sha256", "digest")}
+    identity = {key: report.pop(key, None) for key in ("road", "budget", "stages", "latency", "layers", "version", "sha256", "digest")}
     first = {key: report.pop(key, None) for key in ("settings", "environment")}
     return {
-        "run": {"road": told_apart["road"] or "calibrate", "budget": told_apart["budget"]},
+        "run": {"road": identity["road"] or "calibrate", "budget": identity["budget"]},
         **first,
         "references": {"model": file.model, "data": file.data, "preprocessing": file.preprocessing, "task": file.task},
         "shapes": {name: f"{layer.rows} x {layer.columns}" for name, layer in file.layers.items()},
-        "bits": {} if is_supernet else file.scheme.to_json(),
+        "bits": file.scheme.to_json() if isinstance(file, SchemeFile) else {},
         **{key: report.pop(key, None) for key in ("result", "ladder", "float_test", "test", "units")},
         **report,
         "sha256": file.sha256,
@@ -55,19 +54,19 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _differences(first: Any, second: Any) -> Any:
-    """Of two objects, or lists of rows, the keys that differ; of anything else [first, second], or nothing where they are equal."""
+    """Return the keys that differ of two objects or lists of rows; of anything else [first, second], or nothing if they are equal."""
     first, second = _by_name(first), _by_name(second)
     if first == second:
         return []
     if not isinstance(first, Mapping | None) or not isinstance(second, Mapping | None):
         return [first, second]
     first, second = first or {}, second or {}
-    found = {key: _differences(first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])}
-    return {key: different for key, different in found.items() if different}
+    differences = {key: _differences(first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])}
+    return {key: different for key, different in differences.items() if different}
 
 
 def _by_name(value: Any) -> Any:
-    """A list of rows as an object: by what names each row, else by its number."""
+    """Turn a list of rows into an object, keyed by what names each row, else by its number."""
     if not isinstance(value, list) or not value or not all(isinstance(row, Mapping) for row in value):
         return value
     names = [str(next((row[key] for key in KEYS if key in row), index)) for index, row in enumerate(value)]
@@ -75,7 +74,7 @@ def _by_name(value: Any) -> Any:
 
 
 def _change(unit: Mapping[str, Any]) -> float:
-    """How far a unit's error moved, against the larger of the two; what one run does not have comes first."""
+    """Return how far a unit's error moved, relative to the larger of the two; infinity if one run lacks it."""
     after = unit.get("after", [0.0, 0.0])
     if not all(isinstance(error, float) for error in after):
         return float("inf")

@@ -3,31 +3,35 @@ where the budget ended.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from anybit.allocation.frontier import Frontier
-from anybit.budget import Budget
+from anybit.budget import BYTES, QUANTITIES, Budget, Cost, Costs
 from anybit.errors import InvalidFile
 from anybit.reports.words import human_bytes, human_count
 from anybit.runs.folder import runs_in
 from anybit.runs.names import REPORT, SEARCH, SUPERNET_JSON
-from anybit.runs.records import LayerRow, Record, SearchRecord
+from anybit.runs.records import Amounts, LayerRow, Record, SearchRecord, Table
 from anybit.runs.report import read_record, read_search
 from anybit.scheme import Precision, check_names
 from anybit.supernets.folder import read_supernet_file
 
-LIMITED = {"bits": "bits", "bytes": "bytes", "percent": "bytes", "bops": "bops"}
-"""Condition of a budget -> the cost that it limits."""
 WHOLE = "steps are whole, and this scheme was the better one as a whole, predicted or measured"
 EACH = {"bits": (1000, "kB of codes"), "bytes": (1000, "kB"), "bops": (1e6, "million BOPs")}
-"""Cost -> (how much of it a price is told for, in words). Bits are counted as the bytes of codes that they take."""
+"""Cost -> (how much of it a price is told for, in words), where that is not the unit of its limits."""
+AMOUNTS: Mapping[str, Callable[[float], str]] = {
+    "bits": lambda amount: f"{human_bytes(round(amount))} of codes",
+    "bytes": lambda amount: human_bytes(round(amount)),
+    "bops": lambda amount: f"{human_count(round(amount))} BOPs",
+}
+"""Cost -> how an amount of it is written, where that is not as a limit is."""
 
 
 def explain(run: str | Path, layer: str) -> dict[str, Any]:
-    """Why `layer` has its bits: numbers, and under "why" sentences that say what they mean.
+    """Explain why `layer` has its bits: numbers, and under "why" sentences that say what they mean.
 
     Of a calibrate run: "candidates" (each precision's predicted loss, bytes and BOPs), the "shadow_price" of its budget (what the last bits
     were spent on, and the loss that they gained for each unit of cost), what one step "more" or "less" would gain or lose, and the
@@ -39,35 +43,38 @@ def explain(run: str | Path, layer: str) -> dict[str, Any]:
         names = ", ".join(one.name for one in runs_in(folder))
         raise InvalidFile(f"{folder} holds several runs: {names}. Name one of them: {runs_in(folder)[0]}.")
     record = read_record(folder)
-    about = {"run": str(run), "layer": layer, "road": record.road}
+    explanation: dict[str, Any] = {"run": str(run), "layer": layer, "road": record.road}
     if (folder / SUPERNET_JSON).is_file():
-        return about | _of_supernet(folder, layer)
+        return explanation | _of_supernet(folder, layer)
     check_names([layer], record.layers, str(folder))
-    about |= {"budget": record.budget, "precision": str(record.layers[layer].precision)}
+    explanation |= {"budget": record.budget, "precision": str(record.layers[layer].precision)}
     if record.epochs:
-        return about | _of_training(record, layer)
+        return explanation | _of_training(record, layer)
     if record.road != "calibrate":
-        said = f"{layer} is {about['precision']} in this subnet: the search that it was extracted from, or --scheme, gave it these bits."
-        return about | {"why": [said, f"`anybit explain SEARCH {layer}` says what a search tried of it."]}
+        said = (
+            f"{layer} is {explanation['precision']} in this subnet: the search that it was extracted from, or --scheme, gave it these bits."
+        )
+        return explanation | {"why": [said, f"`anybit explain SEARCH {layer}` says what a search tried of it."]}
     if record.table is None:
         raise InvalidFile(
             f"{folder / REPORT} was written by an earlier anybit and has no table of candidates. Make the run again, or "
             f"anybit allocate {folder} --budget {record.budget or '4bit'} --output RUN2, and explain that."
         )
-    return about | _of_allocation(record, layer)
+    return explanation | _of_allocation(record, layer)
 
 
 # An allocation
 
 
 def _of_allocation(record: Record, layer: str) -> dict[str, Any]:
-    """What the table says of the layer, and what a unit of the limited cost was worth where the budget ended."""
-    row, candidates = record.layers[layer], record.table.layers[layer]
+    """Explain a layer from the table of candidates, and the price of the limited cost where the budget ended."""
+    table = _table(record)
+    row, candidates = record.layers[layer], table.layers[layer]
     scheme = {name: one.precision for name, one in record.layers.items()}
     cost, left = _limited(record)
-    hull = record.table.frontier_over(lambda name, precision: _cost(record, cost, name, precision))
+    hull = table.frontier_over(lambda name, precision: _cost(record, cost, name, precision))
     paid = hull.within(math.fsum(_cost(record, cost, name, precision) for name, precision in scheme.items())) or 0
-    found = {
+    facts: dict[str, Any] = {
         "costs": {"weights": row.weights, "bytes": row.bytes, "bops": candidates[row.precision].bops},
         "candidates": {str(precision): cell.model_dump() for precision, cell in candidates.items()},
         "limited": cost,
@@ -82,35 +89,68 @@ def _of_allocation(record: Record, layer: str) -> dict[str, Any]:
             "units": {name: one.model_dump() for name, one in record.units.items() if one and f"{layer}.".startswith(f"{name}.")},
         },
     }
-    return found | {"why": [*_choice_in_words(record, layer), *_prices_in_words(found), *_errors_in_words(found["errors"], row)]}
+    return facts | {"why": [*_choice_in_words(record, layer), *_prices_in_words(facts), *_errors_in_words(facts["errors"], row)]}
+
+
+def _table(record: Record) -> Table:
+    assert record.table is not None, "only a run with a table of candidates is an allocation"
+    return record.table
+
+
+def _result(record: Record) -> Amounts:
+    assert record.result is not None, "a run that has layers has a result"
+    return record.result
 
 
 def _limited(record: Record) -> tuple[str, float | None]:
-    """(the cost that the budget limits most tightly, how much of it the scheme left); bytes, and None, where it limits none of them."""
-    result, total = record.result, record.table.weights
-    spent = {"bits": result.weight_bits, "bytes": result.bytes, "percent": result.percent, "bops": result.bops}
-    unit = {"bits": total / 8, "bytes": 1, "percent": record.float_bytes / 100, "bops": 1}
-    conditions = [one for one in Budget.parse(record.budget).conditions if one.quantity in LIMITED] if record.budget else []
-    if not conditions:
-        return "bytes", None
-    tightest = max(conditions, key=lambda one: spent[one.quantity] / one.limit)
-    return LIMITED[tightest.quantity], (tightest.limit - spent[tightest.quantity]) * unit[tightest.quantity]
+    """Return (the cost that the budget limits most tightly, how much of it the scheme left); bytes, and None, where it limits none of
+    those that a report tells."""
+    limits = Budget.parse(record.budget).costs() if record.budget else []
+    counted = [cost for cost, _ in limits if cost.counted.recorded != "nowhere"]
+    spent = {cost: _known(_result(record).amount(cost.report_key)) for cost in counted}
+    if not spent:
+        return BYTES.name, None
+    tightest, limit = max(((cost, limit) for cost, limit in limits if cost in spent), key=lambda one: spent[one[0]] / one[1])
+    return tightest.counted.name, (limit - spent[tightest]) * tightest.scale(_counts(record)) / _each(tightest)
 
 
 def _cost(record: Record, cost: str, layer: str, precision: Precision) -> float:
-    """What a layer costs at a precision: bytes of the file, bytes of codes alone, or BOPs."""
-    if cost == "bits":
-        return record.layers[layer].weights * precision.stored_weight_bits / 8
-    return float(getattr(record.table.layers[layer][precision], cost))
+    """Return what a layer costs at a precision; bits count as the bytes of codes that they take."""
+    quantity = _cost_named(cost)
+    if quantity.recorded == "weights":
+        return quantity.layer(_counts(record), layer, precision) / _each(quantity)
+    return _known(_table(record).layers[layer][precision].amount(cost))
+
+
+def _counts(record: Record) -> Costs:
+    """Return the record as counts: of those that a cost in it is made of, it has the layers' weights and the float bytes."""
+    return cast(Costs, record)
+
+
+def _known(amount: float | None) -> float:
+    assert amount is not None, "an amount that a budget limits is reported"
+    return float(amount)
+
+
+def _cost_named(name: str) -> Cost:
+    cost = QUANTITIES[name]
+    assert isinstance(cost, Cost), "a report tells costs of layers, and never their losses, by this name"
+    return cost
+
+
+def _each(cost: Cost) -> float:
+    """Return how much of a layer's part is told as one: of a cost in stored bits, a byte."""
+    return 8 / cost.stored_bits if cost.stored_bits else 1
 
 
 def _move(layer: str, before: Precision, after: Precision, cost: float, loss: float) -> dict[str, Any]:
-    """A change of one layer's precision: by how much the cost and the predicted loss rise, and the loss gained for each unit of cost."""
+    """Describe a change of one layer's precision: how much the cost and the predicted loss rise, and the loss gained for each unit of
+    cost."""
     return {"layer": layer, "from": str(before), "to": str(after), "cost": cost, "loss": loss, "price": -loss / cost}
 
 
 def _step_of(hull: Frontier, index: int) -> dict[str, Any] | None:
-    """A step of the frontier as a move, where there is one of this number."""
+    """Return a step of the frontier as a move; None if there is no step of this number."""
     if not 0 <= index < len(hull.steps):
         return None
     one, before = hull.steps[index], hull.steps[index - 1] if index else hull
@@ -118,11 +158,12 @@ def _step_of(hull: Frontier, index: int) -> dict[str, Any] | None:
 
 
 def _best_move(record: Record, cost: str, layer: str, dearer: bool) -> dict[str, Any] | None:
-    """The step from the layer's precision that gains most for its cost, or, to a cheaper one, loses least for what it frees."""
+    """Return the step from the layer's precision that gains most for its cost, or, to a cheaper one, loses least for what it frees."""
     now = record.layers[layer].precision
-    loss, spent = record.table.layers[layer][now].loss, _cost(record, cost, layer, now)
+    candidates = _table(record).layers[layer]
+    loss, spent = candidates[now].loss, _cost(record, cost, layer, now)
     moves = []
-    for precision, one in record.table.layers[layer].items():
+    for precision, one in candidates.items():
         rise = _cost(record, cost, layer, precision) - spent
         if rise > 0 if dearer else rise < 0:
             moves.append(_move(layer, now, precision, rise, one.loss - loss))
@@ -134,7 +175,7 @@ def _best_move(record: Record, cost: str, layer: str, dearer: bool) -> dict[str,
 
 
 def _choice_in_words(record: Record, layer: str) -> list[str]:
-    row, result, options = record.layers[layer], record.result, record.table.layers[layer]
+    row, result, options = record.layers[layer], _result(record), _table(record).layers[layer]
     share = f"{human_bytes(row.bytes)} of the file's {human_bytes(result.bytes)} ({100 * row.bytes / result.bytes:.1f} %)"
     said = [
         f"{layer} is {row.precision}: {human_count(row.weights)} weights, {share}, {options[row.precision].loss:.3g} of predicted loss."
@@ -151,16 +192,16 @@ def _choice_in_words(record: Record, layer: str) -> list[str]:
     return said
 
 
-def _prices_in_words(found: Mapping[str, Any]) -> list[str]:
-    """The shadow price, and one step more and less beside it; nothing where there was no choice."""
-    if len(found["candidates"]) == 1:
+def _prices_in_words(facts: Mapping[str, Any]) -> list[str]:
+    """Say the shadow price, and one step more and less beside it; nothing if there was no choice."""
+    if len(facts["candidates"]) == 1:
         return []
-    return [*_frontier_in_words(found), _more_in_words(found), _less_in_words(found)]
+    return [*_frontier_in_words(facts), _more_in_words(facts), _less_in_words(facts)]
 
 
-def _frontier_in_words(found: Mapping[str, Any]) -> list[str]:
-    cost, last, following = found["limited"], found["shadow_price"], found["next_step"]
-    said = [] if found["on_frontier"] else ["The scheme lies beside the frontier of predicted losses: its prices are near, not exact."]
+def _frontier_in_words(facts: Mapping[str, Any]) -> list[str]:
+    cost, last, following = facts["limited"], facts["shadow_price"], facts["next_step"]
+    said = [] if facts["on_frontier"] else ["The scheme lies beside the frontier of predicted losses: its prices are near, not exact."]
     if last is not None:
         bought = f"{_amount(last['cost'], cost)} for {-last['loss']:.3g} less predicted loss"
         said.append(f"The shadow price is {_price(last, cost)}: the last step that this size pays for took {_step(last)}, {bought}.")
@@ -169,18 +210,18 @@ def _frontier_in_words(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _more_in_words(found: Mapping[str, Any]) -> str:
-    cost, more = found["limited"], found["more"]
+def _more_in_words(facts: Mapping[str, Any]) -> str:
+    cost, more = facts["limited"], facts["more"]
     if more is None:
         return "No precision of more cost is among its candidates."
     would = f"More, {more['to']}, would cost {_amount(more['cost'], cost)} and gain"
     if more["loss"] >= 0:
         return f"{would} nothing."
-    return f"{would} {-more['loss']:.3g}, {_price(more, cost)}: {_why_not_more(found)}."
+    return f"{would} {-more['loss']:.3g}, {_price(more, cost)}: {_why_not_more(facts)}."
 
 
-def _less_in_words(found: Mapping[str, Any]) -> str:
-    cost, less, following = found["limited"], found["less"], found["next_step"]
+def _less_in_words(facts: Mapping[str, Any]) -> str:
+    cost, less, following = facts["limited"], facts["less"], facts["next_step"]
     if less is None:
         return "No precision of less cost is among its candidates."
     would = f"Less, {less['to']}, would free {_amount(-less['cost'], cost)} and lose"
@@ -193,12 +234,12 @@ def _less_in_words(found: Mapping[str, Any]) -> str:
     return f"{would}: {'more' if worth else 'less'} than the next step would gain with it{'' if worth else f', but {WHOLE}'}."
 
 
-def _why_not_more(found: Mapping[str, Any]) -> str:
-    last, more, left = found["shadow_price"], found["more"], found["left"]
+def _why_not_more(facts: Mapping[str, Any]) -> str:
+    last, more, left = facts["shadow_price"], facts["more"], facts["left"]
     if last is not None and more["price"] < last["price"]:
         return "less than the shadow price, so the budget bought more elsewhere"
     if left is not None and more["cost"] > left:
-        return f"the budget has {_amount(left, found['limited'])} left, too little for it"
+        return f"the budget has {_amount(left, facts['limited'])} left, too little for it"
     if left is None:
         return "the budget asked for the smallest scheme that keeps its limit"
     return f"more than the shadow price, but {WHOLE}"
@@ -216,13 +257,12 @@ def _step(move: Mapping[str, Any]) -> str:
 
 
 def _amount(amount: float, cost: str) -> str:
-    if cost == "bops":
-        return f"{human_count(round(amount))} BOPs"
-    return human_bytes(round(amount)) + (" of codes" if cost == "bits" else "")
+    return (AMOUNTS.get(cost) or _cost_named(cost).in_words)(amount)
 
 
 def _price(move: Mapping[str, Any], cost: str) -> str:
-    each, words = EACH[cost]
+    unit = QUANTITIES[cost].unit
+    each, words = EACH.get(cost, (QUANTITIES[cost].units[unit], unit))
     return f"{move['price'] * each:.3g} of loss a {words}"
 
 
@@ -230,14 +270,14 @@ def _price(move: Mapping[str, Any], cost: str) -> str:
 
 
 def _of_training(record: Record, layer: str) -> dict[str, Any]:
-    """The layer's bits after each epoch, and since when they stand."""
+    """Explain a layer by its bits after each epoch, and since when they stand."""
     epochs = record.epochs
     for epoch in epochs:
         check_names([layer], epoch.layers, f"Epoch {epoch.epoch}")
     bits = {epoch.epoch: epoch.layers[layer] for epoch in epochs}
     moved = [after.epoch for before, after in pairwise(epochs) if before.layers[layer] != after.layers[layer]]
-    told = ", ".join("float" if width is None else str(width) for width in bits.values())
-    said = [f"{layer} is {record.layers[layer].precision} after {len(epochs)} epochs of training. Its weight bits after each: {told}."]
+    widths = ", ".join("float" if width is None else str(width) for width in bits.values())
+    said = [f"{layer} is {record.layers[layer].precision} after {len(epochs)} epochs of training. Its weight bits after each: {widths}."]
     if moved:
         said.append(f"They changed last in epoch {moved[-1]}.")
     said.append("A training has no table of what other bits would lose: its gates, under the budget's penalty, decided.")
@@ -245,33 +285,33 @@ def _of_training(record: Record, layer: str) -> dict[str, Any]:
 
 
 def _of_supernet(folder: Path, layer: str) -> dict[str, Any]:
-    """What a search tried of the layer; of a supernet that was not searched, what it was trained for."""
+    """Explain a layer by the schemes that a search tried; in a supernet that was not searched, by what it was trained for."""
     stored = read_supernet_file(folder).stored()
     check_names([layer], stored, str(folder))
     options = stored[layer].choices
     if not (folder / SEARCH).is_file():
-        said = f"{layer} was trained for {_range(options)}. No scheme is chosen in a supernet: search it, or extract a subnet."
-        return {"candidates": [str(option) for option in options], "why": [said]}
-    found = read_search(folder)
-    for one in (*found.evaluated, *found.front, *found.budgets.values()):
-        check_names([layer], one.scheme, str(folder / SEARCH))
+        unsearched = f"{layer} was trained for {_range(options)}. No scheme is chosen in a supernet: search it, or extract a subnet."
+        return {"candidates": [str(option) for option in options], "why": [unsearched]}
+    search = read_search(folder)
+    for scheme in (one.scheme for rows in (search.evaluated, search.front, search.budgets.values()) for one in rows):
+        check_names([layer], scheme, str(folder / SEARCH))
     said = [
-        f"{layer} has {_range(options)} to choose from. The search evaluated {len(found.evaluated)} subnets; "
-        f"{len(found.front)} are on the front."
+        f"{layer} has {_range(options)} to choose from. The search evaluated {len(search.evaluated)} subnets; "
+        f"{len(search.front)} are on the front."
     ]
-    said += [f"For {text} it chose {one.scheme[layer]}." for text, one in found.budgets.items()]
+    said += [f"For {text} it chose {one.scheme[layer]}." for text, one in search.budgets.items()]
     said.append("A search scores whole subnets: what these bits alone are worth, it does not know.")
     return {
-        "candidates": {str(option): _tried(found, layer, option) for option in options},
-        "front": [{"cost": one.cost, "score": one.score, "precision": str(one.scheme[layer])} for one in found.front],
-        "budgets": {text: str(one.scheme[layer]) for text, one in found.budgets.items()},
+        "candidates": {str(option): _tried(search, layer, option) for option in options},
+        "front": [{"cost": one.cost, "score": one.score, "precision": str(one.scheme[layer])} for one in search.front],
+        "budgets": {text: str(one.scheme[layer]) for text, one in search.budgets.items()},
         "why": said,
     }
 
 
-def _tried(found: SearchRecord, layer: str, option: Precision) -> dict[str, Any]:
-    scores = [one.score for one in found.evaluated if one.scheme[layer] == option]
-    on_front = sum(one.scheme[layer] == option for one in found.front)
+def _tried(search: SearchRecord, layer: str, option: Precision) -> dict[str, Any]:
+    scores = [one.score for one in search.evaluated if one.scheme[layer] == option]
+    on_front = sum(one.scheme[layer] == option for one in search.front)
     return {"evaluated": len(scores), "best_score": max(scores, default=None), "on_front": on_front}
 
 

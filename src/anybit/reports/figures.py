@@ -1,338 +1,327 @@
-"""Plots of records, as plain plotly JSON: {"data": ..., "layout": ...}.
+"""The charts of a page, from records: sizes against losses and scores, bits along a network, steps, epochs, a search."""
 
-Colours are CSS variables, which the page's script resolves: one figure serves light and dark. What a colour says, a shape or a dash says
-too. Names are written as plotly reads them, with entities in place of markup.
-"""
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby, pairwise
+from typing import Literal, NamedTuple
 
-import html
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from anybit.reports.charts import DASHES, SHAPES, Axis, Box, Chart, Point, Series, linear_axis, loss_axis, names_axis, short, upside_down
+from anybit.reports.words import human_bytes, human_count, number, scheme_in_words
+from anybit.runs.records import Epoch, LayerRow, Record, SchemeRow, SearchRecord, Table
 
-from anybit.runs.records import Epoch, Record, SchemeRow, SearchRecord
-from anybit.scheme import Precision
-
-Figure = dict[str, Any]
-
-COLOURS = 6
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "triangle-down")  # one more than colours: 42 pairs
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 FLOAT_HEIGHT = 9  # where float stands on an axis of 2 to 8 bits
-EPOCHS = {"title": {"text": "epoch"}, "tickformat": "d"}
-LONGEST = 24  # letters of a name on an axis; hovering and the tables tell all of it
+MOST_EPOCHS = 10  # that are written on an axis
+MOST_NAMED = 20_000  # precisions of evaluated subnets that are shown with their layers' names
+MOST_EPOCH_MARKS = 40  # epochs that are marked one by one on a line
+MOST_MARKS = 100  # steps of a frontier that are
+BITS = Axis("bits", 0, FLOAT_HEIGHT + 0.3, [*((bits, str(bits)) for bits in (0, 2, 4, 6, 8)), (FLOAT_HEIGHT, "float")])
+ORIGINS = {
+    "uniform": ("uniform", "diamond", False),
+    "drawn": ("drawn", "circle", True),
+    "sensitivity": ("one layer changed", "x", True),
+    "searched": ("searched", "circle", False),
+    "allocated": ("allocated", "square", False),
+}
+"""Origin of an evaluated subnet -> its name, its shape, and whether that is open."""
 
 
-def colour(index: int) -> str:
-    return f"var(--series-{index % COLOURS + 1})"
+# Sizes against losses and scores
 
 
-def loss_over_size(record: Record) -> Figure:
-    """The frontier, uniform and allocated schemes, predicted (open) and measured (filled), and where the chosen one ended."""
-    traces = []
+def loss_over_size(record: Record) -> Chart:
+    """Draw the frontier, the uniform and the allocated schemes, predicted (open) and measured (filled), and where the chosen one ended."""
+    uniform, allocated = _by_kind(record.schemes)
+    series = []
     if record.table is not None:
-        traces.append(frontier_line(record, "best for its size, predicted", 0))
-        uniforms = {name: record.table.sums(scheme) for name, scheme in record.table.uniforms().items()}
-        points = [(size, loss, name) for name, (size, loss) in uniforms.items()]
-        traces.append(_markers(points, "uniform, predicted", "diamond-open", colour(5)))
-    by_kind = {"allocated": [], "uniform": []}
-    for row in record.schemes:
-        by_kind["uniform" if row.name.startswith("uniform") else "allocated"].append(row)
-    for kind, symbol, of in (("uniform", "diamond", 5), ("allocated", "square", 0)):
-        measured = [(row.bytes, row.measured, told(row)) for row in by_kind[kind] if row.measured is not None]
-        traces.append(_markers(measured, f"{kind}, measured", symbol, colour(of)))
-        if kind == "allocated":
-            predicted = [(row.bytes, row.predicted, told(row)) for row in by_kind[kind]]
-            traces.append(_markers(predicted, "allocated, predicted", "square-open", colour(0)))
-    if record.chosen is not None and record.chosen.measured is not None:
-        point = (record.chosen.bytes, record.chosen.measured, told(record.chosen))
-        traces.append(_markers([point], "chosen, measured", "circle-open", colour(1), 20))
-    if record.final_loss is not None and record.result is not None:
-        point = (record.result.bytes, record.final_loss, "after polishing")
-        traces.append(_markers([point], "chosen, after polishing", "star", colour(1), 14))
-    return _over_size(traces, "loss on held-out inputs")
-
-
-def accuracy_over_size(record: Record, score: str, words: str) -> Figure:
-    """What the schemes scored on held-out inputs; the end on the test data, beside the float network."""
-    traces = []
-    for kind, symbol, of in (("uniform", "diamond", 5), ("allocated", "square", 0)):
-        rows = [row for row in record.schemes if row.name.startswith("uniform") == (kind == "uniform")]
-        points = [(row.bytes, getattr(row, score), told(row)) for row in rows if getattr(row, score) is not None]
-        traces.append(_markers(points, f"{kind}, held-out", symbol, colour(of)))
-    if record.result is not None and record.tested(score) is not None:
-        point = (record.result.bytes, record.tested(score), "this file, on test data")
-        traces.append(_markers([point], "this file, test data", "star", colour(1), 14))
-    return _over_size([*traces, *_level(traces, record.float_test.get(score), "float network, test data")], words, log=False)
-
-
-def losses_side_by_side(records: Mapping[str, Record]) -> Figure:
-    """A line and two shapes a run: its frontier as predicted, what was measured, and where it ended."""
-    traces = []
-    for index, (name, record) in enumerate(records.items()):
-        same = next((other for other in list(records.values())[:index] if other.table == record.table), None)
-        if record.table is not None and same is None:
-            traces.append(frontier_line(record, f"{_short(name)}: predicted best", index))
-        symbol = SYMBOLS[index % len(SYMBOLS)]
-        measured = [(row.bytes, row.measured, f"{name}, {told(row)}") for row in record.schemes if row.measured is not None]
-        traces.append(_markers(measured, f"{_short(name)}: measured", f"{symbol}-open", colour(index)))
-        if record.final_loss is not None and record.result is not None:
-            traces.append(_markers([(record.result.bytes, record.final_loss, name)], f"{_short(name)}: result", symbol, colour(index), 15))
-    return _over_size(traces, "loss on held-out inputs")
-
-
-def tests_side_by_side(records: Mapping[str, Record], key: str, words: str) -> Figure:
-    """What every run's file scored on its test data over its size; of a supernet each uniform subnet."""
-    traces = []
-    for index, (name, record) in enumerate(records.items()):
-        traces.append(_markers(tested_points(name, record, key), _short(name), SYMBOLS[index % len(SYMBOLS)], colour(index), 13))
-    floats = {score for record in records.values() if (score := record.float_test.get(key)) is not None}
-    level = _level(traces, floats.pop(), "float network") if len(floats) == 1 else []
-    return _over_size([*traces, *level], f"{words} on test data", log=False)
-
-
-def tested_points(name: str, record: Record, key: str) -> list[tuple[float, float, str]]:
-    """(bytes, score, words) of what a run tested."""
+        sums = {name: record.table.sums(scheme) for name, scheme in record.table.uniforms().items()}
+        series.append(frontier_line(record.table, "best for its size, predicted", 0))
+        series.append(_marks("uniform, predicted", 5, "diamond", [(*point, name) for name, point in sums.items()], is_open=True))
+    series += [
+        _marks("uniform, measured", 5, "diamond", [(row.bytes, row.measured, in_words(row)) for row in uniform]),
+        _marks("allocated, predicted", 0, "square", [(row.bytes, row.predicted, in_words(row)) for row in allocated], is_open=True),
+        _marks("allocated, measured", 0, "square", [(row.bytes, row.measured, in_words(row)) for row in allocated]),
+    ]
+    if record.chosen is not None:
+        series.append(_marks("chosen, measured", 1, "ring", [(record.chosen.bytes, record.chosen.measured, in_words(record.chosen))]))
     if record.result is not None:
-        found = [(record.result.bytes, record.tested(key), name)]
+        series.append(_marks("chosen, after polishing", 1, "star", [(record.result.bytes, record.final_loss, "after polishing")]))
+    label = "Loss on held-out inputs over the size of the file: predicted frontier, uniform schemes, allocated schemes, the chosen one."
+    return _over_size("losses", label, series, loss_axis, "loss on held-out inputs")
+
+
+def accuracy_over_size(record: Record, score: str, words: str) -> Chart:
+    """Draw what the schemes scored on held-out inputs; the end on the test data, beside the float network."""
+    uniform, allocated = _by_kind(record.schemes)
+    series = [
+        _marks("uniform, held-out", 5, "diamond", [(row.bytes, getattr(row, score), in_words(row)) for row in uniform]),
+        _marks("allocated, held-out", 0, "square", [(row.bytes, getattr(row, score), in_words(row)) for row in allocated]),
+    ]
+    if record.result is not None:
+        tested = (record.result.bytes, record.tested(score), "this file, on test data")
+        series.append(_marks("this file, test data", 1, "star", [tested]))
+    series += _level(series, record.float_test.get(score), "float network, test data")
+    label = f"{words} over the size of the file: schemes on held-out inputs, the finished file and the float network on test data."
+    return _over_size("accuracies", label, series, linear_axis, words)
+
+
+def losses_side_by_side(records: Mapping[str, Record]) -> Chart:
+    """Draw a line and two shapes a run: its frontier as predicted, what was measured, and where it ended."""
+    series, drawn = [], []
+    for index, (name, record) in enumerate(records.items()):
+        shape = SHAPES[index % len(SHAPES)]
+        if record.table is not None and record.table not in drawn:
+            drawn.append(record.table)
+            series.append(frontier_line(record.table, f"{short(name)}: predicted best", index))
+        measured = [(row.bytes, row.measured, f"{name}, {in_words(row)}") for row in record.schemes]
+        series.append(_marks(f"{short(name)}: measured", index, shape, measured, is_open=True))
+        if record.result is not None:
+            series.append(_marks(f"{short(name)}: result", index, shape, [(record.result.bytes, record.final_loss, name)]))
+    label = "Loss on held-out inputs over the size of the file, a line and two shapes for each run."
+    return _over_size("losses", label, series, loss_axis, "loss on held-out inputs")
+
+
+def tests_side_by_side(records: Mapping[str, Record], score: str, words: str) -> Chart:
+    """Draw what every run's file scored on its test data over its size; of a supernet each uniform subnet."""
+    series = [
+        _marks(short(name), index, SHAPES[index % len(SHAPES)], tested_points(name, record, score))
+        for index, (name, record) in enumerate(records.items())
+    ]
+    floats = {record.float_test.get(score) for record in records.values()} - {None}
+    series += _level(series, floats.pop(), "float network") if len(floats) == 1 else []
+    label = f"{words} on test data over the size of the file, a shape for each run."
+    return _over_size("tests", label, series, linear_axis, f"{words} on test data")
+
+
+def tested_points(name: str, record: Record, score: str) -> list[tuple[int, float, str]]:
+    """List (bytes, score, words) of what a run tested."""
+    if record.result is not None:
+        points = [(record.result.bytes, record.tested(score), name)]
     else:
-        found = [(amounts.bytes, record.tested(key, subnet), f"{name}, {subnet}") for subnet, amounts in record.subnets.items()]
-    return [point for point in found if point[1] is not None]
+        points = [(amounts.bytes, record.tested(score, subnet), f"{name}, {subnet}") for subnet, amounts in record.subnets.items()]
+    return [(size, value, words) for size, value, words in points if value is not None]
 
 
-def frontier_line(record: Record, name: str, index: int) -> Figure:
-    """The best scheme of every size that the table predicts."""
-    found = record.table.frontier
-    points = [(found.cost, found.loss), *((step.cost, step.loss) for step in found.steps)]
-    return {
-        **_points([(record.table.fixed_bytes + cost, record.table.floor + loss, "") for cost, loss in points]),
-        "mode": "lines+markers",
-        "line": {"dash": DASHES[index % len(DASHES)], "width": 1.5, "color": colour(index)},
-        "marker": {"size": 4, "symbol": "circle", "color": colour(index)},
-        "name": html.escape(name),
-    }
+def frontier_line(table: Table, name: str, index: int) -> Series:
+    """Draw the best scheme of every size that the table predicts."""
+    frontier = table.frontier
+    ends = [(frontier.cost, frontier.loss), *((step.cost, step.loss) for step in frontier.steps)]
+    points = [(table.fixed_bytes + cost, table.floor + loss, "") for cost, loss in ends]
+    shape = "dot" if len(points) <= MOST_MARKS else None
+    return Series(name, index, _points(points), shape, dash=DASHES[index % len(DASHES)])
 
 
-def told(row: SchemeRow) -> str:
+def in_words(row: SchemeRow) -> str:
     return f"{row.name}, {row.weight_bits:.2f} bits a weight"
 
 
-def bits_along_network(records: Mapping[str, Record]) -> Figure:
-    """Bits of each layer's weights and input in the network's order: bars and diamonds of one run, lines of several."""
-    names = list(dict.fromkeys(name for record in records.values() for name in record.layers))
-    traces = []
-    for index, (run, record) in enumerate(records.items()):
-        if not record.layers:
-            continue
-        rows = [record.layers.get(name) for name in names]
-        words = [
-            html.escape(f"{run + ', ' if len(records) > 1 else ''}{name}: {row.precision if row else 'not in this run'}")
-            for name, row in zip(names, rows, strict=True)
-        ]
-        of_weights = [row and _height(row.precision.weight_bits, row.weights > 0) for row in rows]
-        of_inputs = [row and _height(row.precision.activation_bits, True) for row in rows]
-        label = "" if len(records) == 1 else f"{_short(run)}: "
-        shared = {"x": list(range(len(names))), "text": words, "hovertemplate": "%{text}<extra></extra>"}
-        if len(records) == 1:
-            traces.append(
-                {**shared, "type": "bar", "y": of_weights, "textposition": "none", "name": "weights", "marker": {"color": colour(0)}}
-            )
-            traces.append({**shared, **_line(of_inputs, 1, "inputs", 2, "dot")})
-        else:
-            traces.append({**shared, **_line(of_weights, index, f"{label}weights", index, DASHES[index % len(DASHES)])})
-    heights = [0, 2, 4, 6, 8, FLOAT_HEIGHT]
-    of_bits = {
-        "title": {"text": "bits"},
-        "range": [0, FLOAT_HEIGHT + 0.3],
-        "tickvals": heights,
-        "ticktext": [*map(str, heights[:-1]), "float"],
-    }
-    return {"data": traces, "layout": {"xaxis": _name_axis(names), "yaxis": of_bits}}
+def _by_kind(rows: Iterable[SchemeRow]) -> tuple[list[SchemeRow], list[SchemeRow]]:
+    """Part the uniform schemes from the allocated ones."""
+    rows = list(rows)
+    return [row for row in rows if row.name.startswith("uniform")], [row for row in rows if not row.name.startswith("uniform")]
 
 
-def _height(bits: int | None, there: bool) -> int | None:
-    return bits if bits is not None else FLOAT_HEIGHT if there else None
+def _over_size(key: str, label: str, series: Iterable[Series], score_axis: Callable[..., Axis], title: str) -> Chart:
+    series = [_with_values(one, human_bytes) for one in _drawn(series)]
+    return Chart(key, label, linear_axis("size of the file", _values(series, "x"), _size), score_axis(title, _values(series, "y")), series)
 
 
-def _line(values: Sequence[Any], index: int, name: str, symbol: int, dash: str) -> Figure:
-    return {
-        "type": "scatter",
-        "y": list(values),
-        "mode": "lines+markers",
-        "line": {"dash": dash, "width": 1.5, "color": colour(index)},
-        "marker": {"symbol": SYMBOLS[symbol % len(SYMBOLS)], "size": 8, "color": colour(index)},
-        "name": html.escape(name),
-    }
+def _values(series: Iterable[Series], place: Literal["x", "y"]) -> list[float | None]:
+    return [getattr(point, place) for one in series for point in one.points]
 
 
-def losses_by_layer(rows: Sequence[tuple[str, float, float | None]]) -> Figure:
-    """Bars of (layer, predicted loss, what is left of it after one step more of bits), the worst on top."""
-    names, height = [name for name, _, _ in rows], 130 + 26 * len(rows)
-    shared = {
-        "y": list(range(len(rows))),
-        "text": [html.escape(name) for name in names],
-        "hovertemplate": "%{text}: %{x:.3g}<extra></extra>",
-    }
-    bars = {
-        **shared,
-        "type": "bar",
-        "orientation": "h",
-        "textposition": "none",
-        "x": [loss for _, loss, _ in rows],
-        "name": "now",
-        "marker": {"color": colour(0)},
-    }
-    after = {
-        **shared,
-        "type": "scatter",
-        "mode": "markers",
-        "x": [left for _, _, left in rows],
-        "name": "after one step more of bits",
-        "marker": {"symbol": "diamond", "size": 10, "color": colour(1), "line": {"width": 1, "color": "var(--paper)"}},
-    }
-    layout = {
-        "xaxis": {"title": {"text": "predicted loss"}, "exponentformat": "power"},
-        "yaxis": _name_axis(names) | {"autorange": "reversed"},
-        "height": height,
-    }
-    return {"data": [bars, after], "layout": layout}
+def _with_values(series: Series, write: Callable[[float], str]) -> Series:
+    """Let each point say where it lies, too."""
+    points = [(x, y, ", ".join(filter(None, (words, write(x), number(y))))) for x, y, words in series.points]
+    return replace(series, points=_points(points))
 
 
-def ladder(record: Record) -> Figure:
-    """The held-out loss after each step, the kept ones joined."""
-    steps = list(enumerate(record.ladder))
-    kept = [(index, row.loss, row.step) for index, row in steps if row.kept]
-    dropped = [(index, row.loss, row.step) for index, row in steps if not row.kept]
-    traces = [
-        {**_markers(kept, "kept", "circle", colour(0), 11), "mode": "lines+markers", "line": {"color": colour(0), "width": 1.5}},
-        _markers(dropped, "not kept", "x-thin-open", colour(1), 11),
-    ]
-    layout = {"xaxis": _name_axis([row.step for _, row in steps]), "yaxis": _loss_axis(traces, "loss on held-out inputs")}
-    return {"data": traces, "layout": layout}
+def _size(value: float) -> str:
+    """Write a size on an axis, as short as can be."""
+    words = human_count(round(value))
+    return f"{words}B" if " " in words else f"{words} B"
 
 
-def searched(found: SearchRecord) -> Figure:
-    """Every evaluated subnet over its cost, the front, and the front measured again; hovering shows the scheme."""
-    origins = {"uniform": "uniform", "drawn": "drawn", "sensitivity": "one layer changed", "searched": "searched", "allocated": "allocated"}
-    symbols = {"uniform": "diamond", "drawn": "circle-open", "sensitivity": "x-thin-open", "searched": "circle", "allocated": "square"}
-    traces = []
-    for index, (origin, name) in enumerate(origins.items()):
-        rows = [row for row in found.evaluated if row.origin == origin]
-        points = [(row.cost, row.score, "") for row in rows]
-        traces.append(_markers(points, name, symbols[origin], colour(index), 8) | {"text": [in_words(row.scheme) for row in rows]})
-    front = {"x": [row.cost for row in found.front], "text": [in_words(row.scheme) for row in found.front]}
-    line = {"width": 2, "color": "var(--ink)"}
-    traces.append(
-        {
-            **front,
-            "type": "scatter",
-            "y": [row.score for row in found.front],
-            "mode": "lines",
-            "line": line | {"shape": "hv"},
-            "name": "front",
-        }
-    )
-    traces.append(
-        {**front, "type": "scatter", "y": [row.measured for row in found.front], "mode": "lines+markers", "line": line | {"dash": "dot"},
-         "marker": {"symbol": "circle-open"}, "name": "front, measured on other inputs"}
-    )  # fmt: skip
-    layout = {"xaxis": {"title": {"text": html.escape(found.quantity)}}, "yaxis": {"title": {"text": html.escape(found.score)}}}
-    return {"data": _drawn(traces), "layout": layout}
-
-
-def in_words(scheme: Mapping[str, Precision]) -> str:
-    return "<br>".join(f"{html.escape(name)} {precision}" for name, precision in scheme.items())
-
-
-def bits_over_epochs(epochs: Sequence[Epoch]) -> Figure:
-    """The bits of every layer after each epoch."""
-    names = list(epochs[-1].layers)
-    grid = {
-        "type": "heatmap",
-        "x": [row.epoch for row in epochs],
-        "y": list(range(len(names))),
-        "z": [[row.layers.get(name) for row in epochs] for name in names],
-        "zmin": 0,
-        "zmax": 8,
-        "colorscale": "Cividis",
-        "texttemplate": "%{z}",
-        "colorbar": {"title": {"text": "bits"}},
-    }
-    layout = {
-        "xaxis": EPOCHS,
-        "yaxis": _name_axis(names) | {"autorange": "reversed"},
-        "height": 200 + 22 * len(names),
-    }
-    return {"data": [grid], "layout": layout}
-
-
-def mean_bits_over_epochs(epochs: Sequence[Epoch]) -> Figure:
-    """Bits a weight of the whole network."""
-    line = {"x": [row.epoch for row in epochs], **_line([row.weight_bits for row in epochs], 0, "bits a weight", 0, "solid")}
-    return {"data": [line], "layout": {"xaxis": EPOCHS, "yaxis": {"title": {"text": "bits a weight"}}}}
-
-
-def scores_over_epochs(epochs: Sequence[Epoch], key: str) -> Figure:
-    """A score as the network trains (soft) and as it would be saved (frozen)."""
-    numbers = [row.epoch for row in epochs]
-    traces = [
-        {"x": numbers, **_line([getattr(row, kind).get(key) for row in epochs], index, f"{kind} {key}", index, DASHES[index])}
-        for index, kind in enumerate(("soft", "frozen"))
-    ]
-    return {"data": traces, "layout": {"xaxis": EPOCHS, "yaxis": {"title": {"text": html.escape(key)}}}}
-
-
-def _points(points: Iterable[tuple[float, float, str]]) -> Figure:
-    points = list(points)
-    return {
-        "type": "scatter",
-        "x": [x for x, _, _ in points],
-        "y": [y for _, y, _ in points],
-        "text": [html.escape(words) for _, _, words in points],
-        "hovertemplate": "%{text}<br>%{x:,}, %{y:.4g}<extra></extra>",
-    }
-
-
-def _markers(points: Iterable[tuple[float, float, str]], name: str, symbol: str, of: str, size: int = 9) -> Figure:
-    marker = {"symbol": symbol, "size": size, "color": of, "line": {"width": 1.5, "color": of}}
-    return {**_points(points), "mode": "markers", "marker": marker, "name": html.escape(name)}
-
-
-def _drawn(traces: Sequence[Figure]) -> list[Figure]:
-    """Those that have a point: an empty one would be in the legend all the same."""
-    return [trace for trace in traces if trace["x"]]
-
-
-def _over_size(traces: Sequence[Figure], score: str, log: bool = True) -> Figure:
-    traces = _drawn(traces)
-    size = {"title": {"text": "size of the file"}, "tickformat": "~s", "ticksuffix": "B"}
-    return {
-        "data": traces,
-        "layout": {"xaxis": size, "yaxis": _loss_axis(traces, score) if log else {"title": {"text": html.escape(score)}}},
-    }
-
-
-def _loss_axis(traces: Sequence[Figure], title: str) -> Figure:
-    """Logarithmic where losses above zero span much; those at or below it are then not drawn (the tables have them)."""
-    values = [y for trace in traces for y in trace["y"] if y is not None and y > 0]
-    wide = bool(values) and max(values) > 20 * min(values)
-    return {"title": {"text": title}, "exponentformat": "power", **({"type": "log", "dtick": 1} if wide else {})}
-
-
-def _level(traces: Sequence[Figure], value: float | None, name: str) -> list[Figure]:
-    """A horizontal line as long as the traces are wide."""
-    sizes = [x for trace in traces for x in trace["x"]]
+def _level(series: Iterable[Series], value: float | None, name: str) -> list[Series]:
+    """Draw a horizontal line as long as the series are wide."""
+    sizes = [point.x for one in series for point in one.points]
     if value is None or not sizes:
         return []
-    line = {"dash": "dash", "width": 1.5, "color": "var(--ink)"}
-    return [{**_points([(min(sizes), value, name), (max(sizes), value, name)]), "mode": "lines", "line": line, "name": name}]
+    return [Series(name, None, _points([(min(sizes), value, name), (max(sizes), value, name)]), dash="dash")]
 
 
-def _name_axis(names: Sequence[str]) -> Figure:
-    """Names along an axis of numbers, so that names may be long, alike at their beginning, or the same."""
-    every = max(1, -(-len(names) // 40))
-    places = range(0, len(names), every)
-    return {"tickvals": list(places), "ticktext": [html.escape(_short(names[place])) for place in places], "automargin": True}
+# Layers
 
 
-def _short(name: str) -> str:
-    """The end of a long name, where layers and runs differ."""
-    return name if len(name) <= LONGEST else "…" + name[1 - LONGEST :]
+def bits_along_network(records: Mapping[str, Record]) -> Chart:
+    """Draw the bits of each layer's weights and input in the network's order: bars and diamonds of one run, lines of several."""
+    names = list(dict.fromkeys(name for record in records.values() for name in record.layers))
+    series = _bits_of_one(names, *records.values()) if len(records) == 1 else _bits_of_several(names, records)
+    label = "Bits of every layer's weights and input, in the network's order."
+    return Chart("bits", label, names_axis(names), BITS, series)
+
+
+def _bits_of_one(names: Sequence[str], record: Record) -> list[Series]:
+    heights = [_weight_height(record.layers[name]) for name in names]
+    words = [f"{name}: {record.layers[name].precision}" for name in names]
+    bars = [Box((at - 0.4, at + 0.4), (0, height), words[at]) for at, height in enumerate(heights) if height is not None]
+    inputs = [_height(record.layers[name].precision.activation_bits) for name in names]
+    points = list(zip(range(len(names)), inputs, words, strict=True))
+    return [Series("weights", 0, boxes=bars), Series("inputs", 1, _points(points), "diamond", dash="dot")]
+
+
+def _bits_of_several(names: Sequence[str], records: Mapping[str, Record]) -> list[Series]:
+    series = []
+    for index, (run, record) in enumerate(records.items()):
+        points = [
+            (at, _weight_height(record.layers[name]), f"{run}, {name}: {record.layers[name].precision}")
+            if name in record.layers
+            else (at, None, "")
+            for at, name in enumerate(names)
+        ]
+        series.append(_line(f"{short(run)}: weights", index, points))
+    return _drawn(series)
+
+
+def _weight_height(layer: LayerRow) -> int | None:
+    return _height(layer.precision.weight_bits) if layer.weights or layer.precision.weight_bits else None
+
+
+def _height(bits: int | None) -> int:
+    return FLOAT_HEIGHT if bits is None else bits
+
+
+def losses_by_layer(rows: Sequence[tuple[str, float, float | None]]) -> Chart:
+    """Draw bars of (layer, predicted loss, what is left of it after one step more of bits), the worst on top."""
+    names = [name for name, _, _ in rows]
+    now = [Box((0, loss), (at - 0.36, at + 0.36), f"{name}: {number(loss)}") for at, (name, loss, _) in enumerate(rows)]
+    after = [Point(left, at, f"{name}: {number(left)}") for at, (name, _, left) in enumerate(rows) if left is not None]
+    series = [Series("now", 0, boxes=now), Series("after one step more of bits", 1, after, "diamond")]
+    losses = linear_axis("predicted loss", [0, *(value for row in rows for value in row[1:])])
+    label = "Predicted loss of the layers that hurt most, now and after one step more of bits."
+    return Chart("layers", label, losses, upside_down(names_axis(names)), _drawn(series), 26 * len(rows))
+
+
+# Steps, epochs, searches
+
+
+def ladder(record: Record) -> Chart:
+    """Draw the held-out loss after each step, the kept ones joined."""
+    steps = list(enumerate(record.ladder))
+    series = [
+        _line("kept", 0, [(at, row.loss, f"{row.step}: {number(row.loss)}") for at, row in steps if row.kept], dash="solid"),
+        _marks("not kept", 1, "x", [(at, row.loss, f"{row.step}: {number(row.loss)}") for at, row in steps if not row.kept]),
+    ]
+    losses = loss_axis("loss on held-out inputs", [row.loss for row in record.ladder])
+    return Chart("ladder", "Held-out loss after each step.", names_axis([row.step for row in record.ladder]), losses, _drawn(series), 300)
+
+
+def searched(search: SearchRecord) -> Chart:
+    """Draw every evaluated subnet over its cost, the front, and the front measured again; pointing at a subnet shows its scheme.
+
+    Of very many subnets the precisions are shown without the layers' names, in the network's order: they would make the page large.
+    """
+    is_small = sum(len(row.scheme) for row in search.evaluated) <= MOST_NAMED
+    in_short = scheme_in_words if is_small else lambda scheme: " ".join(map(str, scheme.values()))
+    series = []
+    for index, (origin, (name, shape, is_open)) in enumerate(ORIGINS.items()):
+        rows = [row for row in search.evaluated if row.origin == origin]
+        series.append(_marks(name, index, shape, [(row.cost, row.score, in_short(row.scheme)) for row in rows], is_open=is_open))
+    front = [(row.cost, row.score, scheme_in_words(row.scheme)) for row in search.front]
+    again = [(row.cost, row.measured, scheme_in_words(row.scheme)) for row in search.front]
+    series.append(Series("front", None, _points(_stairs(front)), dash="solid"))
+    series.append(Series("front, measured on other inputs", None, _points(again), "circle", is_open=True, dash="dot"))
+    series = [_with_values(one, number) for one in _drawn(series)]
+    costs, scores = linear_axis(search.quantity, _values(series, "x")), linear_axis(search.score, _values(series, "y"))
+    return Chart("search", f"{search.score} over {search.quantity} of every evaluated subnet, and the front.", costs, scores, series)
+
+
+def _stairs(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Hold each value until the next one's place."""
+    held = [[before, (after[0], before[1], before[2])] for before, after in pairwise(points)]
+    return [corner for corners in held for corner in corners] + list(points[-1:])
+
+
+def bits_over_epochs(epochs: Sequence[Epoch]) -> Chart:
+    """Draw the bits of every layer after each epoch: a box as long as they stay the same."""
+    names = list(epochs[-1].layers)
+    boxes = [_box(at, name, stretch) for at, name in enumerate(names) for stretch in stretches(name, epochs)]
+    label = "Bits of every layer after each epoch."
+    return Chart(
+        "epoch-bits", label, _epoch_axis(epochs), upside_down(names_axis(names)), [Series("bits", 0, boxes=boxes)], 24 * len(names)
+    )
+
+
+class Stretch(NamedTuple):
+    """Epochs in which a layer has the same bits: the places and the numbers of the first and the last."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+    bits: int | None
+
+    @property
+    def text(self) -> str:
+        return "float" if self.bits is None else str(self.bits)
+
+
+def stretches(name: str, epochs: Sequence[Epoch]) -> Iterable[Stretch]:
+    """Yield where a layer's bits stay the same."""
+    for bits, rows in groupby(enumerate(epochs), key=lambda row: row[1].layers.get(name)):
+        places, same = zip(*rows, strict=True)
+        yield Stretch(places[0], places[-1], same[0].epoch, same[-1].epoch, bits)
+
+
+def _box(at: int, name: str, stretch: Stretch) -> Box:
+    depth = round(0.1 + 0.06 * min(max(FLOAT_HEIGHT if stretch.bits is None else stretch.bits, 0), FLOAT_HEIGHT), 2)
+    words = f"{name}, epochs {stretch.first} to {stretch.last}: {stretch.text}"
+    return Box((stretch.start - 0.5, stretch.end + 0.5), (at - 0.5, at + 0.5), words, depth, stretch.text)
+
+
+def mean_bits_over_epochs(epochs: Sequence[Epoch], budget: str | None) -> Chart:
+    """Draw the bits a weight of the whole network."""
+    line = _line(
+        "bits a weight", 0, [(at, row.weight_bits, f"epoch {row.epoch}: {number(row.weight_bits)}") for at, row in enumerate(epochs)]
+    )
+    return _over_epochs("mean-bits", f"Bits a weight by epoch; budget {budget or 'none'}.", epochs, [line], "bits a weight")
+
+
+def scores_over_epochs(epochs: Sequence[Epoch], score: str) -> Chart:
+    """Draw a score as the network trains (soft) and as it would be saved (frozen)."""
+    series = []
+    for index, kind in enumerate(("soft", "frozen")):
+        values = [getattr(row, kind).get(score) for row in epochs]
+        points = [(at, value, f"epoch {row.epoch}: {number(value)}") for at, (row, value) in enumerate(zip(epochs, values, strict=True))]
+        series.append(_line(f"{kind} {score}", index, points))
+    return _over_epochs("scores", f"{score} by epoch, as the network trains and as it would be saved.", epochs, series, score)
+
+
+def _over_epochs(key: str, label: str, epochs: Sequence[Epoch], series: Iterable[Series], title: str) -> Chart:
+    series = [one if len(epochs) <= MOST_EPOCH_MARKS else replace(one, shape=None) for one in _drawn(series)]
+    return Chart(key, label, _epoch_axis(epochs), linear_axis(title, _values(series, "y")), series, 300)
+
+
+def _epoch_axis(epochs: Sequence[Epoch]) -> Axis:
+    """Place epochs at 0, 1, 2, ... by their order."""
+    every = -(-len(epochs) // MOST_EPOCHS)
+    return Axis("epoch", -0.5, len(epochs) - 0.5, [(at, str(row.epoch)) for at, row in enumerate(epochs) if at % every == 0])
+
+
+# Series
+
+
+def _points(points: Iterable[tuple[float, float | None, str]]) -> list[Point]:
+    return [Point(*point) for point in points]
+
+
+def _marks(name: str, colour: int, shape: str, points: Iterable[tuple[float, float | None, str]], is_open: bool = False) -> Series:
+    return Series(name, colour, [point for point in _points(points) if point.y is not None], shape, is_open)
+
+
+def _line(name: str, index: int, points: Iterable[tuple[float, float | None, str]], dash: str | None = None) -> Series:
+    return Series(name, index, _points(points), SHAPES[index % len(SHAPES)], dash=dash or DASHES[index % len(DASHES)])
+
+
+def _drawn(series: Iterable[Series]) -> list[Series]:
+    """Leave out what has nothing to show: it would be in the legend all the same."""
+    return [one for one in series if one.boxes or any(point.y is not None for point in one.points)]

@@ -1,39 +1,9 @@
-// Draws the page's figures in its own colours, light or dark, and moves its sliders. It asks nothing of any network.
+// Moves the page's sliders. It asks nothing of any network.
 (() => {
   "use strict";
   const FLOAT_BITS = 9; // as high as float stands in the strip
 
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
-  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-
-  // "var(--series-1)" -> its colour, wherever a figure says so
-  function coloured(value) {
-    if (typeof value === "string") {
-      const variable = /^var\((--[\w-]+)\)$/.exec(value);
-      return variable ? css(variable[1]) : value;
-    }
-    if (Array.isArray(value)) return value.map(coloured);
-    if (value && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([key, one]) => [key, coloured(one)]));
-    return value;
-  }
-
-  function draw(plot) {
-    const figure = coloured(read(plot.dataset.figure));
-    const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true, title: { standoff: 10 } };
-    const narrow = plot.clientWidth < 520;
-    const base = {
-      font: { family: getComputedStyle(document.body).fontFamily, size: narrow ? 11 : 13, color: css("--ink") },
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      xaxis: axis, yaxis: axis, dragmode: false,
-      margin: { l: 8, r: 8, t: 12, b: 8 },
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
-      hoverlabel: { bgcolor: css("--raised"), bordercolor: css("--line"), font: { color: css("--ink") } },
-    };
-    const many = figure.data.length;
-    const height = (figure.layout.height || 400) + (narrow ? 22 : 8) * Math.max(0, many - 2);
-    const layout = { ...figure.layout, height, showlegend: many > 1, template: { layout: base } };
-    return Plotly.react(plot, figure.data, layout, { responsive: true, displayModeBar: false });
-  }
 
   function bytes(count) {
     for (const unit of ["B", "kB", "MB"]) {
@@ -112,8 +82,5 @@
     show(Number(slider.value));
   }
 
-  const plots = [...document.querySelectorAll(".plot")];
   document.querySelectorAll(".explorer").forEach(explore);
-  plots.forEach(draw);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plots.forEach(draw));
 })();

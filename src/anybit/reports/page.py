@@ -1,44 +1,50 @@
-"""Reports as one self-contained page: nothing is asked of the network, and every plot has a table that says the same.
+"""A report as one self-contained page: from records to what the templates show, which hold the page's words and order.
 
-A page is a function of its `records` alone."""
+A page is a function of its records alone. It asks nothing of any network, works without JavaScript, and every chart has a table that says
+the same.
+"""
 
+import hashlib
 import json
 import os
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from anybit.errors import InvalidSetting
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from anybit.budget import Budget
+from anybit.errors import InvalidSetting, printable
 from anybit.files.whole import whole_file
-from anybit.reports import markup
-from anybit.reports.figures import (
-    accuracy_over_size,
-    bits_along_network,
-    bits_over_epochs,
-    ladder,
-    loss_over_size,
-    losses_by_layer,
-    losses_side_by_side,
-    mean_bits_over_epochs,
-    scores_over_epochs,
-    searched,
-    tested_points,
-    tests_side_by_side,
-)
-from anybit.reports.words import human_bytes, human_count
+from anybit.reports import figures
+from anybit.reports.words import SCORE_WORDS, human_bytes, human_count, number, points_apart, scheme_in_words
 from anybit.runs.folder import runs_in
-from anybit.runs.records import Amounts, Record, Table, counted, record_of
+from anybit.runs.records import Amounts, Epoch, Record, SearchRecord, Table, counted, record_of
 from anybit.runs.report import read_record
 from anybit.scheme import Precision
 
-WORDS = {"metric": "metric", "top1": "top-1", "spearman": "spearman", "f1": "f1", "loss": "loss"}
 SLIDER_PLACES = 200
 SHOWN_BUDGETS = 12  # rows of the slider's table for those without JavaScript
-WORST = 15  # layers in the plot of those that hurt most; the table has all
+WORST = 15  # layers in the chart of those that hurt most; the table has all
+
+
+class Rows(NamedTuple):
+    """A table of the page; the first cell of a row is its heading."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+Context = dict[str, Any]
+"""What a template shows, by name."""
 
 
 def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Path:
-    """One page of finished runs side by side, of any roads; a folder of several runs counts as each of them.
+    """Write one page of finished runs side by side, of any roads; a folder of several runs counts as each of them.
 
     Raises InvalidFile naming a folder that is no run, InvalidSetting where `output` is there already.
     """
@@ -47,22 +53,19 @@ def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Pa
         raise InvalidSetting(f"{path} exists. Choose another --output{'' if path.is_dir() else ', or give --overwrite'}.")
     if not runs:
         raise InvalidSetting("There is no run to report on. Name at least one run folder.")
-    made = page(_shortly_named({name: record for run in runs for name, record in read_records(Path(run)).items()}))
+    text = page(_without_common_folder({name: record for run in runs for name, record in read_records(Path(run)).items()}))
     with whole_file(path, "Make room, or choose another --output.") as draft:
-        draft.write_text(made, encoding="utf8")
+        draft.write_text(text, encoding="utf8")
     return path
 
 
 def read_records(folder: Path) -> dict[str, Record]:
-    """Name -> record of a run folder, or of each run in a folder that holds several."""
-    several = runs_in(folder)
-    if several:
-        return {str(run): read_record(run) for run in several}
-    return {str(folder): read_record(folder)}
+    """Read name -> record of a run folder, or of each run in a folder that holds several."""
+    return {str(run): read_record(run) for run in runs_in(folder) or [folder]}
 
 
-def _shortly_named(records: Mapping[str, Record]) -> dict[str, Record]:
-    """Names without the folder that all have in common."""
+def _without_common_folder(records: Mapping[str, Record]) -> dict[str, Record]:
+    """Leave out of the names the folder that all have in common."""
     if len(records) == 1:
         return dict(records)
     common = os.path.commonpath([os.path.abspath(name) for name in records])
@@ -70,129 +73,155 @@ def _shortly_named(records: Mapping[str, Record]) -> dict[str, Record]:
 
 
 def run_page(report: Mapping[str, Any]) -> str:
-    """The page of one run's report."""
+    """Return the page of one run's report."""
     return page({"this run": record_of(report)})
 
 
 def runs_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page of several runs' reports by name."""
+    """Return the page of several runs' reports by name."""
     return page({name: record_of(report, name) for name, report in reports.items()})
 
 
 def page(records: Mapping[str, Record]) -> str:
-    """The page of one run, or of several by name."""
+    """Return the page of one run, or of several by name."""
     if len(records) == 1:
         (record,) = records.values()
-        return markup.document(f"anybit: {_asked(record)}", _of_one(record))
-    return markup.document(f"anybit: {len(records)} runs", _of_several(records))
+        return _rendered("run.html.j2", _of_one(record))
+    return _rendered("runs.html.j2", _of_several(records))
 
 
-def _of_one(record: Record) -> list[str]:
-    return [
-        _headline(record),
-        _sizes_and_losses(record) if record.schemes else "",
-        _searched(record) if record.search else "",
-        _explorer("budgets", record.table, record, "Any other budget") if record.table else "",
-        _bits({"this run": record}) if record.layers else "",
-        _what_hurts(record, record.table) if record.table else "",
-        _training(record) if record.epochs else "",
-        _subnets(record) if record.subnets else "",
-        _ladders({"this run": record}),
-        _certificates({"this run": record}),
-        _settings({"this run": record}),
-    ]
+def _rendered(template: str, context: Context) -> str:
+    style, script = _page_file("page.css"), _page_file("page.js")
+    policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
+    return _templates().get_template(template).render(**context, style=style, script=script, policy=policy)
 
 
-def _of_several(records: Mapping[str, Record]) -> list[str]:
-    return [
-        _runs(records),
-        _losses_side_by_side(records) if any(record.schemes for record in records.values()) else "",
-        _tests_side_by_side(records),
-        *_explorers(records),
-        _bits(records) if any(record.layers for record in records.values()) else "",
-        _ladders(records),
-        _certificates(records),
-        _settings(records),
-    ]
+@cache
+def _page_file(name: str) -> str:
+    return (files("anybit.reports") / name).read_text(encoding="utf8")
+
+
+def _hash(text: str) -> str:
+    """Name the one script or style that the page's policy lets be."""
+    return f"'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+@cache
+def _templates() -> Environment:
+    """Return templates that escape every value: markup as entities, control and bidirectional characters as text."""
+    templates = Environment(
+        loader=PackageLoader("anybit.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_escaped,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    return templates
+
+
+def _escaped(value: Any) -> Any:
+    is_text = isinstance(value, str) and not hasattr(value, "__html__")
+    return printable(value) if is_text else value
+
+
+def _of_one(record: Record) -> Context:
+    records = {"this run": record}
+    return {
+        "title": f"anybit: {_asked(record)}",
+        "above": _asked(record),
+        **_headline(record),
+        "sizes": _sizes(record) if record.schemes else None,
+        "search": _search(record.search) if record.search else None,
+        "explorer": _explorer("budgets", record.table, record) if record.table else None,
+        "bits": _bits(records) if record.layers else None,
+        "hurting": _hurting(record, record.table) if record.table else None,
+        "training": _training(record) if record.epochs else None,
+        "subnets": _subnets(record) if record.subnets else None,
+        "ladders": _ladders(records),
+        "sentences": list(_certainty(record)),
+        "settings": _settings(records),
+    }
+
+
+def _of_several(records: Mapping[str, Record]) -> Context:
+    score = next((score for record in records.values() if (score := record.score_tested())), None)
+    has_schemes = any(record.schemes for record in records.values())
+    return {
+        "title": f"anybit: {len(records)} runs",
+        "above": "anybit",
+        "headline": f"{len(records)} runs side by side",
+        "runs": _ends(records, score),
+        "losses": _losses_side_by_side(records) if has_schemes else None,
+        "tests": _tests_side_by_side(records, score) if score else None,
+        "explorers": _explorers(records),
+        "bits": _bits(records) if any(record.layers for record in records.values()) else None,
+        "ladders": _ladders(records),
+        "sentences": {name: sentences for name, record in records.items() if (sentences := list(_certainty(record)))},
+        "settings": _settings(records),
+    }
 
 
 # The head of the page
 
 
-def _headline(record: Record) -> str:
-    if record.result is None:
-        found = f"{len(record.search.front)} subnets on the front" if record.search else f"{len(record.subnets)} uniform subnets"
-        return _header(record, f"A supernet: {found}", "Each is a network of its own, from one stored file.")
-    result = record.result
-    whole = f" instead of {human_bytes(record.float_bytes)}" if record.float_bytes else ""
-    return _header(record, f"{human_bytes(result.bytes)}{whole}, {result.weight_bits:.2f} bits a weight", _accuracy(record))
-
-
-def _header(record: Record, headline: str, lead: str) -> str:
-    amounts = ""
-    if record.result is not None:
-        pairs = [
-            ("of the float network's file", f"{record.result.percent:.1f} %"),
-            ("bit operations a sample", human_count(record.result.bops)),
-            ("layers", str(len(record.layers))),
-        ]
-        if record.final_loss is not None:
-            pairs.append(("loss on held-out inputs", _number(record.final_loss)))
-        amounts = markup.pairs(pairs)
-    return markup.header(_asked(record), headline, lead, amounts)
-
-
 def _asked(record: Record) -> str:
-    asked = f", budget {record.budget}" if record.budget else ""
-    return f"{record.road}{asked}"
+    return f"{record.road}, budget {record.budget}" if record.budget else record.road
+
+
+def _headline(record: Record) -> Context:
+    result = record.result
+    if result is None:
+        count = f"{len(record.search.front)} subnets on the front" if record.search else f"{len(record.subnets)} uniform subnets"
+        lead = "Each is a network of its own, from one stored file."
+        return {"headline": f"A supernet: {count}", "lead": lead, "amounts": []}
+    whole = f" instead of {human_bytes(record.float_bytes)}" if record.float_bytes else ""
+    amounts = [
+        ("of the float network's file", f"{result.percent:.1f} %"),
+        ("bit operations a sample", human_count(result.bops)),
+        ("layers", str(len(record.layers))),
+    ]
+    if record.final_loss is not None:
+        amounts.append(("loss on held-out inputs", number(record.final_loss)))
+    headline = f"{human_bytes(result.bytes)}{whole}, {result.weight_bits:.2f} bits a weight"
+    return {"headline": headline, "lead": _accuracy(record), "amounts": amounts}
 
 
 def _accuracy(record: Record) -> str:
-    """What was tested, against float, in a sentence."""
+    """Say what was tested, against float, in a sentence."""
     score = record.score_tested()
-    if score is None:
+    scored = None if score is None else record.tested(score)
+    if score is None or scored is None:
         return "Its accuracy was not tested: --test takes labelled data. Below it is compared with the float network on held-out inputs."
-    scored, before = record.tested(score), record.float_test.get(score)
+    before = record.float_test.get(score)
     if score == "top1":
         words = f"On the test data it gets {scored:.2f} % right (top-1)"
-        return f"{words}." if before is None else f"{words}, the float network {before:.2f} %: {_difference(scored - before)}."
-    beside = "" if before is None else f", the float network's {_number(before)}"
-    return f"On the test data its {WORDS[score]} is {_number(scored)}{beside}."
+        return f"{words}." if before is None else f"{words}, the float network {before:.2f} %: {points_apart(scored - before)}."
+    beside = "" if before is None else f", the float network's {number(before)}"
+    return f"On the test data its {SCORE_WORDS[score]} is {number(scored)}{beside}."
 
 
-def _difference(points: float) -> str:
-    if abs(points) < 0.005:
-        return "no difference"
-    return f"{abs(points):.2f} points {'more' if points > 0 else 'less'}"
-
-
-def _runs(records: Mapping[str, Record]) -> str:
-    score = _score_tested(records)
-    rows = [row for name, record in records.items() for row in _ended_with(name, record, score)]
+def _ends(records: Mapping[str, Record], score: str | None) -> Rows:
     columns = ["run", "road", "budget", "size", "% of float", "bits a weight", "BOPs", "held-out loss"]
-    columns += [f"test {WORDS[score]}", f"float {WORDS[score]}"] if score else []
-    lead = "Sizes are those of the files; a held-out loss is the distance to the float network's outputs on held-out inputs."
-    table = markup.table("What each run ended with", columns, rows)
-    return markup.header("anybit", f"{len(records)} runs side by side", lead) + markup.section("The runs", table)
+    columns += [f"test {SCORE_WORDS[score]}", f"float {SCORE_WORDS[score]}"] if score else []
+    rows = [row for name, record in records.items() for row in _end(name, record, score)]
+    return Rows("What each run ended with", columns, rows)
 
 
-def _score_tested(records: Mapping[str, Record]) -> str | None:
-    return next((score for record in records.values() if (score := record.score_tested())), None)
-
-
-def _ended_with(name: str, record: Record, score: str | None) -> Iterable[list[str]]:
-    """A row for the run's network, for what a search found within each budget, or for each uniform subnet of a supernet."""
+def _end(name: str, record: Record, score: str | None) -> Iterable[list[str]]:
+    """Yield a row for the run's network, for what a search found within each budget, or for each uniform subnet of a supernet."""
 
     def row(label: str, budget: str | None, amounts: Amounts, loss: float | None, tested: float | None) -> list[str]:
         sizes = [human_bytes(amounts.bytes), f"{amounts.percent:.1f}", f"{amounts.weight_bits:.2f}", human_count(amounts.bops)]
-        scores = [_number(tested), _number(record.float_test.get(score))] if score else []
-        return [label, record.road, budget or "", *sizes, _number(loss), *scores]
+        scores = [number(tested), number(record.float_test.get(score))] if score else []
+        return [label, record.road, budget or "", *sizes, number(loss), *scores]
 
     if record.result is not None:
         yield row(name, record.budget, record.result, record.final_loss, record.tested(score) if score else None)
     elif record.search is not None and record.search.budgets:
-        for budget, found in record.search.budgets.items():
-            yield row(f"{name}, {budget}", budget, found, None, None)
+        for budget, found_for in record.search.budgets.items():
+            yield row(f"{name}, {budget}", budget, found_for, None, None)
     else:
         for subnet, amounts in record.subnets.items():
             yield row(f"{name}, {subnet}", None, amounts, None, record.tested(score, subnet) if score else None)
@@ -201,233 +230,180 @@ def _ended_with(name: str, record: Record, score: str | None) -> Iterable[list[s
 # Sizes, losses, accuracies
 
 
-def _sizes_and_losses(record: Record) -> str:
-    intro = (
-        "What the sensitivity table predicts (open shapes and the line) and what held-out inputs measured (filled shapes). "
-        "The loss is the distance to the float network's outputs: lower and further left is better."
-    )
-    label = "Loss on held-out inputs over the size of the file: predicted frontier, uniform schemes, allocated schemes, the chosen one."
-    parts = [markup.paragraph(intro), markup.plot("losses", loss_over_size(record), label)]
+def _sizes(record: Record) -> Context:
     score = counted(record.schemes)
-    if score:
-        label = (
-            f"{WORDS[score]} over the size of the file: schemes on held-out inputs, the finished file and the float network on test data."
-        )
-        parts.append(markup.plot("accuracies", accuracy_over_size(record, score, WORDS[score]), label))
+    charts = [figures.loss_over_size(record)]
+    charts += [figures.accuracy_over_size(record, score, SCORE_WORDS[score])] if score else []
     tables = [_schemes_table(record, "Schemes that were measured on held-out inputs")]
-    if record.table is not None:
-        tables.append(_uniforms_table(record.table))
-    return markup.section("Size against loss", *parts, markup.details("As tables", *tables))
+    tables += [_uniforms_table(record.table)] if record.table is not None else []
+    return {"charts": charts, "tables": tables}
 
 
-def _schemes_table(record: Record, caption: str) -> str:
+def _schemes_table(record: Record, caption: str) -> Rows:
     score = counted(record.schemes)
     rows = [
         [
             f"{row.name} (chosen)" if row.chosen else row.name,
             human_bytes(row.bytes),
             f"{row.weight_bits:.2f}",
-            _number(row.predicted),
-            _number(row.measured),
-            *([_number(getattr(row, score))] if score else []),
+            number(row.predicted),
+            number(row.measured),
+            *([number(getattr(row, score))] if score else []),
         ]
         for row in record.schemes
     ]
-    columns = ["scheme", "size", "bits a weight", "predicted loss", "measured loss", *([WORDS[score]] if score else [])]
-    return markup.table(caption, columns, rows)
+    columns = ["scheme", "size", "bits a weight", "predicted loss", "measured loss", *([SCORE_WORDS[score]] if score else [])]
+    return Rows(caption, columns, rows)
 
 
-def _uniforms_table(table: Table) -> str:
+def _uniforms_table(table: Table) -> Rows:
     sums = {name: table.sums(scheme) for name, scheme in table.uniforms().items()}
-    rows = [[name, human_bytes(size), _number(loss)] for name, (size, loss) in sums.items()]
-    return markup.table("Uniform schemes, as the table predicts them", ["scheme", "size", "predicted loss"], rows)
+    rows = [[name, human_bytes(size), number(loss)] for name, (size, loss) in sums.items()]
+    return Rows("Uniform schemes, as the table predicts them", ["scheme", "size", "predicted loss"], rows)
 
 
-def _losses_side_by_side(records: Mapping[str, Record]) -> str:
-    label = "Loss on held-out inputs over the size of the file, a line and two shapes for each run."
-    named = [(name, record) for name, record in records.items() if record.schemes]
-    twins = [_schemes_table(record, f"Schemes of {name}, measured on held-out inputs") for name, record in named]
-    return markup.section(
-        "Size against loss", markup.plot("losses", losses_side_by_side(records), label), markup.details("As tables", *twins)
-    )
+def _losses_side_by_side(records: Mapping[str, Record]) -> Context:
+    tables = [
+        _schemes_table(record, f"Schemes of {name}, measured on held-out inputs") for name, record in records.items() if record.schemes
+    ]
+    return {"chart": figures.losses_side_by_side(records), "tables": tables}
 
 
-def _tests_side_by_side(records: Mapping[str, Record]) -> str:
-    """The first score that any run tested; nothing where none did."""
-    score = _score_tested(records)
-    if score is None:
-        return ""
-    points = [point for name, record in records.items() for point in tested_points(name, record, score)]
-    rows = [[words, human_bytes(size), _number(value)] for size, value, words in points]
-    figure = tests_side_by_side(records, score, WORDS[score])
-    plot = markup.plot("tests", figure, f"{WORDS[score]} on test data over the size of the file, a shape for each run.")
-    twin = markup.details("As a table", markup.table("Tested", ["run", "size", WORDS[score]], rows))
-    return markup.section("Size against accuracy" if score != "loss" else "Size against loss on test data", plot, twin)
+def _tests_side_by_side(records: Mapping[str, Record], score: str) -> Context:
+    """Show the first score that any run tested."""
+    points = [point for name, record in records.items() for point in figures.tested_points(name, record, score)]
+    rows = [[words, human_bytes(size), number(value)] for size, value, words in points]
+    chart = figures.tests_side_by_side(records, score, SCORE_WORDS[score])
+    return {"is_loss": score == "loss", "chart": chart, "table": Rows("Tested", ["run", "size", SCORE_WORDS[score]], rows)}
 
 
 # Bits, layer by layer
 
 
-def _bits(records: Mapping[str, Record]) -> str:
-    label = "Bits of every layer's weights and input, in the network's order."
-    several = len(records) > 1
+def _bits(records: Mapping[str, Record]) -> Context:
     names = list(dict.fromkeys(name for record in records.values() for name in record.layers))
-    rows = [[name, *(str(r.layers[name].precision) if name in r.layers else "" for r in records.values())] for name in names]
-    if not several:
+    columns = ["layer", *records]
+    rows = [[name, *(str(one.layers[name].precision) if name in one.layers else "" for one in records.values())] for name in names]
+    if len(records) == 1:
         (record,) = records.values()
-        rows = [
-            [*row, human_count(layer.weights), human_bytes(layer.bytes)] for row, layer in zip(rows, record.layers.values(), strict=True)
-        ]
-    columns = ["layer", *records] if several else ["layer", "precision", "weights", "bytes"]
-    intro = "W4A8: weights of 4 bits, an input of 8. W4: the input is float. A8: a product of two activations, without weights."
-    twin = markup.details("As a table", markup.table("Precision of every layer", columns, rows))
-    return markup.section("Bits along the network", markup.paragraph(intro), markup.plot("bits", bits_along_network(records), label), twin)
+        columns = ["layer", "precision", "weights", "bytes"]
+        rows = [[name, str(row.precision), human_count(row.weights), human_bytes(row.bytes)] for name, row in record.layers.items()]
+    return {"chart": figures.bits_along_network(records), "table": Rows("Precision of every layer", columns, rows)}
 
 
-def _what_hurts(record: Record, table: Table) -> str:
-    rows = sorted(_hurting(record, table), key=lambda row: -row["loss"])
-    total = sum(max(row["loss"], 0.0) for row in rows) or 1.0
-    cells = []
-    for row in rows:
-        more = row["more"]
-        bought = [str(more[0]), _number(row["loss"] - more[2]), human_bytes(more[1]), _number(1000 * more[3])] if more else ["", "", "", ""]
-        cells.append([row["name"], str(row["precision"]), _number(row["loss"]), f"{100 * max(row['loss'], 0.0) / total:.1f} %", *bought])
+class Hurt(NamedTuple):
+    """A layer's predicted loss, and its best step to more bytes: the precision, bytes more, loss then, loss gained a byte."""
+
+    name: str
+    precision: Precision
+    loss: float
+    more: tuple[Precision, int, float, float] | None
+
+
+def _hurting(record: Record, table: Table) -> Context:
+    layers = sorted((_hurt(name, record, table) for name in record.layers), key=lambda one: -one.loss)
+    total = sum(max(one.loss, 0.0) for one in layers) or 1.0
+    rows = [_hurt_row(one, total) for one in layers]
     columns = ["layer", "now", "predicted loss", "share", "one step more", "takes off", "for", "a kB"]
-    worst = [(row["name"], row["loss"], row["more"][2] if row["more"] else None) for row in rows[:WORST]]
-    head = cells[0] if cells else []
-    intro = (
-        "The loss that the table predicts of each layer at its bits, every other layer left as it was measured: kept layers count nothing."
-    )
-    if rows and rows[0]["loss"] > 0:
-        intro += f" {head[0]} at {head[1]} hurts most: {head[3]} of the sum."
-        intro += f" {head[4]} instead would take off {head[5]} for {head[6]}." if head[4] else " It has its best already."
-    plot = markup.plot(
-        "layers", losses_by_layer(worst), "Predicted loss of the layers that hurt most, now and after one step more of bits."
-    )
-    twin = markup.details(
-        "As a table", markup.table("Predicted loss by layer, and what the step that gains most a byte would buy", columns, cells)
-    )
-    return markup.section("Which layer hurts", markup.paragraph(intro), plot, twin)
+    worst = [(one.name, one.loss, one.more[2] if one.more else None) for one in layers[:WORST]]
+    return {
+        "worst": dict(zip(("name", "precision", "loss", "share", "more", "gain", "cost"), rows[0], strict=False))
+        if layers and layers[0].loss > 0
+        else None,
+        "chart": figures.losses_by_layer(worst),
+        "table": Rows("Predicted loss by layer, and what the step that gains most a byte would buy", columns, rows),
+    }
 
 
-def _hurting(record: Record, table: Table) -> list[dict[str, Any]]:
-    """Each layer's predicted loss, and (precision, bytes more, loss then, loss gained a byte) of its best step to more bytes."""
-    rows = []
-    for name, layer in record.layers.items():
-        options, now = table.layers[name], table.layers[name].get(layer.precision)
-        if now is None:
-            continue
-        steps = [
-            (precision, cell.bytes - now.bytes, cell.loss, (now.loss - cell.loss) / (cell.bytes - now.bytes))
-            for precision, cell in options.items()
-            if cell.bytes > now.bytes and cell.loss < now.loss
-        ]
-        best = max(steps, key=lambda step: step[3], default=None)
-        rows.append({"name": name, "precision": layer.precision, "loss": now.loss, "more": best})
-    return rows
+def _hurt(name: str, record: Record, table: Table) -> Hurt:
+    precision, options = record.layers[name].precision, table.layers[name]
+    now = options[precision]
+    steps = [
+        (more, cell.bytes - now.bytes, cell.loss, (now.loss - cell.loss) / (cell.bytes - now.bytes))
+        for more, cell in options.items()
+        if cell.bytes > now.bytes and cell.loss < now.loss
+    ]
+    return Hurt(name, precision, now.loss, max(steps, key=lambda step: step[3], default=None))
 
 
-def _ladders(records: Mapping[str, Record]) -> str:
+def _hurt_row(hurt: Hurt, total: float) -> list[str]:
+    row = [hurt.name, str(hurt.precision), number(hurt.loss), f"{100 * max(hurt.loss, 0.0) / total:.1f} %"]
+    if hurt.more is None:
+        return [*row, "", "", "", ""]
+    precision, more_bytes, loss, gain = hurt.more
+    return [*row, str(precision), number(hurt.loss - loss), human_bytes(more_bytes), number(1000 * gain)]
+
+
+def _ladders(records: Mapping[str, Record]) -> Context | None:
     climbed = {name: record for name, record in records.items() if record.ladder}
     if not climbed:
-        return ""
-    intro = "A step that does not lower the loss on held-out inputs is not kept; the next one starts where the last kept one ended."
-    plots = [markup.plot("ladder", ladder(record), "Held-out loss after each step.") for record in climbed.values()]
+        return None
+    charts = [figures.ladder(record) for record in climbed.values()] if len(records) == 1 else []
     tables = [_ladder_table(record, name if len(records) > 1 else "Steps") for name, record in climbed.items()]
-    return markup.section("What each step gained", markup.paragraph(intro), *(plots if len(records) == 1 else []), *tables)
+    return {"charts": charts, "tables": tables}
 
 
-def _ladder_table(record: Record, caption: str) -> str:
+def _ladder_table(record: Record, caption: str) -> Rows:
     score = counted(record.ladder)
     rows = [
-        [row.step, _number(row.loss), *([_number(getattr(row, score))] if score else []), "kept" if row.kept else "not kept"]
+        [row.step, number(row.loss), *([number(getattr(row, score))] if score else []), "kept" if row.kept else "not kept"]
         for row in record.ladder
     ]
-    return markup.table(caption, ["step", "held-out loss", *([WORDS[score]] if score else []), "kept?"], rows)
+    return Rows(caption, ["step", "held-out loss", *([SCORE_WORDS[score]] if score else []), "kept?"], rows)
 
 
-# The slider
+# The slider: the best scheme within any size, as the table predicts
 
 
-def _explorers(records: Mapping[str, Record]) -> list[str]:
-    """One for each table: budgets of one calibrate run share theirs."""
+def _explorers(records: Mapping[str, Record]) -> list[Context]:
+    """Show a slider for each table: budgets of one calibrate run share theirs."""
     shared: list[tuple[Table, list[str]]] = []
     for name, record in records.items():
-        known = next((names for table, names in shared if table == record.table), None)
-        if known is not None:
-            known.append(name)
+        names = next((names for table, names in shared if table == record.table), None)
+        if names is not None:
+            names.append(name)
         elif record.table is not None:
             shared.append((record.table, [name]))
     return [
-        _explorer(f"budgets-{index}", table, records[names[0]], f"Any other budget{'' if len(shared) == 1 else ' of ' + ', '.join(names)}")
+        _explorer(f"budgets-{index}", table, records[names[0]]) | {"runs": names if len(shared) > 1 else []}
         for index, (table, names) in enumerate(shared)
     ]
 
 
-def _explorer(key: str, table: Table, record: Record, heading: str) -> str:
-    """The best scheme within any size, as the table predicts: a slider, and for those without JavaScript a table of some sizes."""
+def _explorer(key: str, table: Table, record: Record) -> Context:
     data = frontier_data(table, record)
-    note = (
-        f'<p id="{key}-note">Every scheme here is the best of its own size, as the table predicts it before polishing. Between two of them '
-        "<code>anybit allocate</code> may find a slightly better one: it solves for your budget, measures the best schemes and polishes. "
-        "Sizes are within 64 bytes of the file; limits on anything but size have no part here.</p>"
-    )
-    some = markup.details("Some budgets as a table", _some_budgets(data, record.float_bytes))
-    section = markup.section(heading, note, _controls(key, data, record), some, markup.embedded(f"{key}-data", data))
-    return f'<div class="explorer" data-explorer="{key}-data">{section}</div>'
-
-
-def _controls(key: str, data: Mapping[str, Any], record: Record) -> str:
-    """What the script shows and fills in; hidden where there is none."""
     sizes = [data["bytes"], *(step["bytes"] for step in data["steps"])]
     place = _round_number((sizes[-1] - sizes[0]) / SLIDER_PLACES)
     low, high = (-(-size // place) * place for size in (sizes[0], sizes[-1]))
-    now = record.result.bytes if record.result else low
-    return (
-        f'<div class="controls" hidden><p class="budget"><label for="{key}-slider">Budget for the file</label> '
-        '<span data-show="budget" aria-hidden="true"></span></p>'
-        f'<input type="range" id="{key}-slider" min="{low}" max="{high}" step="{place}" value="{now}" aria-describedby="{key}-note">'
-        '<p class="buttons"><button type="button">Previous scheme</button><button type="button">Next scheme</button></p>'
-        f"{markup.pairs([('size', ''), ('bits a weight', ''), ('predicted loss', '')], shown=('size', 'bits', 'loss'))}"
-        '<p data-show="next"></p><p class="unseen" role="status" data-show="status"></p>'
-        '<div class="strip" data-show="strip" aria-hidden="true"></div>'
-        '<p class="key">Bars: bits of the weights of each layer. Line: of its input.</p>'
-        f"{_scheme_table(data['layers'], record)}</div>"
-    )
-
-
-def _scheme_table(names: Sequence[str], record: Record) -> str:
-    """Each layer's precision in the run, and where the script writes that at the budget."""
-    rows = []
-    for index, name in enumerate(names):
-        own = markup.text(str(record.layers[name].precision))
-        rows.append(f'<tr><th scope="row">{markup.text(name)}</th><td>{own}</td><td data-layer="{index}">{own}</td></tr>')
-    head = '<tr><th scope="col">layer</th><th scope="col">this run</th><th scope="col">at this budget</th></tr>'
-    return (
-        '<div class="scroll tall" tabindex="0" role="region" aria-label="Scheme at this budget"><table>'
-        "<caption>Precision of every layer, as the run has it and at this budget (\u2260 where they differ)</caption>"
-        f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def frontier_data(table: Table, record: Record) -> dict[str, Any]:
-    """The frontier in whole file sizes and predicted losses, each step with the bits a weight that it ends at."""
-    weights = {name: record.layers[name].weights for name in table.layers}
-    names, found = list(table.layers), table.frontier
-    now = dict(found.start)
-    bits = sum(weights[name] * precision.stored_weight_bits for name, precision in now.items())
-    data = {
-        "layers": names,
-        "start": [str(precision) for precision in now.values()],
-        "bytes": round(table.fixed_bytes + found.cost),
-        "loss": table.floor + found.loss,
-        "bits": bits / table.weights,
-        "steps": [],
+    return {
+        "key": key,
+        "data": data,
+        "slider": {"min": low, "max": high, "step": place, "value": record.result.bytes if record.result else low},
+        "layers": [(name, record.layers[name].precision) for name in table.layers],
+        "table": _some_budgets(data, record.float_bytes),
+        "runs": [],
     }
-    for step in found.steps:
+
+
+def frontier_data(table: Table, record: Record) -> Context:
+    """Return the frontier in whole file sizes and predicted losses, each step with the bits a weight that it ends at."""
+    weights = {name: record.layers[name].weights for name in table.layers}
+    names, frontier = list(table.layers), table.frontier
+    now = dict(frontier.start)
+    bits = sum(weights[name] * precision.stored_weight_bits for name, precision in now.items())
+    steps: list[Context] = []
+    data: Context = {
+        "layers": [printable(name) for name in names],
+        "start": [str(precision) for precision in now.values()],
+        "bytes": round(table.fixed_bytes + frontier.cost),
+        "loss": table.floor + frontier.loss,
+        "bits": bits / table.weights,
+        "steps": steps,
+    }
+    for step in frontier.steps:
         bits += weights[step.layer] * (step.precision.stored_weight_bits - now[step.layer].stored_weight_bits)
         now[step.layer] = step.precision
-        data["steps"].append(
+        steps.append(
             {
                 "layer": names.index(step.layer),
                 "precision": str(step.precision),
@@ -439,7 +415,7 @@ def frontier_data(table: Table, record: Record) -> dict[str, Any]:
     return data
 
 
-def _some_budgets(data: Mapping[str, Any], float_bytes: int) -> str:
+def _some_budgets(data: Mapping[str, Any], float_bytes: int) -> Rows:
     points = [data, *data["steps"]]
     count = min(SHOWN_BUDGETS, len(points))
     places = sorted({round(index * (len(points) - 1) / max(1, count - 1)) for index in range(count)})
@@ -450,13 +426,14 @@ def _some_budgets(data: Mapping[str, Any], float_bytes: int) -> str:
             step = points[place + 1]
             gained = f"{data['layers'][step['layer']]} at {step['precision']}"
         share = f"{100 * size / float_bytes:.1f}" if float_bytes else ""
-        rows.append([human_bytes(size), share, f"{points[place]['bits']:.2f}", _number(points[place]["loss"]), gained])
-    columns = ["size", "% of float", "bits a weight", "predicted loss", "next step"]
-    return markup.table("Best predicted schemes over the size of the file", columns, rows)
+        rows.append([human_bytes(size), share, f"{points[place]['bits']:.2f}", number(points[place]["loss"]), gained])
+    return Rows(
+        "Best predicted schemes over the size of the file", ["size", "% of float", "bits a weight", "predicted loss", "next step"], rows
+    )
 
 
 def _round_number(value: float) -> int:
-    """The nearest of 1, 2, 5, 10, 20, 50, ... not above `value`."""
+    """Return the nearest of 1, 2, 5, 10, 20, 50, ... not above `value`."""
     power = 1
     while power * 10 <= value:
         power *= 10
@@ -466,76 +443,69 @@ def _round_number(value: float) -> int:
 # Trainings and searches
 
 
-def _training(record: Record) -> str:
+def _training(record: Record) -> Context:
     epochs = record.epochs
-    columns, rows = ["epoch", "loss"], [[str(row.epoch), _number(row.loss)] for row in epochs]
-    parts = []
+    charts, columns, rows = [], ["epoch", "loss"], [[str(row.epoch), number(row.loss)] for row in epochs]
     if epochs[-1].layers:
-        parts.append(markup.plot("epoch-bits", bits_over_epochs(epochs), "Bits of every layer after each epoch."))
+        charts.append(figures.bits_over_epochs(epochs))
     if epochs[-1].weight_bits is not None:
-        parts.append(markup.plot("mean-bits", mean_bits_over_epochs(epochs), f"Bits a weight by epoch; budget {record.budget or 'none'}."))
+        charts.append(figures.mean_bits_over_epochs(epochs, record.budget))
         columns.append("bits a weight")
-        rows = [[*cells, _number(row.weight_bits)] for cells, row in zip(rows, epochs, strict=True)]
-    score = next((key for key in WORDS if epochs[-1].frozen.get(key) is not None), None)
+        rows = [[*cells, number(row.weight_bits)] for cells, row in zip(rows, epochs, strict=True)]
+    score = next((key for key in SCORE_WORDS if epochs[-1].frozen.get(key) is not None), None)
     if score:
-        label = f"{score} by epoch, as the network trains and as it would be saved."
-        parts.append(markup.plot("scores", scores_over_epochs(epochs, score), label))
+        charts.append(figures.scores_over_epochs(epochs, score))
         columns += [f"soft {score}", f"frozen {score}"]
-        rows = [[*cells, _number(row.soft.get(score)), _number(row.frozen.get(score))] for cells, row in zip(rows, epochs, strict=True)]
-    return markup.section("How it trained", *parts, markup.details("As a table", markup.table("Epochs", columns, rows)))
+        rows = [[*cells, number(row.soft.get(score)), number(row.frozen.get(score))] for cells, row in zip(rows, epochs, strict=True)]
+    tables = [Rows("Epochs", columns, rows)]
+    if epochs[-1].layers:
+        tables.append(_bits_by_epoch(epochs))
+    return {"charts": charts, "tables": tables}
 
 
-def _searched(record: Record) -> str:
-    found = record.search
-    shown = [[_number(row.cost), _number(row.score), _number(row.measured), row.origin, _scheme(row.scheme)] for row in found.front]
-    columns = [found.quantity, found.score, "measured again", "proposed by", "scheme"]
+def _bits_by_epoch(epochs: Sequence[Epoch]) -> Rows:
+    rows = [[name, ", ".join(_stretch_in_words(one) for one in figures.stretches(name, epochs))] for name in epochs[-1].layers]
+    return Rows("Bits of every layer after each epoch", ["layer", "bits"], rows)
+
+
+def _stretch_in_words(stretch: figures.Stretch) -> str:
+    epochs = f"epochs {stretch.first} to {stretch.last}" if stretch.first != stretch.last else f"epoch {stretch.first}"
+    return f"{stretch.text} ({epochs})"
+
+
+def _search(search: SearchRecord) -> Context:
+    front = [[number(row.cost), number(row.score), number(row.measured), row.origin, scheme_in_words(row.scheme)] for row in search.front]
     budgets = [
-        [text, human_bytes(row.bytes), f"{row.weight_bits:.2f}", human_count(row.bops), _scheme(row.scheme)]
-        for text, row in found.budgets.items()
+        [budget, human_bytes(row.bytes), f"{row.weight_bits:.2f}", human_count(row.bops), scheme_in_words(row.scheme)]
+        for budget, row in search.budgets.items()
     ]
-    tables = [markup.table("The front", columns, shown)]
-    if budgets:
-        tables.insert(0, markup.table("What each budget gets", ["budget", "size", "bits a weight", "BOPs", "scheme"], budgets))
-    count = len(found.evaluated)
-    intro = f"{count} subnets were evaluated. " if count else ""
-    intro += "The front is the best score of every cost; it was measured again on samples that were not searched on."
-    label = f"{found.score} over {found.quantity} of every evaluated subnet, and the front."
-    return markup.section(
-        "The search", markup.paragraph(intro), markup.plot("search", searched(found), label), markup.details("As tables", *tables)
-    )
+    tables = [Rows("What each budget gets", ["budget", "size", "bits a weight", "BOPs", "scheme"], budgets)] if budgets else []
+    tables.append(Rows("The front", [search.quantity, search.score, "measured again", "proposed by", "scheme"], front))
+    return {"count": len(search.evaluated), "chart": figures.searched(search), "tables": tables}
 
 
-def _subnets(record: Record) -> str:
-    scored = [key for key in WORDS if any(record.tested(key, name) is not None for name in record.subnets)]
-    rows = []
-    for name, amounts in record.subnets.items():
-        told = [_number(record.tested(key, name)) for key in scored]
-        rows.append([name, human_bytes(amounts.bytes), f"{amounts.weight_bits:.2f}", human_count(amounts.bops), *told])
-    return markup.section(
-        "Uniform subnets",
-        markup.table("Uniform subnets", ["subnet", "size", "bits a weight", "BOPs", *(WORDS[key] for key in scored)], rows),
-    )
-
-
-def _scheme(scheme: Mapping[str, Precision]) -> str:
-    return " ".join(f"{name} {precision}" for name, precision in scheme.items())
+def _subnets(record: Record) -> Rows:
+    scored = [key for key in SCORE_WORDS if any(record.tested(key, name) is not None for name in record.subnets)]
+    rows = [
+        [
+            name,
+            human_bytes(amounts.bytes),
+            f"{amounts.weight_bits:.2f}",
+            human_count(amounts.bops),
+            *(number(record.tested(key, name)) for key in scored),
+        ]
+        for name, amounts in record.subnets.items()
+    ]
+    return Rows("Uniform subnets", ["subnet", "size", "bits a weight", "BOPs", *(SCORE_WORDS[key] for key in scored)], rows)
 
 
 # What stands behind it
 
 
-def _certificates(records: Mapping[str, Record]) -> str:
-    parts = []
-    for name, record in records.items():
-        said = [markup.paragraph(words) for words in _in_plain_words(record)]
-        parts += [markup.subheading(name), *said] if said and len(records) > 1 else said
-    return markup.section("How sure this is", *parts) if parts else ""
-
-
-def _in_plain_words(record: Record) -> Iterable[str]:
-    """What was solved, how far from the best it can be, what was measured, what was chosen and why."""
+def _certainty(record: Record) -> Iterable[str]:
+    """Say what was solved, how far from the best it can be, what was measured, what was chosen and why."""
     if record.certificate.value is not None and record.certificate.bound is not None:
-        yield _solved(record)
+        yield _solved(record, record.certificate.value, record.certificate.bound)
     elif record.schemes and record.budget is None:
         yield "No budget was given: every layer has its largest candidate, and nothing was solved for."
     if len(record.schemes) > 1:
@@ -546,16 +516,15 @@ def _in_plain_words(record: Record) -> Iterable[str]:
         yield f"Every draw came from seed {record.certificate.seed}: the same command on the same machine gives the same file."
 
 
-def _solved(record: Record) -> str:
+def _solved(record: Record, value: float, bound: float) -> str:
     certificate = record.certificate
-    value, bound = certificate.value, certificate.bound
-    better = "so there is none better" if value <= bound else f"so none can be better by more than {_number(value - bound)}"
+    better = "so there is none better" if value <= bound else f"so none can be better by more than {number(value - bound)}"
     if record.schemes:
         better += ", as far as the prediction is right"
     return (
         f"An integer program ({certificate.solver or 'its solver is not named'}) looked for the {certificate.objective or 'best scheme'} "
-        f"within {record.budget}. Its best scheme reaches {_number(value)}. It proved that none within the budget reaches less than "
-        f"{_number(bound)} (gap {_number(100 * (certificate.gap or 0.0))} %), {better}."
+        f"within {record.budget}. Its best scheme reaches {number(value)}. It proved that none within the budget reaches less than "
+        f"{number(bound)} (gap {number(100 * (certificate.gap or 0.0))} %), {better}."
     )
 
 
@@ -567,28 +536,20 @@ def _measured(record: Record) -> str:
         f"were measured whole, on {count}held-out inputs that nothing was fitted to."
     )
     if chosen is not None:
-        words += f" Chosen: {chosen.name}, predicted {_number(chosen.predicted)}, measured {_number(chosen.measured)}. {_reason(record)}"
+        words += f" Chosen: {chosen.name}, predicted {number(chosen.predicted)}, measured {number(chosen.measured)}. {_reason(record)}"
     return words
 
 
 def _reason(record: Record) -> str:
-    budget = record.budget or ""
-    if "loss=" in budget:
-        return "It is the smallest that keeps the limit on the loss."
-    if "drop=" in budget:
-        return "It is the smallest found that loses no more accuracy than allowed."
-    return "No other measured less."
+    limited = Budget.parse(record.budget).loss() if record.budget else None
+    return limited.chosen if limited else "No other measured less."
 
 
-def _settings(records: Mapping[str, Record]) -> str:
-    parts = []
+def _settings(records: Mapping[str, Record]) -> list[Rows]:
+    tables = []
     for name, record in records.items():
-        flat = {**record.settings, **{f"environment: {key}": value for key, value in record.environment.items()}}
-        rows = [[key, value if isinstance(value, str) else json.dumps(value)] for key, value in flat.items()]
+        values = {**record.settings, **{f"environment: {key}": value for key, value in record.environment.items()}}
+        rows = [[key, value if isinstance(value, str) else json.dumps(value)] for key, value in values.items()]
         title = "Settings and environment" + (f" of {name}" if len(records) > 1 else "")
-        parts += [markup.details(title, markup.table(title, ["what", "value"], rows))] if rows else []
-    return markup.section("How it was made", *parts) if parts else ""
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+        tables += [Rows(title, ["what", "value"], rows)] if rows else []
+    return tables

@@ -1,8 +1,14 @@
-"""Numbers as words: bytes, counts."""
+"""Numbers and names as people read them, the same on the page, on the terminal and in an explanation."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+SCORE_WORDS = {"metric": "metric", "top1": "top-1", "spearman": "spearman", "f1": "f1", "loss": "loss"}
+"""Score -> its name in a sentence, the preferred first."""
 
 
 def human_bytes(count: float) -> str:
-    """ "9.6 kB": thousands, as in budgets."""
+    """Write bytes in thousands, as in budgets: "9.6 kB"."""
     for unit in ("B", "kB", "MB"):
         if count < 999.95:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -11,9 +17,40 @@ def human_bytes(count: float) -> str:
 
 
 def human_count(count: float) -> str:
-    """ "1.31 G" """
+    """Write a count to three digits: "1.31 G"."""
     for unit in ("", "k", "M", "G"):
         if count < 999.5:
             return f"{count:.3g} {unit}".strip()
         count /= 1000
     return f"{count:.3g} T"
+
+
+def number(value: float | None) -> str:
+    """Write a measurement to four digits; nothing where it was not measured."""
+    return "" if value is None else f"{value:.4g}"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.4g} ms"
+
+
+def points_apart(difference: float) -> str:
+    """Write a difference of percentages: "2.50 points less"."""
+    if abs(difference) < 0.005:
+        return "no difference"
+    return f"{abs(difference):.2f} points {'more' if difference > 0 else 'less'}"
+
+
+def scores_line(scores: Mapping[str, float]) -> str:
+    """Write accuracies in percent, other scores as they are."""
+    return "  ".join(f"{key} {value:.2f}" if key.startswith("top") else f"{key} {value:.5g}" for key, value in scores.items())
+
+
+def shape_in_words(sizes: Iterable[int]) -> str:
+    """Write a tensor's shape: "64x3x3"."""
+    return "x".join(map(str, sizes))
+
+
+def scheme_in_words(scheme: Mapping[str, Any]) -> str:
+    """Write a scheme in one line: "conv1 W4A8 fc W8A8"."""
+    return " ".join(f"{name} {precision}" for name, precision in scheme.items())

@@ -15,8 +15,8 @@ from anybit.data.tasks import Metric, outputs_of
 from anybit.environment import StageClock
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.files.cache import digest
-from anybit.files.strict import read_settings, validated
 from anybit.networks.candidates import Candidates, to_tensors
+from anybit.networks.layers import float_bias
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.roads.calibrate import finish
 from anybit.roads.inputs import check_metric_has_labels, example_of, on_device
@@ -30,7 +30,6 @@ from anybit.runs.candidates import read_candidates
 from anybit.runs.folder import runs_in
 from anybit.runs.opened import float_model_of, followed_reference, recorded_data
 from anybit.runs.scheme_file import read_scheme
-from anybit.scheme import Precision
 from anybit.sources.callables import absolute, code_of
 from anybit.sources.inputs import samples_from
 from anybit.sources.preprocessing import Preprocessing
@@ -60,10 +59,11 @@ def allocate(
     shapes = {name: (record.rows, record.columns) for name, record in file.layers.items()}
     candidates, saved = read_candidates(folder, shapes)
     candidates = candidates.on(device)
-    given: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
+    overrides: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
     place = folder / "candidates.json"
-    recorded_settings, table = _settings_from(saved["settings"], place), _table_from(saved["table"], place)
-    settings = replace(recorded_settings, **{name: value for name, value in given.items() if value is not None})
+    recorded_settings = CalibrateSettings.from_json(saved["settings"], f"{place}: settings")
+    table = _table_from(saved["table"], place)
+    settings = replace(recorded_settings, **{name: value for name, value in overrides.items() if value is not None})
     clock = StageClock()
     recorded = Preprocessing.from_json(file.preprocessing)
     samples = samples_from(recorded_data(folder, file) if data is None else data, workers, recorded, float_model).on(device)
@@ -76,37 +76,22 @@ def allocate(
             observe_network(float_model, example_of(calibration), replace(settings.options, gradients=False)), [Budget.parse(budget)]
         )
         check_memory(network, calibration, replace(settings, sequential=False, parallel=False, bias_tuning=False))
-        found = {name: (size.rows, size.columns) for name, size in network.costs.layers.items()}
-        if found != shapes:
-            different = sorted(set(found.items()) ^ set(shapes.items()))[0][0]
+        observed = {name: (size.rows, size.columns) for name, size in network.costs.layers.items()}
+        if observed != shapes:
+            different = sorted(set(observed.items()) ^ set(shapes.items()))[0][0]
             raise SchemeMismatch(f"The model is not the one that {folder} was made from: layer {different} differs. Check --model.")
         check_saved(network, candidates, table, saved["choices"], place)
         reference = outputs_of(network.folded, calibration.held_out)
         targets = batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
-        recall = key_of_run(open_cache(cache), network, calibration, [reference], settings)
-        recall = recall.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and code_of(metric))
-    judge = Judge(network, candidates, calibration.held_out, reference, file.task, metric, recall)
+        entries = key_of_run(open_cache(cache), network, calibration, [reference], settings)
+        entries = entries.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and code_of(metric))
+    judge = Judge(network, candidates, calibration.held_out, reference, file.task, metric, entries)
     light = replace(settings, sequential=False, bias_tuning=False)
     bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets)
-    about = {"model": followed_reference(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
+    provenance = {"model": followed_reference(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
     if data is not None:
-        about["data"] = {"reference": absolute(data)} if isinstance(data, str) else {}
-    return finish(bench, Budget.parse(budget), about, {key: saved[key] for key in ("table", "choices", "settings")}, clock)
-
-
-def _settings_from(data: Any, path: Path) -> CalibrateSettings:
-    """The settings that candidates.json, at `path`, holds."""
-    where = f"{path}: settings"
-    texts = {**validated(dict[str, Any], data, where)}
-    keep = validated(dict[str, str], texts.pop("keep", {}), f"{where}: keep")
-    try:
-        parsed = {
-            "keep": {pattern: Precision.parse(text) for pattern, text in keep.items()},
-            "sensitivity_base": Precision.parse(texts.pop("sensitivity_base", "float")),
-        }
-    except InvalidSetting as error:
-        raise InvalidFile(f"{where}: {error}") from error
-    return read_settings(CalibrateSettings, texts, where, parsed)
+        provenance["data"] = {"reference": absolute(data)} if isinstance(data, str) else {}
+    return finish(bench, Budget.parse(budget), provenance, {key: saved[key] for key in ("table", "choices", "settings")}, clock)
 
 
 def _table_from(data: Any, path: Path) -> SensitivityTable:
@@ -120,15 +105,15 @@ def check_saved(
     network: ObservedNetwork, candidates: Candidates, table: SensitivityTable, choices: Mapping[str, Sequence[str]], path: Path
 ) -> None:
     """Raise InvalidFile where candidates.json, at `path`, lacks what an allocation for the network needs, or is of another network."""
-    found = {name: [str(precision) for precision in options] for name, options in network.choices.items()}
-    if found != dict(choices):
-        different = next(name for name in {**found, **choices} if found.get(name) != choices.get(name))
-        said = f"choices of {different} are {choices.get(different)}, and its settings give {found.get(different)}"
+    possible = {name: [str(precision) for precision in options] for name, options in network.choices.items()}
+    if possible != dict(choices):
+        different = next(name for name in {**possible, **choices} if possible.get(name) != choices.get(name))
+        said = f"choices of {different} are {choices.get(different)}, and its settings give {possible.get(different)}"
         raise InvalidFile(f"{path}: {said}. Run calibrate again.")
     lacking = next((row for row in rows_to_measure(network.choices, table.pairs) if row not in table.measured), None)
     if lacking:
         raise InvalidFile(f"{path}: the table has no row of {lacking[0]} at {lacking[1]}. Run calibrate again.")
     for (name, bits), candidate in candidates.weights.items():
-        bias = getattr(network.prepared.get_submodule(name), "bias", None)
-        if (bias is None) != (candidate.bias is None) or (bias is not None and bias.shape != candidate.bias.shape):
+        own, saved = float_bias(network.prepared.get_submodule(name)), candidate.bias
+        if (None if own is None else own.shape) != (None if saved is None else saved.shape):
             raise InvalidFile(f"{path}: the bias of {name} at W{bits} is not of the layer's shape. Run calibrate again.")

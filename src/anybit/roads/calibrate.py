@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from anybit.allocation.choice import Choice, Judge, check_feasible
-from anybit.allocation.program import fixed_bytes
-from anybit.budget import Budget
+from anybit.budget import DROP, LATENCY, Budget, cost_quantities
 from anybit.data.batches import check_finite
 from anybit.data.samples import Samples, draw, mirrored, split
 from anybit.data.tasks import Metric, check_labels, outputs_of
@@ -19,6 +18,7 @@ from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidSetting, UnsupportedModel
 from anybit.files.cache import Cache, digest
+from anybit.methods.table import rounding_named
 from anybit.networks.candidates import apply_scheme
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import as_ranges, observe_edge_ranges
@@ -44,11 +44,13 @@ from anybit.roads.steps import (
     sensitivity_table,
 )
 from anybit.scheme import Scheme
+from anybit.settings import takes
 from anybit.sources.callables import code_of
 from anybit.sources.inputs import samples_from
 from anybit.sources.preprocessing import Preprocessing
 
 
+@takes(CalibrateSettings)
 @torch.inference_mode(False)
 def calibrate(
     model: nn.Module | str,
@@ -76,31 +78,34 @@ def calibrate(
     device    where to compute; the result is on the CPU
     cache     keep every result of a stage, in this folder or (True) in the user's cache directory: a run that was killed, or has another
               budget, takes up what was finished, and ends with the same bytes
-    settings  fields of `stages.CalibrateSettings`
 
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
-    wanted = CalibrateSettings(**settings)
-    budgets = [Budget.parse(b) for b in budget] if isinstance(budget, (list, tuple)) else [Budget.parse(budget) if budget else None]
+    options = CalibrateSettings.of(**settings)
+    budgets: list[Budget | None]
+    if several := isinstance(budget, Sequence) and not isinstance(budget, str):
+        budgets = [Budget.parse(one) for one in budget]
+    else:
+        budgets = [Budget.parse(budget) if budget else None]
     twice = [text for text, count in Counter(map(str, budgets)).items() if count > 1]
     if twice:
         raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
-    model, preprocessing, about = follow_model(model, weights, data, preprocessing, wanted.task)
-    samples = draw(samples_from(data, workers, preprocessing, model), wanted.samples, wanted.seed).on(device)
+    model, preprocessing, provenance = follow_model(model, weights, data, preprocessing, options.task)
+    samples = draw(samples_from(data, workers, preprocessing, model), options.samples, options.seed).on(device)
     if test is None:
         check_metric_has_labels(metric, samples)
     tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), model)
     clock = StageClock()
-    recall = open_cache(cache)
-    bench = prepare_bench(on_device(model, device).eval(), samples, wanted, [one for one in budgets if one], clock, metric, recall)
+    entries = open_cache(cache)
+    bench = prepare_bench(on_device(model, device).eval(), samples, options, [one for one in budgets if one], clock, metric, entries)
     saved = {
         "table": bench.table.to_json(),
         "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
-        "settings": wanted.to_json(),
+        "settings": options.to_json(),
     }
-    results = [finish(bench, one, about, saved, StageClock(list(clock.stages)), tests) for one in budgets]
-    settle(recall)
-    return results if isinstance(budget, (list, tuple)) else results[0]
+    results = [finish(bench, one, provenance, saved, StageClock(list(clock.stages)), tests) for one in budgets]
+    settle(entries)
+    return results if several else results[0]
 
 
 def prepare_bench(
@@ -110,7 +115,7 @@ def prepare_bench(
     budgets: Sequence[Budget],
     clock: StageClock,
     metric: Metric | None = None,
-    recall: Cache = Cache(),
+    cache: Cache = Cache(),
 ) -> CalibrationState:
     """Everything up to the sensitivity table; budgets that no scheme can meet are refused before the long work."""
     with clock.stage("observe and fold"):
@@ -128,58 +133,58 @@ def prepare_bench(
         reference = outputs_of(network.folded, calibration.held_out)
         task = task_for(settings, reference, calibration.held_out[0])
         if samples.labelled:
-            check_labels(reference, torch.cat([batch.labels for batch in calibration.held_out]), task)
+            check_labels(reference, torch.cat([batch.labels for batch in calibration.held_out if batch.labels is not None]), task)
         if not all(torch.isfinite(outputs).all() for outputs in (reference, *references)):
             finite_samples(network, calibration, settings)  # names the layer, where it is one's input
             raise UnsupportedModel(
                 "The float network's outputs are NaN or infinite on the calibration data. Check the network and the data."
             )
-        recall = key_of_run(recall, network, calibration, [*references, reference], settings)
+        cache = key_of_run(cache, network, calibration, [*references, reference], settings)
     with clock.stage("ranges"):
-        ranged = candidates = cached_candidates(recall, "ranges", network, lambda: range_candidates(network, calibration, settings))
-    recall = keyed_by_settings(recall, settings, MATCHING)
+        ranged = candidates = cached_candidates(cache, "ranges", network, lambda: range_candidates(network, calibration, settings))
+    cache = keyed_by_settings(cache, settings, MATCHING)
     targets: Mapping[str, Any] = {}
     matched = None
     if settings.bn_tuning and network.norms:
         with clock.stage("matching of candidates"):
             targets = batch_norm_targets(network, calibration, settings)
             match = partial(matched_candidates, network, candidates, targets, calibration, settings.bn_prior)
-            candidates = cached_candidates(recall, "matching of candidates", network, match)
+            candidates = cached_candidates(cache, "matching of candidates", network, match)
     errors: dict[str, Any] = {}
     if settings.does("parallel") and (settings.parallel is True or has_choice(network)):
         matched = candidates
-        recall = keyed_by_settings(recall, settings, PARALLEL)
-        with clock.stage("parallel AdaQuant"):
-            candidates, errors = reconstructed_candidates(network, candidates, ranged, calibration, settings, recall)
-    recall = keyed_by_settings(recall, settings, SENSITIVITY).keyed(task)
+        cache = keyed_by_settings(cache, settings, PARALLEL)
+        with clock.stage(f"parallel {rounding_named(settings.rounding).__name__}"):
+            candidates, errors = reconstructed_candidates(network, candidates, ranged, calibration, settings, cache)
+    cache = keyed_by_settings(cache, settings, SENSITIVITY).keyed(task)
     with clock.stage("sensitivity"):
-        table = sensitivity_table(network, candidates, calibration, reference, task, settings, recall)
-    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, recall.keyed(metric and code_of(metric)))
+        table = sensitivity_table(network, candidates, calibration, reference, task, settings, cache)
+    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, cache.keyed(metric and code_of(metric)))
     return CalibrationState(network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors)
 
 
 def finish(
     bench: CalibrationState,
     budget: Budget | None,
-    about: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     saved: Mapping[str, Any],
     clock: StageClock,
     test: Samples | None = None,
 ) -> Result:
-    """One budget's scheme, polished, measured and reported; `saved` goes beside the candidates, for budgets to come."""
+    """Return one budget's scheme, polished, measured and reported; `saved` goes beside the candidates, for budgets to come."""
     network = bench.network
     with clock.stage("allocation"):
         choice = chosen_scheme(bench, budget)
         tell("allocation", budget=budget and str(budget), certificate=choice.certificate(bench.settings.seed), scheme=choice.scheme)
     with clock.stage("polish"):
         model, ladder, errors = polish_scheme(bench, choice.scheme)
-        if budget is not None and budget.limit("drop") is not None:
-            model = _within_drop(bench, budget, choice.scheme, model)
+        if budget is not None and (drop := budget.limit(DROP.name)) is not None:
+            model = _within_drop(bench, drop, choice.scheme, model)
     with clock.stage("edge ranges"):
-        part = samples_at_once(network.wiring, OBSERVED, bench.settings.memory, 8)
-        recall = bench.judge.recall.keyed("edges", digest(model.state_dict().values()), part)
-        observe_edges = partial(observe_edge_ranges, model, network.wiring, bench.calibration.fitting, part)
-        edges = recall.value("edge ranges", observe_edges, partial(as_ranges, wiring=network.wiring))
+        chunk_size = samples_at_once(network.wiring, OBSERVED, bench.settings.memory, 8)
+        cache = bench.judge.recall.keyed("edges", digest(model.state_dict().values()), chunk_size)
+        observe_edges = partial(observe_edge_ranges, model, network.wiring, bench.calibration.fitting, chunk_size)
+        edges = cache.value("edge ranges", observe_edges, partial(as_ranges, wiring=network.wiring))
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
     report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
@@ -187,25 +192,26 @@ def finish(
         with clock.stage("test"):
             report |= _tests(bench, canonical.model, test)
     canonical.model.cpu()
-    if budget is not None and budget.limit("latency") is not None:
+    if budget is not None and budget.limit(LATENCY.name) is not None:
         with clock.stage("latency"):
             report["latency"] = measured_latencies(network.costs, canonical, bench.calibration.fitting[0].to("cpu"))
     report["stages"] = clock.stages
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
-    about = {**about, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task}
-    return Result(canonical, report, about, bench.candidates, dict(saved))
+    provenance = {**provenance, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task}
+    return Result(canonical, report, provenance, bench.candidates, dict(saved))
 
 
-def _within_drop(bench: CalibrationState, budget: Budget, scheme: Scheme, polished: nn.Module) -> nn.Module:
-    """The polished model, or the candidates that met the allowed drop where polishing (judged by the loss) has left it."""
-    judge = bench.judge
-    if judge.of_outputs(judge.reference)[judge.counted] - judge.of_model(polished)[judge.counted] <= budget.limit("drop"):
+def _within_drop(bench: CalibrationState, drop: float, scheme: Scheme, polished: nn.Module) -> nn.Module:
+    """Return the polished model, or the candidates that met the allowed drop where polishing (judged by the loss) has left it."""
+    judge, counted = bench.judge, bench.judge.counted
+    assert counted is not None  # else the budget is refused
+    if judge.of_outputs(judge.reference)[counted] - judge.of_model(polished)[counted] <= drop:
         return polished
     return apply_scheme(bench.network.prepared, scheme, bench.candidates)
 
 
 def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Budget | None) -> dict[str, Any]:
-    """The JSON report, before what was tried, tests and times."""
+    """Return the JSON report, before what was tried, tests and times."""
     network, settings = bench.network, bench.settings
     layers = {
         name: {**row, "predicted_loss": bench.table.loss(name, scheme[name])} for name, row in layer_costs(network.costs, scheme).items()
@@ -231,14 +237,14 @@ def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Bud
 def _table(bench: CalibrationState) -> dict[str, Any]:
     """Every candidate precision's predicted loss and costs: what other budgets would give can be told from it, without the network."""
     choices, costs = bench.network.choices, bench.network.costs
+    shown = [cost for cost in cost_quantities() if cost.counted is cost and cost.recorded == "candidates"]
     return {
         "floor": bench.table.floor,
-        "fixed_bytes": fixed_bytes(choices, costs),
+        "fixed_bytes": costs.fixed_bytes(choices),
         "weights": sum(size.weights for size in costs.layers.values()),
         "layers": {
             name: {
-                str(p): {"loss": bench.table.loss(name, p), "bytes": costs.layer_bytes(name, p), "bops": costs.layer_bops(name, p)}
-                for p in precisions
+                str(p): {"loss": bench.table.loss(name, p)} | {cost.name: cost.layer(costs, name, p) for cost in shown} for p in precisions
             }
             for name, precisions in choices.items()
         },

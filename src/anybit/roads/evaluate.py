@@ -1,17 +1,19 @@
 """Evaluate a network on labelled data."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from anybit.data.tasks import Metric
 from anybit.data.tasks import evaluate as evaluate_model
-from anybit.errors import InvalidInput
+from anybit.errors import InvalidInput, InvalidSetting
 from anybit.progress import tell
 from anybit.roads.inputs import check_inputs, on_device
+from anybit.runs.opened import load, recorded_preprocessing, recorded_task
 from anybit.sources.inputs import samples_from
-from anybit.sources.models import adapted_network, with_model_defaults
-from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.models import adapted_network, load_model, with_model_defaults
+from anybit.sources.preprocessing import Preprocessing, overridden
 
 
 def evaluate(
@@ -24,7 +26,7 @@ def evaluate(
     device: str = "cpu",
     preprocessing: Preprocessing = Preprocessing(),
 ) -> dict[str, Any]:
-    """What the task counts (`evaluation.score`), and the user's metric, of a network on labelled data."""
+    """Score a network on labelled data: the task's own scores, and the user's metric."""
     model = adapted_network(model)
     samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)
     if len(samples) == 0:
@@ -33,3 +35,14 @@ def evaluate(
     scores = evaluate_model(on_device(model, device), samples.on(device).batches(batch_size), task, metric)
     tell("result", **scores)
     return scores
+
+
+def evaluated_network(
+    run: Path | None, model: str | None, weights: str | None, preprocessing: Preprocessing, task: str | None
+) -> tuple[nn.Module, Preprocessing, str | None]:
+    """(the network, preprocessing, task) of a run, with what it recorded where nothing else is said; or of a float network's reference."""
+    if run is not None:
+        return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task or recorded_task(run)
+    if model is None:
+        raise InvalidSetting("RUN or --model is missing. `anybit evaluate --help` lists the options.")
+    return load_model(model, weights, task), preprocessing, task

@@ -11,7 +11,7 @@ from torch import nn
 
 from anybit.allocation.choice import Judge
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget
+from anybit.budget import LATENCY, Budget
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples, draw, mirrored, split
 from anybit.data.tasks import Metric, outputs_of
@@ -54,15 +54,15 @@ POLISH = (
 
 @torch.no_grad()
 def candidates_of(canonical: Canonical) -> Candidates:
-    """What stands in the slots of a canonical model."""
-    found = Candidates()
+    """Return the candidates in the slots of a canonical model."""
+    candidates = Candidates()
     for name, layer in quantized_layers(canonical.model).items():
         weights, inputs = layer.weight_quantizer, layer.input_quantizer
         if isinstance(weights, UniformQuantizer):
-            found.weights[name, weights.bits] = frozen_candidate(layer)
+            candidates.weights[name, weights.bits] = frozen_candidate(layer)
         if isinstance(inputs, UniformQuantizer):
-            found.activations[name, inputs.bits] = ActivationCandidate(inputs.scale, inputs.zero_point)
-    return found
+            candidates.activations[name, inputs.bits] = ActivationCandidate(inputs.scale, inputs.zero_point)
+    return candidates
 
 
 def polished(
@@ -71,7 +71,7 @@ def polished(
     samples: Samples,
     bn: Sequence[Batch],
     settings: CalibrateSettings,
-    recall: Cache = Cache(),
+    cache: Cache = Cache(),
 ) -> tuple[Canonical, list[dict[str, Any]]]:
     """The subnet after calibrate's last steps, from its own codes and ranges, towards the outputs of the shared weights without quantizers:
     sequential AdaQuant, batch-norm tuning, bias tuning, each kept where held-out inputs say so. Returns (canonical, ladder)."""
@@ -89,9 +89,9 @@ def polished(
         reference = outputs_of(network.folded, calibration.held_out)
     targets = batch_norm_targets(network, calibration, settings)
     table = SensitivityTable({(name, precision): 0.0 for name, precision in scheme.items()}, FLOAT, 0)
-    recall = key_of_run(recall, network, calibration, [*references, reference], settings)
-    recall = recall.keyed(digest(to_tensors(own).values()), settings.to_json())
-    judge = Judge(network, own, calibration.held_out, reference, supernet.task, recall=recall)
+    cache = key_of_run(cache, network, calibration, [*references, reference], settings)
+    cache = cache.keyed(digest(to_tensors(own).values()), settings.to_json())
+    judge = Judge(network, own, calibration.held_out, reference, supernet.task, recall=cache)
     bench = CalibrationState(network, calibration, settings, own, own, table, judge, targets, references, own)
     model, ladder, _ = polish_scheme(bench, scheme)
     supernet.method.switch(scheme)  # as it was before the float network was made
@@ -112,7 +112,7 @@ def extract(
     cache: str | Path | bool = True,
     **settings: Any,
 ) -> Result:
-    """A subnet of a supernet, or of a search, in the canonical form.
+    """Return a subnet of a supernet, or of a search, in the canonical form.
 
     budget, scheme  one of them: the best known subnet that fits, or a scheme that names every layer (a Scheme, a run folder, or a JSON file
                     of layer -> precision)
@@ -134,15 +134,15 @@ def extract(
     limits = None if budget is None else Budget.parse(budget)
     if limits is not None and samples is not None:
         supernet = supernet_with_latencies(supernet, samples, [limits])
-    wanted = _scheme_from(scheme) if limits is None else best_within(run, supernet, limits)
-    check_whole(wanted, supernet.choices)
+    chosen = best_within(run, supernet, limits) if limits is not None else _scheme_from(scheme)
+    check_whole(chosen, supernet.choices)
     supernet.model.cpu()
     with clock.stage("extract"):
         batches = None
         if samples is not None:
             fitting, _ = held_out_split(samples, supernet.settings)
             batches = bn_batches(fitting, supernet.settings)
-        statistics = supernet.switch(wanted, batches)
+        statistics = supernet.switch(chosen, batches)
         canonical = supernet.canonical()
         if batches is None:
             canonical.edges = supernet.stored_edges()
@@ -151,10 +151,11 @@ def extract(
             canonical.edges = observe_edge_ranges(canonical.model, wiring, batches[:8])
     ladder: list[dict[str, Any]] = []
     if polish:
+        assert batches is not None  # polishing without data is refused
         with clock.stage("polish"):
-            canonical, ladder = polished(supernet, canonical, fitting, batches, CalibrateSettings(**settings), open_cache(cache))
+            canonical, ladder = polished(supernet, canonical, fitting, batches, CalibrateSettings.of(**settings), open_cache(cache))
     scheme = canonical.scheme
-    report = {
+    report: dict[str, Any] = {
         "version": 1,
         "road": "train once",
         **({"ladder": ladder} if polish else {}),
@@ -167,7 +168,7 @@ def extract(
         "environment": environment(),
         "certificate": {},
     }
-    if limits is not None and limits.limit("latency") is not None and batches is not None:
+    if limits is not None and limits.limit(LATENCY.name) is not None and batches is not None:
         with clock.stage("latency"):
             report["latency"] = measured_latencies(supernet.costs, canonical, batches[0])
     if test is not None:
@@ -176,14 +177,15 @@ def extract(
             tests = checked_tests(samples_from(test, workers, preprocessing, canonical.model), canonical.model)
             report["test"] = evaluate_model(canonical.model, tests.batches(256), supernet.task, metric)
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
-    about = {**supernet.about, "budget": report["budget"], "task": supernet.task}
-    return Result(canonical, report | {"stages": clock.stages}, about)
+    provenance = {**supernet.about, "budget": report["budget"], "task": supernet.task}
+    return Result(canonical, report | {"stages": clock.stages}, provenance)
 
 
-def _scheme_from(scheme: Scheme | str | Path) -> Scheme:
-    """The scheme of a run folder or of a JSON file; a scheme itself."""
+def _scheme_from(scheme: Scheme | str | Path | None) -> Scheme:
+    """Return the scheme of a run folder or of a JSON file; a scheme itself."""
     if isinstance(scheme, Scheme):
         return scheme
+    assert scheme is not None  # where there is no budget
     path = Path(scheme)
     if path.is_dir():
         return read_scheme(path).scheme

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anybit.allocation.choice import check_feasible as stages_check_feasible
+from anybit.allocation.choice import check_feasible
 from anybit.budget import Budget
 from anybit.data.batches import Batch, check_finite, tensors_in
 from anybit.data.samples import Samples, draw
@@ -19,10 +19,10 @@ from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.loops.processes import share_state
-from anybit.loops.trainee import Trainee, TrainSettings
+from anybit.loops.settings import TrainSettings
+from anybit.loops.trainee import Trainee
 from anybit.loops.training import train_epochs
-from anybit.methods.csq import CSQ, check_budget, plane_choices
-from anybit.methods.lsq import LSQ
+from anybit.methods.table import GROW_METHODS, grow_method_named
 from anybit.networks import batchnorm
 from anybit.networks.candidates import activation_candidate, check_finite_samples
 from anybit.networks.canonical import Canonical
@@ -40,6 +40,7 @@ from anybit.roads.result import Result, layer_costs, test_scores
 from anybit.roads.settings import GrowSettings
 from anybit.runs.scheme_file import read_scheme
 from anybit.scheme import Precision, Scheme, match_patterns
+from anybit.settings import takes
 from anybit.sources.preprocessing import Preprocessing
 
 PLAIN = 2048
@@ -48,37 +49,49 @@ PLAIN_BYTES = 2**28
 
 
 def plain_batches(samples: Samples, settings: TrainSettings) -> list[Batch]:
-    """A few training inputs, drawn once, as they are, in batches of one size."""
+    """Return a few training inputs, drawn once, as they are, in batches of one size."""
     count, size = min(_few(samples), len(samples)), min(settings.batch_size, 256)
     return list(draw(samples, count - count % size or count, settings.seed).batches(size))
 
 
 def watched_batches(tests: Samples, seed: int) -> list[Batch]:
-    """The test samples that every epoch is reported on, drawn once: many sets are sorted by class."""
+    """Return the test samples that every epoch is reported on, drawn once: many sets are sorted by class."""
     return list(draw(tests, _few(tests), seed).batches(256))
 
 
 def _few(samples: Samples) -> int:
-    """PLAIN, or as many as PLAIN_BYTES hold."""
+    """Return PLAIN, or as many as PLAIN_BYTES hold."""
     first = next(samples.subset([0]).batches(1))
     return max(2, min(PLAIN, PLAIN_BYTES // sum(tensor.nbytes for tensor in tensors_in(first.inputs))))
 
 
+def grow_method_name(method: str | None, has_scheme: bool) -> str:
+    """Return the method, or the default with or without a scheme; raises InvalidSetting where it needs what is not there."""
+    fitting = [name for name in GROW_METHODS if grow_method_named(name).needs_scheme == has_scheme]
+    if method is None:
+        return fitting[0]
+    if method not in fitting:
+        trouble = "grows a scheme of its own: leave out --scheme" if has_scheme else "trains a scheme: give one with --scheme RUN"
+        raise InvalidSetting(f"Method {method} {trouble}, or choose --method {' or '.join(fitting)}.")
+    return method
+
+
 def forgotten(model: nn.Module, plain: Sequence[Batch], seed: int) -> nn.Module:
-    """A copy whose modules have made their parameters new, with batch-norm statistics of `plain`."""
+    """Return a copy whose modules have initialised their parameters anew, with batch-norm statistics of `plain`."""
     fresh = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in fresh.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
     batchnorm.reestimate(fresh, plain)
     return fresh
 
 
-def observe_trainable(model: nn.Module, example: Batch, settings: GrowSettings, scheme: Scheme | None) -> ObservedNetwork:
-    """The float network observed and folded, each layer with what it may end with: the planes' bit-widths, or `scheme`'s alone."""
-    widths = tuple(range(2, settings.csq.planes + 2))
+def observe_trainable(model: nn.Module, example: Batch, settings: GrowSettings, scheme: Scheme | None, method: str) -> ObservedNetwork:
+    """Observe and fold the float network; each layer has the choices of the method, or `scheme`'s alone."""
+    options = grow_method_named(method).layer_choices(getattr(settings, method), settings.activation_bits)
+    widths = tuple(precision.weight_bits for precision in options if precision.weight_bits)
     fixed = {} if scheme is None else {glob.escape(name): p for name, p in scheme.items() if p.weight_bits is None}
     keep = settings.keep if scheme is None else fixed
     network = observe_network(model, example, LayerOptions(widths, (settings.activation_bits,), keep, gradients=True))
@@ -87,28 +100,22 @@ def observe_trainable(model: nn.Module, example: Batch, settings: GrowSettings, 
         Scheme(dict.fromkeys(network.names, Precision())).check_names(scheme)
         check_kinds(scheme, network)
         return replace(network, choices={name: [scheme[name]] for name in network.names})
-    kept = match_patterns(settings.keep, network.names)
+    pinned = match_patterns(settings.keep, network.names)
     choices = {
-        name: list(options)
-        if name in kept or not network.costs.layers[name].weights
-        else plane_choices(settings.csq, options[0].activation_bits)
-        for name, options in network.choices.items()
+        name: list(own)
+        if name in pinned or not network.costs.layers[name].weights
+        else [Precision(precision.weight_bits, own[0].activation_bits) for precision in options]
+        for name, own in network.choices.items()
     }
     return replace(network, choices=choices)
 
 
-def check_planes_feasible(network: ObservedNetwork, budget: Budget) -> None:
-    """Raise InfeasibleBudget or InvalidSetting where the planes cannot end at `budget`, naming the least or the most."""
-    check_budget(budget, Scheme({name: options[-1] for name, options in network.choices.items()}), network.costs)
-    stages_check_feasible(network, budget)
-
-
-def make_trainee(network: ObservedNetwork, plain: Sequence[Batch], budget: Budget | None, fixed: bool, settings: GrowSettings) -> Trainee:
-    """The unfolded network with gates (or, at a fixed scheme, learned steps) in its weight slots and learned ranges in its input slots."""
+def make_trainee(network: ObservedNetwork, plain: Sequence[Batch], budget: Budget | None, settings: GrowSettings, method: str) -> Trainee:
+    """Prepare the unfolded network with learned ranges in its input slots, and attach the method to its weight slots."""
     unfolded = copy.deepcopy(network.float_model)
     batchnorm.flip_negative(unfolded, network.norms)
-    kept_float = [name for name, options in network.choices.items() if options[0].weight_bits is None]
-    model = prepare(unfolded, network.names, kept_float)
+    float_weights = [name for name, options in network.choices.items() if options[0].weight_bits is None]
+    model = prepare(unfolded, network.names, float_weights)
     layers = quantized_layers(model)
     with once_a_batch(network.folded, network.used_once):
         samples = input_samples(network.folded, network.used_once, plain, 2**17, settings.train.seed)
@@ -118,13 +125,11 @@ def make_trainee(network: ObservedNetwork, plain: Sequence[Batch], budget: Budge
         if bits is not None:
             start = activation_candidate(samples[name], bits, "mse")
             layers[name].input_quantizer = LearnedInput(UniformQuantizer(bits, False, start.scale, start.zero_point))
-    if fixed:
-        return LSQ(model, Scheme({name: options[0] for name, options in network.choices.items()}), network.costs, settings.lsq)
-    return CSQ(model, network.choices, network.costs, budget, settings.csq)
+    return grow_method_named(method).attach(model, network, budget, getattr(settings, method))
 
 
 def frozen(trainee: Trainee, network: ObservedNetwork, plain: Sequence[Batch]) -> Canonical:
-    """The canonical form of what was trained so far: batch norm re-estimated on `plain`, frozen, folded. The trainee is left as it is."""
+    """Freeze and fold what was trained so far, batch norm re-estimated on `plain`. The trainee stays as it is."""
     model = copy.deepcopy(trainee.model)
     trainee.freeze(model)
     batchnorm.reestimate(model, plain)
@@ -135,7 +140,7 @@ def frozen(trainee: Trainee, network: ObservedNetwork, plain: Sequence[Batch]) -
 def soft_and_frozen(
     trainee: Trainee, network: ObservedNetwork, plain: Sequence[Batch], test: Sequence[Batch], task: str, metric: Metric | None
 ) -> dict[str, Any]:
-    """What the network as it trains and the network as it would be frozen now score on `test`, both with statistics of `plain`."""
+    """Score the network as it trains, and as it would be frozen now, on `test`, both with statistics of `plain`."""
     soft = copy.deepcopy(trainee.model)
     batchnorm.reestimate(soft, plain)
     return {
@@ -144,6 +149,7 @@ def soft_and_frozen(
     }
 
 
+@takes(GrowSettings)
 @torch.inference_mode(False)
 def grow(
     model: nn.Module | str,
@@ -160,56 +166,59 @@ def grow(
     device: str = "cpu",
     **settings: Any,
 ) -> Result:
-    """Train a network to a budget: its mixed-precision scheme grows meanwhile (CSQ).
+    """Train a network to a budget while its mixed-precision scheme grows, or at a scheme.
 
     model       a network, or a reference to one; trained, or with `from_scratch` its architecture alone
     train       labelled data (or unlabelled, with distill=1): a data set, arrays, Samples, or a reference
-    budget      of weights: "3bit", "80kB", "12.5%"; None keeps every plane
-    scheme      instead of a budget: a scheme, or the run that has it; it is fixed, and trained with learned steps (LSQ)
+    budget      of weights: "3bit", "80kB", "12.5%"; None leaves every layer as large as it starts
+    scheme      instead of a budget: a scheme, or the run that has it; it is fixed. `method` is LSQ with it and CSQ without it
     weights, preprocessing  as for `calibrate`
     test        labelled data for the report, looked at after every epoch, soft and frozen; nothing is chosen on it
     checkpoint  a file that is written after every epoch and continued from where it is found
-    settings    fields of `growth.GrowSettings`, `methods.csq.CSQSettings` and `training.TrainSettings`
 
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; AnybitError where the loss stops being a number.
     """
-    wanted = GrowSettings.of(**settings)
+    grow_settings = GrowSettings.of(**settings)
     if isinstance(budget, (list, tuple)):
         raise InvalidSetting("grow takes one budget: every budget is a training of its own.")
     if budget is not None and scheme is not None:
         raise InvalidSetting("Give a budget or a scheme, not both: a scheme has its bits already.")
     budget = Budget.parse(budget) if budget is not None else None
     scheme = read_scheme(Path(scheme)).scheme if isinstance(scheme, (str, Path)) else scheme
+    method = grow_method_name(grow_settings.method, scheme is not None)
     clock = StageClock()
-    float_model, samples, tests, about = training_inputs(model, weights, train, test, metric, preprocessing, workers, device, wanted.task)
+    float_model, samples, tests, about = training_inputs(
+        model, weights, train, test, metric, preprocessing, workers, device, grow_settings.task
+    )
     with clock.stage("observe and fold"):
         if len(samples) == 0:
             raise InvalidInput("The training data is empty.")
-        plain = plain_batches(samples, wanted.train)
+        plain = plain_batches(samples, grow_settings.train)
         check_finite(plain)
         share_state(float_model)
-        start = forgotten(float_model, plain, wanted.train.seed) if wanted.from_scratch else float_model
+        start = forgotten(float_model, plain, grow_settings.train.seed) if grow_settings.from_scratch else float_model
         share_state(start)
-        network = observe_trainable(start, plain[0].head(2), wanted, scheme)
+        network = observe_trainable(start, plain[0].head(2), grow_settings, scheme, method)
         if budget is not None:
-            check_planes_feasible(network, budget)
-        task = wanted.task or guess_task(outputs_of(float_model, plain[:1]), plain[0].reader)
-        trainee = make_trainee(network, plain, budget, scheme is not None, wanted)
+            grow_method_named(method).check_budget(budget, network)
+            check_feasible(network, budget)
+        task = grow_settings.task or guess_task(outputs_of(float_model, plain[:1]), plain[0].reader)
+        trainee = make_trainee(network, plain, budget, grow_settings, method)
     if tests is not None:  # before the long work, which bad labels or a bad metric would waste
         reference = outputs_of(float_model, tests.batches(256))
         float_test = evaluate_model(float_model, tests.batches(256), task, metric)
-        watched = watched_batches(tests, wanted.train.seed)
+        watched = watched_batches(tests, grow_settings.train.seed)
     with clock.stage("training"), torch.random.fork_rng(devices=[]):
         epochs = train_epochs(
             trainee,
             samples,
-            wanted.train,
+            grow_settings.train,
             task,
-            float_model if wanted.train.distill else None,
+            float_model if grow_settings.train.distill else None,
             batchnorm.folded_gammas(trainee.model, network.norms),
             None if checkpoint is None else Path(checkpoint),
             training_identity(
-                float_model, samples, plain[0], {"budget": str(budget), "scheme": scheme and str(scheme), **wanted.to_json()}
+                float_model, samples, plain[0], {"budget": str(budget), "scheme": scheme and str(scheme), **grow_settings.to_json()}
             ),
             None if tests is None else lambda: soft_and_frozen(trainee, network, plain, watched, task, metric),
         )
@@ -217,7 +226,7 @@ def grow(
         canonical = frozen(trainee, network, plain)
     with clock.stage("edge ranges"):
         canonical.edges = observe_edge_ranges(canonical.model, network.wiring, plain)
-    report = {
+    report: dict[str, Any] = {
         "version": 1,
         "road": "grow",
         "budget": str(budget) if budget else None,
@@ -226,7 +235,7 @@ def grow(
         "layers": layer_costs(network.costs, canonical.scheme),
         "epochs": epochs,
         "uncovered": dict(network.uncovered),
-        "settings": wanted.to_json(),
+        "settings": grow_settings.to_json() | {"method": method},
         "environment": environment(),
     }
     if tests is not None:
@@ -235,7 +244,7 @@ def grow(
             report["test"] = evaluate_model(canonical.model, tests.batches(256), task, metric, reference)
     canonical.model.cpu()
     report["stages"] = clock.stages
-    certificate = {**trainee.decisions().get("certificate", {}), "seed": wanted.train.seed}
+    certificate = {**trainee.decisions().get("certificate", {}), "seed": grow_settings.train.seed}
     about |= {"budget": str(budget) if budget else None, "task": task, "certificate": certificate}
     tell("allocation", budget=report["budget"], certificate=certificate, scheme=canonical.scheme)
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))

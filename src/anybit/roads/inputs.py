@@ -30,18 +30,18 @@ def follow_model(
     model: nn.Module | str, weights: str | Path | None, data: Any, preprocessing: Preprocessing, task: str | None
 ) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
     """(the network, the preprocessing, what a run records of where the network and its data came from, references made absolute)."""
-    about: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
     if isinstance(model, str):
-        about["model"] = {"reference": absolute(model), "weights": None if weights is None else str(Path(weights).resolve())}
-        model = load_model(model, about["model"]["weights"], task)
+        provenance["model"] = {"reference": absolute(model), "weights": None if weights is None else str(Path(weights).resolve())}
+        model = load_model(model, provenance["model"]["weights"], task)
     elif weights is not None:
         raise InvalidSetting(f"The weights {weights} go with a model's reference, and a network was given. Load them into it yourself.")
     model = adapted_network(model)
     check_network(model)
     preprocessing = with_model_defaults(preprocessing, model)
     if isinstance(data, str):
-        about |= {"data": {"reference": absolute(data)}, "preprocessing": preprocessing.to_json()}
-    return model, preprocessing, about
+        provenance |= {"data": {"reference": absolute(data)}, "preprocessing": preprocessing.to_json()}
+    return model, preprocessing, provenance
 
 
 def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
@@ -52,7 +52,7 @@ def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
 
 
 def checked_tests(samples: Samples, model: nn.Module) -> Samples:
-    """The test samples, refused before any work where they have no labels or the model does not take them."""
+    """Return the test samples, refused before any work where they have no labels or the model does not take them."""
     if not samples.labelled or len(samples) == 0:
         raise InvalidInput("The test data has no samples with labels. Give a labelled set to --test, or leave it out.")
     check_inputs(model, samples)
@@ -65,7 +65,7 @@ def check_inputs(model: nn.Module, samples: Samples) -> None:
 
 
 def on_device(model: nn.Module, device: str) -> nn.Module:
-    """A copy of the model on `device`."""
+    """Return a copy of the model on `device`."""
     model = copied(model)
     try:
         return model.to(device)
@@ -92,16 +92,16 @@ def training_inputs(
     """(the float network, training samples, test samples, what a run records of them), on this process's device."""
     if metric is not None and test is None:
         raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or no --metric.")
-    model, preprocessing, about = follow_model(model, weights, data, preprocessing, task)
+    model, preprocessing, provenance = follow_model(model, weights, data, preprocessing, task)
     device = join_processes(device)
     float_model = on_device(model, device).eval()
     samples = samples_from(data, workers, preprocessing, model).on(device)
     tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), model)
-    return float_model, samples, tests, about
+    return float_model, samples, tests, provenance
 
 
 def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, workers: int) -> Samples:
-    """The data, preprocessed as the supernet's was; without any, what the supernet recorded, where it is this user's own."""
+    """Return the data, preprocessed as the supernet's was; without any, what the supernet recorded, where it is this user's own."""
     if data is None:
         data = supernet.about.get("data", {}).get("reference")
         if not isinstance(data, str) or isinstance(run, Supernet) or not is_trusted(Path(run), SUPERNET_JSON):

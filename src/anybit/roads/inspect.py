@@ -12,19 +12,21 @@ from anybit.networks.observed import ObservedNetwork, observe_network, unobserve
 from anybit.networks.refusals import check_network, copied
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision
+from anybit.settings import takes
 from anybit.sources.inputs import samples_from
 from anybit.sources.models import adapted_network
 
 
+@takes(CalibrateSettings)
 def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, Any]:
     """Layers, shapes, what is covered, and what each bit-width would cost.
 
     `data` needs one input. Without it, what only a forward pass shows is None (shapes of inputs and outputs, MACs, BOPs, folds, blocks),
     a layer that never runs is taken for covered, and the sizes are those with every batch norm unfolded.
     """
-    wanted, model = replace(CalibrateSettings(**settings).options, gradients=False), adapted_network(model)
+    options, model = replace(CalibrateSettings.of(**settings).options, gradients=False), adapted_network(model)
     check_network(model)
-    network = unobserved_network(model, wanted) if data is None else observe_network(*_observable(model, data), wanted)
+    network = unobserved_network(model, options) if data is None else observe_network(*_observable(model, data), options)
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
     layers = {
         name: {
@@ -34,11 +36,11 @@ def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, An
             "folds": network.norms.get(name),
             "block": blocks.get(name),
             "choices": [str(precision) for precision in network.choices[name]],
-            "bytes": {bits: network.costs.layer_bytes(name, Precision(bits)) for bits in wanted.weight_bits},
+            "bytes": {bits: network.costs.layer_bytes(name, Precision(bits)) for bits in options.weight_bits},
         }
         for name in network.names
     }
-    uniform = {bits: network.costs.summary(network.uniform(bits, wanted.activation_bits[-1])) for bits in wanted.weight_bits}
+    uniform = {bits: network.costs.summary(network.uniform(bits, options.activation_bits[-1])) for bits in options.weight_bits}
     for row in uniform.values() if data is None else ():
         row["bops"] = None
     return {"layers": layers, "uncovered": dict(network.uncovered), "float_bytes": network.costs.float_bytes, "uniform": uniform}

@@ -21,7 +21,7 @@ from anybit.supernets.supernet import Supernet
 
 # Settings by the first result that depends on them: a change of one leaves what was made before it. All others count from the beginning.
 MATCHING = ("bn_tuning", "bn_prior", "bn_target")
-PARALLEL = ("candidate_steps", "step_batch", "drop")
+PARALLEL = ("rounding", "candidate_steps", "step_batch", "drop")
 SENSITIVITY = ("pairs",)
 LATER = ("pipeline", "parallel", "alternatives", "memory", "steps", "start", "sequential", "bias_tuning", "tune_scales")
 
@@ -50,7 +50,8 @@ def keyed_by_settings(recall: Cache, settings: CalibrateSettings, names: Sequenc
 def cached_candidates(recall: Cache, name: str, network: ObservedNetwork, make: Callable[[], Candidates]) -> Candidates:
     """Candidates that `make` gives, or that an earlier run kept."""
     layers = quantized_layers(network.prepared)
-    shapes = {layer: tuple(weight_rows(layers[layer], float_weight(layers[layer])).shape) for layer in network.names}
+    rows = {layer: weight_rows(layers[layer], float_weight(layers[layer])) for layer in network.names}
+    shapes = {layer: (len(one), one.shape[1]) for layer, one in rows.items()}
     device = str(next(network.prepared.parameters()).device)
     return recall(name, lambda: Entry(None, to_tensors(make())), lambda kept: from_tensors(kept.tensors, shapes).on(device))
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from anybit.budget import Budget
+from anybit.budget import LATENCY, Budget
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples
 from anybit.errors import InvalidSetting
@@ -15,20 +15,20 @@ from anybit.supernets.supernet import Supernet
 
 
 def with_latencies(network: ObservedNetwork, budgets: Sequence[Budget]) -> ObservedNetwork:
-    """The network with this machine's measured latencies among its costs, where a budget limits them."""
-    if all(budget.limit("latency") is None for budget in budgets):
+    """Return the network with this machine's measured latencies among its costs, where a budget limits them."""
+    if all(budget.limit(LATENCY.name) is None for budget in budgets):
         return network
     from anybit.onnx.latency import load_table  # optional packages
 
-    found = load_table(network)
-    if found is None:
+    loaded = load_table(network)
+    if loaded is None:
         raise InvalidSetting("A budget of latency needs a table measured on this machine: run anybit profile on this model and data first.")
-    return replace(network, costs=replace(network.costs, latency=found[0]))
+    return replace(network, costs=replace(network.costs, latency=loaded[0]))
 
 
 def supernet_with_latencies(supernet: Supernet, samples: Samples, budgets: Sequence[Budget]) -> Supernet:
-    """The supernet with this machine's measured latencies among its costs, where a budget limits them."""
-    if all(budget.limit("latency") is None for budget in budgets):
+    """Return the supernet with this machine's measured latencies among its costs, where a budget limits them."""
+    if all(budget.limit(LATENCY.name) is None for budget in budgets):
         return supernet
     from anybit.onnx.file import PROBE  # what `profile` observes: padded texts have the length of so many
 
@@ -38,7 +38,8 @@ def supernet_with_latencies(supernet: Supernet, samples: Samples, budgets: Seque
 
 
 def measured_latencies(costs: CostModel, canonical: Canonical, example: Batch) -> dict[str, float]:
-    """What the table predicted of the finished network, and what it takes once exported; seconds of one sample."""
+    """Return the predicted latency of the finished network and the measured one of its export, in seconds a sample."""
     from anybit.onnx.latency import latency_of
 
+    assert costs.latency is not None  # a budget that limits latency brings its table
     return {"predicted": costs.latency.total(canonical.scheme), **latency_of(canonical, example)}

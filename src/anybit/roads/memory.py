@@ -25,7 +25,7 @@ def sample_bytes(wiring: Wiring) -> dict[str, int]:
 
 
 def working_memory(network: ObservedNetwork, padded: bool, settings: CalibrateSettings) -> dict[str, tuple[int, str]]:
-    """What the steps of a run hold of activations, however little is captured: kind of step -> (bytes, what would take less)."""
+    """Return the activation memory of the steps of a run, however little is captured: kind of step -> (bytes, what would take less)."""
     sizes = sample_bytes(network.wiring)
     needs = {"a forward pass": (RUNNING * settings.batch_size * max(sizes.values()), "--batch-size")}
     if settings.does("sequential") or settings.does("parallel"):
@@ -57,7 +57,7 @@ def _megabytes(count: int) -> str:
 
 
 def memory_to_capture(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> int:
-    """Bytes that captured activations may take beside a step of AdaQuant."""
+    """Return bytes that captured activations may take beside a step of AdaQuant."""
     needs = working_memory(network, calibration.fitting[0].mask is not None, settings)
     return max(0, settings.memory - max(least for least, _ in needs.values()))
 
@@ -70,10 +70,11 @@ def samples_at_once(wiring: Wiring, copies: int, memory: int, most: int) -> int:
 def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Batch]:
     """As many of the first batches as one joined forward pass can hold."""
     room = max(1, memory // (RUNNING * max(sample_bytes(wiring).values())))
-    kept, count = [], 0
+    first: list[Batch] = []
+    count = 0
     for batch in batches:
-        if kept and count + len(batch) > room:
+        if first and count + len(batch) > room:
             break
-        kept.append(batch)
+        first.append(batch)
         count += len(batch)
-    return kept
+    return first

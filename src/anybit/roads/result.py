@@ -1,4 +1,4 @@
-"""What a road ends with, and how it is saved."""
+"""The result of a road, and its saving."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from anybit.scheme import Scheme
 
 @dataclass
 class Result:
-    """What a road ends with: the canonical model (its bits in `scheme`), and the report. `save` writes the run folder."""
+    """The result of a road: the canonical model (its bits in `scheme`), and the report. `save` writes the run folder."""
 
     canonical: Canonical
     report: dict[str, Any]
@@ -56,12 +56,12 @@ class Result:
 
 
 def test_scores(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured on test data."""
+    """Return the scores on test data."""
     return {key: report[key] for key in ("test", "float_test") if key in report}
 
 
 def layer_costs(costs: CostModel, scheme: Scheme) -> dict[str, Any]:
-    """What each layer is and costs at its precision."""
+    """Return each layer's precision, size and costs."""
     return {
         name: {
             "precision": str(precision),

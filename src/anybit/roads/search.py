@@ -1,7 +1,8 @@
 """Search a supernet: what is evaluated on which samples, and what each budget gets."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from anybit.allocation.choice import fits_budget
-from anybit.budget import Budget
+from anybit.budget import BYTES, PERCENT, QUANTITIES, Budget, Cost, cost_quantities, own_costs
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples
-from anybit.data.tasks import COUNTED, Metric, metric_name
+from anybit.data.tasks import TASKS, Metric, metric_name
 from anybit.environment import environment
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
 from anybit.files.cache import Cache, Entry
 from anybit.files.strict import in_words, sealed, sha256_of, validated, write_json
-from anybit.methods.subnet_search import Evaluated, Found, SearchSettings, hypervolume, pareto_front, search_subnets, total_cost
+from anybit.methods.settings import SearchSettings
+from anybit.methods.subnet_search import Evaluated, SearchResult, hypervolume, pareto_front, search_subnets, total_cost
 from anybit.networks.edges import observe_edge_ranges
 from anybit.networks.wiring import observe
 from anybit.progress import tell, track
@@ -32,6 +34,7 @@ from anybit.runs.records import EvaluatedRecord
 from anybit.runs.report import read_search, write_report
 from anybit.runs.trusted import trust
 from anybit.scheme import Scheme, check_whole
+from anybit.settings import takes
 from anybit.supernets.folder import load_supernet
 from anybit.supernets.prepared import bn_batches, held_out_split
 from anybit.supernets.statistics import KnownSubnet
@@ -41,46 +44,46 @@ TIE = 1e-3
 """Points of top-1 that one nat is worth."""
 
 
-def cached_search(recall: Cache, supernet: Supernet, settings: SearchSettings, images: int, run: Callable[[], Found]) -> Found:
-    """A whole search, under its settings."""
+def cached_search(cache: Cache, supernet: Supernet, settings: SearchSettings, images: int, run: Callable[[], SearchResult]) -> SearchResult:
+    """Return a whole search, under its settings."""
 
     def as_json() -> dict[str, Any]:
-        found = run()
-        rows = [{**vars(one), "scheme": one.scheme.to_json()} for one in found.evaluated]
-        return {"evaluated": rows, "rank_correlation": found.rank_correlation}
+        result = run()
+        rows = [{**vars(one), "scheme": one.scheme.to_json()} for one in result.evaluated]
+        return {"evaluated": rows, "rank_correlation": result.rank_correlation}
 
-    def as_found(told: Any) -> Found:
-        kept = validated(SearchEntry, told, "the search")
-        rows = [Evaluated(Scheme(row.scheme), row.score, row.cost, row.origin) for row in kept.evaluated]
+    def from_json(data: Any) -> SearchResult:
+        entry = validated(SearchEntry, data, "the search")
+        rows = [Evaluated(Scheme(row.scheme), row.score, row.cost, row.origin) for row in entry.evaluated]
         for row in rows:
             check_whole(row.scheme, supernet.choices)
             if row.cost != total_cost(supernet.costs, settings.quantity, row.scheme):
                 raise InvalidFile(f"{row.scheme} does not cost {row.cost:g}")
-        return Found(rows, kept.rank_correlation)
+        return SearchResult(rows, entry.rank_correlation)
 
-    return recall.keyed(images, asdict(settings)).value("search", as_json, as_found)
+    return cache.keyed(images, settings.to_json()).value("search", as_json, from_json)
 
 
-def cached_statistics(recall: Cache, supernet: Supernet, scheme: Scheme, learn: Callable[[], KnownSubnet]) -> None:
+def cached_statistics(cache: Cache, supernet: Supernet, scheme: Scheme, learn: Callable[[], KnownSubnet]) -> None:
     """A subnet's batch-norm statistics and edge ranges, which the supernet knows from now on."""
 
     def make() -> Entry:
         known = learn()
         return Entry(None, {"statistics": known.statistics, "edges": known.edges})
 
-    def read(kept: Entry) -> KnownSubnet:
-        known, another = KnownSubnet(scheme, kept.tensors["statistics"], kept.tensors["edges"]), supernet.known[0]
+    def read(entry: Entry) -> KnownSubnet:
+        known, another = KnownSubnet(scheme, entry.tensors["statistics"], entry.tensors["edges"]), supernet.known[0]
         if known.statistics.shape != another.statistics.shape or known.edges.shape != another.edges.shape:
             raise InvalidFile("it is of another network")
         supernet.check_known(known, f"statistics of {scheme}")
         return known
 
-    known = recall(f"statistics of {scheme}", make, read)
+    known = cache(f"statistics of {scheme}", make, read)
     supernet.known = [*(one for one in supernet.known if one.scheme != scheme), known]
 
 
 class SearchEntry(BaseModel):
-    """What is kept of a whole search."""
+    """Cache entry of a whole search."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     evaluated: list[EvaluatedRecord] = Field(min_length=1)
@@ -89,7 +92,7 @@ class SearchEntry(BaseModel):
 
 @dataclass
 class Search:
-    """What a search found: `supernet` keeps the statistics of `chosen` (budget -> scheme) and of the front; `report` tells the rest."""
+    """Result of a search: `supernet` keeps the statistics of `chosen` (budget -> scheme) and of the front; `report` tells the rest."""
 
     supernet: Supernet
     chosen: dict[str, Scheme]
@@ -111,62 +114,61 @@ def run_search(
     samples: Samples,
     budgets: Sequence[Budget],
     settings: SearchSettings,
-    images: int,
-    bn_images: int | None,
     metric: Metric | None,
-    recall: Cache,
+    cache: Cache,
 ) -> Search:
     """Search, measure the front again on other held-out samples, and choose for each budget; `samples` are the training data.
 
-    bn_images  inputs that batch norm is estimated on while searching; the front has as many as the supernet was trained with
+    While searching, batch norm is estimated on `settings.bn_images`: most of the time goes there. The front is measured again, and kept,
+    with as many inputs as the supernet was trained with.
     """
     if not samples.labelled:
         raise InvalidInput("The search needs labels: subnets are ranked by their accuracy. Give labelled data.")
     fitting, held_out = held_out_split(samples, supernet.settings)
-    images = min(images, len(held_out) // 2)
+    images = min(settings.images, len(held_out) // 2)
     if images < 1:
         raise InvalidInput(
             f"{len(held_out)} held-out sample(s) are too few to search on and to measure the front on others. Hold out more."
         )
     search_on, measure_on = (list(held_out.subset(range(at, at + images)).batches(256)) for at in (0, images))
     bn = bn_batches(fitting, supernet.settings)
-    asked = supernet.settings.bn_images if bn_images is None else bn_images
+    asked = settings.bn_images or supernet.settings.bn_images
     few = bn_batches(fitting, replace(supernet.settings, bn_images=asked))
-    key = metric_name(metric) if metric else COUNTED[supernet.task] or "loss"
+    key = metric_name(metric) if metric else TASKS[supernet.task].counted or "loss"
 
     def score(scheme: Scheme, test: Sequence[Batch], statistics: Sequence[Batch], where: tuple[str, int]) -> float:
         def measure() -> float:
-            told = scores(supernet, scheme, statistics, test, metric)
+            measured = scores(supernet, scheme, statistics, test, metric)
             # Of two subnets that get as many right the one of lower loss is the better; a metric of the user's own is taken as it is.
             if key == "loss":
-                return -told["loss"]
-            return told[key] - (TIE * min(told["loss"], 100.0) if key == "top1" else 0.0)
+                return -measured["loss"]
+            return measured[key] - (TIE * min(measured["loss"], 100.0) if key == "top1" else 0.0)
 
-        return recall.keyed(*where, images).value(f"score of {scheme}", measure, float)
+        return cache.keyed(*where, images).value(f"score of {scheme}", measure, float)
 
     progress = iter(track(range(settings.evaluations), "evaluations"))
 
     def evaluate(scheme: Scheme) -> float:
         next(progress, None)
-        found = score(scheme, search_on, few, ("search", asked))
-        tell("subnet", score=found, cost=total_cost(supernet.costs, settings.quantity, scheme), scheme=scheme)
-        return found
+        value = score(scheme, search_on, few, ("search", asked))
+        tell("subnet", score=value, cost=total_cost(supernet.costs, settings.quantity, scheme), scheme=scheme)
+        return value
 
     uniform_ones = list(uniform_schemes(supernet).values())
-    found = cached_search(
-        recall.keyed(asked),
+    result = cached_search(
+        cache.keyed(asked),
         supernet,
         settings,
         images,
         lambda: search_subnets(supernet.choices, supernet.costs, evaluate, settings, uniform_ones),
     )
     next(progress, None)
-    front = pareto_front(found.evaluated)
-    shown = dict.fromkeys(one.scheme for one in [*front, *found.evaluated[: len(uniform_ones)]])
+    front = pareto_front(result.evaluated)
+    shown = dict.fromkeys(one.scheme for one in [*front, *result.evaluated[: len(uniform_ones)]])
     again = {scheme: score(scheme, measure_on, bn, ("measure", supernet.settings.bn_images)) for scheme in shown}
     chosen = {}
     for budget in budgets:
-        fit = [one for one in found.evaluated if fits_budget(supernet.costs, one.scheme, budget)]
+        fit = [one for one in result.evaluated if fits_budget(supernet.costs, one.scheme, budget)]
         chosen[str(budget)] = max(fit, key=lambda one: (one.score, -one.cost)).scheme if fit else lowest(supernet)
     first = next(fitting.subset([0, 1]).batches(2))
     edge_batches = bn[:8]
@@ -176,22 +178,22 @@ def run_search(
 
     for scheme in dict.fromkeys([*chosen.values(), *(one.scheme for one in front)]):
         if all(known.scheme != scheme for known in supernet.known):
-            cached_statistics(recall, supernet, scheme, lambda scheme=scheme: supernet.learn(scheme, bn, edge_ranges))
+            cached_statistics(cache, supernet, scheme, partial(supernet.learn, scheme, bn, edge_ranges))
     # The same corner for every search of this supernet: the highest bits' cost, the lowest bits' score.
-    corner = (total_cost(supernet.costs, settings.quantity, supernet.method.highest), found.evaluated[0].score)
+    corner = (total_cost(supernet.costs, settings.quantity, supernet.method.highest), result.evaluated[0].score)
     rows = [
         {"scheme": o.scheme.to_json(), "score": o.score, "cost": o.cost, "origin": o.origin, "measured": again.get(o.scheme)}
-        for o in found.evaluated
+        for o in result.evaluated
     ]  # fmt: skip
-    report = {
+    report: dict[str, Any] = {
         "version": 1,
         "score": key,
         "quantity": settings.quantity,
         "evaluated": rows,
-        "front": [rows[found.evaluated.index(one)] for one in front],
+        "front": [rows[result.evaluated.index(one)] for one in front],
         "hypervolume": {"value": hypervolume(front, *corner), "cost": corner[0], "score": corner[1]},
-        "rank_correlation": found.rank_correlation,
-        "recalled": recall.counts["recalled"],
+        "rank_correlation": result.rank_correlation,
+        "recalled": cache.counts["recalled"],
         "budgets": {text: {"scheme": scheme.to_json(), **supernet.costs.summary(scheme)} for text, scheme in chosen.items()},
         "images": {
             "searched_on": images,
@@ -199,10 +201,10 @@ def run_search(
             "batch_norm": sum(map(len, few)),
             "batch_norm_of_the_front": sum(map(len, bn)),
         },
-        "settings": asdict(settings),
+        "settings": settings.to_json(),
         "environment": environment(),
     }
-    tell("result", budgets=report["budgets"], hypervolume=report["hypervolume"]["value"], rank_correlation=found.rank_correlation)
+    tell("result", budgets=report["budgets"], hypervolume=report["hypervolume"]["value"], rank_correlation=result.rank_correlation)
     return Search(supernet, chosen, report)
 
 
@@ -213,23 +215,27 @@ def lowest(supernet: Supernet) -> Scheme:
 def check_fits(supernet: Supernet, budget: Budget) -> None:
     """Raise InfeasibleBudget, naming the least, where even the lowest subnet is above the budget."""
     for condition in budget.conditions:
-        if condition.quantity == "latency" and supernet.costs.latency is None:
+        quantity = QUANTITIES[condition.quantity]
+        if not isinstance(quantity, Cost):
+            *names, last = (cost.name for cost in cost_quantities())
+            raise InvalidSetting(f"A search takes budgets of {', '.join(names)} and {last}, not {quantity.name} ({budget}).")
+        if not quantity.is_known(supernet.costs):
             raise InvalidSetting(
-                f"A budget of latency ({budget}) is counted for the shapes of the network's inputs: give them with --data."
+                f"A budget of {quantity.name} ({budget}) is counted for the shapes of the network's inputs: give them with --data."
             )
-        if condition.quantity not in ("bits", "bytes", "percent", "bops", "latency"):
-            raise InvalidSetting(f"A search takes budgets of bits, bytes, percent, BOPs and latency, not {condition.quantity} ({budget}).")
     if not fits_budget(supernet.costs, lowest(supernet), budget):
-        least = supernet.costs.summary(lowest(supernet))
-        timed, instead = "", "train with lower --bits"
-        if "latency" in least:
-            timed = f" and is predicted to take {1e3 * least['latency']:.4g} ms, as any other of integers"
-            limit = budget.limit("latency")
-            instead = "keep fewer layers float" if limit is not None and least["latency"] > limit else instead
-        raise InfeasibleBudget(
-            f"The smallest subnet has {least['weight_bits']:.4g} bits a weight, {least['bytes']} bytes ({least['percent']:.4g} %), "
-            f"{least['bops']:.4g} BOPs{timed}: more than the budget {budget}. Raise the budget to that, or {instead}."
-        )
+        raise InfeasibleBudget(_why_too_large(supernet, budget))
+
+
+def _why_too_large(supernet: Supernet, budget: Budget) -> str:
+    """Name all that the smallest subnet costs, and what helps."""
+    amounts = {cost: cost.total(supernet.costs, lowest(supernet)) for cost in cost_quantities() if cost.is_known(supernet.costs)}
+    least = {cost: cost.in_words(amount) for cost, amount in amounts.items()}
+    counted = ", ".join(f"{least[cost]} ({least[PERCENT]})" if cost is BYTES else least[cost] for cost in own_costs())
+    timed = "".join(f" and is predicted to take {words}" for cost, words in least.items() if cost.known)
+    exceeded = [cost for cost, limit in budget.costs() if amounts[cost] > limit]
+    remedy = next((cost.remedy for cost in exceeded if cost.known), exceeded[0].remedy)
+    return f"The smallest subnet has {counted}{timed}: more than the budget {budget}. Raise the budget to that, or {remedy}."
 
 
 def _evaluated_in(folder: Path, supernet: Supernet) -> list[tuple[float, float, Scheme]]:
@@ -244,7 +250,7 @@ def _evaluated_in(folder: Path, supernet: Supernet) -> list[tuple[float, float, 
 
 
 def best_within(folder: Any, supernet: Supernet, budget: Budget) -> Scheme:
-    """The best evaluated subnet of a search that fits; of a supernet that was not searched, the largest uniform one that fits."""
+    """Return the best evaluated subnet of a search that fits; of a supernet that was not searched, the largest uniform one that fits."""
     check_fits(supernet, budget)
     if isinstance(folder, (str, Path)) and (Path(folder) / SEARCH).is_file():
         known = _evaluated_in(Path(folder), supernet)
@@ -255,14 +261,13 @@ def best_within(folder: Any, supernet: Supernet, budget: Budget) -> Scheme:
     return fits[-1] if fits else lowest(supernet)
 
 
+@takes(SearchSettings)
 def search(
     run: str | Path | Supernet,
     data: Any = None,
     budget: str | Budget | Sequence[str | Budget] = (),
     *,
     model: nn.Module | str | None = None,
-    images: int = 2500,
-    bn_images: int | None = None,
     metric: Metric | None = None,
     workers: int = 0,
     device: str = "cpu",
@@ -272,16 +277,12 @@ def search(
     """The best schemes of a supernet along the whole range of costs, and for each budget the best of those that fit it.
 
     data        the supernet's training data; subnets are evaluated on the share that was held out of it
-    images      held-out samples that subnets are evaluated on; as many others measure the front again
-    bn_images   training inputs on which batch norm is estimated for each subnet that is evaluated, where fewer than the supernet's will do:
-                most of the time goes there. The front is measured again, and kept, with the supernet's
     cache       keep every evaluation, in this folder or (True) in the user's cache directory: a search that was interrupted, or has another
                 budget, does not repeat them. Scores of another supernet, data or metric are never taken
-    settings    fields of `SearchSettings`
 
     Raises InfeasibleBudget, naming the least, where no subnet fits a budget.
     """
-    wanted = SearchSettings(**settings)
+    options = SearchSettings.of(**settings)
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
     budgets = [Budget.parse(one) for one in ([budget] if isinstance(budget, (str, Budget)) else budget)]
     samples = supernet_data(run, supernet, data, workers).on(device)
@@ -290,11 +291,11 @@ def search(
         check_fits(supernet, one)
     on_device(torch.nn.Identity(), device)  # refused by name where there is none
     supernet.model.to(device)
-    recall = key_of_supernet(open_cache(cache), supernet, samples, metric)
+    scores_cache = key_of_supernet(open_cache(cache), supernet, samples, metric)
     try:
-        found = run_search(supernet, samples, budgets, wanted, images, bn_images, metric, recall)
+        result = run_search(supernet, samples, budgets, options, metric, scores_cache)
         if supernet.costs.latency is not None:  # counted for these budgets
-            found.supernet = replace(supernet, costs=replace(supernet.costs, latency=None))
-        return found
+            result.supernet = replace(supernet, costs=replace(supernet.costs, latency=None))
+        return result
     finally:
         supernet.model.cpu()

@@ -1,125 +1,123 @@
-"""Settings of the calibrate and grow roads."""
+"""Settings of the calibrate and grow roads. Imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from anybit.data.tasks import TASKS
+from anybit.budget import SIZE
+from anybit.data.options import TASK_NAMES
 from anybit.errors import InvalidSetting
-from anybit.loops.trainee import TrainSettings
-from anybit.methods.csq import CSQSettings
-from anybit.methods.lsq import LSQSettings
-from anybit.networks.options import LayerOptions
-from anybit.numerics.ranges import ESTIMATORS
-from anybit.scheme import FLOAT, Precision, check_bits, parsed_keep
+from anybit.loops.settings import SEEDS, TrainSettings
+from anybit.methods.settings import CSQSettings, LSQSettings
+from anybit.methods.table import GROW_METHODS, ROUNDINGS
+from anybit.scheme import BITS, FLOAT, KEEP, PRECISION, Precision
+from anybit.settings import NAMES, Settings, Text, documented, option, same_as
 
-PIPELINES = ("advanced", "light")
+if TYPE_CHECKING:
+    from anybit.networks.options import LayerOptions
+
+SWITCHES = ("parallel", "sequential", "bias_tuning")
+"""Steps that the pipeline turns on or off where the user does not."""
 
 
+def load_metric(reference: str) -> Any:
+    """The function that a reference names."""
+    from anybit.sources.callables import load_callable
+
+    return load_callable(reference, "--metric")
+
+
+@documented
 @dataclass(frozen=True)
-class CalibrateSettings:
-    """Every choice of the calibrate road; `None` in a step's switch means: as the pipeline has it.
+class RunOptions(Settings):
+    """What a road is given besides its settings: nothing here is recorded among them."""
 
-    weight_bits, activation_bits  what a layer may get (None among the activation bits: float activations)
-    keep                          shell pattern on layer names -> precision, overriding the above
-    pipeline                      "advanced" (with AdaQuant and bias tuning) or "light" (no back-propagation)
-    parallel, sequential, bn_tuning, bias_tuning  switches of the steps
-    samples, held_out             inputs drawn, fitting and held-out together, and the share held out
-    estimator                     range estimator: "mse", "minmax" or "percentile"
-    unit                          what is reconstructed at once: "block" or "layer"; `blocks` names the blocks instead of finding them
-    steps, candidate_steps        of Adam a unit, sequential and for each candidate
-    step_batch                    inputs that such a step sees; of padded texts it sees a whole batch
-    start                         where sequential AdaQuant starts: "ranges", "matched" statistics (as ranges where no batch norm folds), or
-                                  None: the codes of parallel AdaQuant where it ran, else ranges
-    drop                          share of activation quantizations dropped while reconstructing (0: none)
-    mirror                        also fit to the mirror images of 4-d inputs
-    sensitivity_base              precision of the other layers while one is measured
-    pairs                         measure (W, A) pairs instead of summing a W and an A measurement
-    alternatives                  how many of the best schemes are measured before one is chosen
-    tune_scales                   bias tuning trains the scales too (off in the paper)
-    bn_prior                      weight of the target in the measured statistics, of candidates and in batch-norm tuning alike
-    bn_target                     "float" or "prior" (the paper's form)
-    memory                        bytes of activations that are held at once: what a step of work needs, and what is captured, the rest of
-                                  which spills to disk
-    group                         a weight scale for each so many inputs of a channel, in linears and embeddings that have a multiple of
-                                  them and no batch norm; None: one a channel
-    """
+    output: Path | None = option(None, "The run folder to write.")
+    model: str | None = option(
+        None, "The network: package.module:function, FILE.py:function, hf:FOLDER or NAME, timm:NAME, torchvision:NAME."
+    )
+    weights: str | None = option(None, "State dict to load into it (.safetensors, .pt, .pth).")
+    data: str | None = option(
+        None, "Inputs: a folder of images, FILE.npz, FILE.npz#test, texts (.tsv, .csv, .jsonl, .txt), FILE.py:function."
+    )
+    train: str | None = option(None, "Labelled training data, named as for --data elsewhere.")
+    test: str | None = option(None, "Labelled data for the report; nothing is chosen on it.")
+    budget: tuple[str, ...] | None = option(
+        None, "4bit, 120kB, 12.5%, bops=2.1G, latency=3ms, loss=0.02, drop=1%; join with commas, or repeat.", text=NAMES, repeat=True
+    )
+    metric: Any = option(
+        None, "FILE.py:function of (outputs, labels), higher is better: reported, and what drop= counts.", text=Text(load_metric)
+    )
+    cache: bool = option(True, "Keep results of stages and take them up again, from the user's cache directory.")
+    workers: int = option(0, "Processes that load data; changes speed alone.", least=0)
+    threads: int | None = option(None, "Processor threads (default: PyTorch's choice).", least=1)
+    device: str = option("cpu", "Where to compute: cpu, cuda, cuda:1, ...")
+    overwrite: bool = option(False, "Replace a finished run.", switch=True)
 
-    weight_bits: tuple[int, ...] = (2, 3, 4, 6, 8)
-    activation_bits: tuple[int | None, ...] = (4, 6, 8)
-    keep: Mapping[str, Precision] = field(default_factory=dict)
-    pipeline: str = "advanced"
-    parallel: bool | None = None
-    sequential: bool | None = None
-    bn_tuning: bool = True
-    bias_tuning: bool | None = None
-    samples: int = 1024
-    held_out: float = 0.2
-    batch_size: int = 64
-    seed: int = 0
-    estimator: str = "mse"
-    unit: str = "block"
-    blocks: tuple[str, ...] | None = None
-    steps: int = 300
-    candidate_steps: int = 60
-    step_batch: int = 32
-    start: str | None = None
-    drop: float = 0.0
-    mirror: bool = False
-    sensitivity_base: Precision = FLOAT
-    pairs: bool = False
-    alternatives: int = 5
-    tune_scales: bool = False
-    bn_prior: float = 0.0
-    bn_target: str = "float"
-    memory: int = 2**31
-    group: int | None = None
-    task: str | None = None
 
-    def __post_init__(self):
-        object.__setattr__(self, "keep", parsed_keep(self.keep))
-        if isinstance(self.sensitivity_base, str):
-            object.__setattr__(self, "sensitivity_base", Precision.parse(self.sensitivity_base))
+@documented
+@dataclass(frozen=True)
+class CalibrateSettings(Settings):
+    """Every choice of the calibrate road; None for a step's switch means: as the pipeline has it."""
+
+    weight_bits: tuple[int, ...] = option((2, 3, 4, 6, 8), "Bit-widths a layer's weights may get.", least=2, most=8, text=BITS)
+    activation_bits: tuple[int | None, ...] = option(
+        (4, 6, 8), "Bit-widths its input may get; `float` (in Python None) leaves it float.", least=2, most=8, text=BITS
+    )
+    keep: Mapping[str, Precision] = option(
+        dict, "PATTERN=W8A8 or PATTERN=float: pin layers; patterns match whole names.", text=KEEP, repeat=True
+    )
+    pipeline: str = option("advanced", "light: no back-propagation.", choices=("advanced", "light"))
+    parallel: bool | None = option(None, "AdaQuant at every candidate bit-width before the allocation.")
+    sequential: bool | None = option(None, "AdaQuant on the chosen scheme.")
+    bn_tuning: bool = option(True, "Batch-norm tuning.")
+    bias_tuning: bool | None = option(None, "Bias tuning on the outputs.")
+    tune_scales: bool = option(False, "Bias tuning trains the scales too.")
+    samples: int = option(1024, "Inputs drawn, fitting and held-out together.", least=2)
+    held_out: float = option(0.2, "Share of them that is held out.", above=0, below=1)
+    steps: int = option(300, "Adam steps a unit on the chosen scheme.", least=1)
+    candidate_steps: int = option(60, "Adam steps a layer for each candidate.", least=1)
+    step_batch: int = option(32, "Inputs that such a step sees; of padded texts it sees a whole batch.", least=1)
+    unit: str = option("block", "What is reconstructed at once.", choices=("block", "layer"))
+    blocks: tuple[str, ...] | None = option(
+        None, "Name the blocks instead of finding them; repeat.", text=NAMES, flag="--block", repeat=True
+    )
+    rounding: str = option("adaquant", "How a reconstruction rounds weights.", choices=tuple(ROUNDINGS))
+    start: str | None = option(
+        None, "Where sequential AdaQuant starts: ranges, or matched statistics (default: parallel AdaQuant's codes, else ranges).",
+        choices=("ranges", "matched"),
+    )  # fmt: skip
+    drop: float = option(0.0, "Share of activation quantizations dropped while reconstructing.", least=0, most=1)
+    mirror: bool = option(False, "Fit to the mirror images too.")
+    estimator: str = option("mse", "Range estimator.", choices=("mse", "minmax", "percentile"))
+    sensitivity_base: Precision = option(FLOAT, "Precision of the other layers while one is measured.", text=PRECISION)
+    pairs: bool = option(False, "Measure every (W, A) pair instead of summing two measurements.")
+    alternatives: int = option(
+        5, "How many of the best schemes are measured.", least=1, most=100, why="each is a program to solve and a network to measure"
+    )
+    bn_prior: float = option(0.0, "Weight of the target in the measured batch-norm statistics, of candidates too.", least=0, below=1)
+    bn_target: str = option(
+        "float", "float: the float network's statistics; prior: beta and |gamma| (the paper's form).", choices=("float", "prior")
+    )
+    group: int | None = option(
+        None, "A weight scale for each so many inputs of a linear's or embedding's channel.", least=2, why="128, 64 and 32 are usual"
+    )
+    memory: int = option(2**31, "Memory for captured activations; more spills to disk.", least=0, text=SIZE)
+    seed: int = option(0, "Seed of every draw.", least=-SEEDS, most=SEEDS)
+    batch_size: int = option(64, "Inputs a forward pass.", least=1)
+    task: str | None = option(None, "Of the network, where it does not tell.", choices=TASK_NAMES)
+
+    def check(self) -> None:
         for name in ("weight_bits", "activation_bits"):
-            values = getattr(self, name)
-            if not values:
-                raise InvalidSetting(f"{name.replace('_', '-')} is empty. Give at least one bit-width.")
-            for bits in values:
-                if not (bits is None and name == "activation_bits"):
-                    check_bits(bits, name.replace("_", " ").removesuffix("s") + "-width")
-        for name, allowed in (
-            ("pipeline", PIPELINES),
-            ("estimator", ESTIMATORS),
-            ("unit", ("block", "layer")),
-            ("bn_target", ("float", "prior")),
-            ("start", (None, "ranges", "matched")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InvalidSetting(f"{name} {getattr(self, name)!r} is unknown. Choose from {', '.join(filter(None, allowed))}.")
-        if self.task is not None and self.task not in TASKS:
-            raise InvalidSetting(f"task {self.task!r} is unknown. Choose from {', '.join(TASKS)}.")
-        if not 0 < self.held_out < 1 or not 0 <= self.drop <= 1 or self.samples < 2 or self.steps < 1:
-            raise InvalidSetting("held_out must be between 0 and 1, drop from 0 to 1, samples at least 2 and steps at least 1.")
-        for name, least in (
-            ("batch_size", 1),
-            ("step_batch", 1),
-            ("candidate_steps", 1),
-            ("alternatives", 1),
-            ("memory", 0),
-            ("bn_prior", 0),
-        ):
-            if getattr(self, name) < least:
-                raise InvalidSetting(f"{name} {getattr(self, name)} must be at least {least}.")
-        if self.alternatives > 100:  # each is a program to solve and a network to measure
-            raise InvalidSetting(f"alternatives {self.alternatives} must be at most 100.")
-        if self.group is not None and self.group < 2:
-            raise InvalidSetting(f"group {self.group} must be at least 2 weights: 128, 64 and 32 are usual.")
-        if self.bn_prior >= 1:
-            raise InvalidSetting(f"bn_prior {self.bn_prior} must be below 1.")
+            if not getattr(self, name):
+                raise InvalidSetting(f"{name} is empty. Give at least one bit-width.")
 
     @property
-    def options(self) -> LayerOptions:
+    def options(self) -> "LayerOptions":
         """What observing the network needs of these settings."""
+        from anybit.networks.options import LayerOptions
+
         gradients = self.does("bias_tuning")
         return LayerOptions(self.weight_bits, self.activation_bits, self.keep, self.group, self.unit, self.blocks, gradients)
 
@@ -129,47 +127,42 @@ class CalibrateSettings:
         return self.pipeline == "advanced" if switch is None else switch
 
     def to_json(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["keep"] = {pattern: str(precision) for pattern, precision in self.keep.items()}
-        values["sensitivity_base"] = str(self.sensitivity_base)
-        for step in ("parallel", "sequential", "bias_tuning"):
-            values[step] = self.does(step)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return super().to_json() | {step: self.does(step) for step in SWITCHES}
+
+    @classmethod
+    def recorded(cls, report: Mapping[str, Any]) -> Any:
+        report = next(iter(report["budgets"].values())) if "budgets" in report else report
+        settings = super().recorded(report)
+        if settings and settings.get("parallel") and not report.get("candidate_errors"):  # the pipeline's: it found no layer with a choice
+            settings = {**settings, "parallel": None}
+        return settings
 
 
+def parse_one_width(text: str) -> int | None:
+    """A bit-width, or None for float."""
+    bits = BITS.parse(text)
+    if len(bits) != 1:
+        raise InvalidSetting(f"--activation-bits {text}: grow trains one activation bit-width. Give one number, or float.")
+    return bits[0]
+
+
+ONE_WIDTH = Text(parse_one_width, lambda bits: BITS.write([bits]), "a bit-width, or float")
+
+
+@documented
 @dataclass(frozen=True)
-class GrowSettings:
-    """activation_bits  of every layer's input, 2..8, with a learned range; None leaves activations float
-    keep             shell pattern on layer names -> precision
-    from_scratch     forget the trained weights; they are learned before they are decided with fix 0.6 and gate_rate 0.03
-    task             "classification" or "regression", where the outputs do not tell
-    csq, train       the method's settings and the loop's
-    """
+class GrowSettings(Settings):
+    """Every choice of the grow road."""
 
-    activation_bits: int | None = 8
-    keep: Mapping[str, Precision] = field(default_factory=dict)
-    from_scratch: bool = False
-    task: str | None = None
+    activation_bits: int | None = option(
+        8, "Bits of every layer's input, 2..8, or `float` (in Python None).", least=2, most=8, text=ONE_WIDTH
+    )
+    keep: Mapping[str, Precision] = same_as(CalibrateSettings, "keep")
+    method: str | None = option(
+        None, "Grow a scheme (csq) or train a given one (lsq); default: lsq with --scheme, else csq.", choices=tuple(GROW_METHODS)
+    )
+    from_scratch: bool = option(False, "Forget the trained weights; give --fix 0.6 --gate-rate 0.03 then.", switch=True)
+    task: str | None = same_as(CalibrateSettings, "task")
     csq: CSQSettings = field(default_factory=CSQSettings)
     lsq: LSQSettings = field(default_factory=LSQSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
-
-    @classmethod
-    def of(cls, **settings: Any) -> "GrowSettings":
-        """From one flat set of names, each a field of this class, of TrainSettings, or of the methods' settings that have it."""
-        homes = {"csq": CSQSettings, "lsq": LSQSettings, "train": TrainSettings, "": cls}
-        parts = {home: {n: v for n, v in settings.items() if n in kind.__dataclass_fields__} for home, kind in homes.items()}
-        unknown = [name for name in settings if not any(name in part for part in parts.values())]
-        if unknown:
-            raise InvalidSetting(f"grow has no setting {unknown[0]!r}.")
-        inner = {home: kind(**parts[home]) for home, kind in homes.items() if home}
-        return cls(**inner, **parts[""])
-
-    def __post_init__(self):
-        if self.task is not None and self.task not in TASKS:
-            raise InvalidSetting(f"task {self.task!r} is unknown. Choose from {', '.join(TASKS)}.")
-
-    def to_json(self) -> dict[str, Any]:
-        flat = {name: value for name, value in asdict(self).items() if name not in ("csq", "lsq", "train", "keep")}
-        flat["keep"] = {pattern: str(precision) for pattern, precision in self.keep.items()}
-        return flat | {"csq": asdict(self.csq), "lsq": asdict(self.lsq), "train": self.train.to_json()}

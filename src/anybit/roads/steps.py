@@ -12,8 +12,9 @@ from anybit.budget import Budget
 from anybit.data.samples import Calibration
 from anybit.errors import InvalidFile
 from anybit.files.cache import Cache
+from anybit.loops.reconstruction import ReconstructionSettings, parallel
 from anybit.methods import batchnorm_tuning
-from anybit.methods.adaquant import AdaQuantSettings, parallel
+from anybit.methods.table import rounding_named
 from anybit.networks import batchnorm
 from anybit.networks.candidates import (
     Candidates,
@@ -24,8 +25,9 @@ from anybit.networks.candidates import (
     weight_candidate,
 )
 from anybit.networks.capture import input_samples
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight, quantized_layers, weight_rows
-from anybit.networks.observed import ObservedNetwork, is_reconstructed
+from anybit.networks.observed import ObservedNetwork
 from anybit.roads.memory import memory_to_capture
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
@@ -94,7 +96,7 @@ def _with_weights_of(variants: Mapping[int, nn.Module], network: ObservedNetwork
 
 
 def free_weights(network: ObservedNetwork, ranged: Candidates, scheme: Mapping[str, Precision]) -> dict[str, Tensor]:
-    """Each layer's float weight in units of its estimated scale, [channels, fan-in]: where AdaQuant starts from."""
+    """Each layer's float weight in units of its estimated scale, [channels, fan-in]: where reconstruction starts from."""
     starts = {}
     for name, precision in scheme.items():
         if precision.weight_bits:
@@ -112,22 +114,32 @@ def reconstructed_candidates(
     settings: CalibrateSettings,
     recall: Cache = Cache(),
 ) -> tuple[Candidates, dict]:
-    """AdaQuant in its parallel form, a layer at a time, at every candidate bit-width: (candidates, each layer's errors)."""
+    """Reconstruct every layer alone, at every candidate bit-width: (candidates, each layer's errors)."""
     variants = _variants(network, candidates)
     starts = {
         bits: free_weights(network, ranged, {n: Precision(bits) for n in network.names if (n, bits) in candidates.weights})
         for bits in variants
     }
     layers = quantized_layers(network.prepared)
-    free = [name for name, options in network.choices.items() if is_reconstructed(layers[name]) and any(p.weight_bits for p in options)]
+    free = [name for name, options in network.choices.items() if type_of(layers[name]).sums and any(p.weight_bits for p in options)]
     units = network.wiring.units(free, [])
-    wanted, room = adaquant_settings(settings, settings.candidate_steps), memory_to_capture(network, calibration, settings)
-    errors = parallel(variants, network.folded, units, starts, network.wiring, calibration, wanted, room, recall)
+    loop = reconstruction_settings(network, calibration, settings, settings.candidate_steps)
+    errors = parallel(variants, network.folded, units, starts, network.wiring, calibration, loop, recall)
     return _with_weights_of(variants, network, candidates), errors
 
 
-def adaquant_settings(settings: CalibrateSettings, steps: int) -> AdaQuantSettings:
-    return AdaQuantSettings(steps=steps, batch_size=settings.step_batch, drop=settings.drop, seed=settings.seed)
+def reconstruction_settings(
+    network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings, steps: int
+) -> ReconstructionSettings:
+    """Return what the loop needs of the road's settings."""
+    return ReconstructionSettings(
+        rounding_named(settings.rounding),
+        steps=steps,
+        batch_size=settings.step_batch,
+        drop=settings.drop,
+        seed=settings.seed,
+        memory=memory_to_capture(network, calibration, settings),
+    )
 
 
 def sensitivity_table(
@@ -166,11 +178,11 @@ def chosen_scheme(bench: "CalibrationState", budget: Budget | None) -> Choice:
 class CalibrationState:
     """What all budgets of one run share.
 
-    ranged         candidates rounded to nearest in estimated ranges; `candidates` those after matching and parallel AdaQuant
-    matched        candidates after matching alone, where parallel AdaQuant came after it; None where it did not run
+    ranged         candidates rounded to nearest in estimated ranges; `candidates` those after matching and parallel reconstruction
+    matched        candidates after matching alone, where parallel reconstruction came after it; None where it did not run
     targets        what each folded layer's output statistics should be
     references     the float network's outputs, one tensor a fitting batch
-    errors         parallel AdaQuant's errors, by layer and bits
+    errors         parallel reconstruction's errors, by layer and bits
     """
 
     network: ObservedNetwork

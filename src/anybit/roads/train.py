@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from anybit.data.batches import check_finite
-from anybit.data.tasks import Metric, guess_task, outputs_of
+from anybit.data.tasks import TASKS, Metric, guess_task, outputs_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidInput
@@ -20,12 +20,14 @@ from anybit.roads.grow import plain_batches, watched_batches
 from anybit.roads.inputs import on_device, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import test_scores
+from anybit.settings import takes
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.prepared import bn_batches, held_out_split, make_multiquant, observe_supernet, to_store
 from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.supernet import Supernet, uniform_schemes, width_scores
 
 
+@takes(SupernetSettings)
 @torch.inference_mode(False)
 def train(
     model: nn.Module | str,
@@ -47,41 +49,42 @@ def train(
     weights, preprocessing, workers, device  as for `calibrate`
     test        labelled data on which every bit-width is reported after every epoch; nothing is chosen on it
     checkpoint  a file that is written after every epoch and continued from where it is found
-    settings    fields of `subnets.SupernetSettings`, `methods.multiquant.MultiQuantSettings` and `training.TrainSettings`
 
     The result's weights are those of the store: rounded to 8 bits. Raises as `grow` does.
     """
-    wanted = SupernetSettings.of(**settings)
+    options = SupernetSettings.of(**settings)
     clock = StageClock()
-    float_model, samples, tests, about = training_inputs(model, weights, data, test, metric, preprocessing, workers, device, wanted.task)
+    float_model, samples, tests, provenance = training_inputs(
+        model, weights, data, test, metric, preprocessing, workers, device, options.task
+    )
     with clock.stage("observe and fold"):
         if len(samples) < 2:
             raise InvalidInput(f"{len(samples)} training sample(s): at least two are needed, one to train on and one to hold out.")
-        fitting, _ = held_out_split(samples, wanted)
-        plain = plain_batches(fitting, wanted.train)
+        fitting, _ = held_out_split(samples, options)
+        plain = plain_batches(fitting, options.train)
         check_finite(plain)
         share_state(float_model)
-        network = observe_supernet(float_model, plain[0].head(2), wanted)
+        network = observe_supernet(float_model, plain[0].head(2), options)
         outputs = outputs_of(float_model, plain[:1])
-        task = wanted.task or guess_task(outputs, plain[0].reader)
-        method = make_multiquant(network, plain, wanted, outputs.shape[-1] if task == "classification" else None)
+        task = options.task or guess_task(outputs, plain[0].reader)
+        method = make_multiquant(network, plain, options, TASKS[task].classes(outputs))
     edges = network.wiring.edges()
-    supernet = Supernet(on_device(float_model, "cpu"), method, wanted, network.norms, network.costs, edges, task, about=about)
+    supernet = Supernet(on_device(float_model, "cpu"), method, options, network.norms, network.costs, edges, task, about=provenance)
     report: dict[str, Any] = {}
-    bn = bn_batches(fitting, wanted) if wanted.multiquant.batch_norm == "reestimate" else None
+    bn = bn_batches(fitting, options) if options.multiquant.batch_norm == "reestimate" else None
     if tests is not None:
         report["float_test"] = evaluate_model(float_model, tests.batches(256), task, metric)
-        watched = watched_batches(tests, wanted.train.seed)
+        watched = watched_batches(tests, options.train.seed)
     with clock.stage("training"), torch.random.fork_rng(devices=[]):
         epochs = train_epochs(
             method,
             fitting,
-            wanted.train,
+            options.train,
             task,
-            float_model if wanted.train.distill else None,
+            float_model if options.train.distill else None,
             batchnorm.folded_gammas(method.model, network.norms),
             None if checkpoint is None else Path(checkpoint),
-            training_identity(float_model, samples, plain[0], wanted.to_json()),
+            training_identity(float_model, samples, plain[0], options.to_json()),
             None if tests is None else lambda: {"widths": width_scores(supernet, bn, watched, metric)},
         )
     if tests is not None:
@@ -104,7 +107,7 @@ def train(
         "inputs": {"fitting": len(fitting), "held_out": len(samples) - len(fitting)},
         "epochs": epochs,
         "uncovered": dict(network.uncovered),
-        "settings": wanted.to_json(),
+        "settings": options.to_json(),
         "environment": environment(),
         "stages": clock.stages,
     }

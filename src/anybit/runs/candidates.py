@@ -17,11 +17,11 @@ from anybit.runs.names import MODEL
 from anybit.scheme import Precision, check_names
 
 
-def write_candidates(folder: Path, candidates: Candidates, about: Mapping[str, Any]) -> None:
-    """candidates.safetensors (packed codes, scales and biases a candidate) and candidates.json with `about`."""
+def write_candidates(folder: Path, candidates: Candidates, provenance: Mapping[str, Any]) -> None:
+    """Write candidates.safetensors (packed codes, scales and biases a candidate) and candidates.json with `provenance`."""
     save_file(to_tensors(candidates), folder / "candidates.safetensors")
-    told = {"version": FORMAT_VERSION, "sha256": sha256_of(folder / "candidates.safetensors"), "run": sha256_of(folder / MODEL), **about}
-    write_json(folder / "candidates.json", sealed(told))
+    digests = {"sha256": sha256_of(folder / "candidates.safetensors"), "run": sha256_of(folder / MODEL)}
+    write_json(folder / "candidates.json", sealed({"version": FORMAT_VERSION, **digests, **provenance}))
 
 
 class TableRecord(BaseModel):
@@ -49,34 +49,35 @@ class CandidatesFile(BaseModel):
 
 
 def read_candidates(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[Candidates, dict]:
-    """What `write_candidates` wrote, for layers of these row x column shapes; (candidates, about)."""
+    """Read (candidates, record) as `write_candidates` wrote them, for layers of these row x column shapes."""
     again = "Run calibrate again."
     if not (folder / "candidates.json").is_file():
         raise InvalidFile(f"{folder} has no candidates.json: runs of calibrate alone have candidates to allocate. Name such a run.")
-    about = read_sealed(folder / "candidates.json", FORMAT_VERSION, again)
-    file, path = validated(CandidatesFile, about, str(folder / "candidates.json")), folder / "candidates.safetensors"
+    record = read_sealed(folder / "candidates.json", FORMAT_VERSION, again)
+    file, path = validated(CandidatesFile, record, str(folder / "candidates.json")), folder / "candidates.safetensors"
     if not path.is_file() or sha256_of(path) != file.sha256:
         raise InvalidFile(f"{path} is missing or not the file that candidates.json was written with. {again}")
     if sha256_of(folder / MODEL) != file.run:
         raise InvalidFile(f"{folder / 'candidates.json'} belongs to another run than {folder / MODEL}. {again}")
-    found, _ = read_header(path)
-    tensors = read_tensors(path, _candidate_specs(path, found, file.choices, shapes))
+    stored, _ = read_header(path)
+    tensors = read_tensors(path, _candidate_specs(path, stored, file.choices, shapes))
     try:
-        return from_tensors(tensors, shapes), about
+        return from_tensors(tensors, shapes), record
     except InvalidFile as error:
         raise InvalidFile(f"{path} cannot be read: {error}. {again}") from error
 
 
 def _candidate_specs(
-    path: Path, found: Mapping[str, TensorSpec], choices: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[int, int]]
+    path: Path, stored: Mapping[str, TensorSpec], choices: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, TensorSpec]:
-    """What candidates.safetensors must hold: all that the layers may choose; more bit-widths of theirs, and biases, as far as it does."""
+    """Return the tensors that candidates.safetensors must hold: all that the layers may choose; and further bit-widths and biases if it has
+    them."""
     check_names(choices, shapes, "scheme.json")
     parsed = {name: [Precision.parse(text) for text in texts] for name, texts in choices.items()}
     needed = {f"{name}|W{p.weight_bits}|codes" for name, options in parsed.items() for p in options if p.weight_bits}
     needed |= {f"{name}|A{p.activation_bits}" for name, options in parsed.items() for p in options if p.activation_bits}
     specs = {}
-    for key in sorted({*needed, *found}):
+    for key in sorted({*needed, *stored}):
         match = KEY.fullmatch(key)
         if match is None or match["name"] not in choices:
             raise InvalidFile(f"{path}: {reprlib.repr(key)} is no candidate of a layer in candidates.json. Run calibrate again.")
@@ -88,5 +89,5 @@ def _candidate_specs(
         specs |= {f"{name}|W{bits}|codes": TensorSpec("U8", (packed_bytes(rows * columns, bits),))}
         specs |= {f"{name}|W{bits}|scale": TensorSpec("F32", (rows,))}
         if match["part"] == "bias":
-            specs[key] = TensorSpec("F32", found[key].shape[:1])
+            specs[key] = TensorSpec("F32", stored[key].shape[:1])
     return specs

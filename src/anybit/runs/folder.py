@@ -17,11 +17,19 @@ from anybit.runs.names import CHECKPOINT, RUN_FILES
 FORMAT_VERSION = 1
 
 
+def free_checkpoint(folder: Path, overwrite: bool, first: bool = True) -> Path:
+    """Return the path of the checkpoint of a training in `folder`, once that is free; with `overwrite` the `first` process begins anew."""
+    check_free(folder, overwrite, unfinished=True)
+    if overwrite and first:
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    return folder / CHECKPOINT
+
+
 @contextmanager
 def new_folder(
     path: Path, overwrite: bool = False, check: Callable[[Path, bool], None] | None = None, remedy: str | None = None
 ) -> Iterator[Path]:
-    """A fresh folder to write into, moved to `path` when the block ends well and removed when it does not.
+    """Yield a fresh folder to write into, moved to `path` when the block succeeds and removed when it fails.
 
     `check` raises where `path` is taken; without one, `check_free`.
     """
@@ -87,7 +95,7 @@ def _is_alive(process: int) -> bool:
 
 
 def is_run(path: Path) -> bool:
-    """Whether the folder holds what anybit writes, and nothing else: a run, or several with their common report."""
+    """Return whether the folder holds what anybit writes, and nothing else: a run, or several with their common report."""
     if not path.is_dir() or path.is_symlink():
         return False
     items = list(path.iterdir())
@@ -96,7 +104,7 @@ def is_run(path: Path) -> bool:
 
 
 def runs_in(path: Path) -> list[Path]:
-    """The run folders inside one that holds several; none where `path` is a run itself."""
+    """Return the run folders inside one that holds several; none if `path` is a run itself."""
     return [] if (path / "scheme.json").is_file() else sorted(child.parent for child in path.glob("*/scheme.json"))
 
 

@@ -19,7 +19,7 @@ from anybit.sources.preprocessing import Preprocessing
 
 
 def followed_reference(folder: Path, file: SchemeFile, model: nn.Module | str | None) -> dict[str, Any]:
-    """What a result records of its model: a reference that was followed, or was this user's own before; no stranger's."""
+    """Return the reference to record for a result's model: one that was followed, or was this user's own before; no stranger's."""
     if isinstance(model, str):
         return {"reference": absolute(model), "weights": file.model.get("weights")}
     return file.model if model is None or is_trusted(folder) else {}
@@ -33,32 +33,32 @@ def recorded_data(folder: Path, file: SchemeFile) -> str:
 
 
 def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
-    """The saved model, ready to run on preprocessed inputs, its bits in `.scheme`; outputs are bitwise those that were saved.
+    """Load the saved model, ready to run on preprocessed inputs, its bits in `.scheme`; outputs are bitwise those that were saved.
 
     `model` is the float network's architecture (a network or a reference). It may be left out for a run that this user's own anybit
     wrote, and for timm:, torchvision: and hf: references; a reference in any other folder is code from elsewhere and is not followed.
     """
     canonical, _ = opened(folder, model)
-    canonical.model.scheme = canonical.scheme
+    canonical.model.scheme = canonical.scheme  # type: ignore[assignment]  # the stubs know modules and tensors as attributes, no other values
     return canonical.model
 
 
 def opened(folder: str | Path, model: nn.Module | str | None = None) -> tuple[Canonical, SchemeFile]:
-    """A run folder's canonical form and its scheme file; `model` as for `load`."""
+    """Open a run folder: its canonical form and its scheme file; `model` as for `load`."""
     folder = Path(folder)
     file = read_scheme(folder)
     return read_canonical(folder, float_model_of(folder, file, model), file), file
 
 
 def inputs_for(folder: str | Path, file: SchemeFile, model: nn.Module, data: Any = None, workers: int = 0) -> Samples:
-    """Samples for a run folder and its `model`: `data`, preprocessed as the run's own, or what the run was made with."""
+    """Return samples for a run folder and its `model`: `data`, preprocessed as the run's own, or the data that the run used."""
     folder = Path(folder)
     reference = recorded_data(folder, file) if data is None else data
     return samples_from(reference, workers, Preprocessing.from_json(file.preprocessing), model)
 
 
 def first_of(inputs: Samples, count: int | None) -> Samples:
-    """The first `count` samples, all where None; raises where there are none."""
+    """Return the first `count` samples, all if None. Raise InvalidInput if there are none."""
     if count is not None and count < 1:
         raise InvalidSetting(f"--samples {count} must be at least 1.")
     if len(inputs) == 0:
@@ -67,7 +67,7 @@ def first_of(inputs: Samples, count: int | None) -> Samples:
 
 
 def float_model_of(folder: Path, file: Any, model: nn.Module | str | None, named_in: str = "scheme.json") -> nn.Module:
-    """The float network of a folder: `model`, or the reference that `file`, read from `named_in`, holds."""
+    """Return the float network of a folder: `model`, or the reference that `file`, read from `named_in`, holds."""
     if isinstance(model, nn.Module):
         model = adapted_network(model)
         check_network(model)
@@ -86,10 +86,10 @@ def float_model_of(folder: Path, file: Any, model: nn.Module | str | None, named
 
 
 def recorded_preprocessing(run: str | Path) -> Preprocessing:
-    """The preprocessing that a run recorded."""
+    """Return the preprocessing that a run recorded."""
     return Preprocessing.from_json(read_scheme(Path(run)).preprocessing)
 
 
 def recorded_task(run: str | Path) -> str:
-    """The task that a run recorded."""
+    """Return the task that a run recorded."""
     return read_scheme(Path(run)).task

@@ -1,7 +1,7 @@
 """report.json and search.json, strictly typed where verbs and pages rely on them; the rest is left alone."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from anybit.allocation.frontier import Frontier, frontier
-from anybit.budget import Budget
+from anybit.budget import Budget, cost_quantities
 from anybit.files.strict import check_version, validated
 from anybit.scheme import Precision
 
@@ -30,7 +30,24 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
 
 
-class Amounts(Part):
+class Costed(Part):
+    """An object with amounts of costs: its fields, and any other quantity that anybit knows."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_known_quantities(cls, data: Any) -> Any:
+        known = cls.model_fields.keys() | {cost.report_key for cost in cost_quantities()}
+        return {key: value for key, value in data.items() if key in known} if isinstance(data, dict) else data
+
+    def amount(self, key: str) -> float | None:
+        """Return the amount of a cost, where it is there."""
+        return getattr(self, key, None)
+
+
+class Amounts(Costed):
     weight_bits: Annotated[float, Field(ge=0)]
     bytes: Annotated[int, Field(gt=0)]
     percent: Annotated[float, Field(ge=0)]
@@ -45,7 +62,7 @@ class LayerRow(Part):
 
 
 class Scored(Part):
-    """What held-out inputs with labels may have scored."""
+    """The scores that held-out inputs with labels may have."""
 
     metric: float | None = None
     top1: float | None = None
@@ -90,11 +107,11 @@ class Stage(Part):
 
 
 def counted(rows: Sequence[Scored]) -> str | None:
-    """The first of the scores that any of `rows` has."""
+    """Return the first of the scores that any of `rows` has."""
     return next((score for score in SCORES if any(getattr(row, score) is not None for row in rows)), None)
 
 
-class Cell(Part):
+class Cell(Costed):
     loss: float
     bytes: Count
     bops: Count
@@ -114,30 +131,31 @@ class Table(Part):
         return self.frontier_over(lambda name, precision: self.layers[name][precision].bytes)
 
     def frontier_over(self, cost: Callable[[str, Precision], float]) -> Frontier:
-        """The best schemes over what `cost` says of a layer at a precision."""
+        """Return the best schemes over the `cost` of each layer at each precision."""
         losses = {name: np.array([cell.loss for cell in row.values()]) for name, row in self.layers.items()}
         costs = {name: np.array([float(cost(name, precision)) for precision in row]) for name, row in self.layers.items()}
         return frontier({name: list(row) for name, row in self.layers.items()}, losses, costs)
 
     def sums(self, scheme: Mapping[str, Precision]) -> tuple[int, float]:
-        """(bytes, predicted loss) of a scheme of the table's precisions."""
+        """Return (bytes, predicted loss) of a scheme of the table's precisions."""
         cells = [self.layers[name][precision] for name, precision in scheme.items()]
         return self.fixed_bytes + sum(cell.bytes for cell in cells), self.floor + math.fsum(cell.loss for cell in cells)
 
     def uniforms(self) -> dict[str, dict[str, Precision]]:
-        """Every uniform scheme: a layer that cannot have both its bits has those of its weights or input, or what it is kept at."""
-        found = dict.fromkeys(p for row in self.layers.values() if len(row) > 1 for p in row)
-        whole = [p for p in found if p.weight_bits is not None and p.activation_bits is not None] or list(found)
+        """Return every uniform scheme: a layer that cannot have both bits has those of its weights or input, or the precision it is kept
+        at."""
+        precisions = dict.fromkeys(p for row in self.layers.values() if len(row) > 1 for p in row)
+        whole = [p for p in precisions if p.weight_bits is not None and p.activation_bits is not None] or list(precisions)
         return {f"uniform {p}": {name: _nearest(p, list(row)) for name, row in self.layers.items()} for p in whole}
 
 
-def _nearest(wanted: Precision, options: Sequence[Precision]) -> Precision:
-    parts = (wanted, Precision(wanted.weight_bits, None), Precision(None, wanted.activation_bits))
-    return next((part for part in parts if part in options), options[0])
+def _nearest(precision: Precision, options: Sequence[Precision]) -> Precision:
+    parts = (precision, Precision(precision.weight_bits, None), Precision(None, precision.activation_bits))
+    return next((option for option in parts if option in options), options[0])
 
 
 class Certificate(Part):
-    """What a solver proved, the value that it reached and the least that any other could; the name of the scheme that was `chosen`."""
+    """The proof of a solver: the value that it reached and the least possible one; and the name of the scheme that was `chosen`."""
 
     solver: str | None = None
     objective: str | None = None
@@ -178,7 +196,7 @@ class FoundFor(Amounts):
 
 
 class SearchRecord(Part):
-    """What a search found, as its report tells it."""
+    """The result of a search, as its report has it."""
 
     score: str
     quantity: str
@@ -224,12 +242,14 @@ class Record(Part):
 
     @model_validator(mode="after")
     def _layers_agree(self) -> "Record":
-        for what, names in [("table", self.table and self.table.layers), *((row.name, row.scheme) for row in self.schemes)]:
-            if names is not None and set(names) != set(self.layers):
-                raise ValueError(f"{what} is not of the layers that the report lists: {sorted(set(names) ^ set(self.layers))[0]!r}")
-        for name, row in self.layers.items() if self.table else ():
-            if row.precision not in self.table.layers[name]:
-                raise ValueError(f"table has no {row.precision} of {name!r}, which the layers list")
+        tables = {} if self.table is None else self.table.layers
+        named: list[tuple[str, Collection[str]]] = [] if self.table is None else [("table", tables)]
+        for what, names in [*named, *((row.name, row.scheme) for row in self.schemes)]:
+            if set(names) != set(self.layers):
+                raise ValueError(f"{what} is not of the layers that the report lists: {min(set(names) ^ set(self.layers))!r}")
+        for name in tables:
+            if self.layers[name].precision not in tables[name]:
+                raise ValueError(f"table has no {self.layers[name].precision} of {name!r}, which the layers list")
         return self
 
     @model_validator(mode="after")
@@ -255,17 +275,17 @@ class Record(Part):
         return next((row.loss for row in reversed(self.ladder) if row.kept), None)
 
     def tested(self, score: str, subnet: str | None = None) -> float | None:
-        """What the run's own network, or a subnet, scored on the test data."""
+        """Return the score of the run's own network, or of a subnet, on the test data."""
         scores = self.test if subnet is None else self.test.get(subnet)
         value = scores.get(score) if isinstance(scores, dict) else None
         return None if isinstance(value, dict) else value
 
     def score_tested(self) -> str | None:
-        """The first of the scores that test data gave, or "loss"."""
+        """Return the first of the scores that test data gave, or "loss"."""
         return next((s for s in (*SCORES, "loss") if any(self.tested(s, of) is not None for of in (None, *self.subnets))), None)
 
 
 def record_of(report: Mapping[str, Any], where: str = "The report") -> Record:
-    """`report` as a record; raises InvalidFile naming the field that cannot be."""
+    """Read `report` as a record. Raise InvalidFile naming the field that is wrong."""
     check_version(report, where, 1)
     return validated(Record, report, where)

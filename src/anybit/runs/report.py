@@ -16,16 +16,16 @@ TIMES = ("stages", "latency", "budgets")
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """report.json, bound to the tensors that are in the folder already."""
+    """Write report.json, bound to the tensors that are in the folder already."""
     tensors = _tensors_in(folder)
-    told = {**report} if tensors is None else {**report, "sha256": sha256_of(tensors)}
-    if "budgets" in told:
-        told["budgets"] = {name: sealed(one, TIMES) for name, one in told["budgets"].items()}
-    write_json(folder / REPORT, sealed(told, TIMES))
+    record = {**report} if tensors is None else {**report, "sha256": sha256_of(tensors)}
+    if "budgets" in record:
+        record["budgets"] = {name: sealed(one, TIMES) for name, one in record["budgets"].items()}
+    write_json(folder / REPORT, sealed(record, TIMES))
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """report.json, strictly: as it was written, and of the tensors that are in the folder."""
+    """Read report.json strictly: as it was written, and for the tensors that are in the folder."""
     path, again = folder / REPORT, "Run again."
     report = read_sealed(path, FORMAT_VERSION, again, TIMES)
     several = validated(dict[str, dict[str, Any]], report.get("budgets", {}), f"{path}: budgets")
@@ -45,7 +45,7 @@ def _tensors_in(folder: Path) -> Path | None:
 
 
 def read_record(folder: Path) -> Record:
-    """What one run folder reports, with all that its search evaluated where it is a search's."""
+    """Read the report of one run folder, with all that its search evaluated if it is a search's."""
     record = record_of(read_report(folder), str(folder / REPORT))
     if not (record.result or record.search or record.subnets):
         raise InvalidFile(f"{folder / REPORT} is no report of a run: it has neither a result nor subnets.")
@@ -54,9 +54,9 @@ def read_record(folder: Path) -> Record:
 
 
 def read_search(folder: Path) -> SearchFile:
-    """search.json, strictly, and only if it is of the supernet beside it."""
+    """Read search.json strictly, and only if it is of the supernet beside it."""
     path, again = folder / SEARCH, "Search again."
-    found = validated(SearchFile, read_sealed(path, FORMAT_VERSION, again), str(path))
-    if found.sha256 != sha256_of(folder / SUPERNET):
+    search = validated(SearchFile, read_sealed(path, FORMAT_VERSION, again), str(path))
+    if search.sha256 != sha256_of(folder / SUPERNET):
         raise InvalidFile(f"{path} is not of the {SUPERNET} beside it. {again}")
-    return found
+    return search

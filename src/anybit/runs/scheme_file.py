@@ -12,17 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anybit.data.tasks import Task
+from anybit.data.options import TaskName
 from anybit.errors import AnybitError, InvalidFile, SchemeMismatch
 from anybit.files.strict import check_version, in_words, read_header, read_json, read_tensors, sha256_of, validated, write_json
 from anybit.networks import batchnorm
 from anybit.networks.candidates import ActivationCandidate, WeightCandidate, install
 from anybit.networks.canonical import Canonical
-from anybit.networks.cost import operands_of
+from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import codes_of, float_weight, prepare, quantized_layers, weight_rows
 from anybit.networks.states import check_state, leftovers, spec_of
 from anybit.networks.wiring import BATCH_NORMS
 from anybit.numerics.packing import PackedLayer, layout, pack, packed_bytes, unpack
+from anybit.numerics.quantizers import frozen
 from anybit.runs.folder import FORMAT_VERSION, runs_in
 from anybit.runs.names import SUPERNET as SUPERNET
 from anybit.scheme import Scheme, check_names
@@ -46,7 +47,7 @@ class SchemeFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     format: Literal["anybit"] = "anybit"
-    version: Literal[1] = FORMAT_VERSION
+    version: Literal[1] = 1
     layers: dict[str, LayerRecord]
     folded: dict[str, str] = {}
     edges: list[str] = []
@@ -55,7 +56,7 @@ class SchemeFile(BaseModel):
     model: dict[str, str | None] = {}
     data: dict[str, str | None] = {}
     preprocessing: dict[str, Any] = {}
-    task: Task = "classification"
+    task: TaskName = "classification"
     sha256: str
 
     @property
@@ -63,13 +64,13 @@ class SchemeFile(BaseModel):
         return Scheme.parse({name: record.precision for name, record in self.layers.items()})
 
     def digest(self) -> str:
-        """SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
+        """Return the SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
         meaning = self.model_dump(include={"layers", "folded", "edges", "preprocessing", "task"})
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
 
 def packed_tensors(canonical: Canonical) -> dict[str, Tensor]:
-    """The tensors of model.safetensors."""
+    """Return the tensors of model.safetensors."""
     layers = quantized_layers(canonical.model)
     scheme = canonical.scheme
     codes, scales, input_scales, zero_points = [], [], [], []
@@ -78,10 +79,11 @@ def packed_tensors(canonical: Canonical) -> dict[str, Tensor]:
         layer = layers[name]
         if precision.weight_bits:
             codes.append(torch.from_numpy(pack(codes_of(layer).numpy(), precision.weight_bits)))
-            scales.append(layer.weight_quantizer.scale.flatten())
+            scales.append(frozen(layer.weight_quantizer).scale.flatten())
         if precision.activation_bits:
-            input_scales.append(layer.input_quantizer.scale.reshape(-1))
-            zero_points.append(layer.input_quantizer.zero_point.reshape(-1).to(torch.uint8))
+            quantizer = frozen(layer.input_quantizer)
+            input_scales.append(quantizer.scale.reshape(-1))
+            zero_points.append(quantizer.zero_point.reshape(-1).to(torch.uint8))
     numbers, others = leftovers(canonical.model, [name for name in scheme if name not in kept_float])
     shared = {
         "codes": codes,
@@ -96,21 +98,21 @@ def packed_tensors(canonical: Canonical) -> dict[str, Tensor]:
     return tensors | {key: tensor.contiguous().clone() for key, tensor in others.items()}
 
 
-def write_canonical(folder: Path, canonical: Canonical, about: Mapping[str, Any]) -> None:
+def write_canonical(folder: Path, canonical: Canonical, provenance: Mapping[str, Any]) -> None:
     """Write scheme.json and model.safetensors into `folder`; `about` fills SchemeFile's budget, certificate, model, ..."""
     layers = quantized_layers(canonical.model)
     records = {}
     for name, precision in canonical.scheme.items():
         rows = weight_rows(layers[name], float_weight(layers[name]))
         records[name] = LayerRecord(precision=str(precision), rows=rows.shape[0], columns=rows.shape[1])
-    file = SchemeFile(layers=records, folded=dict(canonical.folded), edges=list(canonical.edges), sha256="", **about)
+    file = SchemeFile(layers=records, folded=dict(canonical.folded), edges=list(canonical.edges), sha256="", **provenance)
     save_file(packed_tensors(canonical), folder / "model.safetensors", {"scheme": file.digest()})
     file.sha256 = sha256_of(folder / "model.safetensors")
     write_json(folder / "scheme.json", file.model_dump())
 
 
 def read_scheme(folder: Path) -> SchemeFile:
-    """scheme.json, strictly, and only if model.safetensors is the one it was written with and was written for it."""
+    """Read scheme.json strictly, and only if model.safetensors is the one it was written with and was written for it."""
     path = folder / "scheme.json"
     several = [] if path.is_file() else runs_in(folder)
     if several:
@@ -141,12 +143,12 @@ def read_scheme(folder: Path) -> SchemeFile:
 
 
 def stored_digest(path: Path, of: str) -> str | None:
-    """The digest that a file of tensors holds of what gives them their meaning."""
+    """Return the digest in a file of tensors of what gives them their meaning."""
     return read_header(path)[1].get(of)
 
 
 def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None = None) -> Canonical:
-    """The canonical model that was saved, on a copy of the float network: its outputs are bitwise those of the saved one."""
+    """Read the saved canonical model onto a copy of the float network: its outputs are bitwise those of the saved one."""
     file = file or read_scheme(folder)
     scheme = file.scheme
     names = {name for name, _ in float_model.named_modules()}
@@ -165,7 +167,9 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     coded = [name for name, precision in scheme.items() if precision.weight_bits is not None]
     numbers, others = leftovers(model, coded)
     stored = [
-        PackedLayer(record.rows, record.columns, scheme[name].weight_bits, operands_of(layers[name]) * bool(scheme[name].activation_bits))
+        PackedLayer(
+            record.rows, record.columns, scheme[name].weight_bits, type_of(layers[name]).operands * bool(scheme[name].activation_bits)
+        )
         for name, record in file.layers.items()
     ]
     specs = layout(stored, len(file.edges), sum(t.numel() for t in numbers.values()), {key: spec_of(t) for key, t in others.items()})
@@ -173,9 +177,9 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     cursor = {name: 0 for name in tensors}
 
     def take(name: str, count: int) -> Tensor:
-        part = tensors[name][cursor[name] : cursor[name] + count]
+        values = tensors[name][cursor[name] : cursor[name] + count]
         cursor[name] += count
-        return part
+        return values
 
     for name, precision in scheme.items():
         layer, record = layers[name], file.layers[name]
@@ -185,7 +189,7 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
             codes = torch.from_numpy(unpack(stream, precision.weight_bits, record.rows * record.columns)).view(record.rows, record.columns)
             weights = WeightCandidate(codes, checked_scale(take("weight_scales", record.rows), name)[:, None], None)
         if precision.activation_bits:
-            count = operands_of(layer)
+            count = type_of(layer).operands
             scale, zero_point = checked_scale(take("activation_scales", count), name), take("activation_zero_points", count).float()
             if zero_point.max() > 2**precision.activation_bits - 1:
                 raise InvalidFile(f"{name}: activation zero point {int(zero_point.max())} is above {2**precision.activation_bits - 1}.")
@@ -210,18 +214,20 @@ def check_edges(edges: Mapping[str, tuple[float, float]], where: Path | str) -> 
 
 
 def _groups(model: nn.Module, file: SchemeFile) -> dict[str, int]:
-    """layer -> group size, of those whose rows in the file are shorter than the model's."""
+    """Return layer -> group size, for layers whose rows in the file are shorter than the model's."""
     groups = {}
     for name, record in file.layers.items():
         layer = model.get_submodule(name)
-        whole = isinstance(layer, (nn.Linear, nn.Embedding)) and layer.weight.numel() == record.rows * record.columns
-        if whole and 0 < record.columns < layer.weight.shape[1]:
+        if not (isinstance(layer, COVERED) and type_of(layer).grouped):
+            continue
+        weight = float_weight(layer)
+        if weight.numel() == record.rows * record.columns and 0 < record.columns < weight.shape[1]:
             groups[name] = record.columns
     return groups
 
 
 def check_folded(file: Any, float_model: nn.Module, name: str) -> None:
-    """Each pair that `file` (called `name`) folds must be one of its layers and a batch norm of as many channels, named once."""
+    """Raise InvalidFile unless each pair that `file` (called `name`) folds is a layer and a batch norm of as many channels, named once."""
     if len(set(file.folded.values())) < len(file.folded) or len(set(file.edges)) < len(file.edges):
         raise InvalidFile(f"{name} names a batch norm or an edge twice.")
     for layer, norm in file.folded.items():
@@ -232,7 +238,7 @@ def check_folded(file: Any, float_model: nn.Module, name: str) -> None:
 
 
 def checked_scale(scale: Tensor, where: str) -> Tensor:
-    """`scale` itself, when it is above zero and its multiples by 8-bit codes are finite."""
+    """Return `scale`. Raise InvalidFile unless it is above zero and its multiples by 8-bit codes are finite."""
     if not (torch.isfinite(scale * 255).all() and (scale > 0).all()):
         raise InvalidFile(f"{where}: a stored scale is not a positive finite number. Restore the file or run again.")
     return scale

@@ -46,12 +46,12 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
 
 
 def is_trusted(folder: Path, file: str = "scheme.json") -> bool:
-    """Whether this user's own run wrote the folder's scheme file (or another that names its model) as it stands."""
+    """Return whether this user's own run wrote the folder's scheme file (or another that names its model) as it stands."""
     return sha256_of(folder / file) in _known_runs(_trusted_runs())
 
 
 def _known_runs(listing: Path) -> list[str]:
-    """The hashes in the user's list; none where there is no list yet."""
+    """Return the hashes in the user's list; none if there is no list yet."""
     if not listing.is_file():
         return []
     known = read_json(listing)

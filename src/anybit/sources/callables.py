@@ -1,30 +1,31 @@
 """References to code (`package.module:function`, `file.py:function`), imported and called."""
 
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from anybit.errors import AnybitError, InvalidSetting, MissingPackage
 
 
 def absolute(reference: str) -> str:
-    """A reference that can be followed from another working folder: paths of scripts, arrays and folders made absolute."""
+    """Make paths of scripts, arrays and folders absolute, so that the reference can be followed from another working folder."""
     place, separator, name = reference.rpartition(":")
     if place.endswith(".py"):
         return f"{Path(place).resolve()}{separator}{name}"
     if reference.startswith("hf:"):
         return f"hf:{Path(reference[3:]).resolve()}" if Path(reference[3:]).is_dir() else reference
-    path, _, part = reference.partition("#")
-    return str(Path(path).resolve()) + (f"#{part}" if part else "") if Path(path).exists() else reference
+    path, _, fragment = reference.partition("#")
+    return str(Path(path).resolve()) + (f"#{fragment}" if fragment else "") if Path(path).exists() else reference
 
 
 def call_user_function(function: Callable, what: str) -> Any:
-    """What the user's function returns; whatever it raises becomes one error that names it."""
+    """Call the user's function. Raise InvalidSetting naming it, whatever it raises."""
     try:
         return function()
     except AnybitError:
@@ -35,7 +36,7 @@ def call_user_function(function: Callable, what: str) -> Any:
 
 
 def load_callable(reference: str, option: str) -> Callable:
-    """The function that `package.module:function` or `path/to/file.py:function` names."""
+    """Import the function that `package.module:function` or `path/to/file.py:function` names."""
     place, separator, name = reference.rpartition(":")
     if not separator or not place or not name:
         raise InvalidSetting(f"{option} {reference!r} cannot be read. Write package.module:function or path/to/file.py:function.")
@@ -55,11 +56,12 @@ def load_callable(reference: str, option: str) -> Callable:
     return function
 
 
-def _import_file(path: Path, option: str):
+def _import_file(path: Path, option: str) -> ModuleType:
     if not path.is_file():
         raise InvalidSetting(f"{option}: there is no file {path}.")
     name = f"anybit_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickled workers look their module up
     sys.path.insert(0, str(path.parent.resolve()))
@@ -72,8 +74,8 @@ def _import_file(path: Path, option: str):
     return module
 
 
-def import_optional(module: str, package: str, what: str):
-    """The module of a package that is one of anybit's extras; `what` needs it."""
+def import_optional(module: str, package: str, what: str) -> Any:
+    """Import a package that is one of anybit's extras; `what` needs it."""
     try:
         return importlib.import_module(module)
     except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another build of torch
@@ -82,15 +84,15 @@ def import_optional(module: str, package: str, what: str):
 
 
 def code_of(function: Callable) -> str:
-    """What tells a function from another: where it is from and what it says. What else it holds (a closure, arguments bound to it, an
-    object's state) cannot be read: such a function is like no other, nor like itself in another process."""
+    """Return a text that identifies a function by where it is from and its code. Whatever else it holds (a closure, bound arguments, an
+    object's state) cannot be read: such a function equals no other, nor itself in another process."""
     if not isinstance(function, FunctionType) or function.__closure__:
         return f"{os.getpid()} {id(function)} {getattr(function, '__qualname__', type(function).__qualname__)}"
     code = function.__code__
     constants = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
-    told = [function.__module__, function.__defaults__, function.__kwdefaults__, code.co_code.hex(), code.co_names, constants]
+    description = [function.__module__, function.__defaults__, function.__kwdefaults__, code.co_code.hex(), code.co_names, constants]
     try:
-        told.append(inspect.getsource(function))
+        description.append(inspect.getsource(function))
     except (OSError, TypeError):
-        told.append(function.__qualname__)
-    return repr(told)
+        description.append(function.__qualname__)
+    return repr(description)

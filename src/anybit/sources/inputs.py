@@ -1,4 +1,4 @@
-"""What `--data` names: references turned into samples."""
+"""The references of `--data`, turned into samples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, default_collate
 
+from anybit.data.options import parse_columns
 from anybit.data.samples import ArrayDataset, Samples
-from anybit.data.texts import SUFFIXES, parse_columns, read_rows
+from anybit.data.texts import SUFFIXES, read_rows
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting
 from anybit.files.strict import in_words
 from anybit.sources.callables import call_user_function, import_optional, load_callable
@@ -22,11 +23,11 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".ti
 
 
 def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), workers: int = 0, model: nn.Module | None = None) -> Samples:
-    """The samples that `reference` names: an image folder, `file.npz` or `file.npz#test`, texts, or a function returning a data set or
+    """Load the samples that `reference` names: an image folder, `file.npz` or `file.npz#test`, texts, or a function returning a data set or
     loader. Texts are tokenized by the tokenizer of `model`."""
-    path, _, part = reference.partition("#")
+    path, _, subset = reference.partition("#")
     if path.endswith(".npz"):
-        x, y = _read_npz(Path(path), part)
+        x, y = _read_npz(Path(path), subset)
         if preprocessing.size or preprocessing.resize:
             raise InvalidSetting("--size and --resize apply to image folders; the pictures of a .npz are used as they are.")
         return Samples(ArrayDataset(x, y, preprocessing.mean, preprocessing.std), y is not None, workers)
@@ -42,31 +43,31 @@ def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), wo
 
 
 def _texts(reference: str, preprocessing: Preprocessing, workers: int, model: nn.Module | None) -> Samples:
-    """The samples of a file of texts or of a Hugging Face data set."""
+    """Load the samples of a file of texts or of a Hugging Face data set."""
     if not is_transformers(model):
         raise InvalidSetting(
             f"--data {reference} holds texts, which the tokenizer of a Hugging Face model reads: give --model hf:FOLDER. For another "
             "network give a function that returns a data set of tokens."
         )
-    place, _, part = reference.partition("#")
+    place, _, subset = reference.partition("#")
     texts = huggingface("texts", f"--data {reference}")
     if place.startswith("hf:"):
         import_optional("datasets", "datasets", f"--data {reference}")
-        rows = texts.hub_rows(place[3:], part, parse_columns(preprocessing.columns))
+        rows = texts.hub_rows(place[3:], subset, parse_columns(preprocessing.columns))
     else:
         rows = read_rows(Path(place), preprocessing.columns)
     return texts.text_samples(model, rows, reference, preprocessing.length, preprocessing.stride, workers)
 
 
 def _read_by(model: nn.Module | None, samples: Samples) -> Samples:
-    """The samples with the reader of a Hugging Face model, whose outputs are many."""
+    """Give the samples the reader of a Hugging Face model, which has several outputs."""
     if samples.reader is not None or not is_transformers(model):
         return samples
     return replace(samples, reader=huggingface("texts", "the model").reader_of(model))
 
 
 def as_samples(data: Any, workers: int = 0, model: nn.Module | None = None) -> Samples:
-    """Samples from what a user has at hand: Samples, a DataLoader, a data set, a tensor or array, or (x, y).
+    """Turn data at hand into samples: Samples, a DataLoader, a data set, a tensor or array, or (x, y).
 
     Outputs are read as the head of `model` asks for, where it is a Hugging Face model. Of a DataLoader, its data set, its collate_fn and
     how it loads are taken; which samples, in what order, how many at once is drawn here.
@@ -84,7 +85,7 @@ def _as_samples(data: Any, workers: int) -> Samples:
     if isinstance(data, (torch.Tensor, np.ndarray)):
         data = (data, None)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (torch.Tensor, np.ndarray)):
-        x, y = (_array(part) if isinstance(part, torch.Tensor) else part for part in data)
+        x, y = (_array(array) if isinstance(array, torch.Tensor) else array for array in data)
         return Samples(ArrayDataset(x, y), y is not None, workers)
     if not (isinstance(data, (Dataset, Sequence)) and hasattr(data, "__len__")):
         raise InvalidInput(f"Data of type {type(data).__name__} cannot be used. Give a data set with a length, a loader, or arrays (x, y).")
@@ -99,7 +100,8 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _has_labels(item: Any) -> bool:
-    """Whether an item, or a batch, is an input with its label: a pair, or a dict with `labels` as transformers' collators make them."""
+    """Return whether an item, or a batch, is an input with its label: a pair, or a dict with `labels` as transformers' collators make
+    them."""
     return "labels" in item if isinstance(item, Mapping) else isinstance(item, (tuple, list)) and len(item) > 1
 
 
@@ -116,13 +118,13 @@ def _samples_of_loader(loader: DataLoader, workers: int) -> Samples:
     return replace(samples, dataset=dataset, labelled=_has_labels(first), collate=loader.collate_fn)
 
 
-def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_npz(path: Path, subset: str) -> tuple[np.ndarray, np.ndarray | None]:
     if not path.is_file():
         raise InvalidInput(f"There is no file {path}.")
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = list(arrays)
-            suffix = f"_{part}" if part else next((s for s in ("", "_train") if f"x{s}" in names), "")
+            suffix = f"_{subset}" if subset else next((s for s in ("", "_train") if f"x{s}" in names), "")
             if f"x{suffix}" not in names:
                 raise InvalidInput(f"{path} has no array x{suffix}; it holds {', '.join(names)}. Write {path.name}#test for x_test.")
             x = arrays[f"x{suffix}"]
@@ -162,22 +164,22 @@ class ImageFolder(Dataset):
 
 
 def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
-    """One picture as float [3, H, W]: RGB, resized, cropped, scaled to 0..1, normalized."""
+    """Read one picture as float [3, H, W]: RGB, resized, cropped, scaled to 0..1, normalized."""
     from PIL import Image
 
     try:
         picture = Image.open(path).convert("RGB")
     except Exception as error:  # broken files raise SyntaxError and struct.error too, and too large ones an error of PIL's own
         raise InvalidInput(f"{path} cannot be read as a picture: {in_words(error)}. Remove or replace it.") from error
-    how = getattr(Image.Resampling, preprocessing.interpolation.upper())
+    resampling = getattr(Image.Resampling, preprocessing.interpolation.upper())
     if preprocessing.resize:
         share = preprocessing.resize / min(picture.size)
-        picture = picture.resize((round(picture.width * share), round(picture.height * share)), how)
+        picture = picture.resize((round(picture.width * share), round(picture.height * share)), resampling)
         if preprocessing.size:
             left, top = (picture.width - preprocessing.size) // 2, (picture.height - preprocessing.size) // 2
             picture = picture.crop((left, top, left + preprocessing.size, top + preprocessing.size))
     elif preprocessing.size:
-        picture = picture.resize((preprocessing.size, preprocessing.size), how)
+        picture = picture.resize((preprocessing.size, preprocessing.size), resampling)
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
     if preprocessing.mean is not None:
         x = x - torch.tensor(preprocessing.mean)[:, None, None]

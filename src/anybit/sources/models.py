@@ -1,10 +1,10 @@
-"""What `--model` names: references turned into networks."""
+"""The references of `--model`, turned into networks."""
 
 import importlib
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -15,9 +15,12 @@ from anybit.networks.layers import unwrapped
 from anybit.sources.callables import call_user_function, import_optional, load_callable
 from anybit.sources.preprocessing import Preprocessing
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def load_model(reference: str, weights: str | None = None, task: str | None = None) -> nn.Module:
-    """The network that `reference` names, in evaluation mode, with the state dict of `weights` (.safetensors, .pt, .pth) if given.
+    """Load the network that `reference` names, in evaluation mode, with the state dict of `weights` (.safetensors, .pt, .pth) if given.
 
     `task` chooses the head of a Hugging Face model; None takes the one that it was saved with.
     """
@@ -37,27 +40,27 @@ def load_model(reference: str, weights: str | None = None, task: str | None = No
 
 
 def huggingface(module: str, what: str) -> Any:
-    """The module of Hugging Face models, whose package is optional; `what` needs it."""
+    """Import a module for Hugging Face models, whose package is optional; `what` needs it."""
     import_optional("transformers", "transformers", what)
     return importlib.import_module(f"anybit.sources.huggingface.{module}")
 
 
 def adapted_network(model: nn.Module) -> nn.Module:
-    """The network itself, out of what wraps it; where it is one of transformers' an adapted copy, whose attention anybit covers."""
+    """Unwrap the network; return one of transformers' as an adapted copy, whose attention anybit covers."""
     model = unwrapped(model)
     if not is_transformers(model) or "scores" in {name.rpartition(".")[2] for name, _ in model.named_modules()}:
         return model
     return huggingface("attention", f"A {type(model).__name__}").adapted(model)
 
 
-def is_transformers(model: Any) -> bool:
-    """Whether `model` is one of transformers' models; that package is not imported to know it."""
+def is_transformers(model: Any) -> "TypeGuard[PreTrainedModel]":
+    """Return whether `model` is one of transformers' models, without importing that package."""
     package = sys.modules.get("transformers")
     return package is not None and isinstance(model, package.PreTrainedModel)
 
 
 def with_model_defaults(preprocessing: Preprocessing, model: nn.Module) -> Preprocessing:
-    """The preprocessing, or where none was given the one that a Hugging Face model's own files state for pictures."""
+    """Return the preprocessing; if none was given, the one that a Hugging Face model's own files state for pictures."""
     if preprocessing != Preprocessing() or not is_transformers(model):
         return preprocessing
     return Preprocessing(**huggingface("models", "the model").picture_settings(model))
@@ -81,7 +84,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state: Any = load_file(path)
         else:
             _check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)

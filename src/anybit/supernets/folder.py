@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anybit.data.tasks import TASKS
+from anybit.data.options import TASK_NAMES
 from anybit.errors import AnybitError, InvalidFile
 from anybit.files.strict import in_words, read_tensors
+from anybit.methods.multiquant import SwitchableInput, SwitchableWeight
 from anybit.networks import batchnorm
 from anybit.networks.cost import CostModel, LayerSize
-from anybit.networks.layers import float_weight, from_rows, prepare, weight_rows
+from anybit.networks.layers import QuantizedLayer, float_weight, from_rows, prepare, quantized_layers, rows_shape
 from anybit.networks.states import check_state, leftovers, spec_of
 from anybit.numerics.packing import TensorSpec
 from anybit.runs.names import REPORT, SUPERNET, SUPERNET_JSON
@@ -26,7 +27,7 @@ from anybit.scheme import Scheme, check_names, check_whole
 from anybit.sources.callables import absolute
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.prepared import fill_slots, prepared_multiquant, uniform
-from anybit.supernets.settings import settings_from_json
+from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.statistics import KnownSubnet, statistics_of
 from anybit.supernets.store import LayerTensors, StoredLayer, SupernetFile, check_parts, layer_specs, read_store, split_tensors
 from anybit.supernets.supernet import Supernet
@@ -39,35 +40,35 @@ def read_supernet_file(folder: Path) -> SupernetFile:
     try:
         for scheme in map(Scheme.parse, file.subnets):
             check_whole(scheme, choices)
-        settings = settings_from_json(file.settings)
+        settings = SupernetSettings.from_json(file.settings)
         uniform_ones = [uniform(choices, bits).to_json() for bits in settings.bits]
         if settings.multiquant.batch_norm == "switch" and not all(one in file.subnets for one in uniform_ones):
             raise InvalidFile("the statistics of a bit-width's own batch norms are not among its subnets")
         Preprocessing.from_json(file.preprocessing)
-        if file.task not in TASKS:
-            raise InvalidFile(f"task {reprlib.repr(file.task)} is unknown. Choose from {', '.join(TASKS)}.")
+        if file.task not in TASK_NAMES:
+            raise InvalidFile(f"task {reprlib.repr(file.task)} is unknown. Choose from {', '.join(TASK_NAMES)}.")
     except AnybitError as error:
         raise InvalidFile(f"{path}: {in_words(error)}") from error
     return file
 
 
 def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
-    """The supernet that was saved, on a copy of the float network."""
+    """Return the supernet that was saved, on a copy of the float network."""
     file = read_supernet_file(folder)
     layers = file.stored()
-    settings = settings_from_json(file.settings)
+    settings = SupernetSettings.from_json(file.settings)
     check_names([*layers, *file.folded, *file.folded.values()], [name for name, _ in float_model.named_modules()], "The model")
     check_folded(file, float_model, SUPERNET_JSON)
     kept_float = [name for name, layer in layers.items() if not layer.has_codes]
     model = prepare(float_model, list(layers), kept_float)
+    slots = quantized_layers(model)
     for name, layer in layers.items():
-        target = model.get_submodule(name)
-        shape = tuple(weight_rows(target, float_weight(target)).shape)
+        shape = rows_shape(slots[name])
         if shape != (layer.rows, layer.columns):
             raise InvalidFile(
                 f"Layer {name} is {shape[0]} x {shape[1]} in the model; {folder / SUPERNET_JSON} has {layer.rows} x {layer.columns}."
             )
-        fill_slots(target, *_blank(layer, file.layers[name].per_channel), settings.multiquant)
+        fill_slots(slots[name], *_blank(layer, file.layers[name].per_channel), settings.multiquant)
     method = prepared_multiquant(model, {name: layer.choices for name, layer in layers.items()}, file.folded, settings, None)
     numbers, others = leftovers(model, [name for name in layers if name not in kept_float])
     statistics = statistics_of(model).numel()
@@ -78,7 +79,7 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     check_parts(parts, folder / SUPERNET)
     with torch.no_grad():
         for name, part in parts.items():
-            _load(model.get_submodule(name), part)
+            _load(slots[name], part)
         flat = tensors.get("floats", torch.zeros(0)).split([tensor.numel() for tensor in numbers.values()])
         for target, values in zip(numbers.values(), flat, strict=True):
             target.copy_(values.view_as(target))
@@ -93,9 +94,9 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     folded, _ = batchnorm.fold(float_model, file.folded)
     costs = CostModel.of(prepare(folded, list(layers), kept_float), list(layers), None, len(file.edges), float_model)
     costs = replace(costs, layers={name: LayerSize(one.rows, one.columns, one.macs, one.operands) for name, one in file.layers.items()})
-    about = {"model": file.model, "data": file.data, "preprocessing": file.preprocessing}
+    provenance = {"model": file.model, "data": file.data, "preprocessing": file.preprocessing}
     report = read_report(folder) if (folder / REPORT).is_file() else {}
-    supernet = Supernet(float_model, method, settings, file.folded, costs, file.edges, file.task, known, about, report)
+    supernet = Supernet(float_model, method, settings, file.folded, costs, file.edges, file.task, known, provenance, report)
     for one in known:
         supernet.check_known(one, str(folder / SUPERNET))
     return supernet
@@ -109,7 +110,7 @@ def _blank(layer: StoredLayer, per_channel: bool) -> tuple[dict[int, Tensor], di
 
 
 def _expected(layers: Mapping[str, StoredLayer], floats: Sequence[int], subnets: int, statistics: int, edges: int) -> dict[str, TensorSpec]:
-    """The shared tensors of the file; those with nothing in them are left out."""
+    """Return the shared tensors of the file; those with nothing in them are left out."""
     shared = layer_specs(layers) | {
         "floats": TensorSpec("F32", (sum(floats),)),
         "statistics": TensorSpec("F32", (subnets * statistics,)),
@@ -118,22 +119,23 @@ def _expected(layers: Mapping[str, StoredLayer], floats: Sequence[int], subnets:
     return {name: spec for name, spec in shared.items() if spec.nbytes}
 
 
-def _load(layer: nn.Module, part: LayerTensors) -> None:
+def _load(layer: QuantizedLayer, tensors: LayerTensors) -> None:
     """Put a layer's stored numbers into its blank slots. Raises InvalidFile where a scale is none."""
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    if part.codes is not None:
-        values = torch.from_numpy(part.codes.astype(np.float32) * part.code_scale[:, None])
+    if tensors.codes is not None:
+        assert tensors.code_scale is not None and isinstance(weights, SwitchableWeight)  # a layer with codes has all three
+        values = torch.from_numpy(tensors.codes.astype(np.float32) * tensors.code_scale[:, None])
         float_weight(layer).copy_(from_rows(layer, values))
-        scales = torch.from_numpy(np.stack([scale for scale in part.weight_scales.values()]))[:, :, None]
+        scales = torch.from_numpy(np.stack([scale for scale in tensors.weight_scales.values()]))[:, :, None]
         weights.load(scales if weights.start.shape[1] > 1 else scales[:, :1])
-    if inputs is not None:
-        scales, zeros = torch.tensor([list(zip(*operands, strict=True)) for operands in part.ranges.values()]).unbind(1)
+    if isinstance(inputs, SwitchableInput):
+        scales, zeros = torch.tensor([list(zip(*operands, strict=True)) for operands in tensors.ranges.values()]).unbind(1)
         inputs.load(scales.view_as(inputs.start))
         inputs.offsets.copy_(zeros.view_as(inputs.offsets) / inputs.highest())
 
 
 def load_supernet(folder: str | Path, model: nn.Module | str | None = None) -> Supernet:
-    """The supernet that `train` or `search` saved; `model` as for `load`."""
+    """Return the supernet that `train` or `search` saved; `model` as for `load`."""
     folder = Path(folder)
     file = read_supernet_file(folder)
     supernet = read_supernet(folder, float_model_of(folder, file, model, SUPERNET_JSON))

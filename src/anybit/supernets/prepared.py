@@ -10,12 +10,13 @@ from anybit.data.batches import Batch
 from anybit.data.samples import Samples, draw
 from anybit.errors import InvalidInput, InvalidSetting, SchemeMismatch
 from anybit.loops.training import epoch_batches
-from anybit.methods.multiquant import MultiQuant, MultiQuantSettings, SwitchableInput, SwitchableWeight
+from anybit.methods.multiquant import MultiQuant, SwitchableInput, SwitchableWeight
+from anybit.methods.settings import MultiQuantSettings
 from anybit.networks import batchnorm
 from anybit.networks.candidates import activation_candidate, check_finite_samples
 from anybit.networks.capture import input_samples
 from anybit.networks.cost import CostModel
-from anybit.networks.layers import float_weight, from_rows, prepare, quantized_layers, weight_rows
+from anybit.networks.layers import QuantizedLayer, float_weight, from_rows, prepare, quantized_layers, weight_rows
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.networks.options import LayerOptions
 from anybit.networks.refusals import once_a_batch
@@ -29,8 +30,8 @@ from anybit.supernets.store import STORE_BITS
 def held_out_split(samples: Samples, settings: SupernetSettings) -> tuple[Samples, Samples]:
     """(what is trained on, what the search evaluates on), by the training's seed."""
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(settings.train.seed)).tolist()
-    kept = min(max(1, round(len(samples) * settings.held_out)), len(samples) - 1)
-    return samples.subset(order[kept:]), samples.subset(order[:kept])
+    count = min(max(1, round(len(samples) * settings.held_out)), len(samples) - 1)
+    return samples.subset(order[count:]), samples.subset(order[:count])
 
 
 def bn_batches(samples: Samples, settings: SupernetSettings) -> list[Batch]:
@@ -42,7 +43,7 @@ def bn_batches(samples: Samples, settings: SupernetSettings) -> list[Batch]:
 
 
 def observe_supernet(model: nn.Module, example: Batch, settings: SupernetSettings) -> ObservedNetwork:
-    """The float network observed and folded, each layer with the precisions that it is trained for."""
+    """Return the float network observed and folded, each layer with the precisions that it is trained for."""
     pruned = next((pattern for pattern, precision in settings.keep.items() if precision.weight_bits == 0), None)
     if pruned is not None:
         raise InvalidSetting(f"--keep {pruned}=W0: a supernet prunes no layer. Keep it at 2 to 8 bits, or float.")
@@ -50,27 +51,27 @@ def observe_supernet(model: nn.Module, example: Batch, settings: SupernetSetting
 
 
 def make_multiquant(network: ObservedNetwork, plain: Sequence[Batch], settings: SupernetSettings, classes: int | None) -> MultiQuant:
-    """The unfolded network with switchable quantizers in its slots, each bit-width in its range of least squared error."""
+    """Return the unfolded network with switchable quantizers in its slots, each bit-width in its range of least squared error."""
     unfolded = copy.deepcopy(network.float_model)
     batchnorm.flip_negative(unfolded, network.norms)
     model = prepare(unfolded, network.names, [name for name, options in network.choices.items() if options[0].weight_bits is None])
     with once_a_batch(network.folded, network.used_once):
         samples = input_samples(network.folded, network.used_once, plain, 2**17, settings.train.seed)
     check_finite_samples(samples)
-    wanted = settings.multiquant
+    options = settings.multiquant
     for name, layer in quantized_layers(model).items():
         rows = weight_rows(layer, float_weight(layer)).detach()
         weights, inputs = bit_widths(network.choices[name])
-        scales = {bits: weight_scale(rows if wanted.per_channel else rows.reshape(1, -1), bits) for bits in weights}
+        scales = {bits: weight_scale(rows if options.per_channel else rows.reshape(1, -1), bits) for bits in weights}
         starts = {bits: activation_candidate(samples[name], bits, "mse") for bits in inputs}
-        fill_slots(layer, scales, {bits: (start.scale, start.zero_point) for bits, start in starts.items()}, wanted)
+        fill_slots(layer, scales, {bits: (start.scale, start.zero_point) for bits, start in starts.items()}, options)
     return prepared_multiquant(model, network.choices, network.norms, settings, classes)
 
 
 def prepared_multiquant(
     model: nn.Module, choices: Mapping, norms: Mapping[str, str], settings: SupernetSettings, classes: int | None
 ) -> MultiQuant:
-    """The method on a network whose slots are filled."""
+    """Return the method on a network whose slots are filled."""
     method = MultiQuant(model, choices, settings.multiquant, classes, settings.train.seed)
     if settings.multiquant.batch_norm == "switch":
         method.switch_norms(norms)
@@ -83,27 +84,27 @@ def bit_widths(options: Sequence[Precision]) -> tuple[list[int], list[int]]:
 
 
 def fill_slots(
-    layer: nn.Module, scales: Mapping[int, Tensor], ranges: Mapping[int, tuple[Tensor, Tensor]], wanted: MultiQuantSettings
+    layer: QuantizedLayer, scales: Mapping[int, Tensor], ranges: Mapping[int, tuple[Tensor, Tensor]], settings: MultiQuantSettings
 ) -> None:
     """Switchable quantizers in a layer's slots, where there are bits to switch."""
-    layer.weight_quantizer = SwitchableWeight(scales, wanted.step_rates) if scales else None
-    layer.input_quantizer = SwitchableInput(ranges, wanted.step_rates, wanted.offset_rate > 0) if ranges else None
+    layer.weight_quantizer = SwitchableWeight(scales, settings.step_rates) if scales else None
+    layer.input_quantizer = SwitchableInput(ranges, settings.step_rates, settings.offset_rate > 0) if ranges else None
 
 
 def uniform(choices: Mapping[str, Sequence[Precision]], bits: int) -> Scheme:
     """Every layer at `bits`; kept layers, which have no choice, as they are kept. Raises SchemeMismatch where `bits` was not trained."""
     chosen = {}
     for name, options in choices.items():
-        wanted = [p for p in options if p != FLOAT and {p.weight_bits, p.activation_bits} <= {bits, None}]
-        if not wanted and len(options) > 1:
+        matching = [p for p in options if p != FLOAT and {p.weight_bits, p.activation_bits} <= {bits, None}]
+        if not matching and len(options) > 1:
             there = ", ".join(str(width) for width in bit_widths(options)[0] or bit_widths(options)[1])
             raise SchemeMismatch(f"{name} was not trained at {bits} bits. Choose from {there}, or train again with those --bits.")
-        chosen[name] = (wanted or list(options))[0]
+        chosen[name] = (matching or list(options))[0]
     return Scheme(chosen)
 
 
 def bit_distance(one: Scheme, other: Scheme, costs: CostModel) -> float:
-    """Mean difference in bits, of weights and inputs together, over all weights."""
+    """Return mean difference in bits, of weights and inputs together, over all weights."""
     total = sum(size.weights for size in costs.layers.values())
     return sum(
         costs.layers[name].weights

@@ -1,86 +1,56 @@
-"""Settings of a supernet."""
+"""Settings of a supernet. Imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
-from anybit.data.tasks import TASKS
-from anybit.errors import InvalidFile, InvalidSetting
-from anybit.files.strict import read_settings, validated
-from anybit.loops.trainee import TrainSettings
-from anybit.methods.multiquant import MultiQuantSettings
-from anybit.scheme import Precision, check_bits
+from anybit.data.options import TASK_NAMES
+from anybit.errors import InvalidSetting
+from anybit.loops.settings import TrainSettings
+from anybit.methods.settings import MultiQuantSettings
+from anybit.scheme import BITS, KEEP, Precision
+from anybit.settings import Settings, Text, documented, option
 
 
+def parse_trained_bits(text: str) -> tuple[int | None, ...]:
+    """Bit-widths alone."""
+    bits = BITS.parse(text)
+    if None in bits:
+        raise InvalidSetting("--bits takes bit-widths alone: a float network has no step to train. Keep layers float with --keep.")
+    return bits
+
+
+@documented
 @dataclass(frozen=True)
-class SupernetSettings:
-    """bits             bit-widths of weights and inputs, 2..8
-    keep             shell pattern on layer names -> precision
-    task             "classification" or "regression", where the outputs do not tell
-    held_out         share of the training data that is not trained on: the search evaluates on it
-    bn_images        training inputs, augmented as in training, from which batch-norm statistics are estimated anew for a subnet
-    multiquant, train  the method's settings and the loop's
-    """
+class SupernetSettings(Settings):
+    """Every choice of the train-once road."""
 
-    bits: tuple[int, ...] = (2, 4, 6, 8)
-    keep: Mapping[str, Precision] = field(default_factory=dict)
-    task: str | None = None
-    held_out: float = 0.1
-    bn_images: int = 4096
+    bits: tuple[int, ...] = option(
+        (2, 4, 6, 8), "Bit-widths of weights and inputs, 2..8.", least=2, most=8, text=Text(parse_trained_bits, BITS.write, BITS.example)
+    )
+    keep: Mapping[str, Precision] = option(
+        dict, "PATTERN=W8A8 or PATTERN=float: pin layers; patterns match whole names.", text=KEEP, repeat=True
+    )
+    task: str | None = option(None, "Of the network, where it does not tell.", choices=TASK_NAMES)
+    held_out: float = option(
+        0.1, "Share of the training data that is left to the search.", above=0, below=1, why="the search evaluates on that share"
+    )
+    bn_images: int = option(
+        4096, "Training inputs that batch-norm statistics are estimated from, augmented as in training.",
+        least=2, why="fewer are too few for statistics, and hundreds work well",
+    )  # fmt: skip
     multiquant: MultiQuantSettings = field(default_factory=MultiQuantSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
 
     @classmethod
-    def of(cls, **settings: Any) -> "SupernetSettings":
-        """From one flat set of names, each a field of this class, of TrainSettings or of MultiQuantSettings."""
-        homes = {"multiquant": MultiQuantSettings, "train": TrainSettings, "": cls}
-        parts = {home: {n: v for n, v in settings.items() if n in kind.__dataclass_fields__} for home, kind in homes.items()}
-        unknown = [name for name in settings if not any(name in part for part in parts.values())]
-        if unknown:
-            raise InvalidSetting(f"train has no setting {unknown[0]!r}.")
+    def of(cls, **settings: Any) -> Self:
         weight = settings.get("label_weight", MultiQuantSettings.label_weight)
         if settings.get("label", MultiQuantSettings.label) == "one-hot" and weight != MultiQuantSettings.label_weight:
             raise InvalidSetting(f"label_weight {weight} has no part in one-hot labels. Choose label adaptive or teacher, or leave it out.")
-        return cls(**{home: kind(**parts[home]) for home, kind in homes.items() if home}, **parts[""])
+        return super().of(**settings)
 
-    def __post_init__(self):
+    def check(self) -> None:
         if len(set(self.bits)) < len(self.bits) or len(self.bits) < 2:
             raise InvalidSetting(f"bits {', '.join(map(str, self.bits))}: give at least two bit-widths, each once.")
-        for bits in self.bits:
-            check_bits(bits)
-        if self.task is not None and self.task not in TASKS:
-            raise InvalidSetting(f"task {self.task!r} is unknown. Choose from {', '.join(TASKS)}.")
-        if not 0 < self.held_out < 1:
-            raise InvalidSetting(f"held_out {self.held_out} must be between 0 and 1: the search evaluates on that share.")
-        if self.bn_images < 2:
-            raise InvalidSetting(f"bn_images {self.bn_images} are too few for batch-norm statistics. Give at least 2; hundreds work well.")
         if self.multiquant.batch_norm == "switch" and self.train.compile:
             raise InvalidSetting("A batch norm for each bit-width cannot be compiled: every scheme would be compiled anew. Leave off one.")
-
-    def to_json(self) -> dict[str, Any]:
-        flat = {name: value for name, value in asdict(self).items() if name not in ("multiquant", "train", "keep")}
-        rates = {str(bits): factor for bits, factor in self.multiquant.step_rates.items()}
-        return flat | {
-            "bits": list(self.bits),
-            "keep": {pattern: str(precision) for pattern, precision in self.keep.items()},
-            "multiquant": asdict(self.multiquant) | {"step_rates": rates},
-            "train": self.train.to_json(),
-        }
-
-
-def settings_from_json(data: Mapping[str, Any]) -> SupernetSettings:
-    """What `SupernetSettings.to_json` wrote. Raises InvalidFile where it is something else."""
-    where = "settings"
-    parts = {key: validated(dict[str, Any], data.get(key), f"{where}: {key}") for key in ("multiquant", "train")}
-    texts = validated(dict[str, float], parts["multiquant"].get("step_rates", {}), f"{where}: step_rates")
-    patterns = validated(dict[str, str], data.get("keep", {}), f"{where}: keep")
-    try:
-        rates = {int(bits): factor for bits, factor in texts.items()}
-        keep = {pattern: Precision.parse(text) for pattern, text in patterns.items()}
-    except ValueError as error:
-        raise InvalidFile(f"{where}: {error}") from error
-    inner = {key: value for key, value in parts["multiquant"].items() if key != "step_rates"}
-    multiquant = read_settings(MultiQuantSettings, inner, f"{where}: multiquant", {"step_rates": rates})
-    train = read_settings(TrainSettings, parts["train"], f"{where}: train")
-    flat = {key: value for key, value in data.items() if key not in ("multiquant", "train", "keep")}
-    return read_settings(SupernetSettings, flat, where, {"keep": keep, "multiquant": multiquant, "train": train})

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from anybit.methods.multiquant import SwitchableNorm
-from anybit.networks.wiring import BATCH_NORMS
+from anybit.networks.batchnorm import running_statistics
+from anybit.networks.wiring import BATCH_NORMS, BatchNorm
 from anybit.scheme import Scheme
 
 # Batch norm
 
 
-def active_norms(model: nn.Module) -> list[nn.Module]:
-    """The batch norms that the network at hand computes with, in order of definition."""
+def active_norms(model: nn.Module) -> list[BatchNorm]:
+    """Return the batch norms that the network at hand computes with, in order of definition."""
     idle = {
         id(norm) for module in model.modules() if isinstance(module, SwitchableNorm) for norm in module.norms if norm is not module.chosen()
     }
@@ -22,7 +23,7 @@ def active_norms(model: nn.Module) -> list[nn.Module]:
 
 def statistics_of(model: nn.Module) -> Tensor:
     """Means and variances of all active batch norms, one after another, [numbers]."""
-    parts = [part for norm in active_norms(model) for part in (norm.running_mean, norm.running_var)]
+    parts = [part for norm in active_norms(model) for part in running_statistics(norm)]
     return torch.cat(parts).clone() if parts else torch.zeros(0)
 
 
@@ -31,7 +32,7 @@ def set_statistics(model: nn.Module, statistics: Tensor) -> None:
     """Put back what `statistics_of` read."""
     at = 0
     for norm in active_norms(model):
-        for part in (norm.running_mean, norm.running_var):
+        for part in running_statistics(norm):
             part.copy_(statistics[at : at + part.numel()])
             at += part.numel()
 

@@ -29,7 +29,7 @@ from anybit.numerics.packing import TensorSpec
 from anybit.runs.names import SUPERNET, SUPERNET_JSON
 from anybit.scheme import Precision, Scheme, check_choices
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 STORE_BITS = 8
 LARGEST_STEP = float(np.finfo(np.float32).max) / 256
 """A larger step times a code would be infinite."""
@@ -57,7 +57,7 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """What the file holds of one layer.
+    """One layer's tensors in the file.
 
     codes int8 [rows, columns], code_scale [rows]; weight_scales bits -> [rows]; ranges bits -> (scale, zero point) of each operand
     """
@@ -103,7 +103,7 @@ class SupernetFile(BaseModel):
         return digest_of(self.model_dump(include={"layers", "folded", "edges", "subnets", "settings", "preprocessing", "task"}))
 
     def stored(self) -> dict[str, StoredLayer]:
-        """The layers, without what only PyTorch needs."""
+        """Return the layers, without what only PyTorch needs."""
         return {
             name: StoredLayer(one.rows, one.columns, tuple(one.weight_bits), tuple(one.activation_bits), one.operands)
             for name, one in self.layers.items()
@@ -133,7 +133,7 @@ def read_store(folder: Path) -> SupernetFile:
 
 
 def layer_specs(layers: Mapping[str, StoredLayer]) -> dict[str, TensorSpec]:
-    """The shared tensors that hold the layers' weights and ranges."""
+    """Return the shared tensors that hold the layers' weights and ranges."""
     coded = [layer for layer in layers.values() if layer.has_codes]
     inputs = sum(layer.operands for layer in layers.values() for bits in layer.activation_bits if bits)
     return {
@@ -164,7 +164,7 @@ def lower(codes: np.ndarray, code_scale: np.ndarray, scale: np.ndarray, bits: in
 
 
 def split_tensors(layers: Mapping[str, StoredLayer], tensors: Mapping[str, np.ndarray]) -> dict[str, LayerTensors]:
-    """The shared tensors cut into layers."""
+    """Return the shared tensors cut into layers."""
     empty = np.zeros(0, np.float32)
     taken = dict.fromkeys(("codes", "code_scales", "weight_scales", "activation_scales"), 0)
 
@@ -172,15 +172,16 @@ def split_tensors(layers: Mapping[str, StoredLayer], tensors: Mapping[str, np.nd
         start, taken[name] = taken[name], taken[name] + count
         return tensors.get(name, empty)[start : taken[name]]
 
-    found = {}
+    parts = {}
     for name, layer in layers.items():
-        codes, code_scale, scales = None, None, {}
+        codes, code_scale = None, None
+        scales: dict[int, np.ndarray] = {}
         if layer.has_codes:
             codes, code_scale = (
                 take("codes", layer.rows * layer.columns).reshape(layer.rows, layer.columns),
                 take("code_scales", layer.rows),
             )
-            scales = {bits: take("weight_scales", layer.rows) for bits in layer.weight_bits}
+            scales = {bits: take("weight_scales", layer.rows) for bits in layer.weight_bits if bits}
         first, widths = taken["activation_scales"], [bits for bits in layer.activation_bits if bits]
         count = len(widths) * layer.operands
         zeros = tensors.get("activation_zero_points", empty)[first : first + count].reshape(-1, layer.operands)
@@ -189,8 +190,8 @@ def split_tensors(layers: Mapping[str, StoredLayer], tensors: Mapping[str, np.nd
             bits: [(float(s), int(z)) for s, z in zip(scale, zero, strict=True)]
             for bits, scale, zero in zip(widths, steps, zeros, strict=True)
         }
-        found[name] = LayerTensors(codes, code_scale, scales, ranges)
-    return found
+        parts[name] = LayerTensors(codes, code_scale, scales, ranges)
+    return parts
 
 
 def slice_subnet(folder: str | Path, scheme: Scheme | Mapping[str, str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -200,10 +201,10 @@ def slice_subnet(folder: str | Path, scheme: Scheme | Mapping[str, str]) -> dict
     """
     folder = Path(folder)
     layers = read_store(folder).stored()
-    wanted = {name: spec for name, spec in layer_specs(layers).items() if spec.nbytes}
-    found = read_header(folder / SUPERNET)[0]
-    check_tensors(folder / SUPERNET, {name: spec for name, spec in found.items() if name in wanted}, wanted)
-    parts = split_tensors(layers, load_tensors(folder / SUPERNET, wanted, "np"))
+    expected = {name: spec for name, spec in layer_specs(layers).items() if spec.nbytes}
+    stored = read_header(folder / SUPERNET)[0]
+    check_tensors(folder / SUPERNET, {name: spec for name, spec in stored.items() if name in expected}, expected)
+    parts = split_tensors(layers, load_tensors(folder / SUPERNET, expected, "np"))
     check_parts(parts, folder / SUPERNET)
     scheme = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
     check_choices(scheme, {name: layer.choices for name, layer in layers.items()})
@@ -211,6 +212,7 @@ def slice_subnet(folder: str | Path, scheme: Scheme | Mapping[str, str]) -> dict
     for name, precision in scheme.items():
         if precision.weight_bits:
             part, scale = parts[name], parts[name].weight_scales[precision.weight_bits]
+            assert part.codes is not None and part.code_scale is not None  # the layer has bits to choose from
             sliced[name] = (lower(part.codes, part.code_scale, scale, precision.weight_bits), scale)
     return sliced
 

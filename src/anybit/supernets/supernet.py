@@ -62,7 +62,7 @@ class Supernet:
         return self.method.choices
 
     def uniform(self, bits: int) -> Scheme:
-        """Every layer at `bits`; kept layers as they are kept."""
+        """Return every layer at `bits`; kept layers as they are kept."""
         return uniform(self.choices, bits)
 
     def switch(self, scheme: Scheme | Mapping[str, str], batches: Sequence[Batch] | None = None) -> str:
@@ -77,8 +77,8 @@ class Supernet:
         self.model.eval()
         if batches is not None:
             batchnorm.reestimate(self.model, batches, active_norms(self.model))
-            count, wanted = sum(map(len, batches)), self.settings.bn_images
-            return f"estimated anew on {count} inputs" + (f" ({wanted} were asked for)" if count < wanted else "")
+            count, requested = sum(map(len, batches)), self.settings.bn_images
+            return f"estimated anew on {count} inputs" + (f" ({requested} were asked for)" if count < requested else "")
         if not self.known:
             return "as trained"
         nearest = self.nearest(self.method.scheme)
@@ -95,7 +95,8 @@ class Supernet:
         of_bits = {scheme[name].weight_bits: scheme for scheme in uniform_schemes(self).values() for name in self.method.norms}
         known = {bits: next(one.statistics for one in self.known if one.scheme == scheme) for bits, scheme in of_bits.items()}
         bits_of_norm = {id(norm.chosen()): norm.bits for norm in self.method.norms.values()}
-        parts, at = [], 0
+        parts: list[Tensor] = []
+        at = 0
         for norm in active_norms(self.model):
             source, count = known.get(bits_of_norm.get(id(norm)), nearest.statistics), 2 * norm.num_features
             parts.append(source[at : at + count])
@@ -103,11 +104,11 @@ class Supernet:
         return torch.cat(parts)
 
     def nearest(self, scheme: Scheme) -> KnownSubnet:
-        """The known subnet whose bits differ least, weighted as the budget counts weights."""
+        """Return the known subnet whose bits differ least, weighted as the budget counts weights."""
         return min(self.known, key=lambda known: bit_distance(known.scheme, scheme, self.costs))
 
     def canonical(self) -> Canonical:
-        """The canonical form of the subnet at hand: frozen and folded, with the statistics that it has."""
+        """Return the canonical form of the subnet at hand: frozen and folded, with the statistics that it has."""
         model = copy.deepcopy(self.model)
         self.method.freeze(model)
         folded, _ = batchnorm.fold(model, self.norms)
@@ -162,7 +163,7 @@ class Supernet:
 
 
 def scores(supernet: Supernet, scheme: Scheme, bn: Sequence[Batch] | None, test: Sequence[Batch], metric: Metric | None = None) -> dict:
-    """What a subnet scores on `test`."""
+    """Score a subnet on `test`."""
     supernet.switch(scheme, bn)
     return evaluate_model(supernet.model, test, supernet.task, metric)
 
@@ -173,7 +174,7 @@ def uniform_schemes(supernet: Supernet) -> dict[str, Scheme]:
 
 
 def width_scores(supernet: Supernet, bn: Sequence[Batch] | None, test: Sequence[Batch], metric: Metric | None) -> dict[str, dict]:
-    """What every uniform subnet scores on `test`."""
+    """Score every uniform subnet on `test`."""
     return {name: scores(supernet, scheme, bn, test, metric) for name, scheme in uniform_schemes(supernet).items()}
 
 
@@ -181,12 +182,12 @@ def width_scores(supernet: Supernet, bn: Sequence[Batch] | None, test: Sequence[
 
 
 def stored_layers(supernet: Supernet) -> dict[str, StoredLayer]:
-    found = {}
+    layers = {}
     for name, options in supernet.choices.items():
         size = supernet.costs.layers[name]
         weights, inputs = bit_widths(options)
-        found[name] = StoredLayer(size.rows, size.columns, tuple(weights) or (None,), tuple(inputs) or (None,), size.operands)
-    return found
+        layers[name] = StoredLayer(size.rows, size.columns, tuple(weights) or (None,), tuple(inputs) or (None,), size.operands)
+    return layers
 
 
 def write_supernet(folder: Path, supernet: Supernet) -> None:
@@ -210,7 +211,7 @@ def write_supernet(folder: Path, supernet: Supernet) -> None:
     tensors = {name: torch.cat([part.detach().cpu() for part in parts]).contiguous() for name, parts in shared.items() if parts}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
     tensors |= {key: tensor.detach().cpu().contiguous().clone() for key, tensor in others.items()}
-    about = SupernetFile(
+    file = SupernetFile(
         layers={
             name: SupernetLayer(**row, macs=supernet.costs.layers[name].macs, per_channel=method.settings.per_channel)
             for name, row in to_json(stored_layers(supernet)).items()
@@ -223,6 +224,6 @@ def write_supernet(folder: Path, supernet: Supernet) -> None:
         sha256="",
         **supernet.about,
     )
-    save_file(tensors, folder / SUPERNET, {"supernet": about.digest()})
-    about.sha256 = sha256_of(folder / SUPERNET)
-    write_json(folder / SUPERNET_JSON, about.model_dump())
+    save_file(tensors, folder / SUPERNET, {"supernet": file.digest()})
+    file.sha256 = sha256_of(folder / SUPERNET)
+    write_json(folder / SUPERNET_JSON, file.model_dump())

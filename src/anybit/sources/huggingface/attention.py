@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from anybit.errors import UnsupportedModel
@@ -30,7 +30,7 @@ def attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(query key^T scaling + mask) value through the module's two Matmul layers; [N, heads, T, d] -> [N, T, heads, d].
+    """Compute softmax(query key^T scaling + mask) value through the module's two Matmul layers; [N, heads, T, d] -> [N, T, heads, d].
 
     Keys and values of fewer heads serve several queries' heads each. Raises UnsupportedModel on what it would have to leave out.
     """
@@ -40,23 +40,24 @@ def attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = module.scores(query, key) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    product, mixture = module.get_submodule("scores"), module.get_submodule("mixture")
+    scores = product(query, key) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
         scores = scores + attention_mask
     shares = nn.functional.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
     shares = nn.functional.dropout(shares, dropout, module.training)
-    return module.mixture(shares, value).transpose(1, 2).contiguous(), shares
+    return mixture(shares, value).transpose(1, 2).contiguous(), shares
 
 
 AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
-def adapted(model: nn.Module) -> nn.Module:
-    """A copy whose attention runs through Matmul layers `scores` and `mixture` of each attention module, whose Conv1D layers are Linear,
-    and whose tied weights are apart.
+def adapted(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy whose attention runs through Matmul layers `scores` and `mixture` of each attention module, with Linear layers in place
+    of Conv1D, and without tied weights.
 
     Outputs are those of the model up to float rounding. Raises UnsupportedModel for an encoder-decoder.
     """
@@ -81,13 +82,13 @@ def adapted(model: nn.Module) -> nn.Module:
 
 
 def _calls_interface(module: nn.Module) -> bool:
-    """Whether the module's forward looks its attention function up in transformers' interface."""
+    """Return whether the module's forward looks its attention function up in transformers' interface."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def _linear(layer: Conv1D) -> nn.Linear:
-    """GPT-2's layer, which keeps its weight transposed, as the Linear that it is."""
+    """Turn GPT-2's layer, which stores its weight transposed, into the Linear that it is."""
     linear = nn.Linear(layer.weight.shape[0], layer.weight.shape[1], device=layer.weight.device, dtype=layer.weight.dtype)
     with torch.no_grad():
         linear.weight.copy_(layer.weight.T)
@@ -95,7 +96,7 @@ def _linear(layer: Conv1D) -> nn.Linear:
     return linear
 
 
-def _untie(model: nn.Module) -> None:
+def _untie(model: PreTrainedModel) -> None:
     """Give the output layer a weight of its own where it shares the embedding's: two layers may take different bits."""
     head, words = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(head, nn.Linear) and head.weight is getattr(words, "weight", None):

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own messages and progress bars."""
+    """Silence transformers' own messages and progress bars."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -28,26 +28,26 @@ def quiet() -> Iterator[None]:
         transformers.logging.enable_progress_bar()
 
 
-def file_of(model: nn.Module, name: str) -> Path | None:
-    """A file that comes with the model; None where there is none."""
+def file_of(model: transformers.PreTrainedModel, name: str) -> Path | None:
+    """Return the path of a file that comes with the model; None if there is none."""
     if not model.name_or_path:
         return None
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        found = cached_file(model.name_or_path, name, **quiet)
+        path = cached_file(model.name_or_path, name, **options)
     except (OSError, ValueError):
         return None
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)
 
 
-def json_of(model: nn.Module, file: str) -> dict[str, Any]:
-    """A JSON file that comes with the model; nothing where there is none."""
+def json_of(model: transformers.PreTrainedModel, file: str) -> dict[str, Any]:
+    """Read a JSON file that comes with the model; {} if there is none."""
     try:
         path = file_of(model, file)
-        found = json.loads(path.read_text(encoding="utf8")) if path else {}
+        data = json.loads(path.read_text(encoding="utf8")) if path else {}
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return data if isinstance(data, dict) else {}
 
 
 # Saved again
@@ -62,31 +62,31 @@ BESIDE = (
 """Files that come with a network, besides its configuration and its weights, and hold no code."""
 
 
-def own_network(model: nn.Module) -> nn.Module:
-    """The network as transformers itself makes it for the model's configuration, without weights (on the device "meta")."""
+def own_network(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Build the network as transformers itself does for the model's configuration, without weights (on the device "meta")."""
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))
 
 
 def transposed_layers(own: nn.Module) -> set[str]:
-    """The layers of transformers' own network that are Linear in the adapted one, and keep their weight the other way round."""
+    """Return the layers of transformers' own network that are Linear in the adapted one, and store their weight transposed."""
     return {name for name, module in own.named_modules() if isinstance(module, Conv1D)}
 
 
-def own_config(model: nn.Module) -> dict[str, Any]:
-    """config.json of the model, without what `adapted` changes for the time in which anybit runs it."""
+def own_config(model: transformers.PreTrainedModel) -> dict[str, Any]:
+    """Return config.json of the model, without what `adapted` changes while anybit runs it."""
     config = json.loads(model.config.to_json_string(use_diff=False))
     for name in ("use_cache", "return_dict", "_name_or_path", "quantization_config"):
         config.pop(name, None)
     return config | {"architectures": [type(model).__name__], "dtype": "float32"}
 
 
-def files_beside(model: nn.Module) -> dict[str, bytes]:
+def files_beside(model: transformers.PreTrainedModel) -> dict[str, bytes]:
     """Name -> content of the files that came with the model: its tokenizer, and what else transformers reads."""
     return {name: place.read_bytes() for name in BESIDE if (place := file_of(model, name)) is not None}
 
 
-def loaded_folder(path: Path, model: nn.Module) -> nn.Module:
-    """What transformers loads from a folder that holds a network of the model's class; raises ImportError where it lacks a package."""
+def loaded_folder(path: Path, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Load a folder that holds a network of the model's class, as transformers does. Raise ImportError if it lacks a package."""
     with quiet(), redirect_stderr(io.StringIO()):  # compressed-tensors draws a progress bar of its own
         return type(model).from_pretrained(path.resolve(), dtype=torch.float32, use_safetensors=True).eval()

@@ -7,32 +7,24 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 
 from anybit.errors import InvalidSetting
 from anybit.progress import tell
 from anybit.sources.huggingface.attention import adapted
 from anybit.sources.huggingface.folder import json_of, quiet
-
-HEADS = {  # task -> (what transformers calls a class with that head, the class that loads one)
-    "question-answering": ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
-    "language-model": ("ForCausalLM", "AutoModelForCausalLM"),
-    "classification": ("ForSequenceClassification", "AutoModelForSequenceClassification"),
-    "regression": ("ForSequenceClassification", "AutoModelForSequenceClassification"),
-    "embedding": ("Model", "AutoModel"),
-}
+from anybit.sources.huggingface.texts import HEADS
 
 
 def is_transformers(model: Any) -> bool:
-    """Whether `model` is one of transformers' models."""
+    """Return whether `model` is one of transformers' models."""
     return isinstance(model, transformers.PreTrainedModel)
 
 
 # Loading
 
 
-def load(name: str, task: str | None = None) -> nn.Module:
-    """The float32 network of a folder or a name, adapted; with a head for `task`, or the one it was saved with.
+def load(name: str, task: str | None = None) -> transformers.PreTrainedModel:
+    """Load the float32 network of a folder or a name, adapted; with a head for `task`, or the one it was saved with.
 
     Nothing that comes with the network is executed: weights are safetensors, and code of its own is refused. A head that the files do
     not hold is drawn by a fixed seed.
@@ -40,7 +32,7 @@ def load(name: str, task: str | None = None) -> nn.Module:
     place = str(Path(name).resolve()) if Path(name).is_dir() else name
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise InvalidSetting(f"There is no folder {name}, which hf: names. Name the network's folder with --model hf:FOLDER.")
-    how = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
@@ -48,15 +40,15 @@ def load(name: str, task: str | None = None) -> nn.Module:
                 raise ValueError("it is quantized already; name the float network. anybit verify loads what anybit exported")
             loader = _loader(config, task)
             torch.manual_seed(0)
-            model, told = loader.from_pretrained(place, config=config, output_loading_info=True, **how)
+            model, report = loader.from_pretrained(place, config=config, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         said = " ".join(str(error).split())
         raise InvalidSetting(f"--model hf:{name} cannot be loaded: {said[:300]}") from error
-    _check_whole(name, model, told["missing_keys"])
+    _check_whole(name, model, report["missing_keys"])
     return adapted(model.eval())
 
 
-def _check_whole(name: str, model: nn.Module, drawn: Iterable[str]) -> None:
+def _check_whole(name: str, model: transformers.PreTrainedModel, drawn: Iterable[str]) -> None:
     """Raise InvalidSetting where weights that the files lack, and that were drawn, are more than a head's; say so of a head."""
     body = [key for key in sorted(drawn) if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]
     if type(model).__name__.endswith("Model") and not type(model).__name__.endswith("LMHeadModel"):
@@ -69,30 +61,30 @@ def _check_whole(name: str, model: nn.Module, drawn: Iterable[str]) -> None:
 
 
 def _loader(config: Any, task: str | None) -> Any:
-    if task in ("regression", "classification") and any("ForImage" in name for name in config.architectures or ()):
+    if task in HEADS and HEADS[task].pictures and any("ForImage" in name for name in config.architectures or ()):
         task = None  # a picture's classes
     if task is not None:
         if task not in HEADS:
             raise InvalidSetting(f"task {task!r} has no Hugging Face model. Choose from {', '.join(HEADS)}.")
-        return getattr(transformers, HEADS[task][1])
+        return getattr(transformers, HEADS[task].loader)
     named = getattr(transformers, (config.architectures or [""])[0], None)
     return named if named is not None else transformers.AutoModel
 
 
-def picture_settings(model: nn.Module) -> dict[str, Any]:
-    """mean, std, size, resize and interpolation of the model's pictures, as its preprocessor_config.json has them; {} where it has none."""
-    found = json_of(model, "preprocessor_config.json")
+def picture_settings(model: transformers.PreTrainedModel) -> dict[str, Any]:
+    """Return mean, std, size, resize and interpolation of the model's pictures from its preprocessor_config.json; {} if it has none."""
+    config = json_of(model, "preprocessor_config.json")
     settings: dict[str, Any] = {}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        if found.get("do_normalize", True) and isinstance(found.get(theirs), list):
-            settings[ours] = tuple(found[theirs])
-    size, crop = found.get("size"), found.get("crop_size")
+        if config.get("do_normalize", True) and isinstance(config.get(theirs), list):
+            settings[ours] = tuple(config[theirs])
+    size, crop = config.get("size"), config.get("crop_size")
     size = size if isinstance(size, Mapping) else {"height": size}
-    if crop is not None and found.get("do_center_crop", True):
+    if crop is not None and config.get("do_center_crop", True):
         settings["size"] = crop["height"] if isinstance(crop, Mapping) else crop
         settings["resize"] = size.get("shortest_edge") or size.get("height")
     elif size.get("height"):
         settings["size"] = size["height"]
-    if found.get("resample") in (0, 1, 2, 3):
-        settings["interpolation"] = ("nearest", "lanczos", "bilinear", "bicubic")[found["resample"]]
+    if config.get("resample") in (0, 1, 2, 3):
+        settings["interpolation"] = ("nearest", "lanczos", "bilinear", "bicubic")[config["resample"]]
     return settings

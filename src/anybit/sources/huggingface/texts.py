@@ -1,10 +1,13 @@
-"""Texts tokenized by a Hugging Face model's own tokenizer, and how its outputs are read."""
+"""The heads of Hugging Face models, one for a task: texts tokenized by a model's own tokenizer, and how its outputs are read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from anybit.data.batches import Reader
 from anybit.data.samples import Samples
@@ -13,34 +16,50 @@ from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.sources.huggingface.folder import json_of
 
 
-def task_of(model: nn.Module) -> str:
-    """What the model's head is for."""
-    name = type(model).__name__
-    if name.endswith("LMHeadModel") or name.endswith("ForCausalLM"):
-        return "language-model"
-    if name.endswith("ForQuestionAnswering"):
-        return "question-answering"
-    if name.endswith(("ForSequenceClassification", "ForImageClassification")):
-        return "regression" if getattr(model.config, "num_labels", 2) == 1 else "classification"
-    if name.endswith("Model") and "Heads" not in name:
-        return "embedding"
-    raise UnsupportedModel(
-        f"{name} has a head that is not covered: classes and values of sequences and pictures, answers, next tokens and embeddings are."
-    )
+@dataclass(frozen=True)
+class Head:
+    """A head of transformers' models, and the task that it is for.
+
+    endings    of the names of classes that have it;   loader  the class that loads one
+    pictures   of the names of classes that have it for pictures, which load as they were saved
+    one_value  whether it gives one value, not several; None where that does not matter
+    reader     of a model: what is read in its output
+    samples    of (model, rows, where they are from, encoding, workers): rows of role -> value, tokenized
+    length     tokens of a sample, at most, where the user does not say
+    """
+
+    endings: tuple[str, ...]
+    loader: str
+    reader: Callable[[PreTrainedModel], Reader]
+    samples: Callable[[PreTrainedModel, Sequence[Row], str, Encoding, int], Samples]
+    pictures: tuple[str, ...] = ()
+    one_value: bool | None = None
+    length: int | None = None
+
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Return whether the model has this head."""
+        name, values = type(model).__name__, getattr(model.config, "num_labels", 2)
+        return name.endswith(self.endings + self.pictures) and "Heads" not in name and self.one_value in (None, values == 1)
 
 
-def reader_of(model: nn.Module) -> Reader:
-    """What is read in the model's output."""
-    task = task_of(model)
-    if task == "language-model":
-        return NextTokens()
-    if task == "question-answering":
-        return Answers(_length_of(model))
-    return SentenceEmbedding(_pooling(model)) if task == "embedding" else FirstOutput(task)
+def head_of(model: PreTrainedModel) -> Head:
+    """Find the model's head; raise UnsupportedModel where it is for none of the tasks."""
+    head = next((head for head in HEADS.values() if head.fits(model)), None)
+    if head is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has a head that is not covered: classes and values of sequences and pictures, answers, next tokens "
+            "and embeddings are."
+        )
+    return head
 
 
-def _pooling(model: nn.Module) -> str:
-    """ "first" where the model's sentence-embedding configuration takes the first token, else "mean"; others are refused by name."""
+def reader_of(model: PreTrainedModel) -> Reader:
+    """Return what is read in the model's output."""
+    return head_of(model).reader(model)
+
+
+def _pooling(model: PreTrainedModel) -> str:
+    """Return "first" if the model's sentence-embedding configuration takes the first token, else "mean"; others are refused by name."""
     modes = {mode: on for mode, on in json_of(model, "1_Pooling/config.json").items() if mode.startswith("pooling_mode_") and on}
     others = sorted(set(modes) - {"pooling_mode_mean_tokens", "pooling_mode_cls_token"})
     if others or len(modes) > 1:
@@ -52,31 +71,49 @@ def _pooling(model: nn.Module) -> str:
 
 
 def text_samples(
-    model: nn.Module, rows: Sequence[Row], where: str, length: int | None = None, stride: int | None = None, workers: int = 0
+    model: PreTrainedModel, rows: Sequence[Row], where: str, length: int | None = None, stride: int | None = None, workers: int = 0
 ) -> Samples:
-    """Rows (role -> value) as the samples that `model` takes: tokenized by its own tokenizer, for the task of its head."""
-    encoding, task = _encoding(model, length, stride), task_of(model)
-    if task == "question-answering":
-        if not {"question", "context"} <= set(rows[0]):
-            raise InvalidInput(f"{where}: question answering needs columns question and context. Name them with --columns.")
-        questions = Questions(rows, encoding, where)
-        return Samples(questions, "answers" in rows[0], workers, reader=Answers(encoding.length, questions))
+    """Make samples that `model` takes of rows (role -> value): tokenized by its own tokenizer, for the task of its head."""
+    return head_of(model).samples(model, rows, where, _encoding(model, length, stride), workers)
+
+
+def _questions(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+    if not {"question", "context"} <= set(rows[0]):
+        raise InvalidInput(f"{where}: question answering needs columns question and context. Name them with --columns.")
+    questions = Questions(rows, encoding, where)
+    return Samples(questions, "answers" in rows[0], workers, reader=Answers(encoding.length, questions))
+
+
+def _check_texts(rows: Sequence[Row], where: str) -> None:
     if "text" not in rows[0]:
         raise InvalidInput(f"{where} has no column of texts. Name it: --columns text=NAME.")
-    if task == "language-model":
-        end = encoding.tokenizer.eos_token_id
-        separate = [] if end is None else [end]
-        rows_of_tokens = encoding.tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]
-        tokens = [token for one in rows_of_tokens for token in [*one, *([] if one[-1:] == separate else separate)]]
-        return Samples(Blocks(tokens, encoding.length, where), True, workers, reader=NextTokens())
-    if task == "embedding" and "label" in rows[0] and "pair" not in rows[0]:
+
+
+def _blocks(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+    _check_texts(rows, where)
+    end = encoding.tokenizer.eos_token_id
+    separate = [] if end is None else [end]
+    rows_of_tokens = encoding.tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]
+    tokens = [token for one in rows_of_tokens for token in [*one, *([] if one[-1:] == separate else separate)]]
+    return Samples(Blocks(tokens, encoding.length, where), True, workers, reader=NextTokens())
+
+
+def _texts(
+    model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int, label: "Label", apart: bool = False
+) -> Samples:
+    _check_texts(rows, where)
+    labels = [label(row["label"], model, where) for row in rows] if "label" in rows[0] else None
+    return Samples(Texts(rows, labels, encoding, where, apart=apart), labels is not None, workers, reader=reader_of(model))
+
+
+def _pairs(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+    _check_texts(rows, where)
+    if "label" in rows[0] and "pair" not in rows[0]:
         raise InvalidInput(f"{where}: embeddings are scored by pairs of texts. Name the second one's column with --columns pair=NAME.")
-    labels = [_label(row["label"], task, model, where) for row in rows] if "label" in rows[0] else None
-    texts = Texts(rows, labels, encoding, where, apart=task == "embedding")
-    return Samples(texts, labels is not None, workers, reader=reader_of(model))
+    return _texts(model, rows, where, encoding, workers, _number, apart=True)
 
 
-def _encoding(model: nn.Module, length: int | None, stride: int | None) -> Encoding:
+def _encoding(model: PreTrainedModel, length: int | None, stride: int | None) -> Encoding:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -95,42 +132,66 @@ def _encoding(model: nn.Module, length: int | None, stride: int | None) -> Encod
     most = _length_of(model)
     if length is not None and not 2 <= length <= most:
         raise InvalidSetting(f"--length {length}: the network takes 2 to {most} tokens.")
-    default = {"question-answering": 384, "language-model": 1024}.get(task_of(model), most)
-    return Encoding(tokenizer, length or min(most, default), length is not None, 128 if stride is None else stride)
+    default = min(most, head_of(model).length or most)
+    return Encoding(tokenizer, length or default, length is not None, 128 if stride is None else stride)
 
 
-def _length_of(model: nn.Module) -> int:
-    """The most tokens that the network takes; of RoBERTa's family positions begin after the padding's."""
+def _length_of(model: PreTrainedModel) -> int:
+    """Return the most tokens that the network takes; in RoBERTa's family positions begin after the padding's."""
     most = getattr(model.config, "max_position_embeddings", None)
     tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
     taken = tables[0].padding_idx + 1 if tables and tables[0].padding_idx is not None else 0
     return most - taken if isinstance(most, int) and most > taken else 2048
 
 
-def _label(value: Any, task: str, model: nn.Module, where: str) -> int | float:
+Label = Callable[[Any, PreTrainedModel, str], int | float]
+
+
+def _class_number(value: Any, model: PreTrainedModel, where: str) -> int:
+    """Read a label of a class: one of the model's names, or its number."""
     names = getattr(model.config, "label2id", None) or {}
-    if task == "classification" and isinstance(value, str) and value in names:
+    if isinstance(value, str) and value in names:
         return int(names[value])
     try:
-        number = float(value)
-        if task == "classification" and number != int(number):
+        if float(value) != int(float(value)):
             raise ValueError
-        return int(number) if task == "classification" else number
+        return int(float(value))
     except (TypeError, ValueError, OverflowError) as error:
-        known = f" nor one of the model's ({', '.join(map(str, names))})" if task == "classification" else ""
-        kind = "class number" if task == "classification" else "number"
-        raise InvalidInput(f"{where}: the label {value!r} is no {kind}{known}. Name another column with --columns label=NAME.") from error
+        said = f"no class number nor one of the model's ({', '.join(map(str, names))})"
+        raise InvalidInput(f"{where}: the label {value!r} is {said}. Name another column with --columns label=NAME.") from error
 
 
-def hub_rows(name: str, part: str, columns: Mapping[str, str | int]) -> list[Row]:
-    """The rows of a Hugging Face data set's split, role -> value (needs the package datasets)."""
+def _number(value: Any, model: PreTrainedModel, where: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidInput(f"{where}: the label {value!r} is no number. Name another column with --columns label=NAME.") from error
+
+
+_sequence = partial(Head, ("ForSequenceClassification",), "AutoModelForSequenceClassification", pictures=("ForImageClassification",))
+HEADS = {
+    "question-answering": Head(
+        ("ForQuestionAnswering",), "AutoModelForQuestionAnswering", lambda model: Answers(_length_of(model)), _questions, length=384
+    ),
+    "language-model": Head(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM", lambda model: NextTokens(), _blocks, length=1024),
+    "classification": _sequence(
+        reader=lambda model: FirstOutput("classification"), samples=partial(_texts, label=_class_number), one_value=False
+    ),
+    "regression": _sequence(reader=lambda model: FirstOutput("regression"), samples=partial(_texts, label=_number), one_value=True),
+    "embedding": Head(("Model",), "AutoModel", lambda model: SentenceEmbedding(_pooling(model)), _pairs),
+}
+"""Task -> its head. The first that fits a model is its head: a class whose name ends in "LMHeadModel" ends in "Model" too."""
+
+
+def hub_rows(name: str, split: str, columns: Mapping[str, str | int]) -> list[Row]:
+    """Load the rows of a Hugging Face data set's split, role -> value (needs the package datasets)."""
     import datasets
 
     try:
-        found = datasets.load_dataset(*name.split(":"), split=part or "train")
+        dataset = datasets.load_dataset(*name.split(":"), split=split or "train")
     except Exception as error:  # the library raises whatever its readers do
         said = " ".join(str(error).split())
         raise InvalidInput(f"--data hf:{name} cannot be loaded: {type(error).__name__}: {said[:300]}") from error
-    if len(found) == 0:
+    if len(dataset) == 0:
         raise InvalidInput(f"--data hf:{name} holds no rows.")
-    return with_roles([(number, dict(row)) for number, row in enumerate(found, 1)], columns, f"hf:{name}")
+    return with_roles([(number, dict(row)) for number, row in enumerate(dataset, 1)], columns, f"hf:{name}")

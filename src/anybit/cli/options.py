@@ -1,0 +1,100 @@
+"""The options of a verb: read from its signature, made into typer's, and their values from the command line and --config."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anybit.errors import InvalidSetting
+from anybit.roads.settings import CalibrateSettings, RunOptions
+from anybit.settings import Option, Settings, described, option, options_of, without_none
+
+
+@dataclass(frozen=True)
+class Telling(Settings):
+    """Options of long-running verbs: what they report, and the file of further options."""
+
+    config: Path | None = option(
+        None, "Options from a .toml or .json file, or the settings of a run's report.json; the command line wins over them."
+    )
+    log: Path | None = option(None, "Append each event to this file as it happens, one JSON object a line.")
+    verbose: bool = option(False, "Print each event as it happens, in a line on stderr.", switch=True)
+    quiet: bool = option(False, "Print the result alone.", switch=True)
+    as_json: bool = option(False, "Print one JSON object instead of tables.", flag="--json", switch=True)
+
+
+SHARED = options_of(RunOptions, Telling)
+"""Options that several verbs have."""
+COMMON = options_of(CalibrateSettings) | SHARED
+"""Options that a verb may have by their name alone."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A function that the command line calls: its options, flat, and the settings classes among its parameters."""
+
+    function: Callable[..., Any]
+    options: dict[str, Option]
+    groups: dict[str, type[Settings]]
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], *more: str) -> "Verb":
+        """From its signature: a parameter is an option described there, a class of settings, or one of COMMON; `more` of these join."""
+        options: dict[str, Option] = {}
+        groups: dict[str, type[Settings]] = {}
+        for name, parameter in inspect.signature(function).parameters.items():
+            if isinstance(parameter.default, dataclasses.Field):
+                options[name] = described(name, parameter.annotation, parameter.default)
+            elif isinstance(parameter.annotation, type) and issubclass(parameter.annotation, Settings):
+                groups[name] = parameter.annotation
+                options |= options_of(parameter.annotation)
+            else:
+                default = MISSING if parameter.default is parameter.empty else parameter.default
+                options[name] = dataclasses.replace(COMMON[name], default=default)
+        return cls(function, options | {name: COMMON[name] for name in more if name not in options}, groups)
+
+    def read(self, context: typer.Context, written: Mapping[str, Any]) -> dict[str, Any]:
+        """name -> value, of each option that stands on the command line or else in the file of --config."""
+        values = {}
+        if written.get("config"):
+            from anybit.files.config import read_options
+
+            values = read_options(written["config"], self.options, list(self.groups.values()), "--config")
+        for name, text in written.items():
+            if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
+                values[name] = self.options[name].from_text(text, self.options[name].written)
+        return values
+
+    def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The function's arguments. Raises InvalidSetting where an option is missing or cannot be."""
+        for name, one in self.options.items():
+            if one.default is MISSING and name not in values:
+                raise InvalidSetting(f"{one.written} is missing. `anybit {self.function.__name__} --help` lists the options.")
+        named = [name for name in inspect.signature(self.function).parameters if name not in self.groups]
+        known = {name: {key: values[key] for key in options_of(kind) if key in values} for name, kind in self.groups.items()}
+        groups = {name: kind.of(**known[name]) for name, kind in self.groups.items()}
+        return {name: self.value(name, values) for name in named} | groups
+
+    def value(self, name: str, values: Mapping[str, Any]) -> Any:
+        """An option's value."""
+        one = self.options[name]
+        return one.checked(values[name], one.written if name in SHARED else name) if name in values else one.default
+
+
+def as_parameter(one: Option) -> inspect.Parameter:
+    """A parameter of a function that typer makes a command of."""
+    kind, default, flag = without_none(one.kind), one.default_text, one.written
+    if one.text is not None:
+        kind = list[str] if one.repeat else str
+    elif kind is bool and not one.switch:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    metavar = f"[{'|'.join(one.choices)}]" if one.choices else None
+    info = typer.Argument(help=one.doc) if one.positional else typer.Option(flag, help=one.doc, metavar=metavar)
+    if one.positional and one.default is MISSING:
+        default = inspect.Parameter.empty
+    annotation = Annotated[kind | None if default is None else kind, info]  # type: ignore[valid-type]
+    return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

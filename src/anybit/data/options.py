@@ -1,0 +1,43 @@
+"""The options of data and their grammar: tasks, augmentations of pictures, columns of texts. Imports no torch."""
+
+from typing import Literal, get_args
+
+from anybit.errors import InvalidSetting
+
+TaskName = Literal["classification", "regression", "embedding", "question-answering", "language-model"]
+TASK_NAMES = get_args(TaskName)
+ROLES = {
+    "text": ("sentence", "text", "sentence1", "premise"),
+    "pair": ("sentence2", "hypothesis", "pair", "text_pair"),
+    "label": ("label", "score"),
+    "question": ("question",),
+    "context": ("context",),
+    "answers": ("answers",),
+}
+"""What a column is for, and the names that it is found by where the user names none."""
+
+
+def parse_augmentations(text: str) -> list[tuple[str, int]]:
+    """Parse "flip,crop4" into [("flip", 0), ("crop", 4)]."""
+    augmentations = []
+    for name in filter(None, text.split(",")):
+        if name == "flip":
+            augmentations.append(("flip", 0))
+        elif name.startswith("crop") and name[4:].isdigit():
+            augmentations.append(("crop", int(name[4:])))
+        else:
+            raise InvalidSetting(f"augment {name!r} is unknown. Write flip, crop4 (shifts by up to 4 pixels), or both with a comma.")
+    return augmentations
+
+
+def parse_columns(text: str | None) -> dict[str, str | int]:
+    """Return role -> column's name, or its number."""
+    columns: dict[str, str | int] = {}
+    for assignment in text.split(",") if text else ():
+        role, separator, column = assignment.partition("=")
+        if not separator or role not in ROLES or not column:
+            raise InvalidSetting(f"--columns {text!r} cannot be read. Write roles ({', '.join(ROLES)}): text=sentence,label=label.")
+        if role in columns:
+            raise InvalidSetting(f"--columns {text!r} names the {role} twice.")
+        columns[role] = int(column) if column.isascii() and column.isdigit() else column
+    return columns

@@ -1,0 +1,97 @@
+"""The formats that a run is exported in: one row a format, read without importing what writes it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from anybit.errors import InvalidSetting
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format, and the functions that write and check it, as "module:function".
+
+    name     as on the command line, `--name TARGET`
+    target   what is written, in words: FILE or FOLDER
+    accepts  whether an exported path is of this format
+    export   of (run, target, model=, overwrite=, and `options`);   verify  of (run, target, model=, data=, samples=, metric=, workers=)
+    options  option of the command line -> keyword of `export`;   without  why the format has none of the others' options
+    table    function of `reports.terminal` that prints what was exported;   verdict  the same of what was verified
+    cached   whether both take `cache`, which keeps the graph that they share
+    """
+
+    name: str
+    target: str
+    accepts: Callable[[Path], bool]
+    export: str
+    verify: str
+    options: Mapping[str, str]
+    without: str
+    table: str
+    verdict: str
+    cached: bool = False
+
+    def run_export(self, run: str | Path, target: str | Path, options: Mapping[str, Any], **common: Any) -> dict[str, Any]:
+        """Write `run` to `target`; `options` by their names on the command line."""
+        own = {self.options[name]: value for name, value in options.items() if name in self.options}
+        return _function(self.export)(run, target, **own, **self._common(common))
+
+    def run_verify(self, run: str | Path, target: str | Path, **common: Any) -> dict[str, Any]:
+        """Check `target` against `run`."""
+        return _function(self.verify)(run, target, **self._common(common))
+
+    def _common(self, common: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in common.items() if self.cached or name != "cache"}
+
+
+def _function(place: str) -> Callable[..., dict[str, Any]]:
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
+
+
+FORMATS = (
+    Format(
+        name="onnx",
+        target="FILE",
+        accepts=lambda path: not path.is_dir(),
+        export="anybit.exports.verbs:export",
+        verify="anybit.exports.verbs:verify",
+        options={"tables": "tables", "weight-only": "weight_only", "data": "data"},
+        without="an ONNX file packs them always",
+        table="print_file",
+        verdict="print_verdict",
+        cached=True,
+    ),
+    Format(
+        name="compressed-tensors",
+        target="FOLDER",
+        accepts=Path.is_dir,
+        export="anybit.exports.compressed_tensors:export_folder",
+        verify="anybit.exports.compressed_tensors:verify_folder",
+        options={"pack-embeddings": "embeddings"},
+        without="a folder of compressed-tensors takes none of them",
+        table="print_folder",
+        verdict="print_folder_verdict",
+    ),
+)
+
+
+def chosen_format(targets: Mapping[str, Path | None], options: Mapping[str, Any]) -> tuple[Format, Path]:
+    """Find the one format whose target is given; raise InvalidSetting where none or several are, or where it has not one of `options`."""
+    named = [(one, target) for one in FORMATS if (target := targets.get(one.name)) is not None]
+    if len(named) != 1:
+        raise InvalidSetting(f"Name what to write: {', or '.join(f'--{one.name} {one.target}' for one in FORMATS)}.")
+    chosen, target = named[0]
+    for other in FORMATS:
+        if other is not chosen and any(options.get(name) for name in other.options):
+            *names, last = (f"--{name}" for name in other.options)
+            written = f"{', '.join(names)} and {last} belong" if names else f"{last} belongs"
+            raise InvalidSetting(f"{written} to --{other.name}; {chosen.without}.")
+    return chosen, target
+
+
+def format_of(exported: Path) -> Format:
+    """Find the format of what was exported."""
+    return next(one for one in FORMATS if one.accepts(exported))

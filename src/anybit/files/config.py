@@ -1,0 +1,56 @@
+"""Options from a file: TOML or JSON of option: value, or the report of a finished run, whose settings are taken."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from anybit.errors import InvalidSetting
+from anybit.files.strict import parse_json, read_bytes
+from anybit.settings import Option, Settings, check_known, inner_settings
+
+
+def read_options(path: Path, options: Mapping[str, Option], kinds: Sequence[type[Settings]], who: str) -> dict[str, Any]:
+    """Return name -> value of the options that a file gives. `kinds` are the classes of settings among them, the first the one that runs
+    record.
+
+    Raises InvalidSetting, or InvalidFile where the file is none, naming `who` asks, the file and the key.
+    """
+    where = f"{who} {path}: "
+    known = {written: name for name, one in options.items() for written in (name, one.written.strip("-").replace("-", "_"))}
+    values: dict[str, Any] = {}
+    for key, value in _items(_content(path, kinds, where), {name for kind in kinds for name in inner_settings(kind)}):
+        check_known([key.replace("-", "_")], known, where)
+        name = known[key.replace("-", "_")]
+        value = _from_file(options[name], value, f"{where}{name}")
+        if values.setdefault(name, value) != value:
+            raise InvalidSetting(f"{where}{name} is given twice, as {values[name]!r} and {value!r}. Leave one of them.")
+    return values
+
+
+def _content(path: Path, kinds: Sequence[type[Settings]], where: str) -> Mapping[str, Any]:
+    if path.suffix == ".toml":
+        try:
+            return tomllib.loads(read_bytes(path).decode("utf8"))
+        except ValueError as error:
+            raise InvalidSetting(f"{where}it is not valid TOML: {error}.") from error
+    data = parse_json(read_bytes(path), str(path))
+    if isinstance(data, dict) and "version" in data and kinds:
+        data = kinds[0].recorded(data)
+    if not isinstance(data, dict):
+        raise InvalidSetting(f"{where}it holds no settings. Name a file of option: value, or the report.json of a run.")
+    return data
+
+
+def _items(data: Mapping[str, Any], inner: set[str]) -> list[tuple[str, Any]]:
+    """Yield the items of a mapping, those within `csq`, `train` and other `inner` settings among them."""
+    parts = [value.items() if key in inner and isinstance(value, dict) else [(key, value)] for key, value in data.items()]
+    return [item for part in parts for item in part]
+
+
+def _from_file(one: Option, value: Any, name: str) -> Any:
+    if one.text is not None and isinstance(value, str):
+        value = one.from_text([value] if one.repeat else value, name)
+    elif one.text is not None and one.repeat and isinstance(value, list):
+        value = one.text.parse(value)
+    return one.checked(value, name)

@@ -1,0 +1,86 @@
+"""A file of JSON lines that is appended to as long as there is room."""
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, TextIO
+
+from anybit.errors import InvalidSetting
+
+START = b'{"time": '
+"""What every line of a log begins with."""
+
+
+@contextmanager
+def appended(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yield a sink that appends each record to the file at once; a disk that fills costs one warning and the rest of the log, not the work.
+
+    No logging.FileHandler, which would go on printing an error for each event.
+
+    Raises InvalidSetting where the first record cannot be written, or where the file holds anything but a log.
+    """
+    file, begun, failed = _opened(path), False, False
+
+    def write(record: Mapping[str, Any]) -> None:
+        nonlocal begun, failed
+        if failed:
+            return
+        try:
+            file.write(json.dumps(plain(record), allow_nan=False) + "\n")
+            file.flush()
+            begun = True
+        except OSError as error:
+            if not begun:
+                raise InvalidSetting(f"--log {path} cannot be written: {error.strerror}. Choose another file.") from error
+            failed = True
+            warnings.warn(f"--log {path} ends here: {error.strerror}. The work goes on without it.", stacklevel=2)
+
+    try:
+        yield write
+    finally:
+        with suppress(OSError):  # what could not be flushed before
+            file.close()
+
+
+def _opened(path: Path) -> TextIO:
+    """Open the file at its end; a last line that was cut off by a kill is ended first."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut = _cut_off(path)
+        file = open(path, "a", encoding="utf8")  # noqa: SIM115 (closed by `appended`)
+        file.write("\n" if cut else "")
+        return file
+    except OSError as error:
+        raise InvalidSetting(f"--log {path} cannot be written: {error.strerror}. Choose another file.") from error
+
+
+def _cut_off(path: Path) -> bool:
+    """Return whether the log's last line has no end. Raise InvalidSetting if the file is no log: appending would damage it."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with open(path, "rb") as file:
+        first = file.readline(2**16)
+        file.seek(-1, 2)
+        last = file.read(1)
+    if not START.startswith(first[: len(START)]):
+        raise InvalidSetting(f"--log {path} exists and is no log of anybit. Choose another file.")
+    return last != b"\n"
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as JSON can hold it: NaN and infinity are null, anything unknown is its text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    return str(value)

@@ -1,0 +1,36 @@
+"""The methods by name: a new one is a file beside this and a line here. Read before torch is imported, so each is named by its place."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anybit.loops.reconstruction import Rounding
+    from anybit.loops.trainee import GrowMethod
+
+ROUNDINGS: Mapping[str, str] = {
+    "adaquant": "anybit.methods.adaquant:AdaQuant",
+    "adaround": "anybit.methods.adaround:AdaRound",
+}
+"""What `calibrate --rounding` reconstructs with."""
+
+GROW_METHODS: Mapping[str, str] = {
+    "csq": "anybit.methods.csq:CSQ",
+    "lsq": "anybit.methods.lsq:LSQ",
+}
+"""What `grow --method` trains with; the first that fits is the default."""
+
+
+def rounding_named(name: str) -> "type[Rounding]":
+    """Import a rounding."""
+    return _imported(ROUNDINGS[name])
+
+
+def grow_method_named(name: str) -> "type[GrowMethod]":
+    """Import a method of the grow road."""
+    return _imported(GROW_METHODS[name])
+
+
+def _imported(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(import_module(module), name)

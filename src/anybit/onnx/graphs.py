@@ -1,0 +1,116 @@
+"""The exporter's graphs, kept without weights: one call of torch's exporter for a network and its shapes, whatever its weights and bits.
+
+A graph is kept as it is before it is optimized, since what the optimizer does depends on weights (it folds small ones, drops biases of
+zeros, merges those that are equal). Weights are put in by name and the graph is then optimized as the exporter itself does it, which takes
+hundredths of a second where an export takes seconds. So a kept graph gives the same bytes as a new one.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from anybit.errors import InvalidFile
+from anybit.files.cache import Cache, Entry
+from anybit.onnx.values import name_of
+
+NAME = "exported graph"
+RECENT, LARGEST = 32, 10 * 10**6
+"""Graphs that a process holds in memory, the least recently used of which go first, and the bytes of one at most."""
+
+_recent: OrderedDict[str, Entry] = OrderedDict()
+
+
+def cached_graph(key: str | None, export: Callable[[], ir.Model], state: Mapping[str, Tensor], cache: Cache) -> ir.Model:
+    """Return the optimized graph with the weights of `state`.
+
+    key      all that the graph depends on; None keeps nothing
+    export   gives the graph before it is optimized
+    """
+
+    def make() -> Entry:
+        return _recent[key] if key is not None and key in _recent else _without_weights(export(), state)
+
+    def read(entry: Entry) -> ir.Model:
+        model = _with_weights(entry, state)
+        if key is not None:
+            _remember(key, entry)
+        return model
+
+    model = (Cache() if key is None else cache.keyed(key))(NAME, make, read)
+    program = torch.onnx.ONNXProgram(model, None)
+    program.optimize()
+    return program.model
+
+
+def forget_graph(key: str | None, cache: Cache) -> None:
+    """Remove the graph kept under `key`."""
+    if key is not None:
+        _recent.pop(key, None)
+        cache.keyed(key).forget(NAME)
+
+
+def _remember(key: str, entry: Entry) -> None:
+    if entry.tensors["graph"].numel() <= LARGEST:
+        _recent[key] = entry
+        _recent.move_to_end(key)
+    while len(_recent) > RECENT:
+        _recent.popitem(last=False)
+
+
+def _without_weights(model: ir.Model, state: Mapping[str, Tensor]) -> Entry:
+    """Serialize the graph with weights as inputs after the network's own; initializers that are not weights stay as they are."""
+    graph = model.graph
+    record = {"inputs": len(graph.inputs), "initializers": list(graph.initializers), "names": _next_name(graph)}
+    for name in [name for name in graph.initializers if name in state]:
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+    content = np.frombuffer(ir.to_proto(model).SerializeToString(), np.uint8)
+    return Entry(record, {"graph": torch.from_numpy(content.copy())})
+
+
+def _with_weights(entry: Entry, state: Mapping[str, Tensor]) -> ir.Model:
+    """Put the weights of `state` into the graph. Raise InvalidFile, KeyError or TypeError if they do not fit."""
+    try:
+        model = ir.from_proto(onnx.ModelProto.FromString(entry.tensors["graph"].numpy().tobytes()))
+    except DecodeError as error:
+        raise InvalidFile(f"no graph: {error}") from error
+    graph, count = model.graph, entry.record["inputs"]
+    weights = {value.name: value for value in graph.inputs[count:]}
+    for name, value in weights.items():
+        tensor = torch.view_as_real(state[name]) if state[name].is_complex() else state[name]
+        if list(value.shape) != list(tensor.shape):
+            raise InvalidFile(f"{name} has the shape {list(value.shape)} in it, and {list(tensor.shape)} in the network")
+        value.const_value = ir.tensor(tensor.detach(), name=name)
+    values = {**graph.initializers, **weights}
+    inputs = graph.inputs[:count]
+    graph.inputs.clear()
+    graph.inputs.extend(inputs)
+    graph.initializers.clear()
+    for name in entry.record["initializers"]:
+        graph.initializers[name] = values[name]
+    _reserve_names(graph, entry.record["names"])
+    return model
+
+
+def _next_name(graph: ir.Graph) -> int:
+    """Return the number in the name that the graph would give to its next value."""
+    node = ir.node("Identity", [])
+    graph.append(node)
+    graph.remove(node)
+    return int(name_of(node.outputs[0]).removeprefix("val_"))
+
+
+def _reserve_names(graph: ir.Graph, count: int) -> None:
+    """Let the graph name values as the one that was exported would, which counts names of values that it no longer has."""
+    node = ir.Node("", "Identity", [], num_outputs=count)
+    for index, value in enumerate(node.outputs):
+        value.name = f"val_{index}"
+    graph.append(node)
+    graph.remove(node)

@@ -1,0 +1,377 @@
+"""Settings: frozen dataclasses whose fields describe themselves, the one place where an option is described.
+
+    @documented
+    @dataclass(frozen=True)
+    class TrainSettings(Settings):
+        epochs: int = option(10, "Passes over the training data.", least=1)
+
+From a field come the check of its value, the option on the command line and its --help, the documentation of the functions that take it,
+the record in a run's report and the reading of that record. Imports no torch: `anybit --help` is to be instant.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import operator
+import reprlib
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import MISSING, dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeVar
+
+from anybit.errors import AnybitError, InvalidFile, InvalidSetting
+
+Value = TypeVar("Value")
+INTEGERS = 2**63
+"""Integers are below this, either way: JSON readers share no larger ones."""
+BOUNDS = (
+    ("least", operator.ge, "at least"),
+    ("above", operator.gt, "above"),
+    ("most", operator.le, "at most"),
+    ("below", operator.lt, "below"),
+)
+NOUNS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", Path: "a path"}
+
+
+class Text(NamedTuple):
+    """How a value is written where it is no plain number, word or switch; `parse` raises ValueError where a text is none."""
+
+    parse: Callable[[Any], Any]
+    write: Callable[[Any], Any] = str
+    example: str = ""
+
+
+NUMBERS = Text(
+    lambda text: tuple(float(part) for part in text.split(",")),
+    lambda value: ",".join(map(str, value)),
+    "numbers with commas: 0.485,0.456,0.406",
+)
+NAMES = Text(tuple, list)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    least, above, most, below  the range of a number, of each number in a list and of each value of a mapping
+    why           said of a value outside of it
+    text          how it is written on the command line
+    flag          its name there, where that is another; `inverted` where the flag says the opposite
+    switch        a flag without its --no-
+    repeat        given once for each item
+    positional    an argument
+    command_line  False: it is left to Python and --config
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    doc: str
+    choices: Collection[str] = ()
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    why: str = ""
+    text: Text | None = None
+    flag: str = ""
+    inverted: bool = False
+    switch: bool = False
+    repeat: bool = False
+    positional: bool = False
+    command_line: bool = True
+
+    @property
+    def written(self) -> str:
+        """Its name on the command line."""
+        return self.name.upper() if self.positional else self.flag or f"--{self.name.replace('_', '-')}"
+
+    @property
+    def range(self) -> str:
+        """The range of a number, in words."""
+        if self.least is not None and self.most is not None and _number(self.kind) is int:
+            return f"{self.least}..{self.most}"
+        if self.least is not None and self.most is not None:
+            return f"from {self.least:g} to {self.most:g}"
+        return " and ".join(f"{words} {bound:g}" for name, _, words in BOUNDS if (bound := getattr(self, name)) is not None)
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values and the default, in brackets."""
+        allowed = ", ".join(self.choices) or self.range
+        default = "" if self.default_text in (None, "") else f"default: {self.default_text}"
+        return f"({'; '.join(filter(None, (allowed, default)))})" if allowed or default else ""
+
+    def checked(self, value: Any, name: str | None = None) -> Any:
+        """`value` as this option's type. Raises InvalidSetting that says the option (or `name`), the value and what is allowed."""
+        try:
+            return self._typed(self.kind, value)
+        except AnybitError as error:
+            raise InvalidSetting(f"{name or self.name}: {error}") from error
+        except ValueError as error:
+            raise InvalidSetting(f"{name or self.name} {error}") from error
+
+    def _typed(self, kind: Any, value: Any) -> Any:
+        origin, inner = typing.get_origin(kind), typing.get_args(kind)
+        if origin in (typing.Union, types.UnionType):
+            return None if value is None else self._typed(without_none(kind), value)
+        if origin in (tuple, list) and isinstance(value, (list, tuple)):
+            return tuple(self._typed(inner[0], one) for one in value)
+        if origin is Mapping and isinstance(value, Mapping):
+            return {self._key(inner[0], key): self._typed(inner[1], one) for key, one in value.items()}
+        if kind in (int, float) and isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool):
+            return self._in_range(kind, value)
+        if kind is str and isinstance(value, str) and self.choices and value not in self.choices:
+            raise ValueError(f"{_shown(value)} is unknown. Choose from {_listed(self.choices)}.")
+        if kind is Any or (isinstance(kind, type) and origin is None and kind not in (int, float) and isinstance(value, kind)):
+            return value
+        if isinstance(value, str) and kind is Path:
+            return Path(value)
+        if isinstance(value, str) and hasattr(kind, "parse"):  # as JSON holds it
+            return kind.parse(value)
+        raise ValueError(self._refusal(value))
+
+    def _in_range(self, kind: Any, value: Any) -> Any:
+        try:
+            number = kind(value)
+        except OverflowError:
+            number = math.inf
+        whole = -INTEGERS < number < INTEGERS if kind is int else math.isfinite(number)
+        if whole and all(holds(number, bound) for name, holds, _ in BOUNDS if (bound := getattr(self, name)) is not None):
+            return number
+        raise ValueError(self._refusal(value))
+
+    def _key(self, kind: Any, key: Any) -> Any:
+        if kind is int and isinstance(key, str) and key.isascii() and key.isdigit():  # JSON's keys are texts
+            return int(key)
+        if not isinstance(key, kind):
+            raise ValueError(self._refusal(key))
+        return key
+
+    def _refusal(self, value: Any) -> str:
+        demand = f"is outside {self.range}" if ".." in self.range else f"must be {_noun(self.kind)}{self.range and ', '}{self.range}"
+        return f"{_shown(value)} {demand}{self.why and ': '}{self.why}."
+
+    def from_text(self, text: Any, name: str) -> Any:
+        """Return the value of what was written on the command line; `name` is what the user called it."""
+        if self.text is None:
+            return not text if self.inverted else text
+        try:
+            return self.text.parse(text)
+        except AnybitError as error:
+            if name in str(error):
+                raise
+            raise InvalidSetting(f"{name}: {error}") from error
+        except ValueError as error:
+            raise InvalidSetting(f"{name} {_shown(text)} cannot be read. Write {self.text.example}.") from error
+
+    @property
+    def default_text(self) -> Any:
+        """Its default as it would be written on the command line."""
+        if self.default is None or self.default is MISSING:
+            return None
+        if self.text:
+            return self.text.write(self.default)
+        return not self.default if self.inverted else self.default
+
+
+def without_none(kind: Any) -> Any:
+    """Return the type T of an optional type T | None."""
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return kind
+    return next(one for one in typing.get_args(kind) if one is not types.NoneType)
+
+
+def _noun(kind: Any) -> str:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _noun(without_none(kind))
+    if origin in (tuple, Mapping):
+        return f"{'a list' if origin is tuple else 'a mapping'}, each {_noun(inner[0 if origin is tuple else 1])}"
+    return NOUNS.get(kind, f"a {kind.__name__.lower()}")
+
+
+def _number(kind: Any) -> Any:
+    """Return the type of the numbers in a type, where there are any."""
+    inner = [_number(one) for one in reversed(typing.get_args(kind))]
+    return next(filter(None, inner), None) if inner else kind if kind in (int, float) else None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"(an integer of {value.bit_length()} bits)"
+    return reprlib.repr(value)
+
+
+def _listed(names: Collection[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+# Fields
+
+
+def option(default: Value | Callable[[], Value], doc: str, **description: Any) -> Value:
+    """Return a field of a dataclass, or a parameter of a command, described as `Option` has it. A default that is a class is called."""
+    of_field: Any = {"default_factory" if isinstance(default, type) else "default": default}
+    return typing.cast(Value, dataclasses.field(**of_field, metadata={"doc": doc, **description}))
+
+
+def argument(doc: str, default: Any = ..., **description: Any) -> Any:
+    """Return a positional parameter of a command; it must be given where it has no default."""
+    return option(default, doc, **{"positional": True, **description})
+
+
+def same_as(kind: "type[Settings]", name: str, **changes: Any) -> Any:
+    """Return the field `name` of another class, described as there but for `changes`."""
+    source = next(one for one in dataclasses.fields(kind) if one.name == name)
+    default = source.default if source.default_factory is MISSING else source.default_factory
+    default, doc = changes.pop("default", default), changes.pop("doc", source.metadata["doc"])
+    return option(default, doc, **{key: value for key, value in source.metadata.items() if key != "doc"} | changes)
+
+
+def described(name: str, kind: Any, one: dataclasses.Field) -> Option:
+    """Return the option that a field is."""
+    default = one.default if one.default_factory is MISSING else one.default_factory()
+    default = MISSING if default is ... else default
+    return Option(name, kind, default, **one.metadata)
+
+
+def options_of(*kinds: "type[Settings]") -> dict[str, Option]:
+    """name -> option, of all fields of these classes and of the settings within them. Of two of one name the first counts."""
+    options: dict[str, Option] = {}
+    for kind in kinds:
+        for name, one in [*_own(kind).items(), *options_of(*inner_settings(kind).values()).items()]:
+            options.setdefault(name, one)
+    return options
+
+
+def _is_settings(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Settings)
+
+
+# Classes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of all settings: checked when they are made, to JSON and back."""
+
+    def __post_init__(self) -> None:
+        for name, one in _own(type(self)).items():
+            object.__setattr__(self, name, one.checked(getattr(self, name)))
+        self.check()
+
+    def check(self) -> None:
+        """Raise InvalidSetting where values that may be do not go together."""
+
+    @classmethod
+    def of(cls, **settings: Any) -> Self:
+        """From one flat set of names, each a field of this class or of the settings within it."""
+        check_known(settings, options_of(cls))
+        parts = {}
+        for name, kind in inner_settings(cls).items():
+            known = options_of(kind)
+            parts[name] = kind.of(**{key: value for key, value in settings.items() if key in known})
+        return cls(**parts, **{name: value for name, value in settings.items() if name in _own(cls)})
+
+    def flat(self) -> dict[str, Any]:
+        """Return all settings under their own names, as `of` takes them."""
+        values = {name: getattr(self, name) for name in _own(type(self))}
+        for value in vars(self).values():
+            values = {**(value.flat() if isinstance(value, Settings) else {}), **values}
+        return values
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON holds them."""
+        return {one.name: _plain(getattr(self, one.name)) for one in dataclasses.fields(self)}
+
+    @classmethod
+    def recorded(cls, report: Mapping[str, Any]) -> Any:
+        """Return the settings in a run's report.json, as they would be asked for again."""
+        return report.get("settings")
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "settings") -> Self:
+        """Return the settings that `to_json` wrote; what is left out has its default.
+
+        Raise InvalidFile, naming `where`, for any other type, value or name.
+        """
+        if not isinstance(data, dict):
+            raise InvalidFile(f"{where} is a {type(data).__name__}, not a JSON object. Restore it or make it again.")
+        inner = inner_settings(cls)
+        unknown = next((key for key in data if key not in inner and key not in _own(cls)), None)
+        if unknown is not None:
+            raise InvalidFile(f"{where}: {reprlib.repr(unknown)} is unknown: written by a newer anybit (upgrade), or edited.")
+        parts = {key: inner[key].from_json(value, f"{where}: {key}") for key, value in data.items() if key in inner}
+        try:
+            return cls(**{**data, **parts})
+        except InvalidSetting as error:
+            raise InvalidFile(f"{where}: {' '.join(str(error).split())[:300]} Restore it or make it again.") from error
+
+
+def _own(kind: "type[Settings]") -> dict[str, Option]:
+    """name -> option, of a class's own fields."""
+    return {one.name: described(one.name, one.type, one) for one in dataclasses.fields(kind) if not _is_settings(one.type)}
+
+
+def inner_settings(kind: "type[Settings]") -> "dict[str, type[Settings]]":
+    """name -> class, of the settings within a class."""
+    return {one.name: typing.cast(Any, one.type) for one in dataclasses.fields(kind) if _is_settings(one.type)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Settings):
+        return value.to_json()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+
+def check_known(names: Iterable[str], known: Collection[str], where: str = "") -> None:
+    """Raise InvalidSetting for the first name that is not known, with the nearest that is; `where` says where it stands."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), n=1)
+            raise InvalidSetting(f"{where}There is no option {reprlib.repr(name)}.{f' Did you mean {near[0]!r}?' if near else ''}")
+
+
+# Documentation
+
+
+def documented(kind: type[Value]) -> type[Value]:
+    """Put the description of each option below the class's docstring."""
+    kind.__doc__ = f"{inspect.cleandoc(kind.__doc__ or '')}\n\n{_table(_own(typing.cast(Any, kind)))}"
+    return kind
+
+
+def takes(*kinds: type[Settings]) -> Callable[[Value], Value]:
+    """Decorates a function that takes the options of these classes as `**settings`: they join its signature and its docstring."""
+
+    def decorate(function: Any) -> Any:
+        options = options_of(*kinds)
+        own = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
+        keywords = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.kind)
+            for name, one in options.items()
+        ]
+        function.__signature__ = inspect.signature(function).replace(parameters=[*own, *keywords])
+        function.__doc__ = f"{inspect.cleandoc(function.__doc__)}\n\nSettings:\n\n{_table(options)}"
+        return function
+
+    return decorate
+
+
+def _table(options: Mapping[str, Option]) -> str:
+    width = max(map(len, options))
+    return "\n".join(
+        textwrap.fill(f"{name:<{width}}  {one.doc} {one.allowed}".rstrip(), 140, subsequent_indent=" " * (width + 2))
+        for name, one in options.items()
+    )

@@ -1,0 +1,238 @@
+"""--config: options from a file, the settings of a finished run again, and what cannot be, refused by name before any work."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import typer
+from commands import FAST, anybit_cli
+
+from anybit.cli.app import VERBS, app
+from anybit.cli.options import Verb
+from anybit.settings import Option, options_of, without_none
+from anybit.sources.preprocessing import Preprocessing
+
+DESCRIBED = {function.__name__: Verb.of(function, *more) for function, more in VERBS.items()}
+OPTIONS = [(verb, one) for verb, described in DESCRIBED.items() for one in described.options.values()]
+SETTINGS = {"pipeline": "light", "weight_bits": [4, 8], "activation_bits": "8", "samples": 24}
+
+
+def calibrate(*more: str, output: str = "run", model: str = "m.py:net"):
+    return anybit_cli("calibrate", "--model", model, "--data", "x.npz", "--output", output, "--quiet", *more)
+
+
+def report(folder: str) -> dict:
+    return json.loads(Path(folder, "report.json").read_text())
+
+
+# What a file gives
+
+
+@pytest.mark.parametrize("form", ["toml", "json"])
+def test_a_file_gives_what_the_command_line_gives(here, form):
+    assert calibrate(*FAST, "--budget", "6bit", "--keep", "fc=W8A8", "--memory", "1GiB", "--seed", "3").exit_code == 0
+    toml = """
+        pipeline = "light"
+        weight-bits = [4, 8]
+        activation_bits = "8"
+        samples = 24
+        budget = "6bit"
+        keep = { fc = "W8A8" }
+        memory = "1GiB"
+        seed = 3
+    """
+    written = {**SETTINGS, "budget": ["6bit"], "keep": ["fc=W8A8"], "memory": 2**30, "seed": 3}
+    Path(f"c.{form}").write_text(toml if form == "toml" else json.dumps(written))
+    done = calibrate("--config", f"c.{form}", output="again")
+    assert done.exit_code == 0, done.stderr
+    assert report("again")["settings"] == report("run")["settings"]
+    assert Path("again/scheme.json").read_bytes() == Path("run/scheme.json").read_bytes()
+    assert Path("again/model.safetensors").read_bytes() == Path("run/model.safetensors").read_bytes()
+
+
+def test_every_option_may_come_from_the_file(here):
+    run = {"model": "m.py:net", "data": "x.npz", "output": "run"}
+    written = {**run, "json": True, "threads": 1, "cache": False, "log": "log.jsonl", **SETTINGS}
+    Path("c.json").write_text(json.dumps(written))
+    done = anybit_cli("calibrate", "--config", "c.json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["folder"] == "run" and Path("log.jsonl").is_file()
+
+
+def test_the_command_line_wins(here):
+    Path("c.json").write_text(json.dumps({**SETTINGS, "samples": 20, "seed": 5, "bn_tuning": False}))
+    assert calibrate("--config", "c.json", "--samples", "24", "--bn-tuning", "--seed", "0").exit_code == 0  # 0 is the default, too
+    settings = report("run")["settings"]
+    assert (settings["samples"], settings["bn_tuning"], settings["seed"], settings["pipeline"]) == (24, True, 0, "light")
+
+
+def test_settings_without_an_option_are_given_by_a_file(here):
+    Path("c.toml").write_text("epochs = 1\nbatch_size = 8\n[csq]\nlogit = 2.0\n[lsq]\nscale_rate = 0.5\n")
+    line = ["grow", "--model", "m.py:net", "--train", "x.npz", "--budget", "6bit", "--output", "run", "--quiet"]
+    done = anybit_cli(*line, "--config", "c.toml")
+    assert done.exit_code == 0, done.stderr
+    settings = report("run")["settings"]
+    assert settings["csq"]["logit"] == 2.0 and settings["csq"]["scale_rate"] == settings["lsq"]["scale_rate"] == 0.5
+    assert settings["train"]["epochs"] == 1 and settings["train"]["batch_size"] == 8
+
+
+# A run again
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--pipeline", "light"],
+        ["--steps", "3", "--candidate-steps", "2", "--no-bias-tuning", "--keep", "fc=float", "--activation-bits", "8,float"],
+        ["--steps", "3", "--candidate-steps", "2", "--weight-bits", "4"],
+        ["--steps", "3", "--candidate-steps", "2", "--weight-bits", "4", "--parallel", "--sensitivity-base", "W8A8"],
+    ],
+    ids=" ".join,
+)
+def test_calibrate_repeats_a_run_by_its_report(here, options):
+    first = ["--weight-bits", "4,8", "--activation-bits", "8", "--samples", "24", *options, "--no-cache", "--budget", "6bit"]
+    assert calibrate(*first, model="m.py:residual").exit_code == 0
+    done = calibrate("--config", "run/report.json", "--budget", "6bit", "--no-cache", output="again", model="m.py:residual")
+    assert done.exit_code == 0, done.stderr
+    for name in ("model.safetensors", "scheme.json"):
+        assert Path("again", name).read_bytes() == Path("run", name).read_bytes()
+    assert report("again")["settings"] == report("run")["settings"]
+    assert [row["stage"] for row in report("again")["stages"]] == [row["stage"] for row in report("run")["stages"]]
+
+
+def test_one_of_several_budgets_is_repeated_by_the_report_of_all(here):
+    assert calibrate(*FAST, "--budget", "6bit", "--budget", "5bit", "--seed", "2").exit_code == 0
+    assert calibrate("--config", "run/report.json", "--budget", "5bit", output="again").exit_code == 0
+    assert Path("again/model.safetensors").read_bytes() == Path("run/5bit/model.safetensors").read_bytes()
+
+
+def test_trainings_and_searches_are_repeated_by_their_reports(here):
+    data = ["--model", "m.py:net", "--train", "x.npz", "--quiet"]
+    few = ["--epochs", "1", "--batch-size", "8", "--seed", "1"]
+    for verb, options, again, file in (
+        ("grow", [*data, *few, "--budget", "6bit", "--planes", "5", "--no-anchor"], [*data, "--budget", "6bit"], "model.safetensors"),
+        (
+            "train",
+            [*data, *few, "--bits", "4,8", "--held-out", "0.4", "--step-rates", "4=0.5", "--per-tensor", "--bn-images", "8"],
+            data,
+            "supernet.safetensors",
+        ),
+        (
+            "search",
+            ["train", "--evaluations", "11", "--images", "3", "--bn-images", "4", "--seed", "2", "--no-cache"],
+            ["train", "--no-cache"],
+            "search.json",
+        ),
+    ):
+        done = anybit_cli(verb, *options, "--output", verb)
+        assert done.exit_code == 0, done.stderr
+        done = anybit_cli(verb, *again, "--config", f"{verb}/report.json", "--output", f"{verb}2")
+        assert done.exit_code == 0, done.stderr
+        one, two = report(verb), report(f"{verb}2")
+        assert one["settings"] == two["settings"] and one.get("search", {}).get("settings") == two.get("search", {}).get("settings")
+        if file.endswith(".json"):
+            first, second = (json.loads(Path(folder, file).read_text()) for folder in (verb, f"{verb}2"))
+            assert first["evaluated"] == second["evaluated"] and first["images"] == second["images"]
+        else:
+            assert Path(verb, file).read_bytes() == Path(f"{verb}2", file).read_bytes()
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("c.json", '{"sampels": 24}', ["c.json", "'sampels'", "'samples'"]),
+        ("c.toml", "weight-bit = [4]", ["c.toml", "'weight_bit'", "'weight_bits'"]),
+        ("c.json", '{"config": 1}', ["c.json", "config"]),
+        ("c.json", '{"samples": "24"}', ["c.json: samples", "'24'", "a whole number"]),
+        ("c.json", '{"samples": 24.0}', ["c.json: samples"]),
+        ("c.json", '{"samples": null}', ["c.json: samples"]),
+        ("c.json", '{"samples": 1}', ["c.json: samples 1", "at least 2"]),
+        ("c.toml", "held_out = nan", ["c.toml: held_out nan"]),
+        ("c.toml", "drop = inf", ["c.toml: drop inf"]),
+        ("c.json", '{"mirror": 1}', ["c.json: mirror 1"]),
+        ("c.json", '{"keep": ["fc"]}', ["--keep 'fc'"]),
+        ("c.json", '{"keep": {"fc": "W9"}}', ["c.json: keep", "2..8"]),
+        ("c.json", '{"weight_bits": "four"}', ["weight_bits 'four'", "2,3,4,6,8"]),
+        ("c.json", '{"model": 3}', ["c.json: model 3"]),
+        ("c.json", '{"budget": 4}', ["c.json: budget 4"]),
+        ("c.json", '{"block": ["a"], "blocks": ["b"]}', ["c.json", "twice"]),
+        ("c.json", '{"samples": 24, "samples": 25}', ["c.json", "twice"]),
+        ("c.json", "[1]", ["c.json", "no settings"]),
+        ("c.json", '{"version": 1}', ["c.json", "no settings"]),
+        ("c.json", "{", ["c.json", "JSON"]),
+        ("c.toml", "= 3", ["c.toml", "TOML"]),
+        ("nothing/c.json", None, ["nothing/c.json"]),
+    ],
+)
+def test_a_file_that_cannot_be_is_refused_by_name(here, name, content, words):
+    if content is not None:
+        Path(name).write_text(content)
+    done = calibrate("--config", name, model="no.py:net")
+    assert done.exit_code == 2 and done.stderr.startswith("anybit: ") and len(done.stderr.splitlines()) == 1
+    assert all(word in done.stderr for word in words), done.stderr
+    assert not Path("run").exists()
+
+
+def bad_texts(one: Option) -> list[str]:
+    """What the option refuses on the command line."""
+    kind = without_none(one.kind)
+    if kind in (int, float):
+        outside = [(one.least, -1), (one.most, 1), (one.above, 0), (one.below, 0)]
+        beyond = [str(bound + more) for bound, more in outside if bound is not None]
+        return [*beyond, "nan", "inf", "1e400", "many", "", *([str(10**30)] if kind is int else [])]
+    if one.text is not None and not one.repeat:
+        return ["nan,inf", "=", "2=nan"]
+    return ["nothing"] if one.choices else []
+
+
+@pytest.fixture(scope="module")
+def commands():
+    return typer.main.get_command(app).commands
+
+
+REFUSED = [(verb, one) for verb, one in OPTIONS if one.command_line and bad_texts(one)]
+
+
+@pytest.mark.parametrize(("verb", "one"), REFUSED, ids=[f"{verb} {one.name}" for verb, one in REFUSED])
+def test_what_cannot_be_is_refused_by_name_on_the_command_line(commands, verb, one, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"model": "no.py:net", "data": "no.npz", "train": "no.npz", "output": "out", "budget": "4bit"}
+    options = [f"--{name}={value}" for name, value in given.items() if name in DESCRIBED[verb].options and name != one.name]
+    arguments = ["no" for other in DESCRIBED[verb].options.values() if other.positional]
+    for text in bad_texts(one):
+        with pytest.raises(SystemExit) as ended:
+            commands[verb].main([*arguments, *options, f"{one.written}={text}"])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and (one.name in said or one.written in said), (text, said)
+        assert "no.py" not in said and "no.npz" not in said and not Path("out").exists()
+
+
+# The options themselves
+
+
+def test_the_defaults_of_the_command_line_are_those_of_the_options(commands):
+    for verb, one in OPTIONS:
+        if one.command_line:
+            [parameter] = [parameter for parameter in commands[verb].params if parameter.name == one.name]
+            assert parameter.default in (one.default_text, None), (verb, one.name)
+            assert parameter.default == one.default_text or one.positional
+            assert one.written in [*parameter.opts, *parameter.secondary_opts] or one.positional
+
+
+def test_every_verb_that_is_preprocessed_has_the_same_eight_options():
+    eight = options_of(Preprocessing)
+    verbs = {verb for verb, described in DESCRIBED.items() if "mean" in described.options}
+    assert verbs == {"calibrate", "grow", "train", "evaluate", "inspect", "profile"} and len(eight) == 8
+    assert all(DESCRIBED[verb].options[name] == one for verb in verbs for name, one in eight.items())
+    assert {verb for verb, described in DESCRIBED.items() if "config" in described.options} >= verbs
+
+
+def test_the_page_says_what_the_options_are():
+    docs = Path(__file__).parent.parent.parent / "docs"
+    page = (docs / "command-line.md").read_text(encoding="utf8")
+    assert runpy.run_path(str(docs / "reference.py"))["with_tables"](page) == page, "run: make reference"
+    assert all(one.written in page for _, one in OPTIONS if one.command_line and not one.positional)

@@ -1,0 +1,154 @@
+"""Every task keeps the same promises: its distance, its scores, its loss and its label checks; the heads of Hugging Face are the tasks'."""
+
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from anybit.data.batches import Batch
+from anybit.data.options import TaskName
+from anybit.data.tasks import TASKS, check_metric, distance, sample_distances, score, task_loss
+from anybit.errors import InvalidInput, InvalidSetting
+
+ALL = list(TASKS.values())
+SHAPES = {"embedding": (6, 8), "question-answering": (6, 2, 9), "regression": (6, 1)}
+LABELS = {  # those that the outputs of `perfect` are right about
+    "regression": lambda outputs: outputs.flatten(),
+    "embedding": lambda outputs: nn.functional.cosine_similarity(outputs[0::2], outputs[1::2]).repeat_interleave(2),
+    "question-answering": lambda outputs: torch.arange(6),
+}
+
+
+def named(task):
+    return task.name
+
+
+def outputs_for(task, seed=0):
+    return torch.randn(SHAPES.get(task.name, (6, 7)), generator=torch.Generator().manual_seed(seed))
+
+
+def labels_for(task, outputs):
+    return LABELS.get(task.name, lambda outputs: outputs.argmax(-1))(outputs)
+
+
+def test_the_table_has_every_name_of_the_file_format():
+    assert set(TASKS) == set(get_args(TaskName)) and all(TASKS[task.name] is task for task in ALL)
+
+
+@pytest.mark.parametrize("task", ALL, ids=named)
+def test_the_distance_is_zero_where_outputs_are_equal_and_nowhere_else(task):
+    reference = outputs_for(task)
+    assert distance(reference, reference.clone(), task.name) == 0
+    for sample in range(len(reference)):
+        other = reference.clone()
+        other[sample].view(-1)[0] += 0.5  # of logits a constant added to all would change nothing
+        apart = sample_distances(other, reference, task.name)
+        assert apart[sample] > 0 and apart.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("task", ALL, ids=named)
+def test_the_differentiable_distance_is_the_measured_one_and_falls_along_its_gradient(task):
+    reference, outputs = outputs_for(task), outputs_for(task, 1).requires_grad_()
+    loss = task.distance.loss(outputs, reference)
+    assert loss.item() == pytest.approx(distance(outputs.detach(), reference, task.name), rel=1e-4)
+    (gradient,) = torch.autograd.grad(loss, outputs)
+    assert distance(outputs.detach() - 1e-2 * gradient, reference, task.name) < loss.item()
+
+
+@pytest.mark.parametrize("task", ALL, ids=named)
+@pytest.mark.parametrize("parts", [(3, 3), (1, 5), (2, 2, 2)])
+def test_the_losses_of_parts_weigh_up_to_the_loss_of_the_whole(task, parts):
+    reference, outputs = outputs_for(task), outputs_for(task, 1)
+    pieces = zip(outputs.split(parts), reference.split(parts), strict=True)
+    weighted = sum(task.distance.loss(one, target) * task.distance.share(target, reference) for one, target in pieces)
+    assert float(weighted) == pytest.approx(float(task.distance.loss(outputs, reference)), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ALL, ids=named)
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(task):
+    outputs = outputs_for(task)
+    batch = Batch(outputs)
+    loss = task_loss(outputs.clone().requires_grad_(), batch, task.name, nn.Identity(), 1.0)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert task_loss(outputs_for(task, 1), batch, task.name, nn.Identity(), 1.0) > 0.01
+
+
+@pytest.mark.parametrize("task", ALL, ids=named)
+def test_perfect_outputs_have_the_best_scores_and_others_worse(task):
+    best = {"top1": 100, "top5": 100, "spearman": 100, "pearson": 100}
+    outputs = outputs_for(task)
+    labels = labels_for(task, outputs)
+    perfect, other = score(outputs, labels, task.name), score(outputs_for(task, 2), labels, task.name)
+    for key in perfect:
+        if key in best:
+            assert perfect[key] == pytest.approx(best[key]) and other[key] < best[key]
+        else:
+            assert perfect[key] < other[key]  # a loss, and what grows with it
+    if task.counted and perfect:  # answers are scored by their reader, which has the texts
+        assert task.counted in perfect
+
+
+@pytest.mark.parametrize("task", ALL, ids=named)
+def test_training_on_labels_is_a_loss_that_falls_or_is_refused_by_name(task):
+    outputs = outputs_for(task, 3).requires_grad_()
+    labels = labels_for(task, outputs_for(task))
+    batch = Batch(outputs.detach(), labels)
+    try:
+        task.check_trains_on_labels()
+    except InvalidSetting as refusal:
+        assert task.name in str(refusal) and "--distill 1" in str(refusal)
+        with pytest.raises(InvalidSetting, match="--distill 1"):
+            task_loss(outputs, batch, task.name, nn.Identity(), 0.5)
+        return
+    loss = task_loss(outputs, batch, task.name, None, 0.0)
+    (gradient,) = torch.autograd.grad(loss, outputs)
+    assert task_loss(outputs.detach() - 0.1 * gradient, batch, task.name, None, 0.0) < loss
+    with pytest.raises(InvalidInput, match="needs labels"):
+        task_loss(outputs, Batch(outputs.detach()), task.name, None, 0.5)
+
+
+@pytest.mark.parametrize("task", ALL, ids=named)
+def test_a_metric_is_given_numbers_alone(task):
+    if task.numbers:
+        outputs = outputs_for(task)
+        labels = labels_for(task, outputs)
+
+        def right(some, theirs):
+            return float(len(some) == len(theirs))
+
+        assert score(outputs, labels, task.name, right)["right"] == 1
+    else:
+        with pytest.raises(InvalidSetting, match="Leave --metric out"):
+            check_metric(lambda some, theirs: 1.0, task.name)
+
+
+@pytest.mark.parametrize("task", ALL, ids=named)
+def test_labels_for_another_number_of_outputs_are_refused(task):
+    outputs = outputs_for(task)
+    with pytest.raises(InvalidInput):
+        score(outputs, labels_for(task, outputs)[:-1], task.name)
+
+
+@pytest.mark.parametrize("task", [task for task in ALL if task.of_one_class], ids=named)
+def test_a_task_of_one_class_counts_what_is_right(task):
+    assert task.counted == "top1" and task.distance.key == "kl"
+    assert task.classes(outputs_for(task)) in (None, 7)
+
+
+def test_every_task_has_a_head_of_hugging_face_that_reads_for_it():
+    pytest.importorskip("transformers")
+    from anybit.sources.huggingface.texts import HEADS
+
+    assert set(HEADS) == set(TASKS)
+    config = type("Config", (), {})
+    for name, head in HEADS.items():
+        for ending in (*head.endings, *head.pictures):
+            model = type(f"Some{ending}", (nn.Module,), {})()
+            model.config = config()
+            model.config.num_labels = 1 if head.one_value else 2
+            model.config.max_position_embeddings = 16
+            first = next(task for task, one in HEADS.items() if one.fits(model))
+            assert first == name
+            if name != "embedding":  # whose pooling is in its files
+                assert head.reader(model).task == name

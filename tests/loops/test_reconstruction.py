@@ -1,0 +1,226 @@
+"""The reconstruction loop: what it may change, what it must not, with every rounding."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from networks import Attention, Chain, Residual, assert_untouched, make, pictures, snapshot, zero_channel
+from rounded import Rounded, rounded
+from torch import nn
+
+from anybit.data.batches import Batch
+from anybit.data.tasks import outputs_of
+from anybit.loops.reconstruction import DroppedInput, ReconstructionSettings, UnitData, mix, parallel, reconstruct, sequential
+from anybit.methods.adaquant import AdaQuant
+from anybit.methods.table import ROUNDINGS, rounding_named
+from anybit.networks.capture import MemoryBudget, capture
+from anybit.networks.layers import codes_of, quantized_layers, scheme_of, weight_rows
+from anybit.numerics.quantizers import UniformQuantizer
+from anybit.scheme import Precision
+
+FEW = ReconstructionSettings(AdaQuant, steps=5)
+every_rounding = pytest.mark.parametrize("rounding", [rounding_named(name) for name in ROUNDINGS], ids=ROUNDINGS)
+
+
+class Reckless(AdaQuant):
+    """Steps so large that nothing improves."""
+
+    def __init__(self, start, quantizer):
+        super().__init__(start, quantizer, weight_rate=50.0, scale_rate=3.0)
+
+
+def fit(case: Rounded, settings: ReconstructionSettings = FEW, model: nn.Module | None = None) -> dict[str, dict[str, float]]:
+    """Reconstruct the rounded model, or `model`, in place, sequentially; errors of each unit."""
+    network = case.network
+    return sequential(model or case.model, network.folded, network.units, case.starts, network.wiring, case.calibration, settings)
+
+
+def fitted(
+    model: nn.Module, precision: str, settings: ReconstructionSettings = FEW, **more
+) -> tuple[Rounded, nn.Module, dict[str, dict[str, float]]]:
+    """(what was rounded, a copy of its model reconstructed, errors of each unit)."""
+    case = rounded(model, precision, **more)
+    changed = copy.deepcopy(case.model)
+    return case, changed, fit(case, settings, changed)
+
+
+@every_rounding
+@pytest.mark.parametrize("unit", ["layer", "block"])
+@pytest.mark.parametrize("precision", ["W2A4", "W4A8", "W3"])
+def test_no_units_held_out_error_rises(precision, unit, rounding):
+    steps = 100 if rounding is AdaQuant else 200  # others may have to decide what AdaQuant has rounded from the first step on
+    case, _, errors = fitted(make(Residual), precision, ReconstructionSettings(rounding, steps=steps, batch_size=16), unit=unit)
+    assert set(errors) == {unit.name for unit in case.network.units}
+    assert all(error["after"] <= error["before"] for error in errors.values())
+    assert sum(error["after"] for error in errors.values()) < 0.9 * sum(error["before"] for error in errors.values())
+
+
+def test_a_unit_that_nothing_improves_stays_bitwise_as_it_was():
+    case, changed, errors = fitted(make(Residual), "W4A4", ReconstructionSettings(Reckless, steps=4))
+    not_improved = [name for name, error in errors.items() if error["steps"] == 0]
+    assert not_improved
+    for name in not_improved:
+        state = changed.get_submodule(name).state_dict()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in case.model.get_submodule(name).state_dict().items())
+        assert errors[name]["after"] == errors[name]["before"]
+
+
+@every_rounding
+def test_eight_bits_have_next_to_nothing_to_gain(rounding):
+    case, changed, _ = fitted(make(Residual), "W8A8", ReconstructionSettings(rounding, steps=100, batch_size=16))
+    inputs = [Batch(pictures(16, 9))]
+    before, after = outputs_of(case.model, inputs), outputs_of(changed, inputs)
+    assert float((after - before).square().sum()) < 1e-3 * float(before.square().sum())
+
+
+@every_rounding
+def test_the_canonical_form_is_reached_and_the_errors_are_its_own(rounding):
+    case, changed, errors = fitted(make(Residual), "W3A4", ReconstructionSettings(rounding, steps=50, batch_size=16))
+    assert scheme_of(changed) == scheme_of(case.model)
+    for layer in quantized_layers(changed).values():
+        assert type(layer.weight_quantizer) is UniformQuantizer and type(layer.input_quantizer) is UniformQuantizer
+        assert torch.equal(weight_rows(layer, layer.weight), codes_of(layer).float() * layer.weight_quantizer.scale)
+        assert torch.equal(weight_rows(layer, layer.weight), weight_rows(layer, layer._parameters["weight"]))
+    assert list(changed.state_dict()) == list(case.model.state_dict())
+    repeated = fit(case, replace(FEW, rounding=Reckless), copy.deepcopy(changed))  # what it measures before it changes anything
+    for name, error in errors.items():
+        assert repeated[name]["before"] == pytest.approx(error["after"], rel=1e-3)
+
+
+@every_rounding
+def test_one_seed_gives_one_result_and_another_another(rounding):
+    states = [fitted(make(Residual), "W2A4", ReconstructionSettings(rounding, steps=6, seed=seed))[1].state_dict() for seed in (0, 0, 1)]
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+    assert any(not torch.equal(tensor, states[2][key]) for key, tensor in states[0].items())
+
+
+@every_rounding
+def test_the_random_state_is_left_as_it_was(rounding):
+    state = torch.get_rng_state()
+    fitted(make(Chain), "W4A4", replace(FEW, rounding=rounding))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_rounding
+def test_the_float_network_is_left_as_it_was(rounding):
+    case = rounded(make(Residual), "W4A4")
+    models = (case.network.float_model, case.network.folded, case.network.prepared)
+    before = [snapshot(model) for model in models]
+    fit(case, replace(FEW, rounding=rounding))
+    for model, was in zip(models, before, strict=True):
+        assert_untouched(model, was)
+
+
+@every_rounding
+def test_an_all_zero_channel_stays_finite(rounding):
+    _, changed, errors = fitted(zero_channel(make(Chain)), "W2A4", replace(FEW, rounding=rounding, steps=100), name="chain")
+    assert all(torch.isfinite(tensor).all() for tensor in changed.state_dict().values())
+    assert all(error["after"] <= error["before"] < float("inf") for error in errors.values())
+
+
+@pytest.mark.parametrize("memory", [0, 10_000])
+def test_spilling_to_disk_changes_nothing(memory):
+    one, other = (fitted(make(Residual), "W3A4", replace(FEW, memory=limit))[1].state_dict() for limit in (memory, 2**30))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def test_what_is_carried_from_unit_to_unit_is_what_would_be_captured(monkeypatch):
+    case = rounded(make(Chain), "W3A4", "chain", "layer")
+    models, errors = [copy.deepcopy(case.model), copy.deepcopy(case.model)], []
+    assert any(case.network.wiring.feeds(a.name, b.name) for a, b in zip(case.network.units, case.network.units[1:], strict=False))
+    for model in models:
+        errors.append(fit(case, FEW, model))
+        monkeypatch.setattr(type(case.network.wiring), "feeds", lambda *names: False)
+    for name in errors[0]:
+        assert errors[0][name] == pytest.approx(errors[1][name], rel=1e-3, abs=1e-7)
+    assert torch.allclose(*(outputs_of(model, case.calibration.held_out) for model in models), atol=1e-3)
+
+
+@every_rounding
+def test_parallel_units_do_not_depend_on_each_other(rounding):
+    case = rounded(make(Residual), "W3", unit="layer")
+    network, together, alone = case.network, copy.deepcopy(case.model), copy.deepcopy(case.model)
+    settings, rest = replace(FEW, rounding=rounding), (network.wiring, case.calibration)
+    parallel({3: together}, network.folded, network.units, {3: case.starts}, *rest, settings)
+    errors = parallel({3: alone}, network.folded, network.units[2:3], {3: case.starts}, *rest, settings)
+    (name,) = errors
+    for layer, moved in quantized_layers(alone).items():
+        other = quantized_layers(together if layer == name else case.model)[layer]
+        assert torch.equal(codes_of(moved), codes_of(other)) and torch.equal(moved.weight_quantizer.scale, other.weight_quantizer.scale)
+
+
+def test_every_variant_is_reconstructed_as_if_alone():
+    case, coarse = (rounded(make(Chain), bits, name="chain", unit="layer") for bits in ("W3", "W2"))
+    network, alone, rest = case.network, copy.deepcopy(case.model), (case.network.wiring, case.calibration, FEW)
+    variants, starts = {2: coarse.model, 3: case.model}, {2: coarse.starts, 3: case.starts}
+    both = parallel(variants, network.folded, network.units, starts, *rest)
+    single = parallel({3: alone}, network.folded, network.units, {3: case.starts}, *rest)
+    assert {name: errors[3] for name, errors in both.items()} == {name: errors[3] for name, errors in single.items()}
+
+
+@every_rounding
+def test_a_block_that_reads_weights_itself_is_reconstructed(rounding):
+    _, changed, errors = fitted(make(Attention), "W3A8", replace(FEW, rounding=rounding), name="attention")
+    assert set(errors) == {"inner", "fc"} and all(torch.isfinite(tensor).all() for tensor in changed.state_dict().values())
+
+
+@every_rounding
+def test_a_scheme_with_float_and_pruned_layers_is_reconstructed(rounding):
+    case = rounded(make(Chain), "W3A8", "chain", keep={"conv1": Precision(), "conv2": Precision(0)})
+    scheme = scheme_of(case.model)
+    errors = fit(case, replace(FEW, rounding=rounding))
+    assert scheme_of(case.model) == scheme and set(errors) == {"fc"}  # nothing to fit in the others
+
+
+def unit_data(model: nn.Module, name: str, inputs: torch.Tensor) -> UnitData:
+    return UnitData(capture(model, name, [Batch(inputs)], len(inputs), MemoryBudget(2**30), outputs=True), None, len(inputs))
+
+
+def test_errors_are_taken_after_the_activation():
+    """What a ReLU cuts off is no error: a unit whose outputs are all negative has none."""
+    case = rounded(make(Chain), "W2A2", name="chain", unit="layer")
+    data = [unit_data(case.network.folded, "conv1", pictures(8, seed)) for seed in (1, 2)]
+    dead = lambda output: torch.relu(output - 1e6)  # noqa: E731
+    errors = reconstruct(case.model.conv1, {"": case.starts["conv1"]}, *data, dead, FEW)
+    assert errors["before"] == errors["after"] == 0
+
+
+def test_penalties_are_asked_for_with_the_share_of_steps_done_and_are_minimized():
+    asked = []
+
+    class Pulled(AdaQuant):
+        """A weight that is pulled to zero."""
+
+        def penalty(self, progress):
+            asked.append(progress)
+            return 1e3 * self.in_steps.square().mean()
+
+    case = rounded(make(Chain), "W8", name="chain", unit="layer")
+    data = [unit_data(case.network.folded, "conv1", pictures(8, seed)) for seed in (1, 2)]
+    layer, weights = case.model.conv1, []
+    monitor = ReconstructionSettings(Pulled, steps=4)
+    hook = layer.register_forward_pre_hook(lambda layer, args: weights.append(float(layer.weight.detach().square().sum())))
+    reconstruct(layer, {"": case.starts["conv1"]}, *data, None, monitor)
+    hook.remove()
+    assert asked == [0.25, 0.5, 0.75, 1.0]
+    assert min(weights) < weights[0]
+
+
+def test_dropped_activations_are_dropped_in_training_only():
+    learned = DroppedInput(UniformQuantizer(2, False, torch.tensor(1.0), torch.tensor(1.0)), drop=0.5)
+    x = torch.rand(4000) * 0.4 + 0.05
+    learned.eval()
+    assert torch.equal(learned(x), torch.zeros(4000))
+    learned.train()
+    with torch.random.fork_rng(devices=[]):
+        share = float((learned(x) == x).float().mean())
+    assert share == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.25, 1.0])
+def test_a_mix_takes_each_element_from_one_of_the_two(drop):
+    x, quantized = torch.randn(31, 101), torch.randn(31, 101)
+    mixed = mix(x, quantized, drop)
+    assert ((mixed == x) | (mixed == quantized)).all()
+    assert float((mixed == x).float().mean()) == pytest.approx(drop, abs=0.04)

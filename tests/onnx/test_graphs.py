@@ -1,0 +1,363 @@
+"""A kept graph gives the bytes that a new export gives, for other weights and bits too, and serves no network but those that it is of."""
+
+import random
+import subprocess
+import sys
+from collections import OrderedDict
+
+import onnx_ir as ir
+import pytest
+import torch
+import torch.nn.functional as F
+from exported import EXACT, Activated, canonical_of, inputs, random_precision
+from torch import nn
+
+import anybit
+from anybit.data.batches import Batch
+from anybit.errors import UnsupportedModel
+from anybit.files.cache import Cache, Entry, _serialized, entries, results_folder
+from anybit.onnx import floats, graphs
+from anybit.onnx.file import exported
+from anybit.onnx.traces import graph_digest
+from anybit.scheme import Precision
+
+PICTURE = (3, 12, 12)
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """The calls of PyTorch's exporter, as a list that grows; nothing is in memory yet."""
+    made, export = [], torch.onnx.export
+
+    def counted(*args, **settings):
+        made.append(settings)
+        return export(*args, **settings)
+
+    monkeypatch.setattr(torch.onnx, "export", counted)
+    monkeypatch.setattr(graphs, "_recent", OrderedDict())
+    return made
+
+
+def contents(canonical, batch, cache=Cache()):
+    """The bytes of the integer and the float graph."""
+    made = exported(canonical, batch, cache=cache)
+    return [ir.to_proto(model).SerializeToString(deterministic=True) for model in (made.integer, made.floating)]
+
+
+def drawn(make, shape, seed):
+    """`make()` at a random scheme."""
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    return canonical_of(make(), inputs(shape), lambda layer: random_precision(draw))
+
+
+# The same bytes
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_other_weights_and_bits_take_the_kept_graph_up_to_the_same_bytes(name, tmp_path, calls):
+    make, shape = EXACT[name]
+    first, second = (drawn(make, shape, seed) for seed in (0, 1))
+    kept = Cache(tmp_path)
+    contents(first, inputs(shape), kept)
+    from_memory = contents(second, inputs(shape))
+    graphs._recent.clear()
+    from_disk = contents(second, inputs(shape), kept)
+    assert len(calls) == 1
+    graphs._recent.clear()
+    assert from_memory == from_disk == contents(second, inputs(shape)) and len(calls) == 2
+
+
+class Alike(nn.Module):
+    """Two branches, whose weights an optimizer may merge, and a sum with a buffer, which it may drop."""
+
+    def __init__(self, bias=0.0, shift=0.0, same=False):
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.register_buffer("shift", torch.full((6,), shift))
+        nn.init.constant_(self.left.bias, bias)
+        if same:
+            self.right.load_state_dict(self.left.state_dict())
+
+    def forward(self, x):
+        return self.head(F.relu(self.left(x) + self.shift) - F.relu(self.right(x)))
+
+
+@pytest.mark.parametrize("special", [{}, {"shift": 1.0}, {"bias": 1.0, "same": True}], ids=str)
+def test_weights_that_an_optimizer_looks_at_are_those_of_the_network_at_hand(special, calls):
+    before = drawn(lambda: Alike(bias=0.5, shift=0.5), (6,), 0)
+    canonical = drawn(lambda: Alike(**special), (6,), 1)
+    contents(before, inputs((6,)))
+    kept = contents(canonical, inputs((6,)))
+    assert len(calls) == 1
+    graphs._recent.clear()
+    assert kept == contents(canonical, inputs((6,)))
+
+
+class Tied(nn.Module):
+    """A weight under two names, and a constant that is no buffer."""
+
+    def __init__(self, tied=True, factor=2.0):
+        super().__init__()
+        self.first, self.second, self.factor = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), torch.tensor([factor])
+        if tied:
+            self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(F.gelu(self.first(x)) * self.factor)
+
+
+def test_a_weight_under_two_names_and_a_constant_are_put_in(calls):
+    plain = [Tied().eval() for _ in range(2)]
+    layers, batch = ("first", "second"), inputs((6,), 4)
+    values = [floats.float_graph(model, batch, batch, layers, (), Cache()) for model in plain]
+    assert len(calls) == 1
+    for model, (graph, given) in zip(plain, values, strict=True):
+        with torch.no_grad():
+            assert torch.allclose(torch.from_numpy(given[graph.graph.outputs[0].name]), model(batch.inputs), atol=1e-6)
+
+
+# Nothing but the network that it is of
+
+
+SCALE = 1.0
+
+
+def scaled(x):
+    return x * SCALE
+
+
+class Plain(nn.Module):
+    """What a key is taken of; each change of it is another network."""
+
+    def __init__(self, stride=1, eps=1e-5, factor=1.0, width=8):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, width, 3, stride, 1), nn.GroupNorm(2, width, eps), nn.Linear(width, 4)
+        self.factor, self.constant = factor, torch.ones(1)
+
+    def forward(self, x):
+        x = scaled(self.norm(self.conv(x))) * self.factor + self.constant
+        return self.head(x.mean((2, 3)))
+
+
+class Branching(Plain):
+    """Another forward for batches of other sizes than any that is tried."""
+
+    def forward(self, x):
+        return super().forward(x) if len(x) < 100 else super().forward(-x)
+
+
+class Renamed(Plain):
+    def __init__(self):
+        super().__init__()
+        self.middle, self.conv = self.conv, None
+
+    def forward(self, x):
+        return self.head((scaled(self.norm(self.middle(x))) * self.factor + self.constant).mean((2, 3)))
+
+
+class Returning(Plain):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+def digest_of(model, shape=PICTURE, dtype=torch.float32):
+    return graph_digest(model.eval(), torch.ones(2, *shape, dtype=dtype), None)
+
+
+def with_constant(value):
+    model = Plain()
+    model.constant = torch.tensor([value])
+    return model
+
+
+CHANGES = {
+    "a layer's setting": lambda: digest_of(Plain(stride=2)),
+    "a layer's number": lambda: digest_of(Plain(eps=1.01e-5)),
+    "a number of the network": lambda: digest_of(Plain(factor=1.0000001)),
+    "a tensor that is no buffer": lambda: digest_of(with_constant(1.0000001)),
+    "a width": lambda: digest_of(Plain(width=6)),
+    "a name": lambda: digest_of(Renamed()),
+    "a shape": lambda: digest_of(Plain(), (3, 12, 13)),
+    "a type": lambda: digest_of(Plain().double(), dtype=torch.float64),
+    "what it returns": lambda: digest_of(Returning()),
+    "a branch that is not taken": lambda: digest_of(Branching()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_network_is_another_graph(change):
+    assert CHANGES[change]() != digest_of(Plain())
+
+
+def test_a_change_of_what_the_forward_calls_is_another_graph(monkeypatch):
+    before = digest_of(Plain())
+    monkeypatch.setitem(globals(), "SCALE", 1.0000001)
+    changed = digest_of(Plain())
+    monkeypatch.setitem(globals(), "scaled", lambda x: x.reshape(2, -1, 12, 12) if len(x) == 2 else x)
+    assert len({before, changed, digest_of(Plain())}) == 3
+
+
+def test_a_change_of_weights_is_not(calls):
+    assert digest_of(Plain()) == digest_of(Plain())
+    assert digest_of(Tied(), (6,)) == digest_of(Tied(), (6,)) != digest_of(Tied(tied=False), (6,))
+    assert digest_of(Tied(factor=3.0), (6,)) != digest_of(Tied(), (6,))
+
+
+def test_a_size_that_is_fixed_is_not_one_that_follows_the_batch():
+    class Fixed(nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.rows, self.head = rows, nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(x.reshape(-1, 4))[: self.rows or len(x)]
+
+    assert len({digest_of(Fixed(rows), (4,)) for rows in (None, 2, 3)}) == 3
+
+
+@pytest.mark.parametrize("other", [lambda: Activated(F.silu), lambda: EXACT["gated"][0]()], ids=["function", "operators"])
+def test_a_graph_that_is_not_the_networks_is_exported_anew(other, tmp_path, calls, monkeypatch):
+    """As if two networks had one digest, which no two have."""
+    canonical = drawn(Activated, PICTURE, 0)
+    expected = contents(canonical, inputs(PICTURE))
+    graphs._recent.clear()
+    monkeypatch.setattr(floats, "graph_digest", lambda *args: "0" * 64)
+    kept = Cache(tmp_path)
+    contents(drawn(other, PICTURE, 0), inputs(PICTURE), kept)
+    assert contents(canonical, inputs(PICTURE), kept) == expected and len(calls) == 3
+    assert contents(canonical, inputs(PICTURE), kept) == expected and len(calls) == 3
+
+
+def test_what_cannot_be_recorded_is_exported_each_time(calls, monkeypatch):
+    def refuse(*args):
+        raise NotImplementedError
+
+    canonical = drawn(Activated, PICTURE, 0)
+    expected = contents(canonical, inputs(PICTURE))
+    monkeypatch.setattr(floats, "graph_digest", refuse)
+    for count in (2, 3):
+        assert contents(canonical, inputs(PICTURE)) == expected and len(calls) == count
+
+
+def test_a_network_that_cannot_be_exported_is_refused_again(calls, tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.special.bessel_j0(self.layer(x))
+
+    canonical = drawn(Odd, (4,), 0)
+    for count in (1, 2):
+        with pytest.raises(UnsupportedModel, match="bessel_j0"):
+            exported(canonical, inputs((4,)), cache=Cache(tmp_path))
+        assert len(calls) == count and not entries(tmp_path)
+
+
+# Where it is kept
+
+
+def resealed(change):
+    """The file of an entry that is changed, but whole."""
+
+    def written(path):
+        (record, tensors), name = change, graphs.NAME
+        path.write_bytes(_serialized(name, Entry(record, tensors)))
+
+    return written
+
+
+WHOLE = {"inputs": 1, "initializers": [], "names": 0}
+DAMAGES = {
+    "a byte": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"),
+    "half": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "nothing": lambda path: path.write_bytes(b""),
+    "no record": resealed((None, {"graph": torch.zeros(3, dtype=torch.uint8)})),
+    "no graph": resealed((WHOLE, {})),
+    "no protobuf": resealed((WHOLE, {"graph": torch.full((9,), 255, dtype=torch.uint8)})),
+    "an empty graph": resealed((WHOLE | {"initializers": ["head.weight"]}, {"graph": torch.zeros(0, dtype=torch.uint8)})),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_graph_is_named_and_exported_anew(damage, tmp_path, calls):
+    canonical, kept = drawn(Activated, PICTURE, 0), Cache(tmp_path)
+    expected = contents(canonical, inputs(PICTURE), kept)
+    (entry,) = entries(tmp_path)
+    DAMAGES[damage](entry.path)
+    graphs._recent.clear()
+    with pytest.warns(UserWarning, match="damaged"):
+        assert contents(canonical, inputs(PICTURE), kept) == expected
+    assert len(calls) == 2
+    graphs._recent.clear()
+    assert contents(canonical, inputs(PICTURE), kept) == expected and len(calls) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path):
+    canonical = drawn(Activated, PICTURE, 0)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.warns(UserWarning, match="takes no more"):
+        made = contents(canonical, inputs(PICTURE), Cache(tmp_path / "file"))
+    assert made == contents(canonical, inputs(PICTURE))
+
+
+def test_no_weight_is_kept(tmp_path):
+    torch.manual_seed(0)
+    batch = Batch(torch.randn(4, 64))
+    network = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64))
+    contents(canonical_of(network, batch, lambda layer: Precision(4, 8)), batch, Cache(tmp_path))
+    (entry,) = entries(tmp_path)
+    assert entry.bytes < 20_000 < sum(tensor.nbytes for tensor in network.state_dict().values())
+
+
+def test_memory_holds_the_graphs_of_the_last_networks_alone(calls, monkeypatch):
+    monkeypatch.setattr(graphs, "RECENT", 2)
+    networks = [drawn(lambda width=width: nn.Sequential(nn.Linear(4, width), nn.ReLU()), (4,), 0) for width in (3, 4, 5)]
+    for index, count in ((0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)):
+        contents(networks[index], inputs((4,)))
+        assert len(calls) == count and len(graphs._recent) <= 2
+
+
+# The verbs
+
+ELSEWHERE = """
+import sys, warnings
+import torch
+from networks import Residual, make, pictures
+import anybit
+
+def refuse(*args, **settings):
+    raise AssertionError("the exporter is called")
+
+torch.onnx.export = refuse
+model, data = make(Residual), pictures(40)
+assert anybit.verify(sys.argv[1], sys.argv[2], model=model, data=data)["ok"]
+anybit.bench(sys.argv[1], sys.argv[2], model=model, data=data, rounds=1)
+anybit.bench(sys.argv[1], model=model, data=data, rounds=1, batch_size=40)
+anybit.export(sys.argv[1], sys.argv[3], model=model, data=data[:7])
+"""
+
+
+def test_export_verify_and_bench_call_the_exporter_once_in_all_their_processes(run_folder, calibrated, tmp_path, calls):
+    model, data, _ = calibrated
+    file, again = tmp_path / "net.onnx", tmp_path / "again.onnx"
+    anybit.export(run_folder, file, model=model, data=data)
+    assert anybit.verify(run_folder, file, model=model, data=data)["ok"]
+    anybit.bench(run_folder, file, model=model, data=data, rounds=1)
+    assert len(calls) == 1
+    command = [sys.executable, "-c", ELSEWHERE, run_folder, file, again]
+    done = subprocess.run(command, cwd=run_folder.parent, capture_output=True, text=True, env=None)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cache_of_ones_own_and_none(run_folder, calibrated, tmp_path, calls):
+    model, data, _ = calibrated
+    how = {"model": model, "data": data, "overwrite": True}
+    anybit.export(run_folder, tmp_path / "net.onnx", cache=False, **how)
+    before = (tmp_path / "net.onnx").read_bytes()
+    assert not entries(results_folder())
+    anybit.export(run_folder, tmp_path / "net.onnx", cache=tmp_path / "kept", **how)
+    assert len(entries(tmp_path / "kept")) == 1 and not entries(results_folder())
+    assert len(calls) == 1 and (tmp_path / "net.onnx").read_bytes() == before

@@ -1,0 +1,34 @@
+"""A network rounded to nearest, and what its reconstruction starts from."""
+
+from dataclasses import dataclass
+
+from networks import calibration_of
+from torch import Tensor, nn
+
+from anybit.data.samples import Calibration
+from anybit.networks.candidates import apply_scheme
+from anybit.networks.observed import ObservedNetwork, observe_network
+from anybit.roads.settings import CalibrateSettings
+from anybit.roads.steps import free_weights, range_candidates
+from anybit.scheme import Precision, Scheme
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """The observed network, its inputs, the rounded canonical model and the free weights of its layers."""
+
+    network: ObservedNetwork
+    calibration: Calibration
+    model: nn.Module
+    starts: dict[str, Tensor]
+
+
+def rounded(model: nn.Module, precision: str, name: str = "residual", unit: str = "block", **settings) -> Rounded:
+    """Round every layer of the network to one precision, but those that `settings` keep."""
+    bits = Precision.parse(precision)
+    wanted = CalibrateSettings(weight_bits=(bits.weight_bits,), activation_bits=(bits.activation_bits,), unit=unit, **settings)
+    calibration = calibration_of(name, fitting=32, held_out=16)
+    network = observe_network(model, calibration.fitting[0], wanted.options)
+    candidates = range_candidates(network, calibration, wanted)
+    scheme = Scheme({name: options[0] for name, options in network.choices.items()})
+    return Rounded(network, calibration, apply_scheme(network.prepared, scheme, candidates), free_weights(network, candidates, scheme))

@@ -1,0 +1,198 @@
+"""Every quantity of a budget keeps the same promises, those of the table and one that only this file knows: energy in joules."""
+
+import itertools
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anybit.allocation.choice import fits_budget
+from anybit.allocation.program import allocate, make_problem
+from anybit.allocation.sensitivity import SensitivityTable
+from anybit.budget import QUANTITIES, Budget, Cost, Loss, cost_quantities, own_costs
+from anybit.errors import InfeasibleBudget, InvalidSetting
+from anybit.networks.cost import HEADER_SLACK, CostModel, LayerSize
+from anybit.networks.latency import LatencyTable, OperationFlow
+from anybit.runs.records import Amounts, Cell
+from anybit.scheme import FLOAT, Precision, Scheme
+
+few = settings(max_examples=40, deadline=None)
+
+WEIGHTS = {"first": 300, "middle": 5000, "last": 1200}
+PRECISIONS = [Precision(2, 8), Precision(4, 8), Precision(8, 8), Precision(4, None), FLOAT]
+CHOICES = dict.fromkeys(WEIGHTS, PRECISIONS)
+JOULES = {"first": 4e-5, "middle": 2e-6, "last": 3e-4}
+"""Joules of one sample for each bit that a layer's weight has: the small layers are the hungry ones."""
+
+ENERGY = Cost(
+    name="energy",
+    prefix="energy=",
+    units={"mJ": 1e-3, "J": 1.0},
+    unit="mJ",
+    digits=3,
+    examples=("energy=2mJ",),
+    layer=lambda costs, name, precision: JOULES[name] * precision.stored_weight_bits,
+)
+ALL = [*QUANTITIES.values(), ENERGY]
+COSTS = [one for one in ALL if isinstance(one, Cost)]
+
+
+def named(quantity):
+    return quantity.name
+
+
+@pytest.fixture(autouse=True)
+def energy(monkeypatch):
+    monkeypatch.setitem(QUANTITIES, "energy", ENERGY)
+
+
+@pytest.fixture
+def network():
+    """Three layers in a row, with latencies."""
+    layers = {name: LayerSize(10, count // 10, 7 * count) for name, count in WEIGHTS.items()}
+    seconds = {name: {"float32": 1e-6 * count, "int8": 4e-7 * count} for name, count in WEIGHTS.items()}
+    flow = tuple(OperationFlow(name, (index,), (index + 1,), 50) for index, name in enumerate(WEIGHTS))
+    latency = LatencyTable(seconds, {"float32": 1e-4, "int8": 2e-4}, 1e-6, flow)
+    return CostModel(layers, 40, {}, 3, 4 * sum(WEIGHTS.values()) + 800, latency)
+
+
+def plain_table(choices):
+    """Fewer bits, more loss, and every layer alike."""
+    return SensitivityTable({(name, p): 1 / p.stored_weight_bits for name in choices for p in choices[name]}, FLOAT, 1)
+
+
+def schemes():
+    return map(Scheme, (dict(zip(CHOICES, row, strict=True)) for row in itertools.product(*CHOICES.values())))
+
+
+@few
+@given(st.sampled_from(ALL), st.floats(1e-5, 1e8))
+def test_a_written_limit_reads_back_rounded_up_by_less_than_its_last_digit(quantity, limit):
+    back = quantity.parse(quantity.text(limit))
+    assert 0 <= back - limit <= quantity.units[quantity.unit] / 10**quantity.digits * (1 + 1e-6) + 1e-12 * limit
+    assert quantity.text(back) == quantity.text(limit)
+
+
+@pytest.mark.parametrize("quantity", ALL, ids=named)
+def test_every_example_and_unit_is_in_its_own_grammar_alone(quantity):
+    written = [f"{quantity.prefix}3{unit}" for unit in quantity.units]
+    for text in (*quantity.examples, *written):
+        assert [other.name for other in ALL if other.parse(text) is not None] == [quantity.name], text
+        assert Budget.parse(text).conditions[0].quantity == quantity.name
+    assert [quantity.parse(text) for text in written] == pytest.approx([3 * factor for factor in quantity.units.values()])
+
+
+@pytest.mark.parametrize("quantity", ALL, ids=named)
+def test_a_limit_of_nothing_is_refused_and_one_that_is_not_a_limit_shows_every_example(quantity):
+    with pytest.raises(InvalidSetting, match="above zero"):
+        Budget.parse(f"{quantity.prefix}0{quantity.unit}")
+    with pytest.raises(InvalidSetting) as refusal:
+        Budget.parse(f"{quantity.prefix}x{quantity.unit}")
+    assert all(example in str(refusal.value) for example in quantity.examples)
+
+
+@pytest.mark.parametrize("quantity", COSTS, ids=named)
+def test_the_parts_add_up_to_the_whole_or_bound_it(quantity, network):
+    # Bytes hold a part of the header in reserve; float layers that feed each other share a boundary.
+    room = {"bytes": HEADER_SLACK, "percent": 100 * HEADER_SLACK / network.float_bytes}
+    for scheme in schemes():
+        parts = sum(quantity.layer(network, name, precision) for name, precision in scheme.items())
+        bound = (quantity.fixed(network, CHOICES) + parts) / quantity.scale(network)
+        total = quantity.total(network, scheme)
+        assert total <= bound * (1 + 1e-12)
+        if all(precision.weight_bits and precision.activation_bits for precision in scheme.values()):  # the same tensors in every file
+            assert bound - total <= room.get(quantity.name, 0) + 1e-9 * bound
+
+
+@pytest.mark.parametrize("quantity", COSTS, ids=named)
+def test_more_bits_cost_no_less(quantity, network):
+    totals = [quantity.total(network, Scheme.uniform(WEIGHTS, Precision(bits, 8))) for bits in (2, 3, 4, 6, 8)]
+    assert totals == sorted(totals) and totals[0] > 0
+
+
+@pytest.mark.parametrize("quantity", COSTS, ids=named)
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])
+def test_the_allocated_scheme_is_the_best_that_fits(quantity, share, network):
+    table = plain_table(CHOICES)
+    totals = sorted(quantity.total(network, scheme) for scheme in schemes())
+    room = HEADER_SLACK / quantity.scale(network) if quantity.counted.name == "bytes" else 0
+    limit = totals[0] + room + share * (totals[-1] - totals[0] - room)
+    budget = Budget.parse(quantity.text(limit))
+    found = allocate(make_problem(CHOICES, table, network, budget))
+    assert fits_budget(network, found.scheme, budget)
+    assert quantity.total(network, found.scheme) <= budget.conditions[0].limit
+    # The solver counts by parts, which is a bound; what fits by parts is no better than what it found.
+    counted = quantity.counted
+    limit = budget.conditions[0].limit * quantity.scale(network) - counted.fixed(network, CHOICES)
+    fitting = [s for s in schemes() if sum(counted.layer(network, name, p) for name, p in s.items()) <= limit]
+    assert found.predicted_loss == pytest.approx(min(map(table.total, fitting)), rel=1e-3)
+
+
+@pytest.mark.parametrize("quantity", COSTS, ids=named)
+def test_an_infeasible_limit_names_the_least_that_is_possible(quantity, network):
+    choices = dict.fromkeys(WEIGHTS, PRECISIONS[:3])
+    least = min(quantity.total(network, Scheme(dict(zip(choices, row, strict=True)))) for row in itertools.product(*choices.values()))
+    budget = Budget.parse(quantity.text(least / 10))
+    with pytest.raises(InfeasibleBudget) as refusal:
+        allocate(make_problem(choices, plain_table(choices), network, budget))
+    needed = re.search(r"raise the budget to (.*)\.$", str(refusal.value))[1]
+    enough = Budget.parse(needed)
+    assert enough.conditions[0].quantity == quantity.counted.name
+    found = allocate(make_problem(choices, plain_table(choices), network, enough))
+    counted = quantity.counted
+    rounded = counted.units[counted.unit] / 10**counted.digits * counted.scale(network)
+    slack = rounded + (HEADER_SLACK if counted.name == "bytes" else 0)
+    assert quantity.total(network, found.scheme) <= (1 + 1e-9) * least + slack / quantity.scale(network)
+
+
+@pytest.mark.parametrize("quantity", COSTS, ids=named)
+def test_a_report_has_the_amount_under_its_own_key(quantity, network):
+    scheme = Scheme.uniform(WEIGHTS, Precision(4, 8))
+    amounts = network.summary(scheme)
+    assert amounts[quantity.report_key] == quantity.total(network, scheme)
+    assert Amounts.model_validate(amounts).amount(quantity.report_key) == pytest.approx(amounts[quantity.report_key])
+    assert quantity.in_words(amounts[quantity.report_key])
+
+
+def test_amounts_that_are_no_quantitys_are_not_looked_at():
+    cell = Cell.model_validate({"loss": 0.0, "bytes": 3, "bops": 4, "energy": 0.5, "colour": "red"})
+    assert cell.amount("energy") == 0.5 and cell.amount("colour") is None and cell.amount("latency") is None
+
+
+@pytest.mark.parametrize("quantity", [one for one in ALL if isinstance(one, Loss)], ids=named)
+def test_a_loss_is_limited_by_itself_and_costs_nothing(quantity, network):
+    budget = Budget.parse(f"{quantity.examples[0]},4bit")
+    assert budget.loss() is quantity and [cost.name for cost, _ in budget.costs()] == ["bits"]
+    assert set(make_problem(CHOICES, plain_table(CHOICES), network, budget).limits) == {"bits"}
+
+
+def test_the_tables_kinds():
+    assert len({one.name for one in ALL}) == len(ALL) and all(QUANTITIES[one.name] is one for one in ALL)
+    assert cost_quantities() == COSTS
+    assert [cost.name for cost in own_costs()] == ["bits", "bytes", "bops", "energy"]
+
+
+def test_a_cost_that_was_not_measured_is_refused_and_not_reported(network):
+    costs = SimpleNamespace(latency=None)
+    unknown = [cost for cost in COSTS if not cost.is_known(costs)]
+    assert [cost.name for cost in unknown] == ["latency"]
+    bare = CostModel(network.layers, network.leftover, {}, network.edges, network.float_bytes)
+    with pytest.raises(InvalidSetting, match="latency needs a measured table"):
+        make_problem(CHOICES, plain_table(CHOICES), bare, Budget.parse("latency=3ms"))
+    assert set(bare.summary(Scheme.uniform(WEIGHTS, Precision(4, 8)))) == {"weight_bits", "bytes", "percent", "bops", "energy"}
+
+
+def test_joules_go_where_the_bits_lose_most_for_them(network):
+    """The layers lose alike, so bits are spent where a bit takes least energy, which is not where it takes least memory."""
+    choices = {name: [Precision(bits, 8) for bits in (2, 4, 8)] for name in WEIGHTS}
+    least = sum(2 * joules for joules in JOULES.values())
+    found = allocate(make_problem(choices, plain_table(choices), network, Budget.parse(f"energy={1e3 * (least + 3e-5):.6f}mJ"))).scheme
+    assert found == Scheme({"first": Precision(2, 8), "middle": Precision(8, 8), "last": Precision(2, 8)})
+    assert ENERGY.total(network, found) == pytest.approx(least + 6 * JOULES["middle"])
+    both = make_problem(choices, plain_table(choices), network, Budget.parse(f"energy={1e3 * (least + 3e-5):.6f}mJ,3bit"))
+    spent = allocate(both).scheme
+    assert network.weight_bits(spent) <= 3 and spent["middle"] == Precision(2, 8) and spent["first"] == Precision(2, 8)
+    assert np.isclose(both.limits["energy"], least + 3e-5)

@@ -1,0 +1,170 @@
+"""Every option of every settings class: what cannot be is refused by name, and what may be survives JSON."""
+
+import inspect
+import json
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import anybit
+from anybit.data.options import TASK_NAMES
+from anybit.errors import InvalidFile, InvalidSetting
+from anybit.loops.settings import TrainSettings
+from anybit.methods.settings import CSQSettings, LSQSettings, MultiQuantSettings, SearchSettings
+from anybit.numerics.ranges import ESTIMATORS
+from anybit.roads.settings import CalibrateSettings, GrowSettings
+from anybit.scheme import Precision
+from anybit.settings import Option, options_of, without_none
+from anybit.sources.preprocessing import Preprocessing
+from anybit.supernets.settings import SupernetSettings
+
+METHODS = (CSQSettings, LSQSettings, MultiQuantSettings, SearchSettings)
+KINDS = (CalibrateSettings, GrowSettings, SupernetSettings, Preprocessing, TrainSettings, *METHODS)
+OPTIONS = [(kind, one) for kind in KINDS for one in options_of(kind).values()]
+NAMES = [f"{kind.__name__}.{one.name}" for kind, one in OPTIONS]
+
+
+def bad_numbers(one: Option, kind: type) -> list:
+    """Numbers, and what is none, that the option refuses."""
+    outside = [(one.least, -1), (one.most, 1), (one.above, 0), (one.below, 0)]
+    values = [bound + beyond for bound, beyond in outside if bound is not None]
+    never = [math.nan, math.inf, -math.inf, True, "3", b"3", [3], object()]
+    return [*values, *never, *([2.5, 10**30, -(10**30), 10**5000] if kind is int else [10**400])]
+
+
+def bad_values(one: Option) -> list:
+    """Values that the option refuses in Python."""
+    kind, inner = without_none(one.kind), typing.get_args(without_none(one.kind))
+    nothing = [] if type(None) in typing.get_args(one.kind) else [None]
+    if kind in (int, float):
+        return nothing + bad_numbers(one, kind)
+    if kind is bool:
+        return [*nothing, 1, 0.0, "true", [], math.nan]
+    if typing.get_origin(kind) is tuple:
+        inside = [3, math.nan] if inner[0] is str else bad_numbers(one, without_none(inner[0]))
+        return [*nothing, 4, math.nan, "4,8", {4: 8}, *((bad,) for bad in inside)]
+    if typing.get_origin(kind) is Mapping:
+        inside = bad_numbers(one, float) if inner[1] is float else [3, math.nan, "W9", "none"]
+        return [*nothing, 4, math.nan, [4], "a=W8A8", *({key: bad} for bad in inside for key in ([2] if inner[0] is int else ["fc"]))]
+    if kind is str:
+        return [*nothing, 3, math.nan, b"flip", ["flip"], *(["nothing"] if one.choices else [])]
+    assert kind is Precision
+    return [*nothing, 4, math.nan, "W9", "four"]
+
+
+@pytest.mark.parametrize(("kind", "one"), OPTIONS, ids=NAMES)
+def test_what_cannot_be_is_refused_by_name_in_python(kind, one):
+    for bad in bad_values(one):
+        with pytest.raises(InvalidSetting, match=rf"^{one.name}\b"):
+            kind.of(**{one.name: bad})
+
+
+@pytest.mark.parametrize(("kind", "one"), OPTIONS, ids=NAMES)
+def test_a_range_is_allowed_to_its_ends_and_is_said_where_it_is_left(kind, one):
+    number = without_none(one.kind)
+    if number not in (int, float):
+        return
+    for bound in (one.least, one.most):
+        assert bound is None or one.checked(bound) == bound
+    for bound, beyond in ((one.least, -1), (one.most, 1), (one.above, 0), (one.below, 0)):
+        if bound is not None:
+            with pytest.raises(InvalidSetting) as refused:
+                one.checked(bound + beyond)
+            assert f"{bound:g}" in str(refused.value) or str(bound) in str(refused.value)
+            assert str(bound + beyond) in str(refused.value) and one.range in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_says_what_it_is_and_its_default_may_be(kind):
+    for name, one in options_of(kind).items():
+        assert one.doc.endswith((".", "406", "0.3.")) and one.doc[0] != " ", name
+        assert one.default is not MISSING and one.checked(one.default) == one.default
+        assert name in kind.__doc__ or name not in {field.name for field in fields(kind)}
+    assert kind() == kind.of() and kind.from_json(json.loads(json.dumps(kind().to_json()))).to_json() == kind().to_json()
+
+
+values = {
+    bool: st.booleans(),
+    int: st.integers(2, 8),
+    float: st.sampled_from([0.25, 0.5]),
+    Precision: st.sampled_from([Precision(), Precision(4, 8), Precision(0)]),
+}
+
+
+def good(one: Option) -> st.SearchStrategy:
+    kind, inner = without_none(one.kind), typing.get_args(without_none(one.kind))
+    if one.choices:
+        found = st.sampled_from(list(one.choices))
+    elif one.name in ("augment", "sandwich", "columns"):
+        found = st.sampled_from({"augment": ["", "flip"], "sandwich": ["HRL", "HL"], "columns": ["text=a,label=1"]}[one.name])
+    elif typing.get_origin(kind) is tuple:
+        one_of = st.just("layer") if inner[0] is str else values[without_none(inner[0])]
+        found = st.lists(one_of, min_size=2, max_size=4, unique=inner[0] is not str).map(tuple)
+    elif typing.get_origin(kind) is Mapping:
+        found = st.dictionaries(st.integers(2, 8) if inner[0] is int else st.text(max_size=3), values[inner[1]], max_size=2)
+    elif kind is int:
+        least = 2 if one.least is None else int(one.least)
+        found = st.integers(least, least + 5 if one.most is None else int(one.most))
+    elif kind is float:
+        found = st.sampled_from([0.25, 0.5] if (one.least or 0) < 0.25 else [1.0, 7.5])
+    else:
+        found = values[kind]
+    return found | st.none() if type(None) in typing.get_args(one.kind) else found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_settings_survive_json_and_one_flat_set_of_names(kind, data):
+    options = {name: one for name, one in options_of(kind).items() if name not in ("compile", "label", "resize")}
+    given = data.draw(st.fixed_dictionaries({}, optional={name: good(one) for name, one in options.items() if name != "label_weight"}))
+    given = {name: min(value, 0.3) if name == "fix" else max(value, 0.3) if name == "harden" else value for name, value in given.items()}
+    made = kind.of(**given)
+    assert all(made.flat()[name] == value for name, value in given.items())
+    assert kind.of(**made.flat()) == made
+    again = kind.from_json(json.loads(json.dumps(made.to_json(), allow_nan=False)))
+    assert again.to_json() == made.to_json() and (kind is CalibrateSettings or again == made)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epochs": "many"}, {"epochs": 2.0}, {"epochs": True}, {"half": 1}, {"augment": None}, {"epochs": 0}, {"more": 1}, {"distill": 2}],
+    ids=str,
+)
+def test_settings_of_other_types_in_a_file_are_named(change):
+    told = TrainSettings().to_json()
+    with pytest.raises(InvalidFile, match=f"^here: .*{next(iter(change))}"):
+        TrainSettings.from_json({**told, **change}, "here")
+    with pytest.raises(InvalidFile, match=f"^here: train: .*{next(iter(change))}"):
+        GrowSettings.from_json({"train": {**told, **change}}, "here")
+    with pytest.raises(InvalidFile, match=r"^here is a list"):
+        TrainSettings.from_json([told], "here")
+
+
+def test_a_name_that_no_option_has_gets_its_nearest_match():
+    cases = ((CalibrateSettings, "sampels", "samples"), (GrowSettings, "epoch", "epochs"), (GrowSettings, "plane", "planes"))
+    for kind, name, near in cases:
+        with pytest.raises(InvalidSetting, match=f"'{name}'.*'{near}'"):
+            kind.of(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [(anybit.calibrate, CalibrateSettings), (anybit.grow, GrowSettings), (anybit.train, SupernetSettings), (anybit.search, SearchSettings)],
+)
+def test_the_functions_say_the_options_that_they_take(function, kind):
+    parameters = inspect.signature(function).parameters
+    for name, one in options_of(kind).items():
+        assert parameters[name].default == one.default and parameters[name].annotation == one.kind
+        assert name in function.__doc__ and one.doc.split()[0] in function.__doc__
+    assert not any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+
+
+def test_choices_are_those_of_the_code():
+    assert set(options_of(CalibrateSettings)["estimator"].choices) == set(ESTIMATORS)
+    assert {tuple(options_of(kind)["task"].choices) for kind in (CalibrateSettings, GrowSettings, SupernetSettings)} == {TASK_NAMES}
