@@ -280,3 +280,13 @@ def test_a_function_called_norm_is_no_batch_norm():
 
     wiring = observe(make(Normed), Batch(numbers(2, 4)))
     assert wiring.batch_norm_after("fc") is None and "fc" in wiring.edges()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_lookups_find_what_a_search_of_all_operations_finds(name):
+    wiring = observe(*network_and_inputs(name))
+    values = {value for op in wiring.operations for value in (*op.inputs, *op.outputs)} | {-1}
+    for value in values:
+        assert wiring.readers(value) == [op for op in wiring.operations if value in op.inputs]
+    for op in wiring.operations:
+        assert wiring.operation(op.name) is next(other for other in wiring.operations if other.name == op.name)

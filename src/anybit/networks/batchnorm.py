@@ -1,4 +1,4 @@
-"""Batch norm: folded away before quantization, and its statistics put right again after it.
+"""Fold batch norm away before quantization, and put its statistics right again after it.
 
 Fold:   W' = W gamma / sqrt(var + eps)        b' = (b - mean) gamma / sqrt(var + eps) + beta        (per output channel)
 
@@ -35,14 +35,14 @@ from anybit.numerics.quantizers import UniformQuantizer
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Mean and standard deviation of each output channel, [channels] each."""
+    """Hold mean and standard deviation of each output channel, [channels] each."""
 
     mean: Tensor
     deviation: Tensor
 
 
 def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
-    """Layer -> the batch norm that folds into it: its only reader, both called once, with running statistics.
+    """Return layer -> the batch norm that folds into it: its only reader, both called once, with running statistics.
 
     A batch norm of the user's own class with a forward of its own (an activation inside, say) stays, and so does one after a layer whose
     weight another layer shares or reads.
@@ -64,7 +64,7 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Folded:
-    """A folded copy of a network: the pairs that were folded, the statistics that their batch norms promised, and its wiring."""
+    """Hold a folded copy of a network: the pairs that were folded, the statistics that their batch norms promised, and its wiring."""
 
     model: nn.Module
     norms: dict[str, str]
@@ -112,7 +112,7 @@ def _wiring_if_same(folded: nn.Module, example: Batch, before: Tensor) -> Wiring
 
 @torch.no_grad()
 def fold(model: nn.Module, pairs: Mapping[str, str]) -> tuple[nn.Module, dict[str, ChannelStatistics]]:
-    """A copy of `model` with each batch norm of `pairs` folded into its layer, and the statistics that each promised (beta, |gamma|).
+    """Return a copy of `model` with each batch norm of `pairs` folded into its layer, and the statistics each promised (beta, |gamma|).
 
     A layer whose weight slot is filled keeps its codes; its scales are multiplied, so its batch norm's gamma must be above zero.
     """
@@ -153,7 +153,7 @@ def flip_negative(model: nn.Module, pairs: Mapping[str, str]) -> None:
 
 
 def folded_gammas(model: nn.Module, pairs: Mapping[str, str]) -> list[nn.Parameter]:
-    """The gammas that will be folded into scales, and so must stay above zero: of every bit-width, where each has its own batch norm."""
+    """Return the gammas that will be folded into scales, and so must stay above zero: of every bit-width, where each has its own norm."""
     norms = [module for name in pairs.values() for module in model.get_submodule(name).modules() if isinstance(module, BATCH_NORMS)]
     return [norm.weight for norm in norms if norm.weight is not None]
 
@@ -220,7 +220,7 @@ def twin_statistics(
 def _statistics(
     model: nn.Module, outputs: Mapping[str, Callable[..., Iterable[Tensor]]], batches: Iterable[Batch]
 ) -> dict[str, list[ChannelStatistics]]:
-    """Statistics of what `outputs` (layer -> function of its arguments and its output) makes of every call of a layer."""
+    """Return statistics of the tensors that `outputs` (layer -> function of its arguments and output) makes of every call."""
     sums: dict[str, list[tuple]] = {}
 
     def listen(name: str) -> Callable:
@@ -242,7 +242,7 @@ def _statistics(
 
 
 def channel_sums(layer: nn.Module, output: Tensor) -> tuple[int, Tensor, Tensor]:
-    """(values a channel, their sums, their squares' sums), the latter two [channels] in double precision.
+    """Return (values a channel, their sums, their squares' sums), the latter two [channels] in double precision.
 
     Each sample's channel is summed first, where its values lie side by side: far faster than reducing across samples at once.
     """

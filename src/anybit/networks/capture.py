@@ -1,4 +1,4 @@
-"""A unit's inputs and outputs, held within a memory budget. The only place that spills to disk."""
+"""Capture a unit's inputs and outputs within a memory budget. Nothing else spills to disk."""
 
 import ctypes
 import os
@@ -18,12 +18,12 @@ from anybit.networks.layer_types import type_of
 
 
 class _Stop(Exception):
-    """Ends a forward pass once the captured module has run."""
+    """End a forward pass once the captured module has run."""
 
 
 @dataclass
 class CapturedTensor:
-    """One captured tensor over all samples, [N, rows a sample, ...], in memory or in a file that the operating system pages.
+    """Hold one captured tensor over all samples, [N, rows a sample, ...], in memory or in a file that the operating system pages.
 
     Windows and flattened positions give a layer several rows a sample; they stay together.
     """
@@ -46,7 +46,7 @@ class CapturedTensor:
 
 @dataclass
 class BatchStore:
-    """One captured tensor, batch by batch as it came: samples padded to the length of their batch do not stack."""
+    """Hold one captured tensor, batch by batch as it came: samples padded to the length of their batch do not stack."""
 
     tensors: list[Tensor]
 
@@ -59,13 +59,13 @@ class BatchStore:
 
 
 class MemoryBudget:
-    """Hands out a unit's tensors: from memory while `limit` bytes last, then from temporary files that go with the tensors."""
+    """Hand out a unit's tensors: from memory while `limit` bytes last, then from temporary files that go with the tensors."""
 
     def __init__(self, limit: int):
         self.limit, self.used, self.spilled = limit, 0, 0
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialized tensor; contents of a spilled one live on disk."""
+        """Return an uninitialized tensor; contents of a spilled one live on disk."""
         count = int(torch.Size(shape).numel())
         size = count * dtype.itemsize
         if self.used + size <= self.limit:
@@ -97,7 +97,7 @@ def give_back() -> None:
 class Captured:
     """Inputs and outputs of a module, sample by sample.
 
-    `arguments` are the (args, kwargs) of its forward, as nested as they came, every tensor of the batch replaced by its Store; a tensor
+    `arguments` are the (args, kwargs) of its forward, as nested as they came, every tensor of the batch replaced by its store; a tensor
     that is the same for all samples (a mask) is kept once. Of padded batches `masks` say which tokens are real; they are kept whole.
     """
 
@@ -107,7 +107,7 @@ class Captured:
     masks: list[Tensor | None] | None = None
 
     def batch(self, indices: Tensor) -> tuple[tuple, dict]:
-        """(args, kwargs) of the samples `indices` (of padded data: of one batch), on the device they came from."""
+        """Return (args, kwargs) of the samples `indices` (of padded data: of one batch), on the device they came from."""
         return map_leaves(self.arguments, (CapturedTensor, BatchStore), lambda store: store.rows(indices).to(self.device))
 
     def outputs(self, indices: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Captured:
 def carry(
     source: Callable[[Tensor], Tensor], count: int, budget: "MemoryBudget", whole_batches: bool, size: int = 64
 ) -> CapturedTensor | BatchStore:
-    """A store of `source(indices)`, computed `size` samples at a time, or `count` whole batches one by one."""
+    """Return a store of `source(indices)`, computed `size` samples at a time, or `count` whole batches one by one."""
     if whole_batches:
         whole = BatchStore([])
         for index in chunks(count, 1):
@@ -137,7 +137,7 @@ def carry(
 
 @torch.no_grad()
 def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, budget: MemoryBudget, outputs: bool = False) -> Captured:
-    """Inputs (and `outputs`, if asked) of module `name` over `batches`, which hold `count` samples together.
+    """Return inputs (and `outputs`, if asked) of module `name` over `batches`, which hold `count` samples together.
 
     Tensors are copied the moment they pass: a later in-place operation (`out += shortcut`) would rewrite them.
     The pass stops once the module has run. Raises UnsupportedModel where the module's rows cannot be told apart by sample; padded
@@ -173,13 +173,13 @@ def _differ_in_length(masks: list[Tensor | None]) -> bool:
 
 @dataclass(frozen=True)
 class _Place:
-    """Stands for the number-th tensor among a module's arguments."""
+    """Stand for the number-th tensor among a module's arguments."""
 
     number: int
 
 
 class _Recorder:
-    """The two hooks of `capture`, and what they have kept."""
+    """Provide the two hooks of `capture` and hold their tensors."""
 
     def __init__(self, name: str, count: int, budget: MemoryBudget, outputs: bool):
         self.name, self.count, self.budget, self.outputs = name, count, budget, outputs
@@ -196,7 +196,7 @@ class _Recorder:
 
     @property
     def captured(self) -> Captured:
-        """The arguments, each tensor as its Store or, where all samples share it, as it is."""
+        """Return the arguments, each tensor as its store or, where all samples share it, as it is."""
 
         def held(place: _Place) -> CapturedTensor | Tensor:
             store, same = self.stores[place.number], place.number in self.same and self.calls > 1
@@ -250,7 +250,7 @@ def _check_tensor(name: str, output: Any) -> None:
 
 
 class _WholeBatches:
-    """The two hooks of `capture` for padded batches, whose lengths differ: nothing is cut by sample."""
+    """Provide the two hooks of `capture` for padded batches, whose lengths differ: nothing is cut by sample."""
 
     def __init__(self, name: str, budget: MemoryBudget, outputs: bool):
         self.name, self.budget, self.outputs, self.calls = name, budget, outputs, 0
@@ -288,7 +288,7 @@ class _WholeBatches:
 
 @torch.no_grad()
 def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Batch], values: int, seed: int) -> dict[str, list[Tensor]]:
-    """About `values` values of each layer's input over all batches, flat, always with the smallest and the largest one; of padding none.
+    """Return about `values` values of each layer's input over all batches, flat, smallest and largest included, none of padding.
 
     One tensor a layer, two of a matmul: one an operand.
     """

@@ -1,4 +1,4 @@
-"""A float network observed, folded and prepared: what every road starts from."""
+"""Observe, fold and prepare a float network: every road starts from the result."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +23,8 @@ from anybit.scheme import FLOAT, Precision, Scheme, match_patterns
 
 @dataclass(frozen=True)
 class ObservedNetwork:
-    """A float network made ready: folded, with empty slots, observed. Nothing here is changed by any stage, except what the network's own
-    forward changes: `moving` holds those buffers as they were given."""
+    """Hold a float network made ready: folded, with empty slots, observed. No stage changes anything here, except what the network's own
+    forward changes: `moving` holds those buffers as they were before any pass."""
 
     float_model: nn.Module
     folded: nn.Module
@@ -41,12 +41,12 @@ class ObservedNetwork:
 
     @property
     def used_once(self) -> list[str]:
-        """Layers that are not kept float in everything: they must run once in every pass."""
+        """Return the layers that are not kept float in everything: they must run once in every pass."""
         return [name for name, options in self.choices.items() if options != [FLOAT]]
 
     @property
     def names(self) -> list[str]:
-        """Layers in the scheme, in call order."""
+        """Return the layers in the scheme, in call order."""
         return list(self.choices)
 
     def uniform(self, weight_bits: int, activation_bits: int | None) -> Scheme:
@@ -122,7 +122,7 @@ def has_choice(network: ObservedNetwork) -> bool:
 
 
 def rounded_to_nearest(network: ObservedNetwork, batches: Sequence[Batch], scheme: Scheme) -> nn.Module:
-    """The canonical model of `scheme` by rounding to nearest over whole ranges: for speed and size, where accuracy does not matter."""
+    """Round to nearest over whole ranges and return the canonical model: for speed and size, where accuracy does not matter."""
     samples, layers = input_samples(network.folded, network.names, batches, 2**12, 0), quantized_layers(network.prepared)
     candidates = Candidates()
     for name, precision in scheme.items():

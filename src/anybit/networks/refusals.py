@@ -1,6 +1,6 @@
-"""Networks that no road can work with: each is refused in one sentence, before anything long is begun, naming the module and the remedy.
+"""Refuse networks that no road can work with: in one sentence, before anything long is begun, naming the module and the remedy.
 
-What is told here cannot be told from a layer alone: how weights are held, whether a pass can be repeated, and what it passes through.
+None of it shows in a layer alone: how weights are held, whether a pass can be repeated, and what it passes through.
 """
 
 import copy
@@ -112,7 +112,7 @@ def _said(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class ObservedPass:
-    """One pass of a network: its wiring, its output, and each value's name with a checksum of its bytes, in order of making."""
+    """Hold what one pass of a network showed: its wiring, its output, each value's name and a checksum of its bytes, in order."""
 
     wiring: Wiring
     output: Any
@@ -120,14 +120,14 @@ class ObservedPass:
 
 
 def observed_pass(model: nn.Module, example: Batch) -> ObservedPass:
-    """Run `model` once on `example` and keep all that is asked of the pass later."""
+    """Run `model` once on `example`; the result answers all that is asked of the pass later."""
     values: list[tuple[str, int]] = []
     wiring, output = observe_outputs(model, example, lambda name, tensor: values.append((name, _checksum(tensor))))
     return ObservedPass(wiring, output, values)
 
 
 def _checksum(tensor: Tensor) -> int:
-    """CRC-32: it differs for certain where one number does, and by chance alone fails to where many do (one in four billion)."""
+    """Return a CRC-32: it differs for certain where one number does, and where many do but for one chance in four billion."""
     if torch._C._functorch.is_batchedtensor(tensor):  # its bytes cannot be had
         return 0
     flat = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
@@ -259,7 +259,7 @@ def check_differentiable(model: nn.Module, blocks: Iterable[str], example: Batch
 
 @contextmanager
 def once_a_batch(model: nn.Module, layers: Collection[str]) -> Iterator[None]:
-    """Every pass inside must run each of `layers` once, as the example did; raises UnsupportedModel naming one that does otherwise."""
+    """Require every pass inside to run each of `layers` once, as the example did; raise UnsupportedModel naming one that does not."""
     calls: Counter[str] = Counter()
 
     def check(*_: Any) -> None:

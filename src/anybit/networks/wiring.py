@@ -1,4 +1,4 @@
-"""Who feeds whom, observed in one forward pass.
+"""Observe in one forward pass which operation feeds which.
 
 A TorchFunctionMode sees module calls and plain functions alike, so control flow, functional activations and in-place sums are all
 in the picture, without tracing the model or asking it to be traceable. From the operations follow the batch norm and the activation
@@ -47,7 +47,7 @@ CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clip"}
 
 @dataclass(frozen=True)
 class Operation:
-    """One observed step: a layer, a batch norm, or a function.
+    """Describe one observed step: a layer, a batch norm, or a function.
 
     name      the module's own name for a layer or batch norm, else "block/add", numbered where a block adds twice
     kind      LAYER or BATCH_NORM for a module, else the bare name of a function ("add" for +, += and torch.add)
@@ -69,7 +69,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Unit:
-    """A layer or a block whose output is reconstructed at once; `name` is the module to run, `layers` those in it, in call order."""
+    """Name a layer or a block whose output is reconstructed at once; `name` is the module to run, `layers` those in it, in call order."""
 
     name: str
     layers: tuple[str, ...]
@@ -161,7 +161,7 @@ class Wiring:
         return value is not None and self.module_inputs.get(second) == value
 
     def joins(self) -> list[Operation]:
-        """Sums, products and concatenations of several observed values."""
+        """Return the sums, products and concatenations of several observed values."""
         return [op for op in self.operations if op.kind in JOINS and len(set(op.inputs)) > 1]
 
     def products(self) -> list[Operation]:
@@ -169,11 +169,11 @@ class Wiring:
         return [op for op in self.operations if op.kind in PRODUCTS and len(set(op.inputs)) > 1]
 
     def functions(self) -> list[Operation]:
-        """Convolutions, linears and embeddings that no layer computes."""
+        """Return the convolutions, linears and embeddings that no layer computes."""
         return [op for op in self.operations if op.kind in FUNCTIONS]
 
     def blocks(self, named: list[str] | None = None) -> list[str]:
-        """Modules to reconstruct whole: the innermost ones whose forward joins values, and others of the same class.
+        """Return the modules to reconstruct whole: the innermost ones whose forward joins values, and others of the same class.
 
         A join in the root makes no block; of two nested candidates the inner one stays. `named` are taken instead where given.
         """
@@ -204,9 +204,11 @@ class Wiring:
         return [Unit(name, tuple(members)) for name, members in units.items()]
 
     def edges(self) -> list[str]:
-        """Names of the tensors that a runtime keeps as integers: the inputs ("input/0", ...) and every operation's output, except reshapes
-        (their input's range holds), what only a clamp reads (ReLU; the clamp's output is the edge), and what goes into a batch norm that
-        folds."""
+        """Return the names of the tensors that a runtime keeps as integers: the inputs ("input/0", ...) and each operation's output.
+
+        Left out are reshapes (their input's range holds), what only a clamp reads (ReLU; the clamp's output is the edge), and what goes
+        into a batch norm that folds.
+        """
         names = [f"input/{index}" for index in range(len(self.input_values))]
         for op in self.operations:
             reader = self.only_reader(op.outputs[0]) if op.outputs else None
@@ -221,7 +223,7 @@ def _inside(name: str, block: str) -> bool:
 
 
 def observe(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], None] | None = None) -> Wiring:
-    """Run `model` once on `batch`, in evaluation mode and without gradients, and say what happened.
+    """Run `model` once on `batch`, in evaluation mode and without gradients, and return its wiring.
 
     `on_value(name, tensor)` is called with every named value as it is made ("input/0", ..., then each operation's first output).
     Raise InvalidInput where the model refuses the batch, UnsupportedModel where it gives back no tensor.
@@ -230,7 +232,7 @@ def observe(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], No
 
 
 def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], None] | None = None) -> tuple[Wiring, Any]:
-    """Do the same and return what the model gave back beside the wiring, so that no second pass is needed for it."""
+    """Do the same and return (wiring, the model's output), so that the output needs no pass of its own."""
     observer = _Observer(model, on_value)
     try:
         with torch.no_grad(), evaluating(model), observer.hooks(), observer:
@@ -247,7 +249,7 @@ def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Ten
 
 
 class _Observer(TorchFunctionMode):
-    """Numbers every tensor as it is made. Tensors are kept alive for the pass, so that an id is never used twice."""
+    """Number every tensor as it is made. Tensors are kept alive for the pass, so that an id is never used twice."""
 
     def __init__(self, model: nn.Module, on_value: Callable[[str, Tensor], None] | None):
         super().__init__()
@@ -288,7 +290,7 @@ class _Observer(TorchFunctionMode):
         )  # fmt: skip
 
     def hooks(self) -> ExitStack:
-        """Hooks on every module, taken off when the stack closes."""
+        """Put hooks on every module, taken off when the stack closes."""
         stack = ExitStack()
         for name, module in self.model.named_modules():
             self.classes[name] = _float_class(module).__name__
@@ -359,7 +361,7 @@ class _Observer(TorchFunctionMode):
             self.inside_leaf -= 1
 
     def _new_value(self, tensor: Tensor) -> int:
-        """An in-place operation gives its tensor a new number: the value has changed, whoever read it before read another."""
+        """Number a value. An in-place operation gives its tensor a new number: whoever read it before read another value."""
         self.alive.append(tensor)
         self.values[id(tensor)] = self.made
         self.made += 1
@@ -384,7 +386,7 @@ _IN_PLACE = {operator.iadd.__name__: "add", "radd": "add", "imul": "mul", "rmul"
 
 
 def _bare_name(func) -> str:
-    """ "add" for torch.add, Tensor.add_, x + y and x += y."""
+    """Return "add" for torch.add, Tensor.add_, x + y and x += y."""
     name = getattr(func, "__name__", type(func).__name__).strip("_")
     return _IN_PLACE.get(name, name)
 
