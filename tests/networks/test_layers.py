@@ -189,8 +189,8 @@ def test_layers_that_share_a_weight_are_refused_by_name():
     with pytest.raises(UnsupportedModel, match=r"left and right share one weight.*--keep"):
         prepare(model, ["first", "left", "right", "fc"])
     with pytest.raises(UnsupportedModel, match="left and right share one weight"):  # one float, one quantized: the float one would change
-        prepare(model, ["first", "left", "right", "fc"], kept_float=["left"])
-    prepared = prepare(model, ["first", "left", "right", "fc"], kept_float=["left", "right"])
+        prepare(model, ["first", "left", "right", "fc"], float_layers=["left"])
+    prepared = prepare(model, ["first", "left", "right", "fc"], float_layers=["left", "right"])
     assert torch.equal(prepared(numbers(2, 4)), model(numbers(2, 4)))
 
 

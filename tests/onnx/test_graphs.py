@@ -232,7 +232,7 @@ def test_a_graph_that_is_not_the_networks_is_exported_anew(other, tmp_path, call
 
 def test_what_cannot_be_recorded_is_exported_each_time(calls, monkeypatch):
     def refuse(*args):
-        raise NotImplementedError
+        raise RuntimeError("the forward fails under a recorder")
 
     canonical = drawn(Activated, PICTURE, 0)
     expected = contents(canonical, inputs(PICTURE))

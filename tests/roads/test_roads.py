@@ -116,6 +116,12 @@ def least_memory(message: str) -> int:
     return parse_size(re.search(r"at least --memory (\S+),", message)[1])
 
 
+def test_too_little_memory_names_the_step_that_needs_it():
+    settings = {**QUICK, "bn_tuning": False, "bias_tuning": False}
+    with pytest.raises(InvalidSetting, match="a step of AdaRound"):
+        anybit.calibrate(make(Residual), pictures(40), "4bit", memory=10**5, rounding="adaround", **settings)
+
+
 def test_too_little_memory_names_the_least_which_works_and_changes_no_result():
     settings = {**QUICK, "bn_tuning": False, "bias_tuning": False}  # what these see at once depends on the memory
     network, inputs = make(Residual), pictures(40)

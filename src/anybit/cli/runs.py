@@ -19,7 +19,7 @@ def report(
 
 
 def diff(run: Path = argument("A run folder, of any road."), run2: Path = argument("Another.")) -> Outcome:
-    """What differs between two runs: settings, versions, references, bits, size, errors, accuracy, and whether the weights are the same."""
+    """Compare two runs: settings, versions, references, bits, size, errors, accuracy, and whether the weights are the same."""
     return Outcome(anybit.diff(run, run2), "print_difference")
 
 

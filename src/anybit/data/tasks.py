@@ -124,8 +124,8 @@ class Task:
         raise InvalidSetting(f"A network for {self.name} is trained on the float network's outputs alone here: give --distill 1.")
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the training loss on labels."""
-        raise NotImplementedError
+        """Return the training loss on labels; raise InvalidSetting where they make none."""
+        raise InvalidSetting(f"Labels make no training loss of a network for {self.name}: give --distill 1.")
 
     def classes(self, outputs: Tensor) -> int | None:
         """Return the number of classes that a whole sample is of one of; None where it is of none."""

@@ -101,12 +101,12 @@ class CostModel:
             for name, precision in scheme.items()
             for size in [self.layers[name]]
         ]
-        kept_float = sum(
+        float_layers = sum(
             self.layers[name].weights
             for name, precision in scheme.items()
             if precision.weight_bits is None and f"{name}.weight" not in self.others
         )
-        return file_bytes(layout(stored, self.edges, self.leftover + kept_float, self.others), PACKED_METADATA)
+        return file_bytes(layout(stored, self.edges, self.leftover + float_layers, self.others), PACKED_METADATA)
 
     def overhead(self, scheme: Scheme) -> int:
         """Return bytes of the file that no choice of bits changes, a few bytes of header aside."""

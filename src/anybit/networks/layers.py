@@ -125,14 +125,14 @@ def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
             )
 
 
-def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] = (), groups: Mapping[str, int] = {}) -> nn.Module:
+def prepare(model: nn.Module, names: Iterable[str], float_layers: Collection[str] = (), groups: Mapping[str, int] = {}) -> nn.Module:
     """Return a copy of `model` whose layers `names` have empty slots; its outputs are bitwise those of `model`.
 
     `groups` are the layers that have a weight scale for each so many inputs of a channel, instead of one a channel.
-    Raise UnsupportedModel where a name is not a layer that anybit covers, or where two that are not `kept_float` share a weight.
+    Raise UnsupportedModel where a name is not a layer that anybit covers, or where two that are not `float_layers` share a weight.
     """
     names = list(names)
-    check_float32(model, [name for name in names if name not in kept_float])
+    check_float32(model, [name for name in names if name not in float_layers])
     prepared = copy.deepcopy(model)
     for module in prepared.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -150,7 +150,7 @@ def prepare(model: nn.Module, names: Iterable[str], kept_float: Collection[str] 
             raise UnsupportedModel(f"{name}: the weight is computed (a parametrization or weight norm). Remove the parametrization first.")
         sharing = owners.get(id(parameter), [])
         covered = [owner for owner in sharing if isinstance(prepared.get_submodule(owner), COVERED)]
-        if len(sharing) > 1 and not set(covered) <= set(kept_float):
+        if len(sharing) > 1 and not set(covered) <= set(float_layers):
             keeps = " ".join(f"--keep '{owner}=float'" for owner in covered)
             raise UnsupportedModel(
                 f"{' and '.join(map(_named, sharing))} share one weight, which cannot have two ranges. Clone the weight, or keep all "

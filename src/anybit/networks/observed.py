@@ -61,7 +61,7 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     check_finite_weights(model)
     covered, _ = coverage(model)
     check_float32(
-        model, [name for name in covered if name not in options.kept_float(covered)]
+        model, [name for name in covered if name not in options.float_layers(covered)]
     )  # before a type that differs makes the network refuse its input
     before = state_of(model)
     first = observed_pass(model, example)
@@ -69,8 +69,8 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     if not names:
         others = "".join(f" {name or 'The network itself'}: {why}." for name, why in uncovered.items())
         raise UnsupportedModel(f"The model has no layer to quantize: no convolution, linear or embedding ran on the data.{others}")
-    pinned, kept_float = match_patterns(options.keep, names), options.kept_float(names)
-    check_plain_use(first.wiring, [name for name in names if name not in kept_float])
+    pinned, float_layers = match_patterns(options.keep, names), options.float_layers(names)
+    check_plain_use(first.wiring, [name for name in names if name not in float_layers])
     moving, last = moving_state(model, example, before, first)
     with torch.no_grad():
         outputs = read_output(last.output, example)
@@ -79,7 +79,7 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     folded, norms, wiring = fold.model, fold.norms, fold.wiring
     for network in (model, folded):
         restore(network, moving)
-    prepared = prepare(folded, names, kept_float, group_sizes(folded, [name for name in names if name not in norms], options.group))
+    prepared = prepare(folded, names, float_layers, group_sizes(folded, [name for name in names if name not in norms], options.group))
     layers = quantized_layers(prepared)
     choices = {name: layer_choices(layers[name], pinned.get(name), options) for name in names}
     blocks = wiring.blocks(list(options.blocks) if options.blocks is not None else None) if options.unit == "block" else []
@@ -98,8 +98,8 @@ def unobserved_network(model: nn.Module, options: LayerOptions) -> ObservedNetwo
     names, uncovered = coverage(model)
     if not names:
         raise UnsupportedModel("The model has no layer to quantize: no convolution, linear or embedding.")
-    pinned, kept_float = match_patterns(options.keep, names), options.kept_float(names)
-    prepared = prepare(model, names, kept_float, group_sizes(model, names, options.group))
+    pinned, float_layers = match_patterns(options.keep, names), options.float_layers(names)
+    prepared = prepare(model, names, float_layers, group_sizes(model, names, options.group))
     layers = quantized_layers(prepared)
     choices = {name: layer_choices(layers[name], pinned.get(name), options) for name in names}
     costs = CostModel.of(prepared, names, None, 0, model)

@@ -28,7 +28,7 @@ class LayerOptions:
     blocks: Sequence[str] | None = None
     gradients: bool = False
 
-    def kept_float(self, names: Sequence[str]) -> list[str]:
+    def float_layers(self, names: Sequence[str]) -> list[str]:
         """Return the layers whose weights stay float."""
         return [name for name, precision in match_patterns(self.keep, names).items() if precision.weight_bits is None]
 

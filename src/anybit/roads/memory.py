@@ -5,6 +5,7 @@ import torch
 from anybit.data.batches import Batch
 from anybit.data.samples import Calibration
 from anybit.errors import InvalidSetting
+from anybit.methods.table import rounding_named
 from anybit.networks.observed import ObservedNetwork
 from anybit.networks.wiring import Wiring
 from anybit.roads.settings import CalibrateSettings
@@ -34,7 +35,11 @@ def working_memory(network: ObservedNetwork, padded: bool, settings: CalibrateSe
             sum(sizes[op.name] for op in network.wiring.operations if op.name in unit.layers or f"{op.owner}.".startswith(f"{unit.name}."))
             for unit in network.units
         ]
-        needs["a step of AdaQuant"] = (TRAINED * step * max(inside, default=0), "--batch-size" if padded else "--step-batch")
+        name = f"a step of {rounding_named(settings.rounding).__name__}"
+        needs[name] = (
+            TRAINED * step * max(inside, default=0),
+            "--batch-size" if padded else "--step-batch",
+        )
     if settings.does("bias_tuning"):
         needs["tuning biases on one input"] = (TRAINED * sum(sizes.values()), "--no-bias-tuning")
     needs["observing one input"] = (OBSERVED * sum(sizes.values()), "smaller inputs")
@@ -57,7 +62,7 @@ def _megabytes(count: int) -> str:
 
 
 def memory_to_capture(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> int:
-    """Return bytes that captured activations may take beside a step of AdaQuant."""
+    """Return bytes that captured activations may take beside a step of reconstruction."""
     needs = working_memory(network, calibration.fitting[0].mask is not None, settings)
     return max(0, settings.memory - max(least for least, _ in needs.values()))
 

@@ -162,8 +162,8 @@ def chosen_scheme(bench: "CalibrationState", budget: Budget | None) -> Choice:
     latency = None if network.costs.latency is None else asdict(network.costs.latency)
     recall = judge.recall.keyed("allocation", budget and str(budget), bench.settings.alternatives, latency)
 
-    def read(told: Mapping[str, Any]) -> Choice:
-        choice = Choice.from_json(told)
+    def read(record: Mapping[str, Any]) -> Choice:
+        choice = Choice.from_json(record)
         for scheme in (choice.scheme, *(row["scheme"] for row in choice.measured)):
             if set(scheme) != set(network.choices):
                 raise InvalidFile("its layers are not the network's")

@@ -74,7 +74,7 @@ def packed_tensors(canonical: Canonical) -> dict[str, Tensor]:
     layers = quantized_layers(canonical.model)
     scheme = canonical.scheme
     codes, scales, input_scales, zero_points = [], [], [], []
-    kept_float = [name for name, precision in scheme.items() if precision.weight_bits is None]
+    float_layers = [name for name, precision in scheme.items() if precision.weight_bits is None]
     for name, precision in scheme.items():
         layer = layers[name]
         if precision.weight_bits:
@@ -84,7 +84,7 @@ def packed_tensors(canonical: Canonical) -> dict[str, Tensor]:
             quantizer = frozen(layer.input_quantizer)
             input_scales.append(quantizer.scale.reshape(-1))
             zero_points.append(quantizer.zero_point.reshape(-1).to(torch.uint8))
-    numbers, others = leftovers(canonical.model, [name for name in scheme if name not in kept_float])
+    numbers, others = leftovers(canonical.model, [name for name in scheme if name not in float_layers])
     shared = {
         "codes": codes,
         "weight_scales": scales,
@@ -155,8 +155,8 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     check_names([*file.layers, *file.folded, *file.folded.values()], names, "The model")
     check_folded(file, float_model, "scheme.json")
     folded, _ = batchnorm.fold(float_model, file.folded)
-    kept_float = [name for name, precision in scheme.items() if precision.weight_bits is None]
-    model = prepare(folded, list(file.layers), kept_float, _groups(folded, file))
+    float_layers = [name for name, precision in scheme.items() if precision.weight_bits is None]
+    model = prepare(folded, list(file.layers), float_layers, _groups(folded, file))
     layers = quantized_layers(model)
     for name, record in file.layers.items():
         shape = tuple(weight_rows(layers[name], float_weight(layers[name])).shape)

@@ -59,8 +59,8 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     settings = SupernetSettings.from_json(file.settings)
     check_names([*layers, *file.folded, *file.folded.values()], [name for name, _ in float_model.named_modules()], "The model")
     check_folded(file, float_model, SUPERNET_JSON)
-    kept_float = [name for name, layer in layers.items() if not layer.has_codes]
-    model = prepare(float_model, list(layers), kept_float)
+    float_layers = [name for name, layer in layers.items() if not layer.has_codes]
+    model = prepare(float_model, list(layers), float_layers)
     slots = quantized_layers(model)
     for name, layer in layers.items():
         shape = rows_shape(slots[name])
@@ -70,7 +70,7 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
             )
         fill_slots(slots[name], *_blank(layer, file.layers[name].per_channel), settings.multiquant)
     method = prepared_multiquant(model, {name: layer.choices for name, layer in layers.items()}, file.folded, settings, None)
-    numbers, others = leftovers(model, [name for name in layers if name not in kept_float])
+    numbers, others = leftovers(model, [name for name in layers if name not in float_layers])
     statistics = statistics_of(model).numel()
     expected = _expected(layers, [tensor.numel() for tensor in numbers.values()], len(file.subnets), statistics, len(file.edges))
     expected |= {key: spec_of(tensor) for key, tensor in others.items()}
@@ -92,7 +92,7 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     if not all((gamma > 0).all() for gamma in batchnorm.folded_gammas(method.model, file.folded)):
         raise InvalidFile(f"{folder / SUPERNET}: a batch norm that folds has a factor of zero or below. Restore it or train again.")
     folded, _ = batchnorm.fold(float_model, file.folded)
-    costs = CostModel.of(prepare(folded, list(layers), kept_float), list(layers), None, len(file.edges), float_model)
+    costs = CostModel.of(prepare(folded, list(layers), float_layers), list(layers), None, len(file.edges), float_model)
     costs = replace(costs, layers={name: LayerSize(one.rows, one.columns, one.macs, one.operands) for name, one in file.layers.items()})
     provenance = {"model": file.model, "data": file.data, "preprocessing": file.preprocessing}
     report = read_report(folder) if (folder / REPORT).is_file() else {}
