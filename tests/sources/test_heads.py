@@ -53,7 +53,8 @@ NETWORKS = {
     "of no task": lambda: transformers.BertForPreTraining(transformers.BertConfig(**BERT)),
 }  # fmt: skip
 PREDICTIONS = {
-    "tags": ("token-classification", (-1, 5)), "hidden words": ("masked-language-model", (-1, 64)), "picture and text": ("embedding", (6, 16)),
+    "tags": ("token-classification", (-1, 5)), "hidden words": ("masked-language-model", (-1, 64)),
+    "picture and text": ("embedding", (6, 16)),
     "projected picture": ("embedding", (6, 8)), "segmentation": ("regression", (6, 3, 8, 8)), "detection": ("regression", (6, 4, 7)),
     "map of features": ("embedding", (6, 8)), "speech": ("sequence-to-sequence", (-1, 30)), "of no task": ("regression", (-1, 64)),
 }  # fmt: skip

@@ -124,11 +124,11 @@ class Tokenizer(Protocol):
     model_input_names: list[str]
     eos_token_id: int | None
     pad_token_id: int | None
-    mask_token_id: int | None
+    mask_token_id: Any
     all_special_ids: list[int]
     is_fast: bool
 
-    def __call__(self, text: Any, pair: Any = None, /, **options: Any) -> Any:
+    def __call__(self, text: Any = None, pair: Any = None, /, **options: Any) -> Any:
         """Return the tokens of the texts, by the names of the network's inputs."""
 
     def pad(self, samples: Any, /, *, return_tensors: Any, return_attention_mask: bool, verbose: bool) -> Any:
@@ -232,7 +232,8 @@ class MaskedTexts(Texts):
         hidden = (chances < self.HIDDEN) | (chances == chances.amin(1, keepdim=True))
         hidden &= ~special
         return Batch(
-            {**inputs, "input_ids": tokens.masked_fill(hidden, self.encoding.tokenizer.mask_token_id)}, tokens.masked_fill(~hidden, IGNORED)
+            {**inputs, "input_ids": tokens.masked_fill(hidden, self.encoding.tokenizer.mask_token_id)},
+            tokens.masked_fill(~hidden, IGNORED),
         )
 
 

@@ -43,7 +43,13 @@ def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, An
     uniform = {bits: network.costs.summary(network.uniform(bits, options.activation_bits[-1])) for bits in options.weight_bits}
     for row in uniform.values() if data is None else ():
         row["bops"] = None
-    return {"layers": layers, "uncovered": dict(network.uncovered), "float_bytes": network.costs.float_bytes, "uniform": uniform}
+    return {
+        "layers": layers,
+        "uncovered": dict(network.uncovered),
+        "unfolded": dict(network.unfolded),
+        "float_bytes": network.costs.float_bytes,
+        "uniform": uniform,
+    }
 
 
 def _observable(model: nn.Module, data: Any) -> tuple[nn.Module, Batch]:
