@@ -125,8 +125,14 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     pad_token_id: int | None
     mask_token_id: Any
-    all_special_ids: list[int]
-    is_fast: bool
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Return the tokens that are no part of any text."""
+
+    @property
+    def is_fast(self) -> bool:
+        """Return whether it tells which word a token is of."""
 
     def __call__(self, text: Any = None, pair: Any = None, /, **options: Any) -> Any:
         """Return the tokens of the texts, by the names of the network's inputs."""
