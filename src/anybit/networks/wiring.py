@@ -311,10 +311,10 @@ class _Observer(TorchFunctionMode):
             self.module_inputs[name] = self.values[id(args[0])]
         if isinstance(module, COVERED):
             read = tensors_in((args, kwargs))
-            if not read:
+            if not read and type_of(module).reads_numbers:
                 raise UnsupportedModel(f"Layer {name} runs on no tensor. Give it one, or take the layer out.")
-            self.input_shapes[name] = tuple(read[0].shape)
-            if how := _surroundings(read[0]):
+            self.input_shapes[name] = tuple(read[0].shape) if read else ()
+            if read and (how := _surroundings(read[0])):
                 self.surroundings[name] = how
         self.inside_leaf += self._is_leaf(module)
 
