@@ -212,14 +212,12 @@ class Wiring:
     def edges(self) -> list[str]:
         """Return the names of the tensors that a runtime keeps as integers: the inputs ("input/0", ...) and each operation's output.
 
-        Left out are reshapes (their input's range holds), what only a clamp reads (ReLU; the clamp's output is the edge), and what goes
-        into a batch norm that folds.
+        Left out are reshapes (their input's range holds), and what only a clamp reads (ReLU; the clamp's output is the edge).
         """
         names = [f"input/{index}" for index in range(len(self.input_values))]
         for op in self.operations:
             reader = self.only_reader(op.outputs[0]) if op.outputs else None
-            folds = reader is not None and reader.kind == BATCH_NORM and op.kind == LAYER
-            if op.kind not in RESHAPES and not folds and not (reader is not None and reader.kind in CLAMPS):
+            if op.kind not in RESHAPES and not (reader is not None and reader.kind in CLAMPS):
                 names.append(op.name)
         return list(dict.fromkeys(names))
 
@@ -313,10 +311,10 @@ class _Observer(TorchFunctionMode):
             self.module_inputs[name] = self.values[id(args[0])]
         if isinstance(module, COVERED):
             read = tensors_in((args, kwargs))
-            if not read:
+            if not read and type_of(module).reads_numbers:
                 raise UnsupportedModel(f"Layer {name} runs on no tensor. Give it one, or take the layer out.")
-            self.input_shapes[name] = tuple(read[0].shape)
-            if how := _surroundings(read[0]):
+            self.input_shapes[name] = tuple(read[0].shape) if read else ()
+            if read and (how := _surroundings(read[0])):
                 self.surroundings[name] = how
         self.inside_leaf += self._is_leaf(module)
 

@@ -66,5 +66,5 @@ def _seen(network: ObservedNetwork, name: str, observed: bool) -> dict[str, Any]
         return {"input": None, "output": None, "macs": None}
     count = network.wiring.batch_size
     shapes = {"input": network.wiring.input_shapes[name], "output": network.wiring.operation(name).shape}
-    single = {key: list(shape[1:] if shape[0] == count else (shape[0] // count, *shape[1:])) for key, shape in shapes.items()}
+    single = {key: list(shape[1:] if not shape or shape[0] == count else (shape[0] // count, *shape[1:])) for key, shape in shapes.items()}
     return {**single, "macs": network.costs.layers[name].macs}
