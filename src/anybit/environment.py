@@ -1,6 +1,8 @@
 """The machine and the versions that a run is recorded with, and the clock of its stages."""
 
+import ctypes
 import hashlib
+import os
 import platform
 import resource
 import sys
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -94,3 +97,41 @@ def processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
+
+
+_silent, _silenced = Lock(), 0
+
+
+@contextmanager
+def without_c_output() -> Iterator[None]:
+    """Silence what compiled code prints through C's `stdout`, in all threads. Python's own output does not pass there and is left alone.
+
+    HiGHS prints notes on some problems, whatever it is told; stdout is for results. Where C's library is another than glibc, it prints.
+    """
+    pointer, null = _c_stdout()
+    if pointer is None:
+        yield
+        return
+    global _silenced
+    with _silent:
+        _silenced += 1
+        if _silenced == 1:
+            pointer.value, null.value = null.value, pointer.value
+    try:
+        yield
+    finally:
+        with _silent:
+            _silenced -= 1
+            if _silenced == 0:
+                pointer.value, null.value = null.value, pointer.value
+
+
+@cache
+def _c_stdout() -> tuple[Any, Any]:
+    """(where C keeps its `stdout`, a file that swallows everything), or None twice."""
+    if platform.libc_ver()[0] != "glibc":
+        return None, None
+    library = ctypes.CDLL(None)
+    library.fopen.restype = ctypes.c_void_p
+    null = library.fopen(os.devnull.encode(), b"w")
+    return (ctypes.c_void_p.in_dll(library, "stdout"), ctypes.c_void_p(null)) if null else (None, None)

@@ -3,7 +3,12 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
+import threading
+import time
 from unittest.mock import patch
 
 import numpy as np
@@ -14,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from anybit.allocation.frontier import frontier
-from anybit.allocation.program import TIME_LIMIT, Problem, allocate, best_allocations, least_costs, make_problem, milp
+from anybit.allocation.program import Problem, allocate, best_allocations, least_costs, make_problem, milp
 from anybit.allocation.sensitivity import SensitivityTable, measure_sensitivity, rows_to_measure
 from anybit.budget import Budget
 from anybit.data.batches import Batch
@@ -512,14 +517,15 @@ def test_a_schemes_predicted_loss_is_the_sum_over_its_layers():
     assert table.total(Scheme({"a": Precision(), "b": Precision()})) == 0
 
 
-def test_a_gap_that_the_solver_does_not_reach_is_widened_and_told(monkeypatch):
+@pytest.mark.parametrize("status", [1, 4])
+def test_a_gap_that_the_solver_does_not_reach_is_widened_and_told(status, monkeypatch):
     asked, solve = [], milp
 
     def slow(*arguments, options, **more):
         asked.append(options["mip_rel_gap"])
         solution = solve(*arguments, **more)
-        if options["mip_rel_gap"] < 1e-3:  # out of time, with something in hand that another run might not have
-            solution.status = TIME_LIMIT
+        if options["mip_rel_gap"] < 1e-3:  # at its limit, with something in hand
+            solution.status = status
         else:
             solution.mip_dual_bound = solution.fun - 5e-4 * abs(solution.fun)
         return solution
@@ -533,3 +539,82 @@ def test_a_gap_that_the_solver_does_not_reach_is_widened_and_told(monkeypatch):
     solution = list(itertools.islice(best_allocations(problem), 3))
     assert solution[0].scheme == plain.scheme and 0 < solution[0].gap <= 1e-3
     assert asked[0] == 1e-4 and set(asked[1:]) == {1e-3}  # what was too narrow once is not tried again
+
+
+def hard_problem():
+    """One that takes the solver more than a node at the narrowest gap."""
+    rng = np.random.default_rng(1)
+    options = [Precision(bits) for bits in (2, 3, 4, 6, 8)]
+    layers = [f"layer{i}" for i in range(20)]
+    costs = {f"cost{i}": {name: rng.integers(1, 100, len(options)).astype(float) for name in layers} for i in range(4)}
+    losses = {name: rng.random(len(options)) for name in layers}
+    limits = {quantity: 0.5 * sum(cost.max() for cost in table.values()) for quantity, table in costs.items()}
+    return Problem(dict.fromkeys(layers, options), losses, costs, limits)
+
+
+def test_the_solver_is_limited_by_what_it_does_and_never_by_a_clock(monkeypatch):
+    """The same scheme on a machine that is busy, or asleep meanwhile."""
+    results, solve = [], milp
+
+    def watched(*arguments, options, **more):
+        assert "time_limit" not in options
+        results.append(solve(*arguments, options=options, **more))
+        return results[-1]
+
+    monkeypatch.setattr("anybit.allocation.program.milp", watched)
+    monkeypatch.setattr("anybit.allocation.program.NODES", 1)
+    schemes = [allocate(hard_problem()) for _ in range(2)]
+    assert schemes[0] == schemes[1] and schemes[0].gap <= 1e-2
+    assert results[0].status not in (0, 2) and results[0].mip_node_count == 1
+
+
+LOUD = """
+import ctypes, threading
+from anybit.environment import without_c_output
+c = ctypes.CDLL(None)
+with without_c_output(), without_c_output():
+    c.puts(b"from C")
+    print("from Python")
+entered, go_on = threading.Event(), threading.Event()
+def silent():
+    with without_c_output():
+        entered.set()
+        go_on.wait()
+other = threading.Thread(target=silent)
+with without_c_output():
+    other.start()
+    entered.wait()
+c.puts(b"while another thread is silent")
+go_on.set()
+other.join()
+print("at the end")
+"""
+
+
+def test_compiled_code_is_silenced_and_python_is_not():
+    run = subprocess.run([sys.executable, "-c", LOUD], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.splitlines() == ["from Python", "at the end"]
+
+
+def test_threads_that_solve_lose_nothing_that_others_print(capfd):
+    """And leave stdout as it was."""
+    done = threading.Event()
+
+    def printing():
+        while not done.is_set():
+            os.write(1, b"x")
+            time.sleep(1e-3)
+            written.append(1)
+
+    written, problem = [], hard_problem()
+    threads = [threading.Thread(target=allocate, args=(problem,)) for _ in range(2)]
+    talker = threading.Thread(target=printing)
+    for thread in (talker, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    talker.join()
+    assert capfd.readouterr().out == "x" * len(written)
+    os.write(1, b"still here")
+    assert capfd.readouterr().out == "still here"

@@ -21,7 +21,7 @@ from networks import NoBatchNorm, Residual, Windows, make, pictures
 
 import anybit
 from anybit.files.cache import Cache, Entry, entries, remove_damaged, results_folder, trim_cache
-from anybit.files.whole import write_whole
+from anybit.files.whole import whole_file, write_whole
 from anybit.runs.folder import new_folder
 
 
@@ -396,17 +396,90 @@ main()
 """
 
 
-def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", ""])
+WRITER = """
+import sys, time
+from pathlib import Path
+from anybit.files.whole import whole_file
+from anybit.runs.folder import new_folder
+place = Path(sys.argv[1])
+with whole_file(place / "file.json", "") as file, new_folder(place / "run", overwrite=True) as draft:
+    file.write_text("theirs")
+    (draft / "report.json").write_text("theirs")
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def writers(tmp_path):
+    """Start other processes that write a file and a run, until they are let go on."""
+    started = []
+
+    def start() -> subprocess.Popen:
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def write_both(place: Path) -> None:
+    with whole_file(place / "file.json", "") as file:
+        file.write_text("mine")
+    with new_folder(place / "run", overwrite=True) as draft:
+        (draft / "report.json").write_text("mine")
+
+
+def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path, writers):
+    process = writers()
+    assert len(list(tmp_path.iterdir())) == 2
+    process.kill()
     process.wait()
-    (tmp_path / f".run.{process.pid}.abc").mkdir()
-    (tmp_path / f".run.{process.pid}.old.abc").mkdir()
-    (tmp_path / f".run.{os.getpid()}.abc").mkdir()
-    (tmp_path / ".run.notes.txt").write_text("mine")
-    with new_folder(tmp_path / "run") as draft:
-        (draft / "report.json").write_text("{}")
-    stored_entry = {"run", f".run.{process.pid}.old.abc", f".run.{os.getpid()}.abc", ".run.notes.txt"}
-    assert {path.name for path in tmp_path.iterdir()} == stored_entry
-    with new_folder(tmp_path / "run", overwrite=True) as draft:
-        (draft / "report.json").write_text("{}")
-    assert {path.name for path in tmp_path.iterdir()} == stored_entry - {f".run.{process.pid}.old.abc"}
+    write_both(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "file.json"}
+
+
+def test_several_writers_of_one_place_each_end_and_the_last_ones_work_stays(tmp_path, writers):
+    others = [writers(), writers()]
+    write_both(tmp_path)
+    assert (tmp_path / "file.json").read_text() == (tmp_path / "run" / "report.json").read_text() == "mine"
+    for process in others:
+        process.communicate("", timeout=20)
+        assert process.returncode == 0
+    assert (tmp_path / "file.json").read_text() == (tmp_path / "run" / "report.json").read_text() == "theirs"
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "file.json"}
+
+
+def test_an_old_run_whose_replacement_was_killed_stays_until_there_is_another(tmp_path):
+    draft = tmp_path / f".run.{'0' * 16}.anybit"
+    (draft / "old").mkdir(parents=True)
+    with new_folder(tmp_path / "run") as new:
+        (new / "report.json").write_text("{}")
+    assert draft.is_dir()
+    with new_folder(tmp_path / "run", overwrite=True) as new:
+        (new / "report.json").write_text("{}")
+    assert not draft.exists()
+
+
+@pytest.mark.parametrize("dead", [1, 2024, 10**8])
+def test_what_is_the_users_own_stays_whatever_its_name(dead, tmp_path):
+    names = [f".run.{dead}.backup", f".run.{dead}.old.backup", f".run.{dead}.0123abcd", ".run.anybit", ".run.tmp", ".file.json.tmp",
+             f".file.json.{dead}.tmp", f".run.2.{'0' * 16}.anybit"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f".run.{'1' * 16}.anybit").symlink_to(tmp_path / "elsewhere")
+    write_both(tmp_path)
+    assert all((tmp_path / name / "mine.txt").is_file() for name in names) and (tmp_path / "elsewhere").is_dir()
+
+
+def test_the_longest_name_can_be_written(tmp_path):
+    name = "µ" * 120 + ".json"
+    with whole_file(tmp_path / name, "") as draft:
+        draft.write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

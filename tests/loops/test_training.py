@@ -2,7 +2,7 @@
 
 import json
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -382,9 +382,30 @@ def test_other_settings_are_refused_by_name(changes, tmp_path, monkeypatch):
             grown(checkpoint)
     with pytest.raises(InvalidSetting, match=next(iter(changes))):
         grown(checkpoint, **changes)
-    with pytest.raises(InvalidSetting, match="data was"):  # as many others
-        x, y = labelled()
-        anybit.grow(make(Residual), (x + 1, y), "3bit", epochs=3, batch_size=16, activation_bits=4, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("verb", ["grow", "train"])
+def test_a_training_continues_on_the_same_data_and_network_alone(verb, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    x, y = labelled()
+    options = {"epochs": 2, "batch_size": 16, "checkpoint": checkpoint}
+    run = {"grow": partial(anybit.grow, budget="3bit"), "train": partial(anybit.train, bits=(2, 8), held_out=0.3, bn_images=16)}[verb]
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        with pytest.raises(Interrupted):
+            run(make(Residual), (x, y), **options)
+    for index in (20, 47):  # of which the first batch need not be
+        other, wrong = x.clone(), y.clone()
+        other[index, 0, 0, 0] += 1
+        wrong[index] = (wrong[index] + 1) % 5
+        for data in ((other, y), (x, wrong)):
+            with pytest.raises(InvalidSetting, match="data was"):
+                run(make(Residual), data, **options)
+    changed = make(Residual)
+    changed.block2.stride = 2
+    with pytest.raises(InvalidSetting, match="module block2 was"):
+        run(changed, (x, y), **options)
+    run(make(Residual), (x, y), **options)
 
 
 # Several processes

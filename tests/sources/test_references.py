@@ -1,4 +1,3 @@
-import functools
 import re
 import sys
 import tomllib
@@ -12,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
-from anybit.sources.callables import code_of, load_callable
+from anybit.sources.callables import load_callable
 from anybit.sources.inputs import as_samples, load_data
 from anybit.sources.models import load_model, load_weights
 from anybit.sources.preprocessing import Preprocessing
@@ -349,19 +348,3 @@ def test_what_a_users_function_raises_is_one_error_that_names_it(tmp_path):
 def test_a_crop_larger_than_the_resized_picture_is_refused():
     with pytest.raises(InvalidSetting, match="larger --resize"):
         Preprocessing(size=256, resize=224)
-
-
-def test_functions_of_other_code_are_told_apart():
-    def scaled(factor):
-        return lambda outputs, labels: factor * 1.0
-
-    def one(outputs, labels):
-        return 1.0
-
-    def other(outputs, labels, by=2.0):
-        return 1.0
-
-    both = (lambda outputs, labels: 1.0, lambda outputs, labels: 2.0)
-    functions = [one, other, *both, scaled(1), scaled(2), functools.partial(other, by=3.0), functools.partial(other, by=4.0)]
-    descriptions = [code_of(function) for function in functions]
-    assert len(set(descriptions)) == len(descriptions) and descriptions == [code_of(function) for function in functions]

@@ -17,6 +17,7 @@ from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSe
 from anybit.files.cache import Entry, _serialized, entries
 from anybit.networks.layers import codes_of, quantized_layers
 from anybit.scheme import Precision, Scheme
+from anybit.sources.inputs import as_samples
 from anybit.supernets.prepared import bn_batches, held_out_split, to_store
 from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.statistics import statistics_of
@@ -377,6 +378,31 @@ def test_another_supernets_scores_are_never_taken(stored, tmp_path):
     anybit.search(folder, labelled(), model=make(Residual), **options)
     other = trained(seed=3, keep={"conv": Precision(8, 8)})
     assert anybit.search(other, labelled(), **options).report["recalled"] == 0
+
+
+@pytest.mark.parametrize("what", ["a label", "an input", "an input for batch norm", "an attribute"])
+def test_scores_of_other_data_or_code_are_never_taken(what, stored, tmp_path):
+    supernet, folder = stored
+    x, y = (tensor.clone() for tensor in labelled())
+    options = {"evaluations": 10, "cache": tmp_path / "cache"}
+    anybit.search(folder, (x, y), model=make(Residual), **options)
+    fitting, held_out = (part.dataset.indices for part in held_out_split(as_samples((x, y)), supernet.settings))
+    model = make(Residual)
+    if what == "a label":
+        y[held_out[-1]] = (y[held_out[-1]] + 1) % 5
+    elif what == "an attribute":
+        model.block2.scale = 2.0
+    else:
+        x[held_out[0] if what == "an input" else list(bn_indices(fitting, supernet.settings))[-1]] += 0.5
+    assert anybit.search(folder, (x, y), model=model, **options).report["recalled"] == 0
+
+
+def bn_indices(fitting, settings):
+    """The fitting samples from which batch-norm statistics are estimated."""
+    x, y = labelled()
+    batches = bn_batches(as_samples((x[fitting], y[fitting])), settings)
+    rows = torch.cat([batch.inputs for batch in batches]).flatten(1)
+    return (index for index in fitting if (rows == x[index].flatten()).all(1).any())
 
 
 def test_another_budget_estimates_nothing_anew(stored, tmp_path, monkeypatch):

@@ -9,10 +9,7 @@ kept as a certificate; the next best schemes follow by excluding those already f
 once, `frontier` gives the convex hull of all schemes.
 """
 
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +19,7 @@ from scipy.sparse import csr_matrix
 
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import Budget, Cost
+from anybit.environment import without_c_output
 from anybit.errors import InfeasibleBudget, InvalidSetting, UnsupportedModel
 from anybit.networks.cost import CostModel
 from anybit.scheme import Precision, Scheme
@@ -29,12 +27,13 @@ from anybit.scheme import Precision, Scheme
 # Choices a layer that the integer program starts with; the relaxation's reduced costs tell which, and whether they were enough.
 CORE = 5
 
-GAPS, SECONDS = (1e-4, 1e-3, 1e-2), 20.0
-"""Relative gaps within which the solver proves a scheme, and how long it tries each but the last. Layers of like sizes and losses of which
-one outweighs all others can hold it up for half an hour and more at the narrowest, and are solved in a moment at the next."""
+GAPS, NODES = (1e-4, 1e-3, 1e-2), 10_000
+"""Relative gaps within which the solver proves a scheme, and how many nodes of its search tree it tries each but the last. Layers of like
+sizes and losses of which one outweighs all others can hold it up for half an hour and more at the narrowest, and are solved in a moment at
+the next. Nodes and not seconds: a busy machine, or one that slept meanwhile, gets the same scheme."""
 
-TIME_LIMIT = 1
-"""The solver's status where it met a limit."""
+SOLVED = (0, 2)
+"""The solver's status where it is done: with the best scheme, or because there is none."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ class _Program:
         self.excluded: list[np.ndarray] = []
         self.gap = 0  # index of GAPS
         rows = {"A_ub": limited, "b_ub": limits} if len(limits) else {}
-        with _silent_solver():
+        with without_c_output():
             relaxed = linprog(self.values, A_eq=self.one_each, b_eq=np.ones(self.layers), method="highs", **rows)
         self.feasible = relaxed.status == 0
         if self.feasible:
@@ -218,14 +217,13 @@ class _Program:
         return None
 
     def _solved(self, values: np.ndarray, constraints: list[LinearConstraint]) -> OptimizeResult:
-        """The solver's result within the narrowest of GAPS that it reaches in SECONDS; what it has at a time limit is not taken, so that
-        equal runs end alike. A gap that was too narrow once is not tried again."""
+        """The solver's result within the narrowest of GAPS that it reaches in NODES. A gap that was too narrow once is not tried again."""
         while True:
-            gap, last = GAPS[self.gap], self.gap == len(GAPS) - 1
-            options = {"mip_rel_gap": gap} | ({} if last else {"time_limit": SECONDS})
-            with _silent_solver():
+            last = self.gap == len(GAPS) - 1
+            options = {"mip_rel_gap": GAPS[self.gap]} | ({} if last else {"node_limit": NODES})
+            with without_c_output():
                 result = milp(values, integrality=np.ones(len(values)), bounds=Bounds(0, 1), constraints=constraints, options=options)
-            if last or result.status != TIME_LIMIT:
+            if last or result.status in SOLVED:
                 return result
             self.gap += 1
 
@@ -260,17 +258,3 @@ def _why_infeasible(problem: Problem) -> str:
         return "No scheme meets all conditions of the budget together, though each alone can be met. Relax one of them."
     advice = "Allow lower bit-widths (--weight-bits; in grow --prune), keep fewer layers, or raise the budget to"
     return f"{' '.join(parts)} {advice} {','.join(enough)}."
-
-
-@contextmanager
-def _silent_solver() -> Iterator[None]:
-    """HiGHS prints notes on some problems, whatever it is told, past Python's own stdout; stdout is for results."""
-    sys.stdout.flush()
-    stdout, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 1)
-    try:
-        yield
-    finally:
-        os.dup2(stdout, 1)
-        os.close(stdout)
-        os.close(devnull)

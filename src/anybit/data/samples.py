@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from anybit.data.batches import Batch, Reader, stacked
 from anybit.errors import InvalidInput, InvalidSetting
+from anybit.files.contents import contents_of
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,10 @@ class ArrayDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def contents_digest(self) -> str:
+        """Return a SHA-256 over the arrays and how they are read."""
+        return contents_of([self.x, self.y, self.mean, self.std])
 
     def __getitem__(self, index: int):
         batch = self.__getitems__([index])

@@ -17,7 +17,7 @@ import stat
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from anybit.errors import InvalidFile
-from anybit.files.strict import parse_json
+from anybit.files.strict import parse_json, sha256_of
 from anybit.files.whole import write_whole
 from anybit.progress import tell
 
@@ -37,7 +37,9 @@ Value = TypeVar("Value")
 RECORD = "record"
 DIGEST_BYTES = 32
 KEY_NAME = re.compile(r"[0-9a-f]{64}")
-DRAFT = re.compile(r"\.[0-9a-f]{64}\.[0-9]+\.tmp")
+DRAFT = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]+\.tmp")
+RECENT = 5 * 10**9
+"""Nanoseconds within which a file may change again with the same time."""
 LIMIT = 10 * 10**9
 """Bytes of results that are kept; beyond them the least recently used go."""
 
@@ -135,15 +137,6 @@ def _words(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
-    """Return the SHA-256 over the bytes, types and shapes of tensors."""
-    whole = hashlib.sha256()
-    for tensor in tensors:
-        whole.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
-
-
 def cache_home() -> Path:
     """Return the user's cache directory for anybit."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit"
@@ -152,6 +145,22 @@ def cache_home() -> Path:
 def results_folder() -> Path:
     """Return the folder in which results are kept."""
     return cache_home() / "results"
+
+
+def digest_of_files(files: Sequence[Path]) -> str:
+    """Return the SHA-256 over the contents of files, which is kept under their names, sizes and times: who left them alone waits once."""
+
+    def read() -> str:
+        whole = hashlib.sha256()
+        for path in files:
+            whole.update(bytes.fromhex(sha256_of(path)))
+        return whole.hexdigest()
+
+    states = [(str(path.resolve()), path.stat()) for path in files]
+    if time.time_ns() - max((max(one.st_mtime_ns, one.st_ctime_ns) for _, one in states), default=0) < RECENT:
+        return read()
+    listing = [[path, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns] for path, one in states]
+    return Cache(results_folder()).keyed("files", listing).value("contents of files", read, str)
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,90 @@
-"""Write a file whole or not at all."""
+"""Write a file or a folder whole or not at all: into a draft of its own beside the place, moved there once it is done.
 
+A draft is locked for as long as its process lives, so that what a killed one left is known from what another process still writes. Nothing
+else beside the place is ever touched, whatever its name.
+"""
+
+import fcntl
 import os
+import re
+import secrets
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from anybit.errors import AnybitError
+from anybit.errors import AnybitError, InvalidSetting
 from anybit.files.strict import in_words
+
+OLD = "old"
+"""What is replaced stands in the draft's folder under this name for a moment."""
+
+
+def is_draft(name: str, of: str) -> bool:
+    """Return whether `name` is one that drafts of the file or folder called `of` get."""
+    return re.fullmatch(re.escape(_stem(of)) + r"\.[0-9a-f]{16}\.anybit", name) is not None
+
+
+def _stem(name: str) -> str:
+    return "." + name.encode()[:200].decode(errors="ignore")  # file systems hold 255 bytes
+
+
+@contextmanager
+def drafts_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path` for its draft, locked, and removed with all that is in it afterwards.
+
+    Drafts of `path` that killed processes have left go first; one with what was being replaced only if something stands in its place.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_behind(path)
+    while True:
+        folder = path.parent / f"{_stem(path.name)}.{secrets.token_hex(8)}.anybit"
+        folder.mkdir()
+        lock = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks, where no draft is taken for one that was left
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():  # else another process took it for one that was left, before it was locked
+            break
+        os.close(lock)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_left_behind(path: Path) -> None:
+    with suppress(OSError):  # a folder that may be written to and not listed
+        for draft in [one for one in path.parent.iterdir() if is_draft(one.name, path.name) and not one.is_symlink()]:
+            with suppress(OSError), _locked(draft):
+                if path.exists() or not (draft / OLD).exists():
+                    shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder. Raise OSError where another process has."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextmanager
 def whole_file(path: Path, remedy: str) -> Iterator[Path]:
-    """Yield a draft beside `path` to write into. It replaces `path` when the block succeeds and is removed when it fails.
+    """Yield a draft of `path` to write into. It replaces `path` when the block succeeds and is removed when it fails.
 
-    Raises AnybitError where the disk is full or the folder is not to be written to; what was at `path` before is there still.
+    Raises AnybitError where the disk is full or the folder is not to be written to; what was at `path` before is there still. Of several
+    writers the last one's file stays.
     """
-    draft = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.unlink(missing_ok=True)  # never through a link
-        try:
-            yield draft
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        with drafts_folder(path) as folder:
+            yield folder / path.name
+            (folder / path.name).replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or in_words(error)
         raise AnybitError(f"{path} cannot be written: {reason}. Nothing of it is left behind. {remedy}") from error
@@ -34,9 +93,29 @@ def whole_file(path: Path, remedy: str) -> Iterator[Path]:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all, whatever ends the process meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         draft.write_bytes(data)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def check_place(path: Path, option: str) -> None:
+    """Raise InvalidSetting where nothing can be written at `path`, which the user gave to `option`; asked before long work."""
+    try:
+        text = os.fspath(path)
+        os.fsencode(text).decode()
+        if path.is_symlink() and not path.exists():
+            raise InvalidSetting(f"{path} is a link to nothing. Choose another {option}.")
+        whole = path.resolve()
+        if Path.cwd().is_relative_to(whole):
+            raise InvalidSetting(f"{path} is the folder that you are in, or one around it. Name a new one inside: {option} {path / 'run'}.")
+        above = next(folder for folder in (whole, *whole.parents) if folder.exists())
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or in_words(error)
+        raise InvalidSetting(f"{str(path)!r} cannot be written: {reason}. Choose another {option}.") from error
+    if above != whole and not above.is_dir():
+        raise InvalidSetting(f"{path} cannot be written: {above} is no folder. Choose another {option}.")
+    if not os.access(above if above != whole else whole.parent, os.W_OK | os.X_OK):
+        raise InvalidSetting(f"{path} cannot be written: {above} is not to be written to. Choose another {option}.")

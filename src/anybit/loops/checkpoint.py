@@ -41,6 +41,8 @@ class CheckpointRecord(BaseModel):
     decisions: dict[str, Any]
 
 
+CONTENTS = "all of the data"
+"""The entry of an identity that checkpoints of anybit 0.1 do not have; nor do they say anything of modules."""
 AGAIN = "Remove it to start again, or restore it."
 
 
@@ -73,6 +75,8 @@ def resume_checkpoint(path: Path, trainee: Trainee, optimizer: torch.optim.Optim
     told = parse_json(metadata.get("anybit", ""), f"{path}: its record")
     check_version(told, path, 1)
     about = validated(CheckpointRecord, told, f"{path}: its record")
+    if CONTENTS not in about.identity:
+        identity = {key: value for key, value in identity.items() if key != CONTENTS and not key.startswith("module ")}
     different = [key for key in {**about.identity, **identity} if about.identity.get(key) != json.loads(json.dumps(identity.get(key)))]
     if different:
         said = "; ".join(

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from anybit.data.batches import Inputs, call, map_tensors, tensors_in
 from anybit.environment import code_version
-from anybit.files.cache import digest
+from anybit.files.contents import digest
 
 EXPORTER = ("torch", "onnx", "onnx_ir", "onnxscript")
 """Packages whose versions the graph depends on, besides those that the modules come from."""

@@ -14,7 +14,7 @@ from anybit.data.samples import draw, mirrored, split
 from anybit.data.tasks import Metric, outputs_of
 from anybit.environment import StageClock
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
-from anybit.files.cache import digest
+from anybit.files.contents import contents_of, digest
 from anybit.networks.candidates import Candidates, to_tensors
 from anybit.networks.layers import float_bias
 from anybit.networks.observed import ObservedNetwork, observe_network
@@ -30,7 +30,7 @@ from anybit.runs.candidates import read_candidates
 from anybit.runs.folder import runs_in
 from anybit.runs.opened import float_model_of, followed_reference, recorded_data
 from anybit.runs.scheme_file import read_scheme
-from anybit.sources.callables import absolute, code_of
+from anybit.sources.callables import absolute
 from anybit.sources.inputs import samples_from
 from anybit.sources.preprocessing import Preprocessing
 
@@ -84,7 +84,7 @@ def allocate(
         reference = outputs_of(network.folded, calibration.held_out)
         targets = batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
         entries = key_of_run(open_cache(cache), network, calibration, [reference], settings)
-        entries = entries.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and code_of(metric))
+        entries = entries.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and contents_of(metric))
     judge = Judge(network, candidates, calibration.held_out, reference, file.task, metric, entries)
     light = replace(settings, sequential=False, bias_tuning=False)
     bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets)

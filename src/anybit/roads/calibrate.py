@@ -17,7 +17,8 @@ from anybit.data.tasks import Metric, check_labels, outputs_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidSetting, UnsupportedModel
-from anybit.files.cache import Cache, digest
+from anybit.files.cache import Cache
+from anybit.files.contents import contents_of, digest
 from anybit.methods.table import rounding_named
 from anybit.networks.candidates import apply_scheme
 from anybit.networks.canonical import Canonical
@@ -45,7 +46,6 @@ from anybit.roads.steps import (
 )
 from anybit.scheme import Scheme
 from anybit.settings import takes
-from anybit.sources.callables import code_of
 from anybit.sources.inputs import samples_from
 from anybit.sources.preprocessing import Preprocessing
 
@@ -159,7 +159,7 @@ def prepare_bench(
     cache = keyed_by_settings(cache, settings, SENSITIVITY).keyed(task)
     with clock.stage("sensitivity"):
         table = sensitivity_table(network, candidates, calibration, reference, task, settings, cache)
-    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, cache.keyed(metric and code_of(metric)))
+    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, cache.keyed(metric and contents_of(metric)))
     return CalibrationState(network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors)
 
 

@@ -18,7 +18,8 @@ from anybit.data.tasks import Metric, outputs_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidFile, InvalidSetting
-from anybit.files.cache import Cache, digest
+from anybit.files.cache import Cache
+from anybit.files.contents import digest
 from anybit.files.strict import read_json
 from anybit.networks.candidates import ActivationCandidate, Candidates, frozen_candidate, to_tensors
 from anybit.networks.canonical import Canonical

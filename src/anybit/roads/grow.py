@@ -51,7 +51,9 @@ PLAIN_BYTES = 2**28
 def plain_batches(samples: Samples, settings: TrainSettings) -> list[Batch]:
     """Return a few training inputs, drawn once, as they are, in batches of one size."""
     count, size = min(_few(samples), len(samples)), min(settings.batch_size, 256)
-    return list(draw(samples, count - count % size or count, settings.seed).batches(size))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)  # for data sets that draw at random
+        return list(draw(samples, count - count % size or count, settings.seed).batches(size))
 
 
 def watched_batches(tests: Samples, seed: int) -> list[Batch]:
@@ -208,6 +210,11 @@ def grow(
         reference = outputs_of(float_model, tests.batches(256))
         float_test = evaluate_model(float_model, tests.batches(256), task, metric)
         watched = watched_batches(tests, grow_settings.train.seed)
+    identity = None
+    if checkpoint is not None:
+        with clock.stage("contents of the data"):
+            chosen = {"budget": str(budget), "scheme": scheme and str(scheme), **grow_settings.to_json()}
+            identity = training_identity(float_model, samples, plain[0], chosen)
     with clock.stage("training"), torch.random.fork_rng(devices=[]):
         epochs = train_epochs(
             trainee,
@@ -217,9 +224,7 @@ def grow(
             float_model if grow_settings.train.distill else None,
             batchnorm.folded_gammas(trainee.model, network.norms),
             None if checkpoint is None else Path(checkpoint),
-            training_identity(
-                float_model, samples, plain[0], {"budget": str(budget), "scheme": scheme and str(scheme), **grow_settings.to_json()}
-            ),
+            identity,
             None if tests is None else lambda: soft_and_frozen(trainee, network, plain, watched, task, metric),
         )
     with clock.stage("freeze"):

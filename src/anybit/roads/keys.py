@@ -6,17 +6,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, tensors_in
+from anybit.data.batches import Batch, first_tensor, tensors_in
+from anybit.data.contents import contents_of_samples
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric
 from anybit.environment import code_version, machine
-from anybit.files.cache import LIMIT, Cache, Entry, digest, results_folder, trim_cache
+from anybit.files.cache import LIMIT, Cache, Entry, results_folder, trim_cache
+from anybit.files.contents import contents_of, digest, network_contents
+from anybit.loops.checkpoint import CONTENTS
 from anybit.networks.candidates import Candidates, from_tensors, to_tensors
 from anybit.networks.layers import float_weight, quantized_layers, weight_rows
+from anybit.networks.norms import BATCH_NORMS
 from anybit.networks.observed import ObservedNetwork
 from anybit.progress import tell
 from anybit.roads.settings import CalibrateSettings
-from anybit.sources.callables import code_of
 from anybit.supernets.supernet import Supernet
 
 # Settings by the first result that depends on them: a change of one leaves what was made before it. All others count from the beginning.
@@ -29,16 +32,16 @@ LATER = ("pipeline", "parallel", "alternatives", "memory", "steps", "start", "se
 def key_of_run(
     recall: Cache, network: ObservedNetwork, calibration: Calibration, outputs: Sequence[Tensor], settings: CalibrateSettings
 ) -> Cache:
-    """`recall` under all that the ranges of a network depend on: weights, inputs and float `outputs` (what the network's code does shows
-    there), layers and choices, settings, and the code and machine that compute."""
+    """`recall` under all that the ranges of a network depend on: its weights, code and attributes, inputs and float `outputs`, layers and
+    choices, settings, and the code and machine that compute."""
     early = {key: value for key, value in settings.to_json().items() if key not in (*MATCHING, *PARALLEL, *SENSITIVITY, *LATER)}
     data = [tensor for batch in [*calibration.fitting, *calibration.held_out] for tensor in tensors_in([batch.inputs, batch.labels])]
     operations = [[op.name, op.kind, list(op.shape)] for op in network.wiring.operations]
     choices = {name: [str(precision) for precision in precisions] for name, precisions in network.choices.items()}
     units = [[unit.name, list(unit.layers)] for unit in network.units]
     return recall.keyed(
-        code_version(), machine(data[0].device), digest(network.float_model.state_dict().values()), digest(data), digest(outputs),
-        operations, choices, units, early,
+        code_version(), machine(data[0].device), digest(network.float_model.state_dict()), network_contents(network.float_model),
+        digest(data), digest(outputs), operations, choices, units, early,
     )  # fmt: skip
 
 
@@ -72,23 +75,34 @@ def settle(recall: Cache) -> None:
         trim_cache(recall.folder, LIMIT)
 
 
-def key_of_supernet(recall: Cache, supernet: Supernet, samples: Samples, metric: Metric | None) -> Cache:
-    """`recall` under what a score depends on besides the scheme: the supernet's numbers, the data, the metric's code."""
-    first = next(samples.on("cpu").subset(range(min(64, len(samples)))).batches(64))
-    numbers = [*supernet.model.parameters(), *(tensor for name, tensor in supernet.model.named_buffers() if name.endswith(".start"))]
-    data = [len(samples), digest(tensors_in([first.inputs, first.labels]))]
+def key_of_supernet(recall: Cache, supernet: Supernet, batches: Sequence[Batch], metric: Metric | None) -> Cache:
+    """`recall` under what a score depends on besides the scheme: the supernet's numbers and code, all the data, the metric's code.
+
+    What switching a subnet changes is left out: chosen bits, and batch-norm statistics, which follow from the data.
+    """
+    norms = tuple(f"{name}." for name, module in supernet.model.named_modules() if isinstance(module, BATCH_NORMS))
+    fixed = {
+        name: buffer
+        for name, buffer in supernet.model.named_buffers()
+        if name.endswith("_quantizer.start") or not (name.startswith(norms) or "_quantizer." in name)
+    }
+    numbers = dict(supernet.model.named_parameters()) | fixed
+    data = digest([tensor for batch in batches for tensor in tensors_in([batch.inputs, batch.labels])])
     return recall.keyed(
-        code_version(), machine(numbers[0].device), digest(numbers), data, supernet.settings.to_json(), metric and code_of(metric)
-    )
+        code_version(), machine(first_tensor(batches[0].inputs).device), digest(numbers), network_contents(supernet.network), data,
+        supernet.settings.to_json(), metric and contents_of(metric),
+    )  # fmt: skip
 
 
 def training_identity(model: nn.Module, samples: Samples, first: Batch, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all that must agree to continue a training: weights, data (its length and some preprocessed inputs), every setting."""
+    """Return all that must agree to continue a training: weights and code of the network, the whole of the data, every setting."""
     flat = {f"{key}.{k}" if isinstance(value, dict) else key: v for key, value in settings.items() for k, v in _items(value)}
     return {
         "weights": digest(model.state_dict().values()),
         "samples": len(samples),
         "data": digest(tensors_in([first.inputs, first.labels])),
+        CONTENTS: contents_of_samples(samples),
+        **{f"module {name}".strip(): contents for name, contents in network_contents(model).items()},
         **flat,
     }
 

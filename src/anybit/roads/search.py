@@ -134,6 +134,7 @@ def run_search(
     bn = bn_batches(fitting, supernet.settings)
     asked = settings.bn_images or supernet.settings.bn_images
     few = bn_batches(fitting, replace(supernet.settings, bn_images=asked))
+    cache = key_of_supernet(cache, supernet, [*search_on, *measure_on, *bn, *few], metric)
     key = metric_name(metric) if metric else TASKS[supernet.task].counted or "loss"
 
     def score(scheme: Scheme, test: Sequence[Batch], statistics: Sequence[Batch], where: tuple[str, int]) -> float:
@@ -291,9 +292,8 @@ def search(
         check_fits(supernet, one)
     on_device(torch.nn.Identity(), device)  # refused by name where there is none
     supernet.model.to(device)
-    scores_cache = key_of_supernet(open_cache(cache), supernet, samples, metric)
     try:
-        result = run_search(supernet, samples, budgets, options, metric, scores_cache)
+        result = run_search(supernet, samples, budgets, options, metric, open_cache(cache))
         if supernet.costs.latency is not None:  # counted for these budgets
             result.supernet = replace(supernet, costs=replace(supernet.costs, latency=None))
         return result

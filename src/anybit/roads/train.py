@@ -75,6 +75,10 @@ def train(
     if tests is not None:
         report["float_test"] = evaluate_model(float_model, tests.batches(256), task, metric)
         watched = watched_batches(tests, options.train.seed)
+    identity = None
+    if checkpoint is not None:
+        with clock.stage("contents of the data"):
+            identity = training_identity(float_model, samples, plain[0], options.to_json())
     with clock.stage("training"), torch.random.fork_rng(devices=[]):
         epochs = train_epochs(
             method,
@@ -84,7 +88,7 @@ def train(
             float_model if options.train.distill else None,
             batchnorm.folded_gammas(method.model, network.norms),
             None if checkpoint is None else Path(checkpoint),
-            training_identity(float_model, samples, plain[0], options.to_json()),
+            identity,
             None if tests is None else lambda: {"widths": width_scores(supernet, bn, watched, metric)},
         )
     if tests is not None:

@@ -1,10 +1,5 @@
 """The run folder: a fresh draft, moved into place whole."""
 
-import glob
-import os
-import secrets
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from anybit.errors import AnybitError, InvalidSetting
-from anybit.runs.names import CHECKPOINT, RUN_FILES
+from anybit.files.whole import OLD, check_place, drafts_folder, is_draft
+from anybit.runs.names import CHECKPOINT, DRAFT_OF_CHECKPOINT, RUN_FILES
 
 FORMAT_VERSION = 1
 
@@ -36,17 +32,13 @@ def new_folder(
     check = check or check_free
     check(path, overwrite)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left_behind(path)
-        draft = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}"
-        try:
+        with drafts_folder(path) as folder:
+            draft = folder / "new"
             draft.mkdir()
             yield draft
             check(path, overwrite)  # another run may have taken the place meanwhile
             _open_as_others(draft)
-            _put_in_place(draft, path)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            _put_in_place(draft, path, folder / OLD)
     except (OSError, SafetensorError) as error:
         remedy = remedy or "Make room, or choose another --output; what was finished is kept, and the same command continues."
         raise AnybitError(f"{path} cannot be written: {error}. Nothing is left there. {remedy}") from error
@@ -54,44 +46,22 @@ def new_folder(
 
 def _open_as_others(folder: Path) -> None:
     """Give the files in a folder the rights that new ones have here: those of tensors are made for their writer alone."""
-    mask = os.umask(0)
-    os.umask(mask)
+    example = folder.with_name("example")
+    example.touch()
     for file in folder.rglob("*"):
         if file.is_file():
-            file.chmod(0o666 & ~mask)
+            file.chmod(example.stat().st_mode & 0o777)
 
 
-def _put_in_place(draft: Path, path: Path) -> None:
+def _put_in_place(draft: Path, path: Path, old: Path) -> None:
     """Move the draft to `path`; an old run goes only once the new one stands in its place, and comes back where it does not."""
-    if not path.exists():
-        draft.rename(path)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.old.", dir=path.parent))
+    if path.exists():
+        path.rename(old)
     try:
-        path.rename(aside / path.name)
         draft.rename(path)
     finally:
-        if not path.exists():
-            (aside / path.name).rename(path)
-        shutil.rmtree(aside)
-
-
-def _remove_left_behind(path: Path) -> None:
-    """Remove the drafts of `path` that a killed process has left; an old run that was being replaced goes only if another is there."""
-    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
-        writer = draft.name.removeprefix(f".{path.name}.").split(".")
-        if writer[0].isdigit() and not _is_alive(int(writer[0])) and (writer[1] != "old" or path.exists()):
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
+        if old.exists() and not path.exists():
+            old.rename(path)
 
 
 def is_run(path: Path) -> bool:
@@ -99,8 +69,13 @@ def is_run(path: Path) -> bool:
     if not path.is_dir() or path.is_symlink():
         return False
     items = list(path.iterdir())
-    known = all(item.name in RUN_FILES if item.is_file() else is_run(item) for item in items)
+    known = all(item.name in RUN_FILES if item.is_file() else _is_left_draft(item) or is_run(item) for item in items)
     return known and any(item.name == "report.json" for item in items)
+
+
+def _is_left_draft(path: Path) -> bool:
+    """Return whether a killed process left `path`, or another is writing it: the draft of a file of a run."""
+    return path.is_dir() and any(is_draft(path.name, name) for name in RUN_FILES)
 
 
 def runs_in(path: Path) -> list[Path]:
@@ -113,9 +88,10 @@ def check_free(path: Path, overwrite: bool = False, unfinished: bool = False) ->
 
     A training that was interrupted has left its checkpoint alone there: free for the one that continues it (`unfinished`).
     """
+    check_place(path, "--output")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if path.is_dir() and {item.name for item in path.iterdir()} <= {CHECKPOINT, f".{CHECKPOINT}.tmp"}:
+    if path.is_dir() and all(item.name in (CHECKPOINT, DRAFT_OF_CHECKPOINT) or _is_left_draft(item) for item in path.iterdir()):
         if unfinished or overwrite:
             return
         raise InvalidSetting(f"{path} holds an unfinished training. Continue it with the verb that began it, or give --overwrite.")

@@ -2,12 +2,10 @@
 
 import importlib
 import importlib.util
-import inspect
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from anybit.errors import AnybitError, InvalidSetting, MissingPackage
@@ -81,18 +79,3 @@ def import_optional(module: str, package: str, what: str) -> Any:
     except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another build of torch
         why = " ".join(str(error).split())
         raise MissingPackage(f"{what} needs {package}, which does not import ({why}): run `pip install {package}`.") from error
-
-
-def code_of(function: Callable) -> str:
-    """Return a text that identifies a function by where it is from and its code. Whatever else it holds (a closure, bound arguments, an
-    object's state) cannot be read: such a function equals no other, nor itself in another process."""
-    if not isinstance(function, FunctionType) or function.__closure__:
-        return f"{os.getpid()} {id(function)} {getattr(function, '__qualname__', type(function).__qualname__)}"
-    code = function.__code__
-    constants = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
-    description = [function.__module__, function.__defaults__, function.__kwdefaults__, code.co_code.hex(), code.co_names, constants]
-    try:
-        description.append(inspect.getsource(function))
-    except (OSError, TypeError):
-        description.append(function.__qualname__)
-    return repr(description)

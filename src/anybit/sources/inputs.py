@@ -14,6 +14,8 @@ from anybit.data.options import parse_columns
 from anybit.data.samples import ArrayDataset, Samples
 from anybit.data.texts import SUFFIXES, read_rows
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting
+from anybit.files.cache import digest_of_files
+from anybit.files.contents import contents_of
 from anybit.files.strict import in_words
 from anybit.sources.callables import call_user_function, import_optional, load_callable
 from anybit.sources.models import huggingface, is_transformers
@@ -156,6 +158,10 @@ class ImageFolder(Dataset):
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def contents_digest(self) -> str:
+        """Return a SHA-256 over the files, their classes and how they are read."""
+        return contents_of([digest_of_files([path for path, _ in self.items]), [label for _, label in self.items], self.preprocessing])
 
     def __getitem__(self, index: int):
         path, label = self.items[index]

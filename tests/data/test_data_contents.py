@@ -1,0 +1,130 @@
+"""Whether a data set is the one that stored work was done on: every input and label counts, wherever it lies."""
+
+import os
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from anybit.data.contents import contents_of_samples
+from anybit.errors import InvalidInput
+from anybit.files import cache
+from anybit.sources.inputs import as_samples, load_data
+
+
+class Items(Dataset):
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index], self.y[index]
+
+
+X = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(200) % 5
+
+
+def changed(tensor, index):
+    other = tensor.clone()
+    other[index] += 1
+    return other
+
+
+def stacked(items):
+    return [torch.stack(part) for part in zip(*items, strict=True)]
+
+
+KINDS = {
+    "arrays": lambda x, y: (x.numpy(), y.numpy()),
+    "tensors": lambda x, y: TensorDataset(x, y),
+    "items": Items,
+    "list": lambda x, y: list(zip(x, y, strict=True)),
+    "loader": lambda x, y: DataLoader(Items(x, y), shuffle=True, batch_size=7),
+    "collated": lambda x, y: DataLoader(TensorDataset(x, y), collate_fn=stacked),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_input_and_every_label_counts(kind):
+    make = KINDS[kind]
+    samples = as_samples(make(X, Y))
+    assert contents_of_samples(samples) == contents_of_samples(as_samples(make(X.clone(), Y.clone())))
+    others = [make(changed(X, 150), Y), make(X, changed(Y, 199)), make(X[:199], Y[:199])]
+    others = [as_samples(other) for other in others] + [samples.subset(range(199, -1, -1)), samples.subset(range(199))]
+    digests = [contents_of_samples(one) for one in [samples, *others]]
+    assert len(set(digests)) == 5  # the first 199 are the same however they are taken, where they are loaded
+
+
+def test_subsets_of_subsets_are_those_samples():
+    samples = as_samples((X.numpy(), Y.numpy()))
+    assert contents_of_samples(samples.subset([5, 7, 9]).subset([1])) == contents_of_samples(samples.subset([7]))
+
+
+class Drawn(Items):
+    """Augments each input with this generator."""
+
+    def __init__(self, draw):
+        super().__init__(X, Y)
+        self.draw = draw
+
+    def __getitem__(self, index):
+        return self.x[index] + self.draw(), self.y[index]
+
+
+class Alone(Drawn):
+    def __init__(self, y=Y):
+        super().__init__(np.random.default_rng().random)
+        self.y = y
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()), random.random, np.random.rand])
+def test_data_drawn_at_random_is_itself_and_the_callers_generators_stay(draw):
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    digests = {contents_of_samples(as_samples(Drawn(draw))) for _ in range(2)}
+    assert len(digests) == 1 and contents_of_samples(as_samples(Items(X, Y))) not in digests
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_of_data_that_no_seed_repeats_the_labels_count():
+    assert contents_of_samples(as_samples(Alone())) == contents_of_samples(as_samples(Alone()))
+    assert contents_of_samples(as_samples(Alone())) != contents_of_samples(as_samples(Alone(changed(Y, 199))))
+
+
+def test_data_that_ends_early_is_named():
+    samples = replace(as_samples(Items(X, Y)), dataset=Items(list(X), Y[:100]))
+    with pytest.raises(InvalidInput, match="ended after 96 of 200 samples"):
+        contents_of_samples(samples)
+
+
+def write_pictures(folder):
+    from PIL import Image
+
+    for number in range(4):
+        (folder / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4, 3), number, np.uint8)).save(folder / "ab"[number % 2] / f"{number}.png")
+
+
+def test_pictures_count_by_their_content_and_are_read_once(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "one")
+    write_pictures(tmp_path / "two")
+    for path in tmp_path.rglob("*.png"):
+        os.utime(path, (1, 1))
+    monkeypatch.setattr(cache, "RECENT", 0)
+    first = contents_of_samples(load_data(str(tmp_path / "one")))
+    assert contents_of_samples(load_data(str(tmp_path / "two"))) == first
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "sha256_of", lambda path: pytest.fail("read again"))
+        assert contents_of_samples(load_data(str(tmp_path / "one"))) == first
+    content, picture = (tmp_path / "one/a/0.png").read_bytes(), tmp_path / "one/b/1.png"
+    picture.write_bytes(content[: picture.stat().st_size].ljust(picture.stat().st_size, b"\0"))
+    os.utime(picture, (1, 1))  # the time is as it was, and the size
+    other = contents_of_samples(load_data(str(tmp_path / "one")))
+    assert other != first
+    (tmp_path / "two/a").rename(tmp_path / "two/c")
+    assert contents_of_samples(load_data(str(tmp_path / "two"))) not in (first, other)
