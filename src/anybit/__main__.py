@@ -12,6 +12,7 @@ NOT_TAKEN = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT)
 
 def main() -> None:
     interrupted = False
+    _open_standard_streams()
 
     def interrupt(*_) -> None:
         nonlocal interrupted
@@ -29,8 +30,6 @@ def main() -> None:
             sys.stdout.flush()  # a full disk shows here at the latest
     except OSError as error:
         if not interrupted:
-            if error.errno not in NOT_TAKEN:
-                raise
             _give_up(error)
     except Exception:
         if not interrupted:
@@ -44,12 +43,33 @@ def main() -> None:
 
 
 def _give_up(error: OSError) -> None:
-    """Say what was not taken, and end."""
+    """Say what was not taken, and end. Raise any other error."""
+    if error.errno == errno.EPIPE:  # who read the output has gone: there is nothing more to say
+        _drop_output()
+        sys.exit(1)
+    if error.errno not in NOT_TAKEN:
+        raise error
     what = "the output" if error.filename is None else f"{str(error.filename)[:60]!r}"
     remedy = "Choose a shorter name." if error.errno == errno.ENAMETOOLONG else "Make room, or write elsewhere."
     print(f"anybit: {what} cannot be written or read: {error.strerror}. {remedy}", file=sys.stderr)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes nowhere
+    _drop_output()
     sys.exit(2)
+
+
+def _drop_output() -> None:
+    """Let what is left in the buffer of stdout go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_standard_streams() -> None:
+    """Put a file that swallows everything in place of standard streams that were closed, whose numbers the next files opened would get."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 if __name__ == "__main__":

@@ -37,6 +37,16 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(), "device": kind}
 
 
+def own_folder(variable: str, default: str) -> Path | None:
+    """Return anybit's folder in the one of the user's that `variable` names, or in `default` of the home folder; None without a home."""
+    if named := os.environ.get(variable):
+        return Path(named) / "anybit"
+    try:
+        return Path.home() / default / "anybit"
+    except RuntimeError:  # HOME is not set, and the system does not know the user
+        return None
+
+
 @dataclass
 class StageClock:
     """Seconds and peak memory of each stage, in order."""

@@ -3,6 +3,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import FAST
+
+from anybit import __version__
 
 COMMAND = """
 import os, signal, sys
@@ -62,3 +65,50 @@ def test_a_name_that_the_system_does_not_take_is_one_line():
     command = [sys.executable, "-m", "anybit", "extract", "x" * 300, "--budget", "3bit", "--output", "y"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "too long" in done.stderr and "shorter" in done.stderr and done.stderr.count("\n") == 1
+
+
+def shell(command: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "-c", command, "bash", sys.executable], capture_output=True, text=True, timeout=60, **options)
+
+
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-", "<&-"])
+def test_a_closed_stream_ends_quietly(closed, tmp_path):
+    """Nor does a file that is opened next get its number, and the text that was meant for it."""
+    done = shell(f'cd {tmp_path}; "$1" -m anybit --version {closed}')
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout in ("", f"anybit {__version__}\n")
+    done = shell(f'cd {tmp_path}; "$1" -m anybit explain {tmp_path} {closed}')
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") <= 1
+
+
+def test_a_reader_that_has_gone_ends_the_command_quietly():
+    for verb in ("--help", "--version"):
+        done = shell(f'"$1" -m anybit {verb} | true; echo ${{PIPESTATUS[0]}}')
+        assert done.stderr == "" and done.stdout in ("0\n", "1\n")
+
+
+HOMELESS = """
+import os, pwd, sys
+
+def unknown(*_):
+    raise KeyError("no such user")
+
+pwd.getpwuid = pwd.getpwnam = unknown
+for name in [name for name in os.environ if name.startswith("XDG_") or name in ("HOME", "USER", "LOGNAME")]:
+    del os.environ[name]
+sys.path.insert(0, sys.argv[1])
+from anybit.__main__ import main
+sys.argv = ["anybit", *sys.argv[2:]]
+main()
+"""
+
+
+def test_who_has_no_home_works_without_a_cache(here):
+    run = ["--model", "m.py:net", "--data", "x.npz", "--budget", "5bit", *FAST]
+    for words, said in (
+        (["calibrate", *run, "--output", "run"], "not listed as your own run"),
+        (["evaluate", "run", "--data", "x.npz", "--model", "m.py:net"], ""),
+        (["export", "run", "--onnx", "run.onnx", "--data", "x.npz", "--model", "m.py:net"], ""),
+        (["cache"], "There is no cache"),
+    ):
+        done = subprocess.run([sys.executable, "-c", HOMELESS, str(here), *words], capture_output=True, text=True, timeout=100)
+        assert done.returncode == 2 * (words == ["cache"]) and said in done.stderr and "Traceback" not in done.stderr

@@ -28,7 +28,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from anybit.errors import InvalidFile
+from anybit.environment import own_folder
+from anybit.errors import InvalidFile, InvalidSetting
 from anybit.files.strict import parse_json, sha256_of
 from anybit.files.whole import write_whole
 from anybit.progress import tell
@@ -137,14 +138,10 @@ def _words(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def cache_home() -> Path:
-    """Return the user's cache directory for anybit."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit"
-
-
-def results_folder() -> Path:
-    """Return the folder in which results are kept."""
-    return cache_home() / "results"
+def results_folder() -> Path | None:
+    """Return the folder in which results are kept; None where the user has no home."""
+    home = own_folder("XDG_CACHE_HOME", ".cache")
+    return None if home is None else home / "results"
 
 
 def digest_of_files(files: Sequence[Path]) -> str:
@@ -232,6 +229,8 @@ def _files(folder: Path, name: re.Pattern) -> Iterator[tuple[Path, os.stat_resul
 def tidied(trim: int | None = None, check: bool = False) -> dict[str, Any]:
     """Describe the user's cache directory, trimmed to `trim` bytes and rid of damaged results if asked."""
     folder = results_folder()
+    if folder is None:
+        raise InvalidSetting("There is no cache: you have no home folder, and XDG_CACHE_HOME names no other.")
     removed = 0 if trim is None else trim_cache(folder, trim)
     damaged = {str(path): reason for path, reason in remove_damaged(folder).items()} if check else {}
     sizes = [entry.bytes for entry in entries(folder)]

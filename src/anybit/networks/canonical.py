@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from anybit.networks.fingerprint import Fingerprint
 from anybit.networks.layers import scheme_of
 from anybit.scheme import Scheme
 
@@ -13,12 +14,16 @@ from anybit.scheme import Scheme
 class Canonical:
     """The canonical form, with what a file needs besides the tensors.
 
-    model    folded, slots filled; edges: name -> (low, high) observed on it; folded: layer -> batch norm folded into it
+    model        folded, slots filled
+    folded       layer -> batch norm folded into it
+    edges        name -> (low, high), observed on the model
+    fingerprint  outputs by which the network at hand is known again
     """
 
     model: nn.Module
     folded: Mapping[str, str]
     edges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    fingerprint: Fingerprint | None = None
 
     @property
     def scheme(self) -> Scheme:

@@ -10,8 +10,8 @@ Bits enter through the kernel alone: whatever has 2 to 8 bits runs as int8.
 
 import hashlib
 import json
-import os
 import tempfile
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -23,7 +23,7 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field
 
 from anybit.data.batches import Batch
-from anybit.environment import processor
+from anybit.environment import own_folder, processor
 from anybit.errors import AnybitError, InvalidFile
 from anybit.files.cache import Cache
 from anybit.files.strict import read_sealed, sealed, validated, write_json
@@ -189,30 +189,32 @@ class LatencyFile(BaseModel):
     digest: str
 
 
-def _table_file(network: ObservedNetwork, threads: int) -> Path:
-    """Return the file of the table for a network of this shape, on this machine and runtime."""
+def _table_file(network: ObservedNetwork, threads: int) -> Path | None:
+    """Return the file of the table for a network of this shape, on this machine and runtime; None where the user has no home."""
     import onnxruntime
 
     operations = [[op.name, op.kind, list(op.shape[1:])] for op in network.wiring.operations]
     weights = [[name, size.rows, size.columns] for name, size in network.costs.layers.items()]
     floats = [name for name, options in _on_integers(network).items() if not options]
     description = json.dumps([3, operations, weights, floats, processor(), asks_for_exact_sums(), onnxruntime.__version__, threads])
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anybit" / "latency"
-    return home / f"{hashlib.sha256(description.encode()).hexdigest()[:32]}.json"
+    home = own_folder("XDG_CACHE_HOME", ".cache")
+    return home and home / "latency" / f"{hashlib.sha256(description.encode()).hexdigest()[:32]}.json"
 
 
-def save_table(network: ObservedNetwork, table: LatencyTable, provenance: Mapping[str, Any], threads: int = 1) -> Path:
+def save_table(network: ObservedNetwork, table: LatencyTable, provenance: Mapping[str, Any], threads: int = 1) -> None:
     """Write the table to where `load_table` looks."""
     place = _table_file(network, threads)
+    if place is None:
+        warnings.warn("The table is not kept: you have no home folder, and XDG_CACHE_HOME names no other.", stacklevel=2)
+        return
     with whole_file(place, "Make room, or let XDG_CACHE_HOME name another folder.") as draft:
         write_json(draft, sealed({"version": 2, "of": place.stem, **asdict(table), "about": dict(provenance)}))
-    return place
 
 
 def load_table(network: ObservedNetwork, threads: int = 1) -> tuple[LatencyTable, dict[str, Any]] | None:
     """Load (the table, its provenance) that `save_table` wrote for the same network, machine and runtime; None if there is none."""
     place = _table_file(network, threads)
-    if not place.is_file():
+    if place is None or not place.is_file():
         return None
     try:
         record = validated(LatencyFile, read_sealed(place, 2, ""), str(place))

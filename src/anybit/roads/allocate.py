@@ -20,13 +20,14 @@ from anybit.networks.layers import float_bias
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.roads.calibrate import finish
 from anybit.roads.inputs import check_metric_has_labels, example_of, on_device
-from anybit.roads.keys import key_of_run, open_cache
+from anybit.roads.keys import key_of_run, open_cache, weights_digest
 from anybit.roads.latencies import with_latencies
 from anybit.roads.memory import check_memory
 from anybit.roads.result import Result
 from anybit.roads.settings import CalibrateSettings
 from anybit.roads.steps import CalibrationState, batch_norm_targets
 from anybit.runs.candidates import read_candidates
+from anybit.runs.fingerprint import check_float
 from anybit.runs.folder import runs_in
 from anybit.runs.opened import float_model_of, followed_reference, recorded_data
 from anybit.runs.scheme_file import read_scheme
@@ -55,7 +56,9 @@ def allocate(
     """
     folder = next(iter(runs_in(Path(run))), Path(run))  # runs of one calibrate share their candidates: any of them serves
     file = read_scheme(folder)
-    float_model = on_device(float_model_of(folder, file, model), device)
+    float_model = float_model_of(folder, file, model)
+    check_float(folder, file.fingerprint, float_model)
+    float_model = on_device(float_model, device)
     shapes = {name: (record.rows, record.columns) for name, record in file.layers.items()}
     candidates, saved = read_candidates(folder, shapes)
     candidates = candidates.on(device)
@@ -81,6 +84,11 @@ def allocate(
             different = sorted(set(observed.items()) ^ set(shapes.items()))[0][0]
             raise SchemeMismatch(f"The model is not the one that {folder} was made from: layer {different} differs. Check --model.")
         check_saved(network, candidates, table, saved["choices"], place)
+        if saved.get("network") not in (None, weights_digest(network)):
+            raise SchemeMismatch(
+                f"The weights are not those that {folder} was made from: they have been trained since, or are another network's. Give "
+                "them as they were (--model), or run calibrate on these."
+            )
         reference = outputs_of(network.folded, calibration.held_out)
         targets = batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
         entries = key_of_run(open_cache(cache), network, calibration, [reference], settings)
@@ -91,7 +99,13 @@ def allocate(
     provenance = {"model": followed_reference(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
     if data is not None:
         provenance["data"] = {"reference": absolute(data)} if isinstance(data, str) else {}
-    return finish(bench, Budget.parse(budget), provenance, {key: saved[key] for key in ("table", "choices", "settings")}, clock)
+    return finish(
+        bench,
+        Budget.parse(budget),
+        provenance,
+        {key: saved[key] for key in ("table", "choices", "settings", "network") if key in saved},
+        clock,
+    )
 
 
 def _table_from(data: Any, path: Path) -> SensitivityTable:

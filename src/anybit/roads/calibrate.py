@@ -23,12 +23,23 @@ from anybit.methods.table import rounding_named
 from anybit.networks.candidates import apply_scheme
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import as_ranges, observe_edge_ranges
+from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.observed import has_choice, observe_network
 from anybit.networks.refusals import check_rows, once_a_batch
 from anybit.networks.states import restore
 from anybit.progress import tell
 from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, follow_model, on_device, task_for
-from anybit.roads.keys import MATCHING, PARALLEL, SENSITIVITY, cached_candidates, key_of_run, keyed_by_settings, open_cache, settle
+from anybit.roads.keys import (
+    MATCHING,
+    PARALLEL,
+    SENSITIVITY,
+    cached_candidates,
+    key_of_run,
+    keyed_by_settings,
+    open_cache,
+    settle,
+    weights_digest,
+)
 from anybit.roads.latencies import measured_latencies, with_latencies
 from anybit.roads.memory import OBSERVED, check_memory, samples_at_once
 from anybit.roads.polish import polish_scheme
@@ -102,6 +113,7 @@ def calibrate(
         "table": bench.table.to_json(),
         "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
         "settings": options.to_json(),
+        "network": weights_digest(bench.network),
     }
     results = [finish(bench, one, provenance, saved, StageClock(list(clock.stages)), tests) for one in budgets]
     settle(entries)
@@ -192,6 +204,7 @@ def finish(
         with clock.stage("test"):
             report |= _tests(bench, canonical.model, test)
     canonical.model.cpu()
+    canonical.fingerprint = fingerprint_of(canonical.model, bench.calibration.fitting[0], network.float_model)
     if budget is not None and budget.limit(LATENCY.name) is not None:
         with clock.stage("latency"):
             report["latency"] = measured_latencies(network.costs, canonical, bench.calibration.fitting[0].to("cpu"))

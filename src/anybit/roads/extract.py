@@ -24,6 +24,7 @@ from anybit.files.strict import read_json
 from anybit.networks.candidates import ActivationCandidate, Candidates, frozen_candidate, to_tensors
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.layers import quantized_layers
 from anybit.networks.observed import observe_network
 from anybit.networks.wiring import observe
@@ -155,6 +156,8 @@ def extract(
         assert batches is not None  # polishing without data is refused
         with clock.stage("polish"):
             canonical, ladder = polished(supernet, canonical, fitting, batches, CalibrateSettings.of(**settings), open_cache(cache))
+    example = batches[0] if batches else supernet.example
+    canonical.fingerprint = None if example is None else fingerprint_of(canonical.model, example)
     scheme = canonical.scheme
     report: dict[str, Any] = {
         "version": 1,

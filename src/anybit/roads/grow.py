@@ -28,6 +28,7 @@ from anybit.networks.candidates import activation_candidate, check_finite_sample
 from anybit.networks.canonical import Canonical
 from anybit.networks.capture import input_samples
 from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.layers import prepare, quantized_layers
 from anybit.networks.observed import ObservedNetwork, check_kinds, observe_network
 from anybit.networks.options import LayerOptions
@@ -248,6 +249,7 @@ def grow(
             report["float_test"] = float_test
             report["test"] = evaluate_model(canonical.model, tests.batches(256), task, metric, reference)
     canonical.model.cpu()
+    canonical.fingerprint = fingerprint_of(canonical.model, plain[0])
     report["stages"] = clock.stages
     certificate = {**trainee.decisions().get("certificate", {}), "seed": grow_settings.train.seed}
     about |= {"budget": str(budget) if budget else None, "task": task, "certificate": certificate}

@@ -45,6 +45,12 @@ def key_of_run(
     )  # fmt: skip
 
 
+def weights_digest(network: ObservedNetwork) -> str:
+    """Return the SHA-256 of the float network's weights, without what a pass changes: counters, and batches seen."""
+    state = network.float_model.state_dict()
+    return digest({name: one for name, one in state.items() if name not in network.moving and not name.endswith("num_batches_tracked")})
+
+
 def keyed_by_settings(recall: Cache, settings: CalibrateSettings, names: Sequence[str]) -> Cache:
     """`recall` under these settings too."""
     return recall.keyed({name: settings.to_json()[name] for name in names})

@@ -45,6 +45,7 @@ class CandidatesFile(BaseModel):
     table: TableRecord
     choices: dict[str, list[str]]
     settings: dict[str, Any]
+    network: str | None = None
     digest: str
 
 

@@ -7,6 +7,7 @@ SEARCH = "search.json"
 SUPERNET = "supernet.safetensors"
 SUPERNET_JSON = "supernet.json"
 CHECKPOINT = "checkpoint.safetensors"
+FINGERPRINT = "fingerprint.safetensors"
 DRAFT_OF_CHECKPOINT = f".{CHECKPOINT}.tmp"
 RUN_FILES = {
     SCHEME,
@@ -16,6 +17,7 @@ RUN_FILES = {
     SUPERNET,
     SUPERNET_JSON,
     CHECKPOINT,
+    FINGERPRINT,
     DRAFT_OF_CHECKPOINT,
     "candidates.safetensors",
     "candidates.json",

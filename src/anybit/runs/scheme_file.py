@@ -24,6 +24,7 @@ from anybit.networks.norms import is_norm, keeps_statistics, running_statistics
 from anybit.networks.states import check_state, leftovers, spec_of
 from anybit.numerics.packing import PackedLayer, layout, pack, packed_bytes, unpack
 from anybit.numerics.quantizers import frozen
+from anybit.runs.fingerprint import check_fingerprint, read_fingerprint, write_fingerprint
 from anybit.runs.folder import FORMAT_VERSION, runs_in
 from anybit.runs.names import SUPERNET as SUPERNET
 from anybit.scheme import Scheme, check_names
@@ -58,6 +59,7 @@ class SchemeFile(BaseModel):
     preprocessing: dict[str, Any] = {}
     task: TaskName = "classification"
     sha256: str
+    fingerprint: str | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -108,6 +110,7 @@ def write_canonical(folder: Path, canonical: Canonical, provenance: Mapping[str,
     file = SchemeFile(layers=records, folded=dict(canonical.folded), edges=list(canonical.edges), sha256="", **provenance)
     save_file(packed_tensors(canonical), folder / "model.safetensors", {"scheme": file.digest()})
     file.sha256 = sha256_of(folder / "model.safetensors")
+    file.fingerprint = write_fingerprint(folder, canonical.fingerprint)
     write_json(folder / "scheme.json", file.model_dump())
 
 
@@ -203,7 +206,8 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     edges = dict(zip(file.edges, [tuple(row) for row in tensors["edges"].tolist()], strict=True)) if file.edges else {}
     check_edges(edges, folder / "model.safetensors")
     check_state(model, folder / "model.safetensors")
-    return Canonical(model.eval(), file.folded, edges)
+    check_fingerprint(folder, file.fingerprint, model)
+    return Canonical(model.eval(), file.folded, edges, read_fingerprint(folder, file.fingerprint))
 
 
 def check_edges(edges: Mapping[str, tuple[float, float]], where: Path | str) -> None:

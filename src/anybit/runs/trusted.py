@@ -2,19 +2,21 @@
 
 import fcntl
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from anybit.environment import own_folder
 from anybit.errors import InvalidFile
 from anybit.files.strict import read_json, sha256_of
 from anybit.files.whole import write_whole
 
 
-def _trusted_runs() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "anybit" / "runs.json"
+def _trusted_runs() -> Path | None:
+    """Return the file of the list; None where the user has no home."""
+    home = own_folder("XDG_STATE_HOME", ".local/state")
+    return None if home is None else home / "runs.json"
 
 
 def trust(folder: Path, file: str = "scheme.json") -> None:
@@ -23,6 +25,13 @@ def trust(folder: Path, file: str = "scheme.json") -> None:
     The run is written by then: a list that cannot be written is worth a warning, not the run.
     """
     listing = _trusted_runs()
+    if listing is None:
+        warnings.warn(
+            f"{folder} is not listed as your own run (you have no home folder, and XDG_STATE_HOME names no other): name its model when you "
+            "load it.",
+            stacklevel=2,
+        )
+        return
     try:
         listing.parent.mkdir(parents=True, exist_ok=True)
         digest = sha256_of(folder / file)
@@ -47,7 +56,8 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
 
 def is_trusted(folder: Path, file: str = "scheme.json") -> bool:
     """Return whether this user's own run wrote the folder's scheme file (or another that names its model) as it stands."""
-    return sha256_of(folder / file) in _known_runs(_trusted_runs())
+    listing = _trusted_runs()
+    return listing is not None and sha256_of(folder / file) in _known_runs(listing)
 
 
 def _known_runs(listing: Path) -> list[str]:

@@ -9,15 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from anybit.data.batches import Batch
 from anybit.data.options import TASK_NAMES
 from anybit.errors import AnybitError, InvalidFile
 from anybit.files.strict import in_words, read_tensors
 from anybit.methods.multiquant import SwitchableInput, SwitchableWeight
 from anybit.networks import batchnorm
 from anybit.networks.cost import CostModel, LayerSize
+from anybit.networks.fingerprint import inputs_of
 from anybit.networks.layers import QuantizedLayer, float_weight, from_rows, prepare, quantized_layers, rows_shape
 from anybit.networks.states import check_state, leftovers, spec_of
 from anybit.numerics.packing import TensorSpec
+from anybit.runs.fingerprint import check_fingerprint, read_fingerprint
 from anybit.runs.names import REPORT, SUPERNET, SUPERNET_JSON
 from anybit.runs.opened import float_model_of
 from anybit.runs.report import read_report
@@ -99,6 +102,10 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     supernet = Supernet(float_model, method, settings, file.folded, costs, file.edges, file.task, known, provenance, report)
     for one in known:
         supernet.check_known(one, str(folder / SUPERNET))
+    fingerprint = read_fingerprint(folder, file.fingerprint)
+    if fingerprint is not None:
+        check_fingerprint(folder, file.fingerprint, supernet.lowest_subnet())
+        supernet.example = Batch(inputs_of(fingerprint.structure, fingerprint.inputs))
     return supernet
 
 

@@ -97,6 +97,7 @@ class SupernetFile(BaseModel):
     preprocessing: dict[str, Any] = {}
     task: str = "classification"
     sha256: str
+    fingerprint: str | None = None
 
     def digest(self) -> str:
         """SHA-256 of what gives the tensors their meaning; where they came from may be edited."""

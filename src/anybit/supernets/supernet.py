@@ -19,8 +19,10 @@ from anybit.methods.multiquant import MultiQuant, SwitchableInput, SwitchableWei
 from anybit.networks import batchnorm
 from anybit.networks.canonical import Canonical
 from anybit.networks.cost import CostModel
+from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.layers import float_weight
 from anybit.networks.states import leftovers
+from anybit.runs.fingerprint import write_fingerprint
 from anybit.runs.folder import new_folder
 from anybit.runs.names import SUPERNET, SUPERNET_JSON
 from anybit.runs.report import write_report
@@ -40,6 +42,7 @@ class Supernet:
     network  the float network that it was made of
     norms    layer -> the batch norm that folds into it;   edges   names of the tensors between layers
     known    subnets whose batch-norm statistics are kept
+    example  inputs, or drawn ones like them, from which the fingerprint is made
     """
 
     network: nn.Module = field(repr=False)
@@ -52,6 +55,7 @@ class Supernet:
     known: list[KnownSubnet] = field(default_factory=list, repr=False)
     about: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    example: Batch | None = field(default=None, repr=False)
 
     @property
     def model(self) -> nn.Module:
@@ -113,6 +117,15 @@ class Supernet:
         self.method.freeze(model)
         folded, _ = batchnorm.fold(model, self.norms)
         return Canonical(folded.eval().requires_grad_(True), self.norms)
+
+    def lowest_subnet(self) -> nn.Module:
+        """Return the canonical model of the lowest subnet, with the statistics that are kept for it. The subnet at hand stays."""
+        scheme, statistics = self.method.scheme, statistics_of(self.model)
+        self.switch(self.method.lowest)
+        model = self.canonical().model.cpu()
+        self.method.switch(scheme)
+        set_statistics(self.model, statistics)
+        return model
 
     @torch.no_grad()
     def as_float(self, batches: Sequence[Batch]) -> nn.Module:
@@ -226,4 +239,6 @@ def write_supernet(folder: Path, supernet: Supernet) -> None:
     )
     save_file(tensors, folder / SUPERNET, {"supernet": file.digest()})
     file.sha256 = sha256_of(folder / SUPERNET)
+    if supernet.example is not None:
+        file.fingerprint = write_fingerprint(folder, fingerprint_of(supernet.lowest_subnet(), supernet.example))
     write_json(folder / SUPERNET_JSON, file.model_dump())
