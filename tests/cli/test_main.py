@@ -76,7 +76,7 @@ def test_a_closed_stream_ends_quietly(closed, tmp_path):
     """Nor does a file that is opened next get its number, and the text that was meant for it."""
     done = shell(f'cd {tmp_path}; "$1" -m anybit --version {closed}')
     assert (done.returncode, done.stderr) == (0, "") and done.stdout in ("", f"anybit {__version__}\n")
-    done = shell(f'cd {tmp_path}; "$1" -m anybit explain {tmp_path} {closed}')
+    done = shell(f'cd {tmp_path}; "$1" -m anybit explain {tmp_path} layer {closed}')
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") <= 1
 
 

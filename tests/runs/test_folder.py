@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 import os
 import random
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import NETWORKS, Chain, Residual, assert_untouched, make, network_and_inputs, run, snapshot
+from networks import NETWORKS, Chain, Residual, assert_untouched, make, network_and_inputs, pictures, run, snapshot
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from schemes import prepared_with_candidates, random_scheme
@@ -24,7 +25,8 @@ from anybit.networks.cost import CostModel
 from anybit.networks.layers import coverage, prepare, quantized_layers
 from anybit.networks.wiring import observe
 from anybit.runs.candidates import read_candidates, write_candidates
-from anybit.runs.folder import new_folder
+from anybit.runs.folder import check_free, free_checkpoint, new_folder
+from anybit.runs.report import read_report
 from anybit.runs.scheme_file import SchemeFile, packed_tensors, read_canonical, read_scheme, write_canonical
 from anybit.runs.trusted import is_trusted, trust
 from anybit.scheme import Precision, Scheme
@@ -522,3 +524,90 @@ def test_a_pruned_layer_costs_next_to_nothing(tmp_path):
     codes = 8 * 72  # weights of conv2; the header's length moves by eight bytes at most
     assert 0 <= sizes[0] - sizes[1] - codes * 6 // 8 <= 8
     assert 0 <= sizes[1] - sizes[2] - codes * 2 // 8 - 8 * 4 <= 8
+
+
+class Late(Chain):
+    """A batch norm that folds into nothing, and a mask of infinities between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn0 = nn.BatchNorm2d(3)
+        self.last = nn.Linear(5, 5)
+
+    def forward(self, x):
+        masked = super().forward(self.bn0(x)).masked_fill(torch.arange(5) == 1, -torch.inf)
+        return self.last(torch.softmax(masked, 1))
+
+
+def hostile(change):
+    model = make(Late)
+    with torch.no_grad():
+        change(model)
+    return model
+
+
+HOSTILE = {
+    "a variance just below zero": lambda model: model.bn0.running_var[0].fill_(-1e-12),
+    "a variance below zero that folds": lambda model: model.bn1.running_var[0].fill_(-1e-12),
+    **{f"a weight of {v}": lambda model, v=v: model.conv1.weight[0, 0, 0, 0].fill_(v) for v in (1e30, 1e36, 1e38)},
+    **{f"a bias of {v}": lambda model, v=v: model.fc.bias[0].fill_(v) for v in (1e30, 3e38)},
+    "a gamma of 1e38": lambda model: model.bn2.weight[0].fill_(1e38),
+    **{f"gammas of {v}": lambda model, v=v: model.bn0.weight.fill_(v) for v in (1e20, 1e36)},
+    "no weights but zeros": lambda model: model.conv1.weight.fill_(0),
+    "tiny weights": lambda model: model.conv1.weight.mul_(1e-42),
+    **{
+        f"a buffer {name[:20]!r} of {kind}": lambda model, name=name, kind=kind: model.register_buffer(name, torch.zeros(3, dtype=kind))
+        for name in ("__metadata__", "codes", "statistics", "a|W4|codes", "\n")
+        for kind in (torch.float32, torch.int64)
+    },
+    **{
+        f"a module {name[:20]!r}": lambda model, name=name: model.add_module(name, nn.BatchNorm2d(3))
+        for name in ("__metadata__", "a|W4|codes", "x" * 300, "\u202e")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_what_could_not_be_read_again_is_refused_before_the_work(what, tmp_path, monkeypatch):
+    """Whatever is taken ends in a run that is read as it was written, by every reader."""
+    model, x = hostile(HOSTILE[what]), pictures(24)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("anybit.roads.calibrate.sensitivity_table", refuse_to_measure)
+            anybit.calibrate(model, x, "6bit", **LIGHT)
+    except AnybitError:
+        return
+    except ZeroDivisionError:  # taken
+        run = anybit.calibrate(model, x, "6bit", **LIGHT)
+    folder = run.save(tmp_path / "run")
+    assert torch.equal(anybit.load(folder, model)(x[:2]), run.model(x[:2]))
+    anybit.allocate(folder, "5bit", x, model=model, cache=False)
+    read_report(folder)
+
+
+def refuse_to_measure(*given):
+    """The first of the long work."""
+    raise ZeroDivisionError
+
+
+LIGHT = {"pipeline": "light", "samples": 24, "batch_size": 8, "weight_bits": (2, 8), "activation_bits": (4, 8), "cache": False}
+
+
+def test_infinities_of_a_mask_have_no_part_in_ranges(tmp_path):
+    run = anybit.calibrate(make(Late), pictures(24), "6bit", **LIGHT)
+    ends = [end for edge in run.canonical.edges.values() for end in edge]
+    assert ends and all(math.isfinite(end) for end in ends)
+
+
+@pytest.mark.parametrize("place", [".", "..", "file/run", "dangling", "bytes\0", "x" * 300, "\udc80"])
+def test_a_place_that_takes_no_run_is_refused_before_the_work(place, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("file").write_text("")
+    Path("dangling").symlink_to("nowhere")
+    for check in (check_free, free_checkpoint):
+        with pytest.raises(InvalidSetting, match=r"Choose another --output|Name a new one inside: --output"):
+            check(Path(place), True)
+    Path("new/run").mkdir(parents=True)
+    check_free(Path("new/run"))
+    check_free(Path("new/er/run"))

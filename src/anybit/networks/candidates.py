@@ -28,7 +28,7 @@ from anybit.networks.layers import (
 )
 from anybit.numerics.packing import pack, unpack
 from anybit.numerics.quantizers import UniformQuantizer
-from anybit.numerics.ranges import activation_range, weight_scale
+from anybit.numerics.ranges import LARGEST, activation_range, weight_scale
 from anybit.scheme import Precision, Scheme, check_names
 
 
@@ -217,7 +217,13 @@ def _check_scales(where: str, scale: Tensor) -> None:
 
 
 def check_finite_samples(samples: Mapping[str, Sequence[Tensor]]) -> None:
-    """Raise InvalidInput naming the first layer whose input is not finite."""
+    """Raise InvalidInput naming the first layer whose input is not finite, or too large for a scale."""
     for name, operands in samples.items():
         if not all(torch.isfinite(sample).all() for sample in operands):
             raise InvalidInput(f"The input of layer {name} is NaN or infinite on the calibration data. Check the data and the network.")
+        largest = max((float(sample.abs().max()) for sample in operands if sample.numel()), default=0.0)
+        if largest > LARGEST:
+            raise InvalidInput(
+                f"The input of layer {name} reaches {largest:.3g} on the calibration data; the multiples of a scale for more than "
+                f"{LARGEST:.1g} are no float32. Check the data and the network, or --keep '{name}=float'."
+            )

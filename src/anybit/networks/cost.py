@@ -69,8 +69,10 @@ class CostModel:
         float32 = [name for name in names if float_weight(prepared.get_submodule(name)).dtype == torch.float32]
         leftover, others = leftovers(prepared, float32)  # a weight of another type is kept, under its own key
         numbers = sum(tensor.numel() for tensor in leftover.values())
+        stored = {key: spec_of(t) for key, t in others.items()}
+        layout([], edges, numbers, stored)  # names that a file cannot hold are refused
         float_state = {key: TensorSpec(STORED_TYPES[t.dtype], tuple(t.shape)) for key, t in float_model.state_dict().items()}
-        return cls(layers, numbers, {key: spec_of(t) for key, t in others.items()}, edges, file_bytes(float_state))
+        return cls(layers, numbers, stored, edges, file_bytes(float_state))
 
     def weight_bits(self, scheme: Scheme) -> float:
         """Return mean stored bits of a weight."""

@@ -11,7 +11,10 @@ from anybit.networks.wiring import LAYER, Wiring, observe
 
 
 def observe_edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch], chunk_size: int = 8) -> dict[str, tuple[float, float]]:
-    """(low, high) of every edge of the finished model over `batches`, for integer runtimes; `chunk_size` samples at once."""
+    """(low, high) of every edge of the finished model over `batches`, for integer runtimes; `chunk_size` samples at once.
+
+    Infinite values, which masks put where nothing is to be read, have no code and are left out.
+    """
     names, pairs = set(wiring.edges()), _token_pairs(model, wiring)
     ends: dict[str, tuple[float, float]] = {}
 
@@ -20,14 +23,23 @@ def observe_edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batc
     def widen(name: str, tensor: Tensor) -> None:
         if name in names and tensor.is_floating_point():
             tensor = _unpadded_pairs(tensor, mask) if name in pairs and mask is not None else unpadded(tensor, mask)
-            low, high = ends.get(name, (float("inf"), float("-inf")))
-            ends[name] = (min(low, float(tensor.min())), max(high, float(tensor.max())))
+            ends[name] = _widened(ends.get(name), tensor)
 
     for batch in batches:
         for chunk in batch.parts(chunk_size):
             mask = chunk.mask
             observe(model, chunk, widen)
     return {name: ends.get(name, (0.0, 0.0)) for name in wiring.edges()}
+
+
+def _widened(ends: tuple[float, float] | None, tensor: Tensor) -> tuple[float, float]:
+    """Return the ends over `tensor` too."""
+    if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+        tensor = tensor[tensor.isfinite()]
+    if not tensor.numel():
+        return ends or (0.0, 0.0)
+    low, high = map(float, tensor.aminmax())
+    return (low, high) if ends is None else (min(ends[0], low), max(ends[1], high))
 
 
 def as_ranges(record: Mapping[str, Any], wiring: Wiring) -> dict[str, tuple[float, float]]:

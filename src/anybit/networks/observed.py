@@ -16,7 +16,7 @@ from anybit.networks.layer_types import type_of
 from anybit.networks.layers import check_float32, check_plain_use, coverage, prepare, quantized_layers
 from anybit.networks.options import LayerOptions, group_sizes, layer_choices
 from anybit.networks.refusals import check_differentiable, check_network, check_outputs, moving_state, observed_pass
-from anybit.networks.states import check_finite_weights, restore, state_of
+from anybit.networks.states import check_finite_weights, check_sizes, restore, state_of
 from anybit.networks.wiring import Unit, Wiring
 from anybit.scheme import FLOAT, Precision, Scheme, match_patterns
 
@@ -83,6 +83,7 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
         restore(network, moving)
     prepared = prepare(folded, names, float_layers, group_sizes(folded, [name for name in names if name not in norms], options.group))
     layers = quantized_layers(prepared)
+    check_sizes({name: layers[name] for name in names if name not in float_layers})
     choices = {name: layer_choices(layers[name], pinned.get(name), options) for name in names}
     blocks = wiring.blocks(list(options.blocks) if options.blocks is not None else None) if options.unit == "block" else []
     fitted = {name for name in names if type_of(layers[name]).sums and any(p.weight_bits for p in choices[name])}

@@ -13,6 +13,7 @@ from anybit.networks.norms import is_norm, keeps_statistics, running_statistics
 from anybit.numerics.affine import dequantize
 from anybit.numerics.packing import TensorSpec
 from anybit.numerics.quantizers import UniformQuantizer
+from anybit.numerics.ranges import LARGEST
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -79,12 +80,28 @@ def put_back(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tenso
         target.copy_(value)
 
 
+def check_sizes(layers: Mapping[str, nn.Module]) -> None:
+    """Raise UnsupportedModel naming the first layer whose weight or bias, folded, is too large to be quantized."""
+    for name, layer in layers.items():
+        for key, tensor in (("weight", float_weight(layer)), ("bias", float_bias(layer))):
+            largest = 0.0 if tensor is None or not tensor.numel() else float(tensor.detach().abs().max())
+            if not largest <= LARGEST:
+                raise UnsupportedModel(
+                    f"{name}: the {key}, its batch norm folded into it where there is one, reaches {largest:.3g}; the multiples of a scale "
+                    f"for more than {LARGEST:.1g} are no float32. Repair the network, or --keep '{name}=float'."
+                )
+
+
 def check_finite_weights(model: nn.Module) -> None:
-    """Raise UnsupportedModel naming the first parameter or buffer that holds NaN or infinity."""
+    """Raise UnsupportedModel naming the first parameter or buffer that holds NaN or infinity, or a variance below zero."""
     for name, tensor in model.state_dict().items():
         if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             raise UnsupportedModel(f"{name} holds {count} value(s) that are NaN or infinite. Repair or retrain the network first.")
+    for name, module in model.named_modules():
+        if is_norm(module) and keeps_statistics(module) and (running_statistics(module)[1] < 0).any():
+            least = float(running_statistics(module)[1].min())
+            raise UnsupportedModel(f"{name} has a variance of {least:.3g}, below zero. Repair it: {name}.running_var.clamp_(min=0).")
 
 
 STORED_TYPES = {

@@ -29,6 +29,9 @@ ITEM_BYTES = {
 }  # fmt: skip
 
 
+RESERVED = ("__metadata__", "code_scales", "statistics")
+"""Names that entries of a state dict cannot have in a file, besides those of the packed file: safetensors' own, and a supernet's."""
+
 PACKED_METADATA = {"scheme": "0" * 64}  # with the digest in place of the zeros
 
 
@@ -100,7 +103,7 @@ def layout(layers: Sequence[PackedLayer], edges: int, floats: int, others: Mappi
         "edges": TensorSpec("F32", (edges, 2)),
         "floats": TensorSpec("F32", (floats,)),
     }
-    taken = sorted(set(shared) & set(others))
+    taken = sorted({*shared, *RESERVED} & set(others))
     if taken:
         raise UnsupportedModel(f"The model's buffer {taken[0]!r} has the name of a tensor of the packed file. Rename the buffer.")
     return {name: spec for name, spec in shared.items() if spec.nbytes} | dict(others)

@@ -15,6 +15,9 @@ ESTIMATORS = ("minmax", "percentile", "mse")
 # of the largest, so that zero filters give no division by zero and their bias still fits an int32 accumulator.
 SMALLEST_RELATIVE_SCALE = 2.0**-12
 
+LARGEST = torch.finfo(torch.float32).max / 2**16
+"""Of what is quantized: a scale is some share of the largest value, and the multiples of a scale by 8-bit codes must be finite too."""
+
 
 @torch.no_grad()
 def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: int = 80, symmetric: bool = False) -> Tensor:
