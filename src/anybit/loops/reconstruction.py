@@ -19,6 +19,7 @@ loop, `reconstruct`:
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -31,8 +32,10 @@ from anybit.data.batches import unpadded
 from anybit.data.samples import Calibration
 from anybit.errors import AnybitError
 from anybit.files.cache import Cache, Entry
+from anybit.loops.moments import Moments, Solver, Sums, as_stored, has_patches, matrix, reading, rows_drawn
 from anybit.networks.capture import Captured, MemoryBudget, capture, carry, chunks, give_back
-from anybit.networks.layers import QuantizedLayer, freeze_slots, quantized_layers
+from anybit.networks.layers import QuantizedLayer, float_weight, freeze_slots, quantized_layers, weight_rows
+from anybit.networks.patches import draw_places, patches, real_rows
 from anybit.networks.states import put_back, snapshot
 from anybit.networks.wiring import Unit, Wiring
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer, frozen
@@ -68,12 +71,14 @@ class Rounding(Protocol):
 class ReconstructionSettings:
     """rounding, steps (of Adam a unit), batch_size, seed
     input_rate, bias_rate  learning rates: of the logarithms of input scales, and of biases relative to their mean magnitude
+    solver                 chooses each layer's codes in closed form before it is trained; None: training starts from `starts`
     drop                   share of elements whose activation quantization is skipped
     checks                 how often held-out error is looked at; all steps are run whatever it is
     memory                 bytes that captured tensors may take before they spill to disk
     """
 
     rounding: type[Rounding]
+    solver: Solver | None = None
     steps: int = 300
     batch_size: int = 32
     input_rate: float = 1e-3
@@ -216,6 +221,8 @@ def reconstruct(
     finish = activation or _identity
     before = _states(layers)
     errors = {"before": _error(module, held_out, finish), "fitted_before": _error(module, fitting, finish, held_out.count)}
+    if not settings.steps:
+        return {**errors, "after": errors["before"], "fitted_after": errors["fitted_before"], "steps": 0}
 
     for name, layer in layers.items():
         layer.weight_quantizer = cast(nn.Module, settings.rounding(starts[name], frozen(layer.weight_quantizer)))
@@ -326,6 +333,112 @@ def _identity(output: Tensor) -> Tensor:
     return output
 
 
+# In closed form
+
+
+@torch.no_grad()
+def solve_unit(
+    module: nn.Module,
+    float_module: nn.Module,
+    names: Sequence[str],
+    fitting: UnitData,
+    held_out: UnitData,
+    activation: Callable[[Tensor], Tensor] | None,
+    settings: ReconstructionSettings,
+) -> dict[str, float]:
+    """Choose the codes of the layers `names` of `module` by the solver, in place, each on what those before it give it.
+
+    The start is put back where the unit's error on held-out inputs has not fallen. Returns errors `rounded` and `solved`.
+    """
+    assert settings.solver is not None
+    finish, layers = activation or _identity, {name: _layers_in(module)[name] for name in names}
+    layers = {name: layer for name, layer in layers.items() if has_patches(layer)}
+    rounded = _error(module, held_out, finish)
+    before = _states(layers)
+    places, float_rows = _float_patches(float_module, list(layers), fitting, settings)
+    for name, layer in layers.items():
+        float_layer = float_module.get_submodule(name)
+        sums: Sums | None = None
+        for number, indices in enumerate(fitting.parts()):
+            x = _input_of(module, layer, fitting, indices)
+            x = x if layer.input_quantizer is None else layer.input_quantizer(x)
+            rows = patches(layer, real_rows(layer, x, fitting.mask(indices)), places[name][number])
+            sums = sums or Sums(rows, MemoryBudget(settings.memory), 2)
+            sums.add(float_rows[name][number].to(rows.device), rows)
+        assert sums is not None
+        solve_layer(layer, float_layer, sums.moments(float_layer.bias is not None), settings.solver)
+        del float_rows[name]
+    solved = _error(module, held_out, finish)
+    if not solved < rounded:
+        _load(layers, before)
+    return {"rounded": rounded, "solved": solved}
+
+
+@torch.no_grad()
+def solve_layer(layer: QuantizedLayer, float_layer: nn.Module, moments: Moments, solver: Solver) -> None:
+    """Put the solver's codes, scales and bias into the filled slot of `layer`, in place."""
+    quantizer, weight = frozen(layer.weight_quantizer), matrix(float_layer)
+    scale = quantizer.scale.view(*weight.shape[:2], -1)
+    rounded = quantizer.codes(weight_rows(layer, float_weight(layer))).view(weight.shape)
+    codes, scale = solver(weight, moments, scale, quantizer.bits, rounded)
+    values = codes * scale.repeat_interleave(weight.shape[-1] // scale.shape[-1], -1)
+    float_weight(layer).copy_(as_stored(layer, values))
+    layer.weight_quantizer = UniformQuantizer(quantizer.bits, True, scale.reshape(-1, 1))
+    float_bias, bias = float_layer.bias, layer.bias
+    if float_bias is not None and bias is not None:
+        means = moments.means
+        bias.copy_(float_bias + ((weight @ means[0][:, :, None]) - (values @ means[1][:, :, None])).flatten())
+
+
+def starts_of(module: nn.Module, names: Sequence[str], rounding: type[Rounding]) -> dict[str, Tensor]:
+    """Return the codes of layers as the weights that training starts from, [rows, columns] in units of their scale."""
+    layers = _layers_in(module)
+    return {name: frozen(layers[name].weight_quantizer).codes(weight_rows(layers[name], float_weight(layers[name]))) for name in names}
+
+
+def _float_patches(
+    float_module: nn.Module, names: Sequence[str], fitting: UnitData, settings: ReconstructionSettings
+) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """(places, patches at them) of the inputs of the layers `names` in the float unit, chunk by chunk."""
+    budget, generator = MemoryBudget(settings.memory // 2), torch.Generator().manual_seed(settings.seed)
+    places: dict[str, list[Tensor]] = {name: [] for name in names}
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
+    layers = {name: float_module.get_submodule(name) for name in names}
+    mask: Tensor | None = None
+    share = 0.0
+
+    def read(name: str, layer: nn.Module, x: Tensor) -> None:
+        x = real_rows(layer, x, mask)
+        places[name].append(draw_places(layer, x.shape, max(1, round(share * rows_drawn(layer))), generator))
+        drawn = patches(layer, x, places[name][-1])
+        rows[name].append(budget.allocate(tuple(drawn.shape), drawn.dtype).copy_(drawn))
+
+    with reading(layers, read):
+        for indices in fitting.parts():
+            mask, share = fitting.mask(indices), len(indices) / fitting.count
+            args, kwargs = fitting.float_side.batch(indices)
+            float_module(*args, **kwargs)
+    return places, rows
+
+
+def _input_of(module: nn.Module, layer: nn.Module, data: UnitData, indices: Tensor) -> Tensor:
+    """Return what `layer` inside `module` reads of some samples on the quantized side."""
+    args, kwargs = data.arguments(indices)
+    seen: list[Tensor] = []
+
+    def read(name: str, layer: nn.Module, x: Tensor) -> None:
+        seen.append(x)
+        raise _Reached
+
+    with reading({"": layer}, read), suppress(_Reached):
+        module(*args, **kwargs)
+    return seen[0]
+
+
+class _Reached(Exception):
+    """End a forward pass at the layer that is read."""
+
+
 # Its two forms
 
 
@@ -369,7 +482,7 @@ def sequential(
     for unit in track(units, f"sequential {settings.name}"):
         cache = cache.keyed(unit.name)  # and on every unit before it
         name = f"sequential {settings.name} of {unit.name}"
-        report[unit.name] = _cached_unit(name, model, unit, starts, partial(reach, unit), wiring, settings, cache)
+        report[unit.name] = _cached_unit(name, model, float_model, unit, starts, partial(reach, unit), wiring, settings, cache)
         through.append(unit)
         tell("unit", unit=unit.name, **report[unit.name])
         give_back()
@@ -397,7 +510,7 @@ def parallel(
         )
         for bits, model in variants.items():
             name = f"parallel {settings.name} of {unit.name} at W{bits}"
-            errors = _cached_unit(name, model, unit, starts[bits], sides, wiring, settings, cache)
+            errors = _cached_unit(name, model, float_model, unit, starts[bits], sides, wiring, settings, cache)
             report.setdefault(unit.name, {})[bits] = errors
             tell("unit", unit=unit.name, bits=bits, **errors)
         del sides  # what was captured goes before the next is
@@ -408,6 +521,7 @@ def parallel(
 def _cached_unit(
     name: str,
     model: nn.Module,
+    float_model: nn.Module,
     unit: Unit,
     starts: Mapping[str, Tensor],
     sides: Callable[[], list[UnitData]],
@@ -421,8 +535,13 @@ def _cached_unit(
     def make() -> Entry:
         inner = {layer.removeprefix(unit.name).lstrip("."): starts[layer] for layer in layers}
         fitting, held_out = sides()
-        errors = reconstruct(model.get_submodule(unit.name), inner, fitting, held_out, wiring.activation_after(unit.name), settings)
-        return Entry(errors, snapshot(model, layers))
+        module, finish = model.get_submodule(unit.name), wiring.activation_after(unit.name)
+        solved = {}
+        if settings.solver is not None:
+            solved = solve_unit(module, float_model.get_submodule(unit.name), list(inner), fitting, held_out, finish, settings)
+            inner = starts_of(module, list(inner), settings.rounding)
+        errors = reconstruct(module, inner, fitting, held_out, finish, settings)
+        return Entry({**errors, **solved}, snapshot(model, layers))
 
     def read(entry: Entry) -> dict[str, float]:
         put_back(model, layers, entry.tensors)

@@ -10,7 +10,7 @@ from anybit.data.options import TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
 from anybit.methods.settings import CSQSettings, LSQSettings
-from anybit.methods.table import GROW_METHODS, ROUNDINGS
+from anybit.methods.table import GROW_METHODS, ROUNDINGS, SOLVERS
 from anybit.scheme import BITS, FLOAT, KEEP, PRECISION, Precision
 from anybit.settings import NAMES, Settings, Text, documented, option, same_as
 
@@ -84,6 +84,7 @@ class CalibrateSettings(Settings):
         None, "Name the blocks instead of finding them; repeat.", text=NAMES, flag="--block", repeat=True
     )
     rounding: str = option("adaquant", "How a reconstruction rounds weights.", choices=tuple(ROUNDINGS))
+    solver: str = option("gptq", "How codes are chosen in closed form, before any training.", choices=tuple(SOLVERS))
     start: str | None = option(
         None, "Where sequential AdaQuant starts: ranges, or matched statistics (default: parallel AdaQuant's codes, else ranges).",
         choices=("ranges", "matched"),
@@ -124,6 +125,8 @@ class CalibrateSettings(Settings):
     def does(self, step: str) -> bool:
         """Whether `step` runs: its switch, or what the pipeline has."""
         switch = getattr(self, step)
+        if step == "parallel" and switch is None and self.solver != "none":
+            return False  # the solver's candidates are as good in a hundredth of the time
         return self.pipeline == "advanced" if switch is None else switch
 
     def to_json(self) -> dict[str, Any]:
