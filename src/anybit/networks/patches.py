@@ -1,4 +1,4 @@
-"""Patches: the rows of inputs that a layer multiplies its weight with, at places drawn at random and gathered without unfolding the rest."""
+"""Patches: the rows of inputs that a layer multiplies its weight with, at places drawn at random, gathered without an `unfold`."""
 
 import math
 from collections.abc import Sequence
@@ -49,8 +49,12 @@ def patches(layer: nn.Module, x: Tensor, places: Tensor) -> Tensor:
     if isinstance(layer, TRANSPOSED):
         taps = taps.flip(0)  # its kernel spreads an input over outputs: seen from an output, it runs backwards
     gathered = flat[sample[:, None], :, corner[:, None] + taps]  # [places, taps, channels]
-    groups = layer.groups  # type: ignore[union-attr]
-    return gathered.transpose(1, 2).reshape(len(places), groups, -1).transpose(0, 1)
+    return gathered.transpose(1, 2).unflatten(1, (_groups(layer), -1)).flatten(2).transpose(0, 1)
+
+
+def _groups(layer: nn.Module) -> int:
+    assert isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED))
+    return layer.groups
 
 
 def _kernel(layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -65,10 +69,11 @@ def _padded(layer: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED))
     kernel = layer.kernel_size
     if isinstance(layer, TRANSPOSED):
-        spread = x.new_zeros(*x.shape[:2], *((size - 1) * stride + 1 for size, stride in zip(x.shape[2:], layer.stride, strict=True)))
-        spread[(..., *(slice(None, None, stride) for stride in layer.stride))] = x
-        around = [d * (k - 1) - int(p) for d, k, p in zip(layer.dilation, kernel, layer.padding, strict=True)]
-        ends = [(before, before + extra) for before, extra in zip(around, layer.output_padding, strict=True)]
+        apart = [int(stride) for stride in layer.stride]
+        spread = x.new_zeros(*x.shape[:2], *((size - 1) * stride + 1 for size, stride in zip(x.shape[2:], apart, strict=True)))
+        spread[(slice(None), slice(None), *(slice(None, None, stride) for stride in apart))] = x
+        around = [int(d) * (int(k) - 1) - int(p) for d, k, p in zip(layer.dilation, kernel, layer.padding, strict=True)]
+        ends = [(before, before + int(extra)) for before, extra in zip(around, layer.output_padding, strict=True)]
         return F.pad(spread, [size for pair in reversed(ends) for size in pair])
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)

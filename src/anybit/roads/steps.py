@@ -12,8 +12,9 @@ from anybit.budget import Budget
 from anybit.data.samples import Calibration
 from anybit.errors import InvalidFile
 from anybit.files.cache import Cache
+from anybit.loops.closed_form import solve_layer
 from anybit.loops.moments import float_moments
-from anybit.loops.reconstruction import ReconstructionSettings, parallel, solve_layer
+from anybit.loops.reconstruction import ReconstructionSettings, parallel
 from anybit.methods import batchnorm_tuning
 from anybit.methods.table import rounding_named, solver_named
 from anybit.networks import batchnorm
