@@ -72,7 +72,7 @@ def _padded(layer: nn.Module, x: Tensor) -> Tensor:
         apart = [int(stride) for stride in layer.stride]
         spread = x.new_zeros(*x.shape[:2], *((size - 1) * stride + 1 for size, stride in zip(x.shape[2:], apart, strict=True)))
         spread[(slice(None), slice(None), *(slice(None, None, stride) for stride in apart))] = x
-        around = [int(d) * (int(k) - 1) - int(p) for d, k, p in zip(layer.dilation, kernel, layer.padding, strict=True)]
+        around = [d * (k - 1) - p for d, k, p in zip(layer.dilation, kernel, map(int, layer.padding), strict=True)]
         ends = [(before, before + int(extra)) for before, extra in zip(around, layer.output_padding, strict=True)]
         return F.pad(spread, [size for pair in reversed(ends) for size in pair])
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
