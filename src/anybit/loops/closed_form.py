@@ -6,7 +6,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from anybit.loops.moments import Moments, Solver, Sums, as_stored, has_patches, matrix, reading, rows_drawn
+from anybit.loops.moments import Moments, Solver, Sums, as_stored, has_patches, matrix, patches_drawn, reading
 from anybit.loops.units import UnitData, layers_in, load_states, states_of, unit_error
 from anybit.networks.capture import MemoryBudget
 from anybit.networks.layers import QuantizedLayer, float_bias, float_weight, weight_rows
@@ -86,7 +86,7 @@ def _float_patches(layers: Mapping[str, nn.Module], float_module: nn.Module, dat
 
     def read(name: str, layer: nn.Module, x: Tensor) -> None:
         x = real_rows(layer, x, mask)
-        places = draw_places(layer, x.shape, max(1, round(share * rows_drawn(layer))), generator)
+        places = draw_places(layer, x.shape, max(1, round(share * patches_drawn(layer))), generator)
         rows = patches(layer, x, places)
         drawn[name][-1].append((places, budget.allocate(tuple(rows.shape), rows.dtype).copy_(rows)))
 

@@ -15,10 +15,11 @@ from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight
 from anybit.networks.patches import draw_places, patches, real_rows
 
-ROWS = 4
-"""Patches that are drawn for each number of a row, so that a covariance has several times its rank."""
-LEAST = 16384
-"""Patches that are drawn at least: of a short row more cost nothing."""
+NUMBERS = 2**24
+"""Numbers of a layer's inputs that are read, in patches of so many that are between the next two."""
+PATCHES = (4096, 16384)
+"""Patches at least and at most; but at least `RANK` times the numbers of one, which are what its covariance has ranks."""
+RANK = 4
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,11 @@ def as_stored(layer: nn.Module, weight: Tensor) -> Tensor:
     return type_of(layer).weight(layer, weight.flatten(0, 1), float_weight(layer).shape)
 
 
-def rows_drawn(layer: nn.Module) -> int:
+def patches_drawn(layer: nn.Module) -> int:
     """Return how many patches are drawn of the layer's inputs."""
-    return max(LEAST, ROWS * matrix(layer).shape[-1])
+    groups, _, fan_in = matrix(layer).shape
+    least, most = PATCHES
+    return max(RANK * fan_in, min(most, max(least, NUMBERS // (groups * fan_in))))
 
 
 @contextmanager
@@ -133,7 +136,7 @@ def float_moments(
 
     def read(name: str, layer: nn.Module, x: Tensor) -> None:
         x = real_rows(layer, x, mask)
-        rows = patches(layer, x, draw_places(layer, x.shape, max(1, round(share * rows_drawn(layer))), generator))
+        rows = patches(layer, x, draw_places(layer, x.shape, max(1, round(share * patches_drawn(layer))), generator))
         if name not in sums:
             sums[name] = Sums(rows, budget, 1)
         sums[name].add(rows)

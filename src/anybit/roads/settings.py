@@ -69,7 +69,7 @@ class CalibrateSettings(Settings):
         dict, "PATTERN=W8A8 or PATTERN=float: pin layers; patterns match whole names.", text=KEEP, repeat=True
     )
     pipeline: str = option("advanced", "light: no back-propagation.", choices=("advanced", "light"))
-    parallel: bool | None = option(None, "AdaQuant at every candidate bit-width before the allocation.")
+    parallel: bool | None = option(None, "AdaQuant at every candidate bit-width before the allocation (default: without a solver alone).")
     sequential: bool | None = option(None, "AdaQuant on the chosen scheme.")
     bn_tuning: bool = option(True, "Batch-norm tuning.")
     bias_tuning: bool | None = option(None, "Bias tuning on the outputs.")
@@ -136,6 +136,8 @@ class CalibrateSettings(Settings):
     def recorded(cls, report: Mapping[str, Any]) -> Any:
         report = next(iter(report["budgets"].values())) if "budgets" in report else report
         settings = super().recorded(report)
+        if settings and "solver" not in settings:  # a run from before there was one
+            settings = {**settings, "solver": "none"}
         if settings and settings.get("parallel") and not report.get("candidate_errors"):  # the pipeline's: it found no layer with a choice
             settings = {**settings, "parallel": None}
         return settings
