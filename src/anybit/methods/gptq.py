@@ -84,12 +84,14 @@ def solve(
     codes = torch.cat([codes, rounded], 1)
 
     floor = scale.max() * SMALLEST_RELATIVE_SCALE
-    for _ in range(2):
-        codes = _descend(many, hessian, codes, _spread(scales, many), limits, sweeps)
-        scales = _least_squares(many, hessian, codes, scales, floor)
-    codes = _descend(many, hessian, codes, _spread(scales, many), limits, sweeps)
+    codes = _descend(many, hessian, codes, _spread(scales, many), limits, sweeps=2)
+    scales = _least_squares(many, hessian, codes, scales, floor)
     best = quadratic_error(many, hessian, codes, scales).unflatten(1, (tries + 1, -1)).argmin(1)
-    return Solution(_pick(codes, best, tries + 1), _pick(scales, best, tries + 1))
+    codes, scale = _pick(codes, best, tries + 1), _pick(scales, best, tries + 1)
+    for _ in range(2):
+        codes = _descend(target, hessian, codes, _spread(scale, target), limits, sweeps)
+        scale = _least_squares(target, hessian, codes, scale, floor)
+    return Solution(codes, scale)
 
 
 def quadratic_error(target: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
