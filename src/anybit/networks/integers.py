@@ -106,7 +106,7 @@ class _Rule:
         is_output, is_escaped = bool(self.outputs & set(members)), bool(self.escaped & set(members))
         others = is_escaped or not self.integer.issuperset(readers)
         computed = self._computed(root)
-        if not (reads or joined or tabled or computed) or (is_output and not readers and computed not in self.gives_codes):
+        if not (reads or joined or tabled or computed is not None) or (is_output and not readers and computed not in self.gives_codes):
             return False
         if reads and not (joined or tabled) and computed is None and reads + others > 1:
             return False  # each layer rounds the floats by itself
