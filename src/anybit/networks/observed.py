@@ -24,7 +24,7 @@ from anybit.scheme import FLOAT, Precision, Scheme, match_patterns
 @dataclass(frozen=True)
 class ObservedNetwork:
     """Hold a float network made ready: folded, with empty slots, observed. No stage changes anything here, except what the network's own
-    forward changes: `moving` holds those buffers as they were before any pass."""
+    forward changes: `moving` holds those buffers as they were before any pass. `unfolded` are the norms that stay, with the reason."""
 
     float_model: nn.Module
     folded: nn.Module
@@ -38,6 +38,7 @@ class ObservedNetwork:
     costs: CostModel
     options: LayerOptions
     moving: Mapping[str, Tensor | None] = field(default_factory=dict)
+    unfolded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def used_once(self) -> list[str]:
@@ -67,7 +68,7 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     first = observed_pass(model, example)
     names, uncovered = coverage(model, first.wiring)
     if not names:
-        others = "".join(f" {name or 'The network itself'}: {why}." for name, why in uncovered.items())
+        others = "".join(f" {name}: {why}." for name, why in uncovered.items())
         raise UnsupportedModel(f"The model has no layer to quantize: no convolution, linear or embedding ran on the data.{others}")
     pinned, float_layers = match_patterns(options.keep, names), options.float_layers(names)
     check_plain_use(first.wiring, [name for name in names if name not in float_layers])
@@ -77,6 +78,7 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     check_outputs(model, outputs, example)
     fold = batchnorm.fold_checked(model, batchnorm.foldable(model, first.wiring), example, outputs)
     folded, norms, wiring = fold.model, fold.norms, fold.wiring
+    unfolded = batchnorm.unfolded(model, first.wiring, norms)
     for network in (model, folded):
         restore(network, moving)
     prepared = prepare(folded, names, float_layers, group_sizes(folded, [name for name in names if name not in norms], options.group))
@@ -88,7 +90,9 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     costs = CostModel.of(prepared, names, wiring, len(wiring.edges()), model)
     if options.gradients:
         check_differentiable(prepared, [unit.name for unit in units if unit.name not in names], example)
-    return ObservedNetwork(model, folded, prepared, wiring, norms, fold.promised, choices, uncovered, units, costs, options, moving)
+    return ObservedNetwork(
+        model, folded, prepared, wiring, norms, fold.promised, choices, uncovered, units, costs, options, moving, unfolded
+    )
 
 
 def unobserved_network(model: nn.Module, options: LayerOptions) -> ObservedNetwork:

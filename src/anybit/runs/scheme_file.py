@@ -20,8 +20,8 @@ from anybit.networks.candidates import ActivationCandidate, WeightCandidate, ins
 from anybit.networks.canonical import Canonical
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import codes_of, float_weight, prepare, quantized_layers, weight_rows
+from anybit.networks.norms import is_norm, keeps_statistics, running_statistics
 from anybit.networks.states import check_state, leftovers, spec_of
-from anybit.networks.wiring import BATCH_NORMS
 from anybit.numerics.packing import PackedLayer, layout, pack, packed_bytes, unpack
 from anybit.numerics.quantizers import frozen
 from anybit.runs.folder import FORMAT_VERSION, runs_in
@@ -233,7 +233,7 @@ def check_folded(file: Any, float_model: nn.Module, name: str) -> None:
     for layer, norm in file.folded.items():
         module = float_model.get_submodule(norm)
         rows = file.layers[layer].rows if layer in file.layers else None
-        if not isinstance(module, BATCH_NORMS) or module.num_features != rows:
+        if not (is_norm(module) and keeps_statistics(module)) or len(running_statistics(module)[0]) != rows:
             raise InvalidFile(f"{name} folds {norm} into {layer}, but that is no batch norm of the layer's {rows} channels.")
 
 
