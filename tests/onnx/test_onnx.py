@@ -575,6 +575,32 @@ def test_what_the_exporter_drops_is_noticed():
         exported(canonical, batch)
 
 
+def lively_norm(channels):
+    norm = nn.BatchNorm2d(channels)
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            tensor.uniform_(-1, 1)
+        norm.running_var.uniform_(0.5, 2)
+    return norm
+
+
+@pytest.mark.parametrize("precision", ["W8A8", "float"])
+def test_a_convolution_whose_norm_stays_is_carried(precision, tmp_path):
+    torch.manual_seed(0)
+    norms = {"norm": lively_norm(8), "twice": lively_norm(8)}
+    canonical, batch = odd(
+        lambda s, x: s.c(s.twice(s.b(s.twice(F.relu(sum((s.norm(y := s.a(x)), y)))))).relu()),
+        precision=precision, a=conv(3, 8), b=conv(8, 8), c=conv(8, 4), **norms,
+    )  # fmt: skip
+    assert not canonical.folded and "a" in canonical.edges
+    graphs = exported(canonical, batch)
+    verdict = verdict_of(canonical, graphs, batch, tmp_path)
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert not verdict.failures and bool(graphs.plan.integer) == (precision != "float")
+    assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
 class AnyArguments(nn.Module):
     """A forward whose input has no name of its own."""
 
