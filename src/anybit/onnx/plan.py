@@ -31,6 +31,8 @@ MOVES = {
     "DepthToSpace", "SpaceToDepth",
 }  # fmt: skip
 CLAMPS = {"Relu", "Clip"}
+JOINT = {"Add", "Mul", "Concat", "GlobalAveragePool", "AveragePool"}
+"""Operators besides layers that runtimes compute on integers (`on_integers` says which of them)."""
 ELEMENTWISE = {
     "Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Log", "Abs", "Neg", "Min", "Max", "Reciprocal", "Floor", "Ceil", "Round", "Erf",
     "Sigmoid", "Tanh", "Gelu", "HardSwish", "HardSigmoid", "LeakyRelu", "Elu", "Selu", "Celu", "Mish", "Softplus", "Softsign",
@@ -215,6 +217,15 @@ class _Planner:
         readers = self.readers(self.values[root])
         alone = len(members) == 1 and len(readers) == 1 and root not in self.outputs and self.values[root].producer() is not None
         return alone and name_of(readers[0].outputs[0]) in self.plan.clamped
+
+
+def on_integers(node: ir.Node) -> bool:
+    """Return whether runtimes compute the operator, which is no layer, on integers, and rightly so.
+
+    Of an average pool with `ceil_mode` that counts padding they divide windows beyond the end by the whole kernel.
+    """
+    counts_beyond = all(key in node.attributes and node.attributes[key].as_int() for key in ("ceil_mode", "count_include_pad"))
+    return node.op_type in JOINT and not counts_beyond
 
 
 def _moves(node: ir.Node) -> bool:
