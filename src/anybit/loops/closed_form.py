@@ -6,12 +6,13 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from anybit.loops.moments import Moments, Solver, Sums, as_stored, has_patches, matrix, patches_drawn, reading
+from anybit.loops.moments import Moments, Solver, Sums, has_patches, matrix, patches_drawn, reading
 from anybit.loops.units import UnitData, layers_in, load_states, states_of, unit_error
+from anybit.networks.candidates import WeightCandidate, put_weight
 from anybit.networks.capture import MemoryBudget
 from anybit.networks.layers import QuantizedLayer, float_bias, float_weight, weight_rows
 from anybit.networks.patches import draw_places, patches, real_rows
-from anybit.numerics.quantizers import UniformQuantizer, frozen
+from anybit.numerics.quantizers import frozen
 
 Drawn = list[list[tuple[Tensor, Tensor]]]
 """Of each chunk and each call in it: places, and the patches [groups, places, fan-in] of the float network there."""
@@ -40,7 +41,10 @@ def solve_unit(
     for name, layer in layers.items():
         float_layer = float_module.get_submodule(name)
         moments = _moments(module, layer, fitting, drawn.pop(name), memory // 2, float_bias(float_layer) is not None)
-        solve_layer(layer, float_layer, moments, solver)
+        quantizer = frozen(layer.weight_quantizer)
+        codes = quantizer.codes(weight_rows(layer, float_weight(layer)))
+        candidate = solve_weight(float_layer, codes, quantizer.scale, quantizer.bits, moments, solver)
+        put_weight(layer, candidate, quantizer.bits)
     solved = unit_error(module, held_out, finish)
     if not solved < rounded:
         load_states(layers, before)
@@ -48,19 +52,19 @@ def solve_unit(
 
 
 @torch.no_grad()
-def solve_layer(layer: QuantizedLayer, float_layer: nn.Module, moments: Moments, solver: Solver) -> None:
-    """Put the solver's codes, scales and bias into the filled slot of `layer`, in place."""
-    quantizer, weight = frozen(layer.weight_quantizer), matrix(float_layer)
-    start = quantizer.scale.view(*weight.shape[:2], -1)
-    rounded = quantizer.codes(weight_rows(layer, float_weight(layer))).view(weight.shape)
-    codes, scale = solver(weight, moments, start, quantizer.bits, rounded)
-    values = codes * scale.repeat_interleave(weight.shape[-1] // scale.shape[-1], -1)
-    float_weight(layer).copy_(as_stored(layer, values))
-    layer.weight_quantizer = UniformQuantizer(quantizer.bits, True, scale.reshape(-1, 1))
-    bias, own = float_bias(float_layer), float_bias(layer)
-    if bias is not None and own is not None:
+def solve_weight(float_layer: nn.Module, rounded: Tensor, scale: Tensor, bits: int, moments: Moments, solver: Solver) -> WeightCandidate:
+    """Return the solver's candidate for a layer; `rounded` and `scale` are codes and scales of rounding to nearest, as in a candidate.
+
+    The bias makes up for what the means of the inputs lose.
+    """
+    weight = matrix(float_layer)
+    codes, scales = solver(weight, moments, scale.view(*weight.shape[:2], -1), bits, rounded.view(weight.shape).to(weight.dtype))
+    bias = float_bias(float_layer)
+    if bias is not None:
+        values = codes * scales.repeat_interleave(weight.shape[-1] // scales.shape[-1], -1)
         x, quantized = moments.means
-        own.copy_(bias + (weight @ x[:, :, None] - values @ quantized[:, :, None]).flatten())
+        bias = bias.detach() + (weight @ x[:, :, None] - values @ quantized[:, :, None]).flatten()
+    return WeightCandidate(codes.reshape(rounded.shape).to(torch.int8), scales.reshape(-1, 1), bias)
 
 
 def _moments(module: nn.Module, layer: QuantizedLayer, data: UnitData, drawn: Drawn, memory: int, centred: bool) -> Moments:

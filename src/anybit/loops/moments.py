@@ -95,11 +95,6 @@ def matrix(layer: nn.Module) -> Tensor:
     return rows.unflatten(0, (getattr(layer, "groups", 1), -1))
 
 
-def as_stored(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Lay out [groups, channels, fan-in] as the layer's weight: the inverse of `matrix`."""
-    return type_of(layer).weight(layer, weight.flatten(0, 1), float_weight(layer).shape)
-
-
 def patches_drawn(layer: nn.Module) -> int:
     """Return how many patches are drawn of the layer's inputs."""
     groups, _, fan_in = matrix(layer).shape

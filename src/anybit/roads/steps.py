@@ -12,7 +12,7 @@ from anybit.budget import Budget
 from anybit.data.samples import Calibration
 from anybit.errors import InvalidFile
 from anybit.files.cache import Cache
-from anybit.loops.closed_form import solve_layer
+from anybit.loops.closed_form import solve_weight
 from anybit.loops.moments import float_moments
 from anybit.loops.reconstruction import ReconstructionSettings, parallel
 from anybit.methods import batchnorm_tuning
@@ -57,14 +57,13 @@ def solved_candidates(network: ObservedNetwork, ranged: Candidates, calibration:
     names = sorted({name for name, _ in ranged.weights}, key=network.names.index)
     budget = MemoryBudget(memory_to_capture(network, calibration, settings))
     moments = float_moments(network.folded, names, calibration.fitting, calibration.count()[0], settings.seed, budget)
-    variants = _variants(network, ranged)
-    for name in track(names, "solution of candidates"):
-        if name in moments:
-            for bits, model in variants.items():
-                if (name, bits) in ranged.weights:
-                    solve_layer(quantized_layers(model)[name], network.folded.get_submodule(name), moments[name], solver)
-            del moments[name]
-    return _with_weights_of(variants, network, ranged)
+    solved = Candidates(dict(ranged.weights), ranged.activations)
+    for name in track(list(moments), "solution of candidates"):
+        read, float_layer = moments.pop(name), network.folded.get_submodule(name)
+        for (layer, bits), rounded in ranged.weights.items():
+            if layer == name:
+                solved.weights[name, bits] = solve_weight(float_layer, rounded.codes, rounded.scale, bits, read, solver)
+    return solved
 
 
 def finite_samples(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> dict[str, list[Tensor]]:
