@@ -108,7 +108,7 @@ def test_every_pass_and_copy_of_a_light_calibration_has_a_reason(work):
         "floor and rows of the table": (1 + rows) * held_out,
         "schemes": schemes * held_out,
         "ranges and candidates of the chosen one": 2 * held_out,
-        "first unit of the solution, float and quantized, and what it gives": 2 * (fitting + held_out) + held_out,
+        "the two units that the solution captures anew, float and quantized, and what it gives": 4 * (fitting + held_out) + held_out,
         "batch-norm tuning, and what it gives": 1 + held_out,
         "edge ranges, eight samples at once": edge_passes(result.report["inputs"]["fitting"], LIGHT["batch_size"]),
     }
