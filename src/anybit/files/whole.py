@@ -13,10 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from anybit.errors import AnybitError, InvalidSetting
-from anybit.files.strict import in_words
 
 OLD = "old"
 """What is replaced stands in the draft's folder under this name for a moment."""
@@ -81,12 +78,14 @@ def whole_file(path: Path, remedy: str) -> Iterator[Path]:
     Raises AnybitError where the disk is full or the folder is not to be written to; what was at `path` before is there still. Of several
     writers the last one's file stays.
     """
+    from safetensors import SafetensorError  # a command looks at places before it imports what it computes with
+
     try:
         with drafts_folder(path) as folder:
             yield folder / path.name
             (folder / path.name).replace(path)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or in_words(error)
+        reason = getattr(error, "strerror", None) or _words(error)
         raise AnybitError(f"{path} cannot be written: {reason}. Nothing of it is left behind. {remedy}") from error
 
 
@@ -113,9 +112,13 @@ def check_place(path: Path, option: str) -> None:
             raise InvalidSetting(f"{path} is the folder that you are in, or one around it. Name a new one inside: {option} {path / 'run'}.")
         above = next(folder for folder in (whole, *whole.parents) if folder.exists())
     except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or in_words(error)
+        reason = getattr(error, "strerror", None) or _words(error)
         raise InvalidSetting(f"{str(path)!r} cannot be written: {reason}. Choose another {option}.") from error
     if above != whole and not above.is_dir():
         raise InvalidSetting(f"{path} cannot be written: {above} is no folder. Choose another {option}.")
     if not os.access(above if above != whole else whole.parent, os.W_OK | os.X_OK):
         raise InvalidSetting(f"{path} cannot be written: {above} is not to be written to. Choose another {option}.")
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
