@@ -88,7 +88,8 @@ def test_a_calibrated_run_is_loaded_bitwise_by_a_fresh_network(run_folder, calib
 
 def test_a_run_holds_json_and_safetensors_alone(run_folder):
     assert {path.name for path in run_folder.iterdir()} == {
-        "scheme.json", "model.safetensors", "report.json", "report.html", "candidates.json", "candidates.safetensors"
+        "scheme.json", "model.safetensors", "report.json", "report.html", "candidates.json", "candidates.safetensors",
+        "fingerprint.safetensors",
     }  # fmt: skip
 
 
