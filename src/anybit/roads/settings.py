@@ -9,7 +9,7 @@ from anybit.data.options import TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
 from anybit.methods.settings import CSQSettings, LSQSettings
-from anybit.methods.table import GROW_METHODS, ROUNDINGS
+from anybit.methods.table import GROW_METHODS, ROUNDINGS, SOLVERS
 from anybit.scheme import BITS, FLOAT, KEEP, PRECISION, Precision
 from anybit.settings import NAMES, Settings, Text, documented, option, same_as
 
@@ -31,20 +31,14 @@ class CalibrateSettings(Settings):
         (2, 3, 4, 6, 8), "Bit-widths a layer's weights may get.", least=2, most=8, text=BITS, panel="Budget", rare=False
     )
     activation_bits: tuple[int | None, ...] = option(
-        (4, 6, 8),
-        "Bit-widths its input may get; float (Python: None).",
-        least=2,
-        most=8,
-        text=BITS,
-        panel="Budget",
-        rare=False,
+        (4, 6, 8), "Bit-widths its input may get; float (Python: None).", least=2, most=8, text=BITS, panel="Budget", rare=False
     )
     keep: Mapping[str, Precision] = option(
         dict, "PATTERN=W8A8 or PATTERN=float: pin layers by their names.", text=KEEP, repeat=True,
         panel="Budget", rare=False,
     )  # fmt: skip
     pipeline: str = option("advanced", "light: no back-propagation.", choices=("advanced", "light"), rare=False)
-    parallel: bool | None = option(None, "AdaQuant at every candidate bit-width before the allocation.")
+    parallel: bool | None = option(None, "AdaQuant at every candidate bit-width before the allocation (default: without a solver alone).")
     sequential: bool | None = option(None, "AdaQuant on the chosen scheme.")
     bn_tuning: bool = option(True, "Batch-norm tuning.")
     bias_tuning: bool | None = option(None, "Bias tuning on the outputs.")
@@ -59,6 +53,7 @@ class CalibrateSettings(Settings):
         None, "Name the blocks instead of finding them; repeat.", text=NAMES, flag="--block", repeat=True
     )
     rounding: str = option("adaquant", "How a reconstruction rounds weights.", choices=tuple(ROUNDINGS))
+    solver: str = option("gptq", "How codes are chosen in closed form, before any training.", choices=tuple(SOLVERS))
     start: str | None = option(
         None, "Where sequential AdaQuant starts: ranges, or matched statistics (default: parallel AdaQuant's codes, else ranges).",
         choices=("ranges", "matched"),
@@ -99,6 +94,8 @@ class CalibrateSettings(Settings):
     def does(self, step: str) -> bool:
         """Whether `step` runs: its switch, or what the pipeline has."""
         switch = getattr(self, step)
+        if step == "parallel" and switch is None and self.solver != "none":
+            return False  # the solver's candidates are as good in a hundredth of the time
         return self.pipeline == "advanced" if switch is None else switch
 
     def to_json(self) -> dict[str, Any]:
@@ -108,6 +105,8 @@ class CalibrateSettings(Settings):
     def recorded(cls, report: Mapping[str, Any]) -> Any:
         report = next(iter(report["budgets"].values())) if "budgets" in report else report
         settings = super().recorded(report)
+        if settings and "solver" not in settings:  # a run from before there was one
+            settings = {**settings, "solver": "none"}
         if settings and settings.get("parallel") and not report.get("candidate_errors"):  # the pipeline's: it found no layer with a choice
             settings = {**settings, "parallel": None}
         return settings
