@@ -53,7 +53,7 @@ class CalibrateSettings(Settings):
         None, "Name the blocks instead of finding them; repeat.", text=NAMES, flag="--block", repeat=True
     )
     rounding: str = option("adaquant", "How a reconstruction rounds weights.", choices=tuple(ROUNDINGS))
-    solver: str = option("gptq", "How codes are chosen in closed form, before any training.", choices=tuple(SOLVERS), rare=False)
+    solver: str = option("gptq", "How codes are chosen before any training.", choices=tuple(SOLVERS), rare=False)
     start: str | None = option(
         None, "Where sequential AdaQuant starts: ranges, or matched statistics (default: parallel AdaQuant's codes, else ranges).",
         choices=("ranges", "matched"),

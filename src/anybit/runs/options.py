@@ -19,18 +19,18 @@ class RunOptions(Settings):
 
     output: Path | None = option(None, "The run folder to write.", panel="Output")
     model: str | None = option(
-        None, "FILE.py:function, torchvision:NAME, timm:NAME, hf:NAME, module:function.",
+        None, "FILE.py:function, module:function, torchvision:, timm: or hf:NAME.",
         panel="Input", ready=check_model,
     )  # fmt: skip
     weights: str | None = option(None, "Its state dict (.safetensors, .pt, .pth).", panel="Input", ready=check_file)
     data: str | None = option(
-        None, "Inputs: folder of images, FILE.npz, FILE.npz#test, .tsv, FILE.py:function.",
+        None, "Inputs: image folder, FILE.npz, FILE.npz#test, .tsv, FILE.py:function.",
         panel="Input", ready=check_data,
     )  # fmt: skip
     train: str | None = option(None, "Labelled training data, named as for --data elsewhere.", panel="Input", ready=check_data)
     test: str | None = option(None, "Labelled data for the report; nothing is chosen on it.", panel="Input", ready=check_data)
     budget: tuple[str, ...] | None = option(
-        None, "4bit, 120kB, 12.5%, bops=2G, latency=3ms, loss=0.02, drop=1%; repeat.",
+        None, "4bit, 120kB, 12.5%, bops=2G, latency=3ms, loss=0.02 or drop=1%.",
         text=BUDGETS, repeat=True, panel="Budget",
     )  # fmt: skip
     metric: str | None = option(
