@@ -22,7 +22,7 @@ class TrainSettings(Settings):
         least=0, below=1, command_line=False,
     )  # fmt: skip
     augment: str = option("", "Of pictures: flip, crop4 (shifts by up to 4 pixels), or flip,crop4.")
-    distill: float = option(0.0, "Weight of the float network's outputs in the loss; the rest is the labels'.", least=0, most=1)
+    distill: float = option(0.0, "Weight in the loss of the float outputs; the labels have the rest.", least=0, most=1)
     half: bool = option(False, "Compute in bfloat16 where that is safe.", switch=True, panel="Runtime")
     compile: bool = option(False, "Compile the forward pass.", switch=True, panel="Runtime", rare=True)
 
