@@ -8,7 +8,6 @@ import functools
 import hashlib
 import logging
 import os
-import pickle
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -124,10 +123,7 @@ def _add(value: Any, walk: _Walk) -> None:
     held = {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots if hasattr(value, name)}}
     if held:
         _add_mapping(held, walk)
-        return
-    try:
-        walk.put(pickle.dumps(value, protocol=4))
-    except Exception:  # whatever its own code raises
+    else:
         walk.put(walk.opaque(value))
 
 
