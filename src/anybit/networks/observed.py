@@ -16,6 +16,7 @@ from anybit.networks.layer_types import type_of
 from anybit.networks.layers import check_float32, check_plain_use, coverage, prepare, quantized_layers
 from anybit.networks.options import LayerOptions, group_sizes, layer_choices
 from anybit.networks.refusals import check_differentiable, check_network, check_outputs, moving_state, observed_pass
+from anybit.networks.rewrites import rewritten
 from anybit.networks.states import check_finite_weights, restore, state_of
 from anybit.networks.wiring import Unit, Wiring
 from anybit.scheme import FLOAT, Precision, Scheme, match_patterns
@@ -59,6 +60,7 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     """Observe, check, fold and prepare copies of `model`; `example` is a small batch of inputs."""
     check_network(model)
     check_finite_weights(model)
+    model = rewritten(model, example)
     covered, _ = coverage(model)
     check_float32(
         model, [name for name in covered if name not in options.float_layers(covered)]

@@ -309,7 +309,7 @@ class _Observer(TorchFunctionMode):
             if not read:
                 raise UnsupportedModel(f"Layer {name} runs on no tensor. Give it one, or take the layer out.")
             self.input_shapes[name] = tuple(read[0].shape)
-            if how := _surroundings(read[0]):
+            if how := surroundings_of(read[0]):
                 self.surroundings[name] = how
         self.inside_leaf += isinstance(module, COVERED + BATCH_NORMS)
 
@@ -368,7 +368,7 @@ class _Observer(TorchFunctionMode):
         return self.made - 1
 
 
-def _surroundings(tensor: Tensor) -> str | None:
+def surroundings_of(tensor: Tensor) -> str | None:
     """Return what is around a layer that reads `tensor` and would not be there when it is run alone; None in a plain forward."""
     if torch._C._functorch.is_batchedtensor(tensor):
         return "inside torch.vmap"
