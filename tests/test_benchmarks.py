@@ -19,11 +19,11 @@ from benchmarks.studies import command_costs, counting
 from benchmarks.studies.study import narrated
 from benchmarks.tables import shared
 from benchmarks.tables.commands import commands_section
-from benchmarks.tables.pages import SECTIONS, first_difference, pages, with_sections
+from benchmarks.tables.pages import SECTIONS, TEMPLATES, first_difference, pages, with_sections
 from benchmarks.tables.shared import NOT_RUN
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = [path for folder in ("studies", "reliability", "peers") for path in sorted((ROOT / "benchmarks" / folder).glob("*.py"))]
+SCRIPTS = [path for folder in ("studies", "reliability", "peers", "zoo") for path in sorted((ROOT / "benchmarks" / folder).glob("*.py"))]
 
 
 def test_events_of_a_run_are_printed_after_its_entrys_key(capsys):
@@ -65,7 +65,7 @@ def test_a_section_that_nothing_makes_is_refused():
 
 
 def test_every_section_that_has_been_run_is_in_the_results():
-    placed = set(re.findall(r"<!-- ([A-Z]+) -->", (ROOT / "docs" / "results.in.md").read_text()))
+    placed = {name for page in TEMPLATES for name in re.findall(r"<!-- ([A-Z]+) -->", (ROOT / "docs" / f"{page}.in.md").read_text())}
     assert [name for name, section in SECTIONS.items() if name not in placed and section() != NOT_RUN] == []
 
 
@@ -73,10 +73,10 @@ def test_every_script_is_in_the_readme_of_benchmarks():
     readme = (ROOT / "benchmarks" / "README.md").read_text()
     runnable = [path for path in SCRIPTS if '__name__ == "__main__"' in path.read_text()]
     assert len(runnable) > 10
-    assert [path.stem for path in runnable if not re.search(rf"`(peers/)?{path.stem}(\.py)?`", readme)] == []
+    assert [path.stem for path in runnable if not re.search(rf"`(peers/|zoo/)?{path.stem}(\.py)?`", readme)] == []
 
 
-@pytest.mark.parametrize("page", ["docs/results.in.md", "docs/reliability.md", "Makefile"])
+@pytest.mark.parametrize("page", ["docs/results.in.md", "docs/networks.in.md", "docs/reliability.md", "Makefile"])
 def test_every_command_that_is_named_is_there(page):
     modules = re.findall(r"python -m (benchmarks[\w.]*)", (ROOT / page).read_text())
     places = {module: ROOT / module.replace(".", "/") for module in modules}

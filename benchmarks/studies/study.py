@@ -29,9 +29,9 @@ class Entries:
     def entries(self) -> dict[str, Any]:
         return json.loads(self.file.read_text())["entries"] if self.file.is_file() else {}
 
-    def measured(self, key: str, run: Callable[[], dict[str, Any]]) -> None:
-        """Run and keep one entry, unless it is there or not asked for."""
-        if key in self.entries or (self.arguments.only and self.arguments.only not in key):
+    def measured(self, key: str, run: Callable[[], dict[str, Any]], again: bool = False) -> None:
+        """Run and keep one entry, unless it is there (and is not to be run again) or not asked for."""
+        if (key in self.entries and not again) or (self.arguments.only and self.arguments.only not in key):
             return
         start = time.perf_counter()
         entry = run() | {"total_seconds": time.perf_counter() - start}

@@ -1,4 +1,4 @@
-"""Write docs/results.md, its figures and the README's results block from the JSON in benchmarks/results.
+"""Write docs/results.md and docs/networks.md, their figures and the README's results block from the JSON in benchmarks/results.
 
 python -m benchmarks.tables            write them
 python -m benchmarks.tables --check    write nothing; fail if what is committed differs, and name the first difference
@@ -21,7 +21,7 @@ def main() -> None:
         for path, text in made.items():
             (ROOT / path).write_text(text)
     elif difference := first_difference(ROOT, made):
-        sys.exit(f"{difference}\nEdit docs/results.in.md or run the study again, then `make tables`; numbers are not edited by hand.")
+        sys.exit(f"{difference}\nEdit the page's .in.md or run the study again, then `make tables`; numbers are not edited by hand.")
 
 
 if __name__ == "__main__":

@@ -4,27 +4,32 @@ import re
 from itertools import zip_longest
 from pathlib import Path
 
-from benchmarks.tables import calibrate, commands, exports, grow, texts, train_once
+from benchmarks.tables import calibrate, commands, exports, grow, texts, train_once, zoo
 from benchmarks.tables.figures import figures
 from benchmarks.tables.readme import readme_section
 from benchmarks.tables.shared import ROOT
 
-SECTIONS = {**calibrate.SECTIONS, **grow.SECTIONS, **train_once.SECTIONS, **texts.SECTIONS, **exports.SECTIONS, **commands.SECTIONS}
+SECTIONS = {
+    name: section for tables in (calibrate, grow, train_once, texts, exports, commands, zoo) for name, section in tables.SECTIONS.items()
+}
+
+TEMPLATES = ("results", "networks")
+"""Pages of the docs that are filled in: docs/NAME.in.md becomes docs/NAME.md."""
 
 
 def pages() -> dict[Path, str]:
     """Fill tables and figures in: file, relative to the repository -> its text."""
-    template = (ROOT / "docs" / "results.in.md").read_text()
-    readme = (ROOT / "README.md").read_text()
-    filled = {Path("docs/results.md"): with_sections(template), Path("README.md"): with_headline(readme, readme_section())}
-    return filled | {Path("docs") / name: text for name, text in figures().items()}
+    docs, readme = Path("docs"), (ROOT / "README.md").read_text()
+    filled = {docs / f"{name}.md": with_sections((ROOT / docs / f"{name}.in.md").read_text()) for name in TEMPLATES}
+    filled[Path("README.md")] = with_headline(readme, readme_section())
+    return filled | {docs / name: text for name, text in figures().items()}
 
 
 def with_sections(template: str) -> str:
     """Put a section in place of each `<!-- NAME -->`."""
     names = re.findall(r"<!-- ([A-Z]+) -->", template)
     if unknown := sorted(set(names) - set(SECTIONS)):
-        raise ValueError(f"docs/results.in.md names sections that benchmarks/tables does not make: {', '.join(unknown)}")
+        raise ValueError(f"A page names sections that benchmarks/tables does not make: {', '.join(unknown)}")
     return re.sub(r"<!-- ([A-Z]+) -->", lambda place: SECTIONS[place[1]](), template)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from anybit.data.batches import Batch
 from anybit.data.options import TaskName
-from anybit.data.tasks import TASKS, check_metric, distance, sample_distances, score, task_loss
+from anybit.data.tasks import IGNORED, TASKS, TokenClassification, check_metric, distance, sample_distances, score, task_loss
 from anybit.errors import InvalidInput, InvalidSetting
 
 ALL = list(TASKS.values())
@@ -130,6 +130,17 @@ def test_labels_for_another_number_of_outputs_are_refused(task):
         score(outputs, labels_for(task, outputs)[:-1], task.name)
 
 
+@pytest.mark.parametrize("task", [task for task in ALL if isinstance(task, TokenClassification)], ids=named)
+def test_tokens_without_a_label_count_for_nothing(task):
+    outputs = outputs_for(task)
+    labels = labels_for(task, outputs)
+    some = torch.where(torch.arange(len(labels)) < 4, labels, IGNORED)
+    assert score(outputs, some, task.name) == score(outputs[:4], labels[:4], task.name)
+    assert torch.isclose(task.loss(outputs, some), task.loss(outputs[:4], labels[:4]))
+    with pytest.raises(InvalidInput, match="No token has a label"):
+        score(outputs, torch.full_like(labels, IGNORED), task.name)
+
+
 @pytest.mark.parametrize("task", [task for task in ALL if task.of_one_class], ids=named)
 def test_a_task_of_one_class_counts_what_is_right(task):
     assert task.counted == "top1" and task.distance.key == "kl"
@@ -143,11 +154,11 @@ def test_every_task_has_a_head_of_hugging_face_that_reads_for_it():
     assert set(HEADS) == set(TASKS)
     config = type("Config", (), {})
     for name, head in HEADS.items():
-        for ending in (*head.endings, *head.pictures):
+        for ending in (*head.endings, *head.others):
             model = type(f"Some{ending}", (nn.Module,), {})()
             model.config = config()
             model.config.num_labels = 1 if head.one_value else 2
-            model.config.max_position_embeddings = 16
+            model.config.max_position_embeddings, model.config.is_encoder_decoder = 16, head.decodes
             first = next(task for task, one in HEADS.items() if one.fits(model))
             assert first == name
             if name != "embedding":  # whose pooling is in its files

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from language import WORDS, sentences, tokenizer
 
 from anybit.data.batches import Batch
+from anybit.data.readers import Answers, NextTokens, answer_scores, best_answer
 from anybit.data.tasks import TASKS
-from anybit.data.texts import Answers, Blocks, Encoding, NextTokens, Questions, Texts, answer_scores, best_answer, gold_answers, read_rows
+from anybit.data.texts import Blocks, Encoding, Questions, Texts, gold_answers, read_rows
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 
 # Files

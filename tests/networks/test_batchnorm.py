@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,10 +34,12 @@ from anybit.networks.batchnorm import (
     foldable,
     reestimate,
     twin_statistics,
+    unfolded,
 )
 from anybit.networks.candidates import Candidates, apply_scheme, weight_candidate
 from anybit.networks.layers import codes_of, float_weight, prepare, quantized_layers
-from anybit.networks.wiring import BATCH_NORMS, observe
+from anybit.networks.norms import BATCH_NORMS, is_norm
+from anybit.networks.wiring import observe
 from anybit.scheme import Scheme
 
 
@@ -259,3 +264,121 @@ def test_flipping_makes_gammas_positive_and_changes_no_output(cls):
     flip_negative(model, pairs)
     assert all((model.get_submodule(norm).weight >= 0).all() for norm in pairs.values())
     assert torch.allclose(model(x), before, atol=1e-5)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm with dropout and an activation of its own, as timm's: the normalization is written out."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Dropout(0.5), nn.PReLU(channels)
+
+    def forward(self, x):
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return self.act(self.drop(x))
+
+
+class GatedNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        x = super().forward(x)
+        return x * torch.sigmoid(x)
+
+
+class FrozenNorm(nn.Module):
+    """Batch norm as detectors hold it: four buffers, and products instead of batch_norm."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(key, torch.ones(channels))
+
+    def forward(self, x):
+        gamma, beta, mean, variance = (
+            tensor.reshape(1, -1, 1, 1) for tensor in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
+        scale = gamma * (variance + 1e-5).rsqrt()
+        return x * scale + (beta - mean * scale)
+
+
+class FrozenNormAct(FrozenNorm):
+    def forward(self, x):
+        return F.hardswish(super().forward(x), inplace=True)
+
+
+def with_norm(norm_class) -> nn.Module:
+    """Two convolutions with a lively norm between them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm_class(8), nn.Conv2d(8, 4, 3))
+    with torch.no_grad():
+        for tensor in (model[1].weight, model[1].bias, model[1].running_mean):
+            tensor.normal_()
+        model[1].running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+NORMS_THAT_FOLD = [nn.SyncBatchNorm, NormAct, GatedNorm, FrozenNorm, FrozenNormAct]
+
+
+@pytest.mark.parametrize("norm_class", NORMS_THAT_FOLD)
+def test_a_norm_folds_whatever_its_forward_does_after_it(norm_class):
+    model, batch = with_norm(norm_class), Batch(pictures(4))
+    outputs, before = run(model, batch), snapshot(model)
+    folded = fold_checked(model, foldable(model, observe(model, batch)), batch, outputs)
+    assert folded.norms == {"0": "1"} and not any(map(is_norm, folded.model.modules()))
+    assert torch.allclose(run(folded.model, batch), outputs, atol=1e-5)
+    assert not any("running" in key for key in folded.model.state_dict())  # nothing of it is stored
+    again = pickle.loads(pickle.dumps(copy.deepcopy(folded.model)))
+    assert torch.equal(run(again, batch), run(folded.model, batch))
+    assert_untouched(model, before)
+
+
+def test_the_activation_in_a_folded_norm_is_that_of_the_layer_before_it():
+    model, batch = with_norm(FrozenNormAct), Batch(pictures(2))
+    wiring = fold_checked(model, {"0": "1"}, batch, run(model, batch)).wiring
+    x = torch.randn(8)
+    assert torch.equal(wiring.activation_after("0")(x), F.hardswish(x))
+
+
+class ActNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(F.relu(x))
+
+
+class OfItsBatch(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + x.mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("norm_class", [ActNorm, OfItsBatch])
+def test_a_norm_that_reads_more_than_normalized_values_stays_and_the_reason_is_said(norm_class):
+    model, batch = with_norm(norm_class), Batch(pictures(2))
+    wiring = observe(model, batch)
+    assert foldable(model, wiring) == {}
+    assert f"forward of {norm_class.__name__}" in unfolded(model, wiring, {})["1"]
+
+
+class Preactivated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.input_norm, self.first, self.second = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.of_sum, self.twice, self.of_branch, self.alone = (nn.BatchNorm2d(4) for _ in range(4))
+        self.alone.running_mean = self.alone.running_var = None
+        self.third = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.first(self.input_norm(x))
+        y = self.second(F.relu(self.of_sum(x + 1)))
+        return self.alone(self.third(self.twice(self.twice(self.of_branch(y)) + y)))
+
+
+def test_every_norm_that_stays_has_its_reason():
+    model, batch = make(Preactivated), Batch(pictures(2))
+    wiring = observe(model, batch)
+    pairs = foldable(model, wiring)
+    reasons = unfolded(model, wiring, pairs)
+    expected = {
+        "input_norm": "the network's input", "of_sum": "what add makes", "twice": "2 times", "of_branch": "read by others",
+        "alone": "no running statistics",
+    }  # fmt: skip
+    assert pairs == {} and set(reasons) == set(expected)
+    assert all(words in reasons[name] for name, words in expected.items())

@@ -891,3 +891,24 @@ def test_a_sparse_embedding_is_tuned():
     model.words.sparse = True
     calibrated(model, tokens(24), pipeline="advanced")
     assert model.words.sparse
+
+
+class Places(nn.Embedding):
+    """Positions, looked up by the shape of what they are for."""
+
+    def forward(self, shape: torch.Size) -> Tensor:
+        return super().forward(torch.arange(shape[1]))
+
+
+class Placed(Tokens):
+    def __init__(self):
+        super().__init__()
+        self.places = Places(6, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc(self.hidden(self.words(tokens) + self.places(tokens.shape)).mean(1))
+
+
+def test_an_embedding_that_is_given_a_shape_is_covered():
+    result = calibrated(make(Placed), tokens(24))
+    assert "places" in result.scheme and anybit.inspect(make(Placed), tokens(4))["layers"]["places"]["input"] == []

@@ -10,7 +10,8 @@ from torch import nn
 from anybit.data.batches import Batch
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.networks.layer_types import COVERED
-from anybit.networks.wiring import BATCH_NORM, BATCH_NORMS, LAYER, observe
+from anybit.networks.norms import BATCH_NORMS
+from anybit.networks.wiring import BATCH_NORM, LAYER, observe
 
 PICTURES = Batch(pictures(2))
 VALUES = numbers(64) * 8

@@ -27,6 +27,7 @@ from anybit.networks.observed import observe_network
 from anybit.networks.wiring import observe
 from anybit.onnx.file import load, outputs
 from anybit.onnx.file import session as onnx_file_session
+from anybit.progress import listening
 from anybit.roads.settings import CalibrateSettings
 from anybit.roads.steps import range_candidates
 from anybit.scheme import Precision
@@ -118,17 +119,21 @@ def test_tied_weights_come_apart():
     assert torch.equal(apart.lm_head.weight, apart.model.embed_tokens.weight)
 
 
-def test_an_encoder_decoder_is_refused_by_name():
-    config = transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=30)
-    with pytest.raises(UnsupportedModel, match="T5ForConditionalGeneration is an encoder-decoder"):
-        adapted(transformers.T5ForConditionalGeneration(config))
+def test_weights_of_half_precision_are_computed_in_float32_and_it_is_said():
+    half, notes = make("llama").to(torch.bfloat16), []
+    with listening(events=lambda event, fields: notes.append(fields["note"])):
+        model = adapted(half)
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32} and half.lm_head.weight.dtype == torch.bfloat16
+    assert "weights of bfloat16: computed in float32" in notes[0]
 
 
-def test_attention_that_adds_what_is_not_covered_is_refused():
+def test_a_bias_by_position_and_an_attention_sink_are_those_of_transformers():
     module = covered("bert").bert.encoder.layer[0].attention.self
-    some = torch.randn(1, 4, 3, 4)
-    with pytest.raises(UnsupportedModel, match="position_bias"):
-        attention(module, some, some, some, None, position_bias=torch.ones(1))
+    query, key, value = (torch.randn(2, 4, 3, 4) for _ in range(3))
+    bias, sinks = torch.randn(1, 4, 3, 3), torch.randn(4)
+    ours, _ = attention(module, query, key, value, None, position_bias=bias, s_aux=sinks)
+    scores = torch.cat([query @ key.mT / 2 + bias, sinks.view(1, 4, 1, 1).expand(2, 4, 3, 1)], -1).softmax(-1)[..., :-1]
+    assert torch.allclose(ours, (scores @ value).transpose(1, 2), atol=1e-6)
 
 
 # Padding

@@ -31,6 +31,9 @@ class Reader(Protocol):
     def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Return scores by name; {} if there are none."""
 
+    def align(self, labels: Tensor, batch: "Batch") -> Tensor:
+        """Return the labels of the predictions that `read` gives, of those that come with the batch's samples."""
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -4,7 +4,10 @@ from typing import Literal, get_args
 
 from anybit.errors import InvalidSetting
 
-TaskName = Literal["classification", "regression", "embedding", "question-answering", "language-model"]
+TaskName = Literal[
+    "classification", "regression", "embedding", "question-answering", "language-model", "masked-language-model", "sequence-to-sequence",
+    "token-classification",
+]  # fmt: skip
 TASK_NAMES = get_args(TaskName)
 ROLES = {
     "text": ("sentence", "text", "sentence1", "premise"),

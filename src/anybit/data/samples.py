@@ -49,8 +49,10 @@ class Samples:
         generator = torch.Generator().manual_seed(self.seed)
         options: dict[str, Any] = {"num_workers": self.workers, "collate_fn": self._collate, "generator": generator, **self.loading}
         for batch in DataLoader(cast(Dataset, self.dataset), batch_size=size, **options):
-            labels = batch.labels if self.labelled else None
-            yield replace(batch, labels=labels, reader=batch.reader or self.reader).to(self.device)
+            labels, reader = batch.labels if self.labelled else None, batch.reader or self.reader
+            if reader is not None and labels is not None:
+                labels = reader.align(labels, batch)
+            yield replace(batch, labels=labels, reader=reader).to(self.device)
 
     def by_length(self) -> "Samples":
         """Sort the samples by length, where the data set gives lengths, so that batches are padded less."""

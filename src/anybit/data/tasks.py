@@ -15,6 +15,8 @@ from anybit.data.batches import Batch, Reader, evaluating, predict
 from anybit.errors import InvalidInput, InvalidSetting
 
 Metric = Callable[[Tensor, Tensor], float]
+IGNORED = -100
+"""The label of a token that is not scored, as PyTorch's cross-entropy has it."""
 NUMBERS = 2**24
 """Outputs whose distance or loss is computed at once, in double precision: a vocabulary makes many."""
 
@@ -163,8 +165,27 @@ class Classification(Task):
         return outputs.shape[-1]
 
 
-class LanguageModel(Classification):
-    """Logits [N, vocabulary] of the next token: the scores of a classification, and perplexity."""
+class TokenClassification(Classification):
+    """Logits [tokens, classes] of which class each token is: the scores of a classification, of the tokens whose label is not IGNORED."""
+
+    name = "token-classification"
+
+    def check(self, outputs: Tensor, labels: Tensor) -> None:
+        scored = labels != IGNORED
+        if not scored.any():
+            raise InvalidInput("No token has a label, so there is nothing to score. Give labels of some tokens.")
+        super().check(outputs, labels[scored] if labels.dim() == 1 else labels)
+
+    def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        scored = labels != IGNORED
+        return super().scores(outputs[scored], labels[scored])
+
+    def classes(self, outputs: Tensor) -> int | None:
+        return None
+
+
+class LanguageModel(TokenClassification):
+    """Logits [tokens, vocabulary] of the next token: the scores of a classification, and perplexity."""
 
     name = "language-model"
 
@@ -172,8 +193,17 @@ class LanguageModel(Classification):
         result = super().scores(outputs, labels)
         return result | {"perplexity": math.exp(min(result["loss"], 700.0))}
 
-    def classes(self, outputs: Tensor) -> int | None:
-        return None
+
+class MaskedLanguageModel(LanguageModel):
+    """Logits [tokens, vocabulary] of the token at each place: scored where the input hides it."""
+
+    name = "masked-language-model"
+
+
+class SequenceToSequence(LanguageModel):
+    """Logits [tokens, vocabulary] of the next token of an answer, of an encoder-decoder that is given the answer so far."""
+
+    name = "sequence-to-sequence"
 
 
 class Regression(Task):
@@ -220,7 +250,11 @@ class QuestionAnswering(Task):
     name, distance, counted, numbers = "question-answering", DIVERGENCE, "f1", False
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Regression(), Embedding(), QuestionAnswering(), LanguageModel())}
+_ALL: tuple[Task, ...] = (
+    Classification(), Regression(), Embedding(), QuestionAnswering(), LanguageModel(), MaskedLanguageModel(), SequenceToSequence(),
+    TokenClassification(),
+)  # fmt: skip
+TASKS = {task.name: task for task in _ALL}
 
 
 # Outputs

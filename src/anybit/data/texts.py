@@ -1,4 +1,4 @@
-"""Texts as samples: read from files, tokenized by the network's own tokenizer, padded batch by batch; what each task reads and scores.
+"""Texts as samples: read from files, tokenized by the network's own tokenizer, padded batch by batch.
 
 No text library is imported here: a tokenizer is anything that is called like one of transformers'.
 """
@@ -6,26 +6,21 @@ No text library is imported here: a tokenizer is anything that is called like on
 import csv
 import io
 import json
-import re
-import string
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from anybit.data.batches import Batch, first_tensor
+from anybit.data.batches import Batch
 from anybit.data.options import ROLES, parse_columns
+from anybit.data.tasks import IGNORED
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".txt")
-RULED_OUT = -1e4
-"""A logit whose exponential is zero in float32, and that no arithmetic makes NaN, as infinity would."""
 
 Row = Mapping[str, Any]
 
@@ -128,8 +123,18 @@ class Tokenizer(Protocol):
 
     model_input_names: list[str]
     eos_token_id: int | None
+    pad_token_id: int | None
+    mask_token_id: Any
 
-    def __call__(self, text: Any, pair: Any = None, /, **options: Any) -> Any:
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Return the tokens that are no part of any text."""
+
+    @property
+    def is_fast(self) -> bool:
+        """Return whether it tells which word a token is of."""
+
+    def __call__(self, text: Any = None, pair: Any = None, /, **options: Any) -> Any:
         """Return the tokens of the texts, by the names of the network's inputs."""
 
     def pad(self, samples: Any, /, *, return_tensors: Any, return_attention_mask: bool, verbose: bool) -> Any:
@@ -187,9 +192,10 @@ class Texts(Dataset):
             self._encoded(index, (row["text"],) if pair is None else (row["text"], pair))
         ]  # fmt: skip
 
-    def _encoded(self, index: int, texts: tuple[str, ...]) -> Mapping[str, list[int]]:
+    def _encoded(self, index: int, texts: tuple[Any, ...], **options: Any) -> Any:
         encoding = self.encoding
-        tokens = encoding.tokenizer(*texts, truncation=encoding.cut, max_length=encoding.length if encoding.cut else None, verbose=False)
+        most = {"truncation": encoding.cut, "max_length": encoding.length if encoding.cut else None}
+        tokens = encoding.tokenizer(*texts, **most, verbose=False, **options)
         count = len(tokens["input_ids"])
         if count > encoding.length:
             raise InvalidInput(
@@ -216,6 +222,74 @@ def padded(tokenizer: Tokenizer, samples: Sequence[Mapping[str, list[int]]]) -> 
     """Return one tensor [N, T] an input, T the longest; "attention_mask" is 0 at the padding."""
     inputs = [{name: tokens[name] for name in tokens if name in tokenizer.model_input_names} for tokens in samples]
     return dict(tokenizer.pad(inputs, return_tensors="pt", return_attention_mask=True, verbose=False))
+
+
+class MaskedTexts(Texts):
+    """Texts of which HIDDEN of the tokens, drawn by each text's number, are hidden behind the mask; labels [N, T] are what they were."""
+
+    HIDDEN = 0.15
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        inputs = padded(self.encoding.tokenizer, [self.tokens(index) for index in indices])
+        tokens = inputs["input_ids"]
+        drawn = [torch.rand(tokens.shape[1], generator=torch.Generator().manual_seed(index)) for index in indices]
+        special = torch.isin(tokens, torch.tensor(self.encoding.tokenizer.all_special_ids))
+        chances = torch.stack(drawn).masked_fill(special, 2.0)
+        hidden = (chances < self.HIDDEN) | (chances == chances.amin(1, keepdim=True))
+        hidden &= ~special
+        return Batch(
+            {**inputs, "input_ids": tokens.masked_fill(hidden, self.encoding.tokenizer.mask_token_id)},
+            tokens.masked_fill(~hidden, IGNORED),
+        )
+
+
+class TaggedTexts(Texts):
+    """Texts with a class for each word, `labels` a list a row; labels [N, T] have it at the word's first token."""
+
+    def tokens(self, index: int) -> Any:
+        return self._encoded(index, (self.rows[index]["text"].split(),), is_split_into_words=True)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        encoded = [self.tokens(index) for index in indices]
+        inputs = padded(self.encoding.tokenizer, encoded)
+        if self.labels is None:
+            return Batch(inputs)
+        labels = torch.full(inputs["input_ids"].shape, IGNORED)
+        for row, index, tokens in zip(labels, indices, encoded, strict=True):
+            words = tokens.word_ids()
+            for place, word in enumerate(words):
+                if word is not None and word not in words[:place]:
+                    row[place] = self.labels[index][word]
+        return Batch(inputs, labels)
+
+
+class Translations(Texts):
+    """Texts with another each, which the decoder reads shifted by one: it begins with the token `start`. Labels [N, T] are its tokens."""
+
+    def __init__(self, rows: Sequence[Row], encoding: Encoding, where: str, start: int):
+        super().__init__(rows, None, encoding, where)
+        self.start = start
+
+    def _parts(self, index: int) -> list[Mapping[str, list[int]]]:
+        return [self._encoded(index, (self.rows[index]["text"],))]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        encoding = self.encoding
+        inputs = padded(encoding.tokenizer, [self.tokens(index) for index in indices])
+        answers = [
+            encoding.tokenizer(text_target=self.rows[index]["pair"], truncation=True, max_length=encoding.length, verbose=False)[
+                "input_ids"
+            ]
+            for index in indices
+        ]
+        longest = max(map(len, answers))
+        labels = torch.tensor([[*tokens, *[IGNORED] * (longest - len(tokens))] for tokens in answers])
+        before = torch.cat([torch.full((len(labels), 1), self.start), labels[:, :-1]], 1)
+        decoder = {
+            "decoder_input_ids": before.masked_fill(before == IGNORED, encoding.tokenizer.pad_token_id or 0),
+            "decoder_attention_mask": (labels != IGNORED).long(),
+        }
+        return Batch({**inputs, **decoder}, labels)
 
 
 class Blocks(Dataset):
@@ -294,136 +368,8 @@ def _windows(number: int, row: Row, encoding: Encoding, where: str) -> list[Wind
     return windows
 
 
-# What a task reads in the network's output, and scores
-
-
-class FirstOutput:
-    """Classes or values: the first tensor of the output, [N, ...]."""
-
-    unit = "samples"
-
-    def __init__(self, task: str):
-        self.task = task
-
-    def read(self, output: Any, batch: Batch) -> Tensor:
-        return first_tensor(output)
-
-    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        return {}
-
-
-class NextTokens(FirstOutput):
-    """A causal language model: logits of the next token at every token but the last, [N (T - 1), vocabulary]; padding left out."""
-
-    unit = "tokens"
-
-    def __init__(self) -> None:
-        super().__init__("language-model")
-
-    def read(self, output: Any, batch: Batch) -> Tensor:
-        logits = first_tensor(output)[:, :-1]
-        return logits.flatten(0, 1) if batch.mask is None else logits[batch.mask[:, 1:]]
-
-
-class SentenceEmbedding(FirstOutput):
-    """One vector a sentence, [N, features]: the mean of its tokens' (or the first one), padding left out."""
-
-    unit = "texts"
-
-    def __init__(self, pooling: str = "mean"):
-        super().__init__("embedding")
-        self.pooling = pooling
-
-    def first(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Return each sentence's first real token."""
-        places = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device) if mask is None else mask.int().argmax(1)
-        return tokens[torch.arange(len(tokens), device=tokens.device), places]
-
-    def read(self, output: Any, batch: Batch) -> Tensor:
-        tokens = first_tensor(output)
-        if self.pooling == "first":
-            return self.first(tokens, batch.mask)
-        mask = torch.ones(tokens.shape[:2], device=tokens.device) if batch.mask is None else batch.mask
-        weights = mask.to(tokens.dtype)[:, :, None]
-        return (tokens * weights).sum(1) / weights.sum(1)
-
-
-class Answers(FirstOutput):
-    """Extractive question answering: logits of the first and the last token, [N, 2, length]; padding is ruled out.
-
-    `questions` are the data set whose windows the labels number; without it nothing can be scored.
-    """
-
-    unit = "windows"
-
-    def __init__(self, length: int, questions: Questions | None = None, longest: int = 30, best: int = 20):
-        super().__init__("question-answering")
-        self.length, self.questions, self.longest, self.best = length, questions, longest, best
-
-    def read(self, output: Any, batch: Batch) -> Tensor:
-        logits = torch.stack([output["start_logits"], output["end_logits"]], 1)
-        if batch.mask is not None:
-            logits = logits.masked_fill(~batch.mask[:, None], RULED_OUT)
-        return torch.nn.functional.pad(logits, (0, self.length - logits.shape[-1]), value=RULED_OUT)
-
-    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """Return exact match and F1 in percent, over the questions that any of these windows is of."""
-        if self.questions is None:
-            return {}
-        windows, rows = self.questions.windows, self.questions.rows
-        best: dict[int, tuple[float, str]] = {}
-        for logits, number in zip(outputs.double().cpu().numpy(), labels.tolist(), strict=True):
-            window = windows[number]
-            answer = best_answer(logits[0], logits[1], window.offsets, rows[window.example]["context"], self.longest, self.best)
-            if window.example not in best or answer[0] > best[window.example][0]:
-                best[window.example] = answer
-        scores = []
-        for example, (_, text) in best.items():
-            accepted = gold_answers(rows[example]["answers"])
-            assert accepted is not None, "Questions takes no other answers"
-            scores.append(answer_scores(text, accepted))
-        exact, overlap = zip(*scores, strict=True)
-        return {"exact": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(overlap))}
-
-
-def best_answer(
-    start: np.ndarray, end: np.ndarray, offsets: Sequence[tuple[int, int] | None], context: str, longest: int, best: int
-) -> tuple[float, str]:
-    """Return (sum of its logits, text) of the likeliest answer of at most `longest` tokens, among the `best` starts and ends; "" if
-    none."""
-    places = {index: place for index, place in enumerate(offsets) if place is not None}
-    starts = sorted(places, key=lambda index: -start[index])[:best]
-    ends = sorted(places, key=lambda index: -end[index])[:best]
-    options = [(float(start[s] + end[e]), s, e) for s in starts for e in ends if s <= e < s + longest]
-    if not options:
-        return -np.inf, ""
-    score, s, e = max(options)
-    return score, context[places[s][0] : places[e][1]]
-
-
 def gold_answers(answers: Any) -> list[str] | None:
     """Return the accepted texts of {"text": [...]}, a list of texts, or one text; "" if there are none. None for anything else."""
     texts = answers.get("text") if isinstance(answers, Mapping) else answers
     texts = [texts] if isinstance(texts, str) else texts
     return (list(texts) or [""]) if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts) else None
-
-
-def answer_scores(text: str, accepted: Sequence[str]) -> tuple[float, float]:
-    """Return (1 if it is one of those accepted, share of words in common as F1), the best over those accepted.
-
-    Compared in lower case, without punctuation and articles, as SQuAD's own measure does (Rajpurkar et al., EMNLP 2016, section 6.1).
-    """
-    words = _words(text)
-    return max(float(words == _words(one)) for one in accepted), max(_overlap(words, _words(one)) for one in accepted)
-
-
-def _words(text: str) -> list[str]:
-    without = "".join(character for character in text.lower() if character not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", without).split()
-
-
-def _overlap(words: list[str], accepted: list[str]) -> float:
-    if not words or not accepted:
-        return float(words == accepted)
-    common = sum((Counter(words) & Counter(accepted)).values())
-    return 2 * common / (len(words) + len(accepted))

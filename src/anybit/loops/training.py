@@ -28,7 +28,7 @@ from anybit.loops.checkpoint import resume_checkpoint, save_checkpoint
 from anybit.loops.processes import average, average_gradients, average_tensors, rank, world
 from anybit.loops.settings import TrainSettings
 from anybit.loops.trainee import SMALLEST_GAMMA, Trainee
-from anybit.networks.wiring import BATCH_NORMS
+from anybit.networks.norms import BATCH_NORMS
 from anybit.progress import tell, track
 
 

@@ -17,7 +17,6 @@ is `target="prior"`.
 
 import copy
 import operator
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +28,18 @@ from anybit.data.batches import Batch, call, evaluating, read_output
 from anybit.errors import UnsupportedModel
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import float_bias, float_weight, from_rows, weight_rows
-from anybit.networks.wiring import BATCH_NORMS, BatchNorm, Wiring, observe_outputs
+from anybit.networks.norms import (
+    BatchNorm,
+    gain_and_shift,
+    gamma_and_beta,
+    is_norm,
+    keeps_statistics,
+    only_normalizes_first,
+    running_statistics,
+    tracking_norms,
+    without_normalization,
+)
+from anybit.networks.wiring import BATCH_NORM, LAYER, Wiring, observe_outputs
 from anybit.numerics.quantizers import UniformQuantizer
 
 
@@ -42,24 +52,58 @@ class ChannelStatistics:
 
 
 def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
-    """Return layer -> the batch norm that folds into it: its only reader, both called once, with running statistics.
-
-    A batch norm of the user's own class with a forward of its own (an activation inside, say) stays, and so does one after a layer whose
-    weight another layer shares or reads.
-    """
-    weights = Counter(id(module.weight) for module in model.modules() if isinstance(module, COVERED))
+    """Return layer -> the norm that folds into it: its only reader, both called once, with running statistics."""
     pairs = {}
     for layer in wiring.layer_names():
-        name = wiring.batch_norm_after(layer)
-        if name is None:
-            continue
-        norm, source = model.get_submodule(name), model.get_submodule(layer)
-        plain = isinstance(norm, BATCH_NORMS) and type(norm).forward is nn.BatchNorm2d.forward and norm.running_mean is not None
-        plain = plain and type_of(source).sums and source.weight.dtype == torch.float32  # another type has no digits to spare
-        own = weights[id(source.weight)] == 1 and layer not in wiring.read_weights
-        if plain and own:
-            pairs[layer] = name
+        norm = wiring.batch_norm_after(layer)
+        if norm is not None and _obstacle(model, wiring, layer, norm) is None:
+            pairs[layer] = norm
     return pairs
+
+
+def _obstacle(model: nn.Module, wiring: Wiring, name: str, norm_name: str) -> str | None:
+    """Return why the norm cannot fold into the layer that it alone reads; None if it can."""
+    layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+    if not keeps_statistics(norm):
+        return "it has no running statistics and normalizes each batch by its own"
+    if not type_of(layer).sums:
+        return f"it reads {name}, whose outputs are no weighted sums"
+    if layer.weight.dtype != torch.float32:
+        return f"the weight of {name} is {layer.weight.dtype}, which has no digits to spare"
+    sharers = [other for other, module in model.named_modules() if isinstance(module, COVERED) and module.weight is layer.weight]
+    if len(sharers) > 1 or name in wiring.read_weights:
+        return f"the weight of {name} serves " + (" and ".join(sharers) if len(sharers) > 1 else "something else too")
+    if len(running_statistics(norm)[0]) != wiring.operation(name).shape[1]:
+        return f"its channels are not those of {name}"
+    if not only_normalizes_first(norm, wiring.operation(name).shape):
+        return f"the forward of {type(norm).__name__} is not a normalization by running statistics and something after it"
+    return None
+
+
+def unfolded(model: nn.Module, wiring: Wiring, pairs: Mapping[str, str]) -> dict[str, str]:
+    """Return norm -> why it stays, for each norm that ran and is in none of `pairs`."""
+    norms = dict.fromkeys(op.name for op in wiring.operations if op.kind == BATCH_NORM and op.name not in pairs.values())
+    return {name: _reason(model, wiring, name) for name in norms}
+
+
+def _reason(model: nn.Module, wiring: Wiring, name: str) -> str:
+    operation = wiring.operation(name)
+    if wiring.calls[name] > 1:
+        return f"it runs {wiring.calls[name]} times in one forward pass"
+    if not operation.inputs:
+        return "what it reads was not seen being made"
+    maker = wiring.maker(operation.inputs[0])
+    if maker is None:
+        return "it reads the network's input"
+    if maker.kind != LAYER:
+        return f"it reads what {maker.name} makes, and not a layer's output"
+    if wiring.batch_norm_after(maker.name) == name:
+        return _obstacle(model, wiring, maker.name, name) or "folding it changes the network's outputs"
+    if wiring.calls[maker.name] > 1:
+        return f"{maker.name} before it runs {wiring.calls[maker.name]} times in one forward pass"
+    if wiring.only_reader(operation.inputs[0]) is None:
+        return f"the output of {maker.name} is read by others too"
+    return f"its channels are not those of {maker.name}"
 
 
 @dataclass(frozen=True)
@@ -119,19 +163,22 @@ def fold(model: nn.Module, pairs: Mapping[str, str]) -> tuple[nn.Module, dict[st
     folded = copy.deepcopy(model)
     promised = {}
     for layer_name, norm_name in pairs.items():
-        layer, norm = folded.get_submodule(layer_name), _batch_norm(folded, norm_name)
-        mean, variance = running_statistics(norm)
-        gamma = torch.ones_like(mean) if norm.weight is None else norm.weight
-        beta = torch.zeros_like(mean) if norm.bias is None else norm.bias
-        # In double precision: the fold must not cost the float network anything.
-        gain = gamma.double() / torch.sqrt(variance.double() + norm.eps)
+        layer, norm = folded.get_submodule(layer_name), folded.get_submodule(norm_name)
+        gain, shift = gain_and_shift(norm)  # in double precision: the fold must not cost the float network anything
         own = float_bias(layer)
-        bias = ((0.0 if own is None else own.double()) - mean.double()) * gain + beta.double()
         scale_weight(layer, gain)
-        layer.bias = nn.Parameter(bias.to(float_weight(layer).dtype))
-        promised[layer_name] = ChannelStatistics(beta.detach().clone(), gamma.detach().abs())
-        _replace(folded, norm_name, nn.Identity())
+        layer.bias = nn.Parameter((shift if own is None else own.double() * gain + shift).to(float_weight(layer).dtype))
+        promised[layer_name] = _promised(norm)
+        _replace(folded, norm_name, without_normalization(norm))
     return folded, promised
+
+
+def _promised(norm: nn.Module) -> ChannelStatistics:
+    """Return beta and |gamma|: what the channels' statistics were in training."""
+    (mean, _), (gamma, beta) = running_statistics(norm), gamma_and_beta(norm)
+    return ChannelStatistics(
+        torch.zeros_like(mean) if beta is None else beta.detach().clone(), torch.ones_like(mean) if gamma is None else gamma.detach().abs()
+    )
 
 
 @torch.no_grad()
@@ -141,28 +188,29 @@ def flip_negative(model: nn.Module, pairs: Mapping[str, str]) -> None:
     Training quantized weights before a fold needs it: a scale times a negative gamma is no scale.
     """
     for layer_name, norm_name in pairs.items():
-        layer, norm = model.get_submodule(layer_name), _batch_norm(model, norm_name)
-        if norm.weight is None:
+        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        gamma, _ = gamma_and_beta(norm)
+        if gamma is None:
             continue
-        sign = torch.where(norm.weight < 0, -1.0, 1.0)
+        sign = torch.where(gamma < 0, -1.0, 1.0)
         weight = float_weight(layer)
         weight.copy_(from_rows(layer, weight_rows(layer, weight) * sign[:, None]))
-        for tensor in (float_bias(layer), norm.running_mean, norm.weight):
+        for tensor in (float_bias(layer), running_statistics(norm)[0], gamma):
             if tensor is not None:
                 tensor.mul_(sign)
 
 
 def folded_gammas(model: nn.Module, pairs: Mapping[str, str]) -> list[nn.Parameter]:
     """Return the gammas that will be folded into scales, and so must stay above zero: of every bit-width, where each has its own norm."""
-    norms = [module for name in pairs.values() for module in model.get_submodule(name).modules() if isinstance(module, BATCH_NORMS)]
-    return [norm.weight for norm in norms if norm.weight is not None]
+    norms = [module for name in pairs.values() for module in model.get_submodule(name).modules() if is_norm(module)]
+    return [norm.weight for norm in norms if isinstance(norm.weight, nn.Parameter)]
 
 
 @torch.no_grad()
 def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[BatchNorm] | None = None) -> None:
     """Put the running statistics of every batch norm (or of `norms`) to those of `batches`, in place; all else runs in evaluation mode."""
     if norms is None:
-        norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.running_mean is not None]
+        norms = tracking_norms(model)
     momenta = [norm.momentum for norm in norms]
     with evaluating(model):
         for norm in norms:
@@ -176,18 +224,6 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[Batch
             call(model, batch.inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-
-
-def _batch_norm(model: nn.Module, name: str) -> BatchNorm:
-    norm = model.get_submodule(name)
-    assert isinstance(norm, BATCH_NORMS)
-    return norm
-
-
-def running_statistics(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """Running mean and variance, [channels] each, of a batch norm that keeps them."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    return norm.running_mean, norm.running_var
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

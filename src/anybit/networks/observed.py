@@ -25,7 +25,7 @@ from anybit.scheme import FLOAT, Precision, Scheme, match_patterns
 @dataclass(frozen=True)
 class ObservedNetwork:
     """Hold a float network made ready: folded, with empty slots, observed. No stage changes anything here, except what the network's own
-    forward changes: `moving` holds those buffers as they were before any pass."""
+    forward changes: `moving` holds those buffers as they were before any pass. `unfolded` are the norms that stay, with the reason."""
 
     float_model: nn.Module
     folded: nn.Module
@@ -39,6 +39,7 @@ class ObservedNetwork:
     costs: CostModel
     options: LayerOptions
     moving: Mapping[str, Tensor | None] = field(default_factory=dict)
+    unfolded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def used_once(self) -> list[str]:
@@ -79,6 +80,7 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     check_outputs(model, outputs, example)
     fold = batchnorm.fold_checked(model, batchnorm.foldable(model, first.wiring), example, outputs)
     folded, norms, wiring = fold.model, fold.norms, fold.wiring
+    unfolded = batchnorm.unfolded(model, first.wiring, norms)
     for network in (model, folded):
         restore(network, moving)
     prepared = prepare(folded, names, float_layers, group_sizes(folded, [name for name in names if name not in norms], options.group))
@@ -90,7 +92,9 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     costs = CostModel.of(prepared, names, wiring, len(wiring.edges()), model)
     if options.gradients:
         check_differentiable(prepared, [unit.name for unit in units if unit.name not in names], example)
-    return ObservedNetwork(model, folded, prepared, wiring, norms, fold.promised, choices, uncovered, units, costs, options, moving)
+    return ObservedNetwork(
+        model, folded, prepared, wiring, norms, fold.promised, choices, uncovered, units, costs, options, moving, unfolded
+    )
 
 
 def unobserved_network(model: nn.Module, options: LayerOptions) -> ObservedNetwork:

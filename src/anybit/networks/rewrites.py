@@ -8,9 +8,10 @@ a layer for each: a Linear or a convolution that holds the weight, a Matmul, or 
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, call, evaluating, tensors_in
@@ -35,9 +36,24 @@ class AddedLayer(BaseModel):
     kind: str
     settings: dict[str, bool | int | str | list[int]] = {}
 
-    def make(self) -> nn.Module:
-        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in self.settings.items()}
-        return ADDED[self.kind](**settings)
+    @model_validator(mode="after")
+    def _can_be_made(self) -> "AddedLayer":
+        try:
+            _ = self.weights
+        except Exception as error:
+            raise ValueError(f"no layer {self.kind} of {self.settings}: {error}") from error
+        return self
+
+    @property
+    def weights(self) -> int:
+        """Return how many numbers its weight has."""
+        return float_weight(self.make("meta")).numel()
+
+    def make(self, device: torch.device | str | None) -> nn.Module:
+        """Make the layer; its weight is yet to be loaded."""
+        settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in self.settings.items()}
+        with torch.device("meta"):
+            return ADDED[self.kind](**settings).to_empty(device=device)
 
 
 class PlannedCall(BaseModel):
@@ -64,22 +80,22 @@ class Rewrite(BaseModel):
 
 
 def rewritten(model: nn.Module, example: Batch) -> nn.Module:
-    """Return a copy of `model` whose layers compute what its functions did; the model itself where there is nothing to rewrite, or where
-    the copy's outputs would not be the model's.
-
-    Raise whatever `observe` raises where the model refuses the inputs.
-    """
+    """Return a copy of `model` whose layers compute what its functions did; the model itself where there is nothing to rewrite, where the
+    copy's outputs would not be the model's, and where the model refuses the inputs."""
     if rewrite_of(model) is not None:
         return model
-    smaller = example.head(1)
-    passes = [observed_calls(copy.deepcopy(model), batch) for batch in (example, smaller)]
-    plan = _Plan(passes[0], passes[1])
-    if not plan.rewrite.calls:
+    batches = (example, example.head(1))
+    try:
+        passes = [observed_calls(copy.deepcopy(model), batch) for batch in batches]
+        plan = _Plan(*passes)
+        if not plan.rewrite.calls:
+            return model
+        result = rewritten_as(model, plan.rewrite)
+        _load(result, plan.values)
+        outputs = [_run(copy.deepcopy(result), batch) for batch in batches]
+    except Exception:  # of a forward, whatever it likes: the pass that every network is observed in says what
         return model
-    result = rewritten_as(model, plan.rewrite)
-    _load(result, plan.values)
-    same = all(_alike(_run(copy.deepcopy(result), batch), one.outputs) for batch, one in zip((example, smaller), passes, strict=True))
-    return result if same else model
+    return result if all(_alike(new, one.outputs) for new, one in zip(outputs, passes, strict=True)) else model
 
 
 def rewrite_of(model: nn.Module) -> Rewrite | None:
@@ -88,17 +104,19 @@ def rewrite_of(model: nn.Module) -> Rewrite | None:
 
 
 def rewritten_as(model: nn.Module, rewrite: Rewrite) -> nn.Module:
-    """Return a copy of `model` with the layers of `rewrite`, whose weights are yet to be loaded.
+    """Return a copy of `model` with the layers of `rewrite`, whose weights are yet to be loaded; itself, where it is rewritten.
 
     Raise SchemeMismatch where the model lacks a module or a parameter of it.
     """
+    if rewrite_of(model) is not None:
+        return model
     model = copy.deepcopy(model)
     _leave_fused_paths(model)
     check_names([*rewrite.calls, *map(owner_of, rewrite.layers)], [name for name, _ in model.named_modules()], "The model")
     check_names(rewrite.dropped, [name for name, _ in model.named_parameters(remove_duplicate=False)], "The model")
-    device = next((parameter.device for parameter in model.parameters()), None)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for name, layer in rewrite.layers.items():
-        model.get_submodule(owner_of(name)).add_module(name.rpartition(".")[2], layer.make().to(device).train(model.training))
+        model.get_submodule(owner_of(name)).add_module(name.rpartition(".")[2], layer.make(device).train(model.training))
     for name in rewrite.dropped:
         owner, key = model.get_submodule(owner_of(name)), name.rpartition(".")[2]
         parameter = owner._parameters.pop(key)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from anybit.errors import InvalidFile, UnsupportedModel
 from anybit.networks.candidates import ActivationCandidate, Candidates, from_tensors, frozen_candidate, to_tensors
 from anybit.networks.layers import QuantizedLayer, float_bias, float_weight, from_rows, quantized_layers, rows_shape
-from anybit.networks.wiring import BATCH_NORMS
+from anybit.networks.norms import is_norm, keeps_statistics, running_statistics
 from anybit.numerics.affine import dequantize
 from anybit.numerics.packing import TensorSpec
 from anybit.numerics.quantizers import UniformQuantizer
@@ -119,5 +119,5 @@ def check_state(model: nn.Module, path: Path) -> None:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InvalidFile(f"{path}: {name} would hold NaN or infinity. Restore the file or run again.")
     for name, module in model.named_modules():
-        if isinstance(module, BATCH_NORMS) and module.running_var is not None and (module.running_var < 0).any():
-            raise InvalidFile(f"{path}: {name} has a variance of {module.running_var.min():g}. Restore the file or run again.")
+        if is_norm(module) and keeps_statistics(module) and (running_statistics(module)[1] < 0).any():
+            raise InvalidFile(f"{path}: {name} has a variance of {running_statistics(module)[1].min():g}. Restore the file or run again.")

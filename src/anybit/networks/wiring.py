@@ -20,9 +20,7 @@ from torch.overrides import TorchFunctionMode
 from anybit.data.batches import Batch, call, evaluating, tensors_in
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.networks.layer_types import COVERED, type_of
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+from anybit.networks.norms import is_norm
 
 LAYER, BATCH_NORM = "a layer", "a batch norm"  # kinds that no function's name can be
 PRODUCTS = {"matmul", "bmm", "baddbmm", "mm", "addmm", "einsum", "scaled_dot_product_attention"}
@@ -110,6 +108,10 @@ class Wiring:
         return readers
 
     @cached_property
+    def _by_output(self) -> dict[int, Operation]:
+        return {value: operation for operation in self.operations for value in operation.outputs}
+
+    @cached_property
     def _given_out(self) -> frozenset[int]:
         return frozenset(self.output_values) | self.escaped
 
@@ -120,6 +122,10 @@ class Wiring:
     def readers(self, value: int) -> list[Operation]:
         """Return the operations that read `value`, in order."""
         return self._by_input.get(value, [])
+
+    def maker(self, value: int) -> Operation | None:
+        """Return the operation that makes `value`; None of the model's inputs."""
+        return self._by_output.get(value)
 
     def only_reader(self, value: int) -> Operation | None:
         """Return the one operation that reads `value`, where nothing else does and the model does not give it out."""
@@ -271,6 +277,7 @@ class _Observer(TorchFunctionMode):
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, COVERED)]
         self.weights = {id(parameter): name for name, module in layers for parameter in module.parameters(recurse=False)}
         self.read_weights: set[str] = set()
+        self.norms = {id(module) for module in model.modules() if is_norm(module)}
         self.channels_last = {name for name, module in layers if type_of(module).channels_last}
 
     def begin(self, batch: Batch) -> None:
@@ -306,22 +313,25 @@ class _Observer(TorchFunctionMode):
             self.module_inputs[name] = self.values[id(args[0])]
         if isinstance(module, COVERED):
             read = tensors_in((args, kwargs))
-            if not read:
+            if not read and type_of(module).reads_numbers:
                 raise UnsupportedModel(f"Layer {name} runs on no tensor. Give it one, or take the layer out.")
-            self.input_shapes[name] = tuple(read[0].shape)
-            if how := surroundings_of(read[0]):
+            self.input_shapes[name] = tuple(read[0].shape) if read else ()
+            if read and (how := surroundings_of(read[0])):
                 self.surroundings[name] = how
-        self.inside_leaf += isinstance(module, COVERED + BATCH_NORMS)
+        self.inside_leaf += self._is_leaf(module)
 
     def _leave(self, name: str, module: nn.Module, args, kwargs, output) -> None:
         self.stack.pop()
-        if isinstance(module, COVERED + BATCH_NORMS):
+        if self._is_leaf(module):
             self.inside_leaf -= 1
             if not self.inside_leaf:
                 kind = LAYER if isinstance(module, COVERED) else BATCH_NORM
                 self._record(name, kind, self.stack[-1], (args, kwargs), output)
         if isinstance(output, Tensor) and id(output) in self.values:
             self.module_outputs[name] = self.values[id(output)]
+
+    def _is_leaf(self, module: nn.Module) -> bool:
+        return isinstance(module, COVERED) or id(module) in self.norms
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -379,7 +389,7 @@ def surroundings_of(tensor: Tensor) -> str | None:
 
 def _float_class(module: nn.Module) -> type:
     """Return the class that the model's author wrote, under a swapped one."""
-    return next(cls for cls in type(module).__mro__ if not cls.__name__.startswith("Quantized"))
+    return next(cls for cls in type(module).__mro__ if not cls.__name__.startswith(("Quantized", "Folded")))
 
 
 _IN_PLACE = {operator.iadd.__name__: "add", "radd": "add", "imul": "mul", "rmul": "mul", "isub": "sub", "rsub": "sub"}

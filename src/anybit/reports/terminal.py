@@ -215,6 +215,8 @@ def _print_layers(inspection: Report, ran: bool) -> None:
     print_table("Bytes of each layer", ["layer", *(f"W{bits}" for bits in inspection["uniform"])], sizes)
     for name, reason in inspection["uncovered"].items():
         _print_line(f"not covered: {name}: {reason}")
+    for name, reason in inspection["unfolded"].items():
+        _print_line(f"not folded: {name}: {reason}")
 
 
 def _layer_row(name: str, layer: Report, ran: bool) -> list[Any]:

@@ -43,7 +43,13 @@ def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, An
     uniform = {bits: network.costs.summary(network.uniform(bits, options.activation_bits[-1])) for bits in options.weight_bits}
     for row in uniform.values() if data is None else ():
         row["bops"] = None
-    return {"layers": layers, "uncovered": dict(network.uncovered), "float_bytes": network.costs.float_bytes, "uniform": uniform}
+    return {
+        "layers": layers,
+        "uncovered": dict(network.uncovered),
+        "unfolded": dict(network.unfolded),
+        "float_bytes": network.costs.float_bytes,
+        "uniform": uniform,
+    }
 
 
 def _observable(model: nn.Module, data: Any) -> tuple[nn.Module, Batch]:
@@ -60,5 +66,5 @@ def _seen(network: ObservedNetwork, name: str, observed: bool) -> dict[str, Any]
         return {"input": None, "output": None, "macs": None}
     count = network.wiring.batch_size
     shapes = {"input": network.wiring.input_shapes[name], "output": network.wiring.operation(name).shape}
-    single = {key: list(shape[1:] if shape[0] == count else (shape[0] // count, *shape[1:])) for key, shape in shapes.items()}
+    single = {key: list(shape[1:] if not shape or shape[0] == count else (shape[0] // count, *shape[1:])) for key, shape in shapes.items()}
     return {**single, "macs": network.costs.layers[name].macs}

@@ -30,7 +30,7 @@ def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), wo
         x, y = _read_npz(Path(path), subset)
         if preprocessing.size or preprocessing.resize:
             raise InvalidSetting("--size and --resize apply to image folders; the pictures of a .npz are used as they are.")
-        return Samples(ArrayDataset(x, y, preprocessing.mean, preprocessing.std), y is not None, workers)
+        return _read_by(model, Samples(ArrayDataset(x, y, preprocessing.mean, preprocessing.std), y is not None, workers))
     if Path(path).is_dir():
         dataset = ImageFolder(Path(path), preprocessing)
         return _read_by(model, Samples(dataset, dataset.labelled, workers))

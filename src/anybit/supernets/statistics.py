@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from anybit.methods.multiquant import SwitchableNorm
-from anybit.networks.batchnorm import running_statistics
-from anybit.networks.wiring import BATCH_NORMS, BatchNorm
+from anybit.networks.norms import BatchNorm, running_statistics, tracking_norms
 from anybit.scheme import Scheme
 
 # Batch norm
@@ -18,7 +17,7 @@ def active_norms(model: nn.Module) -> list[BatchNorm]:
     idle = {
         id(norm) for module in model.modules() if isinstance(module, SwitchableNorm) for norm in module.norms if norm is not module.chosen()
     }
-    return [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None and id(m) not in idle]
+    return [norm for norm in tracking_norms(model) if id(norm) not in idle]
 
 
 def statistics_of(model: nn.Module) -> Tensor:

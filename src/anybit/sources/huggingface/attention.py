@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from anybit.errors import UnsupportedModel
 from anybit.networks.matmul import Matmul
+from anybit.progress import tell
 
 ATTENTION = "anybit"
 
@@ -30,13 +31,14 @@ def attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Compute softmax(query key^T scaling + mask) value through the module's two Matmul layers; [N, heads, T, d] -> [N, T, heads, d].
+    """Compute softmax(query key^T scaling + position bias + mask) value through the module's two Matmul layers; [N, heads, T, d] ->
+    [N, T, heads, d].
 
-    Keys and values of fewer heads serve several queries' heads each. Raises UnsupportedModel on what it would have to leave out.
+    Keys and values of fewer heads serve several queries' heads each; `s_aux`, [heads], are the logits of a token that has no value (an
+    attention sink). Raises UnsupportedModel on what it would have to leave out.
     """
-    left_out = [name for name in ("position_bias", "s_aux", "head_mask") if others.get(name) is not None]
-    if left_out:
-        raise UnsupportedModel(f"{type(module).__name__} passes {', '.join(left_out)} to its attention, which anybit does not cover yet.")
+    if others.get("head_mask") is not None:
+        raise UnsupportedModel(f"{type(module).__name__} passes head_mask to its attention, which anybit does not cover yet.")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -44,9 +46,15 @@ def attention(
     scores = product(query, key) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    if (position_bias := others.get("position_bias")) is not None:
+        scores = scores + position_bias
     if attention_mask is not None:
         scores = scores + attention_mask
+    if (sinks := others.get("s_aux")) is not None:
+        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
     shares = nn.functional.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    if sinks is not None:
+        shares = shares[..., :-1]
     shares = nn.functional.dropout(shares, dropout, module.training)
     return mixture(shares, value).transpose(1, 2).contiguous(), shares
 
@@ -59,14 +67,13 @@ def adapted(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy whose attention runs through Matmul layers `scores` and `mixture` of each attention module, with Linear layers in place
     of Conv1D, and without tied weights.
 
-    Outputs are those of the model up to float rounding. Raises UnsupportedModel for an encoder-decoder.
+    Outputs are those of the model up to float rounding. Weights of half precision become float32.
     """
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder, which is not covered yet. Encoders and decoders are.")
-    model = copy.deepcopy(model)
+    model = _in_float32(copy.deepcopy(model))
     model.config.return_dict = True
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # whole sequences are run at once
+    for network in model.modules():
+        if isinstance(network, PreTrainedModel) and hasattr(network.config, "use_cache"):
+            network.config.use_cache = False  # whole sequences are run at once
     for module in model.modules():
         if _calls_interface(module):
             module.add_module("scores", Matmul(transposed=True))
@@ -78,6 +85,22 @@ def adapted(model: PreTrainedModel) -> PreTrainedModel:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _linear(module))
     _untie(model)
+    return model
+
+
+def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """Convert the weights of half precision to float32, in place, and say so."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModel(f"{type(model).__name__} is quantized already. Give the float network.")
+    types = {str(tensor.dtype).removeprefix("torch.") for tensor in model.parameters() if tensor.dtype in (torch.float16, torch.bfloat16)}
+    if not types:
+        return model
+    tell(
+        "note",
+        note=f"{type(model).__name__} has weights of {', '.join(sorted(types))}: computed in float32, and stored as such where kept float",
+    )
+    model.float()
+    model.config.dtype = torch.float32
     return model
 
 
@@ -97,8 +120,9 @@ def _linear(layer: Conv1D) -> nn.Linear:
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """Give the output layer a weight of its own where it shares the embedding's: two layers may take different bits."""
-    head, words = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, nn.Linear) and head.weight is getattr(words, "weight", None):
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        model.config.tie_word_embeddings = False
+    """Give each linear layer a weight of its own where it shares an embedding's: two layers may take different bits."""
+    words = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module._parameters.get("weight")) in words:
+            module.weight = nn.Parameter(module.weight.detach().clone())
+            model.config.tie_word_embeddings = False

@@ -61,8 +61,8 @@ def _check_whole(name: str, model: transformers.PreTrainedModel, drawn: Iterable
 
 
 def _loader(config: Any, task: str | None) -> Any:
-    if task in HEADS and HEADS[task].pictures and any("ForImage" in name for name in config.architectures or ()):
-        task = None  # a picture's classes
+    if task in HEADS and any(name.endswith(HEADS[task].others) for name in config.architectures or () if HEADS[task].others):
+        task = None  # of pictures or sounds
     if task is not None:
         if task not in HEADS:
             raise InvalidSetting(f"task {task!r} has no Hugging Face model. Choose from {', '.join(HEADS)}.")

@@ -1,7 +1,7 @@
 """The heads of Hugging Face models, one for a task: texts tokenized by a model's own tokenizer, and how its outputs are read."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from anybit.data.batches import Reader
+from anybit.data.readers import Answers, AnyOutput, Detections, FirstOutput, NextTokens, SentenceEmbedding, TokenOutputs
 from anybit.data.samples import Samples
-from anybit.data.texts import Answers, Blocks, Encoding, FirstOutput, NextTokens, Questions, Row, SentenceEmbedding, Texts, with_roles
+from anybit.data.texts import Blocks, Encoding, MaskedTexts, Questions, Row, TaggedTexts, Texts, Translations, with_roles
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.sources.huggingface.folder import json_of
 
@@ -20,9 +21,10 @@ from anybit.sources.huggingface.folder import json_of
 class Head:
     """A head of transformers' models, and the task that it is for.
 
-    endings    of the names of classes that have it;   loader  the class that loads one
-    pictures   of the names of classes that have it for pictures, which load as they were saved
+    endings    of the names of classes that have it;   loader  the class that loads one for texts
+    others     of the names of classes that have it for pictures, sounds and more, which load as they were saved
     one_value  whether it gives one value, not several; None where that does not matter
+    decodes    whether it is that of an encoder-decoder; None where that does not matter
     reader     of a model: what is read in its output
     samples    of (model, rows, where they are from, encoding, workers): rows of role -> value, tokenized
     length     tokens of a sample, at most, where the user does not say
@@ -32,25 +34,25 @@ class Head:
     loader: str
     reader: Callable[[PreTrainedModel], Reader]
     samples: Callable[[PreTrainedModel, Sequence[Row], str, Encoding, int], Samples]
-    pictures: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     one_value: bool | None = None
+    decodes: bool | None = None
     length: int | None = None
 
     def fits(self, model: PreTrainedModel) -> bool:
         """Return whether the model has this head."""
-        name, values = type(model).__name__, getattr(model.config, "num_labels", 2)
-        return name.endswith(self.endings + self.pictures) and "Heads" not in name and self.one_value in (None, values == 1)
+        name, one_value = type(model).__name__, getattr(model.config, "num_labels", 2) == 1
+        named = name.endswith(self.endings + self.others) and "Heads" not in name
+        return named and self.one_value in (None, one_value) and self.decodes in (None, _decodes(model))
+
+
+def _decodes(model: PreTrainedModel) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """Find the model's head; raise UnsupportedModel where it is for none of the tasks."""
-    head = next((head for head in HEADS.values() if head.fits(model)), None)
-    if head is None:
-        raise UnsupportedModel(
-            f"{type(model).__name__} has a head that is not covered: classes and values of sequences and pictures, answers, next tokens "
-            "and embeddings are."
-        )
-    return head
+    """Find the model's head; one that is for none of the tasks is taken for one of values."""
+    return next((head for head in HEADS.values() if head.fits(model)), OTHER)
 
 
 def reader_of(model: PreTrainedModel) -> Reader:
@@ -99,18 +101,62 @@ def _blocks(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: E
 
 
 def _texts(
-    model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int, label: "Label", apart: bool = False
+    model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int, label: "Label | None", apart: bool = False
 ) -> Samples:
     _check_texts(rows, where)
-    labels = [label(row["label"], model, where) for row in rows] if "label" in rows[0] else None
+    labels = [label(row["label"], model, where) for row in rows] if label is not None and "label" in rows[0] else None
     return Samples(Texts(rows, labels, encoding, where, apart=apart), labels is not None, workers, reader=reader_of(model))
 
 
 def _pairs(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+    if _decodes(model):
+        return replace(_translations(model, rows, where, encoding, workers), labelled=False)
     _check_texts(rows, where)
     if "label" in rows[0] and "pair" not in rows[0]:
         raise InvalidInput(f"{where}: embeddings are scored by pairs of texts. Name the second one's column with --columns pair=NAME.")
     return _texts(model, rows, where, encoding, workers, _number, apart=True)
+
+
+def _tagged(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+    _check_texts(rows, where)
+    labels = None
+    if "label" in rows[0]:
+        labels = [_class_numbers(row, number, model, where) for number, row in enumerate(rows, 1)]
+    if not encoding.tokenizer.is_fast:
+        raise InvalidSetting(f"{model.name_or_path}: which word a token is of, only a fast tokenizer tells. Put tokenizer.json beside it.")
+    return Samples(TaggedTexts(rows, labels, encoding, where), labels is not None, workers, reader=reader_of(model))
+
+
+def _class_numbers(row: Row, number: int, model: PreTrainedModel, where: str) -> list[int]:
+    """Return the class of each word of a row's text: a list, or names between blanks."""
+    words, labels = row["text"].split(), row["label"]
+    labels = labels.split() if isinstance(labels, str) else labels
+    if not isinstance(labels, list) or len(labels) != len(words):
+        raise InvalidInput(f"{where}: row {number} has {len(words)} words, and the labels {str(labels)[:60]!r}. Give one label a word.")
+    return [_class_number(label, model, where) for label in labels]
+
+
+def _masked(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+    if encoding.tokenizer.mask_token_id is None:
+        return _texts(model, rows, where, encoding, workers, None)
+    _check_texts(rows, where)
+    return Samples(MaskedTexts(rows, None, encoding, where), True, workers, reader=reader_of(model))
+
+
+def _translations(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
+    _check_texts(rows, where)
+    if "pair" not in rows[0]:
+        raise InvalidInput(
+            f"{where}: {type(model).__name__} reads a text and decodes another. Name the second one's column with --columns pair=NAME."
+        )
+    start = next((one for one in (_start(model), encoding.tokenizer.pad_token_id) if one is not None), 0)
+    return Samples(Translations(rows, encoding, where, start), True, workers, reader=reader_of(model))
+
+
+def _start(model: PreTrainedModel) -> int | None:
+    """Return the token that a decoder begins with."""
+    configs = (model.config, getattr(model, "generation_config", None))
+    return next((one for config in configs if (one := getattr(config, "decoder_start_token_id", None)) is not None), None)
 
 
 def _encoding(model: PreTrainedModel, length: int | None, stride: int | None) -> Encoding:
@@ -168,19 +214,50 @@ def _number(value: Any, model: PreTrainedModel, where: str) -> float:
         raise InvalidInput(f"{where}: the label {value!r} is no number. Name another column with --columns label=NAME.") from error
 
 
-_sequence = partial(Head, ("ForSequenceClassification",), "AutoModelForSequenceClassification", pictures=("ForImageClassification",))
+_sequence = partial(
+    Head,
+    ("ForSequenceClassification",),
+    "AutoModelForSequenceClassification",
+    others=(
+        "ForImageClassification", "ForImageClassificationWithTeacher", "ForVideoClassification", "ForAudioClassification",
+        "ForMultipleChoice", "ForNextSentencePrediction",
+    ),
+)  # fmt: skip
 HEADS = {
     "question-answering": Head(
         ("ForQuestionAnswering",), "AutoModelForQuestionAnswering", lambda model: Answers(_length_of(model)), _questions, length=384
     ),
-    "language-model": Head(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM", lambda model: NextTokens(), _blocks, length=1024),
+    "sequence-to-sequence": Head(
+        ("ForConditionalGeneration", "MTModel"), "AutoModelForSeq2SeqLM", lambda model: TokenOutputs("sequence-to-sequence"), _translations,
+        others=("ForSpeechSeq2Seq",), decodes=True, length=1024,
+    ),
+    "language-model": Head(
+        ("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM", lambda model: NextTokens(), _blocks,
+        others=("ForConditionalGeneration",), length=1024,
+    ),
+    "masked-language-model": Head(
+        ("ForMaskedLM",), "AutoModelForMaskedLM", lambda model: TokenOutputs("masked-language-model"), _masked
+    ),
+    "token-classification": Head(
+        ("ForTokenClassification",), "AutoModelForTokenClassification", lambda model: TokenOutputs("token-classification"), _tagged,
+        others=("ForCTC", "ForAudioFrameClassification"),
+    ),
     "classification": _sequence(
         reader=lambda model: FirstOutput("classification"), samples=partial(_texts, label=_class_number), one_value=False
     ),
     "regression": _sequence(reader=lambda model: FirstOutput("regression"), samples=partial(_texts, label=_number), one_value=True),
-    "embedding": Head(("Model",), "AutoModel", lambda model: SentenceEmbedding(_pooling(model)), _pairs),
-}
+    "embedding": Head(
+        ("Model",), "AutoModel", lambda model: SentenceEmbedding(_pooling(model)), _pairs,
+        others=("WithProjection", "EncoderModel"),
+    ),
+}  # fmt: skip
 """Task -> its head. The first that fits a model is its head: a class whose name ends in "LMHeadModel" ends in "Model" too."""
+OTHER = Head((), "AutoModel", lambda model: _other_reader(model), partial(_texts, label=None))
+"""Of values that no task is known of."""
+
+
+def _other_reader(model: PreTrainedModel) -> Reader:
+    return (Detections if type(model).__name__.endswith("ForObjectDetection") else AnyOutput)("regression")
 
 
 def hub_rows(name: str, split: str, columns: Mapping[str, str | int]) -> list[Row]:

@@ -1,0 +1,137 @@
+"""Public networks with random weights, each taken from `inspect` to a file that has run: what works of torchvision, timm and transformers.
+
+    python -m benchmarks.zoo [PATTERN ...] --images FOLDER [--steps inspect] [--retry] [--stale]
+
+Each network goes through `inspect`, `calibrate --pipeline light` at W8A8 and W4A8, `export`, `verify` and a run of the file, in a process
+of its own with limits of time and memory, one thread. Weights are random but lively (lively.py), pictures real (--images; else
+scikit-learn's digits), texts of uneven lengths. An entry says what failed first, and whether anybit refused (an AnybitError) or crashed.
+"""
+
+import argparse
+import fnmatch
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import tempfile
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anybit.environment import code_version
+from benchmarks.studies.study import Entries, parser
+from benchmarks.zoo import timm_table, torchvision_table, transformers_table
+from benchmarks.zoo.inputs import Source
+from benchmarks.zoo.network import ZooNetwork
+
+NETWORKS: dict[str, ZooNetwork] = {
+    f"{library}:{name}": network
+    for library, table in (("torchvision", torchvision_table), ("timm", timm_table), ("transformers", transformers_table))
+    for name, network in table.NETWORKS.items()
+}
+PACKAGES = ("torchvision", "timm", "transformers", "onnx", "onnxruntime", "onnxscript")
+
+
+def child(name: str, source: Source, all_steps: bool, memory: int, file: str) -> None:
+    """Take one network through its steps, in this process; what is known is in `file` after each."""
+    from benchmarks.zoo.steps import run_steps
+
+    os.setsid()  # so that whatever it starts can be ended with it
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    os.environ["XDG_STATE_HOME"] = os.path.dirname(file)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+    def keep(entry: Mapping[str, Any]) -> None:
+        Path(file + ".new").write_text(json.dumps(entry))
+        os.replace(file + ".new", file)
+
+    run_steps(NETWORKS[name], source, all_steps, keep)
+
+
+def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Take one network through its steps in a process of its own."""
+    source = Source(arguments.images, arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "entry.json"
+        process = multiprocessing.get_context("fork").Process(
+            target=child, args=(name, source, arguments.steps == "all", arguments.memory * 2**30, str(file))
+        )
+        process.start()
+        process.join(arguments.limit)
+        ended = process.is_alive()
+        if ended and process.pid is not None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        entry = json.loads(file.read_text()) if file.is_file() else {"seconds": {}, "failures": [], "running": "build"}
+    if (running := entry.pop("running", None)) is not None:
+        why = f"no end within {arguments.limit} s" if ended else f"the process ended with {process.exitcode}"
+        entry["failures"].append({"step": running, "kind": "limit" if ended else "crash", "class": "", "message": why, "place": ""})
+    return entry | {"seed": arguments.seed, "code": code_version()[:12]}
+
+
+def chosen(arguments: argparse.Namespace) -> list[str]:
+    """The networks that any of the patterns matches; all without one."""
+    patterns = [pattern if "*" in pattern else f"*{pattern}*" for pattern in arguments.patterns] or ["*"]
+    return [name for name in NETWORKS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def preload() -> None:
+    """Import what the processes share, once."""
+    import timm
+    import torchvision
+    import transformers
+
+    import anybit.exports.verbs
+
+    for package in (timm, torchvision):
+        assert package
+    transformers.logging.set_verbosity_error()
+    for module in (anybit.calibrate, anybit.inspect, anybit.export, transformers.PreTrainedModel):
+        assert module
+
+
+def main() -> None:
+    """Run what is not yet in the results."""
+    options = parser(__doc__)
+    options.add_argument("patterns", nargs="*", help="parts of names, or shell patterns: torchvision:*, *bert*")
+    options.add_argument("--images", type=Path, help="a folder of pictures; without it scikit-learn's digits, upsampled")
+    options.add_argument("--steps", choices=("all", "inspect"), default="all")
+    options.add_argument("--retry", action="store_true", help="run those again that failed")
+    options.add_argument("--stale", action="store_true", help="run those again that other code of anybit has run")
+    options.add_argument("--limit", type=int, default=240, help="seconds of a network, at most")
+    options.add_argument("--memory", type=int, default=12, help="GiB of addresses of a network's process, at most")
+    options.add_argument("--seed", type=int, default=0)
+    arguments = options.parse_args()
+    torch.set_num_threads(1)
+    results = Entries(arguments, "zoo" if arguments.steps == "all" else "zoo_inspect", *PACKAGES)
+    names, code = chosen(arguments), code_version()[:12]
+    again = {
+        name
+        for name, entry in results.entries.items()
+        if (arguments.retry and entry["failures"]) or (arguments.stale and entry["code"] != code)
+    }
+    preload()
+    for name in names:
+        start = time.perf_counter()
+        results.measured(name, partial(measured, name, arguments), again=name in again)
+        if time.perf_counter() - start > 0.1:
+            print("   ", outcome(results.entries[name]), flush=True)
+
+
+def outcome(entry: Mapping[str, Any]) -> str:
+    """Say what came of it in a line."""
+    failure = entry["failures"][0] if entry["failures"] else None
+    if failure is None:
+        return "went through"
+    return f"{failure['step']}: {failure['kind']}: {failure['class']}: {failure['message'][:200]} [{failure['place']}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""The steps of one network, each timed, its failure kept with its kind: a refusal of anybit's own, or a crash."""
+
+import math
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+import anybit
+from anybit.data.batches import Batch, call, tensors_in, unpadded
+from anybit.sources.inputs import samples_from
+from benchmarks.zoo.inputs import Source
+from benchmarks.zoo.lively import enliven
+from benchmarks.zoo.network import ZooNetwork
+
+PRECISIONS = {"W8A8": (8, 8), "W4A8": (4, 8)}
+
+
+@dataclass
+class Progress:
+    """What is known of a network so far; `keep` writes it down, so that a process that is ended leaves what it has done."""
+
+    keep: Callable[[Mapping[str, Any]], None]
+    entry: dict[str, Any] = field(default_factory=lambda: {"seconds": {}, "failures": []})
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time a step. An exception ends it, and is kept with its kind, its message and the place that raised it."""
+        self.keep(self.entry | {"running": name})
+        start = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            self.entry["failures"].append({"step": name, **described(error)})
+            raise Stopped from error
+        finally:
+            self.entry["seconds"][name] = time.perf_counter() - start
+            self.keep(self.entry)
+
+
+class Stopped(Exception):
+    """A step has failed, and those after it cannot be done."""
+
+
+def described(error: Exception) -> dict[str, str]:
+    """Say what was raised, and by which function of anybit."""
+    kind = "refusal" if isinstance(error, anybit.AnybitError) else "crash"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/anybit/" in frame.filename]
+    place = f"{frames[-1].filename.split('/anybit/')[-1]}:{frames[-1].name}" if frames else ""
+    return {"kind": kind, "class": type(error).__name__, "message": " ".join(str(error).split())[:600], "place": place}
+
+
+def run_steps(network: ZooNetwork, source: Source, all_steps: bool, keep: Callable[[Mapping[str, Any]], None]) -> None:
+    """Take a network through its steps."""
+    progress = Progress(keep)
+    try:
+        with progress.step("build"):
+            torch.manual_seed(source.seed)
+            model, loader = network.build(), network.inputs.loader(source)
+            batches = list(samples_from(loader, 0).batches(8))
+            enliven(model, batches[0].inputs, source.seed)
+            reference = Reference.of(model, batches)
+            progress.entry |= reference.facts(model)
+        with progress.step("inspect"):
+            report = anybit.inspect(model, loader)
+            progress.entry |= coverage(model, report)
+    except Stopped:
+        return
+    for precision in PRECISIONS if all_steps else ():
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                progress.entry[precision] = {}
+                quantize(Subject(model, loader, reference, report), precision, Path(folder), progress)
+        except Stopped:
+            if progress.entry["failures"][-1]["step"].startswith(("calibrate", "export")):
+                return  # at other bits it is the same
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The float network's outputs, batch by batch."""
+
+    batches: Sequence[Batch]
+    outputs: Sequence[list[Tensor]]
+
+    @classmethod
+    def of(cls, model: nn.Module, batches: Sequence[Batch]) -> "Reference":
+        return cls(batches, [floats(model, batch) for batch in batches])
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        """Size, multiply-accumulates of a sample, seconds of a pass over two samples (as `inspect` observes), size of the outputs and the
+        share of it that differs between samples."""
+        two = self.batches[0].head(2)
+        passes = []
+        for _ in range(3):
+            start = time.perf_counter()
+            floats(model, two)
+            passes.append(time.perf_counter() - start)
+        with FlopCounterMode(display=False) as counter:
+            floats(model, two)
+        energies = [float(one.double().square().mean()) for one in self.outputs[0]]
+        varied = [float((one - one.mean(0)).double().square().mean()) for one in self.outputs[0]]
+        if not all(map(math.isfinite, energies)) or min(energies) == 0:
+            raise ValueError(f"the outputs' mean squares are {energies}: random weights that are no fair test")
+        return {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "macs": counter.get_total_flops() // 4,
+            "pass_seconds": min(passes),
+            "size": [math.sqrt(energy) for energy in energies][:4],
+            "varied": [math.sqrt(a / b) for a, b in zip(varied, energies, strict=True)][:4],
+        }
+
+    def decibels(self, outputs: Sequence[Sequence[Tensor]]) -> float:
+        """Signal to noise of `outputs`, each of a network's outputs counted alike."""
+        noise = []
+        for index in range(len(self.outputs[0])):
+            signal = torch.cat([one[index].flatten() for one in self.outputs]).double()
+            other = torch.cat([one[index].flatten() for one in outputs]).double()
+            noise.append(float((signal - other).square().sum() / signal.square().sum()))
+        return -10 * math.log10(max(sum(noise) / len(noise), 1e-20))
+
+
+def floats(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Run the network on a batch and return its outputs at what is no padding."""
+    with torch.no_grad():
+        return real(tensors_in(call(model, batch.inputs)), batch)
+
+
+def real(outputs: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+    mask = batch.mask
+    numbers = [one for one in outputs if one.is_floating_point()]
+    return [one[mask] if mask is not None and one.shape == mask.shape else unpadded(one, mask) for one in numbers]
+
+
+def coverage(model: nn.Module, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The share of the weights that is covered, of all parameters that are no vector; and what is not, by its reason."""
+    matrices = {name: one for name, one in model.named_parameters() if sum(size > 1 for size in one.shape) > 1}
+    total = sum(one.numel() for one in matrices.values())
+    covered = sum(math.prod(row["weight"]) for row in report["layers"].values() if row["weight"])
+    reasons: dict[str, list[str]] = {}
+    for name, why in report["uncovered"].items():
+        reasons.setdefault(why, []).append(name)
+    return {
+        "layers": len(report["layers"]),
+        "covered": covered / max(total, 1),
+        "uncovered": {why: names[:3] for why, names in reasons.items()},
+    }
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network with its data, its float outputs and what `inspect` says of it."""
+
+    model: nn.Module
+    loader: DataLoader
+    reference: Reference
+    report: Mapping[str, Any]
+
+
+def quantize(subject: Subject, precision: str, folder: Path, progress: Progress) -> None:
+    """Take a network from `calibrate` at one precision to a file that has run."""
+    model, reference, entry = subject.model, subject.reference, progress.entry[precision]
+    weight_bits, activation_bits = PRECISIONS[precision]
+    run, file = folder / "run", folder / "network.onnx"
+    common = {"model": model, "data": subject.loader, "cache": folder / "cache"}
+    with progress.step(f"calibrate {precision}"):
+        options = {"weight_bits": (weight_bits,), "activation_bits": (activation_bits,), "samples": 16, "held_out": 0.25, "batch_size": 8}
+        result = anybit.calibrate(model, subject.loader, pipeline="light", cache=False, **options)
+        result.save(run)
+        simulation = anybit.load(run, model)
+        entry["simulation_db"] = reference.decibels([floats(simulation, batch) for batch in reference.batches])
+    with progress.step(f"export {precision}"):
+        exported = anybit.export(run, file, **common)
+        entry |= {"bytes": exported["bytes"], "integer_layers": exported["integer_layers"] / max(exported["layers"], 1)}
+    verified = True
+    try:
+        with progress.step(f"verify {precision}"):
+            verdict = anybit.verify(run, file, **common)
+            macs = [subject.report["layers"][layer]["macs"] or 0 for layer in verdict["kernels"]]
+            entry["integer_macs"] = sum(macs) / max(progress.entry["macs"], 1)
+            if not verdict["ok"]:
+                raise NotVerified(f"{len(verdict['failures'])} failures. {' '.join(verdict['failures'][:3])}")
+    except Stopped:
+        verified = False
+    with progress.step(f"evaluate {precision}"):
+        entry["file_db"] = reference.decibels([runtime_outputs(file, batch) for batch in reference.batches])
+    if not verified:
+        raise Stopped
+
+
+class NotVerified(anybit.AnybitError):
+    """`verify` says that the file does not hold what is promised of it."""
+
+
+def runtime_outputs(file: Path, batch: Batch) -> list[Tensor]:
+    """Run the file in ONNX Runtime and return its outputs at what is no padding."""
+    from anybit.onnx.file import outputs, session
+
+    return real([torch.from_numpy(array) for array in outputs(session(file), [batch])], batch)

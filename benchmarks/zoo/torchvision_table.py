@@ -1,0 +1,92 @@
+"""Networks of torchvision: name -> the network."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from benchmarks.zoo.inputs import Inputs, pictures
+from benchmarks.zoo.network import FewUpdates, Heads, RegionHeads, ZooNetwork
+
+CLASSIFICATION: dict[str, dict[str, Any]] = {
+    "alexnet": {},
+    "convnext_tiny": {},
+    "densenet121": {},
+    "efficientnet_b0": {},
+    "efficientnet_v2_s": {},
+    "googlenet": {"init_weights": False},
+    "inception_v3": {"init_weights": False},
+    "mnasnet0_5": {},
+    "mobilenet_v2": {},
+    "mobilenet_v3_small": {},
+    "regnet_x_400mf": {},
+    "regnet_y_400mf": {},
+    "resnet18": {},
+    "resnet50": {},
+    "resnext50_32x4d": {},
+    "shufflenet_v2_x0_5": {},
+    "squeezenet1_0": {},
+    "squeezenet1_1": {},
+    "swin_t": {},
+    "swin_v2_t": {},
+    "vgg11": {},
+    "vgg11_bn": {},
+    "wide_resnet50_2": {},
+}
+"""name -> arguments of its constructor"""
+
+SIZES = {"inception_v3": 128, "vgg11": 64, "vgg11_bn": 64, "wide_resnet50_2": 64, "resnext50_32x4d": 64}
+"""Pixels of a picture's side, where not 96"""
+
+
+def build(name: str, wrapper: Callable[[nn.Module], nn.Module] | None = None, **arguments: Any) -> nn.Module:
+    """Make the network with random weights, its parts' too."""
+    from torchvision import models
+
+    without = {"weights_backbone": None} if "backbone" in arguments.pop("parts", "") else {}
+    network = models.get_model(name, weights=None, **without, **arguments).eval()
+    return network if wrapper is None else wrapper(network).eval()
+
+
+def small_vit() -> nn.Module:
+    """ViT-B/16 of two blocks."""
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(image_size=64, patch_size=16, num_layers=2, num_heads=12, hidden_dim=768, mlp_dim=3072).eval()
+
+
+def small_maxvit() -> nn.Module:
+    """MaxViT-T of one block a stage."""
+    from torchvision.models import MaxVit
+
+    return MaxVit((64, 64), 64, 2, [64, 128, 256, 512], [1, 1, 1, 1], 32, 0.0).eval()
+
+
+def _of_parts(name: str, wrapper: Callable[[nn.Module], nn.Module] | None = None) -> Callable[[], nn.Module]:
+    return partial(build, name, wrapper, parts="backbone")
+
+
+NETWORKS: dict[str, ZooNetwork] = {
+    name: ZooNetwork(partial(build, name, **arguments), pictures(SIZES.get(name, 96))) for name, arguments in CLASSIFICATION.items()
+} | {
+    "maxvit_t": ZooNetwork(small_maxvit, pictures(64)),
+    "vit_b_16": ZooNetwork(small_vit, pictures(64)),
+    "fcn_resnet50": ZooNetwork(_of_parts("fcn_resnet50"), pictures(64)),
+    "deeplabv3_mobilenet_v3_large": ZooNetwork(_of_parts("deeplabv3_mobilenet_v3_large"), pictures(96)),
+    "lraspp_mobilenet_v3_large": ZooNetwork(_of_parts("lraspp_mobilenet_v3_large"), pictures(96)),
+    "ssdlite320_mobilenet_v3_large, heads": ZooNetwork(_of_parts("ssdlite320_mobilenet_v3_large", Heads), pictures(160)),
+    "retinanet_resnet50_fpn, heads": ZooNetwork(_of_parts("retinanet_resnet50_fpn", Heads), pictures(96)),
+    "retinanet_resnet50_fpn_v2, heads": ZooNetwork(_of_parts("retinanet_resnet50_fpn_v2", Heads), pictures(96)),
+    "fcos_resnet50_fpn, heads": ZooNetwork(_of_parts("fcos_resnet50_fpn", Heads), pictures(96)),
+    "fasterrcnn_mobilenet_v3_large_320_fpn, heads": ZooNetwork(
+        _of_parts("fasterrcnn_mobilenet_v3_large_320_fpn", RegionHeads), pictures(96)
+    ),
+    "fasterrcnn_resnet50_fpn, heads": ZooNetwork(_of_parts("fasterrcnn_resnet50_fpn", RegionHeads), pictures(64)),
+    "raft_small": ZooNetwork(partial(build, "raft_small", FewUpdates), Inputs(keyword="first", second="second", size=128)),
+    "r3d_18": ZooNetwork(partial(build, "r3d_18"), pictures(32, frames=8)),
+    "r2plus1d_18": ZooNetwork(partial(build, "r2plus1d_18"), pictures(32, frames=8)),
+    "mc3_18": ZooNetwork(partial(build, "mc3_18"), pictures(32, frames=8)),
+    "s3d": ZooNetwork(partial(build, "s3d"), pictures(224, frames=14)),
+    "swin3d_t": ZooNetwork(partial(build, "swin3d_t"), pictures(64, frames=4)),
+}

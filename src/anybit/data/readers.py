@@ -1,0 +1,206 @@
+"""What each kind of head's output is read for: one row a prediction, without padding, and the labels and scores of these rows."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anybit.data.batches import Batch, first_tensor
+from anybit.data.texts import Questions, gold_answers
+
+RULED_OUT = -1e4
+"""A logit whose exponential is zero in float32, and that no arithmetic makes NaN, as infinity would."""
+
+
+class FirstOutput:
+    """Classes or values: the first tensor of the output, [N, ...]."""
+
+    unit = "samples"
+
+    def __init__(self, task: str):
+        self.task = task
+
+    def read(self, output: Any, batch: Batch) -> Tensor:
+        return first_tensor(output)
+
+    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        return {}
+
+    def align(self, labels: Tensor, batch: Batch) -> Tensor:
+        return labels
+
+
+class AnyOutput(FirstOutput):
+    """Values of a head that no task is known of: the first tensor of the output, [N, ...], or [tokens, ...] without padding."""
+
+    def read(self, output: Any, batch: Batch) -> Tensor:
+        values = first_tensor(output)
+        mask = token_mask(values, batch)
+        return values if mask is None else values[mask]
+
+
+class TokenOutputs(FirstOutput):
+    """Classes of each token, [tokens, classes]; padding left out."""
+
+    unit = "tokens"
+
+    def read(self, output: Any, batch: Batch) -> Tensor:
+        return self._flat(first_tensor(output), batch)
+
+    def align(self, labels: Tensor, batch: Batch) -> Tensor:
+        return labels if labels.dim() == 1 else self._flat(labels, batch)
+
+    def _flat(self, tokens: Tensor, batch: Batch) -> Tensor:
+        """Return [tokens, ...] of a tensor [N, T, ...]."""
+        mask = token_mask(tokens, batch)
+        return tokens.flatten(0, 1) if mask is None else tokens[mask]
+
+
+class NextTokens(TokenOutputs):
+    """A causal language model: logits of the next token at every token but the last, [N (T - 1), vocabulary]; padding left out."""
+
+    def __init__(self) -> None:
+        super().__init__("language-model")
+
+    def read(self, output: Any, batch: Batch) -> Tensor:
+        logits = first_tensor(output)[:, :-1]
+        return logits.flatten(0, 1) if batch.mask is None else logits[batch.mask[:, 1:]]
+
+    def align(self, labels: Tensor, batch: Batch) -> Tensor:
+        """Take labels [N, T] as transformers does: those of the tokens themselves."""
+        if labels.dim() == 1:
+            return labels
+        return labels[:, 1:].flatten() if batch.mask is None else labels[:, 1:][batch.mask[:, 1:]]
+
+
+class Detections(FirstOutput):
+    """Classes and box of each query, [N, queries, classes + 4]."""
+
+    def read(self, output: Any, batch: Batch) -> Tensor:
+        return torch.cat([output["logits"], output["pred_boxes"]], -1)
+
+
+class SentenceEmbedding(FirstOutput):
+    """One vector a sentence, a picture or a sound, [N, features]: the mean of its tokens', padding left out, or the first one.
+
+    Where the output has embeddings of its own, of a text and a picture, they are taken instead, one after the other.
+    """
+
+    unit = "texts"
+
+    def __init__(self, pooling: str = "mean"):
+        super().__init__("embedding")
+        self.pooling = pooling
+
+    def first(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Return each sentence's first real token."""
+        places = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device) if mask is None else mask.int().argmax(1)
+        return tokens[torch.arange(len(tokens), device=tokens.device), places]
+
+    def read(self, output: Any, batch: Batch) -> Tensor:
+        if own := _own_embeddings(output):
+            return torch.cat(own, -1)
+        tokens = first_tensor(output)
+        if tokens.dim() != 3:
+            return tokens if tokens.dim() == 2 else tokens.flatten(2).mean(2)  # a map of features [N, channels, H, W]
+        given = token_mask(tokens, batch)
+        if self.pooling == "first":
+            return self.first(tokens, given)
+        mask = torch.ones(tokens.shape[:2], device=tokens.device) if given is None else given
+        weights = mask.to(tokens.dtype)[:, :, None]
+        return (tokens * weights).sum(1) / weights.sum(1)
+
+
+def _own_embeddings(output: Any) -> list[Tensor]:
+    """Return the entries of the output that are embeddings [N, features] by their name."""
+    named = output.items() if isinstance(output, Mapping) else ()
+    return [value for name, value in named if name.endswith("_embeds") and isinstance(value, Tensor) and value.dim() == 2]
+
+
+def token_mask(tokens: Tensor, batch: Batch) -> Tensor | None:
+    """bool [N, T]: which tokens of a tensor [N, T, ...] that the network gives are real; None where the inputs do not tell.
+
+    An encoder-decoder gives those of its decoder.
+    """
+    inputs = batch.inputs if isinstance(batch.inputs, dict) else {}
+    mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == tokens.shape[:2] else None
+
+
+class Answers(FirstOutput):
+    """Extractive question answering: logits of the first and the last token, [N, 2, length]; padding is ruled out.
+
+    `questions` are the data set whose windows the labels number; without it nothing can be scored.
+    """
+
+    unit = "windows"
+
+    def __init__(self, length: int, questions: Questions | None = None, longest: int = 30, best: int = 20):
+        super().__init__("question-answering")
+        self.length, self.questions, self.longest, self.best = length, questions, longest, best
+
+    def read(self, output: Any, batch: Batch) -> Tensor:
+        logits = torch.stack([output["start_logits"], output["end_logits"]], 1)
+        if batch.mask is not None:
+            logits = logits.masked_fill(~batch.mask[:, None], RULED_OUT)
+        return torch.nn.functional.pad(logits, (0, self.length - logits.shape[-1]), value=RULED_OUT)
+
+    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """Return exact match and F1 in percent, over the questions that any of these windows is of."""
+        if self.questions is None:
+            return {}
+        windows, rows = self.questions.windows, self.questions.rows
+        best: dict[int, tuple[float, str]] = {}
+        for logits, number in zip(outputs.double().cpu().numpy(), labels.tolist(), strict=True):
+            window = windows[number]
+            answer = best_answer(logits[0], logits[1], window.offsets, rows[window.example]["context"], self.longest, self.best)
+            if window.example not in best or answer[0] > best[window.example][0]:
+                best[window.example] = answer
+        scores = []
+        for example, (_, text) in best.items():
+            accepted = gold_answers(rows[example]["answers"])
+            assert accepted is not None, "Questions takes no other answers"
+            scores.append(answer_scores(text, accepted))
+        exact, overlap = zip(*scores, strict=True)
+        return {"exact": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(overlap))}
+
+
+def best_answer(
+    start: np.ndarray, end: np.ndarray, offsets: Sequence[tuple[int, int] | None], context: str, longest: int, best: int
+) -> tuple[float, str]:
+    """Return (sum of its logits, text) of the likeliest answer of at most `longest` tokens, among the `best` starts and ends; "" if
+    none."""
+    places = {index: place for index, place in enumerate(offsets) if place is not None}
+    starts = sorted(places, key=lambda index: -start[index])[:best]
+    ends = sorted(places, key=lambda index: -end[index])[:best]
+    options = [(float(start[s] + end[e]), s, e) for s in starts for e in ends if s <= e < s + longest]
+    if not options:
+        return -np.inf, ""
+    score, s, e = max(options)
+    return score, context[places[s][0] : places[e][1]]
+
+
+def answer_scores(text: str, accepted: Sequence[str]) -> tuple[float, float]:
+    """Return (1 if it is one of those accepted, share of words in common as F1), the best over those accepted.
+
+    Compared in lower case, without punctuation and articles, as SQuAD's own measure does (Rajpurkar et al., EMNLP 2016, section 6.1).
+    """
+    words = _words(text)
+    return max(float(words == _words(one)) for one in accepted), max(_overlap(words, _words(one)) for one in accepted)
+
+
+def _words(text: str) -> list[str]:
+    without = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", without).split()
+
+
+def _overlap(words: list[str], accepted: list[str]) -> float:
+    if not words or not accepted:
+        return float(words == accepted)
+    common = sum((Counter(words) & Counter(accepted)).values())
+    return 2 * common / (len(words) + len(accepted))
