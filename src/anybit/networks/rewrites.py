@@ -288,7 +288,7 @@ class _Plan:
         """Add a layer of this weight and bias, called after the parameter that the weight comes from."""
         names = self.first.made_of([weight if source is None else source])
         name = min(names).removeprefix(f"{owner}.") if len(names) == 1 else ""
-        name = name.replace(".", "_").removesuffix("weight").strip("_") or site.function
+        name = name.replace(".", "_").removesuffix("weight").strip("_") or layer.kind.lower()
         path = self._add(owner, name, layer)
         self.values[f"{owner}.{path}".lstrip(".")] = weight, bias
         return path

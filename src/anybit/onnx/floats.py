@@ -154,7 +154,7 @@ def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
     seen = dict.fromkeys(weights, 1)  # no other node gets a layer's name
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        layer = next((scope for scope in reversed(scopes) if scope in weights), None)
+        layer = next((scope for scope in reversed(scopes[:-1]) if scope in weights), None)  # the last is the operator's own name
         if layer is not None and node.op_type in LAYER_OPERATORS and _computes(node, weights[layer]):
             node.metadata_props[LAYER] = node.name = layer
             continue

@@ -58,7 +58,7 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     file = read_supernet_file(folder)
     layers = file.stored()
     settings = SupernetSettings.from_json(file.settings)
-    rewrite = validated(Rewrite | None, file.functions, str(folder / SUPERNET_JSON))
+    rewrite = None if file.functions is None else validated(Rewrite, file.functions, str(folder / SUPERNET_JSON))
     float_model = with_functions(float_model, rewrite, layers, SUPERNET_JSON)
     check_names([*layers, *file.folded, *file.folded.values()], [name for name, _ in float_model.named_modules()], "The model")
     check_folded(file, float_model, SUPERNET_JSON)
