@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anybit.data.batches import Batch, call
 from anybit.data.samples import Calibration
+from anybit.networks.layer_types import COVERED
 
 
 class Chain(nn.Module):
@@ -221,6 +222,13 @@ def make(cls: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 def numbers(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def matrices(model: nn.Module) -> set[str]:
+    """The names by which a matrix is covered or named: the layer's, or the parameter's own where its module is no layer."""
+    keys = [key for key, parameter in model.named_parameters() if parameter.dim() > 1]
+    owners = {key: model.get_submodule(key.rpartition(".")[0]) for key in keys}
+    return {key.rpartition(".")[0] if isinstance(owners[key], COVERED) else key for key in keys}
 
 
 def pictures(count: int, seed: int = 1) -> Tensor:

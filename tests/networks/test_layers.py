@@ -13,6 +13,7 @@ from networks import (
     SharedWeight,
     assert_untouched,
     make,
+    matrices,
     network_and_inputs,
     numbers,
     pictures,
@@ -93,17 +94,37 @@ def test_a_prepared_model_loads_the_float_checkpoint(name):
 def test_every_module_with_a_matrix_is_covered_or_named(name):
     model, batch = network_and_inputs(name)
     covered, uncovered = coverage(model, observe(model, batch))
-    matrices = {key.rpartition(".")[0] for key, parameter in model.named_parameters() if parameter.dim() > 1}
-    assert matrices == set(covered) | set(uncovered)
+    assert matrices(model) == set(covered) | set(uncovered)
     assert not set(covered) & set(uncovered)
     assert all(isinstance(model.get_submodule(layer), COVERED) for layer in covered)
+
+
+class Positions(nn.Module):
+    """A class token and positions, parameters of the network itself, beside a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.places = nn.Parameter(torch.ones(1, 1, 4)), nn.Parameter(torch.zeros(1, 6, 4))
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.fc(torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places).mean(1)
+
+
+def test_parameters_of_the_network_itself_are_named_with_their_share():
+    model = nn.Sequential(Positions()).eval()
+    covered, uncovered = coverage(model, observe(model, Batch(torch.randn(2, 5, 4))))
+    assert covered == ["0.fc"] and set(uncovered) == {"0.token", "0.places"}
+    assert "a parameter of Positions" in uncovered["0.token"] and f"{100 * 4 / 53:.2g} % of all" in uncovered["0.token"]
+    names = coverage(model[0])[1]
+    assert set(names) == {"token", "places"} and "a parameter of the network itself" in names["places"]
 
 
 def test_what_attention_reads_directly_is_named_with_the_reason():
     model, batch = network_and_inputs("attention")
     covered, uncovered = coverage(model, observe(model, batch))
     assert covered == ["inner", "fc"]
-    assert set(uncovered) == {"attention", "attention.out_proj"}
+    assert set(uncovered) == {"attention.in_proj_weight", "attention.out_proj"}
     assert "did not run" in uncovered["attention.out_proj"]
 
 

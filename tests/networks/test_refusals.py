@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import Chain, Tokens, assert_untouched, make, numbers, pictures, snapshot, tokens
+from networks import Chain, Tokens, assert_untouched, make, matrices, numbers, pictures, snapshot, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -340,8 +340,7 @@ def check_a_handled_network(drawn, folder) -> None:
 
     wiring = observe(model, batch)
     covered, uncovered = coverage(model, wiring)
-    matrices = {key.rpartition(".")[0] for key, parameter in model.named_parameters() if parameter.dim() > 1}
-    assert matrices == set(covered) | set(uncovered) and not set(covered) & set(uncovered)
+    assert matrices(model) == set(covered) | set(uncovered) and not set(covered) & set(uncovered)
     assert all(isinstance(model.get_submodule(layer), COVERED) for layer in covered)
 
     prepared = prepare(model, covered)
@@ -592,7 +591,7 @@ def test_a_weight_that_an_uncovered_module_shares_is_refused_with_a_remedy_that_
             return self.scores(self.hidden(self.words(tokens))).mean(1)
 
     refused_calibrating(make(TiedHead), "words and scores share one weight", "--keep 'words=float'.", data=tokens(24))
-    assert "scores" in calibrated(make(TiedHead), tokens(24), keep={"words": "float"}).report["uncovered"]
+    assert "scores.weight" in calibrated(make(TiedHead), tokens(24), keep={"words": "float"}).report["uncovered"]
 
 
 def test_buffers_that_a_pass_changes_are_saved_as_they_were_given(tmp_path):

@@ -77,13 +77,14 @@ def _new_swapped(cls: type[nn.Module]) -> QuantizedLayer:
 
 
 def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str], dict[str, str]]:
-    """(names of the layers that take quantizers, in call order; other modules with weights -> why they are not covered).
+    """(names of the layers that take quantizers, in call order; other layers, and parameters of no layer -> why they are not covered).
 
     Without a wiring every layer of a covered class counts, in order of definition.
     """
     layers = [name for name, module in model.named_modules() if isinstance(module, COVERED)]
     covered = layers if wiring is None else wiring.layer_names()
-    uncovered = {}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    uncovered, owners = {}, set()
     for name, module in model.named_modules():
         if isinstance(module, COVERED):
             if name not in covered:
@@ -91,10 +92,17 @@ def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str],
                     f"{type(module).__name__} whose forward did not run on the first inputs (unused, chosen by the inputs, or read "
                     "directly by its parent); it stays float"
                 )
-        elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
-            uncovered[name] = f"{type(module).__name__} is not a class that anybit covers; it stays float"
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                owner = type(module).__name__ if name else "the network itself"
+                share = f"{100 * parameter.numel() / total:.2g} % of all parameters"
+                uncovered[f"{name}.{key}".lstrip(".")] = (
+                    f"a parameter of {owner} and of no layer that anybit covers, {share}; it stays float"
+                )
+                owners.add(name)
     for function in wiring.functions() if wiring else ():
-        if function.owner not in uncovered:  # that a module computes with weights of its own is said of the module
+        if function.owner not in owners:  # that a module computes with weights of its own is said of the module
             uncovered[function.name] = f"{function.kind} called as a function, on weights that are no layer's; it stays float"
     for product in wiring.products() if wiring else ():
         uncovered[product.name] = "a product of two activations that is no layer; it stays float (anybit.Matmul in its place is covered)"

@@ -70,7 +70,7 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     first = observed_pass(model, example)
     names, uncovered = coverage(model, first.wiring)
     if not names:
-        others = "".join(f" {name or 'The network itself'}: {why}." for name, why in uncovered.items())
+        others = "".join(f" {name}: {why}." for name, why in uncovered.items())
         raise UnsupportedModel(f"The model has no layer to quantize: no convolution, linear or embedding ran on the data.{others}")
     pinned, float_layers = match_patterns(options.keep, names), options.float_layers(names)
     check_plain_use(first.wiring, [name for name in names if name not in float_layers])
