@@ -50,12 +50,17 @@ PRODUCTS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """A function, the layers that compute it (paths from the module that calls it; "" for that module's own weight; none if it stays), and
-    which operand of a product the layer's weight is; None of a product of two activations."""
+    """A call of a function.
+
+    layers       that compute it: paths from the module that calls it; "" for that module's own weight; none if it stays
+    weight       which operand of a product the layer's weight is; None of a product of two activations
+    batch_second whether samples run along the second dimension of what a linear reads
+    """
 
     function: str
     layers: tuple[str, ...] = ()
     weight: int | None = None
+    batch_second: bool = False
 
 
 def bound(function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,10 +88,14 @@ def running_module() -> nn.Module | None:
 _CALL = nn.Module._call_impl.__code__
 
 
+SEEN_THROUGH = {F.multi_head_attention_forward.__name__: F.multi_head_attention_forward}
+"""Functions made of others, by their names: a mode sees each as one."""
+
+
 @cache
 def seen_through(func: Any) -> Any:
-    """Return a function made of others, which a mode would see as one, so that the mode sees the others; None for all else."""
-    if func is not F.multi_head_attention_forward:
+    """Return such a function so that a mode sees the functions that it is made of; None for all else."""
+    if func not in SEEN_THROUGH.values():
         return None
     names = {**func.__globals__, "has_torch_function": lambda tensors: False}
     inner = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
@@ -160,7 +169,8 @@ def _compute(module: nn.Module, call: FunctionCall, given: dict[str, Any]) -> Te
     if call.function == ATTENTION:
         return _attention(layers, **given)
     if call.function not in PRODUCTS:
-        return layers[0](given["input"])
+        x = given["input"]
+        return layers[0](x.transpose(0, 1)).transpose(0, 1).contiguous() if call.batch_second else layers[0](x)
     left, right = operands = [given[name] for name in PRODUCTS[call.function]]
     of = contraction(given.get("equation"), left.dim(), right.dim())
     assert of is not None, "what is no contraction stays a function"

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from anybit.data.batches import Batch, call, evaluating, tensors_in
 from anybit.networks.calls import Calls, CallSite, observed_calls
 from anybit.networks.contractions import contraction, is_transposed, weight_rows_of
-from anybit.networks.functions import ATTENTION, PRODUCTS, FunctionCall, call_layers
+from anybit.networks.functions import ARGUMENTS, ATTENTION, PRODUCTS, SEEN_THROUGH, FunctionCall, call_layers
 from anybit.networks.layer_types import COVERED
 from anybit.networks.layers import float_bias, float_weight
 from anybit.networks.matmul import Matmul
+from anybit.networks.wiring import Wiring
 from anybit.scheme import check_names
 
 ADDED: dict[str, type[nn.Module]] = {
@@ -63,6 +64,7 @@ class PlannedCall(BaseModel):
     function: str
     layers: list[str] = []
     weight: int | None = None
+    batch_second: bool = False
 
 
 class Rewrite(BaseModel):
@@ -77,6 +79,19 @@ class Rewrite(BaseModel):
     calls: dict[str, list[PlannedCall]] = {}
     layers: dict[str, AddedLayer] = {}
     dropped: list[str] = []
+
+
+def calls_functions(model: nn.Module, wiring: Wiring) -> bool:
+    """Return whether there may be something to rewrite in a network: functions that layers could compute, in the pass that `wiring` is of
+    or hidden in a layer with a forward of its own."""
+    functions = {*ARGUMENTS, *SEEN_THROUGH}
+    called = any(operation.kind in functions for operation in wiring.operations)
+    return called or any(isinstance(module, COVERED) and type(module).forward is not _float_forward(module) for module in model.modules())
+
+
+def _float_forward(module: nn.Module) -> Any:
+    """Return the forward of the class that anybit covers, from which the module's own inherits."""
+    return next(cls for cls in type(module).__mro__ if cls in COVERED).__dict__.get("forward")
 
 
 def rewritten(model: nn.Module, example: Batch) -> nn.Module:
@@ -124,7 +139,7 @@ def rewritten_as(model: nn.Module, rewrite: Rewrite) -> nn.Module:
         # Whatever reads it still shows in the outputs.
         owner.register_buffer(key, torch.full((), torch.nan, device=device).expand(parameter.shape), persistent=False)
     for name, calls in rewrite.calls.items():
-        call_layers(model.get_submodule(name), [FunctionCall(call.function, tuple(call.layers), call.weight) for call in calls])
+        call_layers(model.get_submodule(name), [FunctionCall(**{**dict(call), "layers": tuple(call.layers)}) for call in calls])
     vars(model)["_rewrite"] = rewrite
     return model
 
@@ -225,7 +240,9 @@ class _Plan:
         if weights != [1]:
             return stays
         layer = self._child(owner, site) or self._added(owner, site, _layer_of(site), operands[1], bias)
-        return PlannedCall(function=site.function, layers=[layer]), [operands[1], *([] if bias is None else [bias])]
+        shape, smaller = operands[0].shape, other.operands[0].shape
+        second = site.function == "linear" and len(shape) > 2 and shape[0] == smaller[0] and shape[1] > smaller[1]
+        return PlannedCall(function=site.function, layers=[layer], batch_second=second), [operands[1], *([] if bias is None else [bias])]
 
     def _is_weight(self, tensor: Tensor, other: Tensor | None) -> bool:
         """Return whether a tensor is made of parameters, and the same for each input."""
