@@ -123,7 +123,7 @@ def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch, out
     read by more than its call: where folding changes the outputs, such layers keep their batch norm. Raises UnsupportedModel where the
     outputs differ even so.
     """
-    own_forward = {name for name in pairs if not any(type(model.get_submodule(name)).forward is cls.forward for cls in COVERED)}
+    own_forward = {name for name in pairs if _has_own_forward(model.get_submodule(name))}
     plain = {name: norm for name, norm in pairs.items() if name not in own_forward}
     for chosen in (lambda: pairs, lambda: plain, lambda: _harmless(model, plain, example, outputs)):
         folding = chosen()
@@ -134,6 +134,11 @@ def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch, out
     raise UnsupportedModel(
         f"Folding the batch norms of {', '.join(pairs)} changes the network's outputs. Fold them yourself before the run."
     )
+
+
+def _has_own_forward(layer: nn.Module) -> bool:
+    """Return whether the layer computes something else than its type does."""
+    return "forward" in vars(layer) or not any(type(layer).forward is cls.forward for cls in COVERED)
 
 
 def _harmless(model: nn.Module, pairs: Mapping[str, str], example: Batch, outputs: Tensor) -> dict[str, str]:

@@ -94,10 +94,11 @@ def calibrate(
     samples = draw(samples_from(data, workers, preprocessing, model), options.samples, options.seed).on(device)
     if test is None:
         check_metric_has_labels(metric, samples)
-    tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), model)
+    network = on_device(model, device, samples).eval()
+    tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), network)
     clock = StageClock()
     entries = open_cache(cache)
-    bench = prepare_bench(on_device(model, device).eval(), samples, options, [one for one in budgets if one], clock, metric, entries)
+    bench = prepare_bench(network, samples, options, [one for one in budgets if one], clock, metric, entries)
     saved = {
         "table": bench.table.to_json(),
         "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
@@ -123,14 +124,16 @@ def prepare_bench(
         check_finite(calibration.fitting + calibration.held_out)
         if settings.mirror:
             calibration = mirrored(calibration)
-        network = with_latencies(observe_network(model, example_of(calibration), settings.options), budgets)
+        example = example_of(calibration)
+        network = with_latencies(observe_network(model, example, settings.options), budgets)
         check_memory(network, calibration, settings)
         for budget in budgets:
             check_feasible(network, budget)
     with clock.stage("float outputs"), torch.no_grad(), once_a_batch(network.folded, network.used_once):
         references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
-        check_rows(network.folded, references, calibration.fitting)
-        reference = outputs_of(network.folded, calibration.held_out)
+        held_out = [outputs_of(network.folded, [batch]) for batch in calibration.held_out]
+        check_rows(network.folded, [*references, *held_out], calibration.fitting + calibration.held_out, example)
+        reference = torch.cat(held_out)
         task = task_for(settings, reference, calibration.held_out[0])
         if samples.labelled:
             check_labels(reference, torch.cat([batch.labels for batch in calibration.held_out if batch.labels is not None]), task)
