@@ -212,14 +212,12 @@ class Wiring:
     def edges(self) -> list[str]:
         """Return the names of the tensors that a runtime keeps as integers: the inputs ("input/0", ...) and each operation's output.
 
-        Left out are reshapes (their input's range holds), what only a clamp reads (ReLU; the clamp's output is the edge), and what goes
-        into a batch norm that folds.
+        Left out are reshapes (their input's range holds), and what only a clamp reads (ReLU; the clamp's output is the edge).
         """
         names = [f"input/{index}" for index in range(len(self.input_values))]
         for op in self.operations:
             reader = self.only_reader(op.outputs[0]) if op.outputs else None
-            folds = reader is not None and reader.kind == BATCH_NORM and op.kind == LAYER
-            if op.kind not in RESHAPES and not folds and not (reader is not None and reader.kind in CLAMPS):
+            if op.kind not in RESHAPES and not (reader is not None and reader.kind in CLAMPS):
                 names.append(op.name)
         return list(dict.fromkeys(names))
 

@@ -5,8 +5,11 @@ zeros, merges those that are equal). Weights are put in by name and the graph is
 hundredths of a second where an export takes seconds. So a kept graph gives the same bytes as a new one.
 """
 
+import logging
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from anybit.errors import InvalidFile
 from anybit.files.cache import Cache, Entry
-from anybit.onnx.values import name_of
+from anybit.onnx.values import name_of, operand
 
 NAME = "exported graph"
 RECENT, LARGEST = 32, 10 * 10**6
@@ -43,9 +46,44 @@ def cached_graph(key: str | None, export: Callable[[], ir.Model], state: Mapping
         return model
 
     model = (Cache() if key is None else cache.keyed(key))(NAME, make, read)
+    _write_out_norms(model.graph)
     program = torch.onnx.ONNXProgram(model, None)
-    program.optimize()
+    with quiet():
+        program.optimize()
     return program.model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the exporter's and its optimizer's warnings, which are about themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _write_out_norms(graph: ir.Graph) -> None:
+    """Put a product and a sum in place of each batch norm: the optimizer merges one into the layer before it, whose weight has codes."""
+    for node in list(graph):
+        tensors = [value.const_value for value in node.inputs[1:] if value is not None and value.const_value is not None]
+        shape = operand(node, 0).shape if node.op_type == "BatchNormalization" else None
+        if shape is None or len(tensors) != 4:
+            continue
+        gamma, beta, mean, variance = (tensor.numpy().astype(np.float64).reshape(-1, *[1] * (len(shape) - 2)) for tensor in tensors)
+        epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+        gain = gamma / np.sqrt(variance + epsilon)
+        factor, summand = (ir.node("Constant", [], {"value": ir.tensor(array.astype(np.float32))}) for array in (gain, beta - mean * gain))
+        product = ir.node("Mul", [node.inputs[0], factor.outputs[0]])
+        total = ir.node("Add", [product.outputs[0], summand.outputs[0]])
+        for added, of in ((product, operand(node, 0)), (total, node.outputs[0])):
+            added.metadata_props.update(node.metadata_props)
+            added.outputs[0].shape, added.outputs[0].type = of.shape, of.type
+        total.outputs[0].name = name_of(node.outputs[0])
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [factor, summand, product, total], node.outputs[:1], total.outputs)
 
 
 def forget_graph(key: str | None, cache: Cache) -> None:
