@@ -156,6 +156,7 @@ def test_such_networks_are_quantized_whole_and_left_alone(cls):
     result = anybit.calibrate(model, x, **LIGHT)
     assert_untouched(model, before)
     assert set(result.scheme) == {"conv", "fc"} and not result.report["uncovered"]
+    assert ("bn" in anybit.inspect(model, x)["unfolded"]) == (cls in (Hooked, with_layers_forward, with_weak_reference))
     with torch.no_grad():
         expected, quantized = (predict(one, Batch(x)) for one in (model, result.model))
         assert (quantized - expected).square().mean() < 1e-2 * expected.square().mean()
@@ -269,8 +270,14 @@ def test_a_sample_that_would_be_left_alone_goes_with_the_others(cls):
     assert set(result.scheme) == {"conv", "fc"}
 
 
-@pytest.mark.parametrize("cls", [Squeezed, SqueezedAway])
-def test_a_batch_of_one_that_loses_its_dimension_is_refused_with_the_remedy(cls):
+def test_a_batch_of_one_that_loses_its_dimension_is_refused_with_the_remedy():
     for settings in ({"batch_size": 1}, {"held_out": 0.01}):
         with pytest.raises(UnsupportedModel, match=r"flatten\(1\)"):
-            anybit.calibrate(make(cls), pictures(8), **{**LIGHT, **settings})
+            anybit.calibrate(make(Squeezed), pictures(8), **{**LIGHT, **settings})
+
+
+def test_a_number_is_the_row_of_one_sample():
+    x = pictures(8)
+    whole, single = (anybit.calibrate(make(SqueezedAway), x, batch_size=size, **LIGHT) for size in (8, 1))
+    assert whole.about["task"] == single.about["task"] == "regression"
+    assert single.report["schemes"][0]["measured"] == pytest.approx(whole.report["schemes"][0]["measured"], rel=0.2)

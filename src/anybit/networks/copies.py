@@ -54,6 +54,7 @@ def copied(model: nn.Module, instead: dict[int, Any] | None = None) -> nn.Module
     `instead` are objects of the copy by the id of what they stand for.
     """
     memo = {} if instead is None else instead
+    memo.update(_detached(model))
     try:
         twin = copy.deepcopy(model, memo)
         _Binder(model, memo).bind(twin)
@@ -64,6 +65,13 @@ def copied(model: nn.Module, instead: dict[int, Any] | None = None) -> nn.Module
             "Keep such attributes out of the module, detach() its tensors, or give it a __deepcopy__."
         ) from error
     return twin
+
+
+def _detached(model: nn.Module) -> dict[int, Tensor]:
+    """Return a copy without a graph of each tensor in a list or dictionary of the model's, which an earlier pass has left there."""
+    containers = [one for one in _reachable(model, functions=False) if isinstance(one, (dict, list))]
+    tensors = [item for one in containers for item in (one.values() if isinstance(one, dict) else one) if isinstance(item, Tensor)]
+    return {id(tensor): tensor.detach().clone() for tensor in tensors if tensor.grad_fn is not None}
 
 
 def _uncopiable(model: nn.Module, error: Exception) -> tuple[str, nn.Module, str]:
@@ -257,9 +265,10 @@ def checked_copy(model: nn.Module, example: Batch) -> nn.Module:
     place = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     batches = [example.to(place), Batch(map_tensors(example.inputs, lambda tensor: tensor.flip(0)), None, example.reader).to(place)]
     suspects = own_functions(model)
-    for twin in (copied(model), copy.deepcopy(model)) if suspects else (copied(model),):
-        if _computes_alone(twin, model, batches, bool(suspects)):
-            return twin
+    for make in (copied, copy.deepcopy) if suspects else (copied,):
+        untouched = make(model) if suspects else None  # made before the model runs
+        if _computes_alone(make(model), model, batches, bool(suspects)):
+            return make(model) if untouched is None else untouched
     raise UnsupportedModel(_unfaithful(model, batches[0], suspects))
 
 

@@ -26,7 +26,7 @@ from anybit.networks.observed import has_choice, observe_network
 from anybit.networks.refusals import check_rows, once_a_batch
 from anybit.networks.states import restore
 from anybit.progress import tell
-from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, follow_model, on_device, task_for
+from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, follow_model, notes_of, on_device, task_for
 from anybit.roads.keys import MATCHING, PARALLEL, SENSITIVITY, cached_candidates, key_of_run, keyed_by_settings, open_cache, settle
 from anybit.roads.latencies import measured_latencies, with_latencies
 from anybit.roads.memory import OBSERVED, check_memory, samples_at_once
@@ -190,7 +190,7 @@ def finish(
         edges = cache.value("edge ranges", observe_edges, partial(as_ranges, wiring=network.wiring))
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
-    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
+    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors} | notes_of(provenance)
     if test is not None:
         with clock.stage("test"):
             report |= _tests(bench, canonical.model, test)

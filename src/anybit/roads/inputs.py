@@ -1,5 +1,6 @@
 """The inputs of a road: its network, samples and test data, checked before any work."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
 from anybit.sources.inputs import samples_from
+from anybit.sources.libraries import DRAWN, RANDOM
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.supernet import Supernet
@@ -34,7 +36,8 @@ def follow_model(
     """(the network, the preprocessing, what a run records of where the network and its data came from, references made absolute)."""
     provenance: dict[str, Any] = {}
     if isinstance(model, str):
-        provenance["model"] = {"reference": absolute(model), "weights": None if weights is None else str(Path(weights).resolve())}
+        place = weights if weights in (None, RANDOM) else str(Path(weights).resolve())
+        provenance["model"] = {"reference": absolute(model), "weights": place}
         model = load_model(model, provenance["model"]["weights"], task)
     elif weights is not None:
         raise InvalidSetting(f"The weights {weights} go with a model's reference, and a network was given. Load them into it yourself.")
@@ -44,6 +47,11 @@ def follow_model(
     if isinstance(data, str):
         provenance |= {"data": {"reference": absolute(data)}, "preprocessing": preprocessing.to_json()}
     return model, preprocessing, provenance
+
+
+def notes_of(provenance: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the entry of a report that says what is particular about where its network came from; none where nothing is."""
+    return {"notes": [DRAWN]} if provenance.get("model", {}).get("weights") == RANDOM else {}
 
 
 def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:

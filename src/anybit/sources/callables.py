@@ -4,13 +4,17 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from anybit.errors import AnybitError, InvalidSetting, MissingPackage
+from anybit.files.strict import in_words
 
 
 def absolute(reference: str) -> str:
@@ -39,7 +43,7 @@ def load_callable(reference: str, option: str) -> Callable:
     """Import the function that `package.module:function` or `path/to/file.py:function` names."""
     place, separator, name = reference.rpartition(":")
     if not separator or not place or not name:
-        raise InvalidSetting(f"{option} {reference!r} cannot be read. Write package.module:function or path/to/file.py:function.")
+        raise InvalidSetting(f"{option} {reference!r} cannot be read. Write {_readings(reference, option)}.")
     try:
         module = _import_file(Path(place), option) if place.endswith(".py") else importlib.import_module(place)
     except ImportError as error:
@@ -54,6 +58,15 @@ def load_callable(reference: str, option: str) -> Callable:
     if not callable(function):
         raise InvalidSetting(f"{option} {reference}: {place} has no function {name!r}.")
     return function
+
+
+def _readings(reference: str, option: str) -> str:
+    """Return what `reference` may be meant for."""
+    written = "package.module:function or path/to/file.py:function"
+    if option != "--model" or not re.fullmatch(r"[\w.-]+", reference) or reference.endswith(".py"):
+        return written
+    own = f"hf:{reference}, " if Path(reference).is_dir() else ""
+    return f"{own}torchvision:{reference} or timm:{reference} for a network of theirs, else {written}"
 
 
 def _import_file(path: Path, option: str) -> ModuleType:
@@ -75,12 +88,41 @@ def _import_file(path: Path, option: str) -> ModuleType:
 
 
 def import_optional(module: str, package: str, what: str) -> Any:
-    """Import a package that is one of anybit's extras; `what` needs it."""
+    """Import a package that is one of anybit's extras; `what` needs it.
+
+    Raise MissingPackage with the command that installs it, or that replaces a build which does not fit the others.
+    """
     try:
         return importlib.import_module(module)
     except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another build of torch
-        why = " ".join(str(error).split())
-        raise MissingPackage(f"{what} needs {package}, which does not import ({why}): run `pip install {package}`.") from error
+        why = in_words(error).rstrip(".")
+        lacking = _lacking(error)
+        if lacking == module.partition(".")[0]:
+            raise MissingPackage(f"{what} needs {package}, which is not installed: run `pip install {package}`.") from error
+        if lacking is not None:
+            raise MissingPackage(f"{what} needs {package}, which needs {lacking} ({why}): run `pip install {lacking}`.") from error
+        raise MissingPackage(f"{what} needs {package}, which is installed and does not import ({why}). {_cure(package)}") from error
+
+
+def _lacking(error: Exception) -> str | None:
+    """Return the package that is not installed, where that is the error."""
+    top = (getattr(error, "name", None) or "").partition(".")[0]
+    return top if isinstance(error, ModuleNotFoundError) and top and importlib.util.find_spec(top) is None else None
+
+
+def _cure(package: str) -> str:
+    """Return the command that makes builds fit: those of torch and of what is compiled for it are installed together."""
+    versions = {}
+    for name in ("torch", "torchvision"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    if package not in ("timm", "torchvision") or len(versions) < 2:
+        return f"Install it anew: run `pip install --force-reinstall {package}`."
+    there = " and ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"Builds of torch and torchvision go in pairs, and these are {there}: run `pip install --force-reinstall torch torchvision`, with "
+        "the --index-url that torch is from where that was one of its own."
+    )
 
 
 def code_of(function: Callable) -> str:
