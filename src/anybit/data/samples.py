@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -80,7 +81,7 @@ def _parts(count: int, size: int) -> list[list[int]]:
     starts = list(range(0, count, size))
     if size > 1 and len(starts) > 1 and count - starts[-1] == 1:
         starts.pop()
-    return [list(range(start, end)) for start, end in zip(starts, [*starts[1:], count], strict=True)]
+    return [list(range(start, end)) for start, end in pairwise([*starts, count])]
 
 
 def _lengths(dataset: Any) -> Sequence[int] | None:
