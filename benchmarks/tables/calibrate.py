@@ -239,6 +239,7 @@ def stages_section() -> str:
 
 
 SECTIONS = {
-    "UNIFORM": uniform_section, "LADDER": ladder_section, "SOLVER": solver_section, "MIXED": mixed_section, "SMALL": small_section, "SCATTER": scatter_section,
+    "UNIFORM": uniform_section, "LADDER": ladder_section, "SOLVER": solver_section, "MIXED": mixed_section, "SMALL": small_section,
+    "SCATTER": scatter_section,
     "SPEED": speed_section, "EFFICIENTNET": efficientnet_section, "ALLOCATION": allocation_section, "STAGES": stages_section,
 }  # fmt: skip
