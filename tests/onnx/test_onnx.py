@@ -648,8 +648,9 @@ def test_a_convolution_that_pads_with_its_input_computes_on_integers(mode, preci
     graphs = exported(canonical, batch)
     verdict = verdict_of(canonical, graphs, batch, tmp_path)
     assert not verdict.failures and set(verdict.kernels) == {"a", "b"}
-    if precision == "W8A8":
-        assert max(flipped_codes(canonical.model, graphs, batch).values()) < 0.01
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
 
 
 class Standardized(nn.Conv2d):
