@@ -15,6 +15,8 @@ from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, MissingPack
 
 ZOOS = {"torchvision": "torchvision", "timm": "timm", "hf": "transformers"}
 """Prefix of `--model` -> the package that it needs."""
+RANDOM = "random"
+"""What `--weights` calls weights that are drawn."""
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")
 
 
@@ -38,6 +40,12 @@ def check_file(path: str | Path) -> None:
         raise InvalidFile(f"{path} is a folder. Name a file.")
     if not path.is_file():
         raise InvalidFile(f"{path} is not there.{near_path(path)}")
+
+
+def check_weights(path: str | Path) -> None:
+    """Raise InvalidFile where there is no such file, unless the weights are to be drawn."""
+    if path != RANDOM:
+        check_file(path)
 
 
 def check_there(path: str | Path) -> None:
