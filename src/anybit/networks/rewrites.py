@@ -5,7 +5,6 @@ a layer for each: a Linear or a convolution that holds the weight, a Matmul, or 
 `Rewrite`, which a run's file holds, so that a network loaded without inputs can be rewritten alike.
 """
 
-import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from anybit.data.batches import Batch, call, evaluating, tensors_in
 from anybit.networks.calls import Calls, CallSite, observed_calls
 from anybit.networks.contractions import contraction, is_transposed, weight_rows_of
+from anybit.networks.copies import copied
 from anybit.networks.functions import ARGUMENTS, ATTENTION, PRODUCTS, SEEN_THROUGH, FunctionCall, call_layers
 from anybit.networks.layer_types import COVERED
 from anybit.networks.layers import float_bias, float_weight
@@ -101,13 +101,13 @@ def rewritten(model: nn.Module, example: Batch) -> nn.Module:
         return model
     batches = (example, example.head(1))
     try:
-        passes = [observed_calls(copy.deepcopy(model), batch) for batch in batches]
+        passes = [observed_calls(copied(model), batch) for batch in batches]
         plan = _Plan(*passes)
         if not plan.rewrite.calls:
             return model
         result = rewritten_as(model, plan.rewrite)
         _load(result, plan.values)
-        outputs = [_run(copy.deepcopy(result), batch) for batch in batches]
+        outputs = [_run(copied(result), batch) for batch in batches]
     except Exception:  # of a forward, whatever it likes: the pass that every network is observed in says what
         return model
     return result if all(_alike(new, one.outputs) for new, one in zip(outputs, passes, strict=True)) else model
@@ -125,7 +125,7 @@ def rewritten_as(model: nn.Module, rewrite: Rewrite) -> nn.Module:
     """
     if rewrite_of(model) is not None:
         return model
-    model = copy.deepcopy(model)
+    model = copied(model)
     _leave_fused_paths(model)
     check_names([*rewrite.calls, *map(owner_of, rewrite.layers)], [name for name, _ in model.named_modules()], "The model")
     check_names(rewrite.dropped, [name for name, _ in model.named_parameters(remove_duplicate=False)], "The model")
