@@ -4,6 +4,7 @@ import json
 import socket
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError
 from urllib.error import URLError
 
@@ -46,7 +47,9 @@ def library(monkeypatch):
     models = types.ModuleType("torchvision.models")
     models.get_model, models.list_models = get_model, lambda: ["zeroed", "resnet18"]
     models.get_model_builder = lambda name: Zeroed
-    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    package = types.ModuleType("torchvision")
+    package.__spec__ = ModuleSpec("torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision", package)
     monkeypatch.setitem(sys.modules, "torchvision.models", models)
     monkeypatch.setattr(libraries, "_hub_answers", lambda when: True)
 
@@ -58,7 +61,7 @@ def test_weights_that_cannot_be_fetched_are_one_sentence_with_two_remedies(libra
 
 
 def test_an_unknown_name_is_refused_with_similar_ones(library):
-    with pytest.raises(InvalidSetting, match=r"Unknown model resnet81\. There are resnet18\."):
+    with pytest.raises(InvalidSetting, match=r"has no network of this name\. Did you mean resnet18\?"):
         load_model("torchvision:resnet81")
 
 
@@ -86,12 +89,8 @@ def test_a_function_of_ones_own_takes_no_random_weights():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050.lamb_in1k"])
-def test_a_bare_name_is_answered_with_where_networks_have_names(name, tmp_path, monkeypatch):
+def test_a_bare_name_is_answered_with_where_networks_have_names(name):
     with pytest.raises(InvalidSetting, match=rf"torchvision:{name} or timm:{name}"):
-        load_model(name)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / name).mkdir()
-    with pytest.raises(InvalidSetting, match=rf"hf:{name}"):
         load_model(name)
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import Chain, make, pictures
+from networks import Chain, TwoInputs, make, pictures
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
+from anybit.data.batches import call
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
 from anybit.sources.callables import code_of, load_callable
 from anybit.sources.inputs import as_samples, load_data
@@ -53,7 +54,7 @@ def test_a_function_of_a_file_or_a_package_is_the_network(script):
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("{}", "cannot be read. Write package"), ("{}:", "cannot be read"), (":net", "cannot be read"), ("net", "cannot be read"),
+        ("{}", "mine.py:net"), ("{}:", "cannot be read"), (":net", "cannot be read"), ("net", "timm:net"),
         ("{}:nets", "has no function 'nets'"), ("nowhere.py:net", "no file nowhere.py"), ("no_such_package:net", "no_such_package"),
         ("{}:number", "returned a int, not a torch.nn.Module"), ("math:pi", "no function 'pi'"),
     ],

@@ -12,7 +12,7 @@ from anybit.allocation.frontier import Frontier
 from anybit.budget import BYTES, QUANTITIES, Budget, Cost, Costs
 from anybit.errors import InvalidFile
 from anybit.reports.words import human_bytes, human_count
-from anybit.runs.folder import runs_in
+from anybit.runs.folder import check_one
 from anybit.runs.names import REPORT, SEARCH, SUPERNET_JSON
 from anybit.runs.records import Amounts, LayerRow, Record, SearchRecord, Table
 from anybit.runs.report import read_record, read_search
@@ -39,9 +39,7 @@ def explain(run: str | Path, layer: str) -> dict[str, Any]:
     of the layers, with near matches.
     """
     folder = Path(run)
-    if runs_in(folder):
-        names = ", ".join(one.name for one in runs_in(folder))
-        raise InvalidFile(f"{folder} holds several runs: {names}. Name one of them: {runs_in(folder)[0]}.")
+    check_one(folder)
     record = read_record(folder)
     explanation: dict[str, Any] = {"run": str(run), "layer": layer, "road": record.road}
     if (folder / SUPERNET_JSON).is_file():

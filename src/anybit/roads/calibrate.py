@@ -1,6 +1,5 @@
 """The calibrate road: from a trained network, a few hundred inputs and a budget to a low-bit network."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,13 +9,13 @@ import torch
 from torch import nn
 
 from anybit.allocation.choice import Choice, Judge, check_feasible
-from anybit.budget import DROP, LATENCY, Budget, cost_quantities
+from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
 from anybit.data.batches import check_finite
 from anybit.data.samples import Samples, draw, mirrored, split
 from anybit.data.tasks import Metric, check_labels, outputs_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
-from anybit.errors import InvalidSetting, UnsupportedModel
+from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache, digest
 from anybit.methods.table import rounding_named
 from anybit.networks.candidates import apply_scheme
@@ -82,14 +81,8 @@ def calibrate(
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
     options = CalibrateSettings.of(**settings)
-    budgets: list[Budget | None]
-    if several := isinstance(budget, Sequence) and not isinstance(budget, str):
-        budgets = [Budget.parse(one) for one in budget]
-    else:
-        budgets = [Budget.parse(budget) if budget else None]
-    twice = [text for text, count in Counter(map(str, budgets)).items() if count > 1]
-    if twice:
-        raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
+    several = budget is not None and not isinstance(budget, (str, Budget))
+    budgets = [None] if budget is None else list(parse_budgets([budget] if isinstance(budget, (str, Budget)) else budget))
     model, preprocessing, provenance = follow_model(model, weights, data, preprocessing, options.task)
     samples = draw(samples_from(data, workers, preprocessing, model), options.samples, options.seed).on(device)
     if test is None:

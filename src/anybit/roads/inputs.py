@@ -20,9 +20,10 @@ from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
 from anybit.sources.inputs import samples_from
-from anybit.sources.libraries import DRAWN, RANDOM
+from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.references import RANDOM
 from anybit.supernets.supernet import Supernet
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anybit.budget import SIZE
@@ -19,41 +18,6 @@ if TYPE_CHECKING:
 
 SWITCHES = ("parallel", "sequential", "bias_tuning")
 """Steps that the pipeline turns on or off where the user does not."""
-
-
-def load_metric(reference: str) -> Any:
-    """The function that a reference names."""
-    from anybit.sources.callables import load_callable
-
-    return load_callable(reference, "--metric")
-
-
-@documented
-@dataclass(frozen=True)
-class RunOptions(Settings):
-    """Options of a run that are not among its recorded settings."""
-
-    output: Path | None = option(None, "The run folder to write.")
-    model: str | None = option(
-        None, "The network: package.module:function, FILE.py:function, hf:FOLDER or NAME, timm:NAME, torchvision:NAME."
-    )
-    weights: str | None = option(None, "State dict to load into it (.safetensors, .pt, .pth).")
-    data: str | None = option(
-        None, "Inputs: a folder of images, FILE.npz, FILE.npz#test, texts (.tsv, .csv, .jsonl, .txt), FILE.py:function."
-    )
-    train: str | None = option(None, "Labelled training data, named as for --data elsewhere.")
-    test: str | None = option(None, "Labelled data for the report; nothing is chosen on it.")
-    budget: tuple[str, ...] | None = option(
-        None, "4bit, 120kB, 12.5%, bops=2.1G, latency=3ms, loss=0.02, drop=1%; join with commas, or repeat.", text=NAMES, repeat=True
-    )
-    metric: Any = option(
-        None, "FILE.py:function of (outputs, labels), higher is better: reported, and what drop= counts.", text=Text(load_metric)
-    )
-    cache: bool = option(True, "Keep results of stages and take them up again, from the user's cache directory.")
-    workers: int = option(0, "Processes that load data; changes speed alone.", least=0)
-    threads: int | None = option(None, "Processor threads (default: PyTorch's choice).", least=1)
-    device: str = option("cpu", "Where to compute: cpu, cuda, cuda:1, ...")
-    overwrite: bool = option(False, "Replace a finished run.", switch=True)
 
 
 @documented
@@ -166,3 +130,11 @@ class GrowSettings(Settings):
     csq: CSQSettings = field(default_factory=CSQSettings)
     lsq: LSQSettings = field(default_factory=LSQSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+
+
+def check_subnet(budget: Any, scheme: Any, polish: bool, data: Any) -> None:
+    """Raise InvalidSetting where it is not said which subnet is extracted, or polishing has no inputs."""
+    if (budget is None) == (scheme is None):
+        raise InvalidSetting("Say which subnet: a budget, or a scheme.")
+    if polish and data is None:
+        raise InvalidSetting("Polishing needs inputs: give training data with --data.")

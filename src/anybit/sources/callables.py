@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,7 +42,7 @@ def load_callable(reference: str, option: str) -> Callable:
     """Import the function that `package.module:function` or `path/to/file.py:function` names."""
     place, separator, name = reference.rpartition(":")
     if not separator or not place or not name:
-        raise InvalidSetting(f"{option} {reference!r} cannot be read. Write {_readings(reference, option)}.")
+        raise InvalidSetting(f"{option} {reference!r} cannot be read. Write package.module:function or path/to/file.py:function.")
     try:
         module = _import_file(Path(place), option) if place.endswith(".py") else importlib.import_module(place)
     except ImportError as error:
@@ -58,15 +57,6 @@ def load_callable(reference: str, option: str) -> Callable:
     if not callable(function):
         raise InvalidSetting(f"{option} {reference}: {place} has no function {name!r}.")
     return function
-
-
-def _readings(reference: str, option: str) -> str:
-    """Return what `reference` may be meant for."""
-    written = "package.module:function or path/to/file.py:function"
-    if option != "--model" or not re.fullmatch(r"[\w.-]+", reference) or reference.endswith(".py"):
-        return written
-    own = f"hf:{reference}, " if Path(reference).is_dir() else ""
-    return f"{own}torchvision:{reference} or timm:{reference} for a network of theirs, else {written}"
 
 
 def _import_file(path: Path, option: str) -> ModuleType:

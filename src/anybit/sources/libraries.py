@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,8 @@ from anybit.errors import InvalidSetting
 from anybit.files.strict import in_words
 from anybit.progress import tell
 from anybit.sources.callables import import_optional
+from anybit.sources.references import RANDOM, near
 
-RANDOM = "random"
-"""What `--weights` calls weights that are drawn."""
 PATIENCE = 10.0
 """Seconds that a server may take to answer."""
 MEMORY = 60.0
@@ -33,9 +31,10 @@ MEMORY = 60.0
 
 @dataclass(frozen=True)
 class Library:
-    """A library of networks: its function of (name, whether with the weights that it publishes), and its names."""
+    """A library of networks: its function of (name, whether with the weights that it publishes), whether it has a name, and its names."""
 
     make: Callable[[str, bool], Any]
+    has: Callable[[str], bool]
     names: Callable[[], list[str]]
 
 
@@ -46,35 +45,26 @@ def library_model(library: str, name: str, weights: str | None) -> nn.Module:
     fetched.
     """
     reference = f"--model {library}:{name}"
-    found = LIBRARIES[library](reference)
+    source = LIBRARIES[library](reference)
+    if not source.has(name):
+        raise InvalidSetting(f"{reference}: {library} has no network of this name.{near(name, source.names())}")
     if weights == RANDOM:
-        return lively(lambda: _made(found, name, reference), reference)
+        return lively(lambda: source.make(name, False), reference)
     if weights is not None:
-        return _made(found, name, reference)
+        return source.make(name, False)
     try:
         with hurried():
-            return found.make(name, True)
+            return source.make(name, True)
     except Exception as error:
-        _made(found, name, reference)  # an unknown name is refused here
         raise InvalidSetting(
             f"{reference}: its weights cannot be fetched ({in_words(error).rstrip('.')}). Give a file of them with --weights FILE, or draw "
             f"some for a look at layers, sizes and speed with --weights {RANDOM}."
         ) from error
 
 
-def _made(library: Library, name: str, reference: str) -> nn.Module:
-    """Make the network without fetching weights. Raise InvalidSetting naming similar ones where there is none."""
-    try:
-        return library.make(name, False)
-    except Exception as error:
-        near = get_close_matches(name, library.names(), 3)
-        also = f" There are {', '.join(near)}." if near else ""
-        raise InvalidSetting(f"{reference} cannot be made: {in_words(error).rstrip('.')}.{also}") from error
-
-
 def _timm(reference: str) -> Library:
     timm = import_optional("timm", "timm", reference)
-    return Library(lambda name, pretrained: timm.create_model(name, pretrained=pretrained), timm.list_models)
+    return Library(lambda name, pretrained: timm.create_model(name, pretrained=pretrained), timm.is_model, timm.list_models)
 
 
 def _torchvision(reference: str) -> Library:
@@ -85,7 +75,7 @@ def _torchvision(reference: str) -> Library:
             return models.get_model(name, weights="DEFAULT")
         return models.get_model(name, weights=None, **_no_backbone(models, name))
 
-    return Library(make, models.list_models)
+    return Library(make, lambda name: name.lower() in models.list_models(), models.list_models)
 
 
 def _no_backbone(models: Any, name: str) -> dict[str, None]:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import nn
 
-from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
+from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch, naming
 from anybit.files.strict import in_words
 from anybit.networks.layers import unwrapped
 from anybit.sources.callables import call_user_function, import_optional, load_callable
-from anybit.sources.libraries import LIBRARIES, RANDOM, library_model
+from anybit.sources.libraries import LIBRARIES, library_model
 from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.references import RANDOM, check_file, check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +27,8 @@ def load_model(reference: str, weights: str | None = None, task: str | None = No
     Weights called "random" are drawn, of networks of timm, torchvision and Hugging Face. `task` chooses the head of a Hugging Face model;
     None takes the one that it was saved with.
     """
+    with naming("--model"):
+        check_model(reference)
     kind, _, name = reference.partition(":")
     if kind == "hf":
         model = huggingface("models", f"--model {reference}").load(name, task, weights == RANDOM)
@@ -74,8 +77,8 @@ def with_model_defaults(preprocessing: Preprocessing, model: nn.Module) -> Prepr
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a state dict strictly; raises SchemeMismatch naming the first keys that differ. Nothing in the file is executed."""
-    if not path.is_file():
-        raise InvalidFile(f"Weights file {path} is not there.")
+    with naming("--weights"):
+        check_file(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
