@@ -143,9 +143,8 @@ class NamedArrays(Dataset):
         return min(map(len, self.arrays.values()))
 
     def __getitem__(self, index: int):
-        batch = self.__getitems__([index])
-        inputs = {name: tensor[0] for name, tensor in batch.inputs.items()}
-        return inputs if batch.labels is None else (inputs, batch.labels[0])
+        inputs, labels = {name: one[index] for name, one in self.arrays.items()}, _labels(self.y, [index])
+        return inputs if labels is None else (inputs, labels[0])
 
     def __getitems__(self, indices: list[int]) -> Batch:
         inputs = {name: one.__getitems__(indices).inputs for name, one in self.arrays.items()}

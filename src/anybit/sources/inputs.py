@@ -33,8 +33,8 @@ def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), wo
             raise InvalidSetting("--size and --resize apply to image folders; pictures in arrays are used as they are.")
         x, y = _read_arrays(Path(path), subset, model)
         mean, std = preprocessing.mean, preprocessing.std
-        dataset = NamedArrays(x, y, mean, std) if isinstance(x, dict) else ArrayDataset(x, y, mean, std)
-        return _read_by(model, Samples(dataset, y is not None, workers))
+        arrays = NamedArrays(x, y, mean, std) if isinstance(x, dict) else ArrayDataset(x, y, mean, std)
+        return _read_by(model, Samples(arrays, y is not None, workers))
     if Path(path).is_dir():
         dataset = ImageFolder(Path(path), preprocessing)
         return _read_by(model, Samples(dataset, dataset.labelled, workers))
