@@ -247,7 +247,7 @@ def _errors_in_words(errors: Mapping[str, Any], row: LayerRow) -> list[str]:
     alone = errors["candidates"].get(str(row.precision.weight_bits))
     parts = [("the layer alone, at these weight bits", alone)] if alone else []
     parts += [(f"{unit}, in the chosen scheme", one) for unit, one in errors["units"].items()]
-    return [f"AdaQuant on {what}: relative error {one['before']:.3g} before, {one['after']:.3g} after." for what, one in parts]
+    return [f"Fitted {what}: relative error {one['before']:.3g} before, {one['after']:.3g} after." for what, one in parts]
 
 
 def _step(move: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from anybit.networks.refusals import check_rows, once_a_batch
 from anybit.networks.states import restore
 from anybit.progress import tell
 from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, follow_model, notes_of, on_device, task_for
-from anybit.roads.keys import MATCHING, PARALLEL, SENSITIVITY, cached_candidates, key_of_run, keyed_by_settings, open_cache, settle
+from anybit.roads.keys import MATCHING, PARALLEL, SENSITIVITY, SOLVING, cached_candidates, key_of_run, keyed_by_settings, open_cache, settle
 from anybit.roads.latencies import measured_latencies, with_latencies
 from anybit.roads.memory import OBSERVED, check_memory, samples_at_once
 from anybit.roads.polish import polish_scheme
@@ -41,6 +41,7 @@ from anybit.roads.steps import (
     range_candidates,
     reconstructed_candidates,
     sensitivity_table,
+    solved_candidates,
 )
 from anybit.scheme import Scheme
 from anybit.settings import takes
@@ -138,6 +139,11 @@ def prepare_bench(
         cache = key_of_run(cache, network, calibration, [*references, reference], settings)
     with clock.stage("ranges"):
         ranged = candidates = cached_candidates(cache, "ranges", network, lambda: range_candidates(network, calibration, settings))
+    cache = keyed_by_settings(cache, settings, SOLVING)
+    if settings.solver != "none":
+        with clock.stage("solution of candidates"):
+            solve = partial(solved_candidates, network, ranged, calibration, settings)
+            candidates = cached_candidates(cache, "solution of candidates", network, solve)
     cache = keyed_by_settings(cache, settings, MATCHING)
     targets: Mapping[str, Any] = {}
     matched = None

@@ -9,7 +9,7 @@ from anybit.data.options import TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
 from anybit.methods.settings import CSQSettings, LSQSettings
-from anybit.methods.table import GROW_METHODS, ROUNDINGS
+from anybit.methods.table import GROW_METHODS, ROUNDINGS, SOLVERS
 from anybit.scheme import BITS, FLOAT, KEEP, PRECISION, Precision
 from anybit.settings import NAMES, Settings, Text, documented, option, same_as
 
@@ -33,7 +33,7 @@ class CalibrateSettings(Settings):
         dict, "PATTERN=W8A8 or PATTERN=float: pin layers; patterns match whole names.", text=KEEP, repeat=True
     )
     pipeline: str = option("advanced", "light: no back-propagation.", choices=("advanced", "light"))
-    parallel: bool | None = option(None, "AdaQuant at every candidate bit-width before the allocation.")
+    parallel: bool | None = option(None, "AdaQuant at every candidate bit-width before the allocation (default: without a solver alone).")
     sequential: bool | None = option(None, "AdaQuant on the chosen scheme.")
     bn_tuning: bool = option(True, "Batch-norm tuning.")
     bias_tuning: bool | None = option(None, "Bias tuning on the outputs.")
@@ -48,6 +48,7 @@ class CalibrateSettings(Settings):
         None, "Name the blocks instead of finding them; repeat.", text=NAMES, flag="--block", repeat=True
     )
     rounding: str = option("adaquant", "How a reconstruction rounds weights.", choices=tuple(ROUNDINGS))
+    solver: str = option("gptq", "How codes are chosen in closed form, before any training.", choices=tuple(SOLVERS))
     start: str | None = option(
         None, "Where sequential AdaQuant starts: ranges, or matched statistics (default: parallel AdaQuant's codes, else ranges).",
         choices=("ranges", "matched"),
@@ -88,6 +89,8 @@ class CalibrateSettings(Settings):
     def does(self, step: str) -> bool:
         """Whether `step` runs: its switch, or what the pipeline has."""
         switch = getattr(self, step)
+        if step == "parallel" and switch is None and self.solver != "none":
+            return False  # the solver's candidates are as good in a hundredth of the time
         return self.pipeline == "advanced" if switch is None else switch
 
     def to_json(self) -> dict[str, Any]:
@@ -97,6 +100,8 @@ class CalibrateSettings(Settings):
     def recorded(cls, report: Mapping[str, Any]) -> Any:
         report = next(iter(report["budgets"].values())) if "budgets" in report else report
         settings = super().recorded(report)
+        if settings and "solver" not in settings:  # a run from before there was one
+            settings = {**settings, "solver": "none"}
         if settings and settings.get("parallel") and not report.get("candidate_errors"):  # the pipeline's: it found no layer with a choice
             settings = {**settings, "parallel": None}
         return settings
