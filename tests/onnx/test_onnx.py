@@ -653,6 +653,16 @@ def test_a_convolution_that_pads_with_its_input_computes_on_integers(mode, preci
     assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
 
 
+def test_a_layer_on_constants_is_computed_once(tmp_path):
+    def function(s, x):
+        places = torch.arange(6, dtype=torch.float32)[None] / 6
+        return s.b(torch.sin(s.a(x)) + torch.sin(s.of_places(places)))
+
+    canonical, batch = odd(function, (6,), a=nn.Linear(6, 8), of_places=nn.Linear(6, 8), b=nn.Linear(8, 4))
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and verdict.floats["of_places"] == "it does not depend on the inputs, and was computed once"
+
+
 class Dynamic(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, self.weight - x.mean(), self.bias)
