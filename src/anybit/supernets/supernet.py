@@ -21,6 +21,7 @@ from anybit.networks.canonical import Canonical
 from anybit.networks.cost import CostModel
 from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.layers import float_weight
+from anybit.networks.rewrites import rewrite_of
 from anybit.networks.states import leftovers
 from anybit.runs.fingerprint import write_fingerprint
 from anybit.runs.folder import new_folder
@@ -224,6 +225,7 @@ def write_supernet(folder: Path, supernet: Supernet) -> None:
     tensors = {name: torch.cat([part.detach().cpu() for part in parts]).contiguous() for name, parts in shared.items() if parts}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
     tensors |= {key: tensor.detach().cpu().contiguous().clone() for key, tensor in others.items()}
+    rewrite = rewrite_of(supernet.model)
     file = SupernetFile(
         layers={
             name: SupernetLayer(**row, macs=supernet.costs.layers[name].macs, per_channel=method.settings.per_channel)
@@ -231,6 +233,7 @@ def write_supernet(folder: Path, supernet: Supernet) -> None:
         },
         folded=dict(supernet.norms),
         edges=list(supernet.edges),
+        functions=None if rewrite is None else rewrite.model_dump(),
         subnets=[known.scheme.to_json() for known in supernet.known],
         settings=supernet.settings.to_json(),
         task=supernet.task,
@@ -241,4 +244,4 @@ def write_supernet(folder: Path, supernet: Supernet) -> None:
     file.sha256 = sha256_of(folder / SUPERNET)
     if supernet.example is not None:
         file.fingerprint = write_fingerprint(folder, fingerprint_of(supernet.lowest_subnet(), supernet.example))
-    write_json(folder / SUPERNET_JSON, file.model_dump())
+    write_json(folder / SUPERNET_JSON, file.to_json())
