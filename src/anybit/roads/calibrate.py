@@ -10,6 +10,7 @@ from torch import nn
 
 from anybit.allocation.choice import Choice, Judge, check_feasible
 from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
+from anybit.calls import public
 from anybit.data.batches import check_finite
 from anybit.data.samples import Samples, draw, mirrored, split
 from anybit.data.tasks import Metric, check_labels, outputs_of
@@ -50,6 +51,7 @@ from anybit.sources.inputs import samples_from
 from anybit.sources.preprocessing import Preprocessing
 
 
+@public
 @takes(CalibrateSettings)
 @torch.inference_mode(False)
 def calibrate(
@@ -82,8 +84,9 @@ def calibrate(
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
     options = CalibrateSettings.of(**settings)
-    several = budget is not None and not isinstance(budget, (str, Budget))
-    budgets = [None] if budget is None else list(parse_budgets([budget] if isinstance(budget, (str, Budget)) else budget))
+    several = isinstance(budget, Sequence) and not isinstance(budget, str)
+    asked = list(budget) if isinstance(budget, Sequence) and not isinstance(budget, str) else [budget]
+    budgets = [None] if budget is None else list(parse_budgets(one for one in asked if one is not None))
     model, preprocessing, provenance = follow_model(model, weights, data, preprocessing, options.task)
     samples = draw(samples_from(data, workers, preprocessing, model), options.samples, options.seed).on(device)
     if test is None:

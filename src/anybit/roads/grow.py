@@ -12,6 +12,7 @@ from torch import nn
 
 from anybit.allocation.choice import check_feasible
 from anybit.budget import Budget
+from anybit.calls import public
 from anybit.data.batches import Batch, check_finite, tensors_in
 from anybit.data.samples import Samples, draw
 from anybit.data.tasks import Metric, guess_task, outputs_of
@@ -149,6 +150,7 @@ def soft_and_frozen(
     }
 
 
+@public
 @takes(GrowSettings)
 @torch.inference_mode(False)
 def grow(

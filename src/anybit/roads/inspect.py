@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from anybit.calls import public
 from anybit.data.batches import Batch
 from anybit.errors import InvalidInput
 from anybit.networks.layers import float_weight
@@ -17,6 +18,7 @@ from anybit.sources.inputs import samples_from
 from anybit.sources.models import adapted_network
 
 
+@public
 @takes(CalibrateSettings)
 def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, Any]:
     """Layers, shapes, what is covered, and what each bit-width would cost.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from anybit.calls import public
 from anybit.data.options import TASK_NAMES
 from anybit.errors import AnybitError, InvalidFile
 from anybit.files.strict import in_words, read_tensors
@@ -134,6 +135,7 @@ def _load(layer: QuantizedLayer, tensors: LayerTensors) -> None:
         inputs.offsets.copy_(zeros.view_as(inputs.offsets) / inputs.highest())
 
 
+@public
 def load_supernet(folder: str | Path, model: nn.Module | str | None = None) -> Supernet:
     """Return the supernet that `train` or `search` saved; `model` as for `load`."""
     folder = Path(folder)
