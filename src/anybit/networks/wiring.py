@@ -6,8 +6,8 @@ after each layer, every tensor's readers, the joins, the blocks, and the shapes 
 """
 
 import operator
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -30,7 +30,8 @@ FUNCTIONS = {
 JOINS = {"add", "sub", "mul", "cat", "concat", "concatenate", "stack"}
 RESHAPES = {
     "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "getitem", "chunk", "split",
-    "expand", "narrow", "dropout", "detach", "clone", "to", "float", "type", "t", "T", "movedim", "unflatten",
+    "expand", "narrow", "reshape_as", "view_as", "expand_as", "type_as", "dropout", "detach", "clone", "to", "float", "type", "t", "T", "movedim",
+    "unflatten",
 }  # fmt: skip
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": F.relu, "relu6": F.relu6, "hardtanh": F.hardtanh, "silu": F.silu, "gelu": F.gelu, "hardswish": F.hardswish,
@@ -92,8 +93,8 @@ class Wiring:
     """Layer -> what is around it in the forward and would not be when it is run alone (vmap, autocast, gradients)."""
     read_weights: frozenset[str] = frozenset()
     """Layers whose weight or bias something besides them reads."""
-    channels_last: frozenset[str] = frozenset()
-    """Layers whose output has its channels in the last dimension."""
+    channels_second: dict[int, str] = field(default_factory=dict)
+    """Value that a batch norm reads -> the layer whose channels, all of them and in order, are its second dimension."""
 
     @cached_property
     def _by_name(self) -> dict[str, Operation]:
@@ -137,13 +138,16 @@ class Wiring:
         return list(dict.fromkeys(op.name for op in self.operations if op.kind == LAYER))
 
     def batch_norm_after(self, layer: str) -> str | None:
-        """Return the batch norm that alone reads this layer's output, both called once; None where there is none."""
-        reader = self.only_reader(self.operation(layer).outputs[0])
+        """Return the batch norm that alone reads this layer's output and normalizes its channels, both called once; None where there is
+        none."""
+        value = self.operation(layer).outputs[0]
+        reader = self.only_reader(value)
+        while reader is not None and reader.kind in RESHAPES and len(reader.outputs) == 1:
+            (value,) = reader.outputs
+            reader = self.only_reader(value)
         if reader is None or reader.kind != BATCH_NORM or self.calls[layer] != 1 or self.calls[reader.name] != 1:
             return None
-        # Where channels are the last dimension, a batch norm over the second is not about them.
-        over_others = layer in self.channels_last and len(self.operation(layer).shape) > 2
-        return None if over_others else reader.name
+        return reader.name if self.channels_second.get(value) == layer else None
 
     def activation_after(self, module: str) -> Callable[[Tensor], Tensor] | None:
         """Return the activation that alone reads this module's output (seen through its batch norm), or None.
@@ -277,6 +281,8 @@ class _Observer(TorchFunctionMode):
         self.read_weights: set[str] = set()
         self.norms = {id(module) for module in model.modules() if is_norm(module)}
         self.channels_last = {name for name, module in layers if type_of(module).channels_last}
+        self.marks: dict[int, tuple[str, int, Tensor]] = {}  # value -> a layer, its number of channels, and where in the value each is
+        self.channels_second: dict[int, str] = {}
 
     def begin(self, batch: Batch) -> None:
         self.input_values = tuple(self._new_value(tensor) for tensor in tensors_in(batch.inputs))
@@ -291,7 +297,7 @@ class _Observer(TorchFunctionMode):
         return Wiring(
             tuple(self.operations), self.calls, self.module_outputs,
             self.input_values, given_out, batch_size, self.classes, self.input_shapes, self.module_inputs, frozenset(self.escaped),
-            self.surroundings, frozenset(self.read_weights), frozenset(self.channels_last),
+            self.surroundings, frozenset(self.read_weights), self.channels_second,
         )  # fmt: skip
 
     def hooks(self) -> ExitStack:
@@ -340,15 +346,25 @@ class _Observer(TorchFunctionMode):
             tensors = tensors_in(made)
             if not tensors and kind not in ESCAPES:  # a shape, a type, a device: most calls
                 return output
-            arguments = tensors_in((args, kwargs))
+            arguments = tensors_in((args[:1] if kind.endswith("_as") else args, kwargs))  # of the other a shape or a type
             reads = [tensor for tensor in arguments if id(tensor) in self.values]
             makes = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
             self.read_weights.update(self.weights[id(tensor)] for tensor in arguments if id(tensor) in self.weights)
             if not makes:
                 self.escaped.update(self.values[id(tensor)] for tensor in reads)
             if reads and makes:
-                self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, (args, kwargs), made, _activation(kind, args, kwargs))
+                marked = self.marks.get(self.values[id(reads[0])]) if kind in RESHAPES else None
+                self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, arguments, made, _activation(kind, args, kwargs))
+                if marked is not None:
+                    self._mark(marked, tensors, func, args, kwargs)
         return output
+
+    def _mark(self, marked: tuple[str, int, Tensor], outputs: list[Tensor], func, args: tuple, kwargs: dict) -> None:
+        """Reshape the marks of what an operation has read as it has reshaped its values."""
+        layer, count, marks = marked
+        with suppress(Exception):  # where the values are no first argument, they are lost sight of
+            moved = tensors_in(func(marks, *args[1:], **kwargs))
+            self.marks |= {self.values[id(output)]: (layer, count, mark) for output, mark in zip(outputs, moved, strict=True)}
 
     def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> None:
         inputs = tuple(self.values[id(tensor)] for tensor in tensors_in(arguments) if id(tensor) in self.values)
@@ -361,6 +377,13 @@ class _Observer(TorchFunctionMode):
         self.operations.append(Operation(name, kind, owner, inputs, outputs, shape, function))
         if tensors:
             self._show(name, tensors[0])
+        if kind == LAYER and len(tensors) == 1 and tensors[0].dim() > 1:
+            dimension = -1 if name in self.channels_last else 1
+            self.marks[outputs[0]] = name, tensors[0].shape[dimension], _channels(tensors[0].shape, dimension)
+        if kind == BATCH_NORM and inputs and inputs[0] in self.marks:
+            layer, count, marks = self.marks[inputs[0]]
+            if marks.shape[1:2] == (count,) and torch.equal(marks, _channels(marks.shape, 1)):
+                self.channels_second[inputs[0]] = layer
 
     def _show(self, name: str, tensor: Tensor) -> None:
         if self.on_value:
@@ -374,6 +397,13 @@ class _Observer(TorchFunctionMode):
         self.values[id(tensor)] = self.made
         self.made += 1
         return self.made - 1
+
+
+def _channels(shape: Sequence[int], dimension: int) -> Tensor:
+    """Return the number of the channel at each place of a tensor with its channels in `dimension`: a view of few numbers."""
+    places = [1] * len(shape)
+    places[dimension] = -1
+    return torch.arange(shape[dimension], dtype=torch.float32).view(places).expand(*shape)
 
 
 def _surroundings(tensor: Tensor) -> str | None:
