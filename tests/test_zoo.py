@@ -43,7 +43,7 @@ def test_lively_norms_scale_and_shift_channels_apart_and_hold_the_inputs_statist
     nn.init.zeros_(network[1].weight)  # as the last norm of a residual block is left
     enliven(network, inputs, 0)
     norm = network[1]
-    assert norm.weight.min() >= 0.5 and norm.weight.std() > 0.05 and norm.bias.std() > 0.05
+    assert norm.weight.min() >= 0.3 and norm.weight.std() > 0.05 and norm.bias.std() > 0.05
     seen = network[0](inputs).transpose(0, 1).flatten(1)
     assert (norm.running_mean - seen.mean(1)).abs().max() < 0.5 * seen.std(1).max()
     assert (norm.running_var / seen.var(1)).log().abs().max() < 1

@@ -2,6 +2,10 @@
 
 A constructor leaves gammas at one, shifts, position tables and layer scales at zero: a fold that forgets one of them, or a channel that is
 scaled wrongly, would not show. Matrices keep the constructor's values, unless these are so small that a block adds next to nothing.
+
+Shifts of batch norms are about as large as what they shift. Around zero, each norm and activation makes what differs between two inputs
+larger, and a deep chain of them turns float32's own rounding into noise, as no trained network does (measured with noise of 0.1 % on every
+layer's output: at the output 8,000 times as much of Inception-v4, 180 of MobileNetV2; so 49 and 5).
 """
 
 import math
@@ -38,8 +42,10 @@ def _lively(module: nn.Module, name: str, parameter: Tensor, generator: torch.Ge
     vector, norm = sum(size > 1 for size in parameter.shape) < 2, "norm" in type(module).__name__.lower()
     constant = parameter.numel() > 0 and bool((parameter == parameter.flatten()[0]).all())
     if vector and norm:
-        shift = "bias" in name or "beta" in name
-        return normal(0.2) if shift else uniform(-0.5, 0.5) if offset else uniform(0.5, 1.5)
+        batch = getattr(module, "running_var", None) is not None
+        if "bias" in name or "beta" in name:
+            return 1 + normal(0.5) if batch else normal(0.2)
+        return uniform(0.3, 0.9) if batch else uniform(-0.5, 0.5) if offset else uniform(0.5, 1.5)
     if not constant:
         return parameter if vector else _wide_enough(module, name, parameter)
     if "bias" in name or not vector:  # a table: positions, relative positions, queries

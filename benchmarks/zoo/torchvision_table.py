@@ -15,8 +15,8 @@ CLASSIFICATION: dict[str, dict[str, Any]] = {
     "densenet121": {},
     "efficientnet_b0": {},
     "efficientnet_v2_s": {},
-    "googlenet": {"init_weights": False},
-    "inception_v3": {"init_weights": False},
+    "googlenet": {"init_weights": False, "aux_logits": False},
+    "inception_v3": {"init_weights": False, "aux_logits": False},
     "mnasnet0_5": {},
     "mobilenet_v2": {},
     "mobilenet_v3_small": {},
@@ -87,6 +87,5 @@ NETWORKS: dict[str, ZooNetwork] = {
     "r3d_18": ZooNetwork(partial(build, "r3d_18"), pictures(32, frames=8)),
     "r2plus1d_18": ZooNetwork(partial(build, "r2plus1d_18"), pictures(32, frames=8)),
     "mc3_18": ZooNetwork(partial(build, "mc3_18"), pictures(32, frames=8)),
-    "s3d": ZooNetwork(partial(build, "s3d"), pictures(224, frames=14)),
     "swin3d_t": ZooNetwork(partial(build, "swin3d_t"), pictures(64, frames=4)),
 }

@@ -20,7 +20,7 @@ from onnx import numpy_helper
 from torch import nn
 
 import anybit
-from anybit.data.batches import call, evaluating
+from anybit.data.batches import Batch, call, evaluating
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
 from anybit.networks.layers import fill, quantized_layers
 from anybit.numerics.quantizers import UniformQuantizer
@@ -550,6 +550,55 @@ def test_unusual_graphs_are_carried(function, layers, shape, tables, precision, 
         simulated = canonical.model(batch.inputs)
     assert not verdict.failures
     assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
+@exactly
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.AvgPool2d(3, 2, padding=1, ceil_mode=True), 14),
+        (nn.AvgPool2d(3, 2, ceil_mode=True), 14),
+        (nn.AvgPool2d(3, 2, padding=1, ceil_mode=True, count_include_pad=False), 14),
+        (nn.MaxPool2d(3, 2, padding=1, ceil_mode=True), 14),
+        (nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1, groups=2), 9),
+        (nn.ConvTranspose2d(8, 8, 3, stride=2, padding=1, output_padding=1, groups=8), 9),
+    ],
+    ids=["padded mean", "mean", "mean without padding", "maximum", "grouped transposed", "depthwise transposed"],
+)
+def test_windows_over_the_edge_are_computed_as_simulated(layer, size, tmp_path):
+    canonical, batch = odd(lambda s, x: s.c(s.b(F.relu(s.a(x)))), (3, size, size), a=conv(3, 8), b=layer, c=conv(8, 4, 1))
+    graphs = exported(canonical, batch)
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert not verdict_of(canonical, graphs, batch, tmp_path).failures
+    assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.02 * simulated.norm()
+
+
+class Typed(nn.Module):
+    """Types of tokens gathered from a buffer that is wider than the texts, as BERT's and RoBERTa's are."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.types, self.head = nn.Embedding(30, 16), nn.Embedding(2, 16), nn.Linear(16, 3)
+        self.register_buffer("type_ids", torch.zeros(1, 80, dtype=torch.long))
+
+    def forward(self, tokens):
+        types = torch.gather(self.type_ids, 1, torch.arange(tokens.shape[1])[None])
+        return self.head(torch.tanh(self.words(tokens) + self.types(types.expand(tokens.shape[0], -1))).mean(1))
+
+
+def test_an_operator_without_a_form_of_its_own_is_interpreted(tmp_path, capfd):
+    torch.manual_seed(0)
+    batch = Batch(torch.randint(0, 30, (16, 22)))
+    canonical = canonical_of(Typed().eval(), batch, lambda layer: Precision.parse("W8" if layer != "head" else "W8A8"))
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and not verdict.skipped and capfd.readouterr() == ("", "")
+
+
+@exactly
+def test_a_clamp_of_floats_is_not_taken_for_one_of_codes(tmp_path):
+    canonical, batch = odd(lambda s, x: F.normalize(s.b(F.relu(s.a(x)))), (6,), a=nn.Linear(6, 8), b=nn.Linear(8, 4))
+    assert not verdict_of(canonical, exported(canonical, batch), batch, tmp_path).failures
 
 
 class Standardized(nn.Conv2d):

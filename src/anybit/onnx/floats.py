@@ -5,15 +5,13 @@ exporters translate into slow or wrong graphs. Tidying changes no value:
 
   * a mean over all of a picture becomes a global average pool, which runtimes have for integers;
   * zero padding before a convolution becomes the convolution's own;
+  * average pools count padding only where they have some;
   * nodes that compute a layer carry the layer's name.
 """
 
 import ast
 import inspect
-import logging
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,9 +25,10 @@ from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache
 from anybit.networks.layers import float_weight
 from anybit.networks.wiring import observe
-from anybit.onnx.graphs import cached_graph, forget_graph
+from anybit.onnx.graphs import cached_graph, forget_graph, quiet
 from anybit.onnx.operators import LAYER_OPERATORS, layer_operator
 from anybit.onnx.traces import graph_digest, state_of
+from anybit.onnx.unoptimized import run_unoptimized
 from anybit.onnx.values import constant, maker, name_of, operand
 
 OPSET, IR_VERSION = 21, 10
@@ -108,7 +107,7 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None) -> ir.Model:
     )
     settings = {"dynamic_shapes": shapes, "opset_version": OPSET, "optimize": False, "verbose": False}
     try:
-        with _quiet(), torch.no_grad():  # a forward that turns gradients off stays one graph
+        with quiet(), torch.no_grad():  # a forward that turns gradients off stays one graph
             program = torch.onnx.export(plain, **passed, dynamo=True, **settings)
     except Exception as error:  # the exporter's own errors are of many kinds
         raise UnsupportedModel(f"The network cannot be exported to ONNX: {_reason(error)}") from error
@@ -127,19 +126,7 @@ def _tidy(graph: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
     _name_layers(graph, weights)
     _pool_means(graph)
     _merge_padding(graph)
-
-
-@contextmanager
-def _quiet():
-    """Silence the exporter's warnings, which are about itself."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    _count_no_padding(graph)
 
 
 def _reason(error: BaseException) -> str:
@@ -234,26 +221,27 @@ def _merge_padding(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
 
 
+def _count_no_padding(model: ir.Model) -> None:
+    """Take `count_include_pad` from average pools that pad nothing: with `ceil_mode`, integer kernels count what lies beyond the end."""
+    for node in model.graph:
+        pads = node.attributes["pads"].as_ints() if "pads" in node.attributes else []
+        if node.op_type == "AveragePool" and not any(pads) and "auto_pad" not in node.attributes:
+            node.attributes.pop("count_include_pad", None)
+
+
 # Values
 
 
 def values_on(model: ir.Model, inputs: Sequence[Tensor]) -> dict[str, np.ndarray]:
     """Compute every float value of the graph on these inputs, in the runtime without optimizations."""
-    import onnxruntime
-
     shown = ir.from_proto(ir.to_proto(model))
     shown_names = {name_of(value) for value in shown.graph.outputs}
     for node in shown.graph:
         new = [value for value in node.outputs if name_of(value) not in shown_names and isinstance(value.type, ir.TensorType)]
         shown.graph.outputs.extend(value for value in new if value.dtype == ir.DataType.FLOAT)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(ir.to_proto(shown).SerializeToString(), options, providers=["CPUExecutionProvider"])
     feeds = {name_of(value): tensor.numpy() for value, tensor in zip(model.graph.inputs, inputs, strict=True)}
     names = [name_of(value) for value in shown.graph.outputs]
-    return feeds | dict(zip(names, session.run(names, feeds), strict=True))
+    return feeds | dict(zip(names, run_unoptimized(shown, feeds, names), strict=True))
 
 
 def ranges_on(model: ir.Model, inputs: Sequence[Tensor], size: int) -> dict[str, tuple[float, float]]:

@@ -5,8 +5,11 @@ zeros, merges those that are equal). Weights are put in by name and the graph is
 hundredths of a second where an export takes seconds. So a kept graph gives the same bytes as a new one.
 """
 
+import logging
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -45,8 +48,22 @@ def cached_graph(key: str | None, export: Callable[[], ir.Model], state: Mapping
     model = (Cache() if key is None else cache.keyed(key))(NAME, make, read)
     _write_out_norms(model.graph)
     program = torch.onnx.ONNXProgram(model, None)
-    program.optimize()
+    with quiet():
+        program.optimize()
     return program.model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the exporter's and its optimizer's warnings, which are about themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _write_out_norms(graph: ir.Graph) -> None:

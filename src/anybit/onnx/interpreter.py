@@ -8,11 +8,13 @@ The graph is read as its Q/DQ nodes say, and an operator between quantizers is c
     concatenation         each part's codes taken to the output's grid
     maximum, reshape, ... on the codes
 
-Rounding is half to even. Everything else is computed in float32 by the reference implementation of its operator, and said to be so.
+Rounding is half to even. Everything else is computed in float32 by the runtime's kernel of that operator alone, on what this reference made
+of all before it, and said to be so: `floats.check_graph` holds those kernels against the network.
 Sums are exact: float32 where no partial sum can leave 24 bits, float64 else.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybit.errors import UnsupportedModel
-from anybit.onnx.floats import IR_VERSION, OPSET
+from anybit.onnx.unoptimized import run_node
 from anybit.onnx.values import maker, name_of, numbers
 
 f32 = np.float32
@@ -31,8 +33,8 @@ f32 = np.float32
 Operator = Callable[[list[Any], Mapping[str, Any]], Any]
 """operator(inputs, settings) -> its result; None where it has no form of its own here."""
 
-ARITHMETIC = {"Conv", "Gemm", "MatMul", "Add", "Mul", "GlobalAveragePool", "AveragePool"}
-"""Operators whose float form a runtime may compute in another order."""
+ARITHMETIC = {"Add", "Mul", "GlobalAveragePool"}
+"""Operators with a float form of their own here, which a runtime may compute in another order."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def interpret(model: ir.Model, inputs: Mapping[str, Tensor], runtime: Mapping[st
     for name, value in model.graph.initializers.items():
         held[name] = _tensor(numbers(value))
         constants.add(name)
+    versions = model.graph.opset_imports[""], model.ir_version
     for node in model.graph:
         operands = [None if value is None else held[name_of(value)] for value in node.inputs]
         if node.op_type != "QuantizeLinear":
@@ -128,10 +131,10 @@ def interpret(model: ir.Model, inputs: Mapping[str, Tensor], runtime: Mapping[st
         if fixed:
             constants.update(name_of(value) for value in node.outputs)
         settings = {name: attribute.value for name, attribute in node.attributes.items()}
-        operator = _OPERATORS.get(node.op_type)
+        operator = _OPERATORS.get(node.op_type) if len(node.outputs) == 1 else None
         results = [] if operator is None else [operator(operands, settings)]
         if not results or results[0] is None:
-            results = _in_float(node, [None if value is None else _plain(value) for value in operands])
+            results = _in_float(node, [None if value is None else _plain(value) for value in operands], versions)
             arithmetic = not fixed and any(result.is_floating_point() for result in results)
         else:
             arithmetic = not fixed and node.op_type in ARITHMETIC and isinstance(results[0], Tensor)
@@ -174,25 +177,14 @@ def _plain(value: Any) -> Tensor:
     return value
 
 
-def _in_float(node: ir.Node, inputs: list[Tensor | None]) -> list[Tensor]:
-    """Run one operator by its reference implementation: a graph of it alone, whose inputs have types and shapes."""
-    from onnx import TensorProto, helper, numpy_helper
-    from onnx.reference import ReferenceEvaluator
-
-    operands = zip(node.inputs, inputs, strict=True)
-    arrays = {name_of(value): tensor.numpy() for value, tensor in operands if value is not None and tensor is not None}
-    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in arrays.items()}
-    takes = [helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in arrays.items() if array.size > 1]
-    fixed = [numpy_helper.from_array(array, name) for name, array in arrays.items() if array.size <= 1]
-    makes = [helper.make_tensor_value_info(name_of(value), TensorProto.FLOAT, None) for value in node.outputs]
-    graph = helper.make_graph([ir.to_proto(node)], "one", takes, makes, fixed)
+def _in_float(node: ir.Node, inputs: list[Tensor | None], versions: tuple[int, int]) -> list[Tensor]:
+    """Run one operator by the runtime's own kernel."""
     try:
-        alone = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-        feeds = {info.name: arrays[info.name] for info in takes}
-        return [torch.from_numpy(np.asarray(array)) for array in ReferenceEvaluator(alone).run(None, feeds)]
-    except Exception as error:  # the reference has gaps of many kinds
+        arrays = run_node(node, [None if tensor is None else tensor.contiguous().numpy() for tensor in inputs], versions)
+    except Exception as error:  # of many kinds
         reason = " ".join(str(error).split())[:200]
         raise UnsupportedModel(f"{node.name}: operator {node.op_type} cannot be interpreted: {reason}") from error
+    return [torch.from_numpy(array) for array in arrays]
 
 
 # Quantizers
@@ -238,16 +230,16 @@ def _scaled(total: Tensor, inputs: list[Any], channel: int) -> Pending:
     return Pending(lambda sy, zy: _rounded(total.float() * (along / sy), zy), lambda: total.float() * along, True)
 
 
-def _convolution(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
-    if not all(isinstance(value, Codes) for value in inputs if value is not None):
-        return _float_convolution(inputs, settings)
+def _convolution(inputs: list[Any], settings: Mapping[str, Any]) -> Pending | None:
+    if not _all_codes(inputs):
+        return None
     x, weight = inputs[:2]
     spatial, group = weight.codes.dim() - 2, settings.get("group", 1)
-    pads = settings.get("pads", [0] * 2 * spatial)
-    padding = [pads[axis + end * spatial] for axis in reversed(range(spatial)) for end in (0, 1)]
+    strides, dilations = (settings.get(key, [1] * spatial) for key in ("strides", "dilations"))
+    padding = _padding(settings, x.codes.shape[2:], weight.codes.shape[2:], strides, dilations)
     function = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
     total = _exact(
-        lambda a, b: function(F.pad(a, padding), b, None, settings.get("strides", 1), 0, settings.get("dilations", 1), group),
+        lambda a, b: function(F.pad(a, padding), b, None, strides, 0, dilations, group),
         x.offsets(), weight.offsets(), weight.codes[0].numel(),
     )  # fmt: skip
     if len(inputs) > 2:
@@ -255,19 +247,31 @@ def _convolution(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
     return _scaled(total, inputs, 1)
 
 
-def _float_convolution(inputs: list[Any], settings: Mapping[str, Any]) -> Tensor | None:
-    x, weight = _plain(inputs[0]), _plain(inputs[1])
-    bias = _plain(inputs[2]) if len(inputs) > 2 and inputs[2] is not None else None
-    spatial = weight.dim() - 2
-    pads = settings.get("pads", [0] * 2 * spatial)
-    padding = [pads[axis + end * spatial] for axis in reversed(range(spatial)) for end in (0, 1)]
-    function = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
-    strides, dilations = settings.get("strides", 1), settings.get("dilations", 1)
-    return function(F.pad(x, padding), weight, bias, strides, 0, dilations, settings.get("group", 1))
+def _all_codes(inputs: list[Any]) -> bool:
+    return all(isinstance(value, Codes) for value in inputs if value is not None)
+
+
+def _padding(
+    settings: Mapping[str, Any], sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> list[int]:
+    """Return what a window operator pads, in the order of `F.pad`: (before, after) of each dimension, the last first."""
+    automatic, dimensions = settings.get("auto_pad", "NOTSET"), len(sizes)
+    pads = settings.get("pads", [0] * 2 * dimensions) if automatic == "NOTSET" else [0] * 2 * dimensions
+    padding: list[int] = []
+    for axis in reversed(range(dimensions)):
+        before, after = pads[axis], pads[axis + dimensions]
+        if automatic.startswith("SAME"):
+            reach = dilations[axis] * (kernel[axis] - 1) + 1
+            lacking = max((-(-sizes[axis] // strides[axis]) - 1) * strides[axis] + reach - sizes[axis], 0)
+            before, after = sorted((lacking // 2, lacking - lacking // 2), reverse=automatic == "SAME_LOWER")
+        padding += [before, after]
+    return padding
 
 
 def _linear(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
-    if not all(isinstance(value, Codes) for value in inputs):
+    if not _all_codes(inputs) or any(settings.get(key, 0) for key in ("transA", "transB")):
+        return None
+    if settings.get("alpha", 1.0) != 1.0 or settings.get("beta", 1.0) != 1.0:
         return None
     x, weight = inputs[:2]
     total = _exact(torch.matmul, x.offsets(), weight.offsets(), weight.codes.shape[-2])
@@ -311,14 +315,18 @@ def _global_average(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
     return Pending(lambda sy, zy: _rounded(total.float() * (x.scale / (sy * count)), zy), lambda: total.float() * (x.scale / count))
 
 
-def _average(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
-    x, spatial = _plain(inputs[0]), len(settings["kernel_shape"])
+def _average(inputs: list[Any], settings: Mapping[str, Any]) -> Pending | None:
+    (x,) = inputs
+    kernel, spatial = settings["kernel_shape"], len(settings["kernel_shape"])
     pads = settings.get("pads", [0] * 2 * spatial)
-    if settings.get("ceil_mode", 0) or list(pads[:spatial]) != list(pads[spatial:]) or set(settings.get("dilations", [1])) != {1}:
+    symmetric = settings.get("auto_pad", "NOTSET") == "NOTSET" and pads[:spatial] == pads[spatial:]
+    as_torch_has = set(settings.get("dilations", [1])) == {1} and all(2 * pad <= size for pad, size in zip(pads, kernel, strict=False))
+    if not isinstance(x, Codes) or not symmetric or not as_torch_has:
         return None
     function, strides = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1], settings.get("strides", [1] * spatial)
-    mean = function(x, settings["kernel_shape"], strides, pads[:spatial], False, bool(settings.get("count_include_pad", 0)))
-    return Pending(lambda sy, zy: _rounded(mean / sy, zy), lambda: mean) if isinstance(inputs[0], Codes) else mean
+    ends = bool(settings.get("ceil_mode", 0)), bool(settings.get("count_include_pad", 0))
+    mean = function(x.values(), kernel, strides, pads[:spatial], *ends)
+    return Pending(lambda sy, zy: _rounded(mean / sy, zy), lambda: mean)
 
 
 def _concatenation(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
@@ -332,19 +340,19 @@ def _concatenation(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
     return Pending(rounded, lambda: torch.cat([source.values() for source in inputs], axis))
 
 
-def _maximum(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
-    (x,) = inputs
-    plain = _plain(x)
+def _maximum(inputs: list[Any], settings: Mapping[str, Any]) -> Tensor:
+    plain = _plain(inputs[0])
     kernel, spatial = settings["kernel_shape"], len(settings["kernel_shape"])
-    pads, dilations = settings.get("pads", [0] * 2 * spatial), settings.get("dilations", [1] * spatial)
-    strides = settings.get("strides", [1] * spatial)
-    padding = []
-    for axis in reversed(range(spatial)):
-        before, after = pads[axis], pads[axis + spatial]
-        if settings.get("ceil_mode", 0):  # as much again as lets the last, incomplete window be whole
-            length = plain.shape[axis + 2] + before + after - (dilations[axis] * (kernel[axis] - 1) + 1)
-            after += -length % strides[axis]
-        padding += [before, after]
+    strides, dilations = (settings.get(key, [1] * spatial) for key in ("strides", "dilations"))
+    padding = _padding(settings, plain.shape[2:], kernel, strides, dilations)
+    if settings.get("ceil_mode", 0):  # as much again as lets the last window be whole, if it begins before the padding behind the numbers
+        for axis in range(spatial):
+            place = 2 * (spatial - 1 - axis)
+            before, after = padding[place : place + 2]
+            length = plain.shape[axis + 2] + before
+            rest = -(length + after - (dilations[axis] * (kernel[axis] - 1) + 1)) % strides[axis]
+            begins = length + after + rest - (dilations[axis] * (kernel[axis] - 1) + 1)
+            padding[place + 1] += rest if begins < length else 0
     function = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[spatial - 1]
     padded = F.pad(plain.float(), padding, value=-torch.inf)
     return function(padded, kernel, strides, 0, dilations).to(plain.dtype)
@@ -362,27 +370,35 @@ def _reshape(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
     return x.reshape(shape)
 
 
-def _slice(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
-    starts, ends, *more = (tensor.tolist() for tensor in rest)
-    axes = more[0] if more else range(len(starts))
-    steps = more[1] if len(more) > 1 else [1] * len(starts)
+def _flatten(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
+    axis = settings.get("axis", 1)
+    axis = axis if axis >= 0 else axis + x.dim()
+    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
+
+
+def _slice(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor | None:
+    starts, ends = (tensor.tolist() for tensor in rest[:2])
+    axes, steps = [None if tensor is None else tensor.tolist() for tensor in [*rest[2:], None, None][:2]]
+    if steps is not None and min(steps, default=1) < 0:  # whose ends are other than Python's
+        return None
     index = [slice(None)] * x.dim()
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        index[axis] = slice(start, end, step)
-    return torch.from_numpy(np.ascontiguousarray(x.numpy()[tuple(index)]))
+    for place, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        index[place if axes is None else axes[place]] = slice(start, end, 1 if steps is None else steps[place])
+    return x[tuple(index)].contiguous()
 
 
 def _pad(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor | None:
-    if settings.get("mode", "constant") != "constant" or len(rest) > 2:
+    pads, value, axes = [*rest, None, None][:3]
+    if settings.get("mode", "constant") != "constant" or axes is not None or bool((pads < 0).any()):
         return None
-    begins, ends = np.split(rest[0].numpy(), 2)
-    value = 0 if len(rest) < 2 or rest[1] is None else rest[1].item()
-    return torch.from_numpy(np.pad(x.numpy(), list(zip(begins, ends, strict=True)), constant_values=value))
+    begins, ends = np.split(pads.numpy(), 2)
+    filled = 0 if value is None else value.item()
+    return torch.from_numpy(np.pad(x.numpy(), list(zip(begins, ends, strict=True)), constant_values=filled))
 
 
 def _clip(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
-    low, high = (None if index >= len(rest) or rest[index] is None else rest[index].item() for index in (0, 1))
-    return x.clamp(low, high)
+    low, high = (None if value is None else value.item() for value in [*rest, None, None][:2])
+    return x if low is None and high is None else x.clamp(low, high)
 
 
 def _cast(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor | None:
@@ -391,7 +407,7 @@ def _cast(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor | N
 
 
 def _squeeze(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
-    return x.squeeze(tuple(rest[0].tolist())) if rest else x.squeeze()
+    return x.squeeze(tuple(rest[0].tolist())) if rest and rest[0] is not None else x.squeeze()
 
 
 def _unsqueeze(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
@@ -421,7 +437,7 @@ _OPERATORS: dict[str, Operator] = {
     "Concat": _concatenation,
     "MaxPool": _maximum,
     "Reshape": _moved(_reshape),
-    "Flatten": _moved(lambda x, rest, settings: x.flatten(settings.get("axis", 1)) if settings.get("axis", 1) else None),
+    "Flatten": _moved(_flatten),
     "Transpose": _moved(lambda x, rest, settings: x.permute(*settings.get("perm", range(x.dim())[::-1])).contiguous()),
     "Slice": _moved(_slice),
     "Pad": _moved(_pad),

@@ -30,7 +30,7 @@ from anybit.onnx.values import constant, maker, makers, name_of, numbers, operan
 MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice", "Pad"}
 CLAMPS = {"Relu", "Clip"}
 JOINT = {"Add", "Mul", "Concat", "GlobalAveragePool", "AveragePool"}
-"""Operators besides layers that runtimes compute on integers."""
+"""Operators besides layers that runtimes compute on integers (`on_integers` says which of them)."""
 ELEMENTWISE = {
     "Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Log", "Abs", "Neg", "Min", "Max", "Reciprocal", "Floor", "Ceil", "Round", "Erf",
     "Sigmoid", "Tanh", "Gelu", "HardSwish", "HardSigmoid", "LeakyRelu", "Elu", "Selu", "Celu", "Mish", "Softplus", "Softsign",
@@ -158,11 +158,8 @@ class _Planner:
             node = ahead.pop()
             for other in [*makers(node), *(reader for value in node.outputs for reader in self.readers(value))]:
                 kind = other.op_type
-                if (
-                    name_of(other) not in reached
-                    and kind in MOVES | CLAMPS | JOINT | ELEMENTWISE
-                    and other.metadata_props.get(LAYER) is None
-                ):
+                passes = kind in MOVES | CLAMPS | ELEMENTWISE or on_integers(other)
+                if name_of(other) not in reached and passes and other.metadata_props.get(LAYER) is None:
                     reached.add(name_of(other))
                     ahead.append(other)
         return reached
@@ -205,7 +202,7 @@ class _Planner:
         not."""
         convolved: set[str] = set()
         for node in self.graph:
-            passes = node.op_type in MOVES | CLAMPS | JOINT or name_of(node.outputs[0]) in self.functions
+            passes = node.op_type in MOVES | CLAMPS or on_integers(node) or name_of(node.outputs[0]) in self.functions
             if (self._is_layer(node) and node.op_type == "Conv") or (
                 passes and any(name_of(before) in convolved for before in makers(node))
             ):
@@ -216,7 +213,7 @@ class _Planner:
         if self._is_layer(reader):
             return True
         passes = reader.op_type in MOVES | CLAMPS or name_of(reader.outputs[0]) in self.functions
-        return name_of(reader) in reaching and (passes or (reader.op_type in JOINT and _on_codes(reader)))
+        return name_of(reader) in reaching and (passes or (on_integers(reader) and _on_codes(reader)))
 
     def _value(self, name: str) -> ir.Value:
         return self.values[name]
@@ -300,7 +297,7 @@ class _Planner:
         if name_of(node.outputs[0]) in self.functions or not _on_codes(node) or name_of(node) not in self.reaching & self.convolved:
             return False
         pooling = node.op_type in ("GlobalAveragePool", "AveragePool")
-        return name_of(node) in touching and node.op_type in JOINT and (pooling or len(dynamic) == len(node.inputs))
+        return name_of(node) in touching and on_integers(node) and (pooling or len(dynamic) == len(node.inputs))
 
     def _quantizer(self, root: str, members: Collection[str], layers: Iterable[ir.Node], shared: bool) -> Affine:
         own = self._own(members, layers)
@@ -320,6 +317,15 @@ class _Planner:
             for value, affine in zip(node.inputs, self.plan.inputs[node.metadata_props[LAYER]], strict=False)
             if name_of(value) in members
         }
+
+
+def on_integers(node: ir.Node) -> bool:
+    """Return whether runtimes compute the operator, which is no layer, on integers, and rightly so.
+
+    Of an average pool with `ceil_mode` that counts padding they divide windows beyond the end by the whole kernel.
+    """
+    counts_beyond = all(key in node.attributes and node.attributes[key].as_int() for key in ("ceil_mode", "count_include_pad"))
+    return node.op_type in JOINT and not counts_beyond
 
 
 def _on_codes(node: ir.Node) -> bool:

@@ -160,7 +160,7 @@ def _readers(model: ir.Model, name: str) -> str:
 
 def _served(node: ir.Node) -> str:
     """Return the first named operator at or after a node."""
-    while not node.name or node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip"):
+    while not node.name or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         uses = [use.node for value in node.outputs for use in value.uses()]
         if not uses:
             break
@@ -170,7 +170,7 @@ def _served(node: ir.Node) -> str:
 
 def _place(node: ir.Node | None) -> str:
     """Return the layer or operator that a node belongs to: its own name, or that of the nearest named one before it."""
-    while node is not None and (not node.name or node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip")):
+    while node is not None and (not node.name or node.op_type in ("QuantizeLinear", "DequantizeLinear")):
         node = next((value.producer() for value in node.inputs if value is not None and constant(value) is None), None)
     return "the input" if node is None else name_of(node)
 
@@ -269,7 +269,7 @@ def with_codes(model: ir.Model) -> ir.Model:
     shown = ir.from_proto(ir.to_proto(model))
     for node in shown.graph:
         value, table = node.outputs[0], constant(node.inputs[0]) if node.op_type == "Gather" else None
-        makes_codes = node.op_type in ("QuantizeLinear", "Clip") or (table is not None and table.dtype == np.uint8)
+        makes_codes = node.op_type == "QuantizeLinear" or (table is not None and table.dtype == np.uint8)
         if makes_codes and node.name and not value.is_graph_output() and any(constant(v) is None for v in node.inputs if v):
             value.type = ir.TensorType(ir.DataType.UINT8)
             shown.graph.outputs.append(value)

@@ -20,8 +20,9 @@ from anybit.networks.layers import Pruned, codes_of, float_weight, from_rows, qu
 from anybit.numerics.quantizers import frozen
 from anybit.onnx.floats import BIAS, IR_VERSION, LAYER, OPSET
 from anybit.onnx.operators import layer_operator
-from anybit.onnx.plan import MOVES, Affine, Plan
+from anybit.onnx.plan import JOINT, MOVES, Affine, Plan, on_integers
 from anybit.onnx.storage import stored
+from anybit.onnx.unoptimized import run_unoptimized
 from anybit.onnx.values import maker, name_of, numbers, operand
 
 TWO_BIT_VERSIONS = (25, 13)
@@ -206,10 +207,11 @@ class _Writer:
 
     def _copied(self, node: ir.Node) -> ir.Value:
         """Copy the node, on the new graph's values."""
-        copy = ir.Node(
-            node.domain, node.op_type, [self._operand(value) for value in node.inputs], list(node.attributes.values()),
-            num_outputs=len(node.outputs), name=node.name,
-        )  # fmt: skip
+        operands = [self._operand(value) for value in node.inputs]
+        if node.op_type in JOINT and not on_integers(node):
+            operands[0] = self._apart(self._required(node.inputs[0]))
+        attributes = list(node.attributes.values())
+        copy = ir.Node(node.domain, node.op_type, operands, attributes, num_outputs=len(node.outputs), name=node.name)
         self.taken |= {name_of(value) for value in node.outputs}
         for new, old in zip(copy.outputs, node.outputs, strict=True):
             new.name, new.shape, new.type = name_of(old), old.shape, old.type
@@ -267,7 +269,8 @@ class _Writer:
     def _apart(self, value: ir.Value) -> ir.Value:
         """Return the same numbers, behind an operator that runtimes do not see through.
 
-        ONNX Runtime quantizes the float weights of a layer that stands between quantizers, unasked.
+        ONNX Runtime quantizes the float weights of a layer that stands between quantizers, unasked, and computes an operator there on
+        integers wherever it can.
         """
         source = value.producer()
         rounded = source is not None and source.op_type == "DequantizeLinear"
@@ -437,9 +440,7 @@ def with_room(codes: torch.Tensor, scale: np.ndarray, bias: np.ndarray, bits: in
 
 
 def evaluated(graph: ir.Graph, base: str, output: ir.Value, values: np.ndarray) -> np.ndarray:
-    """Evaluate the nodes between value `base` and `output` on `values`, by the reference implementation of the operators."""
-    from onnx.reference import ReferenceEvaluator
-
+    """Evaluate the nodes between value `base` and `output` on `values`."""
     between: set[str] = set()
     ahead: list[ir.Value | None] = [output]
     while ahead:
@@ -466,8 +467,7 @@ def evaluated(graph: ir.Graph, base: str, output: ir.Value, values: np.ndarray) 
         copies.append(copy)
     constants = [value for value in known.values() if value.const_value is not None]
     function = ir.Graph([start], [known[name_of(output)]], nodes=copies, initializers=constants, opset_imports={"": OPSET}, name="function")
-    evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(function, ir_version=IR_VERSION)))
-    return np.asarray(evaluator.run(None, {base: values})[0])  # type: ignore[index]  # its stub allows a dict, which `run` does not return
+    return run_unoptimized(ir.Model(function, ir_version=IR_VERSION), {base: values})[0]
 
 
 def _shaped(layer: nn.Module, rows: torch.Tensor, transposed: bool) -> np.ndarray:

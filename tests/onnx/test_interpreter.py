@@ -1,0 +1,273 @@
+"""The integer reference computes what the runtime does: every operator that it has a form of and others, at every setting, on numbers and
+on codes between quantizers."""
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from anybit.onnx.file import session
+from anybit.onnx.floats import IR_VERSION, OPSET
+from anybit.onnx.interpreter import _OPERATORS, interpret
+from anybit.onnx.verification import lacks_exact_kernels
+
+exactly = pytest.mark.skipif(lacks_exact_kernels() is not None, reason=f"bitwise equality: {lacks_exact_kernels()}")
+
+EXACT = {"Conv", "Gemm", "MatMul", "Add", "Mul", "Concat", "GlobalAveragePool", "MaxPool"}
+"""What runtimes compute on codes as integers, and the reference to the bit."""
+MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad", "Gather", "Expand", "Identity"}
+
+
+class Built:
+    """A graph of one operator on what `draw` gives, and what it is run on; `on_codes` where quantizers stand before and after it."""
+
+    def __init__(self, draw):
+        self.draw, self.random = draw, np.random.default_rng(draw(st.integers(0, 2**16)))
+        self.inputs, self.constants, self.nodes, self.feeds = [], [], [], {}
+        self.on_codes = False
+
+    def pick(self, *choices):
+        return self.draw(st.sampled_from(choices))
+
+    def count(self, least, most):
+        return self.draw(st.integers(least, most))
+
+    def counts(self, least, most, size):
+        return self.draw(st.lists(st.integers(least, most), min_size=size, max_size=size))
+
+    def shape(self, least=1, most=4, smallest=1):
+        return self.draw(st.lists(st.integers(smallest, 4), min_size=least, max_size=most))
+
+    def x(self, shape):
+        """An operand that depends on the input."""
+        name = f"x{len(self.inputs)}"
+        self.feeds[name] = self.random.normal(0, 3, shape).astype(np.float32)
+        self.inputs.append(ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT)))
+        return self.dequantized(self.quantized(self.inputs[-1])) if self.on_codes else self.inputs[-1]
+
+    def constant(self, array, kind=None):
+        tensor = ir.tensor(np.asarray(array, kind), name=f"c{len(self.constants)}")
+        self.constants.append(ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor))
+        return self.constants[-1]
+
+    def integers(self, array):
+        return self.constant(array, np.int64)
+
+    def node(self, kind, inputs, settings):
+        node = ir.node(kind, inputs, settings, name=f"{kind.lower()}.{len(self.nodes)}")
+        node.outputs[0].name = f"v{len(self.nodes)}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def quantized(self, value):
+        grid = [self.constant(self.random.uniform(0.01, 0.1), np.float32), self.constant(self.random.integers(0, 256), np.uint8)]
+        return self.node("QuantizeLinear", [value, *grid], {})
+
+    def dequantized(self, codes):
+        return self.node("DequantizeLinear", [codes, *self.nodes[-1].inputs[1:]], {})
+
+    def weight(self, shape, axis):
+        """A layer's weight; of an integer layer codes, and after it a bias of int32 codes."""
+        if not self.on_codes:
+            return [self.constant(self.random.normal(size=shape), np.float32), *self.bias(shape[axis])]
+        size, unit = shape[axis], self.nodes[-1].inputs[1]
+        scale, zeros = self.constant(self.random.uniform(0.01, 0.1, size), np.float32), self.constant(np.zeros(size), np.int8)
+        codes = self.constant(self.random.integers(-128, 128, shape), np.int8)
+        weight = self.node("DequantizeLinear", [codes, scale, zeros], {"axis": axis})
+        bias = self.constant(self.random.integers(-500, 500, size), np.int32)
+        units = self.constant(scale.const_value.numpy() * unit.const_value.numpy(), np.float32)
+        return [weight, self.node("DequantizeLinear", [bias, units, self.constant(np.zeros(size), np.int32)], {"axis": 0})]
+
+    def bias(self, size):
+        return [self.constant(self.random.normal(size=size), np.float32)] if self.pick(False, True) else []
+
+    def model(self, outputs):
+        graph = ir.Graph(self.inputs, outputs, nodes=self.nodes, initializers=self.constants, opset_imports={"": OPSET}, name="one")
+        return ir.Model(graph, ir_version=IR_VERSION)
+
+
+def windows(built, spatial):
+    """Return (settings of an operator with windows, the sizes that these slide over)."""
+    kernel, padding = built.counts(1, 3, spatial), built.pick("pads", "pads", "even", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID")
+    pads = {"auto_pad": padding}
+    if padding in ("pads", "even"):
+        begins = [built.count(0, size // 2) for size in kernel]
+        pads = {"pads": begins + (begins if padding == "even" else [built.count(0, size // 2) for size in kernel])}
+    strides = [built.count(1, size if "SAME" in padding else 3) for size in kernel]  # the runtime pads less than nothing of longer ones
+    return {"kernel_shape": kernel, "strides": strides, **pads}, built.counts(5, 8, spatial)
+
+
+def pooling(kind, built):
+    spatial = built.count(1, 3)
+    chosen, sizes = windows(built, spatial)
+    chosen["ceil_mode"] = built.count(0, 1) if "pads" in chosen else 0
+    if kind == "AveragePool":
+        chosen["count_include_pad"] = built.count(0, 1)
+        x = built.x([2, 3, *sizes])
+        wrong = chosen["ceil_mode"] and chosen["count_include_pad"]  # on integers, which the writer prevents
+        return [built.node("Max", [x], {}) if wrong else x], chosen
+    if kind == "MaxPool" and "SAME" not in chosen.get("auto_pad", ""):
+        chosen["dilations"] = built.counts(1, 2, spatial)
+    return [built.x([2, 3, *sizes])], chosen
+
+
+def convolution(kind, built):
+    spatial, group, transposed = built.count(1, 2 if built.on_codes else 3), built.pick(1, 2, 4), kind == "ConvTranspose"
+    chosen, sizes = windows(built, spatial)
+    chosen |= {"group": group}
+    if "SAME" not in chosen.get("auto_pad", ""):
+        chosen["dilations"] = built.counts(1, 2, spatial)
+    if transposed:
+        chosen = {**chosen, "auto_pad": "NOTSET"}
+        chosen["output_padding"] = [built.count(0, stride - 1) for stride in chosen["strides"]]
+        x = built.node("Max", [built.x([2, 4, *sizes])], {})  # as the writer puts it: the runtime quantizes such weights unasked
+        wide = built.count(1, 2)
+        weight = built.constant(built.random.normal(size=[4, wide, *chosen["kernel_shape"]]), np.float32)
+        return [x, weight, *built.bias(wide * group)], chosen
+    return [built.x([2, 4, *sizes]), *built.weight([built.count(1, 2) * group, 4 // group, *chosen["kernel_shape"]], 0)], chosen
+
+
+def linear(kind, built):
+    rows, inner, outer = built.counts(1, 4, 3)
+    if kind == "MatMul":
+        lead = built.shape(0, 2)
+        return [built.x([*lead, rows, inner]), built.weight([inner, outer], 1)[0]], {}
+    if built.on_codes:
+        return [built.x([rows, inner]), *built.weight([inner, outer], 1)], {}
+    turned = built.count(0, 1)
+    operands = [built.x([inner, rows] if turned else [rows, inner]), *built.weight([inner, outer], 1)]
+    return operands, {"transA": turned, "alpha": built.pick(1.0, 0.5), "beta": built.pick(1.0, 2.0)}
+
+
+def joining(kind, built):
+    shape = built.shape()
+    if kind == "Concat":
+        axis = built.count(-len(shape), len(shape) - 1)
+        sizes = [shape] + [[built.count(1, 3) if i == axis % len(shape) else size for i, size in enumerate(shape)] for _ in range(2)]
+        return [built.x(each) for each in sizes[: built.count(1, 3)]], {"axis": axis}
+    other = [built.pick(1, size) for size in shape][built.count(0, len(shape)) :]
+    operands = [built.x(shape), built.x(other)]
+    return operands if built.pick(True, False) else operands[::-1], {}
+
+
+def reshaping(kind, built):
+    shape = built.shape(2)
+    if kind == "Flatten":
+        return [built.x(shape)], {"axis": built.count(-len(shape), len(shape))}
+    if kind == "Transpose":
+        return [built.x(shape)], built.pick({}, {"perm": built.draw(st.permutations(range(len(shape))))})
+    if kind == "Squeeze":
+        shape = [built.pick(1, size) for size in shape]
+        axes = [axis - built.pick(0, len(shape)) for axis, size in enumerate(shape) if size == 1 and built.pick(True, False)]
+        return [built.x(shape), *([built.integers(axes)] if axes else [])], {}
+    if kind == "Unsqueeze":
+        total = len(shape) + built.count(1, 2)
+        axes = built.draw(st.permutations(range(total)))[: total - len(shape)]
+        return [built.x(shape), built.integers([axis - built.pick(0, total) for axis in axes])], {}
+    if kind == "Expand":
+        narrow = [built.pick(1, size) for size in shape]
+        wide = [built.count(1, 3) if size == 1 else built.pick(1, size) for size in narrow]
+        return [built.x(narrow), built.integers(built.pick([], [2]) + wide)], {}
+    sizes = built.pick([math.prod(shape[:2]), *shape[2:]], [0, *shape[1:]], [1, *shape], shape[::-1])
+    return [built.x(shape), built.integers(built.pick(sizes, [*sizes[:-1], -1]))], {}
+
+
+def taking(kind, built):
+    shape = built.shape(smallest=2)
+    some = built.draw(st.permutations(range(len(shape))))[: built.count(1, len(shape))]
+    axes = built.integers([axis - built.pick(0, len(shape)) for axis in some])
+    if kind == "Gather":
+        axis = built.count(-len(shape), len(shape) - 1)
+        index = built.random.integers(-shape[axis], shape[axis], built.pick((), (1,), (2, 2)))
+        return [built.x(shape), built.constant(index, built.pick(np.int32, np.int64))], {"axis": axis}
+    if kind == "Slice":
+        far = 2**63
+        steps = [built.pick(1, 2, -1, -2) for _ in some] if built.pick(True, False) else [1] * len(some)
+        ends = [built.pick(1, 2, 9, -1, far - 1) if step > 0 else built.pick(0, 1, -2, -far) for step in steps]
+        rest = [built.integers(built.counts(-4, 3, len(some))), built.integers(ends)]
+        return [built.x(shape), *rest, axes, *([built.integers(steps)] if set(steps) != {1} else [])], {}
+    mode, every = built.pick("constant", "constant", "reflect", "edge", "wrap"), built.pick(True, False)
+    pads = built.counts(-1 if mode == "constant" else 0, 1, 2 * len(shape if every else some))
+    value = None if mode != "constant" else built.pick(None, built.constant(0, np.float32))
+    return [built.x(shape), built.integers(pads), *([value] if every else [value, axes])], {"mode": mode}
+
+
+def clamping(kind, built):
+    ends = [built.pick(None, -1.0, 0.0), built.pick(None, 0.5, 6.0)] if kind == "Clip" else []
+    return [built.x(built.shape()), *(None if end is None else built.constant(end, np.float32) for end in ends)], {}
+
+
+def reducing(kind, built):
+    shape = built.shape(3)
+    if kind == "GlobalAveragePool":
+        return [built.x(shape)], {}
+    axes = built.draw(st.permutations(range(-len(shape), 0)))[: built.count(1, len(shape))]
+    return [built.x(shape), built.integers(axes)], {"keepdims": built.count(0, 1)}
+
+
+KINDS = {
+    "MaxPool": pooling, "AveragePool": pooling, "Conv": convolution, "ConvTranspose": convolution, "Gemm": linear, "MatMul": linear,
+    "Add": joining, "Mul": joining, "Sub": joining, "Concat": joining, "Reshape": reshaping, "Flatten": reshaping, "Transpose": reshaping,
+    "Squeeze": reshaping, "Unsqueeze": reshaping, "Expand": reshaping, "Gather": taking, "Slice": taking, "Pad": taking, "Clip": clamping,
+    "Relu": clamping, "Identity": clamping, "Max": clamping, "Softmax": clamping, "Sigmoid": clamping, "LeakyRelu": clamping,
+    "GlobalAveragePool": reducing, "ReduceMean": reducing, "ReduceMax": reducing,
+}  # fmt: skip
+
+
+def test_every_operator_with_a_form_of_its_own_is_compared():
+    assert set(_OPERATORS) - set(KINDS) == {"QuantizeLinear", "DequantizeLinear", "Cast"}
+
+
+def compared(built, output):
+    """What the reference makes of the graph's output, and what the runtime does."""
+    model = built.model([output])
+    try:
+        theirs = session(model).run(None, built.feeds)[0]
+    except Exception:  # of many kinds, for settings that the runtime refuses
+        assume(False)
+    ours = interpret(model, {name: torch.from_numpy(array) for name, array in built.feeds.items()}).values[output.name].numpy()
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_on_numbers_the_reference_is_the_runtime(kind, data):
+    built = Built(data.draw)
+    operands, chosen = KINDS[kind](kind, built)
+    output = built.node(kind, operands, chosen)
+    output.type = ir.TensorType(ir.DataType.FLOAT)
+    assert np.allclose(*compared(built, output), rtol=1e-4, atol=1e-4)
+
+
+@exactly
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_between_quantizers_the_reference_is_the_runtime(kind, data):
+    built = Built(data.draw)
+    built.on_codes = True
+    operands, chosen = KINDS[kind](kind, built)
+    output = built.quantized(built.node(kind, operands, chosen))
+    output.type = ir.TensorType(ir.DataType.UINT8)
+    ours, theirs = compared(built, output)
+    assert np.abs(ours.astype(int) - theirs).max(initial=0) <= (0 if kind in EXACT else 1)
+
+
+@exactly
+@pytest.mark.parametrize("kind", sorted(MOVES | {"MaxPool"}))
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_codes_are_moved_as_the_runtime_moves_them(kind, data):
+    built = Built(data.draw)
+    operands, chosen = KINDS[kind](kind, built)
+    codes = built.quantized(operands[0])
+    zero = [built.nodes[-1].inputs[2]] if kind == "Pad" and chosen["mode"] == "constant" and len(operands) > 2 else operands[2:3]
+    output = built.node(kind, [codes, *operands[1:2], *zero, *operands[3:]], chosen)
+    output.type = ir.TensorType(ir.DataType.UINT8)
+    assert np.array_equal(*compared(built, output))
