@@ -30,8 +30,8 @@ FUNCTIONS = {
 JOINS = {"add", "sub", "mul", "cat", "concat", "concatenate", "stack"}
 RESHAPES = {
     "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "getitem", "chunk", "split",
-    "expand", "narrow", "reshape_as", "view_as", "expand_as", "type_as", "dropout", "detach", "clone", "to", "float", "type", "t", "T", "movedim",
-    "unflatten",
+    "expand", "narrow", "reshape_as", "view_as", "expand_as", "type_as", "dropout", "detach", "clone", "to", "float", "type", "t", "T",
+    "movedim", "unflatten",
 }  # fmt: skip
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": F.relu, "relu6": F.relu6, "hardtanh": F.hardtanh, "silu": F.silu, "gelu": F.gelu, "hardswish": F.hardswish,
