@@ -173,8 +173,8 @@ def test_a_scheme_with_float_and_pruned_layers_is_reconstructed(rounding):
     assert scheme_of(case.model) == scheme and set(errors) == {"fc"}  # nothing to fit in the others
 
 
-def unit_data(model: nn.Module, name: str, inputs: torch.Tensor) -> UnitData:
-    return UnitData(capture(model, name, [Batch(inputs)], len(inputs), MemoryBudget(2**30), outputs=True), None, len(inputs))
+def unit_data(model: nn.Module, name: str, inputs: torch.Tensor) -> list[UnitData]:
+    return [UnitData(capture(model, name, [Batch(inputs)], len(inputs), MemoryBudget(2**30), outputs=True), None, len(inputs))]
 
 
 def test_errors_are_taken_after_the_activation():

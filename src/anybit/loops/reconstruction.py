@@ -9,6 +9,7 @@ loop, `reconstruct`:
     parallel     X_Q is X, the float network's input: units are independent of each other, and any mix of them can be put together
     sequential   X_Q is what the already quantized network gives the unit: for the scheme that has been chosen
 
+  * A layer that runs several times in a pass is fitted to all its calls at once.
   * Learning rates decay to zero along a cosine, which settles weights that flip between two codes.
   * Quantization may be dropped: a random share of the unit's input elements stays float, and so does a share of each inner activation
     (Wei et al., "QDrop", ICLR 2022).
@@ -31,7 +32,7 @@ from anybit.data.batches import unpadded
 from anybit.data.samples import Calibration
 from anybit.errors import AnybitError
 from anybit.files.cache import Cache, Entry
-from anybit.networks.capture import Captured, MemoryBudget, capture, carry, chunks, give_back
+from anybit.networks.capture import Captured, MemoryBudget, capture_calls, carry, chunks, give_back
 from anybit.networks.layers import QuantizedLayer, freeze_slots, quantized_layers
 from anybit.networks.states import put_back, snapshot
 from anybit.networks.wiring import Unit, Wiring
@@ -114,7 +115,7 @@ class DroppedInput(LearnedInput):
 
 @dataclass(frozen=True)
 class UnitData:
-    """The float inputs and outputs of one unit, and the inputs that it will really see (None: the float ones).
+    """The float inputs and outputs of one call of a unit, and the inputs that it will really see (None: the float ones).
 
     `count` samples; of padded data, whose batches stay whole, `count` batches. At most `chunk` samples are looked at at once.
     """
@@ -155,15 +156,22 @@ def _mix_argument(float_item: Any, quantized_item: Any, drop: float) -> Any:
     return mix(float_item, quantized_item, drop) if is_float else quantized_item
 
 
+Calls = Sequence[UnitData]
+"""The data of a unit, call by call."""
+
+
 def capture_sides(
     model: nn.Module | None, float_model: nn.Module, unit: Unit, calibration: Calibration, budget: MemoryBudget, chunk: int
-) -> list[UnitData]:
+) -> list[Calls]:
     """Capture what the unit is fitted to and judged on; the quantized side is left out where there is no `model`."""
-    sides = []
+    sides: list[Calls] = []
     for batches, count in zip((calibration.fitting, calibration.held_out), calibration.count(), strict=True):
-        float_side = capture(float_model, unit.name, batches, count, budget, outputs=True)
-        quantized_side = None if model is None else capture(model, unit.name, batches, count, budget)
-        sides.append(UnitData(float_side, quantized_side, len(batches) if float_side.masks else count, chunk))
+        float_side = capture_calls(float_model, unit.name, batches, count, budget, outputs=True, calls=unit.calls)
+        quantized_side: Sequence[Captured | None] = [None] * unit.calls
+        if model is not None:
+            quantized_side = capture_calls(model, unit.name, batches, count, budget, calls=unit.calls)
+        counts = [1 if one.constant else len(batches) if one.masks else count for one in float_side]
+        sides.append([UnitData(*call, chunk) for call in zip(float_side, quantized_side, counts, strict=True)])
     return sides
 
 
@@ -189,17 +197,33 @@ def _carried_side(
 # The loop
 
 
-def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the squared error over the target's power, 0-d, without the padding where `mask` says what is none."""
+def squares(output: Tensor, target: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the squared error and the target's power, 0-d, without the padding where `mask` says what is none."""
     output, target = unpadded(output, mask), unpadded(target, mask)
-    return (output - target).square().sum() / target.square().sum().clamp_min(1e-30)
+    return (output - target).square().sum(), target.square().sum()
+
+
+def _step_error(module: nn.Module, fitting: Calls, finish: Callable[[Tensor], Tensor], settings: ReconstructionSettings) -> Tensor:
+    """Return the squared error over the target's power, 0-d, on samples that are drawn anew: of each call, or, of batches that stay whole,
+    of one."""
+    size = max(1, settings.batch_size // len(fitting))
+    if len(fitting) > 1 and fitting[0].float_side.masks:
+        fitting = [fitting[int(torch.randint(len(fitting), ()))]]
+    errors, powers = [], []
+    for call in fitting:
+        indices = call.draw(size)
+        args, kwargs = call.arguments(indices, settings.drop)
+        error, power = squares(finish(module(*args, **kwargs)), finish(call.targets(indices)), call.mask(indices))
+        errors.append(error)
+        powers.append(power)
+    return torch.stack(errors).sum() / torch.stack(powers).sum().clamp_min(1e-30)
 
 
 def reconstruct(
     module: nn.Module,
     starts: Mapping[str, Tensor],
-    fitting: UnitData,
-    held_out: UnitData,
+    fitting: Calls,
+    held_out: Calls,
     activation: Callable[[Tensor], Tensor] | None,
     settings: ReconstructionSettings,
 ) -> dict[str, float]:
@@ -215,7 +239,7 @@ def reconstruct(
         return {}
     finish = activation or _identity
     before = _states(layers)
-    errors = {"before": _error(module, held_out, finish), "fitted_before": _error(module, fitting, finish, held_out.count)}
+    errors = {"before": _error(module, held_out, finish), "fitted_before": _error(module, fitting, finish, held_out[0].count)}
 
     for name, layer in layers.items():
         layer.weight_quantizer = cast(nn.Module, settings.rounding(starts[name], frozen(layer.weight_quantizer)))
@@ -238,14 +262,14 @@ def reconstruct(
         freeze_slots(layer)
     if state is None:
         _load(layers, before)
-    fitted_after = _error(module, fitting, finish, held_out.count)
+    fitted_after = _error(module, fitting, finish, held_out[0].count)
     return {**errors, "after": best, "fitted_after": fitted_after, "steps": steps}
 
 
 def _descend(
     module: nn.Module,
     layers: Mapping[str, QuantizedLayer],
-    fitting: UnitData,
+    fitting: Calls,
     finish: Callable[[Tensor], Tensor],
     settings: ReconstructionSettings,
 ) -> Iterator[int]:
@@ -254,9 +278,7 @@ def _descend(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     _set_training(layers, True)
     for step in range(1, settings.steps + 1):
-        indices = fitting.draw(settings.batch_size)
-        args, kwargs = fitting.arguments(indices, settings.drop)
-        loss = relative_error(finish(module(*args, **kwargs)), finish(fitting.targets(indices)), fitting.mask(indices))
+        loss = _step_error(module, fitting, finish, settings)
         for layer in layers.values():
             penalty = _rounding(layer).penalty(step / settings.steps)
             loss = loss if penalty is None else loss + penalty
@@ -307,14 +329,14 @@ def _set_training(layers: Mapping[str, QuantizedLayer], on: bool) -> None:
 
 
 @torch.no_grad()
-def _error(module: nn.Module, data: UnitData, finish: Callable[[Tensor], Tensor], limit: int | None = None) -> float:
+def _error(module: nn.Module, data: Calls, finish: Callable[[Tensor], Tensor], limit: int | None = None) -> float:
     """Return squared error over power of the unit's output on (the first `limit` samples of) `data`, nothing dropped."""
     error, power = 0.0, 0.0
-    for indices in data.parts(limit):
-        args, kwargs = data.arguments(indices)
-        target = unpadded(finish(data.targets(indices)), data.mask(indices))
-        error += float((unpadded(finish(module(*args, **kwargs)), data.mask(indices)) - target).square().sum())
-        power += float(target.square().sum())
+    for call in data:
+        for indices in call.parts(limit):
+            args, kwargs = call.arguments(indices)
+            one, other = squares(finish(module(*args, **kwargs)), finish(call.targets(indices)), call.mask(indices))
+            error, power = error + float(one), power + float(other)
     return error / max(power, 1e-30)
 
 
@@ -349,10 +371,10 @@ def sequential(
     that it does not have, since what is carried and what is captured may differ in their last bits.
     """
     report: dict[str, dict[str, float]] = {}
-    sides: list[UnitData] = []
+    sides: list[Calls] = []
     through: list[Unit] = []  # the units since the one that `sides` are of, which is the first
 
-    def reach(unit: Unit) -> list[UnitData]:
+    def reach(unit: Unit) -> list[Calls]:
         """Return what `unit` sees, from the nearest of the units before it whose data are at hand or must be captured."""
         nonlocal sides, through
         path = [*through, unit]
@@ -362,7 +384,7 @@ def sequential(
             sides = capture_sides(model, float_model, path[0], calibration, MemoryBudget(settings.memory // 2), settings.batch_size)
         for before, after in pairwise(path):
             budget = MemoryBudget(settings.memory // 2)  # this unit's tensors and the previous one's are held at once
-            sides = [_carried_side(side, model, float_model, before, after, wiring, budget) for side in sides]
+            sides = [[_carried_side(call, model, float_model, before, after, wiring, budget) for call in side] for side in sides]
         through = []
         return sides
 
@@ -410,7 +432,7 @@ def _cached_unit(
     model: nn.Module,
     unit: Unit,
     starts: Mapping[str, Tensor],
-    sides: Callable[[], list[UnitData]],
+    sides: Callable[[], list[Calls]],
     wiring: Wiring,
     settings: ReconstructionSettings,
     cache: Cache,
