@@ -42,6 +42,8 @@ ESCAPES = {"item", "tolist", "numpy", "array", "bool", "float", "int", "index", 
 """Functions that read values and give back no tensor."""
 CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clip"}
 """Activations that only bound values: after them fewer values are left, none is new."""
+MOVES = RESHAPES | {"max_pool1d", "max_pool2d", "max_pool3d", "identity"}
+"""Functions whose output holds only numbers of their input, as padding with zeros does, too."""
 
 
 def name_of_call(module: str, call: int) -> str:
@@ -69,6 +71,8 @@ class Operation:
     call      of a module: which of its calls it is, from 1
     within    of a layer: the modules whose forwards were running, outermost first
     read      of a layer: the shape of the first tensor that it reads, batch included
+    moves     whether the output holds only numbers of the input, and zero
+    constants tensors of several numbers among the operands that are no observed values: weights, masks, buffers
     """
 
     name: str
@@ -81,11 +85,18 @@ class Operation:
     call: int = 1
     within: tuple[str, ...] = ()
     read: tuple[int, ...] = ()
+    moves: bool = False
+    constants: int = 0
 
     @property
     def edge(self) -> str:
         """The name of its first output's values, which each call of a module has for itself."""
         return name_of_call(self.name, self.call)
+
+    @property
+    def clamps(self) -> bool:
+        """Return whether it does no more than to bound one value."""
+        return self.kind in CLAMPS and len(self.inputs) == 1 and not self.constants
 
 
 @dataclass(frozen=True)
@@ -273,7 +284,7 @@ class Wiring:
         names = [f"input/{index}" for index in range(len(self.input_values))]
         for op in self.operations:
             reader = self.only_reader(op.outputs[0]) if op.outputs else None
-            if op.kind not in RESHAPES and not (reader is not None and reader.kind in CLAMPS):
+            if op.kind not in RESHAPES and not (reader is not None and reader.clamps):
                 names.append(op.edge)
         return list(dict.fromkeys(names))
 
@@ -405,10 +416,10 @@ class _Observer(TorchFunctionMode):
             tensors = tensors_in(made)
             if not tensors and kind not in ESCAPES:  # a shape, a type, a device: most calls
                 return output
-            arguments = tensors_in((args[:1] if kind.endswith("_as") else args, kwargs))  # of the other a shape or a type
-            reads = [tensor for tensor in arguments if id(tensor) in self.values]
+            arguments = (args[:1] if kind.endswith("_as") else args), kwargs  # of the other a shape or a type is read
+            reads = [tensor for tensor in tensors_in(arguments) if id(tensor) in self.values]
             makes = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
-            self.read_weights.update(self.weights[id(tensor)] for tensor in arguments if id(tensor) in self.weights)
+            self.read_weights.update(self.weights[id(tensor)] for tensor in tensors_in(arguments) if id(tensor) in self.weights)
             if not makes:
                 self.escaped.update(self.values[id(tensor)] for tensor in reads)
             if reads and makes:
@@ -426,7 +437,9 @@ class _Observer(TorchFunctionMode):
             self.marks |= {self.values[id(output)]: (layer, count, mark) for output, mark in zip(outputs, moved, strict=True)}
 
     def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> None:
-        inputs = tuple(self.values[id(tensor)] for tensor in tensors_in(arguments) if id(tensor) in self.values)
+        read = tensors_in(arguments)
+        inputs = tuple(self.values[id(tensor)] for tensor in read if id(tensor) in self.values)
+        constants = sum(tensor.numel() > 1 for tensor in read if id(tensor) not in self.values)
         tensors = tensors_in(output)
         call, is_layer = 1, kind == LAYER
         if is_layer or kind == BATCH_NORM:
@@ -436,8 +449,9 @@ class _Observer(TorchFunctionMode):
             name = name if count == 1 else f"{name}.{count}"
         outputs = tuple(self._new_value(tensor) for tensor in tensors)
         shape = tuple(tensors[0].shape) if tensors else ()
-        within, read = (tuple(self.stack[1:]), self.shapes_read[name]) if is_layer else ((), ())
-        operation = Operation(name, kind, owner, inputs, outputs, shape, function, call, within, read)
+        within, seen = (tuple(self.stack[1:]), self.shapes_read[name]) if is_layer else ((), ())
+        moves = kind in MOVES or (kind == "pad" and _pads_zeros(*arguments))
+        operation = Operation(name, kind, owner, inputs, outputs, shape, function, call, within, seen, moves, constants)
         self.operations.append(operation)
         if tensors:
             self._show(operation.edge, tensors[0])
@@ -491,6 +505,12 @@ def _bare_name(func) -> str:
     """Return "add" for torch.add, Tensor.add_, x + y and x += y."""
     name = getattr(func, "__name__", type(func).__name__).strip("_")
     return _IN_PLACE.get(name, name)
+
+
+def _pads_zeros(args: tuple, kwargs: dict) -> bool:
+    """Return whether a call of `F.pad` puts zeros around its input."""
+    mode, value = [*args[2:], *[None] * 2][:2]
+    return kwargs.get("mode", mode) in (None, "constant") and not kwargs.get("value", value)
 
 
 def _activation(kind: str, args: tuple, kwargs: dict) -> Callable[[Tensor], Tensor] | None:
