@@ -166,10 +166,10 @@ def capture_sides(
     """Capture what the unit is fitted to and judged on; the quantized side is left out where there is no `model`."""
     sides: list[Calls] = []
     for batches, count in zip((calibration.fitting, calibration.held_out), calibration.count(), strict=True):
-        float_side = capture_calls(float_model, unit.name, batches, count, budget, outputs=True, calls=unit.calls)
+        float_side = capture_calls(float_model, unit.name, batches, count, budget, outputs=True, constant=[True] * unit.calls)
         quantized_side: Sequence[Captured | None] = [None] * unit.calls
         if model is not None:
-            quantized_side = capture_calls(model, unit.name, batches, count, budget, calls=unit.calls)
+            quantized_side = capture_calls(model, unit.name, batches, count, budget, constant=[one.constant for one in float_side])
         counts = [1 if one.constant else len(batches) if one.masks else count for one in float_side]
         sides.append([UnitData(*call, chunk) for call in zip(float_side, quantized_side, counts, strict=True)])
     return sides

@@ -146,9 +146,16 @@ def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, b
 
 @torch.no_grad()
 def capture_calls(
-    model: nn.Module, name: str, batches: Iterable[Batch], count: int, budget: MemoryBudget, outputs: bool = False, calls: int = 1
+    model: nn.Module,
+    name: str,
+    batches: Iterable[Batch],
+    count: int,
+    budget: MemoryBudget,
+    outputs: bool = False,
+    constant: Sequence[bool] = (True,),
 ) -> list[Captured]:
-    """Return the same of each of the `calls` of a module in a pass.
+    """Return the same of each of the calls of a module in a pass; `constant` says of each whether it may turn out to be constant, which the
+    float network decides for the quantized one, too.
 
     Tensors are copied the moment they pass: a later in-place operation (`out += shortcut`) would rewrite them.
     The pass stops once the module has run for the last time. Raises UnsupportedModel where the module's rows cannot be told apart by
@@ -156,7 +163,7 @@ def capture_calls(
     """
     batches = list(batches)
     padded = _differ_in_length([batch.mask for batch in batches])
-    recorders = [_WholeBatches(name, budget, outputs) if padded else _Recorder(name, count, budget, outputs) for _ in range(calls)]
+    recorders = [_WholeBatches(name, budget, outputs) if padded else _Recorder(name, count, budget, outputs, may_be) for may_be in constant]
     turns, module = _Turns(recorders), model.get_submodule(name)
     hooks = [module.register_forward_pre_hook(turns.before, with_kwargs=True)]
     if outputs:
@@ -219,8 +226,8 @@ class _Place:
 class _Recorder:
     """Record one call in every batch."""
 
-    def __init__(self, name: str, count: int, budget: MemoryBudget, outputs: bool):
-        self.name, self.count, self.budget, self.outputs = name, count, budget, outputs
+    def __init__(self, name: str, count: int, budget: MemoryBudget, outputs: bool, may_be_constant: bool):
+        self.name, self.count, self.budget, self.outputs, self.may_be_constant = name, count, budget, outputs, may_be_constant
         self.batch_size = self.calls = 0
         self.places: Any = None  # (args, kwargs) with a _Place for each tensor
         self.first: list[Tensor] = []  # the tensors of the first batch
@@ -258,7 +265,7 @@ class _Recorder:
             self.places = map_leaves((args, kwargs), Tensor, lambda _: _Place(next(numbers)))
             self.first = [tensor.clone() for tensor in tensors]
             self.stores = [self._store(tensor) for tensor in tensors]
-            self.same = set(range(len(tensors)))
+            self.same = set(range(0 if self.may_be_constant else 1, len(tensors)))
         self.calls += 1
         self.same = {number for number in self.same if torch.equal(tensors[number], self.first[number])}
         for number, (store, tensor) in enumerate(zip(self.stores, tensors, strict=True)):
