@@ -292,9 +292,11 @@ class Positions(nn.Module):
 
 
 def test_a_call_that_reads_no_data_is_fitted_as_one_sample():
-    batches = [Batch(numbers(count, 5, 6, seed=count)) for count in (7, 14, 9)]  # the positions' rows are those of a batch, or not
+    batches = [
+        Batch(numbers(count, 5, 6, seed=count).cumsum(2)) for count in (70, 140, 90)
+    ]  # the positions' rows are those of a batch, or not
     case = rounded(make(Positions), "W2A8", calibration=Calibration(batches[:2], batches[2:]))
     data, constant = capture_sides(None, case.network.folded, case.network.units[0], case.calibration, MemoryBudget(2**20), 32)[0]
-    assert (data.count, constant.count) == (21, 1) and torch.equal(constant.arguments(torch.tensor([0]))[0][0], case.model.positions)
+    assert (data.count, constant.count) == (210, 1) and torch.equal(constant.arguments(torch.tensor([0]))[0][0], case.model.positions)
     errors = fit(case, ReconstructionSettings(AdaQuant, steps=60, batch_size=16))
     assert errors["key"]["after"] < errors["key"]["before"]
