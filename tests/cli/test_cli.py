@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,13 @@ from networks import Chain, make, pictures
 
 import anybit
 from anybit.budget import parse_size
-from anybit.cli.app import app
+from anybit.cli.app import VERBS, app
+from anybit.cli.help import examples_in
+from anybit.cli.options import Verb
 from anybit.roads.settings import CalibrateSettings
+from anybit.settings import PANELS
 
+DESCRIBED = {function.__name__: Verb.of(function, *more) for function, more in VERBS.items()}
 TESTS = Path(__file__).parent.parent
 
 
@@ -103,7 +108,7 @@ def test_several_runs_are_reported_on_one_page(here):
     assert done.exit_code == 0 and done.stdout == "both.html\n", done.stderr
     page = Path("both.html").read_text(encoding="utf8")
     assert "2 runs side by side" in page and page.count('type="range" id=') == 1
-    for arguments, said in ((["run"], "--overwrite"), (["run", "m.py", "--overwrite"], "m.py/report.json is not there")):
+    for arguments, said in ((["run"], "--overwrite"), (["run", "m.py", "--overwrite"], "m.py is a file")):
         again = anybit_cli("report", *arguments, "--output", "both.html")
         assert again.exit_code == 2 and said in again.stderr and again.stderr.count("\n") == 1
     assert Path("both.html").read_text(encoding="utf8") == page
@@ -160,7 +165,7 @@ def test_every_default_is_told_by_help():
     for verb in ("calibrate", "allocate", "evaluate", "inspect"):
         done = anybit_cli(verb, "--help")
         assert done.exit_code == 0 and "--model" in done.stdout
-    assert all(default in anybit_cli("calibrate", "--help").stdout for default in ("2,3,4,6,8", "4,6,8", "1024", "advanced", "2GiB"))
+    assert all(default in anybit_cli("calibrate", "--help-all").stdout for default in ("2,3,4,6,8", "4,6,8", "1024", "advanced", "2GiB"))
 
 
 def test_a_finished_run_is_refused_without_overwrite(here):
@@ -332,6 +337,68 @@ main()
     assert done.returncode == 0 and "--budget" in done.stdout, done.stderr
 
 
+# what no verb needs torch, or a network, to refuse: arguments -> what is said
+EARLY = {
+    "calibrate --model m.py:net --data x.npz --budget 4bitz --output o": "Did you mean 4bit?",
+    "calibrate --model m.py:net --data x.npz --budget 4 --output o": "Did you mean 4bit?",
+    "calibrate --model m.py:net --data x.npz --budget 4bit --budget 4bit --output o": "twice",
+    "calibrate --model m.py:nett --data x.npz --output o": "Did you mean net?",
+    "calibrate --model n.py:net --data x.npz --output o": "Did you mean m.py?",
+    "calibrate --model m.py --data x.npz --output o": "m.py:net",
+    "calibrate --model resnet18 --data x.npz --output o": "torchvision:resnet18 or timm:resnet18",
+    "calibrate --model no_such_package:net --data x.npz --output o": "no_such_package",
+    "calibrate --model w.pt --data x.npz --output o": "--weights",
+    "calibrate --model m.py:net --data y.npz --output o": "--data y.npz is not there: no folder",
+    "calibrate --model m.py:net --data x.npz --test m.py:nett --output o": "--test m.py:nett",
+    "calibrate --model m.py:net --data x.npz --weights wide.pt --output o": "Did you mean wide.npz?",
+    "calibrate --model m.py:net --data x.npz --metric m.py:one --output o": "Did you mean ones?",
+    "calibrate --model m.py:net --data x.npz --device abacus --output o": "--device abacus",
+    "calibrate --model m.py:net --data x.npz --pipeline fast --output o": "advanced or light",
+    "calibrate --model m.py:net --data x.npz --output .": "no run folder",
+    "calibrate --model m.py:net --output o": "--data is missing",
+    "allocate rum --budget 3bit --output o": "Did you mean run?",
+    "allocate run --budget 3bits,4bit --output o": "twice",
+    "grow --model m.py:net --train y.npz --budget 3bit --output o": "--train y.npz",
+    "grow --model m.py:net --train x.npz --output o": "--budget 3bit",
+    "grow --model m.py:net --train x.npz --budget bops=2G --output o": "bits or bytes",
+    "grow --model m.py:net --train x.npz --scheme m.py --output o": "Name the folder of a run",
+    "train --model m.py:net --train x.npz --test y.npz --output o": "--test y.npz",
+    "search run --output o": "not a supernet",
+    "search run --budget drop=1% --output o": "not drop",
+    "extract run --budget 3bit --output o": "not a supernet",
+    "evaluate run --data y.npz": "--data y.npz",
+    "evaluate --data x.npz": "--model",
+    "report run m.py --output r.html": "RUNS m.py is a file",
+    "export rum --onnx o.onnx": "Did you mean run?",
+    "export run": "--onnx FILE",
+    "export run --onnx x.npz": "--overwrite",
+    "verify run o.onnx": "EXPORTED o.onnx is not there",
+    "bench run o.onnx": "ONNX o.onnx is not there",
+    "profile --model m.py:net --data y.npz": "--data y.npz",
+    "inspect --model m.py:net --data y.npz": "--data y.npz",
+    "diff run rum": "Did you mean run?",
+    "explain rum conv1": "Did you mean run?",
+}
+
+
+def test_arguments_are_refused_without_torch_and_before_any_network_is_loaded(here):
+    Path("run").mkdir()
+    Path("run/scheme.json").touch()
+    code = """
+import sys
+sys.modules["torch"] = None
+from typer.testing import CliRunner
+from anybit.cli.app import app
+for line in sys.stdin.read().splitlines():
+    done = CliRunner().invoke(app, line.split())
+    print(done.exit_code, done.output.count(chr(10)), done.output.replace(chr(10), " "), done.exception if done.exit_code == 1 else "")
+"""
+    done = subprocess.run([sys.executable, "-c", code], input="\n".join(EARLY), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for (line, words), said in zip(EARLY.items(), done.stdout.splitlines(), strict=True):
+        assert said.startswith("2 1 anybit: ") and words in said, (line, said)
+
+
 def test_the_shell_sees_the_status():
     done = subprocess.run(
         [sys.executable, "-m", "anybit", "evaluate", "nowhere", "--data", "x"], capture_output=True, text=True, timeout=60
@@ -382,3 +449,53 @@ def test_the_defaults_of_the_command_line_are_those_of_the_settings():
         if field.name in options and field.name != "keep":
             assert options[field.name] == written.get(field.name, getattr(defaults, field.name)), field.name
     assert {field.name for field in dataclasses.fields(CalibrateSettings)} <= set(options)
+
+
+# --help
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """A terminal of a hundred columns."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 100)
+
+
+@pytest.mark.parametrize("verb", DESCRIBED)
+def test_help_is_a_screen_with_panels_and_two_examples(verb, wide):
+    done = anybit_cli(verb, "--help")
+    lines = done.stdout.splitlines()
+    assert done.exit_code == 0 and len(lines) <= 48 and max(map(len, lines)) <= 100
+    titles = [line.split()[1] for line in lines if line.startswith("╭")]
+    assert titles and titles == [panel for panel in ("Arguments", *PANELS) if panel in titles]
+    assert [line.startswith(f" $ anybit {verb} ") for line in lines].count(True) == 2
+    rare = [one for one in DESCRIBED[verb].options.values() if one.rare and one.command_line]
+    assert ("--help-all" in done.stdout) == bool(rare)
+    assert not any(f" {one.written} " in done.stdout for one in rare)
+
+
+@pytest.mark.parametrize("verb", DESCRIBED)
+def test_help_all_shows_every_option(verb, wide):
+    done = anybit_cli(verb, "--help-all")
+    assert done.exit_code == 0
+    assert all(one.positional or f" {one.written} " in done.stdout for one in DESCRIBED[verb].options.values() if one.command_line)
+
+
+@pytest.mark.parametrize("verb", DESCRIBED)
+def test_the_examples_of_help_are_read_by_their_verb(verb):
+    command = typer.main.get_command(app).commands[verb]
+    for line in examples_in(DESCRIBED[verb].function):
+        program, name, *arguments = shlex.split(line)
+        command.make_context(name, arguments)
+        assert (program, name) == ("anybit", verb) and len(f" $ {line}") < 100
+
+
+def test_a_shell_completes_verbs_options_and_choices():
+    for words, complete in (
+        ("anybit cal", "calibrate"),
+        ("anybit calibrate --pipe", "--pipeline"),
+        ("anybit calibrate --pipeline l", "light"),
+    ):
+        environment = {**os.environ, "_ANYBIT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        code = "import sys; sys.argv = ['anybit']; from anybit.cli.app import app; app(prog_name='anybit')"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+        assert complete in done.stdout.split(), done.stderr

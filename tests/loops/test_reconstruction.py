@@ -12,16 +12,8 @@ from torch import nn
 from anybit.data.batches import Batch
 from anybit.data.samples import Calibration
 from anybit.data.tasks import outputs_of
-from anybit.loops.reconstruction import (
-    DroppedInput,
-    ReconstructionSettings,
-    UnitData,
-    capture_sides,
-    mix,
-    parallel,
-    reconstruct,
-    sequential,
-)
+from anybit.loops.reconstruction import DroppedInput, ReconstructionSettings, parallel, reconstruct, sequential
+from anybit.loops.units import UnitData, capture_sides, identity, mix
 from anybit.methods.adaquant import AdaQuant
 from anybit.methods.table import ROUNDINGS, rounding_named
 from anybit.networks.capture import MemoryBudget, capture
@@ -183,8 +175,8 @@ def test_a_scheme_with_float_and_pruned_layers_is_reconstructed(rounding):
     assert scheme_of(case.model) == scheme and set(errors) == {"fc"}  # nothing to fit in the others
 
 
-def unit_data(model: nn.Module, name: str, inputs: torch.Tensor) -> list[UnitData]:
-    return [UnitData(capture(model, name, [Batch(inputs)], len(inputs), MemoryBudget(2**30), outputs=True), None, len(inputs))]
+def unit_data(model: nn.Module, name: str, inputs: torch.Tensor) -> UnitData:
+    return UnitData(capture(model, name, [Batch(inputs)], len(inputs), MemoryBudget(2**30), outputs=True), None, len(inputs))
 
 
 def test_errors_are_taken_after_the_activation():
@@ -211,7 +203,7 @@ def test_penalties_are_asked_for_with_the_share_of_steps_done_and_are_minimized(
     layer, weights = case.model.conv1, []
     monitor = ReconstructionSettings(Pulled, steps=4)
     hook = layer.register_forward_pre_hook(lambda layer, args: weights.append(float(layer.weight.detach().square().sum())))
-    reconstruct(layer, {"": case.starts["conv1"]}, *data, None, monitor)
+    reconstruct(layer, {"": case.starts["conv1"]}, *data, identity, monitor)
     hook.remove()
     assert asked == [0.25, 0.5, 0.75, 1.0]
     assert min(weights) < weights[0]
@@ -296,7 +288,8 @@ def test_a_call_that_reads_no_data_is_fitted_as_one_sample():
         Batch(numbers(count, 5, 6, seed=count).cumsum(2)) for count in (70, 140, 90)
     ]  # the positions' rows are those of a batch, or not
     case = rounded(make(Positions), "W2A8", calibration=Calibration(batches[:2], batches[2:]))
-    data, constant = capture_sides(None, case.network.folded, case.network.units[0], case.calibration, MemoryBudget(2**20), 32)[0]
+    fitting = capture_sides(None, case.network.folded, case.network.units[0], case.calibration, MemoryBudget(2**20), 32)[0]
+    data, constant = fitting.calls
     assert (data.count, constant.count) == (210, 1) and torch.equal(constant.arguments(torch.tensor([0]))[0][0], case.model.positions)
     errors = fit(case, ReconstructionSettings(AdaQuant, steps=60, batch_size=16))
     assert errors["key"]["after"] < errors["key"]["before"]

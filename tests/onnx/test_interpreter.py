@@ -209,12 +209,28 @@ def reducing(kind, built):
     return [built.x(shape), built.integers(axes)], {"keepdims": built.count(0, 1)}
 
 
+def resizing(kind, built):
+    shape = [1, 4, built.count(2, 5), built.count(2, 5)]
+    if kind == "DepthToSpace":
+        return [built.x(shape)], {"blocksize": 2, "mode": built.pick("DCR", "CRD")}
+    sizes = built.integers([1, 4, built.count(1, 9), built.count(1, 9)])
+    mode = built.pick({"mode": "linear"}, {"mode": "nearest", "nearest_mode": built.pick("floor", "round_prefer_floor")}, {"mode": "cubic"})
+    place = built.pick("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel")
+    return [built.x(shape), None, None, sizes], mode | {"coordinate_transformation_mode": place}
+
+
+def choosing(kind, built):
+    shape = built.shape()
+    return [built.constant(built.random.integers(0, 2, shape), bool), built.x(shape), built.x(shape)], {}
+
+
 KINDS = {
     "MaxPool": pooling, "AveragePool": pooling, "Conv": convolution, "ConvTranspose": convolution, "Gemm": linear, "MatMul": linear,
     "Add": joining, "Mul": joining, "Sub": joining, "Concat": joining, "Reshape": reshaping, "Flatten": reshaping, "Transpose": reshaping,
     "Squeeze": reshaping, "Unsqueeze": reshaping, "Expand": reshaping, "Gather": taking, "Slice": taking, "Pad": taking, "Clip": clamping,
     "Relu": clamping, "Identity": clamping, "Max": clamping, "Softmax": clamping, "Sigmoid": clamping, "LeakyRelu": clamping,
     "GlobalAveragePool": reducing, "ReduceMean": reducing, "ReduceMax": reducing,
+    "ReduceSum": reducing, "Resize": resizing, "DepthToSpace": resizing, "Where": choosing, "Tanh": clamping,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -43,12 +44,13 @@ class Samples:
         return replace(self, dataset=Subset(cast(Dataset, self.dataset), list(indices)))
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Yield all samples in order, `size` at a time."""
+        """Yield all samples in order, `size` at a time; one that would be left alone comes with those before it, since some networks take
+        a batch of one for none (`squeeze()`)."""
         if size < 1 or self.workers < 0:
             raise InvalidSetting(f"batch size {size} must be at least 1 and workers {self.workers} at least 0.")
         generator = torch.Generator().manual_seed(self.seed)
         options: dict[str, Any] = {"num_workers": self.workers, "collate_fn": self._collate, "generator": generator, **self.loading}
-        for batch in DataLoader(cast(Dataset, self.dataset), batch_size=size, **options):
+        for batch in DataLoader(cast(Dataset, self.dataset), batch_sampler=_parts(len(self), size), **options):
             labels, reader = batch.labels if self.labelled else None, batch.reader or self.reader
             if reader is not None and labels is not None:
                 labels = reader.align(labels, batch)
@@ -72,6 +74,14 @@ class Samples:
         if isinstance(inputs, (list, tuple)):
             inputs = inputs[0] if len(inputs) == 1 else tuple(inputs)
         return Batch(inputs, labels)
+
+
+def _parts(count: int, size: int) -> list[list[int]]:
+    """Split numbers up to `count` into runs of `size`; the last is longer where one would be left alone, and shorter where more are."""
+    starts = list(range(0, count, size))
+    if size > 1 and len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return [list(range(start, end)) for start, end in pairwise([*starts, count])]
 
 
 def _lengths(dataset: Any) -> Sequence[int] | None:

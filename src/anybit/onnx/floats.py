@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, Inputs, call, map_tensors, tensors_in
@@ -138,23 +139,32 @@ def _reason(error: BaseException) -> str:
 
 
 def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
-    """Mark the node that computes each layer: an operator in the layer's scope on the layer's own weight."""
-    seen = dict.fromkeys(weights, 1)  # no other node gets a layer's name
-    calls: Counter[str] = Counter()
+    """Mark the nodes that compute each layer: operators in the layer's scope on the layer's own weight. Each call has a name."""
+    names, calls = set(weights), Counter[str]()
+    counts: dict[str, int] = {}
+
+    def numbered(name: str) -> str:
+        """Return `name`, with a number where another node has it."""
+        counts[name] = counts.get(name, 0) + 1
+        unique = name if counts[name] == 1 else f"{name}.{counts[name]}"
+        if unique in names:
+            return numbered(name)
+        names.add(unique)
+        return unique
+
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        layer = next((scope for scope in reversed(scopes) if scope in weights), None)
+        layer = next((scope for scope in reversed(scopes[:-1]) if scope in weights), None)  # the last is the operator's
         if layer is not None and node.op_type in LAYER_OPERATORS and _computes(node, weights[layer]):
             calls[layer] += 1
             node.metadata_props[LAYER], node.name = layer, name_of_call(layer, calls[layer])
+            names.add(name_of(node))
             continue
         product = maker(node.inputs[0]) if node.inputs else None
         of_the_layer = product is not None and product.op_type == "MatMul" and product.metadata_props.get(LAYER) == layer
         if layer is not None and of_the_layer and node.op_type == "Add" and getattr(constant(node.inputs[1]), "ndim", 0) == 1:
             node.metadata_props.update({LAYER: layer, BIAS: name_of(product)})
-        name = ".".join(filter(None, [_owner(scopes), node.op_type.lower()]))
-        seen[name] = seen.get(name, 0) + 1
-        node.name = name if seen[name] == 1 else f"{name}.{seen[name]}"
+        node.name = numbered(".".join(filter(None, [_owner(scopes), node.op_type.lower()])))
 
 
 def _computes(node: ir.Node, weight: np.ndarray) -> bool:
@@ -256,7 +266,7 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
     inputs: dict[str, list[np.ndarray]] = {name: [] for name in quantized}
 
     def keep(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs[name].append(tensors_in((args, kwargs))[0].detach().float().numpy().copy())
+        inputs[name].append(_padded(module, tensors_in((args, kwargs))[0].detach().float()).numpy().copy())
 
     hooks = [plain.get_submodule(name).register_forward_pre_hook(partial(keep, name), with_kwargs=True) for name in inputs]
     try:
@@ -278,6 +288,13 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
                 f"{name}: the forward of {type(plain.get_submodule(name)).__name__} does not compute with its weight and input as they "
                 f"are, so that an integer kernel cannot take its place. Keep the layer float: --keep '{name}=float'."
             )
+
+
+def _padded(layer: nn.Module, taken: Tensor) -> Tensor:
+    """Return what a convolution computes on: its input, padded with numbers of its own where the layer pads so."""
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or layer.padding_mode == "zeros":
+        return taken
+    return F.pad(taken, layer._reversed_padding_repeated_twice, layer.padding_mode)
 
 
 def layer_nodes(graph: ir.Graph, layer: str) -> list[ir.Node]:

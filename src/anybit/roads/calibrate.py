@@ -1,6 +1,5 @@
 """The calibrate road: from a trained network, a few hundred inputs and a budget to a low-bit network."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,13 +9,13 @@ import torch
 from torch import nn
 
 from anybit.allocation.choice import Choice, Judge, check_feasible
-from anybit.budget import DROP, LATENCY, Budget, cost_quantities
+from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
 from anybit.data.batches import check_finite
 from anybit.data.samples import Samples, draw, mirrored, split
 from anybit.data.tasks import Metric, check_labels, outputs_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
-from anybit.errors import InvalidSetting, UnsupportedModel
+from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache, digest
 from anybit.methods.table import rounding_named
 from anybit.networks.candidates import apply_scheme
@@ -26,8 +25,8 @@ from anybit.networks.observed import has_choice, observe_network
 from anybit.networks.refusals import as_observed, check_rows
 from anybit.networks.states import restore
 from anybit.progress import tell
-from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, follow_model, on_device, task_for
-from anybit.roads.keys import MATCHING, PARALLEL, SENSITIVITY, cached_candidates, key_of_run, keyed_by_settings, open_cache, settle
+from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, follow_model, notes_of, on_device, task_for
+from anybit.roads.keys import MATCHING, PARALLEL, SENSITIVITY, SOLVING, cached_candidates, key_of_run, keyed_by_settings, open_cache, settle
 from anybit.roads.latencies import measured_latencies, with_latencies
 from anybit.roads.memory import OBSERVED, check_memory, samples_at_once
 from anybit.roads.polish import polish_scheme
@@ -42,6 +41,7 @@ from anybit.roads.steps import (
     range_candidates,
     reconstructed_candidates,
     sensitivity_table,
+    solved_candidates,
 )
 from anybit.scheme import Scheme
 from anybit.settings import takes
@@ -82,22 +82,17 @@ def calibrate(
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
     options = CalibrateSettings.of(**settings)
-    budgets: list[Budget | None]
-    if several := isinstance(budget, Sequence) and not isinstance(budget, str):
-        budgets = [Budget.parse(one) for one in budget]
-    else:
-        budgets = [Budget.parse(budget) if budget else None]
-    twice = [text for text, count in Counter(map(str, budgets)).items() if count > 1]
-    if twice:
-        raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
+    several = budget is not None and not isinstance(budget, (str, Budget))
+    budgets = [None] if budget is None else list(parse_budgets([budget] if isinstance(budget, (str, Budget)) else budget))
     model, preprocessing, provenance = follow_model(model, weights, data, preprocessing, options.task)
     samples = draw(samples_from(data, workers, preprocessing, model), options.samples, options.seed).on(device)
     if test is None:
         check_metric_has_labels(metric, samples)
-    tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), model)
+    network = on_device(model, device, samples).eval()
+    tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), network)
     clock = StageClock()
     entries = open_cache(cache)
-    bench = prepare_bench(on_device(model, device).eval(), samples, options, [one for one in budgets if one], clock, metric, entries)
+    bench = prepare_bench(network, samples, options, [one for one in budgets if one], clock, metric, entries)
     saved = {
         "table": bench.table.to_json(),
         "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
@@ -123,14 +118,16 @@ def prepare_bench(
         check_finite(calibration.fitting + calibration.held_out)
         if settings.mirror:
             calibration = mirrored(calibration)
-        network = with_latencies(observe_network(model, example_of(calibration), settings.options), budgets)
+        example = example_of(calibration)
+        network = with_latencies(observe_network(model, example, settings.options), budgets)
         check_memory(network, calibration, settings)
         for budget in budgets:
             check_feasible(network, budget)
     with clock.stage("float outputs"), torch.no_grad(), as_observed(network.folded, network.calls):
         references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
-        check_rows(network.folded, references, calibration.fitting)
-        reference = outputs_of(network.folded, calibration.held_out)
+        held_out = [outputs_of(network.folded, [batch]) for batch in calibration.held_out]
+        check_rows(network.folded, [*references, *held_out], calibration.fitting + calibration.held_out, example)
+        reference = torch.cat(held_out)
         task = task_for(settings, reference, calibration.held_out[0])
         if samples.labelled:
             check_labels(reference, torch.cat([batch.labels for batch in calibration.held_out if batch.labels is not None]), task)
@@ -142,6 +139,11 @@ def prepare_bench(
         cache = key_of_run(cache, network, calibration, [*references, reference], settings)
     with clock.stage("ranges"):
         ranged = candidates = cached_candidates(cache, "ranges", network, lambda: range_candidates(network, calibration, settings))
+    cache = keyed_by_settings(cache, settings, SOLVING)
+    if settings.solver != "none":
+        with clock.stage("solution of candidates"):
+            solve = partial(solved_candidates, network, ranged, calibration, settings)
+            candidates = cached_candidates(cache, "solution of candidates", network, solve)
     cache = keyed_by_settings(cache, settings, MATCHING)
     targets: Mapping[str, Any] = {}
     matched = None
@@ -187,7 +189,7 @@ def finish(
         edges = cache.value("edge ranges", observe_edges, partial(as_ranges, wiring=network.wiring))
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
-    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
+    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors} | notes_of(provenance)
     if test is not None:
         with clock.stage("test"):
             report |= _tests(bench, canonical.model, test)

@@ -7,7 +7,7 @@ from torch import nn
 
 from anybit.data.tasks import Metric
 from anybit.data.tasks import evaluate as evaluate_model
-from anybit.errors import InvalidInput, InvalidSetting
+from anybit.errors import InvalidInput
 from anybit.progress import tell
 from anybit.roads.inputs import check_inputs, on_device
 from anybit.runs.opened import load, recorded_preprocessing, recorded_task
@@ -31,8 +31,9 @@ def evaluate(
     samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)
     if len(samples) == 0:
         raise InvalidInput("There is nothing to evaluate on: the data is empty.")
-    check_inputs(model, samples)
-    scores = evaluate_model(on_device(model, device), samples.on(device).batches(batch_size), task, metric)
+    network = on_device(model, device, samples)
+    check_inputs(network, samples)
+    scores = evaluate_model(network, samples.on(device).batches(batch_size), task, metric)
     tell("result", **scores)
     return scores
 
@@ -43,6 +44,5 @@ def evaluated_network(
     """(the network, preprocessing, task) of a run, with what it recorded where nothing else is said; or of a float network's reference."""
     if run is not None:
         return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task or recorded_task(run)
-    if model is None:
-        raise InvalidSetting("RUN or --model is missing. `anybit evaluate --help` lists the options.")
+    assert model is not None  # where there is no run
     return load_model(model, weights, task), preprocessing, task

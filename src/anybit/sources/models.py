@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import nn
 
-from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
+from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch, naming
 from anybit.files.strict import in_words
 from anybit.networks.layers import unwrapped
 from anybit.sources.callables import call_user_function, import_optional, load_callable
+from anybit.sources.libraries import LIBRARIES, library_model
 from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.references import RANDOM, check_file, check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,19 +24,26 @@ if TYPE_CHECKING:
 def load_model(reference: str, weights: str | None = None, task: str | None = None) -> nn.Module:
     """Load the network that `reference` names, in evaluation mode, with the state dict of `weights` (.safetensors, .pt, .pth) if given.
 
-    `task` chooses the head of a Hugging Face model; None takes the one that it was saved with.
+    Weights called "random" are drawn, of networks of timm, torchvision and Hugging Face. `task` chooses the head of a Hugging Face model;
+    None takes the one that it was saved with.
     """
+    with naming("--model"):
+        check_model(reference)
     kind, _, name = reference.partition(":")
-    make = {"timm": _from_timm, "torchvision": _from_torchvision}.get(kind)
     if kind == "hf":
-        model = huggingface("models", f"--model {reference}").load(name, task)
+        model = huggingface("models", f"--model {reference}").load(name, task, weights == RANDOM)
+    elif kind in LIBRARIES:
+        model = library_model(kind, name, weights)
+    elif weights == RANDOM:
+        raise InvalidSetting(
+            f"--weights random: {reference} draws its own. Leave --weights out; timm:, torchvision: and hf: networks need it."
+        )
     else:
-        function = (lambda: make(name, weights is None)) if make else load_callable(reference, "--model")
-        model = call_user_function(function, f"--model {reference}")
+        model = call_user_function(load_callable(reference, "--model"), f"--model {reference}")
     if not isinstance(model, nn.Module):
         raise InvalidSetting(f"--model {reference} returned a {type(model).__name__}, not a torch.nn.Module.")
     model = adapted_network(model)
-    if weights:
+    if weights and weights != RANDOM:
         load_weights(model, Path(weights))
     return model.eval()
 
@@ -66,20 +75,10 @@ def with_model_defaults(preprocessing: Preprocessing, model: nn.Module) -> Prepr
     return Preprocessing(**huggingface("models", "the model").picture_settings(model))
 
 
-def _from_timm(name: str, pretrained: bool) -> nn.Module:
-    return import_optional("timm", "timm", f"--model timm:{name}").create_model(name, pretrained=pretrained)
-
-
-def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
-    return import_optional("torchvision.models", "torchvision", f"--model torchvision:{name}").get_model(
-        name, weights="DEFAULT" if pretrained else None
-    )
-
-
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a state dict strictly; raises SchemeMismatch naming the first keys that differ. Nothing in the file is executed."""
-    if not path.is_file():
-        raise InvalidFile(f"Weights file {path} is not there.")
+    with naming("--weights"):
+        check_file(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
