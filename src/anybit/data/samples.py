@@ -126,12 +126,35 @@ class ArrayDataset(Dataset):
             x = x - self.mean
         if self.std is not None:
             x = x / self.std
-        labels = None if self.y is None else torch.from_numpy(self.y[indices])
-        if labels is not None and not labels.is_floating_point():
-            labels = labels.long()
+        labels = _labels(self.y, indices)
         if x.is_complex():
             return Batch(x.contiguous().to(torch.complex64), labels)
-        return Batch(x.contiguous() if x.dtype in (torch.int64, torch.int32) else x.contiguous().float(), labels)
+        return Batch(x.contiguous() if x.dtype in (torch.int64, torch.int32, torch.bool) else x.contiguous().float(), labels)
+
+
+class NamedArrays(Dataset):
+    """Several arrays of one length, by the names of the network's inputs, each read as `ArrayDataset` reads it, with labels or None."""
+
+    def __init__(self, arrays: Mapping[str, Any], y=None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
+        self.y = y
+        self.arrays = {name: ArrayDataset(x, None, *((mean, std) if x.ndim == 4 else ())) for name, x in arrays.items()}
+
+    def __len__(self) -> int:
+        return min(map(len, self.arrays.values()))
+
+    def __getitem__(self, index: int):
+        inputs, labels = {name: one[index] for name, one in self.arrays.items()}, _labels(self.y, [index])
+        return inputs if labels is None else (inputs, labels[0])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        inputs = {name: one.__getitems__(indices).inputs for name, one in self.arrays.items()}
+        return Batch(inputs, _labels(self.y, indices))
+
+
+def _labels(y: Any, indices: list[int]) -> Tensor | None:
+    """Return the labels of these samples; whole numbers as int64."""
+    labels = None if y is None else torch.from_numpy(y[indices])
+    return labels if labels is None or labels.is_floating_point() else labels.long()
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,7 @@ def moving_state(
         raise UnsupportedModel(
             f"The network runs once on an input and not again ({_said(error)}). Reset what it keeps in each pass."
         ) from error
-    after = model.state_dict()
-    moved = {key: before.get(key) for key in {**before, **after} if not _same(before.get(key), after.get(key))}
+    moved = changed(before, model.state_dict())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key in moved:
         if key in parameters:
@@ -148,6 +147,11 @@ def moving_state(
             f"{note} Make it repeat itself in evaluation mode."
         )
     return moved, last
+
+
+def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Return the entries of a state that differ afterwards -> what they were before, if any."""
+    return {key: before.get(key) for key in {**before, **after} if not _same(before.get(key), after.get(key))}
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -391,7 +391,7 @@ class _Observer(TorchFunctionMode):
             if not read and type_of(module).reads_numbers:
                 raise UnsupportedModel(f"Layer {name} runs on no tensor. Give it one, or take the layer out.")
             self.shapes_read[name] = tuple(read[0].shape) if read else ()
-            if read and (how := _surroundings(read[0])):
+            if read and (how := surroundings_of(read[0])):
                 self.surroundings[name] = how
         self.inside_leaf += self._is_leaf(module)
 
@@ -485,7 +485,7 @@ def _channels(shape: Sequence[int], dimension: int) -> Tensor:
     return torch.arange(shape[dimension], dtype=torch.float32).view(places).expand(*shape)
 
 
-def _surroundings(tensor: Tensor) -> str | None:
+def surroundings_of(tensor: Tensor) -> str | None:
     """Return what is around a layer that reads `tensor` and would not be there when it is run alone; None in a plain forward."""
     if torch._C._functorch.is_batchedtensor(tensor):
         return "inside torch.vmap"

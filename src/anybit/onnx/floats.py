@@ -26,7 +26,8 @@ from anybit.data.batches import Batch, Inputs, call, map_tensors, tensors_in
 from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache
 from anybit.networks.layers import float_weight
-from anybit.networks.wiring import name_of_call, observe
+from anybit.networks.wiring import LAYER as WIRED_LAYER
+from anybit.networks.wiring import Wiring, name_of_call, observe
 from anybit.onnx.graphs import cached_graph, forget_graph, quiet
 from anybit.onnx.operators import LAYER_OPERATORS, layer_operator
 from anybit.onnx.traces import graph_digest, state_of
@@ -54,7 +55,9 @@ def float_graph(
 
     Raises UnsupportedModel naming the operator, where the exporter does not know one, InvalidInput where the model refuses the inputs.
     """
-    observe(plain, probe_of(example, 2))  # inputs that the model refuses are named as such
+    wiring = observe(plain, probe_of(example, 2))  # inputs that the model refuses are named as such
+    fixed = _independent(wiring)
+    rounded = [name for name in rounded if name not in fixed]
     inputs = map_tensors(example.inputs, lambda tensor: tensor[:2] if len(tensor) > 1 else torch.cat([tensor, tensor]))
     length = None if example.mask is None else example.mask.shape[1]
     key, state = _key(plain, inputs, length), state_of(plain)
@@ -86,6 +89,18 @@ def float_graph(
         checked = attempt(Cache())
     assert checked is not None  # a new graph passes or raises
     return checked
+
+
+def _independent(wiring: Wiring) -> set[str]:
+    """Return the layers that read nothing which depends on the inputs: the optimizer computes them once, and no node is left of them."""
+    depends = set(wiring.input_values)
+    layers: set[str] = set()
+    for op in wiring.operations:
+        if depends & set(op.inputs):
+            depends |= set(op.outputs)
+        elif op.kind == WIRED_LAYER:
+            layers.add(op.name)
+    return layers
 
 
 def _key(plain: nn.Module, inputs: Inputs, length: int | None) -> str | None:
@@ -266,7 +281,8 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
     inputs: dict[str, list[np.ndarray]] = {name: [] for name in quantized}
 
     def keep(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs[name].append(_padded(module, tensors_in((args, kwargs))[0].detach().float()).numpy().copy())
+        if read := tensors_in((args, kwargs)):  # an embedding of positions may take their number alone
+            inputs[name].append(_padded(module, read[0].detach().float()).numpy().copy())
 
     hooks = [plain.get_submodule(name).register_forward_pre_hook(partial(keep, name), with_kwargs=True) for name in inputs]
     try:

@@ -325,16 +325,15 @@ class _Writer:
         """Return the layer's input (of a matmul, one of them), rounded to the grid that it reads."""
         source = name_of(node.inputs[operand])
         affine = self.units[name] = self.plan.inputs[name][operand]
+        own = f"{name_of(node)}.{operand}" if operand else name_of(node)
         if self.plan.edges.get(source) == affine:
             return self.floats[source]
         if (source, affine) not in self.requantized:
             maker = self.floats[source].producer()
             after_floats = maker is not None and maker.op_type != "DequantizeLinear"  # verify looks for codes that floats were rounded to
-            codes = self.emit(
-                "QuantizeLinear", [self.floats[source], *self._scale(affine)], {}, f"{name_of(node)}.rounded" if after_floats else ""
-            )
+            codes = self.emit("QuantizeLinear", [self.floats[source], *self._scale(affine)], {}, f"{own}.rounded" if after_floats else "")
             codes = self._clipped(codes, affine)
-            self.requantized[source, affine] = self.emit("DequantizeLinear", [codes, *self._scale(affine)], {}, f"{name_of(node)}.input")
+            self.requantized[source, affine] = self.emit("DequantizeLinear", [codes, *self._scale(affine)], {}, f"{own}.input")
         return self.requantized[source, affine]
 
     def _integer_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:

@@ -164,6 +164,8 @@ def check_data(reference: str) -> None:
         check_package("datasets", reference)
     elif ":" in reference:
         check_code(reference)
-    elif not place.is_file() or not path.endswith((".npz", *TEXT_SUFFIXES)):
+    elif not place.is_file() or not path.endswith((".npz", ".npy", *TEXT_SUFFIXES)):
         there = "is no" if place.exists() else "is not there: no"
-        raise InvalidInput(f"{path} {there} folder of images, .npz file or file of texts ({', '.join(TEXT_SUFFIXES)}).{near_path(place)}")
+        raise InvalidInput(
+            f"{path} {there} folder of images, file of arrays (.npz, .npy) or of texts ({', '.join(TEXT_SUFFIXES)}).{near_path(place)}"
+        )
