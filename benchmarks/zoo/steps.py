@@ -143,15 +143,20 @@ def real(outputs: Sequence[Tensor], batch: Batch) -> list[Tensor]:
 
 def coverage(model: nn.Module, report: Mapping[str, Any]) -> dict[str, Any]:
     """The share of the weights that is covered, of all parameters that are no vector; and what is not, by its reason."""
-    matrices = {name: one for name, one in model.named_parameters() if sum(size > 1 for size in one.shape) > 1}
-    total = sum(one.numel() for one in matrices.values())
-    covered = sum(math.prod(row["weight"]) for row in report["layers"].values() if row["weight"])
+    matrices = [one for one in model.parameters() if sum(size > 1 for size in one.shape) > 1]
+    modules = dict(model.named_modules())
+    covered = {}
+    for name, row in report["layers"].items():
+        if row["weight"]:  # a weight that layers share counts once
+            own = getattr(modules.get(name), "weight", None)
+            covered[id(own) if isinstance(own, nn.Parameter) else name] = math.prod(row["weight"])
+    share = sum(covered.values()) / max(sum(one.numel() for one in matrices), 1)
     reasons: dict[str, list[str]] = {}
     for name, why in report["uncovered"].items():
         reasons.setdefault(why, []).append(name)
     return {
         "layers": len(report["layers"]),
-        "covered": covered / max(total, 1),
+        "covered": min(share, 1.0),
         "uncovered": {why: names[:3] for why, names in reasons.items()},
     }
 
