@@ -76,7 +76,7 @@ def export(
         "layers": layers,
         "integer_layers": len(graphs.plan.integer),
         "edges": len(set(graphs.plan.edges.values())),
-        "measured_edges": list(graphs.plan.measured),
+        "measured_edges": list(measured_in(graphs.integer)),
     }
     tell("result", **report)
     return report

@@ -3,11 +3,23 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, unpadded
 from anybit.networks.layer_types import type_of
 from anybit.networks.wiring import LAYER, Wiring, observe
+
+SMALLEST_SCALE = 1e-30
+"""Below it a range is as good as empty, and its quotients leave float32."""
+
+
+def edge_grid(low: float, high: float) -> tuple[float, int]:
+    """Return (scale, a float32; zero point) of the 8 bits of an edge that reaches from `low` to `high`, 0 included."""
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    scale = float(np.float32((high - low) / 255))
+    scale = scale if scale > SMALLEST_SCALE else 1.0
+    return scale, int(np.clip(np.rint(-low / scale), 0, 255))
 
 
 def observe_edge_ranges(model: nn.Module, wiring: Wiring, batches: Sequence[Batch], chunk_size: int = 8) -> dict[str, tuple[float, float]]:

@@ -20,6 +20,8 @@ class LayerType:
     reads_numbers  whether its input is an activation, and not an index
     sums           whether an output is a weighted sum of inputs, so that rounding one weight can make up for another's, and that a
                    batch norm folds into the weights
+    integer        whether runtimes have a kernel of it on integers
+    gives_codes    whether that kernel gives codes alone, so that a quantizer must follow; others give floats where none does
     grouped        whether its weight can have a scale for each so many inputs of a channel
     channels_last  whether the channels of its output are the last dimension, not the second
     refusal        why a precision that its lacking operand would have is none, in words
@@ -30,6 +32,8 @@ class LayerType:
     has_weights: bool = True
     reads_numbers: bool = True
     sums: bool = True
+    integer: bool = True
+    gives_codes: bool = False
     grouped: bool = False
     channels_last: bool = False
     refusal: str = ""
@@ -103,13 +107,14 @@ class Product(LayerType):
 
 
 LAYER_TYPES: tuple[LayerType, ...] = (
-    LayerType((nn.Conv1d, nn.Conv2d, nn.Conv3d)),
-    TransposedConvolution((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
+    LayerType((nn.Conv1d, nn.Conv2d, nn.Conv3d), gives_codes=True),
+    TransposedConvolution((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), integer=False),
     LinearLayer((nn.Linear,), grouped=True, channels_last=True),
     Lookup(
         (nn.Embedding,),
         reads_numbers=False,
         sums=False,
+        integer=False,
         grouped=True,
         channels_last=True,
         refusal="is an embedding, whose input is no activation",

@@ -41,6 +41,8 @@ ESCAPES = {"item", "tolist", "numpy", "array", "bool", "float", "int", "index", 
 """Functions that read values and give back no tensor."""
 CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clip"}
 """Activations that only bound values: after them fewer values are left, none is new."""
+MOVES = RESHAPES | {"max_pool1d", "max_pool2d", "max_pool3d", "identity"}
+"""Functions whose output holds only numbers of their input, as padding with zeros does, too."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Operation:
     outputs   the values made
     shape     of the first output, batch included
     function  for an activation: the out-of-place function of one tensor
+    moves     whether the output holds only numbers of the input, and zero
+    constants tensors of several numbers among the operands that are no observed values: weights, masks, buffers
     """
 
     name: str
@@ -63,6 +67,13 @@ class Operation:
     outputs: tuple[int, ...]
     shape: tuple[int, ...]
     function: Callable[[Tensor], Tensor] | None = None
+    moves: bool = False
+    constants: int = 0
+
+    @property
+    def clamps(self) -> bool:
+        """Return whether it does no more than to bound one value."""
+        return self.kind in CLAMPS and len(self.inputs) == 1 and not self.constants
 
 
 @dataclass(frozen=True)
@@ -217,7 +228,7 @@ class Wiring:
         names = [f"input/{index}" for index in range(len(self.input_values))]
         for op in self.operations:
             reader = self.only_reader(op.outputs[0]) if op.outputs else None
-            if op.kind not in RESHAPES and not (reader is not None and reader.kind in CLAMPS):
+            if op.kind not in RESHAPES and not (reader is not None and reader.clamps):
                 names.append(op.name)
         return list(dict.fromkeys(names))
 
@@ -351,14 +362,17 @@ class _Observer(TorchFunctionMode):
         return output
 
     def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> None:
-        inputs = tuple(self.values[id(tensor)] for tensor in tensors_in(arguments) if id(tensor) in self.values)
+        read = tensors_in(arguments)
+        inputs = tuple(self.values[id(tensor)] for tensor in read if id(tensor) in self.values)
+        constants = sum(tensor.numel() > 1 for tensor in read if id(tensor) not in self.values)
         tensors = tensors_in(output)
         if kind not in (LAYER, BATCH_NORM):
             count = self.names[name] = self.names.get(name, 0) + 1
             name = name if count == 1 else f"{name}.{count}"
         outputs = tuple(self._new_value(tensor) for tensor in tensors)
         shape = tuple(tensors[0].shape) if tensors else ()
-        self.operations.append(Operation(name, kind, owner, inputs, outputs, shape, function))
+        moves = kind in MOVES or (kind == "pad" and _pads_zeros(*arguments))
+        self.operations.append(Operation(name, kind, owner, inputs, outputs, shape, function, moves, constants))
         if tensors:
             self._show(name, tensors[0])
 
@@ -397,6 +411,12 @@ def _bare_name(func) -> str:
     """Return "add" for torch.add, Tensor.add_, x + y and x += y."""
     name = getattr(func, "__name__", type(func).__name__).strip("_")
     return _IN_PLACE.get(name, name)
+
+
+def _pads_zeros(args: tuple, kwargs: dict) -> bool:
+    """Return whether a call of `F.pad` puts zeros around its input."""
+    mode, value = [*args[2:], *[None] * 2][:2]
+    return kwargs.get("mode", mode) in (None, "constant") and not kwargs.get("value", value)
 
 
 def _activation(kind: str, args: tuple, kwargs: dict) -> Callable[[Tensor], Tensor] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from torch import Tensor
 
 from anybit.data.batches import Batch
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
@@ -16,11 +17,15 @@ from anybit.files.cache import Cache
 from anybit.files.strict import in_words, parse_json, validated
 from anybit.files.whole import whole_file
 from anybit.networks.canonical import Canonical
+from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.integers import rounded_edges
 from anybit.networks.layers import Pruned, emptied, float_weight, quantized_layers
+from anybit.networks.wiring import observe
 from anybit.numerics.quantizers import frozen
-from anybit.onnx.floats import OPSET, edge_names, float_graph, input_tensors, probe_of, ranges_on
+from anybit.onnx.floats import OPSET, edge_names, float_graph, input_tensors, probe_of
 from anybit.onnx.plan import Plan, make_plan
 from anybit.onnx.storage import stored_bytes
+from anybit.onnx.values import name_of
 from anybit.onnx.writer import TWO_BIT_VERSIONS, write_graph
 
 EXACT_SUMS = ("session.x64quantprecision", "1")
@@ -50,7 +55,7 @@ LINEARS = "anybit.linears"
 """How linears with float inputs run, on "packed" or on "unpacked" weights."""
 
 MEASURED = "anybit.measured"
-"""Ranges of tensors that no edge of the run is, taken from the inputs of the export: name -> [low, high], as JSON."""
+"""Ranges of rounded edges that the run has none of, taken from the inputs of the export: name -> [low, high], as JSON."""
 
 PROBE = 4
 """Inputs on which tensors of the graph are recognized."""
@@ -78,7 +83,7 @@ def exported(
 
     tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
     weight_only  linears with float inputs keep their weights packed as they run
-    measured     ranges of tensors that no edge of the run is, as an earlier export took them from its inputs
+    measured     ranges of rounded edges that the run has none of, as an earlier export took them from its inputs
     cache        keeps what the exporter of PyTorch gives for this network, whatever its weights
     """
     model = canonical.model.cpu().eval()
@@ -86,17 +91,22 @@ def exported(
     probe = probe_of(example, PROBE)
     rounded = [name for name, layer in layers.items() if layer.weight_quantizer is not None or layer.input_quantizer is not None]
     floating, values = float_graph(plain, example, probe, layers, rounded, cache)
-    names = edge_names(plain, values, probe, canonical.edges)
-    wider: dict[str, tuple[float, float]] = dict(measured or {})
+    shown: list[tuple[str, np.ndarray]] = []
 
-    def measure(name: str) -> tuple[float, float]:
-        if name not in wider:
-            wider.update(ranges_on(floating, input_tensors(example), PROBE))
-        return wider[name]
+    def show(name: str, tensor: Tensor) -> None:
+        if tensor.is_floating_point():
+            shown.append((name, tensor.detach().float().numpy().copy()))
 
-    plan = make_plan(model, floating, canonical.edges, names, measure, tables)
+    wiring = observe(plain, probe, show)
+    edges = rounded_edges(wiring, model, tables)
+    ranges, missing = {**(measured or {}), **canonical.edges}, {}
+    if not set(edges.names) <= set(ranges):
+        missing = {name: ends for name, ends in observe_edge_ranges(plain, wiring, [example], PROBE).items() if name not in ranges}
+    order = [*floating.graph.inputs, *(value for node in floating.graph for value in node.outputs)]
+    names = edge_names({name_of(value): values[name_of(value)] for value in order if name_of(value) in values}, shown, edges.names)
+    plan = make_plan(model, floating, edges, {**missing, **ranges}, names, tables)
     metadata = {**(metadata or {}), FUNCTIONS: "tables" if tables else "float", LINEARS: "packed" if weight_only else "unpacked"}
-    metadata[MEASURED] = json.dumps(plan.measured)
+    metadata[MEASURED] = json.dumps({name: ends for name, ends in {**missing, **(measured or {})}.items() if name in edges.names})
     return Exported(write_graph(model, floating, plan, metadata, weight_only), floating, plan)
 
 

@@ -244,18 +244,6 @@ def values_on(model: ir.Model, inputs: Sequence[Tensor]) -> dict[str, np.ndarray
     return feeds | dict(zip(names, run_unoptimized(shown, feeds, names), strict=True))
 
 
-def ranges_on(model: ir.Model, inputs: Sequence[Tensor], size: int) -> dict[str, tuple[float, float]]:
-    """Return (low, high) of every float value of the graph on these inputs, `size` at a time."""
-    ends: dict[str, tuple[float, float]] = {}
-    for parts in zip(*(tensor.split(size) for tensor in inputs), strict=True):
-        for name, array in values_on(model, parts).items():
-            if array.dtype.kind != "f":
-                continue
-            low, high = ends.get(name, (np.inf, -np.inf))
-            ends[name] = (min(low, float(array.min(initial=np.inf))), max(high, float(array.max(initial=-np.inf))))
-    return ends
-
-
 def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarray], probe: Batch, quantized: Iterable[str]) -> None:
     """Raise UnsupportedModel where the graph does not compute what `plain` does on the probe inputs.
 
@@ -303,28 +291,30 @@ def _alike(a: np.ndarray, b: np.ndarray) -> bool:
     return a.size == b.size and bool(np.allclose(np.reshape(a, -1), np.reshape(b, -1), rtol=1e-3, atol=1e-3 * np.abs(b).max(initial=1e-12)))
 
 
-def edge_names(
-    plain: nn.Module, values: Mapping[str, np.ndarray], probe: Batch, ranges: Mapping[str, tuple[float, float]]
-) -> dict[str, str]:
-    """Match values of the graph to the edges (named as `wiring` does) that hold the same numbers on the probe inputs.
+def edge_names(values: Mapping[str, np.ndarray], shown: Sequence[tuple[str, np.ndarray]], rounded: Collection[str]) -> dict[str, str]:
+    """Match values of the graph, in order, to the `rounded` ones among the edges `shown` by the network, in order, on the same inputs.
 
     Exporters rename, merge and split operators; numbers on real inputs say which tensor is which whatever they do. Of several edges that
-    hold the same numbers there the one of the widest range is taken: a clamp that nothing met yet, say, from what it clamps.
+    hold the same numbers (a clamp that nothing met, say, and what it clamps) each value takes the next in order; a rounded edge that is
+    left over takes a value of another.
     """
-    edges: dict[tuple[int, ...], list[tuple[str, np.ndarray]]] = {}
-
-    def keep(name: str, tensor: Tensor) -> None:
-        if tensor.is_floating_point() and name in ranges:
-            edges.setdefault(tuple(tensor.shape), []).append((name, tensor.detach().float().numpy().copy()))
-
-    observe(plain, probe, keep)
-    edge_of = {}
+    alike: dict[str, list[int]] = {}
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for index, (_, array) in enumerate(shown):
+        by_shape.setdefault(array.shape, []).append(index)
     for name, array in values.items():
         tolerance = 1e-4 * (np.abs(array).max(initial=0) + 1e-12)
-        alike = [edge for edge, other in edges.get(array.shape, []) if np.abs(array - other).max(initial=0) <= tolerance]
-        if alike:
-            edge_of[name] = max(alike, key=lambda edge: ranges[edge][1] - ranges[edge][0])
-    return edge_of
+        alike[name] = [i for i in by_shape.get(array.shape, []) if np.abs(array - shown[i][1]).max(initial=0) <= tolerance]
+    taken: dict[str, int] = {}
+    for name, indices in alike.items():
+        if indices:
+            taken[name] = next((index for index in indices if index not in taken.values()), indices[-1])
+    edges = {name: shown[index][0] for name, index in taken.items()}
+    for index, (edge, _) in enumerate(shown):
+        if edge in rounded and edge not in edges.values():
+            spare = next((name for name, indices in alike.items() if index in indices and edges[name] not in rounded), None)
+            edges |= {} if spare is None else {spare: edge}
+    return {name: edge for name, edge in edges.items() if edge in rounded}
 
 
 def probe_of(batch: Batch, count: int) -> Batch:

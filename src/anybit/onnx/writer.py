@@ -177,11 +177,7 @@ class _Writer:
         elif node.op_type == "MaxPool" and name_of(node.inputs[0]) in self.unrounded and affine is not None:
             return self._pooled(node, affine)
         elif node.op_type in MOVES and affine is not None and self._shares_codes(node, affine):
-            rest = list(map(self._operand, node.inputs[1:]))
-            if node.op_type == "Pad":  # zero is a code
-                rest[1:] = [self._scale(affine)[1], *rest[2:]]
-            moved = self.emit(node.op_type, [self.codes[name_of(node.inputs[0])], *rest], node.attributes, name_of(node))
-            return self._as_codes(name_of(output), moved, affine)
+            return self._moved(node, affine)
         elif affine is not None and name_of(output) in self.plan.clamped:
             source, low, high = self.plan.clamped[name_of(output)]
             return self._quantize(name_of(output), self.floats[source], affine, low, high)
@@ -193,9 +189,26 @@ class _Writer:
                 self._quantize(name_of(value), self.floats[name_of(value)], self.plan.edges[name_of(value)])
 
     def _shares_codes(self, node: ir.Node, affine: Affine) -> bool:
-        """Return whether what the node reads is quantized by `affine`."""
+        """Return whether what the node reads, and all that it makes, is quantized by `affine`."""
         source = name_of(node.inputs[0])
-        return source in self.codes and self.plan.edges.get(source) == affine
+        return source in self.codes and all(self.plan.edges.get(name_of(value)) == affine for value in (node.inputs[0], *node.outputs))
+
+    def _moved(self, node: ir.Node, affine: Affine) -> None:
+        """Add a node that only moves numbers, on the codes."""
+        rest = list(map(self._operand, node.inputs[1:]))
+        if node.op_type == "Pad":  # zero is a code
+            rest[1:] = [self._scale(affine)[1], *rest[2:]]
+        moved = ir.node(
+            node.op_type,
+            [self.codes[name_of(node.inputs[0])], *rest],
+            dict(node.attributes),
+            name=name_of(node),
+            num_outputs=len(node.outputs),
+        )
+        self.nodes.append(moved)
+        for index, (new, old) in enumerate(zip(moved.outputs, node.outputs, strict=True)):
+            new.name = self._untaken(f"{name_of(node)}.{index}" if index else name_of(node))
+            self._as_codes(name_of(old), new, affine)
 
     def _operand(self, value: ir.Value | None) -> ir.Value | None:
         """Return what a node of the new graph reads in its place; None for an operand left out."""
@@ -303,15 +316,10 @@ class _Writer:
     def _constant_of(self, kind: str, sizes: Sequence[int]) -> ir.Value:
         return self.constant("_".join([kind, *map(str, sizes)]), np.array([int(size) for size in sizes], np.int64))
 
-    def _read_as(self, source: str, name: str, operand: int) -> Affine:
-        """Return the grid of the codes that a layer reads: its own, or the edge's where both have 8 bits."""
-        own, edge = self.plan.inputs[name][operand], self.plan.edges.get(source)
-        return edge if edge is not None and own.highest == 255 and name in self.plan.integer else own
-
     def _input(self, node: ir.Node, name: str, operand: int = 0) -> ir.Value:
         """Return the layer's input (of a matmul, one of them), rounded to the grid that it reads."""
         source = name_of(node.inputs[operand])
-        affine = self.units[name] = self._read_as(source, name, operand)
+        affine = self.units[name] = self.plan.inputs[name][operand]
         if self.plan.edges.get(source) == affine:
             return self.floats[source]
         if (source, affine) not in self.requantized:

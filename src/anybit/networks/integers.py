@@ -1,0 +1,219 @@
+"""Which tensors an integer runtime holds as codes of 8 bits: the one rule that the simulation and the exported file follow.
+
+    a layer's input            is rounded by the layer's own quantizer, where nothing else reads the tensor
+    a tensor that others read  is one edge of 8 bits, where an integer operator makes it or joins it; a layer of fewer bits rounds again
+                               after it, one of 8 bits reads the edge's codes
+    what only moves numbers    (reshape, transpose, maximum pool, slice) shares the codes of what it reads
+    what only clamps           (ReLU, ReLU6) is a bound on the codes: rounding is monotonic, so clamping before or after it is the same
+    a function of one tensor   (SiLU, GELU, hard-swish, x + 1) is computed in float between quantizers
+
+The network's outputs stay float where the layer before them gives floats without being slower (a linear), and no edge stands between two
+operators that both compute in float.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import nn
+
+from anybit.networks.layer_types import type_of
+from anybit.networks.layers import QuantizedLayer, quantized_layers
+from anybit.networks.wiring import ACTIVATIONS, LAYER, Operation, Wiring
+
+POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "mean"}
+JOINT = {"add", "mul", "cat", "concat", "concatenate"} | POOLS
+"""Functions that runtimes compute on integers."""
+ELEMENTWISE = set(ACTIVATIONS) | {
+    "add", "sub", "rsub", "mul", "div", "rdiv", "truediv", "rtruediv", "true_divide", "divide", "multiply", "subtract", "pow", "square",
+    "sqrt", "rsqrt", "exp", "log", "abs", "neg", "min", "max", "minimum", "maximum", "reciprocal", "floor", "ceil", "round", "erf", "selu",
+    "celu", "softplus", "softsign", "logsigmoid",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RoundedEdges:
+    """names  of the edges that are rounded to 8 bits, in the order of `Wiring.edges`
+    reads     layer -> the edge that each of its operands is, or None
+    """
+
+    names: tuple[str, ...] = ()
+    reads: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+
+
+def computes_on_integers(layer: QuantizedLayer) -> bool:
+    """Return whether runtimes have an integer kernel for the layer as its slots are filled."""
+    kind = type_of(layer)
+    has_codes = layer.weight_quantizer is not None or not kind.has_weights
+    return kind.integer and layer.input_quantizer is not None and has_codes and layer.weight_group is None
+
+
+def rounded_edges(wiring: Wiring, model: nn.Module, tables: bool = False) -> RoundedEdges:
+    """Return the edges that are rounded in canonical `model`; `tables` if functions of one tensor are computed as tables of codes."""
+    layers = quantized_layers(model)
+    rule = _Rule(wiring, layers, tables)
+    recorded = wiring.edges()
+    names = {rule.names[root] for root in rule.groups if rule.names[root] in recorded and rule.is_edge(root)}
+    reads: dict[str, tuple[str | None, ...]] = {}
+    for op in wiring.operations:
+        if op.kind != LAYER or op.name not in layers or layers[op.name].input_quantizer is None:
+            continue
+        read = tuple(name if (name := rule.names[rule.root[value]]) in names else None for value in op.inputs)
+        if len(read) != type_of(layers[op.name]).operands or reads.get(op.name, read) != read:  # one grid serves no calls on several edges
+            read = (None,) * type_of(layers[op.name]).operands
+        reads[op.name] = read
+    return RoundedEdges(tuple(name for name in recorded if name in names), reads)
+
+
+class _Rule:
+    """What the rule asks of a wiring; operations are named by their index in it, values by their number.
+
+    root    value -> the value whose codes it shares;   groups  root -> all that share its codes
+    names   root -> the name of the operation that makes it, or of the network's input
+    """
+
+    def __init__(self, wiring: Wiring, layers: Mapping[str, QuantizedLayer], tables: bool):
+        self.ops, self.outputs, self.escaped = wiring.operations, set(wiring.output_values), wiring.escaped
+        integer = {name for name, layer in layers.items() if computes_on_integers(layer)}
+        self.integer = {at for at, op in enumerate(self.ops) if op.kind == LAYER and op.name in integer}
+        self.gives_codes = {at for at in self.integer if type_of(layers[self.ops[at].name]).gives_codes}
+        self.root = {value: value for value in wiring.input_values}
+        self.names = {value: f"input/{index}" for index, value in enumerate(wiring.input_values)}
+        self.maker: dict[int, int] = {}
+        self.readers: dict[int, list[int]] = {}
+        for at, op in enumerate(self.ops):
+            for value in dict.fromkeys(op.inputs):
+                self.readers.setdefault(value, []).append(at)
+            for value in op.outputs:
+                self.maker[value] = at
+                self.root[value] = self.root[op.inputs[0]] if op.moves and op.inputs else value
+                self.names.setdefault(value, op.name)
+        self.groups: dict[int, list[int]] = {}
+        for value, root in self.root.items():
+            self.groups.setdefault(root, []).append(value)
+        self.base = self._functions()
+        self.tables = {value for value in self.base if self._is_table(value)} if tables else set()
+        self.reaching, self.convolved = self._reaching(), self._convolved()
+
+    def is_edge(self, root: int) -> bool:
+        """Return whether a value, with all that share its codes, is rounded to 8 bits."""
+        maker, members = self.maker.get(root), self.groups[root]
+        if self._only_clamped(root) or (maker is not None and len(self.ops[maker].outputs) != 1):
+            return False
+        readers = [at for value in members for at in self.readers.get(value, []) if not self._is_member(at, root)]
+        joined, tabled = any(map(self._joins, readers)), any(self.base[table] in members for table in self.tables)
+        reads = sum(value in members for at in set(readers) & self.integer for value in self.ops[at].inputs)
+        is_output, is_escaped = bool(self.outputs & set(members)), bool(self.escaped & set(members))
+        others = is_escaped or not self.integer.issuperset(readers)
+        computed = self._computed(root)
+        if not (reads or joined or tabled or computed is not None) or (is_output and not readers and computed not in self.gives_codes):
+            return False
+        if reads and not (joined or tabled) and computed is None and reads + others > 1:
+            return False  # each layer rounds the floats by itself
+        return reads != 1 or others or is_output  # the one layer that reads it rounds it by itself
+
+    def _is_member(self, at: int, root: int) -> bool:
+        return any(self.root[value] == root for value in self.ops[at].outputs)
+
+    def _clamps(self, at: int) -> bool:
+        return self.ops[at].clamps and self.ops[at].outputs[0] not in self.base
+
+    def _only_clamped(self, value: int) -> bool:
+        """Return whether a clamp alone reads an operator's result: the clamp's output is then the rounded value."""
+        readers = self.readers.get(value, [])
+        alone = len(readers) == 1 and len(self.groups[value]) == 1 and value in self.maker and value not in self.outputs | self.escaped
+        return alone and self._clamps(readers[0])
+
+    def _computed(self, root: int) -> int | None:
+        """Return the operation that makes the value, if only a quantizer after it lets it compute on integers (a linear needs none)."""
+        maker = self.maker.get(root)
+        while maker is not None and self._clamps(maker):
+            maker = self.maker.get(self.ops[maker].inputs[0])
+        if maker is None:
+            return None
+        return maker if maker in self.gives_codes or self._joins(maker) or self.ops[maker].outputs[0] in self.tables else None
+
+    def _joins(self, at: int) -> bool:
+        """Return whether the operation is computed on integers, as a sum, product, concatenation or mean of what convolutions made."""
+        op = self.ops[at]
+        on_integers = at in self.touching and at in self.reaching and at in self.convolved and op.kind in JOINT and self._on_codes(at)
+        if not on_integers or op.outputs[0] in self.base or op.constants:
+            return False
+        return self._pools_pictures(op) if op.kind in POOLS else len(op.inputs) > 1
+
+    def _pools_pictures(self, op: Operation) -> bool:
+        if op.kind.startswith("avg_pool"):
+            return True
+        shape = self._shape(op.inputs[0])
+        return shape is not None and len(shape) == 4 and op.shape in (shape[:2], (*shape[:2], 1, 1))
+
+    def _on_codes(self, at: int) -> bool:
+        """Return whether a sum or product is one to compute on integers: not the one that masks a softmax, whose huge numbers leave no
+        codes for others, and not that of a norm with its factor for each row."""
+        op = self.ops[at]
+        sizes = {shape[-1] for value in op.inputs if (shape := self._shape(value)) is not None and len(shape) == 3}
+        factors = op.kind == "mul" and len(sizes) > 1 and 1 in sizes
+        return not factors and all(self.ops[reader].kind != "softmax" for reader in self.readers.get(op.outputs[0], []))
+
+    def _shape(self, value: int) -> tuple[int, ...] | None:
+        maker = self.maker.get(value)
+        return None if maker is None else self.ops[maker].shape
+
+    @cached_property
+    def touching(self) -> set[int]:
+        """The operations that are connected to an integer layer through others that runtimes compute on integers."""
+        reached: set[int] = set()
+        ahead = list(self.integer)
+        while ahead:
+            op = self.ops[ahead.pop()]
+            makers = [self.maker[value] for value in op.inputs if value in self.maker]
+            readers = [reader for value in op.outputs for reader in self.readers.get(value, [])]
+            for other in {*makers, *readers} - reached:
+                if self.ops[other].kind != LAYER and (self.ops[other].moves or self.ops[other].kind in JOINT | ELEMENTWISE):
+                    reached.add(other)
+                    ahead.append(other)
+        return reached
+
+    def _functions(self) -> dict[int, int]:
+        """Return value -> the one value that it is an elementwise function of; clamps alone are none."""
+        base: dict[int, int] = {}
+        for at, op in enumerate(self.ops):
+            bases = {base.get(value, value) for value in op.inputs}
+            of_one = len(bases) == 1 and not op.constants and len(op.outputs) == 1
+            clamps_alone = op.clamps and op.inputs[0] not in base
+            if op.kind in ELEMENTWISE and at in self.touching and of_one and not clamps_alone:
+                base[op.outputs[0]] = bases.pop()
+        return base
+
+    def _is_table(self, value: int) -> bool:
+        readers = self.readers.get(value, [])
+        return value in self.outputs or any(self.ops[at].outputs[0] not in self.base for at in readers)
+
+    def _passes(self, at: int) -> bool:
+        return self.ops[at].moves or self.ops[at].clamps or self.ops[at].outputs[0] in self.base
+
+    def _reaching(self) -> set[int]:
+        """Return the operations whose numbers reach an integer layer, a pool or the outputs, through nothing but what runtimes compute on
+        integers. A sum that only a norm reads is none: on integers it would be rounded for nothing."""
+        reaching: set[int] = set()
+        for at in reversed(range(len(self.ops))):
+            outputs = self.ops[at].outputs
+            readers = [reader for value in outputs for reader in self.readers.get(value, [])]
+            if self.outputs & set(outputs) or any(self._takes_codes(reader, reaching) for reader in readers):
+                reaching.add(at)
+        return reaching
+
+    def _takes_codes(self, at: int, reaching: set[int]) -> bool:
+        if at in self.integer:
+            return True
+        return at in reaching and (self._passes(at) or (self.ops[at].kind in JOINT and self._on_codes(at)))
+
+    def _convolved(self) -> set[int]:
+        """Return the operations that compute on integers what convolutions made: a linear gives floats without being slower, a convolution
+        does not."""
+        convolved: set[int] = set()
+        for at, op in enumerate(self.ops):
+            passes = op.kind != LAYER and (self._passes(at) or op.kind in JOINT)
+            if at in self.gives_codes or (passes and any(self.maker.get(value) in convolved for value in op.inputs)):
+                convolved.add(at)
+        return convolved
