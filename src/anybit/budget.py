@@ -4,8 +4,10 @@ A quantity knows its grammar (`4bit`, `120kB`, `12.5%`, `bops=2G`, `latency=3ms`
 is counted of a scheme. Whatever reads, meets, checks or reports a budget looks the quantity up in `QUANTITIES`.
 """
 
+import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
 from typing import Any, Literal, Protocol
@@ -254,6 +256,9 @@ class Budget:
         """Read a budget: "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ..."""
         if isinstance(text, Budget):
             return text
+        if not isinstance(text, str):
+            near = f' Write "{text:g}bit" for bits a weight.' if isinstance(text, (int, float)) else ""
+            raise InvalidSetting(f"Budget {text!r} is no text with a unit.{near or f' Write {_examples()}.'}")
         conditions = tuple(_parse_condition(part.strip()) for part in text.split(","))
         quantities = [condition.quantity for condition in conditions]
         if len(set(quantities)) < len(quantities):
@@ -281,6 +286,17 @@ class Budget:
         return self.text
 
 
+def parse_budgets(budgets: "Iterable[str | Budget]", check: "Callable[[Budget], None]" = lambda budget: None) -> "tuple[Budget, ...]":
+    """Read several budgets, none of which `check` refuses. Raise InvalidSetting where one is named twice."""
+    parsed = tuple(Budget.parse(one) for one in budgets)
+    for one in parsed:
+        check(one)
+    twice = [text for text, count in Counter(map(str, parsed)).items() if count > 1]
+    if twice:
+        raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
+    return parsed
+
+
 def _parse_condition(part: str) -> Condition:
     for quantity in QUANTITIES.values():
         limit = quantity.parse(part)
@@ -288,8 +304,38 @@ def _parse_condition(part: str) -> Condition:
             if limit <= 0:
                 raise InvalidSetting(f"Budget {part!r} must be above zero.")
             return Condition(quantity.name, limit)
+    raise InvalidSetting(f"Budget {part!r} cannot be read.{_meant(part)} Write {_examples()}; join conditions with a comma.")
+
+
+def _examples() -> str:
     *examples, last = (example for quantity in QUANTITIES.values() for example in quantity.examples)
-    raise InvalidSetting(f"Budget {part!r} cannot be read. Write {', '.join(examples)} or {last}; join conditions with a comma.")
+    return f"{', '.join(examples)} or {last}"
+
+
+def _meant(part: str) -> str:
+    """Return a question after the budget that a text is nearest to."""
+    match = re.fullmatch(rf"\s*(\D*?)\s*{_NUMBER}\s*(\D*)", part)
+    if match is None:
+        return ""
+    written = {f"{one.prefix}{match[2]}{unit}" for one in QUANTITIES.values() for unit in one.units}
+    near = difflib.get_close_matches(f"{match[1]}{match[2]}{match[3] or 'bit'}", sorted(written), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def check_counts_weights(budget: Budget) -> None:
+    """Raise InvalidSetting where the budget limits something else than stored weights."""
+    for condition in budget.conditions:
+        quantity = QUANTITIES[condition.quantity]
+        if not (isinstance(quantity, Cost) and quantity.stored_bits):
+            raise InvalidSetting(f"grow counts weights: give a budget of bits or bytes, not {quantity.name} ({budget}).")
+
+
+def check_is_counted(budget: Budget) -> None:
+    """Raise InvalidSetting where the budget limits a loss, which is measured."""
+    loss = budget.loss()
+    if loss is not None:
+        *names, last = (cost.name for cost in cost_quantities())
+        raise InvalidSetting(f"A search takes budgets of {', '.join(names)} and {last}, not {loss.name} ({budget}).")
 
 
 def parse_size(text: str) -> int:
@@ -307,3 +353,19 @@ def size_text(size: int) -> str:
 
 
 SIZE = Text(parse_size, size_text, "500MB or 2GiB")
+BUDGETS = Text(lambda texts: tuple(map(str, parse_budgets(texts))), list)
+"""Of an option that may be given several times."""
+
+
+COUNTED = Text(lambda texts: tuple(map(str, parse_budgets(texts, check_is_counted))), list)
+"""The same, where a loss is none."""
+
+
+def budget_text(check: Callable[[Budget], None]) -> Text:
+    """Return how a budget is written that `check` does not refuse."""
+
+    def parse(text: str) -> str:
+        check(Budget.parse(text))
+        return text
+
+    return Text(parse, str, "3bit, 80kB or 12.5%")

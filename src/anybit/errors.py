@@ -12,6 +12,9 @@
 A message says what, where (the layer's name), the values, and what to do.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class AnybitError(ValueError):
     """Root of all errors that anybit raises on purpose."""
@@ -43,6 +46,15 @@ class InfeasibleBudget(AnybitError):
 
 class MissingPackage(AnybitError):
     """An optional package is needed."""
+
+
+@contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Put the option in front of the message of an error inside the block."""
+    try:
+        yield
+    except AnybitError as error:
+        raise type(error)(f"{option} {error}") from error
 
 
 def printable(text: str) -> str:

@@ -22,9 +22,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
-from anybit.errors import AnybitError, InvalidFile, InvalidSetting
+from anybit.errors import AnybitError, InvalidFile, InvalidSetting, naming
 
 Value = TypeVar("Value")
 INTEGERS = 2**63
@@ -35,6 +35,8 @@ BOUNDS = (
     ("most", operator.le, "at most"),
     ("below", operator.lt, "below"),
 )
+PANELS = ("Input", "Budget", "Method", "Runtime", "Output")
+"""Of --help, in order."""
 NOUNS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", Path: "a path"}
 
 
@@ -66,6 +68,8 @@ class Option:
     repeat        given once for each item
     positional    an argument
     command_line  False: it is left to Python and --config
+    ready         raises where what the value names is not there: called before any work
+    panel         of --help, one of PANELS; `rare`: left to --help-all
     """
 
     name: str
@@ -85,6 +89,9 @@ class Option:
     repeat: bool = False
     positional: bool = False
     command_line: bool = True
+    ready: Callable[[Any], Any] | None = None
+    panel: str = "Method"
+    rare: bool = False
 
     @property
     def written(self) -> str:
@@ -115,6 +122,12 @@ class Option:
             raise InvalidSetting(f"{name or self.name}: {error}") from error
         except ValueError as error:
             raise InvalidSetting(f"{name or self.name} {error}") from error
+
+    def check_ready(self, value: Any) -> None:
+        """Raise where what the value names is not there, naming the option as it is written on the command line."""
+        if self.ready is not None and value is not None:
+            with naming(self.written):
+                self.ready(value)
 
     def _typed(self, kind: Any, value: Any) -> Any:
         origin, inner = typing.get_origin(kind), typing.get_args(kind)
@@ -235,11 +248,11 @@ def same_as(kind: "type[Settings]", name: str, **changes: Any) -> Any:
     return option(default, doc, **{key: value for key, value in source.metadata.items() if key != "doc"} | changes)
 
 
-def described(name: str, kind: Any, one: dataclasses.Field) -> Option:
-    """Return the option that a field is."""
+def described(name: str, kind: Any, one: dataclasses.Field, **common: Any) -> Option:
+    """Return the option that a field is; `common` describes it where its own metadata do not."""
     default = one.default if one.default_factory is MISSING else one.default_factory()
     default = MISSING if default is ... else default
-    return Option(name, kind, default, **one.metadata)
+    return Option(name, kind, default, **{**common, **one.metadata})
 
 
 def options_of(*kinds: "type[Settings]") -> dict[str, Option]:
@@ -260,7 +273,9 @@ def _is_settings(kind: Any) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of all settings: checked when they are made, to JSON and back."""
+    """Base of all settings: checked when they are made, to JSON and back. `common` describes each option that does not say otherwise."""
+
+    common: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
         for name, one in _own(type(self)).items():
@@ -317,7 +332,7 @@ class Settings:
 
 def _own(kind: "type[Settings]") -> dict[str, Option]:
     """name -> option, of a class's own fields."""
-    return {one.name: described(one.name, one.type, one) for one in dataclasses.fields(kind) if not _is_settings(one.type)}
+    return {one.name: described(one.name, one.type, one, **kind.common) for one in dataclasses.fields(kind) if not _is_settings(one.type)}
 
 
 def inner_settings(kind: "type[Settings]") -> "dict[str, type[Settings]]":

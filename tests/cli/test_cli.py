@@ -103,7 +103,7 @@ def test_several_runs_are_reported_on_one_page(here):
     assert done.exit_code == 0 and done.stdout == "both.html\n", done.stderr
     page = Path("both.html").read_text(encoding="utf8")
     assert "2 runs side by side" in page and page.count('type="range" id=') == 1
-    for arguments, said in ((["run"], "--overwrite"), (["run", "m.py", "--overwrite"], "m.py/report.json is not there")):
+    for arguments, said in ((["run"], "--overwrite"), (["run", "m.py", "--overwrite"], "m.py is a file")):
         again = anybit_cli("report", *arguments, "--output", "both.html")
         assert again.exit_code == 2 and said in again.stderr and again.stderr.count("\n") == 1
     assert Path("both.html").read_text(encoding="utf8") == page
@@ -331,6 +331,68 @@ main()
 """
     done = run_python(code)
     assert done.returncode == 0 and "--budget" in done.stdout, done.stderr
+
+
+# what no verb needs torch, or a network, to refuse: arguments -> what is said
+EARLY = {
+    "calibrate --model m.py:net --data x.npz --budget 4bitz --output o": "Did you mean 4bit?",
+    "calibrate --model m.py:net --data x.npz --budget 4 --output o": "Did you mean 4bit?",
+    "calibrate --model m.py:net --data x.npz --budget 4bit --budget 4bit --output o": "twice",
+    "calibrate --model m.py:nett --data x.npz --output o": "Did you mean net?",
+    "calibrate --model n.py:net --data x.npz --output o": "Did you mean m.py?",
+    "calibrate --model m.py --data x.npz --output o": "m.py:net",
+    "calibrate --model resnet18 --data x.npz --output o": "torchvision:resnet18 or timm:resnet18",
+    "calibrate --model no_such_package:net --data x.npz --output o": "no_such_package",
+    "calibrate --model w.pt --data x.npz --output o": "--weights",
+    "calibrate --model m.py:net --data y.npz --output o": "--data y.npz is not there: no folder",
+    "calibrate --model m.py:net --data x.npz --test m.py:nett --output o": "--test m.py:nett",
+    "calibrate --model m.py:net --data x.npz --weights wide.pt --output o": "Did you mean wide.npz?",
+    "calibrate --model m.py:net --data x.npz --metric m.py:one --output o": "Did you mean ones?",
+    "calibrate --model m.py:net --data x.npz --device abacus --output o": "--device abacus",
+    "calibrate --model m.py:net --data x.npz --pipeline fast --output o": "advanced or light",
+    "calibrate --model m.py:net --data x.npz --output .": "no run folder",
+    "calibrate --model m.py:net --output o": "--data is missing",
+    "allocate rum --budget 3bit --output o": "Did you mean run?",
+    "allocate run --budget 3bits,4bit --output o": "twice",
+    "grow --model m.py:net --train y.npz --budget 3bit --output o": "--train y.npz",
+    "grow --model m.py:net --train x.npz --output o": "--budget 3bit",
+    "grow --model m.py:net --train x.npz --budget bops=2G --output o": "bits or bytes",
+    "grow --model m.py:net --train x.npz --scheme m.py --output o": "Name the folder of a run",
+    "train --model m.py:net --train x.npz --test y.npz --output o": "--test y.npz",
+    "search run --output o": "not a supernet",
+    "search run --budget drop=1% --output o": "not drop",
+    "extract run --budget 3bit --output o": "not a supernet",
+    "evaluate run --data y.npz": "--data y.npz",
+    "evaluate --data x.npz": "--model",
+    "report run m.py --output r.html": "RUNS m.py is a file",
+    "export rum --onnx o.onnx": "Did you mean run?",
+    "export run": "--onnx FILE",
+    "export run --onnx x.npz": "--overwrite",
+    "verify run o.onnx": "EXPORTED o.onnx is not there",
+    "bench run o.onnx": "ONNX o.onnx is not there",
+    "profile --model m.py:net --data y.npz": "--data y.npz",
+    "inspect --model m.py:net --data y.npz": "--data y.npz",
+    "diff run rum": "Did you mean run?",
+    "explain rum conv1": "Did you mean run?",
+}
+
+
+def test_arguments_are_refused_without_torch_and_before_any_network_is_loaded(here):
+    Path("run").mkdir()
+    Path("run/scheme.json").touch()
+    code = """
+import sys
+sys.modules["torch"] = None
+from typer.testing import CliRunner
+from anybit.cli.app import app
+for line in sys.stdin.read().splitlines():
+    done = CliRunner().invoke(app, line.split())
+    print(done.exit_code, done.output.count(chr(10)), done.output.replace(chr(10), " "), done.exception if done.exit_code == 1 else "")
+"""
+    done = subprocess.run([sys.executable, "-c", code], input="\n".join(EARLY), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for (line, words), said in zip(EARLY.items(), done.stdout.splitlines(), strict=True):
+        assert said.startswith("2 1 anybit: ") and words in said, (line, said)
 
 
 def test_the_shell_sees_the_status():

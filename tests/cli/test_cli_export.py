@@ -77,7 +77,7 @@ def test_profile_measures_once(here):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["export", "nowhere", "--onnx", "a.onnx"], "scheme.json"),
+        (["export", "nowhere", "--onnx", "a.onnx"], "nowhere is not there"),
         (["export", "run", "--onnx", "net.onnx"], "--overwrite"),
         (["export", "run", "--onnx", "b.onnx", "--data", "wide.npz"], "refuses"),
         (["export", "run", "--onnx", "b.onnx", "--data", "empty.npz"], "empty"),

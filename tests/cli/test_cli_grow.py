@@ -130,7 +130,7 @@ def test_test_data_may_come_in_when_a_training_is_continued(here, monkeypatch):
         (["--budget", "9bit"], "all planes need"),
         (["--budget", "bops=1M"], "bits or bytes"),
         ([], "--budget"),
-        (["--budget", "3bit", "--scheme", "m.py"], "not both"),
+        (["--budget", "3bit", "--scheme", "other"], "not both"),
         (["--scheme", "nowhere"], "nowhere"),
         (["--budget", "3bit", "--activation-bits", "9"], "outside 2..8"),
         (["--budget", "3bit", "--activation-bits", "4,8"], "one number"),
@@ -147,6 +147,8 @@ def test_test_data_may_come_in_when_a_training_is_continued(here, monkeypatch):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_ends_with_status_2_and_one_line(arguments, message, here):
+    Path("other").mkdir()
+    Path("other/scheme.json").touch()
     before = sorted(os.listdir())
     done = grow(*arguments)
     assert done.exit_code == 2, done.exception

@@ -53,7 +53,7 @@ def logged(tmp_path_factory):
         quick = ["--weight-bits", "4,8", "--activation-bits", "8", "--samples", "40", "--steps", "3", "--candidate-steps", "2"]
         epochs = [*test, "--epochs", "2", "--batch-size", "16"]
         for line in (
-            ["calibrate", *model, "--data", "x.npz", *test, *quick, "--metric", "m.py:ones", "--budget", "6bit", "--output", "run"],
+            ["calibrate", *model, "--parallel", "--data", "x.npz", *test, *quick, "--metric", "m.py:ones", "--budget", "6bit", "--output", "run"],
             ["calibrate", *model, "--data", "x.npz", *quick, "--budget", "6bit", "--output", "again"],
             ["allocate", "run", "--budget", "5bit", "--output", "second"],
             ["grow", *model, "--train", "x.npz", *epochs, "--budget", "4bit", "--output", "grown"],

@@ -312,7 +312,7 @@ def test_an_exported_folder_is_no_float_network(bert):
     _, _, _, out = bert
     with pytest.raises(InvalidSetting, match="quantized already"):
         load_model(f"hf:{out}")
-    with pytest.raises(InvalidSetting, match=r"There is no folder .*moved"):
+    with pytest.raises(InvalidSetting, match=r"there is no folder .*moved"):
         load_model(f"hf:{out / 'moved'}")
 
 
@@ -357,6 +357,9 @@ def test_the_command_line_writes_and_verifies_a_folder(tmp_path, monkeypatch):
     ],
     ids=" ".join,
 )
-def test_options_that_do_not_go_together_are_refused(options, words):
+def test_options_that_do_not_go_together_are_refused(options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "scheme.json").touch()
     report = anybit_cli("export", "run", *options)
     assert report.exit_code == 2 and words in report.stderr

@@ -11,7 +11,8 @@ from torch import nn
 
 from anybit.data.batches import Batch
 from anybit.data.tasks import outputs_of
-from anybit.loops.reconstruction import DroppedInput, ReconstructionSettings, UnitData, mix, parallel, reconstruct, sequential
+from anybit.loops.reconstruction import DroppedInput, ReconstructionSettings, parallel, reconstruct, sequential
+from anybit.loops.units import UnitData, identity, mix
 from anybit.methods.adaquant import AdaQuant
 from anybit.methods.table import ROUNDINGS, rounding_named
 from anybit.networks.capture import MemoryBudget, capture
@@ -201,7 +202,7 @@ def test_penalties_are_asked_for_with_the_share_of_steps_done_and_are_minimized(
     layer, weights = case.model.conv1, []
     monitor = ReconstructionSettings(Pulled, steps=4)
     hook = layer.register_forward_pre_hook(lambda layer, args: weights.append(float(layer.weight.detach().square().sum())))
-    reconstruct(layer, {"": case.starts["conv1"]}, *data, None, monitor)
+    reconstruct(layer, {"": case.starts["conv1"]}, *data, identity, monitor)
     hook.remove()
     assert asked == [0.25, 0.5, 0.75, 1.0]
     assert min(weights) < weights[0]

@@ -51,9 +51,10 @@ def subnet(model, x, weight_bits, activation_bits):
 
 # name -> function of (network, inputs, weight_bits=(one,), activation_bits=(one,)) that returns a Result
 METHODS = {
-    "ranges only": partial(CALIBRATE, pipeline="light", bn_tuning=False),
-    "light": partial(CALIBRATE, pipeline="light"),
-    "adaquant layer": partial(CALIBRATE, unit="layer"),
+    "ranges only": partial(CALIBRATE, pipeline="light", bn_tuning=False, solver="none"),
+    "matching only": partial(CALIBRATE, pipeline="light", solver="none"),
+    "gptq": partial(CALIBRATE, pipeline="light"),
+    "adaquant layer": partial(CALIBRATE, unit="layer", solver="none"),
     "adaquant block": partial(CALIBRATE, unit="block"),
     "adaround": partial(CALIBRATE, rounding="adaround"),
     "csq": grown,

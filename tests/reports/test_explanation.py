@@ -243,7 +243,7 @@ def test_a_broken_report_is_refused(run_folder, place, value):
 
 
 def test_other_folders_are_refused(tmp_path, folders):
-    with pytest.raises(anybit.InvalidFile, match="is not there"):
+    with pytest.raises(anybit.InvalidFile, match="no run folder"):
         explain(tmp_path, "fc")
     search = tmp_path / "search"
     search.mkdir()

@@ -234,7 +234,7 @@ def test_a_network_with_frozen_parameters_is_calibrated():
     assert all(row["loss"] < float("inf") for row in result.report["ladder"])
 
 
-@pytest.mark.parametrize("setting", [{"start": "ranges"}, {"start": "matched"}, {"bn_prior": 0.9}], ids=str)
+@pytest.mark.parametrize("setting", [{"start": "matched"}, {"solver": "none"}, {"parallel": True}, {"bn_prior": 0.9}], ids=str)
 def test_a_setting_that_is_not_the_default_changes_the_run(setting, calibrated):
     model, x, usual = calibrated
     other = anybit.calibrate(model, x, "4bit", **QUICK, **setting)
@@ -292,7 +292,7 @@ def test_a_new_budget_is_served_from_a_saved_run(run_folder, calibrated, tmp_pat
 
 
 def test_the_rounding_is_recorded_and_named_where_it_worked(tmp_path):
-    result = anybit.calibrate(make(Residual), pictures(40), "4bit", rounding="adaround", **QUICK)
+    result = anybit.calibrate(make(Residual), pictures(40), "4bit", rounding="adaround", parallel=True, **QUICK)
     report = result.report
     assert report["settings"]["rounding"] == "adaround"
     assert "parallel AdaRound" in [stage["stage"] for stage in report["stages"]]

@@ -339,7 +339,7 @@ def test_polishing_keeps_only_what_helps_on_held_out_inputs(residual, better):
 @pytest.mark.parametrize("swapped", [False, True])
 def test_polishing_without_a_step_gives_the_better_of_ranges_and_candidates(residual, swapped):
     network, calibration, candidates, judge, table = residual
-    settings = replace(SETTINGS, pipeline="light", bn_tuning=False)
+    settings = replace(SETTINGS, pipeline="light", bn_tuning=False, solver="none")
     scheme = network.uniform(4, 8)
     targets = batch_norm_targets(network, calibration, settings)
     matched = matched_candidates(network, candidates, targets, calibration)

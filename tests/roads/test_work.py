@@ -104,10 +104,11 @@ def test_every_pass_and_copy_of_a_light_calibration_has_a_reason(work):
     passes = {
         "observed, repeated, folded": 3,
         "outputs of the float network": fitting + held_out,
-        "ranges, targets, matching": 3 * fitting,
+        "ranges, moments, targets, matching": 4 * fitting,
         "floor and rows of the table": (1 + rows) * held_out,
         "schemes": schemes * held_out,
         "ranges and candidates of the chosen one": 2 * held_out,
+        "the two units that the solution captures anew, float and quantized, and what it gives": 4 * (fitting + held_out) + held_out,
         "batch-norm tuning, and what it gives": 1 + held_out,
         "edge ranges, eight samples at once": edge_passes(result.report["inputs"]["fitting"], LIGHT["batch_size"]),
     }
@@ -117,7 +118,7 @@ def test_every_pass_and_copy_of_a_light_calibration_has_a_reason(work):
         "a network for each bit-width": len(LIGHT["weight_bits"]),
         "the table's": 1,
         "schemes": schemes,
-        "ranges, candidates and tuned ones of the chosen one": 3,
+        "ranges, candidates, solved and tuned ones of the chosen one": 4,
     }
     assert work == {"passes": sum(passes.values()), "copies": sum(copies.values())}
 

@@ -53,7 +53,7 @@ def test_a_function_of_a_file_or_a_package_is_the_network(script):
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("{}", "cannot be read. Write package"), ("{}:", "cannot be read"), (":net", "cannot be read"), ("net", "cannot be read"),
+        ("{}", "mine.py:net"), ("{}:", "cannot be read"), (":net", "cannot be read"), ("net", "timm:net"),
         ("{}:nets", "has no function 'nets'"), ("nowhere.py:net", "no file nowhere.py"), ("no_such_package:net", "no_such_package"),
         ("{}:number", "returned a int, not a torch.nn.Module"), ("math:pi", "no function 'pi'"),
     ],

@@ -3,21 +3,24 @@
 from pathlib import Path
 
 import anybit
+from anybit.cli.options import load_metric
 from anybit.cli.work import Outcome
-from anybit.exports.formats import chosen_format, format_of
+from anybit.exports.formats import chosen_format, format_of, onnx_format
 from anybit.roads.settings import CalibrateSettings
+from anybit.runs.folder import check_run
 from anybit.settings import argument, option, same_as
 from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.references import check_data, check_file, check_there
 
 RUN_DATA = "Inputs, preprocessed as the run's (default: what it was made with)."
 
 
 def export(
-    run: Path = argument("A run folder."),
+    run: Path = argument("A run folder.", ready=check_run),
     *,
     onnx: Path | None = option(None, "The file to write, for ONNX Runtime and others."),
     compressed_tensors: Path | None = option(None, "The folder to write, for transformers: Hugging Face networks."),
-    data: str | None = option(None, RUN_DATA), model=None,
+    data: str | None = option(None, RUN_DATA, panel="Input", ready=check_data), model=None,
     tables: bool = option(False, "SiLU, GELU and the like as tables of codes: exact, slower.", switch=True),
     weight_only: bool = option(False, "Linears with float inputs run on packed weights.", switch=True),
     pack_embeddings: bool = option(False, "In the folder too; transformers 5 cannot load it.", switch=True),
@@ -30,30 +33,33 @@ def export(
 
 
 def verify(
-    run: Path = argument("The run folder that was exported."),
-    exported: Path = argument("The exported file or folder."),
+    run: Path = argument("The run folder that was exported.", ready=check_run),
+    exported: Path = argument("The exported file or folder.", ready=check_there),
     *,
-    data: str | None = option(None, RUN_DATA),
+    data: str | None = option(None, RUN_DATA, panel="Input", ready=check_data),
     samples: int | None = option(None, "Inputs to run, the first of the data (default: all).", least=1),
     model=None, metric=None, cache=True, workers=0,
 ) -> Outcome:  # fmt: skip
     """Check an exported file or folder against its run: contents, integer kernels, numbers. Exit status 1 where a promise fails."""
     chosen = format_of(exported)
-    verdict = chosen.run_verify(run, exported, model=model, data=data, samples=samples, metric=metric, workers=workers, cache=cache)
+    verdict = chosen.run_verify(
+        run, exported, model=model, data=data, samples=samples, metric=load_metric(metric), workers=workers, cache=cache
+    )
     return Outcome(verdict, chosen.verdict, status=0 if verdict["ok"] else 1)
 
 
 def bench(
-    run: Path = argument("A run folder."),
-    onnx: Path | None = argument("The exported file (default: what the run would be exported as).", None),
+    run: Path = argument("A run folder.", ready=check_run),
+    onnx: Path | None = argument("The exported file (default: what the run would be exported as).", None, ready=check_file),
     *,
-    data: str | None = option(None, RUN_DATA), model=None,
+    data: str | None = option(None, RUN_DATA, panel="Input", ready=check_data), model=None,
     rounds: int = option(20, "Turns of float32 and exported, each about a twentieth of a second.", least=1),
     batch_size: int = same_as(CalibrateSettings, "batch_size", default=1),
     threads: int = option(1, "Processor threads of the runtime.", least=1),
     cache=True,
 ) -> Outcome:  # fmt: skip
     """Size of the exported file against its bits, and latency against the same runtime's float32 file, in turns."""
+    onnx_format().check_installed()
     measured = anybit.bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads, cache=cache)
     return Outcome(measured, "print_bench")
 
@@ -65,6 +71,7 @@ def profile(
     cache=True,
 ) -> Outcome:  # fmt: skip
     """How long each layer takes in float and on integers on this machine: the table behind --budget latency=3ms."""
+    onnx_format().check_installed()
     measured = anybit.profile(
         model, data, weights=weights, preprocessing=preprocessing, keep=keep, rounds=rounds, overwrite=overwrite, cache=cache
     )

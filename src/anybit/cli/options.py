@@ -5,12 +5,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from anybit.errors import InvalidSetting
-from anybit.roads.settings import CalibrateSettings, RunOptions
+from anybit.roads.settings import CalibrateSettings
+from anybit.runs.options import RunOptions
 from anybit.settings import Option, Settings, described, option, options_of, without_none
 
 
@@ -18,19 +19,29 @@ from anybit.settings import Option, Settings, described, option, options_of, wit
 class Telling(Settings):
     """Options of long-running verbs: what they report, and the file of further options."""
 
+    common: ClassVar[Mapping[str, Any]] = {"panel": "Output", "rare": True}
+
     config: Path | None = option(
-        None, "Options from a .toml or .json file, or the settings of a run's report.json; the command line wins over them."
-    )
+        None, "Options from a .toml or .json file, or the settings of a run's report.json; the command line wins over them.",
+        panel="Runtime", rare=False,
+    )  # fmt: skip
     log: Path | None = option(None, "Append each event to this file as it happens, one JSON object a line.")
     verbose: bool = option(False, "Print each event as it happens, in a line on stderr.", switch=True)
-    quiet: bool = option(False, "Print the result alone.", switch=True)
-    as_json: bool = option(False, "Print one JSON object instead of tables.", flag="--json", switch=True)
+    quiet: bool = option(False, "Print the result alone.", switch=True, rare=False)
+    as_json: bool = option(False, "Print one JSON object instead of tables.", flag="--json", switch=True, rare=False)
 
 
 SHARED = options_of(RunOptions, Telling)
 """Options that several verbs have."""
 COMMON = options_of(CalibrateSettings) | SHARED
 """Options that a verb may have by their name alone."""
+
+
+def load_metric(reference: str | None) -> Any:
+    """Import the function that --metric names."""
+    from anybit.sources.callables import load_callable
+
+    return None if reference is None else load_callable(reference, "--metric")
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,10 @@ class Verb:
         named = [name for name in inspect.signature(self.function).parameters if name not in self.groups]
         known = {name: {key: values[key] for key in options_of(kind) if key in values} for name, kind in self.groups.items()}
         groups = {name: kind.of(**known[name]) for name, kind in self.groups.items()}
-        return {name: self.value(name, values) for name in named} | groups
+        arguments = {name: self.value(name, values) for name in named} | groups
+        for name, one in self.options.items():
+            one.check_ready(arguments.get(name))
+        return arguments
 
     def value(self, name: str, values: Mapping[str, Any]) -> Any:
         """An option's value."""

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import anybit
-from anybit.budget import SIZE
+from anybit.budget import COUNTED, SIZE, budget_text, check_counts_weights, check_is_counted
+from anybit.cli.options import load_metric
 from anybit.cli.work import Outcome, is_first
 from anybit.errors import InvalidSetting
 from anybit.methods.settings import SearchSettings
-from anybit.roads.settings import CalibrateSettings, GrowSettings
-from anybit.settings import NAMES, argument, option, same_as
+from anybit.roads.settings import CalibrateSettings, GrowSettings, check_subnet
+from anybit.runs.folder import check_folder, check_free, check_run, check_supernet, free_checkpoint
+from anybit.settings import argument, option, same_as
 from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.references import check_data, check_there
 from anybit.supernets.settings import SupernetSettings
 
 WATCHED = "Labelled data to report every epoch on; nothing is chosen on it."
@@ -22,13 +25,13 @@ def calibrate(
     preprocessing: Preprocessing, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome:  # fmt: skip
     """From a trained network, a few hundred inputs and a budget to a low-bit network, its scheme and a measured report."""
-    _check_free(output, overwrite)
-    inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": metric, "workers": workers}
+    check_free(output, overwrite)
+    inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": load_metric(metric), "workers": workers}
     return _saved(anybit.calibrate(model, data, budget, **inputs, device=device, cache=cache, **settings.flat()), output, overwrite)
 
 
 def allocate(
-    run: Path = argument("A run folder of calibrate."),
+    run: Path = argument("A run folder of calibrate.", ready=check_folder),
     *,
     output, budget, data=None, model=None,
     batch_size: int | None = option(None, "Inputs a forward pass; the run's where left out.", least=1),
@@ -36,38 +39,35 @@ def allocate(
     cache=True, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome:  # fmt: skip
     """New budgets from the candidates and table of a calibrate run, in seconds."""
-    _check_free(output, overwrite)
-    options = {"metric": metric, "device": device, "batch_size": batch_size, "memory": memory, "cache": cache}
+    check_free(output, overwrite)
+    options = {"metric": load_metric(metric), "device": device, "batch_size": batch_size, "memory": memory, "cache": cache}
     return _saved([anybit.allocate(run, one, data, model, workers, **options) for one in budget], output, overwrite)
 
 
 def grow(
-    *, output, model, weights=None, train, test: str | None = option(None, WATCHED),
-    budget: str | None = option(None, "Of weights: 3bit, 80kB, 12.5%."),
-    scheme: Path | None = option(None, "Instead of a budget: a run whose scheme is trained as it is."),
+    *, output, model, weights=None, train, test: str | None = option(None, WATCHED, panel="Input", ready=check_data),
+    budget: str | None = option(None, "Of weights: 3bit, 80kB, 12.5%.", text=budget_text(check_counts_weights), panel="Budget"),
+    scheme: Path | None = option(None, "Instead of a budget: a run whose scheme is trained as it is.", ready=check_run, panel="Budget"),
     settings: GrowSettings, preprocessing: Preprocessing, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome | None:  # fmt: skip
     """Train a network to a budget while its mixed-precision scheme grows; an interrupted run continues where it is started again."""
-    from anybit.runs.folder import free_checkpoint
-
+    if (budget is None) == (scheme is None):
+        raise InvalidSetting("Say what the network should end at: --budget 3bit, or --scheme RUN for the scheme of a run; not both.")
     checkpoint = free_checkpoint(output, overwrite, is_first())
-    if budget is None and scheme is None:
-        raise InvalidSetting("Say what the network should end at: --budget 3bit, or --scheme RUN for the scheme of a run.")
-    inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": metric, "workers": workers}
+    inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": load_metric(metric), "workers": workers}
     result = anybit.grow(model, train, budget, scheme=scheme, checkpoint=checkpoint, device=device, **inputs, **settings.flat())
     return _saved(result, output, overwrite=True) if is_first() else None
 
 
 def train(
-    *, output, model, weights=None, train, test: str | None = option(None, WATCHED),
+    *, output, model, weights=None, train, test: str | None = option(None, WATCHED, panel="Input", ready=check_data),
     settings: SupernetSettings, preprocessing: Preprocessing, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome | None:  # fmt: skip
     """Train one network for every bit-width; `search` and `extract` take subnets from it. An interrupted run continues where it began."""
     from anybit.reports.outcomes import print_trained
-    from anybit.runs.folder import free_checkpoint
 
     checkpoint = free_checkpoint(output, overwrite, is_first())
-    inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": metric, "workers": workers}
+    inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": load_metric(metric), "workers": workers}
     supernet = anybit.train(model, train, checkpoint=checkpoint, device=device, **inputs, **settings.flat())
     if not is_first():
         return None
@@ -76,17 +76,19 @@ def train(
 
 
 def search(
-    run: Path = argument("A supernet's folder."),
+    run: Path = argument("A supernet's folder.", ready=check_supernet),
     *,
     output, data=None,
-    budget: tuple[str, ...] | None = option(None, "3bit, 80kB, 12.5%, bops=2.1G, latency=3ms; repeat.", text=NAMES, repeat=True),
+    budget: tuple[str, ...] | None = option(
+        None, "3bit, 80kB, 12.5%, bops=2.1G, latency=3ms; repeat.", text=COUNTED, repeat=True, panel="Budget"
+    ),
     settings: SearchSettings, cache=True, model=None, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome:  # fmt: skip
     """The best schemes of a supernet along the range of costs, and the best for each budget; what was evaluated once is not again."""
     from anybit.reports.outcomes import print_searched
 
-    _check_free(output, overwrite)
-    options = {"model": model, "metric": metric, "workers": workers, "device": device, "cache": cache}
+    check_free(output, overwrite)
+    options = {"model": model, "metric": load_metric(metric), "workers": workers, "device": device, "cache": cache}
     result = anybit.search(run, data, budget or (), **options, **settings.flat())
     folder, report = result.save(output, overwrite), result.report
     summary = _fields(report, "budgets", "hypervolume", "rank_correlation", "recalled")
@@ -94,35 +96,40 @@ def search(
 
 
 def extract(
-    run: Path = argument("A supernet's folder, or a search's."),
+    run: Path = argument("A supernet's folder, or a search's.", ready=check_supernet),
     *,
-    output, budget: str | None = option(None, "The best known subnet that fits it."),
-    scheme: Path | None = option(None, "A run folder, or a JSON file of layer: precision."),
-    data: str | None = option(None, "Training inputs for batch-norm statistics; else stored ones."),
+    output, budget: str | None = option(
+        None, "The best known subnet that fits it.", text=budget_text(check_is_counted), panel="Budget"
+    ),
+    scheme: Path | None = option(None, "A run folder, or a JSON file of layer: precision.", ready=check_there, panel="Budget"),
+    data: str | None = option(None, "Training inputs for batch-norm statistics; else stored ones.", panel="Input", ready=check_data),
     polish: bool = option(False, "Then sequential AdaQuant, batch-norm and bias tuning on --data.", switch=True),
     samples: int = same_as(CalibrateSettings, "samples", doc="Inputs drawn to polish on."),
     steps: int = same_as(CalibrateSettings, "steps", doc="Adam steps a unit when polishing."),
     cache=True, test=None, model=None, workers=0, metric=None, overwrite=False,
 ) -> Outcome:  # fmt: skip
     """A subnet of a supernet or of a search as an ordinary run folder, polished by calibrate where that is asked for."""
-    _check_free(output, overwrite)
-    inputs = {"scheme": scheme, "data": data, "test": test, "model": model, "metric": metric, "workers": workers}
+    check_subnet(budget, scheme, polish, data)
+    check_free(output, overwrite)
+    inputs = {"scheme": scheme, "data": data, "test": test, "model": model, "metric": load_metric(metric), "workers": workers}
     polishing = {"polish": True, "samples": samples, "steps": steps, "cache": cache} if polish else {}
     return _saved(anybit.extract(run, budget, **inputs, **polishing), output, overwrite)
 
 
 def evaluate(
-    run: Path | None = argument("A run folder; or give --model for the float network.", None),
+    run: Path | None = argument("A run folder; or give --model for the float network.", None, ready=check_run),
     *,
     model=None, weights=None, data, preprocessing: Preprocessing,
     batch_size: int = same_as(CalibrateSettings, "batch_size", default=128), workers=0, metric=None, device="cpu", task=None,
 ) -> Outcome:  # fmt: skip
     """Accuracy and loss of a run, or of a float network, on labelled data."""
+    if run is None and model is None:
+        raise InvalidSetting("RUN or --model is missing. `anybit evaluate --help` lists the options.")
     from anybit.reports.words import scores_line
     from anybit.roads.evaluate import evaluated_network
 
     network, preprocessing, task = evaluated_network(run, model, weights, preprocessing, task)
-    scores = anybit.evaluate(network, data, metric, task, batch_size, workers, device, preprocessing)
+    scores = anybit.evaluate(network, data, load_metric(metric), task, batch_size, workers, device, preprocessing)
     return Outcome(scores, lambda details: print(scores_line(scores)))
 
 
@@ -138,12 +145,6 @@ def inspect(
     network = load_model(model, weights, task)
     samples = None if data is None else load_data(data, with_model_defaults(preprocessing, network), model=network)
     return Outcome(anybit.inspect(network, samples, weight_bits=weight_bits, keep=keep or {}), "print_inspection")
-
-
-def _check_free(output: Path, overwrite: bool) -> None:
-    from anybit.runs.folder import check_free
-
-    check_free(output, overwrite)
 
 
 def _saved(results: Any, output: Path, overwrite: bool) -> Outcome:

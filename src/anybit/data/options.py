@@ -9,6 +9,7 @@ TaskName = Literal[
     "token-classification",
 ]  # fmt: skip
 TASK_NAMES = get_args(TaskName)
+TEXT_SUFFIXES = (".tsv", ".csv", ".jsonl", ".txt")
 ROLES = {
     "text": ("sentence", "text", "sentence1", "premise"),
     "pair": ("sentence2", "hypothesis", "pair", "text_pair"),

@@ -20,8 +20,6 @@ from anybit.data.options import ROLES, parse_columns
 from anybit.data.tasks import IGNORED
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting
 
-SUFFIXES = (".tsv", ".csv", ".jsonl", ".txt")
-
 Row = Mapping[str, Any]
 
 

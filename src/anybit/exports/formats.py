@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anybit.errors import InvalidSetting
+from anybit.sources.references import check_packages
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Format:
     options  option of the command line -> keyword of `export`;   without  why the format has none of the others' options
     table    function of `reports.terminal` that prints what was exported;   verdict  the same of what was verified
     cached   whether both take `cache`, which keeps the graph that they share
+    packages  what it is written and run with, of the extra `extra`;   taken  raises where a target may not be written
     """
 
     name: str
@@ -31,15 +33,25 @@ class Format:
     without: str
     table: str
     verdict: str
+    extra: str
+    packages: tuple[str, ...] = ()
+    taken: Callable[[Path, bool], None] = lambda path, overwrite: None
     cached: bool = False
+
+    def check_installed(self) -> None:
+        """Raise MissingPackage where it cannot be written or run here."""
+        check_packages("Exported files", self.extra, *self.packages)
 
     def run_export(self, run: str | Path, target: str | Path, options: Mapping[str, Any], **common: Any) -> dict[str, Any]:
         """Write `run` to `target`; `options` by their names on the command line."""
+        self.check_installed()
+        self.taken(Path(target), common.get("overwrite", False))
         own = {self.options[name]: value for name, value in options.items() if name in self.options}
         return _function(self.export)(run, target, **own, **self._common(common))
 
     def run_verify(self, run: str | Path, target: str | Path, **common: Any) -> dict[str, Any]:
         """Check `target` against `run`."""
+        self.check_installed()
         return _function(self.verify)(run, target, **self._common(common))
 
     def _common(self, common: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,6 +61,12 @@ class Format:
 def _function(place: str) -> Callable[..., dict[str, Any]]:
     module, name = place.split(":")
     return getattr(import_module(module), name)
+
+
+def check_new_file(path: Path, overwrite: bool) -> None:
+    """Raise InvalidSetting where the file is there and may not be overwritten."""
+    if path.exists() and not overwrite:
+        raise InvalidSetting(f"{path} exists. Choose another --onnx, or give --overwrite.")
 
 
 FORMATS = (
@@ -62,6 +80,9 @@ FORMATS = (
         without="an ONNX file packs them always",
         table="print_file",
         verdict="print_verdict",
+        extra="onnx",
+        packages=("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
+        taken=check_new_file,
         cached=True,
     ),
     Format(
@@ -74,6 +95,7 @@ FORMATS = (
         without="a folder of compressed-tensors takes none of them",
         table="print_folder",
         verdict="print_folder_verdict",
+        extra="compressed-tensors",
     ),
 )
 
@@ -90,6 +112,11 @@ def chosen_format(targets: Mapping[str, Path | None], options: Mapping[str, Any]
             written = f"{', '.join(names)} and {last} belong" if names else f"{last} belongs"
             raise InvalidSetting(f"{written} to --{other.name}; {chosen.without}.")
     return chosen, target
+
+
+def onnx_format() -> Format:
+    """Return the format of ONNX files."""
+    return FORMATS[0]
 
 
 def format_of(exported: Path) -> Format:

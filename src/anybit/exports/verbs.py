@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anybit.onnx  # isort: skip  # noqa: F401 - says which package is missing
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
@@ -15,7 +17,8 @@ from anybit.data.batches import Batch, call
 from anybit.data.samples import Samples
 from anybit.data.tasks import Metric, beside, outputs_of
 from anybit.environment import environment
-from anybit.errors import InvalidInput, InvalidSetting
+from anybit.errors import InvalidInput
+from anybit.exports.formats import check_new_file
 from anybit.files.cache import LIMIT, Cache, trim_cache
 from anybit.networks.observed import observe_network
 from anybit.networks.options import LayerOptions
@@ -61,8 +64,7 @@ def export(
     Raises UnsupportedModel naming the operator where the network cannot be exported; no file is left then.
     """
     path = Path(onnx)
-    if path.exists() and not overwrite:
-        raise InvalidSetting(f"{path} exists. Choose another --onnx, or give --overwrite.")
+    check_new_file(path, overwrite)
     canonical, file = opened(run, model)
     example = _first(inputs_for(run, file, canonical.model, data), EXAMPLES)
     with _graphs(cache) as kept:

@@ -16,10 +16,9 @@ loop, `reconstruct`:
     the best state looked at is taken, or the rounded start if nothing beats it. Nothing stops early: it costs what all steps cost.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol, cast
@@ -27,12 +26,25 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import unpadded
 from anybit.data.samples import Calibration
 from anybit.errors import AnybitError
 from anybit.files.cache import Cache, Entry
-from anybit.networks.capture import Captured, MemoryBudget, capture, carry, chunks, give_back
-from anybit.networks.layers import QuantizedLayer, freeze_slots, quantized_layers
+from anybit.loops.closed_form import solve_unit
+from anybit.loops.moments import Solver
+from anybit.loops.units import (
+    UnitData,
+    capture_sides,
+    carried_side,
+    identity,
+    layers_in,
+    load_states,
+    mix,
+    relative_error,
+    states_of,
+    unit_error,
+)
+from anybit.networks.capture import MemoryBudget, give_back
+from anybit.networks.layers import QuantizedLayer, float_weight, freeze_slots, weight_rows
 from anybit.networks.states import put_back, snapshot
 from anybit.networks.wiring import Unit, Wiring
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer, frozen
@@ -68,12 +80,14 @@ class Rounding(Protocol):
 class ReconstructionSettings:
     """rounding, steps (of Adam a unit), batch_size, seed
     input_rate, bias_rate  learning rates: of the logarithms of input scales, and of biases relative to their mean magnitude
+    solver                 chooses each layer's codes in closed form before it is trained; None: training starts from `starts`
     drop                   share of elements whose activation quantization is skipped
     checks                 how often held-out error is looked at; all steps are run whatever it is
     memory                 bytes that captured tensors may take before they spill to disk
     """
 
     rounding: type[Rounding]
+    solver: Solver | None = None
     steps: int = 300
     batch_size: int = 32
     input_rate: float = 1e-3
@@ -89,17 +103,6 @@ class ReconstructionSettings:
         return self.rounding.__name__
 
 
-# What a unit is fitted to
-
-
-def mix(x: Tensor, quantized: Tensor, drop: float) -> Tensor:
-    """Replace a random share `drop` of the elements of `quantized` by those of `x`."""
-    # Random bytes, eight to a draw, and a lerp at weight 0 or 1 (exact): several times faster on a CPU than rand and where.
-    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    stays_float = (words.view(torch.uint8)[: x.numel()] <= max(round(256 * drop), 1) - 1).to(x.dtype)  # "<" would wrap at a share of 1
-    return torch.lerp(quantized, x, stays_float.view(x.shape))
-
-
 class DroppedInput(LearnedInput):
     """A learned range that leaves a share `drop` of the elements float while training."""
 
@@ -112,87 +115,7 @@ class DroppedInput(LearnedInput):
         return mix(x, quantized, self.drop) if self.training and self.drop else quantized
 
 
-@dataclass(frozen=True)
-class UnitData:
-    """The float inputs and outputs of one unit, and the inputs that it will really see (None: the float ones).
-
-    `count` samples; of padded data, whose batches stay whole, `count` batches. At most `chunk` samples are looked at at once.
-    """
-
-    float_side: Captured
-    quantized_side: Captured | None
-    count: int
-    chunk: int = 32
-
-    def draw(self, size: int) -> Tensor:
-        """Draw the indices of `size` random samples, or of one batch."""
-        return torch.randint(self.count, (1 if self.float_side.masks else min(size, self.count),))
-
-    def parts(self, limit: int | None = None) -> Iterator[Tensor]:
-        """Yield the indices of everything (of the first `limit`), a forward pass at a time."""
-        return chunks(min(self.count, limit or self.count), 1 if self.float_side.masks else self.chunk)
-
-    def mask(self, indices: Tensor) -> Tensor | None:
-        """Return which tokens of these samples are no padding; None where nothing is padded."""
-        return self.float_side.masks[int(indices)] if self.float_side.masks else None
-
-    def arguments(self, indices: Tensor, drop: float = 0.0) -> tuple[tuple, dict]:
-        """Return (args, kwargs) of some samples on the quantized side, a share `drop` of their elements float."""
-        args, kwargs = (self.quantized_side or self.float_side).batch(indices)
-        if self.quantized_side is None or not drop:
-            return args, kwargs
-        float_args, float_kwargs = self.float_side.batch(indices)
-        mixed = tuple(_mix_argument(f, q, drop) for f, q in zip(float_args, args, strict=True))
-        return mixed, {key: _mix_argument(float_kwargs[key], value, drop) for key, value in kwargs.items()}
-
-    def targets(self, indices: Tensor) -> Tensor:
-        """Return the float outputs of some samples."""
-        return self.float_side.outputs(indices)
-
-
-def _mix_argument(float_item: Any, quantized_item: Any, drop: float) -> Any:
-    is_float = isinstance(quantized_item, Tensor) and quantized_item.is_floating_point()
-    return mix(float_item, quantized_item, drop) if is_float else quantized_item
-
-
-def capture_sides(
-    model: nn.Module | None, float_model: nn.Module, unit: Unit, calibration: Calibration, budget: MemoryBudget, chunk: int
-) -> list[UnitData]:
-    """Capture what the unit is fitted to and judged on; the quantized side is left out where there is no `model`."""
-    sides = []
-    for batches, count in zip((calibration.fitting, calibration.held_out), calibration.count(), strict=True):
-        float_side = capture(float_model, unit.name, batches, count, budget, outputs=True)
-        quantized_side = None if model is None else capture(model, unit.name, batches, count, budget)
-        sides.append(UnitData(float_side, quantized_side, len(batches) if float_side.masks else count, chunk))
-    return sides
-
-
-def _carried_side(
-    side: UnitData, model: nn.Module, float_model: nn.Module, previous: Unit, unit: Unit, wiring: Wiring, budget: MemoryBudget
-) -> UnitData:
-    """Compute the data of `unit` from that of the `previous` one, whose output is its whole input: nothing before it runs again."""
-    finish = wiring.activation_after(previous.name) or _identity
-    before, float_module = model.get_submodule(previous.name), float_model.get_submodule(unit.name)
-    device, whole = side.float_side.device, side.float_side.masks is not None
-
-    def quantized_output(indices: Tensor) -> Tensor:
-        args, kwargs = side.arguments(indices)
-        return finish(before(*args, **kwargs))
-
-    float_input = carry(lambda indices: finish(side.targets(indices)), side.count, budget, whole, side.chunk)
-    float_output = carry(lambda indices: float_module(float_input.rows(indices).to(device)), side.count, budget, whole, side.chunk)
-    quantized_input = carry(quantized_output, side.count, budget, whole, side.chunk)
-    float_side = Captured(((float_input,), {}), float_output, device, side.float_side.masks)
-    return replace(side, float_side=float_side, quantized_side=Captured(((quantized_input,), {}), None, device))
-
-
 # The loop
-
-
-def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the squared error over the target's power, 0-d, without the padding where `mask` says what is none."""
-    output, target = unpadded(output, mask), unpadded(target, mask)
-    return (output - target).square().sum() / target.square().sum().clamp_min(1e-30)
 
 
 def reconstruct(
@@ -200,7 +123,7 @@ def reconstruct(
     starts: Mapping[str, Tensor],
     fitting: UnitData,
     held_out: UnitData,
-    activation: Callable[[Tensor], Tensor] | None,
+    finish: Callable[[Tensor], Tensor],
     settings: ReconstructionSettings,
 ) -> dict[str, float]:
     """Fit the quantized layers of `module`, in place, so that its output is the float one's; returns errors before and after.
@@ -210,12 +133,11 @@ def reconstruct(
     The errors are relative to the target's power, after the activation: `before` and `after` on held-out inputs, `fitted_before` and
     `fitted_after` on as many fitted ones. `steps` is the step whose state was taken; 0 means that nothing beat the start.
     """
-    layers = {name: layer for name, layer in _layers_in(module).items() if isinstance(layer.weight_quantizer, UniformQuantizer)}
+    layers = {name: layer for name, layer in layers_in(module).items() if isinstance(layer.weight_quantizer, UniformQuantizer)}
     if not layers:
         return {}
-    finish = activation or _identity
-    before = _states(layers)
-    errors = {"before": _error(module, held_out, finish), "fitted_before": _error(module, fitting, finish, held_out.count)}
+    before = states_of(layers)
+    errors = {"before": unit_error(module, held_out, finish), "fitted_before": unit_error(module, fitting, finish, held_out.count)}
 
     for name, layer in layers.items():
         layer.weight_quantizer = cast(nn.Module, settings.rounding(starts[name], frozen(layer.weight_quantizer)))
@@ -227,18 +149,18 @@ def reconstruct(
         for step in _descend(module, layers, fitting, finish, settings):
             if step % max(25, settings.steps // settings.checks) == 0 or step == settings.steps:  # a look costs about three steps
                 _set_training(layers, False)
-                error = _error(module, held_out, finish)
+                error = unit_error(module, held_out, finish)
                 _set_training(layers, True)
                 if error < best:
-                    best, steps, state = error, step, _states(layers)
+                    best, steps, state = error, step, states_of(layers)
 
     if state is not None:
-        _load(layers, state)
+        load_states(layers, state)
     for layer in layers.values():
         freeze_slots(layer)
     if state is None:
-        _load(layers, before)
-    fitted_after = _error(module, fitting, finish, held_out.count)
+        load_states(layers, before)
+    fitted_after = unit_error(module, fitting, finish, held_out.count)
     return {**errors, "after": best, "fitted_after": fitted_after, "steps": steps}
 
 
@@ -288,42 +210,12 @@ def _typical(bias: Tensor) -> float:
     return float(bias.detach().abs().mean()) or 1.0
 
 
-def _states(layers: Mapping[str, QuantizedLayer]) -> dict[str, dict[str, Tensor]]:
-    """Copy what is fitted, layer by layer; what else the module has in buffers is its own."""
-    return {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
-
-
-def _load(layers: Mapping[str, QuantizedLayer], states: Mapping[str, Mapping[str, Tensor]]) -> None:
-    for name, layer in layers.items():
-        layer.load_state_dict(states[name])
-
-
 def _set_training(layers: Mapping[str, QuantizedLayer], on: bool) -> None:
     """Train roundings and drop inputs, or give the values of the final codes; the rest of the module stays in evaluation mode."""
     for layer in layers.values():
         for slot in (layer.weight_quantizer, layer.input_quantizer):
             if slot is not None:
                 slot.train(on)
-
-
-@torch.no_grad()
-def _error(module: nn.Module, data: UnitData, finish: Callable[[Tensor], Tensor], limit: int | None = None) -> float:
-    """Return squared error over power of the unit's output on (the first `limit` samples of) `data`, nothing dropped."""
-    error, power = 0.0, 0.0
-    for indices in data.parts(limit):
-        args, kwargs = data.arguments(indices)
-        target = unpadded(finish(data.targets(indices)), data.mask(indices))
-        error += float((unpadded(finish(module(*args, **kwargs)), data.mask(indices)) - target).square().sum())
-        power += float(target.square().sum())
-    return error / max(power, 1e-30)
-
-
-def _layers_in(module: nn.Module) -> dict[str, QuantizedLayer]:
-    return {"": module} if isinstance(module, QuantizedLayer) else quantized_layers(module)
-
-
-def _identity(output: Tensor) -> Tensor:
-    return output
 
 
 # Its two forms
@@ -362,14 +254,16 @@ def sequential(
             sides = capture_sides(model, float_model, path[0], calibration, MemoryBudget(settings.memory // 2), settings.batch_size)
         for before, after in pairwise(path):
             budget = MemoryBudget(settings.memory // 2)  # this unit's tensors and the previous one's are held at once
-            sides = [_carried_side(side, model, float_model, before, after, wiring, budget) for side in sides]
+            sides = [carried_side(side, model, float_model, before, after, wiring, budget) for side in sides]
         through = []
         return sides
 
     for unit in track(units, f"sequential {settings.name}"):
         cache = cache.keyed(unit.name)  # and on every unit before it
         name = f"sequential {settings.name} of {unit.name}"
-        report[unit.name] = _cached_unit(name, model, unit, starts, partial(reach, unit), wiring, settings, cache)
+        finish = wiring.activation_after(unit.name) or identity
+        fit = partial(_fit_unit, model, float_model, unit, starts, partial(reach, unit), finish, settings)
+        report[unit.name] = _cached_unit(name, model, [layer for layer in unit.layers if layer in starts], fit, cache)
         through.append(unit)
         tell("unit", unit=unit.name, **report[unit.name])
         give_back()
@@ -395,9 +289,11 @@ def parallel(
         sides = functools.cache(
             partial(capture_sides, None, float_model, unit, calibration, MemoryBudget(settings.memory), settings.batch_size)
         )
+        finish = wiring.activation_after(unit.name) or identity
         for bits, model in variants.items():
             name = f"parallel {settings.name} of {unit.name} at W{bits}"
-            errors = _cached_unit(name, model, unit, starts[bits], sides, wiring, settings, cache)
+            fit = partial(_fit_unit, model, float_model, unit, starts[bits], sides, finish, settings)
+            errors = _cached_unit(name, model, [layer for layer in unit.layers if layer in starts[bits]], fit, cache)
             report.setdefault(unit.name, {})[bits] = errors
             tell("unit", unit=unit.name, bits=bits, **errors)
         del sides  # what was captured goes before the next is
@@ -405,27 +301,44 @@ def parallel(
     return report
 
 
-def _cached_unit(
-    name: str,
-    model: nn.Module,
-    unit: Unit,
-    starts: Mapping[str, Tensor],
-    sides: Callable[[], list[UnitData]],
-    wiring: Wiring,
-    settings: ReconstructionSettings,
-    cache: Cache,
-) -> dict[str, float]:
-    """Reconstruct the unit, in place, on what `sides` gives, or restore it as an earlier run left it; returns its errors."""
-    layers = [name for name in unit.layers if name in starts]
-
-    def make() -> Entry:
-        inner = {layer.removeprefix(unit.name).lstrip("."): starts[layer] for layer in layers}
-        fitting, held_out = sides()
-        errors = reconstruct(model.get_submodule(unit.name), inner, fitting, held_out, wiring.activation_after(unit.name), settings)
-        return Entry(errors, snapshot(model, layers))
+def _cached_unit(name: str, model: nn.Module, layers: Sequence[str], fit: Callable[[], dict[str, float]], cache: Cache) -> dict[str, float]:
+    """Let `fit` change the layers of `model`, in place, or restore them as an earlier run left them; returns the unit's errors."""
 
     def read(entry: Entry) -> dict[str, float]:
         put_back(model, layers, entry.tensors)
         return {key: int(value) if key == "steps" else float(value) for key, value in entry.record.items()}
 
-    return cache(name, make, read)
+    return cache(name, lambda: Entry(fit(), snapshot(model, layers)), read)
+
+
+def _fit_unit(
+    model: nn.Module,
+    float_model: nn.Module,
+    unit: Unit,
+    starts: Mapping[str, Tensor],
+    sides: Callable[[], Sequence[UnitData]],
+    finish: Callable[[Tensor], Tensor],
+    settings: ReconstructionSettings,
+) -> dict[str, float]:
+    """Solve the unit's layers that have a start in closed form, where there is a solver, and train them, in place; returns its errors."""
+    inner = {layer.removeprefix(unit.name).lstrip("."): starts[layer] for layer in unit.layers if layer in starts}
+    module, float_module = model.get_submodule(unit.name), float_model.get_submodule(unit.name)
+    fitting, held_out = sides()
+    solved: dict[str, float] = {}
+    if settings.solver is not None:
+        solved = solve_unit(module, float_module, list(inner), (fitting, held_out), finish, settings.solver, settings.seed, settings.memory)
+        inner = _solved_starts(module, float_module, list(inner), settings.rounding)
+    if not settings.steps:
+        return {**solved, "after": solved["solved"], "steps": 0}
+    return reconstruct(module, inner, fitting, held_out, finish, settings) | solved
+
+
+def _solved_starts(module: nn.Module, float_module: nn.Module, names: Sequence[str], rounding: type[Rounding]) -> dict[str, Tensor]:
+    """Return where training starts in the scales of the solution, see `reconstruct`: at its codes, or at the float weights."""
+    starts = {}
+    for name in names:
+        layer = layers_in(module)[name]
+        quantizer = frozen(layer.weight_quantizer)
+        rows = weight_rows(layer, float_weight(layer if rounding.resumes else float_module.get_submodule(name)))
+        starts[name] = quantizer.codes(rows) if rounding.resumes else (rows / quantizer.scale).detach()
+    return starts

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from anybit.allocation.program import allocate, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import QUANTITIES, Budget, Cost
+from anybit.budget import Budget, check_counts_weights
 from anybit.data.batches import Batch
 from anybit.errors import InvalidFile, InvalidSetting
 from anybit.files.strict import validated
@@ -280,14 +280,12 @@ class CSQ:
     def check_budget(budget: Budget, network: ObservedNetwork) -> None:
         """Raise InvalidSetting where the budget counts something else than weights, or more than all planes need."""
         largest = Scheme({name: options[-1] for name, options in network.choices.items()})
-        for condition in budget.conditions:
-            quantity = QUANTITIES[condition.quantity]
-            if not (isinstance(quantity, Cost) and quantity.stored_bits):
-                raise InvalidSetting(f"grow counts weights: give a budget of bits or bytes, not {quantity.name} ({budget}).")
+        check_counts_weights(budget)
+        for quantity, limit in budget.costs():
             most = quantity.total(network.costs, largest)
-            if condition.limit > most:
+            if limit > most:
                 raise InvalidSetting(
-                    f"A budget of {condition.limit:g} {quantity.name} is above what all planes need, {most:g}. "
+                    f"A budget of {limit:g} {quantity.name} is above what all planes need, {most:g}. "
                     "Lower the budget, or start with more planes."
                 )
 

@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anybit.loops.moments import Solver
     from anybit.loops.reconstruction import Rounding
     from anybit.loops.trainee import GrowMethod
 
@@ -13,6 +14,12 @@ ROUNDINGS: Mapping[str, str] = {
     "adaround": "anybit.methods.adaround:AdaRound",
 }
 """The roundings of `calibrate --rounding`."""
+
+SOLVERS: Mapping[str, str | None] = {
+    "gptq": "anybit.methods.gptq:gptq",
+    "none": None,
+}
+"""The solvers of `calibrate --solver`."""
 
 GROW_METHODS: Mapping[str, str] = {
     "csq": "anybit.methods.csq:CSQ",
@@ -24,6 +31,12 @@ GROW_METHODS: Mapping[str, str] = {
 def rounding_named(name: str) -> "type[Rounding]":
     """Import a rounding."""
     return _imported(ROUNDINGS[name])
+
+
+def solver_named(name: str) -> "Solver | None":
+    """Import a solver; None for "none"."""
+    place = SOLVERS[name]
+    return None if place is None else _imported(place)
 
 
 def grow_method_named(name: str) -> "type[GrowMethod]":

@@ -92,13 +92,7 @@ def install(layer: nn.Module, weights: WeightCandidate | None, inputs: Activatio
     weight_quantizer: nn.Module | None = None
     if weights is not None:
         assert precision.weight_bits is not None  # those of the candidate
-        weight_quantizer = quantizer = UniformQuantizer(precision.weight_bits, True, weights.scale)
-        with torch.no_grad():
-            float_weight(layer).copy_(from_rows(layer, quantizer.values(weights.codes.float())))
-            if weights.bias is not None:
-                bias = float_bias(layer)
-                assert bias is not None  # a candidate has one where its layer has
-                bias.copy_(weights.bias)
+        weight_quantizer = put_weight(layer, weights, precision.weight_bits)
     elif precision.weight_bits == 0:
         weight_quantizer = Pruned()
     input_quantizer = None
@@ -106,6 +100,19 @@ def install(layer: nn.Module, weights: WeightCandidate | None, inputs: Activatio
         assert precision.activation_bits is not None
         input_quantizer = UniformQuantizer(precision.activation_bits, False, inputs.scale, inputs.zero_point)
     fill(layer, weight_quantizer, input_quantizer)
+
+
+@torch.no_grad()
+def put_weight(layer: nn.Module, weights: WeightCandidate, bits: int) -> UniformQuantizer:
+    """Fill the layer's weight slot from a candidate, its weight and bias with it, in place; return the quantizer."""
+    quantizer = UniformQuantizer(bits, True, weights.scale)
+    float_weight(layer).copy_(from_rows(layer, quantizer.values(weights.codes.float())))
+    if weights.bias is not None:
+        bias = float_bias(layer)
+        assert bias is not None  # a candidate has one where its layer has
+        bias.copy_(weights.bias)
+    layer.weight_quantizer = quantizer
+    return quantizer
 
 
 def apply_scheme(prepared: nn.Module, scheme: Scheme, candidates: Candidates) -> nn.Module:

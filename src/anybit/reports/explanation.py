@@ -12,7 +12,7 @@ from anybit.allocation.frontier import Frontier
 from anybit.budget import BYTES, QUANTITIES, Budget, Cost, Costs
 from anybit.errors import InvalidFile
 from anybit.reports.words import human_bytes, human_count
-from anybit.runs.folder import runs_in
+from anybit.runs.folder import check_one
 from anybit.runs.names import REPORT, SEARCH, SUPERNET_JSON
 from anybit.runs.records import Amounts, LayerRow, Record, SearchRecord, Table
 from anybit.runs.report import read_record, read_search
@@ -39,9 +39,7 @@ def explain(run: str | Path, layer: str) -> dict[str, Any]:
     of the layers, with near matches.
     """
     folder = Path(run)
-    if runs_in(folder):
-        names = ", ".join(one.name for one in runs_in(folder))
-        raise InvalidFile(f"{folder} holds several runs: {names}. Name one of them: {runs_in(folder)[0]}.")
+    check_one(folder)
     record = read_record(folder)
     explanation: dict[str, Any] = {"run": str(run), "layer": layer, "road": record.road}
     if (folder / SUPERNET_JSON).is_file():
@@ -249,7 +247,7 @@ def _errors_in_words(errors: Mapping[str, Any], row: LayerRow) -> list[str]:
     alone = errors["candidates"].get(str(row.precision.weight_bits))
     parts = [("the layer alone, at these weight bits", alone)] if alone else []
     parts += [(f"{unit}, in the chosen scheme", one) for unit, one in errors["units"].items()]
-    return [f"AdaQuant on {what}: relative error {one['before']:.3g} before, {one['after']:.3g} after." for what, one in parts]
+    return [f"Fitted {what}: relative error {one['before']:.3g} before, {one['after']:.3g} after." for what, one in parts]
 
 
 def _step(move: Mapping[str, Any]) -> str:

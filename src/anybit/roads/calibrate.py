@@ -1,6 +1,5 @@
 """The calibrate road: from a trained network, a few hundred inputs and a budget to a low-bit network."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,13 +9,13 @@ import torch
 from torch import nn
 
 from anybit.allocation.choice import Choice, Judge, check_feasible
-from anybit.budget import DROP, LATENCY, Budget, cost_quantities
+from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
 from anybit.data.batches import check_finite
 from anybit.data.samples import Samples, draw, mirrored, split
 from anybit.data.tasks import Metric, check_labels, outputs_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
-from anybit.errors import InvalidSetting, UnsupportedModel
+from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache, digest
 from anybit.methods.table import rounding_named
 from anybit.networks.candidates import apply_scheme
@@ -27,7 +26,7 @@ from anybit.networks.refusals import check_rows, once_a_batch
 from anybit.networks.states import restore
 from anybit.progress import tell
 from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, follow_model, on_device, task_for
-from anybit.roads.keys import MATCHING, PARALLEL, SENSITIVITY, cached_candidates, key_of_run, keyed_by_settings, open_cache, settle
+from anybit.roads.keys import MATCHING, PARALLEL, SENSITIVITY, SOLVING, cached_candidates, key_of_run, keyed_by_settings, open_cache, settle
 from anybit.roads.latencies import measured_latencies, with_latencies
 from anybit.roads.memory import OBSERVED, check_memory, samples_at_once
 from anybit.roads.polish import polish_scheme
@@ -42,6 +41,7 @@ from anybit.roads.steps import (
     range_candidates,
     reconstructed_candidates,
     sensitivity_table,
+    solved_candidates,
 )
 from anybit.scheme import Scheme
 from anybit.settings import takes
@@ -82,14 +82,8 @@ def calibrate(
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
     options = CalibrateSettings.of(**settings)
-    budgets: list[Budget | None]
-    if several := isinstance(budget, Sequence) and not isinstance(budget, str):
-        budgets = [Budget.parse(one) for one in budget]
-    else:
-        budgets = [Budget.parse(budget) if budget else None]
-    twice = [text for text, count in Counter(map(str, budgets)).items() if count > 1]
-    if twice:
-        raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
+    several = budget is not None and not isinstance(budget, (str, Budget))
+    budgets = [None] if budget is None else list(parse_budgets([budget] if isinstance(budget, (str, Budget)) else budget))
     model, preprocessing, provenance = follow_model(model, weights, data, preprocessing, options.task)
     samples = draw(samples_from(data, workers, preprocessing, model), options.samples, options.seed).on(device)
     if test is None:
@@ -142,6 +136,11 @@ def prepare_bench(
         cache = key_of_run(cache, network, calibration, [*references, reference], settings)
     with clock.stage("ranges"):
         ranged = candidates = cached_candidates(cache, "ranges", network, lambda: range_candidates(network, calibration, settings))
+    cache = keyed_by_settings(cache, settings, SOLVING)
+    if settings.solver != "none":
+        with clock.stage("solution of candidates"):
+            solve = partial(solved_candidates, network, ranged, calibration, settings)
+            candidates = cached_candidates(cache, "solution of candidates", network, solve)
     cache = keyed_by_settings(cache, settings, MATCHING)
     targets: Mapping[str, Any] = {}
     matched = None

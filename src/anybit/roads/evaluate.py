@@ -7,7 +7,7 @@ from torch import nn
 
 from anybit.data.tasks import Metric
 from anybit.data.tasks import evaluate as evaluate_model
-from anybit.errors import InvalidInput, InvalidSetting
+from anybit.errors import InvalidInput
 from anybit.progress import tell
 from anybit.roads.inputs import check_inputs, on_device
 from anybit.runs.opened import load, recorded_preprocessing, recorded_task
@@ -43,6 +43,5 @@ def evaluated_network(
     """(the network, preprocessing, task) of a run, with what it recorded where nothing else is said; or of a float network's reference."""
     if run is not None:
         return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task or recorded_task(run)
-    if model is None:
-        raise InvalidSetting("RUN or --model is missing. `anybit evaluate --help` lists the options.")
+    assert model is not None  # where there is no run
     return load_model(model, weights, task), preprocessing, task

@@ -35,7 +35,7 @@ from anybit.roads.memory import check_memory
 from anybit.roads.polish import polish_scheme
 from anybit.roads.result import Result, layer_costs, test_scores
 from anybit.roads.search import best_within
-from anybit.roads.settings import CalibrateSettings
+from anybit.roads.settings import CalibrateSettings, check_subnet
 from anybit.roads.steps import CalibrationState, batch_norm_targets
 from anybit.runs.scheme_file import read_scheme
 from anybit.scheme import FLOAT, Scheme, check_whole
@@ -121,10 +121,7 @@ def extract(
     polish          then calibrate it on `data`: sequential AdaQuant, batch-norm and bias tuning from its own codes and ranges, each kept
                     where held-out inputs say so; `settings` are those of `calibrate` that such steps have, and `cache` is as there
     """
-    if (budget is None) == (scheme is None):
-        raise InvalidSetting("Say which subnet: a budget, or a scheme.")
-    if polish and data is None:
-        raise InvalidSetting("Polishing needs inputs: give training data with --data.")
+    check_subnet(budget, scheme, polish, data)
     without_part = [name for name in settings if not polish or name not in POLISH]
     if without_part:
         raise InvalidSetting(f"{without_part[0]} has no part in it. With polish, choose from {', '.join(POLISH)}.")

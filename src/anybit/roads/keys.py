@@ -20,6 +20,7 @@ from anybit.sources.callables import code_of
 from anybit.supernets.supernet import Supernet
 
 # Settings by the first result that depends on them: a change of one leaves what was made before it. All others count from the beginning.
+SOLVING = ("solver",)
 MATCHING = ("bn_tuning", "bn_prior", "bn_target")
 PARALLEL = ("rounding", "candidate_steps", "step_batch", "drop")
 SENSITIVITY = ("pairs",)
@@ -31,7 +32,7 @@ def key_of_run(
 ) -> Cache:
     """`recall` under all that the ranges of a network depend on: weights, inputs and float `outputs` (what the network's code does shows
     there), layers and choices, settings, and the code and machine that compute."""
-    early = {key: value for key, value in settings.to_json().items() if key not in (*MATCHING, *PARALLEL, *SENSITIVITY, *LATER)}
+    early = {key: value for key, value in settings.to_json().items() if key not in (*SOLVING, *MATCHING, *PARALLEL, *SENSITIVITY, *LATER)}
     data = [tensor for batch in [*calibration.fitting, *calibration.held_out] for tensor in tensors_in([batch.inputs, batch.labels])]
     operations = [[op.name, op.kind, list(op.shape)] for op in network.wiring.operations]
     choices = {name: [str(precision) for precision in precisions] for name, precisions in network.choices.items()}

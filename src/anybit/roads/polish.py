@@ -63,7 +63,7 @@ def polish_scheme(state: CalibrationState, scheme: Scheme) -> tuple[nn.Module, l
     Returns (the canonical model, the ladder: what was measured after each step and whether it was taken, each unit's errors).
     """
     ladder, errors = _start(state, scheme), {}
-    if state.settings.does("sequential"):
+    if state.settings.does("sequential") or state.settings.solver != "none":
         errors = _reconstruct(state, scheme, ladder)
     if state.settings.bn_tuning and state.targets:
         _tune_batch_norm(state, ladder)
@@ -89,11 +89,12 @@ def _start(state: CalibrationState, scheme: Scheme) -> _Ladder:
 def _reconstruct(state: CalibrationState, scheme: Scheme, ladder: _Ladder) -> dict[str, Any]:
     """Reconstruct unit after unit; returns each unit's errors."""
     network, calibration, settings = state.network, state.calibration, state.settings
-    ladder.cache = keyed_by_settings(ladder.cache, settings, ("steps", "start", *PARALLEL))
+    ladder.cache = keyed_by_settings(ladder.cache, settings, ("steps", "start", "sequential", "pipeline", *PARALLEL))
     changed, starts = sequential_start(state, scheme)
-    loop, units = reconstruction_settings(network, calibration, settings, settings.steps), ladder.cache.keyed("units")
+    steps = settings.steps if settings.does("sequential") else 0
+    loop, units = reconstruction_settings(network, calibration, settings, steps), ladder.cache.keyed("units")
     fit = partial(sequential, changed, network.folded, network.units, starts, network.wiring, calibration, loop, units)
-    return ladder.climb(f"sequential {loop.name}", changed, list(starts), fit)
+    return ladder.climb(f"sequential {loop.name}" if steps else "sequential solution", changed, list(starts), fit)
 
 
 def _tune_batch_norm(state: CalibrationState, ladder: _Ladder) -> None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from anybit.allocation.choice import fits_budget
-from anybit.budget import BYTES, PERCENT, QUANTITIES, Budget, Cost, cost_quantities, own_costs
+from anybit.budget import BYTES, PERCENT, Budget, check_is_counted, cost_quantities, own_costs
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples
 from anybit.data.tasks import TASKS, Metric, metric_name
@@ -214,11 +214,8 @@ def lowest(supernet: Supernet) -> Scheme:
 
 def check_fits(supernet: Supernet, budget: Budget) -> None:
     """Raise InfeasibleBudget, naming the least, where even the lowest subnet is above the budget."""
-    for condition in budget.conditions:
-        quantity = QUANTITIES[condition.quantity]
-        if not isinstance(quantity, Cost):
-            *names, last = (cost.name for cost in cost_quantities())
-            raise InvalidSetting(f"A search takes budgets of {', '.join(names)} and {last}, not {quantity.name} ({budget}).")
+    check_is_counted(budget)
+    for quantity, _ in budget.costs():
         if not quantity.is_known(supernet.costs):
             raise InvalidSetting(
                 f"A budget of {quantity.name} ({budget}) is counted for the shapes of the network's inputs: give them with --data."

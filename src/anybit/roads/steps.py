@@ -12,9 +12,11 @@ from anybit.budget import Budget
 from anybit.data.samples import Calibration
 from anybit.errors import InvalidFile
 from anybit.files.cache import Cache
+from anybit.loops.closed_form import solve_weight
+from anybit.loops.moments import float_moments
 from anybit.loops.reconstruction import ReconstructionSettings, parallel
 from anybit.methods import batchnorm_tuning
-from anybit.methods.table import rounding_named
+from anybit.methods.table import rounding_named, solver_named
 from anybit.networks import batchnorm
 from anybit.networks.candidates import (
     Candidates,
@@ -24,10 +26,11 @@ from anybit.networks.candidates import (
     frozen_candidate,
     weight_candidate,
 )
-from anybit.networks.capture import input_samples
+from anybit.networks.capture import MemoryBudget, input_samples
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight, quantized_layers, weight_rows
 from anybit.networks.observed import ObservedNetwork
+from anybit.progress import track
 from anybit.roads.memory import memory_to_capture
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
@@ -45,6 +48,22 @@ def range_candidates(network: ObservedNetwork, calibration: Calibration, setting
         for bits in sorted({p.activation_bits for p in precisions if p.activation_bits}):
             candidates.activations[name, bits] = activation_candidate(samples[name], bits, settings.estimator)
     return candidates
+
+
+def solved_candidates(network: ObservedNetwork, ranged: Candidates, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
+    """The same candidates with every layer's codes chosen by the solver, on the float network's inputs: all widths from one pass."""
+    solver = solver_named(settings.solver)
+    assert solver is not None
+    names = sorted({name for name, _ in ranged.weights}, key=network.names.index)
+    budget = MemoryBudget(memory_to_capture(network, calibration, settings))
+    moments = float_moments(network.folded, names, calibration.fitting, calibration.count()[0], settings.seed, budget)
+    solved = Candidates(dict(ranged.weights), ranged.activations)
+    for name in track(list(moments), "solution of candidates"):
+        read, float_layer = moments.pop(name), network.folded.get_submodule(name)
+        for (layer, bits), rounded in ranged.weights.items():
+            if layer == name:
+                solved.weights[name, bits] = solve_weight(float_layer, rounded.codes, rounded.scale, bits, read, solver)
+    return solved
 
 
 def finite_samples(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> dict[str, list[Tensor]]:
@@ -134,6 +153,7 @@ def reconstruction_settings(
     """Return what the loop needs of the road's settings."""
     return ReconstructionSettings(
         rounding_named(settings.rounding),
+        solver_named(settings.solver),
         steps=steps,
         batch_size=settings.step_batch,
         drop=settings.drop,

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from anybit.errors import AnybitError, InvalidSetting
-from anybit.runs.names import CHECKPOINT, RUN_FILES
+from anybit.errors import AnybitError, InvalidFile, InvalidSetting
+from anybit.runs.names import CHECKPOINT, REPORT, RUN_FILES, SCHEME, SUPERNET, SUPERNET_JSON
+from anybit.sources.references import near_path
 
 FORMAT_VERSION = 1
 
@@ -33,6 +32,8 @@ def new_folder(
 
     `check` raises where `path` is taken; without one, `check_free`.
     """
+    from safetensors import SafetensorError
+
     check = check or check_free
     check(path, overwrite)
     try:
@@ -106,6 +107,39 @@ def is_run(path: Path) -> bool:
 def runs_in(path: Path) -> list[Path]:
     """Return the run folders inside one that holds several; none if `path` is a run itself."""
     return [] if (path / "scheme.json").is_file() else sorted(child.parent for child in path.glob("*/scheme.json"))
+
+
+def check_folder(path: Path) -> None:
+    """Raise InvalidFile where `path` is no folder that anybit wrote."""
+    if not path.exists():
+        raise InvalidFile(f"{path} is not there.{near_path(path)}")
+    if not path.is_dir():
+        raise InvalidFile(f"{path} is a file. Name the folder of a run.")
+    if not any((path / name).is_file() for name in (SCHEME, SUPERNET_JSON, REPORT)) and not runs_in(path):
+        raise InvalidFile(f"{path} is no run folder: it has neither {SCHEME} nor {SUPERNET_JSON}.")
+
+
+def check_one(path: Path) -> None:
+    """Raise InvalidFile where `path` is no folder that anybit wrote, or holds several runs."""
+    check_folder(path)
+    if several := runs_in(path):
+        raise InvalidFile(f"{path} holds several runs: {', '.join(run.name for run in several)}. Name one of them: {several[0]}.")
+
+
+def check_run(path: Path) -> None:
+    """Raise InvalidFile where `path` holds not one run."""
+    check_one(path)
+    if not (path / SCHEME).is_file() and (path / SUPERNET).is_file():
+        raise InvalidFile(
+            f"{path} holds a supernet, which has no scheme of its own. Extract a subnet: anybit extract {path} --budget 3bit."
+        )
+
+
+def check_supernet(path: Path) -> None:
+    """Raise InvalidFile where `path` holds no supernet."""
+    check_folder(path)
+    if not (path / SUPERNET_JSON).is_file():
+        raise InvalidFile(f"{path} is a run, not a supernet: it has no {SUPERNET_JSON}. Make one with anybit train.")
 
 
 def check_free(path: Path, overwrite: bool = False, unfinished: bool = False) -> None:

@@ -24,8 +24,7 @@ from anybit.networks.norms import is_norm, keeps_statistics, running_statistics
 from anybit.networks.states import check_state, leftovers, spec_of
 from anybit.numerics.packing import PackedLayer, layout, pack, packed_bytes, unpack
 from anybit.numerics.quantizers import frozen
-from anybit.runs.folder import FORMAT_VERSION, runs_in
-from anybit.runs.names import SUPERNET as SUPERNET
+from anybit.runs.folder import FORMAT_VERSION, check_run
 from anybit.scheme import Scheme, check_names
 from anybit.sources.preprocessing import Preprocessing
 
@@ -114,13 +113,8 @@ def write_canonical(folder: Path, canonical: Canonical, provenance: Mapping[str,
 def read_scheme(folder: Path) -> SchemeFile:
     """Read scheme.json strictly, and only if model.safetensors is the one it was written with and was written for it."""
     path = folder / "scheme.json"
-    several = [] if path.is_file() else runs_in(folder)
-    if several:
-        raise InvalidFile(f"{folder} holds several runs: {', '.join(run.name for run in several)}. Name one of them: {several[0]}.")
-    if not path.is_file() and (folder / SUPERNET).is_file():
-        raise InvalidFile(
-            f"{folder} holds a supernet, which has no scheme of its own. Extract a subnet: anybit extract {folder} --budget 3bit."
-        )
+    if not path.is_file():
+        check_run(folder)
     data = read_json(path)
     check_version(data, path, FORMAT_VERSION)
     file = validated(SchemeFile, data, str(path))

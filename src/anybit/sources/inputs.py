@@ -10,14 +10,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, default_collate
 
-from anybit.data.options import parse_columns
+from anybit.data.options import TEXT_SUFFIXES, parse_columns
 from anybit.data.samples import ArrayDataset, Samples
-from anybit.data.texts import SUFFIXES, read_rows
-from anybit.errors import InvalidFile, InvalidInput, InvalidSetting
+from anybit.data.texts import read_rows
+from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, naming
 from anybit.files.strict import in_words
 from anybit.sources.callables import call_user_function, import_optional, load_callable
 from anybit.sources.models import huggingface, is_transformers
 from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.references import check_data
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 
@@ -34,10 +35,11 @@ def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), wo
     if Path(path).is_dir():
         dataset = ImageFolder(Path(path), preprocessing)
         return _read_by(model, Samples(dataset, dataset.labelled, workers))
-    if reference.startswith("hf:") or (path.endswith(SUFFIXES) and Path(path).is_file()):
+    if reference.startswith("hf:") or (path.endswith(TEXT_SUFFIXES) and Path(path).is_file()):
         return _texts(reference, preprocessing, workers, model)
     if ":" not in reference:
-        raise InvalidInput(f"--data {reference}: there is no such folder, .npz file or file of texts ({', '.join(SUFFIXES)}).")
+        with naming("--data"):
+            check_data(reference)
     dataset = call_user_function(load_callable(reference, "--data"), f"--data {reference}")
     return as_samples(dataset, workers, model)
 

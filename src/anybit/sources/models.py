@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import nn
 
-from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
+from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch, naming
 from anybit.files.strict import in_words
 from anybit.networks.layers import unwrapped
 from anybit.sources.callables import call_user_function, import_optional, load_callable
 from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.references import check_file, check_model, near
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +25,8 @@ def load_model(reference: str, weights: str | None = None, task: str | None = No
 
     `task` chooses the head of a Hugging Face model; None takes the one that it was saved with.
     """
+    with naming("--model"):
+        check_model(reference)
     kind, _, name = reference.partition(":")
     make = {"timm": _from_timm, "torchvision": _from_torchvision}.get(kind)
     if kind == "hf":
@@ -67,19 +70,23 @@ def with_model_defaults(preprocessing: Preprocessing, model: nn.Module) -> Prepr
 
 
 def _from_timm(name: str, pretrained: bool) -> nn.Module:
-    return import_optional("timm", "timm", f"--model timm:{name}").create_model(name, pretrained=pretrained)
+    timm = import_optional("timm", "timm", f"--model timm:{name}")
+    if not timm.is_model(name):
+        raise InvalidSetting(f"--model timm:{name}: timm has no network of this name.{near(name, timm.list_models())}")
+    return timm.create_model(name, pretrained=pretrained)
 
 
 def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
-    return import_optional("torchvision.models", "torchvision", f"--model torchvision:{name}").get_model(
-        name, weights="DEFAULT" if pretrained else None
-    )
+    models = import_optional("torchvision.models", "torchvision", f"--model torchvision:{name}")
+    if name.lower() not in models.list_models():
+        raise InvalidSetting(f"--model torchvision:{name}: torchvision has no network of this name.{near(name, models.list_models())}")
+    return models.get_model(name, weights="DEFAULT" if pretrained else None)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a state dict strictly; raises SchemeMismatch naming the first keys that differ. Nothing in the file is executed."""
-    if not path.is_file():
-        raise InvalidFile(f"Weights file {path} is not there.")
+    with naming("--weights"):
+        check_file(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -1,0 +1,44 @@
+"""Options of a run that are not among its recorded settings: what it reads, where it computes, what it writes. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from anybit.budget import BUDGETS
+from anybit.settings import Settings, documented, option
+from anybit.sources.references import check_code, check_data, check_device, check_file, check_model
+
+
+@documented
+@dataclass(frozen=True)
+class RunOptions(Settings):
+    """Options of a run that are not among its recorded settings."""
+
+    common: ClassVar[Mapping[str, Any]] = {"panel": "Runtime"}
+
+    output: Path | None = option(None, "The run folder to write.", panel="Output")
+    model: str | None = option(
+        None, "The network: package.module:function, FILE.py:function, hf:FOLDER or NAME, timm:NAME, torchvision:NAME.",
+        panel="Input", ready=check_model,
+    )  # fmt: skip
+    weights: str | None = option(None, "State dict to load into it (.safetensors, .pt, .pth).", panel="Input", ready=check_file)
+    data: str | None = option(
+        None, "Inputs: a folder of images, FILE.npz, FILE.npz#test, texts (.tsv, .csv, .jsonl, .txt), FILE.py:function.",
+        panel="Input", ready=check_data,
+    )  # fmt: skip
+    train: str | None = option(None, "Labelled training data, named as for --data elsewhere.", panel="Input", ready=check_data)
+    test: str | None = option(None, "Labelled data for the report; nothing is chosen on it.", panel="Input", ready=check_data)
+    budget: tuple[str, ...] | None = option(
+        None, "4bit, 120kB, 12.5%, bops=2.1G, latency=3ms, loss=0.02, drop=1%; join with commas, or repeat.",
+        text=BUDGETS, repeat=True, panel="Budget",
+    )  # fmt: skip
+    metric: str | None = option(
+        None, "FILE.py:function of (outputs, labels), higher is better: reported, and what drop= counts.",
+        panel="Budget", ready=check_code, rare=True,
+    )  # fmt: skip
+    cache: bool = option(True, "Keep results of stages and take them up again, from the user's cache directory.", rare=True)
+    workers: int = option(0, "Processes that load data; changes speed alone.", least=0, rare=True)
+    threads: int | None = option(None, "Processor threads (default: PyTorch's choice).", least=1)
+    device: str = option("cpu", "Where to compute: cpu, cuda, cuda:1, ...", ready=check_device)
+    overwrite: bool = option(False, "Replace a finished run.", switch=True, panel="Output")

@@ -1,0 +1,161 @@
+"""References as they are written, checked before anything is imported or loaded. Imports no torch.
+
+Each function raises where what is named is not there, in words that follow the option's name: "--data nowhere.npz is not there."
+"""
+
+import ast
+import difflib
+import re
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+from anybit.data.options import TEXT_SUFFIXES
+from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, MissingPackage
+
+ZOOS = {"torchvision": "torchvision", "timm": "timm", "hf": "transformers"}
+"""Prefix of `--model` -> the package that it needs."""
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """Return a question after the name that was meant, with a space in front; nothing where none is like it."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def near_path(path: Path) -> str:
+    """Return a question after a path that is there and like this one."""
+    beside = sorted(one.name for one in path.parent.iterdir()) if path.parent.is_dir() else []
+    question = near(path.name, [name for name in beside if not name.startswith(".")])
+    return question.replace("mean ", f"mean {path.parent}/") if question and path.parent != Path() else question
+
+
+def check_file(path: str | Path) -> None:
+    """Raise InvalidFile where there is no such file."""
+    path = Path(path)
+    if path.is_dir():
+        raise InvalidFile(f"{path} is a folder. Name a file.")
+    if not path.is_file():
+        raise InvalidFile(f"{path} is not there.{near_path(path)}")
+
+
+def check_there(path: str | Path) -> None:
+    """Raise InvalidFile where there is no such file or folder."""
+    if not Path(path).exists():
+        raise InvalidFile(f"{path} is not there.{near_path(Path(path))}")
+
+
+def check_device(device: str) -> None:
+    """Raise InvalidSetting where no device is called so; whether this machine has it, PyTorch knows."""
+    kind, separator, index = device.partition(":")
+    if kind not in DEVICES or (separator and not index.isdigit()):
+        raise InvalidSetting(f"{device} is no device. Write {', '.join(DEVICES[:3])} or cuda:1.{near(kind, DEVICES)}")
+
+
+def check_package(package: str, reference: str) -> None:
+    """Raise MissingPackage where a package that `reference` needs is not installed."""
+    if not is_installed(package):
+        package = {"PIL": "pillow"}.get(package, package)
+        raise MissingPackage(f"{reference} needs {package}, which is not installed: run `pip install {package}`.")
+
+
+def check_packages(what: str, extra: str, *packages: str) -> None:
+    """Raise MissingPackage where one of the packages of an extra, which `what` needs, is not installed."""
+    lacking = next((package for package in packages if not is_installed(package)), None)
+    if lacking:
+        raise MissingPackage(f"{what} need {lacking}, which is not installed: run `pip install 'anybit[{extra}]'`.")
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package is there to be imported, without importing it."""
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # put aside, as tests do
+        return False
+
+
+def check_code(reference: str) -> None:
+    """Raise InvalidSetting where `package.module:function` or `FILE.py:function` names no package, file or function."""
+    place, separator, name = reference.rpartition(":")
+    if not separator or not place or not name:
+        raise InvalidSetting(f"{reference!r} cannot be read. Write package.module:function or path/to/file.py:function.")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise InvalidSetting(f"{reference}: there is no file {place}.{near_path(Path(place))}")
+        names = names_in(Path(place))
+        if names and name not in names:
+            raise InvalidSetting(f"{reference}: {place} has no function {name!r}.{near(name, names)}")
+    elif not is_installed(place.partition(".")[0]):
+        raise InvalidSetting(f"{reference}: there is no package {place.partition('.')[0]!r}. Is it installed and the name right?")
+
+
+def names_in(path: Path) -> list[str]:
+    """List the names that a script defines or imports, read without running it; nothing where it cannot be told."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # said where it is run
+        return []
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
+            names.append(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names += [(alias.asname or alias.name).partition(".")[0] for alias in node.names]
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append(node.id)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("globals", "exec", "setattr"):
+            return []
+    return [] if "*" in names or "__getattr__" in names else names
+
+
+def functions_in(path: Path) -> list[str]:
+    """List the functions and classes that a script itself defines, private ones left out."""
+    try:
+        nodes = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError):
+        return []
+    return [node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
+
+
+def check_model(reference: str) -> None:
+    """Raise where `--model` names no network."""
+    kind, separator, name = reference.partition(":")
+    if kind in ZOOS and separator:
+        check_package(ZOOS[kind], reference)
+        if kind == "hf" and re.match(r"[./~]|.*/.*/", name) and not Path(name).is_dir():
+            raise InvalidSetting(f"{reference}: there is no folder {name}.{near_path(Path(name))}")
+    elif separator:
+        check_code(reference)
+    else:
+        raise InvalidSetting(f"{reference!r} names no network. {_model_meant(reference)}")
+
+
+def _model_meant(reference: str) -> str:
+    """Say what a reference without a colon may have meant."""
+    path = Path(reference)
+    if path.suffix in (".pt", ".pth", ".safetensors", ".bin", ".ckpt"):
+        return "Weights go to --weights; --model names the code that builds the network: FILE.py:function, timm:NAME or torchvision:NAME."
+    if path.suffix == ".py":
+        functions = [f"{reference}:{name}" for name in functions_in(path)] if path.is_file() else []
+        return f"Name the function that returns it: {' or '.join(functions[:3]) or f'{reference}:function'}."
+    if (path / "config.json").is_file():
+        return f"Write hf:{reference} for a folder of Hugging Face."
+    if re.fullmatch(r"[\w.-]+", reference) and not path.exists():
+        return f"Write torchvision:{reference} or timm:{reference} for a public one, or path/to/file.py:function for your own."
+    return "Write package.module:function, path/to/file.py:function, timm:NAME, torchvision:NAME or hf:FOLDER."
+
+
+def check_data(reference: str) -> None:
+    """Raise where `--data`, `--train` or `--test` names no inputs."""
+    path, _, _ = reference.partition("#")
+    place = Path(path)
+    if place.is_dir():
+        check_package("PIL", reference)
+    elif reference.startswith("hf:"):
+        check_package("datasets", reference)
+    elif ":" in reference:
+        check_code(reference)
+    elif not place.is_file() or not path.endswith((".npz", *TEXT_SUFFIXES)):
+        there = "is no" if place.exists() else "is not there: no"
+        raise InvalidInput(f"{path} {there} folder of images, .npz file or file of texts ({', '.join(TEXT_SUFFIXES)}).{near_path(place)}")

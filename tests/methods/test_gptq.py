@@ -1,0 +1,95 @@
+"""Codes in closed form: never behind rounding to nearest, near the best of all codes, safe where H is singular."""
+
+import itertools
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anybit.loops.moments import Moments
+from anybit.methods.gptq import CORRECTED, corrected_target, gptq, quadratic_error, solve
+from anybit.numerics.affine import quant_limits
+from anybit.numerics.ranges import weight_scale
+
+
+def problem(seed: int, groups: int, channels: int, fan_in: int, rank: int, parts: int = 1):
+    """(weight, hessian of this rank, scales of `parts` of each channel), with a dead input where there is room for one."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(groups, rank, fan_in, generator=generator) @ torch.randn(groups, fan_in, fan_in, generator=generator)
+    if fan_in > 2:
+        rows[..., -1] = 0.0
+    weight = torch.randn(groups, channels, fan_in, generator=generator)
+    return (
+        weight,
+        rows.transpose(1, 2) @ rows / rank,
+        lambda bits: weight_scale(weight.reshape(-1, fan_in // parts), bits).view(groups, channels, parts),
+    )
+
+
+def scales(weight, parts, bits):
+    return weight_scale(weight.view(-1, weight.shape[-1] // parts), bits).view(*weight.shape[:2], parts)
+
+
+def nearest(weight, scale, bits):
+    spread = scale.repeat_interleave(weight.shape[-1] // scale.shape[-1], -1)
+    return torch.round(weight / spread).clamp(*quant_limits(bits, signed=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    groups=st.integers(1, 3),
+    channels=st.integers(1, 4),
+    fan_in=st.sampled_from([1, 2, 6, 12]),
+    rank=st.sampled_from([1, 3, 40]),
+    bits=st.integers(2, 8),
+    parts=st.sampled_from([1, 2]),
+)
+def test_error_is_never_above_that_of_rounding_to_nearest(seed, groups, channels, fan_in, rank, bits, parts):
+    parts = parts if fan_in % parts == 0 else 1
+    weight, hessian, scale_of = problem(seed, groups, channels, fan_in, rank, parts)
+    scale = scale_of(bits)
+    solution = solve(weight, hessian, scale, bits)
+    low, high = quant_limits(bits, signed=True)
+    assert torch.equal(solution.codes, solution.codes.round()) and solution.codes.min() >= low and solution.codes.max() <= high
+    assert torch.isfinite(solution.scale).all() and (solution.scale > 0).all() and solution.scale.shape == scale.shape
+    before = quadratic_error(weight, hessian, nearest(weight, scale, bits), scale)
+    after = quadratic_error(weight, hessian, solution.codes, solution.scale)
+    assert (after <= before * (1 + 1e-4) + 1e-6 * hessian.abs().max()).all()
+
+
+def test_small_layers_come_near_the_best_of_all_codes():
+    weight, hessian, scale_of = problem(0, 1, 60, 4, 40)
+    solution = solve(weight, hessian, scale_of(2), 2)
+    every = torch.tensor(list(itertools.product(range(-2, 2), repeat=4)), dtype=torch.float32)
+    residual = weight[0, :, None] - every * solution.scale[0, :, None]  # [channels, all codes, fan-in]
+    best = ((residual @ hessian[0]) * residual).sum(-1).amin(1)
+    found = quadratic_error(weight, hessian, solution.codes, solution.scale)[0]
+    rounded = quadratic_error(weight, hessian, nearest(weight, scale_of(2), 2), scale_of(2))[0]
+    assert found.sum() <= 1.1 * best.sum() < 0.7 * rounded.sum()
+
+
+def test_a_weight_on_the_grid_stays_where_it_is():
+    codes = torch.randint(-8, 8, (2, 3, 6)).float()
+    codes[..., 0] = -8  # so that the grid is the one that least squares finds
+    _, hessian, _ = problem(0, 2, 3, 6, 40)
+    scale = torch.rand(2, 3, 1) + 0.5
+    solution = solve(codes * scale, hessian, scale, 4)
+    torch.testing.assert_close(solution.codes * solution.scale, codes * scale, rtol=1e-4, atol=1e-4)
+
+
+def test_equal_inputs_leave_the_target_alone_and_scaled_ones_are_made_up_for():
+    weight, hessian, _ = problem(0, 2, 3, 6, 40)
+    hessian = hessian + torch.eye(6)
+    assert torch.equal(corrected_target(weight, hessian, hessian), weight)
+    halved = corrected_target(weight, hessian / 4, hessian / 2, damping=0.0)  # Xq = X / 2: W* = 2 W
+    torch.testing.assert_close(halved, (1 + CORRECTED) * weight, rtol=1e-3, atol=1e-3)
+
+
+def test_all_dead_inputs_and_zero_weights_are_safe():
+    dead = Moments(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4), (torch.zeros(1, 4), torch.zeros(1, 4)))
+    weight, scale = torch.tensor([[[1.0, -0.5, 0.2, 0.0], [0.0, 0.0, 0.0, 0.0]]]), torch.tensor([[[0.5], [1.0]]])
+    rounded = nearest(weight, scale, 4)
+    codes, scales = gptq(weight, dead, scale, 4, rounded)
+    assert torch.isfinite(codes).all() and torch.isfinite(scales).all() and (scales > 0).all()
+    assert torch.equal(codes[0, 1], torch.zeros(4))
