@@ -1,6 +1,7 @@
 """The steps of one network, each timed, its failure kept with its kind: a refusal of anybit's own, or a crash."""
 
 import math
+import re
 import tempfile
 import time
 import traceback
@@ -56,7 +57,8 @@ def described(error: Exception) -> dict[str, str]:
     kind = "refusal" if isinstance(error, anybit.AnybitError) else "crash"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/anybit/" in frame.filename]
     place = f"{frames[-1].filename.split('/anybit/')[-1]}:{frames[-1].name}" if frames else ""
-    return {"kind": kind, "class": type(error).__name__, "message": " ".join(str(error).split())[:600], "place": place}
+    message = re.sub(rf"{tempfile.gettempdir()}/\w+/", "", " ".join(str(error).split()))
+    return {"kind": kind, "class": type(error).__name__, "message": message[:600], "place": place}
 
 
 def run_steps(network: ZooNetwork, source: Source, all_steps: bool, keep: Callable[[Mapping[str, Any]], None]) -> None:
