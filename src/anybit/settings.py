@@ -99,6 +99,13 @@ class Option:
         return self.name.upper() if self.positional else self.flag or f"--{self.name.replace('_', '-')}"
 
     @property
+    def metavar(self) -> str:
+        """What stands for its value in --help: the choices, N for a number, else its name; nothing for a switch."""
+        if self.choices or self.kind is bool or bool in typing.get_args(self.kind):
+            return "|".join(self.choices)
+        return "N" if self.text is None and _number(self.kind) else self.name.rpartition("_")[2].upper()
+
+    @property
     def range(self) -> str:
         """The range of a number, in words."""
         if self.least is not None and self.most is not None and _number(self.kind) is int:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,13 @@ from networks import Chain, make, pictures
 
 import anybit
 from anybit.budget import parse_size
-from anybit.cli.app import app
+from anybit.cli.app import VERBS, app
+from anybit.cli.help import examples_in
+from anybit.cli.options import Verb
 from anybit.roads.settings import CalibrateSettings
+from anybit.settings import PANELS
 
+DESCRIBED = {function.__name__: Verb.of(function, *more) for function, more in VERBS.items()}
 TESTS = Path(__file__).parent.parent
 
 
@@ -160,7 +165,7 @@ def test_every_default_is_told_by_help():
     for verb in ("calibrate", "allocate", "evaluate", "inspect"):
         done = anybit_cli(verb, "--help")
         assert done.exit_code == 0 and "--model" in done.stdout
-    assert all(default in anybit_cli("calibrate", "--help").stdout for default in ("2,3,4,6,8", "4,6,8", "1024", "advanced", "2GiB"))
+    assert all(default in anybit_cli("calibrate", "--help-all").stdout for default in ("2,3,4,6,8", "4,6,8", "1024", "advanced", "2GiB"))
 
 
 def test_a_finished_run_is_refused_without_overwrite(here):
@@ -445,3 +450,53 @@ def test_the_defaults_of_the_command_line_are_those_of_the_settings():
         if field.name in options and field.name != "keep":
             assert options[field.name] == written.get(field.name, getattr(defaults, field.name)), field.name
     assert {field.name for field in dataclasses.fields(CalibrateSettings)} <= set(options)
+
+
+# --help
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """A terminal of a hundred columns."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 100)
+
+
+@pytest.mark.parametrize("verb", DESCRIBED)
+def test_help_is_a_screen_with_panels_and_two_examples(verb, wide):
+    done = anybit_cli(verb, "--help")
+    lines = done.stdout.splitlines()
+    assert done.exit_code == 0 and len(lines) <= 48 and max(map(len, lines)) <= 100
+    titles = [line.split()[1] for line in lines if line.startswith("╭")]
+    assert titles and titles == [panel for panel in ("Arguments", *PANELS) if panel in titles]
+    assert [line.startswith(f" $ anybit {verb} ") for line in lines].count(True) == 2
+    rare = [one for one in DESCRIBED[verb].options.values() if one.rare and one.command_line]
+    assert ("--help-all" in done.stdout) == bool(rare)
+    assert not any(f" {one.written} " in done.stdout for one in rare)
+
+
+@pytest.mark.parametrize("verb", DESCRIBED)
+def test_help_all_shows_every_option(verb, wide):
+    done = anybit_cli(verb, "--help-all")
+    assert done.exit_code == 0
+    assert all(one.positional or f" {one.written} " in done.stdout for one in DESCRIBED[verb].options.values() if one.command_line)
+
+
+@pytest.mark.parametrize("verb", DESCRIBED)
+def test_the_examples_of_help_are_read_by_their_verb(verb):
+    command = typer.main.get_command(app).commands[verb]
+    for line in examples_in(DESCRIBED[verb].function):
+        program, name, *arguments = shlex.split(line)
+        command.make_context(name, arguments)
+        assert (program, name) == ("anybit", verb) and len(f" $ {line}") < 100
+
+
+def test_a_shell_completes_verbs_options_and_choices():
+    for words, complete in (
+        ("anybit cal", "calibrate"),
+        ("anybit calibrate --pipe", "--pipeline"),
+        ("anybit calibrate --pipeline l", "light"),
+    ):
+        environment = {**os.environ, "_ANYBIT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        code = "import sys; sys.argv = ['anybit']; from anybit.cli.app import app; app(prog_name='anybit')"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+        assert complete in done.stdout.split(), done.stderr

@@ -51,9 +51,10 @@ def logged(tmp_path_factory):
         language.write_tsv(Path("t.tsv"), 40)
         model, test = ["--model", "m.py:residual"], ["--test", "x.npz"]
         quick = ["--weight-bits", "4,8", "--activation-bits", "8", "--samples", "40", "--steps", "3", "--candidate-steps", "2"]
+        metric = ["--metric", "m.py:ones"]
         epochs = [*test, "--epochs", "2", "--batch-size", "16"]
         for line in (
-            ["calibrate", *model, "--parallel", "--data", "x.npz", *test, *quick, "--metric", "m.py:ones", "--budget", "6bit", "--output", "run"],
+            ["calibrate", *model, "--parallel", "--data", "x.npz", *test, *quick, *metric, "--budget", "6bit", "--output", "run"],
             ["calibrate", *model, "--data", "x.npz", *quick, "--budget", "6bit", "--output", "again"],
             ["allocate", "run", "--budget", "5bit", "--output", "second"],
             ["grow", *model, "--train", "x.npz", *epochs, "--budget", "4bit", "--output", "grown"],

@@ -18,15 +18,19 @@ RUN_DATA = "Inputs, preprocessed as the run's (default: what it was made with)."
 def export(
     run: Path = argument("A run folder.", ready=check_run),
     *,
-    onnx: Path | None = option(None, "The file to write, for ONNX Runtime and others."),
-    compressed_tensors: Path | None = option(None, "The folder to write, for transformers: Hugging Face networks."),
+    onnx: Path | None = option(None, "The file to write, for ONNX Runtime and others.", panel="Output"),
+    compressed_tensors: Path | None = option(None, "The folder to write, for transformers.", panel="Output"),
     data: str | None = option(None, RUN_DATA, panel="Input", ready=check_data), model=None,
     tables: bool = option(False, "SiLU, GELU and the like as tables of codes: exact, slower.", switch=True),
     weight_only: bool = option(False, "Linears with float inputs run on packed weights.", switch=True),
-    pack_embeddings: bool = option(False, "In the folder too; transformers 5 cannot load it.", switch=True),
+    pack_embeddings: bool = option(False, "In the folder too; transformers 5 cannot load it.", switch=True, rare=True),
     cache=True, overwrite=False,
 ) -> Outcome:  # fmt: skip
-    """Write a run as an ONNX file, with packed weights and integer kernels when it runs, or as a folder that transformers loads."""
+    """Write a run as an ONNX file of packed weights, or as a folder for transformers.
+
+    anybit export runs/mine --onnx mine.onnx
+    anybit export runs/sentences --compressed-tensors sentences/
+    """
     options = {"data": data, "tables": tables, "weight-only": weight_only, "pack-embeddings": pack_embeddings}
     chosen, target = chosen_format({"onnx": onnx, "compressed-tensors": compressed_tensors}, options)
     return Outcome(chosen.run_export(run, target, options, model=model, overwrite=overwrite, cache=cache), chosen.table)
@@ -40,7 +44,11 @@ def verify(
     samples: int | None = option(None, "Inputs to run, the first of the data (default: all).", least=1),
     model=None, metric=None, cache=True, workers=0,
 ) -> Outcome:  # fmt: skip
-    """Check an exported file or folder against its run: contents, integer kernels, numbers. Exit status 1 where a promise fails."""
+    """Check an exported file against its run; exit status 1 where a promise fails.
+
+    anybit verify runs/mine mine.onnx
+    anybit verify runs/mine mine.onnx --data labelled/ --samples 256
+    """
     chosen = format_of(exported)
     verdict = chosen.run_verify(
         run, exported, model=model, data=data, samples=samples, metric=load_metric(metric), workers=workers, cache=cache
@@ -58,7 +66,11 @@ def bench(
     threads: int = option(1, "Processor threads of the runtime.", least=1),
     cache=True,
 ) -> Outcome:  # fmt: skip
-    """Size of the exported file against its bits, and latency against the same runtime's float32 file, in turns."""
+    """Measure size and latency of an exported file beside float32.
+
+    anybit bench runs/mine mine.onnx
+    anybit bench runs/mine mine.onnx --batch-size 8 --threads 4
+    """
     onnx_format().check_installed()
     measured = anybit.bench(run, onnx, model=model, data=data, rounds=rounds, batch_size=batch_size, threads=threads, cache=cache)
     return Outcome(measured, "print_bench")
@@ -70,7 +82,11 @@ def profile(
     overwrite: bool = option(False, "Measure again what was measured before.", switch=True),
     cache=True,
 ) -> Outcome:  # fmt: skip
-    """How long each layer takes in float and on integers on this machine: the table behind --budget latency=3ms."""
+    """Time each layer on this machine: the table behind --budget latency=3ms.
+
+    anybit profile --model torchvision:resnet18 --data images/
+    anybit profile --model net.py:net --data x.npz --keep 'head=float'
+    """
     onnx_format().check_installed()
     measured = anybit.profile(
         model, data, weights=weights, preprocessing=preprocessing, keep=keep, rounds=rounds, overwrite=overwrite, cache=cache

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -22,7 +22,7 @@ class Telling(Settings):
     common: ClassVar[Mapping[str, Any]] = {"panel": "Output", "rare": True}
 
     config: Path | None = option(
-        None, "Options from a .toml or .json file, or the settings of a run's report.json; the command line wins over them.",
+        None, "Options from a .toml or .json file, or a run's report.json.",
         panel="Runtime", rare=False,
     )  # fmt: skip
     log: Path | None = option(None, "Append each event to this file as it happens, one JSON object a line.")
@@ -99,6 +99,15 @@ class Verb:
         return one.checked(values[name], one.written if name in SHARED else name) if name in values else one.default
 
 
+def _completion(choices: Collection[str]) -> Callable[[str], list[str]]:
+    """Return a function that lists the choices that a shell may complete a word to."""
+
+    def starting(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return starting
+
+
 def as_parameter(one: Option) -> inspect.Parameter:
     """A parameter of a function that typer makes a command of."""
     kind, default, flag = without_none(one.kind), one.default_text, one.written
@@ -106,8 +115,10 @@ def as_parameter(one: Option) -> inspect.Parameter:
         kind = list[str] if one.repeat else str
     elif kind is bool and not one.switch:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    metavar = f"[{'|'.join(one.choices)}]" if one.choices else None
-    info = typer.Argument(help=one.doc) if one.positional else typer.Option(flag, help=one.doc, metavar=metavar)
+    common: dict[str, Any] = {"help": one.doc, "hidden": one.rare}
+    if one.choices:
+        common["autocompletion"] = _completion(one.choices)
+    info = typer.Argument(**common) if one.positional else typer.Option(flag, metavar=one.metavar, rich_help_panel=one.panel, **common)
     if one.positional and one.default is MISSING:
         default = inspect.Parameter.empty
     annotation = Annotated[kind | None if default is None else kind, info]  # type: ignore[valid-type]

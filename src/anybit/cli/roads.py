@@ -24,7 +24,11 @@ def calibrate(
     *, output, model, weights=None, data, test=None, budget=None, settings: CalibrateSettings, cache=True,
     preprocessing: Preprocessing, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome:  # fmt: skip
-    """From a trained network, a few hundred inputs and a budget to a low-bit network, its scheme and a measured report."""
+    """Quantize a trained network to a budget, from a few hundred inputs.
+
+    anybit calibrate --model torchvision:resnet18 --data images/ --budget 4bit --output runs/mine
+    anybit calibrate --model net.py:net --weights net.pt --data x.npz --budget 3bit --output runs/b
+    """
     check_free(output, overwrite)
     inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": load_metric(metric), "workers": workers}
     return _saved(anybit.calibrate(model, data, budget, **inputs, device=device, cache=cache, **settings.flat()), output, overwrite)
@@ -38,7 +42,11 @@ def allocate(
     memory: int | None = option(None, "Memory for captured activations; the run's where left out.", least=0, text=SIZE),
     cache=True, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome:  # fmt: skip
-    """New budgets from the candidates and table of a calibrate run, in seconds."""
+    """Meet other budgets from a finished calibrate run, in seconds.
+
+    anybit allocate runs/mine --budget 3bit --output runs/smaller
+    anybit allocate runs/mine --budget 12.5% --budget drop=1% --output runs/more
+    """
     check_free(output, overwrite)
     options = {"metric": load_metric(metric), "device": device, "batch_size": batch_size, "memory": memory, "cache": cache}
     return _saved([anybit.allocate(run, one, data, model, workers, **options) for one in budget], output, overwrite)
@@ -50,7 +58,11 @@ def grow(
     scheme: Path | None = option(None, "Instead of a budget: a run whose scheme is trained as it is.", ready=check_run, panel="Budget"),
     settings: GrowSettings, preprocessing: Preprocessing, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome | None:  # fmt: skip
-    """Train a network to a budget while its mixed-precision scheme grows; an interrupted run continues where it is started again."""
+    """Train a network to a budget while its scheme grows; the same command continues a run.
+
+    anybit grow --model net.py:net --weights net.pt --train train.npz --budget 3bit --output runs/g
+    anybit grow --model net.py:net --train train.npz --scheme runs/mine --output runs/fixed
+    """
     if (budget is None) == (scheme is None):
         raise InvalidSetting("Say what the network should end at: --budget 3bit, or --scheme RUN for the scheme of a run; not both.")
     checkpoint = free_checkpoint(output, overwrite, is_first())
@@ -63,7 +75,11 @@ def train(
     *, output, model, weights=None, train, test: str | None = option(None, WATCHED, panel="Input", ready=check_data),
     settings: SupernetSettings, preprocessing: Preprocessing, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome | None:  # fmt: skip
-    """Train one network for every bit-width; `search` and `extract` take subnets from it. An interrupted run continues where it began."""
+    """Train one network for every bit-width; the same command continues a run.
+
+    anybit train --model net.py:net --weights net.pt --train train.npz --output runs/s
+    anybit train --model net.py:net --train x.npz --test x.npz#test --bits 2,4,8 --output runs/s
+    """
     from anybit.reports.outcomes import print_trained
 
     checkpoint = free_checkpoint(output, overwrite, is_first())
@@ -84,7 +100,11 @@ def search(
     ),
     settings: SearchSettings, cache=True, model=None, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome:  # fmt: skip
-    """The best schemes of a supernet along the range of costs, and the best for each budget; what was evaluated once is not again."""
+    """Find a supernet's best schemes along all costs, and for each budget.
+
+    anybit search runs/s --budget 3bit --budget 80kB --output runs/found
+    anybit search runs/s --quantity bops --evaluations 400 --output runs/found
+    """
     from anybit.reports.outcomes import print_searched
 
     check_free(output, overwrite)
@@ -108,7 +128,11 @@ def extract(
     steps: int = same_as(CalibrateSettings, "steps", doc="Adam steps a unit when polishing."),
     cache=True, test=None, model=None, workers=0, metric=None, overwrite=False,
 ) -> Outcome:  # fmt: skip
-    """A subnet of a supernet or of a search as an ordinary run folder, polished by calibrate where that is asked for."""
+    """Take a subnet out of a supernet or a search, as an ordinary run.
+
+    anybit extract runs/found --budget 3bit --output runs/subnet
+    anybit extract runs/s --scheme runs/mine --data train.npz --polish --output runs/subnet
+    """
     check_subnet(budget, scheme, polish, data)
     check_free(output, overwrite)
     inputs = {"scheme": scheme, "data": data, "test": test, "model": model, "metric": load_metric(metric), "workers": workers}
@@ -122,7 +146,11 @@ def evaluate(
     model=None, weights=None, data, preprocessing: Preprocessing,
     batch_size: int = same_as(CalibrateSettings, "batch_size", default=128), workers=0, metric=None, device="cpu", task=None,
 ) -> Outcome:  # fmt: skip
-    """Accuracy and loss of a run, or of a float network, on labelled data."""
+    """Measure accuracy and loss of a run, or of a float network.
+
+    anybit evaluate runs/mine --data labelled/
+    anybit evaluate --model torchvision:resnet18 --data labelled/ --size 224
+    """
     if run is None and model is None:
         raise InvalidSetting("RUN or --model is missing. `anybit evaluate --help` lists the options.")
     from anybit.reports.words import scores_line
@@ -138,7 +166,11 @@ def inspect(
     weight_bits: tuple[int, ...] = same_as(CalibrateSettings, "weight_bits", doc="Bit-widths to count."),
     keep=None, preprocessing: Preprocessing, task=None,
 ) -> Outcome:  # fmt: skip
-    """Layers, shapes, what is covered, and what each bit-width would cost; --data shows shapes of inputs and outputs, and BOPs."""
+    """Show layers, what is covered, and what each bit-width would cost.
+
+    anybit inspect --model torchvision:resnet18
+    anybit inspect --model net.py:net --data train.npz
+    """
     from anybit.sources.inputs import load_data
     from anybit.sources.models import load_model, with_model_defaults
 

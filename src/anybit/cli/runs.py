@@ -23,7 +23,11 @@ def report(
     *,
     output: Path = argument("The HTML file to write.", positional=False), overwrite: bool = option(False, "Replace the file.", switch=True),
 ) -> Outcome:  # fmt: skip
-    """Several runs side by side on one page that asks nothing of the network."""
+    """Put several runs side by side on one page.
+
+    anybit report runs/mine runs/smaller --output runs.html
+    anybit report runs/* --output runs.html --overwrite
+    """
     file = anybit.report(*runs, output=output, overwrite=overwrite)
     return Outcome(str(file), lambda details: print(file))
 
@@ -31,12 +35,20 @@ def report(
 def diff(
     run: Path = argument("A run folder, of any road.", ready=check_one), run2: Path = argument("Another.", ready=check_one)
 ) -> Outcome:
-    """Compare two runs: settings, versions, references, bits, size, errors, accuracy, and whether the weights are the same."""
+    """Say what differs between two runs: settings, bits, size, errors, accuracy.
+
+    anybit diff runs/mine runs/smaller
+    anybit diff runs/mine runs/smaller --json
+    """
     return Outcome(anybit.diff(run, run2), "print_difference")
 
 
 def explain(run: Path = argument("A run folder.", ready=check_one), layer: str = argument("One of its layers.")) -> Outcome:
-    """Why a layer has its bits: what each precision would lose and cost, the shadow price, one step more or less, reconstruction errors."""
+    """Say why a layer has its bits: what each precision would lose and cost.
+
+    anybit explain runs/mine layer1.0.conv2
+    anybit explain runs/mine layer1.0.conv2 --json
+    """
     return Outcome(anybit.explain(run, layer), "print_explanation")
 
 
@@ -45,7 +57,11 @@ def cache(
     trim: int | None = option(None, "Remove the least recently used results until so much is left: 500MB, 0B.", least=0, text=SIZE),
     check: bool = option(False, "Read every result; name and remove the damaged ones.", switch=True),
 ) -> Outcome:
-    """Results that were kept to be taken up again: where they are, how much they take; --trim makes room."""
+    """Show the results that were kept so that a killed run continues; make room.
+
+    anybit cache --check
+    anybit cache --trim 1GB
+    """
     from anybit.files.cache import tidied
 
     return Outcome(tidied(trim, check), "print_cache")

@@ -7,12 +7,20 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from anybit.cli.help import ALL, show_all
 from anybit.cli.options import Verb, as_parameter
 from anybit.errors import AnybitError, InvalidSetting, printable
+from anybit.settings import PANELS
+
+SHOW_ALL = inspect.Parameter(
+    "help_all", inspect.Parameter.KEYWORD_ONLY, default=False,
+    annotation=Annotated[bool, typer.Option(ALL, help="Show every option and exit.", is_eager=True, callback=show_all, hidden=True)],
+)  # fmt: skip
+"""The parameter of every verb that shows the options that few need."""
 
 
 class Outcome(NamedTuple):
@@ -32,7 +40,7 @@ def as_command(function: Callable[..., Outcome | None], *more: str) -> Callable[
     """A verb as typer takes it, with its own options and `more` of the common ones. With `log` it tells of its work."""
     verb = Verb.of(function, *more)
 
-    def command(context: typer.Context, **written: Any) -> None:
+    def command(context: typer.Context, *, help_all: bool = False, **written: Any) -> None:
         with reported_errors():
             values = verb.read(context, written)
             common = {name: verb.value(name, values) for name in more}
@@ -48,7 +56,8 @@ def as_command(function: Callable[..., Outcome | None], *more: str) -> Callable[
             _print(outcome, common)
 
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    signature = inspect.Signature([context, *(as_parameter(one) for one in verb.options.values() if one.command_line)])
+    options = sorted((one for one in verb.options.values() if one.command_line), key=lambda one: PANELS.index(one.panel))
+    signature = inspect.Signature([context, *map(as_parameter, options), SHOW_ALL])
     command.__signature__ = signature  # type: ignore[attr-defined]
     command.__annotations__ = {name: one.annotation for name, one in signature.parameters.items()}
     command.__name__, command.__doc__ = function.__name__, function.__doc__

@@ -21,10 +21,10 @@ class TrainSettings(Settings):
         0.05, "Share of the run in which learning rates rise; afterwards they fall to zero along a cosine.",
         least=0, below=1, command_line=False,
     )  # fmt: skip
-    augment: str = option("", "Of pictures: flip, crop4 (shifts by up to 4 pixels), or both with a comma.")
-    distill: float = option(0.0, "Weight of the float model's outputs in the loss, 0 to 1; the rest is the labels'.", least=0, most=1)
-    half: bool = option(False, "Compute in bfloat16 where that is safe.", switch=True)
-    compile: bool = option(False, "Compile the forward pass.", switch=True)
+    augment: str = option("", "Of pictures: flip, crop4 (shifts by up to 4 pixels), or flip,crop4.")
+    distill: float = option(0.0, "Weight in the loss of the float outputs; the labels have the rest.", least=0, most=1)
+    half: bool = option(False, "Compute in bfloat16 where that is safe.", switch=True, panel="Runtime")
+    compile: bool = option(False, "Compile the forward pass.", switch=True, panel="Runtime", rare=True)
 
     def check(self) -> None:
         parse_augmentations(self.augment)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from anybit.budget import own_costs
 from anybit.errors import InvalidSetting
@@ -18,6 +18,8 @@ GATES = ("soft", "straight-through")
 @dataclass(frozen=True)
 class CSQSettings(Settings):
     """Settings of CSQ, in the words of `csq`."""
+
+    common: ClassVar[Mapping[str, Any]] = {"rare": True}
 
     planes: int = option(
         7, "Bit planes that a layer starts with; with the sign one bit more.", least=1, most=7, why="with the sign they are 2 to 8 bits"
@@ -69,6 +71,8 @@ class CSQSettings(Settings):
 class LSQSettings(Settings):
     """Settings of LSQ, of the names that CSQ's have."""
 
+    common: ClassVar[Mapping[str, Any]] = {"rare": True}
+
     scale_rate: float = option(RATE, "Learning rate of the logarithms of scales.", above=0, command_line=False)
     rate: float = option(RATE, "Learning rate of weights and all other parameters.", above=0)
 
@@ -89,6 +93,8 @@ FACTORS = Text(
 @dataclass(frozen=True)
 class MultiQuantSettings(Settings):
     """Settings of MultiQuant, in the words of `multiquant`."""
+
+    common: ClassVar[Mapping[str, Any]] = {"rare": True}
 
     sandwich: str = option("HRL", "Networks of a step, in order: H highest, R random, L lowest bits; letters may repeat or be left out.")
     label: str = option(
@@ -124,17 +130,19 @@ class MultiQuantSettings(Settings):
 class SearchSettings(Settings):
     """Settings of the search over a supernet's schemes, in the words of `subnet_search`."""
 
-    evaluations: int = option(150, "Subnets that are evaluated.", least=10)
+    common: ClassVar[Mapping[str, Any]] = {"rare": True}
+
+    evaluations: int = option(150, "Subnets that are evaluated.", least=10, rare=False)
     strategy: str = option(
         "monte-carlo", "uniform: draws with the same predictor and search; integer-program: on measured sensitivities.",
-        choices=("monte-carlo", "uniform", "integer-program"),
+        choices=("monte-carlo", "uniform", "integer-program"), rare=False,
     )  # fmt: skip
-    quantity: str = option("bits", "The cost of the front.", choices=tuple(cost.name for cost in own_costs()))
+    quantity: str = option("bits", "The cost of the front.", choices=tuple(cost.name for cost in own_costs()), rare=False)
     images: int = option(2500, "Held-out inputs a subnet is evaluated on; others measure the front again.", least=1)
     bn_images: int | None = option(
         None, "Training inputs that batch norm is estimated on while searching; left out, as many as in training.", least=2
     )
-    seed: int = option(0, "Seed of every draw.", least=-SEEDS, most=SEEDS)
+    seed: int = option(0, "Seed of every draw.", least=-SEEDS, most=SEEDS, rare=False)
     explored: float = option(0.6, "Share of the evaluations that the predictor is first fitted to.", above=0, below=1, command_line=False)
     rounds: int = option(3, "How often the rest is spent: predict, search, evaluate the favourites.", least=1, command_line=False)
     targets: int = option(20, "Averages that are searched for in a round.", least=1, command_line=False)

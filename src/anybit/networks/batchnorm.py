@@ -64,6 +64,8 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
 def _obstacle(model: nn.Module, wiring: Wiring, name: str, norm_name: str) -> str | None:
     """Return why the norm cannot fold into the layer that it alone reads; None if it can."""
     layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+    if norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
+        return "hooks, or a forward of this one object, are at work on it"
     if not keeps_statistics(norm):
         return "it has no running statistics and normalizes each batch by its own"
     if not type_of(layer).sums:
@@ -123,7 +125,7 @@ def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch, out
     read by more than its call: where folding changes the outputs, such layers keep their batch norm. Raises UnsupportedModel where the
     outputs differ even so.
     """
-    own_forward = {name for name in pairs if not any(type(model.get_submodule(name)).forward is cls.forward for cls in COVERED)}
+    own_forward = {name for name in pairs if _has_own_forward(model.get_submodule(name))}
     plain = {name: norm for name, norm in pairs.items() if name not in own_forward}
     for chosen in (lambda: pairs, lambda: plain, lambda: _harmless(model, plain, example, outputs)):
         folding = chosen()
@@ -134,6 +136,11 @@ def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch, out
     raise UnsupportedModel(
         f"Folding the batch norms of {', '.join(pairs)} changes the network's outputs. Fold them yourself before the run."
     )
+
+
+def _has_own_forward(layer: nn.Module) -> bool:
+    """Return whether the layer computes something else than its type does."""
+    return "forward" in vars(layer) or not any(type(layer).forward is cls.forward for cls in COVERED)
 
 
 def _harmless(model: nn.Module, pairs: Mapping[str, str], example: Batch, outputs: Tensor) -> dict[str, str]:
@@ -169,7 +176,7 @@ def fold(model: nn.Module, pairs: Mapping[str, str]) -> tuple[nn.Module, dict[st
         scale_weight(layer, gain)
         layer.bias = nn.Parameter((shift if own is None else own.double() * gain + shift).to(float_weight(layer).dtype))
         promised[layer_name] = _promised(norm)
-        _replace(folded, norm_name, without_normalization(norm))
+        _become(norm, without_normalization(norm))
     return folded, promised
 
 
@@ -226,13 +233,9 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[Batch
         norm.momentum = momentum
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in place of the one called `name`, under every name that the network has for it."""
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for child, own in list(parent._modules.items()):
-            if own is old:
-                setattr(parent, child, module)
+def _become(module: nn.Module, other: nn.Module) -> None:
+    """Turn `module` into `other`, wherever the network holds it: under several names, in a list, in a function's closure."""
+    module.__class__, module.__dict__ = type(other), vars(other)
 
 
 @torch.no_grad()

@@ -54,8 +54,8 @@ class BatchStore:
         self.tensors.append(budget.allocate(tuple(values.shape), values.dtype).copy_(values))
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Return the tensor of the one batch that `indices` names."""
-        return self.tensors[int(indices)]
+        """Return a copy of the tensor of the one batch that `indices` names: a forward may write into what it reads."""
+        return self.tensors[int(indices)].clone()
 
 
 class MemoryBudget:

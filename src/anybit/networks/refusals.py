@@ -83,27 +83,6 @@ def _check_tensor(key: str, tensor: Tensor, is_stored: bool) -> None:
         )
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy; raise UnsupportedModel naming the innermost module that cannot be copied."""
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:  # an attribute's own class raises whatever it likes
-        name, module, said = _uncopiable(model, error)
-        raise UnsupportedModel(
-            f"{name or 'The network'}, a {type(module).__name__}, cannot be copied, and the work is done on a copy: {said} "
-            "Keep such attributes out of the module, detach() its tensors, or give it a __deepcopy__."
-        ) from error
-
-
-def _uncopiable(model: nn.Module, error: Exception) -> tuple[str, nn.Module, str]:
-    for name, module in reversed(list(model.named_modules())):
-        try:
-            copy.deepcopy(module)
-        except Exception as inner:
-            return name, module, _said(inner)
-    return "", model, _said(error)
-
-
 def _said(error: Exception) -> str:
     """Return an error's message, up to its first full stop."""
     text = " ".join(str(error).split())
@@ -153,8 +132,7 @@ def moving_state(
         raise UnsupportedModel(
             f"The network runs once on an input and not again ({_said(error)}). Reset what it keeps in each pass."
         ) from error
-    after = model.state_dict()
-    moved = {key: before.get(key) for key in {**before, **after} if not _same(before.get(key), after.get(key))}
+    moved = changed(before, model.state_dict())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key in moved:
         if key in parameters:
@@ -169,6 +147,11 @@ def moving_state(
             f"{note} Make it repeat itself in evaluation mode."
         )
     return moved, last
+
+
+def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Return the entries of a state that differ afterwards -> what they were before, if any."""
+    return {key: before.get(key) for key in {**before, **after} if not _same(before.get(key), after.get(key))}
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
@@ -205,17 +188,20 @@ def check_outputs(model: nn.Module, output: Tensor, example: Batch) -> None:
         raise UnsupportedModel(_no_rows(model, output, len(example)))
 
 
-def check_rows(model: nn.Module, outputs: Sequence[Tensor], batches: Sequence[Batch]) -> None:
-    """Raise UnsupportedModel where the rows of the outputs do not grow with the batch."""
+def check_rows(model: nn.Module, outputs: Sequence[Tensor], batches: Sequence[Batch], example: Batch) -> None:
+    """Raise UnsupportedModel where outputs do not have as many rows an input as on `example`."""
+    with torch.no_grad(), evaluating(model):
+        rows = len(predict(model, example))
     for output, batch in zip(outputs, batches, strict=True):
-        if batch.reader is None and len(output) * len(batches[0]) != len(outputs[0]) * len(batch):
+        if batch.reader is None and len(output) * len(example) != rows * len(batch):
             raise UnsupportedModel(_no_rows(model, output, len(batch)))
 
 
 def _no_rows(model: nn.Module, output: Tensor, count: int) -> str:
     return (
-        f"The network's first output has shape {tuple(output.shape)} for {count} inputs, which is not so many rows an input. Let "
-        f"{type(model).__name__} return what it predicts of each input first."
+        f"The network's first output has shape {tuple(output.shape)} for {count} input(s), which is not so many rows an input. Let "
+        f"{type(model).__name__} return what it predicts of each input first"
+        + (", with flatten(1) in place of a squeeze() that drops a batch of one." if count == 1 else ".")
     )
 
 

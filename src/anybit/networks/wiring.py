@@ -8,7 +8,7 @@ after each layer, every tensor's readers, the joins, the blocks, and the shapes 
 import operator
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from anybit.data.batches import Batch, call, evaluating, tensors_in
+from anybit.data.batches import Batch, evaluating, map_tensors, run, tensors_in
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.norms import is_norm
@@ -249,10 +249,11 @@ def observe(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], No
 def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], None] | None = None) -> tuple[Wiring, Any]:
     """Do the same and return (wiring, the model's output), so that the output needs no pass of its own."""
     observer = _Observer(model, on_value)
+    batch = replace(batch, inputs=map_tensors(batch.inputs, Tensor.clone))  # the forward may write into them
     try:
         with torch.no_grad(), evaluating(model), observer.hooks(), observer:
             observer.begin(batch)
-            output = call(model, batch.inputs)
+            output = run(model, batch.inputs)
     except (InvalidInput, UnsupportedModel):
         raise
     except Exception as error:  # a model's own checks raise whatever they like
@@ -325,7 +326,7 @@ class _Observer(TorchFunctionMode):
             if not read and type_of(module).reads_numbers:
                 raise UnsupportedModel(f"Layer {name} runs on no tensor. Give it one, or take the layer out.")
             self.input_shapes[name] = tuple(read[0].shape) if read else ()
-            if read and (how := _surroundings(read[0])):
+            if read and (how := surroundings_of(read[0])):
                 self.surroundings[name] = how
         self.inside_leaf += self._is_leaf(module)
 
@@ -390,7 +391,7 @@ class _Observer(TorchFunctionMode):
         return self.made - 1
 
 
-def _surroundings(tensor: Tensor) -> str | None:
+def surroundings_of(tensor: Tensor) -> str | None:
     """Return what is around a layer that reads `tensor` and would not be there when it is run alone; None in a plain forward."""
     if torch._C._functorch.is_batchedtensor(tensor):
         return "inside torch.vmap"

@@ -51,7 +51,7 @@ class _Writer:
         self.weight_only, self.versions = weight_only, (OPSET, IR_VERSION)
         self.layers, self.source, self.plan = quantized_layers(model), graph.graph, plan
         self.nodes: list[ir.Node] = []
-        self.taken = {name_of(value) for value in self.source.inputs}  # names of values
+        self.taken = {name_of(value) for value in self.source.inputs}  # names of values, those of outputs on demand
         self.constants: dict[str, ir.Value] = {}
         self.floats: dict[str, ir.Value] = {}
         self.codes: dict[str, ir.Value] = {}
@@ -81,10 +81,12 @@ class _Writer:
         return result
 
     def _output(self, value: ir.Value) -> ir.Value:
-        """Return the model's output under its own name."""
+        """Return the model's output under its own name, which any other value loses."""
         output = self.floats[name_of(value)]
         if output.producer() is None or name_of(output) != name_of(value):
             output = self.emit("Identity", [output], {}, "")
+            for other in (made for node in self.nodes for made in node.outputs if name_of(made) == name_of(value)):
+                other.name = self._untaken(name_of(value))
             output.name = name_of(value)
         output.shape, output.type = value.shape, value.type
         return output
@@ -196,7 +198,8 @@ class _Writer:
     def _moved(self, node: ir.Node, affine: Affine) -> None:
         """Add a node that only moves numbers, on the codes."""
         rest = list(map(self._operand, node.inputs[1:]))
-        if node.op_type == "Pad":  # zero is a code
+        fills = "mode" not in node.attributes or node.attributes["mode"].as_string() == "constant"
+        if node.op_type == "Pad" and fills:  # zero is a code
             rest[1:] = [self._scale(affine)[1], *rest[2:]]
         moved = ir.node(
             node.op_type,
@@ -225,9 +228,8 @@ class _Writer:
             operands[0] = self._apart(self._required(node.inputs[0]))
         attributes = list(node.attributes.values())
         copy = ir.Node(node.domain, node.op_type, operands, attributes, num_outputs=len(node.outputs), name=node.name)
-        self.taken |= {name_of(value) for value in node.outputs}
         for new, old in zip(copy.outputs, node.outputs, strict=True):
-            new.name, new.shape, new.type = name_of(old), old.shape, old.type
+            new.name, new.shape, new.type = self._untaken(name_of(old)), old.shape, old.type
             self.floats[name_of(old)] = new
         self.nodes.append(copy)
         return copy.outputs[0]
@@ -320,14 +322,15 @@ class _Writer:
         """Return the layer's input (of a matmul, one of them), rounded to the grid that it reads."""
         source = name_of(node.inputs[operand])
         affine = self.units[name] = self.plan.inputs[name][operand]
+        own = f"{name}.{operand}" if operand else name
         if self.plan.edges.get(source) == affine:
             return self.floats[source]
         if (source, affine) not in self.requantized:
             maker = self.floats[source].producer()
             after_floats = maker is not None and maker.op_type != "DequantizeLinear"  # verify looks for codes that floats were rounded to
-            codes = self.emit("QuantizeLinear", [self.floats[source], *self._scale(affine)], {}, f"{name}.rounded" if after_floats else "")
+            codes = self.emit("QuantizeLinear", [self.floats[source], *self._scale(affine)], {}, f"{own}.rounded" if after_floats else "")
             codes = self._clipped(codes, affine)
-            self.requantized[source, affine] = self.emit("DequantizeLinear", [codes, *self._scale(affine)], {}, f"{name}.input")
+            self.requantized[source, affine] = self.emit("DequantizeLinear", [codes, *self._scale(affine)], {}, f"{own}.input")
         return self.requantized[source, affine]
 
     def _integer_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:

@@ -34,7 +34,7 @@ from anybit.networks.options import LayerOptions
 from anybit.networks.refusals import once_a_batch
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
 from anybit.progress import tell
-from anybit.roads.inputs import training_inputs
+from anybit.roads.inputs import notes_of, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import Result, layer_costs, test_scores
 from anybit.roads.settings import GrowSettings
@@ -235,6 +235,7 @@ def grow(
         "layers": layer_costs(network.costs, canonical.scheme),
         "epochs": epochs,
         "uncovered": dict(network.uncovered),
+        **notes_of(about),
         "settings": grow_settings.to_json() | {"method": method},
         "environment": environment(),
     }

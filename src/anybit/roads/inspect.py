@@ -7,9 +7,10 @@ from torch import nn
 
 from anybit.data.batches import Batch
 from anybit.errors import InvalidInput
+from anybit.networks.copies import checked_copy
 from anybit.networks.layers import float_weight
 from anybit.networks.observed import ObservedNetwork, observe_network, unobserved_network
-from anybit.networks.refusals import check_network, copied
+from anybit.networks.refusals import check_network
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision
 from anybit.settings import takes
@@ -57,7 +58,7 @@ def _observable(model: nn.Module, data: Any) -> tuple[nn.Module, Batch]:
     batch = next(iter(samples.subset(range(min(2, len(samples)))).batches(2)), None)
     if batch is None:
         raise InvalidInput("The data set is empty; inspect needs at least one input.")
-    return copied(model).eval(), batch
+    return checked_copy(model, batch).eval(), batch
 
 
 def _seen(network: ObservedNetwork, name: str, observed: bool) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit.budget import SIZE
 from anybit.data.options import TASK_NAMES
@@ -25,22 +25,27 @@ SWITCHES = ("parallel", "sequential", "bias_tuning")
 class CalibrateSettings(Settings):
     """Every choice of the calibrate road; None for a step's switch means: as the pipeline has it."""
 
-    weight_bits: tuple[int, ...] = option((2, 3, 4, 6, 8), "Bit-widths a layer's weights may get.", least=2, most=8, text=BITS)
+    common: ClassVar[Mapping[str, Any]] = {"rare": True}
+
+    weight_bits: tuple[int, ...] = option(
+        (2, 3, 4, 6, 8), "Bit-widths a layer's weights may get.", least=2, most=8, text=BITS, panel="Budget", rare=False
+    )
     activation_bits: tuple[int | None, ...] = option(
-        (4, 6, 8), "Bit-widths its input may get; `float` (in Python None) leaves it float.", least=2, most=8, text=BITS
+        (4, 6, 8), "Bit-widths its input may get; float (Python: None).", least=2, most=8, text=BITS, panel="Budget", rare=False
     )
     keep: Mapping[str, Precision] = option(
-        dict, "PATTERN=W8A8 or PATTERN=float: pin layers; patterns match whole names.", text=KEEP, repeat=True
-    )
-    pipeline: str = option("advanced", "light: no back-propagation.", choices=("advanced", "light"))
+        dict, "PATTERN=W8A8 or PATTERN=float: pin layers by their names.", text=KEEP, repeat=True,
+        panel="Budget", rare=False,
+    )  # fmt: skip
+    pipeline: str = option("advanced", "light: no back-propagation.", choices=("advanced", "light"), rare=False)
     parallel: bool | None = option(None, "AdaQuant at every candidate bit-width before the allocation (default: without a solver alone).")
     sequential: bool | None = option(None, "AdaQuant on the chosen scheme.")
     bn_tuning: bool = option(True, "Batch-norm tuning.")
     bias_tuning: bool | None = option(None, "Bias tuning on the outputs.")
     tune_scales: bool = option(False, "Bias tuning trains the scales too.")
-    samples: int = option(1024, "Inputs drawn, fitting and held-out together.", least=2)
+    samples: int = option(1024, "Inputs drawn, fitting and held-out together.", least=2, rare=False)
     held_out: float = option(0.2, "Share of them that is held out.", above=0, below=1)
-    steps: int = option(300, "Adam steps a unit on the chosen scheme.", least=1)
+    steps: int = option(300, "Adam steps a unit on the chosen scheme.", least=1, rare=False)
     candidate_steps: int = option(60, "Adam steps a layer for each candidate.", least=1)
     step_batch: int = option(32, "Inputs that such a step sees; of padded texts it sees a whole batch.", least=1)
     unit: str = option("block", "What is reconstructed at once.", choices=("block", "layer"))
@@ -48,7 +53,7 @@ class CalibrateSettings(Settings):
         None, "Name the blocks instead of finding them; repeat.", text=NAMES, flag="--block", repeat=True
     )
     rounding: str = option("adaquant", "How a reconstruction rounds weights.", choices=tuple(ROUNDINGS))
-    solver: str = option("gptq", "How codes are chosen in closed form, before any training.", choices=tuple(SOLVERS))
+    solver: str = option("gptq", "How codes are chosen before any training.", choices=tuple(SOLVERS), rare=False)
     start: str | None = option(
         None, "Where sequential AdaQuant starts: ranges, or matched statistics (default: parallel AdaQuant's codes, else ranges).",
         choices=("ranges", "matched"),
@@ -68,10 +73,10 @@ class CalibrateSettings(Settings):
     group: int | None = option(
         None, "A weight scale for each so many inputs of a linear's or embedding's channel.", least=2, why="128, 64 and 32 are usual"
     )
-    memory: int = option(2**31, "Memory for captured activations; more spills to disk.", least=0, text=SIZE)
-    seed: int = option(0, "Seed of every draw.", least=-SEEDS, most=SEEDS)
-    batch_size: int = option(64, "Inputs a forward pass.", least=1)
-    task: str | None = option(None, "Of the network, where it does not tell.", choices=TASK_NAMES)
+    memory: int = option(2**31, "Memory for captured activations; more spills to disk.", least=0, text=SIZE, panel="Runtime", rare=False)
+    seed: int = option(0, "Seed of every draw.", least=-SEEDS, most=SEEDS, rare=False)
+    batch_size: int = option(64, "Inputs a forward pass.", least=1, panel="Runtime")
+    task: str | None = option(None, "Of the network, where it does not tell.", choices=TASK_NAMES, panel="Input")
 
     def check(self) -> None:
         for name in ("weight_bits", "activation_bits"):
@@ -124,14 +129,12 @@ class GrowSettings(Settings):
     """Every choice of the grow road."""
 
     activation_bits: int | None = option(
-        8, "Bits of every layer's input, 2..8, or `float` (in Python None).", least=2, most=8, text=ONE_WIDTH
+        8, "Bits of every layer's input, 2..8, or `float` (in Python None).", least=2, most=8, text=ONE_WIDTH, panel="Budget"
     )
     keep: Mapping[str, Precision] = same_as(CalibrateSettings, "keep")
-    method: str | None = option(
-        None, "Grow a scheme (csq) or train a given one (lsq); default: lsq with --scheme, else csq.", choices=tuple(GROW_METHODS)
-    )
-    from_scratch: bool = option(False, "Forget the trained weights; give --fix 0.6 --gate-rate 0.03 then.", switch=True)
-    task: str | None = same_as(CalibrateSettings, "task")
+    method: str | None = option(None, "csq grows a scheme, lsq trains one (default: lsq with --scheme).", choices=tuple(GROW_METHODS))
+    from_scratch: bool = option(False, "Forget the trained weights; give --fix 0.6 --gate-rate 0.03 then.", switch=True, rare=True)
+    task: str | None = same_as(CalibrateSettings, "task", rare=True)
     csq: CSQSettings = field(default_factory=CSQSettings)
     lsq: LSQSettings = field(default_factory=LSQSettings)
     train: TrainSettings = field(default_factory=TrainSettings)

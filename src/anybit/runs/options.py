@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from anybit.budget import BUDGETS
 from anybit.settings import Settings, documented, option
-from anybit.sources.references import check_code, check_data, check_device, check_file, check_model
+from anybit.sources.references import check_code, check_data, check_device, check_model, check_weights
 
 
 @documented
@@ -19,25 +19,25 @@ class RunOptions(Settings):
 
     output: Path | None = option(None, "The run folder to write.", panel="Output")
     model: str | None = option(
-        None, "The network: package.module:function, FILE.py:function, hf:FOLDER or NAME, timm:NAME, torchvision:NAME.",
+        None, "FILE.py:function, module:function, torchvision:, timm: or hf:NAME.",
         panel="Input", ready=check_model,
     )  # fmt: skip
-    weights: str | None = option(None, "State dict to load into it (.safetensors, .pt, .pth).", panel="Input", ready=check_file)
+    weights: str | None = option(None, "Its state dict (.safetensors, .pt, .pth); random: drawn.", panel="Input", ready=check_weights)
     data: str | None = option(
-        None, "Inputs: a folder of images, FILE.npz, FILE.npz#test, texts (.tsv, .csv, .jsonl, .txt), FILE.py:function.",
+        None, "Inputs: image folder, FILE.npz, FILE.npz#test, .tsv, FILE.py:function.",
         panel="Input", ready=check_data,
     )  # fmt: skip
     train: str | None = option(None, "Labelled training data, named as for --data elsewhere.", panel="Input", ready=check_data)
     test: str | None = option(None, "Labelled data for the report; nothing is chosen on it.", panel="Input", ready=check_data)
     budget: tuple[str, ...] | None = option(
-        None, "4bit, 120kB, 12.5%, bops=2.1G, latency=3ms, loss=0.02, drop=1%; join with commas, or repeat.",
+        None, "4bit, 120kB, 12.5%, bops=2G, latency=3ms, loss=0.02 or drop=1%.",
         text=BUDGETS, repeat=True, panel="Budget",
     )  # fmt: skip
     metric: str | None = option(
         None, "FILE.py:function of (outputs, labels), higher is better: reported, and what drop= counts.",
         panel="Budget", ready=check_code, rare=True,
     )  # fmt: skip
-    cache: bool = option(True, "Keep results of stages and take them up again, from the user's cache directory.", rare=True)
+    cache: bool = option(True, "Keep results and take them up again, in the user's cache directory.", rare=True)
     workers: int = option(0, "Processes that load data; changes speed alone.", least=0, rare=True)
     threads: int | None = option(None, "Processor threads (default: PyTorch's choice).", least=1)
     device: str = option("cpu", "Where to compute: cpu, cuda, cuda:1, ...", ready=check_device)

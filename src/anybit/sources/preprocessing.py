@@ -1,7 +1,8 @@
 """How pictures and texts become inputs of the network. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from anybit.data.options import parse_columns
 from anybit.errors import InvalidSetting
@@ -16,9 +17,13 @@ LONGEST_SIDE = 2**14
 class Preprocessing(Settings):
     """How pictures and texts become inputs; stated by the user or by the model's own files, recorded in the run, never guessed."""
 
-    mean: tuple[float, ...] | None = option(None, "Mean of each channel, pixels scaled to 0..1: 0.485,0.456,0.406", text=NUMBERS)
-    std: tuple[float, ...] | None = option(None, "Standard deviation of each channel.", above=0, text=NUMBERS)
-    size: int | None = option(None, "Sides of the input picture.", least=1, most=LONGEST_SIDE)
+    common: ClassVar[Mapping[str, Any]] = {"panel": "Input", "rare": True}
+
+    mean: tuple[float, ...] | None = option(
+        None, "Mean of each channel, pixels scaled to 0..1: 0.485,0.456,0.406", text=NUMBERS, rare=False
+    )
+    std: tuple[float, ...] | None = option(None, "Standard deviation of each channel.", above=0, text=NUMBERS, rare=False)
+    size: int | None = option(None, "Sides of the input picture.", least=1, most=LONGEST_SIDE, rare=False)
     resize: int | None = option(None, "Short side before a centre crop to --size.", least=1, most=LONGEST_SIDE)
     interpolation: str = option("bilinear", "Of the resizing.", choices=("nearest", "bilinear", "bicubic", "lanczos"))
     columns: str | None = option(

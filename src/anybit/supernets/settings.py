@@ -26,17 +26,18 @@ class SupernetSettings(Settings):
     """Every choice of the train-once road."""
 
     bits: tuple[int, ...] = option(
-        (2, 4, 6, 8), "Bit-widths of weights and inputs, 2..8.", least=2, most=8, text=Text(parse_trained_bits, BITS.write, BITS.example)
-    )
+        (2, 4, 6, 8), "Bit-widths of weights and inputs, 2..8.", least=2, most=8, text=Text(parse_trained_bits, BITS.write, BITS.example),
+        panel="Budget",
+    )  # fmt: skip
     keep: Mapping[str, Precision] = option(
-        dict, "PATTERN=W8A8 or PATTERN=float: pin layers; patterns match whole names.", text=KEEP, repeat=True
+        dict, "PATTERN=W8A8 or PATTERN=float: pin layers by their names.", text=KEEP, repeat=True, panel="Budget"
     )
-    task: str | None = option(None, "Of the network, where it does not tell.", choices=TASK_NAMES)
+    task: str | None = option(None, "Of the network, where it does not tell.", choices=TASK_NAMES, panel="Input", rare=True)
     held_out: float = option(
-        0.1, "Share of the training data that is left to the search.", above=0, below=1, why="the search evaluates on that share"
+        0.1, "Share of the data that is left to the search.", above=0, below=1, why="the search evaluates on that share"
     )
     bn_images: int = option(
-        4096, "Training inputs that batch-norm statistics are estimated from, augmented as in training.",
+        4096, "Training inputs that batch-norm statistics are estimated from, augmented as in training.", rare=True,
         least=2, why="fewer are too few for statistics, and hundreds work well",
     )  # fmt: skip
     multiquant: MultiQuantSettings = field(default_factory=MultiQuantSettings)
