@@ -4,6 +4,7 @@
 
     uniform     W4A8, W4A4, W3A3, W2A4, W2A2, first and last layer at 8 bits, three seeds; those below 4 bits also with long settings
     ladder      what each step buys at each of these, one seed
+    solver      with and without the closed-form solver: light, and 300 steps of AdaQuant; processor time beside, in one run
     mixed       4, 3 and 2.5 weight bits on average, everything in the budget: A8, and searched activation bits; three seeds
     small-sets  W4A4 from 8 to 1,024 images, three draws: ranges only, AdaQuant layer-wise and block-wise
     scatter     predicted against measured loss at 3 bits: integer program, 20 random schemes that fit, uniform
@@ -13,6 +14,7 @@ Images are training images without labels; the test set is touched by the report
 """
 
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,9 +39,16 @@ LONG = {"mirror": True, "steps": 1000, "drop": 0.5}
 """Below 4 bits more steps help, where dropping keeps them from learning the images by heart."""
 
 RUNGS: dict[str, dict[str, Any]] = {
-    "ranges only": {"pipeline": "light", "bn_tuning": False},
-    "light": {"pipeline": "light"},
-    "AdaQuant, parallel": {"parallel": True, "sequential": False, "bn_tuning": False, "bias_tuning": False, "candidate_steps": 300},
+    "ranges only": {"pipeline": "light", "bn_tuning": False, "solver": "none"},
+    "light": {"pipeline": "light", "solver": "none"},
+    "AdaQuant, parallel": {
+        "parallel": True,
+        "sequential": False,
+        "bn_tuning": False,
+        "bias_tuning": False,
+        "candidate_steps": 300,
+        "solver": "none",
+    },
     "AdaQuant, sequential": {"unit": "layer", "bn_tuning": False, "bias_tuning": False, "steps": 300},
     "block-wise": {"bn_tuning": False, "bias_tuning": False, "steps": 300},
     "block-wise with dropping": {"drop": 0.5, "bn_tuning": False, "bias_tuning": False, "steps": 300},
@@ -56,6 +65,13 @@ class Calibration(ResNet20):
         """calibrate, tested: one row a budget."""
         results = anybit.calibrate(self.network(), self.train, budget, cache=False, **settings)
         return [self.row(result) for result in (results if isinstance(results, list) else [results])]
+
+    def timed(self, **settings: Any) -> dict[str, Any]:
+        """calibrate, tested, with the processor time of calibrating."""
+        begin = time.process_time()
+        result = anybit.calibrate(self.network(), self.train, cache=False, **settings)
+        seconds = time.process_time() - begin
+        return {**self.row(result), "processor_seconds": seconds}
 
     def row(self, result: anybit.Result) -> dict[str, Any]:
         report = result.report
@@ -90,6 +106,17 @@ def ladder(study: Calibration) -> None:
     for w, a in PRECISIONS:
         for name, settings in RUNGS.items():
             study.measured(f"W{w}A{a} {name}", lambda w=w, a=a, settings=settings: study.calibrated(**fixed(w, a), **settings)[0])
+
+
+def solver(study: Calibration) -> None:
+    pipelines: dict[str, dict[str, Any]] = {"light": {"pipeline": "light"}, "advanced": {}}
+    for pipeline, settings in pipelines.items():
+        for w, a in ((4, 8), (3, 8), *PRECISIONS[1:]):
+            for name in ("none", "gptq"):
+                study.measured(
+                    f"W{w}A{a} {pipeline} {name}",
+                    lambda w=w, a=a, name=name, settings=settings: study.timed(**fixed(w, a), solver=name, **settings),
+                )
 
 
 def mixed(study: Calibration) -> None:
@@ -163,7 +190,15 @@ def speed(study: Calibration) -> None:
                 )
 
 
-STUDIES = {"uniform": uniform, "ladder": ladder, "mixed": mixed, "small-sets": small_sets, "scatter": scatter, "speed": speed}
+STUDIES = {
+    "uniform": uniform,
+    "ladder": ladder,
+    "solver": solver,
+    "mixed": mixed,
+    "small-sets": small_sets,
+    "scatter": scatter,
+    "speed": speed,
+}
 
 
 def main() -> None:

@@ -53,6 +53,20 @@ def ladder_section() -> str:
     return table(["step", *present], rows)
 
 
+def solver_section() -> str:
+    """The solver beside rounding to nearest, in one run: accuracy, and the ratio of processor times."""
+    runs = entries("resnet20_solver")
+    rows = []
+    for key in dict.fromkeys(key.rpartition(" ")[0] for key in runs):
+        without, with_solver = runs.get(f"{key} none"), runs.get(f"{key} gptq")
+        if without and with_solver:
+            ratio = with_solver["processor_seconds"] / without["processor_seconds"]
+            difference = paired_interval(with_solver["right"], without["right"])
+            rows.append([*key.split(" "), f"{without['top1']:.2f}", f"{with_solver['top1']:.2f}", difference, f"{ratio:.2f}"])
+    heads = ["precision", "pipeline", "no solver", "gptq", "difference (paired 95 %)", "processor time, ratio"]
+    return table(heads, rows) if rows else NOT_RUN
+
+
 def mixed_runs() -> dict[tuple[str, str], list[dict[str, Any]]]:
     """(budget, activations) -> a run a seed."""
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -225,6 +239,7 @@ def stages_section() -> str:
 
 
 SECTIONS = {
-    "UNIFORM": uniform_section, "LADDER": ladder_section, "MIXED": mixed_section, "SMALL": small_section, "SCATTER": scatter_section,
+    "UNIFORM": uniform_section, "LADDER": ladder_section, "SOLVER": solver_section, "MIXED": mixed_section, "SMALL": small_section,
+    "SCATTER": scatter_section,
     "SPEED": speed_section, "EFFICIENTNET": efficientnet_section, "ALLOCATION": allocation_section, "STAGES": stages_section,
 }  # fmt: skip

@@ -22,6 +22,7 @@ from anybit.errors import AnybitError, InvalidInput, UnsupportedModel
 from anybit.networks.batchnorm import fold, fold_checked, foldable
 from anybit.networks.layer_types import COVERED
 from anybit.networks.layers import coverage, prepare, quantized_layers, unwrapped
+from anybit.networks.rewrites import rewritten
 from anybit.networks.wiring import observe
 
 WIDTH = 8
@@ -251,10 +252,10 @@ HANDLED = st.one_of(
     parts().map(lambda p: (Chosen, p)),
     st.tuples(st.sampled_from(["compared", "written", "spectrum", "weighed"]), parts()).map(lambda drawn: (Peeked, (drawn[0], *drawn[1]))),
     parts().map(lambda p: (Counting, p)),
-    st.sampled_from([(Attending, ()), (Recurrent, ()), (ByChannel, ()), (SharedBias, ())]),
+    st.sampled_from([(Attending, ()), (Recurrent, ()), (ByChannel, ()), (SharedBias, ()), (Twice, ())]),
 )
 REFUSED = st.one_of(
-    st.sampled_from([(Twice, ()), (Tied, ()), (BySize, ()), (Computed, ()), (Half, ())]),
+    st.sampled_from([(Tied, ()), (BySize, ()), (Computed, ()), (Half, ())]),
     parts().map(lambda p: (Remembering, p)),
     parts().map(lambda p: (AtRandom, p)),
 )
@@ -358,6 +359,7 @@ def check_a_handled_network(drawn, folder) -> None:
     before = snapshot(model)
     result = anybit.calibrate(model, data_of(drawn, 24), "6bit", pipeline="light", **TINY)
     assert_untouched(model, before)
+    covered, uncovered = coverage(new := rewritten(model, batch), observe(new, batch))
     assert set(result.scheme) == set(covered) and dict(result.report["uncovered"]) == uncovered
     loaded = anybit.load(result.save(folder / "run", overwrite=True), model=network_of(drawn))
     assert loaded.scheme == result.scheme

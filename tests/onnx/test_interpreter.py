@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from anybit.onnx.file import session
 from anybit.onnx.floats import IR_VERSION, OPSET
-from anybit.onnx.interpreter import _OPERATORS, interpret
+from anybit.onnx.interpreter import _OPERATORS, _exact, interpret
 from anybit.onnx.verification import lacks_exact_kernels
 
 exactly = pytest.mark.skipif(lacks_exact_kernels() is not None, reason=f"bitwise equality: {lacks_exact_kernels()}")
@@ -209,12 +209,28 @@ def reducing(kind, built):
     return [built.x(shape), built.integers(axes)], {"keepdims": built.count(0, 1)}
 
 
+def resizing(kind, built):
+    shape = [1, 4, built.count(2, 5), built.count(2, 5)]
+    if kind == "DepthToSpace":
+        return [built.x(shape)], {"blocksize": 2, "mode": built.pick("DCR", "CRD")}
+    sizes = built.integers([1, 4, built.count(1, 9), built.count(1, 9)])
+    mode = built.pick({"mode": "linear"}, {"mode": "nearest", "nearest_mode": built.pick("floor", "round_prefer_floor")}, {"mode": "cubic"})
+    place = built.pick("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel")
+    return [built.x(shape), None, None, sizes], mode | {"coordinate_transformation_mode": place}
+
+
+def choosing(kind, built):
+    shape = built.shape()
+    return [built.constant(built.random.integers(0, 2, shape), bool), built.x(shape), built.x(shape)], {}
+
+
 KINDS = {
     "MaxPool": pooling, "AveragePool": pooling, "Conv": convolution, "ConvTranspose": convolution, "Gemm": linear, "MatMul": linear,
     "Add": joining, "Mul": joining, "Sub": joining, "Concat": joining, "Reshape": reshaping, "Flatten": reshaping, "Transpose": reshaping,
     "Squeeze": reshaping, "Unsqueeze": reshaping, "Expand": reshaping, "Gather": taking, "Slice": taking, "Pad": taking, "Clip": clamping,
     "Relu": clamping, "Identity": clamping, "Max": clamping, "Softmax": clamping, "Sigmoid": clamping, "LeakyRelu": clamping,
     "GlobalAveragePool": reducing, "ReduceMean": reducing, "ReduceMax": reducing,
+    "ReduceSum": reducing, "Resize": resizing, "DepthToSpace": resizing, "Where": choosing, "Tanh": clamping,
 }  # fmt: skip
 
 
@@ -271,3 +287,11 @@ def test_codes_are_moved_as_the_runtime_moves_them(kind, data):
     output = built.node(kind, [codes, *operands[1:2], *zero, *operands[3:]], chosen)
     output.type = ir.TensorType(ir.DataType.UINT8)
     assert np.array_equal(*compared(built, output))
+
+
+@pytest.mark.parametrize("width", [8, 600, 9000])
+def test_sums_are_exact_at_every_width(width):
+    x = torch.randint(-255, 256, (3, width), generator=torch.Generator().manual_seed(0))
+    weight = torch.randint(100, 128, (width, 2), generator=torch.Generator().manual_seed(1))
+    x[0] = 255
+    assert torch.equal(_exact(torch.matmul, x.int(), weight.int(), width), x @ weight)

@@ -601,9 +601,71 @@ def test_a_clamp_of_floats_is_not_taken_for_one_of_codes(tmp_path):
     assert not verdict_of(canonical, exported(canonical, batch), batch, tmp_path).failures
 
 
-class Standardized(nn.Conv2d):
+class HeadTwice(nn.Module):
+    """One head for two levels, as detectors have."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 8, padding=1), conv(8, 8, stride=2, padding=1)
+        self.head = nn.Sequential(conv(8, 8, padding=1), nn.ReLU(), conv(8, 6, 1))
+
     def forward(self, x):
-        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+        p = F.relu(self.a(x))
+        return torch.cat([self.head(p).flatten(2), self.head(F.relu(self.b(p))).flatten(2)], 2)
+
+
+def test_a_float_layer_that_runs_twice_is_two_nodes(tmp_path):
+    model, data = HeadTwice().eval(), torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    settings = {"weight_bits": (8,), "activation_bits": (8,), "pipeline": "light", "keep": {"head.0": "float", "head.2": "float"}}
+    anybit.calibrate(model, data, **settings).save(tmp_path / "run")
+    anybit.export(tmp_path / "run", tmp_path / "net.onnx", model=model, data=data)
+    names = [node.name for node in load(tmp_path / "net.onnx").graph]
+    assert {"head.0", "head.0.2", "head.2", "head.2.2"} <= set(names)
+    assert anybit.verify(tmp_path / "run", tmp_path / "net.onnx", model=model, data=data)["ok"]
+
+
+@pytest.mark.parametrize(
+    ("function", "layers"),
+    [
+        (lambda s, x: s.b(F.relu(s.a(x)).permute(0, 3, 1, 2).flatten(2)).transpose(0, 1).transpose(0, 1), {"a": (3, 8), "b": 48}),
+        (lambda s, x: (lambda y: (y, y, F.relu(y), x))(s.b(F.relu(s.a(x)))), {"a": (3, 8), "b": (8, 4)}),
+        (lambda s, x: s.conv2d(F.relu(s.conv2d_1(x))).transpose(2, 3), {"conv2d": (8, 4), "conv2d_1": (3, 8)}),
+    ],
+    ids=["transposed", "returned twice", "layers named as values"],
+)
+def test_names_in_a_file_are_unique(function, layers, tmp_path):
+    made_layers = {name: nn.Linear(size, 7) if isinstance(size, int) else conv(*size) for name, size in layers.items()}
+    canonical, batch = odd(function, **made_layers)
+    assert not verdict_of(canonical, exported(canonical, batch), batch, tmp_path).failures
+
+
+@exactly
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("precision", ["W8A8", "W4A4"])
+def test_a_convolution_that_pads_with_its_input_computes_on_integers(mode, precision, tmp_path):
+    layers = {"a": conv(3, 8, padding=1, padding_mode=mode), "b": conv(8, 3, padding=2, dilation=2, stride=2, padding_mode=mode)}
+    canonical, batch = odd(lambda s, x: s.b(F.relu(s.a(x))), precision=precision, **layers)
+    graphs = exported(canonical, batch)
+    verdict = verdict_of(canonical, graphs, batch, tmp_path)
+    assert not verdict.failures and set(verdict.kernels) == {"a", "b"}
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
+def test_a_layer_on_constants_is_computed_once(tmp_path):
+    def function(s, x):
+        places = torch.arange(6, dtype=torch.float32)[None] / 6
+        return s.b(torch.sin(s.a(x)) + torch.sin(s.of_places(places)))
+
+    canonical, batch = odd(function, (6,), a=nn.Linear(6, 8), of_places=nn.Linear(6, 8), b=nn.Linear(8, 4))
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and verdict.floats["of_places"] == "it does not depend on the inputs, and was computed once"
+
+
+class Dynamic(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - x.mean(), self.bias)
 
 
 class Scaled(nn.Conv2d):
@@ -611,7 +673,7 @@ class Scaled(nn.Conv2d):
         return super().forward(x * 2)
 
 
-@pytest.mark.parametrize("cls", [Standardized, Scaled])
+@pytest.mark.parametrize("cls", [Dynamic, Scaled])
 def test_a_layer_whose_forward_is_more_than_its_operator_is_refused_by_name(cls):
     canonical, batch = odd(lambda s, x: s.odd(x), odd=cls(3, 4, 3))
     with pytest.raises(UnsupportedModel, match=rf"odd: the forward of .*{cls.__name__}"):
@@ -647,6 +709,28 @@ def test_a_convolution_whose_norm_stays_is_carried(precision, tmp_path):
     with torch.no_grad():
         simulated = canonical.model(batch.inputs)
     assert not verdict.failures and bool(graphs.plan.integer) == (precision != "float")
+    assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
+def pyramid(net, x):
+    """A head on two sizes of pictures, and a linear on its own output."""
+    large = F.relu(net.a(x))
+    levels = [F.relu(net.head(level)).flatten(2) for level in (large, F.relu(net.b(large)))]
+    return torch.cat(levels, 2).mean(2) + net.m(net.m(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize("precision", ["W8A8", "W3A8", "W4A4", "float"])
+def test_layers_that_run_several_times_are_carried(precision, tmp_path):
+    layers = {"a": conv(3, 8, padding=1), "b": conv(8, 8, stride=2), "head": conv(8, 3), "m": nn.Linear(3, 3)}
+    canonical, batch = odd(pyramid, precision=precision, **layers)
+    graphs = exported(canonical, batch)
+    verdict = verdict_of(canonical, graphs, batch, tmp_path)
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert not verdict.failures and ("head" in verdict.kernels) == (precision != "float")
+    names = [node.name for node in graphs.integer.graph if node.name]
+    assert len(set(names)) == len(names) and {"head", "head#2", "m", "m#2"} <= set(names)
+    assert sum(name.startswith("head.") and "packed" in name for name in graphs.integer.graph.initializers) <= 2  # its weight is there once
     assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import Chain, make, pictures
+from networks import Chain, TwoInputs, make, pictures
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
+from anybit.data.batches import call
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
 from anybit.sources.callables import code_of, load_callable
 from anybit.sources.inputs import as_samples, load_data
@@ -150,6 +151,29 @@ def test_arrays_are_read_as_they_are_written(tmp_path):
         assert marks is None if labels is None else np.array_equal(marks.numpy(), labels)
 
 
+def test_arrays_go_by_the_names_of_the_networks_inputs(tmp_path):
+    model = make(TwoInputs)
+    arrays = {"picture": pictures(5).numpy(), "vector": np.ones((5, 4)), "y": np.arange(5)}
+    np.savez(tmp_path / "named.npz", **arrays, **{f"{name}_test": array[:2] for name, array in arrays.items()}, other=np.ones(9))
+    samples, tests = (load_data(f"{tmp_path / 'named.npz'}{part}", model=model) for part in ("", "#test"))
+    assert (len(samples), len(tests)) == (5, 2)
+    batch = next(samples.batches(3))
+    assert batch.inputs["vector"].dtype == torch.float32 and torch.equal(batch.inputs["picture"], pictures(5)[:3])
+    assert batch.labels.tolist() == [0, 1, 2] and call(model, batch.inputs).shape == (3, 5)
+    given = {name: torch.from_numpy(array) for name, array in arrays.items() if name != "y"}
+    assert torch.equal(next(as_samples(given).batches(3)).inputs["vector"], batch.inputs["vector"])
+    with pytest.raises(InvalidInput, match=r"nor one of the network's inputs \(x\); it holds picture"):
+        load_data(str(tmp_path / "named.npz"), model=make(Chain))
+    np.savez(tmp_path / "odd.npz", picture=np.ones((3, 3, 8, 8)), vector=np.ones((2, 4)))
+    with pytest.raises(InvalidInput, match="3 picture, 2 vector"):
+        load_data(str(tmp_path / "odd.npz"), model=model)
+
+
+def test_one_array_in_a_file_of_its_own_is_read(tmp_path):
+    np.save(tmp_path / "x.npy", pictures(4).numpy())
+    assert torch.equal(all_of(load_data(str(tmp_path / "x.npy")))[0], pictures(4))
+
+
 def test_pictures_in_an_array_are_scaled_and_normalized_as_stated(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", x=x)
@@ -278,7 +302,7 @@ def test_what_is_no_data_is_refused_by_type(data):
     [
         ({"images": np.ones(3)}, "", "no array x; it holds images"),
         ({"x_train": np.ones((2, 3))}, "#test", "no array x_test"),
-        ({"x": np.ones((3, 2)), "y": np.arange(2)}, "", "3 inputs but 2 labels"),
+        ({"x": np.ones((3, 2)), "y": np.arange(2)}, "", "3 x and 2 labels"),
         ({"x": np.array([{}, {}], dtype=object)}, "", "cannot be read"),
     ],
     ids=["other names", "no test part", "too few labels", "pickled"],

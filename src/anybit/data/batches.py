@@ -77,8 +77,11 @@ def predict(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def read_output(output: Any, batch: Batch) -> Tensor:
-    """Return what the batch's reader reads in a model's output on it."""
-    return first_tensor(output) if batch.reader is None else batch.reader.read(output, batch)
+    """Return what the batch's reader reads in a model's output on it; one number of one sample is a row, too."""
+    if batch.reader is not None:
+        return batch.reader.read(output, batch)
+    tensor = first_tensor(output)
+    return tensor[None] if not tensor.dim() and len(batch) == 1 else tensor
 
 
 def unpadded(tensor: Tensor, mask: Tensor | None) -> Tensor:
@@ -100,7 +103,12 @@ def unpadded(tensor: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Run `model` on the inputs of a batch."""
+    """Run `model` on a copy of a batch's inputs, which its forward may write into."""
+    return run(model, map_tensors(inputs, Tensor.clone))
+
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """Run `model` on the inputs themselves."""
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -155,6 +163,13 @@ def first_tensor(value: Any) -> Tensor:
     if not tensors:
         raise InvalidInput(f"No tensor in a {type(value).__name__}: inputs and outputs must hold at least one.")
     return tensors[0]
+
+
+def join(batches: list[Batch]) -> Batch:
+    """All `batches` as one."""
+    flat = [iter(tensors) for tensors in zip(*(tensors_in(batch.inputs) for batch in batches), strict=True)]
+    joined = iter([torch.cat(list(tensors)) for tensors in flat])
+    return Batch(map_tensors(batches[0].inputs, lambda _: next(joined)), None, batches[0].reader)
 
 
 def stacked(items: list) -> Any:

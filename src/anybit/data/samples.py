@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -43,12 +44,13 @@ class Samples:
         return replace(self, dataset=Subset(cast(Dataset, self.dataset), list(indices)))
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Yield all samples in order, `size` at a time."""
+        """Yield all samples in order, `size` at a time; one that would be left alone comes with those before it, since some networks take
+        a batch of one for none (`squeeze()`)."""
         if size < 1 or self.workers < 0:
             raise InvalidSetting(f"batch size {size} must be at least 1 and workers {self.workers} at least 0.")
         generator = torch.Generator().manual_seed(self.seed)
         options: dict[str, Any] = {"num_workers": self.workers, "collate_fn": self._collate, "generator": generator, **self.loading}
-        for batch in DataLoader(cast(Dataset, self.dataset), batch_size=size, **options):
+        for batch in DataLoader(cast(Dataset, self.dataset), batch_sampler=_parts(len(self), size), **options):
             labels, reader = batch.labels if self.labelled else None, batch.reader or self.reader
             if reader is not None and labels is not None:
                 labels = reader.align(labels, batch)
@@ -72,6 +74,14 @@ class Samples:
         if isinstance(inputs, (list, tuple)):
             inputs = inputs[0] if len(inputs) == 1 else tuple(inputs)
         return Batch(inputs, labels)
+
+
+def _parts(count: int, size: int) -> list[list[int]]:
+    """Split numbers up to `count` into runs of `size`; the last is longer where one would be left alone, and shorter where more are."""
+    starts = list(range(0, count, size))
+    if size > 1 and len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return [list(range(start, end)) for start, end in pairwise([*starts, count])]
 
 
 def _lengths(dataset: Any) -> Sequence[int] | None:
@@ -116,12 +126,35 @@ class ArrayDataset(Dataset):
             x = x - self.mean
         if self.std is not None:
             x = x / self.std
-        labels = None if self.y is None else torch.from_numpy(self.y[indices])
-        if labels is not None and not labels.is_floating_point():
-            labels = labels.long()
+        labels = _labels(self.y, indices)
         if x.is_complex():
             return Batch(x.contiguous().to(torch.complex64), labels)
-        return Batch(x.contiguous() if x.dtype in (torch.int64, torch.int32) else x.contiguous().float(), labels)
+        return Batch(x.contiguous() if x.dtype in (torch.int64, torch.int32, torch.bool) else x.contiguous().float(), labels)
+
+
+class NamedArrays(Dataset):
+    """Several arrays of one length, by the names of the network's inputs, each read as `ArrayDataset` reads it, with labels or None."""
+
+    def __init__(self, arrays: Mapping[str, Any], y=None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
+        self.y = y
+        self.arrays = {name: ArrayDataset(x, None, *((mean, std) if x.ndim == 4 else ())) for name, x in arrays.items()}
+
+    def __len__(self) -> int:
+        return min(map(len, self.arrays.values()))
+
+    def __getitem__(self, index: int):
+        inputs, labels = {name: one[index] for name, one in self.arrays.items()}, _labels(self.y, [index])
+        return inputs if labels is None else (inputs, labels[0])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        inputs = {name: one.__getitems__(indices).inputs for name, one in self.arrays.items()}
+        return Batch(inputs, _labels(self.y, indices))
+
+
+def _labels(y: Any, indices: list[int]) -> Tensor | None:
+    """Return the labels of these samples; whole numbers as int64."""
+    labels = None if y is None else torch.from_numpy(y[indices])
+    return labels if labels is None or labels.is_floating_point() else labels.long()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, call, map_tensors, tensors_in
+from anybit.data.batches import Batch, call, join
 from anybit.errors import InvalidSetting
 from anybit.networks.batchnorm import ChannelStatistics, channel_sums, scale_weight, statistics_from_sums, twin_statistics
 from anybit.networks.layer_types import type_of
@@ -82,10 +82,3 @@ def _scale_channels(layer: nn.Module, gain: Tensor, shift: Tensor) -> None:
         layer.bias = nn.Parameter(shift.to(float_weight(layer).dtype))
     else:
         bias.copy_(bias * gain + shift)
-
-
-def join(batches: list[Batch]) -> Batch:
-    """All `batches` as one."""
-    flat = [iter(tensors) for tensors in zip(*(tensors_in(batch.inputs) for batch in batches), strict=True)]
-    joined = iter([torch.cat(list(tensors)) for tensors in flat])
-    return Batch(map_tensors(batches[0].inputs, lambda _: next(joined)), None, batches[0].reader)

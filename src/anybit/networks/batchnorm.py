@@ -39,7 +39,7 @@ from anybit.networks.norms import (
     tracking_norms,
     without_normalization,
 )
-from anybit.networks.wiring import BATCH_NORM, LAYER, Wiring, observe_outputs
+from anybit.networks.wiring import BATCH_NORM, LAYER, RESHAPES, Wiring, observe_outputs
 from anybit.numerics.quantizers import UniformQuantizer
 
 
@@ -64,6 +64,8 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
 def _obstacle(model: nn.Module, wiring: Wiring, name: str, norm_name: str) -> str | None:
     """Return why the norm cannot fold into the layer that it alone reads; None if it can."""
     layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+    if norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
+        return "hooks, or a forward of this one object, are at work on it"
     if not keeps_statistics(norm):
         return "it has no running statistics and normalizes each batch by its own"
     if not type_of(layer).sums:
@@ -73,9 +75,7 @@ def _obstacle(model: nn.Module, wiring: Wiring, name: str, norm_name: str) -> st
     sharers = [other for other, module in model.named_modules() if isinstance(module, COVERED) and module.weight is layer.weight]
     if len(sharers) > 1 or name in wiring.read_weights:
         return f"the weight of {name} serves " + (" and ".join(sharers) if len(sharers) > 1 else "something else too")
-    if len(running_statistics(norm)[0]) != wiring.operation(name).shape[1]:
-        return f"its channels are not those of {name}"
-    if not only_normalizes_first(norm, wiring.operation(name).shape):
+    if not only_normalizes_first(norm, wiring.operation(norm_name).shape):
         return f"the forward of {type(norm).__name__} is not a normalization by running statistics and something after it"
     return None
 
@@ -92,7 +92,11 @@ def _reason(model: nn.Module, wiring: Wiring, name: str) -> str:
         return f"it runs {wiring.calls[name]} times in one forward pass"
     if not operation.inputs:
         return "what it reads was not seen being made"
-    maker = wiring.maker(operation.inputs[0])
+    value = operation.inputs[0]
+    maker = wiring.maker(value)
+    while maker is not None and maker.kind in RESHAPES and wiring.only_reader(value) is not None:
+        value = maker.inputs[0]
+        maker = wiring.maker(value)
     if maker is None:
         return "it reads the network's input"
     if maker.kind != LAYER:
@@ -101,9 +105,9 @@ def _reason(model: nn.Module, wiring: Wiring, name: str) -> str:
         return _obstacle(model, wiring, maker.name, name) or "folding it changes the network's outputs"
     if wiring.calls[maker.name] > 1:
         return f"{maker.name} before it runs {wiring.calls[maker.name]} times in one forward pass"
-    if wiring.only_reader(operation.inputs[0]) is None:
+    if wiring.only_reader(value) is None:
         return f"the output of {maker.name} is read by others too"
-    return f"its channels are not those of {maker.name}"
+    return f"it does not normalize all channels of {maker.name} before it"
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch, out
     read by more than its call: where folding changes the outputs, such layers keep their batch norm. Raises UnsupportedModel where the
     outputs differ even so.
     """
-    own_forward = {name for name in pairs if not any(type(model.get_submodule(name)).forward is cls.forward for cls in COVERED)}
+    own_forward = {name for name in pairs if _has_own_forward(model.get_submodule(name))}
     plain = {name: norm for name, norm in pairs.items() if name not in own_forward}
     for chosen in (lambda: pairs, lambda: plain, lambda: _harmless(model, plain, example, outputs)):
         folding = chosen()
@@ -134,6 +138,11 @@ def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch, out
     raise UnsupportedModel(
         f"Folding the batch norms of {', '.join(pairs)} changes the network's outputs. Fold them yourself before the run."
     )
+
+
+def _has_own_forward(layer: nn.Module) -> bool:
+    """Return whether the layer computes something else than its type does."""
+    return "forward" in vars(layer) or not any(type(layer).forward is cls.forward for cls in COVERED)
 
 
 def _harmless(model: nn.Module, pairs: Mapping[str, str], example: Batch, outputs: Tensor) -> dict[str, str]:
@@ -169,7 +178,7 @@ def fold(model: nn.Module, pairs: Mapping[str, str]) -> tuple[nn.Module, dict[st
         scale_weight(layer, gain)
         layer.bias = nn.Parameter((shift if own is None else own.double() * gain + shift).to(float_weight(layer).dtype))
         promised[layer_name] = _promised(norm)
-        _replace(folded, norm_name, without_normalization(norm))
+        _become(norm, without_normalization(norm))
     return folded, promised
 
 
@@ -226,13 +235,9 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[Batch
         norm.momentum = momentum
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in place of the one called `name`, under every name that the network has for it."""
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for child, own in list(parent._modules.items()):
-            if own is old:
-                setattr(parent, child, module)
+def _become(module: nn.Module, other: nn.Module) -> None:
+    """Turn `module` into `other`, wherever the network holds it: under several names, in a list, in a function's closure."""
+    module.__class__, module.__dict__ = type(other), vars(other)
 
 
 @torch.no_grad()

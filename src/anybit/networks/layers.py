@@ -9,13 +9,14 @@ of inputs; `weight_rows` and `from_rows` convert. A matmul has no weight, which 
 """
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from anybit.errors import UnsupportedModel
+from anybit.networks.copies import copied
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.matmul import Matmul
 from anybit.networks.wiring import Wiring
@@ -30,6 +31,8 @@ class QuantizedLayer(nn.Module):
     input_quantizer: nn.Module | None
     bias: nn.Parameter | None
     weight_group: int | None = None
+    own_forward: Callable[..., Tensor] | None = None
+    """The `forward` that this one object had in place of its class's."""
 
     @property
     def weight(self) -> Tensor:
@@ -46,7 +49,7 @@ class QuantizedLayer(nn.Module):
         elif self.input_quantizer is not None:  # a caller may name the input as the layer's own forward does
             first = next(iter(kwargs))
             kwargs = {**kwargs, first: self.input_quantizer(kwargs[first])}
-        return super().forward(*args, **kwargs)
+        return super().forward(*args, **kwargs) if self.own_forward is None else self.own_forward(*args, **kwargs)
 
 
 class QuantizedMatmul(QuantizedLayer, Matmul):
@@ -110,25 +113,17 @@ def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str],
 
 
 def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
-    """Raise UnsupportedModel naming those of `names` that run more than once, for one range cannot serve two inputs well, or else the first
-    that runs in surroundings that it would not have when it is run alone."""
-    names = list(names)
-    repeated = [name for name in names if wiring.calls[name] > 1]
-    if repeated:
-        calls = ", ".join(f"{name} ({wiring.calls[name]} times)" for name in repeated)
-        keeps = " ".join(f"--keep '{name}=float'" for name in repeated)
-        raise UnsupportedModel(
-            f"These layers run more than once in one forward pass, and one input range would have to serve all calls: {calls}. Give each "
-            f"call a layer of its own, or keep them float: {keeps}."
-        )
+    """Raise UnsupportedModel naming the first of `names` that runs in surroundings that it would not have when it is run alone, or gives
+    several tensors."""
     for name in names:
         if name in wiring.surroundings:
             raise UnsupportedModel(
                 f"Layer {name} runs {wiring.surroundings[name]}. Let the forward call it plainly, or keep it float: --keep '{name}=float'."
             )
-        if len(wiring.operation(name).outputs) != 1:
+        several = [len(operation.outputs) for operation in wiring.runs(name) if len(operation.outputs) != 1]
+        if several:
             raise UnsupportedModel(
-                f"Layer {name} returns {len(wiring.operation(name).outputs)} tensors; a layer that is quantized returns one. Let it return "
+                f"Layer {name} returns {several[0]} tensors; a layer that is quantized returns one. Let it return "
                 f"one, or keep it float: --keep '{name}=float'."
             )
 
@@ -141,7 +136,7 @@ def prepare(model: nn.Module, names: Iterable[str], float_layers: Collection[str
     """
     names = list(names)
     check_float32(model, [name for name in names if name not in float_layers])
-    prepared = copy.deepcopy(model)
+    prepared = copied(model)
     for module in prepared.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fused path would read the weights and skip the layers' own forward
@@ -173,6 +168,8 @@ def prepare(model: nn.Module, names: Iterable[str], float_layers: Collection[str
         assert isinstance(layer, QuantizedLayer)
         layer.register_module("weight_quantizer", None)
         layer.register_module("input_quantizer", None)
+        if "forward" in vars(layer):
+            layer.__dict__["own_forward"] = layer.__dict__.pop("forward")
         if name in groups:
             layer.weight_group = _checked_group(name, layer, groups[name])
     return prepared
@@ -198,8 +195,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     instead: dict[int, nn.Module] = {}  # what a copy puts in place of each wrapper
     for module in reversed(list(model.modules())):
         if (inner := _wrapped(module)) is not None:
-            instead[id(module)] = copy.deepcopy(inner, instead)
-    return copy.deepcopy(model, instead) if instead else model
+            instead[id(module)] = copied(inner, instead)
+    return copied(model, instead) if instead else model
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
@@ -301,6 +298,8 @@ def emptied(model: nn.Module) -> nn.Module:
         if layer.weight is not None:
             float_weight(layer).copy_(layer.weight)
         layer.__dict__.pop("weight_group", None)
+        if "own_forward" in vars(layer):
+            layer.__dict__["forward"] = layer.__dict__.pop("own_forward")
         del layer._modules["weight_quantizer"], layer._modules["input_quantizer"]
         layer.__class__ = type(layer).__mro__[2]
     return plain

@@ -6,7 +6,7 @@ None of it shows in a layer alone: how weights are held, whether a pass can be r
 import copy
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -83,27 +83,6 @@ def _check_tensor(key: str, tensor: Tensor, is_stored: bool) -> None:
         )
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy; raise UnsupportedModel naming the innermost module that cannot be copied."""
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:  # an attribute's own class raises whatever it likes
-        name, module, said = _uncopiable(model, error)
-        raise UnsupportedModel(
-            f"{name or 'The network'}, a {type(module).__name__}, cannot be copied, and the work is done on a copy: {said} "
-            "Keep such attributes out of the module, detach() its tensors, or give it a __deepcopy__."
-        ) from error
-
-
-def _uncopiable(model: nn.Module, error: Exception) -> tuple[str, nn.Module, str]:
-    for name, module in reversed(list(model.named_modules())):
-        try:
-            copy.deepcopy(module)
-        except Exception as inner:
-            return name, module, _said(inner)
-    return "", model, _said(error)
-
-
 def _said(error: Exception) -> str:
     """Return an error's message, up to its first full stop."""
     text = " ".join(str(error).split())
@@ -153,8 +132,7 @@ def moving_state(
         raise UnsupportedModel(
             f"The network runs once on an input and not again ({_said(error)}). Reset what it keeps in each pass."
         ) from error
-    after = model.state_dict()
-    moved = {key: before.get(key) for key in {**before, **after} if not _same(before.get(key), after.get(key))}
+    moved = changed(before, model.state_dict())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key in moved:
         if key in parameters:
@@ -169,6 +147,11 @@ def moving_state(
             f"{note} Make it repeat itself in evaluation mode."
         )
     return moved, last
+
+
+def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Return the entries of a state that differ afterwards -> what they were before, if any."""
+    return {key: before.get(key) for key in {**before, **after} if not _same(before.get(key), after.get(key))}
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
@@ -205,17 +188,20 @@ def check_outputs(model: nn.Module, output: Tensor, example: Batch) -> None:
         raise UnsupportedModel(_no_rows(model, output, len(example)))
 
 
-def check_rows(model: nn.Module, outputs: Sequence[Tensor], batches: Sequence[Batch]) -> None:
-    """Raise UnsupportedModel where the rows of the outputs do not grow with the batch."""
+def check_rows(model: nn.Module, outputs: Sequence[Tensor], batches: Sequence[Batch], example: Batch) -> None:
+    """Raise UnsupportedModel where outputs do not have as many rows an input as on `example`."""
+    with torch.no_grad(), evaluating(model):
+        rows = len(predict(model, example))
     for output, batch in zip(outputs, batches, strict=True):
-        if batch.reader is None and len(output) * len(batches[0]) != len(outputs[0]) * len(batch):
+        if batch.reader is None and len(output) * len(example) != rows * len(batch):
             raise UnsupportedModel(_no_rows(model, output, len(batch)))
 
 
 def _no_rows(model: nn.Module, output: Tensor, count: int) -> str:
     return (
-        f"The network's first output has shape {tuple(output.shape)} for {count} inputs, which is not so many rows an input. Let "
-        f"{type(model).__name__} return what it predicts of each input first."
+        f"The network's first output has shape {tuple(output.shape)} for {count} input(s), which is not so many rows an input. Let "
+        f"{type(model).__name__} return what it predicts of each input first"
+        + (", with flatten(1) in place of a squeeze() that drops a batch of one." if count == 1 else ".")
     )
 
 
@@ -258,24 +244,29 @@ def check_differentiable(model: nn.Module, blocks: Iterable[str], example: Batch
 
 
 @contextmanager
-def once_a_batch(model: nn.Module, layers: Collection[str]) -> Iterator[None]:
-    """Require every pass inside to run each of `layers` once, as the example did; raise UnsupportedModel naming one that does not."""
+def as_observed(model: nn.Module, expected: Mapping[str, int]) -> Iterator[None]:
+    """Require every pass inside to run each layer as often as the example did, `expected`; raise UnsupportedModel naming one that does
+    not."""
     calls: Counter[str] = Counter()
 
     def check(*_: Any) -> None:
-        for name in layers:
-            if calls[name] != 1:
+        for name, count in expected.items():
+            if calls[name] != count:
                 raise UnsupportedModel(
-                    f"Layer {name} runs {calls[name]} times on some inputs and once on others: the network chooses by its inputs or by how "
-                    f"many there are. Keep it float: --keep '{name}=float'."
+                    f"Layer {name} runs {_times(calls[name])} on some inputs and {_times(count)} on others: the network chooses by its "
+                    f"inputs or by how many there are. Keep it float: --keep '{name}=float'."
                 )
         calls.clear()
 
     hooks = [model.register_forward_hook(check)]
-    for name in layers:
+    for name in expected:
         hooks.append(model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name])))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

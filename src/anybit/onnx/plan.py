@@ -231,7 +231,8 @@ def on_integers(node: ir.Node) -> bool:
 def _moves(node: ir.Node) -> bool:
     """Return whether the node's output holds only numbers of its first input (and zero, which every quantizer has)."""
     filled = constant(node.inputs[2]) if node.op_type == "Pad" and len(node.inputs) > 2 else None
-    zeros = node.op_type != "Pad" or (all(a.value == "constant" for a in node.attributes.values()) and (filled is None or not filled.any()))
+    mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
+    zeros = node.op_type != "Pad" or mode != "constant" or filled is None or not filled.any()
     return node.op_type in MOVES and zeros and operand(node, 0).dtype == ir.DataType.FLOAT and constant(node.inputs[0]) is None
 
 

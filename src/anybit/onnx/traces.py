@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from anybit.data.batches import Inputs, call, map_tensors, tensors_in
+from anybit.data.batches import Inputs, map_tensors, run, tensors_in
 from anybit.environment import code_version
 from anybit.files.cache import digest
 
@@ -93,7 +93,7 @@ def _repr(constant: Any) -> str:
 
 def _recorded(model: nn.Module, inputs: Inputs) -> list[Any]:
     """Record names and shapes of weights and inputs, and what one pass does with them."""
-    recorder = _Recorder()
+    recorder, inputs = _Recorder(), map_tensors(inputs, Tensor.clone)  # the forward may write into them
     for name, tensor in [*state_of(model).items(), *((f"input/{i}", tensor) for i, tensor in enumerate(tensors_in(inputs)))]:
         recorder.steps.append([name, recorder.known(tensor, name), list(tensor.shape), str(tensor.dtype), type(tensor).__name__])
     structure = _structure(inputs)
@@ -103,7 +103,7 @@ def _recorded(model: nn.Module, inputs: Inputs) -> list[Any]:
         hooks.append(module.register_forward_hook(partial(recorder.mark, f"leave {name}")))
     try:
         with torch.no_grad(), recorder:
-            output = call(model, inputs)
+            output = run(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

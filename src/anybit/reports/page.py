@@ -506,6 +506,7 @@ def _subnets(record: Record) -> Rows:
 
 def _certainty(record: Record) -> Iterable[str]:
     """Say what was solved, how far from the best it can be, what was measured, what was chosen and why."""
+    yield from (f"{note[:1].upper()}{note[1:]}." for note in record.notes)
     if record.certificate.value is not None and record.certificate.bound is not None:
         yield _solved(record, record.certificate.value, record.certificate.bound)
     elif record.schemes and record.budget is None:

@@ -23,10 +23,10 @@ from anybit.networks.candidates import apply_scheme
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import as_ranges, observe_edge_ranges
 from anybit.networks.observed import has_choice, observe_network
-from anybit.networks.refusals import check_rows, once_a_batch
+from anybit.networks.refusals import as_observed, check_rows
 from anybit.networks.states import restore
 from anybit.progress import tell
-from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, follow_model, on_device, task_for
+from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, follow_model, notes_of, on_device, task_for
 from anybit.roads.keys import MATCHING, PARALLEL, SENSITIVITY, SOLVING, cached_candidates, key_of_run, keyed_by_settings, open_cache, settle
 from anybit.roads.latencies import measured_latencies, with_latencies
 from anybit.roads.memory import OBSERVED, check_memory, samples_at_once
@@ -91,10 +91,11 @@ def calibrate(
     samples = draw(samples_from(data, workers, preprocessing, model), options.samples, options.seed).on(device)
     if test is None:
         check_metric_has_labels(metric, samples)
-    tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), model)
+    network = on_device(model, device, samples).eval()
+    tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), network)
     clock = StageClock()
     entries = open_cache(cache)
-    bench = prepare_bench(on_device(model, device).eval(), samples, options, [one for one in budgets if one], clock, metric, entries)
+    bench = prepare_bench(network, samples, options, [one for one in budgets if one], clock, metric, entries)
     saved = {
         "table": bench.table.to_json(),
         "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
@@ -120,14 +121,16 @@ def prepare_bench(
         check_finite(calibration.fitting + calibration.held_out)
         if settings.mirror:
             calibration = mirrored(calibration)
-        network = with_latencies(observe_network(model, example_of(calibration), settings.options), budgets)
+        example = example_of(calibration)
+        network = with_latencies(observe_network(model, example, settings.options), budgets)
         check_memory(network, calibration, settings)
         for budget in budgets:
             check_feasible(network, budget)
-    with clock.stage("float outputs"), torch.no_grad(), once_a_batch(network.folded, network.used_once):
+    with clock.stage("float outputs"), torch.no_grad(), as_observed(network.folded, network.calls):
         references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
-        check_rows(network.folded, references, calibration.fitting)
-        reference = outputs_of(network.folded, calibration.held_out)
+        held_out = [outputs_of(network.folded, [batch]) for batch in calibration.held_out]
+        check_rows(network.folded, [*references, *held_out], calibration.fitting + calibration.held_out, example)
+        reference = torch.cat(held_out)
         task = task_for(settings, reference, calibration.held_out[0])
         if samples.labelled:
             check_labels(reference, torch.cat([batch.labels for batch in calibration.held_out if batch.labels is not None]), task)
@@ -189,7 +192,7 @@ def finish(
         edges = cache.value("edge ranges", observe_edges, partial(as_ranges, wiring=network.wiring))
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
-    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
+    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors} | notes_of(provenance)
     if test is not None:
         with clock.stage("test"):
             report |= _tests(bench, canonical.model, test)

@@ -33,8 +33,9 @@ def evaluate(
     samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)
     if len(samples) == 0:
         raise InvalidInput("There is nothing to evaluate on: the data is empty.")
-    check_inputs(model, samples)
-    scores = evaluate_model(on_device(model, device), samples.on(device).batches(batch_size), task, metric)
+    network = on_device(model, device, samples)
+    check_inputs(network, samples)
+    scores = evaluate_model(network, samples.on(device).batches(batch_size), task, metric)
     tell("result", **scores)
     return scores
 

@@ -1,24 +1,29 @@
 """The inputs of a road: its network, samples and test data, checked before any work."""
 
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch
+from anybit.data.batches import Batch, join
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric, check_metric, guess_task
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.loops.processes import join_processes
-from anybit.networks.refusals import check_network, copied
+from anybit.networks.copies import checked_copy, copied
+from anybit.networks.refusals import check_network
 from anybit.networks.wiring import observe
 from anybit.roads.settings import CalibrateSettings
 from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
 from anybit.sources.inputs import samples_from
+from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.references import RANDOM
 from anybit.supernets.supernet import Supernet
 
 
@@ -32,7 +37,8 @@ def follow_model(
     """(the network, the preprocessing, what a run records of where the network and its data came from, references made absolute)."""
     provenance: dict[str, Any] = {}
     if isinstance(model, str):
-        provenance["model"] = {"reference": absolute(model), "weights": None if weights is None else str(Path(weights).resolve())}
+        place = weights if weights in (None, RANDOM) else str(Path(weights).resolve())
+        provenance["model"] = {"reference": absolute(model), "weights": place}
         model = load_model(model, provenance["model"]["weights"], task)
     elif weights is not None:
         raise InvalidSetting(f"The weights {weights} go with a model's reference, and a network was given. Load them into it yourself.")
@@ -42,6 +48,11 @@ def follow_model(
     if isinstance(data, str):
         provenance |= {"data": {"reference": absolute(data)}, "preprocessing": preprocessing.to_json()}
     return model, preprocessing, provenance
+
+
+def notes_of(provenance: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the entry of a report that says what is particular about where its network came from; none where nothing is."""
+    return {"notes": [DRAWN]} if provenance.get("model", {}).get("weights") == RANDOM else {}
 
 
 def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
@@ -61,12 +72,19 @@ def checked_tests(samples: Samples, model: nn.Module) -> Samples:
 
 def check_inputs(model: nn.Module, samples: Samples) -> None:
     """Raise InvalidInput where the model refuses the first samples."""
-    observe(copied(model).cpu(), next(samples.on("cpu").subset(range(min(2, len(samples)))).batches(2)))
+    observe(copied(model).cpu(), first_samples(samples))
 
 
-def on_device(model: nn.Module, device: str) -> nn.Module:
-    """Return a copy of the model on `device`."""
-    model = copied(model)
+def first_samples(samples: Samples) -> Batch:
+    """Return the first two samples, or the one that there is."""
+    if len(samples) == 0:
+        raise InvalidInput("The data set is empty. Give at least one input.")
+    return next(samples.on("cpu").subset(range(min(2, len(samples)))).batches(2))
+
+
+def on_device(model: nn.Module, device: str, samples: Samples | None = None) -> nn.Module:
+    """Return a copy of the model on `device`; with samples, one that has computed the model's outputs on the first of them."""
+    model = copied(model) if samples is None else checked_copy(model, first_samples(samples))
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -74,8 +92,13 @@ def on_device(model: nn.Module, device: str) -> nn.Module:
 
 
 def example_of(calibration: Calibration) -> Batch:
+    """Return two fitting inputs; one where batches of one cannot be joined."""
     padded = calibration.fitting[0].mask is not None
-    return calibration.fitting[-1 if padded else 0].head(2)  # texts go by length: the longest
+    example = calibration.fitting[-1 if padded else 0].head(2)  # texts go by length: the longest
+    if len(example) == 1 and len(calibration.fitting) > 1 and not padded:
+        with suppress(RuntimeError):  # of other shapes
+            return join([example, calibration.fitting[1].head(1)])
+    return example
 
 
 def training_inputs(
@@ -94,9 +117,9 @@ def training_inputs(
         raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or no --metric.")
     model, preprocessing, provenance = follow_model(model, weights, data, preprocessing, task)
     device = join_processes(device)
-    float_model = on_device(model, device).eval()
     samples = samples_from(data, workers, preprocessing, model).on(device)
-    tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), model)
+    float_model = on_device(model, device, samples).eval()
+    tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), float_model)
     return float_model, samples, tests, provenance
 
 

@@ -8,9 +8,10 @@ from torch import nn
 from anybit.calls import public
 from anybit.data.batches import Batch
 from anybit.errors import InvalidInput
+from anybit.networks.copies import checked_copy
 from anybit.networks.layers import float_weight
 from anybit.networks.observed import ObservedNetwork, observe_network, unobserved_network
-from anybit.networks.refusals import check_network, copied
+from anybit.networks.refusals import check_network
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision
 from anybit.settings import takes
@@ -36,6 +37,7 @@ def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, An
             "weight": list(float_weight(network.float_model.get_submodule(name)).shape),
             **_seen(network, name, data is not None),
             "folds": network.norms.get(name),
+            "calls": network.wiring.calls[name] if data is not None else None,
             "block": blocks.get(name),
             "choices": [str(precision) for precision in network.choices[name]],
             "bytes": {bits: network.costs.layer_bytes(name, Precision(bits)) for bits in options.weight_bits},
@@ -59,7 +61,7 @@ def _observable(model: nn.Module, data: Any) -> tuple[nn.Module, Batch]:
     batch = next(iter(samples.subset(range(min(2, len(samples)))).batches(2)), None)
     if batch is None:
         raise InvalidInput("The data set is empty; inspect needs at least one input.")
-    return copied(model).eval(), batch
+    return checked_copy(model, batch).eval(), batch
 
 
 def _seen(network: ObservedNetwork, name: str, observed: bool) -> dict[str, Any]:
@@ -67,6 +69,7 @@ def _seen(network: ObservedNetwork, name: str, observed: bool) -> dict[str, Any]
     if not observed:
         return {"input": None, "output": None, "macs": None}
     count = network.wiring.batch_size
-    shapes = {"input": network.wiring.input_shapes[name], "output": network.wiring.operation(name).shape}
+    first = network.wiring.operation(name)
+    shapes = {"input": first.read, "output": first.shape}
     single = {key: list(shape[1:] if not shape or shape[0] == count else (shape[0] // count, *shape[1:])) for key, shape in shapes.items()}
     return {**single, "macs": network.costs.layers[name].macs}

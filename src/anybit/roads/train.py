@@ -18,7 +18,7 @@ from anybit.networks import batchnorm
 from anybit.networks.edges import observe_edge_ranges
 from anybit.progress import tell
 from anybit.roads.grow import plain_batches, watched_batches
-from anybit.roads.inputs import on_device, training_inputs
+from anybit.roads.inputs import notes_of, on_device, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import test_scores
 from anybit.settings import takes
@@ -71,7 +71,7 @@ def train(
         task = options.task or guess_task(outputs, plain[0].reader)
         method = make_multiquant(network, plain, options, TASKS[task].classes(outputs))
     edges = network.wiring.edges()
-    supernet = Supernet(on_device(float_model, "cpu"), method, options, network.norms, network.costs, edges, task, about=provenance)
+    supernet = Supernet(on_device(network.float_model, "cpu"), method, options, network.norms, network.costs, edges, task, about=provenance)
     report: dict[str, Any] = {}
     bn = bn_batches(fitting, options) if options.multiquant.batch_norm == "reestimate" else None
     if tests is not None:
@@ -109,6 +109,7 @@ def train(
         "inputs": {"fitting": len(fitting), "held_out": len(samples) - len(fitting)},
         "epochs": epochs,
         "uncovered": dict(network.uncovered),
+        **notes_of(provenance),
         "settings": options.to_json(),
         "environment": environment(),
         "stages": clock.stages,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from anybit.budget import BUDGETS
 from anybit.settings import Settings, documented, option
-from anybit.sources.references import check_code, check_data, check_device, check_file, check_model
+from anybit.sources.references import check_code, check_data, check_device, check_model, check_weights
 
 
 @documented
@@ -22,7 +22,7 @@ class RunOptions(Settings):
         None, "FILE.py:function, module:function, torchvision:, timm: or hf:NAME.",
         panel="Input", ready=check_model,
     )  # fmt: skip
-    weights: str | None = option(None, "Its state dict (.safetensors, .pt, .pth).", panel="Input", ready=check_file)
+    weights: str | None = option(None, "Its state dict (.safetensors, .pt, .pth); random: drawn.", panel="Input", ready=check_weights)
     data: str | None = option(
         None, "Inputs: image folder, FILE.npz, FILE.npz#test, .tsv, FILE.py:function.",
         panel="Input", ready=check_data,

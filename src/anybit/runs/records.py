@@ -237,6 +237,7 @@ class Record(Part):
     float_test: Scores = {}
     inputs: dict[str, int] = {}
     uncovered: dict[str, str] = {}
+    notes: list[str] = []
     settings: dict[str, Any] = {}
     environment: dict[str, Any] = {}
 

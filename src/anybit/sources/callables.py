@@ -6,11 +6,14 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from anybit.errors import AnybitError, InvalidSetting, MissingPackage
+from anybit.files.strict import in_words
 
 
 def absolute(reference: str) -> str:
@@ -75,12 +78,41 @@ def _import_file(path: Path, option: str) -> ModuleType:
 
 
 def import_optional(module: str, package: str, what: str) -> Any:
-    """Import a package that is one of anybit's extras; `what` needs it."""
+    """Import a package that is one of anybit's extras; `what` needs it.
+
+    Raise MissingPackage with the command that installs it, or that replaces a build which does not fit the others.
+    """
     try:
         return importlib.import_module(module)
     except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another build of torch
-        why = " ".join(str(error).split())
-        raise MissingPackage(f"{what} needs {package}, which does not import ({why}): run `pip install {package}`.") from error
+        why = in_words(error).rstrip(".")
+        lacking = _lacking(error)
+        if lacking == module.partition(".")[0]:
+            raise MissingPackage(f"{what} needs {package}, which is not installed: run `pip install {package}`.") from error
+        if lacking is not None:
+            raise MissingPackage(f"{what} needs {package}, which needs {lacking} ({why}): run `pip install {lacking}`.") from error
+        raise MissingPackage(f"{what} needs {package}, which is installed and does not import ({why}). {_cure(package)}") from error
+
+
+def _lacking(error: Exception) -> str | None:
+    """Return the package that is not installed, where that is the error."""
+    top = (getattr(error, "name", None) or "").partition(".")[0]
+    return top if isinstance(error, ModuleNotFoundError) and top and importlib.util.find_spec(top) is None else None
+
+
+def _cure(package: str) -> str:
+    """Return the command that makes builds fit: those of torch and of what is compiled for it are installed together."""
+    versions = {}
+    for name in ("torch", "torchvision"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    if package not in ("timm", "torchvision") or len(versions) < 2:
+        return f"Install it anew: run `pip install --force-reinstall {package}`."
+    there = " and ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"Builds of torch and torchvision go in pairs, and these are {there}: run `pip install --force-reinstall torch torchvision`, with "
+        "the --index-url that torch is from where that was one of its own."
+    )
 
 
 def code_of(function: Callable) -> str:

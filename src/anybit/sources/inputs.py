@@ -1,5 +1,6 @@
 """The references of `--data`, turned into samples."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, default_collate
 
 from anybit.data.options import TEXT_SUFFIXES, parse_columns
-from anybit.data.samples import ArrayDataset, Samples
+from anybit.data.samples import ArrayDataset, NamedArrays, Samples
 from anybit.data.texts import read_rows
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, naming
 from anybit.files.strict import in_words
@@ -24,14 +25,16 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".ti
 
 
 def load_data(reference: str, preprocessing: Preprocessing = Preprocessing(), workers: int = 0, model: nn.Module | None = None) -> Samples:
-    """Load the samples that `reference` names: an image folder, `file.npz` or `file.npz#test`, texts, or a function returning a data set or
-    loader. Texts are tokenized by the tokenizer of `model`."""
+    """Load the samples that `reference` names: an image folder, `file.npy`, `file.npz` or `file.npz#test`, texts, or a function returning a
+    data set or loader. Texts are tokenized by the tokenizer of `model`, and arrays may have the names of its inputs."""
     path, _, subset = reference.partition("#")
-    if path.endswith(".npz"):
-        x, y = _read_npz(Path(path), subset)
+    if path.endswith((".npz", ".npy")):
         if preprocessing.size or preprocessing.resize:
-            raise InvalidSetting("--size and --resize apply to image folders; the pictures of a .npz are used as they are.")
-        return _read_by(model, Samples(ArrayDataset(x, y, preprocessing.mean, preprocessing.std), y is not None, workers))
+            raise InvalidSetting("--size and --resize apply to image folders; pictures in arrays are used as they are.")
+        x, y = _read_arrays(Path(path), subset, model)
+        mean, std = preprocessing.mean, preprocessing.std
+        arrays = NamedArrays(x, y, mean, std) if isinstance(x, dict) else ArrayDataset(x, y, mean, std)
+        return _read_by(model, Samples(arrays, y is not None, workers))
     if Path(path).is_dir():
         dataset = ImageFolder(Path(path), preprocessing)
         return _read_by(model, Samples(dataset, dataset.labelled, workers))
@@ -84,6 +87,9 @@ def _as_samples(data: Any, workers: int) -> Samples:
         return data
     if isinstance(data, DataLoader):
         return _samples_of_loader(data, workers)
+    if isinstance(data, Mapping) and data and all(isinstance(array, (torch.Tensor, np.ndarray)) for array in data.values()):
+        arrays = {name: _array(array) if isinstance(array, torch.Tensor) else array for name, array in data.items()}
+        return Samples(NamedArrays(arrays, y := arrays.pop("labels", None)), y is not None, workers)
     if isinstance(data, (torch.Tensor, np.ndarray)):
         data = (data, None)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (torch.Tensor, np.ndarray)):
@@ -120,24 +126,55 @@ def _samples_of_loader(loader: DataLoader, workers: int) -> Samples:
     return replace(samples, dataset=dataset, labelled=_has_labels(first), collate=loader.collate_fn)
 
 
-def _read_npz(path: Path, subset: str) -> tuple[np.ndarray, np.ndarray | None]:
+Arrays = np.ndarray | dict[str, np.ndarray]
+LABELS = ("y", "labels", "label")
+
+
+def _read_arrays(path: Path, subset: str, model: nn.Module | None) -> tuple[Arrays, np.ndarray | None]:
+    """Read (x, y) of a .npy or .npz file; x is one array, or several by the names of the network's inputs."""
     if not path.is_file():
         raise InvalidInput(f"There is no file {path}.")
+    taken = _inputs_of(model)
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            names = list(arrays)
-            suffix = f"_{subset}" if subset else next((s for s in ("", "_train") if f"x{s}" in names), "")
-            if f"x{suffix}" not in names:
-                raise InvalidInput(f"{path} has no array x{suffix}; it holds {', '.join(names)}. Write {path.name}#test for x_test.")
-            x = arrays[f"x{suffix}"]
-            y = arrays[f"y{suffix}"] if f"y{suffix}" in names else None
-    except InvalidInput:
-        raise
+        with open(path, "rb") as file:
+            stored = np.load(file, allow_pickle=False)
+            if isinstance(stored, np.ndarray):
+                return stored, None
+            names = list(stored)
+            arrays = {name: stored[key] for name, key in _keys(names, subset, taken).items()}
     except Exception as error:
-        raise InvalidFile(f"{path} cannot be read as .npz arrays: {in_words(error)}") from error
-    if y is not None and len(x) != len(y):
-        raise InvalidInput(f"{path} holds {len(x)} inputs but {len(y)} labels.")
-    return x, None if y is None else y.reshape(-1)
+        raise InvalidFile(f"{path} cannot be read as arrays: {in_words(error)}") from error
+    y = next((arrays.pop(name) for name in LABELS if name in arrays), None)
+    if not arrays:
+        also = f", nor one of the network's inputs ({', '.join(taken)})" if taken else ""
+        part = f"_{subset}" if subset else ""
+        raise InvalidInput(f"{path} has no array x{part}{also}; it holds {', '.join(names)}. Write {path.name}#test for x_test.")
+    lengths = {len(array) for array in (*arrays.values(), *(() if y is None else (y,)))}
+    if len(lengths) > 1:
+        counts = ", ".join(f"{len(array)} {name}" for name, array in arrays.items())
+        raise InvalidInput(f"{path} holds {counts}" + ("" if y is None else f" and {len(y)} labels") + ". Give as many of each.")
+    if set(arrays) == {"x"}:
+        return arrays["x"], None if y is None else y.reshape(-1)
+    return arrays, y
+
+
+def _keys(stored: Sequence[str], subset: str, taken: Sequence[str]) -> dict[str, str]:
+    """Return name -> key of the arrays of a subset that are read: x, or what the network takes by its name, and labels."""
+    for suffix in [f"_{subset}"] if subset else ["", "_train"]:
+        keys = {key.removesuffix(suffix): key for key in stored if key.endswith(suffix)}
+        inputs = [name for name in taken if name in keys] or [name for name in ("x",) if name in keys]
+        if "x" in keys and (len(inputs) == 1 or "x" not in inputs):
+            inputs = ["x"]
+        if inputs:
+            return {name: keys[name] for name in (*inputs, *LABELS) if name in keys}
+    return {}
+
+
+def _inputs_of(model: nn.Module | None) -> list[str]:
+    """Return the names of what the network's forward takes, labels left out."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = {} if model is None else inspect.signature(model.forward).parameters
+    return [name for name, one in parameters.items() if one.kind in kinds and name not in LABELS]
 
 
 class ImageFolder(Dataset):

@@ -13,8 +13,9 @@ from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch, naming
 from anybit.files.strict import in_words
 from anybit.networks.layers import unwrapped
 from anybit.sources.callables import call_user_function, import_optional, load_callable
+from anybit.sources.libraries import LIBRARIES, library_model
 from anybit.sources.preprocessing import Preprocessing
-from anybit.sources.references import check_file, check_model, near
+from anybit.sources.references import RANDOM, check_file, check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,21 +24,26 @@ if TYPE_CHECKING:
 def load_model(reference: str, weights: str | None = None, task: str | None = None) -> nn.Module:
     """Load the network that `reference` names, in evaluation mode, with the state dict of `weights` (.safetensors, .pt, .pth) if given.
 
-    `task` chooses the head of a Hugging Face model; None takes the one that it was saved with.
+    Weights called "random" are drawn, of networks of timm, torchvision and Hugging Face. `task` chooses the head of a Hugging Face model;
+    None takes the one that it was saved with.
     """
     with naming("--model"):
         check_model(reference)
     kind, _, name = reference.partition(":")
-    make = {"timm": _from_timm, "torchvision": _from_torchvision}.get(kind)
     if kind == "hf":
-        model = huggingface("models", f"--model {reference}").load(name, task)
+        model = huggingface("models", f"--model {reference}").load(name, task, weights == RANDOM)
+    elif kind in LIBRARIES:
+        model = library_model(kind, name, weights)
+    elif weights == RANDOM:
+        raise InvalidSetting(
+            f"--weights random: {reference} draws its own. Leave --weights out; timm:, torchvision: and hf: networks need it."
+        )
     else:
-        function = (lambda: make(name, weights is None)) if make else load_callable(reference, "--model")
-        model = call_user_function(function, f"--model {reference}")
+        model = call_user_function(load_callable(reference, "--model"), f"--model {reference}")
     if not isinstance(model, nn.Module):
         raise InvalidSetting(f"--model {reference} returned a {type(model).__name__}, not a torch.nn.Module.")
     model = adapted_network(model)
-    if weights:
+    if weights and weights != RANDOM:
         load_weights(model, Path(weights))
     return model.eval()
 
@@ -67,20 +73,6 @@ def with_model_defaults(preprocessing: Preprocessing, model: nn.Module) -> Prepr
     if preprocessing != Preprocessing() or not is_transformers(model):
         return preprocessing
     return Preprocessing(**huggingface("models", "the model").picture_settings(model))
-
-
-def _from_timm(name: str, pretrained: bool) -> nn.Module:
-    timm = import_optional("timm", "timm", f"--model timm:{name}")
-    if not timm.is_model(name):
-        raise InvalidSetting(f"--model timm:{name}: timm has no network of this name.{near(name, timm.list_models())}")
-    return timm.create_model(name, pretrained=pretrained)
-
-
-def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
-    models = import_optional("torchvision.models", "torchvision", f"--model torchvision:{name}")
-    if name.lower() not in models.list_models():
-        raise InvalidSetting(f"--model torchvision:{name}: torchvision has no network of this name.{near(name, models.list_models())}")
-    return models.get_model(name, weights="DEFAULT" if pretrained else None)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -15,6 +15,8 @@ from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, MissingPack
 
 ZOOS = {"torchvision": "torchvision", "timm": "timm", "hf": "transformers"}
 """Prefix of `--model` -> the package that it needs."""
+RANDOM = "random"
+"""What `--weights` calls weights that are drawn."""
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")
 
 
@@ -38,6 +40,12 @@ def check_file(path: str | Path) -> None:
         raise InvalidFile(f"{path} is a folder. Name a file.")
     if not path.is_file():
         raise InvalidFile(f"{path} is not there.{near_path(path)}")
+
+
+def check_weights(path: str | Path) -> None:
+    """Raise InvalidFile where there is no such file, unless the weights are to be drawn."""
+    if path != RANDOM:
+        check_file(path)
 
 
 def check_there(path: str | Path) -> None:
@@ -156,6 +164,8 @@ def check_data(reference: str) -> None:
         check_package("datasets", reference)
     elif ":" in reference:
         check_code(reference)
-    elif not place.is_file() or not path.endswith((".npz", *TEXT_SUFFIXES)):
+    elif not place.is_file() or not path.endswith((".npz", ".npy", *TEXT_SUFFIXES)):
         there = "is no" if place.exists() else "is not there: no"
-        raise InvalidInput(f"{path} {there} folder of images, .npz file or file of texts ({', '.join(TEXT_SUFFIXES)}).{near_path(place)}")
+        raise InvalidInput(
+            f"{path} {there} folder of images, file of arrays (.npz, .npy) or of texts ({', '.join(TEXT_SUFFIXES)}).{near_path(place)}"
+        )

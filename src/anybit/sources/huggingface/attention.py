@@ -1,8 +1,7 @@
 """Attention of transformers run through layers, so that its products can be quantized."""
 
-import copy
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from anybit.errors import UnsupportedModel
+from anybit.networks.copies import copied
 from anybit.networks.matmul import Matmul
 from anybit.progress import tell
 
@@ -69,7 +69,7 @@ def adapted(model: PreTrainedModel) -> PreTrainedModel:
 
     Outputs are those of the model up to float rounding. Weights of half precision become float32.
     """
-    model = _in_float32(copy.deepcopy(model))
+    model = _in_float32(cast(PreTrainedModel, copied(model)))
     model.config.return_dict = True
     for network in model.modules():
         if isinstance(network, PreTrainedModel) and hasattr(network.config, "use_cache"):

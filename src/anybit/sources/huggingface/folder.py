@@ -14,6 +14,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
+from anybit.sources.libraries import hurried
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -34,7 +36,8 @@ def file_of(model: transformers.PreTrainedModel, name: str) -> Path | None:
         return None
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        path = cached_file(model.name_or_path, name, **options)
+        with hurried(model.name_or_path):
+            path = cached_file(model.name_or_path, name, **options)
     except (OSError, ValueError):
         return None
     return None if path is None else Path(path)

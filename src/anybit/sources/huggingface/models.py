@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -13,6 +13,7 @@ from anybit.progress import tell
 from anybit.sources.huggingface.attention import adapted
 from anybit.sources.huggingface.folder import json_of, quiet
 from anybit.sources.huggingface.texts import HEADS
+from anybit.sources.libraries import hurried, lively
 
 
 def is_transformers(model: Any) -> bool:
@@ -20,32 +21,44 @@ def is_transformers(model: Any) -> bool:
     return isinstance(model, transformers.PreTrainedModel)
 
 
+HALF = ("float16", "bfloat16")
+
 # Loading
 
 
-def load(name: str, task: str | None = None) -> transformers.PreTrainedModel:
+def load(name: str, task: str | None = None, random: bool = False) -> transformers.PreTrainedModel:
     """Load the float32 network of a folder or a name, adapted; with a head for `task`, or the one it was saved with.
 
-    Nothing that comes with the network is executed: weights are safetensors, and code of its own is refused. A head that the files do
-    not hold is drawn by a fixed seed.
+    With `random`, its weights are drawn, and of its files the configuration alone is read. Nothing that comes with the network is
+    executed: weights are safetensors, and code of its own is refused. A head that the files do not hold is drawn by a fixed seed.
     """
     place = str(Path(name).resolve()) if Path(name).is_dir() else name
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise InvalidSetting(f"There is no folder {name}, which hf: names. Name the network's folder with --model hf:FOLDER.")
     options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
     try:
-        with quiet(), torch.random.fork_rng(devices=[]):
+        with quiet(), hurried(place), torch.random.fork_rng(devices=[]):
             config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
             if getattr(config, "quantization_config", None) is not None:
                 raise ValueError("it is quantized already; name the float network. anybit verify loads what anybit exported")
+            stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
             loader = _loader(config, task)
+            if random:
+                config.dtype = torch.float32
+                return adapted(cast(transformers.PreTrainedModel, lively(lambda: _of_config(loader, config), f"--model hf:{name}").eval()))
             torch.manual_seed(0)
             model, report = loader.from_pretrained(place, config=config, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         said = " ".join(str(error).split())
         raise InvalidSetting(f"--model hf:{name} cannot be loaded: {said[:300]}") from error
     _check_whole(name, model, report["missing_keys"])
+    if stored in HALF:
+        tell("note", note=f"hf:{name} is stored in {stored}: computed in float32, and stored as such where it is kept float")
     return adapted(model.eval())
+
+
+def _of_config(loader: Any, config: Any) -> transformers.PreTrainedModel:
+    return loader.from_config(config) if hasattr(loader, "from_config") else loader(config)
 
 
 def _check_whole(name: str, model: transformers.PreTrainedModel, drawn: Iterable[str]) -> None:

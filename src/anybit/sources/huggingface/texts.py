@@ -15,6 +15,7 @@ from anybit.data.samples import Samples
 from anybit.data.texts import Blocks, Encoding, MaskedTexts, Questions, Row, TaggedTexts, Texts, Translations, with_roles
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.sources.huggingface.folder import json_of
+from anybit.sources.libraries import hurried
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ def _start(model: PreTrainedModel) -> int | None:
 
 def _encoding(model: PreTrainedModel, length: int | None, stride: int | None) -> Encoding:
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
+        with hurried(model.name_or_path):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
         said = " ".join(str(error).split())
         raise InvalidSetting(

@@ -1,0 +1,160 @@
+"""Networks of timm and torchvision by name: what is lacking, does not fit or cannot be fetched is said at once, with what to do."""
+
+import json
+import socket
+import sys
+import types
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError
+from urllib.error import URLError
+
+import pytest
+import torch
+from networks import Chain, pictures
+from torch import nn
+
+import anybit
+from anybit.errors import InvalidSetting, MissingPackage
+from anybit.progress import listening
+from anybit.sources import callables, libraries
+from anybit.sources.callables import import_optional
+from anybit.sources.models import load_model
+
+
+class Zeroed(Chain):
+    """Ends in a batch norm of zero gammas, as residual branches do when training begins."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.bn2.weight)
+        self.scale = nn.Parameter(torch.full((5,), 1e-6))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """torchvision's functions that anybit calls, of a library whose server is away."""
+
+    def get_model(name, weights):
+        if name != "zeroed":
+            raise ValueError(f"Unknown model {name}")
+        if weights is not None:
+            raise OSError("<urlopen error [Errno -2] Name or service not known>")
+        return Zeroed()
+
+    models = types.ModuleType("torchvision.models")
+    models.get_model, models.list_models = get_model, lambda: ["zeroed", "resnet18"]
+    models.get_model_builder = lambda name: Zeroed
+    package = types.ModuleType("torchvision")
+    package.__spec__ = ModuleSpec("torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    monkeypatch.setattr(libraries, "_hub_answers", lambda when: True)
+
+
+def test_weights_that_cannot_be_fetched_are_one_sentence_with_two_remedies(library):
+    with pytest.raises(InvalidSetting, match=r"cannot be fetched \(.*not known.*--weights FILE.*--weights random") as raised:
+        load_model("torchvision:zeroed")
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_name_is_refused_with_similar_ones(library):
+    with pytest.raises(InvalidSetting, match=r"has no network of this name\. Did you mean resnet18\?"):
+        load_model("torchvision:resnet81")
+
+
+def test_random_weights_are_always_the_same_lively_and_said_to_be_random(library, tmp_path):
+    notes = []
+    with listening(events=lambda event, fields: notes.append(fields["note"]) if event == "note" else None):
+        one, other = (load_model("torchvision:zeroed", "random") for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    assert "drawn at random" in notes[0]
+    for key, tensor in one.state_dict().items():
+        assert not tensor.is_floating_point() or tensor.std() > 1e-3, key
+    assert one(pictures(4)).std(0).min() > 0
+    result = anybit.calibrate("torchvision:zeroed", pictures(24), weights="random", pipeline="light", cache=False, weight_bits=(8,))
+    assert "drawn at random" in result.report["notes"][0]
+    run = result.save(tmp_path / "run")
+    assert json.loads((run / "scheme.json").read_text())["model"]["weights"] == "random"
+    assert torch.equal(anybit.load(run)(pictures(2)), result.model(pictures(2)))
+    anybit.report(run, output=tmp_path / "page.html")
+    assert "drawn at random" in (tmp_path / "page.html").read_text()
+
+
+def test_a_function_of_ones_own_takes_no_random_weights():
+    with pytest.raises(InvalidSetting, match="Leave --weights out"):
+        load_model("torch.nn:Identity", "random")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050.lamb_in1k"])
+def test_a_bare_name_is_answered_with_where_networks_have_names(name):
+    with pytest.raises(InvalidSetting, match=rf"torchvision:{name} or timm:{name}"):
+        load_model(name)
+
+
+# Packages
+
+
+def failing(monkeypatch, error: Exception, installed: dict[str, str]) -> None:
+    def raised(module):
+        raise error
+
+    def version(name):
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(callables.importlib, "import_module", raised)
+    monkeypatch.setattr(callables.importlib.util, "find_spec", lambda name: object() if name in installed else None)
+    monkeypatch.setattr(callables, "version", version)
+
+
+PAIR = {"torch": "2.13.0+cpu", "torchvision": "0.29.1+cu130", "timm": "1.0"}
+
+
+TOGETHER = "`pip install --force-reinstall torch torchvision`"
+BROKEN = [
+    ("timm", ModuleNotFoundError("no timm", name="timm"), {}, ["timm, which is not installed", "`pip install timm`"]),
+    ("timm", ModuleNotFoundError("no torchvision", name="torchvision"), {"timm": "1.0"}, ["`pip install torchvision`"]),
+    ("torchvision", RuntimeError("operator torchvision::nms does not exist"), PAIR, ["does not import", "torch 2.13.0+cpu", TOGETHER]),
+    ("timm", OSError("libcudart.so.13: cannot open shared object file"), PAIR, ["libcudart", TOGETHER]),
+    ("datasets", ImportError("cannot import name 'x'"), {"datasets": "1"}, ["`pip install --force-reinstall datasets`"]),
+]
+
+
+@pytest.mark.parametrize(("package", "error", "installed", "parts"), BROKEN, ids=lambda value: type(value).__name__)
+def test_what_is_lacking_and_what_does_not_fit_are_told_apart(package, error, installed, parts, monkeypatch):
+    failing(monkeypatch, error, installed)
+    with pytest.raises(MissingPackage) as raised:
+        import_optional(package, package, "--model it")
+    assert all(part in str(raised.value) for part in parts), raised.value
+    assert "\n" not in str(raised.value)
+
+
+# Servers
+
+
+def test_a_server_that_does_not_answer_is_asked_once(monkeypatch):
+    constants, asked = types.SimpleNamespace(HF_HUB_OFFLINE=False, ENDPOINT="http://somewhere"), []
+
+    def away(*given, **options):
+        asked.append(options["timeout"])
+        raise URLError("nobody")
+
+    monkeypatch.setattr(libraries, "_hub_constants", lambda: constants)
+    monkeypatch.setattr(libraries, "urlopen", away)
+    libraries._hub_answers.cache_clear()
+    for _ in range(2):
+        with libraries.hurried():
+            assert constants.HF_HUB_OFFLINE and socket.getdefaulttimeout()
+        assert not constants.HF_HUB_OFFLINE and socket.getdefaulttimeout() is None
+    libraries._hub_answers.cache_clear()
+    assert asked == [libraries.PATIENCE]
+
+
+def test_no_server_is_asked_for_a_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(libraries, "_hub_answers", lambda when: pytest.fail("asked"))
+    with libraries.hurried(str(tmp_path)):
+        pass
