@@ -253,10 +253,10 @@ HANDLED = st.one_of(
     parts().map(lambda p: (Chosen, p)),
     st.tuples(st.sampled_from(["compared", "written", "spectrum", "weighed"]), parts()).map(lambda drawn: (Peeked, (drawn[0], *drawn[1]))),
     parts().map(lambda p: (Counting, p)),
-    st.sampled_from([(Attending, ()), (Recurrent, ()), (ByChannel, ()), (SharedBias, ())]),
+    st.sampled_from([(Attending, ()), (Recurrent, ()), (ByChannel, ()), (SharedBias, ()), (Twice, ())]),
 )
 REFUSED = st.one_of(
-    st.sampled_from([(Twice, ()), (Tied, ()), (BySize, ()), (Computed, ()), (Half, ())]),
+    st.sampled_from([(Tied, ()), (BySize, ()), (Computed, ()), (Half, ())]),
     parts().map(lambda p: (Remembering, p)),
     parts().map(lambda p: (AtRandom, p)),
 )
