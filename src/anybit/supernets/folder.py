@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from anybit.data.options import TASK_NAMES
 from anybit.errors import AnybitError, InvalidFile
-from anybit.files.strict import in_words, read_tensors
+from anybit.files.strict import in_words, read_tensors, validated
 from anybit.methods.multiquant import SwitchableInput, SwitchableWeight
 from anybit.networks import batchnorm
 from anybit.networks.cost import CostModel, LayerSize
 from anybit.networks.layers import QuantizedLayer, float_weight, from_rows, prepare, quantized_layers, rows_shape
+from anybit.networks.rewrites import Rewrite
 from anybit.networks.states import check_state, leftovers, spec_of
 from anybit.numerics.packing import TensorSpec
 from anybit.runs.names import REPORT, SUPERNET, SUPERNET_JSON
 from anybit.runs.opened import float_model_of
 from anybit.runs.report import read_report
-from anybit.runs.scheme_file import check_folded
+from anybit.runs.scheme_file import check_folded, with_functions
 from anybit.runs.trusted import is_trusted
 from anybit.scheme import Scheme, check_names, check_whole
 from anybit.sources.callables import absolute
@@ -57,6 +58,8 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     file = read_supernet_file(folder)
     layers = file.stored()
     settings = SupernetSettings.from_json(file.settings)
+    rewrite = None if file.functions is None else validated(Rewrite, file.functions, str(folder / SUPERNET_JSON))
+    float_model = with_functions(float_model, rewrite, layers, SUPERNET_JSON)
     check_names([*layers, *file.folded, *file.folded.values()], [name for name, _ in float_model.named_modules()], "The model")
     check_folded(file, float_model, SUPERNET_JSON)
     float_layers = [name for name, layer in layers.items() if not layer.has_codes]

@@ -90,6 +90,7 @@ class SupernetFile(BaseModel):
     layers: dict[str, SupernetLayer]
     folded: dict[str, str] = {}
     edges: list[str] = []
+    functions: dict[str, Any] | None = None
     subnets: list[dict[str, str]] = Field(min_length=1)
     settings: dict[str, Any] = {}
     model: dict[str, str | None] = {}
@@ -100,7 +101,11 @@ class SupernetFile(BaseModel):
 
     def digest(self) -> str:
         """SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
-        return digest_of(self.model_dump(include={"layers", "folded", "edges", "subnets", "settings", "preprocessing", "task"}))
+        return digest_of(self.to_json({"layers", "folded", "edges", "functions", "subnets", "settings", "preprocessing", "task"}))
+
+    def to_json(self, include: set[str] | None = None) -> dict[str, Any]:
+        """Return the file's content, without `functions` where no function was rewritten."""
+        return self.model_dump(include=include, exclude=None if self.functions else {"functions"})
 
     def stored(self) -> dict[str, StoredLayer]:
         """Return the layers, without what only PyTorch needs."""

@@ -20,6 +20,7 @@ from anybit.networks import batchnorm
 from anybit.networks.canonical import Canonical
 from anybit.networks.cost import CostModel
 from anybit.networks.layers import float_weight
+from anybit.networks.rewrites import rewrite_of
 from anybit.networks.states import leftovers
 from anybit.runs.folder import new_folder
 from anybit.runs.names import SUPERNET, SUPERNET_JSON
@@ -211,6 +212,7 @@ def write_supernet(folder: Path, supernet: Supernet) -> None:
     tensors = {name: torch.cat([part.detach().cpu() for part in parts]).contiguous() for name, parts in shared.items() if parts}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
     tensors |= {key: tensor.detach().cpu().contiguous().clone() for key, tensor in others.items()}
+    rewrite = rewrite_of(supernet.model)
     file = SupernetFile(
         layers={
             name: SupernetLayer(**row, macs=supernet.costs.layers[name].macs, per_channel=method.settings.per_channel)
@@ -218,6 +220,7 @@ def write_supernet(folder: Path, supernet: Supernet) -> None:
         },
         folded=dict(supernet.norms),
         edges=list(supernet.edges),
+        functions=None if rewrite is None else rewrite.model_dump(),
         subnets=[known.scheme.to_json() for known in supernet.known],
         settings=supernet.settings.to_json(),
         task=supernet.task,
@@ -226,4 +229,4 @@ def write_supernet(folder: Path, supernet: Supernet) -> None:
     )
     save_file(tensors, folder / SUPERNET, {"supernet": file.digest()})
     file.sha256 = sha256_of(folder / SUPERNET)
-    write_json(folder / SUPERNET_JSON, file.model_dump())
+    write_json(folder / SUPERNET_JSON, file.to_json())
