@@ -23,11 +23,13 @@ class Rounded:
     starts: dict[str, Tensor]
 
 
-def rounded(model: nn.Module, precision: str, name: str = "residual", unit: str = "block", **settings) -> Rounded:
-    """Round every layer of the network to one precision, but those that `settings` keep."""
+def rounded(
+    model: nn.Module, precision: str, name: str = "residual", unit: str = "block", calibration: Calibration | None = None, **settings
+) -> Rounded:
+    """Round every layer of the network to one precision, but those that `settings` keep; its inputs are those of the network `name`."""
     bits = Precision.parse(precision)
     wanted = CalibrateSettings(weight_bits=(bits.weight_bits,), activation_bits=(bits.activation_bits,), unit=unit, **settings)
-    calibration = calibration_of(name, fitting=32, held_out=16)
+    calibration = calibration or calibration_of(name, fitting=32, held_out=16)
     network = observe_network(model, calibration.fitting[0], wanted.options)
     candidates = range_candidates(network, calibration, wanted)
     scheme = Scheme({name: options[0] for name, options in network.choices.items()})

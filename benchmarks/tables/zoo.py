@@ -80,7 +80,7 @@ def row_of(name: str, entry: Entry) -> list[str]:
 
 
 def percent(of: Mapping[str, Any], key: str) -> str:
-    return f"{100 * of[key]:.1f} %" if key in of else ""
+    return f"{100 * min(of[key], 1):.1f} %" if key in of else ""  # a tied weight was once counted twice
 
 
 def failure_of(entry: Entry, most: int = 160) -> str:

@@ -16,6 +16,7 @@ import resource
 import signal
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -83,7 +84,7 @@ def chosen(arguments: argparse.Namespace) -> list[str]:
 
 
 def preload() -> None:
-    """Import what the processes share, once."""
+    """Import what the processes share, once; a first export fills the exporter's registries."""
     import timm
     import torchvision
     import transformers
@@ -95,6 +96,9 @@ def preload() -> None:
     transformers.logging.set_verbosity_error()
     for module in (anybit.calibrate, anybit.inspect, anybit.export, transformers.PreTrainedModel):
         assert module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(torch.nn.Linear(2, 2), (torch.zeros(2, 2),), dynamo=True, verbose=False)
 
 
 def main() -> None:

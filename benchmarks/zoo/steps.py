@@ -1,6 +1,7 @@
 """The steps of one network, each timed, its failure kept with its kind: a refusal of anybit's own, or a crash."""
 
 import math
+import re
 import tempfile
 import time
 import traceback
@@ -56,7 +57,8 @@ def described(error: Exception) -> dict[str, str]:
     kind = "refusal" if isinstance(error, anybit.AnybitError) else "crash"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/anybit/" in frame.filename]
     place = f"{frames[-1].filename.split('/anybit/')[-1]}:{frames[-1].name}" if frames else ""
-    return {"kind": kind, "class": type(error).__name__, "message": " ".join(str(error).split())[:600], "place": place}
+    message = re.sub(rf"{tempfile.gettempdir()}/\w+/", "", " ".join(str(error).split()))
+    return {"kind": kind, "class": type(error).__name__, "message": message[:600], "place": place}
 
 
 def run_steps(network: ZooNetwork, source: Source, all_steps: bool, keep: Callable[[Mapping[str, Any]], None]) -> None:
@@ -143,15 +145,20 @@ def real(outputs: Sequence[Tensor], batch: Batch) -> list[Tensor]:
 
 def coverage(model: nn.Module, report: Mapping[str, Any]) -> dict[str, Any]:
     """The share of the weights that is covered, of all parameters that are no vector; and what is not, by its reason."""
-    matrices = {name: one for name, one in model.named_parameters() if sum(size > 1 for size in one.shape) > 1}
-    total = sum(one.numel() for one in matrices.values())
-    covered = sum(math.prod(row["weight"]) for row in report["layers"].values() if row["weight"])
+    matrices = [one for one in model.parameters() if sum(size > 1 for size in one.shape) > 1]
+    modules = dict(model.named_modules())
+    covered = {}
+    for name, row in report["layers"].items():
+        if row["weight"]:  # a weight that layers share counts once
+            own = getattr(modules.get(name), "weight", None)
+            covered[id(own) if isinstance(own, nn.Parameter) else name] = math.prod(row["weight"])
+    share = sum(covered.values()) / max(sum(one.numel() for one in matrices), 1)
     reasons: dict[str, list[str]] = {}
     for name, why in report["uncovered"].items():
         reasons.setdefault(why, []).append(name)
     return {
         "layers": len(report["layers"]),
-        "covered": covered / max(total, 1),
+        "covered": min(share, 1.0),
         "uncovered": {why: names[:3] for why, names in reasons.items()},
     }
 

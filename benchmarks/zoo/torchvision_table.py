@@ -30,13 +30,11 @@ CLASSIFICATION: dict[str, dict[str, Any]] = {
     "squeezenet1_1": {},
     "swin_t": {},
     "swin_v2_t": {},
-    "vgg11": {},
-    "vgg11_bn": {},
     "wide_resnet50_2": {},
 }
 """name -> arguments of its constructor"""
 
-SIZES = {"inception_v3": 128, "vgg11": 64, "vgg11_bn": 64, "wide_resnet50_2": 64, "resnext50_32x4d": 64}
+SIZES = {"inception_v3": 128, "wide_resnet50_2": 64, "resnext50_32x4d": 64}
 """Pixels of a picture's side, where not 96"""
 
 
@@ -63,6 +61,13 @@ def small_maxvit() -> nn.Module:
     return MaxVit((64, 64), 64, 2, [64, 128, 256, 512], [1, 1, 1, 1], 32, 0.0).eval()
 
 
+def small_vgg(name: str) -> nn.Module:
+    """VGG whose first linear reads 2 x 2 places, not 7 x 7: a tenth of the weights."""
+    network = build(name)
+    network.avgpool, network.classifier[0] = nn.AdaptiveAvgPool2d(2), nn.Linear(512 * 4, 4096)
+    return network.eval()
+
+
 def _of_parts(name: str, wrapper: Callable[[nn.Module], nn.Module] | None = None) -> Callable[[], nn.Module]:
     return partial(build, name, wrapper, parts="backbone")
 
@@ -71,6 +76,8 @@ NETWORKS: dict[str, ZooNetwork] = {
     name: ZooNetwork(partial(build, name, **arguments), pictures(SIZES.get(name, 96))) for name, arguments in CLASSIFICATION.items()
 } | {
     "maxvit_t": ZooNetwork(small_maxvit, pictures(64)),
+    "vgg11": ZooNetwork(partial(small_vgg, "vgg11"), pictures(64)),
+    "vgg11_bn": ZooNetwork(partial(small_vgg, "vgg11_bn"), pictures(64)),
     "vit_b_16": ZooNetwork(small_vit, pictures(64)),
     "fcn_resnet50": ZooNetwork(_of_parts("fcn_resnet50"), pictures(64)),
     "deeplabv3_mobilenet_v3_large": ZooNetwork(_of_parts("deeplabv3_mobilenet_v3_large"), pictures(96)),

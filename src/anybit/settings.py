@@ -128,7 +128,28 @@ class Option:
         except AnybitError as error:
             raise InvalidSetting(f"{name or self.name}: {error}") from error
         except ValueError as error:
-            raise InvalidSetting(f"{name or self.name} {error}") from error
+            raise InvalidSetting(f"{name or self.name} {error}{self._meant(value)}") from error
+
+    def _meant(self, value: Any) -> str:
+        """Return the value that one of another type was meant as, as Python writes it, where that may be."""
+        for form in self._forms(value):
+            try:
+                self._typed(self.kind, form)
+            except (AnybitError, ValueError):
+                continue
+            return f" Write {self.name}={form!r}."
+        return ""
+
+    def _forms(self, value: Any) -> list[Any]:
+        """List what a value of another type may have been meant as."""
+        kind = typing.get_origin(without_none(self.kind))
+        if kind is Mapping and isinstance(value, (list, tuple)) and value and all(isinstance(one, str) for one in value):
+            return [dict.fromkeys(value, "W8A8")]
+        if kind is tuple and isinstance(value, (int, str)) and not isinstance(value, bool):
+            return [(value,)]
+        if isinstance(value, str) and self.choices:
+            return difflib.get_close_matches(value, list(self.choices), n=1)
+        return []
 
     def check_ready(self, value: Any) -> None:
         """Raise where what the value names is not there, naming the option as it is written on the command line."""

@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import Attention, Chain, Residual, assert_untouched, make, pictures, snapshot, zero_channel
+from networks import Attention, Chain, Residual, assert_untouched, make, numbers, pictures, snapshot, zero_channel
 from rounded import Rounded, rounded
 from torch import nn
 
 from anybit.data.batches import Batch
+from anybit.data.samples import Calibration
 from anybit.data.tasks import outputs_of
 from anybit.loops.reconstruction import DroppedInput, ReconstructionSettings, parallel, reconstruct, sequential
-from anybit.loops.units import UnitData, identity, mix
+from anybit.loops.units import UnitData, capture_sides, identity, mix
 from anybit.methods.adaquant import AdaQuant
 from anybit.methods.table import ROUNDINGS, rounding_named
 from anybit.networks.capture import MemoryBudget, capture
@@ -227,3 +228,70 @@ def test_a_mix_takes_each_element_from_one_of_the_two(drop):
     mixed = mix(x, quantized, drop)
     assert ((mixed == x) | (mixed == quantized)).all()
     assert float((mixed == x).float().mean()) == pytest.approx(drop, abs=0.04)
+
+
+class Pyramid(nn.Module):
+    """A head that runs on two sizes of pictures, as detectors' do, with an activation after each of its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, 2, 1)
+        self.head = nn.Conv2d(6, 4, 3, padding=1)
+
+    def forward(self, x):
+        large = torch.relu(self.stem(x))
+        small = torch.relu(self.down(large))
+        return torch.cat([torch.relu(self.head(level)).flatten(2) for level in (large, small)], 2)
+
+
+@every_rounding
+@pytest.mark.parametrize("form", ["sequential", "parallel"])
+def test_a_layer_that_runs_several_times_is_fitted_to_all_its_calls(form, rounding):
+    case = rounded(make(Pyramid), "W2A4")
+    network, settings = case.network, ReconstructionSettings(rounding, steps=100, batch_size=16)
+    changed = copy.deepcopy(case.model)
+    if form == "sequential":
+        errors = fit(case, settings, changed)["head"]
+    else:
+        starts = {2: case.starts}
+        errors = parallel({2: changed}, network.folded, network.units, starts, network.wiring, case.calibration, settings)["head"][2]
+
+    def error(model: nn.Module) -> float:
+        """The error of the head alone, over both calls, by the definition."""
+        wrong = power = 0.0
+        for batch in case.calibration.held_out:
+            with torch.no_grad():
+                large = torch.relu(network.folded.stem(batch.inputs))
+                inputs = [large, torch.relu(network.folded.down(large))]
+                for x in inputs:
+                    target = torch.relu(network.folded.head(x))
+                    wrong += float((torch.relu(model.head(x)) - target).square().sum())
+                    power += float(target.square().sum())
+        return wrong / power
+
+    assert errors["after"] < errors["before"]
+    if form == "parallel":
+        assert error(changed) == pytest.approx(errors["after"], rel=1e-3) and error(case.model) == pytest.approx(errors["before"], rel=1e-3)
+
+
+class Positions(nn.Module):
+    """A layer that reads data in one call and the same positions in another, whatever the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.key, self.positions = nn.Linear(6, 6), nn.Parameter(torch.randn(7, 6))
+
+    def forward(self, x):
+        return self.key(x) @ self.key(self.positions).T
+
+
+def test_a_call_that_reads_no_data_is_fitted_as_one_sample():
+    batches = [
+        Batch(numbers(count, 5, 6, seed=count).cumsum(2)) for count in (70, 140, 90)
+    ]  # the positions' rows are those of a batch, or not
+    case = rounded(make(Positions), "W2A8", calibration=Calibration(batches[:2], batches[2:]))
+    fitting = capture_sides(None, case.network.folded, case.network.units[0], case.calibration, MemoryBudget(2**20), 32)[0]
+    data, constant = fitting.calls
+    assert (data.count, constant.count) == (210, 1) and torch.equal(constant.arguments(torch.tensor([0]))[0][0], case.model.positions)
+    errors = fit(case, ReconstructionSettings(AdaQuant, steps=60, batch_size=16))
+    assert errors["key"]["after"] < errors["key"]["before"]

@@ -382,3 +382,30 @@ def test_every_norm_that_stays_has_its_reason():
     }  # fmt: skip
     assert pairs == {} and set(reasons) == set(expected)
     assert all(words in reasons[name] for name, words in expected.items())
+
+
+class Tokens(nn.Module):
+    """Linears whose batch norms are over channels, reached by reshapes; one is over tokens, one over half of the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.turned, self.of_tokens, self.halved = (nn.Linear(6, 6) for _ in range(4))
+        self.flat_norm, self.turned_norm, self.half_norm = nn.BatchNorm1d(6), nn.BatchNorm1d(6), nn.BatchNorm1d(3)
+        self.tokens_norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        x = self.flat(x)
+        x = self.flat_norm(x.flatten(0, 1)).reshape_as(x)
+        x = self.turned_norm(self.turned(x).transpose(1, 2)).transpose(1, 2)
+        x = self.tokens_norm(self.of_tokens(x))
+        first, second = self.halved(x).transpose(1, 2).chunk(2, 1)
+        return torch.cat([self.half_norm(first), second], 1)
+
+
+def test_a_norm_folds_through_reshapes_that_leave_it_the_layers_channels():
+    model, batch = make(Tokens), Batch(torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(0)))
+    wiring = observe(model, batch)
+    pairs = foldable(model, wiring)
+    assert pairs == {"flat": "flat_norm", "turned": "turned_norm"}
+    assert torch.allclose(run(fold(model, pairs)[0], batch), run(model, batch), atol=1e-5)
+    assert all("channels" in reason for reason in unfolded(model, wiring, pairs).values())

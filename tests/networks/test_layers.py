@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from networks import (
     NETWORKS,
-    CalledTwice,
     Depthwise,
     Padded,
     PaddedConv2d,
@@ -26,7 +25,6 @@ from anybit.data.batches import Batch
 from anybit.errors import UnsupportedModel
 from anybit.networks.layer_types import COVERED
 from anybit.networks.layers import (
-    check_plain_use,
     codes_of,
     coverage,
     emptied,
@@ -189,20 +187,6 @@ def test_gradients_reach_the_stored_weight_through_the_slot():
     fill(model[0], quantizer_of(model[0], 4), None)
     model(input_of("Conv2d")).square().sum().backward()
     assert float_weight(model[0]).grad.abs().sum() > 0
-
-
-def test_a_layer_called_twice_is_refused_with_the_remedy():
-    wiring = observe(make(CalledTwice), Batch(numbers(2, 4)))
-    check_plain_use(wiring, ["first", "fc"])
-    with pytest.raises(UnsupportedModel, match=r"again \(2 times\).*--keep 'again=float'"):
-        check_plain_use(wiring, wiring.layer_names())
-
-
-def test_all_layers_that_are_called_twice_are_named_at_once():
-    twice = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    wiring = observe(nn.Sequential(twice, twice), Batch(numbers(2, 4)))
-    with pytest.raises(UnsupportedModel, match=r"0\.0 \(2 times\), 0\.1 \(2 times\).*--keep '0\.0=float' --keep '0\.1=float'"):
-        check_plain_use(wiring, wiring.layer_names())
 
 
 def test_layers_that_share_a_weight_are_refused_by_name():

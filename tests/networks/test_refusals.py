@@ -24,6 +24,7 @@ from anybit.networks.layer_types import COVERED
 from anybit.networks.layers import coverage, prepare, quantized_layers, unwrapped
 from anybit.networks.rewrites import rewritten
 from anybit.networks.wiring import observe
+from anybit.sources.models import adapted_network, load_model
 
 WIDTH = 8
 TINY = {"samples": 24, "batch_size": 8, "weight_bits": (4, 8), "activation_bits": (8,), "alternatives": 1, "steps": 3, "candidate_steps": 2}
@@ -252,10 +253,10 @@ HANDLED = st.one_of(
     parts().map(lambda p: (Chosen, p)),
     st.tuples(st.sampled_from(["compared", "written", "spectrum", "weighed"]), parts()).map(lambda drawn: (Peeked, (drawn[0], *drawn[1]))),
     parts().map(lambda p: (Counting, p)),
-    st.sampled_from([(Attending, ()), (Recurrent, ()), (ByChannel, ()), (SharedBias, ())]),
+    st.sampled_from([(Attending, ()), (Recurrent, ()), (ByChannel, ()), (SharedBias, ()), (Twice, ())]),
 )
 REFUSED = st.one_of(
-    st.sampled_from([(Twice, ()), (Tied, ()), (BySize, ()), (Computed, ()), (Half, ())]),
+    st.sampled_from([(Tied, ()), (BySize, ()), (Computed, ()), (Half, ())]),
     parts().map(lambda p: (Remembering, p)),
     parts().map(lambda p: (AtRandom, p)),
 )
@@ -651,22 +652,57 @@ def test_a_pass_that_writes_into_a_weight_is_refused():
 
 
 COMPUTED = {
-    "weight norm": (lambda layer: parametrizations.weight_norm(layer), "remove_parametrizations(layer, 'weight')"),
-    "spectral norm": (lambda layer: parametrizations.spectral_norm(layer), "remove_parametrizations(layer, 'weight')"),
-    "weight norm of old": (lambda layer: nn.utils.weight_norm(layer), "remove_weight_norm(layer, 'weight')"),
-    "spectral norm of old": (lambda layer: nn.utils.spectral_norm(layer), "remove_spectral_norm(layer, 'weight')"),
-    "pruning": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "prune.remove(layer, 'weight')"),
-    "a bias": (lambda layer: nn.utils.parametrize.register_parametrization(layer, "bias", nn.Tanh()), "parametrizations(layer, 'bias')"),
+    "weight norm": lambda layer: parametrizations.weight_norm(layer),
+    "spectral norm": lambda layer: parametrizations.spectral_norm(layer),
+    "weight norm of old": lambda layer: nn.utils.weight_norm(layer),
+    "spectral norm of old": lambda layer: nn.utils.spectral_norm(layer),
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "a bias": lambda layer: nn.utils.parametrize.register_parametrization(layer, "bias", nn.Tanh()),
 }
+
+
+def with_computed(kind: str) -> nn.Module:
+    model = plain()
+    COMPUTED[kind](model.conv2)
+    model.eval()(pictures(2))
+    return model
 
 
 @pytest.mark.parametrize("kind", COMPUTED)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_computed_weight_is_refused_with_the_call_that_makes_it_plain(kind):
-    change, remedy = COMPUTED[kind]
-    model = plain()
-    change(model.conv2)
-    refused_calibrating(model, "conv2", "computed", remedy)
+def test_a_computed_weight_is_made_plain_on_a_copy(kind, tmp_path):
+    model = with_computed(kind)
+    before, outputs = snapshot(model), model(pictures(4))
+    copied = adapted_network(model)
+    assert set(copied.state_dict()) == set(plain().state_dict()) and torch.allclose(copied.eval()(pictures(4)), outputs, atol=1e-5)
+    assert adapted_network(copied) is copied
+    result = calibrated(model)
+    assert_untouched(model, before)
+    loaded = anybit.load(result.save(tmp_path / "run"), model=model)
+    assert torch.equal(loaded(pictures(4)), result.model(pictures(4)))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_file_of_weights_holds_them_as_they_are_computed(tmp_path, monkeypatch):
+    (tmp_path / "made.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    source = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 2)))
+    torch.save(source.state_dict(), "weights.pt")
+    model, x = load_model("made.py:net", "weights.pt"), numbers(4, 3)
+    assert set(model.state_dict()) == {"0.weight", "0.bias"} and torch.allclose(model(x), source(x))
+
+
+def test_a_weight_that_something_unknown_computes_is_refused():
+    class Halved(nn.Linear):
+        weight = property(lambda self: self.small * 2)
+
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.small, self.bias = nn.Parameter(torch.ones(5, 8)), None
+
+    refused_calibrating(plain(fc=Halved()), "fc", "computed", "layer.weight = nn.Parameter")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

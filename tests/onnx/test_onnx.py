@@ -712,6 +712,28 @@ def test_a_convolution_whose_norm_stays_is_carried(precision, tmp_path):
     assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
 
 
+def pyramid(net, x):
+    """A head on two sizes of pictures, and a linear on its own output."""
+    large = F.relu(net.a(x))
+    levels = [F.relu(net.head(level)).flatten(2) for level in (large, F.relu(net.b(large)))]
+    return torch.cat(levels, 2).mean(2) + net.m(net.m(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize("precision", ["W8A8", "W3A8", "W4A4", "float"])
+def test_layers_that_run_several_times_are_carried(precision, tmp_path):
+    layers = {"a": conv(3, 8, padding=1), "b": conv(8, 8, stride=2), "head": conv(8, 3), "m": nn.Linear(3, 3)}
+    canonical, batch = odd(pyramid, precision=precision, **layers)
+    graphs = exported(canonical, batch)
+    verdict = verdict_of(canonical, graphs, batch, tmp_path)
+    with torch.no_grad():
+        simulated = canonical.model(batch.inputs)
+    assert not verdict.failures and ("head" in verdict.kernels) == (precision != "float")
+    names = [node.name for node in graphs.integer.graph if node.name]
+    assert len(set(names)) == len(names) and {"head", "head#2", "m", "m#2"} <= set(names)
+    assert sum(name.startswith("head.") and "packed" in name for name in graphs.integer.graph.initializers) <= 2  # its weight is there once
+    assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
 class AnyArguments(nn.Module):
     """A forward whose input has no name of its own."""
 

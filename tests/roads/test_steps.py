@@ -102,11 +102,13 @@ def test_a_model_without_a_layer_is_refused():
         observe_network(nn.Sequential(nn.ReLU(), nn.Flatten()), Batch(pictures(2)), SETTINGS.options)
 
 
-def test_following_the_advice_on_a_layer_called_twice_works():
-    with pytest.raises(UnsupportedModel, match="again=float"):
-        observe_network(make(CalledTwice), Batch(numbers(2, 4)), SETTINGS.options)
-    network = observe_network(make(CalledTwice), Batch(numbers(2, 4)), CalibrateSettings(keep={"again": Precision()}).options)
-    assert network.choices["again"] == [Precision()]
+def test_a_layer_called_twice_is_one_layer_that_costs_its_weight_once_and_its_work_twice():
+    network = observe_network(make(CalledTwice), Batch(numbers(2, 4)), SETTINGS.options)
+    assert network.names == ["first", "again", "fc"] and network.calls["again"] == 2
+    assert network.costs.layers["again"].macs == 2 * 36 and network.costs.layers["again"].weights == 36
+    assert next(unit for unit in network.units if unit.name == "again").calls == 2
+    kept = observe_network(make(CalledTwice), Batch(numbers(2, 4)), CalibrateSettings(keep={"again": Precision()}).options)
+    assert kept.choices["again"] == [Precision()] and "again" not in kept.calls
 
 
 def test_the_units_follow_the_settings():

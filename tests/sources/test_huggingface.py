@@ -136,6 +136,25 @@ def test_a_bias_by_position_and_an_attention_sink_are_those_of_transformers():
     assert torch.allclose(ours, (scores @ value).transpose(1, 2), atol=1e-6)
 
 
+def test_an_encoder_decoder_shares_no_weight_and_computes_the_same():
+    config = transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=30, decoder_start_token_id=0)
+    plain = transformers.T5ForConditionalGeneration(config).eval()
+    tokens = torch.randint(2, 30, (3, 5))
+    model, given = adapted(plain), {"input_ids": tokens, "decoder_input_ids": tokens}
+    weights = [module.weight for module in model.modules() if isinstance(module, (nn.Embedding, nn.Linear))]
+    assert len({id(weight) for weight in weights}) == len(weights)
+    assert torch.allclose(model(**given).logits, plain(**given).logits, atol=1e-5)
+
+
+def test_a_weight_that_is_computed_in_every_pass_is_stored_and_the_given_network_stays():
+    plain = make("bert")
+    nn.utils.parametrizations.weight_norm(plain.classifier)
+    before, batch = plain.classifier.weight.clone(), inputs("bert")
+    model = adapted(plain)
+    assert torch.equal(model.classifier._parameters["weight"], before) and torch.equal(plain.classifier.weight, before)
+    assert torch.allclose(call(model, batch.inputs).logits, call(plain, batch.inputs).logits, atol=1e-5)
+
+
 # Padding
 
 

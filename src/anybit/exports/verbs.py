@@ -13,6 +13,7 @@ import onnxruntime
 import torch
 from torch import nn
 
+from anybit.calls import public
 from anybit.data.batches import Batch, call
 from anybit.data.samples import Samples
 from anybit.data.tasks import Metric, beside, outputs_of
@@ -43,6 +44,7 @@ CHECKED = 64
 """Inputs on which codes are compared one by one."""
 
 
+@public
 def export(
     run: str | Path,
     onnx: str | Path,
@@ -99,6 +101,7 @@ def _first(samples: Samples, count: int) -> Batch:
     return next(samples.subset(range(min(count, len(samples)))).batches(count))
 
 
+@public
 def verify(
     run: str | Path,
     onnx: str | Path,
@@ -158,6 +161,7 @@ def _predicted(running: Any, model: nn.Module, batches: Sequence[Batch]) -> torc
     return torch.cat(parts)
 
 
+@public
 def bench(
     run: str | Path,
     onnx: str | Path | None = None,
@@ -184,6 +188,7 @@ def bench(
     return report
 
 
+@public
 def profile(
     model: nn.Module | str,
     data: Any,

@@ -99,7 +99,7 @@ def _float_patches(layers: Mapping[str, nn.Module], float_module: nn.Module, dat
             mask, share = data.mask(indices), len(indices) / data.count
             for calls in drawn.values():
                 calls.append([])
-            args, kwargs = data.float_side.batch(indices)
+            args, kwargs = data.float_arguments(indices)
             float_module(*args, **kwargs)
     return drawn
 

@@ -9,6 +9,7 @@ loop, `reconstruct`:
     parallel     X_Q is X, the float network's input: units are independent of each other, and any mix of them can be put together
     sequential   X_Q is what the already quantized network gives the unit: for the scheme that has been chosen
 
+  * A layer that runs several times in a pass is fitted to all its calls.
   * Learning rates decay to zero along a cosine, which settles weights that flip between two codes.
   * Quantization may be dropped: a random share of the unit's input elements stays float, and so does a share of each inner activation
     (Wei et al., "QDrop", ICLR 2022).

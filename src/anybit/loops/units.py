@@ -1,7 +1,7 @@
 """What a unit is fitted to: its inputs and outputs in the float network, and the inputs that it will really see."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from anybit.data.batches import unpadded
 from anybit.data.samples import Calibration
-from anybit.networks.capture import Captured, MemoryBudget, capture, carry, chunks
+from anybit.networks.capture import Captured, MemoryBudget, capture_calls, carry, chunks
 from anybit.networks.layers import QuantizedLayer, quantized_layers
 from anybit.networks.wiring import Unit, Wiring
 
@@ -56,9 +56,63 @@ class UnitData:
         mixed = tuple(_mix_argument(f, q, drop) for f, q in zip(float_args, args, strict=True))
         return mixed, {key: _mix_argument(float_kwargs[key], value, drop) for key, value in kwargs.items()}
 
+    def float_arguments(self, indices: Tensor) -> tuple[tuple, dict]:
+        """Return (args, kwargs) of some samples on the float side."""
+        return self.float_side.batch(indices)
+
     def targets(self, indices: Tensor) -> Tensor:
         """Return the float outputs of some samples."""
         return self.float_side.outputs(indices)
+
+
+@dataclass(frozen=True)
+class RepeatedData(UnitData):
+    """The same of a layer that runs several times in a pass; the samples of its `calls` are counted one call after the other."""
+
+    calls: tuple[UnitData, ...] = ()
+
+    @classmethod
+    def of(cls, calls: Sequence[UnitData]) -> "RepeatedData":
+        first = calls[0]
+        return cls(first.float_side, first.quantized_side, sum(call.count for call in calls), first.chunk, tuple(calls))
+
+    def _within(self, indices: Tensor) -> tuple[UnitData, Tensor]:
+        """Return (the call that these samples are of, their indices in it)."""
+        start, first = 0, int(indices.min())
+        for call in self.calls:
+            if first < start + call.count:
+                return call, indices - start
+            start += call.count
+        raise IndexError(first)
+
+    def draw(self, size: int) -> Tensor:
+        """Draw the indices of `size` random samples of one call, which comes as often as it has samples."""
+        place = torch.randint(self.count, (1,))
+        call, own = self._within(place)
+        return place - own + call.draw(size)
+
+    def parts(self, limit: int | None = None) -> Iterator[Tensor]:
+        """Yield the indices of everything (of the first `limit`, as many of each call), a forward pass at a time."""
+        start = 0
+        for call in self.calls:
+            yield from (start + indices for indices in call.parts(limit and max(1, limit // len(self.calls))))
+            start += call.count
+
+    def mask(self, indices: Tensor) -> Tensor | None:
+        call, own = self._within(indices)
+        return call.mask(own)
+
+    def arguments(self, indices: Tensor, drop: float = 0.0) -> tuple[tuple, dict]:
+        call, own = self._within(indices)
+        return call.arguments(own, drop)
+
+    def float_arguments(self, indices: Tensor) -> tuple[tuple, dict]:
+        call, own = self._within(indices)
+        return call.float_arguments(own)
+
+    def targets(self, indices: Tensor) -> Tensor:
+        call, own = self._within(indices)
+        return call.targets(own)
 
 
 def _mix_argument(float_item: Any, quantized_item: Any, drop: float) -> Any:
@@ -72,9 +126,13 @@ def capture_sides(
     """Capture what the unit is fitted to and judged on; the quantized side is left out where there is no `model`."""
     sides = []
     for batches, count in zip((calibration.fitting, calibration.held_out), calibration.count(), strict=True):
-        float_side = capture(float_model, unit.name, batches, count, budget, outputs=True)
-        quantized_side = None if model is None else capture(model, unit.name, batches, count, budget)
-        sides.append(UnitData(float_side, quantized_side, len(batches) if float_side.masks else count, chunk))
+        float_side = capture_calls(float_model, unit.name, batches, count, budget, outputs=True, constant=[True] * unit.calls)
+        quantized_side: Sequence[Captured | None] = [None] * unit.calls
+        if model is not None:
+            quantized_side = capture_calls(model, unit.name, batches, count, budget, constant=[one.constant for one in float_side])
+        counts = [1 if one.constant else len(batches) if one.masks else count for one in float_side]
+        calls = [UnitData(*call, chunk) for call in zip(float_side, quantized_side, counts, strict=True)]
+        sides.append(calls[0] if len(calls) == 1 else RepeatedData.of(calls))
     return sides
 
 

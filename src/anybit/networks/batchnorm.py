@@ -39,7 +39,7 @@ from anybit.networks.norms import (
     tracking_norms,
     without_normalization,
 )
-from anybit.networks.wiring import BATCH_NORM, LAYER, Wiring, observe_outputs
+from anybit.networks.wiring import BATCH_NORM, LAYER, RESHAPES, Wiring, observe_outputs
 from anybit.numerics.quantizers import UniformQuantizer
 
 
@@ -75,9 +75,7 @@ def _obstacle(model: nn.Module, wiring: Wiring, name: str, norm_name: str) -> st
     sharers = [other for other, module in model.named_modules() if isinstance(module, COVERED) and module.weight is layer.weight]
     if len(sharers) > 1 or name in wiring.read_weights:
         return f"the weight of {name} serves " + (" and ".join(sharers) if len(sharers) > 1 else "something else too")
-    if len(running_statistics(norm)[0]) != wiring.operation(name).shape[1]:
-        return f"its channels are not those of {name}"
-    if not only_normalizes_first(norm, wiring.operation(name).shape):
+    if not only_normalizes_first(norm, wiring.operation(norm_name).shape):
         return f"the forward of {type(norm).__name__} is not a normalization by running statistics and something after it"
     return None
 
@@ -94,7 +92,11 @@ def _reason(model: nn.Module, wiring: Wiring, name: str) -> str:
         return f"it runs {wiring.calls[name]} times in one forward pass"
     if not operation.inputs:
         return "what it reads was not seen being made"
-    maker = wiring.maker(operation.inputs[0])
+    value = operation.inputs[0]
+    maker = wiring.maker(value)
+    while maker is not None and maker.kind in RESHAPES and wiring.only_reader(value) is not None:
+        value = maker.inputs[0]
+        maker = wiring.maker(value)
     if maker is None:
         return "it reads the network's input"
     if maker.kind != LAYER:
@@ -103,9 +105,9 @@ def _reason(model: nn.Module, wiring: Wiring, name: str) -> str:
         return _obstacle(model, wiring, maker.name, name) or "folding it changes the network's outputs"
     if wiring.calls[maker.name] > 1:
         return f"{maker.name} before it runs {wiring.calls[maker.name]} times in one forward pass"
-    if wiring.only_reader(operation.inputs[0]) is None:
+    if wiring.only_reader(value) is None:
         return f"the output of {maker.name} is read by others too"
-    return f"its channels are not those of {maker.name}"
+    return f"it does not normalize all channels of {maker.name} before it"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -99,12 +99,14 @@ class Captured:
 
     `arguments` are the (args, kwargs) of its forward, as nested as they came, every tensor of the batch replaced by its store; a tensor
     that is the same for all samples (a mask) is kept once. Of padded batches `masks` say which tokens are real; they are kept whole.
+    `constant` says that the module reads the same in every batch (positions, say), which is kept as one sample.
     """
 
     arguments: tuple[tuple, dict]
     output: CapturedTensor | BatchStore | None
     device: torch.device
     masks: list[Tensor | None] | None = None
+    constant: bool = False
 
     def batch(self, indices: Tensor) -> tuple[tuple, dict]:
         """Return (args, kwargs) of the samples `indices` (of padded data: of one batch), on the device they came from."""
@@ -137,32 +139,75 @@ def carry(
 
 @torch.no_grad()
 def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, budget: MemoryBudget, outputs: bool = False) -> Captured:
-    """Return inputs (and `outputs`, if asked) of module `name` over `batches`, which hold `count` samples together.
+    """Return inputs (and `outputs`, if asked) of module `name`, which runs once a pass, over `batches`, of `count` samples together."""
+    (captured,) = capture_calls(model, name, batches, count, budget, outputs)
+    return captured
+
+
+@torch.no_grad()
+def capture_calls(
+    model: nn.Module,
+    name: str,
+    batches: Iterable[Batch],
+    count: int,
+    budget: MemoryBudget,
+    outputs: bool = False,
+    constant: Sequence[bool] = (True,),
+) -> list[Captured]:
+    """Return the same of each of the calls of a module in a pass; `constant` says of each whether it may turn out to be constant, which the
+    float network decides for the quantized one, too.
 
     Tensors are copied the moment they pass: a later in-place operation (`out += shortcut`) would rewrite them.
-    The pass stops once the module has run. Raises UnsupportedModel where the module's rows cannot be told apart by sample; padded
-    batches are kept as they are.
+    The pass stops once the module has run for the last time. Raises UnsupportedModel where the module's rows cannot be told apart by
+    sample; padded batches are kept as they are.
     """
     batches = list(batches)
     padded = _differ_in_length([batch.mask for batch in batches])
-    recorder = _WholeBatches(name, budget, outputs) if padded else _Recorder(name, count, budget, outputs)
-    module = model.get_submodule(name)
-    hooks = [module.register_forward_pre_hook(recorder.before, with_kwargs=True), module.register_forward_hook(recorder.after)]
+    recorders = [_WholeBatches(name, budget, outputs) if padded else _Recorder(name, count, budget, outputs, may_be) for may_be in constant]
+    turns, module = _Turns(recorders), model.get_submodule(name)
+    hooks = [module.register_forward_pre_hook(turns.before, with_kwargs=True)]
+    if outputs:
+        hooks.append(module.register_forward_hook(turns.after))
     try:
         for batch in batches:
-            if isinstance(recorder, _Recorder):
-                recorder.batch_size = len(batch)
+            turns.begin(len(batch))
             with suppress(_Stop):
                 call(model, batch.inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    if not recorder.complete(len(batches)):
-        raise UnsupportedModel(f"Unit {name} does not run once for every input: it is skipped or repeated. Keep its layers float.")
-    captured = recorder.captured
-    if padded:
-        captured.masks = [batch.mask for batch in batches]
+    if not all(recorder.complete(len(batches)) for recorder in recorders):
+        raise UnsupportedModel(f"Unit {name} does not run as often for every input: it is skipped or repeated. Keep its layers float.")
+    captured = [recorder.captured for recorder in recorders]
+    for one in captured if padded else ():
+        one.masks = [batch.mask for batch in batches]
     return captured
+
+
+class _Turns:
+    """Give each call of a module in a pass to a recorder of its own, and end the pass after the last."""
+
+    def __init__(self, recorders: "Sequence[_Recorder | _WholeBatches]"):
+        self.recorders, self.at = recorders, 0
+
+    def begin(self, batch_size: int) -> None:
+        self.at = 0
+        for recorder in self.recorders:
+            recorder.batch_size = batch_size
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.recorders[self.at].before(args, kwargs)
+        if not self.recorders[self.at].outputs:
+            self._proceed()
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.recorders[self.at].after(output)
+        self._proceed()
+
+    def _proceed(self) -> None:
+        self.at += 1
+        if self.at == len(self.recorders):
+            raise _Stop
 
 
 def _differ_in_length(masks: list[Tensor | None]) -> bool:
@@ -179,20 +224,26 @@ class _Place:
 
 
 class _Recorder:
-    """Provide the two hooks of `capture` and hold their tensors."""
+    """Record one call in every batch."""
 
-    def __init__(self, name: str, count: int, budget: MemoryBudget, outputs: bool):
-        self.name, self.count, self.budget, self.outputs = name, count, budget, outputs
+    def __init__(self, name: str, count: int, budget: MemoryBudget, outputs: bool, may_be_constant: bool):
+        self.name, self.count, self.budget, self.outputs, self.may_be_constant = name, count, budget, outputs, may_be_constant
         self.batch_size = self.calls = 0
         self.places: Any = None  # (args, kwargs) with a _Place for each tensor
         self.first: list[Tensor] = []  # the tensors of the first batch
         self.stores: list[CapturedTensor | None] = []  # None: the rows are not the batch's
         self.same: set[int] = set()  # tensors that were the same in every batch so far
         self.output: CapturedTensor | None = None
+        self.first_output: Tensor | None = None
 
     def complete(self, batches: int) -> bool:
         """Return whether every sample was seen once."""
-        return all(store is None or store.filled == self.count for store in [*self.stores, self.output])
+        return self.constant or all(store is None or store.filled == self.count for store in [*self.stores, self.output])
+
+    @property
+    def constant(self) -> bool:
+        """Return whether all that was read was the same in every batch."""
+        return len(self.same) == len(self.first) and (self.calls > 1 or self.stores[0] is None)
 
     @property
     def captured(self) -> Captured:
@@ -202,40 +253,44 @@ class _Recorder:
             store, same = self.stores[place.number], place.number in self.same and self.calls > 1
             return self.first[place.number] if store is None or same else store
 
-        return Captured(map_leaves(self.places, _Place, held), self.output, self.first[0].device)
+        output = self.output
+        if self.constant and self.first_output is not None:
+            output = CapturedTensor(self.first_output[None])
+        return Captured(map_leaves(self.places, _Place, held), output, self.first[0].device, constant=self.constant)
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(self, args: tuple, kwargs: dict) -> None:
         tensors = [tensor.detach() for tensor in tensors_in((args, kwargs))]  # a forward may take gradients of its own
         if not self.calls:
             numbers = iter(range(len(tensors)))
             self.places = map_leaves((args, kwargs), Tensor, lambda _: _Place(next(numbers)))
             self.first = [tensor.clone() for tensor in tensors]
             self.stores = [self._store(tensor) for tensor in tensors]
-            self.same = set(range(1, len(tensors)))  # the first tensor is the data, whatever it holds
+            self.same = set(range(0 if self.may_be_constant else 1, len(tensors)))
         self.calls += 1
         self.same = {number for number in self.same if torch.equal(tensors[number], self.first[number])}
         for number, (store, tensor) in enumerate(zip(self.stores, tensors, strict=True)):
-            if store is not None:
-                self._checked(tensor, store).add(tensor, self.batch_size)
-            elif number not in self.same:
+            if store is not None and self._fits(tensor, store):
+                store.add(tensor, self.batch_size)
+            elif number in self.same:
+                self.stores[number] = None
+            else:
                 raise UnsupportedModel(self._refusal(tensor))
-        if not self.outputs:
-            raise _Stop
 
-    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def after(self, output: Any) -> None:
         _check_tensor(self.name, output)
-        self.output = self.output or self._store(output)
-        self._checked(output, self.output).add(output.detach(), self.batch_size)
-        raise _Stop
+        if self.first_output is None:
+            self.first_output, self.output = output.detach().clone(), self._store(output)
+        if self.output is not None and self._fits(output, self.output):
+            self.output.add(output.detach(), self.batch_size)
+        elif self.same != set(range(len(self.first))):
+            raise UnsupportedModel(self._refusal(output))
 
     def _store(self, values: Tensor) -> CapturedTensor | None:
         is_batched = values.dim() and len(values) % self.batch_size == 0
         return CapturedTensor.like(values, self.batch_size, self.count, self.budget) if is_batched else None
 
-    def _checked(self, values: Tensor, store: CapturedTensor | None) -> CapturedTensor:
-        if store is None or len(values) != self.batch_size * store.tensor.shape[1]:
-            raise UnsupportedModel(self._refusal(values))
-        return store
+    def _fits(self, values: Tensor, store: CapturedTensor) -> bool:
+        return len(values) == self.batch_size * store.tensor.shape[1]
 
     def _refusal(self, values: Tensor) -> str:
         return (
@@ -250,10 +305,10 @@ def _check_tensor(name: str, output: Any) -> None:
 
 
 class _WholeBatches:
-    """Provide the two hooks of `capture` for padded batches, whose lengths differ: nothing is cut by sample."""
+    """Record one call in every batch of padded ones, whose lengths differ: nothing is cut by sample."""
 
     def __init__(self, name: str, budget: MemoryBudget, outputs: bool):
-        self.name, self.budget, self.outputs, self.calls = name, budget, outputs, 0
+        self.name, self.budget, self.outputs, self.calls, self.batch_size = name, budget, outputs, 0, 0
         self.places: Any = None
         self.stores: list[BatchStore] = []
         self.output = BatchStore([]) if outputs else None
@@ -267,7 +322,7 @@ class _WholeBatches:
     def captured(self) -> Captured:
         return Captured(map_leaves(self.places, _Place, lambda place: self.stores[place.number]), self.output, self.device)
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(self, args: tuple, kwargs: dict) -> None:
         tensors = tensors_in((args, kwargs))
         if not self.calls:
             numbers = iter(range(len(tensors)))
@@ -276,14 +331,11 @@ class _WholeBatches:
         self.calls += 1
         for store, tensor in zip(self.stores, tensors, strict=True):
             store.add(tensor, self.budget)
-        if not self.outputs:
-            raise _Stop
 
-    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def after(self, output: Any) -> None:
         _check_tensor(self.name, output)
         assert self.output is not None  # else `before` has stopped the pass
         self.output.add(output, self.budget)
-        raise _Stop
 
 
 @torch.no_grad()

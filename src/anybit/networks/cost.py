@@ -129,6 +129,6 @@ class CostModel:
 
 
 def macs_per_sample(layer: nn.Module, name: str, wiring: Wiring) -> int:
-    """Count the multiply-accumulates of one sample, from the observed shapes."""
-    weights, output_shape = float_weight(layer).numel(), wiring.operation(name).shape
-    return type_of(layer).macs(weights, wiring.input_shapes[name], output_shape, wiring.batch_size)
+    """Count the multiply-accumulates of one sample in all calls of the layer, from the observed shapes."""
+    weights, count = float_weight(layer).numel(), type_of(layer).macs
+    return sum(count(weights, run.read, run.shape, wiring.batch_size) for run in wiring.runs(name))

@@ -87,7 +87,7 @@ class _Rule:
             for value in op.outputs:
                 self.maker[value] = at
                 self.root[value] = self.root[op.inputs[0]] if op.moves and op.inputs else value
-                self.names.setdefault(value, op.name)
+                self.names.setdefault(value, op.edge)
         self.groups: dict[int, list[int]] = {}
         for value, root in self.root.items():
             self.groups.setdefault(root, []).append(value)

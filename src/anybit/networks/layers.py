@@ -113,25 +113,17 @@ def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str],
 
 
 def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
-    """Raise UnsupportedModel naming those of `names` that run more than once, for one range cannot serve two inputs well, or else the first
-    that runs in surroundings that it would not have when it is run alone."""
-    names = list(names)
-    repeated = [name for name in names if wiring.calls[name] > 1]
-    if repeated:
-        calls = ", ".join(f"{name} ({wiring.calls[name]} times)" for name in repeated)
-        keeps = " ".join(f"--keep '{name}=float'" for name in repeated)
-        raise UnsupportedModel(
-            f"These layers run more than once in one forward pass, and one input range would have to serve all calls: {calls}. Give each "
-            f"call a layer of its own, or keep them float: {keeps}."
-        )
+    """Raise UnsupportedModel naming the first of `names` that runs in surroundings that it would not have when it is run alone, or gives
+    several tensors."""
     for name in names:
         if name in wiring.surroundings:
             raise UnsupportedModel(
                 f"Layer {name} runs {wiring.surroundings[name]}. Let the forward call it plainly, or keep it float: --keep '{name}=float'."
             )
-        if len(wiring.operation(name).outputs) != 1:
+        several = [len(operation.outputs) for operation in wiring.runs(name) if len(operation.outputs) != 1]
+        if several:
             raise UnsupportedModel(
-                f"Layer {name} returns {len(wiring.operation(name).outputs)} tensors; a layer that is quantized returns one. Let it return "
+                f"Layer {name} returns {several[0]} tensors; a layer that is quantized returns one. Let it return "
                 f"one, or keep it float: --keep '{name}=float'."
             )
 

@@ -42,9 +42,9 @@ class ObservedNetwork:
     unfolded: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def used_once(self) -> list[str]:
-        """Return the layers that are not kept float in everything: they must run once in every pass."""
-        return [name for name, options in self.choices.items() if options != [FLOAT]]
+    def calls(self) -> dict[str, int]:
+        """Return layer -> how often it runs in every pass, for layers that are not kept float in everything."""
+        return {name: self.wiring.calls[name] for name, options in self.choices.items() if options != [FLOAT]}
 
     @property
     def names(self) -> list[str]:

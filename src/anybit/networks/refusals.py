@@ -6,7 +6,7 @@ None of it shows in a layer alone: how weights are held, whether a pass can be r
 import copy
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -244,24 +244,29 @@ def check_differentiable(model: nn.Module, blocks: Iterable[str], example: Batch
 
 
 @contextmanager
-def once_a_batch(model: nn.Module, layers: Collection[str]) -> Iterator[None]:
-    """Require every pass inside to run each of `layers` once, as the example did; raise UnsupportedModel naming one that does not."""
+def as_observed(model: nn.Module, expected: Mapping[str, int]) -> Iterator[None]:
+    """Require every pass inside to run each layer as often as the example did, `expected`; raise UnsupportedModel naming one that does
+    not."""
     calls: Counter[str] = Counter()
 
     def check(*_: Any) -> None:
-        for name in layers:
-            if calls[name] != 1:
+        for name, count in expected.items():
+            if calls[name] != count:
                 raise UnsupportedModel(
-                    f"Layer {name} runs {calls[name]} times on some inputs and once on others: the network chooses by its inputs or by how "
-                    f"many there are. Keep it float: --keep '{name}=float'."
+                    f"Layer {name} runs {_times(calls[name])} on some inputs and {_times(count)} on others: the network chooses by its "
+                    f"inputs or by how many there are. Keep it float: --keep '{name}=float'."
                 )
         calls.clear()
 
     hooks = [model.register_forward_hook(check)]
-    for name in layers:
+    for name in expected:
         hooks.append(model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name])))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

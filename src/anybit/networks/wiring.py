@@ -6,8 +6,8 @@ after each layer, every tensor's readers, the joins, the blocks, and the shapes 
 """
 
 import operator
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -30,7 +30,8 @@ FUNCTIONS = {
 JOINS = {"add", "sub", "mul", "cat", "concat", "concatenate", "stack"}
 RESHAPES = {
     "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "getitem", "chunk", "split",
-    "expand", "narrow", "dropout", "detach", "clone", "to", "float", "type", "t", "T", "movedim", "unflatten",
+    "expand", "narrow", "reshape_as", "view_as", "expand_as", "type_as", "dropout", "detach", "clone", "to", "float", "type", "t", "T",
+    "movedim", "unflatten",
 }  # fmt: skip
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": F.relu, "relu6": F.relu6, "hardtanh": F.hardtanh, "silu": F.silu, "gelu": F.gelu, "hardswish": F.hardswish,
@@ -45,6 +46,17 @@ MOVES = RESHAPES | {"max_pool1d", "max_pool2d", "max_pool3d", "identity"}
 """Functions whose output holds only numbers of their input, as padding with zeros does, too."""
 
 
+def name_of_call(module: str, call: int) -> str:
+    """Return the name of a module's call, counted from 1: its own of the first."""
+    return module if call == 1 else f"{module}#{call}"
+
+
+def module_of_call(name: str) -> str:
+    """Return the module whose call `name` is."""
+    module, mark, number = name.rpartition("#")
+    return module if mark and number.isdecimal() else name
+
+
 @dataclass(frozen=True)
 class Operation:
     """Describe one observed step: a layer, a batch norm, or a function.
@@ -56,6 +68,9 @@ class Operation:
     outputs   the values made
     shape     of the first output, batch included
     function  for an activation: the out-of-place function of one tensor
+    call      of a module: which of its calls it is, from 1
+    within    of a layer: the modules whose forwards were running, outermost first
+    read      of a layer: the shape of the first tensor that it reads, batch included
     moves     whether the output holds only numbers of the input, and zero
     constants tensors of several numbers among the operands that are no observed values: weights, masks, buffers
     """
@@ -67,8 +82,16 @@ class Operation:
     outputs: tuple[int, ...]
     shape: tuple[int, ...]
     function: Callable[[Tensor], Tensor] | None = None
+    call: int = 1
+    within: tuple[str, ...] = ()
+    read: tuple[int, ...] = ()
     moves: bool = False
     constants: int = 0
+
+    @property
+    def edge(self) -> str:
+        """The name of its first output's values, which each call of a module has for itself."""
+        return name_of_call(self.name, self.call)
 
     @property
     def clamps(self) -> bool:
@@ -78,24 +101,28 @@ class Operation:
 
 @dataclass(frozen=True)
 class Unit:
-    """Name a layer or a block whose output is reconstructed at once; `name` is the module to run, `layers` those in it, in call order."""
+    """Name a layer or a block whose output is reconstructed at once; `name` is the module to run, `layers` those in it, in call order.
+
+    A layer may run in several `calls` of a pass.
+    """
 
     name: str
     layers: tuple[str, ...]
+    calls: int = 1
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """The record of one forward pass. Lookups are by name; `calls` counts how often each module ran."""
+    """The record of one forward pass. Lookups are by name; `calls` counts how often each module ran, and `module_outputs` are what it gave
+    in each call, where all are tensors."""
 
     operations: tuple[Operation, ...]
     calls: dict[str, int]
-    module_outputs: dict[str, int]
+    module_outputs: dict[str, tuple[int, ...]]
     input_values: tuple[int, ...]
     output_values: tuple[int, ...]
     batch_size: int
     classes: dict[str, str] = field(default_factory=dict)
-    input_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     module_inputs: dict[str, int] = field(default_factory=dict)
     escaped: frozenset[int] = frozenset()
     """Values that something reads which is no operation here: a comparison, an index, a number taken out."""
@@ -103,8 +130,8 @@ class Wiring:
     """Layer -> what is around it in the forward and would not be when it is run alone (vmap, autocast, gradients)."""
     read_weights: frozenset[str] = frozenset()
     """Layers whose weight or bias something besides them reads."""
-    channels_last: frozenset[str] = frozenset()
-    """Layers whose output has its channels in the last dimension."""
+    channels_second: dict[int, str] = field(default_factory=dict)
+    """Value that a batch norm reads -> the layer whose channels, all of them and in order, are its second dimension."""
 
     @cached_property
     def _by_name(self) -> dict[str, Operation]:
@@ -130,6 +157,18 @@ class Wiring:
         """Return the (first) operation of that name."""
         return self._by_name[name]
 
+    def runs(self, layer: str) -> list[Operation]:
+        """Return the operations of all calls of a layer or batch norm, in order."""
+        return self._runs.get(layer, [])
+
+    @cached_property
+    def _runs(self) -> dict[str, list[Operation]]:
+        runs: dict[str, list[Operation]] = {}
+        for operation in self.operations:
+            if operation.kind in (LAYER, BATCH_NORM):
+                runs.setdefault(operation.name, []).append(operation)
+        return runs
+
     def readers(self, value: int) -> list[Operation]:
         """Return the operations that read `value`, in order."""
         return self._by_input.get(value, [])
@@ -148,34 +187,43 @@ class Wiring:
         return list(dict.fromkeys(op.name for op in self.operations if op.kind == LAYER))
 
     def batch_norm_after(self, layer: str) -> str | None:
-        """Return the batch norm that alone reads this layer's output, both called once; None where there is none."""
-        reader = self.only_reader(self.operation(layer).outputs[0])
+        """Return the batch norm that alone reads this layer's output and normalizes its channels, both called once; None where there is
+        none."""
+        value = self.operation(layer).outputs[0]
+        reader = self.only_reader(value)
+        while reader is not None and reader.kind in RESHAPES and len(reader.outputs) == 1:
+            (value,) = reader.outputs
+            reader = self.only_reader(value)
         if reader is None or reader.kind != BATCH_NORM or self.calls[layer] != 1 or self.calls[reader.name] != 1:
             return None
-        # Where channels are the last dimension, a batch norm over the second is not about them.
-        over_others = layer in self.channels_last and len(self.operation(layer).shape) > 2
-        return None if over_others else reader.name
+        return reader.name if self.channels_second.get(value) == layer else None
 
     def activation_after(self, module: str) -> Callable[[Tensor], Tensor] | None:
-        """Return the activation that alone reads this module's output (seen through its batch norm), or None.
+        """Return the activation that alone reads this module's output (seen through its batch norm), or None; of one that runs several
+        times, what reads all its outputs alike.
 
         A ReLU after a residual sum is the sum's, not the convolution's: the sum stands between them here as in the network.
         """
-        value = self.module_outputs.get(module)
-        reader = None if value is None else self.only_reader(value)
+        first, *others = [self._activation_of(value) for value in self.module_outputs.get(module, ())] or [None]
+        return first if all(_alike(first, other) for other in others) else None
+
+    def _activation_of(self, value: int) -> Callable[[Tensor], Tensor] | None:
+        reader = self.only_reader(value)
         if reader is not None and reader.kind == BATCH_NORM:
             reader = self.only_reader(reader.outputs[0])
         return None if reader is None else reader.function
 
     def feeds(self, first: str, second: str) -> bool:
         """Return whether all that module `second` reads is what `first` gives, through the activation after it where there is one."""
-        value = self.module_outputs.get(first)
-        reader = None if value is None else self.only_reader(value)
+        if self.calls.get(first) != 1 or self.calls.get(second) != 1 or first not in self.module_outputs:
+            return False
+        (value,) = self.module_outputs[first]
+        reader = self.only_reader(value)
         if reader is not None and reader.function is not None:
             value = reader.outputs[0]
         elif reader is not None and reader.kind == BATCH_NORM:
             return False
-        return value is not None and self.module_inputs.get(second) == value
+        return self.module_inputs.get(second) == value
 
     def joins(self) -> list[Operation]:
         """Return the sums, products and concatenations of several observed values."""
@@ -192,7 +240,8 @@ class Wiring:
     def blocks(self, named: list[str] | None = None) -> list[str]:
         """Return the modules to reconstruct whole: the innermost ones whose forward joins values, and others of the same class.
 
-        A join in the root makes no block; of two nested candidates the inner one stays. `named` are taken instead where given.
+        A join in the root makes no block; of two nested candidates the inner one stays. One that shares a layer with what is outside of it
+        is none. `named` are taken instead where given.
         """
         if named is not None:
             return self._check_blocks(named)
@@ -200,13 +249,20 @@ class Wiring:
         # The first block of a stage often has no shortcut and so no join: its class tells that it is one of the kind.
         kinds = {self.classes[name] for name in joining}
         candidates = {name for name, count in self.calls.items() if name and count == 1 and self.classes[name] in kinds}
-        candidates = {name for name in candidates | joining if self.calls[name] == 1 and name in self.module_outputs}
+        candidates = {name for name in candidates | joining if self._is_whole(name)}
         return [name for name in self.calls if name in candidates and not any(_inside(other, name) for other in candidates)]
+
+    def _is_whole(self, module: str) -> bool:
+        """Return whether a module runs once, gives one tensor, and runs all calls of the layers in it and of no others."""
+        runs_once = self.calls.get(module) == 1 and module in self.module_outputs
+        return runs_once and all(_inside(op.name, module) == (module in op.within) for op in self.operations if op.kind == LAYER)
 
     def _check_blocks(self, named: list[str]) -> list[str]:
         for name in named:
-            if self.calls.get(name) != 1 or name not in self.module_outputs:
-                raise InvalidSetting(f"Block {name!r} is not a module that runs once and returns one tensor. Name a submodule that does.")
+            if not self._is_whole(name):
+                raise InvalidSetting(
+                    f"Block {name!r} is not a module that runs once, returns one tensor and shares no layer. Name a submodule that does."
+                )
             nested = [other for other in named if _inside(other, name)]
             if nested:
                 raise InvalidSetting(f"Block {name!r} contains block {nested[0]!r}. Name one of the two.")
@@ -218,7 +274,7 @@ class Wiring:
         for layer in layers:
             home = next((block for block in blocks if _inside(layer, block)), layer)
             units.setdefault(home, []).append(layer)
-        return [Unit(name, tuple(members)) for name, members in units.items()]
+        return [Unit(name, tuple(members), self.calls[name]) for name, members in units.items()]
 
     def edges(self) -> list[str]:
         """Return the names of the tensors that a runtime keeps as integers: the inputs ("input/0", ...) and each operation's output.
@@ -229,12 +285,18 @@ class Wiring:
         for op in self.operations:
             reader = self.only_reader(op.outputs[0]) if op.outputs else None
             if op.kind not in RESHAPES and not (reader is not None and reader.clamps):
-                names.append(op.name)
+                names.append(op.edge)
         return list(dict.fromkeys(names))
 
 
 def _inside(name: str, block: str) -> bool:
     return name.startswith(block + ".")
+
+
+def _alike(one: Callable[[Tensor], Tensor] | None, other: Callable[[Tensor], Tensor] | None) -> bool:
+    """Return whether two activations are the same function, by their values."""
+    x = torch.linspace(-10, 10, 1001)
+    return one is other or (one is not None and other is not None and torch.equal(one(x), other(x)))
 
 
 def observe(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], None] | None = None) -> Wiring:
@@ -278,9 +340,9 @@ class _Observer(TorchFunctionMode):
         self.inside_leaf = 0
         self.names: dict[str, int] = {}
         self.calls: dict[str, int] = {}
-        self.module_outputs: dict[str, int] = {}
+        self.module_outputs: dict[str, list[int]] = {}
         self.classes: dict[str, str] = {}
-        self.input_shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes_read: dict[str, tuple[int, ...]] = {}
         self.module_inputs: dict[str, int] = {}
         self.escaped: set[int] = set()
         self.surroundings: dict[str, str] = {}
@@ -289,6 +351,8 @@ class _Observer(TorchFunctionMode):
         self.read_weights: set[str] = set()
         self.norms = {id(module) for module in model.modules() if is_norm(module)}
         self.channels_last = {name for name, module in layers if type_of(module).channels_last}
+        self.marks: dict[int, tuple[str, int, Tensor]] = {}  # value -> a layer, its number of channels, and where in the value each is
+        self.channels_second: dict[int, str] = {}
 
     def begin(self, batch: Batch) -> None:
         self.input_values = tuple(self._new_value(tensor) for tensor in tensors_in(batch.inputs))
@@ -301,9 +365,10 @@ class _Observer(TorchFunctionMode):
             raise UnsupportedModel(f"The model returns a {type(output).__name__} without a tensor; anybit needs at least one.")
         given_out = tuple(self.values[id(tensor)] for tensor in tensors if id(tensor) in self.values)
         return Wiring(
-            tuple(self.operations), self.calls, self.module_outputs,
-            self.input_values, given_out, batch_size, self.classes, self.input_shapes, self.module_inputs, frozenset(self.escaped),
-            self.surroundings, frozenset(self.read_weights), frozenset(self.channels_last),
+            tuple(self.operations), self.calls,
+            {name: tuple(values) for name, values in self.module_outputs.items() if len(values) == self.calls[name]},
+            self.input_values, given_out, batch_size, self.classes, self.module_inputs, frozenset(self.escaped),
+            self.surroundings, frozenset(self.read_weights), self.channels_second,
         )  # fmt: skip
 
     def hooks(self) -> ExitStack:
@@ -325,7 +390,7 @@ class _Observer(TorchFunctionMode):
             read = tensors_in((args, kwargs))
             if not read and type_of(module).reads_numbers:
                 raise UnsupportedModel(f"Layer {name} runs on no tensor. Give it one, or take the layer out.")
-            self.input_shapes[name] = tuple(read[0].shape) if read else ()
+            self.shapes_read[name] = tuple(read[0].shape) if read else ()
             if read and (how := surroundings_of(read[0])):
                 self.surroundings[name] = how
         self.inside_leaf += self._is_leaf(module)
@@ -338,7 +403,7 @@ class _Observer(TorchFunctionMode):
                 kind = LAYER if isinstance(module, COVERED) else BATCH_NORM
                 self._record(name, kind, self.stack[-1], (args, kwargs), output)
         if isinstance(output, Tensor) and id(output) in self.values:
-            self.module_outputs[name] = self.values[id(output)]
+            self.module_outputs.setdefault(name, []).append(self.values[id(output)])
 
     def _is_leaf(self, module: nn.Module) -> bool:
         return isinstance(module, COVERED) or id(module) in self.norms
@@ -352,30 +417,52 @@ class _Observer(TorchFunctionMode):
             tensors = tensors_in(made)
             if not tensors and kind not in ESCAPES:  # a shape, a type, a device: most calls
                 return output
-            arguments = tensors_in((args, kwargs))
-            reads = [tensor for tensor in arguments if id(tensor) in self.values]
+            arguments = (args[:1] if kind.endswith("_as") else args), kwargs  # of the other a shape or a type is read
+            reads = [tensor for tensor in tensors_in(arguments) if id(tensor) in self.values]
             makes = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
-            self.read_weights.update(self.weights[id(tensor)] for tensor in arguments if id(tensor) in self.weights)
+            self.read_weights.update(self.weights[id(tensor)] for tensor in tensors_in(arguments) if id(tensor) in self.weights)
             if not makes:
                 self.escaped.update(self.values[id(tensor)] for tensor in reads)
             if reads and makes:
-                self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, (args, kwargs), made, _activation(kind, args, kwargs))
+                marked = self.marks.get(self.values[id(reads[0])]) if kind in RESHAPES else None
+                self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, arguments, made, _activation(kind, args, kwargs))
+                if marked is not None:
+                    self._mark(marked, tensors, func, args, kwargs)
         return output
+
+    def _mark(self, marked: tuple[str, int, Tensor], outputs: list[Tensor], func, args: tuple, kwargs: dict) -> None:
+        """Reshape the marks of what an operation has read as it has reshaped its values."""
+        layer, count, marks = marked
+        with suppress(Exception):  # where the values are no first argument, they are lost sight of
+            moved = tensors_in(func(marks, *args[1:], **kwargs))
+            self.marks |= {self.values[id(output)]: (layer, count, mark) for output, mark in zip(outputs, moved, strict=True)}
 
     def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> None:
         read = tensors_in(arguments)
         inputs = tuple(self.values[id(tensor)] for tensor in read if id(tensor) in self.values)
         constants = sum(tensor.numel() > 1 for tensor in read if id(tensor) not in self.values)
         tensors = tensors_in(output)
-        if kind not in (LAYER, BATCH_NORM):
+        call, is_layer = 1, kind == LAYER
+        if is_layer or kind == BATCH_NORM:
+            call = self.calls[name]
+        else:
             count = self.names[name] = self.names.get(name, 0) + 1
             name = name if count == 1 else f"{name}.{count}"
         outputs = tuple(self._new_value(tensor) for tensor in tensors)
         shape = tuple(tensors[0].shape) if tensors else ()
+        within, seen = (tuple(self.stack[1:]), self.shapes_read[name]) if is_layer else ((), ())
         moves = kind in MOVES or (kind == "pad" and _pads_zeros(*arguments))
-        self.operations.append(Operation(name, kind, owner, inputs, outputs, shape, function, moves, constants))
+        operation = Operation(name, kind, owner, inputs, outputs, shape, function, call, within, seen, moves, constants)
+        self.operations.append(operation)
         if tensors:
-            self._show(name, tensors[0])
+            self._show(operation.edge, tensors[0])
+        if kind == LAYER and len(tensors) == 1 and tensors[0].dim() > 1:
+            dimension = -1 if name in self.channels_last else 1
+            self.marks[outputs[0]] = name, tensors[0].shape[dimension], _channels(tensors[0].shape, dimension)
+        if kind == BATCH_NORM and inputs and inputs[0] in self.marks:
+            layer, count, marks = self.marks[inputs[0]]
+            if marks.shape[1:2] == (count,) and torch.equal(marks, _channels(marks.shape, 1)):
+                self.channels_second[inputs[0]] = layer
 
     def _show(self, name: str, tensor: Tensor) -> None:
         if self.on_value:
@@ -389,6 +476,13 @@ class _Observer(TorchFunctionMode):
         self.values[id(tensor)] = self.made
         self.made += 1
         return self.made - 1
+
+
+def _channels(shape: Sequence[int], dimension: int) -> Tensor:
+    """Return the number of the channel at each place of a tensor with its channels in `dimension`: a view of few numbers."""
+    places = [1] * len(shape)
+    places[dimension] = -1
+    return torch.arange(shape[dimension], dtype=torch.float32).view(places).expand(*shape)
 
 
 def surroundings_of(tensor: Tensor) -> str | None:

@@ -6,11 +6,12 @@ exporters translate into slow or wrong graphs. Tidying changes no value:
   * a mean over all of a picture becomes a global average pool, which runtimes have for integers;
   * zero padding before a convolution becomes the convolution's own;
   * average pools count padding only where they have some;
-  * nodes that compute a layer carry the layer's name.
+  * nodes that compute a layer carry the layer's name, those of its later calls with their number.
 """
 
 import ast
 import inspect
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache
 from anybit.networks.layers import float_weight
 from anybit.networks.wiring import LAYER as WIRED_LAYER
-from anybit.networks.wiring import Wiring, observe
+from anybit.networks.wiring import Wiring, name_of_call, observe
 from anybit.onnx.graphs import cached_graph, forget_graph, quiet
 from anybit.onnx.operators import LAYER_OPERATORS, layer_operator
 from anybit.onnx.traces import graph_digest, state_of
@@ -40,7 +41,7 @@ LAYER = "layer"
 """Key of a node's metadata: the layer that it computes."""
 
 BIAS = "bias"
-"""Key of the metadata of a sum that adds its layer's bias."""
+"""Key of the metadata of a sum that adds its layer's bias: the name of the call."""
 
 
 def float_graph(
@@ -153,8 +154,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
-    """Mark the nodes that compute each layer: operators in the layer's scope on the layer's own weight. The first has the layer's name."""
-    names, named = set(weights), set[str]()
+    """Mark the nodes that compute each layer: operators in the layer's scope on the layer's own weight. Each call has a name."""
+    names, calls = set(weights), Counter[str]()
     counts: dict[str, int] = {}
 
     def numbered(name: str) -> str:
@@ -170,14 +171,14 @@ def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         layer = next((scope for scope in reversed(scopes[:-1]) if scope in weights), None)  # the last is the operator's
         if layer is not None and node.op_type in LAYER_OPERATORS and _computes(node, weights[layer]):
-            node.name = numbered(layer) if layer in named else layer
-            node.metadata_props[LAYER] = layer
-            named.add(layer)
+            calls[layer] += 1
+            node.metadata_props[LAYER], node.name = layer, name_of_call(layer, calls[layer])
+            names.add(name_of(node))
             continue
         product = maker(node.inputs[0]) if node.inputs else None
         of_the_layer = product is not None and product.op_type == "MatMul" and product.metadata_props.get(LAYER) == layer
         if layer is not None and of_the_layer and node.op_type == "Add" and getattr(constant(node.inputs[1]), "ndim", 0) == 1:
-            node.metadata_props.update({LAYER: layer, BIAS: layer})
+            node.metadata_props.update({LAYER: layer, BIAS: name_of(product)})
         node.name = numbered(".".join(filter(None, [_owner(scopes), node.op_type.lower()])))
 
 
@@ -277,13 +278,13 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
     Exporters have gaps of their own; and a layer's class may have a forward that does more than the layer's operator, whose operands are
     then not what the quantizers round. `quantized` names the layers that have some.
     """
-    inputs: dict[str, np.ndarray] = {}
+    inputs: dict[str, list[np.ndarray]] = {name: [] for name in quantized}
 
     def keep(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if read := tensors_in((args, kwargs)):  # an embedding of positions may take their number alone
-            inputs[name] = _padded(module, read[0].detach().float()).numpy().copy()
+            inputs[name].append(_padded(module, read[0].detach().float()).numpy().copy())
 
-    hooks = [plain.get_submodule(name).register_forward_pre_hook(partial(keep, name), with_kwargs=True) for name in quantized]
+    hooks = [plain.get_submodule(name).register_forward_pre_hook(partial(keep, name), with_kwargs=True) for name in inputs]
     try:
         with torch.no_grad():
             outputs = tensors_in(call(plain, probe.inputs))
@@ -296,11 +297,9 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
                 f"The ONNX exporter changes the network: its output {name_of(value)} is not what the network gives. It translates one of "
                 "the network's operators only in part; replace that one."
             )
-    nodes = {node.name: node for node in graph.graph if node.metadata_props.get(LAYER) == node.name}
-    for name, taken in inputs.items():
-        node = nodes.get(name)
-        read = None if node is None else values.get(name_of(node.inputs[1 - layer_operator(node.op_type).weight_input]))
-        if node is None or (read is not None and not _reads(node, read, taken)):
+    for name, calls in inputs.items():
+        nodes = layer_nodes(graph.graph, name)
+        if not all(any(_reads(node, taken, values) for node in nodes) for taken in calls):
             raise UnsupportedModel(
                 f"{name}: the forward of {type(plain.get_submodule(name)).__name__} does not compute with its weight and input as they "
                 f"are, so that an integer kernel cannot take its place. Keep the layer float: --keep '{name}=float'."
@@ -314,8 +313,16 @@ def _padded(layer: nn.Module, taken: Tensor) -> Tensor:
     return F.pad(taken, layer._reversed_padding_repeated_twice, layer.padding_mode)
 
 
-def _reads(node: ir.Node, read: np.ndarray, taken: np.ndarray) -> bool:
-    """Return whether the operator reads what the layer took, but for zeros around it that are the operator's padding now."""
+def layer_nodes(graph: ir.Graph, layer: str) -> list[ir.Node]:
+    """Return the operators of all calls of a layer, without the sums that add a bias."""
+    return [node for node in graph if node.metadata_props.get(LAYER) == layer and BIAS not in node.metadata_props]
+
+
+def _reads(node: ir.Node, taken: np.ndarray, values: Mapping[str, np.ndarray]) -> bool:
+    """Return whether the operator reads what the layer took in a call, but for zeros around it that are the operator's padding now."""
+    read = values.get(name_of(node.inputs[1 - layer_operator(node.op_type).weight_input]))
+    if read is None:
+        return True
     if node.op_type == "Conv" and read.size < taken.size:
         return _alike(np.abs(read).sum(), np.abs(taken).sum())
     return _alike(read, taken)

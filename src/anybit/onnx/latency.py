@@ -131,6 +131,7 @@ def _kernels(graph: ir.Model, batch: Batch, seconds: float, threads: int, runs: 
 def _owners(graph: ir.Model, kernels: Sequence[str]) -> dict[str, str]:
     """Return kernel -> its layer. Kernels are named after their node, or after the value that a fused one gives."""
     named = {name_of(node): node.metadata_props.get(LAYER, name_of(node)) for node in graph.graph if _is_layer(node)}
+    taken = {kernel.split("_token_")[0] for kernel in kernels} & set(named)
     owners = {kernel: named[kernel.split("_token_")[0]] for kernel in kernels if kernel.split("_token_")[0] in named}
     sources = {value.name: node for node in graph.graph for value in node.outputs}
     for kernel in kernels:
@@ -142,7 +143,8 @@ def _owners(graph: ir.Model, kernels: Sequence[str]) -> dict[str, str]:
         while ahead:  # a fused kernel is named after the last of its operators
             node = ahead.pop(0)
             if _is_layer(node):
-                if named[name_of(node)] not in owners.values():
+                if name_of(node) not in taken:
+                    taken.add(name_of(node))
                     owners[kernel] = named[name_of(node)]
                     break
                 continue

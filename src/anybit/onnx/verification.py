@@ -11,6 +11,7 @@ A check that this machine cannot make is skipped by name, never silently.
 """
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +26,9 @@ from anybit.data.batches import Batch, call, first_tensor
 from anybit.errors import UnsupportedModel, some
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import quantized_layers
+from anybit.networks.wiring import module_of_call, name_of_call
 from anybit.onnx.file import EXACT_SUMS, Exported, asks_for_exact_sums, outputs, session, x86_flags
-from anybit.onnx.floats import LAYER, input_tensors
+from anybit.onnx.floats import LAYER, input_tensors, layer_nodes
 from anybit.onnx.interpreter import interpret
 from anybit.onnx.operators import layer_operator
 from anybit.onnx.plan import Plan
@@ -189,9 +191,11 @@ def _check_kernels(verdict: Verdict, path: Path, exported: Exported, model: nn.M
     kinds = {node.name.split("_token_")[0]: node.op_type for node in nodes if node.op_type in KERNELS}
     packed = {node.name.split("_token_")[0] for node in nodes if node.op_type == "MatMulNBits"}
     for layer, module in quantized_layers(model).items():
-        if layer in kinds and layer in exported.plan.integer:
-            verdict.kernels[layer] = kinds[layer]
-        elif layer in kinds:
+        calls = [name_of(node) for node in layer_nodes(exported.floating.graph, layer)]
+        fused = [kinds[call] for call in calls if call in kinds]
+        if fused and len(fused) == len(calls) and layer in exported.plan.integer:
+            verdict.kernels[layer] = fused[0]
+        elif fused and layer not in exported.plan.integer:
             verdict.failures.append(f"{layer}: the runtime computes it on integers, though it is to stay float.")
         elif layer in exported.plan.integer:
             verdict.floats[layer] = "the runtime did not fuse it with its quantizers"
@@ -302,12 +306,15 @@ def flipped_codes(model: nn.Module, exported: Exported, batch: Batch) -> dict[st
     """Return layer -> share of its input's codes that differ between the simulated and the integer network, for layers with grids of their
     own."""
     simulated: dict[str, Tensor] = {}
-    hooks = []
+    hooks, seen = [], Counter[str]()
     for name, layer in quantized_layers(model).items():
         if layer.input_quantizer is not None:
 
             def keep(module, args, kwargs, name=name):
-                simulated[name] = module.input_quantizer.codes(first_tensor((args, kwargs)), 0 if type_of(module).operands > 1 else None)
+                seen[name] += 1
+                simulated[name_of_call(name, seen[name])] = module.input_quantizer.codes(
+                    first_tensor((args, kwargs)), 0 if type_of(module).operands > 1 else None
+                )
 
             hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
     try:
@@ -321,7 +328,7 @@ def flipped_codes(model: nn.Module, exported: Exported, batch: Batch) -> dict[st
     for node in exported.integer.graph:
         source = maker(node.inputs[0]) if node.name in simulated else None
         if node.name and source is not None and source.op_type == "DequantizeLinear":
-            own = exported.plan.inputs[node.name][0]
+            own = exported.plan.inputs[module_of_call(node.name)][0]
             scale, zero_point = (numbers(value).item() for value in source.inputs[1:])
             codes, expected = values.get(name_of(source.inputs[0])), simulated[node.name]
             is_own = (scale, zero_point) == (np.float32(own.scale).item(), own.zero_point)

@@ -17,6 +17,7 @@ from torch import nn
 
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import Pruned, codes_of, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.networks.wiring import module_of_call
 from anybit.numerics.quantizers import frozen
 from anybit.onnx.floats import BIAS, IR_VERSION, LAYER, OPSET
 from anybit.onnx.operators import layer_operator
@@ -60,6 +61,7 @@ class _Writer:
         self.leads: dict[str, ir.Value] = {}  # name of a value -> all its sizes but the last, where they are known as it runs alone
         self.unrounded: dict[str, tuple[ir.Value, float, float]] = {}  # what a float layer makes -> (it in float, the bounds of its clamp)
         self.units: dict[str, Affine] = {}  # layer -> the grid of its input
+        self.weights: dict[tuple[str, bool], ir.Value] = {}  # (layer, whether transposed) -> its unpacked codes, for all its calls
 
     def model(self, metadata: Mapping[str, str]) -> ir.Model:
         inputs = []
@@ -144,7 +146,8 @@ class _Writer:
     def _quantize(self, name: str, value: ir.Value, affine: Affine, low: float = -np.inf, high: float = np.inf) -> None:
         """Quantize what the float graph calls `name`, clamped; from now on its readers get the rounded numbers."""
         maker = value.producer()
-        if maker is not None and maker.name in self.layers and maker.name not in self.plan.integer:
+        layer = None if maker is None else module_of_call(name_of(maker))
+        if layer in self.layers and layer not in self.plan.integer:
             self.unrounded[name] = (value, low, high)
         matrix, shape = self.rows.get(name_of(value)) or (value, None)
         codes = self._clipped(self.emit("QuantizeLinear", [matrix, *self._scale(affine)], {}, f"{name}.quantized"), affine, low, high)
@@ -302,7 +305,7 @@ class _Writer:
         flat = self._constant_of("rows", [-1, width])
         rows = self.emit("DequantizeLinear", [self.emit("Reshape", [source, flat], {}, ""), *grid], {}, "")
         operands = [rows, self._integer_weight(name, self.layers[name], True)]
-        product = self.emit("Gemm", operands if bias is None else [*operands, self._integer_bias(name, bias)], {}, name)
+        product = self.emit("Gemm", operands if bias is None else [*operands, self._integer_bias(name, bias)], {}, name_of(node))
         shape = self._constant_of("shape", [-1, *inner, channels]) if inner is not None else self._shape_like(source, channels)
         whole = self.emit("Reshape", [product, shape], {}, "")
         self.rows[name_of(whole)] = product, shape
@@ -322,7 +325,7 @@ class _Writer:
         """Return the layer's input (of a matmul, one of them), rounded to the grid that it reads."""
         source = name_of(node.inputs[operand])
         affine = self.units[name] = self.plan.inputs[name][operand]
-        own = f"{name}.{operand}" if operand else name
+        own = f"{name_of(node)}.{operand}" if operand else name_of(node)
         if self.plan.edges.get(source) == affine:
             return self.floats[source]
         if (source, affine) not in self.requantized:
@@ -337,7 +340,8 @@ class _Writer:
         codes, scale, bits = weight_numbers(layer)
         if isinstance(layer.bias, torch.Tensor):
             codes, scale = with_room(codes, scale, layer.bias.detach().numpy() / np.float32(self.units[name].scale), bits)
-        held = stored(name, _shaped(layer, codes, transposed), bits, self.emit, self.constant)
+        held = self.weights.get((name, transposed)) or stored(name, _shaped(layer, codes, transposed), bits, self.emit, self.constant)
+        self.weights[name, transposed] = held
         # Equal zero points are shared, but not of codes that a runtime may make unsigned, with another zero point (`file.EXACT_SUMS`).
         own = codes.numel() and (codes.min() < -64 or codes.max() > 63)
         zeros = self.constant(f"{name}.zeros" if own else f"zeros_int8_{len(scale)}", np.zeros(len(scale), np.int8))
@@ -345,6 +349,12 @@ class _Writer:
         return self.emit("DequantizeLinear", operands, {"axis": 1 if transposed else 0}, "")
 
     def _float_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:
+        """Return a weight that is computed from codes and scales as the file is loaded, once for all calls of the layer."""
+        if (name, transposed) not in self.weights:
+            self.weights[name, transposed] = self._scaled_weight(name, layer, transposed)
+        return self.weights[name, transposed]
+
+    def _scaled_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:
         """Multiply codes by scale in plain operators, which a runtime folds into a float weight."""
         codes, scale, bits = weight_numbers(layer)
         if self.weight_only and transposed and bits:

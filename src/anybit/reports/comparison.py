@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from anybit.calls import public
 from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.report import read_report
 from anybit.runs.scheme_file import SchemeFile, read_scheme
@@ -13,6 +14,7 @@ KEYS = ("name", "step", "epoch")
 """The keys that tell the rows of a report's lists apart."""
 
 
+@public
 def diff(run: str | Path, run2: str | Path) -> dict[str, Any]:
     """Compare two runs, of whichever roads.
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from anybit.allocation.frontier import Frontier
 from anybit.budget import BYTES, QUANTITIES, Budget, Cost, Costs
+from anybit.calls import public
 from anybit.errors import InvalidFile
 from anybit.reports.words import human_bytes, human_count
 from anybit.runs.folder import check_one
@@ -30,6 +31,7 @@ AMOUNTS: Mapping[str, Callable[[float], str]] = {
 """Cost -> how an amount of it is written, where that is not as a limit is."""
 
 
+@public
 def explain(run: str | Path, layer: str) -> dict[str, Any]:
     """Explain why `layer` has its bits: numbers, and under "why" sentences that say what they mean.
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from anybit.budget import Budget
+from anybit.calls import public
 from anybit.errors import InvalidSetting, printable
 from anybit.files.whole import whole_file
 from anybit.reports import figures
@@ -43,6 +44,7 @@ Context = dict[str, Any]
 """The values of a template, by name."""
 
 
+@public
 def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Path:
     """Write one page of finished runs side by side, of any roads; a folder of several runs counts as each of them.
 

@@ -10,6 +10,7 @@ from torch import nn
 from anybit.allocation.choice import Judge
 from anybit.allocation.sensitivity import SensitivityTable, rows_to_measure
 from anybit.budget import Budget
+from anybit.calls import public
 from anybit.data.samples import draw, mirrored, split
 from anybit.data.tasks import Metric, outputs_of
 from anybit.environment import StageClock
@@ -36,6 +37,7 @@ from anybit.sources.inputs import samples_from
 from anybit.sources.preprocessing import Preprocessing
 
 
+@public
 def allocate(
     run: str | Path,
     budget: str | Budget,

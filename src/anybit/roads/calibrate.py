@@ -10,6 +10,7 @@ from torch import nn
 
 from anybit.allocation.choice import Choice, Judge, check_feasible
 from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
+from anybit.calls import public
 from anybit.data.batches import check_finite
 from anybit.data.samples import Samples, draw, mirrored, split
 from anybit.data.tasks import Metric, check_labels, outputs_of
@@ -24,7 +25,7 @@ from anybit.networks.canonical import Canonical
 from anybit.networks.edges import as_ranges, observe_edge_ranges
 from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.observed import has_choice, observe_network
-from anybit.networks.refusals import check_rows, once_a_batch
+from anybit.networks.refusals import as_observed, check_rows
 from anybit.networks.states import restore
 from anybit.progress import tell
 from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, follow_model, notes_of, on_device, task_for
@@ -62,6 +63,7 @@ from anybit.sources.inputs import samples_from
 from anybit.sources.preprocessing import Preprocessing
 
 
+@public
 @takes(CalibrateSettings)
 @torch.inference_mode(False)
 def calibrate(
@@ -94,8 +96,9 @@ def calibrate(
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
     options = CalibrateSettings.of(**settings)
-    several = budget is not None and not isinstance(budget, (str, Budget))
-    budgets = [None] if budget is None else list(parse_budgets([budget] if isinstance(budget, (str, Budget)) else budget))
+    several = isinstance(budget, Sequence) and not isinstance(budget, str)
+    asked = list(budget) if isinstance(budget, Sequence) and not isinstance(budget, str) else [budget]
+    budgets = [None] if budget is None else list(parse_budgets(one for one in asked if one is not None))
     model, preprocessing, provenance = follow_model(model, weights, data, preprocessing, options.task)
     samples = draw(samples_from(data, workers, preprocessing, model), options.samples, options.seed).on(device)
     if test is None:
@@ -136,7 +139,7 @@ def prepare_bench(
         check_memory(network, calibration, settings)
         for budget in budgets:
             check_feasible(network, budget)
-    with clock.stage("float outputs"), torch.no_grad(), once_a_batch(network.folded, network.used_once):
+    with clock.stage("float outputs"), torch.no_grad(), as_observed(network.folded, network.calls):
         references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
         held_out = [outputs_of(network.folded, [batch]) for batch in calibration.held_out]
         check_rows(network.folded, [*references, *held_out], calibration.fitting + calibration.held_out, example)

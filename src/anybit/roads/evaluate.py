@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from anybit.calls import public
 from anybit.data.tasks import Metric
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.errors import InvalidInput
@@ -16,6 +17,7 @@ from anybit.sources.models import adapted_network, load_model, with_model_defaul
 from anybit.sources.preprocessing import Preprocessing, overridden
 
 
+@public
 def evaluate(
     model: nn.Module,
     data: Any,

@@ -12,6 +12,7 @@ from torch import nn
 from anybit.allocation.choice import Judge
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import LATENCY, Budget
+from anybit.calls import public
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples, draw, mirrored, split
 from anybit.data.tasks import Metric, outputs_of
@@ -100,6 +101,7 @@ def polished(
     return Canonical(model.eval(), network.norms, observe_edge_ranges(model, network.wiring, calibration.fitting)), ladder[1:]
 
 
+@public
 def extract(
     run: str | Path | Supernet,
     budget: str | Budget | None = None,

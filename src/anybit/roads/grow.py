@@ -12,6 +12,7 @@ from torch import nn
 
 from anybit.allocation.choice import check_feasible
 from anybit.budget import Budget
+from anybit.calls import public
 from anybit.data.batches import Batch, check_finite, tensors_in
 from anybit.data.samples import Samples, draw
 from anybit.data.tasks import Metric, guess_task, outputs_of
@@ -32,7 +33,7 @@ from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.layers import prepare, quantized_layers
 from anybit.networks.observed import ObservedNetwork, check_kinds, observe_network
 from anybit.networks.options import LayerOptions
-from anybit.networks.refusals import once_a_batch
+from anybit.networks.refusals import as_observed
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
 from anybit.progress import tell
 from anybit.roads.inputs import notes_of, training_inputs
@@ -120,8 +121,8 @@ def make_trainee(network: ObservedNetwork, plain: Sequence[Batch], budget: Budge
     float_weights = [name for name, options in network.choices.items() if options[0].weight_bits is None]
     model = prepare(unfolded, network.names, float_weights)
     layers = quantized_layers(model)
-    with once_a_batch(network.folded, network.used_once):
-        samples = input_samples(network.folded, network.used_once, plain, 2**17, settings.train.seed)
+    with as_observed(network.folded, network.calls):
+        samples = input_samples(network.folded, network.calls, plain, 2**17, settings.train.seed)
     check_finite_samples(samples)
     for name, options in network.choices.items():
         bits = options[0].activation_bits
@@ -152,6 +153,7 @@ def soft_and_frozen(
     }
 
 
+@public
 @takes(GrowSettings)
 @torch.inference_mode(False)
 def grow(

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from anybit.calls import public
 from anybit.data.batches import Batch
 from anybit.errors import InvalidInput
 from anybit.networks.copies import checked_copy
@@ -18,6 +19,7 @@ from anybit.sources.inputs import samples_from
 from anybit.sources.models import adapted_network
 
 
+@public
 @takes(CalibrateSettings)
 def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, Any]:
     """Layers, shapes, what is covered, and what each bit-width would cost.
@@ -35,6 +37,7 @@ def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, An
             "weight": list(float_weight(network.float_model.get_submodule(name)).shape),
             **_seen(network, name, data is not None),
             "folds": network.norms.get(name),
+            "calls": network.wiring.calls[name] if data is not None else None,
             "block": blocks.get(name),
             "choices": [str(precision) for precision in network.choices[name]],
             "bytes": {bits: network.costs.layer_bytes(name, Precision(bits)) for bits in options.weight_bits},
@@ -66,6 +69,7 @@ def _seen(network: ObservedNetwork, name: str, observed: bool) -> dict[str, Any]
     if not observed:
         return {"input": None, "output": None, "macs": None}
     count = network.wiring.batch_size
-    shapes = {"input": network.wiring.input_shapes[name], "output": network.wiring.operation(name).shape}
+    first = network.wiring.operation(name)
+    shapes = {"input": first.read, "output": first.shape}
     single = {key: list(shape[1:] if not shape or shape[0] == count else (shape[0] // count, *shape[1:])) for key, shape in shapes.items()}
     return {**single, "macs": network.costs.layers[name].macs}

@@ -21,8 +21,8 @@ OBSERVED = 2
 
 
 def sample_bytes(wiring: Wiring) -> dict[str, int]:
-    """Operation -> bytes of what one sample is in its output."""
-    return {op.name: 4 * torch.Size(op.shape).numel() // wiring.batch_size for op in wiring.operations}
+    """Operation, by the name of its edge -> bytes of what one sample is in its output."""
+    return {op.edge: 4 * torch.Size(op.shape).numel() // wiring.batch_size for op in wiring.operations}
 
 
 def working_memory(network: ObservedNetwork, padded: bool, settings: CalibrateSettings) -> dict[str, tuple[int, str]]:
@@ -32,7 +32,7 @@ def working_memory(network: ObservedNetwork, padded: bool, settings: CalibrateSe
     if settings.does("sequential") or settings.does("parallel"):
         step = settings.batch_size if padded else settings.step_batch
         inside = [
-            sum(sizes[op.name] for op in network.wiring.operations if op.name in unit.layers or f"{op.owner}.".startswith(f"{unit.name}."))
+            sum(sizes[op.edge] for op in network.wiring.operations if op.name in unit.layers or f"{op.owner}.".startswith(f"{unit.name}."))
             for unit in network.units
         ]
         name = f"a step of {rounding_named(settings.rounding).__name__}"

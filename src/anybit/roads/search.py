@@ -12,6 +12,7 @@ from torch import nn
 
 from anybit.allocation.choice import fits_budget
 from anybit.budget import BYTES, PERCENT, Budget, check_is_counted, cost_quantities, own_costs
+from anybit.calls import public
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples
 from anybit.data.tasks import TASKS, Metric, metric_name
@@ -259,6 +260,7 @@ def best_within(folder: Any, supernet: Supernet, budget: Budget) -> Scheme:
     return fits[-1] if fits else lowest(supernet)
 
 
+@public
 @takes(SearchSettings)
 def search(
     run: str | Path | Supernet,

@@ -68,7 +68,7 @@ def solved_candidates(network: ObservedNetwork, ranged: Candidates, calibration:
 
 def finite_samples(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> dict[str, list[Tensor]]:
     """Values of each layer's input on the fitting inputs; raises InvalidInput naming the first layer whose input is not finite."""
-    samples = input_samples(network.folded, network.used_once, calibration.fitting, 2**17, settings.seed)
+    samples = input_samples(network.folded, network.calls, calibration.fitting, 2**17, settings.seed)
     check_finite_samples(samples)
     return samples
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from anybit.calls import public
 from anybit.data.batches import check_finite
 from anybit.data.tasks import TASKS, Metric, guess_task, outputs_of
 from anybit.data.tasks import evaluate as evaluate_model
@@ -27,6 +28,7 @@ from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.supernet import Supernet, uniform_schemes, width_scores
 
 
+@public
 @takes(SupernetSettings)
 @torch.inference_mode(False)
 def train(

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from anybit.calls import public
 from anybit.data.samples import Samples
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.networks.canonical import Canonical
@@ -32,6 +33,7 @@ def recorded_data(folder: Path, file: SchemeFile) -> str:
     return reference
 
 
+@public
 def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
     """Load the saved model, ready to run on preprocessed inputs, its bits in `.scheme`; outputs are bitwise those that were saved.
 

@@ -12,6 +12,7 @@ from torch import nn
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch, naming
 from anybit.files.strict import in_words
 from anybit.networks.layers import unwrapped
+from anybit.networks.plain import plain_weights
 from anybit.sources.callables import call_user_function, import_optional, load_callable
 from anybit.sources.libraries import LIBRARIES, library_model
 from anybit.sources.preprocessing import Preprocessing
@@ -42,10 +43,10 @@ def load_model(reference: str, weights: str | None = None, task: str | None = No
         model = call_user_function(load_callable(reference, "--model"), f"--model {reference}")
     if not isinstance(model, nn.Module):
         raise InvalidSetting(f"--model {reference} returned a {type(model).__name__}, not a torch.nn.Module.")
-    model = adapted_network(model)
+    model = _covered_form(model)
     if weights and weights != RANDOM:
         load_weights(model, Path(weights))
-    return model.eval()
+    return plain_weights(model).eval()
 
 
 def huggingface(module: str, what: str) -> Any:
@@ -55,7 +56,13 @@ def huggingface(module: str, what: str) -> Any:
 
 
 def adapted_network(model: nn.Module) -> nn.Module:
-    """Unwrap the network; return one of transformers' as an adapted copy, whose attention anybit covers."""
+    """Unwrap the network and make its weights plain, on copies; return one of transformers' as an adapted copy, whose attention anybit
+    covers."""
+    return plain_weights(_covered_form(model))
+
+
+def _covered_form(model: nn.Module) -> nn.Module:
+    """Do the same, and leave the weights as a file of them has them."""
     model = unwrapped(model)
     if not is_transformers(model) or "scores" in {name.rpartition(".")[2] for name, _ in model.named_modules()}:
         return model

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from anybit.calls import public
 from anybit.data.batches import Batch
 from anybit.data.options import TASK_NAMES
 from anybit.errors import AnybitError, InvalidFile
@@ -144,6 +145,7 @@ def _load(layer: QuantizedLayer, tensors: LayerTensors) -> None:
         inputs.offsets.copy_(zeros.view_as(inputs.offsets) / inputs.highest())
 
 
+@public
 def load_supernet(folder: str | Path, model: nn.Module | str | None = None) -> Supernet:
     """Return the supernet that `train` or `search` saved; `model` as for `load`."""
     folder = Path(folder)

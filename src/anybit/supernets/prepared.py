@@ -19,7 +19,7 @@ from anybit.networks.cost import CostModel
 from anybit.networks.layers import QuantizedLayer, float_weight, from_rows, prepare, quantized_layers, weight_rows
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.networks.options import LayerOptions
-from anybit.networks.refusals import once_a_batch
+from anybit.networks.refusals import as_observed
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.numerics.ranges import weight_scale
 from anybit.scheme import FLOAT, MAX_BITS, Precision, Scheme
@@ -55,8 +55,8 @@ def make_multiquant(network: ObservedNetwork, plain: Sequence[Batch], settings: 
     unfolded = copy.deepcopy(network.float_model)
     batchnorm.flip_negative(unfolded, network.norms)
     model = prepare(unfolded, network.names, [name for name, options in network.choices.items() if options[0].weight_bits is None])
-    with once_a_batch(network.folded, network.used_once):
-        samples = input_samples(network.folded, network.used_once, plain, 2**17, settings.train.seed)
+    with as_observed(network.folded, network.calls):
+        samples = input_samples(network.folded, network.calls, plain, 2**17, settings.train.seed)
     check_finite_samples(samples)
     options = settings.multiquant
     for name, layer in quantized_layers(model).items():

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -84,6 +85,7 @@ def adapted(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, Conv1D):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _linear(module))
+    _make_plain(model)
     _untie(model)
     return model
 
@@ -119,10 +121,39 @@ def _linear(layer: Conv1D) -> nn.Linear:
     return linear
 
 
+def _make_plain(model: PreTrainedModel) -> None:
+    """Store the weights that a parametrization computes in every pass, such as weight norm's.
+
+    PyTorch's own function would take them from the class too, which a copy shares with its original.
+    """
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            values = {key: getattr(module, key).detach().clone() for key in cast(nn.ModuleDict, module.parametrizations)}
+            del module._modules["parametrizations"]
+            module.__class__ = type(module).__bases__[0]
+            for key, value in values.items():
+                module.register_parameter(key, nn.Parameter(value))
+
+
 def _untie(model: PreTrainedModel) -> None:
-    """Give each linear layer a weight of its own where it shares an embedding's: two layers may take different bits."""
-    words = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and id(module._parameters.get("weight")) in words:
-            module.weight = nn.Parameter(module.weight.detach().clone())
-            model.config.tie_word_embeddings = False
+    """Give each layer a weight of its own where it shares an embedding's: two layers may take different bits.
+
+    What an encoder-decoder calls `shared` and does not run is the same layer as the first that has its weight.
+    """
+    owners: dict[int, nn.Module] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] != "shared":
+            _own_weight(module, owners, model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Embedding) and id(module.weight) in owners:
+            model.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = owners[id(module.weight)]
+        elif isinstance(module, nn.Linear) and id(module._parameters.get("weight")) in owners:
+            _own_weight(module, owners, model)
+
+
+def _own_weight(layer: nn.Embedding | nn.Linear, owners: dict[int, nn.Module], model: PreTrainedModel) -> None:
+    if id(layer.weight) in owners and owners[id(layer.weight)] is not layer:
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    else:
+        owners[id(layer.weight)] = layer

@@ -1,0 +1,39 @@
+"""A public function called from Python: a name that it does not have is refused with the corrected call."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from anybit.errors import InvalidSetting
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def public(function: Function) -> Function:
+    """Decorates a public function: raises InvalidSetting with the corrected call where arguments are not those of its signature."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def called(*arguments: Any, **keywords: Any) -> Any:
+        check_call(function.__name__, signature, arguments, keywords)
+        return function(*arguments, **keywords)
+
+    return called  # type: ignore[return-value]
+
+
+def check_call(name: str, signature: inspect.Signature, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Raise InvalidSetting where these arguments are not those of the function, with the call that was meant."""
+    known = [one.name for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    open_ended = len(known) < len(signature.parameters)  # it checks the rest itself
+    for keyword, value in keywords.items():
+        if keyword not in known and not open_ended:
+            near = difflib.get_close_matches(keyword, known, n=1)
+            meant = f" Did you mean {name}(..., {near[0]}={value!r:.60})?" if near else ""
+            raise InvalidSetting(f"{name} has no {keyword!r}.{meant} help(anybit.{name}) lists its settings.")
+    try:
+        signature.bind(*arguments, **keywords)
+    except TypeError as error:
+        needed = [one.name for one in signature.parameters.values() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+        raise InvalidSetting(f"{name}: {error}. Call {name}({', '.join(needed)}, ...), and name what follows.") from None
