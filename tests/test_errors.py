@@ -7,7 +7,7 @@ import pytest
 from anybit import errors
 from anybit.errors import AnybitError
 
-CLASSES = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+CLASSES = {name: value for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__}
 
 
 def test_the_docstring_draws_every_error_and_no_other():

@@ -190,7 +190,7 @@ def test_every_documented_budget(text, limits):
     ],
 )  # fmt: skip
 def test_a_malformed_budget_is_refused_with_the_forms(text):
-    with pytest.raises(InvalidSetting, match=r"Budget .* cannot be read\. Write 4bit, 120kB, .*drop=1%"):
+    with pytest.raises(InvalidSetting, match=r"Budget .* cannot be read\. (Did you mean \S+\? )?Write 4bit, 120kB, .*drop=1%"):
         Budget.parse(text)
 
 

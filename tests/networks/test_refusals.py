@@ -256,7 +256,7 @@ HANDLED = st.one_of(
     st.sampled_from([(Attending, ()), (Recurrent, ()), (ByChannel, ()), (SharedBias, ()), (Twice, ())]),
 )
 REFUSED = st.one_of(
-    st.sampled_from([(Tied, ()), (BySize, ()), (Computed, ()), (Half, ())]),
+    st.sampled_from([(Tied, ()), (BySize, ()), (Half, ())]),
     parts().map(lambda p: (Remembering, p)),
     parts().map(lambda p: (AtRandom, p)),
 )
