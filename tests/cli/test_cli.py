@@ -192,7 +192,7 @@ def test_a_metric_of_the_users_own_decides_what_a_drop_is(here):
 # arguments -> what the one line on stderr must say
 BAD = {
     "nan weight": (["--model", "m.py:nan"], r"conv2.weight"),
-    "infinite activation": (["--model", "m.py:hot"], "conv2"),
+    "infinite activation": (["--model", "m.py:hot"], "conv1: the weight"),
     "nan input": (["--data", "nan.npz"], "NaN or infinity"),
     "no input": (["--data", "empty.npz"], "empty"),
     "one input": (["--data", "one.npz"], "at least 2"),
@@ -273,7 +273,7 @@ def test_bad_input_ends_with_status_2_and_one_line(case, here):
         (["inspect", "--model", "m.py:net", "--data", "x.npz", "--threads", "0"], "--threads"),
         (["allocate", "run", "--output", "second", "--budget", "1bit"], "bind"),
         (["allocate", "nowhere", "--output", "second", "--budget", "5bit"], "nowhere"),
-        (["allocate", "run", "--output", "second", "--budget", "5bit", "--model", "m.py:residual"], "conv1"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--model", "m.py:residual"], "fingerprint"),
         (["inspect"], "--model"),
         (["inspect", "--model", "m.py:hollow"], "no layer"),
         (["inspect", "--model", "m.py:net", "--data", "wide.npz"], "8, 8"),
@@ -354,7 +354,7 @@ EARLY = {
     "calibrate --model m.py:net --data x.npz --metric m.py:one --output o": "Did you mean ones?",
     "calibrate --model m.py:net --data x.npz --device abacus --output o": "--device abacus",
     "calibrate --model m.py:net --data x.npz --pipeline fast --output o": "advanced or light",
-    "calibrate --model m.py:net --data x.npz --output .": "no run folder",
+    "calibrate --model m.py:net --data x.npz --output .": "the folder that you are in",
     "calibrate --model m.py:net --output o": "--data is missing",
     "allocate rum --budget 3bit --output o": "Did you mean run?",
     "allocate run --budget 3bits,4bit --output o": "twice",

@@ -44,7 +44,7 @@ def test_a_network_grows_and_loads_by_itself(here):
     assert done.exit_code == 0, done.stderr
     report = json.loads(Path("run/report.json").read_text())
     assert report["result"]["weight_bits"] <= 3 and report["result"]["bytes"] == Path("run/model.safetensors").stat().st_size
-    assert sorted(os.listdir("run")) == ["model.safetensors", "report.html", "report.json", "scheme.json"]
+    assert sorted(os.listdir("run")) == ["fingerprint.safetensors", "model.safetensors", "report.html", "report.json", "scheme.json"]
     certificate = json.loads(Path("run/scheme.json").read_text())["certificate"]
     assert certificate["objective"] == "likeliest planes" and certificate["bound"] <= certificate["value"]
     assert "Bits of each layer" in done.stdout and done.stdout.splitlines()[-1].startswith("run: ")
@@ -106,7 +106,7 @@ def test_an_interrupted_training_continues_and_refuses_other_settings(here, monk
     assert calibrating.exit_code == 2 and "unfinished training" in calibrating.stderr
     assert grow("--budget", "3bit").exit_code == 0
     assert Path("run/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
-    assert sorted(os.listdir("run")) == ["model.safetensors", "report.html", "report.json", "scheme.json"]
+    assert sorted(os.listdir("run")) == ["fingerprint.safetensors", "model.safetensors", "report.html", "report.json", "scheme.json"]
     finished = grow("--budget", "3bit")
     assert finished.exit_code == 2 and "--overwrite" in finished.stderr
 

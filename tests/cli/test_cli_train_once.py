@@ -43,11 +43,18 @@ def test_a_network_is_trained_searched_and_a_subnet_extracted(here):
     assert done.exit_code == 0, done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("epoch ")]
     assert len(told) == 2 and all(f"{bits} bits top1" in line for line in told for bits in (2, 4, 8))
-    assert sorted(os.listdir("supernet")) == ["report.json", "supernet.json", "supernet.safetensors"]
+    assert sorted(os.listdir("supernet")) == ["fingerprint.safetensors", "report.json", "supernet.json", "supernet.safetensors"]
     searched = anybit_cli("search", "supernet", "--evaluations", "20", "--budget", "3bit", "--budget", "5bit", "--output", "found")
     assert searched.exit_code == 0, searched.stderr
     assert "hypervolume" in searched.stdout and "3bit: " in searched.stdout
-    assert sorted(os.listdir("found")) == ["report.html", "report.json", "search.json", "supernet.json", "supernet.safetensors"]
+    assert sorted(os.listdir("found")) == [
+        "fingerprint.safetensors",
+        "report.html",
+        "report.json",
+        "search.json",
+        "supernet.json",
+        "supernet.safetensors",
+    ]
     again = one_json_object(
         anybit_cli("search", "supernet", "--evaluations", "20", "--budget", "4bit", "--output", "other", "--json").stdout
     )

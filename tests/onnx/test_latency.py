@@ -15,7 +15,7 @@ from anybit.data.batches import Batch
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidSetting
 from anybit.networks.latency import LatencyTable, OperationFlow, kernel_class
 from anybit.networks.observed import observe_network
-from anybit.onnx.latency import _steps, load_table, measure_latency, save_table
+from anybit.onnx.latency import _steps, _table_file, load_table, measure_latency, save_table
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import FLOAT, Precision, Scheme
 
@@ -178,6 +178,9 @@ def test_a_table_is_of_what_may_run_on_integers(first):
 @pytest.mark.parametrize("content", ["{}", "[]", '{"layers": {"x": 1}}', '{"layers": 3}'])
 def test_a_damaged_table_is_named(content):
     observed = ready(make(Residual), Batch(pictures(2)))
-    save_table(observed, table_of(observed.names), {}).write_text(content)
+    save_table(observed, table_of(observed.names), {})
+    place = _table_file(observed, 1)
+    assert place is not None
+    place.write_text(content)
     with pytest.raises(InvalidFile, match="--overwrite"):
         load_table(observed)

@@ -114,6 +114,8 @@ def check_place(path: Path, option: str) -> None:
         if Path.cwd().is_relative_to(whole):
             raise InvalidSetting(f"{path} is the folder that you are in, or one around it. Name a new one inside: {option} {path / 'run'}.")
         above = next(folder for folder in (whole, *whole.parents) if folder.exists())
+    except InvalidSetting:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or _words(error)
         raise InvalidSetting(f"{str(path)!r} cannot be written: {reason}. Choose another {option}.") from error
