@@ -42,6 +42,8 @@ SHRUNK = (1.0, 0.9, 0.8, 0.7)
 
 LARGEST_MOMENT = 1e30
 """Above it, or where a moment is NaN, products with errors would leave the range of float32."""
+SMALLEST_VARIANCE = 1e-35
+"""Below it, on average, inputs count as ones that never move: the inverse would leave the range of float32."""
 
 
 def gptq(weight: Tensor, moments: Moments, scale: Tensor, bits: int, rounded: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,9 +126,9 @@ def _nearest(weight: Tensor, scale: Tensor, limits: tuple[int, int]) -> Tensor:
 
 
 def _damped(hessian: Tensor, damping: float) -> Tensor:
-    """Return H with `damping` times the mean variance on its diagonal, 1 where it is all zero."""
+    """Return H with `damping` times the mean variance on its diagonal, 1 where that is next to nothing."""
     variance = torch.diagonal(hessian, dim1=1, dim2=2).mean(1)
-    ridge = torch.where(variance > 0, damping * variance, torch.ones_like(variance))
+    ridge = torch.where(variance > SMALLEST_VARIANCE, damping * variance, torch.ones_like(variance))
     return hessian + torch.diag_embed(ridge[:, None].expand(-1, hessian.shape[1]))
 
 
