@@ -40,9 +40,17 @@ its inputs are noisy, and layer after layer adds to it."""
 SHRUNK = (1.0, 0.9, 0.8, 0.7)
 """Shares of the scale of least squared weight error that are tried: under H, a finer grid that clips more is often better."""
 
+LARGEST_MOMENT = 1e30
+"""Above it, or where a moment is NaN, products with errors would leave the range of float32."""
+
 
 def gptq(weight: Tensor, moments: Moments, scale: Tensor, bits: int, rounded: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes, [groups, channels, fan-in], and scales, [groups, channels, k], of a layer: a `Solver` (see `loops.moments`)."""
+    """Return codes, [groups, channels, fan-in], and scales, [groups, channels, k], of a layer: a `Solver` (see `loops.moments`).
+
+    A layer whose inputs are too large for their squares to be numbers keeps its rounding to nearest.
+    """
+    if not all(part.abs().amax() < LARGEST_MOMENT for part in (moments.hessian, moments.cross)):
+        return rounded, scale
     target = weight if moments.cross is moments.hessian else corrected_target(weight, moments.hessian, moments.cross)
     solution = solve(target, moments.hessian, scale, bits, rounded)
     return solution.codes, solution.scale
