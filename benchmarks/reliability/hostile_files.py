@@ -435,7 +435,8 @@ def write_all(home: Path, seed: int, width: int = 4) -> None:
     table = LatencyTable({n: {"float32": 3e-4, "int8": 1e-4} for n in names}, {"float32": 5e-4, "int8": 6e-4}, 1e-8, steps)
     real, latency._table_file = latency._table_file, lambda network, threads: home / "latency cache" / f"of {seed}.json"
     try:
-        save_table(observed(), table, {"rounds": seed}).rename(home / "latency cache" / "latency.json")
+        save_table(observed(), table, {"rounds": seed})
+        (home / "latency cache" / f"of {seed}.json").rename(home / "latency cache" / "latency.json")
     finally:
         latency._table_file = real
     write_training(home / "training checkpoint", seed, network)

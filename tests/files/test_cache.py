@@ -253,8 +253,8 @@ def test_a_new_budget_takes_up_all_that_it_does_not_touch(tmp_path, monkeypatch,
         ({"alternatives": 3}, "measured"),
         ({"pairs": True}, "floor"),
         ({"sensitivity_base": "W6A6"}, "ranges"),
-        ({"candidate_steps": 4}, "parallel AdaQuant of"),
-        ({"rounding": "adaround"}, "parallel AdaRound of"),
+        ({"candidate_steps": 4, "parallel": True}, "parallel AdaQuant of"),
+        ({"rounding": "adaround", "parallel": True}, "parallel AdaRound of"),
         ({"bn_prior": 0.5}, "matching of candidates"),
         ({"estimator": "minmax"}, "ranges"),
         ({"seed": 1}, "ranges"),
@@ -262,6 +262,8 @@ def test_a_new_budget_takes_up_all_that_it_does_not_touch(tmp_path, monkeypatch,
     ],
 )
 def test_a_setting_touches_what_depends_on_it_and_nothing_before(tmp_path, monkeypatch, filled_cache, settings, first):
+    if "parallel" in settings:
+        calibrated(tmp_path / "run", filled_cache, parallel=settings["parallel"])
     computed = names_made(monkeypatch)
     with_cache = calibrated(tmp_path / "run", filled_cache, **settings)
     assert computed and computed[0].startswith(first)

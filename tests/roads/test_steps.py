@@ -32,7 +32,9 @@ from anybit.networks.batchnorm import channel_statistics
 from anybit.networks.candidates import apply_scheme
 from anybit.networks.edges import observe_edge_ranges
 from anybit.networks.layers import codes_of, quantized_layers
+from anybit.networks.matmul import Matmul
 from anybit.networks.observed import ObservedNetwork, observe_network
+from anybit.networks.rewrites import Rewrite, rewrite_of
 from anybit.roads.memory import within_memory
 from anybit.roads.polish import polish_scheme, sequential_start
 from anybit.roads.settings import CalibrateSettings
@@ -77,12 +79,18 @@ def test_observing_a_network_leaves_it_alone_and_covers_or_names_every_layer(nam
     before = snapshot(model)
     network = observe_network(model, batch, SETTINGS.options)
     assert_untouched(model, before)
-    assert matrices(model) == set(network.names) | set(network.uncovered)
-    looked_up = {layer for layer in network.names if isinstance(model.get_submodule(layer), nn.Embedding)}
-    assert sorted(layer for unit in network.units for layer in unit.layers) == sorted(set(network.names) - looked_up)
+    layers = {layer: network.folded.get_submodule(layer) for layer in network.names}
+    looked_up, products = ({n for n, layer in layers.items() if isinstance(layer, kind)} for kind in (nn.Embedding, Matmul))
+    assert matrices(network.folded) | products == set(network.names) | set(network.uncovered)
+    rewrite = rewrite_of(network.float_model) or Rewrite()
+    # The user's matrices are all still there, but for those that are the weights of added layers, which are called after them.
+    absorbed = {f"{layer}_weight" for layer in rewrite.layers} & set(rewrite.dropped)
+    assert matrices(model) - absorbed == matrices(network.folded) - set(rewrite.layers)
+    assert matrices(model) & set(rewrite.dropped) == absorbed
+    assert sorted(layer for unit in network.units for layer in unit.layers) == sorted(set(network.names) - looked_up - products)
     for layer, options in network.choices.items():
-        bits = {None} if isinstance(model.get_submodule(layer), nn.Embedding) else {4, 8}
-        assert {option.weight_bits for option in options} == {2, 4, 8} and {option.activation_bits for option in options} == bits
+        weights, activations = {None} if layer in products else {2, 4, 8}, {None} if layer in looked_up else {4, 8}
+        assert {option.weight_bits for option in options} == weights and {option.activation_bits for option in options} == activations
 
 
 def test_kept_layers_have_one_choice():
@@ -401,11 +409,21 @@ def test_inputs_that_make_activations_infinite_are_refused_by_layer():
     calibration = calibration_of("chain")
     model = make(Chain)
     with torch.no_grad():
-        model.bn1.weight.fill_(3e38)
+        model.bn1.weight.fill_(3e33)  # its layer can just be quantized
         model.relu1 = nn.Identity()
     network = observe_network(model, calibration.fitting[0], SETTINGS.options)
+    for batch in calibration.fitting:
+        batch.inputs.mul_(1e6)
     with pytest.raises(InvalidInput, match="layer conv2"):
         range_candidates(network, calibration, SETTINGS)
+
+
+def test_a_weight_whose_scales_are_no_float32_is_refused_before_any_data():
+    model = make(Chain)
+    with torch.no_grad():
+        model.bn1.weight.fill_(3e38)
+    with pytest.raises(UnsupportedModel, match=r"conv1: the weight, its batch norm folded.*--keep 'conv1=float'"):
+        observe_network(model, Batch(pictures(2)), SETTINGS.options)
 
 
 def test_mirroring_adds_the_mirror_images_to_the_fitting_side_alone():
@@ -440,7 +458,8 @@ def test_a_transformer_layer_computes_with_its_quantizers_watched_or_not():
     calibration = Calibration([Batch(torch.randn(8, 5, 8))], [Batch(torch.randn(4, 5, 8))])
     settings = CalibrateSettings(weight_bits=(4,), activation_bits=(2,))
     network = observe_network(model, calibration.fitting[0], settings.options)
-    assert {"0.linear1", "0.linear2", "1"} <= set(network.names) and "0.self_attn.in_proj_weight" in network.uncovered
+    attention = {f"0.self_attn.{name}" for name in ("in_proj", "scores", "mixture", "out_proj")}
+    assert set(network.names) == {"0.linear1", "0.linear2", "1"} | attention and not network.uncovered
     quantized = apply_scheme(network.prepared, network.uniform(4, 2), range_candidates(network, calibration, settings))
     with torch.no_grad():
         alone = quantized(calibration.held_out[0].inputs)

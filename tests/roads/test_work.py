@@ -109,8 +109,10 @@ def test_every_pass_and_copy_of_a_light_calibration_has_a_reason(work):
     layers, schemes = len(result.scheme), len(result.report["schemes"])
     rows = layers * (len(LIGHT["weight_bits"]) + len(LIGHT["activation_bits"]))
     passes = {
+        "the copy, while the user's network is away": 1,
         "observed, repeated, folded": 3,
         "outputs of the float network": fitting + held_out,
+        "rows an input of the example": 1,
         "ranges, moments, targets, matching": 4 * fitting,
         "floor and rows of the table": (1 + rows) * held_out,
         "schemes": schemes * held_out,
@@ -118,9 +120,10 @@ def test_every_pass_and_copy_of_a_light_calibration_has_a_reason(work):
         "the two units that the solution captures anew, float and quantized, and what it gives": 4 * (fitting + held_out) + held_out,
         "batch-norm tuning, and what it gives": 1 + held_out,
         "edge ranges, eight samples at once": edge_passes(result.report["inputs"]["fitting"], LIGHT["batch_size"]),
+        "the fingerprint: quantized, float, and quantized on nudged inputs": 3,
     }
     copies = {
-        "the user's network": 1,
+        "the user's network, and one that is held against it": 2,
         "folded, prepared": 2,
         "a network for each bit-width": len(LIGHT["weight_bits"]),
         "the table's": 1,

@@ -416,6 +416,22 @@ def test_an_overwrite_that_ends_between_two_moves_keeps_one_run_whole(error, mov
     assert not list(run_folder.parent.glob(f".{run_folder.name}.*"))
 
 
+def test_an_old_run_that_cannot_be_put_back_is_not_deleted(run_folder, monkeypatch):
+    old, moves, rename = (run_folder / "scheme.json").read_text(), [], Path.rename
+
+    def full(self, target):
+        moves.append(self)
+        if len(moves) > 1:
+            raise OSError
+        rename(self, target)
+
+    with pytest.raises(AnybitError), new_folder(run_folder, overwrite=True) as draft:
+        (draft / "scheme.json").write_text("new")
+        monkeypatch.setattr(Path, "rename", full)
+    (left,) = run_folder.parent.glob(f".{run_folder.name}.*")
+    assert (left / "old" / "scheme.json").read_text() == old
+
+
 def test_a_failed_overwrite_keeps_the_run_that_was_there(run_folder):
     before = {path.name: path.read_bytes() for path in run_folder.iterdir()}
     with pytest.raises(RuntimeError), new_folder(run_folder, overwrite=True) as draft:
@@ -553,7 +569,7 @@ HOSTILE = {
     **{f"a weight of {v}": lambda model, v=v: model.conv1.weight[0, 0, 0, 0].fill_(v) for v in (1e30, 1e36, 1e38)},
     **{f"a bias of {v}": lambda model, v=v: model.fc.bias[0].fill_(v) for v in (1e30, 3e38)},
     "a gamma of 1e38": lambda model: model.bn2.weight[0].fill_(1e38),
-    **{f"gammas of {v}": lambda model, v=v: model.bn0.weight.fill_(v) for v in (1e20, 1e36)},
+    **{f"gammas of {v}": lambda model, v=v: model.bn0.weight.fill_(v) for v in (1e-20, 1e20, 1e36)},
     "no weights but zeros": lambda model: model.conv1.weight.fill_(0),
     "tiny weights": lambda model: model.conv1.weight.mul_(1e-42),
     **{

@@ -18,12 +18,14 @@ from anybit.data.batches import Batch, call, predict
 from anybit.data.samples import Samples, split
 from anybit.data.tasks import outputs_of
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.loops import closed_form, moments
 from anybit.networks.candidates import apply_scheme
 from anybit.networks.capture import input_samples
 from anybit.networks.edges import observe_edge_ranges
 from anybit.networks.layers import codes_of, coverage, quantized_layers
 from anybit.networks.matmul import Matmul
 from anybit.networks.observed import observe_network
+from anybit.networks.patches import draw_places
 from anybit.networks.wiring import observe
 from anybit.onnx.file import load, outputs
 from anybit.onnx.file import session as onnx_file_session
@@ -194,16 +196,40 @@ class Padded(torch.utils.data.Dataset):
         return Batch(longer, batch.labels)
 
 
-def test_padding_changes_nothing_that_calibrate_does(tmp_path):
+@pytest.mark.parametrize("solver", [{}, {"solver": "none"}], ids=["closed form", "none"])
+def test_padding_changes_nothing_that_calibrate_does(solver, tmp_path, monkeypatch):
+    drawn: list[tuple] = []
+    for module in (closed_form, moments):
+        monkeypatch.setattr(module, "draw_places", recorded(drawn))
     model, samples = texts(tmp_path)
     padded = Samples(Padded(samples.dataset, 7), True, reader=samples.reader)
-    results = [anybit.calibrate(model, one, "4bit", **QUICK, parallel=False) for one in (samples, padded)]
+    results, places = [], []
+    for one in (samples, padded):
+        results.append(anybit.calibrate(model, one, "4bit", **QUICK, **solver, parallel=False))
+        places.append(list(drawn))
+        drawn.clear()
+    assert places[0] == places[1] and bool(places[0]) == (not solver)
     assert results[0].scheme == results[1].scheme
     tables = [result.table["table"]["rows"] for result in results]
     for name, row in tables[0].items():
         assert list(row.values()) == pytest.approx(list(tables[1][name].values()), rel=1e-2, abs=1e-6)
-    for name, unit in results[0].report["units"].items():
-        assert list(unit.values()) == pytest.approx(list(results[1].report["units"][name].values()), rel=2e-2, abs=1e-6)
+    units = results[0].report["units"]
+    # Sums in another order flip the rounding of an input now and then; a solver, that chooses every code anew, then takes other codes.
+    alike = [name for name in units if solver or ".layer.0." in name]
+    assert len(alike) >= 6
+    for name in alike:
+        assert list(units[name].values()) == pytest.approx(list(results[1].report["units"][name].values()), rel=2e-2, abs=1e-6)
+
+
+def recorded(drawn: list):
+    """`draw_places` that notes what it draws."""
+
+    def draw(layer, shape, *rest):
+        places = draw_places(layer, shape, *rest)
+        drawn.append((tuple(shape), places.tolist()))
+        return places
+
+    return draw
 
 
 def test_batches_go_by_length_and_lose_no_text(tmp_path):

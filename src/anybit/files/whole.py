@@ -36,20 +36,23 @@ def drafts_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_behind(path)
-    while True:
-        folder = path.parent / f"{_stem(path.name)}.{secrets.token_hex(8)}.anybit"
-        folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks, where no draft is taken for one that was left
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # else another process took it for one that was left, before it was locked
-            break
-        os.close(lock)
+    lock = None
     try:
+        while lock is None:
+            folder = path.parent / f"{_stem(path.name)}.{secrets.token_hex(8)}.anybit"
+            folder.mkdir()
+            lock = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks, where no draft is taken for one that was left
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():  # another process took it for one that was left, before it was locked
+                os.close(lock)
+                lock = None
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        if path.exists() or not (folder / OLD).exists():  # else what was being replaced could not be put back
+            shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def _remove_left_behind(path: Path) -> None:

@@ -40,9 +40,19 @@ its inputs are noisy, and layer after layer adds to it."""
 SHRUNK = (1.0, 0.9, 0.8, 0.7)
 """Shares of the scale of least squared weight error that are tried: under H, a finer grid that clips more is often better."""
 
+LARGEST_MOMENT = 1e30
+"""Above it, or where a moment is NaN, products with errors would leave the range of float32."""
+SMALLEST_VARIANCE = 1e-35
+"""Below it, on average, inputs count as ones that never move: the inverse would leave the range of float32."""
+
 
 def gptq(weight: Tensor, moments: Moments, scale: Tensor, bits: int, rounded: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes, [groups, channels, fan-in], and scales, [groups, channels, k], of a layer: a `Solver` (see `loops.moments`)."""
+    """Return codes, [groups, channels, fan-in], and scales, [groups, channels, k], of a layer: a `Solver` (see `loops.moments`).
+
+    A layer whose inputs are too large for their squares to be numbers keeps its rounding to nearest.
+    """
+    if not all(part.abs().amax() < LARGEST_MOMENT for part in (moments.hessian, moments.cross)):
+        return rounded, scale
     target = weight if moments.cross is moments.hessian else corrected_target(weight, moments.hessian, moments.cross)
     solution = solve(target, moments.hessian, scale, bits, rounded)
     return solution.codes, solution.scale
@@ -116,9 +126,9 @@ def _nearest(weight: Tensor, scale: Tensor, limits: tuple[int, int]) -> Tensor:
 
 
 def _damped(hessian: Tensor, damping: float) -> Tensor:
-    """Return H with `damping` times the mean variance on its diagonal, 1 where it is all zero."""
+    """Return H with `damping` times the mean variance on its diagonal, 1 where that is next to nothing."""
     variance = torch.diagonal(hessian, dim1=1, dim2=2).mean(1)
-    ridge = torch.where(variance > 0, damping * variance, torch.ones_like(variance))
+    ridge = torch.where(variance > SMALLEST_VARIANCE, damping * variance, torch.ones_like(variance))
     return hessian + torch.diag_embed(ridge[:, None].expand(-1, hessian.shape[1]))
 
 

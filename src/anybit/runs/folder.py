@@ -56,9 +56,9 @@ def _open_as_others(folder: Path) -> None:
 
 def _put_in_place(draft: Path, path: Path, old: Path) -> None:
     """Move the draft to `path`; an old run goes only once the new one stands in its place, and comes back where it does not."""
-    if path.exists():
-        path.rename(old)
     try:
+        if path.exists():
+            path.rename(old)
         draft.rename(path)
     finally:
         if old.exists() and not path.exists():
