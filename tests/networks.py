@@ -296,3 +296,27 @@ def assert_untouched(model: nn.Module, before: tuple) -> None:
     assert list(state) == list(before[0])
     for key, (tensor, identity) in state.items():
         assert torch.equal(tensor, before[0][key][0]) and identity == before[0][key][1], key
+
+
+class Odd(nn.Module):
+    """A function of named layers, for networks of one line."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+class Bessel(nn.Module):
+    """A layer, and a function that no exporter knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.special.bessel_j0(self.layer(x))

@@ -46,7 +46,7 @@ def _digits(count: int, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a network takes.
+    """Describe the inputs of a network.
 
     keyword    name of the pictures' argument; None: they are given by place
     second     name of another picture's argument: the same, moved by two pixels

@@ -1,4 +1,4 @@
-"""What the tables of the zoo hold: a network by name, its constructor and the inputs that it takes."""
+"""An entry of the zoo: a network by name, its constructor and the inputs that it takes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

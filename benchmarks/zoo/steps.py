@@ -28,7 +28,7 @@ PRECISIONS = {"W8A8": (8, 8), "W4A8": (4, 8)}
 
 @dataclass
 class Progress:
-    """What is known of a network so far; `keep` writes it down, so that a process that is ended leaves what it has done."""
+    """Record what is known of a network so far; `keep` writes it down, so that a process that is ended leaves what it has done."""
 
     keep: Callable[[Mapping[str, Any]], None]
     entry: dict[str, Any] = field(default_factory=lambda: {"seconds": {}, "failures": []})

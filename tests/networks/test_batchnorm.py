@@ -327,7 +327,7 @@ def test_a_norm_folds_whatever_its_forward_does_after_it(norm_class):
     assert folded.norms == {"0": "1"} and not any(map(is_norm, folded.model.modules()))
     assert torch.allclose(run(folded.model, batch), outputs, atol=1e-5)
     assert not any("running" in key for key in folded.model.state_dict())  # nothing of it is stored
-    again = pickle.loads(pickle.dumps(copy.deepcopy(folded.model)))
+    again = pickle.loads(pickle.dumps(copy.deepcopy(folded.model)))  # as multiprocessing does; no file of anybit's is a pickle
     assert torch.equal(run(again, batch), run(folded.model, batch))
     assert_untouched(model, before)
 

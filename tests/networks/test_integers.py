@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS, network_and_inputs
+from networks import NETWORKS, Odd, network_and_inputs
 from torch import nn
 
 from anybit.data.batches import Batch, tensors_in
@@ -13,19 +13,6 @@ from anybit.networks.observed import observe_network, rounded_to_nearest
 from anybit.networks.wiring import LAYER, Wiring, observe
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
-
-
-class Odd(nn.Module):
-    """A function of named layers."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def conv(narrow=4, wide=4):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exported import EXACT, Activated, canonical_of, inputs, random_precision
+from networks import Bessel
 from torch import nn
 
 import anybit
@@ -242,15 +243,7 @@ def test_what_cannot_be_recorded_is_exported_each_time(calls, monkeypatch):
 
 
 def test_a_network_that_cannot_be_exported_is_refused_again(calls, tmp_path):
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return torch.special.bessel_j0(self.layer(x))
-
-    network, batch = Odd().eval(), inputs((4,), 4)
+    network, batch = Bessel().eval(), inputs((4,), 4)
     for count in (1, 2):
         with pytest.raises(UnsupportedModel, match="bessel_j0"):
             floats.float_graph(network, batch, batch, ("layer",), (), Cache(tmp_path))

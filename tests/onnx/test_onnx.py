@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from exported import EXACT, Activated, canonical_of, inputs, random_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import Bessel, Odd
 from onnx import numpy_helper
 from torch import nn
 
@@ -461,18 +462,10 @@ def test_a_file_that_is_there_is_not_replaced_unasked(exported_run):
 
 
 def test_an_operator_that_cannot_be_exported_is_named_and_leaves_no_file(tmp_path):
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return torch.special.bessel_j0(self.layer(x))
-
-    result = anybit.calibrate(Odd(), torch.randn(24, 4), samples=24, weight_bits=(8,), activation_bits=(8,), pipeline="light")
+    result = anybit.calibrate(Bessel(), torch.randn(24, 4), samples=24, weight_bits=(8,), activation_bits=(8,), pipeline="light")
     run = result.save(tmp_path / "run")
     with pytest.raises(UnsupportedModel, match="bessel_j0"):
-        anybit.export(run, tmp_path / "net.onnx", model=Odd(), data=torch.randn(4, 4))
+        anybit.export(run, tmp_path / "net.onnx", model=Bessel(), data=torch.randn(4, 4))
     assert [item.name for item in tmp_path.iterdir() if item.name.endswith(".onnx")] == []
 
 
@@ -499,19 +492,6 @@ def test_the_network_is_left_as_it_was():
 def verdict_of(canonical, graphs, batch, folder):
     save(graphs.integer, folder / "net.onnx")
     return verify_file(folder / "net.onnx", load(folder / "net.onnx"), graphs, canonical.model, batch)
-
-
-class Odd(nn.Module):
-    """A function of named layers, for networks of one line."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def odd(function, shape=(3, 8, 8), precision="W8A8", **layers):

@@ -1,4 +1,4 @@
-"""What each kind of head's output is read for: one row a prediction, without padding, and the labels and scores of these rows."""
+"""Readers of each kind of head: one row a prediction, without padding, with the labels and scores of these rows."""
 
 import re
 import string

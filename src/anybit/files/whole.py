@@ -16,7 +16,7 @@ from pathlib import Path
 from anybit.errors import AnybitError, InvalidSetting
 
 OLD = "old"
-"""What is replaced stands in the draft's folder under this name for a moment."""
+"""Name of the replaced file or folder while it waits in the draft's folder."""
 
 
 def is_draft(name: str, of: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a unit is fitted to: its inputs and outputs in the float network, and the inputs that it will really see."""
+"""Data of one unit: its inputs and outputs in the float network, and its inputs in the quantized one."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence

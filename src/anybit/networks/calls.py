@@ -22,14 +22,14 @@ class CallSite:
     """One call of a function that a layer could compute; `plain` where nothing around it would be missing if the layer ran alone."""
 
     function: str
-    given: dict[str, Any]
+    arguments: dict[str, Any]
     plain: bool
 
     @property
     def operands(self) -> list[Tensor]:
         """Return the tensors that are multiplied."""
         names = ("query", "key", "value") if self.function == ATTENTION else PRODUCTS.get(self.function, ("input", "weight"))
-        return [self.given[name] for name in names]
+        return [self.arguments[name] for name in names]
 
 
 def observed_calls(model: nn.Module, batch: Batch) -> "Calls":
@@ -107,7 +107,7 @@ class Calls(TorchFunctionMode):
         self.activations.add(id(tensor))
         self.alive.append(tensor)
 
-    def made_of(self, tensors: Iterable[Tensor]) -> set[str]:
+    def weights_behind(self, tensors: Iterable[Tensor]) -> set[str]:
         """Return the parameters that tensors are made of."""
         return {name for tensor in tensors for name in self.sources.get(id(tensor), ())}
 

@@ -150,7 +150,7 @@ def _tensor(place: Mapping[str, Any], drawn: dict[int, Tensor], nudge: float) ->
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     if any(tensor.device.type != "cpu" for tensor in model.parameters()):  # an accelerator rounds more coarsely
         model = copy.deepcopy(model).cpu()
-    with evaluating(model), _floats_read(model), _buffers_kept(model):
+    with evaluating(model), _floats_read(model), _buffers_restored(model):
         tensors = [tensor for tensor in tensors_in(call(model, inputs)) if tensor.is_floating_point()]
     flat = [tensor.float().cpu().flatten() for tensor in tensors[:OUTPUTS]]
     return [values[torch.linspace(0, len(values) - 1, min(VALUES, len(values))).long()].clone() for values in flat]
@@ -170,7 +170,7 @@ def _floats_read(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
+def _buffers_restored(model: nn.Module) -> Iterator[None]:
     """Put buffers that a pass changes back."""
     before = [(module, dict(module._buffers)) for module in model.modules()]
     for module, buffers in before:

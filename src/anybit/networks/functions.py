@@ -162,26 +162,26 @@ def _next(calls: Iterator[FunctionCall], module: nn.Module, name: str) -> Functi
     return call
 
 
-def _compute(module: nn.Module, call: FunctionCall, given: dict[str, Any]) -> Tensor:
+def _compute(module: nn.Module, call: FunctionCall, arguments: dict[str, Any]) -> Tensor:
     if call.layers == ("",):
-        return getattr(F, call.function)(**{**given, "weight": module.weight})
+        return getattr(F, call.function)(**{**arguments, "weight": module.weight})
     layers = [module.get_submodule(path) for path in call.layers]
     if call.function == ATTENTION:
-        return _attention(layers, **given)
+        return _attention(layers, **arguments)
     if call.function not in PRODUCTS:
-        x = given["input"]
+        x = arguments["input"]
         return layers[0](x.transpose(0, 1)).transpose(0, 1).contiguous() if call.batch_second else layers[0](x)
-    left, right = operands = [given[name] for name in PRODUCTS[call.function]]
-    of = contraction(given.get("equation"), left.dim(), right.dim())
+    left, right = operands = [arguments[name] for name in PRODUCTS[call.function]]
+    of = contraction(arguments.get("equation"), left.dim(), right.dim())
     assert of is not None, "what is no contraction stays a function"
     if call.weight is not None:
         result = weighted(of, operands, call.weight, layers)
     else:
         assert isinstance(layers[0], Matmul)
         result = multiplied(of, left, right, layers[0])
-    if "added" not in given or getattr(layers[0], "bias", None) is not None:
+    if "added" not in arguments or getattr(layers[0], "bias", None) is not None:
         return result
-    return given.get("beta", 1) * given["added"] + given.get("alpha", 1) * result
+    return arguments.get("beta", 1) * arguments["added"] + arguments.get("alpha", 1) * result
 
 
 def _attention(

@@ -66,7 +66,7 @@ def rounded_edges(wiring: Wiring, model: nn.Module, tables: bool = False) -> Rou
 
 
 class _Rule:
-    """What the rule asks of a wiring; operations are named by their index in it, values by their number.
+    """Answer what the rule asks of a wiring; operations are named by their index in it, values by their number.
 
     root    value -> the value whose codes it shares;   groups  root -> all that share its codes
     names   root -> the name of the operation that makes it, or of the network's input

@@ -38,7 +38,7 @@ class AddedLayer(BaseModel):
     settings: dict[str, bool | int | str | list[int]] = {}
 
     @model_validator(mode="after")
-    def _can_be_made(self) -> "AddedLayer":
+    def _checked_kind(self) -> "AddedLayer":
         try:
             _ = self.weights
         except Exception as error:
@@ -68,7 +68,7 @@ class PlannedCall(BaseModel):
 
 
 class Rewrite(BaseModel):
-    """What turns a network into one whose layers compute its functions.
+    """Turn a network into one whose layers compute its functions.
 
     calls    module -> the functions that it calls itself, in order
     layers   layer that is added -> how it is made
@@ -208,8 +208,10 @@ class _Plan:
             for site, other in zip(sites, others if alike else sites, strict=True):
                 planned, weights = self._call(owner, site, other) if alike else (None, [])
                 calls.append(planned or PlannedCall(function=site.function))
-                absorbed |= first.made_of(weights)
-                self.read |= first.made_of(tensor for tensor in tensors_in(site.given) if all(tensor is not one for one in weights))
+                absorbed |= first.weights_behind(weights)
+                self.read |= first.weights_behind(
+                    tensor for tensor in tensors_in(site.arguments) if all(tensor is not one for one in weights)
+                )
             if any(planned.layers for planned in calls):
                 self.rewrite.calls[owner] = calls
         self.rewrite.dropped = [name for names in first.tied() if self._is_unread(names, absorbed) for name in names]
@@ -232,8 +234,8 @@ class _Plan:
             return (PlannedCall(function=site.function, layers=layers), []) if layers else stays
         if len(weights) > 1 or site.function == ATTENTION or not self._is_weight(operands[weights[0]], other.operands[weights[0]]):
             return stays
-        bias = site.given.get("bias")
-        if bias is not None and not self._is_weight(bias, other.given.get("bias")):
+        bias = site.arguments.get("bias")
+        if bias is not None and not self._is_weight(bias, other.arguments.get("bias")):
             return stays
         if site.function in PRODUCTS:
             return self._weighted(owner, site, weights[0])
@@ -263,8 +265,8 @@ class _Plan:
         left, right = site.operands
         if site.function not in PRODUCTS:  # an operand of a convolution is the weight
             return []
-        of = contraction(site.given.get("equation"), left.dim(), right.dim())
-        named = "equation" in site.given
+        of = contraction(site.arguments.get("equation"), left.dim(), right.dim())
+        named = "equation" in site.arguments
         if of is None or (of.broadcasts(left.shape, right.shape) and (named or left.dim() != right.dim())):
             return []
         return [self._matmul(owner, "matmul", is_transposed(of) if named else right.stride(-2) < right.stride(-1))]
@@ -275,12 +277,12 @@ class _Plan:
     def _weighted(self, owner: str, site: CallSite, index: int) -> tuple[PlannedCall | None, list[Tensor]]:
         """Plan a product with a weight: a linear, or one for each of several experts."""
         left, right = site.operands
-        of = contraction(site.given.get("equation"), left.dim(), right.dim())
+        of = contraction(site.arguments.get("equation"), left.dim(), right.dim())
         if of is None or of.broadcasts(left.shape, right.shape):
             return None, []
-        weight, added = site.operands[index], site.given.get("added")
+        weight, added = site.operands[index], site.arguments.get("added")
         experts = weight_rows_of(of, weight, index)
-        scaled = site.given.get("beta", 1) != 1 or site.given.get("alpha", 1) != 1
+        scaled = site.arguments.get("beta", 1) != 1 or site.arguments.get("alpha", 1) != 1
         bias = added if added is not None and added.shape == experts.shape[1:2] and id(added) in self.first.sources and not scaled else None
         layers = [self._added(owner, site, _linear(rows, bias), rows, bias, weight) for rows in experts]
         return PlannedCall(function=site.function, layers=layers, weight=index), [weight, *([] if bias is None else [bias])]
@@ -288,7 +290,7 @@ class _Plan:
     def _child(self, owner: str, site: CallSite) -> str | None:
         """Return the path of the linear inside the module whose weight `F.linear` takes, and that itself does not run; it gets the bias
         that the function takes."""
-        weight, bias = site.given["weight"], site.given.get("bias")
+        weight, bias = site.arguments["weight"], site.arguments.get("bias")
         name = owner_of(self.first.parameters.get(id(weight), ""))
         inside = name != owner and (not owner or name.startswith(f"{owner}."))
         layer = self.first.model.get_submodule(name)
@@ -303,7 +305,7 @@ class _Plan:
         self, owner: str, site: CallSite, layer: AddedLayer, weight: Tensor, bias: Tensor | None, source: Tensor | None = None
     ) -> str:
         """Add a layer of this weight and bias, called after the parameter that the weight comes from."""
-        names = self.first.made_of([weight if source is None else source])
+        names = self.first.weights_behind([weight if source is None else source])
         name = min(names).removeprefix(f"{owner}.") if len(names) == 1 else ""
         name = name.replace(".", "_").removesuffix("weight").strip("_") or layer.kind.lower()
         path = self._add(owner, name, layer)
@@ -328,16 +330,16 @@ def _linear(rows: Tensor, bias: Tensor | None) -> AddedLayer:
 
 def _layer_of(site: CallSite) -> AddedLayer:
     """Return the linear or the convolution that a function computes."""
-    weight, bias, function = site.given["weight"], site.given.get("bias"), site.function
+    weight, bias, function = site.arguments["weight"], site.arguments.get("bias"), site.function
     if function == "linear":
         return _linear(weight, bias)
     kind = ("ConvTranspose" if "transpose" in function else "Conv") + function[-2:]
-    groups = site.given.get("groups", 1)
+    groups = site.arguments.get("groups", 1)
     channels = (weight.shape[0], weight.shape[1] * groups)
     channels = channels if "transpose" in function else channels[::-1]
     settings = {"in_channels": channels[0], "out_channels": channels[1], "kernel_size": list(weight.shape[2:]), "bias": bias is not None}
     for name in ("stride", "padding", "output_padding", "groups", "dilation"):
-        if name in site.given:
-            value = site.given[name]
+        if name in site.arguments:
+            value = site.arguments[name]
             settings[name] = list(value) if isinstance(value, (tuple, list)) else value
     return AddedLayer(kind=kind, settings=settings)

@@ -16,7 +16,7 @@ from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, MissingPack
 ZOOS = {"torchvision": "torchvision", "timm": "timm", "hf": "transformers"}
 """Prefix of `--model` -> the package that it needs."""
 RANDOM = "random"
-"""What `--weights` calls weights that are drawn."""
+"""The value of `--weights` that draws them."""
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")
 
 
