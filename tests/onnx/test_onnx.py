@@ -23,14 +23,16 @@ from torch import nn
 import anybit
 from anybit.data.batches import Batch, call, evaluating
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
+from anybit.networks.canonical import Canonical
 from anybit.networks.layers import fill, quantized_layers
+from anybit.networks.rounding import edge_grids, round_edges
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.onnx.file import EXACT_SUMS, exported, ideal_bytes, load, measured_in, outputs, save, session
 from anybit.onnx.floats import input_tensors
 from anybit.onnx.interpreter import interpret
 from anybit.onnx.plan import Affine
 from anybit.onnx.storage import PLANES, field_table, pack_fields, stored
-from anybit.onnx.verification import flipped_codes, lacks_exact_kernels, lacks_vnni, saturating, verify_file
+from anybit.onnx.verification import Verdict, check_simulation, flipped_codes, lacks_exact_kernels, lacks_vnni, saturating, verify_file
 from anybit.onnx.writer import LARGEST_BIAS, _Writer, with_room
 from anybit.scheme import Precision
 
@@ -163,6 +165,21 @@ def test_at_eight_bits_the_file_is_close_to_the_simulation(name):
         assert torch.from_numpy(there).sub(ours).norm() < 0.05 * ours.norm()
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("tables", [False, True])
+def test_every_code_of_the_file_is_the_simulations_or_the_next(name, seed, tables):
+    """At any bits: on the simulation's codes each operator of the file gives the simulation's."""
+    canonical, _, batch = made_of(name, seed)
+    graphs = exported(canonical, batch, tables=tables)
+    verdict = Verdict()
+    check_simulation(verdict, graphs, batch)
+    assert not verdict.failures
+    assert set(edge_grids(graphs.model)) == set(graphs.edges)
+    assert verdict.numbers["simulation"]["codes"] > 0
+    assert verdict.numbers["simulation"]["differ"] < 0.02 * verdict.numbers["simulation"]["codes"]
+
+
 @pytest.mark.parametrize(("bias", "most"), [(False, 1e-4), (True, 0.03)])
 def test_without_shared_tensors_codes_are_the_simulations(bias, most):
     """A chain has no edges: the file's quantizers are the layers' own. Codes differ where float sums round otherwise, and where an int32
@@ -171,7 +188,7 @@ def test_without_shared_tensors_codes_are_the_simulations(bias, most):
     layers = [nn.Conv2d(3, 8, 3, bias=bias), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4, bias=bias), nn.ReLU6(), nn.Flatten()]
     batch = inputs((3, 12, 12))
     canonical = canonical_of(nn.Sequential(*layers, nn.Linear(512, 4, bias=bias)), batch, lambda layer: Precision(5, 6))
-    flipped = flipped_codes(canonical.model, exported(canonical, batch), batch)
+    flipped = flipped_codes(exported(canonical, batch), batch)
     assert set(flipped) == {"0", "2", "5"} and max(flipped.values()) < most
 
 
@@ -800,8 +817,7 @@ def test_ranges_that_an_export_measured_are_what_verify_uses(tmp_path):
     network = Odd(lambda s, x: s.b(s.norm(s.a(x))), a=conv(3, 8), norm=nn.GroupNorm(2, 8), b=conv(8, 4))
     batch = inputs((3, 8, 8))
     result = anybit.calibrate(network, batch.inputs, samples=16, weight_bits=(8,), activation_bits=(8,), pipeline="light")
-    result.canonical.edges = {}  # every range is measured
-    canonical = result.canonical
+    canonical = Canonical(round_edges(result.model, {}), {}, {})  # a run that rounds no edges, and has no ranges: all are measured
     graphs = exported(canonical, batch)
     assert measured_in(graphs.integer)
     save(graphs.integer, tmp_path / "net.onnx")

@@ -12,6 +12,7 @@ from anybit.networks import batchnorm
 from anybit.networks.candidates import Candidates, activation_candidate, apply_scheme, weight_candidate
 from anybit.networks.capture import input_samples
 from anybit.networks.cost import CostModel
+from anybit.networks.edges import with_edges
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import check_float32, check_plain_use, coverage, prepare, quantized_layers
 from anybit.networks.options import LayerOptions, group_sizes, layer_choices
@@ -50,6 +51,15 @@ class ObservedNetwork:
     def names(self) -> list[str]:
         """Return the layers in the scheme, in call order."""
         return list(self.choices)
+
+    @property
+    def largest(self) -> Scheme:
+        """Return the scheme of every layer's last choice."""
+        return Scheme({name: options[-1] for name, options in self.choices.items()})
+
+    def apply(self, scheme: Scheme, candidates: Candidates) -> nn.Module:
+        """Return the canonical form of `scheme`, made of `candidates`, with its edges rounded."""
+        return with_edges(apply_scheme(self.prepared, scheme, candidates), self.wiring, candidates.edges)
 
     def uniform(self, weight_bits: int, activation_bits: int | None) -> Scheme:
         """These bits everywhere, except in kept layers; embeddings have no activation bits, matmuls no weights."""

@@ -7,6 +7,7 @@ in units of input scale times weight scale. Operators that only move numbers wor
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -33,12 +34,25 @@ LARGEST_BIAS = 2**30
 """An int32 bias leaves as much room again for the sum that it joins."""
 
 
-def write_graph(model: nn.Module, graph: ir.Model, plan: Plan, metadata: Mapping[str, str], weight_only: bool = False) -> ir.Model:
+@dataclass(frozen=True)
+class Written:
+    """The integer graph, and where in it the codes of the simulation are: edges and layers -> names of the values that hold the codes of
+    the edge, and of each operand of the layer."""
+
+    graph: ir.Model
+    edges: Mapping[str, str]
+    inputs: Mapping[str, Sequence[str]]
+
+
+def write_graph(model: nn.Module, graph: ir.Model, plan: Plan, metadata: Mapping[str, str], weight_only: bool = False) -> Written:
     """Write the integer graph of canonical `model`, given its float graph and plan; `metadata` becomes the file's.
 
     weight_only  linears with float inputs keep their weights packed as they run: what a batch of one waits for is reading them
     """
-    return _Writer(model, graph, plan, weight_only).model(metadata)
+    writer = _Writer(model, graph, plan, weight_only)
+    written = writer.model(metadata)
+    edges = {edge: name_of(writer.codes[name]) for name, edge in plan.names.items() if name in writer.codes}
+    return Written(written, edges, {layer: [name_of(codes) for codes in read] for layer, read in writer.read.items()})
 
 
 class _Writer:
@@ -62,6 +76,7 @@ class _Writer:
         self.unrounded: dict[str, tuple[ir.Value, float, float]] = {}  # what a float layer makes -> (it in float, the bounds of its clamp)
         self.units: dict[str, Affine] = {}  # layer -> the grid of its input
         self.weights: dict[tuple[str, bool], ir.Value] = {}  # (layer, whether transposed) -> its unpacked codes, for all its calls
+        self.read: dict[str, list[ir.Value]] = {}  # call of a layer -> the codes of each operand
 
     def model(self, metadata: Mapping[str, str]) -> ir.Model:
         inputs = []
@@ -326,8 +341,14 @@ class _Writer:
         source = name_of(node.inputs[operand])
         affine = self.units[name] = self.plan.inputs[name][operand]
         own = f"{name_of(node)}.{operand}" if operand else name_of(node)
-        if self.plan.edges.get(source) == affine:
-            return self.floats[source]
+        rounded = self.floats[source] if self.plan.edges.get(source) == affine else self._rounded_again(source, affine, own)
+        dequantize = maker(rounded)
+        assert dequantize is not None and dequantize.inputs[0] is not None, "a layer's input is rounded"
+        self.read.setdefault(name_of(node), []).append(dequantize.inputs[0])
+        return rounded
+
+    def _rounded_again(self, source: str, affine: Affine, own: str) -> ir.Value:
+        """Return what the float graph calls `source` on a grid of its reader's, named after its `own` name."""
         if (source, affine) not in self.requantized:
             maker = self.floats[source].producer()
             after_floats = maker is not None and maker.op_type != "DequantizeLinear"  # verify looks for codes that floats were rounded to
