@@ -351,14 +351,8 @@ def test_polishing_keeps_only_what_helps_on_held_out_inputs(residual, better):
     kept = [row["loss"] for row in ladder if row["kept"]]
     assert kept == sorted(kept, reverse=True) and all(row["loss"] >= kept[-1] for row in ladder)
     assert judge.of_model(model)["loss"] == kept[-1]
-    assert [row["step"] for row in ladder] == [
-        "ranges",
-        "candidates",
-        "sequential AdaQuant",
-        "batch-norm tuning",
-        "bias tuning",
-        "edge ranges",
-    ]
+    steps = ["ranges", "candidates", "sequential AdaQuant", "batch-norm tuning", "bias tuning", "edge ranges"]
+    assert [row["step"] for row in ladder] == steps
     assert set(errors) == {unit.name for unit in network.units}
 
 
