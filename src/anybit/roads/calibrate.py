@@ -17,7 +17,7 @@ from anybit.data.tasks import Metric, check_labels, measure, outputs_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import UnsupportedModel
-from anybit.files.cache import Cache
+from anybit.files.cache import Cache, open_cache, settle
 from anybit.files.contents import contents_of, digest
 from anybit.methods.table import rounding_named
 from anybit.networks.candidates import apply_scheme
@@ -37,8 +37,6 @@ from anybit.roads.keys import (
     cached_candidates,
     key_of_run,
     keyed_by_settings,
-    open_cache,
-    settle,
     weights_digest,
 )
 from anybit.roads.latencies import measured_latencies, with_latencies

@@ -19,7 +19,7 @@ from anybit.data.tasks import Metric, outputs_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidFile, InvalidSetting
-from anybit.files.cache import Cache
+from anybit.files.cache import Cache, open_cache
 from anybit.files.contents import digest
 from anybit.files.strict import read_json
 from anybit.networks.candidates import ActivationCandidate, Candidates, frozen_candidate, to_tensors
@@ -32,7 +32,7 @@ from anybit.networks.wiring import observe
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.progress import tell
 from anybit.roads.inputs import checked_tests, supernet_data
-from anybit.roads.keys import key_of_run, open_cache
+from anybit.roads.keys import key_of_run
 from anybit.roads.latencies import measured_latencies, supernet_with_latencies
 from anybit.roads.memory import check_memory
 from anybit.roads.polish import polish_scheme
