@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from anybit.data.batches import Batch, unpadded
 from anybit.networks.canonical import Canonical
-from anybit.networks.integers import rounded_edges
+from anybit.networks.integers import computes_on_integers, rounded_edges
 from anybit.networks.layer_types import type_of
-from anybit.networks.layers import quantized_layers, scheme_of
+from anybit.networks.layers import float_bias, quantized_layers, scheme_of
 from anybit.networks.rounding import Grid, round_edges
 from anybit.networks.wiring import LAYER, Wiring, observe
 from anybit.numerics.quantizers import UniformQuantizer
@@ -24,6 +24,8 @@ Ends = Mapping[str, tuple[float, float]]
 SEARCHED = 2**15
 """Values of an edge on which its range is searched for."""
 
+LARGEST_BIAS = 2**30
+"""An int32 bias leaves as much room again for the sum that it joins."""
 SMALLEST_SCALE = 1e-30
 """Below it a range is as good as empty, and its quotients leave float32."""
 
@@ -45,16 +47,30 @@ def edge_grids(ends: Ends, names: Iterable[str]) -> dict[str, Grid]:
 def with_edges(model: nn.Module, wiring: Wiring, ends: Ends, tables: bool = False) -> nn.Module:
     """Let canonical `model` round its edges as the exported file does, in place; returns it.
 
-    Layers of 8 bits that read an edge read its codes: its grid becomes theirs.
+    Layers of 8 bits that read an edge read its codes: its grid becomes theirs. Biases of integer layers become those of the file.
     """
     layers = quantized_layers(model)
-    edges = rounded_edges(wiring, layers, scheme_of(model), tables)
+    scheme = scheme_of(model)
+    edges = rounded_edges(wiring, layers, scheme, tables)
     grids = edge_grids(ends, edges.names)
     for layer, read in edges.reads.items():
         quantizer = layers[layer].input_quantizer
         if isinstance(quantizer, UniformQuantizer) and quantizer.bits == 8:
             read_codes(quantizer.scale, quantizer.zero_point, read, grids)
+    for name, precision in scheme.items():
+        if computes_on_integers(layers[name], precision):
+            _round_bias(layers[name])
     return round_edges(model, grids)
+
+
+def _round_bias(layer: nn.Module) -> None:
+    """Round the bias of an integer layer as kernels hold it, in place: in units of the input's scale times each channel's."""
+    bias, weights, inputs = float_bias(layer), layer.weight_quantizer, layer.input_quantizer
+    if bias is None or not isinstance(weights, UniformQuantizer) or not isinstance(inputs, UniformQuantizer):
+        return
+    units = (weights.scale.flatten() * inputs.scale).double()
+    codes = (bias.double() / units).round()
+    bias.copy_(torch.where(codes.abs() <= LARGEST_BIAS, codes * units, bias.double()))
 
 
 def read_codes(scale: Tensor, zero_point: Tensor, read: Sequence[str | None], grids: Mapping[str, Grid]) -> None:

@@ -34,7 +34,7 @@ from anybit.onnx.file import EXACT_SUMS, Exported, asks_for_exact_sums, outputs,
 from anybit.onnx.floats import LAYER, input_tensors, layer_nodes, probe_of
 from anybit.onnx.interpreter import interpret
 from anybit.onnx.operators import layer_operator
-from anybit.onnx.plan import Plan
+from anybit.onnx.plan import MOVES, Plan
 from anybit.onnx.values import constant, name_of, numbers
 from anybit.onnx.writer import weight_numbers
 
@@ -339,15 +339,22 @@ def simulated_codes(exported: Exported, batch: Batch) -> dict[str, Tensor]:
 @torch.no_grad()
 def check_simulation(verdict: Verdict, exported: Exported, batch: Batch) -> None:
     """Compare the file's codes with the simulation's, operator by operator: each on the codes that the simulation has."""
-    for edge in edge_grids(exported.model):
-        if edge not in exported.edges:
-            verdict.failures.append(f"{edge}: the simulation rounds it to 8 bits, and the file does not.")
+    if missing := edge_grids(exported.model).keys() - exported.edges.keys():
+        values = rounded_values(exported.model, batch)
+        verdict.failures += [
+            f"{edge}: the simulation rounds it to 8 bits, and the file does not."
+            for edge in values  # one that holds what another does, such as a sum with 0, is rounded there
+            if edge in missing and not any(torch.equal(values[edge], values[other]) for other in exported.edges)
+        ]
     feeds = {name_of(value): tensor for value, tensor in zip(exported.integer.graph.inputs, input_tensors(batch), strict=True)}
     simulated, own = simulated_codes(exported, batch), interpret(exported.integer, feeds).values
-    # What is laid out otherwise there, such as an input that is padded before its layer reads it, is judged by what follows.
-    alike = {name: codes for name, codes in simulated.items() if name in own and own[name].shape == codes.shape}
-    compared = interpret(exported.integer, feeds, alike)
     nodes = {name_of(value): node for node in exported.integer.graph for value in node.outputs}
+    alike = {}
+    for name, codes in simulated.items():
+        source = _before_moves(name, nodes, own, codes.shape)
+        if source is not None:
+            alike[source] = codes
+    compared = interpret(exported.integer, feeds, alike)
     apart = compared.apart
     verdict.numbers["simulation"] = {
         "codes": sum(one.size for one in apart.values()),
@@ -361,6 +368,17 @@ def check_simulation(verdict: Verdict, exported: Exported, batch: Batch) -> None
                 "which rounding does not explain."
             )
             return
+
+
+def _before_moves(name: str, nodes: Mapping[str, ir.Node], values: Mapping[str, Tensor], shape: torch.Size) -> str | None:
+    """Return the value of that shape that value `name` is, or is laid out from, such as an input that is padded before its layer reads it;
+    None where there is none."""
+    while name in values and values[name].shape != shape:
+        node = nodes.get(name)
+        if node is None or node.op_type not in MOVES:
+            return None
+        name = name_of(node.inputs[0])
+    return name if name in values else None
 
 
 def flipped_codes(exported: Exported, batch: Batch) -> dict[str, float]:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from anybit.networks.edges import LARGEST_BIAS
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import Pruned, codes_of, float_weight, from_rows, quantized_layers, weight_rows
 from anybit.networks.wiring import module_of_call
@@ -29,9 +30,6 @@ from anybit.onnx.values import maker, name_of, numbers, operand
 
 TWO_BIT_VERSIONS = (25, 13)
 """Operator set and file format that have two-bit integers: asked for only where they are used."""
-
-LARGEST_BIAS = 2**30
-"""An int32 bias leaves as much room again for the sum that it joins."""
 
 
 @dataclass(frozen=True)
