@@ -948,4 +948,4 @@ class Placed(Tokens):
 
 def test_an_embedding_that_is_given_a_shape_is_covered():
     result = calibrated(make(Placed), tokens(24))
-    assert "places" in result.scheme and anybit.inspect(make(Placed), tokens(4))["layers"]["places"]["input"] == []
+    assert "places" in result.scheme and anybit.inspect(make(Placed), tokens(4), export=False)["layers"]["places"]["input"] == []
