@@ -156,8 +156,9 @@ def evaluate(
     from anybit.reports.words import scores_line
     from anybit.roads.evaluate import evaluated_network
 
+    function = load_metric(metric)
     network, preprocessing, task = evaluated_network(run, model, weights, preprocessing, task)
-    scores = anybit.evaluate(network, data, load_metric(metric), task, batch_size, workers, device, preprocessing)
+    scores = anybit.evaluate(network, data, function, task, batch_size, workers, device, preprocessing)
     return Outcome(scores, lambda details: print(scores_line(scores)))
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from anybit.calls import public
 from anybit.data.batches import Batch, call
 from anybit.data.samples import Samples
-from anybit.data.tasks import Metric, beside, outputs_of
+from anybit.data.tasks import Metric, beside, check_metric_on, outputs_of
 from anybit.environment import environment
 from anybit.errors import InvalidInput
 from anybit.exports.formats import check_new_file
@@ -123,6 +123,7 @@ def verify(
     integer = load(path)
     inputs = inputs_for(run, file, canonical.model, data, workers)
     first = _first(inputs, CHECKED)
+    check_metric_on(canonical.model, first_of(inputs, samples).batches(CHECKED), metric)
     properties = integer.metadata_props
     tables, weight_only = properties.get(FUNCTIONS) == "tables", properties.get(LINEARS) == "packed"
     with _graphs(cache) as kept:  # on the inputs of the export, whose graph is then taken up

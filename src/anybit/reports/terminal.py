@@ -214,7 +214,7 @@ def export_line(trial: Report) -> str:
         return f"{'ONNX export not tried' if trial['ok'] is None else 'ONNX export is refused'}: {trial['reason']}"
     integer, floating = trial["integer_layers"], trial["float_layers"]
     some = f"{len(integer)} of {len(integer) + len(floating)} layers on integers, in float: {', '.join(floating)}"
-    return f"ONNX export: {some if floating else f'every layer on integers'}."
+    return f"ONNX export: {some if floating else 'every layer on integers'}."
 
 
 def _print_layers(inspection: Report, ran: bool) -> None:

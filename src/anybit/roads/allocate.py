@@ -98,6 +98,8 @@ def allocate(
         entries = entries.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and contents_of(metric))
     judge = Judge(network, candidates, calibration.held_out, reference, file.task, metric, entries)
     light = replace(settings, sequential=False, bias_tuning=False)
+    if metric is not None:
+        judge.of_outputs(reference)  # a metric that fails is refused before the work
     bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets)
     provenance = {"model": followed_reference(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
     if data is not None:
