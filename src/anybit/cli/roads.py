@@ -166,8 +166,10 @@ def inspect(
     *, model, weights=None, data=None,
     weight_bits: tuple[int, ...] = same_as(CalibrateSettings, "weight_bits", doc="Bit-widths to count."),
     keep=None, preprocessing: Preprocessing, task=None,
+    export: bool = option(True, "Try whether an ONNX file can be made of the network.", panel="Output"),
+    cache=True,
 ) -> Outcome:  # fmt: skip
-    """Show layers, what is covered, and what each bit-width would cost.
+    """Show layers, what is covered, what each bit-width would cost, and whether the network can be exported.
 
     anybit inspect --model torchvision:resnet18
     anybit inspect --model net.py:net --data train.npz
@@ -177,7 +179,9 @@ def inspect(
 
     network = load_model(model, weights, task)
     samples = None if data is None else load_data(data, with_model_defaults(preprocessing, network), model=network)
-    return Outcome(anybit.inspect(network, samples, weight_bits=weight_bits, keep=keep or {}), "print_inspection")
+    return Outcome(
+        anybit.inspect(network, samples, export=export, cache=cache, weight_bits=weight_bits, keep=keep or {}), "print_inspection"
+    )
 
 
 def _saved(results: Any, output: Path, overwrite: bool) -> Outcome:
