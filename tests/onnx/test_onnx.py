@@ -732,6 +732,16 @@ def test_layers_that_run_several_times_are_carried(precision, tmp_path):
     assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
 
 
+@exactly
+@pytest.mark.parametrize("activation", [F.relu, F.relu6, F.hardtanh, torch.tanh, F.leaky_relu, torch.sigmoid])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_stays_on_integers_before_an_activation_that_a_float_operator_reads(activation, bias, tmp_path):
+    layers = {"a": nn.Linear(6, 8, bias=bias), "b": nn.Linear(8, 4)}
+    canonical, batch = odd(lambda s, x: s.b(F.softmax(activation(s.a(x)), -1)), (6,), **layers)
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and set(verdict.kernels) == {"a", "b"}
+
+
 class AnyArguments(nn.Module):
     """A forward whose input has no name of its own."""
 

@@ -23,7 +23,7 @@ from anybit.networks.wiring import module_of_call
 from anybit.numerics.quantizers import frozen
 from anybit.onnx.floats import BIAS, IR_VERSION, LAYER, OPSET
 from anybit.onnx.operators import layer_operator
-from anybit.onnx.plan import JOINT, MOVES, Affine, Plan, on_integers
+from anybit.onnx.plan import CLAMPS, JOINT, MOVES, Affine, Plan, on_integers
 from anybit.onnx.storage import stored
 from anybit.onnx.unoptimized import run_unoptimized
 from anybit.onnx.values import maker, name_of, numbers, operand
@@ -242,6 +242,8 @@ class _Writer:
         operands = [self._operand(value) for value in node.inputs]
         if node.op_type in JOINT and not on_integers(node):
             operands[0] = self._apart(self._required(node.inputs[0]))
+        if node.op_type in CLAMPS and (layer := maker(operands[0])) is not None and layer.op_type == "Gemm" and self._is_integer(layer):
+            operands[0] = self.emit("Max", operands[:1], {}, "")  # ONNX Runtime would make one float operator of the two
         attributes = list(node.attributes.values())
         copy = ir.Node(node.domain, node.op_type, operands, attributes, num_outputs=len(node.outputs), name=node.name)
         for new, old in zip(copy.outputs, node.outputs, strict=True):
@@ -249,6 +251,9 @@ class _Writer:
             self.floats[name_of(old)] = new
         self.nodes.append(copy)
         return copy.outputs[0]
+
+    def _is_integer(self, node: ir.Node) -> bool:
+        return module_of_call(name_of(node)) in self.plan.integer
 
     # Layers
 
