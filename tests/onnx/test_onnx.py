@@ -18,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Bessel, Odd
 from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import anybit
 from anybit.data.batches import Batch, call, evaluating
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
+from anybit.files.strict import sha256_of, write_json
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import LARGEST_BIAS
 from anybit.networks.layers import fill, quantized_layers
@@ -35,6 +37,7 @@ from anybit.onnx.plan import Affine
 from anybit.onnx.storage import PLANES, field_table, pack_fields, stored
 from anybit.onnx.verification import Verdict, check_simulation, flipped_codes, lacks_exact_kernels, lacks_vnni, saturating, verify_file
 from anybit.onnx.writer import _Writer, with_room
+from anybit.runs.scheme_file import read_scheme
 from anybit.scheme import Precision
 
 exactly = pytest.mark.skipif(lacks_exact_kernels() is not None, reason=f"bitwise equality: {lacks_exact_kernels()}")
@@ -837,3 +840,32 @@ def test_ranges_that_an_export_measured_are_what_verify_uses(tmp_path):
     again = exported(canonical, other, measured=measured_in(file))
     assert not verify_file(tmp_path / "net.onnx", file, again, canonical.model, other).failures
     assert verify_file(tmp_path / "net.onnx", file, exported(canonical, other), canonical.model, other).failures
+
+
+def test_a_run_of_before_edges_were_rounded_opens_and_exports(tmp_path):
+    """Its scheme.json does not say which are: it keeps its meaning, and its file's simulation has them."""
+    torch.manual_seed(0)
+    network = Odd(lambda s, x: s.a(x) + s.b(x), a=conv(3, 4), b=conv(3, 4)).eval()
+    x = inputs((3, 8, 8)).inputs
+    run = anybit.calibrate(network, x, samples=16, weight_bits=(8,), activation_bits=(8,), pipeline="light").save(tmp_path / "run")
+    assert edge_grids(anybit.load(run, network))
+    before = read_scheme(run).model_copy(update={"rounded": None})
+    tensors = run / "model.safetensors"
+    save_file(load_file(tensors), tensors, {"scheme": before.digest()})
+    before.sha256 = sha256_of(tensors)
+    write_json(run / "scheme.json", before.to_json())
+    assert "rounded" not in (run / "scheme.json").read_text() and not edge_grids(anybit.load(run, network))
+    anybit.export(run, tmp_path / "net.onnx", model=network, data=x)
+    assert anybit.verify(run, tmp_path / "net.onnx", model=network, data=x)["ok"]
+
+
+def test_a_file_further_from_the_simulation_than_a_code_is_named():
+    """A simulation that rounds an edge otherwise than the file does."""
+    canonical, batch = odd(lambda s, x: s.b(y := F.relu(s.a(x))) + y, a=conv(3, 4), b=conv(4, 4, padding=1))
+    graphs = exported(canonical, batch)
+    grids = dict(edge_grids(graphs.model))
+    scale, zero_point = grids["relu"]
+    round_edges(graphs.model, grids | {"relu": (scale, zero_point + 9)})
+    verdict = Verdict()
+    check_simulation(verdict, graphs, batch)
+    assert len(verdict.failures) == 1 and verdict.failures[0].startswith("a: ") and "codes of the file are not the simulation's" in verdict.failures[0]
