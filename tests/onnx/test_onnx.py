@@ -868,4 +868,5 @@ def test_a_file_further_from_the_simulation_than_a_code_is_named():
     round_edges(graphs.model, grids | {"relu": (scale, zero_point + 9)})
     verdict = Verdict()
     check_simulation(verdict, graphs, batch)
-    assert len(verdict.failures) == 1 and verdict.failures[0].startswith("a: ") and "codes of the file are not the simulation's" in verdict.failures[0]
+    assert len(verdict.failures) == 1 and verdict.failures[0].startswith("a: ")
+    assert "codes of the file are not the simulation's" in verdict.failures[0]
