@@ -151,7 +151,7 @@ def _observe_edges(state: CalibrationState, ladder: _Ladder) -> None:
     observe = partial(observe_edge_ranges, changed, wiring, state.calibration.fitting, chunk_size, list(rounded), state.settings.seed)
     edges = cache.value("edge ranges", observe, partial(as_ranges, wiring=wiring))
     with_edges(changed, wiring, edges)
-    scores = cache.value("with its own edges", lambda: ladder.judge.of_model(changed), as_scores)
+    scores = cache.value("edge ranges, measured", lambda: ladder.judge.of_model(changed), as_scores)
     if ladder.take("edge ranges", changed, scores):
         ladder.edges = edges
 
