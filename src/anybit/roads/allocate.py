@@ -71,7 +71,9 @@ def allocate(
     settings = replace(recorded_settings, **{name: value for name, value in overrides.items() if value is not None})
     clock = StageClock()
     recorded = Preprocessing.from_json(file.preprocessing)
-    samples = samples_from(recorded_data(folder, file) if data is None else data, workers, recorded, float_model).on(device)
+    samples = samples_from(recorded_data(folder, file) if data is None else data, workers, recorded, float_model, settings.samples).on(
+        device
+    )
     check_metric_has_labels(metric, samples)
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)

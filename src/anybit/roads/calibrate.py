@@ -99,8 +99,8 @@ def calibrate(
     several = isinstance(budget, Sequence) and not isinstance(budget, str)
     asked = list(budget) if isinstance(budget, Sequence) and not isinstance(budget, str) else [budget]
     budgets = [None] if budget is None else list(parse_budgets(one for one in asked if one is not None))
-    model, preprocessing, provenance = follow_model(model, weights, data, preprocessing, options.task)
-    samples = draw(samples_from(data, workers, preprocessing, model), options.samples, options.seed).on(device)
+    model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, options.task)
+    samples = draw(samples_from(data, workers, preprocessing, model, options.samples), options.samples, options.seed).on(device)
     if test is None:
         check_metric_has_labels(metric, samples)
     network = on_device(model, device, samples).eval()
