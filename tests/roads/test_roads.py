@@ -217,8 +217,8 @@ def test_kept_precisions_may_be_written_as_text():
 
 @pytest.mark.parametrize(
     ("cls", "keep"),
-    [(CalledTwice, {}), (CalledTwice, {"again": Precision()}), (SharedWeight, {"left": Precision(), "right": Precision()})],
-    ids=["called twice", "called twice, kept", "shared weight, kept"],
+    [(CalledTwice, {}), (CalledTwice, {"again": Precision()}), (SharedWeight, {})],
+    ids=["called twice", "called twice, kept", "shared weight"],
 )
 def test_a_network_whose_weights_serve_twice_is_calibrated_and_loaded(cls, keep, tmp_path):
     model, x = make(cls), numbers(24, 4)
@@ -418,7 +418,6 @@ BAD = {
     "one bit": (lambda: make(Chain), pictures(24), {"weight_bits": (1, 4)}, InvalidSetting, r"1 is outside 2\.\.8"),
     "nine bits": (lambda: make(Chain), pictures(24), {"activation_bits": (9,)}, InvalidSetting, r"9 is outside 2\.\.8"),
     "no layer": (lambda: nn.Sequential(nn.ReLU(), nn.Flatten()), pictures(24), {}, UnsupportedModel, "no layer to quantize"),
-    "shared": (lambda: make(SharedWeight), numbers(24, 4), {}, UnsupportedModel, "left and right share one weight"),
     "keep nothing": (lambda: make(Chain), pictures(24), {"keep": {"cnv*": Precision(8)}}, InvalidSetting, "matches no"),
     "unknown block": (lambda: make(Chain), pictures(24), {"blocks": ("b1",)}, InvalidSetting, "b1"),
     "not data": (lambda: make(Chain), 7, {}, InvalidInput, "int"),

@@ -16,11 +16,11 @@ from torch import nn
 from anybit.calls import public
 from anybit.data.batches import Batch, call
 from anybit.data.samples import Samples
-from anybit.data.tasks import Metric, beside, outputs_of
+from anybit.data.tasks import Metric, beside, check_metric_on, outputs_of
 from anybit.environment import environment
 from anybit.errors import InvalidInput
 from anybit.exports.formats import check_new_file
-from anybit.files.cache import LIMIT, Cache, trim_cache
+from anybit.files.cache import LIMIT, Cache, open_cache, trim_cache
 from anybit.networks.observed import observe_network
 from anybit.networks.options import LayerOptions
 from anybit.onnx.file import FUNCTIONS, LINEARS, PROBE, exported, ideal_bytes, load, measured_in, outputs, save, session
@@ -30,7 +30,6 @@ from anybit.onnx.latency import save_table as keep_table
 from anybit.onnx.timing import faster, in_turns, openvino_runner
 from anybit.onnx.verification import RUN, flipped_codes, verify_file
 from anybit.progress import tell
-from anybit.roads.keys import open_cache
 from anybit.runs.opened import first_of, inputs_for, opened
 from anybit.scheme import Precision, parsed_keep
 from anybit.sources.inputs import as_samples, load_data
@@ -124,6 +123,7 @@ def verify(
     integer = load(path)
     inputs = inputs_for(run, file, canonical.model, data, workers)
     first = _first(inputs, CHECKED)
+    check_metric_on(canonical.model, first_of(inputs, samples).batches(CHECKED), metric)
     properties = integer.metadata_props
     tables, weight_only = properties.get(FUNCTIONS) == "tables", properties.get(LINEARS) == "packed"
     with _graphs(cache) as kept:  # on the inputs of the export, whose graph is then taken up

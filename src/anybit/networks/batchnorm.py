@@ -72,9 +72,8 @@ def _obstacle(model: nn.Module, wiring: Wiring, name: str, norm_name: str) -> st
         return f"it reads {name}, whose outputs are no weighted sums"
     if layer.weight.dtype != torch.float32:
         return f"the weight of {name} is {layer.weight.dtype}, which has no digits to spare"
-    sharers = [other for other, module in model.named_modules() if isinstance(module, COVERED) and module.weight is layer.weight]
-    if len(sharers) > 1 or name in wiring.read_weights:
-        return f"the weight of {name} serves " + (" and ".join(sharers) if len(sharers) > 1 else "something else too")
+    if name in wiring.read_weights:
+        return f"the weight of {name} serves something else too"
     if not only_normalizes_first(norm, wiring.operation(norm_name).shape):
         return f"the forward of {type(norm).__name__} is not a normalization by running statistics and something after it"
     return None

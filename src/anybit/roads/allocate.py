@@ -15,13 +15,14 @@ from anybit.data.samples import draw, mirrored, split
 from anybit.data.tasks import Metric, outputs_of
 from anybit.environment import StageClock
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
+from anybit.files.cache import open_cache
 from anybit.files.contents import contents_of, digest
 from anybit.networks.candidates import Candidates, to_tensors
 from anybit.networks.layers import float_bias
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.roads.calibrate import finish
 from anybit.roads.inputs import check_metric_has_labels, example_of, on_device
-from anybit.roads.keys import key_of_run, open_cache, weights_digest
+from anybit.roads.keys import key_of_run, weights_digest
 from anybit.roads.latencies import with_latencies
 from anybit.roads.memory import check_memory
 from anybit.roads.result import Result
@@ -99,6 +100,8 @@ def allocate(
         entries = entries.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and contents_of(metric))
     judge = Judge(network, candidates, calibration.held_out, reference, file.task, metric, entries)
     light = replace(settings, sequential=False, bias_tuning=False)
+    if metric is not None:
+        judge.of_outputs(reference)  # a metric that fails is refused before the work
     bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets)
     provenance = {"model": followed_reference(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
     if data is not None:
