@@ -123,7 +123,7 @@ def test_what_the_docs_say_is_said_of_refused_networks_is_in_the_code():
 
 def test_what_the_docs_say_of_threads_was_measured():
     entries = json.loads((ROOT / "benchmarks" / "results" / "determinism.json").read_text())["entries"]
-    section = (ROOT / "docs" / "reliability.md").read_text().split("## The same bytes")[1]
+    section = (ROOT / "docs" / "reliability.md").read_text().split("## Reproducibility")[1]
     assert all(entry["same_files"] and entry["same_report"] for key, entry in entries.items() if key.endswith("again"))
     for key, entry in entries.items():
         if key.endswith("one thread / two threads") and not entry["same_files"]:

@@ -39,6 +39,7 @@ from anybit.networks.batchnorm import (
 from anybit.networks.candidates import Candidates, apply_scheme, weight_candidate
 from anybit.networks.layers import codes_of, float_weight, prepare, quantized_layers
 from anybit.networks.norms import BATCH_NORMS, is_norm
+from anybit.networks.plain import plain_weights
 from anybit.networks.wiring import observe
 from anybit.scheme import Scheme
 
@@ -97,7 +98,9 @@ def fold_all(model: nn.Module) -> nn.Module:
 def test_folding_keeps_outputs_where_two_convolutions_share_a_weight():
     model = make(lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     model[2].weight = model[0].weight
-    assert torch.allclose(fold_all(model)(pictures(2)), model(pictures(2)), atol=1e-5)
+    folded = fold_all(plain_weights(model))
+    assert torch.allclose(folded(pictures(2)), model(pictures(2)), atol=1e-5) and model[2].weight is model[0].weight
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
 
 
 def test_folding_keeps_outputs_where_two_convolutions_share_a_bias():
