@@ -70,7 +70,9 @@ def test_layers_and_frontier_are_data_frames(calibrated):
     assert all(isinstance(why, str) and why.endswith((".", "?")) for why in layers["why"])
     frontier = result.frontier()
     measured = frontier[frontier["scheme"] != ""]
-    assert sorted(measured["scheme"]) == sorted(row["name"] for row in report["schemes"]) and measured["chosen"].sum() == sum(row["chosen"] for row in report["schemes"])
+    assert sorted(measured["scheme"]) == sorted(row["name"] for row in report["schemes"]) and measured["chosen"].sum() == sum(
+        row["chosen"] for row in report["schemes"]
+    )
     predicted = frontier[frontier["scheme"] == ""]
     assert len(predicted) > 1 and predicted["bytes"].is_monotonic_increasing and (predicted["predicted"].diff().dropna() <= 0).all()
 
