@@ -11,8 +11,8 @@ import anybit
 ROOT = Path(anybit.__file__).parent
 TESTS = Path(__file__).parent
 ORDER = (
-    "errors", "progress", "environment", "calls", "settings", "scheme", "budget", "numerics", "files", "data", "networks", "sources",
-    "loops", "allocation", "methods", "runs", "supernets", "reports", "onnx", "roads", "exports", "cli", "__main__",
+    "errors", "progress", "environment", "calls", "settings", "numerics", "scheme", "budget", "files", "data", "networks", "sources",
+    "loops", "allocation", "methods", "runs", "supernets", "reports", "onnx", "exports", "roads", "cli", "__main__",
 )  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -149,7 +149,7 @@ def read_reports(folder: Path) -> Any:
 
 
 def cli_prints(report: dict) -> None:
-    """What a verb prints of a report, to nowhere."""
+    """Render all that a verb prints of a report, to nowhere."""
     with contextlib.redirect_stdout(io.StringIO()):
         if report.get("result"):
             print_report(report)
@@ -324,7 +324,7 @@ def replaced(path: Path, key: str, value: str) -> None:
 
 
 def lenient(path: Path) -> Any:
-    """What Python's own parser reads, which passes more than anybit's."""
+    """Read JSON with Python's own parser, which accepts more than anybit's."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError):

@@ -37,7 +37,7 @@ COMMON = {
 }  # fmt: skip
 
 STEPS = {"candidates": "sequential AdaQuant", "sequential AdaQuant": "batch-norm tuning", "batch-norm tuning": "bias tuning"}
-"""What comes after each step of polishing."""
+"""The step that follows each step of polishing."""
 
 
 class Watch(threading.Thread):

@@ -18,6 +18,7 @@ def public(function: Function) -> Function:
     @functools.wraps(function)
     def called(*arguments: Any, **keywords: Any) -> Any:
         check_call(function.__name__, signature, arguments, keywords)
+        check_takes_two(signature.bind(*arguments, **keywords).arguments.get("metric"))
         return function(*arguments, **keywords)
 
     return called  # type: ignore[return-value]
@@ -37,3 +38,23 @@ def check_call(name: str, signature: inspect.Signature, arguments: tuple[Any, ..
     except TypeError as error:
         needed = [one.name for one in signature.parameters.values() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
         raise InvalidSetting(f"{name}: {error}. Call {name}({', '.join(needed)}, ...), and name what follows.") from None
+
+
+def check_takes_two(metric: Any) -> None:
+    """Raise InvalidSetting where a user's metric is no function of (outputs, labels)."""
+    if metric is None:
+        return
+    name = getattr(metric, "__name__", type(metric).__name__)
+    if not callable(metric):
+        raise InvalidSetting(f"The metric is a {name}, {metric!r:.60}. Give --metric a function of (outputs, labels), two tensors.")
+    try:
+        signature = inspect.signature(metric)
+    except (TypeError, ValueError):  # of compiled code that does not say
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise InvalidSetting(
+            f"The metric {name}{signature} cannot be called as {name}(outputs, labels): {error}. Give --metric a function of two tensors "
+            "that returns a number, higher being better."
+        ) from None

@@ -100,7 +100,7 @@ class Option:
 
     @property
     def metavar(self) -> str:
-        """What stands for its value in --help: the choices, N for a number, else its name; nothing for a switch."""
+        """Its placeholder in --help: the choices, N for a number, else its name; nothing for a switch."""
         if self.choices or self.kind is bool or bool in typing.get_args(self.kind):
             return "|".join(self.choices)
         return "N" if self.text is None and _number(self.kind) else self.name.rpartition("_")[2].upper()

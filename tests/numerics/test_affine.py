@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 
 from anybit.errors import InvalidSetting
 from anybit.numerics.affine import dequantize, fake_quantize, quant_limits, quantize
-from anybit.scheme import check_bits
+from anybit.numerics.bits import check_bits
 
 few = settings(max_examples=60, deadline=None)
 bit_widths = st.integers(2, 8)

@@ -13,7 +13,7 @@ from anybit.allocation.program import Allocation, allocate, best_allocations, le
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import BITS, BYTES, DROP, LOSS, Budget, Condition
 from anybit.data.batches import Batch
-from anybit.data.tasks import TASKS, Metric, distance, outputs_of, score
+from anybit.data.tasks import TASKS, Metric, distance, measure, outputs_of, score
 from anybit.errors import InfeasibleBudget, InvalidSetting
 from anybit.files.cache import Cache
 from anybit.networks.candidates import Candidates, apply_scheme
@@ -55,7 +55,7 @@ class Judge:
             scores = score(outputs, self.labels, self.task, reader=self.held_out[0].reader)
             result |= {counted: scores[counted]} if counted in scores else {}
         if self.labels is not None and self.metric is not None:
-            result["metric"] = float(self.metric(outputs, self.labels))
+            result["metric"] = measure(self.metric, outputs, self.labels)
         return result
 
     @property

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
+from anybit.calls import check_takes_two
 from anybit.errors import InvalidSetting
 from anybit.roads.settings import CalibrateSettings
 from anybit.runs.options import RunOptions
@@ -38,10 +39,12 @@ COMMON = options_of(CalibrateSettings) | SHARED
 
 
 def load_metric(reference: str | None) -> Any:
-    """Import the function that --metric names."""
+    """Import the function that --metric names. Raise InvalidSetting where it is none of (outputs, labels)."""
     from anybit.sources.callables import load_callable
 
-    return None if reference is None else load_callable(reference, "--metric")
+    metric = None if reference is None else load_callable(reference, "--metric")
+    check_takes_two(metric)
+    return metric
 
 
 @dataclass(frozen=True)

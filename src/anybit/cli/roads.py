@@ -156,8 +156,9 @@ def evaluate(
     from anybit.reports.words import scores_line
     from anybit.roads.evaluate import evaluated_network
 
+    function = load_metric(metric)
     network, preprocessing, task = evaluated_network(run, model, weights, preprocessing, task)
-    scores = anybit.evaluate(network, data, load_metric(metric), task, batch_size, workers, device, preprocessing)
+    scores = anybit.evaluate(network, data, function, task, batch_size, workers, device, preprocessing)
     return Outcome(scores, lambda details: print(scores_line(scores)))
 
 
@@ -165,8 +166,10 @@ def inspect(
     *, model, weights=None, data=None,
     weight_bits: tuple[int, ...] = same_as(CalibrateSettings, "weight_bits", doc="Bit-widths to count."),
     keep=None, preprocessing: Preprocessing, task=None,
+    export: bool = option(True, "Try whether an ONNX file can be made of the network.", panel="Output"),
+    cache=True,
 ) -> Outcome:  # fmt: skip
-    """Show layers, what is covered, and what each bit-width would cost.
+    """Show layers, what is covered, what each bit-width would cost, and whether the network can be exported.
 
     anybit inspect --model torchvision:resnet18
     anybit inspect --model net.py:net --data train.npz
@@ -176,7 +179,9 @@ def inspect(
 
     network = load_model(model, weights, task)
     samples = None if data is None else load_data(data, with_model_defaults(preprocessing, network), model=network)
-    return Outcome(anybit.inspect(network, samples, weight_bits=weight_bits, keep=keep or {}), "print_inspection")
+    return Outcome(
+        anybit.inspect(network, samples, export=export, cache=cache, weight_bits=weight_bits, keep=keep or {}), "print_inspection"
+    )
 
 
 def _saved(results: Any, output: Path, overwrite: bool) -> Outcome:

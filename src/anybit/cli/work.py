@@ -107,7 +107,7 @@ def _telling(verb: str, settings: Mapping[str, Any], common: Mapping[str, Any]) 
     from anybit.cli.logs import completing, readable, verb_events
     from anybit.files.lines import appended
     from anybit.progress import listening
-    from anybit.reports.progress import shown_progress
+    from anybit.reports.bars import shown_progress
 
     with ExitStack() as stack:
         listener, show = stack.enter_context(shown_progress(bars=not silent))

@@ -5,6 +5,7 @@ A task is called by its name in files, settings and on the command line; `TASKS`
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, Reader, evaluating, predict
-from anybit.errors import InvalidInput, InvalidSetting
+from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 
 Metric = Callable[[Tensor, Tensor], float]
 IGNORED = -100
@@ -343,6 +344,37 @@ def metric_name(metric: Metric) -> str:
     return getattr(metric, "__name__", "metric")
 
 
+def measure(metric: Metric, outputs: Tensor, labels: Tensor) -> float:
+    """Call a user's metric. Raise InvalidInput naming it where it fails, or returns anything but a finite number."""
+    name = metric_name(metric)
+    try:
+        value = metric(outputs, labels)
+    except AnybitError:
+        raise
+    except Exception as error:
+        raise InvalidInput(
+            f"The metric {name} failed on outputs {_described(outputs)} and labels {_described(labels)}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}. Mend the metric, or look at the labels."
+        ) from error
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        returned = _described(value) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise InvalidInput(
+            f"The metric {name} returned {returned}, which is not one number. Let it return one, higher being better."
+        ) from error
+    if not math.isfinite(number):
+        raise InvalidInput(
+            f"The metric {name} is {number} on outputs {_described(outputs)} and labels {_described(labels)}. Mend the metric, or look at "
+            "the data."
+        )
+    return number
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} ({str(tensor.dtype).removeprefix('torch.')})"
+
+
 def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = None, reader: Reader | None = None) -> dict[str, float]:
     """Score outputs by labels: the task's scores, the reader's own, and the user's metric."""
     if len(labels) != len(outputs):
@@ -353,36 +385,58 @@ def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = No
     if reader is not None:
         result |= reader.score(outputs, labels)
     if metric is not None:
-        name = metric_name(metric)
-        result[name] = float(metric(outputs, labels))
-        if not math.isfinite(result[name]):
-            raise InvalidInput(f"The metric {name} is {result[name]} on these outputs. Mend the metric, or look at the data.")
+        result[metric_name(metric)] = measure(metric, outputs, labels)
     return result
+
+
+@dataclass(frozen=True)
+class LabelledOutputs:
+    """What a network gives on labelled batches, with the labels; `reader` is the batches'."""
+
+    outputs: Tensor
+    labels: Tensor
+    reader: Reader | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, batches: Iterable[Batch]) -> "LabelledOutputs":
+        """Run `model` on the batches. Raise InvalidInput where one has no labels."""
+        labels: list[Tensor] = []
+        readers: list[Reader | None] = []
+
+        def watched() -> Iterable[Batch]:
+            for batch in batches:
+                if batch.labels is None:
+                    raise InvalidInput("Evaluation needs labels, and this data has none. Give a labelled set to --data or --test.")
+                labels.append(batch.labels)
+                readers.append(batch.reader)
+                yield batch
+
+        outputs = outputs_of(model, watched())
+        return cls(outputs, torch.cat(labels), readers[0])
+
+    def scores(self, task: str | None = None, metric: Metric | None = None, reference: Tensor | None = None) -> dict[str, Any]:
+        """Score them; with the float model's outputs as `reference`, measure the distance to these and what goes with it too."""
+        task = task or guess_task(self.outputs, self.reader)
+        unit = self.reader.unit if self.reader else "samples"
+        result: dict[str, Any] = {unit: len(self.outputs), **score(self.outputs, self.labels, task, metric, self.reader)}
+        if reference is not None:
+            measured = TASKS[task].distance
+            result |= {measured.key: distance(self.outputs, reference, task)} | measured.further(self.outputs, reference)
+        return result
 
 
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], task: str | None = None, metric: Metric | None = None, reference: Tensor | None = None
 ) -> dict[str, Any]:
-    """Score `model` on labelled batches; with the float model's outputs as `reference`, their KL divergence and top-1 agreement too."""
-    labels: list[Tensor] = []
-    readers: list[Reader | None] = [None]
+    """Score `model` on labelled batches, as `LabelledOutputs.scores` does."""
+    return LabelledOutputs.of(model, batches).scores(task, metric, reference)
 
-    def watched() -> Iterable[Batch]:
-        for batch in batches:
-            if batch.labels is None:
-                raise InvalidInput("Evaluation needs labels, and this data has none. Give a labelled set to --data or --test.")
-            labels.append(batch.labels)
-            readers[0] = batch.reader
-            yield batch
 
-    outputs = outputs_of(model, watched())
-    task = task or guess_task(outputs, readers[0])
-    unit = readers[0].unit if readers[0] else "samples"
-    result: dict[str, Any] = {unit: len(outputs), **score(outputs, torch.cat(labels), task, metric, readers[0])}
-    if reference is not None:
-        measured = TASKS[task].distance
-        result |= {measured.key: distance(outputs, reference, task)} | measured.further(outputs, reference)
-    return result
+def check_metric_on(model: nn.Module, batches: Iterable[Batch], metric: Metric | None) -> None:
+    """Ask a user's metric once, before work that it would waste. Raise InvalidInput where it fails or the batches have no labels."""
+    if metric is not None:
+        on_labels = LabelledOutputs.of(model, batches)
+        measure(metric, on_labels.outputs, on_labels.labels)
 
 
 def task_loss(outputs: Tensor, batch: Batch, task: str, teacher: nn.Module | None, distill: float) -> Tensor:

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anybit.data.tasks import Metric, beside, outputs_of
+from anybit.data.tasks import Metric, beside, check_metric_on, outputs_of
 from anybit.environment import environment
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
 from anybit.files.strict import load_tensors, read_header, read_json
@@ -300,6 +300,7 @@ def verify_folder(
         return report
     inputs = first_of(inputs_for(run, file, canonical.model, data, workers), samples)
     batches = list(inputs.batches(64))
+    check_metric_on(canonical.model, batches, metric)
     with tempfile.TemporaryDirectory() as place:
         if embeddings & set(exported.packed):  # the same network with these in float32
             report["skipped"]["loading"] = "transformers 5 does not load packed embeddings; outputs are those with them in float32"

@@ -16,11 +16,11 @@ from torch import nn
 from anybit.calls import public
 from anybit.data.batches import Batch, call
 from anybit.data.samples import Samples
-from anybit.data.tasks import Metric, beside, outputs_of
+from anybit.data.tasks import Metric, beside, check_metric_on, outputs_of
 from anybit.environment import environment
 from anybit.errors import InvalidInput
 from anybit.exports.formats import check_new_file
-from anybit.files.cache import LIMIT, Cache, trim_cache
+from anybit.files.cache import LIMIT, Cache, open_cache, trim_cache
 from anybit.networks.observed import observe_network
 from anybit.networks.options import LayerOptions
 from anybit.onnx.file import FUNCTIONS, LINEARS, PROBE, exported, ideal_bytes, load, measured_in, outputs, save, session
@@ -30,8 +30,7 @@ from anybit.onnx.latency import save_table as keep_table
 from anybit.onnx.timing import faster, in_turns, openvino_runner
 from anybit.onnx.verification import RUN, flipped_codes, verify_file
 from anybit.progress import tell
-from anybit.roads.keys import open_cache
-from anybit.runs.opened import first_of, inputs_for, opened
+from anybit.runs.opened import Run, first_of, inputs_for, opened
 from anybit.scheme import Precision, parsed_keep
 from anybit.sources.inputs import as_samples, load_data
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
@@ -46,7 +45,7 @@ CHECKED = 64
 
 @public
 def export(
-    run: str | Path,
+    run: Run,
     onnx: str | Path,
     *,
     model: nn.Module | str | None = None,
@@ -58,6 +57,7 @@ def export(
 ) -> dict[str, Any]:
     """Write a run as an ONNX file: weights packed at their bits, int8 kernels when it runs. Returns what it holds.
 
+    run     a run folder, or a result
     model   as for `load`;   data  inputs of the network, of which a few are run; left out, those that the run was made with
     tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
     weight_only  linears with float inputs keep their weights packed as they run, at 2, 4 or 8 bits: faster where a few rows are computed
@@ -103,7 +103,7 @@ def _first(samples: Samples, count: int) -> Batch:
 
 @public
 def verify(
-    run: str | Path,
+    run: Run,
     onnx: str | Path,
     *,
     model: nn.Module | str | None = None,
@@ -124,6 +124,7 @@ def verify(
     integer = load(path)
     inputs = inputs_for(run, file, canonical.model, data, workers)
     first = _first(inputs, CHECKED)
+    check_metric_on(canonical.model, first_of(inputs, samples).batches(CHECKED), metric)
     properties = integer.metadata_props
     tables, weight_only = properties.get(FUNCTIONS) == "tables", properties.get(LINEARS) == "packed"
     with _graphs(cache) as kept:  # on the inputs of the export, whose graph is then taken up
@@ -163,7 +164,7 @@ def _predicted(running: Any, model: nn.Module, batches: Sequence[Batch]) -> torc
 
 @public
 def bench(
-    run: str | Path,
+    run: Run,
     onnx: str | Path | None = None,
     *,
     model: nn.Module | str | None = None,

@@ -144,6 +144,22 @@ def results_folder() -> Path | None:
     return None if home is None else home / "results"
 
 
+def open_cache(cache: str | Path | bool) -> Cache:
+    """Results kept in this folder, in the user's cache directory (True), or not at all."""
+    if isinstance(cache, bool):
+        return Cache(results_folder() if cache else None)
+    return Cache(Path(cache))
+
+
+def settle(recall: Cache) -> None:
+    """Tell what was taken up, and keep the cache within its limit."""
+    if recall.counts["recalled"]:
+        made = recall.counts["made"]
+        tell("note", note=f"{recall.counts['recalled']} results taken up from the cache, {made} made anew")
+    if recall.folder is not None:
+        trim_cache(recall.folder, LIMIT)
+
+
 def digest_of_files(files: Sequence[Path]) -> str:
     """Return the SHA-256 over the contents of files, which is kept under their names, sizes and times: who left them alone waits once."""
 

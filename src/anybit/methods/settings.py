@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from anybit.budget import own_costs
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS
-from anybit.scheme import check_bits
+from anybit.numerics.bits import check_bits
 from anybit.settings import Settings, Text, documented, option
 
 RATE = 1e-3

@@ -1,1 +1,1 @@
-"""Quantization on tensors: affine arithmetic, ranges, quantizers, packed codes. Imports errors and scheme."""
+"""Quantization on tensors: affine arithmetic, ranges, quantizers, packed codes. Imports errors."""

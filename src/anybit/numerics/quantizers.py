@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from anybit.numerics.affine import dequantize, fake_quantize, quant_limits, quantize
-from anybit.scheme import check_bits
+from anybit.numerics.bits import check_bits
 
 
 class UniformQuantizer(nn.Module):

@@ -1,1 +1,1 @@
-"""One file a verb, each a list of steps. Imports onnx and below."""
+"""One file a verb, each a list of steps. Imports exports and below."""

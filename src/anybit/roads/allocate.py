@@ -15,13 +15,14 @@ from anybit.data.samples import draw, mirrored, split
 from anybit.data.tasks import Metric, outputs_of
 from anybit.environment import StageClock
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
+from anybit.files.cache import open_cache
 from anybit.files.contents import contents_of, digest
 from anybit.networks.candidates import Candidates, to_tensors
 from anybit.networks.layers import float_bias
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.roads.calibrate import finish
 from anybit.roads.inputs import check_metric_has_labels, example_of, on_device
-from anybit.roads.keys import key_of_run, open_cache, weights_digest
+from anybit.roads.keys import key_of_run, weights_digest
 from anybit.roads.latencies import with_latencies
 from anybit.roads.memory import check_memory
 from anybit.roads.result import Result
@@ -71,7 +72,9 @@ def allocate(
     settings = replace(recorded_settings, **{name: value for name, value in overrides.items() if value is not None})
     clock = StageClock()
     recorded = Preprocessing.from_json(file.preprocessing)
-    samples = samples_from(recorded_data(folder, file) if data is None else data, workers, recorded, float_model).on(device)
+    samples = samples_from(recorded_data(folder, file) if data is None else data, workers, recorded, float_model, settings.samples).on(
+        device
+    )
     check_metric_has_labels(metric, samples)
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
@@ -91,12 +94,14 @@ def allocate(
                 f"The weights are not those that {folder} was made from: they have been trained since, or are another network's. Give "
                 "them as they were (--model), or run calibrate on these."
             )
-        reference = outputs_of(network.folded, calibration.held_out)
+        reference = outputs_of(network.float_model, calibration.held_out)
         targets = batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
         entries = key_of_run(open_cache(cache), network, calibration, [reference], settings)
         entries = entries.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and contents_of(metric))
     judge = Judge(network, candidates, calibration.held_out, reference, file.task, metric, entries)
     light = replace(settings, sequential=False, bias_tuning=False)
+    if metric is not None:
+        judge.of_outputs(reference)  # a metric that fails is refused before the work
     bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets)
     provenance = {"model": followed_reference(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
     if data is not None:

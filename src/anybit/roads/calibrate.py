@@ -13,11 +13,11 @@ from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
 from anybit.calls import public
 from anybit.data.batches import check_finite
 from anybit.data.samples import Samples, draw, mirrored, split
-from anybit.data.tasks import Metric, check_labels, outputs_of
+from anybit.data.tasks import Metric, check_labels, measure, outputs_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import UnsupportedModel
-from anybit.files.cache import Cache
+from anybit.files.cache import Cache, open_cache, settle
 from anybit.files.contents import contents_of, digest
 from anybit.methods.table import rounding_named
 from anybit.networks.candidates import apply_scheme
@@ -37,8 +37,6 @@ from anybit.roads.keys import (
     cached_candidates,
     key_of_run,
     keyed_by_settings,
-    open_cache,
-    settle,
     weights_digest,
 )
 from anybit.roads.latencies import measured_latencies, with_latencies
@@ -51,6 +49,7 @@ from anybit.roads.steps import (
     batch_norm_targets,
     chosen_scheme,
     finite_samples,
+    float_tested,
     matched_candidates,
     range_candidates,
     reconstructed_candidates,
@@ -99,22 +98,22 @@ def calibrate(
     several = isinstance(budget, Sequence) and not isinstance(budget, str)
     asked = list(budget) if isinstance(budget, Sequence) and not isinstance(budget, str) else [budget]
     budgets = [None] if budget is None else list(parse_budgets(one for one in asked if one is not None))
-    model, preprocessing, provenance = follow_model(model, weights, data, preprocessing, options.task)
-    samples = draw(samples_from(data, workers, preprocessing, model), options.samples, options.seed).on(device)
+    model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, options.task)
+    samples = draw(samples_from(data, workers, preprocessing, model, options.samples), options.samples, options.seed).on(device)
     if test is None:
         check_metric_has_labels(metric, samples)
     network = on_device(model, device, samples).eval()
     tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), network)
     clock = StageClock()
     entries = open_cache(cache)
-    bench = prepare_bench(network, samples, options, [one for one in budgets if one], clock, metric, entries)
+    bench = prepare_bench(network, samples, options, [one for one in budgets if one], clock, metric, entries, tests)
     saved = {
         "table": bench.table.to_json(),
         "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
         "settings": options.to_json(),
         "network": weights_digest(bench.network),
     }
-    results = [finish(bench, one, provenance, saved, StageClock(list(clock.stages)), tests) for one in budgets]
+    results = [finish(bench, one, provenance, saved, StageClock(list(clock.stages))) for one in budgets]
     settle(entries)
     return results if several else results[0]
 
@@ -127,8 +126,9 @@ def prepare_bench(
     clock: StageClock,
     metric: Metric | None = None,
     cache: Cache = Cache(),
+    tests: Samples | None = None,
 ) -> CalibrationState:
-    """Everything up to the sensitivity table; budgets that no scheme can meet are refused before the long work."""
+    """Everything up to the sensitivity table; budgets that no scheme can meet, labels and metrics are refused before the long work."""
     with clock.stage("observe and fold"):
         calibration = split(samples, settings.seed, settings.held_out, settings.batch_size)
         check_finite(calibration.fitting + calibration.held_out)
@@ -139,20 +139,25 @@ def prepare_bench(
         check_memory(network, calibration, settings)
         for budget in budgets:
             check_feasible(network, budget)
-    with clock.stage("float outputs"), torch.no_grad(), as_observed(network.folded, network.calls):
-        references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
-        held_out = [outputs_of(network.folded, [batch]) for batch in calibration.held_out]
-        check_rows(network.folded, [*references, *held_out], calibration.fitting + calibration.held_out, example)
+    with clock.stage("float outputs"), torch.no_grad(), as_observed(network.float_model, network.calls):
+        references = [outputs_of(network.float_model, [batch]) for batch in calibration.fitting]
+        held_out = [outputs_of(network.float_model, [batch]) for batch in calibration.held_out]
+        check_rows(network.float_model, [*references, *held_out], calibration.fitting + calibration.held_out, example)
         reference = torch.cat(held_out)
         task = task_for(settings, reference, calibration.held_out[0])
         if samples.labelled:
-            check_labels(reference, torch.cat([batch.labels for batch in calibration.held_out if batch.labels is not None]), task)
+            labels = torch.cat([batch.labels for batch in calibration.held_out if batch.labels is not None])
+            check_labels(reference, labels, task)
         if not all(torch.isfinite(outputs).all() for outputs in (reference, *references)):
             finite_samples(network, calibration, settings)  # names the layer, where it is one's input
             raise UnsupportedModel(
                 "The float network's outputs are NaN or infinite on the calibration data. Check the network and the data."
             )
+        restore(network.float_model, network.moving)
         cache = key_of_run(cache, network, calibration, [*references, reference], settings)
+        if samples.labelled and metric is not None:
+            measure(metric, reference, labels)
+    float_test = None if tests is None else float_tested(network, tests, task, metric, settings.batch_size, clock)
     with clock.stage("ranges"):
         ranged = candidates = cached_candidates(cache, "ranges", network, lambda: range_candidates(network, calibration, settings))
     cache = keyed_by_settings(cache, settings, SOLVING)
@@ -178,7 +183,9 @@ def prepare_bench(
     with clock.stage("sensitivity"):
         table = sensitivity_table(network, candidates, calibration, reference, task, settings, cache)
     judge = Judge(network, candidates, calibration.held_out, reference, task, metric, cache.keyed(metric and contents_of(metric)))
-    return CalibrationState(network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors)
+    return CalibrationState(
+        network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors, float_test
+    )
 
 
 def finish(
@@ -187,7 +194,6 @@ def finish(
     provenance: Mapping[str, Any],
     saved: Mapping[str, Any],
     clock: StageClock,
-    test: Samples | None = None,
 ) -> Result:
     """Return one budget's scheme, polished, measured and reported; `saved` goes beside the candidates, for budgets to come."""
     network = bench.network
@@ -206,9 +212,11 @@ def finish(
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
     report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors} | notes_of(provenance)
-    if test is not None:
+    if (test := bench.float_test) is not None:
         with clock.stage("test"):
-            report |= _tests(bench, canonical.model, test)
+            batches = test.samples.batches(bench.settings.batch_size)
+            scores = evaluate_model(canonical.model, batches, bench.judge.task, bench.judge.metric, test.outputs)
+        report |= {"float_test": test.scores, "test": scores}
     canonical.model.cpu()
     canonical.fingerprint = fingerprint_of(canonical.model, bench.calibration.fitting[0], network.float_model)
     if budget is not None and budget.limit(LATENCY.name) is not None:
@@ -267,13 +275,4 @@ def _table(bench: CalibrationState) -> dict[str, Any]:
             }
             for name, precisions in choices.items()
         },
-    }
-
-
-def _tests(bench: CalibrationState, model: nn.Module, samples: Samples) -> dict[str, Any]:
-    network, judge, size = bench.network, bench.judge, bench.settings.batch_size
-    reference = outputs_of(network.folded, samples.batches(size))
-    return {
-        "float_test": evaluate_model(network.folded, samples.batches(size), judge.task, judge.metric),
-        "test": evaluate_model(model, samples.batches(size), judge.task, judge.metric, reference),
     }

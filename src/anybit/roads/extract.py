@@ -19,7 +19,7 @@ from anybit.data.tasks import Metric, outputs_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidFile, InvalidSetting
-from anybit.files.cache import Cache
+from anybit.files.cache import Cache, open_cache
 from anybit.files.contents import digest
 from anybit.files.strict import read_json
 from anybit.networks.candidates import ActivationCandidate, Candidates, frozen_candidate, to_tensors
@@ -32,7 +32,7 @@ from anybit.networks.wiring import observe
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.progress import tell
 from anybit.roads.inputs import checked_tests, supernet_data
-from anybit.roads.keys import key_of_run, open_cache
+from anybit.roads.keys import key_of_run
 from anybit.roads.latencies import measured_latencies, supernet_with_latencies
 from anybit.roads.memory import check_memory
 from anybit.roads.polish import polish_scheme
@@ -88,8 +88,8 @@ def polished(
     check_memory(network, calibration, settings)
     own = candidates_of(canonical)
     with torch.no_grad():
-        references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
-        reference = outputs_of(network.folded, calibration.held_out)
+        references = [outputs_of(network.float_model, [batch]) for batch in calibration.fitting]
+        reference = outputs_of(network.float_model, calibration.held_out)
     targets = batch_norm_targets(network, calibration, settings)
     table = SensitivityTable({(name, precision): 0.0 for name, precision in scheme.items()}, FLOAT, 0)
     cache = key_of_run(cache, network, calibration, [*references, reference], settings)
@@ -150,8 +150,14 @@ def extract(
         else:
             wiring = observe(canonical.model, batches[0].head(2))
             canonical.edges = observe_edge_ranges(canonical.model, wiring, batches[:8])
+    tests = None
+    if test is not None:
+        preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
+        tests = checked_tests(samples_from(test, workers, preprocessing, canonical.model), canonical.model)
     ladder: list[dict[str, Any]] = []
     if polish:
+        if tests is not None:  # labels that do not fit and a metric that fails are refused before the work
+            evaluate_model(canonical.model, tests.batches(256), supernet.task, metric)
         assert batches is not None  # polishing without data is refused
         with clock.stage("polish"):
             canonical, ladder = polished(supernet, canonical, fitting, batches, CalibrateSettings.of(**settings), open_cache(cache))
@@ -174,10 +180,8 @@ def extract(
     if limits is not None and limits.limit(LATENCY.name) is not None and batches is not None:
         with clock.stage("latency"):
             report["latency"] = measured_latencies(supernet.costs, canonical, batches[0])
-    if test is not None:
+    if tests is not None:
         with clock.stage("test"):
-            preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
-            tests = checked_tests(samples_from(test, workers, preprocessing, canonical.model), canonical.model)
             report["test"] = evaluate_model(canonical.model, tests.batches(256), supernet.task, metric)
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
     provenance = {**supernet.about, "budget": report["budget"], "task": supernet.task}

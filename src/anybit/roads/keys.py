@@ -1,7 +1,6 @@
 """Cache keys: everything that a stored result depends on."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,14 +10,13 @@ from anybit.data.contents import contents_of_samples
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric
 from anybit.environment import code_version, machine
-from anybit.files.cache import LIMIT, Cache, Entry, results_folder, trim_cache
+from anybit.files.cache import Cache, Entry
 from anybit.files.contents import contents_of, digest, network_contents
 from anybit.loops.checkpoint import CONTENTS
 from anybit.networks.candidates import Candidates, from_tensors, to_tensors
 from anybit.networks.layers import float_weight, quantized_layers, weight_rows
 from anybit.networks.norms import BATCH_NORMS
 from anybit.networks.observed import ObservedNetwork
-from anybit.progress import tell
 from anybit.roads.settings import CalibrateSettings
 from anybit.supernets.supernet import Supernet
 
@@ -64,22 +62,6 @@ def cached_candidates(recall: Cache, name: str, network: ObservedNetwork, make: 
     shapes = {layer: (len(one), one.shape[1]) for layer, one in rows.items()}
     device = str(next(network.prepared.parameters()).device)
     return recall(name, lambda: Entry(None, to_tensors(make())), lambda kept: from_tensors(kept.tensors, shapes).on(device))
-
-
-def open_cache(cache: str | Path | bool) -> Cache:
-    """Results kept in this folder, in the user's cache directory (True), or not at all."""
-    if isinstance(cache, bool):
-        return Cache(results_folder() if cache else None)
-    return Cache(Path(cache))
-
-
-def settle(recall: Cache) -> None:
-    """Tell what was taken up, and keep the cache within its limit."""
-    if recall.counts["recalled"]:
-        made = recall.counts["made"]
-        tell("note", note=f"{recall.counts['recalled']} results taken up from the cache, {made} made anew")
-    if recall.folder is not None:
-        trim_cache(recall.folder, LIMIT)
 
 
 def key_of_supernet(recall: Cache, supernet: Supernet, batches: Sequence[Batch], metric: Metric | None) -> Cache:

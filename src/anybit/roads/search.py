@@ -18,7 +18,7 @@ from anybit.data.samples import Samples
 from anybit.data.tasks import TASKS, Metric, metric_name
 from anybit.environment import environment
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
-from anybit.files.cache import Cache, Entry
+from anybit.files.cache import Cache, Entry, open_cache
 from anybit.files.strict import in_words, sealed, sha256_of, validated, write_json
 from anybit.methods.settings import SearchSettings
 from anybit.methods.subnet_search import Evaluated, SearchResult, hypervolume, pareto_front, search_subnets, total_cost
@@ -27,7 +27,7 @@ from anybit.networks.wiring import observe
 from anybit.progress import tell, track
 from anybit.reports.page import run_page
 from anybit.roads.inputs import on_device, supernet_data
-from anybit.roads.keys import key_of_supernet, open_cache
+from anybit.roads.keys import key_of_supernet
 from anybit.roads.latencies import supernet_with_latencies
 from anybit.runs.folder import new_folder
 from anybit.runs.names import SEARCH, SUPERNET, SUPERNET_JSON

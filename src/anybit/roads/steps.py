@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from anybit.allocation.choice import Choice, Judge, choose_scheme
 from anybit.allocation.sensitivity import SensitivityTable, measure_sensitivity
 from anybit.budget import Budget
-from anybit.data.samples import Calibration
+from anybit.data.samples import Calibration, Samples
+from anybit.data.tasks import LabelledOutputs, Metric
+from anybit.environment import StageClock
 from anybit.errors import InvalidFile
 from anybit.files.cache import Cache
 from anybit.loops.closed_form import solve_weight
@@ -30,6 +32,7 @@ from anybit.networks.capture import MemoryBudget, input_samples
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight, quantized_layers, weight_rows
 from anybit.networks.observed import ObservedNetwork
+from anybit.networks.states import restore
 from anybit.progress import track
 from anybit.roads.memory import memory_to_capture
 from anybit.roads.settings import CalibrateSettings
@@ -186,6 +189,25 @@ def sensitivity_table(
     return measure_sensitivity(network.prepared, candidates, network.choices, calibration.held_out, reference, task, base, pairs, recall)
 
 
+@dataclass(frozen=True)
+class FloatTest:
+    """Labelled test data, with what the float network gives on it and how it scores."""
+
+    samples: Samples
+    outputs: Tensor
+    scores: Mapping[str, Any]
+
+
+def float_tested(
+    network: ObservedNetwork, tests: Samples, task: str, metric: Metric | None, batch_size: int, clock: StageClock
+) -> FloatTest:
+    """Score the float network before the long work, which labels that do not fit or a metric that fails would waste."""
+    with clock.stage("float test"):
+        on_tests = LabelledOutputs.of(network.float_model, tests.batches(batch_size))
+        restore(network.float_model, network.moving)
+        return FloatTest(tests, on_tests.outputs, on_tests.scores(task, metric))
+
+
 def chosen_scheme(bench: "CalibrationState", budget: Budget | None) -> Choice:
     """`choose_scheme`, or what it gave an earlier run."""
     network, judge = bench.network, bench.judge
@@ -213,6 +235,7 @@ class CalibrationState:
     targets        what each folded layer's output statistics should be
     references     the float network's outputs, one tensor a fitting batch
     errors         parallel reconstruction's errors, by layer and bits
+    float_test     the float network on the test data, where there is any
     """
 
     network: ObservedNetwork
@@ -226,3 +249,4 @@ class CalibrationState:
     references: Sequence[Tensor] = ()
     matched: Candidates | None = None
     errors: Mapping[str, Any] = field(default_factory=dict)
+    float_test: FloatTest | None = None

@@ -20,9 +20,10 @@ from anybit.networks.layers import QuantizedLayer, float_weight, from_rows, prep
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.networks.options import LayerOptions
 from anybit.networks.refusals import as_observed
+from anybit.numerics.bits import MAX_BITS
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.numerics.ranges import weight_scale
-from anybit.scheme import FLOAT, MAX_BITS, Precision, Scheme
+from anybit.scheme import FLOAT, Precision, Scheme
 from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.store import STORE_BITS
 
