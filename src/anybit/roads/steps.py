@@ -38,7 +38,6 @@ from anybit.roads.memory import memory_to_capture
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
 
-
 FINE = 8
 """Bits at which rounding to nearest leaves nothing to gain: what a solver changes there is the noise of its sample."""
 
