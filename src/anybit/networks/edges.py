@@ -21,7 +21,7 @@ from anybit.numerics.ranges import range_ends
 Ends = Mapping[str, tuple[float, float]]
 """Edge -> (low, high), float32 numbers."""
 
-SEARCHED = 2**15
+SEARCHED = 2**13
 """Values of an edge on which its range is searched for."""
 
 LARGEST_BIAS = 2**30

@@ -1,8 +1,13 @@
 """Polish a scheme: sequential reconstruction, batch-norm tuning, bias tuning, ranges of edges, each taken only if held-out loss falls."""
 
 import copy
+<<<<<<< HEAD
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+=======
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+>>>>>>> main
 from functools import partial
 from typing import Any
 
@@ -23,8 +28,13 @@ from anybit.networks.states import put_back, snapshot
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.progress import tell
 from anybit.roads.keys import PARALLEL, keyed_by_settings
+<<<<<<< HEAD
 from anybit.roads.memory import OBSERVED, TRAINED, samples_at_once, within_memory
 from anybit.roads.steps import CalibrationState, free_weights, reconstruction_settings
+=======
+from anybit.roads.memory import TRAINED, samples_at_once, within_memory
+from anybit.roads.steps import CalibrationState, free_weights, reconstruction_settings, worth_solving
+>>>>>>> main
 from anybit.scheme import Scheme
 
 
@@ -80,7 +90,7 @@ class Polished:
 def polish_scheme(state: CalibrationState, scheme: Scheme) -> Polished:
     """Reconstruct, tune batch norm, tune biases of `scheme` and observe its edges, each taken only where the held-out error says so."""
     ladder, errors = _start(state, scheme), {}
-    if state.settings.does("sequential") or state.settings.solver != "none":
+    if state.settings.does("sequential") or (state.settings.solver != "none" and worth_solving(scheme)):
         errors = _reconstruct(state, scheme, ladder)
     if state.settings.bn_tuning and state.targets:
         _tune_batch_norm(state, ladder)
@@ -111,6 +121,8 @@ def _reconstruct(state: CalibrationState, scheme: Scheme, ladder: _Ladder) -> di
     changed, starts = sequential_start(state, scheme)
     steps = settings.steps if settings.does("sequential") else 0
     loop, units = reconstruction_settings(network, calibration, settings, steps), ladder.cache.keyed("units")
+    if not worth_solving(scheme):
+        loop = replace(loop, solver=None)
     fit = partial(sequential, changed, network.folded, network.units, starts, network.wiring, calibration, loop, units)
     return ladder.climb(f"sequential {loop.name}" if steps else "sequential solution", changed, list(starts), fit)
 
