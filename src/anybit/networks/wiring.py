@@ -6,14 +6,9 @@ after each layer, every tensor's readers, the joins, the blocks, and the shapes 
 """
 
 import operator
-<<<<<<< HEAD
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-=======
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
->>>>>>> main
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -463,15 +458,8 @@ class _Observer(TorchFunctionMode):
     def _enter(self, name: str, module: nn.Module, args, kwargs) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1
         self.stack.append(name)
-<<<<<<< HEAD
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0] in self.values:
-            self.module_inputs[name] = self.values[args[0]]
-=======
-        places = map_leaves((args, kwargs), Tensor, lambda tensor: _Place(self.values.get(id(tensor))))
-        match [leaf for leaf in _leaves(places) if not isinstance(leaf, PLAIN)]:
-            case [_Place(value=int(value))]:
-                self.module_inputs[name] = SoleInput(value, places)
->>>>>>> main
+        if self.replace is None:
+            self._note_sole_input(name, (args, kwargs))
         if isinstance(module, COVERED):
             read = tensors_in((args, kwargs))
             if not read and type_of(module).reads_numbers:
@@ -480,6 +468,12 @@ class _Observer(TorchFunctionMode):
             if read and (how := surroundings_of(read[0])):
                 self.surroundings[name] = how
         self.inside_leaf += self._is_leaf(module)
+
+    def _note_sole_input(self, name: str, arguments: tuple[tuple, dict]) -> None:
+        places = map_leaves(arguments, Tensor, lambda tensor: _Place(self.values.get(tensor)))
+        match [leaf for leaf in _leaves(places) if not isinstance(leaf, PLAIN)]:
+            case [_Place(value=int(value))]:
+                self.module_inputs[name] = SoleInput(value, places)
 
     def _leave(self, name: str, module: nn.Module, args, kwargs, output) -> Any:
         self.stack.pop()

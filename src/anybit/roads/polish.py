@@ -1,13 +1,8 @@
 """Polish a scheme: sequential reconstruction, batch-norm tuning, bias tuning, ranges of edges, each taken only if held-out loss falls."""
 
 import copy
-<<<<<<< HEAD
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-=======
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
->>>>>>> main
 from functools import partial
 from typing import Any
 
@@ -28,13 +23,8 @@ from anybit.networks.states import put_back, snapshot
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.progress import tell
 from anybit.roads.keys import PARALLEL, keyed_by_settings
-<<<<<<< HEAD
 from anybit.roads.memory import OBSERVED, TRAINED, samples_at_once, within_memory
-from anybit.roads.steps import CalibrationState, free_weights, reconstruction_settings
-=======
-from anybit.roads.memory import TRAINED, samples_at_once, within_memory
 from anybit.roads.steps import CalibrationState, free_weights, reconstruction_settings, worth_solving
->>>>>>> main
 from anybit.scheme import Scheme
 
 
