@@ -253,10 +253,10 @@ HANDLED = st.one_of(
     parts().map(lambda p: (Chosen, p)),
     st.tuples(st.sampled_from(["compared", "written", "spectrum", "weighed"]), parts()).map(lambda drawn: (Peeked, (drawn[0], *drawn[1]))),
     parts().map(lambda p: (Counting, p)),
-    st.sampled_from([(Attending, ()), (Recurrent, ()), (ByChannel, ()), (SharedBias, ()), (Twice, ())]),
+    st.sampled_from([(Attending, ()), (Recurrent, ()), (ByChannel, ()), (SharedBias, ()), (Tied, ()), (Twice, ())]),
 )
 REFUSED = st.one_of(
-    st.sampled_from([(Tied, ()), (BySize, ()), (Half, ())]),
+    st.sampled_from([(BySize, ()), (Half, ())]),
     parts().map(lambda p: (Remembering, p)),
     parts().map(lambda p: (AtRandom, p)),
 )
@@ -566,7 +566,7 @@ def test_a_batch_norm_whose_numbers_are_read_elsewhere_stays():
     assert calibrated(model).canonical.folded == {"conv2": "bn2"}
 
 
-class Tied(nn.Module):
+class Levels(nn.Module):
     """Two heads on two levels with one weight and one bias, each with a batch norm of its own."""
 
     def __init__(self):
@@ -615,14 +615,15 @@ class TiedLinear(Tokens):
 
 @pytest.mark.parametrize("pipeline", ["light", "advanced"])
 @pytest.mark.parametrize(
-    ("cls", "data", "tied"), [(Tied, pictures, ("near", "far")), (TiedHead, tokens, ("words",)), (TiedLinear, tokens, ("words", "scores"))]
+    ("cls", "data", "tied"),
+    [(Levels, pictures, ("near", "far")), (TiedHead, tokens, ("words",)), (TiedLinear, tokens, ("words", "scores"))],
 )
 def test_layers_that_share_a_weight_get_one_each(cls, data, tied, pipeline, tmp_path):
     model = make(cls)
     before = snapshot(model)
     result = calibrated(model, data(24), pipeline=pipeline)  # an optimizer warns of the same parameter twice
     assert_untouched(model, before)
-    assert set(tied) <= set(result.scheme) and set(result.canonical.folded.values()) == ({"bn_near", "bn_far"} if cls is Tied else set())
+    assert set(tied) <= set(result.scheme) and set(result.canonical.folded.values()) == ({"bn_near", "bn_far"} if cls is Levels else set())
     run = result.save(tmp_path / "run")
     assert torch.equal(predict(anybit.load(run, model=model), Batch(data(4))), predict(result.model, Batch(data(4))))
     anybit.export(run, tmp_path / "net.onnx", model=model, data=data(24))
@@ -630,7 +631,7 @@ def test_layers_that_share_a_weight_get_one_each(cls, data, tied, pipeline, tmp_
 
 
 def test_one_of_two_layers_that_share_a_weight_may_stay_float():
-    model = make(Tied)
+    model = make(Levels)
     result = calibrated(model, pictures(24), keep={"near": "float"})
     layers = quantized_layers(result.model)
     assert layers["near"].weight_quantizer is None and layers["far"].weight_quantizer is not None

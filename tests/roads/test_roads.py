@@ -240,6 +240,12 @@ def test_a_setting_that_is_not_the_default_changes_the_run(setting, calibrated):
     assert any(rows[row["step"]] != row["loss"] for row in other.report["ladder"])
 
 
+def test_a_scheme_of_8_bits_throughout_is_rounded_to_nearest_and_never_solved(monkeypatch):
+    monkeypatch.setattr("anybit.methods.gptq.gptq", lambda *problem: pytest.fail("solved"))
+    steps = anybit.calibrate(make(NoBatchNorm), pictures(24), None, **{**FAST, "weight_bits": (8,)}).report["ladder"]
+    assert [row["step"] for row in steps] == ["ranges", "candidates"] and steps[0]["loss"] == steps[1]["loss"]
+
+
 def test_calibrating_inside_no_grad_works():
     with torch.no_grad():
         result = anybit.calibrate(make(NoBatchNorm), pictures(24), None, **{**FAST, "pipeline": "advanced"})
@@ -503,3 +509,21 @@ def test_the_report_of_a_new_budget_says_all_that_the_first_one_says(calibrated,
     again = anybit.allocate(run_folder, "3bit", data=x, model=model)
     assert list(again.report) == list(first.report) and list(again.about) == ["model", "data", "preprocessing", *first.about]
     assert again.table == {key: first.table[key] for key in again.table}
+
+
+class Clamping(nn.Conv2d):
+    """A convolution that clamps beyond what calibration reaches."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-5, 5)
+
+
+def test_the_float_score_is_that_of_the_given_network():
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
+    model = nn.Sequential(Clamping(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *head).eval()
+    model[1].weight.data.uniform_(0.1, 4)
+    tests = (20 * pictures(32), torch.arange(32) % 5)
+    result = anybit.calibrate(model, pictures(8), "8bit", test=tests, pipeline="light", solver="none", cache=False)
+    expected = anybit.evaluate(model, tests)
+    assert {key: result.report["float_test"][key] for key in expected} == expected

@@ -32,10 +32,19 @@ from anybit.networks.capture import MemoryBudget, input_samples
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight, quantized_layers, weight_rows
 from anybit.networks.observed import ObservedNetwork
+from anybit.networks.states import restore
 from anybit.progress import track
 from anybit.roads.memory import memory_to_capture
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
+
+FINE = 8
+"""Bits at which rounding to nearest leaves nothing to gain: what a solver changes there is the noise of its sample."""
+
+
+def worth_solving(scheme: Mapping[str, Precision]) -> bool:
+    """Return whether some layer rounds coarsely enough for a solver to repair."""
+    return any(bits is not None and bits < FINE for one in scheme.values() for bits in (one.weight_bits, one.activation_bits))
 
 
 def range_candidates(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
@@ -53,17 +62,18 @@ def range_candidates(network: ObservedNetwork, calibration: Calibration, setting
 
 
 def solved_candidates(network: ObservedNetwork, ranged: Candidates, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
-    """The same candidates with every layer's codes chosen by the solver, on the float network's inputs: all widths from one pass."""
+    """The same candidates with the codes of the layers below 8 bits chosen by the solver, on the float network's inputs: all widths from
+    one pass."""
     solver = solver_named(settings.solver)
     assert solver is not None
-    names = sorted({name for name, _ in ranged.weights}, key=network.names.index)
+    names = sorted({name for name, bits in ranged.weights if bits < FINE}, key=network.names.index)
     budget = MemoryBudget(memory_to_capture(network, calibration, settings))
     moments = float_moments(network.folded, names, calibration.fitting, calibration.count()[0], settings.seed, budget)
     solved = Candidates(dict(ranged.weights), ranged.activations)
     for name in track(list(moments), "solution of candidates"):
         read, float_layer = moments.pop(name), network.folded.get_submodule(name)
         for (layer, bits), rounded in ranged.weights.items():
-            if layer == name:
+            if layer == name and bits < FINE:
                 solved.weights[name, bits] = solve_weight(float_layer, rounded.codes, rounded.scale, bits, read, solver)
     return solved
 
@@ -192,7 +202,8 @@ def float_tested(
 ) -> FloatTest:
     """Score the float network before the long work, which labels that do not fit or a metric that fails would waste."""
     with clock.stage("float test"):
-        on_tests = LabelledOutputs.of(network.folded, tests.batches(batch_size))
+        on_tests = LabelledOutputs.of(network.float_model, tests.batches(batch_size))
+        restore(network.float_model, network.moving)
         return FloatTest(tests, on_tests.outputs, on_tests.scores(task, metric))
 
 
