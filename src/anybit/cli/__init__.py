@@ -1,1 +1,1 @@
-"""The command line: options and printing. May import everything."""
+"""The command line: options and printing. Imports everything."""
