@@ -13,7 +13,7 @@ from anybit.allocation.program import Allocation, allocate, best_allocations, le
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import BITS, BYTES, DROP, LOSS, Budget, Condition
 from anybit.data.batches import Batch
-from anybit.data.tasks import TASKS, Metric, distance, measure, outputs_of, score
+from anybit.data.tasks import Metric, Task, distance, measure, outputs_of, score
 from anybit.errors import InfeasibleBudget, InvalidSetting
 from anybit.files.cache import Cache
 from anybit.networks.candidates import Candidates, apply_scheme
@@ -34,7 +34,7 @@ class Judge:
     candidates: Candidates
     held_out: list[Batch]
     reference: Tensor
-    task: str
+    task: Task
     metric: Metric | None = None
     recall: Cache = field(default_factory=Cache)
 
@@ -50,18 +50,18 @@ class Judge:
     def of_outputs(self, outputs: Tensor) -> dict[str, float]:
         """Measure outputs on the held-out inputs, as `of_model` does."""
         result = {"loss": distance(outputs, self.reference, self.task)}
-        counted = TASKS[self.task].counted
+        counted = self.task.counted
         if self.labels is not None and counted is not None:
             scores = score(outputs, self.labels, self.task, reader=self.held_out[0].reader)
             result |= {counted: scores[counted]} if counted in scores else {}
         if self.labels is not None and self.metric is not None:
-            result["metric"] = measure(self.metric, outputs, self.labels)
+            result["metric"] = measure(self.metric, self.task.tensors(outputs), self.labels)
         return result
 
     @property
     def counted(self) -> str | None:
         """Name of the score that a limit on the drop counts in."""
-        return TASKS[self.task].counted if self.metric is None else "metric"
+        return self.task.counted if self.metric is None else "metric"
 
     @property
     def labels(self) -> Tensor | None:

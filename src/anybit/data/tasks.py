@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, Reader, evaluating, predict
+from anybit.data.outputs import OutputReader
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 
 Metric = Callable[[Tensor, Tensor], float]
@@ -33,11 +34,9 @@ class Distance(Protocol):
     def of_samples(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """Measure each sample in double precision, [N]."""
 
-    def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        """Measure all at once, differentiable and in the outputs' own precision."""
-
-    def share(self, chunk: Tensor, whole: Tensor) -> float | Tensor:
-        """Return the weight of the loss to a chunk of the reference in the loss to the whole of it."""
+    def loss(self, outputs: Tensor, reference: Tensor, whole: Tensor | None = None) -> Tensor:
+        """Measure all at once, differentiable and in the outputs' own precision. Of a chunk of the samples, whose `whole` reference is
+        given: its part in the loss of all, so that the losses of chunks sum up to it."""
 
     def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """Return the training loss towards a teacher's outputs."""
@@ -59,11 +58,10 @@ class Divergence:
         terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0)  # a class that both rule out adds nothing
         return terms.sum(-1).clamp_min(0).reshape(len(outputs), -1).mean(1)  # rounding alone can make it -1e-17
 
-    def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return F.kl_div(F.log_softmax(outputs, -1), F.log_softmax(reference, -1), reduction="none", log_target=True).sum(-1).mean()
-
-    def share(self, chunk: Tensor, whole: Tensor) -> float:
-        return len(chunk) / len(whole)
+    def loss(self, outputs: Tensor, reference: Tensor, whole: Tensor | None = None) -> Tensor:
+        share = 1.0 if whole is None else len(reference) / len(whole)
+        terms = F.kl_div(F.log_softmax(outputs, -1), F.log_softmax(reference, -1), reduction="none", log_target=True)
+        return terms.sum(-1).mean() * share
 
     def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
         return F.kl_div(F.log_softmax(outputs.float(), -1), F.log_softmax(reference, -1), log_target=True, reduction="batchmean")
@@ -81,11 +79,10 @@ class SquaredError:
         error = (outputs.double() - reference.double()).square().reshape(len(outputs), -1).mean(1)
         return error / reference.double().square().mean().clamp_min(1e-30)
 
-    def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return (outputs - reference).square().sum() / reference.square().sum().clamp_min(1e-30)
-
-    def share(self, chunk: Tensor, whole: Tensor) -> Tensor:
-        return chunk.square().sum() / whole.square().sum().clamp_min(1e-30)
+    def loss(self, outputs: Tensor, reference: Tensor, whole: Tensor | None = None) -> Tensor:
+        energy = reference.square().sum().clamp_min(1e-30)
+        share = 1.0 if whole is None else reference.square().sum() / whole.square().sum().clamp_min(1e-30)
+        return (outputs - reference).square().sum() / energy * share
 
     def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
         return F.mse_loss(outputs.float(), reference)
@@ -95,6 +92,42 @@ class SquaredError:
 
 
 DIVERGENCE, SQUARED_ERROR = Divergence(), SquaredError()
+
+
+@dataclass(frozen=True)
+class WeightedErrors:
+    """Squared errors of several outputs, each divided by the mean square of its own reference: their mean by weight.
+
+    An output that is zero in all the reference counts for nothing: there is nothing to divide by.
+    """
+
+    reader: OutputReader
+    key = "error"
+
+    def of_each(self, outputs: Tensor, reference: Tensor) -> dict[str, Tensor]:
+        """Measure each sample's error of each output, [N], by the output's name."""
+        parts = zip(self.reader.outputs, self.reader.split(outputs), self.reader.split(reference), strict=True)
+        count = len(outputs)
+        rows = {one.name: (part.reshape(count, -1), target.reshape(count, -1)) for one, part, target in parts}
+        return {name: SQUARED_ERROR.of_samples(part, target) for name, (part, target) in rows.items() if target.any()}
+
+    def of_samples(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        errors, weights = self.of_each(outputs, reference), {one.name: one.weight for one in self.reader.outputs}
+        total = sum(weights[name] for name in errors)
+        return sum((errors[name] * (weights[name] / total) for name in errors), outputs.new_zeros(len(outputs), dtype=torch.float64))
+
+    def loss(self, outputs: Tensor, reference: Tensor, whole: Tensor | None = None) -> Tensor:
+        energies = [one.square().sum() for one in self.reader.split(reference if whole is None else whole)]
+        errors = [(one - target).square().sum() for one, target in zip(*map(self.reader.split, (outputs, reference)), strict=True)]
+        weights = [one.weight * bool(energy > 0) for one, energy in zip(self.reader.outputs, energies, strict=True)]
+        terms = [w * error / energy for w, error, energy in zip(weights, errors, energies, strict=True) if w]
+        return sum(terms, outputs.new_zeros(())) / max(sum(weights), 1e-30)
+
+    def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
+        return self.loss(outputs.float(), reference)
+
+    def further(self, outputs: Tensor, reference: Tensor) -> dict[str, float]:
+        return {}
 
 
 # Tasks
@@ -114,6 +147,14 @@ class Task:
     counted: str | None = None
     numbers = True
     of_one_class = False
+
+    def tensors(self, outputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return what a user's metric is given of the outputs."""
+        return outputs
+
+    def judged(self, outputs: Tensor) -> Tensor:
+        """Return the part of the outputs that labels are about."""
+        return outputs
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         """Raise InvalidInput where `labels` are not what a network with such `outputs` can be right about."""
@@ -258,6 +299,32 @@ _ALL: tuple[Task, ...] = (
 TASKS = {task.name: task for task in _ALL}
 
 
+class SeveralOutputs(Task):
+    """Several outputs, the labels being about the first, which is of another task; all are compared by their squared errors."""
+
+    def __init__(self, first: Task, reader: OutputReader):
+        self.first, self.reader, self.distance = first, reader, WeightedErrors(reader)
+        self.name, self.counted, self.numbers, self.of_one_class = first.name, first.counted, first.numbers, first.of_one_class
+
+    def tensors(self, outputs: Tensor) -> tuple[Tensor, ...]:
+        return self.reader.split(outputs)
+
+    def judged(self, outputs: Tensor) -> Tensor:
+        return self.reader.split(outputs)[0]
+
+    def check(self, outputs: Tensor, labels: Tensor) -> None:
+        self.first.check(self.judged(outputs), labels)
+
+    def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        return self.first.scores(self.judged(outputs), labels)
+
+    def check_trains_on_labels(self) -> None:
+        self.first.check_trains_on_labels()
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return self.first.loss(self.judged(outputs), labels)
+
+
 # Outputs
 
 
@@ -273,19 +340,33 @@ def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
 
 def guess_task(outputs: Tensor, reader: Reader | None = None) -> str:
     """Return the reader's task; else "classification" if outputs are [N, classes >= 2], or "regression". The user's --task overrules it."""
-    if reader is not None:
+    if reader is not None and reader.task is not None:
         return reader.task
+    if isinstance(reader, OutputReader):
+        outputs = reader.split(outputs)[0]
     return "classification" if outputs.dim() == 2 and outputs.shape[1] >= 2 else "regression"
 
 
-def distance(outputs: Tensor, reference: Tensor, task: str) -> float:
+def task_of(outputs: Tensor, reader: Reader | None, task: str | Task | None = None) -> Task:
+    """Return the task of a network with such outputs: the one that is given or named, else the one that they are taken for."""
+    if isinstance(task, Task):
+        return task
+    one = TASKS[task or guess_task(outputs, reader)]
+    return SeveralOutputs(one, reader) if isinstance(reader, OutputReader) and len(reader.outputs) > 1 else one
+
+
+def _named(task: str | Task) -> Task:
+    return task if isinstance(task, Task) else TASKS[task]
+
+
+def distance(outputs: Tensor, reference: Tensor, task: str | Task) -> float:
     """Measure how far `outputs` are from those of the float model: the mean over samples."""
     return float(sample_distances(outputs, reference, task).mean())
 
 
-def sample_distances(outputs: Tensor, reference: Tensor, task: str) -> Tensor:
+def sample_distances(outputs: Tensor, reference: Tensor, task: str | Task) -> Tensor:
     """Measure the distance of each sample, [N]."""
-    return TASKS[task].distance.of_samples(outputs, reference)
+    return _named(task).distance.of_samples(outputs, reference)
 
 
 def _in_parts(outputs: Tensor, beside: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -327,15 +408,15 @@ def places(outputs: Tensor, labels: Tensor) -> Tensor:
     return (outputs > own).sum(1) + ((outputs == own) & before).sum(1)
 
 
-def check_labels(outputs: Tensor, labels: Tensor, task: str) -> None:
+def check_labels(outputs: Tensor, labels: Tensor, task: str | Task) -> None:
     """Raise InvalidInput where `labels` are not what a network with such `outputs` can be right about."""
-    TASKS[task].check(outputs, labels)
+    _named(task).check(outputs, labels)
 
 
-def check_metric(metric: Metric | None, task: str) -> None:
+def check_metric(metric: Metric | None, task: str | Task) -> None:
     """Raise InvalidSetting where the task's labels are nothing that a function of outputs and labels can use."""
-    if metric is not None and not TASKS[task].numbers:
-        what = task.replace("-", " ")
+    if metric is not None and not _named(task).numbers:
+        what = _named(task).name.replace("-", " ")
         raise InvalidSetting(f"A metric compares outputs with labels, and those of {what} are texts. Leave --metric out.")
 
 
@@ -344,7 +425,7 @@ def metric_name(metric: Metric) -> str:
     return getattr(metric, "__name__", "metric")
 
 
-def measure(metric: Metric, outputs: Tensor, labels: Tensor) -> float:
+def measure(metric: Metric, outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> float:
     """Call a user's metric. Raise InvalidInput naming it where it fails, or returns anything but a finite number."""
     name = metric_name(metric)
     try:
@@ -371,21 +452,26 @@ def measure(metric: Metric, outputs: Tensor, labels: Tensor) -> float:
     return number
 
 
-def _described(tensor: Tensor) -> str:
+def _described(tensor: Tensor | tuple[Tensor, ...]) -> str:
+    if isinstance(tensor, tuple):
+        return ", ".join(map(_described, tensor))
     return f"{list(tensor.shape)} ({str(tensor.dtype).removeprefix('torch.')})"
 
 
-def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = None, reader: Reader | None = None) -> dict[str, float]:
+def score(
+    outputs: Tensor, labels: Tensor, task: str | Task, metric: Metric | None = None, reader: Reader | None = None
+) -> dict[str, float]:
     """Score outputs by labels: the task's scores, the reader's own, and the user's metric."""
     if len(labels) != len(outputs):
         raise InvalidInput(f"{len(labels)} labels for {len(outputs)} outputs. Give one label a sample.")
+    task = _named(task)
     check_metric(metric, task)
     check_labels(outputs, labels, task)
-    result = TASKS[task].scores(outputs, labels)
+    result = task.scores(outputs, labels)
     if reader is not None:
         result |= reader.score(outputs, labels)
     if metric is not None:
-        result[metric_name(metric)] = measure(metric, outputs, labels)
+        result[metric_name(metric)] = measure(metric, task.tensors(outputs), labels)
     return result
 
 
@@ -414,19 +500,23 @@ class LabelledOutputs:
         outputs = outputs_of(model, watched())
         return cls(outputs, torch.cat(labels), readers[0])
 
-    def scores(self, task: str | None = None, metric: Metric | None = None, reference: Tensor | None = None) -> dict[str, Any]:
+    def scores(self, task: str | Task | None = None, metric: Metric | None = None, reference: Tensor | None = None) -> dict[str, Any]:
         """Score them; with the float model's outputs as `reference`, measure the distance to these and what goes with it too."""
-        task = task or guess_task(self.outputs, self.reader)
+        task = task_of(self.outputs, self.reader, task)
         unit = self.reader.unit if self.reader else "samples"
         result: dict[str, Any] = {unit: len(self.outputs), **score(self.outputs, self.labels, task, metric, self.reader)}
         if reference is not None:
-            measured = TASKS[task].distance
+            measured = task.distance
             result |= {measured.key: distance(self.outputs, reference, task)} | measured.further(self.outputs, reference)
         return result
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], task: str | None = None, metric: Metric | None = None, reference: Tensor | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    task: str | Task | None = None,
+    metric: Metric | None = None,
+    reference: Tensor | None = None,
 ) -> dict[str, Any]:
     """Score `model` on labelled batches, as `LabelledOutputs.scores` does."""
     return LabelledOutputs.of(model, batches).scores(task, metric, reference)
@@ -436,21 +526,22 @@ def check_metric_on(model: nn.Module, batches: Iterable[Batch], metric: Metric |
     """Ask a user's metric once, before work that it would waste. Raise InvalidInput where it fails or the batches have no labels."""
     if metric is not None:
         on_labels = LabelledOutputs.of(model, batches)
-        measure(metric, on_labels.outputs, on_labels.labels)
+        measure(metric, task_of(on_labels.outputs, on_labels.reader).tensors(on_labels.outputs), on_labels.labels)
 
 
-def task_loss(outputs: Tensor, batch: Batch, task: str, teacher: nn.Module | None, distill: float) -> Tensor:
+def task_loss(outputs: Tensor, batch: Batch, task: str | Task, teacher: nn.Module | None, distill: float) -> Tensor:
     """Return the task's training loss on labels, joined by the distance to the teacher's outputs, which weighs `distill`."""
+    task = _named(task)
     loss = torch.zeros((), device=outputs.device)
     if distill < 1:
-        TASKS[task].check_trains_on_labels()
+        task.check_trains_on_labels()
         if batch.labels is None:
             raise InvalidInput("Training needs labels, and this data has none. Give labelled data, or --distill 1.")
         check_labels(outputs, batch.labels, task)
-        loss = (1 - distill) * TASKS[task].loss(outputs, batch.labels)
+        loss = (1 - distill) * task.loss(outputs, batch.labels)
     if distill > 0:
         assert teacher is not None, "distillation is from a teacher"
         with torch.no_grad():
             target = predict(teacher, batch).float()
-        loss = loss + distill * TASKS[task].distance.distilled(outputs, target)
+        loss = loss + distill * task.distance.distilled(outputs, target)
     return loss

@@ -217,6 +217,8 @@ def _print_layers(inspection: Report, ran: bool) -> None:
         _print_line(f"not covered: {name}: {reason}")
     for name, reason in inspection["unfolded"].items():
         _print_line(f"not folded: {name}: {reason}")
+    if inspection["unread"]:
+        _print_line(f"not read by any output that is compared: {', '.join(inspection['unread'])}")
 
 
 def _layer_row(name: str, layer: Report, ran: bool) -> list[Any]:

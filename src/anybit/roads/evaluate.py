@@ -1,5 +1,6 @@
 """Evaluate a network on labelled data."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from anybit.data.tasks import Metric
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.errors import InvalidInput
 from anybit.progress import tell
-from anybit.roads.inputs import check_inputs, on_device
+from anybit.roads.inputs import check_inputs, compared, on_device
 from anybit.runs.opened import load, recorded_preprocessing, recorded_task
 from anybit.sources.inputs import samples_from
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
@@ -27,14 +28,19 @@ def evaluate(
     workers: int = 0,
     device: str = "cpu",
     preprocessing: Preprocessing = Preprocessing(),
+    outputs: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Score a network on labelled data: the task's own scores, and the user's metric."""
+    """Score a network on labelled data: the task's own scores, and the user's metric.
+
+    outputs   of several, names or numbers of those that are read (-> any weight): labels are about the first, and the metric gets a tuple
+    """
     model = adapted_network(model)
     samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)
     if len(samples) == 0:
         raise InvalidInput("There is nothing to evaluate on: the data is empty.")
     network = on_device(model, device, samples)
     check_inputs(network, samples)
+    samples = compared(network, samples, outputs or {})
     scores = evaluate_model(network, samples.on(device).batches(batch_size), task, metric)
     tell("result", **scores)
     return scores

@@ -15,7 +15,7 @@ from anybit.budget import LATENCY, Budget
 from anybit.calls import public
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples, draw, mirrored, split
-from anybit.data.tasks import Metric, outputs_of
+from anybit.data.tasks import TASKS, Metric, outputs_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidFile, InvalidSetting
@@ -94,7 +94,7 @@ def polished(
     table = SensitivityTable({(name, precision): 0.0 for name, precision in scheme.items()}, FLOAT, 0)
     cache = key_of_run(cache, network, calibration, [*references, reference], settings)
     cache = cache.keyed(digest(to_tensors(own).values()), settings.to_json())
-    judge = Judge(network, own, calibration.held_out, reference, supernet.task, recall=cache)
+    judge = Judge(network, own, calibration.held_out, reference, TASKS[supernet.task], recall=cache)
     bench = CalibrationState(network, calibration, settings, own, own, table, judge, targets, references, own)
     model, ladder, _ = polish_scheme(bench, scheme)
     supernet.method.switch(scheme)  # as it was before the float network was made

@@ -1,5 +1,6 @@
 """Inspect a network: its layers, what is covered, and what each bit-width would cost."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from anybit.networks.copies import checked_copy
 from anybit.networks.layers import float_weight
 from anybit.networks.observed import ObservedNetwork, observe_network, unobserved_network
 from anybit.networks.refusals import check_network
+from anybit.roads.inputs import compared, first_samples
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision
 from anybit.settings import takes
@@ -27,9 +29,10 @@ def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, An
     `data` needs one input. Without it, what only a forward pass shows is None (shapes of inputs and outputs, MACs, BOPs, folds, blocks),
     a layer that never runs is taken for covered, and the sizes are those with every batch norm unfolded.
     """
-    options, model = replace(CalibrateSettings.of(**settings).options, gradients=False), adapted_network(model)
+    chosen = CalibrateSettings.of(**settings)
+    options, model = replace(chosen.options, gradients=False), adapted_network(model)
     check_network(model)
-    network = unobserved_network(model, options) if data is None else observe_network(*_observable(model, data), options)
+    network = unobserved_network(model, options) if data is None else observe_network(*_observable(model, data, chosen.outputs), options)
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
     layers = {
         name: {
@@ -51,17 +54,18 @@ def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, An
         "layers": layers,
         "uncovered": dict(network.uncovered),
         "unfolded": dict(network.unfolded),
+        "unread": list(network.unread),
         "float_bytes": network.costs.float_bytes,
         "uniform": uniform,
     }
 
 
-def _observable(model: nn.Module, data: Any) -> tuple[nn.Module, Batch]:
+def _observable(model: nn.Module, data: Any, outputs: Mapping[str, float]) -> tuple[nn.Module, Batch]:
     samples = samples_from(data, 0, model=model)
-    batch = next(iter(samples.subset(range(min(2, len(samples)))).batches(2)), None)
-    if batch is None:
+    if len(samples) == 0:
         raise InvalidInput("The data set is empty; inspect needs at least one input.")
-    return checked_copy(model, batch).eval(), batch
+    network = checked_copy(model, first_samples(samples)).eval()
+    return network, first_samples(compared(network, samples, outputs))
 
 
 def _seen(network: ObservedNetwork, name: str, observed: bool) -> dict[str, Any]:

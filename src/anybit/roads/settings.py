@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit.budget import SIZE
-from anybit.data.options import TASK_NAMES
+from anybit.data.options import OUTPUTS, TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
 from anybit.methods.settings import CSQSettings, LSQSettings
@@ -78,6 +78,11 @@ class CalibrateSettings(Settings):
     batch_size: int = option(64, "Inputs a forward pass.", least=1, panel="Runtime")
     task: str | None = option(None, "Of the network, where it does not tell.", choices=TASK_NAMES, panel="Input")
 
+    outputs: Mapping[str, float] = option(
+        dict, "NAME or NAME=WEIGHT: outputs of the network that are compared (default: all, alike).", above=0, text=OUTPUTS, repeat=True,
+        panel="Input",
+    )  # fmt: skip
+
     def check(self) -> None:
         for name in ("weight_bits", "activation_bits"):
             if not getattr(self, name):
@@ -135,6 +140,7 @@ class GrowSettings(Settings):
     method: str | None = option(None, "csq grows a scheme, lsq trains one (default: lsq with --scheme).", choices=tuple(GROW_METHODS))
     from_scratch: bool = option(False, "Forget the trained weights; give --fix 0.6 --gate-rate 0.03 then.", switch=True, rare=True)
     task: str | None = same_as(CalibrateSettings, "task", rare=True)
+    outputs: Mapping[str, float] = same_as(CalibrateSettings, "outputs", rare=True)
     csq: CSQSettings = field(default_factory=CSQSettings)
     lsq: LSQSettings = field(default_factory=LSQSettings)
     train: TrainSettings = field(default_factory=TrainSettings)

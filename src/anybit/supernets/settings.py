@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from anybit.data.options import TASK_NAMES
+from anybit.data.options import OUTPUTS, TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import TrainSettings
 from anybit.methods.settings import MultiQuantSettings
@@ -33,6 +33,10 @@ class SupernetSettings(Settings):
         dict, "PATTERN=W8A8 or PATTERN=float: pin layers by their names.", text=KEEP, repeat=True, panel="Budget"
     )
     task: str | None = option(None, "Of the network, where it does not tell.", choices=TASK_NAMES, panel="Input", rare=True)
+    outputs: Mapping[str, float] = option(
+        dict, "NAME or NAME=WEIGHT: outputs of the network that are compared (default: all, alike).", above=0, text=OUTPUTS, repeat=True,
+        panel="Input", rare=True,
+    )  # fmt: skip
     held_out: float = option(
         0.1, "Share of the data that is left to the search.", above=0, below=1, why="the search evaluates on that share"
     )
