@@ -200,5 +200,5 @@ def test_an_output_of_zeros_counts_for_nothing():
 
 def test_an_output_whose_rows_change_later_is_refused_by_its_name():
     reader, _ = output_reader(nn.Identity(), [Batch([torch.ones(4, 3), torch.ones(4, 2)])], {})
-    with pytest.raises(AnybitError, match="Output 1 .*--outputs"):
+    with pytest.raises(AnybitError, match=r"Output 1 .*--outputs"):
         reader.read([torch.ones(4, 3), torch.ones(4, 5)], Batch(torch.zeros(4)))

@@ -8,7 +8,7 @@ from anybit.settings import Text
 
 TaskName = Literal[
     "classification", "regression", "embedding", "question-answering", "language-model", "masked-language-model", "sequence-to-sequence",
-    "token-classification",
+    "token-classification", "multi-label", "segmentation", "detection",
 ]  # fmt: skip
 TASK_NAMES = get_args(TaskName)
 TEXT_SUFFIXES = (".tsv", ".csv", ".jsonl", ".txt")

@@ -4,133 +4,42 @@ A task is called by its name in files, settings and on the command line; `TASKS`
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, Reader, evaluating, predict
+from anybit.data.distances import (
+    BINARY_DIVERGENCE,
+    CHANNEL_DIVERGENCE,
+    DIVERGENCE,
+    SQUARED_ERROR,
+    Distance,
+    WeightedErrors,
+    agreement,
+    are_probabilities,
+    in_parts,
+    lie_in_unit_interval,
+    log_probabilities,
+)
 from anybit.data.outputs import OutputReader
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
+from anybit.progress import tell
 
 Metric = Callable[[Tensor, Tensor], float]
 IGNORED = -100
-"""The label of a token that is not scored, as PyTorch's cross-entropy has it."""
-NUMBERS = 2**24
-"""Outputs whose distance or loss is computed at once, in double precision: a vocabulary makes many."""
+"""The label of a token or place that is not scored, as PyTorch's cross-entropy has it."""
+VOID = 255
+"""The label of a place that is not scored, where there are no more classes than that, as PASCAL VOC has it."""
 
 
-# Distances to the float network's outputs
-
-
-class Distance(Protocol):
-    """How far outputs [N, ...] are from those of the float network. `key` is its name in a report."""
-
-    key: str
-
-    def of_samples(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        """Measure each sample in double precision, [N]."""
-
-    def loss(self, outputs: Tensor, reference: Tensor, whole: Tensor | None = None) -> Tensor:
-        """Measure all at once, differentiable and in the outputs' own precision. Of a chunk of the samples, whose `whole` reference is
-        given: its part in the loss of all, so that the losses of chunks sum up to it."""
-
-    def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        """Return the training loss towards a teacher's outputs."""
-
-    def further(self, outputs: Tensor, reference: Tensor) -> dict[str, float]:
-        """Measure what else a report tells beside the distance."""
-
-
-class Divergence:
-    """KL divergence of a sample's classes, whose logits the outputs are; the mean of several where a sample has several."""
-
-    key = "kl"
-
-    def of_samples(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return torch.cat([self._of_some(some.double(), float_ones.double()) for some, float_ones in _in_parts(outputs, reference)])
-
-    def _of_some(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        log_p, log_q = F.log_softmax(reference, -1), F.log_softmax(outputs, -1)
-        terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0)  # a class that both rule out adds nothing
-        return terms.sum(-1).clamp_min(0).reshape(len(outputs), -1).mean(1)  # rounding alone can make it -1e-17
-
-    def loss(self, outputs: Tensor, reference: Tensor, whole: Tensor | None = None) -> Tensor:
-        share = 1.0 if whole is None else len(reference) / len(whole)
-        terms = F.kl_div(F.log_softmax(outputs, -1), F.log_softmax(reference, -1), reduction="none", log_target=True)
-        return terms.sum(-1).mean() * share
-
-    def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return F.kl_div(F.log_softmax(outputs.float(), -1), F.log_softmax(reference, -1), log_target=True, reduction="batchmean")
-
-    def further(self, outputs: Tensor, reference: Tensor) -> dict[str, float]:
-        return {"agreement": agreement(outputs, reference)}
-
-
-class SquaredError:
-    """Squared error, divided by the mean square of the reference."""
-
-    key = "error"
-
-    def of_samples(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        error = (outputs.double() - reference.double()).square().reshape(len(outputs), -1).mean(1)
-        return error / reference.double().square().mean().clamp_min(1e-30)
-
-    def loss(self, outputs: Tensor, reference: Tensor, whole: Tensor | None = None) -> Tensor:
-        energy = reference.square().sum().clamp_min(1e-30)
-        share = 1.0 if whole is None else reference.square().sum() / whole.square().sum().clamp_min(1e-30)
-        return (outputs - reference).square().sum() / energy * share
-
-    def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return F.mse_loss(outputs.float(), reference)
-
-    def further(self, outputs: Tensor, reference: Tensor) -> dict[str, float]:
-        return {}
-
-
-DIVERGENCE, SQUARED_ERROR = Divergence(), SquaredError()
-
-
-@dataclass(frozen=True)
-class WeightedErrors:
-    """Squared errors of several outputs, each divided by the mean square of its own reference: their mean by weight.
-
-    An output that is zero in all the reference counts for nothing: there is nothing to divide by.
-    """
-
-    reader: OutputReader
-    key = "error"
-
-    def of_each(self, outputs: Tensor, reference: Tensor) -> dict[str, Tensor]:
-        """Measure each sample's error of each output, [N], by the output's name."""
-        parts = zip(self.reader.outputs, self.reader.split(outputs), self.reader.split(reference), strict=True)
-        count = len(outputs)
-        rows = {one.name: (part.reshape(count, -1), target.reshape(count, -1)) for one, part, target in parts}
-        return {name: SQUARED_ERROR.of_samples(part, target) for name, (part, target) in rows.items() if target.any()}
-
-    def of_samples(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        errors, weights = self.of_each(outputs, reference), {one.name: one.weight for one in self.reader.outputs}
-        total = sum(weights[name] for name in errors)
-        return sum((errors[name] * (weights[name] / total) for name in errors), outputs.new_zeros(len(outputs), dtype=torch.float64))
-
-    def loss(self, outputs: Tensor, reference: Tensor, whole: Tensor | None = None) -> Tensor:
-        energies = [one.square().sum() for one in self.reader.split(reference if whole is None else whole)]
-        errors = [(one - target).square().sum() for one, target in zip(*map(self.reader.split, (outputs, reference)), strict=True)]
-        weights = [one.weight * bool(energy > 0) for one, energy in zip(self.reader.outputs, energies, strict=True)]
-        terms = [w * error / energy for w, error, energy in zip(weights, errors, energies, strict=True) if w]
-        return sum(terms, outputs.new_zeros(())) / max(sum(weights), 1e-30)
-
-    def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return self.loss(outputs.float(), reference)
-
-    def further(self, outputs: Tensor, reference: Tensor) -> dict[str, float]:
-        return {}
-
-
-# Tasks
+LABELS_TELL = ("classification", "token-classification", "segmentation", "multi-label", "regression", "detection")
+"""Tasks that show in their labels."""
 
 
 class Task:
@@ -194,33 +103,45 @@ class Classification(Task):
         result = {"top1": 100 * float(correct(outputs, labels).double().mean())}
         if outputs.shape[-1] > 5:
             result["top5"] = 100 * float((places(outputs, labels) < 5).double().mean())
-        losses = [F.cross_entropy(some.double(), theirs, reduction="sum") for some, theirs in _in_parts(outputs, labels)]
+        logits = log_probabilities(outputs) if are_probabilities(outputs) else outputs
+        losses = [F.cross_entropy(some.double(), theirs, reduction="sum") for some, theirs in in_parts(logits, labels)]
         return result | {"loss": float(sum(losses) / len(labels))}
 
     def check_trains_on_labels(self) -> None:
         pass
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(outputs.float(), labels)
+        return F.cross_entropy((log_probabilities(outputs) if are_probabilities(outputs) else outputs).float(), labels)
 
     def classes(self, outputs: Tensor) -> int | None:
         return outputs.shape[-1]
 
 
 class TokenClassification(Classification):
-    """Logits [tokens, classes] of which class each token is: the scores of a classification, of the tokens whose label is not IGNORED."""
+    """Logits [tokens, classes] or [N, T, classes] of which class each token is: the scores of a classification, of the tokens whose label
+    is not IGNORED."""
 
     name = "token-classification"
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
-        scored = labels != IGNORED
-        if not scored.any():
+        if outputs.dim() > 2 and labels.shape != outputs.shape[:-1]:
+            raise InvalidInput(f"Labels of tokens are one a token, {list(outputs.shape[:-1])}; these are {list(labels.shape)}.")
+        if not (labels != IGNORED).any():
             raise InvalidInput("No token has a label, so there is nothing to score. Give labels of some tokens.")
-        super().check(outputs, labels[scored] if labels.dim() == 1 else labels)
+        super().check(*self._labelled(outputs, labels))
+
+    def _labelled(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (outputs, labels) of the tokens that have a label."""
+        if outputs.dim() > 2:
+            outputs, labels = outputs.flatten(0, -2), labels.flatten()
+        scored = labels != IGNORED
+        return (outputs[scored], labels[scored]) if labels.dim() == 1 else (outputs, labels)
 
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        scored = labels != IGNORED
-        return super().scores(outputs[scored], labels[scored])
+        return super().scores(*self._labelled(outputs, labels))
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(*self._labelled(outputs, labels))
 
     def classes(self, outputs: Tensor) -> int | None:
         return None
@@ -255,7 +176,10 @@ class Regression(Task):
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         if outputs.numel() != labels.numel():
-            raise InvalidInput(f"Targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}.")
+            raise InvalidInput(
+                f"Targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}. Give one number for each "
+                "output, name the --task that they are of, or score them with --metric."
+            )
 
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         return {"loss": float((outputs.double().flatten() - labels.double().flatten()).square().mean())}
@@ -265,6 +189,105 @@ class Regression(Task):
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(outputs.float().flatten(), labels.float().flatten())
+
+
+class Detection(Regression):
+    """Raw heads of a detector, before boxes are chosen: values of any shape, which a metric of the user's own alone can score."""
+
+    name = "detection"
+
+    def check(self, outputs: Tensor, labels: Tensor) -> None:
+        raise InvalidInput("Labels of a detector are about boxes, which its raw heads have not chosen. Score them with --metric.")
+
+    def check_trains_on_labels(self) -> None:
+        Task.check_trains_on_labels(self)
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return Task.loss(self, outputs, labels)
+
+
+class MultiLabel(Task):
+    """Logits or probabilities [N, labels] of each label being there: f1 and exact (all labels of a sample right) in percent, and loss
+    (binary cross-entropy)."""
+
+    name, distance, counted = "multi-label", BINARY_DIVERGENCE, "f1"
+
+    def check(self, outputs: Tensor, labels: Tensor) -> None:
+        if outputs.numel() != labels.numel() or not ((labels == 0) | (labels == 1)).all():
+            raise InvalidInput(
+                f"Several labels a sample are zeros and ones {list(outputs.shape)}, one for each output; these are {labels.dtype} of shape "
+                f"{tuple(labels.shape)} from {labels.min():g} to {labels.max():g}."
+            )
+
+    def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        here, there = outputs > (0.5 if lie_in_unit_interval(outputs) else 0), labels.reshape(outputs.shape).bool()
+        both, either = int((here & there).sum()), int(here.sum() + there.sum())
+        exact = 100 * float((here == there).reshape(len(outputs), -1).all(1).double().mean())
+        return {"f1": 200 * both / either if either else 100.0, "exact": exact, "loss": float(self.loss(outputs.double(), labels))}
+
+    def check_trains_on_labels(self) -> None:
+        pass
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        labels = labels.reshape(outputs.shape).to(outputs.dtype)
+        if lie_in_unit_interval(outputs.detach()):
+            return F.binary_cross_entropy(outputs, labels)
+        return F.binary_cross_entropy_with_logits(outputs, labels)
+
+
+class Segmentation(Task):
+    """Logits [N, classes, H, W] of which class each place is, with labels [N, H, W]: mean_iou (over classes that are in labels or outputs)
+    and pixel_accuracy in percent, and loss (cross-entropy). Places whose label is IGNORED, or VOID where there is no such class, have no
+    part. Logits of another size are resized to that of the labels."""
+
+    name, distance, counted = "segmentation", CHANNEL_DIVERGENCE, "mean_iou"
+
+    def check(self, outputs: Tensor, labels: Tensor) -> None:
+        expected = [len(outputs), *outputs.shape[2:]]
+        if outputs.dim() < 3 or labels.is_floating_point() or _as_masks(labels, outputs).dim() != outputs.dim() - 1:
+            raise InvalidInput(
+                f"Labels of a segmentation are whole numbers {expected}, of logits [N, classes, H, W]; these are {labels.dtype} of shape "
+                f"{tuple(labels.shape)}, and the outputs {tuple(outputs.shape)}."
+            )
+        logits, masks = self._at_labels(outputs, labels)
+        if not len(masks):
+            raise InvalidInput(f"Every label is {IGNORED} or {VOID}, so there is nothing to score. Give labels of some places.")
+        if masks.min() < 0 or masks.max() >= logits.shape[1]:
+            raise InvalidInput(
+                f"Labels run from {int(masks.min())} to {int(masks.max())}, but the model has {logits.shape[1]} classes. "
+                f"Check that the data set's class numbers are the model's; {IGNORED} and {VOID} are not scored."
+            )
+
+    def _at_labels(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (logits [places, classes], labels [places]) of all places that are scored."""
+        masks = _as_masks(labels, outputs)
+        if outputs.shape[2:] != masks.shape[1:]:
+            outputs = F.interpolate(outputs, masks.shape[1:], mode="bilinear" if outputs.dim() == 4 else "nearest")
+        logits, masks = outputs.movedim(1, -1).flatten(0, -2), masks.flatten()
+        scored = (masks != IGNORED) & ((masks != VOID) | (logits.shape[1] > VOID))
+        return logits[scored], masks[scored]
+
+    def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        logits, masks = self._at_labels(outputs, labels)
+        count, best = logits.shape[1], logits.argmax(1)
+        confusion = torch.bincount(masks * count + best, minlength=count**2).view(count, count).double()
+        right, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+        return {
+            "mean_iou": 100 * float((right[union > 0] / union[union > 0]).mean()),
+            "pixel_accuracy": 100 * float(right.sum() / confusion.sum()),
+            "loss": Classification().scores(logits, masks)["loss"],
+        }
+
+    def check_trains_on_labels(self) -> None:
+        pass
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return Classification().loss(*self._at_labels(outputs, labels))
+
+
+def _as_masks(labels: Tensor, outputs: Tensor) -> Tensor:
+    """Return labels [N, H, W], without the one channel that they may have."""
+    return labels[:, 0] if labels.dim() == outputs.dim() and labels.shape[1] == 1 else labels
 
 
 class Embedding(Task):
@@ -294,7 +317,7 @@ class QuestionAnswering(Task):
 
 _ALL: tuple[Task, ...] = (
     Classification(), Regression(), Embedding(), QuestionAnswering(), LanguageModel(), MaskedLanguageModel(), SequenceToSequence(),
-    TokenClassification(),
+    TokenClassification(), MultiLabel(), Segmentation(), Detection(),
 )  # fmt: skip
 TASKS = {task.name: task for task in _ALL}
 
@@ -338,20 +361,77 @@ def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     return torch.cat(outputs)
 
 
-def guess_task(outputs: Tensor, reader: Reader | None = None) -> str:
-    """Return the reader's task; else "classification" if outputs are [N, classes >= 2], or "regression". The user's --task overrules it."""
+def labels_in(batches: Sequence[Batch]) -> Tensor | None:
+    """Return the labels of the batches; None where they have none."""
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    return torch.cat(labels) if labels and len(labels) == len(batches) else None
+
+
+class Guess(NamedTuple):
+    """The task that a network is taken for, and why; no reason where it is known."""
+
+    task: str
+    reason: str = ""
+
+
+def guess_task(outputs: Tensor, reader: Reader | None = None, labels: Tensor | None = None) -> Guess:
+    """Return the reader's task; else what the labels say, where they fit one; else what shape and values of the (first) outputs say. The
+    user's --task overrules it."""
     if reader is not None and reader.task is not None:
-        return reader.task
+        return Guess(reader.task)
     if isinstance(reader, OutputReader):
         outputs = reader.split(outputs)[0]
-    return "classification" if outputs.dim() == 2 and outputs.shape[1] >= 2 else "regression"
+    return (None if labels is None else _guess_by_labels(outputs, labels)) or _guess_by_values(outputs)
 
 
-def task_of(outputs: Tensor, reader: Reader | None, task: str | Task | None = None) -> Task:
-    """Return the task of a network with such outputs: the one that is given or named, else the one that they are taken for."""
+def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
+    """Return the task whose labels these are; None where they fit none."""
+    shapes = f"labels {list(labels.shape)} of outputs {list(outputs.shape)}"
+    whole = not labels.is_floating_point()
+    ones = labels.numel() == outputs.numel() and bool(((labels == 0) | (labels == 1)).all() and labels.min() < labels.max())
+    likely = {
+        "classification": whole and labels.dim() == 1 and outputs.dim() == 2 and outputs.shape[1] > 1,
+        "token-classification": whole and outputs.dim() == 3 and labels.shape == outputs.shape[:2] and labels.dim() == 2,
+        "segmentation": whole and outputs.dim() > 2 and outputs.shape[1] > 1 and labels.dim() > 1,
+        "multi-label": ones,
+        "regression": not whole,
+    }
+    reasons = {
+        "classification": "one whole number a sample: a class",
+        "token-classification": "a whole number a token",
+        "segmentation": "a whole number a place",
+        "multi-label": "zeros and ones",
+        "regression": "a number for each output",
+    }
+    for name in (name for name, fits in likely.items() if fits):
+        with suppress(InvalidInput):
+            TASKS[name].check(outputs, labels)
+            return Guess(name, f"{shapes}, {reasons[name]}")
+    return None
+
+
+def _guess_by_values(outputs: Tensor) -> Guess:
+    shape = f"outputs {list(outputs.shape)}"
+    if outputs.dim() != 2 or outputs.shape[1] < 2:
+        return Guess("regression", f"{shape} have no row of class scores for each sample")
+    if are_probabilities(outputs):
+        return Guess("classification", f"{shape} are probabilities that sum up to one: a softmax is at the end")
+    if lie_in_unit_interval(outputs):
+        return Guess("regression", f"{shape} lie between 0 and 1 and do not sum up to one: numbers, or a sigmoid at the end (multi-label)")
+    if outputs.min() >= 0 and outputs.max() > 0:
+        return Guess("regression", f"of the {shape} none is negative, as scores of classes are")
+    return Guess("classification", f"{shape} are taken for scores of {outputs.shape[1]} classes; numbers would be regression")
+
+
+def task_of(outputs: Tensor, reader: Reader | None, task: str | Task | None = None, labels: Tensor | None = None) -> Task:
+    """Return the task of a network with such outputs: the one that is given or named, else the one that they are taken for, which is
+    told with its reason."""
     if isinstance(task, Task):
         return task
-    one = TASKS[task or guess_task(outputs, reader)]
+    guess = Guess(task) if task else guess_task(outputs, reader, labels)
+    if guess.reason:
+        tell("note", note=f"task {guess.task}: {guess.reason}. --task says otherwise ({', '.join(TASKS)})")
+    one = TASKS[guess.task]
     return SeveralOutputs(one, reader) if isinstance(reader, OutputReader) and len(reader.outputs) > 1 else one
 
 
@@ -369,17 +449,6 @@ def sample_distances(outputs: Tensor, reference: Tensor, task: str | Task) -> Te
     return _named(task).distance.of_samples(outputs, reference)
 
 
-def _in_parts(outputs: Tensor, beside: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split both into runs of samples whose outputs have at most NUMBERS numbers."""
-    count = max(1, NUMBERS // max(1, outputs[:1].numel()))
-    return zip(outputs.split(count), beside.split(count), strict=True)
-
-
-def agreement(outputs: Tensor, reference: Tensor) -> float:
-    """Return the percentage of samples whose top-1 class is the reference's."""
-    return 100 * float((outputs.argmax(-1) == reference.argmax(-1)).double().mean())
-
-
 def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], task: str, metric: Metric | None = None) -> dict[str, Any]:
     """Compare an exported network's outputs with the simulation's: how far apart they are, and the scores of both on labels.
 
@@ -389,8 +458,8 @@ def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], task: str
     if simulated.dim() == 2 and simulated.shape[1] > 1:
         apart["agreement"] = agreement(there, simulated)
     report: dict[str, Any] = {"simulation": apart}
-    if batches[0].labels is not None:
-        labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
+    labels = labels_in(batches)
+    if labels is not None and (metric is not None or fits(simulated, labels, task)):
         both = {"simulated": simulated, "exported": there}
         report["accuracy"] = {kind: score(outputs, labels, task, metric, batches[0].reader) for kind, outputs in both.items()}
     return report
@@ -411,6 +480,14 @@ def places(outputs: Tensor, labels: Tensor) -> Tensor:
 def check_labels(outputs: Tensor, labels: Tensor, task: str | Task) -> None:
     """Raise InvalidInput where `labels` are not what a network with such `outputs` can be right about."""
     _named(task).check(outputs, labels)
+
+
+def fits(outputs: Tensor, labels: Tensor, task: str | Task) -> bool:
+    """Return whether the labels are those of the task."""
+    with suppress(InvalidInput):
+        check_labels(outputs, labels, task)
+        return True
+    return False
 
 
 def check_metric(metric: Metric | None, task: str | Task) -> None:
@@ -466,13 +543,11 @@ def score(
         raise InvalidInput(f"{len(labels)} labels for {len(outputs)} outputs. Give one label a sample.")
     task = _named(task)
     check_metric(metric, task)
+    own = {} if metric is None else {metric_name(metric): measure(metric, task.tensors(outputs), labels)}
+    if own and not fits(outputs, labels, task):  # the metric knows what they are
+        return own
     check_labels(outputs, labels, task)
-    result = task.scores(outputs, labels)
-    if reader is not None:
-        result |= reader.score(outputs, labels)
-    if metric is not None:
-        result[metric_name(metric)] = measure(metric, task.tensors(outputs), labels)
-    return result
+    return task.scores(outputs, labels) | ({} if reader is None else reader.score(outputs, labels)) | own
 
 
 @dataclass(frozen=True)
@@ -502,7 +577,7 @@ class LabelledOutputs:
 
     def scores(self, task: str | Task | None = None, metric: Metric | None = None, reference: Tensor | None = None) -> dict[str, Any]:
         """Score them; with the float model's outputs as `reference`, measure the distance to these and what goes with it too."""
-        task = task_of(self.outputs, self.reader, task)
+        task = task_of(self.outputs, self.reader, task, self.labels)
         unit = self.reader.unit if self.reader else "samples"
         result: dict[str, Any] = {unit: len(self.outputs), **score(self.outputs, self.labels, task, metric, self.reader)}
         if reference is not None:

@@ -14,7 +14,7 @@ from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
 from anybit.calls import public
 from anybit.data.batches import check_finite
 from anybit.data.samples import Samples, draw, mirrored, split
-from anybit.data.tasks import Metric, WeightedErrors, check_labels, measure, outputs_of, task_of
+from anybit.data.tasks import Metric, WeightedErrors, labels_in, measure, outputs_of, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import UnsupportedModel
@@ -29,7 +29,17 @@ from anybit.networks.observed import has_choice, observe_network
 from anybit.networks.refusals import as_observed, check_rows
 from anybit.networks.states import restore
 from anybit.progress import tell
-from anybit.roads.inputs import check_metric_has_labels, checked_tests, compared, example_of, follow_model, notes_of, on_device, tell_unread
+from anybit.roads.inputs import (
+    check_metric_has_labels,
+    checked_tests,
+    compared,
+    example_of,
+    follow_model,
+    labels_fit,
+    notes_of,
+    on_device,
+    tell_unread,
+)
 from anybit.roads.keys import (
     MATCHING,
     PARALLEL,
@@ -148,17 +158,18 @@ def prepare_bench(
         held_out = [outputs_of(network.folded, [batch]) for batch in calibration.held_out]
         check_rows(network.folded, [*references, *held_out], calibration.fitting + calibration.held_out, example)
         reference = torch.cat(held_out)
-        task = task_of(reference, samples.reader, settings.task)
-        if samples.labelled:
-            labels = torch.cat([batch.labels for batch in calibration.held_out if batch.labels is not None])
-            check_labels(reference, labels, task)
+        labels = labels_in(calibration.held_out)
+        task = task_of(reference, samples.reader, settings.task, labels)
+        scored = labels is not None and labels_fit(
+            reference, labels, task, needed=metric is None and any(one.loss() is DROP for one in budgets)
+        )
         if not all(torch.isfinite(outputs).all() for outputs in (reference, *references)):
             finite_samples(network, calibration, settings)  # names the layer, where it is one's input
             raise UnsupportedModel(
                 "The float network's outputs are NaN or infinite on the calibration data. Check the network and the data."
             )
         cache = key_of_run(cache, network, calibration, [*references, reference], settings)
-        if samples.labelled and metric is not None:
+        if labels is not None and metric is not None:
             measure(metric, task.tensors(reference), labels)
     float_test = None if tests is None else float_tested(network, tests, task, metric, settings.batch_size, clock)
     with clock.stage("ranges"):
@@ -185,7 +196,7 @@ def prepare_bench(
     cache = keyed_by_settings(cache, settings, SENSITIVITY).keyed(task.name)
     with clock.stage("sensitivity"):
         table = sensitivity_table(network, candidates, calibration, reference, task, settings, cache)
-    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, cache.keyed(metric and contents_of(metric)))
+    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, cache.keyed(metric and contents_of(metric)), scored)
     return CalibrationState(
         network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors, float_test
     )

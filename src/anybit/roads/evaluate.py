@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from anybit.calls import public
-from anybit.data.tasks import Metric
+from anybit.data.tasks import LABELS_TELL, Metric
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.errors import InvalidInput
 from anybit.progress import tell
@@ -49,8 +49,13 @@ def evaluate(
 def evaluated_network(
     run: Path | None, model: str | None, weights: str | None, preprocessing: Preprocessing, task: str | None
 ) -> tuple[nn.Module, Preprocessing, str | None]:
-    """(the network, preprocessing, task) of a run, with what it recorded where nothing else is said; or of a float network's reference."""
+    """(the network, preprocessing, task) of a run, with what it recorded where nothing else is said; or of a float network's reference.
+
+    A task that labels tell is left to them: a run that was calibrated without may have been taken for another.
+    """
     if run is not None:
-        return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task or recorded_task(run)
+        recorded = recorded_task(run)
+        task = task or (None if recorded in LABELS_TELL else recorded)
+        return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task
     assert model is not None  # where there is no run
     return load_model(model, weights, task), preprocessing, task

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from anybit.data.batches import Batch, join
 from anybit.data.outputs import output_reader
 from anybit.data.samples import Calibration, Samples
-from anybit.data.tasks import Metric, check_metric
+from anybit.data.tasks import Metric, Task, check_metric
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.loops.processes import join_processes
 from anybit.networks.copies import checked_copy, copied
@@ -88,6 +88,18 @@ def notes_of(provenance: Mapping[str, Any], network: ObservedNetwork) -> dict[st
     drawn = DRAWN if provenance.get("model", {}).get("weights") == RANDOM else ""
     notes = [note for note in (drawn, unread_in_words(network)) if note]
     return {"notes": notes} if notes else {}
+
+
+def labels_fit(outputs: Tensor, labels: Tensor, task: Task, needed: bool) -> bool:
+    """Return whether the labels are the task's. Where they are not, raise InvalidInput if they are `needed`, and say so otherwise."""
+    try:
+        task.check(outputs, labels)
+    except InvalidInput as error:
+        if needed:
+            raise
+        tell("note", note=f"the labels of the data have no part in this run: {str(error).rstrip('.')}")
+        return False
+    return True
 
 
 def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
