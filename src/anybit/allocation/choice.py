@@ -12,7 +12,7 @@ from anybit.allocation.program import Allocation, allocate, best_allocations, le
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import BITS, BYTES, DROP, LOSS, Budget, Condition
 from anybit.data.batches import Batch
-from anybit.data.tasks import Metric, Task, distance, labels_in, measure, outputs_of, score
+from anybit.data.tasks import Metric, Task, distance, labels_in, measure, named_task, outputs_of, score
 from anybit.errors import InfeasibleBudget, InvalidSetting
 from anybit.files.cache import Cache
 from anybit.networks.candidates import Candidates, apply_scheme
@@ -38,6 +38,9 @@ class Judge:
     metric: Metric | None = None
     recall: Cache = field(default_factory=Cache)
     scored: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", named_task(self.task))
 
     def of_scheme(self, scheme: Scheme) -> dict[str, float]:
         """Measure a scheme made of the candidates as they are."""

@@ -84,7 +84,7 @@ def measure_sensitivity(
     choices: Mapping[str, Sequence[Precision]],
     held_out: list[Batch],
     reference: Tensor,
-    task: Task,
+    task: Task | str,
     base: Precision = FLOAT,
     pairs: bool = False,
     cache: Cache = Cache(),

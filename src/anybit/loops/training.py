@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from anybit.data.augment import augmented, channels_last
 from anybit.data.batches import Batch, first_tensor, predict
 from anybit.data.samples import Samples
-from anybit.data.tasks import Task, correct, task_loss
+from anybit.data.tasks import Task, correct, named_task, task_loss
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 from anybit.loops.checkpoint import resume_checkpoint, save_checkpoint
 from anybit.loops.processes import average, average_gradients, average_tensors, rank, world
@@ -36,7 +36,7 @@ def train_epochs(
     trainee: Trainee,
     samples: Samples,
     settings: TrainSettings,
-    task: Task,
+    task: Task | str,
     teacher: nn.Module | None = None,
     positive: Sequence[nn.Parameter] = (),
     checkpoint: Path | None = None,
@@ -55,7 +55,7 @@ def train_epochs(
     groups = trainee.parameter_groups()
     forward = cast(nn.Module, torch.compile(trainee.model)) if settings.compile else trainee.model
     steps, rates = _steps(samples, settings, trainee.model), [group["lr"] for group in groups]
-    run = _Run(trainee, settings, task, teacher, positive, forward, torch.optim.Adam(groups), rates, steps, checkpoint)
+    run = _Run(trainee, settings, named_task(task), teacher, positive, forward, torch.optim.Adam(groups), rates, steps, checkpoint)
     records: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.is_file():
         records = resume_checkpoint(checkpoint, trainee, run.optimizer, identity or {})

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, predict
-from anybit.data.tasks import Task, distance, outputs_of
+from anybit.data.tasks import Task, distance, named_task, outputs_of
 from anybit.networks.layers import QuantizedLayer, float_bias, float_weight, freeze_slots, quantized_layers, weight_rows
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer, frozen
 from anybit.progress import tell, track
@@ -50,7 +50,7 @@ def tune_biases(
     references: list[Tensor],
     held_out: list[Batch],
     held_out_reference: Tensor,
-    task: Task,
+    task: Task | str,
     settings: BiasTuningSettings,
 ) -> dict[str, float]:
     """Train the biases of the quantized layers, in place, towards the float outputs `references`, one tensor a fitting batch.
@@ -77,7 +77,7 @@ def tune_biases(
     for epoch in track(range(1, settings.epochs + 1), "bias tuning"):
         for index in torch.randperm(len(fitting), generator=generator).tolist():
             optimizer.zero_grad()
-            _add_gradients(model, fitting[index], references[index], task, settings.part)
+            _add_gradients(model, fitting[index], references[index], named_task(task), settings.part)
             optimizer.step()
             schedule.step()
         after = distance(outputs_of(model, held_out), held_out_reference, task)

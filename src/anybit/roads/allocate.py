@@ -98,7 +98,7 @@ def allocate(
         targets = batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
         entries = key_of_run(open_cache(cache), network, calibration, [reference], settings)
         entries = entries.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and contents_of(metric))
-    task, labels = task_of(reference, samples.reader, file.task), labels_in(calibration.held_out)
+    task, labels = task_of(reference, calibration.held_out[0].reader, file.task), labels_in(calibration.held_out)
     scored = labels is not None and labels_fit(reference, labels, task, needed=metric is None and Budget.parse(budget).loss() is DROP)
     judge = Judge(network, candidates, calibration.held_out, reference, task, metric, entries, scored)
     light = replace(settings, sequential=False, bias_tuning=False)

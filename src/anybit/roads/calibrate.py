@@ -1,7 +1,6 @@
 """The calibrate road: from a trained network, a few hundred inputs and a budget to a low-bit network."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
 from anybit.calls import public
 from anybit.data.batches import check_finite
 from anybit.data.samples import Samples, draw, mirrored, split
-from anybit.data.tasks import Metric, WeightedErrors, labels_in, measure, outputs_of, task_of
+from anybit.data.tasks import LabelledOutputs, Metric, WeightedErrors, labels_in, measure, outputs_of, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import UnsupportedModel
@@ -38,6 +37,7 @@ from anybit.roads.inputs import (
     labels_fit,
     notes_of,
     on_device,
+    read_alike,
     tell_unread,
 )
 from anybit.roads.keys import (
@@ -116,7 +116,7 @@ def calibrate(
     network = on_device(model, device, samples).eval()
     samples = compared(network, samples, options.outputs)
     tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), network)
-    tests = tests and replace(tests, reader=samples.reader)
+    tests = read_alike(tests, samples)
     clock = StageClock()
     entries = open_cache(cache)
     bench = prepare_bench(network, samples, options, [one for one in budgets if one], clock, metric, entries, tests)
@@ -159,7 +159,10 @@ def prepare_bench(
         check_rows(network.folded, [*references, *held_out], calibration.fitting + calibration.held_out, example)
         reference = torch.cat(held_out)
         labels = labels_in(calibration.held_out)
-        task = task_of(reference, samples.reader, settings.task, labels)
+        on_labels = LabelledOutputs(reference, labels, calibration.held_out[0].reader) if labels is not None else None
+        if on_labels is None and tests is not None:
+            on_labels = LabelledOutputs.of(network.folded, [next(tests.batches(settings.batch_size))])
+        task = task_of(reference, calibration.held_out[0].reader, settings.task, on_labels)
         scored = labels is not None and labels_fit(
             reference, labels, task, needed=metric is None and any(one.loss() is DROP for one in budgets)
         )

@@ -15,7 +15,7 @@ from anybit.budget import Budget
 from anybit.calls import public
 from anybit.data.batches import Batch, check_finite, tensors_in
 from anybit.data.samples import Samples, draw
-from anybit.data.tasks import Metric, Task, labels_in, outputs_of, task_of
+from anybit.data.tasks import Metric, Task, labelled_outputs, outputs_of, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidInput, InvalidSetting
@@ -207,7 +207,7 @@ def grow(
         if budget is not None:
             grow_method_named(method).check_budget(budget, network)
             check_feasible(network, budget)
-        task = task_of(outputs_of(float_model, plain[:1]), samples.reader, grow_settings.task, labels_in(plain[:1]))
+        task = task_of(outputs_of(float_model, plain[:1]), plain[0].reader, grow_settings.task, labelled_outputs(float_model, plain[0]))
         trainee = make_trainee(network, plain, budget, grow_settings, method)
     if tests is not None:  # before the long work, which bad labels or a bad metric would waste
         reference = outputs_of(float_model, tests.batches(256))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, join
-from anybit.data.outputs import output_reader
+from anybit.data.outputs import OutputReader, output_reader
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric, Task, check_metric
 from anybit.errors import InvalidInput, InvalidSetting
@@ -68,6 +68,11 @@ def follow_model(
     if isinstance(data, str):
         provenance |= {"data": {"reference": absolute(data)}, "preprocessing": preprocessing.to_json()}
     return model, preprocessing, provenance
+
+
+def read_alike(tests: Samples | None, samples: Samples) -> Samples | None:
+    """Return the test samples with the reader of several outputs that the samples have."""
+    return replace(tests, reader=samples.reader) if tests is not None and isinstance(samples.reader, OutputReader) else tests
 
 
 def unread_in_words(network: ObservedNetwork) -> str:
@@ -169,7 +174,7 @@ def training_inputs(
     float_model = on_device(model, device, samples).eval()
     samples = compared(float_model, samples, outputs)
     tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), float_model)
-    return float_model, samples, tests and replace(tests, reader=samples.reader), provenance
+    return float_model, samples, read_alike(tests, samples), provenance
 
 
 def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, workers: int) -> Samples:

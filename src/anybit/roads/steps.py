@@ -169,7 +169,7 @@ def sensitivity_table(
     candidates: Candidates,
     calibration: Calibration,
     reference: Tensor,
-    task: Task,
+    task: Task | str,
     settings: CalibrateSettings,
     recall: Cache = Cache(),
 ) -> SensitivityTable:

@@ -8,7 +8,7 @@ from torch import nn
 
 from anybit.calls import public
 from anybit.data.batches import check_finite
-from anybit.data.tasks import Metric, labels_in, outputs_of, task_of
+from anybit.data.tasks import Metric, labelled_outputs, outputs_of, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidInput
@@ -68,7 +68,7 @@ def train(
         share_state(float_model)
         network = observe_supernet(float_model, plain[0].head(2), options)
         outputs = outputs_of(float_model, plain[:1])
-        task = task_of(outputs, samples.reader, options.task, labels_in(plain[:1]))
+        task = task_of(outputs, plain[0].reader, options.task, labelled_outputs(float_model, plain[0]))
         method = make_multiquant(network, plain, options, task.classes(outputs))
     edges = network.wiring.edges()
     supernet = Supernet(
