@@ -92,7 +92,10 @@ class Classification(Task):
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         if labels.dim() != 1 or labels.is_floating_point():
-            raise InvalidInput(f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}.")
+            raise InvalidInput(
+                f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}. Name the --task that "
+                "they are of (segmentation, multi-label, regression), or score them with --metric."
+            )
         if labels.min() < 0 or labels.max() >= outputs.shape[-1]:
             raise InvalidInput(
                 f"Labels run from {int(labels.min())} to {int(labels.max())}, but the model has {outputs.shape[-1]} classes. "
@@ -608,7 +611,7 @@ def check_metric_on(model: nn.Module, batches: Iterable[Batch], metric: Metric |
     """Ask a user's metric once, before work that it would waste. Raise InvalidInput where it fails or the batches have no labels."""
     if metric is not None:
         on_labels = LabelledOutputs.of(model, batches)
-        measure(metric, task_of(on_labels.outputs, on_labels.reader).tensors(on_labels.outputs), on_labels.labels)
+        measure(metric, on_labels.outputs, on_labels.labels)
 
 
 def task_loss(outputs: Tensor, batch: Batch, task: str | Task, teacher: nn.Module | None, distill: float) -> Tensor:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from anybit.errors import printable, some
 from anybit.reports.words import human_bytes, human_count, milliseconds, scores_line, shape_in_words
+from anybit.runs.records import SCORES
 
 Report = Mapping[str, Any]
 
@@ -120,8 +121,8 @@ def _print_epochs(epochs: Sequence[Report]) -> None:
 
 
 def _score_counted(rows: Sequence[Report]) -> str | None:
-    """Name the score that labels gave every row: the user's metric, else top-1."""
-    return next((key for key in ("metric", "top1") if all(key in row for row in rows)), None)
+    """Name the score that labels gave every row: the user's metric, else the task's."""
+    return next((key for key in SCORES if all(key in row for row in rows)), None)
 
 
 def _marked(name: str, is_chosen: bool) -> str:
