@@ -93,8 +93,8 @@ class Classification(Task):
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         if labels.dim() != 1 or labels.is_floating_point():
             raise InvalidInput(
-                f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}. Name the --task that "
-                "they are of (segmentation, multi-label, regression), or score them with --metric."
+                f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}. Name the --task "
+                "that they are of (segmentation, multi-label, regression), or score them with --metric."
             )
         if labels.min() < 0 or labels.max() >= outputs.shape[-1]:
             raise InvalidInput(

@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anybit.errors import printable, some
-from anybit.reports.words import human_bytes, human_count, milliseconds, scores_line, shape_in_words
-from anybit.runs.records import SCORES
+from anybit.reports.words import SCORE_WORDS, human_bytes, human_count, milliseconds, scores_line, shape_in_words
 
 Report = Mapping[str, Any]
 
@@ -122,7 +121,7 @@ def _print_epochs(epochs: Sequence[Report]) -> None:
 
 def _score_counted(rows: Sequence[Report]) -> str | None:
     """Name the score that labels gave every row: the user's metric, else the task's."""
-    return next((key for key in SCORES if all(key in row for row in rows)), None)
+    return next((key for key in SCORE_WORDS if key != "loss" and all(key in row for row in rows)), None)
 
 
 def _marked(name: str, is_chosen: bool) -> str:
