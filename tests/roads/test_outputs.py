@@ -1,10 +1,15 @@
 """Networks with several outputs: all of them are compared, or those that are named, and layers that none reads are named."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import anybit
+from anybit.cli.app import app
 from anybit.data.batches import Batch
 from anybit.data.outputs import output_reader
 from anybit.data.tasks import SQUARED_ERROR, TASKS, SeveralOutputs
@@ -202,3 +207,29 @@ def test_an_output_whose_rows_change_later_is_refused_by_its_name():
     reader, _ = output_reader(nn.Identity(), [Batch([torch.ones(4, 3), torch.ones(4, 2)])], {})
     with pytest.raises(AnybitError, match=r"Output 1 .*--outputs"):
         reader.read([torch.ones(4, 3), torch.ones(4, 5)], Batch(torch.zeros(4)))
+
+
+def test_the_command_line_names_outputs_and_weighs_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two_heads.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        torch.manual_seed(0)\n"
+        "        self.one, self.two = torch.nn.Linear(4, 3), torch.nn.Linear(4, 2)\n"
+        "    def forward(self, x):\n"
+        "        return {'one': self.one(x), 'two': self.two(x)}\n"
+    )
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(24, 4)).astype("float32"))
+    common = ["--model", "two_heads.py:Net", "--data", "x.npz", "--json"]
+    seen = CliRunner().invoke(app, ["inspect", *common, "--outputs", "two"])
+    assert seen.exit_code == 0 and json.loads(seen.stdout)["unread"] == ["one"], seen.stderr
+    run = ["--output", "run", "--budget", "6bit", "--pipeline", "light", "--activation-bits", "8", "--no-cache"]
+    done = CliRunner().invoke(app, ["calibrate", *common, *run, "--outputs", "two=3", "--outputs", "0=0.5"])
+    assert done.exit_code == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert set(report["outputs"]) == {"one", "two"} and report["settings"]["outputs"] == {"two": 3.0, "0": 0.5}
+    for wrong in ("two=much", "=2", "three", "two=0"):
+        refused = CliRunner().invoke(app, ["calibrate", *common, *run[2:], "--output", "other", "--outputs", wrong])
+        assert refused.exit_code == 2 and "outputs" in refused.stderr, refused.stderr
