@@ -31,7 +31,8 @@ from anybit.data.outputs import OutputReader
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 from anybit.progress import tell
 
-Metric = Callable[[Tensor, Tensor], float]
+Metric = Callable[[Any, Tensor], float]
+"""A user's own, higher is better: of (outputs, labels), the outputs a tensor, or a tuple of several."""
 IGNORED = -100
 """The label of a token or place that is not scored, as PyTorch's cross-entropy has it."""
 VOID = 255

@@ -14,7 +14,7 @@ from anybit.networks.candidates import Candidates, activation_candidate, apply_s
 from anybit.networks.capture import input_samples
 from anybit.networks.cost import CostModel
 from anybit.networks.layer_types import type_of
-from anybit.networks.layers import check_float32, check_plain_use, coverage, prepare, quantized_layers
+from anybit.networks.layers import check_float32, check_plain_use, coverage, float_weight, prepare, quantized_layers
 from anybit.networks.options import LayerOptions, group_sizes, layer_choices
 from anybit.networks.refusals import changed, check_differentiable, check_network, check_outputs, moving_state, observed_pass
 from anybit.networks.rewrites import calls_functions, rewritten
@@ -116,7 +116,7 @@ def unread_layers(model: nn.Module, wiring: Wiring, names: Sequence[str], exampl
         return []
 
     def is_unread(name: str) -> bool:
-        weight = model.get_submodule(name).weight
+        weight = float_weight(model.get_submodule(name))
         own = weight.clone()
         weight.zero_()
         try:
