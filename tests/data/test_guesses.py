@@ -47,7 +47,7 @@ def test_labels_tell_the_task_and_values_where_there_are_none(outputs, labels, t
 
 def notes_of(work):
     notes = []
-    with listening(lambda *_: None, lambda record: notes.append(record["note"]) if "note" in record else None):
+    with listening(lambda *_: None, lambda _, fields: notes.append(fields["note"]) if "note" in fields else None):
         result = work()
     return result, notes
 

@@ -62,7 +62,7 @@ def inputs(count=48, shape=(3, 16, 16)):
 
 def notes_of(work):
     notes = []
-    with listening(lambda *_: None, lambda record: notes.append(record["note"]) if "note" in record else None):
+    with listening(lambda *_: None, lambda _, fields: notes.append(fields["note"]) if "note" in fields else None):
         result = work()
     return result, notes
 
