@@ -18,7 +18,6 @@ import torch, networks as n
 def net(): return n.make(n.Chain)
 def without_gradients(): return n.make(n.WithoutGradients)
 def residual(): return n.make(n.Residual)
-def shared(): return n.make(n.SharedWeight)
 def hollow(): return torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Flatten())
 def nan():
     model = n.make(n.Chain)

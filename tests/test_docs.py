@@ -1,13 +1,17 @@
 """The documentation runs: its Python is executed, its verbs, options and results are the ones that exist."""
 
+import inspect
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
+from safetensors.torch import save_file
 from torch import nn
+from typer.testing import CliRunner
 
 import anybit
 from anybit.cli.app import app
@@ -19,7 +23,7 @@ VERBS = typer.main.get_command(app).commands
 
 
 class Small(nn.Module):
-    """A network with the layer that the README keeps at 8 bits."""
+    """[N, 3, H, W] -> [N, 4]."""
 
     def __init__(self):
         super().__init__()
@@ -29,22 +33,56 @@ class Small(nn.Module):
         return self.head(torch.relu(self.body(x)).mean((2, 3)))
 
 
+NETWORK = f"""
+import torch
+from torch import nn
+
+{inspect.getsource(Small)}
+
+def network():
+    torch.manual_seed(0)
+    return Small()
+"""
+
+
 def test_the_readmes_python_runs(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    assert len(code.strip().splitlines()) <= 12
+    assert len([line for line in code.splitlines() if line and not line.startswith("#")]) <= 10
     monkeypatch.chdir(tmp_path)
     calibrate = anybit.calibrate
     monkeypatch.setattr("anybit.roads.calibrate.calibrate", lambda *a, **k: calibrate(*a, steps=5, candidate_steps=5, **k))
     names = {"model": Small(), "images": torch.randn(16, 3, 8, 8), "test_set": (torch.randn(8, 3, 8, 8), torch.randint(0, 4, (8,)))}
     exec(code, names)
     assert (tmp_path / "runs" / "mine" / "model.safetensors").is_file()
-    assert "W8A8" in capsys.readouterr().out
+    scheme, *_, verified = capsys.readouterr().out.splitlines()
+    assert re.search(r"body: W\d+A\d+", scheme) and verified == "True"
+
+
+def test_the_readmes_commands_run(tmp_path, monkeypatch):
+    section = README.split("## Command line")[1].split("\n## ")[0]
+    commands = re.findall(r"^    anybit (.*)$", section, re.MULTILINE)
+    assert len(commands) == 3
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NETWORK)
+    save_file(Small().state_dict(), "net.safetensors")
+    random = np.random.default_rng(0)
+    arrays = {
+        f"{name}_{part}": values
+        for part in ("train", "test")
+        for name, values in (("x", random.normal(size=(16, 3, 8, 8)).astype(np.float32)), ("y", random.integers(0, 4, 16)))
+    }
+    np.savez("data.npz", **arrays)
+    for command in commands:
+        fewer = ["--steps", "5"] if command.startswith("calibrate") else []
+        answer = CliRunner().invoke(app, [*command.split(), *fewer])
+        assert answer.exit_code == 0, answer.output
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file() and (tmp_path / "mine.onnx").is_file()
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_is_documented(verb):
-    assert f"anybit {verb}" in COMMANDS and f"anybit {verb}" in README
+    assert f"anybit {verb}" in COMMANDS
 
 
 def test_every_option_in_the_docs_exists():
@@ -56,8 +94,21 @@ def test_every_option_in_the_docs_exists():
 
 def test_every_file_that_the_docs_name_is_there():
     for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
-        for name in re.findall(r"(?:docs|src|tests|examples|benchmarks)/[\w/.-]+\.(?:md|py)", text):
+        for name in re.findall(r"(?:docs|src|tests|examples|benchmarks)/[\w/.-]+\.(?:md|py|svg)", text):
             assert (ROOT / name).is_file() or "NAME" in name, name
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", (ROOT / page).read_text()):
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.is_file(), f"{page}: {target}"
+        headings = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines_of(file) if line.startswith("#")]
+        assert not heading or heading in headings, f"{page}: {target}#{heading}"
+
+
+def lines_of(file):
+    return file.read_text().splitlines() if file.suffix == ".md" else []
 
 
 def test_what_the_docs_say_is_said_of_refused_networks_is_in_the_code():
@@ -72,7 +123,7 @@ def test_what_the_docs_say_is_said_of_refused_networks_is_in_the_code():
 
 def test_what_the_docs_say_of_threads_was_measured():
     entries = json.loads((ROOT / "benchmarks" / "results" / "determinism.json").read_text())["entries"]
-    section = (ROOT / "docs" / "reliability.md").read_text().split("## The same bytes")[1]
+    section = (ROOT / "docs" / "reliability.md").read_text().split("## Reproducibility")[1]
     assert all(entry["same_files"] and entry["same_report"] for key, entry in entries.items() if key.endswith("again"))
     for key, entry in entries.items():
         if key.endswith("one thread / two threads") and not entry["same_files"]:

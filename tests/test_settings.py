@@ -103,8 +103,8 @@ def good(one: Option) -> st.SearchStrategy:
     elif one.name in ("augment", "sandwich", "columns"):
         found = st.sampled_from({"augment": ["", "flip"], "sandwich": ["HRL", "HL"], "columns": ["text=a,label=1"]}[one.name])
     elif typing.get_origin(kind) is tuple:
-        one_of = st.just("layer") if inner[0] is str else values[without_none(inner[0])]
-        found = st.lists(one_of, min_size=2, max_size=4, unique=inner[0] is not str).map(tuple)
+        one_of = st.sampled_from(["a", "b", "c", "d"]) if inner[0] is str else values[without_none(inner[0])]
+        found = st.lists(one_of, min_size=2, max_size=4, unique=True).map(tuple)
     elif typing.get_origin(kind) is Mapping:
         found = st.dictionaries(st.integers(2, 8) if inner[0] is int else st.text(max_size=3), values[inner[1]], max_size=2)
     elif kind is int:

@@ -9,6 +9,9 @@ from scipy.stats import spearmanr
 from benchmarks.tables.shared import NOT_RUN, RESULTS, entries, paired_interval, spread, table
 
 PRECISIONS = ("W4A8", "W4A4", "W3A3", "W2A4", "W2A2")
+FLOAT_TOP1 = 91.73
+"""The float ResNet-20's accuracy on the test set of CIFAR-10, in percent."""
+
 AIMS = {"W4A8": 91.7, "W4A4": 91.4, "W3A3": 90.3, "W2A4": 89.8, "W2A2": 86.5}
 
 
@@ -73,6 +76,16 @@ def mixed_runs() -> dict[tuple[str, str], list[dict[str, Any]]]:
     for key, run in entries("resnet20_mixed").items():
         for row in run.get("rows", []):
             runs.setdefault((row["budget"], key.split(" ")[0]), []).append(row)
+    return runs
+
+
+def uniform_8bit_input_runs() -> dict[str, list[dict[str, Any]]]:
+    """Precision -> a run a seed, of every layer at W3A8 or W4A8, first and last included."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for key, run in entries("resnet20_mixed").items():
+        kind, *words = key.split(" ")
+        if kind == "uniform" and words[0].endswith("A8"):
+            runs.setdefault(words[0], []).append(run)
     return runs
 
 

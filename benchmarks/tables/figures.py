@@ -1,13 +1,17 @@
-"""The figures of docs/results.md, as small SVG pictures."""
+"""The figures of docs/results.md and the README, as small SVG pictures."""
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.tables.calibrate import scatter_schemes
+from benchmarks.tables.calibrate import FLOAT_TOP1, mixed_runs, scatter_schemes, uniform_8bit_input_runs
 from benchmarks.tables.grow import choices
+
+Runs = Mapping[str, Sequence[dict[str, Any]]]
+"""Runs by budget or precision, one for each seed."""
 
 
 def figures() -> dict[str, str]:
@@ -17,6 +21,8 @@ def figures() -> dict[str, str]:
         drawn["allocation.svg"] = scatter_figure(schemes)
     if runs := choices():
         drawn["growth.svg"] = epochs_figure(runs)
+    if mixed := {budget: runs for (budget, activations), runs in mixed_runs().items() if activations == "A8"}:
+        drawn["frontier.svg"] = frontier_figure(mixed, uniform_8bit_input_runs())
     return drawn
 
 
@@ -93,3 +99,52 @@ def epochs_figure(runs: dict[str, Any]) -> str:
         parts.append(f'<path d="M{margin} {y - 4}h28" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>')
         parts.append(f'<text x="{margin + 36}" y="{y}">{key}</text>')
     return svg(2 * width, height + 16 * len(styles), parts)
+
+
+def frontier_figure(mixed: Runs, uniform: Runs) -> str:
+    """Draw top-1 against file size beside the float network's: a point for each budget, a whisker from the lowest seed to the highest."""
+    width, height, left, right, top, bottom = 640, 300, 62, 24, 26, 54
+    sizes, scores = (80, 170), (90.4, 92.0)  # kB, percent
+
+    def x(run: dict[str, Any]) -> float:
+        return left + (run["bytes"] / 1000 - sizes[0]) / (sizes[1] - sizes[0]) * (width - left - right)
+
+    def y(score: float) -> float:
+        return height - bottom - (score - scores[0]) / (scores[1] - scores[0]) * (height - top - bottom)
+
+    parts = []
+    for tick in np.arange(90.5, scores[1] + 0.1, 0.5):
+        parts.append(f'<path d="M{left} {y(tick):.1f}H{width - right}" stroke="#e5e5e5"/>')
+        parts.append(f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.1f}</text>')
+    for tick in range(sizes[0], sizes[1] + 1, 20):
+        parts.append(f'<text x="{x({"bytes": 1000 * tick}):.1f}" y="{height - bottom + 18}" text-anchor="middle">{tick}</text>')
+    whole = next(100 * run["bytes"] / run["percent"] for runs in mixed.values() for run in runs)
+    parts.append(f'<path d="M{left} {y(FLOAT_TOP1):.1f}H{width - right}" stroke="#444444" stroke-width="1.5" stroke-dasharray="6 4"/>')
+    parts.append(
+        f'<text x="{left + 8}" y="{y(FLOAT_TOP1) - 7:.1f}" fill="#444444">float32: {FLOAT_TOP1} %, {whole / 1000:,.0f} kB (100 %)</text>'
+    )
+    ordered = sorted(mixed.items(), key=lambda item: item[1][0]["bytes"])
+    means = [(x(runs[0]), y(statistics.mean(run["top1"] for run in runs))) for _, runs in ordered]
+    path = " ".join(f"{across:.1f},{up:.1f}" for across, up in means)
+    parts.append(f'<polyline points="{path}" fill="none" stroke="#1b6ca8" stroke-width="2"/>')
+    for (budget, runs), (across, up) in zip(ordered, means, strict=True):
+        values = [run["top1"] for run in runs]
+        title = f"<title>{budget}: {statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})</title>"
+        parts.append(f'<path d="M{across:.1f} {y(max(values)):.1f}V{y(min(values)):.1f}" stroke="#1b6ca8" stroke-width="2"/>')
+        parts.append(f'<circle cx="{across:.1f}" cy="{up:.1f}" r="5" fill="#1b6ca8">{title}</circle>')
+        words = f"{budget.removesuffix('bit')} bits per weight, {runs[0]['percent']:.1f} %"
+        parts.append(f'<text x="{across + 12:.1f}" y="{up + 18:.1f}" fill="#1b6ca8">{words}</text>')
+    for name, runs in uniform.items():
+        across, up = x(runs[0]), y(statistics.mean(run["top1"] for run in runs))
+        title = f"<title>{name} everywhere: {statistics.mean(run['top1'] for run in runs):.2f}</title>"
+        square = f'<rect x="{across - 4:.1f}" y="{up - 4:.1f}" width="8" height="8" fill="white" stroke="#c1440e" stroke-width="2">'
+        parts.append(f"{square}{title}</rect>")
+    parts.append(f'<path d="M{left} {top}V{height - bottom}H{width - right}" fill="none" stroke="#444444"/>')
+    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 16}" text-anchor="middle">file size, kB</text>')
+    parts.append(f'<text transform="translate(16 {(top + height - bottom) / 2}) rotate(-90)" text-anchor="middle">top-1, %</text>')
+    legend = f'<text x="{width - right}" y="{height - bottom - 30}" text-anchor="end"'
+    parts.append(f'{legend} fill="#1b6ca8">circle: mixed precision</text>')
+    parts.append(
+        f'{legend.replace(str(height - bottom - 30), str(height - bottom - 12))} fill="#c1440e">square: one bit-width everywhere</text>'
+    )
+    return svg(width, height, parts)

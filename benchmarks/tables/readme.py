@@ -1,25 +1,41 @@
 """The headline numbers of the README."""
 
-from benchmarks.tables.calibrate import PRECISIONS, mixed_runs, uniform_runs
+from typing import Any
+
+from benchmarks.tables.calibrate import FLOAT_TOP1, mixed_runs
 from benchmarks.tables.shared import entries, spread, table
+from benchmarks.tables.zoo import LIBRARIES, of_library, share, went_through
+
+RESNET, LITE0, MINILM = "ResNet-20, CIFAR-10", "EfficientNet-lite0, ImageNet-like", "MiniLM-L6, SST-2"
 
 
 def readme_section() -> str:
+    """Write six rows, two a network and one of each pair at a loss of accuracy, and a line on the networks that work."""
     rows = []
-    for (budget, label), runs in sorted(mixed_runs().items(), key=lambda item: -item[1][0]["bytes"]):
-        if label == "A8":
-            size = f"{runs[0]['bytes'] / 1000:.0f} kB ({runs[0]['percent']:.1f} %)"
-            rows.append(
-                ["ResNet-20, CIFAR-10", f"mixed, `{budget}`, 8-bit activations", "91.73", spread([row["top1"] for row in runs]), size]
-            )
-    for precision in PRECISIONS:
-        if runs := max(uniform_runs(precision, "long"), uniform_runs(precision), key=len):  # of equally many seeds the long ones
-            size = f"{runs[0]['bytes'] / 1000:.0f} kB ({runs[0]['percent']:.1f} %)"
-            rows.append(["ResNet-20, CIFAR-10", f"{precision}, ends at 8 bits", "91.73", spread([run["top1"] for run in runs]), size])
-    for name, run in entries("efficientnet_lite0").items():
-        size = f"{run['result']['bytes'] / 1e6:.1f} MB ({run['result']['percent']:.1f} %)"
-        rows.append(["EfficientNet-lite0, ImageNet-like", name, f"{run['float_test']['top1']:.1f}", f"{run['test']['top1']:.1f}", size])
-    for name, run in {**entries("minilm_uniform"), **entries("minilm_mixed")}.items():
-        size = f"{run['bytes'] / 1e6:.1f} MB ({run['percent']:.1f} %)"
-        rows.append(["MiniLM-L6, SST-2", name, f"{run['float']['top1']:.1f}", f"{run['top1']:.1f}", size])
-    return table(["network", "scheme", "float", "top-1", "file (of float32)"], rows)
+    for budget in ("4bit", "2.5bit"):
+        if runs := mixed_runs().get((budget, "A8")):
+            rows.append([RESNET, mixed(budget), f"{FLOAT_TOP1}", spread([run["top1"] for run in runs]), size(runs[0], "kB")])
+    for name, words in (("mixed 4bit A8", mixed("4bit")), ("W4A4 advanced", "W4A4, first and last layer W8A8")):
+        if run := entries("efficientnet_lite0").get(name):
+            rows.append([LITE0, words, f"{run['float_test']['top1']:.1f}", f"{run['test']['top1']:.1f}", size(run["result"], "MB")])
+    for name, words in (("3bit", mixed("3bit")), ("W4A4", "W4A4")):
+        if run := (entries("minilm_uniform") | entries("minilm_mixed")).get(name):
+            rows.append([MINILM, words, f"{run['float']['top1']:.1f}", f"{run['top1']:.1f}", size(run, "MB")])
+    headline = table(["network, data", "precision", "float32 top-1, %", "top-1, %", "file size (% of float32)"], rows)
+    return f"{headline}\n\n{networks_line()}"
+
+
+def networks_line() -> str:
+    """Say how many public networks go through all steps."""
+    shares = [f"{share(networks, went_through)} of {name}" for name in LIBRARIES if (networks := of_library(name).values())]
+    return f"From `inspect` to a verified ONNX file: {', '.join(shares)} networks ([which, and what fails](docs/networks.md))."
+
+
+def mixed(budget: str) -> str:
+    return f"mixed, {budget.removesuffix('bit')} bits per weight, 8-bit activations"
+
+
+def size(run: dict[str, Any], unit: str) -> str:
+    """Write "141 kB (12.8 %)"."""
+    number = f"{run['bytes'] / 1000:.0f}" if unit == "kB" else f"{run['bytes'] / 1e6:.1f}"
+    return f"{number} {unit} ({run['percent']:.1f} %)"

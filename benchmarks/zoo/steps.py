@@ -73,7 +73,7 @@ def run_steps(network: ZooNetwork, source: Source, all_steps: bool, keep: Callab
             reference = Reference.of(model, batches)
             progress.entry |= reference.facts(model)
         with progress.step("inspect"):
-            report = anybit.inspect(model, loader)
+            report = anybit.inspect(model, loader, export=False)  # a later step exports
             progress.entry |= coverage(model, report)
     except Stopped:
         return

@@ -35,6 +35,7 @@ _HOMES = {
     "Precision": "anybit.scheme",
     "Scheme": "anybit.scheme",
     "Budget": "anybit.budget",
+    "Samples": "anybit.data.samples",
     "Preprocessing": "anybit.sources.preprocessing",
     "AnybitError": "anybit.errors",
     "InvalidSetting": "anybit.errors",

@@ -210,7 +210,6 @@ BAD = {
     "no bits": (["--weight-bits", ""], "--weight-bits"),
     "float weights": (["--weight-bits", "float"], "outside 2..8"),
     "no layer": (["--model", "m.py:hollow"], "no layer to quantize"),
-    "shared weight": (["--model", "m.py:shared", "--data", "vectors.npz"], "left=float"),
     "other weights": (["--weights", "other.pt"], "conv1.weight"),
     "broken weights": (["--weights", "broken.pt"], "broken.pt"),
     "no weights file": (["--weights", "nowhere.pt"], "nowhere.pt"),

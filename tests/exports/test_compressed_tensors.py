@@ -1,5 +1,6 @@
 """Folders in the format compressed-tensors: packed as the format says, and loaded by transformers to what was evaluated."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -120,12 +121,19 @@ def test_the_folder_holds_the_runs_own_codes_and_scales(bert):
 # What transformers makes of it
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The runs of each family, made where one is first asked for: (kind, whether it has groups) -> run, network, data."""
+    groups = {False: {}, True: {"group": 8, "weight_bits": (3,), "budget": None}}
+    return functools.cache(lambda kind, grouped: run_of(kind, tmp_path_factory.mktemp("run"), **groups[grouped]))
+
+
 @pytest.mark.parametrize("embeddings", [False, True], ids=["", "packed embeddings"])
-@pytest.mark.parametrize("overrides", [{}, {"group": 8, "weight_bits": (3,), "budget": None}], ids=["mixed", "groups"])
+@pytest.mark.parametrize("grouped", [False, True], ids=["mixed", "groups"])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_transformers_computes_what_was_evaluated(kind, overrides, embeddings, tmp_path):
+def test_transformers_computes_what_was_evaluated(kind, grouped, embeddings, runs, tmp_path):
     pytest.importorskip("compressed_tensors")
-    run, model, data = run_of(kind, tmp_path, **overrides)
+    run, model, data = runs(kind, grouped)
     report = export_folder(run, tmp_path / "out", model=model, embeddings=embeddings)
     verdict = verify_folder(run, tmp_path / "out", model=model, data=data)
     assert verdict["ok"] and verdict["simulation"]["largest_difference"] < 1e-5 * verdict["simulation"]["largest_output"]

@@ -65,7 +65,7 @@ METHODS = {
 
 def quantizable(model, x):
     """The layers that a scheme names."""
-    return list(anybit.inspect(model, x)["layers"])
+    return list(anybit.inspect(model, x, export=False)["layers"])
 
 
 def rounded_start(model, calibration, precision: Precision):

@@ -39,6 +39,7 @@ from anybit.networks.batchnorm import (
 from anybit.networks.candidates import Candidates, apply_scheme, weight_candidate
 from anybit.networks.layers import codes_of, float_weight, prepare, quantized_layers
 from anybit.networks.norms import BATCH_NORMS, is_norm
+from anybit.networks.plain import plain_weights
 from anybit.networks.wiring import observe
 from anybit.scheme import Scheme
 
@@ -97,7 +98,9 @@ def fold_all(model: nn.Module) -> nn.Module:
 def test_folding_keeps_outputs_where_two_convolutions_share_a_weight():
     model = make(lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     model[2].weight = model[0].weight
-    assert torch.allclose(fold_all(model)(pictures(2)), model(pictures(2)), atol=1e-5)
+    folded = fold_all(plain_weights(model))
+    assert torch.allclose(folded(pictures(2)), model(pictures(2)), atol=1e-5) and model[2].weight is model[0].weight
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
 
 
 def test_folding_keeps_outputs_where_two_convolutions_share_a_bias():
@@ -243,6 +246,47 @@ def test_a_layer_whose_forward_is_not_affine_keeps_its_batch_norm():
     folded = fold_checked(model, foldable(model, observe(model, batch)), batch, outputs_of(model, [batch]))
     assert folded.norms == {"0": "1"}
     assert torch.allclose(folded.model(batch.inputs), model(batch.inputs), atol=1e-5)
+
+
+class Clamping(nn.Conv2d):
+    """A convolution that clamps far beyond what the first inputs reach."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-50, 50)
+
+
+class Padded(nn.Conv2d):
+    """A convolution with a forward of its own that is affine in weight and bias."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+
+class Inner(nn.Conv2d):
+    """A clamp where Conv2d's own forward meets it."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight, bias).clamp(-50, 50)
+
+
+class Hooked(nn.Conv2d):
+    """A clamp in a hook."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_forward_hook(lambda layer, args, output: output.clamp(-50, 50))
+
+
+@pytest.mark.parametrize(("kind", "folds"), [(Clamping, False), (Inner, False), (Hooked, False), (Padded, True)])
+def test_a_clamp_that_the_first_inputs_do_not_reach_keeps_its_batch_norm(kind, folds):
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    model[1].running_mean.normal_()
+    model[1].weight.data.uniform_(-2, 2)
+    batch, far = Batch(torch.randn(2, 3, 8, 8)), 300 * torch.randn(2, 3, 8, 8)
+    folded = fold_checked(model, foldable(model, observe(model, batch)), batch, outputs_of(model, [batch]))
+    assert folded.norms == ({"0": "1"} if folds else {})
+    assert torch.allclose(folded.model(far), model(far), rtol=1e-4, atol=1e-3)
 
 
 def test_reestimated_statistics_are_those_of_all_samples_whatever_the_batches():

@@ -9,7 +9,6 @@ from networks import (
     Padded,
     PaddedConv2d,
     Residual,
-    SharedWeight,
     assert_untouched,
     make,
     matrices,
@@ -187,16 +186,6 @@ def test_gradients_reach_the_stored_weight_through_the_slot():
     fill(model[0], quantizer_of(model[0], 4), None)
     model(input_of("Conv2d")).square().sum().backward()
     assert float_weight(model[0]).grad.abs().sum() > 0
-
-
-def test_layers_that_share_a_weight_are_refused_by_name():
-    model = make(SharedWeight)
-    with pytest.raises(UnsupportedModel, match=r"left and right share one weight.*--keep"):
-        prepare(model, ["first", "left", "right", "fc"])
-    with pytest.raises(UnsupportedModel, match="left and right share one weight"):  # one float, one quantized: the float one would change
-        prepare(model, ["first", "left", "right", "fc"], float_layers=["left"])
-    prepared = prepare(model, ["first", "left", "right", "fc"], float_layers=["left", "right"])
-    assert torch.equal(prepared(numbers(2, 4)), model(numbers(2, 4)))
 
 
 def test_a_computed_weight_is_refused_by_name():

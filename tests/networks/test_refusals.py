@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import anybit
-from anybit.data.batches import Batch, call, evaluating, map_tensors, tensors_in
+from anybit.data.batches import Batch, call, evaluating, map_tensors, predict, tensors_in
 from anybit.data.samples import Samples
 from anybit.data.tasks import outputs_of
 from anybit.errors import AnybitError, InvalidInput, UnsupportedModel
@@ -253,10 +253,10 @@ HANDLED = st.one_of(
     parts().map(lambda p: (Chosen, p)),
     st.tuples(st.sampled_from(["compared", "written", "spectrum", "weighed"]), parts()).map(lambda drawn: (Peeked, (drawn[0], *drawn[1]))),
     parts().map(lambda p: (Counting, p)),
-    st.sampled_from([(Attending, ()), (Recurrent, ()), (ByChannel, ()), (SharedBias, ()), (Twice, ())]),
+    st.sampled_from([(Attending, ()), (Recurrent, ()), (ByChannel, ()), (SharedBias, ()), (Tied, ()), (Twice, ())]),
 )
 REFUSED = st.one_of(
-    st.sampled_from([(Tied, ()), (BySize, ()), (Half, ())]),
+    st.sampled_from([(BySize, ()), (Half, ())]),
     parts().map(lambda p: (Remembering, p)),
     parts().map(lambda p: (AtRandom, p)),
 )
@@ -566,35 +566,76 @@ def test_a_batch_norm_whose_numbers_are_read_elsewhere_stays():
     assert calibrated(model).canonical.folded == {"conv2": "bn2"}
 
 
-def test_biases_that_layers_share_are_tuned_apart():
-    model = plain()
-    model.conv1.bias = model.conv2.bias
-    prepared = prepare(model, ["conv1", "conv2", "fc"])
-    assert prepared.conv1.bias is not prepared.conv2.bias and torch.equal(prepared.conv1.bias, model.conv2.bias)
-    assert torch.equal(prepared(pictures(4)), model(pictures(4)))
-    assert list(prepared.state_dict()) == list(model.state_dict())
-    calibrated(model, pipeline="advanced")  # an optimizer warns of the same parameter twice
+class Levels(nn.Module):
+    """Two heads on two levels with one weight and one bias, each with a batch norm of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.near, self.far = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.far.weight, self.far.bias = self.near.weight, self.near.bias
+        self.bn_near, self.bn_far, self.fc = nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        near, far = self.bn_near(self.near(x)), self.bn_far(self.far(F.avg_pool2d(x, 2)))
+        return self.fc(F.relu(near).mean((2, 3)) + F.relu(far).mean((2, 3)))
 
 
-def test_a_weight_that_an_uncovered_module_shares_is_refused_with_a_remedy_that_works():
-    class Scores(nn.Module):
-        def __init__(self, weight):
-            super().__init__()
-            self.weight = weight
+class TiedScores(nn.Module):
+    """The weight of an embedding, multiplied by a module that is no layer."""
 
-        def forward(self, x):
-            return x @ self.weight.t()
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
 
-    class TiedHead(Tokens):
-        def __init__(self):
-            super().__init__()
-            self.scores = Scores(self.words.weight)
+    def forward(self, x):
+        return x @ self.weight.t()
 
-        def forward(self, tokens):
-            return self.scores(self.hidden(self.words(tokens))).mean(1)
 
-    refused_calibrating(make(TiedHead), "words and scores share one weight", "--keep 'words=float'.", data=tokens(24))
-    assert "scores.weight" in calibrated(make(TiedHead), tokens(24), keep={"words": "float"}).report["uncovered"]
+class TiedHead(Tokens):
+    def __init__(self):
+        super().__init__()
+        self.scores = TiedScores(self.words.weight)
+
+    def forward(self, tokens):
+        return self.scores(self.hidden(self.words(tokens))).mean(1)
+
+
+class TiedLinear(Tokens):
+    """The weight of an embedding, as a language model's output layer has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores = nn.Linear(8, 20, bias=False)
+        self.scores.weight = self.words.weight
+
+    def forward(self, tokens):
+        return self.scores(self.hidden(self.words(tokens))).mean(1)
+
+
+@pytest.mark.parametrize("pipeline", ["light", "advanced"])
+@pytest.mark.parametrize(
+    ("cls", "data", "tied"),
+    [(Levels, pictures, ("near", "far")), (TiedHead, tokens, ("words",)), (TiedLinear, tokens, ("words", "scores"))],
+)
+def test_layers_that_share_a_weight_get_one_each(cls, data, tied, pipeline, tmp_path):
+    model = make(cls)
+    before = snapshot(model)
+    result = calibrated(model, data(24), pipeline=pipeline)  # an optimizer warns of the same parameter twice
+    assert_untouched(model, before)
+    assert set(tied) <= set(result.scheme) and set(result.canonical.folded.values()) == ({"bn_near", "bn_far"} if cls is Levels else set())
+    run = result.save(tmp_path / "run")
+    assert torch.equal(predict(anybit.load(run, model=model), Batch(data(4))), predict(result.model, Batch(data(4))))
+    anybit.export(run, tmp_path / "net.onnx", model=model, data=data(24))
+    assert anybit.verify(run, tmp_path / "net.onnx", model=model, data=data(24))["ok"]
+
+
+def test_one_of_two_layers_that_share_a_weight_may_stay_float():
+    model = make(Levels)
+    result = calibrated(model, pictures(24), keep={"near": "float"})
+    layers = quantized_layers(result.model)
+    assert layers["near"].weight_quantizer is None and layers["far"].weight_quantizer is not None
+    assert torch.equal(model.near.weight, model.far.weight)
 
 
 def test_buffers_that_a_pass_changes_are_saved_as_they_were_given(tmp_path):
@@ -948,4 +989,4 @@ class Placed(Tokens):
 
 def test_an_embedding_that_is_given_a_shape_is_covered():
     result = calibrated(make(Placed), tokens(24))
-    assert "places" in result.scheme and anybit.inspect(make(Placed), tokens(4))["layers"]["places"]["input"] == []
+    assert "places" in result.scheme and anybit.inspect(make(Placed), tokens(4), export=False)["layers"]["places"]["input"] == []

@@ -50,9 +50,8 @@ def test_an_inspection_cuts_no_name(capsys):
     layer = {"class": "Conv2dStaticSamePadding", "weight": [1152, 1, 5, 5], "input": [1152, 112, 112], "output": [1152, 112, 112]}
     layer |= {"macs": 361_267_200, "folds": "_blocks.12._bn1", "block": "_blocks.12", "bytes": dict.fromkeys((2, 3, 4, 6, 8), 1_234_567)}
     whole = {"bytes": 10**6, "percent": 12.5, "bops": 10**9}
-    print_inspection(
-        {"layers": {name: layer}, "uncovered": {}, "unfolded": {}, "float_bytes": 10**7, "uniform": dict.fromkeys(layer["bytes"], whole)}
-    )
+    others = {"uncovered": {}, "unfolded": {}, "float_bytes": 10**7, "export": {"ok": True, "integer_layers": [name], "float_layers": []}}
+    print_inspection({"layers": {name: layer}, "uniform": dict.fromkeys(layer["bytes"], whole), **others})
     shown = capsys.readouterr().out
-    assert shown.count(name) == 2
+    assert shown.count(name) == 2 and "every layer on integers" in shown
     assert all(text in shown for text in (layer["class"], "1152x1x5x5", "1152x112x112", layer["folds"], "361 M", "1.2 MB"))

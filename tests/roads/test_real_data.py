@@ -60,7 +60,21 @@ def test_resnet20_from_the_command_line(cifar, tmp_path):
 
 def test_a_budget_that_cannot_be_met_is_answered_with_the_nearest_that_can(cifar, tmp_path):
     network = ["--model", f"{ROOT / 'examples' / 'resnet20_cifar10.py'}:network", "--weights", str(WEIGHTS)]
-    asked = ["calibrate", *network, "--data", cifar, "--output", str(tmp_path / "run"), "--samples", "64", "--pipeline", "light", "--json"]
+    asked = [
+        "calibrate",
+        *network,
+        "--data",
+        cifar,
+        "--output",
+        str(tmp_path / "run"),
+        "--samples",
+        "64",
+        "--pipeline",
+        "light",
+        "--solver",
+        "none",
+        "--json",
+    ]
     refused = CliRunner().invoke(app, [*asked, "--budget", "40kB"])
     assert refused.exit_code == 2 and not (tmp_path / "run").exists()
     nearest = refused.stderr.split("raise the budget to ")[1].split("kB")[0]

@@ -217,8 +217,8 @@ def test_kept_precisions_may_be_written_as_text():
 
 @pytest.mark.parametrize(
     ("cls", "keep"),
-    [(CalledTwice, {}), (CalledTwice, {"again": Precision()}), (SharedWeight, {"left": Precision(), "right": Precision()})],
-    ids=["called twice", "called twice, kept", "shared weight, kept"],
+    [(CalledTwice, {}), (CalledTwice, {"again": Precision()}), (SharedWeight, {})],
+    ids=["called twice", "called twice, kept", "shared weight"],
 )
 def test_a_network_whose_weights_serve_twice_is_calibrated_and_loaded(cls, keep, tmp_path):
     model, x = make(cls), numbers(24, 4)
@@ -418,7 +418,6 @@ BAD = {
     "one bit": (lambda: make(Chain), pictures(24), {"weight_bits": (1, 4)}, InvalidSetting, r"1 is outside 2\.\.8"),
     "nine bits": (lambda: make(Chain), pictures(24), {"activation_bits": (9,)}, InvalidSetting, r"9 is outside 2\.\.8"),
     "no layer": (lambda: nn.Sequential(nn.ReLU(), nn.Flatten()), pictures(24), {}, UnsupportedModel, "no layer to quantize"),
-    "shared": (lambda: make(SharedWeight), numbers(24, 4), {}, UnsupportedModel, "left and right share one weight"),
     "keep nothing": (lambda: make(Chain), pictures(24), {"keep": {"cnv*": Precision(8)}}, InvalidSetting, "matches no"),
     "unknown block": (lambda: make(Chain), pictures(24), {"blocks": ("b1",)}, InvalidSetting, "b1"),
     "not data": (lambda: make(Chain), 7, {}, InvalidInput, "int"),
@@ -504,3 +503,21 @@ def test_the_report_of_a_new_budget_says_all_that_the_first_one_says(calibrated,
     again = anybit.allocate(run_folder, "3bit", data=x, model=model)
     assert list(again.report) == list(first.report) and list(again.about) == ["model", "data", "preprocessing", *first.about]
     assert again.table == {key: first.table[key] for key in again.table}
+
+
+class Clamping(nn.Conv2d):
+    """A convolution that clamps beyond what calibration reaches."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-5, 5)
+
+
+def test_the_float_score_is_that_of_the_given_network():
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
+    model = nn.Sequential(Clamping(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *head).eval()
+    model[1].weight.data.uniform_(0.1, 4)
+    tests = (20 * pictures(32), torch.arange(32) % 5)
+    result = anybit.calibrate(model, pictures(8), "8bit", test=tests, pipeline="light", solver="none", cache=False)
+    expected = anybit.evaluate(model, tests)
+    assert {key: result.report["float_test"][key] for key in expected} == expected

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from anybit.data.batches import call
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
-from anybit.sources.callables import load_callable
+from anybit.sources.callables import absolute, load_callable
 from anybit.sources.inputs import as_samples, load_data
 from anybit.sources.models import load_model, load_weights
 from anybit.sources.preprocessing import Preprocessing
@@ -277,11 +277,6 @@ def test_a_loaders_workers_and_subset_are_kept():
     assert all_of(as_samples(DataLoader(dataset, sampler=SubsetRandomSampler([4, 1]))))[1].tolist() == [4, 1]
 
 
-def test_a_loader_that_does_not_batch_is_refused():
-    with pytest.raises(InvalidInput, match="batch_size=None"):
-        as_samples(DataLoader([pictures(2), pictures(2)], batch_size=None))
-
-
 @pytest.mark.parametrize(
     "data", [pictures(6), pictures(6).numpy(), list(pictures(6)), pictures(6).requires_grad_()], ids=["tensor", "array", "list", "grad"]
 )
@@ -290,7 +285,7 @@ def test_unlabelled_inputs_have_no_labels(data):
     assert torch.equal(batches, pictures(6)) and labels is None
 
 
-@pytest.mark.parametrize("data", [None, 7, {"x": 1}, iter([1])], ids=["None", "number", "dict", "iterator"])
+@pytest.mark.parametrize("data", [None, 7, {"x": 1}, b"x"], ids=["None", "number", "dict", "bytes"])
 def test_what_is_no_data_is_refused_by_type(data):
     with pytest.raises(InvalidInput, match=type(data).__name__):
         as_samples(data)
@@ -303,13 +298,79 @@ def test_what_is_no_data_is_refused_by_type(data):
         ({"x_train": np.ones((2, 3))}, "#test", "no array x_test"),
         ({"x": np.ones((3, 2)), "y": np.arange(2)}, "", "3 x and 2 labels"),
         ({"x": np.array([{}, {}], dtype=object)}, "", "cannot be read"),
+        ({"x": np.array(["a", "b"])}, "", r"x\.npz: x holds text \(<U1\), not numbers"),
+        ({"x": np.array([b"a", b"b"])}, "", "x holds bytes"),
+        ({"x": np.zeros(2, "datetime64[s]")}, "", "x holds dates"),
+        ({"x": np.zeros(2, "timedelta64[s]")}, "", "x holds durations"),
+        ({"x": np.zeros(2, [("a", "f4"), ("b", "i4")])}, "", "x holds records of several fields"),
+        ({"x": np.array(3.0)}, "", "x is a single number"),
+        ({"x": np.ones((2, 3)), "y": np.array(3)}, "", "y is a single number"),
+        ({"x": np.ones((2, 3)), "y": np.array(["cat", "dog"])}, "", r"y holds text .* numpy\.unique\(y, return_inverse=True\)"),
+        ({"x": np.ones((2, 3)), "y": np.array([1.0, np.nan])}, "", r"y holds NaN or infinity \(1 numbers\)"),
+        ({"x": np.ones((2, 3)), "y": np.array([1, 2**63], "uint64")}, "", "y holds 9223372036854775808"),
     ],
-    ids=["other names", "no test part", "too few labels", "pickled"],
+    ids=[
+        "other names",
+        "no test part",
+        "too few labels",
+        "pickled",
+        "text",
+        "bytes",
+        "dates",
+        "durations",
+        "records",
+        "0-d",
+        "0-d labels",
+        "names of classes",
+        "nan",
+        "uint64",
+    ],
 )
 def test_an_array_file_that_does_not_fit_is_refused(arrays, fragment, message, tmp_path):
     np.savez(tmp_path / "x.npz", **arrays)
-    with pytest.raises((InvalidInput, InvalidFile), match=message):
+    with pytest.raises((InvalidInput, InvalidFile), match=message) as refused:
         load_data(f"{tmp_path / 'x.npz'}{fragment}")
+    assert "\n" not in str(refused.value)
+    if "x" in arrays and arrays["x"].dtype != object:
+        with pytest.raises(InvalidInput):
+            as_samples((arrays["x"], arrays["y"]) if "y" in arrays else arrays["x"])
+
+
+@pytest.mark.parametrize(
+    "kind", [">f4", ">f8", "<f8", "longdouble", "float16", "int8", ">i2", "uint16", "uint64", ">i8", "clongdouble", ">c8"]
+)
+def test_arrays_of_any_numbers_and_byte_order_are_read(kind, tmp_path):
+    x = np.arange(12).reshape(4, 3)
+    np.savez(tmp_path / "x.npz", x=x.astype(kind), y=np.arange(4).astype(kind if "c" not in kind else ">i4"))
+    for samples in (load_data(str(tmp_path / "x.npz")), as_samples((x.astype(kind), np.arange(4, dtype=">i4")))):
+        inputs, labels = all_of(samples)
+        assert inputs.dtype in (torch.float32, torch.int64, torch.complex64) and np.array_equal(inputs.numpy(), x)
+        assert labels.tolist() == [0, 1, 2, 3]
+
+
+def test_one_hot_labels_are_the_numbers_of_their_classes_and_others_keep_their_shape(tmp_path):
+    classes = np.array([2, 0, 1, 2])
+    several, pixels = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 1]]), np.zeros((4, 2, 2), int)
+    for y, expected in (
+        (np.eye(3)[classes], classes), (np.eye(3, dtype=bool)[classes], classes), (classes[:, None], classes), (several, several),
+        (np.eye(3)[classes] * 0.5, np.eye(3)[classes] * 0.5), (pixels, pixels),
+    ):  # fmt: skip
+        np.savez(tmp_path / "x.npz", x=np.ones((4, 3), np.float32), y=y)
+        for samples in (load_data(str(tmp_path / "x.npz")), as_samples((np.ones((4, 3), np.float32), y))):
+            assert all_of(samples)[1].tolist() == expected.tolist()
+
+
+def test_a_path_that_exists_wins_over_the_meaning_of_a_mark(tmp_path):
+    folder = tmp_path / "run#1"
+    folder.mkdir()
+    np.savez(folder / "x#test.npz", x=np.zeros((2, 3)), x_test=np.ones((3, 3)))
+    assert len(load_data(str(folder / "x#test.npz"))) == 2
+    assert len(load_data(f"{folder / 'x#test.npz'}#test")) == 3
+    save_picture(tmp_path / "pictures#2" / "a.png")
+    assert len(load_data(str(tmp_path / "pictures#2"))) == 1
+    assert absolute(f"{folder / 'x#test.npz'}#test") == f"{folder / 'x#test.npz'}#test"
+    with pytest.raises(InvalidInput, match=r"missing\.npz"):
+        load_data(f"{folder / 'missing.npz'}#test")
 
 
 def test_data_that_are_not_there_are_refused_by_name(tmp_path):

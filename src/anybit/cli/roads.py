@@ -145,7 +145,6 @@ def evaluate(
     *,
     model=None, weights=None, data, preprocessing: Preprocessing,
     batch_size: int = same_as(CalibrateSettings, "batch_size", default=128), workers=0, metric=None, device="cpu", task=None,
-    outputs=None,
 ) -> Outcome:  # fmt: skip
     """Measure accuracy and loss of a run, or of a float network.
 
@@ -159,7 +158,7 @@ def evaluate(
 
     function = load_metric(metric)
     network, preprocessing, task = evaluated_network(run, model, weights, preprocessing, task)
-    scores = anybit.evaluate(network, data, function, task, batch_size, workers, device, preprocessing, outputs)
+    scores = anybit.evaluate(network, data, function, task, batch_size, workers, device, preprocessing)
     return Outcome(scores, lambda details: print(scores_line(scores)))
 
 
@@ -167,8 +166,10 @@ def inspect(
     *, model, weights=None, data=None,
     weight_bits: tuple[int, ...] = same_as(CalibrateSettings, "weight_bits", doc="Bit-widths to count."),
     keep=None, preprocessing: Preprocessing, task=None, outputs=None,
+    export: bool = option(True, "Try whether an ONNX file can be made of the network.", panel="Output"),
+    cache=True,
 ) -> Outcome:  # fmt: skip
-    """Show layers, what is covered, and what each bit-width would cost.
+    """Show layers, what is covered, what each bit-width would cost, and whether the network can be exported.
 
     anybit inspect --model torchvision:resnet18
     anybit inspect --model net.py:net --data train.npz
@@ -178,8 +179,8 @@ def inspect(
 
     network = load_model(model, weights, task)
     samples = None if data is None else load_data(data, with_model_defaults(preprocessing, network), model=network)
-    report = anybit.inspect(network, samples, weight_bits=weight_bits, keep=keep or {}, outputs=outputs or {})
-    return Outcome(report, "print_inspection")
+    settings = {"weight_bits": weight_bits, "keep": keep or {}, "outputs": outputs or {}}
+    return Outcome(anybit.inspect(network, samples, export=export, cache=cache, **settings), "print_inspection")
 
 
 def _saved(results: Any, output: Path, overwrite: bool) -> Outcome:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -16,12 +17,12 @@ from anybit.files.contents import contents_of
 
 @dataclass(frozen=True)
 class Samples:
-    """A data set whose items are an input, or (input, label); `labelled` says which.
+    """A data set whose items are an input, or several and a label at the end; `labelled` says which.
 
     `workers` processes load them, which changes nothing but speed, unless the data set draws at random: each worker draws from `seed`
-    and its own number. `collate` makes a batch of items, as a DataLoader's collate_fn does;
-    `loading` are other arguments for the DataLoader; `reader` reads the model's output on them. An array data set answers whole batches
-    through `__getitems__`.
+    and its own number. `collate` makes a batch of items, as a DataLoader's collate_fn does. `split` says of an item, or of what a `collate`
+    of the user's own makes, what its inputs and its label are, where its order does not. `loading` are other arguments for the
+    DataLoader; `reader` reads the model's output on them. An array data set answers whole batches through `__getitems__`.
     """
 
     dataset: Dataset | Sequence
@@ -32,6 +33,7 @@ class Samples:
     collate: Callable[[list], Any] = stacked
     loading: Mapping[str, Any] = field(default_factory=dict)
     reader: Reader | None = None
+    split: Callable[[Any], tuple[Any, Any]] | None = None
 
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
@@ -65,16 +67,44 @@ class Samples:
     def _collate(self, items) -> Batch:
         if isinstance(items, Batch):  # an array data set has made the batch already
             return items
+        if self.split is not None:
+            return self._split(items)
         inputs, labels = self.collate(items), None
         if isinstance(inputs, Mapping) and "labels" in inputs:  # as transformers' own collators call them
             inputs = dict(inputs)
-            return Batch(inputs, torch.as_tensor(inputs.pop("labels")))
+            return Batch(inputs, _as_labels(inputs.pop("labels")))
         if self.labelled:
             *inputs, labels = inputs
-            inputs, labels = inputs[0] if len(inputs) == 1 else inputs, torch.as_tensor(labels)
-        if isinstance(inputs, (list, tuple)):
-            inputs = inputs[0] if len(inputs) == 1 else tuple(inputs)
-        return Batch(inputs, labels)
+            inputs, labels = inputs[0] if len(inputs) == 1 else inputs, _as_labels(labels)
+        return Batch(_as_inputs(inputs), labels)
+
+    def _split(self, items: list) -> Batch:
+        assert self.split is not None
+        if self.collate is stacked:
+            pairs = [self.split(item) for item in items]
+            inputs = stacked([own for own, _ in pairs])
+            labels = stacked([label for _, label in pairs]) if self.labelled else None
+        else:
+            inputs, labels = self.split(self.collate(items))
+        return Batch(_as_inputs(inputs), _as_labels(labels) if self.labelled else None)
+
+
+def _as_inputs(inputs: Any) -> Any:
+    """Return inputs as a forward takes them: one tensor, a tuple of several, or a dictionary."""
+    if isinstance(inputs, (list, tuple)):
+        return inputs[0] if len(inputs) == 1 and not isinstance(inputs[0], Mapping) else tuple(inputs)
+    return inputs
+
+
+def _as_labels(labels: Any) -> Tensor:
+    """Return labels as a tensor; whole numbers as int64. Raise InvalidInput for what is no numbers."""
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(
+            f"Labels of type {type(labels).__name__} are no numbers: {' '.join(str(error).split())}. Give the inputs alone."
+        ) from error
+    return labels if labels.is_floating_point() or labels.is_complex() else labels.long()
 
 
 def _parts(count: int, size: int) -> list[list[int]]:
@@ -158,8 +188,7 @@ class NamedArrays(Dataset):
 
 def _labels(y: Any, indices: list[int]) -> Tensor | None:
     """Return the labels of these samples; whole numbers as int64."""
-    labels = None if y is None else torch.from_numpy(y[indices])
-    return labels if labels is None or labels.is_floating_point() else labels.long()
+    return None if y is None else _as_labels(np.asarray(y[indices]))
 
 
 @dataclass(frozen=True)

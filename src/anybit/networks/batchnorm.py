@@ -20,11 +20,13 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, call, evaluating, read_output
+from anybit.data.batches import Batch, call, evaluating, map_tensors, read_output
 from anybit.errors import UnsupportedModel
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import float_bias, float_weight, from_rows, weight_rows
@@ -41,6 +43,9 @@ from anybit.networks.norms import (
 )
 from anybit.networks.wiring import BATCH_NORM, LAYER, RESHAPES, Wiring, observe_outputs
 from anybit.numerics.quantizers import UniformQuantizer
+
+SIZES = (1.0, 1e3, 1e-3)
+"""Factors of a layer's inputs at which it is tried: what clamps values clamps them at one."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,8 @@ def _obstacle(model: nn.Module, wiring: Wiring, name: str, norm_name: str) -> st
         return f"it reads {name}, whose outputs are no weighted sums"
     if layer.weight.dtype != torch.float32:
         return f"the weight of {name} is {layer.weight.dtype}, which has no digits to spare"
-    sharers = [other for other, module in model.named_modules() if isinstance(module, COVERED) and module.weight is layer.weight]
-    if len(sharers) > 1 or name in wiring.read_weights:
-        return f"the weight of {name} serves " + (" and ".join(sharers) if len(sharers) > 1 else "something else too")
+    if name in wiring.read_weights:
+        return f"the weight of {name} serves something else too"
     if not only_normalizes_first(norm, wiring.operation(norm_name).shape):
         return f"the forward of {type(norm).__name__} is not a normalization by running statistics and something after it"
     return None
@@ -123,11 +127,12 @@ class Folded:
 def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch, outputs: Tensor) -> Folded:
     """Fold into a copy, which is observed and held against `outputs`, the model's own on `example`.
 
-    A layer whose forward is its own (an activation inside, a standardized weight) may not be affine in its weight, and a batch norm may be
-    read by more than its call: where folding changes the outputs, such layers keep their batch norm. Raises UnsupportedModel where the
-    outputs differ even so.
+    A layer whose forward is its own (an activation or a clamp inside, a standardized weight) may not be affine in its weight, and a batch
+    norm may be read by more than its call: such layers keep their batch norm. Raises UnsupportedModel where the outputs differ even so.
     """
     own_forward = {name for name in pairs if _has_own_forward(model.get_submodule(name))}
+    affine = _affine_layers(model, own_forward, example)
+    pairs = {name: norm for name, norm in pairs.items() if name not in own_forward - affine}
     plain = {name: norm for name, norm in pairs.items() if name not in own_forward}
     for chosen in (lambda: pairs, lambda: plain, lambda: _harmless(model, plain, example, outputs)):
         folding = chosen()
@@ -141,8 +146,56 @@ def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch, out
 
 
 def _has_own_forward(layer: nn.Module) -> bool:
-    """Return whether the layer computes something else than its type does."""
-    return "forward" in vars(layer) or not any(type(layer).forward is cls.forward for cls in COVERED)
+    """Return whether the layer may compute something else than its type does."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return "forward" in vars(layer) or bool(hooks) or type(layer) not in COVERED
+
+
+@torch.no_grad()
+def _affine_layers(model: nn.Module, names: set[str], example: Batch) -> set[str]:
+    """Return those of the layers that are affine in weight and bias on their inputs of `example`, and on these enlarged and made small."""
+    read: dict[str, tuple[Any, Any]] = {}
+
+    def listen(name: str) -> Callable:
+        def keep(layer: nn.Module, args: Any, kwargs: Any) -> None:
+            read.setdefault(name, map_tensors((args, kwargs), Tensor.clone))
+
+        return keep
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(listen(name), with_kwargs=True) for name in names]
+    try:
+        with evaluating(model):
+            call(model, example.inputs) if names else None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name for name, (args, kwargs) in read.items() if _is_affine(model.get_submodule(name), args, kwargs)}
+
+
+def _is_affine(layer: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Return whether each output channel follows a factor of its weight and bias, and an addend of its bias, at every size of inputs."""
+    with suppress(Exception):  # a forward that takes no other inputs is left as it is
+        plain, changed = copy.deepcopy(layer).eval(), copy.deepcopy(layer).eval()
+        rows = weight_rows(layer, float_weight(layer))
+        factors = torch.linspace(-1.5, 2, len(rows), device=rows.device)
+        scale_weight(changed, factors)
+        bias = float_bias(layer)
+        bias = torch.zeros_like(factors) if bias is None else bias
+        for size in SIZES:
+            own_args, own_kwargs = map_tensors((args, kwargs), partial(_scaled, size=size))
+            before = plain(*own_args, **own_kwargs)
+            addend = before.abs().max()
+            changed.bias = nn.Parameter(bias * factors + addend)
+            after = changed(*own_args, **own_kwargs)
+            shape = [-1] if type_of(layer).channels_last else [-1, *[1] * (before.dim() - 2)]
+            if (after - (before * factors.view(shape) + addend)).abs().max() > 1e-4 * addend.clamp_min(1e-30):
+                return False
+        return True
+    return False
+
+
+def _scaled(tensor: Tensor, size: float) -> Tensor:
+    return tensor * size if tensor.is_floating_point() else tensor
 
 
 def _harmless(model: nn.Module, pairs: Mapping[str, str], example: Batch, outputs: Tensor) -> dict[str, str]:

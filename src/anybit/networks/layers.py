@@ -132,7 +132,7 @@ def prepare(model: nn.Module, names: Iterable[str], float_layers: Collection[str
     """Return a copy of `model` whose layers `names` have empty slots; its outputs are bitwise those of `model`.
 
     `groups` are the layers that have a weight scale for each so many inputs of a channel, instead of one a channel.
-    Raise UnsupportedModel where a name is not a layer that anybit covers, or where two that are not `float_layers` share a weight.
+    Raise UnsupportedModel where a name is not a layer that anybit covers.
     """
     names = list(names)
     check_float32(model, [name for name in names if name not in float_layers])
@@ -140,10 +140,6 @@ def prepare(model: nn.Module, names: Iterable[str], float_layers: Collection[str
     for module in prepared.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fused path would read the weights and skip the layers' own forward
-    owners: dict[int, list[str]] = {}
-    for name, module in prepared.named_modules():
-        for parameter in {id(p): p for p in module._parameters.values() if p is not None}.values():
-            owners.setdefault(id(parameter), []).append(name)
     for name in names:
         layer = prepared.get_submodule(name)
         if not isinstance(layer, COVERED):
@@ -151,17 +147,6 @@ def prepare(model: nn.Module, names: Iterable[str], float_layers: Collection[str
         parameter = layer._parameters.get("weight") if type_of(layer).has_weights else float_weight(layer)
         if parameter is None:
             raise UnsupportedModel(f"{name}: the weight is computed (a parametrization or weight norm). Remove the parametrization first.")
-        sharing = owners.get(id(parameter), [])
-        covered = [owner for owner in sharing if isinstance(prepared.get_submodule(owner), COVERED)]
-        if len(sharing) > 1 and not set(covered) <= set(float_layers):
-            keeps = " ".join(f"--keep '{owner}=float'" for owner in covered)
-            raise UnsupportedModel(
-                f"{' and '.join(map(_named, sharing))} share one weight, which cannot have two ranges. Clone the weight, or keep all "
-                f"float: {keeps}."
-            )
-        bias = layer._parameters.get("bias")
-        if bias is not None and len(owners[id(bias)]) > 1:  # each is tuned for its own layer
-            layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
         if isinstance(layer, nn.Embedding):
             layer.sparse = False  # a quantizer passes no sparse gradient on
         layer.__class__ = _swapped_class(type(layer))
@@ -173,10 +158,6 @@ def prepare(model: nn.Module, names: Iterable[str], float_layers: Collection[str
         if name in groups:
             layer.weight_group = _checked_group(name, layer, groups[name])
     return prepared
-
-
-def _named(name: str) -> str:
-    return name or "the network itself"
 
 
 def check_float32(model: nn.Module, names: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
-"""Weights that are computed in every pass from others (weight and spectral norm, parametrizations, pruning), made plain on a copy."""
+"""Weights that are computed in every pass from others (weight and spectral norm, parametrizations, pruning), or that several layers share,
+made plain on a copy: each a parameter of its own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -10,22 +11,51 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from anybit.data.batches import evaluating
 from anybit.networks.copies import copied
+from anybit.networks.layer_types import COVERED
 
 
 def plain_weights(model: nn.Module) -> nn.Module:
-    """Return a copy whose weights are the parameters that they compute with, in evaluation mode; the model itself where all are.
+    """Return a copy whose weights are the parameters that they compute with, in evaluation mode, one for each layer; the model itself where
+    all are.
 
-    Nothing is left of what computed them: in training, such a weight is free.
+    Nothing is left of what computed them, nor of a weight that was shared: in training, each is free.
     """
     names = [name for name, module in model.named_modules() if any(_removers(module))]
     if not names:
-        return model
+        return _with_own_weights(model)
     twin = copied(model, {id(tensor): tensor.detach().clone() for tensor in _computed(model)})
     with evaluating(twin):
         for name in names:
             for remove in list(_removers(twin.get_submodule(name))):
                 remove()
+    return _with_own_weights(twin)
+
+
+def _with_own_weights(model: nn.Module) -> nn.Module:
+    """Return a copy in which no layer shares its weight or bias, which may take different bits; the model itself where none does."""
+    shared = _shared(model)
+    if not shared:
+        return model
+    twin = copied(model)
+    for name, key in shared:
+        layer = twin.get_submodule(name)
+        parameter = getattr(layer, key)
+        setattr(layer, key, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
     return twin
+
+
+def _shared(model: nn.Module) -> Sequence[tuple[str, str]]:
+    """Return (layer, parameter) of each that needs one of its own, for another module that keeps the shared one."""
+    owners: dict[int, list[tuple[str, str]]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((name, key))
+    shared = []
+    for several in (several for several in owners.values() if len(several) > 1):
+        layers = [(name, key) for name, key in several if isinstance(model.get_submodule(name), COVERED)]
+        shared += layers if len(layers) < len(several) else layers[1:]
+    return shared
 
 
 def _computed(model: nn.Module) -> Iterator[Tensor]:

@@ -203,8 +203,18 @@ def print_inspection(inspection: Report, layers: bool = True) -> None:
         for bits, row in inspection["uniform"].items()
     ]
     print_table(f"Whole network (float32: {human_bytes(inspection['float_bytes'])})", columns, rows)
+    _print_line(export_line(inspection["export"]))
     if not ran:
         print("Shapes of inputs and outputs, BOPs, what folds and what never runs need --data; sizes are with batch norms unfolded.")
+
+
+def export_line(trial: Report) -> str:
+    """Say whether the network can be exported, and which layers would compute in float."""
+    if not trial["ok"]:
+        return f"{'ONNX export not tried' if trial['ok'] is None else 'ONNX export is refused'}: {trial['reason']}"
+    integer, floating = trial["integer_layers"], trial["float_layers"]
+    some = f"{len(integer)} of {len(integer) + len(floating)} layers on integers, in float: {', '.join(floating)}"
+    return f"ONNX export: {some if floating else 'every layer on integers'}."
 
 
 def _print_layers(inspection: Report, ran: bool) -> None:

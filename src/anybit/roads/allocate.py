@@ -72,7 +72,9 @@ def allocate(
     settings = replace(recorded_settings, **{name: value for name, value in overrides.items() if value is not None})
     clock = StageClock()
     recorded = Preprocessing.from_json(file.preprocessing)
-    samples = samples_from(recorded_data(folder, file) if data is None else data, workers, recorded, float_model).on(device)
+    samples = samples_from(recorded_data(folder, file) if data is None else data, workers, recorded, float_model, settings.samples).on(
+        device
+    )
     check_metric_has_labels(metric, samples)
     if "outputs" in saved["settings"]:  # else its table is of the first output alone
         samples = compared(float_model, samples, settings.outputs)
@@ -94,7 +96,7 @@ def allocate(
                 f"The weights are not those that {folder} was made from: they have been trained since, or are another network's. Give "
                 "them as they were (--model), or run calibrate on these."
             )
-        reference = outputs_of(network.folded, calibration.held_out)
+        reference = outputs_of(network.float_model, calibration.held_out)
         targets = batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
         entries = key_of_run(open_cache(cache), network, calibration, [reference], settings)
         entries = entries.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and contents_of(metric))

@@ -109,8 +109,8 @@ def calibrate(
     several = isinstance(budget, Sequence) and not isinstance(budget, str)
     asked = list(budget) if isinstance(budget, Sequence) and not isinstance(budget, str) else [budget]
     budgets = [None] if budget is None else list(parse_budgets(one for one in asked if one is not None))
-    model, preprocessing, provenance = follow_model(model, weights, data, preprocessing, options.task)
-    samples = draw(samples_from(data, workers, preprocessing, model), options.samples, options.seed).on(device)
+    model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, options.task)
+    samples = draw(samples_from(data, workers, preprocessing, model, options.samples), options.samples, options.seed).on(device)
     if test is None:
         check_metric_has_labels(metric, samples)
     network = on_device(model, device, samples).eval()
@@ -153,10 +153,10 @@ def prepare_bench(
         check_memory(network, calibration, settings)
         for budget in budgets:
             check_feasible(network, budget)
-    with clock.stage("float outputs"), torch.no_grad(), as_observed(network.folded, network.calls):
-        references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
-        held_out = [outputs_of(network.folded, [batch]) for batch in calibration.held_out]
-        check_rows(network.folded, [*references, *held_out], calibration.fitting + calibration.held_out, example)
+    with clock.stage("float outputs"), torch.no_grad(), as_observed(network.float_model, network.calls):
+        references = [outputs_of(network.float_model, [batch]) for batch in calibration.fitting]
+        held_out = [outputs_of(network.float_model, [batch]) for batch in calibration.held_out]
+        check_rows(network.float_model, [*references, *held_out], calibration.fitting + calibration.held_out, example)
         reference = torch.cat(held_out)
         labels = labels_in(calibration.held_out)
         on_labels = LabelledOutputs(reference, labels, calibration.held_out[0].reader) if labels is not None else None
@@ -171,6 +171,7 @@ def prepare_bench(
             raise UnsupportedModel(
                 "The float network's outputs are NaN or infinite on the calibration data. Check the network and the data."
             )
+        restore(network.float_model, network.moving)
         cache = key_of_run(cache, network, calibration, [*references, reference], settings)
         if labels is not None and metric is not None:
             measure(metric, task.tensors(reference), labels)

@@ -88,8 +88,8 @@ def polished(
     check_memory(network, calibration, settings)
     own = candidates_of(canonical)
     with torch.no_grad():
-        references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
-        reference = outputs_of(network.folded, calibration.held_out)
+        references = [outputs_of(network.float_model, [batch]) for batch in calibration.fitting]
+        reference = outputs_of(network.float_model, calibration.held_out)
     targets = batch_norm_targets(network, calibration, settings)
     table = SensitivityTable({(name, precision): 0.0 for name, precision in scheme.items()}, FLOAT, 0)
     cache = key_of_run(cache, network, calibration, [*references, reference], settings)

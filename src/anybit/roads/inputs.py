@@ -25,6 +25,7 @@ from anybit.sources.callables import absolute
 from anybit.sources.inputs import samples_from
 from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
+from anybit.sources.pictures import common_classes
 from anybit.sources.preprocessing import Preprocessing
 from anybit.sources.references import RANDOM
 from anybit.supernets.supernet import Supernet
@@ -52,9 +53,12 @@ def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float]) -
 
 
 def follow_model(
-    model: nn.Module | str, weights: str | Path | None, data: Any, preprocessing: Preprocessing, task: str | None
+    model: nn.Module | str, weights: str | Path | None, data: Any, test: Any, preprocessing: Preprocessing, task: str | None
 ) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
-    """(the network, the preprocessing, what a run records of where the network and its data came from, references made absolute)."""
+    """(the network, the preprocessing, what a run records of where the network and its data came from, references made absolute).
+
+    Class folders of data and test data are numbered together.
+    """
     provenance: dict[str, Any] = {}
     if isinstance(model, str):
         place = weights if weights in (None, RANDOM) else str(Path(weights).resolve())
@@ -65,6 +69,8 @@ def follow_model(
     model = adapted_network(model)
     check_network(model)
     preprocessing = with_model_defaults(preprocessing, model)
+    if preprocessing.classes is None and (classes := common_classes([data, test])):
+        preprocessing = replace(preprocessing, classes=classes)
     if isinstance(data, str):
         provenance |= {"data": {"reference": absolute(data)}, "preprocessing": preprocessing.to_json()}
     return model, preprocessing, provenance
@@ -168,7 +174,7 @@ def training_inputs(
     """(the float network, training samples, test samples, what a run records of them), on this process's device."""
     if metric is not None and test is None:
         raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or no --metric.")
-    model, preprocessing, provenance = follow_model(model, weights, data, preprocessing, task)
+    model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, task)
     device = join_processes(device)
     samples = samples_from(data, workers, preprocessing, model).on(device)
     float_model = on_device(model, device, samples).eval()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from anybit.calls import public
 from anybit.data.batches import Batch
 from anybit.errors import InvalidInput
+from anybit.exports.trial import try_export
 from anybit.networks.copies import checked_copy
 from anybit.networks.layers import float_weight
 from anybit.networks.observed import ObservedNetwork, observe_network, unobserved_network
@@ -23,16 +25,24 @@ from anybit.sources.models import adapted_network
 
 @public
 @takes(CalibrateSettings)
-def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, Any]:
-    """Layers, shapes, what is covered, and what each bit-width would cost.
+def inspect(model: nn.Module, data: Any = None, *, export: bool = True, cache: str | Path | bool = True, **settings: Any) -> dict[str, Any]:
+    """Layers, shapes, what is covered, what each bit-width would cost, and whether the network can be exported.
 
     `data` needs one input. Without it, what only a forward pass shows is None (shapes of inputs and outputs, MACs, BOPs, folds, blocks),
     a layer that never runs is taken for covered, and the sizes are those with every batch norm unfolded.
+
+    export   try whether an ONNX file can be made of the network: seconds of torch's exporter, once for all later exports of it
+    cache    where the exported graph is kept, as for `export`
     """
     chosen = CalibrateSettings.of(**settings)
     options, model = replace(chosen.options, gradients=False), adapted_network(model)
     check_network(model)
-    network = unobserved_network(model, options) if data is None else observe_network(*_observable(model, data, chosen.outputs), options)
+    if data is None:
+        network, trial = unobserved_network(model, options), {"ok": None, "reason": "it needs data"}
+    else:
+        copied, batch = _observable(model, data, chosen.outputs)
+        network = observe_network(copied, batch, options)
+        trial = try_export(network, batch, cache) if export else {"ok": None, "reason": "it was not tried"}
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
     layers = {
         name: {
@@ -57,6 +67,7 @@ def inspect(model: nn.Module, data: Any = None, **settings: Any) -> dict[str, An
         "unread": list(network.unread),
         "float_bytes": network.costs.float_bytes,
         "uniform": uniform,
+        "export": trial,
     }
 
 

@@ -32,6 +32,7 @@ from anybit.networks.capture import MemoryBudget, input_samples
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight, quantized_layers, weight_rows
 from anybit.networks.observed import ObservedNetwork
+from anybit.networks.states import restore
 from anybit.progress import track
 from anybit.roads.memory import memory_to_capture
 from anybit.roads.settings import CalibrateSettings
@@ -192,7 +193,8 @@ def float_tested(
 ) -> FloatTest:
     """Score the float network before the long work, which labels that do not fit or a metric that fails would waste."""
     with clock.stage("float test"):
-        on_tests = LabelledOutputs.of(network.folded, tests.batches(batch_size))
+        on_tests = LabelledOutputs.of(network.float_model, tests.batches(batch_size))
+        restore(network.float_model, network.moving)
         return FloatTest(tests, on_tests.outputs, on_tests.scores(task, metric))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from anybit.errors import AnybitError, InvalidSetting, MissingPackage
 from anybit.files.strict import in_words
+from anybit.sources.references import split_subset
 
 
 def absolute(reference: str) -> str:
@@ -21,8 +22,8 @@ def absolute(reference: str) -> str:
         return f"{Path(place).resolve()}{separator}{name}"
     if reference.startswith("hf:"):
         return f"hf:{Path(reference[3:]).resolve()}" if Path(reference[3:]).is_dir() else reference
-    path, _, fragment = reference.partition("#")
-    return str(Path(path).resolve()) + (f"#{fragment}" if fragment else "") if Path(path).exists() else reference
+    path, subset = split_subset(reference)
+    return str(Path(path).resolve()) + (f"#{subset}" if subset else "") if Path(path).exists() else reference
 
 
 def call_user_function(function: Callable, what: str) -> Any:

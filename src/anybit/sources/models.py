@@ -77,9 +77,9 @@ def is_transformers(model: Any) -> "TypeGuard[PreTrainedModel]":
 
 def with_model_defaults(preprocessing: Preprocessing, model: nn.Module) -> Preprocessing:
     """Return the preprocessing; if none was given, the one that a Hugging Face model's own files state for pictures."""
-    if preprocessing != Preprocessing() or not is_transformers(model):
+    if preprocessing != Preprocessing(classes=preprocessing.classes) or not is_transformers(model):
         return preprocessing
-    return Preprocessing(**huggingface("models", "the model").picture_settings(model))
+    return Preprocessing(**huggingface("models", "the model").picture_settings(model), classes=preprocessing.classes)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

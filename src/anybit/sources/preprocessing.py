@@ -6,10 +6,11 @@ from typing import Any, ClassVar, Self
 
 from anybit.data.options import parse_columns
 from anybit.errors import InvalidSetting
-from anybit.settings import NUMBERS, Settings, documented, option
+from anybit.settings import NUMBERS, Settings, Text, documented, option
 
 LONGEST_SIDE = 2**14
 """Of a picture that is resized: beyond it one picture takes gigabytes."""
+CLASSES = Text(lambda text: tuple(text.split(",")), ",".join, "names with commas: cat,dog")
 
 
 @documented
@@ -26,6 +27,9 @@ class Preprocessing(Settings):
     size: int | None = option(None, "Sides of the input picture.", least=1, most=LONGEST_SIDE, rare=False)
     resize: int | None = option(None, "Short side before a centre crop to --size.", least=1, most=LONGEST_SIDE)
     interpolation: str = option("bilinear", "Of the resizing.", choices=("nearest", "bilinear", "bicubic", "lanczos"))
+    classes: tuple[str, ...] | None = option(
+        None, "Names of class folders, in the order of their numbers (default: sorted, of all data given).", text=CLASSES
+    )
     columns: str | None = option(
         None, "Of texts: text=NAME,pair=NAME,label=NAME or question=,context=,answers=; numbers from 0 where there is no header."
     )
@@ -36,6 +40,8 @@ class Preprocessing(Settings):
         parse_columns(self.columns)
         if self.resize and self.size and self.size > self.resize:
             raise InvalidSetting(f"--size {self.size} cannot be cropped from a short side of {self.resize}. Give a larger --resize.")
+        if self.classes is not None and (not all(self.classes) or len(set(self.classes)) < len(self.classes)):
+            raise InvalidSetting(f"--classes {CLASSES.write(self.classes)} has a name twice, or none. Name each class folder once.")
 
     @classmethod
     def from_json(cls, data: Any, where: str = "preprocessing") -> Self:

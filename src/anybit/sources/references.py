@@ -154,9 +154,20 @@ def _model_meant(reference: str) -> str:
     return "Write package.module:function, path/to/file.py:function, timm:NAME, torchvision:NAME or hf:FOLDER."
 
 
+def split_subset(reference: str) -> tuple[str, str]:
+    """Split `file.npz#test` into ("file.npz", "test"). A path that exists wins: `#` may be a part of a name."""
+    marks = [place for place, letter in enumerate(reference) if letter == "#"]
+    if not marks or Path(reference).exists():
+        return reference, ""
+    there = [place for place in marks if Path(reference[:place]).exists()]
+    in_name = [place for place in marks if place > reference.rfind("/")]
+    place = max(there, default=(in_name or [len(reference)])[0])
+    return reference[:place], reference[place + 1 :]
+
+
 def check_data(reference: str) -> None:
     """Raise where `--data`, `--train` or `--test` names no inputs."""
-    path, _, _ = reference.partition("#")
+    path, _ = split_subset(reference)
     place = Path(path)
     if place.is_dir():
         check_package("PIL", reference)

@@ -1,0 +1,31 @@
+"""Try, before any work, whether a network can be exported: at its uniform scheme, rounded to nearest."""
+
+from pathlib import Path
+from typing import Any
+
+from anybit.data.batches import Batch
+from anybit.errors import AnybitError, MissingPackage
+from anybit.files.cache import open_cache
+from anybit.networks.canonical import Canonical
+from anybit.networks.observed import ObservedNetwork, rounded_to_nearest
+
+
+def try_export(network: ObservedNetwork, batch: Batch, cache: str | Path | bool = True) -> dict[str, Any]:
+    """Return `ok` (None where it could not be tried), the `reason` otherwise, and which `integer_layers` and `float_layers` a file has.
+
+    What `export` refuses depends on the network and not on its weights, so that a file of the largest uniform scheme stands for all.
+    `cache` keeps the graph, which the run's own export then takes up.
+    """
+    try:
+        from anybit.onnx.file import exported, session
+    except MissingPackage as error:
+        return {"ok": None, "reason": str(error)}
+    largest = network.uniform(network.options.weight_bits[-1], network.options.activation_bits[-1])
+    canonical = Canonical(rounded_to_nearest(network, [batch], largest), network.norms)
+    try:
+        graphs = exported(canonical, batch, cache=open_cache(cache))
+        session(graphs.integer)
+    except Exception as error:  # torch's exporter runs the network's own code, which may raise anything
+        return {"ok": False, "reason": str(error) if isinstance(error, AnybitError) else f"{type(error).__name__}: {error}"}
+    integer = [name for name in network.names if name in graphs.plan.integer]
+    return {"ok": True, "integer_layers": integer, "float_layers": [name for name in network.names if name not in graphs.plan.integer]}

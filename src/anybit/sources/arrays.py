@@ -1,0 +1,111 @@
+"""Arrays: those of a `.npz` or `.npy` file, or at hand, checked and turned into samples."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from anybit.data.samples import ArrayDataset, NamedArrays, Samples
+from anybit.errors import InvalidFile, InvalidInput
+from anybit.files.strict import in_words
+from anybit.sources.preprocessing import Preprocessing
+
+LABELS = ("y", "labels", "label")
+KINDS = {"U": "text", "S": "bytes", "M": "dates", "m": "durations", "V": "records of several fields", "O": "Python objects"}
+"""Of arrays that are no numbers, by numpy's letter."""
+
+
+def read_samples(path: Path, subset: str, preprocessing: Preprocessing, workers: int, model: nn.Module | None) -> Samples:
+    """Read (x, y) of a .npy or .npz file; x is one array, or several by the names of the network's inputs."""
+    if not path.is_file():
+        raise InvalidInput(f"There is no file {path}.")
+    taken = names_of_inputs(model)
+    try:
+        with open(path, "rb") as file:
+            stored = np.load(file, allow_pickle=False)
+            if isinstance(stored, np.ndarray):
+                names, arrays = ["x"], {"x": stored}
+            else:
+                names = list(stored)
+                arrays = {name: stored[key] for name, key in _keys(names, subset, taken).items()}
+    except Exception as error:
+        raise InvalidFile(f"{path} cannot be read as arrays: {in_words(error)}") from error
+    y = next((arrays.pop(name) for name in LABELS if name in arrays), None)
+    if not arrays:
+        also = f", nor one of the network's inputs ({', '.join(taken)})" if taken else ""
+        part = f"_{subset}" if subset else ""
+        raise InvalidInput(f"{path} has no array x{part}{also}; it holds {', '.join(names)}. Write {path.name}#test for x_test.")
+    return samples_of_arrays(arrays, y, workers, preprocessing, f"{path}: ")
+
+
+def samples_of_arrays(
+    arrays: Mapping[str, np.ndarray], y: np.ndarray | None, workers: int, preprocessing: Preprocessing = Preprocessing(), where: str = ""
+) -> Samples:
+    """Return samples of one array `x`, or of several by the names of the network's inputs, with labels or None.
+
+    Raise InvalidInput, beginning with `where`, for what is no numbers, has no samples' dimension, or differs in length.
+    """
+    arrays = {name: _numbers(array, name, where) for name, array in arrays.items()}
+    y = None if y is None else _labels(_numbers(y, "y", where), where)
+    lengths = {len(array) for array in (*arrays.values(), *(() if y is None else (y,)))}
+    if len(lengths) > 1:
+        counts = ", ".join(f"{len(array)} {name}" for name, array in arrays.items())
+        raise InvalidInput(f"{where}{counts}" + ("" if y is None else f" and {len(y)} labels") + " are there. Give as many of each.")
+    mean, std = preprocessing.mean, preprocessing.std
+    alone = set(arrays) == {"x"}
+    return Samples(ArrayDataset(arrays["x"], y, mean, std) if alone else NamedArrays(arrays, y, mean, std), y is not None, workers)
+
+
+def array_of(tensor: torch.Tensor | np.ndarray) -> np.ndarray:
+    """Return a tensor as an array."""
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    tensor = tensor.detach().cpu().resolve_conj()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # numpy has no bfloat16; every value of it is a float32
+
+
+def _numbers(array: np.ndarray, name: str, where: str) -> np.ndarray:
+    """Return the array in this machine's byte order, in a type that PyTorch has. Raise InvalidInput for one of no numbers."""
+    if array.dtype.kind in KINDS:
+        cure = "numpy.unique(y, return_inverse=True)[1] numbers them" if name == "y" else "Turn them into numbers first"
+        raise InvalidInput(f"{where}{name} holds {KINDS[array.dtype.kind]} ({array.dtype}), not numbers. {cure}.")
+    if not array.ndim:
+        raise InvalidInput(f"{where}{name} is a single number, not an array with a first dimension of samples. Give [N, ...].")
+    if array.dtype.kind in "fc" and array.dtype.itemsize > (8 if array.dtype.kind == "f" else 16):  # longer than a double
+        array = array.astype(np.float64 if array.dtype.kind == "f" else np.complex128)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _labels(y: np.ndarray, where: str) -> np.ndarray:
+    """Return labels [N, 1] as [N], and one-hot ones [N, classes] as the classes' numbers."""
+    if y.dtype.kind in "fc" and not np.isfinite(y).all():
+        raise InvalidInput(f"{where}y holds NaN or infinity ({int((~np.isfinite(y)).sum())} numbers). Leave such samples out.")
+    if y.dtype.kind == "u" and y.dtype.itemsize == 8 and y.size and y.max() >= 2**63:
+        raise InvalidInput(f"{where}y holds {y.max()}, which 64 bits with a sign do not. Number the classes from 0.")
+    if y.ndim == 2 and y.shape[1] == 1:
+        return y[:, 0]
+    if y.ndim == 2 and len(y) and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
+        return y.argmax(1)
+    return y
+
+
+def _keys(stored: Sequence[str], subset: str, taken: Sequence[str]) -> dict[str, str]:
+    """Return name -> key of the arrays of a subset that are read: x, or what the network takes by its name, and labels."""
+    for suffix in [f"_{subset}"] if subset else ["", "_train"]:
+        keys = {key.removesuffix(suffix): key for key in stored if key.endswith(suffix)}
+        inputs = [name for name in taken if name in keys] or [name for name in ("x",) if name in keys]
+        if "x" in keys and (len(inputs) == 1 or "x" not in inputs):
+            inputs = ["x"]
+        if inputs:
+            return {name: keys[name] for name in (*inputs, *LABELS) if name in keys}
+    return {}
+
+
+def names_of_inputs(model: nn.Module | None) -> list[str]:
+    """Return the names of what the network's forward takes, labels left out."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = {} if model is None else inspect.signature(model.forward).parameters
+    return [name for name, one in parameters.items() if one.kind in kinds and name not in LABELS]

@@ -1,0 +1,292 @@
+"""Items of a data set: which of their parts the network takes, and which is the label.
+
+The signature of the forward decides. Where two readings fit it, both are tried on the first samples; where both run, the user is asked.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anybit.data.batches import call, evaluating, first_tensor, stacked
+from anybit.data.samples import Samples
+from anybit.errors import InvalidInput, some
+from anybit.networks.copies import copied
+from anybit.progress import tell
+from anybit.sources.models import is_transformers
+
+LABELS = ("labels", "label", "y", "target", "targets")
+"""Names of labels, as keys of items and as parameters of a forward that computes a loss from them."""
+Key = int | str
+
+
+@dataclass(frozen=True)
+class Form:
+    """Split an item, or a batch that a loader's own collate_fn has made, into inputs and label.
+
+    inputs  positions or keys of what the network takes; None where the item itself is the input
+    label   position or key of the label; None where there is none
+    named   whether a dictionary's entries go by their names, or (False) one by one
+    whole   whether the dictionary goes to the forward as one argument
+    inner   the form of a dictionary that is the only input of a tuple
+    note    what is said of it
+    """
+
+    inputs: tuple[Key, ...] | None = None
+    label: Key | None = None
+    named: bool = False
+    whole: bool = False
+    inner: "Form | None" = None
+    note: str = field(default="", compare=False)
+
+    def __call__(self, item: Any) -> tuple[Any, Any]:
+        """Return (inputs, label or None)."""
+        label = None if self.label is None else _value(item[self.label])
+        if self.inputs is None:
+            return _value(item), label
+        if self.inner is not None:
+            return self.inner(item[self.inputs[0]])[0], label
+        values = {key: _value(item[key]) for key in self.inputs}
+        if self.whole:
+            return (values,), label
+        return (values if self.named else next(iter(values.values())) if len(values) == 1 else tuple(values.values())), label
+
+
+def _value(part: Any) -> Any:
+    """Return a list of numbers as a tensor, all else as it is."""
+    inner = part
+    while isinstance(inner, list) and inner:
+        inner = inner[0]
+    return torch.as_tensor(part) if isinstance(part, list) and isinstance(inner, (int, float)) else part
+
+
+def samples_of_items(dataset: Any, workers: int, model: nn.Module | None, collate: Callable[[list], Any] = stacked) -> Samples:
+    """Return samples of a data set of items, read as the forward of `model` takes them, and tell what is left out of them."""
+    samples, form = read_items(dataset, workers, model, collate)
+    if form.note:
+        tell("note", note=form.note)
+    return samples
+
+
+def read_items(dataset: Any, workers: int, model: nn.Module | None, collate: Callable[[list], Any] = stacked) -> tuple[Samples, Form]:
+    """Return (samples of a data set of items, how an item is read). Raise InvalidInput where that is not clear."""
+    first = dataset[0] if collate is stacked else collate([dataset[0]])
+    tries = _Tries(Samples(dataset, False, workers, collate=collate), model)
+    form = _form_of(first, tries)
+    return replace(tries.samples, labelled=form.label is not None, split=form), form
+
+
+@torch.no_grad()
+def runs(samples: Samples, network: nn.Module) -> bool:
+    """Return whether the network runs on the first samples."""
+    samples = replace(samples, workers=0, device="cpu", loading={})
+    with torch.random.fork_rng(devices=[]), evaluating(network), suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batch = next(samples.subset(range(min(2, len(samples)))).batches(2))
+        return isinstance(first_tensor(call(network, batch.inputs)), Tensor)
+    return False
+
+
+class _Tries:
+    """Says whether the network runs on its first samples, read in one form or another."""
+
+    def __init__(self, samples: Samples, model: nn.Module | None):
+        self.samples, self.model = samples, model
+        self.network: nn.Module | None = None
+        self.takes = None if model is None or is_transformers(model) else Signature.of(model)
+
+    def runs(self, form: Form) -> bool:
+        assert self.model is not None, "forms are tried on a network"
+        self.network = self.network or copied(self.model).cpu()
+        return runs(replace(self.samples, labelled=form.label is not None, split=form), self.network)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a forward takes: parameters in order, how many need a value, and whether it takes more, by position and by name."""
+
+    name: str
+    parameters: Mapping[str, inspect.Parameter]
+    positional: tuple[str, ...]
+    required: tuple[str, ...]
+    more: bool
+    more_named: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Signature":
+        try:
+            parameters = inspect.signature(model.forward).parameters
+        except (TypeError, ValueError):  # a callable that does not say
+            return cls(type(model).__name__, {}, (), (), True, True)
+        kinds = {name: one.kind for name, one in parameters.items()}
+        by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return cls(
+            type(model).__name__,
+            parameters,
+            tuple(name for name, kind in kinds.items() if kind in by_place),
+            tuple(name for name, one in parameters.items() if one.default is one.empty and one.kind not in several),
+            inspect.Parameter.VAR_POSITIONAL in kinds.values(),
+            inspect.Parameter.VAR_KEYWORD in kinds.values(),
+        )
+
+    def fits(self, count: int) -> bool:
+        """Return whether it takes so many tensors by position."""
+        if count < len([name for name in self.required if name in self.positional]):
+            return False
+        return all(map(self._takes_tensor, self.positional[:count])) and (self.more or count <= len(self.positional))
+
+    def _takes_tensor(self, name: str) -> bool:
+        one = self.parameters[name]
+        switch = isinstance(one.default, (bool, int, float, str)) or one.annotation in (bool, int, float, str)
+        return not switch and (name in self.required or name not in LABELS)
+
+    def __str__(self) -> str:
+        return f"{self.name}.forward({', '.join(str(one.replace(annotation=one.empty)) for one in self.parameters.values())})"
+
+
+def _form_of(item: Any, tries: _Tries) -> Form:
+    if isinstance(item, Mapping):
+        return _form_of_dictionary(item, tries)
+    if isinstance(item, (tuple, list)) and not isinstance(_value(item), Tensor):
+        return _form_of_tuple(item, tries)
+    return Form()
+
+
+def _form_of_tuple(item: Sequence, tries: _Tries) -> Form:
+    """Decide which elements are inputs. What is no number, such as a path or a detector's targets, is neither input nor label."""
+    places = [place for place, part in enumerate(item) if place == 0 or _is_data(part)]
+    dropped = [f"{place} ({type(part).__name__})" for place, part in enumerate(item) if place not in places]
+    note = f"elements {some(dropped)} of the data's items are no numbers: they are neither inputs nor labels" if dropped else ""
+    last = places[-1] if len(places) > 1 and _is_label(item[places[-1]]) else None
+    labelled, unlabelled = Form(tuple(places[:-1]), last, note=note), Form(tuple(places), note=note)
+    if isinstance(item[0], Mapping):
+        inner = _form_of_dictionary(item[0], _Tries(replace(tries.samples, dataset=_Firsts(tries.samples.dataset)), tries.model))
+        return Form((0,), last, inner=inner, note=note or inner.note)
+    nested = len(places) == 2 and isinstance(item[0], (tuple, list))  # ((a, b), label)
+    if last is None or tries.takes is None or nested:
+        return unlabelled if last is None else labelled
+    fitting = [form for form in (labelled, unlabelled) if tries.takes.fits(len(form.inputs or ()))]
+    if len(fitting) == 2:
+        fitting = [form for form in fitting if tries.runs(form)] or [labelled]
+    if len(fitting) == 2:
+        place = "".join(tries.takes.positional[len(places) - 1 :][:1]) or "an input"
+        raise InvalidInput(
+            f"Items of the data hold {len(places)} tensors, and {tries.takes} runs with the last as {place} and without it. Say which: "
+            f"anybit.Samples(data, labelled=False) where it is {place}, anybit.Samples(data, labelled=True) where it is the label."
+        )
+    return fitting[0] if fitting else labelled
+
+
+class _Firsts(Sequence):
+    """The first elements of another data set's items."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dataset[index][0]
+
+
+def _form_of_dictionary(item: Mapping, tries: _Tries) -> Form:
+    """Decide which entries the forward takes by their names; without such, the dictionary itself, or the one entry that it runs on."""
+    takes = tries.takes
+    required = takes.required if takes else ()
+    label = next((key for key in LABELS if key in item and key not in required and _is_label(item[key])), None)
+    data = [key for key, part in item.items() if _is_data(part) and key != label and (key in required or key not in LABELS)]
+    known = Signature.of(tries.model).parameters if tries.model is not None else {}
+    named = tuple(key for key in data if key in known)
+    if takes is None:
+        return Form(named or tuple(data), label, named=True)
+    if set(required) <= set(named) and (named or takes.more_named):
+        return _noted(item, Form(tuple(data) if takes.more_named else named, label, named=True))
+    if len(required) > 1 or not takes.fits(1):
+        raise InvalidInput(_of_other_names(item, takes))
+    whole = Form(tuple(data), label, whole=True)
+    forms = [whole, *(Form((key,), label) for key in data)]
+    running = [form for form in forms if tries.runs(form)]
+    if not running and label is not None and tries.runs(everything := replace(whole, inputs=(*data, label))):
+        running = [everything]
+    if not running:
+        raise InvalidInput(_of_other_names(item, takes))
+    if len(running) > 1:
+        ways = " or ".join("the dictionary itself" if form.whole else f"{form.inputs[0]!r} alone" for form in running if form.inputs)
+        raise InvalidInput(
+            f"Items of the data are dictionaries, and {takes} runs on {ways}. Say which: give the tensor as {takes.positional[0]!r}, as "
+            "the forward calls it, or items that are the tensor alone."
+        )
+    return _noted(item, running[0])
+
+
+def _of_other_names(item: Mapping, takes: Signature) -> str:
+    return (
+        f"Items of the data are dictionaries of {some([str(key) for key in item])}, which {takes} does not take. Name the entries as the "
+        "forward calls its arguments, or give items as tuples in its order."
+    )
+
+
+def _noted(item: Mapping, form: Form) -> Form:
+    """Note a dictionary's entries that are not used."""
+    left = [str(key) for key in item if key != form.label and key not in (form.inputs or ())]
+    taken = some([str(key) for key in form.inputs or ()])
+    return replace(form, note=f"entries {some(left)} of the data's items are not used: the forward gets {taken}") if left else form
+
+
+def _is_data(part: Any) -> bool:
+    """Return whether a part of an item is numbers, or tuples and lists of such."""
+    if isinstance(part, (Tensor, bool, int, float)):
+        return True
+    if isinstance(part, (np.ndarray, np.generic)):
+        return part.dtype.kind in "biufc"
+    return isinstance(part, (tuple, list)) and len(part) > 0 and all(map(_is_data, part))
+
+
+def _is_label(part: Any) -> bool:
+    """Return whether a part of an item may be a label: one array of numbers."""
+    part = _value(list(part) if isinstance(part, tuple) else part)
+    return _is_data(part) and not isinstance(part, (tuple, list))
+
+
+def rows_of(batches: Iterable[Any]) -> list[Any]:
+    """Take batches apart into their samples. Raise InvalidInput where the tensors of one differ in their first dimension."""
+    rows: list[Any] = []
+    for batch in batches:
+        counts = _counts(batch)
+        if len(set(counts)) != 1:
+            raise InvalidInput(f"A batch of the data has tensors of {some([str(one) for one in counts])} samples. Give as many of each.")
+        rows += [_row(batch, index, counts[0]) for index in range(counts[0])]
+    return rows
+
+
+def is_batch(element: Any) -> bool:
+    """Return whether what may be a sample may be a batch as well: all its tensors have one first dimension."""
+    return len(set(_counts(element))) == 1 and 0 not in _counts(element)
+
+
+def _counts(batch: Any) -> list[int]:
+    """Return the first dimension of each tensor, 0 for a single number."""
+    if isinstance(batch, (Tensor, np.ndarray)):
+        return [len(batch) if batch.ndim else 0]
+    if isinstance(batch, (bool, int, float)):
+        return [0]
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return [count for part in parts for count in _counts(part)]
+
+
+def _row(batch: Any, index: int, count: int) -> Any:
+    if isinstance(batch, (Tensor, np.ndarray)):
+        return batch[index]
+    if isinstance(batch, Mapping):
+        return {key: _row(part, index, count) for key, part in batch.items()}
+    if isinstance(batch, (tuple, list)) and _counts(batch):
+        return tuple(_row(part, index, count) for part in batch)
+    return batch[index] if isinstance(batch, (tuple, list)) and len(batch) == count else batch

@@ -1,0 +1,160 @@
+"""Folders of pictures: the files, their classes, and how one is read."""
+
+import warnings
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from anybit.errors import InvalidInput, some
+from anybit.files.cache import digest_of_files
+from anybit.files.contents import contents_of
+from anybit.files.strict import in_words
+from anybit.sources.callables import import_optional
+from anybit.sources.preprocessing import Preprocessing
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+PIXELS = 2**25
+"""Of a picture whose short side is resized: a few bytes of a file can claim a strip that becomes gigabytes."""
+
+
+class ImageFolder(Dataset):
+    """Pictures in one folder (unlabelled) or one folder a class, numbered as `class_numbers` does."""
+
+    def __init__(self, root: Path, preprocessing: Preprocessing):
+        import_optional("PIL.Image", "pillow", f"The folder of images {root}")
+        self.preprocessing = preprocessing
+        files = _pictures(root)
+        if not files:
+            raise InvalidInput(f"Folder {root} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        numbers = class_numbers(_class_folders(root, files), preprocessing.classes, root)
+        self.labelled = all(path.parent != root for path in files)
+        self.items = [(path, numbers[path.parent.name] if self.labelled else -1) for path in files]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def contents_digest(self) -> str:
+        """Return a SHA-256 over the files, their classes and how they are read."""
+        return contents_of([digest_of_files([path for path, _ in self.items]), [label for _, label in self.items], self.preprocessing])
+
+    def __getitem__(self, index: int):
+        path, label = self.items[index]
+        picture = read_image(path, self.preprocessing)
+        return (picture, label) if self.labelled else picture
+
+
+def _pictures(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
+
+
+def _class_folders(root: Path, files: Iterable[Path]) -> set[str]:
+    """Return the names of the folders that hold pictures, apart from `root`. Raise InvalidInput where two are called alike."""
+    folders = sorted({path.parent for path in files} - {root})
+    names: dict[str, Path] = {}
+    for folder in folders:
+        if names.setdefault(folder.name, folder) != folder:
+            raise InvalidInput(
+                f"{root} holds two folders of pictures of one name, {names[folder.name]} and {folder}. A folder is a class: name the one "
+                "that holds the class folders, or give each class one folder."
+            )
+    return set(names)
+
+
+def class_numbers(names: Collection[str], classes: Collection[str] | None, root: Path) -> dict[str, int]:
+    """Return class folder -> number: its place in `classes`; without them the integer that it is called, or its place in sorted order."""
+    if classes is not None:
+        known = {name: number for number, name in enumerate(classes)}
+        if unknown := sorted(set(names) - set(known)):
+            raise InvalidInput(
+                f"{root} has class folders that are none of the classes known ({some(list(known))}): {some(unknown)}. Name all classes in "
+                "the order of their numbers: --classes A,B,C."
+            )
+        return known
+    if all(map(_is_number, names)):
+        numbers = {name: int(name) for name in names}
+        if len(set(numbers.values())) < len(numbers):
+            raise InvalidInput(f"{root} has class folders of one number ({some(sorted(names))}). Write each number once.")
+        return numbers
+    return {name: number for number, name in enumerate(sorted(names))}
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit() and len(name) <= 9
+
+
+def common_classes(references: Iterable[Any]) -> tuple[str, ...] | None:
+    """Return the names of the class folders of all these folders of pictures, sorted: one numbering for data and test data alike.
+
+    None where there are none, or where folders are called by their classes' numbers.
+    """
+    roots = [Path(reference) for reference in references if isinstance(reference, str) and Path(reference).is_dir()]
+    names = set().union(*(_class_folders(root, _pictures(root)) for root in roots)) if roots else set()
+    return None if all(map(_is_number, names)) else tuple(sorted(names))
+
+
+def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
+    """Read one picture as float [3, H, W]: upright, RGB, resized, cropped, scaled to 0..1, normalized."""
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            file = Image.open(path)
+            picture = _as_8_bits(ImageOps.exif_transpose(file), file.format).convert("RGB")
+    except InvalidInput as error:
+        raise InvalidInput(f"{path} {error}") from error
+    except Exception as error:  # broken files raise SyntaxError and struct.error too, and too large ones an error of PIL's own
+        raise InvalidInput(f"{path} cannot be read as a picture: {in_words(error)}. Remove or replace it.") from error
+    picture = _resized(picture, preprocessing, path)
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    if preprocessing.mean is not None:
+        x = x - torch.tensor(preprocessing.mean)[:, None, None]
+    if preprocessing.std is not None:
+        x = x / torch.tensor(preprocessing.std)[:, None, None]
+    return x.contiguous()
+
+
+def _resized(picture: Any, preprocessing: Preprocessing, path: Path) -> Any:
+    from PIL import Image
+
+    resampling = getattr(Image.Resampling, preprocessing.interpolation.upper())
+    if preprocessing.resize:
+        share = preprocessing.resize / min(picture.size)
+        sides = round(picture.width * share), round(picture.height * share)
+        if sides[0] * sides[1] > max(PIXELS, preprocessing.resize**2):
+            raise InvalidInput(
+                f"{path} is {picture.width} x {picture.height} pixels and would be {sides[0]} x {sides[1]} with a short side of "
+                f"{preprocessing.resize}. Crop or remove it, or give --size without --resize."
+            )
+        picture = picture.resize(sides, resampling)
+        if preprocessing.size:
+            left, top = (picture.width - preprocessing.size) // 2, (picture.height - preprocessing.size) // 2
+            picture = picture.crop((left, top, left + preprocessing.size, top + preprocessing.size))
+    elif preprocessing.size:
+        picture = picture.resize((preprocessing.size, preprocessing.size), resampling)
+    return picture
+
+
+def _as_8_bits(picture: Any, file_format: str | None) -> Any:
+    """Scale a picture of one 16-bit or float channel, which Pillow would clip to 0..255, to 8 bits. Floats are from 0 to 1."""
+    from PIL import Image
+
+    if picture.mode not in ("I", "F") and not picture.mode.startswith("I;"):
+        return picture
+    values = np.asarray(picture)
+    if picture.mode == "F":
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+            raise InvalidInput(
+                f"holds floats from {values.min():g} to {values.max():g}, and those of a picture are from 0 to 1. Scale them, or give "
+                "arrays."
+            )
+        return Image.fromarray(np.round(values * 255).astype(np.uint8))
+    if picture.mode == "I" and file_format == "TIFF":  # elsewhere this is how Pillow holds 16 bits
+        raise InvalidInput(
+            f"holds 32-bit integers from {values.min()} to {values.max()}, whose white is not known. Save it with 8 or 16 bits."
+        )
+    return Image.fromarray(np.round(values / 257).astype(np.uint8))

@@ -1,0 +1,65 @@
+"""Inspection says, before any work, what export would refuse."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Bessel, Odd, Residual, make, pictures
+from torch import nn
+
+import anybit
+from anybit.errors import UnsupportedModel
+from anybit.reports.terminal import export_line
+
+LIGHT = {"samples": 8, "batch_size": 8, "weight_bits": (8,), "activation_bits": (8,), "pipeline": "light", "solver": "none"}
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
+def undivided(self, x):
+    return self.b(F.avg_pool2d(self.a(x), 2, 2, divisor_override=3))
+
+
+REFUSED = {
+    "an operator that the exporter lacks": (Bessel, torch.ones(8, 4)),
+    "a batch that forward fixes": (lambda: Odd(lambda s, x: s.a(x).reshape(len(x), -1), a=nn.Conv2d(3, 4, 3)), pictures(8)),
+    "a forward that is more than its operator": (lambda: Odd(lambda s, x: s.odd(x), odd=Scaled(3, 4, 3)), pictures(8)),
+    "a function that the exporter changes": (lambda: Odd(undivided, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 1)), pictures(8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_inspection_refuses_what_export_refuses_with_the_same_words(name, tmp_path):
+    torch.manual_seed(0)
+    network, data = REFUSED[name][0]().eval(), REFUSED[name][1]
+    trial = anybit.inspect(network, data)["export"]
+    run = anybit.calibrate(network, data, None, **LIGHT).save(tmp_path / "run")
+    with pytest.raises(UnsupportedModel) as refusal:
+        anybit.export(run, tmp_path / "net.onnx", model=network, data=data)
+    assert trial == {"ok": False, "reason": str(refusal.value)}
+    assert str(refusal.value) in export_line(trial)
+
+
+def test_inspection_counts_the_layers_that_the_file_has_on_integers(tmp_path):
+    model, data, keep = make(Residual), pictures(8), {"fc": "float"}
+    trial = anybit.inspect(model, data, keep=keep)["export"]
+    run = anybit.calibrate(model, data, None, keep=keep, **LIGHT).save(tmp_path / "run")
+    report = anybit.export(run, tmp_path / "net.onnx", model=model, data=data)
+    assert trial["ok"] and len(trial["integer_layers"]) == report["integer_layers"] and trial["float_layers"] == ["fc"]
+    assert export_line(trial).endswith("6 of 7 layers on integers, in float: fc.")
+
+
+def test_what_was_not_tried_is_said():
+    model = make(Residual)
+    assert anybit.inspect(model)["export"] == {"ok": None, "reason": "it needs data"}
+    assert anybit.inspect(model, pictures(4), export=False)["export"]["ok"] is None
+
+
+def test_the_runs_own_export_takes_up_the_graph_of_the_trial(tmp_path, monkeypatch):
+    model, data = make(Residual), pictures(40)
+    anybit.inspect(model, data)
+    monkeypatch.setattr(torch.onnx, "export", None)
+    run = anybit.calibrate(model, data, None, **LIGHT).save(tmp_path / "run")
+    assert anybit.export(run, tmp_path / "net.onnx", model=model, data=data)["integer_layers"] == 7

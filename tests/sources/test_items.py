@@ -1,0 +1,229 @@
+"""What of an item the network takes, and what is the label: by the forward's signature, or asked."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import anybit
+from anybit.data.batches import call
+from anybit.errors import InvalidInput
+from anybit.progress import listening
+from anybit.sources.inputs import as_samples
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, a, b):
+        return self.fc(torch.cat([a, b], -1))
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x, mask=None):
+        y = self.fc(x)
+        return y.mean(1) if mask is None else (y * mask[..., None]).sum(1)
+
+
+class Switched(Masked):
+    def forward(self, x, pre_logits: bool = False):
+        return super().forward(x)
+
+
+class Losing(Masked):
+    def forward(self, x, targets=None):
+        return super().forward(x)
+
+
+class Taking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, batch):
+        return self.fc(batch["image"])
+
+
+class Single(Taking):
+    def forward(self, x):
+        return self.fc(x)
+
+
+class Convolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).mean((2, 3)))
+
+
+N = 6
+A, B, X, MASK, P = torch.randn(N, 3), torch.randn(N, 3), torch.randn(N, 4, 6), torch.ones(N, 4), torch.randn(N, 3, 8, 8)
+CLASS = torch.arange(N) % 5
+
+
+def first(data, model):
+    batch = next(as_samples(data, model=model).batches(N))
+    call(model, batch.inputs)
+    return batch
+
+
+def same(tree, other) -> bool:
+    if isinstance(tree, torch.Tensor):
+        return torch.equal(tree, other)
+    keys = tree.keys() if isinstance(tree, dict) else range(len(tree))
+    return type(tree) is type(other) and len(tree) == len(other) and all(same(tree[key], other[key]) for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "inputs", "labels"),
+    [
+        (Pair(), TensorDataset(A, B), (A, B), None),
+        (Pair(), (A, B), {"a": A, "b": B}, None),
+        (Pair(), (A, B, CLASS), {"a": A, "b": B}, CLASS),
+        (Pair(), TensorDataset(A, B, CLASS), (A, B), CLASS),
+        (Pair(), [((a, b), c) for a, b, c in zip(A, B, range(N), strict=True)], (A, B), torch.arange(N)),
+        (Pair(), [({"a": a, "b": b, "id": "x"}, c) for a, b, c in zip(A, B, range(N), strict=True)], {"a": A, "b": B}, torch.arange(N)),
+        (Masked(), TensorDataset(X, MASK, CLASS), (X, MASK), CLASS),
+        (Masked(), TensorDataset(X, CLASS), X, CLASS),
+        (Switched(), TensorDataset(X, MASK[:, 0]), X, MASK[:, 0]),
+        (Losing(), TensorDataset(X, CLASS), X, CLASS),
+        (Masked(), {"x": X, "mask": MASK}, {"x": X, "mask": MASK}, None),
+        (Single(), [(a, {"boxes": torch.rand(n, 4), "labels": torch.ones(n)}) for n, a in enumerate(A)], A, None),
+        (Single(), [(a, f"{n}.png") for n, a in enumerate(A)], A, None),
+        (Single(), [(a, n, f"{n}.png") for n, a in enumerate(A)], A, torch.arange(N)),
+        (Single(), [(a, None) for a in A], A, None),
+        (Single(), [(a, [0.0, 1.0]) for a in A], A, torch.tensor([[0.0, 1.0]] * N)),
+        (Single(), [{"x": a, "label": n} for n, a in enumerate(A)], A, torch.arange(N)),
+        (Single(), [{"pixel_values": a, "labels": n} for n, a in enumerate(A)], A, torch.arange(N)),
+        (Single(), {"pixel_values": A, "label": CLASS}, A, CLASS),
+        (Single(), {"x": A.numpy(), "y": CLASS.numpy()}, A, CLASS),
+        (Taking(), [{"image": a, "label": n, "path": "x"} for n, a in enumerate(A)], ({"image": A},), torch.arange(N)),
+        (Convolution(), [{"image": p, "id": n} for n, p in enumerate(P)], P, None),
+        (Convolution(), [(P[:4], CLASS[:4]), (P[4:], CLASS[4:])], P, CLASS),
+        (Convolution(), iter([P[:4], P[4:]]), P, None),
+        (Convolution(), [P[:4], P[4:]], P, None),
+        (Convolution(), [{"x": P[:4], "labels": CLASS[:4]}, {"x": P[4:], "labels": CLASS[4:]}], P, CLASS),
+        (Convolution(), iter(list(P)), P, None),
+        (Convolution(), DataLoader([(P[:4], CLASS[:4]), (P[4:], CLASS[4:])], batch_size=None), P, CLASS),
+        (Single(), DataLoader([A[:4], A[4:]], batch_size=None), A, None),
+    ],
+)
+def test_the_forwards_signature_says_what_is_an_input(model, data, inputs, labels):
+    batch = first(data, model)
+    got = batch.inputs["x"] if isinstance(batch.inputs, dict) and not isinstance(inputs, dict) else batch.inputs
+    assert same(inputs, got)
+    assert batch.labels is None if labels is None else torch.equal(batch.labels, labels)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield from zip(P, range(N), strict=True)
+
+
+@pytest.mark.parametrize("data", [Stream(), DataLoader(Stream(), batch_size=4), iter(Stream())], ids=["data set", "loader", "iterator"])
+def test_of_what_can_only_be_iterated_the_first_samples_are_held(data):
+    notes = []
+    with listening(events=lambda event, fields: notes.append(fields.get("note"))):
+        samples = as_samples(data, model=Convolution(), most=N)
+    batch = next(samples.batches(2 * N))
+    assert torch.equal(batch.inputs, P) and batch.labels.tolist() == list(range(N)) and "the first 6 samples" in str(notes)
+
+
+def test_a_stream_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr("anybit.sources.inputs.BYTES", 10_000)
+    with pytest.raises(InvalidInput, match=r"no length, and its first \d+ samples"):
+        as_samples(Stream(), model=Convolution())
+    with pytest.raises(InvalidInput, match="empty"):
+        as_samples(iter([]), model=Convolution())
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "words"),
+    [
+        (Masked(), TensorDataset(X, MASK), ("Masked.forward(x, mask=None)", "labelled=False) where it is mask", "labelled=True)")),
+        (Masked(), (X, MASK), ("Masked.forward(x, mask=None)", "labelled=False", "labelled=True")),
+        (Single(), [torch.randn(4, 3), torch.randn(4, 3)], ("anybit.Samples(data, labelled=False)", "DataLoader(data, batch_size=None)")),
+        (Single(), [{"image": a, "other": a} for a in A], ("'image' alone or 'other' alone", "'x'")),
+    ],
+    ids=["mask", "arrays", "batches", "keys"],
+)
+def test_an_ambiguity_is_a_question_with_its_answers(model, data, words):
+    with pytest.raises(InvalidInput) as refused:
+        as_samples(data, model=model)
+    assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
+
+
+def test_the_answers_to_a_question_hold():
+    model, data = Masked(), TensorDataset(X, MASK)
+    assert same((X, MASK), first(anybit.Samples(data, labelled=False), model).inputs)
+    assert torch.equal(first(anybit.Samples(data, labelled=True), model).labels, MASK)
+    batches = [torch.randn(4, 3), torch.randn(4, 3)]
+    assert torch.equal(first(DataLoader(batches, batch_size=None), Single()).inputs, torch.cat(batches)[:N])
+    assert torch.equal(first(anybit.Samples(batches, labelled=False), Single()).inputs, torch.stack(batches))
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "words"),
+    [
+        (Pair(), [{"a": a, "c": a} for a in A], ("dictionaries of a, c", "Pair.forward(a, b)")),
+        (Single(), [{"path": "x"}, {"path": "y"}], ("dictionaries of path", "Single.forward(x)")),
+        (Single(), [(a, torch.rand(n + 1, 4)) for n, a in enumerate(A)], ("do not fit into one batch",)),
+    ],
+    ids=["other names", "no numbers", "labels of several shapes"],
+)
+def test_what_the_forward_does_not_take_is_one_line(model, data, words):
+    with pytest.raises(InvalidInput) as refused:
+        next(as_samples(data, model=model).batches(4))
+    assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
+
+
+def test_what_is_left_out_of_an_item_is_told():
+    notes = []
+    with listening(events=lambda event, fields: notes.append(fields.get("note"))):
+        first([(a, f"{n}.png") for n, a in enumerate(A)], Single())
+        first([{"x": a, "id": n} for n, a in enumerate(A)], Single())
+    assert "elements 1 (str)" in notes[0] and "entries id" in notes[1]
+
+
+def test_the_given_network_and_the_callers_generator_are_left_alone():
+    class Counting(Masked):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x, mask=None):
+            self.count += 1
+            return super().forward(x, mask) + torch.rand(())
+
+    model = Counting().train()
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    as_samples(TensorDataset(X, CLASS), model=model)
+    assert model.count == 0 and model.training and torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_pair_of_inputs_is_calibrated_on():
+    result = anybit.calibrate(
+        Pair().eval(), TensorDataset(A, B), "8bit", weight_bits=(8,), activation_bits=(8,), pipeline="light", cache=False
+    )
+    assert set(result.scheme) == {"fc"}
+
+
+def test_arrays_of_a_loader_with_its_own_collate_function_are_split_as_its_batches():
+    def collate(items):
+        return torch.stack([p for p, _ in items]), [f"{n}.png" for _, n in items]
+
+    batch = first(DataLoader(list(zip(P, range(N), strict=True)), collate_fn=collate), Convolution())
+    assert torch.equal(batch.inputs, P) and batch.labels is None
+    with_numbers = DataLoader(list(zip(P.numpy(), np.arange(N), strict=True)))
+    assert first(with_numbers, Convolution()).labels.tolist() == list(range(N))

@@ -1,0 +1,120 @@
+"""Folders of pictures: every mode and orientation as it looks, classes numbered once, sizes within limits."""
+
+import numpy as np
+import pytest
+import torch
+
+from anybit.errors import InvalidInput, InvalidSetting
+from anybit.roads.inputs import follow_model
+from anybit.sources.inputs import load_data
+from anybit.sources.pictures import read_image
+from anybit.sources.preprocessing import Preprocessing
+
+Image = pytest.importorskip("PIL.Image")
+RAMP = np.arange(0, 256, 8, dtype=np.uint8).reshape(4, 8)
+DEEP = RAMP.astype(np.uint16) * 257
+
+
+def save(path, values=RAMP, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("a.png", DEEP), ("a.tif", DEEP), ("a.tif", DEEP.astype(">u2")), ("a.ppm", DEEP),
+        ("a.tif", RAMP.astype(np.float32) / 255), ("a.png", np.stack([RAMP] * 3, -1)),
+        ("a.png", np.stack([RAMP] * 4, -1)),
+    ],
+    ids=["16-bit png", "16-bit tiff", "big-endian", "16-bit ppm", "float", "rgb", "rgba"],
+)  # fmt: skip
+def test_a_picture_of_any_depth_is_read_as_it_looks(name, values, tmp_path):
+    picture = read_image(save(tmp_path / name, values), Preprocessing())
+    assert torch.equal(picture, torch.from_numpy(RAMP).float().expand(3, -1, -1) / 255)
+
+
+def test_a_dark_16_bit_picture_stays_dark(tmp_path):
+    assert read_image(save(tmp_path / "a.png", np.full((4, 4), 200, np.uint16)), Preprocessing()).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (RAMP.astype(np.float32), "floats from 0 to 248"), (np.full((2, 2), np.nan, np.float32), "floats from nan"),
+        (RAMP.astype(np.int32), "32-bit integers from 0 to 248"),
+    ],
+    ids=["floats", "nan", "integers"],
+)  # fmt: skip
+def test_a_picture_whose_white_is_not_known_is_refused(values, words, tmp_path):
+    with pytest.raises(InvalidInput, match=rf"a\.tif holds {words}"):
+        read_image(save(tmp_path / "a.tif", values), Preprocessing())
+
+
+def test_pictures_are_turned_as_their_orientation_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    picture = read_image(save(tmp_path / "a.png", exif=exif), Preprocessing())
+    assert torch.equal(picture[0] * 255, torch.from_numpy(np.rot90(RAMP, -1).copy()).float())
+
+
+def labels_of(root, preprocessing=Preprocessing()):
+    samples = load_data(str(root), preprocessing)
+    return {path.parent.name: label for path, label in samples.dataset.items}
+
+
+def test_classes_of_data_and_test_data_are_numbered_together(tmp_path):
+    for name in ("train/a", "train/b", "train/c", "test/a", "test/c", "more/d"):
+        save(tmp_path / name / "p.png")
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1))
+    _, preprocessing, about = follow_model(network, None, str(tmp_path / "train"), str(tmp_path / "test"), Preprocessing(), None)
+    assert labels_of(tmp_path / "train", preprocessing) == {"a": 0, "b": 1, "c": 2}
+    assert labels_of(tmp_path / "test", preprocessing) == {"a": 0, "c": 2}
+    assert Preprocessing.from_json(about["preprocessing"]).classes == ("a", "b", "c")
+    with pytest.raises(InvalidInput, match=r"none of the classes known \(a, b, c\): d\. .*--classes"):
+        load_data(str(tmp_path / "more"), preprocessing)
+    _, fewer, _ = follow_model(network, None, str(tmp_path / "test"), str(tmp_path / "train"), Preprocessing(), None)
+    assert fewer.classes == ("a", "b", "c")
+    _, own, _ = follow_model(network, None, str(tmp_path / "test"), None, Preprocessing(classes=("c", "a")), None)
+    assert labels_of(tmp_path / "test", own) == {"c": 0, "a": 1}
+
+
+def test_folders_called_by_their_numbers_need_no_common_numbering(tmp_path):
+    for name in ("train/0", "train/7", "test/7"):
+        save(tmp_path / name / "p.png")
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1))
+    _, preprocessing, _ = follow_model(network, None, str(tmp_path / "train"), str(tmp_path / "test"), Preprocessing(), None)
+    assert preprocessing.classes is None and labels_of(tmp_path / "test", preprocessing) == {"7": 7}
+
+
+def test_a_digit_that_is_no_number_is_a_name(tmp_path):
+    for name in ("²", "1", "123456789012345678901234567890"):
+        save(tmp_path / name / "p.png")
+    assert labels_of(tmp_path) == {"1": 0, "123456789012345678901234567890": 1, "²": 2}
+
+
+@pytest.mark.parametrize("names", [("1", "01"), ("a/x", "b/x")], ids=["one number", "one name"])
+def test_two_folders_of_one_class_are_refused(names, tmp_path):
+    for name in names:
+        save(tmp_path / name / "p.png")
+    with pytest.raises(InvalidInput, match=r"one number|of one name"):
+        load_data(str(tmp_path))
+
+
+def test_a_name_twice_among_classes_is_refused():
+    with pytest.raises(InvalidSetting, match="--classes a,a"):
+        Preprocessing(classes=("a", "a"))
+
+
+def test_a_strip_that_would_become_gigabytes_is_refused(tmp_path):
+    path = save(tmp_path / "a.png", np.zeros((1, 60_000), np.uint8))
+    with pytest.raises(InvalidInput, match=r"60000 x 1 pixels and would be 13440000 x 224"):
+        read_image(path, Preprocessing(resize=224, size=224))
+    assert read_image(path, Preprocessing(size=16)).shape == (3, 16, 16)
+
+
+def test_a_picture_that_claims_more_pixels_than_memory_holds_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(InvalidInput, match=r"a\.png cannot be read as a picture: .*pixels"):
+        read_image(save(tmp_path / "a.png"), Preprocessing())
