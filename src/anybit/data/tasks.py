@@ -253,12 +253,13 @@ class Segmentation(Task):
                 f"Labels of a segmentation are whole numbers {expected}, of logits [N, classes, H, W]; these are {labels.dtype} of shape "
                 f"{tuple(labels.shape)}, and the outputs {tuple(outputs.shape)}."
             )
-        logits, masks = self._at_labels(outputs, labels)
+        masks, classes = _as_masks(labels, outputs), outputs.shape[1]
+        masks = masks[_is_scored(masks, classes)]
         if not len(masks):
             raise InvalidInput(f"Every label is {IGNORED} or {VOID}, so there is nothing to score. Give labels of some places.")
-        if masks.min() < 0 or masks.max() >= logits.shape[1]:
+        if masks.min() < 0 or masks.max() >= classes:
             raise InvalidInput(
-                f"Labels run from {int(masks.min())} to {int(masks.max())}, but the model has {logits.shape[1]} classes. "
+                f"Labels run from {int(masks.min())} to {int(masks.max())}, but the model has {classes} classes. "
                 f"Check that the data set's class numbers are the model's; {IGNORED} and {VOID} are not scored."
             )
 
@@ -267,19 +268,21 @@ class Segmentation(Task):
         masks = _as_masks(labels, outputs)
         if outputs.shape[2:] != masks.shape[1:]:
             outputs = F.interpolate(outputs, masks.shape[1:], mode="bilinear" if outputs.dim() == 4 else "nearest")
-        logits, masks = outputs.movedim(1, -1).flatten(0, -2), masks.flatten()
-        scored = (masks != IGNORED) & ((masks != VOID) | (logits.shape[1] > VOID))
-        return logits[scored], masks[scored]
+        scored = _is_scored(masks, outputs.shape[1])
+        return outputs.movedim(1, -1)[scored], masks[scored]
 
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        logits, masks = self._at_labels(outputs, labels)
-        count, best = logits.shape[1], logits.argmax(1)
-        confusion = torch.bincount(masks * count + best, minlength=count**2).view(count, count).double()
+        count, loss = outputs.shape[1], 0.0
+        confusion = torch.zeros(count, count, dtype=torch.float64, device=outputs.device)
+        for some, theirs in in_parts(outputs, labels):
+            logits, masks = self._at_labels(some, theirs)
+            confusion += torch.bincount(masks * count + logits.argmax(1), minlength=count**2).view(count, count)
+            loss += len(masks) * Classification().scores(logits, masks)["loss"] if len(masks) else 0.0
         right, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
         return {
             "mean_iou": 100 * float((right[union > 0] / union[union > 0]).mean()),
             "pixel_accuracy": 100 * float(right.sum() / confusion.sum()),
-            "loss": Classification().scores(logits, masks)["loss"],
+            "loss": loss / float(confusion.sum()),
         }
 
     def check_trains_on_labels(self) -> None:
@@ -287,6 +290,11 @@ class Segmentation(Task):
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return Classification().loss(*self._at_labels(outputs, labels))
+
+
+def _is_scored(masks: Tensor, classes: int) -> Tensor:
+    """Return which places have a label, bool of the masks' shape."""
+    return (masks != IGNORED) & ((masks != VOID) | (classes > VOID))
 
 
 def _as_masks(labels: Tensor, outputs: Tensor) -> Tensor:

@@ -189,4 +189,5 @@ def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, wor
         data = supernet.about.get("data", {}).get("reference")
         if not isinstance(data, str) or isinstance(run, Supernet) or not is_trusted(Path(run), SUPERNET_JSON):
             raise InvalidSetting("The supernet does not name data that may be followed. Give its training data with --data.")
-    return samples_from(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})), supernet.model)
+    samples = samples_from(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})), supernet.model)
+    return compared(supernet.network, samples, supernet.settings.outputs)
