@@ -77,7 +77,7 @@ def tune_biases(
     for epoch in track(range(1, settings.epochs + 1), "bias tuning"):
         for index in torch.randperm(len(fitting), generator=generator).tolist():
             optimizer.zero_grad()
-            _add_gradients(model, fitting[index], references[index], named_task(task), settings.part)
+            _add_gradients(model, fitting[index], references[index], task, settings.part)
             optimizer.step()
             schedule.step()
         after = distance(outputs_of(model, held_out), held_out_reference, task)
@@ -99,14 +99,14 @@ def tune_biases(
     return result
 
 
-def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: Task, part: int | None) -> None:
+def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: Task | str, part: int | None) -> None:
     """Add the gradients of the batch's loss, of as many samples at a time as `part`."""
     done = 0
     for inputs in batch.parts(part or len(batch)):
         with torch.enable_grad():
             outputs = predict(model, inputs)
             target = reference[done : done + len(outputs)]
-            task.distance.loss(outputs, target, reference).backward()
+            named_task(task).distance.loss(outputs, target, reference).backward()
         done += len(outputs)
 
 
