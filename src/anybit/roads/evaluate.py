@@ -12,7 +12,8 @@ from anybit.data.tasks import evaluate as evaluate_model
 from anybit.errors import InvalidInput
 from anybit.progress import tell
 from anybit.roads.inputs import check_inputs, compared, on_device
-from anybit.runs.opened import load, recorded_preprocessing, recorded_task
+from anybit.runs.names import SCHEME
+from anybit.runs.opened import Run, load, recorded_preprocessing, recorded_task
 from anybit.sources.inputs import samples_from
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing, overridden
@@ -20,7 +21,7 @@ from anybit.sources.preprocessing import Preprocessing, overridden
 
 @public
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | Run,
     data: Any,
     metric: Metric | None = None,
     task: str | None = None,
@@ -32,9 +33,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a network on labelled data: the task's own scores, and the user's metric.
 
+    model   a network, a result, a run folder, or a reference as for `--model`; of the two in the middle the run's own task and
+            preprocessing are taken where none is given
     outputs   of several, names or numbers of those that are read (-> any weight): labels are about the first, and the metric gets a tuple
     """
-    model = adapted_network(model)
+    model, preprocessing, task = _network(model, preprocessing, task)
     samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)
     if len(samples) == 0:
         raise InvalidInput("There is nothing to evaluate on: the data is empty.")
@@ -46,16 +49,29 @@ def evaluate(
     return scores
 
 
+def _network(model: nn.Module | Run, preprocessing: Preprocessing, task: str | None) -> tuple[nn.Module, Preprocessing, str | None]:
+    """(the network, preprocessing, task) of anything that can be evaluated."""
+    if isinstance(model, nn.Module):
+        return adapted_network(model), preprocessing, task
+    if not isinstance(model, str | Path):
+        recorded = Preprocessing.from_json(model.about.get("preprocessing", {}))
+        return model.canonical.model, overridden(recorded, preprocessing), task or _not_told_by_labels(model.about.get("task"))
+    if (Path(model) / SCHEME).is_file():
+        return evaluated_network(Path(model), None, None, preprocessing, task)
+    return load_model(str(model), None, task), preprocessing, task
+
+
+def _not_told_by_labels(task: str | None) -> str | None:
+    """Return a recorded task; None where labels tell it: a run that was calibrated without any may have been taken for another."""
+    return None if task in LABELS_TELL else task
+
+
 def evaluated_network(
     run: Path | None, model: str | None, weights: str | None, preprocessing: Preprocessing, task: str | None
 ) -> tuple[nn.Module, Preprocessing, str | None]:
-    """(the network, preprocessing, task) of a run, with what it recorded where nothing else is said; or of a float network's reference.
-
-    A task that labels tell is left to them: a run that was calibrated without may have been taken for another.
-    """
+    """(the network, preprocessing, task) of a run, with what it recorded where nothing else is said; or of a float network's reference."""
     if run is not None:
-        recorded = recorded_task(run)
-        task = task or (None if recorded in LABELS_TELL else recorded)
-        return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task
+        recorded = _not_told_by_labels(recorded_task(run))
+        return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task or recorded
     assert model is not None  # where there is no run
     return load_model(model, weights, task), preprocessing, task

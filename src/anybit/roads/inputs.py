@@ -102,11 +102,12 @@ def notes_of(provenance: Mapping[str, Any], network: ObservedNetwork) -> dict[st
 
 
 def labels_fit(outputs: Tensor, labels: Tensor, task: Task, needed: bool) -> bool:
-    """Return whether the labels are the task's. Where they are not, raise InvalidInput if they are `needed`, and say so otherwise."""
+    """Return whether the labels are the task's. Where they are not, raise InvalidInput if they are `needed`, or class numbers that the
+    network lacks, which is a mistake in any case; say so otherwise."""
     try:
         task.check(outputs, labels)
     except InvalidInput as error:
-        if needed:
+        if needed or (task.of_one_class and labels.dim() == 1 and not labels.is_floating_point()):
             raise
         tell("note", note=f"the labels of the data have no part in this run: {str(error).rstrip('.')}")
         return False
