@@ -417,7 +417,8 @@ def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
     }
     for name in (name for name, fits in likely.items() if fits):
         with suppress(InvalidInput):
-            TASKS[name].check(outputs, labels)
+            if name != "classification":  # nothing else has such labels: class numbers that the network lacks are refused as such
+                TASKS[name].check(outputs, labels)
             return Guess(name, f"{shapes}, {reasons[name]}")
     return None
 
