@@ -168,10 +168,8 @@ def test_what_is_carried_from_unit_to_unit_is_what_would_be_captured(network, un
 
 def test_gathering_patches_computes_nothing_behind_the_last_layer_that_is_read():
     case, computed = rounded(make(Deepening), "W3A4"), []
-    (fitting, _), unit = (
-        capture_sides(None, case.network.folded, case.network.units[0], case.calibration, MemoryBudget(2**30), 8),
-        "blocks.0",
-    )
+    network, unit = case.network, case.network.units[0]
+    fitting, _ = capture_sides(None, network.folded, unit, case.calibration, MemoryBudget(2**30), 8)
     module = network.folded.get_submodule(unit.name)
     module.conv.register_forward_hook(lambda *call: computed.append(1))
     drawn = float_patches({"conv": module.conv}, module, fitting, 0, 2**30)
