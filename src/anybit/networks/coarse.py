@@ -80,6 +80,6 @@ def coarse_in_words(errors: Mapping[str, float], bits: Mapping[str, int]) -> Ite
     for name, error in errors.items():
         yield (
             f"{name} reads inputs that lie far from zero or have unlike units: rounding them to {bits[name]} bits costs "
-            f"{100 * error:.0f} % of the variance of its outputs. Normalize them (subtract each one's mean, divide by its deviation), or keep the layer float: "
-            f"--keep '{name}=float'"
+            f"{100 * error:.0f} % of the variance of its outputs. Normalize them (subtract each one's mean, divide by its deviation), or "
+            f"keep the layer float: --keep '{name}=float'"
         )
