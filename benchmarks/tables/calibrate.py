@@ -215,7 +215,7 @@ def efficientnet_section() -> str:
         ]
         for name, run in runs.items()
     ]
-    columns = ["run", "top-1 (float 90.7)", "top-5", "size", "bits a weight", "time with tests", "less float (paired 95 %)"]
+    columns = ["run", "top-1 (float 90.7)", "top-5", "size", "bits per weight", "time with tests", "less float (paired 95 %)"]
     return table(columns, rows)
 
 

@@ -32,7 +32,17 @@ def sentences_section() -> str:
         return NOT_RUN
     float_run = next(iter(entries("minilm_uniform").values()))
     first = ["float", f"{float_run['float']['top1']:.2f}", "", "", megabytes(float_run["float_bytes"]), "", "32", "", ""]
-    columns = ["scheme", "top-1", "difference (paired, 95 %)", "KL to float", "file", "of it embeddings", "bits a weight", "time", "memory"]
+    columns = [
+        "scheme",
+        "top-1",
+        "difference (paired, 95 %)",
+        "KL to float",
+        "file",
+        "of it embeddings",
+        "bits per weight",
+        "time",
+        "memory",
+    ]
     return table(columns, [first, *rows])
 
 
@@ -71,7 +81,7 @@ def sentence_embeddings_section() -> str:
         "squared error",
         "file",
         "of it embeddings",
-        "bits a weight",
+        "bits per weight",
         "time",
         "memory",
     ]

@@ -57,7 +57,7 @@ def explain(run: str | Path, layer: str) -> dict[str, Any]:
         return explanation | {"why": [said, f"`anybit explain SEARCH {layer}` says what a search tried of it."]}
     if record.table is None:
         raise InvalidFile(
-            f"{folder / REPORT} was written by an earlier anybit and has no table of candidates. Make the run again, or "
+            f"{folder / REPORT} was written by an earlier anybit and has no table of candidates. Repeat the run, or run "
             f"anybit allocate {folder} --budget {record.budget or '4bit'} --output RUN2, and explain that."
         )
     return explanation | _of_allocation(record, layer)
@@ -194,14 +194,12 @@ def _choice_in_words(record: Record, layer: str) -> list[str]:
         f"{layer} is {row.precision}: {human_count(row.weights)} weights, {share}, {options[row.precision].loss:.3g} of predicted loss."
     ]
     if len(options) == 1:
-        said.append("It had no choice: this was its one candidate (--keep, --weight-bits and --activation-bits say what a layer may get).")
+        said.append("It had no choice: this was its only candidate (see --keep, --weight-bits and --activation-bits).")
     elif record.budget is None:
         said.append("No budget was given: every layer has its largest candidate.")
     chosen = record.certificate.chosen
     if chosen is not None and chosen not in ("largest", "allocated 1") and not chosen.startswith("allocated at"):
-        said.append(
-            f"The whole scheme is the one called {chosen!r}: as measured on held-out inputs it was preferred to the one predicted best."
-        )
+        said.append(f"The scheme is {chosen!r}: it measured better on held-out inputs than the one predicted best.")
     return said
 
 
@@ -214,10 +212,10 @@ def _prices_in_words(facts: Mapping[str, Any]) -> list[str]:
 
 def _frontier_in_words(facts: Mapping[str, Any]) -> list[str]:
     cost, last, following = facts["limited"], facts["shadow_price"], facts["next_step"]
-    said = [] if facts["on_frontier"] else ["The scheme lies beside the frontier of predicted losses: its prices are near, not exact."]
+    said = [] if facts["on_frontier"] else ["The scheme is not on the frontier of predicted losses: its prices are approximate."]
     if last is not None:
         bought = f"{_amount(last['cost'], cost)} for {-last['loss']:.3g} less predicted loss"
-        said.append(f"The shadow price is {_price(last, cost)}: the last step that this size pays for took {_step(last)}, {bought}.")
+        said.append(f"The shadow price is {_price(last, cost)}: the last step within this size took {_step(last)}, {bought}.")
     if following is not None:
         said.append(f"The next step would take {_step(following)}: {_amount(following['cost'], cost)} at {_price(following, cost)}.")
     return said
@@ -226,7 +224,7 @@ def _frontier_in_words(facts: Mapping[str, Any]) -> list[str]:
 def _more_in_words(facts: Mapping[str, Any]) -> str:
     cost, more = facts["limited"], facts["more"]
     if more is None:
-        return "No precision of more cost is among its candidates."
+        return "None of its candidates costs more."
     would = f"More, {more['to']}, would cost {_amount(more['cost'], cost)} and gain"
     if more["loss"] >= 0:
         return f"{would} nothing."
@@ -236,7 +234,7 @@ def _more_in_words(facts: Mapping[str, Any]) -> str:
 def _less_in_words(facts: Mapping[str, Any]) -> str:
     cost, less, following = facts["limited"], facts["less"], facts["next_step"]
     if less is None:
-        return "No precision of less cost is among its candidates."
+        return "None of its candidates costs less."
     would = f"Less, {less['to']}, would free {_amount(-less['cost'], cost)} and lose"
     if less["loss"] <= 0:
         return f"{would} nothing, as predicted."
@@ -292,8 +290,8 @@ def _of_training(record: Record, layer: str) -> dict[str, Any]:
     widths = ", ".join("float" if width is None else str(width) for width in bits.values())
     said = [f"{layer} is {record.layers[layer].precision} after {len(epochs)} epochs of training. Its weight bits after each: {widths}."]
     if moved:
-        said.append(f"They changed last in epoch {moved[-1]}.")
-    said.append("A training has no table of what other bits would lose: its gates, under the budget's penalty, decided.")
+        said.append(f"They last changed in epoch {moved[-1]}.")
+    said.append("Training has no table of losses at other bits: the gates decided, under the budget's penalty.")
     return {"bits": bits, "why": said}
 
 
@@ -313,7 +311,7 @@ def _of_supernet(folder: Path, layer: str) -> dict[str, Any]:
         f"{len(search.front)} are on the front."
     ]
     said += [f"For {text} it chose {one.scheme[layer]}." for text, one in search.budgets.items()]
-    said.append("A search scores whole subnets: what these bits alone are worth, it does not know.")
+    said.append("A search scores whole subnets; it does not know what these bits alone are worth.")
     return {
         "candidates": {str(option): _tried(search, layer, option) for option in options},
         "front": [{"cost": one.cost, "score": one.score, "precision": str(one.scheme[layer])} for one in search.front],

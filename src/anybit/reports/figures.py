@@ -45,7 +45,7 @@ def loss_over_size(record: Record) -> Chart:
         series.append(_marks("chosen, measured", 1, "ring", [(record.chosen.bytes, record.chosen.measured, in_words(record.chosen))]))
     if record.result is not None:
         series.append(_marks("chosen, after polishing", 1, "star", [(record.result.bytes, record.final_loss, "after polishing")]))
-    label = "Loss on held-out inputs over the size of the file: predicted frontier, uniform schemes, allocated schemes, the chosen one."
+    label = "Loss on held-out inputs by file size: predicted frontier, uniform schemes, allocated schemes, the chosen one."
     return _over_size("losses", label, series, loss_axis, "loss on held-out inputs")
 
 
@@ -76,7 +76,7 @@ def losses_side_by_side(records: Mapping[str, Record]) -> Chart:
         series.append(_marks(f"{short(name)}: measured", index, shape, measured, is_open=True))
         if record.result is not None:
             series.append(_marks(f"{short(name)}: result", index, shape, [(record.result.bytes, record.final_loss, name)]))
-    label = "Loss on held-out inputs over the size of the file, a line and two shapes for each run."
+    label = "Loss on held-out inputs by file size, with a line and two shapes per run."
     return _over_size("losses", label, series, loss_axis, "loss on held-out inputs")
 
 
@@ -111,7 +111,7 @@ def frontier_line(table: Table, name: str, index: int) -> Series:
 
 
 def in_words(row: SchemeRow) -> str:
-    return f"{row.name}, {row.weight_bits:.2f} bits a weight"
+    return f"{row.name}, {row.weight_bits:.2f} bits per weight"
 
 
 def _by_kind(rows: Iterable[SchemeRow]) -> tuple[list[SchemeRow], list[SchemeRow]]:
@@ -197,7 +197,7 @@ def losses_by_layer(rows: Sequence[tuple[str, float, float | None]]) -> Chart:
     after = [Point(left, at, f"{name}: {number(left)}") for at, (name, _, left) in enumerate(rows) if left is not None]
     series = [Series("now", 0, boxes=now), Series("after one step more of bits", 1, after, "diamond")]
     losses = linear_axis("predicted loss", [0, *(value for row in rows for value in row[1:])])
-    label = "Predicted loss of the layers that hurt most, now and after one step more of bits."
+    label = "Predicted loss of the most sensitive layers, now and with one more step of bits."
     return Chart("layers", label, losses, upside_down(names_axis(names)), _drawn(series), 26 * len(rows))
 
 
@@ -279,11 +279,11 @@ def _box(at: int, name: str, stretch: Stretch) -> Box:
 
 
 def mean_bits_over_epochs(epochs: Sequence[Epoch], budget: str | None) -> Chart:
-    """Draw the bits a weight of the whole network."""
+    """Draw the bits per weight of the whole network."""
     line = _line(
-        "bits a weight", 0, [(at, row.weight_bits, f"epoch {row.epoch}: {number(row.weight_bits)}") for at, row in enumerate(epochs)]
+        "bits per weight", 0, [(at, row.weight_bits, f"epoch {row.epoch}: {number(row.weight_bits)}") for at, row in enumerate(epochs)]
     )
-    return _over_epochs("mean-bits", f"Bits a weight by epoch; budget {budget or 'none'}.", epochs, [line], "bits a weight")
+    return _over_epochs("mean-bits", f"Bits per weight by epoch; budget {budget or 'none'}.", epochs, [line], "bits per weight")
 
 
 def scores_over_epochs(epochs: Sequence[Epoch], score: str) -> Chart:

@@ -27,4 +27,4 @@ def print_trained(folder: Path, report: Mapping[str, Any], details: bool = True)
 def print_searched(folder: Path, report: Mapping[str, Any], details: bool = True) -> None:
     """Print a supernet that was searched."""
     print_search(report, front=details)
-    print(f"{folder}: {len(report['front'])} schemes on the front of {len(report['evaluated'])} evaluated")
+    print(f"{folder}: {len(report['front'])} schemes on the Pareto front, of {len(report['evaluated'])} evaluated")

@@ -37,7 +37,7 @@ def evaluate(
     model, preprocessing, task = _network(model, preprocessing, task)
     samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)
     if len(samples) == 0:
-        raise InvalidInput("There is nothing to evaluate on: the data is empty.")
+        raise InvalidInput("The data is empty. Give at least one labelled sample.")
     network = on_device(model, device, samples)
     check_inputs(network, samples)
     scores = evaluate_model(network, samples.on(device).batches(batch_size), task, metric)

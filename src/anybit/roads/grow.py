@@ -185,9 +185,9 @@ def grow(
     """
     grow_settings = GrowSettings.of(**settings)
     if isinstance(budget, (list, tuple)):
-        raise InvalidSetting("grow takes one budget: every budget is a training of its own.")
+        raise InvalidSetting("grow takes one budget, because each needs its own training. Run grow once per budget.")
     if budget is not None and scheme is not None:
-        raise InvalidSetting("Give a budget or a scheme, not both: a scheme has its bits already.")
+        raise InvalidSetting("Give a budget or a scheme, not both: a scheme already fixes the bits.")
     budget = Budget.parse(budget) if budget is not None else None
     scheme = read_scheme(Path(scheme)).scheme if isinstance(scheme, (str, Path)) else scheme
     method = grow_method_name(grow_settings.method, scheme is not None)

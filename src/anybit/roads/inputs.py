@@ -46,7 +46,9 @@ def follow_model(
         provenance["model"] = {"reference": absolute(model), "weights": place}
         model = load_model(model, provenance["model"]["weights"], task)
     elif weights is not None:
-        raise InvalidSetting(f"The weights {weights} go with a model's reference, and a network was given. Load them into it yourself.")
+        raise InvalidSetting(
+            f"The weights {weights} are for a model given by reference, and a network was given. Load them into it yourself."
+        )
     model = adapted_network(model)
     check_network(model)
     preprocessing = with_model_defaults(preprocessing, model)
@@ -64,7 +66,9 @@ def notes_of(provenance: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
     if metric is not None and not samples.labelled:
-        raise InvalidSetting("A metric needs labels, and these inputs have none. Give labelled data, to --data or --test, or no --metric.")
+        raise InvalidSetting(
+            "A metric needs labels, and these inputs have none. Give labelled data to --data or --test, or leave out --metric."
+        )
     if samples.reader is not None:
         check_metric(metric, samples.reader.task)
 
@@ -121,7 +125,7 @@ def training_inputs(
 ) -> tuple[nn.Module, Samples, Samples | None, dict[str, Any]]:
     """(the float network, training samples, test samples, what a run records of them), on this process's device."""
     if metric is not None and test is None:
-        raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or no --metric.")
+        raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or leave out --metric.")
     model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, task)
     device = join_processes(device)
     samples = samples_from(data, workers, preprocessing, model).on(device)

@@ -71,7 +71,7 @@ def _observable(model: nn.Module, data: Any) -> tuple[nn.Module, Batch]:
     samples = samples_from(data, 0, model=model)
     batch = next(iter(samples.subset(range(min(2, len(samples)))).batches(2)), None)
     if batch is None:
-        raise InvalidInput("The data set is empty; inspect needs at least one input.")
+        raise InvalidInput("The data set is empty. Give at least one input, or leave out --data.")
     return checked_copy(model, batch).eval(), batch
 
 

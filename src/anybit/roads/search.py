@@ -129,7 +129,7 @@ def run_search(
     images = min(settings.images, len(held_out) // 2)
     if images < 1:
         raise InvalidInput(
-            f"{len(held_out)} held-out sample(s) are too few to search on and to measure the front on others. Hold out more."
+            f"{len(held_out)} held-out sample(s) are too few: the search and the front need some each. Train with a larger --held-out."
         )
     search_on, measure_on = (list(held_out.subset(range(at, at + images)).batches(256)) for at in (0, images))
     bn = bn_batches(fitting, supernet.settings)

@@ -61,7 +61,7 @@ def train(
     )
     with clock.stage("observe and fold"):
         if len(samples) < 2:
-            raise InvalidInput(f"{len(samples)} training sample(s): at least two are needed, one to train on and one to hold out.")
+            raise InvalidInput(f"{len(samples)} training sample(s) are too few. Give at least two, one to train on and one to hold out.")
         fitting, _ = held_out_split(samples, options)
         plain = plain_batches(fitting, options.train)
         check_finite(plain)
