@@ -1,5 +1,5 @@
-"""Why a layer has its bits, told from a run's files alone: what each precision was predicted to lose and to cost, and what bits were worth
-where the budget ended.
+"""Explain why a layer has its bits, from a run's files alone: predicted loss and cost of each precision, and the value of bits at the limit
+of the budget.
 """
 
 import math
@@ -22,18 +22,18 @@ from anybit.supernets.folder import read_supernet_file
 
 WHOLE = "steps are whole, and this scheme was the better one as a whole, predicted or measured"
 EACH = {"bits": (1000, "kB of codes"), "bytes": (1000, "kB"), "bops": (1e6, "million BOPs")}
-"""Cost -> (how much of it a price is told for, in words), where that is not the unit of its limits."""
+"""Cost -> (amount that a price refers to, in words), if it is not the unit of its limits."""
 AMOUNTS: Mapping[str, Callable[[float], str]] = {
     "bits": lambda amount: f"{human_bytes(round(amount))} of codes",
     "bytes": lambda amount: human_bytes(round(amount)),
     "bops": lambda amount: f"{human_count(round(amount))} BOPs",
 }
-"""Cost -> how an amount of it is written, where that is not as a limit is."""
+"""Cost -> how to write an amount of it, if not as a limit."""
 
 
 @public
 def explain(run: str | Path, layer: str) -> dict[str, Any]:
-    """Explain why `layer` has its bits: numbers, and under "why" sentences that say what they mean.
+    """Explain why `layer` has its bits: numbers, and sentences about them under "why".
 
     Of a calibrate run: "candidates" (each precision's predicted loss, bytes and BOPs), the "shadow_price" of its budget (what the last bits
     were spent on, and the loss that they gained for each unit of cost), what one step "more" or "less" would gain or lose, and the
@@ -64,14 +64,14 @@ def explain(run: str | Path, layer: str) -> dict[str, Any]:
 
 
 def reason(record: Record, layer: str) -> str:
-    """Say in a sentence or two why `layer` has its bits, as far as the record of a run alone tells it."""
+    """Say in a sentence or two why `layer` has its bits, from the record of a run alone."""
     if record.table is None:
         return f"{record.road} ended with {record.layers[layer].precision}"
     return " ".join(_choice_in_words(record, layer)[1:]) or _next_in_words(record, layer)
 
 
 def _next_in_words(record: Record, layer: str) -> str:
-    """Say what a step more of a layer would cost and gain where the budget ended."""
+    """Say what one more step of a layer would cost and gain at the limit of the budget."""
     facts = _of_allocation(record, layer)
     return _more_in_words(facts)
 
@@ -80,7 +80,7 @@ def _next_in_words(record: Record, layer: str) -> str:
 
 
 def _of_allocation(record: Record, layer: str) -> dict[str, Any]:
-    """Explain a layer from the table of candidates, and the price of the limited cost where the budget ended."""
+    """Explain a layer from the table of candidates, and the price of the limited cost at the limit of the budget."""
     table = _table(record)
     row, candidates = record.layers[layer], table.layers[layer]
     scheme = {name: one.precision for name, one in record.layers.items()}
@@ -128,7 +128,7 @@ def _limited(record: Record) -> tuple[str, float | None]:
 
 
 def _cost(record: Record, cost: str, layer: str, precision: Precision) -> float:
-    """Return what a layer costs at a precision; bits count as the bytes of codes that they take."""
+    """Return a layer's cost at a precision; bits count as bytes of codes."""
     quantity = _cost_named(cost)
     if quantity.recorded == "weights":
         return quantity.layer(_counts(record), layer, precision) / _each(quantity)
@@ -152,7 +152,7 @@ def _cost_named(name: str) -> Cost:
 
 
 def _each(cost: Cost) -> float:
-    """Return how much of a layer's part is told as one: of a cost in stored bits, a byte."""
+    """Return the unit in which a layer's share is written: for a cost in stored bits, a byte."""
     return 8 / cost.stored_bits if cost.stored_bits else 1
 
 
@@ -171,7 +171,7 @@ def _step_of(hull: Frontier, index: int) -> dict[str, Any] | None:
 
 
 def _best_move(record: Record, cost: str, layer: str, dearer: bool) -> dict[str, Any] | None:
-    """Return the step from the layer's precision that gains most for its cost, or, to a cheaper one, loses least for what it frees."""
+    """Return the layer's step that gains most per cost, or, to a cheaper precision, loses least per cost saved."""
     now = record.layers[layer].precision
     candidates = _table(record).layers[layer]
     loss, spent = candidates[now].loss, _cost(record, cost, layer, now)
@@ -281,7 +281,7 @@ def _price(move: Mapping[str, Any], cost: str) -> str:
 
 
 def _of_training(record: Record, layer: str) -> dict[str, Any]:
-    """Explain a layer by its bits after each epoch, and since when they stand."""
+    """Explain a layer by its bits after each epoch, and when they last changed."""
     epochs = record.epochs
     for epoch in epochs:
         check_names([layer], epoch.layers, f"Epoch {epoch.epoch}")
@@ -296,7 +296,7 @@ def _of_training(record: Record, layer: str) -> dict[str, Any]:
 
 
 def _of_supernet(folder: Path, layer: str) -> dict[str, Any]:
-    """Explain a layer by the schemes that a search tried; in a supernet that was not searched, by what it was trained for."""
+    """Explain a layer by the schemes that a search tried; in a supernet without a search, by its trained bit-widths."""
     stored = read_supernet_file(folder).stored()
     check_names([layer], stored, str(folder))
     options = stored[layer].choices

@@ -1,4 +1,4 @@
-"""A run's layers, and the schemes it chose from, as data frames."""
+"""Data frames of a run's layers and of the schemes that it chose from."""
 
 from typing import TYPE_CHECKING, Any
 

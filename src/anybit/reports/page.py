@@ -1,7 +1,6 @@
 """A report as one self-contained page: from records to what the templates show, which hold the page's words and order.
 
-A page is a function of its records alone. It asks nothing of any network, works without JavaScript, and every chart has a table that says
-the same.
+A page is a function of its records alone. It works offline and without JavaScript, and every chart has a table with the same values.
 """
 
 import hashlib
@@ -47,9 +46,9 @@ Context = dict[str, Any]
 
 @public
 def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Path:
-    """Write one page of finished runs side by side, of any roads; a folder of several runs counts as each of them.
+    """Write one page that compares finished runs of any workflow; a folder of several runs counts as all of them.
 
-    Raises InvalidFile naming a folder that is no run, InvalidSetting where `output` is there already.
+    Raises InvalidFile naming a folder that is not a run, InvalidSetting if `output` exists.
     """
     path = Path(output)
     if path.is_dir() or (path.exists() and not overwrite):
@@ -63,12 +62,12 @@ def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Pa
 
 
 class Page(NamedTuple):
-    """A page in memory: a notebook shows it, `save` writes it."""
+    """A page in memory, which notebooks show and `save` writes."""
 
     html: str
 
     def _repr_html_(self) -> str:
-        """A frame of its own, since the page has its own style and script."""
+        """Show the page in an iframe, because it has its own style and script."""
         return f'<iframe srcdoc="{html.escape(self.html)}" width="100%" height="640" style="border: 0"></iframe>'
 
     def save(self, path: str | Path) -> Path:
@@ -79,12 +78,12 @@ class Page(NamedTuple):
 
 
 def read_records(folder: Path) -> dict[str, Record]:
-    """Read name -> record of a run folder, or of each run in a folder that holds several."""
+    """Return name -> record of a run folder, or of each run in a folder of several."""
     return {str(run): read_record(run) for run in runs_in(folder) or [folder]}
 
 
 def _without_common_folder(records: Mapping[str, Record]) -> dict[str, Record]:
-    """Leave out of the names the folder that all have in common."""
+    """Drop the names' common folder."""
     if len(records) == 1:
         return dict(records)
     common = os.path.commonpath([os.path.abspath(name) for name in records])
@@ -129,7 +128,7 @@ def _page_file(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """Name the one script or style that the page's policy lets be."""
+    """Return the hash by which the page's policy allows its one script or style."""
     return f"'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
@@ -216,7 +215,7 @@ def _headline(record: Record) -> Context:
 
 
 def _accuracy(record: Record) -> str:
-    """Say what was tested, against float, in a sentence."""
+    """Write the test result against float as a sentence."""
     score = record.score_tested()
     scored = None if score is None else record.tested(score)
     if score is None or scored is None:
@@ -239,7 +238,7 @@ def _ends(records: Mapping[str, Record], score: str | None) -> Rows:
 
 
 def _end(name: str, record: Record, score: str | None) -> Iterable[list[str]]:
-    """Yield a row for the run's network, for what a search found within each budget, or for each uniform subnet of a supernet."""
+    """Yield a row for the run's network, for a search's scheme of each budget, or for each uniform subnet of a supernet."""
 
     def row(label: str, budget: str | None, amounts: Amounts, loss: float | None, tested: float | None) -> list[str]:
         sizes = [human_bytes(amounts.bytes), f"{amounts.percent:.1f}", f"{amounts.weight_bits:.2f}", human_count(amounts.bops)]
@@ -321,7 +320,7 @@ def _bits(records: Mapping[str, Record]) -> Context:
 
 
 class Hurt(NamedTuple):
-    """A layer's predicted loss, and its best step to more bytes: the precision, bytes more, loss then, loss gained a byte."""
+    """A layer's predicted loss, and its best step to more bytes: precision, extra bytes, resulting loss, loss gained per byte."""
 
     name: str
     precision: Precision
@@ -415,7 +414,7 @@ def _explorer(key: str, table: Table, record: Record) -> Context:
 
 
 def frontier_data(table: Table, record: Record) -> Context:
-    """Return the frontier in whole file sizes and predicted losses, each step with the bits per weight that it ends at."""
+    """Return the frontier as file sizes and predicted losses, with the resulting bits per weight of each step."""
     weights = {name: record.layers[name].weights for name in table.layers}
     names, frontier = list(table.layers), table.frontier
     now = dict(frontier.start)
@@ -530,7 +529,7 @@ def _subnets(record: Record) -> Rows:
 
 
 def _certainty(record: Record) -> Iterable[str]:
-    """Say what was solved, how far from the best it can be, what was measured, what was chosen and why."""
+    """Write what was solved, its gap, the measurements, the choice and its reason."""
     yield from (f"{note[:1].upper()}{note[1:]}." for note in record.notes)
     if record.certificate.value is not None and record.certificate.bound is not None:
         yield _solved(record, record.certificate.value, record.certificate.bound)

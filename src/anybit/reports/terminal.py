@@ -1,4 +1,4 @@
-"""Print reports on the terminal, as tables and short sentences. Names come from strangers' files: none of them steers the terminal."""
+"""Print reports on the terminal, as tables and short sentences. Names are escaped, because they may come from files of others."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -120,7 +120,7 @@ def _print_epochs(epochs: Sequence[Report]) -> None:
 
 
 def _score_counted(rows: Sequence[Report]) -> str | None:
-    """Name the score that labels gave every row: the user's metric, else top-1."""
+    """Return the score that every row has from labels: the user's metric, else top-1."""
     return next((key for key in ("metric", "top1") if all(key in row for row in rows)), None)
 
 
@@ -129,7 +129,7 @@ def _marked(name: str, is_chosen: bool) -> str:
 
 
 def result_line(report: Report) -> str:
-    """Write a run in one line: the size, and accuracy where it was tested."""
+    """Write a run in one line: its size and, if tested, its accuracy."""
     result, test, float_test = report["result"], report.get("test") or {}, report.get("float_test")
     line = f"{human_bytes(result['bytes'])} ({result['percent']:.1f} % of float32), {result['weight_bits']:.2f} bits per weight"
     if "top1" in test:
@@ -138,7 +138,7 @@ def result_line(report: Report) -> str:
 
 
 def print_frontier(reports: Iterable[Report]) -> None:
-    """Print a row a budget: what was chosen, what was predicted and measured."""
+    """Print a row per budget: the chosen scheme, its predicted and measured loss."""
     columns = ["budget", "chosen", "bits", "size", "BOPs", "predicted", "measured", "after polish", "test top-1"]
     print_table("Frontier (loss on held-out inputs)", columns, map(_frontier_row, reports))
 
@@ -156,7 +156,7 @@ def _frontier_row(report: Report) -> list[Any]:
 
 
 def print_supernet(report: Report) -> None:
-    """Print how a supernet trained, and what every bit-width costs and scores."""
+    """Print a supernet's training, and cost and score of every bit-width."""
     score = next((key for key in ("top1", "loss") if key in report.get("float_test", {})), None)
     columns = ["subnet", "size", "% of float", "BOPs"]
     if score is None:
@@ -177,7 +177,7 @@ def _subnet_row(name: str, row: Report) -> list[str]:
 
 
 def print_search(report: Report, front: bool = True) -> None:
-    """Print the front of a search, and what each budget gets."""
+    """Print the front of a search, and the scheme of each budget."""
     if front:
         rows = [[row["cost"], row["score"], row["measured"], row["origin"]] for row in report["front"]]
         columns = [report["quantity"], report["score"], "measured again", "proposed by"]
@@ -193,7 +193,7 @@ def print_search(report: Report, front: bool = True) -> None:
 
 
 def print_inspection(inspection: Report, layers: bool = True) -> None:
-    """Print the layers, unless they are not asked for, and what the network would cost at each bit-width."""
+    """Print the layers (with `details`) and the network's cost at each bit-width."""
     ran = all(layer["macs"] is not None for layer in inspection["layers"].values())
     if layers:
         _print_layers(inspection, ran)
@@ -252,7 +252,7 @@ def print_profile(profile: Report, layers: bool = True) -> None:
 
 
 def print_verdict(verdict: Report, numbers: bool = True) -> None:
-    """Print which promises an exported file keeps and, with `numbers`, how it compares with the simulation."""
+    """Print the checks of an exported file and, with `numbers`, its comparison with the simulation."""
     if verdict["numbers"] and numbers:
         _print_kernels(verdict)
         _print_equality(verdict)
@@ -269,7 +269,7 @@ def _print_kernels(verdict: Report) -> None:
 
 
 def _print_equality(verdict: Report) -> None:
-    """Print whether the runtime computes what the integer reference does, and where input codes flip."""
+    """Print whether the runtime equals the integer reference, and where input codes flip."""
     numbers, flipped = verdict["numbers"], verdict["simulation"]["flipped_codes"]
     if "bitwise" in verdict["skipped"]:
         print(f"not checked here: equality with the integer reference: {verdict['skipped']['bitwise']}.")
@@ -283,7 +283,7 @@ def _print_equality(verdict: Report) -> None:
 
 
 def _print_simulation(verdict: Report) -> None:
-    """Print how far the exported outputs are from the simulation's, and what both score."""
+    """Print the difference between exported and simulated outputs, and the scores of both."""
     simulation = verdict["simulation"]
     line = f"Compared with the simulation on {verdict['inputs']} inputs: largest difference {simulation['largest_difference']:.4g}"
     line += f" (largest output {simulation['largest_output']:.4g})"
@@ -299,7 +299,7 @@ def _print_outcome(verdict: Report) -> None:
 
 
 def print_file(report: Mapping[str, Any], details: bool = True) -> None:
-    """Print what an exported ONNX file holds."""
+    """Print the contents of an exported ONNX file."""
     over = 100 * (report["bytes"] / report["ideal_bytes"] - 1) if report["ideal_bytes"] else 0
     ideal = human_bytes(report["ideal_bytes"])
     print(f"{report['file']}: {human_bytes(report['bytes'])}, {over:.1f} % above the {ideal} that its bits need")
@@ -311,7 +311,7 @@ def print_file(report: Mapping[str, Any], details: bool = True) -> None:
 
 
 def print_folder(exported: Report, details: bool = True) -> None:
-    """Print what an exported folder holds, and what its format cannot."""
+    """Print the contents of an exported folder, and what its format cannot store."""
     size = human_bytes(exported["bytes"])
     print(f"{exported['folder']}: {size}, {exported['packed']} of {exported['layers']} quantized weights packed")
     if exported["dense"] and details:
@@ -326,7 +326,7 @@ def _print_float_inputs(exported: Report) -> None:
 
 
 def print_folder_verdict(verdict: Report, numbers: bool = True) -> None:
-    """Print which promises an exported folder keeps and, with `numbers`, how it compares with the simulation."""
+    """Print the checks of an exported folder and, with `numbers`, its comparison with the simulation."""
     for reason in verdict["skipped"].values():
         _print_line(f"not checked here: {reason}")
     if "simulation" in verdict and numbers:
@@ -354,7 +354,7 @@ def print_bench(bench: Report) -> None:
 
 
 def print_difference(difference: Report) -> None:
-    """Print what differs between two runs, a table a section; of the units those whose error changed most."""
+    """Print the differences between two runs, one table per section; of the units, those whose error changed most."""
     if difference["same"]:
         first, second = difference["runs"]
         print(f"{first} and {second} are identical: settings, bits, measurements and packed weights.")
@@ -374,13 +374,13 @@ def print_difference(difference: Report) -> None:
 
 
 def _columns(runs: Sequence[str]) -> Sequence[str]:
-    """Name two runs by their folders' names, or by their paths where those are alike."""
+    """Name two runs by their folders' names, or by their paths if the names are equal."""
     names = [Path(run).name for run in runs]
     return runs if names[0] == names[1] else names
 
 
 def _print_sections(sections: Report, columns: Sequence[str], both_sides: bool) -> None:
-    """Print each section that is shown whole; with `both_sides`, only what both runs have."""
+    """Print each complete section; with `both_sides`, only entries of both runs."""
     for name in SHOWN:
         leaves = [(key, *sides) for key, sides in _leaves(sections.get(name, {})) if not both_sides or None not in sides]
         if leaves:
@@ -418,7 +418,7 @@ CANDIDATE_COLUMNS = {
 
 
 def print_explanation(explanation: Report) -> None:
-    """Print a layer's candidates, the one that it has marked, and the sentences that say why."""
+    """Print a layer's candidates with its own one marked, and the explanation."""
     if isinstance(explanation.get("candidates"), Mapping):
         _print_candidates(explanation)
     for sentence in explanation["why"]:
@@ -436,7 +436,7 @@ def _print_candidates(explanation: Report) -> None:
 
 
 def print_cache(cache: Report) -> None:
-    """Print what the cache keeps, and what was removed."""
+    """Print the contents of the cache, and what was removed."""
     for path, reason in cache["damaged"].items():
         _print_line(f"damaged and removed: {path}: {reason}")
     if cache["removed_bytes"]:

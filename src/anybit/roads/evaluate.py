@@ -31,8 +31,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a network on labelled data: the task's own scores, and the user's metric.
 
-    model   a network, a result, a run folder, or a reference as for `--model`; of the two in the middle the run's own task and
-            preprocessing are taken where none is given
+    model   a network, a result, a run folder, or a reference as for `--model`; task and preprocessing default to those of the
+            result or run
     """
     model, preprocessing, task = _network(model, preprocessing, task)
     samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)
@@ -46,7 +46,7 @@ def evaluate(
 
 
 def _network(model: nn.Module | Run, preprocessing: Preprocessing, task: str | None) -> tuple[nn.Module, Preprocessing, str | None]:
-    """(the network, preprocessing, task) of anything that can be evaluated."""
+    """Return (the network, preprocessing, task) of anything that can be evaluated."""
     if isinstance(model, nn.Module):
         return adapted_network(model), preprocessing, task
     if not isinstance(model, str | Path):
@@ -60,7 +60,7 @@ def _network(model: nn.Module | Run, preprocessing: Preprocessing, task: str | N
 def evaluated_network(
     run: Path | None, model: str | None, weights: str | None, preprocessing: Preprocessing, task: str | None
 ) -> tuple[nn.Module, Preprocessing, str | None]:
-    """(the network, preprocessing, task) of a run, with what it recorded where nothing else is said; or of a float network's reference."""
+    """Return (the network, preprocessing, task) of a run, by default as recorded, or of a float network's reference."""
     if run is not None:
         return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task or recorded_task(run)
     assert model is not None  # where there is no run

@@ -36,7 +36,7 @@ def task_for(settings: CalibrateSettings, reference: Tensor, batch: Batch) -> st
 def follow_model(
     model: nn.Module | str, weights: str | Path | None, data: Any, test: Any, preprocessing: Preprocessing, task: str | None
 ) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
-    """(the network, the preprocessing, what a run records of where the network and its data came from, references made absolute).
+    """Return (the network, the preprocessing, the provenance that a run records, with absolute references).
 
     Class folders of data and test data are numbered together.
     """
@@ -60,7 +60,7 @@ def follow_model(
 
 
 def notes_of(provenance: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the entry of a report that says what is particular about where its network came from; none where nothing is."""
+    """Return the report's entry on unusual provenance of its network, such as random weights; empty if there is none."""
     return {"notes": [DRAWN]} if provenance.get("model", {}).get("weights") == RANDOM else {}
 
 
@@ -74,7 +74,7 @@ def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
 
 
 def checked_tests(samples: Samples, model: nn.Module) -> Samples:
-    """Return the test samples, refused before any work where they have no labels or the model does not take them."""
+    """Return the test samples. Refuse them before any work if they have no labels or do not fit the model."""
     if not samples.labelled or len(samples) == 0:
         raise InvalidInput("The test data has no samples with labels. Give a labelled set to --test, or leave it out.")
     check_inputs(model, samples)
@@ -82,19 +82,19 @@ def checked_tests(samples: Samples, model: nn.Module) -> Samples:
 
 
 def check_inputs(model: nn.Module, samples: Samples) -> None:
-    """Raise InvalidInput where the model refuses the first samples."""
+    """Raise InvalidInput if the model fails on the first samples."""
     observe(copied(model).cpu(), first_samples(samples))
 
 
 def first_samples(samples: Samples) -> Batch:
-    """Return the first two samples, or the one that there is."""
+    """Return the first two samples, or the only one."""
     if len(samples) == 0:
         raise InvalidInput("The data set is empty. Give at least one input.")
     return next(samples.on("cpu").subset(range(min(2, len(samples)))).batches(2))
 
 
 def on_device(model: nn.Module, device: str, samples: Samples | None = None) -> nn.Module:
-    """Return a copy of the model on `device`; with samples, one that has computed the model's outputs on the first of them."""
+    """Return a copy of the model on `device`; with samples, check that it reproduces the model's outputs on the first of them."""
     model = copied(model) if samples is None else checked_copy(model, first_samples(samples))
     try:
         return model.to(device)
@@ -103,7 +103,7 @@ def on_device(model: nn.Module, device: str, samples: Samples | None = None) -> 
 
 
 def example_of(calibration: Calibration) -> Batch:
-    """Return two fitting inputs; one where batches of one cannot be joined."""
+    """Return two fitting inputs, or one if batches of one cannot be joined."""
     padded = calibration.fitting[0].mask is not None
     example = calibration.fitting[-1 if padded else 0].head(2)  # texts go by length: the longest
     if len(example) == 1 and len(calibration.fitting) > 1 and not padded:
@@ -123,7 +123,7 @@ def training_inputs(
     device: str,
     task: str | None,
 ) -> tuple[nn.Module, Samples, Samples | None, dict[str, Any]]:
-    """(the float network, training samples, test samples, what a run records of them), on this process's device."""
+    """Return (the float network, training samples, test samples, their provenance), on this process's device."""
     if metric is not None and test is None:
         raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or leave out --metric.")
     model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, task)
@@ -135,7 +135,7 @@ def training_inputs(
 
 
 def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, workers: int) -> Samples:
-    """Return the data, preprocessed as the supernet's was; without any, what the supernet recorded, where it is this user's own."""
+    """Return the data, preprocessed as for the supernet; without any, the recorded data of the user's own supernet."""
     if data is None:
         data = supernet.about.get("data", {}).get("reference")
         if not isinstance(data, str) or isinstance(run, Supernet) or not is_trusted(Path(run), SUPERNET_JSON):

@@ -1,4 +1,4 @@
-"""Polish a scheme: sequential reconstruction, batch-norm tuning and bias tuning, each taken only if held-out loss falls."""
+"""Polish a scheme: sequential reconstruction, batch-norm tuning and bias tuning, each kept only if the held-out loss falls."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from anybit.scheme import Scheme
 
 @dataclass
 class _Ladder:
-    """The best network so far and what every step measured; `cache` is keyed by all that the next step depends on."""
+    """The best network so far and the measurements of every step; `cache` is keyed by everything that the next step depends on."""
 
     judge: Judge
     cache: Cache
@@ -36,7 +36,7 @@ class _Ladder:
     rows: list[dict[str, Any]]
 
     def climb(self, step: str, changed: nn.Module, names: Sequence[str], change: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Apply `change` to the layers `names` of `changed`, in place; take `changed` if held-out loss falls. Returns its record."""
+        """Apply `change` to the layers `names` of `changed`, in place; keep `changed` if the held-out loss falls. Return its record."""
 
         def make() -> Entry:
             record = change()
@@ -58,9 +58,9 @@ class _Ladder:
 
 
 def polish_scheme(state: CalibrationState, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]], dict[str, Any]]:
-    """Reconstruct, tune batch norm and tune biases of `scheme`, each taken only where the held-out error says so.
+    """Reconstruct, tune batch norm and tune biases of `scheme`, keeping each step only if the held-out loss falls.
 
-    Returns (the canonical model, the ladder: what was measured after each step and whether it was taken, each unit's errors).
+    Returns (the canonical model, the ladder: each step's measurements and whether it was kept, each unit's errors).
     """
     ladder, errors = _start(state, scheme), {}
     if state.settings.does("sequential") or (state.settings.solver != "none" and worth_solving(scheme)):
@@ -73,7 +73,7 @@ def polish_scheme(state: CalibrationState, scheme: Scheme) -> tuple[nn.Module, l
 
 
 def _start(state: CalibrationState, scheme: Scheme) -> _Ladder:
-    """Measure the scheme rounded to nearest and made of the candidates; the better is the first rung."""
+    """Measure the scheme rounded to nearest and from the candidates; start from the better one."""
     judge, prepared = state.judge, state.network.prepared
     cache = judge.recall.keyed("polish", scheme.to_json())
     ranged, candidate = apply_scheme(prepared, scheme, state.ranged), apply_scheme(prepared, scheme, state.candidates)
@@ -87,7 +87,7 @@ def _start(state: CalibrationState, scheme: Scheme) -> _Ladder:
 
 
 def _reconstruct(state: CalibrationState, scheme: Scheme, ladder: _Ladder) -> dict[str, Any]:
-    """Reconstruct unit after unit; returns each unit's errors."""
+    """Reconstruct unit after unit; return each unit's errors."""
     network, calibration, settings = state.network, state.calibration, state.settings
     ladder.cache = keyed_by_settings(ladder.cache, settings, ("steps", "start", "sequential", "pipeline", *PARALLEL))
     changed, starts = sequential_start(state, scheme)
