@@ -33,7 +33,7 @@ def test_equal_runs_are_the_same_whatever_they_took(calibrated, quick, tmp_path)
     differences = diff(*folders)
     assert differences["same"] and differences["same_weights"] and differences["differences"] == {}
     text = anybit_cli("diff", *map(str, folders))
-    assert text.exit_code == 0 and "are the same" in text.stdout
+    assert text.exit_code == 0 and "are identical" in text.stdout
 
 
 def test_a_difference_is_told_by_name_with_both_values(folders):

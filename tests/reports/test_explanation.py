@@ -125,7 +125,7 @@ def test_by_hand(tmp_path):
     [
         ({"a": "W2A8", "b": "W4A8"}, "7kB", "a", "1.0 kB left, too little"),
         ({"a": "W2A8", "b": "W4A8"}, "9kB", "a", "steps are whole"),
-        ({"a": "W2A8", "b": "W4A8"}, "9kB", "b", "beside the frontier"),
+        ({"a": "W2A8", "b": "W4A8"}, "9kB", "b", "not on the frontier"),
         ({"a": "W2A8", "b": "W2A8", "c": "W4A8"}, "9kB", "c", "less than the next step would gain with it, but"),
         ({"a": "W4A8", "b": "W4A8", "c": "W2A8"}, "9kB", "b", "more than the next step would gain with it."),
         ({"a": "W4A8", "b": "W4A8"}, "9kB", "b", "no other layer has a use for it"),
