@@ -6,14 +6,13 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from anybit.allocation.program import Allocation, allocate, best_allocations, least_costs, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import BITS, BYTES, DROP, LOSS, Budget, Condition
 from anybit.data.batches import Batch
-from anybit.data.tasks import TASKS, Metric, distance, measure, outputs_of, score
+from anybit.data.tasks import Metric, Task, distance, labels_in, measure, named_task, outputs_of, score
 from anybit.errors import InfeasibleBudget, InvalidSetting
 from anybit.files.cache import Cache
 from anybit.networks.candidates import Candidates, apply_scheme
@@ -27,16 +26,21 @@ from anybit.scheme import FLOAT, Precision, Scheme
 class Judge:
     """Measures schemes on the held-out inputs: their distance to the float outputs and, with labels, their accuracy.
 
-    `metric` is the user's own, higher is better; where it is given, a limit on the drop counts in it and not in top-1.
+    `metric` is the user's own, higher is better; where it is given, a limit on the drop counts in it and not in top-1. `scored` says
+    whether the labels are those of the task.
     """
 
     network: ObservedNetwork
     candidates: Candidates
     held_out: list[Batch]
     reference: Tensor
-    task: str
+    task: Task
     metric: Metric | None = None
     recall: Cache = field(default_factory=Cache)
+    scored: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", named_task(self.task))
 
     def of_scheme(self, scheme: Scheme) -> dict[str, float]:
         """Measure a scheme made of the candidates as they are."""
@@ -50,23 +54,22 @@ class Judge:
     def of_outputs(self, outputs: Tensor) -> dict[str, float]:
         """Measure outputs on the held-out inputs, as `of_model` does."""
         result = {"loss": distance(outputs, self.reference, self.task)}
-        counted = TASKS[self.task].counted
-        if self.labels is not None and counted is not None:
+        counted = self.task.counted
+        if self.labels is not None and self.scored and counted is not None:
             scores = score(outputs, self.labels, self.task, reader=self.held_out[0].reader)
             result |= {counted: scores[counted]} if counted in scores else {}
         if self.labels is not None and self.metric is not None:
-            result["metric"] = measure(self.metric, outputs, self.labels)
+            result["metric"] = measure(self.metric, self.task.tensors(outputs), self.labels)
         return result
 
     @property
     def counted(self) -> str | None:
         """Name of the score that a limit on the drop counts in."""
-        return TASKS[self.task].counted if self.metric is None else "metric"
+        return (self.task.counted if self.scored else None) if self.metric is None else "metric"
 
     @property
     def labels(self) -> Tensor | None:
-        labels = [batch.labels for batch in self.held_out if batch.labels is not None]
-        return torch.cat(labels) if len(labels) == len(self.held_out) else None
+        return labels_in(self.held_out)
 
 
 def as_scores(record: Mapping[str, Any]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch
-from anybit.data.tasks import distance, outputs_of
+from anybit.data.tasks import Task, distance, outputs_of
 from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache
 from anybit.networks.candidates import Candidates, apply_scheme, swapped
@@ -84,7 +84,7 @@ def measure_sensitivity(
     choices: Mapping[str, Sequence[Precision]],
     held_out: list[Batch],
     reference: Tensor,
-    task: str,
+    task: Task | str,
     base: Precision = FLOAT,
     pairs: bool = False,
     cache: Cache = Cache(),

@@ -165,7 +165,7 @@ def evaluate(
 def inspect(
     *, model, weights=None, data=None,
     weight_bits: tuple[int, ...] = same_as(CalibrateSettings, "weight_bits", doc="Bit-widths to show the size of."),
-    keep=None, preprocessing: Preprocessing, task=None,
+    keep=None, preprocessing: Preprocessing, task=None, outputs=None,
     export: bool = option(True, "Try an ONNX export of the network.", panel="Output"),
     cache=True,
 ) -> Outcome:  # fmt: skip
@@ -179,9 +179,8 @@ def inspect(
 
     network = load_model(model, weights, task)
     samples = None if data is None else load_data(data, with_model_defaults(preprocessing, network), model=network)
-    return Outcome(
-        anybit.inspect(network, samples, export=export, cache=cache, weight_bits=weight_bits, keep=keep or {}), "print_inspection"
-    )
+    settings = {"weight_bits": weight_bits, "keep": keep or {}, "outputs": outputs or {}}
+    return Outcome(anybit.inspect(network, samples, export=export, cache=cache, **settings), "print_inspection")
 
 
 def _saved(results: Any, output: Path, overwrite: bool) -> Outcome:

@@ -163,6 +163,8 @@ class Wiring:
     """Layers whose weight or bias something besides them reads."""
     channels_second: dict[int, str] = field(default_factory=dict)
     """Value that a batch norm reads -> the layer whose channels, all of them and in order, are its second dimension."""
+    outputs: tuple[int | None, ...] = ()
+    """The value of each tensor of the output, in order; None of one that no operation has made."""
 
     @cached_property
     def _by_name(self) -> dict[str, Operation]:
@@ -212,6 +214,16 @@ class Wiring:
         """Return the one operation that reads `value`, where nothing else does and the model does not give it out."""
         readers = self.readers(value)
         return readers[0] if len(readers) == 1 and value not in self._given_out else None
+
+    def layers_behind(self, places: Sequence[int] | None = None) -> set[str]:
+        """Return the layers that the outputs at `places`, all where None, are computed from."""
+        reached = {value for place, value in enumerate(self.outputs) if places is None or place in places}
+        behind = set()
+        for op in reversed(self.operations):
+            if reached & set(op.outputs):
+                reached.update(op.inputs)
+                behind.update([op.name] if op.kind == LAYER else [])
+        return behind
 
     def layer_names(self) -> list[str]:
         """Return layers of a covered class that ran, in order of their first call."""
@@ -400,6 +412,7 @@ class _Observer(TorchFunctionMode):
             {name: tuple(values) for name, values in self.module_outputs.items() if len(values) == self.calls[name]},
             self.input_values, given_out, batch_size, self.classes, self.module_inputs, frozenset(self.escaped),
             self.surroundings, frozenset(self.read_weights), self.channels_second,
+            tuple(self.values.get(id(tensor)) for tensor in tensors),
         )  # fmt: skip
 
     def hooks(self) -> ExitStack:

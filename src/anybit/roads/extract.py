@@ -15,7 +15,7 @@ from anybit.budget import LATENCY, Budget
 from anybit.calls import public
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples, draw, mirrored, split
-from anybit.data.tasks import Metric, outputs_of
+from anybit.data.tasks import Metric, outputs_of, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidFile, InvalidSetting
@@ -31,7 +31,7 @@ from anybit.networks.observed import observe_network
 from anybit.networks.wiring import observe
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.progress import tell
-from anybit.roads.inputs import checked_tests, supernet_data
+from anybit.roads.inputs import checked_tests, read_alike, supernet_data
 from anybit.roads.keys import key_of_run
 from anybit.roads.latencies import measured_latencies, supernet_with_latencies
 from anybit.roads.memory import check_memory
@@ -94,7 +94,7 @@ def polished(
     table = SensitivityTable({(name, precision): 0.0 for name, precision in scheme.items()}, FLOAT, 0)
     cache = key_of_run(cache, network, calibration, [*references, reference], settings)
     cache = cache.keyed(digest(to_tensors(own).values()), settings.to_json())
-    judge = Judge(network, own, calibration.held_out, reference, supernet.task, recall=cache)
+    judge = Judge(network, own, calibration.held_out, reference, task_of(reference, example.reader, supernet.task), recall=cache)
     bench = CalibrationState(network, calibration, settings, own, own, table, judge, targets, references, own)
     model, ladder, _ = polish_scheme(bench, scheme)
     supernet.method.switch(scheme)  # as it was before the float network was made
@@ -154,6 +154,7 @@ def extract(
     if test is not None:
         preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
         tests = checked_tests(samples_from(test, workers, preprocessing, canonical.model), canonical.model)
+        tests = tests if samples is None else read_alike(tests, samples)
     ladder: list[dict[str, Any]] = []
     if polish:
         if tests is not None:  # labels that do not fit and a metric that fails are refused before the work

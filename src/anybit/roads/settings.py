@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit.budget import SIZE
-from anybit.data.options import TASK_NAMES
+from anybit.data.options import OUTPUTS, TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
 from anybit.methods.settings import CSQSettings, LSQSettings
@@ -84,6 +84,11 @@ class CalibrateSettings(Settings):
     batch_size: int = option(64, "Inputs per forward pass.", least=1, panel="Runtime")
     task: str | None = option(None, "Task of the network (default: from the model).", choices=TASK_NAMES, panel="Input")
 
+    outputs: Mapping[str, float] = option(
+        dict, "NAME or NAME=WEIGHT: outputs to compare (default: all, with equal weights).", above=0, text=OUTPUTS, repeat=True,
+        panel="Input",
+    )  # fmt: skip
+
     def check(self) -> None:
         for name in ("weight_bits", "activation_bits"):
             if not getattr(self, name):
@@ -141,6 +146,7 @@ class GrowSettings(Settings):
     method: str | None = option(None, "csq grows a scheme, lsq trains one (default: lsq with --scheme).", choices=tuple(GROW_METHODS))
     from_scratch: bool = option(False, "Start from new weights; use with --fix 0.6 --gate-rate 0.03.", switch=True, rare=True)
     task: str | None = same_as(CalibrateSettings, "task", rare=True)
+    outputs: Mapping[str, float] = same_as(CalibrateSettings, "outputs", rare=True)
     csq: CSQSettings = field(default_factory=CSQSettings)
     lsq: LSQSettings = field(default_factory=LSQSettings)
     train: TrainSettings = field(default_factory=TrainSettings)

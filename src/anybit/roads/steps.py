@@ -10,7 +10,7 @@ from anybit.allocation.choice import Choice, Judge, choose_scheme
 from anybit.allocation.sensitivity import SensitivityTable, measure_sensitivity
 from anybit.budget import Budget
 from anybit.data.samples import Calibration, Samples
-from anybit.data.tasks import LabelledOutputs, Metric
+from anybit.data.tasks import LabelledOutputs, Metric, Task
 from anybit.environment import StageClock
 from anybit.errors import InvalidFile
 from anybit.files.cache import Cache
@@ -179,7 +179,7 @@ def sensitivity_table(
     candidates: Candidates,
     calibration: Calibration,
     reference: Tensor,
-    task: str,
+    task: Task | str,
     settings: CalibrateSettings,
     recall: Cache = Cache(),
 ) -> SensitivityTable:
@@ -198,7 +198,7 @@ class FloatTest:
 
 
 def float_tested(
-    network: ObservedNetwork, tests: Samples, task: str, metric: Metric | None, batch_size: int, clock: StageClock
+    network: ObservedNetwork, tests: Samples, task: Task, metric: Metric | None, batch_size: int, clock: StageClock
 ) -> FloatTest:
     """Score the float network before the long work, so that bad labels or a failing metric do not waste it."""
     with clock.stage("float test"):

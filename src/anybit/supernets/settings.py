@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from anybit.data.options import TASK_NAMES
+from anybit.data.options import OUTPUTS, TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import TrainSettings
 from anybit.methods.settings import MultiQuantSettings
@@ -33,6 +33,15 @@ class SupernetSettings(Settings):
         dict, "PATTERN=W8A8 or PATTERN=float: fix layers by name.", text=KEEP, repeat=True, panel="Budget"
     )
     task: str | None = option(None, "Task of the network (default: from the model).", choices=TASK_NAMES, panel="Input", rare=True)
+    outputs: Mapping[str, float] = option(
+        dict,
+        "NAME or NAME=WEIGHT: outputs to compare (default: all, with equal weights).",
+        above=0,
+        text=OUTPUTS,
+        repeat=True,
+        panel="Input",
+        rare=True,
+    )
     held_out: float = option(0.1, "Share of the data reserved for the search.", above=0, below=1, why="the search evaluates on that share")
     bn_images: int = option(
         4096, "Training inputs for batch-norm statistics, augmented as in training.", rare=True,
