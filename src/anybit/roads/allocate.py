@@ -27,7 +27,7 @@ from anybit.roads.latencies import with_latencies
 from anybit.roads.memory import check_memory
 from anybit.roads.result import Result
 from anybit.roads.settings import CalibrateSettings
-from anybit.roads.steps import CalibrationState, batch_norm_targets
+from anybit.roads.steps import CalibrationState, batch_norm_targets, edge_candidates
 from anybit.runs.candidates import read_candidates
 from anybit.runs.fingerprint import check_float
 from anybit.runs.folder import runs_in
@@ -96,6 +96,8 @@ def allocate(
                 f"The weights are not those that {folder} was made from: they have been trained since, or are another network's. Give "
                 "them as they were (--model), or run calibrate on these."
             )
+        if set(candidates.edges) != set(network.wiring.edges()):  # of a run that rounded none
+            candidates = replace(candidates, edges=edge_candidates(network, calibration, settings))
         reference = outputs_of(network.float_model, calibration.held_out)
         targets = batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
         entries = key_of_run(open_cache(cache), network, calibration, [reference], settings)

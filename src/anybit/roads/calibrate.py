@@ -18,13 +18,12 @@ from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache, open_cache, settle
-from anybit.files.contents import contents_of, digest
+from anybit.files.contents import contents_of
 from anybit.methods.table import rounding_named
-from anybit.networks.candidates import apply_scheme
 from anybit.networks.canonical import Canonical
-from anybit.networks.edges import as_ranges, observe_edge_ranges
+from anybit.networks.edges import as_ranges
 from anybit.networks.fingerprint import fingerprint_of
-from anybit.networks.observed import has_choice, observe_network
+from anybit.networks.observed import has_choice, observe_network, with_coarse
 from anybit.networks.refusals import as_observed, check_rows
 from anybit.networks.states import restore
 from anybit.progress import tell
@@ -36,9 +35,9 @@ from anybit.roads.inputs import (
     follow_model,
     labels_fit,
     notes_of,
+    notes_on,
     on_device,
     read_alike,
-    tell_unread,
 )
 from anybit.roads.keys import (
     MATCHING,
@@ -51,7 +50,7 @@ from anybit.roads.keys import (
     weights_digest,
 )
 from anybit.roads.latencies import measured_latencies, with_latencies
-from anybit.roads.memory import OBSERVED, check_memory, samples_at_once
+from anybit.roads.memory import check_memory
 from anybit.roads.polish import polish_scheme
 from anybit.roads.result import Result, layer_costs, test_scores
 from anybit.roads.settings import CalibrateSettings
@@ -148,8 +147,9 @@ def prepare_bench(
         if settings.mirror:
             calibration = mirrored(calibration)
         example = example_of(calibration)
-        network = with_latencies(observe_network(model, example, settings.options), budgets)
-        tell_unread(network)
+        network = with_coarse(with_latencies(observe_network(model, example, settings.options), budgets), calibration.fitting[0])
+        for note in notes_on(network):
+            tell("note", note=note)
         check_memory(network, calibration, settings)
         for budget in budgets:
             check_feasible(network, budget)
@@ -219,17 +219,15 @@ def finish(
         choice = chosen_scheme(bench, budget)
         tell("allocation", budget=budget and str(budget), certificate=choice.certificate(bench.settings.seed), scheme=choice.scheme)
     with clock.stage("polish"):
-        model, ladder, errors = polish_scheme(bench, choice.scheme)
-        if budget is not None and (drop := budget.limit(DROP.name)) is not None:
-            model = _within_drop(bench, drop, choice.scheme, model)
-    with clock.stage("edge ranges"):
-        chunk_size = samples_at_once(network.wiring, OBSERVED, bench.settings.memory, 8)
-        cache = bench.judge.recall.keyed("edges", digest(model.state_dict().values()), chunk_size)
-        observe_edges = partial(observe_edge_ranges, model, network.wiring, bench.calibration.fitting, chunk_size)
-        edges = cache.value("edge ranges", observe_edges, partial(as_ranges, wiring=network.wiring))
+        polished = polish_scheme(bench, choice.scheme)
+        model, edges = polished.model, polished.edges
+        if budget is not None and (drop := budget.limit(DROP.name)) is not None and not _within_drop(bench, drop, model):
+            # Polishing is judged by the loss; the candidates met the allowed drop.
+            model = network.apply(choice.scheme, bench.candidates)
+            edges = as_ranges(bench.candidates.edges, network.wiring)
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
-    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
+    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": polished.ladder, "units": polished.errors}
     report |= notes_of(provenance, network)
     if isinstance(apart := bench.judge.task.distance, WeightedErrors):
         with clock.stage("outputs"):
@@ -251,13 +249,11 @@ def finish(
     return Result(canonical, report, provenance, bench.candidates, dict(saved))
 
 
-def _within_drop(bench: CalibrationState, drop: float, scheme: Scheme, polished: nn.Module) -> nn.Module:
-    """Return the polished model, or the candidates if polishing (judged by the loss) exceeded the allowed drop."""
+def _within_drop(bench: CalibrationState, drop: float, polished: nn.Module) -> bool:
+    """Return whether the polished model loses no more than the allowed drop."""
     judge, counted = bench.judge, bench.judge.counted
     assert counted is not None  # else the budget is refused
-    if judge.of_outputs(judge.reference)[counted] - judge.of_model(polished)[counted] <= drop:
-        return polished
-    return apply_scheme(bench.network.prepared, scheme, bench.candidates)
+    return judge.of_outputs(judge.reference)[counted] - judge.of_model(polished)[counted] <= drop
 
 
 def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Budget | None) -> dict[str, Any]:

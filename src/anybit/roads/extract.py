@@ -24,7 +24,7 @@ from anybit.files.contents import digest
 from anybit.files.strict import read_json
 from anybit.networks.candidates import ActivationCandidate, Candidates, frozen_candidate, to_tensors
 from anybit.networks.canonical import Canonical
-from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.edges import finished
 from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.layers import quantized_layers
 from anybit.networks.observed import observe_network
@@ -86,7 +86,7 @@ def polished(
     fixed = replace(settings, keep={glob.escape(name): precision for name, precision in scheme.items()})
     network = observe_network(supernet.as_float(bn), example, fixed.options)
     check_memory(network, calibration, settings)
-    own = candidates_of(canonical)
+    own = replace(candidates_of(canonical), edges=dict(canonical.edges))
     with torch.no_grad():
         references = [outputs_of(network.float_model, [batch]) for batch in calibration.fitting]
         reference = outputs_of(network.float_model, calibration.held_out)
@@ -96,9 +96,9 @@ def polished(
     cache = cache.keyed(digest(to_tensors(own).values()), settings.to_json())
     judge = Judge(network, own, calibration.held_out, reference, task_of(reference, example.reader, supernet.task), recall=cache)
     bench = CalibrationState(network, calibration, settings, own, own, table, judge, targets, references, own)
-    model, ladder, _ = polish_scheme(bench, scheme)
+    done = polish_scheme(bench, scheme)
     supernet.method.switch(scheme)  # as it was before the float network was made
-    return Canonical(model.eval(), network.norms, observe_edge_ranges(model, network.wiring, calibration.fitting)), ladder[1:]
+    return Canonical(done.model.eval(), network.norms, done.edges), done.ladder[1:]
 
 
 @public
@@ -149,7 +149,7 @@ def extract(
             canonical.edges = supernet.stored_edges()
         else:
             wiring = observe(canonical.model, batches[0].head(2))
-            canonical.edges = observe_edge_ranges(canonical.model, wiring, batches[:8])
+            canonical = finished(canonical, wiring, batches[:8])
     tests = None
     if test is not None:
         preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))

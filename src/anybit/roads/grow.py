@@ -28,7 +28,7 @@ from anybit.networks import batchnorm
 from anybit.networks.candidates import activation_candidate, check_finite_samples
 from anybit.networks.canonical import Canonical
 from anybit.networks.capture import input_samples
-from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.edges import finished
 from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.layers import prepare, quantized_layers
 from anybit.networks.observed import ObservedNetwork, check_kinds, observe_network
@@ -233,7 +233,7 @@ def grow(
     with clock.stage("freeze"):
         canonical = frozen(trainee, network, plain)
     with clock.stage("edge ranges"):
-        canonical.edges = observe_edge_ranges(canonical.model, network.wiring, plain)
+        canonical = finished(canonical, network.wiring, plain)
     report: dict[str, Any] = {
         "version": 1,
         "road": "grow",
