@@ -314,7 +314,8 @@ def _product(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
     a, b = inputs
     if isinstance(a, Codes) and isinstance(b, Codes):
         total = a.offsets() * b.offsets()
-        return Pending(lambda sy, zy: _rounded(total.float() * (a.scale * b.scale / sy), zy), lambda: a.values() * b.values())
+        # The zero point is added before rounding: beside it a float32 just below a half is a half.
+        return Pending(lambda sy, zy: _rounded(total.float() * (a.scale * b.scale / sy) + zy, torch.zeros(())), lambda: a.values() * b.values())
     return _plain(a) * _plain(b)
 
 
