@@ -54,7 +54,9 @@ def explain(run: Path = argument("A run folder.", ready=check_one), layer: str =
 
 def cache(
     *,
-    trim: int | None = option(None, "Remove the least recently used results until so much is left: 500MB, 0B.", least=0, text=SIZE),
+    trim: int | None = option(
+        None, "Remove the results used longest ago until so much is left: 500MB, 0B.", least=0, most=2**60, text=SIZE
+    ),
     check: bool = option(False, "Read every result; name and remove the damaged ones.", switch=True),
 ) -> Outcome:
     """Show the results that were kept so that a killed run continues; make room.

@@ -14,7 +14,7 @@ SEEDS = 2**32
 class TrainSettings(Settings):
     """How any method is trained."""
 
-    epochs: int = option(10, "Passes over the training data.", least=1)
+    epochs: int = option(10, "Passes over the training data.", least=1, most=10**6)
     batch_size: int = option(256, "Inputs a training step, of all processes together.", least=1)
     seed: int = option(0, "Seed of every draw.", least=-SEEDS, most=SEEDS)
     warmup: float = option(

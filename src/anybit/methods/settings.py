@@ -132,7 +132,7 @@ class SearchSettings(Settings):
 
     common: ClassVar[Mapping[str, Any]] = {"rare": True}
 
-    evaluations: int = option(150, "Subnets that are evaluated.", least=10, rare=False)
+    evaluations: int = option(150, "Subnets that are evaluated.", least=10, most=10**6, rare=False)
     strategy: str = option(
         "monte-carlo", "uniform: draws with the same predictor and search; integer-program: on measured sensitivities.",
         choices=("monte-carlo", "uniform", "integer-program"), rare=False,
@@ -144,10 +144,12 @@ class SearchSettings(Settings):
     )
     seed: int = option(0, "Seed of every draw.", least=-SEEDS, most=SEEDS, rare=False)
     explored: float = option(0.6, "Share of the evaluations that the predictor is first fitted to.", above=0, below=1, command_line=False)
-    rounds: int = option(3, "How often the rest is spent: predict, search, evaluate the favourites.", least=1, command_line=False)
-    targets: int = option(20, "Averages that are searched for in a round.", least=1, command_line=False)
-    population: int = option(100, "Schemes in a generation of the genetic search.", least=4, command_line=False)
-    generations: int = option(30, "Generations of the genetic search.", least=1, command_line=False)
+    rounds: int = option(
+        3, "How often the rest is spent: predict, search, evaluate the favourites.", least=1, most=1000, command_line=False
+    )
+    targets: int = option(20, "Averages that are searched for in a round.", least=1, most=1000, command_line=False)
+    population: int = option(100, "Schemes in a generation of the genetic search.", least=4, most=10**5, command_line=False)
+    generations: int = option(30, "Generations of the genetic search.", least=1, most=10**6, command_line=False)
     mutation: float = option(0.1, "Chance that a layer of a child is drawn anew.", above=0, most=1, command_line=False)
 
     @classmethod

@@ -73,7 +73,9 @@ class CalibrateSettings(Settings):
     group: int | None = option(
         None, "A weight scale for each so many inputs of a linear's or embedding's channel.", least=2, why="128, 64 and 32 are usual"
     )
-    memory: int = option(2**31, "Memory for captured activations; more spills to disk.", least=0, text=SIZE, panel="Runtime", rare=False)
+    memory: int = option(
+        2**31, "Memory for captured activations; more spills to disk.", least=0, most=2**60, text=SIZE, panel="Runtime", rare=False
+    )
     seed: int = option(0, "Seed of every draw.", least=-SEEDS, most=SEEDS, rare=False)
     batch_size: int = option(64, "Inputs a forward pass.", least=1, panel="Runtime")
     task: str | None = option(None, "Of the network, where it does not tell.", choices=TASK_NAMES, panel="Input")
