@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -121,16 +122,41 @@ def test_an_all_zero_channel_stays_finite(rounding):
     assert all(error["after"] <= error["before"] < float("inf") for error in errors.values())
 
 
+class Scaled(nn.Module):
+    """Adds `share` of a convolution's output to its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x, share=1.0):
+        return x + share * torch.relu(self.conv(x))
+
+
+class Deepening(nn.Module):
+    """Blocks that the network calls with a number beside their input, each with its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Scaled() for _ in range(3))
+
+    def forward(self, x):
+        for depth, block in enumerate(self.blocks, 1):
+            x = block(x, share=1 / depth)
+        return x.mean((2, 3))
+
+
 @pytest.mark.parametrize("memory", [0, 10_000])
 def test_spilling_to_disk_changes_nothing(memory):
     one, other = (fitted(make(Residual), "W3A4", replace(FEW, memory=limit))[1].state_dict() for limit in (memory, 2**30))
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
-def test_what_is_carried_from_unit_to_unit_is_what_would_be_captured(monkeypatch):
-    case = rounded(make(Chain), "W3A4", "chain", "layer")
+@pytest.mark.parametrize(("network", "unit"), [(Chain, "layer"), (Deepening, "block")], ids=["chain", "numbers as arguments"])
+def test_what_is_carried_from_unit_to_unit_is_what_would_be_captured(network, unit, monkeypatch):
+    case = rounded(make(network), "W3A4", unit=unit)
     models, errors = [copy.deepcopy(case.model), copy.deepcopy(case.model)], []
-    assert any(case.network.wiring.feeds(a.name, b.name) for a, b in zip(case.network.units, case.network.units[1:], strict=False))
+    assert any(case.network.wiring.feeds(a.name, b.name) for a, b in pairwise(case.network.units))
     for model in models:
         errors.append(fit(case, FEW, model))
         monkeypatch.setattr(type(case.network.wiring), "feeds", lambda *names: False)

@@ -30,7 +30,7 @@ from anybit.onnx.latency import save_table as keep_table
 from anybit.onnx.timing import faster, in_turns, openvino_runner
 from anybit.onnx.verification import RUN, flipped_codes, verify_file
 from anybit.progress import tell
-from anybit.runs.opened import first_of, inputs_for, opened
+from anybit.runs.opened import Run, first_of, inputs_for, opened
 from anybit.scheme import Precision, parsed_keep
 from anybit.sources.inputs import as_samples, load_data
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
@@ -45,7 +45,7 @@ CHECKED = 64
 
 @public
 def export(
-    run: str | Path,
+    run: Run,
     onnx: str | Path,
     *,
     model: nn.Module | str | None = None,
@@ -57,6 +57,7 @@ def export(
 ) -> dict[str, Any]:
     """Write a run as an ONNX file: weights packed at their bits, int8 kernels when it runs. Returns what it holds.
 
+    run     a run folder, or a result
     model   as for `load`;   data  inputs of the network, of which a few are run; left out, those that the run was made with
     tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
     weight_only  linears with float inputs keep their weights packed as they run, at 2, 4 or 8 bits: faster where a few rows are computed
@@ -102,7 +103,7 @@ def _first(samples: Samples, count: int) -> Batch:
 
 @public
 def verify(
-    run: str | Path,
+    run: Run,
     onnx: str | Path,
     *,
     model: nn.Module | str | None = None,
@@ -163,7 +164,7 @@ def _predicted(running: Any, model: nn.Module, batches: Sequence[Batch]) -> torc
 
 @public
 def bench(
-    run: str | Path,
+    run: Run,
     onnx: str | Path | None = None,
     *,
     model: nn.Module | str | None = None,

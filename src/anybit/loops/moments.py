@@ -124,6 +124,8 @@ def float_moments(
     """Return the moments of each layer's inputs in `model` over batches of `count` samples, in one pass: X and Xq are the same."""
     layers = {name: model.get_submodule(name) for name in names}
     layers = {name: layer for name, layer in layers.items() if has_patches(layer)}
+    if not layers:
+        return {}
     sums: dict[str, Sums] = {}
     generator = torch.Generator().manual_seed(seed)
     mask: Tensor | None = None

@@ -142,17 +142,22 @@ def carried_side(
     """Compute the data of `unit` from that of the `previous` one, whose output is its whole input: nothing before it runs again."""
     finish = wiring.activation_after(previous.name) or identity
     before, float_module = model.get_submodule(previous.name), float_model.get_submodule(unit.name)
+    read = wiring.module_inputs[unit.name]
     device, whole = side.float_side.device, side.float_side.masks is not None
 
     def quantized_output(indices: Tensor) -> Tensor:
         args, kwargs = side.arguments(indices)
         return finish(before(*args, **kwargs))
 
+    def float_output_of(indices: Tensor) -> Tensor:
+        args, kwargs = read.filled(float_input.rows(indices).to(device))
+        return float_module(*args, **kwargs)
+
     float_input = carry(lambda indices: finish(side.targets(indices)), side.count, budget, whole, side.chunk)
-    float_output = carry(lambda indices: float_module(float_input.rows(indices).to(device)), side.count, budget, whole, side.chunk)
+    float_output = carry(float_output_of, side.count, budget, whole, side.chunk)
     quantized_input = carry(quantized_output, side.count, budget, whole, side.chunk)
-    float_side = Captured(((float_input,), {}), float_output, device, side.float_side.masks)
-    return replace(side, float_side=float_side, quantized_side=Captured(((quantized_input,), {}), None, device))
+    float_side = Captured(read.filled(float_input), float_output, device, side.float_side.masks)
+    return replace(side, float_side=float_side, quantized_side=Captured(read.filled(quantized_input), None, device))
 
 
 def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

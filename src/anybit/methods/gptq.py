@@ -7,7 +7,7 @@ X are the float network's inputs of the layer and Xq those that the network quan
     argmin over codes Q, scales s      tr (W* - s Q) H (W* - s Q)^T
     b* = b + W mean(X) - s Q mean(Xq)
 
-The argmin is searched in three steps, for several scales of a channel at once, of which the best is taken:
+The argmin is searched in three steps, the first for several scales of a channel at once, of which the best is taken:
 
     error feedback          round one input's weights after the other; the others take up the error of those that are rounded   (GPTQ)
     coordinate descent      put each code to its best value while all others are fixed, sweep after sweep                        (COMQ, OBC)
@@ -20,7 +20,7 @@ Algorithm for Post-Training Quantization", 2024. Deviations:
 
   * Inputs are rounded in the order of their falling variance, in all groups of a convolution at once.
   * The target goes half of the way (`CORRECTED`), and is corrected as a whole before the first rounding, instead of column by column.
-  * Plain rounding to nearest is among the starts of the descent, so that the result is never behind it.
+  * A channel whose rounding to nearest is better after all gets that.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ from anybit.loops.moments import Moments
 from anybit.numerics.affine import quant_limits
 from anybit.numerics.ranges import SMALLEST_RELATIVE_SCALE
 
-COLUMNS = 128
-"""Inputs whose rounding is worked off before the rest of the matrix takes it up."""
+COLUMNS = 32
+"""Inputs whose changes are worked off among themselves before the rest of the matrix takes them up, in one product."""
 CORRECTED = 0.5
 """Share of the way to W* that the target goes. All of it fits the patches better and the network worse: W* shrinks a layer's outputs where
 its inputs are noisy, and layer after layer adds to it."""
@@ -78,30 +78,26 @@ def corrected_target(weight: Tensor, hessian: Tensor, cross: Tensor, damping: fl
 def solve(
     target: Tensor, hessian: Tensor, scale: Tensor, bits: int, rounded: Tensor | None = None, damping: float = 0.01, sweeps: int = 4
 ) -> Solution:
-    """Return codes and scales of small error under H, never above that of `rounded` at `scale`.
+    """Return codes and scales of small error under H, in no channel above that of `rounded` at `scale`.
 
     target    W*, [groups, channels, fan-in]
     hessian   H, [groups, fan-in, fan-in], symmetric and positive semidefinite; it may be singular
     scale     [groups, channels, k], positive: scales of least squared weight error, of k equal parts of the fan-in
-    rounded   codes to start from beside those of error feedback; left out, those of the target rounded to nearest
+    rounded   codes that must not be better; left out, those of the target rounded to nearest
     """
     limits = quant_limits(bits, signed=True)
     rounded = _nearest(target, _spread(scale, target), limits) if rounded is None else rounded
-    tries = len(SHRUNK)
+    floor, tries = scale.max() * SMALLEST_RELATIVE_SCALE, len(SHRUNK)
     many, scales = target.repeat(1, tries, 1), torch.cat([share * scale for share in SHRUNK], 1)
     codes = _error_feedback(many, hessian, _spread(scales, many), limits, damping)
-    many, scales = torch.cat([many, target], 1), torch.cat([scales, scale], 1)
-    codes = torch.cat([codes, rounded], 1)
-
-    floor = scale.max() * SMALLEST_RELATIVE_SCALE
-    codes = _descend(many, hessian, codes, _spread(scales, many), limits, sweeps=2)
     scales = _least_squares(many, hessian, codes, scales, floor)
-    best = quadratic_error(many, hessian, codes, scales).unflatten(1, (tries + 1, -1)).argmin(1)
-    codes, scale = _pick(codes, best, tries + 1), _pick(scales, best, tries + 1)
+    best = quadratic_error(many, hessian, codes, scales).unflatten(1, (tries, -1)).argmin(1)
+    codes, scales = _pick(codes, best, tries), _pick(scales, best, tries)
     for _ in range(2):
-        codes = _descend(target, hessian, codes, _spread(scale, target), limits, sweeps)
-        scale = _least_squares(target, hessian, codes, scale, floor)
-    return Solution(codes, scale)
+        codes = _descend(target, hessian, codes, _spread(scales, target), limits, sweeps)
+        scales = _least_squares(target, hessian, codes, scales, floor)
+    behind = quadratic_error(target, hessian, rounded, scale) < quadratic_error(target, hessian, codes, scales)
+    return Solution(torch.where(behind[..., None], rounded, codes), torch.where(behind[..., None], scale, scales))
 
 
 def quadratic_error(target: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -135,49 +131,75 @@ def _damped(hessian: Tensor, damping: float) -> Tensor:
 def _error_feedback(weight: Tensor, hessian: Tensor, scale: Tensor, limits: tuple[int, int], damping: float) -> Tensor:
     """Return codes [groups, channels, fan-in]: input after input is rounded, and those to come make up for its error."""
     order = torch.diagonal(hessian, dim1=1, dim2=2).argsort(stable=True, dim=1, descending=True)
-    spread = scale.expand_as(weight)
-    columns = order[:, None, :].expand_as(weight)
-    free, spread = weight.gather(2, columns), spread.gather(2, columns)
+    columns = order[:, :, None].expand(-1, -1, weight.shape[1])
+    free = weight.transpose(1, 2).gather(1, columns)  # [groups, fan-in, channels], since an input's weights are worked on together
+    spread = scale.expand_as(weight).transpose(1, 2).gather(1, columns)
     sorted_hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
     lower = torch.linalg.cholesky(_damped(sorted_hessian, damping))
     feedback = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)  # row j: what rounding input j passes on
+    passed = (feedback / torch.diagonal(feedback, dim1=1, dim2=2)[:, :, None]).transpose(1, 2)  # column j: the same for an error of 1
 
-    fan_in = weight.shape[-1]
     codes = torch.empty_like(free)
-    for start in range(0, fan_in, COLUMNS):
-        end = min(start + COLUMNS, fan_in)
-        errors = torch.empty_like(free[:, :, start:end])
-        for j in range(start, end):
-            codes[:, :, j] = _nearest(free[:, :, j], spread[:, :, j], limits)
-            errors[:, :, j - start] = (free[:, :, j] - codes[:, :, j] * spread[:, :, j]) / feedback[:, j, j, None]
-            free[:, :, j:end] -= errors[:, :, j - start, None] * feedback[:, None, j, j:end]
-        free[:, :, end:] -= errors @ feedback[:, start:end, end:]
-    return torch.empty_like(codes).scatter_(2, columns, codes)
+    for start in range(0, free.shape[1], COLUMNS):
+        block, rest = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
+        local, wide, inner = free[:, block], spread[:, block], passed[:, block, block]
+        errors = torch.empty_like(local)
+        for j in range(local.shape[1]):
+            code = _nearest(local[:, j], wide[:, j], limits)
+            codes[:, start + j] = code
+            errors[:, j] = torch.addcmul(local[:, j], code, wide[:, j], value=-1)
+            local[:, j + 1 :].baddbmm_(inner[:, j + 1 :, j, None], errors[:, j, None], alpha=-1)
+        free[:, rest].baddbmm_(passed[:, rest, block], errors, alpha=-1)
+    return torch.empty_like(codes).scatter_(1, columns, codes).transpose(1, 2)
 
 
 def _descend(target: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, limits: tuple[int, int], sweeps: int) -> Tensor:
-    """Return codes of which a sweep of single changes, each the best of its code, has lowered the error; `sweeps` at most."""
-    codes, spread = codes.clone(), scale.expand_as(target)
-    variance = torch.diagonal(hessian, dim1=1, dim2=2)
+    """Return codes of which a sweep of single changes, each the best of its code, has lowered the error; `sweeps` at most.
+
+    A sweep visits the inputs of which some channel's code has a better value as the sweep comes to their block. Channels that a sweep
+    has left alone are done.
+    """
+    spread = scale.expand_as(target).transpose(1, 2).contiguous()  # [groups, fan-in, channels], as in error feedback
+    target, codes = target.transpose(1, 2), codes.transpose(1, 2).contiguous()
+    variance = torch.diagonal(hessian, dim1=1, dim2=2)[:, :, None]
     alive = variance > 1e-12 * variance.amax(1, keepdim=True).clamp_min(1e-30)  # an input that never moves leaves its code open
+    step = torch.where(alive, 1 / (variance * spread), 0.0)  # of a code, by the slope of its weight
+
+    result, left = codes.clone(), torch.arange(codes.shape[2], device=codes.device)
     for _ in range(sweeps):
-        slope, changed = (target - codes * spread) @ hessian, False  # half the negative gradient by the weight
-        for start in range(0, target.shape[-1], COLUMNS):
-            block = slice(start, min(start + COLUMNS, target.shape[-1]))
-            local, moves = slope[:, :, block].clone(), torch.zeros_like(slope[:, :, block])
-            inner = hessian[:, block, block]
-            for at, j in enumerate(range(block.start, block.stop)):
-                step = local[:, :, at] / (variance[:, None, j] * spread[:, :, j])
-                best = torch.where(alive[:, None, j], torch.round(codes[:, :, j] + step).clamp_(*limits), codes[:, :, j])
-                moves[:, :, at] = (best - codes[:, :, j]) * spread[:, :, j]
-                codes[:, :, j] = best
-                local -= moves[:, :, at, None] * inner[:, None, at]
-            if moves.any():
-                slope -= moves @ hessian[:, block]
-                changed = True
-        if not changed:
+        moved = _sweep(torch.addcmul(target, codes, spread, value=-1), hessian, codes, spread, step, limits)
+        result[:, :, left] = codes
+        if not moved.any():
             break
-    return codes
+        left, target, codes, spread, step = left[moved], *(part[:, :, moved] for part in (target, codes, spread, step))
+    return result.transpose(1, 2)
+
+
+def _sweep(residual: Tensor, hessian: Tensor, codes: Tensor, spread: Tensor, step: Tensor, limits: tuple[int, int]) -> Tensor:
+    """Put code after code to its best value, in place; returns which channels have changed. All but H are [groups, fan-in, channels]."""
+    slope = hessian @ residual  # half the negative gradient by the weight
+    changed = torch.zeros(codes.shape[2], dtype=torch.bool, device=codes.device)
+    for start in range(0, codes.shape[1], COLUMNS):
+        block, rest = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
+        local, here, inner = slope[:, block], codes[:, block], hessian[:, block, block]
+        differs = _best(here, local, step[:, block], limits) != here
+        visited = differs.any(2).any(0).nonzero().flatten().tolist()
+        if not visited:
+            continue
+        local, moves = local.clone(), torch.zeros_like(local)
+        for j in visited:
+            best = _best(here[:, j], local[:, j], step[:, start + j], limits)
+            torch.mul(best - here[:, j], spread[:, start + j], out=moves[:, j])
+            here[:, j] = best
+            local.baddbmm_(inner[:, :, j, None], moves[:, j, None], alpha=-1)
+        changed |= moves.any(1).any(0)
+        slope[:, rest].baddbmm_(hessian[:, rest, block], moves, alpha=-1)
+    return changed
+
+
+def _best(codes: Tensor, slope: Tensor, step: Tensor, limits: tuple[int, int]) -> Tensor:
+    """Return the best value of each code while all others stay."""
+    return torch.addcmul(codes, slope, step).round_().clamp_(*limits)
 
 
 def _least_squares(target: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, floor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ after each layer, every tensor's readers, the joins, the blocks, and the shapes 
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from anybit.data.batches import Batch, evaluating, map_tensors, run, tensors_in
+from anybit.data.batches import Batch, evaluating, map_leaves, map_tensors, run, tensors_in
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.norms import is_norm
@@ -42,6 +42,8 @@ ESCAPES = {"item", "tolist", "numpy", "array", "bool", "float", "int", "index", 
 """Functions that read values and give back no tensor."""
 CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clip"}
 """Activations that only bound values: after them fewer values are left, none is new."""
+PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+"""Arguments that hold nothing of a batch."""
 MOVES = RESHAPES | {"max_pool1d", "max_pool2d", "max_pool3d", "identity"}
 """Functions whose output holds only numbers of their input, as padding with zeros does, too."""
 
@@ -112,6 +114,34 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class _Place:
+    """Stand for a tensor among a module's arguments, and name its value."""
+
+    value: int | None
+
+
+@dataclass(frozen=True)
+class SoleInput:
+    """The one tensor that a module reads: its value, and the module's (args, kwargs), in which a place stands for it."""
+
+    value: int
+    places: tuple[tuple, dict]
+
+    def filled(self, item: Any) -> tuple[tuple, dict]:
+        """Return (args, kwargs) with `item` in the tensor's place."""
+        return map_leaves(self.places, _Place, lambda _: item)
+
+
+def _leaves(value: Any) -> list[Any]:
+    """List what is in nested tuples, lists and dicts."""
+    if isinstance(value, Mapping):
+        return [leaf for item in value.values() for leaf in _leaves(item)]
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value]
+
+
+@dataclass(frozen=True)
 class Wiring:
     """The record of one forward pass. Lookups are by name; `calls` counts how often each module ran, and `module_outputs` are what it gave
     in each call, where all are tensors."""
@@ -123,7 +153,8 @@ class Wiring:
     output_values: tuple[int, ...]
     batch_size: int
     classes: dict[str, str] = field(default_factory=dict)
-    module_inputs: dict[str, int] = field(default_factory=dict)
+    module_inputs: dict[str, "SoleInput"] = field(default_factory=dict)
+    """Modules that read one tensor beside plain values."""
     escaped: frozenset[int] = frozenset()
     """Values that something reads which is no operation here: a comparison, an index, a number taken out."""
     surroundings: dict[str, str] = field(default_factory=dict)
@@ -223,7 +254,7 @@ class Wiring:
             value = reader.outputs[0]
         elif reader is not None and reader.kind == BATCH_NORM:
             return False
-        return self.module_inputs.get(second) == value
+        return second in self.module_inputs and self.module_inputs[second].value == value
 
     def joins(self) -> list[Operation]:
         """Return the sums, products and concatenations of several observed values."""
@@ -343,7 +374,7 @@ class _Observer(TorchFunctionMode):
         self.module_outputs: dict[str, list[int]] = {}
         self.classes: dict[str, str] = {}
         self.shapes_read: dict[str, tuple[int, ...]] = {}
-        self.module_inputs: dict[str, int] = {}
+        self.module_inputs: dict[str, SoleInput] = {}
         self.escaped: set[int] = set()
         self.surroundings: dict[str, str] = {}
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, COVERED)]
@@ -384,8 +415,10 @@ class _Observer(TorchFunctionMode):
     def _enter(self, name: str, module: nn.Module, args, kwargs) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1
         self.stack.append(name)
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and id(args[0]) in self.values:
-            self.module_inputs[name] = self.values[id(args[0])]
+        places = map_leaves((args, kwargs), Tensor, lambda tensor: _Place(self.values.get(id(tensor))))
+        match [leaf for leaf in _leaves(places) if not isinstance(leaf, PLAIN)]:
+            case [_Place(value=int(value))]:
+                self.module_inputs[name] = SoleInput(value, places)
         if isinstance(module, COVERED):
             read = tensors_in((args, kwargs))
             if not read and type_of(module).reads_numbers:

@@ -63,6 +63,19 @@ def explain(run: str | Path, layer: str) -> dict[str, Any]:
     return explanation | _of_allocation(record, layer)
 
 
+def reason(record: Record, layer: str) -> str:
+    """Say in a sentence or two why `layer` has its bits, as far as the record of a run alone tells it."""
+    if record.table is None:
+        return f"{record.road} ended with {record.layers[layer].precision}"
+    return " ".join(_choice_in_words(record, layer)[1:]) or _next_in_words(record, layer)
+
+
+def _next_in_words(record: Record, layer: str) -> str:
+    """Say what a step more of a layer would cost and gain where the budget ended."""
+    facts = _of_allocation(record, layer)
+    return _more_in_words(facts)
+
+
 # An allocation
 
 

@@ -5,6 +5,7 @@ the same.
 """
 
 import hashlib
+import html
 import json
 import os
 from base64 import b64encode
@@ -61,6 +62,22 @@ def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Pa
     return path
 
 
+class Page(NamedTuple):
+    """A page in memory: a notebook shows it, `save` writes it."""
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        """A frame of its own, since the page has its own style and script."""
+        return f'<iframe srcdoc="{html.escape(self.html)}" width="100%" height="640" style="border: 0"></iframe>'
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page."""
+        with whole_file(Path(path), "Make room, or choose another path.") as draft:
+            draft.write_text(self.html, encoding="utf8")
+        return Path(path)
+
+
 def read_records(folder: Path) -> dict[str, Record]:
     """Read name -> record of a run folder, or of each run in a folder that holds several."""
     return {str(run): read_record(run) for run in runs_in(folder) or [folder]}
@@ -82,6 +99,14 @@ def run_page(report: Mapping[str, Any]) -> str:
 def runs_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the page of several runs' reports by name."""
     return page({name: record_of(report, name) for name, report in reports.items()})
+
+
+def figure_page(report: Mapping[str, Any]) -> str:
+    """Return a page of a run's headline and its charts of size against loss and score alone."""
+    record = record_of(report)
+    charts = _sizes(record)["charts"] if record.schemes else [_bits({"this run": record})["chart"]]
+    head = {"title": f"anybit: {_asked(record)}", "above": _asked(record), **_headline(record)}
+    return _rendered("figure.html.j2", {**head, "charts": charts})
 
 
 def page(records: Mapping[str, Record]) -> str:

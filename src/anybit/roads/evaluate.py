@@ -11,7 +11,8 @@ from anybit.data.tasks import evaluate as evaluate_model
 from anybit.errors import InvalidInput
 from anybit.progress import tell
 from anybit.roads.inputs import check_inputs, on_device
-from anybit.runs.opened import load, recorded_preprocessing, recorded_task
+from anybit.runs.names import SCHEME
+from anybit.runs.opened import Run, load, recorded_preprocessing, recorded_task
 from anybit.sources.inputs import samples_from
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing, overridden
@@ -19,7 +20,7 @@ from anybit.sources.preprocessing import Preprocessing, overridden
 
 @public
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | Run,
     data: Any,
     metric: Metric | None = None,
     task: str | None = None,
@@ -28,8 +29,12 @@ def evaluate(
     device: str = "cpu",
     preprocessing: Preprocessing = Preprocessing(),
 ) -> dict[str, Any]:
-    """Score a network on labelled data: the task's own scores, and the user's metric."""
-    model = adapted_network(model)
+    """Score a network on labelled data: the task's own scores, and the user's metric.
+
+    model   a network, a result, a run folder, or a reference as for `--model`; of the two in the middle the run's own task and
+            preprocessing are taken where none is given
+    """
+    model, preprocessing, task = _network(model, preprocessing, task)
     samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)
     if len(samples) == 0:
         raise InvalidInput("There is nothing to evaluate on: the data is empty.")
@@ -38,6 +43,18 @@ def evaluate(
     scores = evaluate_model(network, samples.on(device).batches(batch_size), task, metric)
     tell("result", **scores)
     return scores
+
+
+def _network(model: nn.Module | Run, preprocessing: Preprocessing, task: str | None) -> tuple[nn.Module, Preprocessing, str | None]:
+    """(the network, preprocessing, task) of anything that can be evaluated."""
+    if isinstance(model, nn.Module):
+        return adapted_network(model), preprocessing, task
+    if not isinstance(model, str | Path):
+        recorded = Preprocessing.from_json(model.about.get("preprocessing", {}))
+        return model.canonical.model, overridden(recorded, preprocessing), task or model.about.get("task")
+    if (Path(model) / SCHEME).is_file():
+        return evaluated_network(Path(model), None, None, preprocessing, task)
+    return load_model(str(model), None, task), preprocessing, task
 
 
 def evaluated_network(

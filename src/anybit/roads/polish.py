@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from anybit.numerics.quantizers import UniformQuantizer
 from anybit.progress import tell
 from anybit.roads.keys import PARALLEL, keyed_by_settings
 from anybit.roads.memory import TRAINED, samples_at_once, within_memory
-from anybit.roads.steps import CalibrationState, free_weights, reconstruction_settings
+from anybit.roads.steps import CalibrationState, free_weights, reconstruction_settings, worth_solving
 from anybit.scheme import Scheme
 
 
@@ -63,7 +63,7 @@ def polish_scheme(state: CalibrationState, scheme: Scheme) -> tuple[nn.Module, l
     Returns (the canonical model, the ladder: what was measured after each step and whether it was taken, each unit's errors).
     """
     ladder, errors = _start(state, scheme), {}
-    if state.settings.does("sequential") or state.settings.solver != "none":
+    if state.settings.does("sequential") or (state.settings.solver != "none" and worth_solving(scheme)):
         errors = _reconstruct(state, scheme, ladder)
     if state.settings.bn_tuning and state.targets:
         _tune_batch_norm(state, ladder)
@@ -93,6 +93,8 @@ def _reconstruct(state: CalibrationState, scheme: Scheme, ladder: _Ladder) -> di
     changed, starts = sequential_start(state, scheme)
     steps = settings.steps if settings.does("sequential") else 0
     loop, units = reconstruction_settings(network, calibration, settings, steps), ladder.cache.keyed("units")
+    if not worth_solving(scheme):
+        loop = replace(loop, solver=None)
     fit = partial(sequential, changed, network.folded, network.units, starts, network.wiring, calibration, loop, units)
     return ladder.climb(f"sequential {loop.name}" if steps else "sequential solution", changed, list(starts), fit)
 

@@ -1,27 +1,42 @@
-"""The result of a road, and its saving."""
+"""The result of a road: what one does with it, and its saving."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from anybit.networks.candidates import Candidates
 from anybit.networks.canonical import Canonical
 from anybit.networks.cost import CostModel
-from anybit.reports.page import run_page, runs_page
+from anybit.reports.frames import frontier_frame, layers_frame
+from anybit.reports.page import Page, figure_page, run_page, runs_page
+from anybit.reports.terminal import result_line
+from anybit.roads.evaluate import evaluate
 from anybit.runs.candidates import write_candidates
 from anybit.runs.folder import new_folder
+from anybit.runs.records import record_of
 from anybit.runs.report import write_report
 from anybit.runs.scheme_file import write_canonical
 from anybit.runs.trusted import trust
 from anybit.scheme import Scheme
 
+if TYPE_CHECKING:
+    import pandas
 
-@dataclass
+
+@dataclass(repr=False)
 class Result:
-    """The result of a road: the canonical model (its bits in `scheme`), and the report. `save` writes the run folder."""
+    """The result of a road: the canonical model (its bits in `scheme`), and the report.
+
+    result.evaluate(data)                  its scores on labelled data, preprocessed as the calibration data was
+    result.summary()                       size, bits and scores in a line; in a notebook the result shows itself
+    result.layers, result.frontier()       data frames (with pandas) of the layers, and of the schemes by size
+    result.plot()                          the charts of size against loss and score
+    result.export("net.onnx")              then result.verify("net.onnx"), result.bench("net.onnx")
+    result.save("runs/mine")               the run folder, which `load`, `export`, `allocate` and the command line take
+    """
 
     canonical: Canonical
     report: dict[str, Any]
@@ -36,6 +51,51 @@ class Result:
     @property
     def scheme(self) -> Scheme:
         return self.canonical.scheme
+
+    def evaluate(self, data: Any, **options: Any) -> dict[str, Any]:
+        """Score the model on labelled data: `anybit.evaluate`, with the task and preprocessing of the run."""
+        return evaluate(self, data, **options)
+
+    def export(self, onnx: str | Path, data: Any = None, **options: Any) -> dict[str, Any]:
+        """Write the model as an ONNX file: `anybit.export`."""
+        from anybit.exports import verbs  # optional packages
+
+        return verbs.export(self, onnx, data=data, **options)
+
+    def verify(self, onnx: str | Path, data: Any = None, **options: Any) -> dict[str, Any]:
+        """Check an exported file against the model: `anybit.verify`."""
+        from anybit.exports import verbs
+
+        return verbs.verify(self, onnx, data=data, **options)
+
+    def bench(self, onnx: str | Path | None = None, data: Any = None, **options: Any) -> dict[str, Any]:
+        """Measure the size and latency of an exported file: `anybit.bench`."""
+        from anybit.exports import verbs
+
+        return verbs.bench(self, onnx, data=data, **options)
+
+    def summary(self) -> str:
+        """Return size, bits and scores, in a line."""
+        return result_line(self.report)
+
+    @property
+    def layers(self) -> "pandas.DataFrame":
+        """A row for each layer: precision, weights, bytes, sensitivity, why. Needs pandas."""
+        return layers_frame(record_of(self.report))
+
+    def frontier(self) -> "pandas.DataFrame":
+        """Return the schemes of every size, as predicted and as measured. Needs pandas."""
+        return frontier_frame(record_of(self.report))
+
+    def plot(self) -> Page:
+        """Return the charts of size against loss and score, which a notebook shows; `save` writes them as a page."""
+        return Page(figure_page(self.report))
+
+    def __repr__(self) -> str:
+        return f"<anybit {self.report.get('road', 'calibrate')} result: {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        return self.plot()._repr_html_()
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the run folder, all of it or nothing."""

@@ -38,6 +38,14 @@ from anybit.roads.memory import memory_to_capture
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
 
+FINE = 8
+"""Bits at which rounding to nearest leaves nothing to gain: what a solver changes there is the noise of its sample."""
+
+
+def worth_solving(scheme: Mapping[str, Precision]) -> bool:
+    """Return whether some layer rounds coarsely enough for a solver to repair."""
+    return any(bits is not None and bits < FINE for one in scheme.values() for bits in (one.weight_bits, one.activation_bits))
+
 
 def range_candidates(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
     """Every layer's weights rounded to nearest at each of its bit-widths, and its input range at each activation bit-width."""
@@ -54,17 +62,18 @@ def range_candidates(network: ObservedNetwork, calibration: Calibration, setting
 
 
 def solved_candidates(network: ObservedNetwork, ranged: Candidates, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
-    """The same candidates with every layer's codes chosen by the solver, on the float network's inputs: all widths from one pass."""
+    """The same candidates with the codes of the layers below 8 bits chosen by the solver, on the float network's inputs: all widths from
+    one pass."""
     solver = solver_named(settings.solver)
     assert solver is not None
-    names = sorted({name for name, _ in ranged.weights}, key=network.names.index)
+    names = sorted({name for name, bits in ranged.weights if bits < FINE}, key=network.names.index)
     budget = MemoryBudget(memory_to_capture(network, calibration, settings))
     moments = float_moments(network.folded, names, calibration.fitting, calibration.count()[0], settings.seed, budget)
     solved = Candidates(dict(ranged.weights), ranged.activations)
     for name in track(list(moments), "solution of candidates"):
         read, float_layer = moments.pop(name), network.folded.get_submodule(name)
         for (layer, bits), rounded in ranged.weights.items():
-            if layer == name:
+            if layer == name and bits < FINE:
                 solved.weights[name, bits] = solve_weight(float_layer, rounded.codes, rounded.scale, bits, read, solver)
     return solved
 

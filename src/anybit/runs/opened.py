@@ -1,8 +1,11 @@
-"""Open a run folder: its network and its inputs."""
+"""Open a run, a folder or a result in memory: its network and its inputs."""
 
+import copy
 import re
+import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -11,12 +14,22 @@ from anybit.data.samples import Samples
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.networks.canonical import Canonical
 from anybit.networks.refusals import check_network
-from anybit.runs.scheme_file import SchemeFile, read_canonical, read_scheme
+from anybit.runs.scheme_file import SchemeFile, read_canonical, read_scheme, write_canonical
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
 from anybit.sources.inputs import samples_from
 from anybit.sources.models import adapted_network, load_model
 from anybit.sources.preprocessing import Preprocessing
+
+
+class Unsaved(Protocol):
+    """A result in memory, which is no folder yet: the canonical form, and what its scheme.json will say of where it came from."""
+
+    canonical: Canonical
+    about: dict[str, Any]
+
+
+Run = str | Path | Unsaved
 
 
 def followed_reference(folder: Path, file: SchemeFile, model: nn.Module | str | None) -> dict[str, Any]:
@@ -26,10 +39,13 @@ def followed_reference(folder: Path, file: SchemeFile, model: nn.Module | str | 
     return file.model if model is None or is_trusted(folder) else {}
 
 
-def recorded_data(folder: Path, file: SchemeFile) -> str:
-    reference = file.data.get("reference")
-    if not isinstance(reference, str) or not is_trusted(folder):
-        raise InvalidSetting(f"{folder} does not name data that may be followed. Give inputs of the network with --data.")
+def recorded_data(run: Run, file: SchemeFile) -> str:
+    """Return the reference to the data of a run: of this process, or of this user's own."""
+    reference, folder = file.data.get("reference"), Path(run) if isinstance(run, str | Path) else None
+    if not isinstance(reference, str) or not (folder is None or is_trusted(folder)):
+        raise InvalidSetting(
+            f"{folder or 'The result'} does not name data that may be followed. Give inputs of the network: --data, or data=... in Python."
+        )
     return reference
 
 
@@ -45,17 +61,21 @@ def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
     return canonical.model
 
 
-def opened(folder: str | Path, model: nn.Module | str | None = None) -> tuple[Canonical, SchemeFile]:
-    """Open a run folder: its canonical form and its scheme file; `model` as for `load`."""
-    folder = Path(folder)
-    file = read_scheme(folder)
-    return read_canonical(folder, float_model_of(folder, file, model), file), file
+def opened(run: Run, model: nn.Module | str | None = None) -> tuple[Canonical, SchemeFile]:
+    """Open a run: its canonical form and its scheme file; `model` as for `load`, and of no use to a result in memory, which has its own."""
+    if isinstance(run, str | Path):
+        folder = Path(run)
+        file = read_scheme(folder)
+        return read_canonical(folder, float_model_of(folder, file, model), file), file
+    with tempfile.TemporaryDirectory() as draft:
+        write_canonical(Path(draft), run.canonical, run.about)
+        file = read_scheme(Path(draft))
+    return replace(run.canonical, model=copy.deepcopy(run.canonical.model)), file
 
 
-def inputs_for(folder: str | Path, file: SchemeFile, model: nn.Module, data: Any = None, workers: int = 0) -> Samples:
-    """Return samples for a run folder and its `model`: `data`, preprocessed as the run's own, or the data that the run used."""
-    folder = Path(folder)
-    reference = recorded_data(folder, file) if data is None else data
+def inputs_for(run: Run, file: SchemeFile, model: nn.Module, data: Any = None, workers: int = 0) -> Samples:
+    """Return samples for a run and its `model`: `data`, preprocessed as the run's own, or the data that the run used."""
+    reference = recorded_data(run, file) if data is None else data
     return samples_from(reference, workers, Preprocessing.from_json(file.preprocessing), model)
 
 

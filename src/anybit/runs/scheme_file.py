@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anybit.data.options import TaskName
-from anybit.errors import AnybitError, InvalidFile, SchemeMismatch
+from anybit.errors import AnybitError, InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.files.strict import check_version, in_words, read_header, read_json, read_tensors, sha256_of, validated, write_json
 from anybit.networks import batchnorm
 from anybit.networks.candidates import ActivationCandidate, WeightCandidate, install
@@ -105,8 +105,21 @@ def packed_tensors(canonical: Canonical) -> dict[str, Tensor]:
     return tensors | {key: tensor.contiguous().clone() for key, tensor in others.items()}
 
 
+def check_not_converted(canonical: Canonical) -> None:
+    """Raise InvalidSetting where the model has been converted to another type since it was made: its scales were float32 then."""
+    for name, layer in quantized_layers(canonical.model).items():
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            types = {tensor.dtype for tensor in quantizer.buffers()} if quantizer is not None else set()
+            for other in types - {torch.float32}:
+                raise InvalidSetting(f"{name}: its scales are {other} instead of float32: the model was converted. Save it before that.")
+
+
 def write_canonical(folder: Path, canonical: Canonical, provenance: Mapping[str, Any]) -> None:
-    """Write scheme.json and model.safetensors into `folder`; `about` fills SchemeFile's budget, certificate, model, ..."""
+    """Write scheme.json and model.safetensors into `folder`; `provenance` fills SchemeFile's budget, certificate, model, ...
+
+    Raise InvalidSetting where the model has been converted since it was made.
+    """
+    check_not_converted(canonical)
     layers = quantized_layers(canonical.model)
     records = {}
     for name, precision in canonical.scheme.items():

@@ -1,0 +1,53 @@
+"""A run's layers, and the schemes it chose from, as data frames."""
+
+from typing import TYPE_CHECKING, Any
+
+from anybit.errors import InvalidSetting, MissingPackage
+from anybit.reports.explanation import reason
+from anybit.runs.records import SCORES, Record
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def layers_frame(record: Record) -> "pandas.DataFrame":
+    """Return a row for each layer: precision, weights, bytes, the loss that the table of candidates predicts (sensitivity), and why it
+    has its bits."""
+    rows = {
+        name: {
+            "precision": str(row.precision),
+            "weights": row.weights,
+            "bytes": row.bytes,
+            "sensitivity": row.predicted_loss,
+            "why": reason(record, name),
+        }
+        for name, row in record.layers.items()
+    }
+    return _frame(list(rows.values()), index=list(rows))
+
+
+def frontier_frame(record: Record) -> "pandas.DataFrame":
+    """Return a row for each scheme, by size: the best of every size as predicted (`scheme` is empty), and those that were measured.
+
+    Raises InvalidSetting where the run chose from no schemes.
+    """
+    if record.table is None:
+        raise InvalidSetting(f"A run of {record.road} has no frontier: it chose from no table of candidates. calibrate and allocate do.")
+    table, frontier = record.table, record.table.frontier
+    ends = [(frontier.cost, frontier.loss), *((step.cost, step.loss) for step in frontier.steps)]
+    rows: list[dict[str, Any]] = [{"bytes": table.fixed_bytes + int(cost), "predicted": table.floor + loss} for cost, loss in ends]
+    scores = [score for score in SCORES if any(getattr(row, score) is not None for row in record.schemes)]
+    for row in record.schemes:
+        values = {"bytes": row.bytes, "predicted": row.predicted, "scheme": row.name, "weight_bits": row.weight_bits, "bops": row.bops}
+        rows.append(values | {"measured": row.measured, **{score: getattr(row, score) for score in scores}, "chosen": row.chosen})
+    columns = ["scheme", "bytes", "weight_bits", "bops", "predicted", "measured", *scores, "chosen"]
+    frame = _frame(rows, columns=columns).sort_values("bytes", ignore_index=True)
+    return frame.assign(chosen=frame["chosen"].eq(True), scheme=frame["scheme"].fillna(""))
+
+
+def _frame(rows: list[dict[str, Any]], **more: Any) -> "pandas.DataFrame":
+    try:
+        import pandas
+    except ImportError as error:
+        raise MissingPackage("Data frames need pandas, which does not import: run `pip install pandas`.") from error
+    return pandas.DataFrame(rows, **more)
