@@ -197,10 +197,9 @@ class Option:
         return key
 
     def _refusal(self, value: Any) -> str:
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
         demand = (
             f"is outside {self.range}"
-            if ".." in self.range and is_number
+            if ".." in self.range and not isinstance(value, str)
             else f"must be {_noun(self.kind)}{self.range and ', '}{self.range}"
         )
         return f"{_shown(value)} {demand}{self.why and ': '}{self.why}."
