@@ -1,6 +1,7 @@
 """Every test has a state and a cache folder of its own, one thread unless OMP_NUM_THREADS says otherwise, and the quick settings below."""
 
 import functools
+import gc
 import os
 import resource
 import shutil
@@ -14,6 +15,12 @@ import torch
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 1))
 torch.set_num_threads(THREADS)
+
+
+def pytest_collection_finish():
+    """Take what is imported by now, a million objects, out of the garbage collector's sight, which would walk over them all the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,17 +13,21 @@ from anybit.settings import Settings, documented, option, options_of
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+BYTES = 2**60
+"""Bytes beyond which no limit of memory is meant."""
+
+
 @documented
 @dataclass(frozen=True)
 class Amounts(Settings):
     """Numbers that several functions and verbs take, each with its range."""
 
-    workers: int = option(0, "Processes that load data; changes speed alone.", least=0, most=1024, panel="Runtime", rare=True)
+    workers: int = option(0, "Processes that load data; affects only speed.", least=0, most=1024, panel="Runtime", rare=True)
     threads: int | None = option(None, "Processor threads (default: PyTorch's choice).", least=1, most=1024, panel="Runtime")
-    batch_size: int | None = option(None, "Inputs a forward pass; the run's where left out.", least=1)
-    samples: int | None = option(None, "Inputs to run, the first of the data (default: all).", least=1)
-    rounds: int = option(20, "Turns of what is timed, each about a twentieth of a second.", least=1, most=10**6)
-    memory: int | None = option(None, "Memory for captured activations; the run's where left out.", least=0, most=2**60)
+    batch_size: int | None = option(None, "Inputs per forward pass (default: as in the run).", least=1)
+    samples: int | None = option(None, "Number of inputs to run, from the first (default: all).", least=1)
+    rounds: int = option(20, "Rounds of what is timed, about 0.05 s each.", least=1, most=10**6)
+    memory: int | None = option(None, "Memory for activations (default: as in the run).", least=0, most=BYTES)
 
 
 AMOUNTS = options_of(Amounts)

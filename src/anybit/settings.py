@@ -146,7 +146,9 @@ class Option:
         """List what a value of another type may have been meant as."""
         kind = typing.get_origin(without_none(self.kind))
         if kind is Mapping and isinstance(value, (list, tuple)) and value and all(isinstance(one, str) for one in value):
-            return [dict.fromkeys(value, "W8A8")]
+            return [dict.fromkeys(value, "W8A8"), dict.fromkeys(value, 1.0)]
+        if kind is Mapping and isinstance(value, str):
+            return [{value: 1.0}]
         if kind is tuple and isinstance(value, (int, str)) and not isinstance(value, bool):
             return [(value,)]
         if isinstance(value, str) and self.choices:

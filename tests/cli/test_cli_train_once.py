@@ -86,7 +86,7 @@ def test_the_page_shows_every_scheme_that_was_evaluated(here):
     ("arguments", "message"),
     [
         (["--bits", "4"], "at least two"),
-        (["--bits", "2,float"], "bit-widths alone"),
+        (["--bits", "2,float"], "only bit-widths"),
         (["--bits", "2,9"], "outside 2..8"),
         (["--sandwich", "X"], "HRL"),
         (["--label", "soft"], "adaptive"),
@@ -119,7 +119,7 @@ def test_bad_input_to_search_and_extract_ends_with_status_2_and_one_line(here):
         ("search", ["--strategy", "luck"], "monte-carlo"),
         ("search", ["--data", "unlabelled.npz"], "labels"),
         ("extract", ["--budget", "1bit"], "smallest subnet"),
-        ("extract", [], "a budget, or a scheme"),
+        ("extract", [], "a budget or a scheme"),
         ("extract", ["--scheme", "scheme.json"], "not trained at W3A8"),
         ("extract", ["--scheme", "list.json"], "no scheme"),
         ("extract", ["--budget", "3bit", "--polish"], "--data"),

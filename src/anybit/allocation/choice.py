@@ -6,17 +6,16 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from anybit.allocation.program import Allocation, allocate, best_allocations, least_costs, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import BITS, BYTES, DROP, LOSS, Budget, Condition
 from anybit.data.batches import Batch
-from anybit.data.tasks import TASKS, Metric, distance, measure, outputs_of, score
+from anybit.data.tasks import Metric, Task, distance, labels_in, measure, named_task, outputs_of, score
 from anybit.errors import InfeasibleBudget, InvalidSetting
 from anybit.files.cache import Cache
-from anybit.networks.candidates import Candidates, apply_scheme
+from anybit.networks.candidates import Candidates
 from anybit.networks.cost import CostModel
 from anybit.networks.observed import ObservedNetwork
 from anybit.progress import tell
@@ -27,20 +26,25 @@ from anybit.scheme import FLOAT, Precision, Scheme
 class Judge:
     """Measures schemes on the held-out inputs: their distance to the float outputs and, with labels, their accuracy.
 
-    `metric` is the user's own, higher is better; where it is given, a limit on the drop counts in it and not in top-1.
+    `metric` is the user's own, higher is better; where it is given, a limit on the drop counts in it and not in top-1. `scored` says
+    whether the labels are those of the task.
     """
 
     network: ObservedNetwork
     candidates: Candidates
     held_out: list[Batch]
     reference: Tensor
-    task: str
+    task: Task
     metric: Metric | None = None
     recall: Cache = field(default_factory=Cache)
+    scored: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", named_task(self.task))
 
     def of_scheme(self, scheme: Scheme) -> dict[str, float]:
         """Measure a scheme made of the candidates as they are."""
-        apply = partial(apply_scheme, self.network.prepared, scheme, self.candidates)
+        apply = partial(self.network.apply, scheme, self.candidates)
         return self.recall.value(f"measured {scheme}", lambda: self.of_model(apply()), as_scores)
 
     def of_model(self, model: nn.Module) -> dict[str, float]:
@@ -50,23 +54,22 @@ class Judge:
     def of_outputs(self, outputs: Tensor) -> dict[str, float]:
         """Measure outputs on the held-out inputs, as `of_model` does."""
         result = {"loss": distance(outputs, self.reference, self.task)}
-        counted = TASKS[self.task].counted
-        if self.labels is not None and counted is not None:
+        counted = self.task.counted
+        if self.labels is not None and self.scored and counted is not None:
             scores = score(outputs, self.labels, self.task, reader=self.held_out[0].reader)
             result |= {counted: scores[counted]} if counted in scores else {}
         if self.labels is not None and self.metric is not None:
-            result["metric"] = measure(self.metric, outputs, self.labels)
+            result["metric"] = measure(self.metric, self.task.tensors(outputs), self.labels)
         return result
 
     @property
     def counted(self) -> str | None:
         """Name of the score that a limit on the drop counts in."""
-        return TASKS[self.task].counted if self.metric is None else "metric"
+        return (self.task.counted if self.scored else None) if self.metric is None else "metric"
 
     @property
     def labels(self) -> Tensor | None:
-        labels = [batch.labels for batch in self.held_out if batch.labels is not None]
-        return torch.cat(labels) if len(labels) == len(self.held_out) else None
+        return labels_in(self.held_out)
 
 
 def as_scores(record: Mapping[str, Any]) -> dict[str, float]:
@@ -110,8 +113,7 @@ def choose_scheme(network: ObservedNetwork, table: SensitivityTable, budget: Bud
     Under a limit on the loss, the best is the smallest that keeps it.
     """
     if budget is None:
-        largest = Scheme({name: precisions[-1] for name, precisions in network.choices.items()})
-        return Choice(largest, None, [measured_row(network, table, "largest", largest, judge)])
+        return Choice(network.largest, None, [measured_row(network, table, "largest", network.largest, judge)])
     if budget.loss() is DROP:
         return _choose_by_drop(network, table, budget, judge)
     problem = make_problem(network.choices, table, network.costs, budget)
@@ -172,8 +174,7 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
     others = tuple(c for c in budget.conditions if c.quantity != DROP.name)
     rows: list[dict[str, Any]] = []
     passed: tuple[Scheme, Allocation] | None = None
-    largest = Scheme({name: options[-1] for name, options in network.choices.items()})
-    low, high = float(min(network.options.weight_bits)), network.costs.weight_bits(largest)
+    low, high = float(min(network.options.weight_bits)), network.costs.weight_bits(network.largest)
     for attempt in range(8):
         # The easiest scheme first: where that one fails, no smaller one is worth a look.
         bits = high if attempt == 0 else (low + high) / 2

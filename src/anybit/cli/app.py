@@ -31,14 +31,14 @@ VERBS: dict[Callable[..., Outcome | None], tuple[str, ...]] = {
     inspect: ("threads", "config", "quiet", "as_json"),
     **dict.fromkeys((diff, explain, cache), ("as_json",)),
 }
-"""verb -> which of the common options it has besides its own."""
+"""verb -> its common options."""
 GROUPS = {
     "From a trained network": (inspect, calibrate, allocate, evaluate),
     "With training data": (grow, train, search, extract),
     "Files that run": (export, verify, bench, profile),
     "Finished runs": (report, explain, diff, cache),
 }
-"""The verbs as `anybit --help` shows them."""
+"""Groups of verbs in `anybit --help`."""
 
 for verb, more in VERBS.items():
     command = as_command(verb, *more)

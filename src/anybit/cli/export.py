@@ -1,4 +1,4 @@
-"""The verbs of exported files: export, verify, bench, profile."""
+"""Verbs of exported files: export, verify, bench, profile."""
 
 from pathlib import Path
 
@@ -13,18 +13,18 @@ from anybit.settings import argument, option, same_as
 from anybit.sources.preprocessing import Preprocessing
 from anybit.sources.references import check_data, check_file, check_there
 
-RUN_DATA = "Inputs, preprocessed as the run's (default: what it was made with)."
+RUN_DATA = "Inputs, preprocessed as in the run (default: the run's own data)."
 
 
 def export(
     run: Path = argument("A run folder.", ready=check_run),
     *,
-    onnx: Path | None = option(None, "The file to write, for ONNX Runtime and others.", panel="Output"),
-    compressed_tensors: Path | None = option(None, "The folder to write, for transformers.", panel="Output"),
+    onnx: Path | None = option(None, "ONNX file to write.", panel="Output"),
+    compressed_tensors: Path | None = option(None, "Folder to write, for transformers.", panel="Output"),
     data: str | None = option(None, RUN_DATA, panel="Input", ready=check_data), model=None,
-    tables: bool = option(False, "SiLU, GELU and the like as tables of codes: exact, slower.", switch=True),
-    weight_only: bool = option(False, "Linears with float inputs run on packed weights.", switch=True),
-    pack_embeddings: bool = option(False, "In the folder too; transformers 5 cannot load it.", switch=True, rare=True),
+    tables: bool = option(False, "Write SiLU, GELU and similar as lookup tables: exact, slower.", switch=True),
+    weight_only: bool = option(False, "Keep weights packed in linear layers with float inputs.", switch=True),
+    pack_embeddings: bool = option(False, "Pack embeddings in the folder too; transformers 5 cannot load them.", switch=True, rare=True),
     cache=True, overwrite=False,
 ) -> Outcome:  # fmt: skip
     """Write a run as an ONNX file of packed weights, or as a folder for transformers.
@@ -45,7 +45,7 @@ def verify(
     samples: int | None = same_as(Amounts, "samples"),
     model=None, metric=None, cache=True, workers=0,
 ) -> Outcome:  # fmt: skip
-    """Check an exported file against its run; exit status 1 where a promise fails.
+    """Check an exported file against its run; exit status 1 if it fails.
 
     anybit verify runs/mine mine.onnx
     anybit verify runs/mine mine.onnx --data labelled/ --samples 256
@@ -59,15 +59,15 @@ def verify(
 
 def bench(
     run: Path = argument("A run folder.", ready=check_run),
-    onnx: Path | None = argument("The exported file (default: what the run would be exported as).", None, ready=check_file),
+    onnx: Path | None = argument("The exported file (default: export in memory).", None, ready=check_file),
     *,
     data: str | None = option(None, RUN_DATA, panel="Input", ready=check_data), model=None,
-    rounds: int = same_as(Amounts, "rounds", doc="Turns of float32 and exported, each about a twentieth of a second."),
+    rounds: int = same_as(Amounts, "rounds", doc="Rounds of float32 and exported file, about 0.05 s each."),
     batch_size: int = same_as(CalibrateSettings, "batch_size", default=1),
-    threads: int = same_as(Amounts, "threads", default=1, doc="Processor threads of the runtime."),
+    threads: int = same_as(Amounts, "threads", default=1, doc="Threads of the runtime."),
     cache=True,
 ) -> Outcome:  # fmt: skip
-    """Measure size and latency of an exported file beside float32.
+    """Measure size and latency of an exported file against float32.
 
     anybit bench runs/mine mine.onnx
     anybit bench runs/mine mine.onnx --batch-size 8 --threads 4
@@ -79,8 +79,8 @@ def bench(
 
 def profile(
     *, model, weights=None, data, keep=None, preprocessing: Preprocessing,
-    rounds: int = same_as(Amounts, "rounds", doc="Turns of float32, 8 bits and alternating, each about a twentieth of a second."),
-    overwrite: bool = option(False, "Measure again what was measured before.", switch=True),
+    rounds: int = same_as(Amounts, "rounds", doc="Rounds of float32, 8-bit and alternating layers, about 0.05 s each."),
+    overwrite: bool = option(False, "Measure again, replacing the stored table.", switch=True),
     cache=True,
 ) -> Outcome:  # fmt: skip
     """Time each layer on this machine: the table behind --budget latency=3ms.

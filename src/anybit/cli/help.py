@@ -1,4 +1,4 @@
-"""The help of verbs: panels of the options that most need, two examples, and everything by --help-all."""
+"""Help of verbs: panels of the most used options and two examples; --help-all shows all options."""
 
 import inspect
 from collections.abc import Callable
@@ -11,7 +11,7 @@ ALL = "--help-all"
 
 
 class Panels:
-    """Help in panels. Errors stay one line: typer's own choice of a style would put them into boxes, too."""
+    """Formats help in panels. Errors stay one line; typer's own rich mode would box them, too."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from typer import rich_utils
@@ -23,7 +23,7 @@ class Panels:
 
 
 class VerbCommand(Panels, TyperCommand):
-    """A verb: --help is left out of its own list, and options that few need are shown by --help-all."""
+    """A verb, whose help omits --help itself and rarely used options, which --help-all shows."""
 
     def get_help_option(self, ctx: Any) -> Any:
         option = super().get_help_option(ctx)
@@ -37,7 +37,7 @@ class Verbs(Panels, TyperGroup):
 
 
 def show_all(context: typer.Context, value: bool) -> None:
-    """Print the help with every option, and end."""
+    """Print the help with every option and exit."""
     if not value or context.resilient_parsing:
         return
     for parameter in context.command.params:
@@ -63,6 +63,6 @@ def _lines(function: Callable[..., Any]) -> list[str]:
 
 
 def examples_of(function: Any, hidden: int = 0) -> str:
-    """Write the examples of a verb, one a line, and where the other options are."""
-    rest = [f"\n {hidden} options more: anybit {function.__name__} {ALL}"] if hidden else []
+    """Write the examples of a verb, one per line, and how to see its other options."""
+    rest = [f"\n {hidden} more options: anybit {function.__name__} {ALL}"] if hidden else []
     return "\n".join([*(f" $ {line}" for line in examples_in(function)), *rest])

@@ -1,4 +1,4 @@
-"""The events of a run: each complete, with its time and its stage, and as one line to read."""
+"""Events of a run: completed with time and stage, and written as one readable line."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,16 +11,16 @@ from anybit.errors import printable
 from anybit.progress import EventListener, tell
 
 Record = Mapping[str, Any]
-"""An event, complete: time, event, stage where one is under way, its own fields, seconds."""
+"""A complete event: time, event, stage (within one), its own fields, seconds."""
 
 WIDTH = 200
-"""Characters that a line to read has at most."""
+"""Longest readable line, in characters."""
 
 
 def completing(*sinks: Callable[[Record], Any]) -> EventListener:
-    """A listener that gives each event its time, its stage and its seconds, and hands it to every sink.
+    """Return a listener that adds time, stage and seconds to each event and passes it to every sink.
 
-    `seconds`, where the event does not bring its own, is the time since the event before: what was told of took that long.
+    An event without `seconds` of its own gets the time since the previous event, which is how long it took.
     """
     stage: str | None = None
     before = time.monotonic()
@@ -39,7 +39,7 @@ def completing(*sinks: Callable[[Record], Any]) -> EventListener:
 
 @contextmanager
 def verb_events(verb: str, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Tell how a verb begins, and how it ends: done, interrupted, or with which error."""
+    """Report the beginning of a verb and its end: done, interrupted, or an error."""
     tell("begins", verb=verb, settings=settings, version=__version__)
     started, ending = time.monotonic(), {"status": "done"}
     try:
@@ -55,7 +55,7 @@ def verb_events(verb: str, settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 def readable(record: Record) -> str:
-    """A record in one line: the time of day, the event, where, what was measured, seconds."""
+    """Write a record as one line: time of day, stage, event, layer or unit, fields, seconds."""
     where = [f"{key} {record[key]}" for key in ("layer", "unit") if key in record]
     rest = {key: value for key, value in record.items() if key not in ("time", "event", "stage", "layer", "unit", "seconds")}
     stage = f"[{record['stage']}] " if "stage" in record else ""

@@ -1,4 +1,4 @@
-"""The options of a verb: read from its signature, made into typer's, and their values from the command line and --config."""
+"""Options of a verb: read from its signature, passed to typer, with values from the command line and --config."""
 
 import dataclasses
 import inspect
@@ -18,7 +18,7 @@ from anybit.settings import Option, Settings, described, option, options_of, wit
 
 @dataclass(frozen=True)
 class Telling(Settings):
-    """Options of long-running verbs: what they report, and the file of further options."""
+    """Options of long-running verbs: output, and a file of further options."""
 
     common: ClassVar[Mapping[str, Any]] = {"panel": "Output", "rare": True}
 
@@ -26,20 +26,20 @@ class Telling(Settings):
         None, "Options from a .toml or .json file, or a run's report.json.",
         panel="Runtime", rare=False,
     )  # fmt: skip
-    log: Path | None = option(None, "Append each event to this file as it happens, one JSON object a line.")
-    verbose: bool = option(False, "Print each event as it happens, in a line on stderr.", switch=True)
-    quiet: bool = option(False, "Print the result alone.", switch=True, rare=False)
+    log: Path | None = option(None, "Append each event to this file as it happens, one JSON object per line.")
+    verbose: bool = option(False, "Print each event on stderr as it happens.", switch=True)
+    quiet: bool = option(False, "Print only the result.", switch=True, rare=False)
     as_json: bool = option(False, "Print one JSON object instead of tables.", flag="--json", switch=True, rare=False)
 
 
 SHARED = options_of(RunOptions, Telling)
-"""Options that several verbs have."""
+"""Options shared by several verbs."""
 COMMON = options_of(CalibrateSettings) | SHARED
-"""Options that a verb may have by their name alone."""
+"""Options that a verb may take by naming a parameter after them."""
 
 
 def load_metric(reference: str | None) -> Any:
-    """Import the function that --metric names. Raise InvalidSetting where it is none of (outputs, labels)."""
+    """Import the function that --metric names. Raise InvalidSetting if it does not take (outputs, labels)."""
     from anybit.sources.callables import load_callable
 
     metric = None if reference is None else load_callable(reference, "--metric")
@@ -49,7 +49,7 @@ def load_metric(reference: str | None) -> Any:
 
 @dataclass(frozen=True)
 class Verb:
-    """A function that the command line calls: its options, flat, and the settings classes among its parameters."""
+    """A function that the command line calls, with its options and the settings classes among its parameters."""
 
     function: Callable[..., Any]
     options: dict[str, Option]
@@ -57,7 +57,7 @@ class Verb:
 
     @classmethod
     def of(cls, function: Callable[..., Any], *more: str) -> "Verb":
-        """From its signature: a parameter is an option described there, a class of settings, or one of COMMON; `more` of these join."""
+        """Read the options from a signature, whose parameters describe options, are settings classes or name some of COMMON; add `more`."""
         options: dict[str, Option] = {}
         groups: dict[str, type[Settings]] = {}
         for name, parameter in inspect.signature(function).parameters.items():
@@ -72,7 +72,7 @@ class Verb:
         return cls(function, options | {name: COMMON[name] for name in more if name not in options}, groups)
 
     def read(self, context: typer.Context, written: Mapping[str, Any]) -> dict[str, Any]:
-        """name -> value, of each option that stands on the command line or else in the file of --config."""
+        """Return name -> value of the options given on the command line, or else in the file of --config."""
         values = {}
         if written.get("config"):
             from anybit.files.config import read_options
@@ -84,7 +84,7 @@ class Verb:
         return values
 
     def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The function's arguments. Raises InvalidSetting where an option is missing or cannot be."""
+        """Return the function's arguments. Raise InvalidSetting if an option is missing or invalid."""
         for name, one in self.options.items():
             if one.default is MISSING and name not in values:
                 raise InvalidSetting(f"{one.written} is missing. `anybit {self.function.__name__} --help` lists the options.")
@@ -97,13 +97,13 @@ class Verb:
         return arguments
 
     def value(self, name: str, values: Mapping[str, Any]) -> Any:
-        """An option's value."""
+        """Return an option's checked value, or its default."""
         one = self.options[name]
         return one.checked(values[name], one.written if name in SHARED else name) if name in values else one.default
 
 
 def _completion(choices: Collection[str]) -> Callable[[str], list[str]]:
-    """Return a function that lists the choices that a shell may complete a word to."""
+    """Return a shell completion over `choices`."""
 
     def starting(incomplete: str) -> list[str]:
         return [choice for choice in choices if choice.startswith(incomplete)]
@@ -112,7 +112,7 @@ def _completion(choices: Collection[str]) -> Callable[[str], list[str]]:
 
 
 def as_parameter(one: Option) -> inspect.Parameter:
-    """A parameter of a function that typer makes a command of."""
+    """Return the option as a parameter of a typer command."""
     kind, default, flag = without_none(one.kind), one.default_text, one.written
     if one.text is not None:
         kind = list[str] if one.repeat else str

@@ -1,4 +1,4 @@
-"""The verbs of the roads: calibrate, allocate, grow, train, search, extract; and of any network: evaluate, inspect."""
+"""Verbs that make or read networks: calibrate, allocate, grow, train, search, extract, evaluate, inspect."""
 
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from anybit.sources.preprocessing import Preprocessing
 from anybit.sources.references import check_data, check_there
 from anybit.supernets.settings import SupernetSettings
 
-WATCHED = "Labelled data to report every epoch on; nothing is chosen on it."
+WATCHED = "Labelled data to report on; nothing is chosen on it."
 
 
 def calibrate(
@@ -55,17 +55,17 @@ def allocate(
 
 def grow(
     *, output, model, weights=None, train, test: str | None = option(None, WATCHED, panel="Input", ready=check_data),
-    budget: str | None = option(None, "Of weights: 3bit, 80kB, 12.5%.", text=budget_text(check_counts_weights), panel="Budget"),
-    scheme: Path | None = option(None, "Instead of a budget: a run whose scheme is trained as it is.", ready=check_run, panel="Budget"),
+    budget: str | None = option(None, "Budget of weights: 3bit, 80kB, 12.5%.", text=budget_text(check_counts_weights), panel="Budget"),
+    scheme: Path | None = option(None, "Instead of a budget: a run whose scheme to train.", ready=check_run, panel="Budget"),
     settings: GrowSettings, preprocessing: Preprocessing, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome | None:  # fmt: skip
-    """Train a network to a budget while its scheme grows; the same command continues a run.
+    """Train a network to a budget while its scheme grows; rerunning resumes.
 
     anybit grow --model net.py:net --weights net.pt --train train.npz --budget 3bit --output runs/g
     anybit grow --model net.py:net --train train.npz --scheme runs/mine --output runs/fixed
     """
     if (budget is None) == (scheme is None):
-        raise InvalidSetting("Say what the network should end at: --budget 3bit, or --scheme RUN for the scheme of a run; not both.")
+        raise InvalidSetting("Give either a budget, such as --budget 3bit, or the run whose scheme to train, --scheme RUN; not both.")
     checkpoint = free_checkpoint(output, overwrite, is_first())
     inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": load_metric(metric), "workers": workers}
     result = anybit.grow(model, train, budget, scheme=scheme, checkpoint=checkpoint, device=device, **inputs, **settings.flat())
@@ -76,7 +76,7 @@ def train(
     *, output, model, weights=None, train, test: str | None = option(None, WATCHED, panel="Input", ready=check_data),
     settings: SupernetSettings, preprocessing: Preprocessing, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome | None:  # fmt: skip
-    """Train one network for every bit-width; the same command continues a run.
+    """Train one network for every bit-width; rerunning resumes.
 
     anybit train --model net.py:net --weights net.pt --train train.npz --output runs/s
     anybit train --model net.py:net --train x.npz --test x.npz#test --bits 2,4,8 --output runs/s
@@ -101,7 +101,7 @@ def search(
     ),
     settings: SearchSettings, cache=True, model=None, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome:  # fmt: skip
-    """Find a supernet's best schemes along all costs, and for each budget.
+    """Find a supernet's best schemes at every cost and for each budget.
 
     anybit search runs/s --budget 3bit --budget 80kB --output runs/found
     anybit search runs/s --quantity bops --evaluations 400 --output runs/found
@@ -120,13 +120,13 @@ def extract(
     run: Path = argument("A supernet's folder, or a search's.", ready=check_supernet),
     *,
     output, budget: str | None = option(
-        None, "The best known subnet that fits it.", text=budget_text(check_is_counted), panel="Budget"
+        None, "Extract the best known subnet within this budget.", text=budget_text(check_is_counted), panel="Budget"
     ),
-    scheme: Path | None = option(None, "A run folder, or a JSON file of layer: precision.", ready=check_there, panel="Budget"),
-    data: str | None = option(None, "Training inputs for batch-norm statistics; else stored ones.", panel="Input", ready=check_data),
-    polish: bool = option(False, "Then sequential AdaQuant, batch-norm and bias tuning on --data.", switch=True),
-    samples: int = same_as(CalibrateSettings, "samples", doc="Inputs drawn to polish on."),
-    steps: int = same_as(CalibrateSettings, "steps", doc="Adam steps a unit when polishing."),
+    scheme: Path | None = option(None, "Scheme to extract: a run folder, or JSON {layer: precision}.", ready=check_there, panel="Budget"),
+    data: str | None = option(None, "Training inputs for batch-norm statistics (default: stored ones).", panel="Input", ready=check_data),
+    polish: bool = option(False, "Then run sequential AdaQuant, batch-norm and bias tuning on --data.", switch=True),
+    samples: int = same_as(CalibrateSettings, "samples", doc="Inputs to draw for --polish."),
+    steps: int = same_as(CalibrateSettings, "steps", doc="Adam steps per unit for --polish."),
     cache=True, test=None, model=None, workers=0, metric=None, overwrite=False,
 ) -> Outcome:  # fmt: skip
     """Take a subnet out of a supernet or a search, as an ordinary run.
@@ -142,7 +142,7 @@ def extract(
 
 
 def evaluate(
-    run: Path | None = argument("A run folder; or give --model for the float network.", None, ready=check_run),
+    run: Path | None = argument("A run folder; for the float network, give --model instead.", None, ready=check_run),
     *,
     model=None, weights=None, data, preprocessing: Preprocessing,
     batch_size: int = same_as(CalibrateSettings, "batch_size", default=128), workers=0, metric=None, device="cpu", task=None,
@@ -153,7 +153,7 @@ def evaluate(
     anybit evaluate --model torchvision:resnet18 --data labelled/ --size 224
     """
     if run is None and model is None:
-        raise InvalidSetting("RUN or --model is missing. `anybit evaluate --help` lists the options.")
+        raise InvalidSetting("RUN or --model is missing. Give a run folder, or --model for the float network.")
     from anybit.reports.words import scores_line
     from anybit.roads.evaluate import evaluated_network
 
@@ -165,12 +165,12 @@ def evaluate(
 
 def inspect(
     *, model, weights=None, data=None,
-    weight_bits: tuple[int, ...] = same_as(CalibrateSettings, "weight_bits", doc="Bit-widths to count."),
-    keep=None, preprocessing: Preprocessing, task=None,
-    export: bool = option(True, "Try whether an ONNX file can be made of the network.", panel="Output"),
+    weight_bits: tuple[int, ...] = same_as(CalibrateSettings, "weight_bits", doc="Bit-widths to show the size of."),
+    keep=None, preprocessing: Preprocessing, task=None, outputs=None,
+    export: bool = option(True, "Try an ONNX export of the network.", panel="Output"),
     cache=True,
 ) -> Outcome:  # fmt: skip
-    """Show layers, what is covered, what each bit-width would cost, and whether the network can be exported.
+    """Show layers, coverage, the size at each bit-width, and whether the network can be exported.
 
     anybit inspect --model torchvision:resnet18
     anybit inspect --model net.py:net --data train.npz
@@ -180,13 +180,12 @@ def inspect(
 
     network = load_model(model, weights, task)
     samples = None if data is None else load_data(data, with_model_defaults(preprocessing, network), model=network)
-    return Outcome(
-        anybit.inspect(network, samples, export=export, cache=cache, weight_bits=weight_bits, keep=keep or {}), "print_inspection"
-    )
+    settings = {"weight_bits": weight_bits, "keep": keep or {}, "outputs": outputs or {}}
+    return Outcome(anybit.inspect(network, samples, export=export, cache=cache, **settings), "print_inspection")
 
 
 def _saved(results: Any, output: Path, overwrite: bool) -> Outcome:
-    """One result, or several, in folders, and what their reports say."""
+    """Save one or several results to folders and summarize their reports."""
     from anybit.reports.outcomes import print_runs
     from anybit.roads.result import save_all
     from anybit.runs.report import read_report

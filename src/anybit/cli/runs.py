@@ -1,29 +1,30 @@
-"""The verbs of finished runs: report, diff, explain; and of the cache."""
+"""Verbs of finished runs and of the cache: report, diff, explain, cache."""
 
 from pathlib import Path
 
 import anybit
 from anybit.budget import SIZE
+from anybit.calls import BYTES
 from anybit.cli.work import Outcome
 from anybit.runs.folder import check_folder, check_one
 from anybit.settings import argument, option
 
 
 def check_folders(runs: list[Path]) -> None:
-    """Raise InvalidFile where one of them is no folder of a run."""
+    """Raise InvalidFile if one of them is not a run folder."""
     for run in runs:
         check_folder(run)
 
 
 def report(
     runs: list[Path] = argument(
-        "Run folders, of any roads; one that holds several runs counts as each of them.",
+        "Run folders of any workflow; a folder of several runs counts as all of them.",
         ready=check_folders,
     ),
     *,
     output: Path = argument("The HTML file to write.", positional=False), overwrite: bool = option(False, "Replace the file.", switch=True),
 ) -> Outcome:  # fmt: skip
-    """Put several runs side by side on one page.
+    """Compare several runs on one page.
 
     anybit report runs/mine runs/smaller --output runs.html
     anybit report runs/* --output runs.html --overwrite
@@ -33,9 +34,9 @@ def report(
 
 
 def diff(
-    run: Path = argument("A run folder, of any road.", ready=check_one), run2: Path = argument("Another.", ready=check_one)
+    run: Path = argument("A run folder of any workflow.", ready=check_one), run2: Path = argument("Another run folder.", ready=check_one)
 ) -> Outcome:
-    """Say what differs between two runs: settings, bits, size, errors, accuracy.
+    """Compare two runs: settings, bits, size, errors, accuracy.
 
     anybit diff runs/mine runs/smaller
     anybit diff runs/mine runs/smaller --json
@@ -43,8 +44,8 @@ def diff(
     return Outcome(anybit.diff(run, run2), "print_difference")
 
 
-def explain(run: Path = argument("A run folder.", ready=check_one), layer: str = argument("One of its layers.")) -> Outcome:
-    """Say why a layer has its bits: what each precision would lose and cost.
+def explain(run: Path = argument("A run folder.", ready=check_one), layer: str = argument("A layer of the run.")) -> Outcome:
+    """Explain why a layer has its bits: loss and cost of each precision.
 
     anybit explain runs/mine layer1.0.conv2
     anybit explain runs/mine layer1.0.conv2 --json
@@ -54,12 +55,10 @@ def explain(run: Path = argument("A run folder.", ready=check_one), layer: str =
 
 def cache(
     *,
-    trim: int | None = option(
-        None, "Remove the results used longest ago until so much is left: 500MB, 0B.", least=0, most=2**60, text=SIZE
-    ),
-    check: bool = option(False, "Read every result; name and remove the damaged ones.", switch=True),
+    trim: int | None = option(None, "Remove the least recently used results down to this size: 500MB, 0B.", least=0, most=BYTES, text=SIZE),
+    check: bool = option(False, "Read every result; name and remove damaged ones.", switch=True),
 ) -> Outcome:
-    """Show the results that were kept so that a killed run continues; make room.
+    """Show, shrink or check the results stored for resuming runs.
 
     anybit cache --check
     anybit cache --trim 1GB

@@ -1,4 +1,4 @@
-"""How a verb works on the command line: its errors in a line, what it tells on the terminal and in the log, its result printed."""
+"""Run a verb on the command line: print errors as one line, progress, log and result."""
 
 import inspect
 import json
@@ -20,15 +20,15 @@ SHOW_ALL = inspect.Parameter(
     "help_all", inspect.Parameter.KEYWORD_ONLY, default=False,
     annotation=Annotated[bool, typer.Option(ALL, help="Show every option and exit.", is_eager=True, callback=show_all, hidden=True)],
 )  # fmt: skip
-"""The parameter of every verb that shows the options that few need."""
+"""Parameter of every verb that shows the rarely used options."""
 
 
 class Outcome(NamedTuple):
     """The outcome of a verb.
 
-    data    is printed where --json asks for it
-    show    prints it to be read; called with False, the result alone. A name is that of a function of reports.terminal, called with `data`
-    status  the exit status
+    data    printed by --json
+    show    prints it for people (called with False: only the result), or the name of a function of reports.terminal, called with `data`
+    status  exit status
     """
 
     data: Any
@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
 
 
 def as_command(function: Callable[..., Outcome | None], *more: str) -> Callable[..., None]:
-    """A verb as typer takes it, with its own options and `more` of the common ones. With `log` it tells of its work."""
+    """Turn a verb into a typer command with its own options and `more` of the common ones; with `log`, report its progress."""
     verb = Verb.of(function, *more)
 
     def command(context: typer.Context, *, help_all: bool = False, **written: Any) -> None:
@@ -79,13 +79,13 @@ def _print(outcome: Outcome, common: Mapping[str, Any]) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the first process of several: the one that tells, and writes."""
+    """Return whether this is the first of several processes: the one that reports and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """anybit's own errors as one line and exit status 2; Ctrl-C as 130."""
+    """Print anybit's own errors as one line with exit status 2; exit with 130 on Ctrl-C."""
     try:
         yield
     except AnybitError as error:
@@ -98,12 +98,14 @@ def reported_errors() -> Iterator[None]:
 
 @contextmanager
 def _telling(verb: str, settings: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[None]:
-    """Tell of the work: how far it is on the terminal, each event in a line where --verbose asks for it, and all into --log."""
+    """Report progress on the terminal, events on stderr with --verbose, and all events to --log."""
     log, verbose, silent = common["log"], common["verbose"], common["quiet"] or common["as_json"]
     if verbose and common["quiet"]:
-        raise InvalidSetting("--verbose and --quiet contradict each other. Give one of them.")
+        raise InvalidSetting("--verbose and --quiet contradict each other. Give only one.")
     if log is not None and settings.get("output") and log.resolve().is_relative_to(Path(settings["output"]).resolve()):
-        raise InvalidSetting(f"--log {log} is inside the run folder, which is written whole or not at all. Put the log beside it.")
+        raise InvalidSetting(
+            f"--log {log} is inside the run folder, which is written completely or not at all. Choose a file outside of it."
+        )
     from anybit.cli.logs import completing, readable, verb_events
     from anybit.files.lines import appended
     from anybit.progress import listening

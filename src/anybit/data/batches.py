@@ -21,9 +21,13 @@ Inputs = Tensor | tuple | dict
 class Reader(Protocol):
     """How a task reads a model's output, and its own scores beside those of `evaluation`."""
 
-    task: str
-    unit: str
-    """The unit of a prediction: "samples", or the tokens, texts or windows that a sample has."""
+    @property
+    def task(self) -> str | None:
+        """The task that the head is for; None where the outputs tell."""
+
+    @property
+    def unit(self) -> str:
+        """The unit of a prediction: "samples", or the tokens, texts or windows that a sample has."""
 
     def read(self, output: Any, batch: "Batch") -> Tensor:
         """Return one row a prediction, of one shape in every batch: it is compared with the float model's, and scored."""

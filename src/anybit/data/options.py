@@ -1,12 +1,14 @@
 """The options of data and their grammar: tasks, augmentations of pictures, columns of texts. Imports no torch."""
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from anybit.errors import InvalidSetting
+from anybit.settings import Text
 
 TaskName = Literal[
     "classification", "regression", "embedding", "question-answering", "language-model", "masked-language-model", "sequence-to-sequence",
-    "token-classification",
+    "token-classification", "multi-label", "segmentation", "detection",
 ]  # fmt: skip
 TASK_NAMES = get_args(TaskName)
 TEXT_SUFFIXES = (".tsv", ".csv", ".jsonl", ".txt")
@@ -19,6 +21,23 @@ ROLES = {
     "answers": ("answers",),
 }
 """Roles of columns, and the names that each goes by if the user names none."""
+
+
+def parse_outputs(items: Sequence[str]) -> dict[str, float]:
+    """Parse texts like "boxes" or "boxes=0.5" into an output's name or number -> its weight."""
+    outputs = {}
+    for item in items:
+        name, separator, weight = item.partition("=")
+        try:
+            outputs[name] = float(weight) if separator else 1.0
+        except ValueError:
+            name = ""
+        if not name:
+            raise InvalidSetting(f"--outputs {item!r} cannot be read. Write NAME or NAME=WEIGHT: boxes, boxes=0.5, 0.")
+    return outputs
+
+
+OUTPUTS = Text(parse_outputs, lambda outputs: [f"{name}={weight:g}" for name, weight in outputs.items()] or None)
 
 
 def parse_augmentations(text: str) -> list[tuple[str, int]]:

@@ -4,100 +4,43 @@ A task is called by its name in files, settings and on the command line; `TASKS`
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, Reader, evaluating, predict
+from anybit.data.distances import (
+    BINARY_DIVERGENCE,
+    CHANNEL_DIVERGENCE,
+    DIVERGENCE,
+    SQUARED_ERROR,
+    Distance,
+    WeightedErrors,
+    agreement,
+    are_probabilities,
+    in_parts,
+    lie_in_unit_interval,
+    log_probabilities,
+)
+from anybit.data.outputs import OutputReader
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
+from anybit.progress import tell
 
-Metric = Callable[[Tensor, Tensor], float]
+Metric = Callable[[Any, Tensor], float]
+"""A user's own, higher is better: of (outputs, labels), the outputs a tensor, or a tuple of several."""
 IGNORED = -100
-"""The label of a token that is not scored, as PyTorch's cross-entropy has it."""
-NUMBERS = 2**24
-"""Outputs whose distance or loss is computed at once, in double precision: a vocabulary makes many."""
+"""The label of a token or place that is not scored, as PyTorch's cross-entropy has it."""
+VOID = 255
+"""The label of a place that is not scored, where there are no more classes than that, as PASCAL VOC has it."""
 
 
-# Distances to the float network's outputs
-
-
-class Distance(Protocol):
-    """How far outputs [N, ...] are from those of the float network. `key` is its name in a report."""
-
-    key: str
-
-    def of_samples(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        """Measure each sample in double precision, [N]."""
-
-    def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        """Measure all at once, differentiable and in the outputs' own precision."""
-
-    def share(self, chunk: Tensor, whole: Tensor) -> float | Tensor:
-        """Return the weight of the loss to a chunk of the reference in the loss to the whole of it."""
-
-    def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        """Return the training loss towards a teacher's outputs."""
-
-    def further(self, outputs: Tensor, reference: Tensor) -> dict[str, float]:
-        """Measure what else a report tells beside the distance."""
-
-
-class Divergence:
-    """KL divergence of a sample's classes, whose logits the outputs are; the mean of several where a sample has several."""
-
-    key = "kl"
-
-    def of_samples(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return torch.cat([self._of_some(some.double(), float_ones.double()) for some, float_ones in _in_parts(outputs, reference)])
-
-    def _of_some(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        log_p, log_q = F.log_softmax(reference, -1), F.log_softmax(outputs, -1)
-        terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0)  # a class that both rule out adds nothing
-        return terms.sum(-1).clamp_min(0).reshape(len(outputs), -1).mean(1)  # rounding alone can make it -1e-17
-
-    def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return F.kl_div(F.log_softmax(outputs, -1), F.log_softmax(reference, -1), reduction="none", log_target=True).sum(-1).mean()
-
-    def share(self, chunk: Tensor, whole: Tensor) -> float:
-        return len(chunk) / len(whole)
-
-    def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return F.kl_div(F.log_softmax(outputs.float(), -1), F.log_softmax(reference, -1), log_target=True, reduction="batchmean")
-
-    def further(self, outputs: Tensor, reference: Tensor) -> dict[str, float]:
-        return {"agreement": agreement(outputs, reference)}
-
-
-class SquaredError:
-    """Squared error, divided by the mean square of the reference."""
-
-    key = "error"
-
-    def of_samples(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        error = (outputs.double() - reference.double()).square().reshape(len(outputs), -1).mean(1)
-        return error / reference.double().square().mean().clamp_min(1e-30)
-
-    def loss(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return (outputs - reference).square().sum() / reference.square().sum().clamp_min(1e-30)
-
-    def share(self, chunk: Tensor, whole: Tensor) -> Tensor:
-        return chunk.square().sum() / whole.square().sum().clamp_min(1e-30)
-
-    def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        return F.mse_loss(outputs.float(), reference)
-
-    def further(self, outputs: Tensor, reference: Tensor) -> dict[str, float]:
-        return {}
-
-
-DIVERGENCE, SQUARED_ERROR = Divergence(), SquaredError()
-
-
-# Tasks
+LABELS_TELL = ("classification", "token-classification", "segmentation", "multi-label", "regression", "detection")
+"""Tasks that show in their labels."""
 
 
 class Task:
@@ -114,6 +57,14 @@ class Task:
     counted: str | None = None
     numbers = True
     of_one_class = False
+
+    def tensors(self, outputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return what a user's metric is given of the outputs."""
+        return outputs
+
+    def judged(self, outputs: Tensor) -> Tensor:
+        """Return the part of the outputs that labels are about."""
+        return outputs
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         """Raise InvalidInput where `labels` are not what a network with such `outputs` can be right about."""
@@ -142,7 +93,10 @@ class Classification(Task):
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         if labels.dim() != 1 or labels.is_floating_point():
-            raise InvalidInput(f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}.")
+            raise InvalidInput(
+                f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}. Name the --task "
+                "that they are of (segmentation, multi-label, regression), or score them with --metric."
+            )
         if labels.min() < 0 or labels.max() >= outputs.shape[-1]:
             raise InvalidInput(
                 f"Labels run from {int(labels.min())} to {int(labels.max())}, but the model has {outputs.shape[-1]} classes. "
@@ -153,33 +107,45 @@ class Classification(Task):
         result = {"top1": 100 * float(correct(outputs, labels).double().mean())}
         if outputs.shape[-1] > 5:
             result["top5"] = 100 * float((places(outputs, labels) < 5).double().mean())
-        losses = [F.cross_entropy(some.double(), theirs, reduction="sum") for some, theirs in _in_parts(outputs, labels)]
+        logits = log_probabilities(outputs) if are_probabilities(outputs) else outputs
+        losses = [F.cross_entropy(some.double(), theirs, reduction="sum") for some, theirs in in_parts(logits, labels)]
         return result | {"loss": float(sum(losses) / len(labels))}
 
     def check_trains_on_labels(self) -> None:
         pass
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(outputs.float(), labels)
+        return F.cross_entropy((log_probabilities(outputs) if are_probabilities(outputs) else outputs).float(), labels)
 
     def classes(self, outputs: Tensor) -> int | None:
         return outputs.shape[-1]
 
 
 class TokenClassification(Classification):
-    """Logits [tokens, classes] of which class each token is: the scores of a classification, of the tokens whose label is not IGNORED."""
+    """Logits [tokens, classes] or [N, T, classes] of which class each token is: the scores of a classification, of the tokens whose label
+    is not IGNORED."""
 
     name = "token-classification"
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
-        scored = labels != IGNORED
-        if not scored.any():
+        if outputs.dim() > 2 and labels.shape != outputs.shape[:-1]:
+            raise InvalidInput(f"Labels of tokens are one a token, {list(outputs.shape[:-1])}; these are {list(labels.shape)}.")
+        if not (labels != IGNORED).any():
             raise InvalidInput("No token has a label, so there is nothing to score. Give labels of some tokens.")
-        super().check(outputs, labels[scored] if labels.dim() == 1 else labels)
+        super().check(*self._labelled(outputs, labels))
+
+    def _labelled(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (outputs, labels) of the tokens that have a label."""
+        if outputs.dim() > 2:
+            outputs, labels = outputs.flatten(0, -2), labels.flatten()
+        scored = labels != IGNORED
+        return (outputs[scored], labels[scored]) if labels.dim() == 1 else (outputs, labels)
 
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        scored = labels != IGNORED
-        return super().scores(outputs[scored], labels[scored])
+        return super().scores(*self._labelled(outputs, labels))
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(*self._labelled(outputs, labels))
 
     def classes(self, outputs: Tensor) -> int | None:
         return None
@@ -214,7 +180,10 @@ class Regression(Task):
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         if outputs.numel() != labels.numel():
-            raise InvalidInput(f"Targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}.")
+            raise InvalidInput(
+                f"Targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}. Give one number for each "
+                "output, name the --task that they are of, or score them with --metric."
+            )
 
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         return {"loss": float((outputs.double().flatten() - labels.double().flatten()).square().mean())}
@@ -224,6 +193,113 @@ class Regression(Task):
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(outputs.float().flatten(), labels.float().flatten())
+
+
+class Detection(Regression):
+    """Raw heads of a detector, before boxes are chosen: values of any shape, which a metric of the user's own alone can score."""
+
+    name = "detection"
+
+    def check(self, outputs: Tensor, labels: Tensor) -> None:
+        raise InvalidInput("Labels of a detector are about boxes, which its raw heads have not chosen. Score them with --metric.")
+
+    def check_trains_on_labels(self) -> None:
+        Task.check_trains_on_labels(self)
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return Task.loss(self, outputs, labels)
+
+
+class MultiLabel(Task):
+    """Logits or probabilities [N, labels] of each label being there: f1 and exact (all labels of a sample right) in percent, and loss
+    (binary cross-entropy)."""
+
+    name, distance, counted = "multi-label", BINARY_DIVERGENCE, "f1"
+
+    def check(self, outputs: Tensor, labels: Tensor) -> None:
+        if outputs.numel() != labels.numel() or not ((labels == 0) | (labels == 1)).all():
+            raise InvalidInput(
+                f"Several labels a sample are zeros and ones {list(outputs.shape)}, one for each output; these are {labels.dtype} of shape "
+                f"{tuple(labels.shape)} from {labels.min():g} to {labels.max():g}."
+            )
+
+    def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        here, there = outputs > (0.5 if lie_in_unit_interval(outputs) else 0), labels.reshape(outputs.shape).bool()
+        both, either = int((here & there).sum()), int(here.sum() + there.sum())
+        exact = 100 * float((here == there).reshape(len(outputs), -1).all(1).double().mean())
+        return {"f1": 200 * both / either if either else 100.0, "exact": exact, "loss": float(self.loss(outputs.double(), labels))}
+
+    def check_trains_on_labels(self) -> None:
+        pass
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        labels = labels.reshape(outputs.shape).to(outputs.dtype)
+        if lie_in_unit_interval(outputs.detach()):
+            return F.binary_cross_entropy(outputs, labels)
+        return F.binary_cross_entropy_with_logits(outputs, labels)
+
+
+class Segmentation(Task):
+    """Logits [N, classes, H, W] of which class each place is, with labels [N, H, W]: mean_iou (over classes that are in labels or outputs)
+    and pixel_accuracy in percent, and loss (cross-entropy). Places whose label is IGNORED, or VOID where there is no such class, have no
+    part. Logits of another size are resized to that of the labels."""
+
+    name, distance, counted = "segmentation", CHANNEL_DIVERGENCE, "mean_iou"
+
+    def check(self, outputs: Tensor, labels: Tensor) -> None:
+        expected = [len(outputs), *outputs.shape[2:]]
+        if outputs.dim() < 3 or labels.is_floating_point() or _as_masks(labels, outputs).dim() != outputs.dim() - 1:
+            raise InvalidInput(
+                f"Labels of a segmentation are whole numbers {expected}, of logits [N, classes, H, W]; these are {labels.dtype} of shape "
+                f"{tuple(labels.shape)}, and the outputs {tuple(outputs.shape)}."
+            )
+        masks, classes = _as_masks(labels, outputs), outputs.shape[1]
+        masks = masks[_is_scored(masks, classes)]
+        if not len(masks):
+            raise InvalidInput(f"Every label is {IGNORED} or {VOID}, so there is nothing to score. Give labels of some places.")
+        if masks.min() < 0 or masks.max() >= classes:
+            raise InvalidInput(
+                f"Labels run from {int(masks.min())} to {int(masks.max())}, but the model has {classes} classes. "
+                f"Check that the data set's class numbers are the model's; {IGNORED} and {VOID} are not scored."
+            )
+
+    def _at_labels(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (logits [places, classes], labels [places]) of all places that are scored."""
+        masks = _as_masks(labels, outputs)
+        if outputs.shape[2:] != masks.shape[1:]:
+            outputs = F.interpolate(outputs, masks.shape[1:], mode="bilinear" if outputs.dim() == 4 else "nearest")
+        scored = _is_scored(masks, outputs.shape[1])
+        return outputs.movedim(1, -1)[scored], masks[scored]
+
+    def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        count, loss = outputs.shape[1], 0.0
+        confusion = torch.zeros(count, count, dtype=torch.float64, device=outputs.device)
+        for some, theirs in in_parts(outputs, labels):
+            logits, masks = self._at_labels(some, theirs)
+            confusion += torch.bincount(masks * count + logits.argmax(1), minlength=count**2).view(count, count)
+            loss += len(masks) * Classification().scores(logits, masks)["loss"] if len(masks) else 0.0
+        right, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+        return {
+            "mean_iou": 100 * float((right[union > 0] / union[union > 0]).mean()),
+            "pixel_accuracy": 100 * float(right.sum() / confusion.sum()),
+            "loss": loss / float(confusion.sum()),
+        }
+
+    def check_trains_on_labels(self) -> None:
+        pass
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return Classification().loss(*self._at_labels(outputs, labels))
+
+
+def _is_scored(masks: Tensor, classes: int) -> Tensor:
+    """Return which places have a label, bool of the masks' shape."""
+    return (masks != IGNORED) & ((masks != VOID) | (classes > VOID))
+
+
+def _as_masks(labels: Tensor, outputs: Tensor) -> Tensor:
+    """Return labels [N, H, W], without the one channel that they may have."""
+    return labels[:, 0] if labels.dim() == outputs.dim() and labels.shape[1] == 1 else labels
 
 
 class Embedding(Task):
@@ -253,9 +329,35 @@ class QuestionAnswering(Task):
 
 _ALL: tuple[Task, ...] = (
     Classification(), Regression(), Embedding(), QuestionAnswering(), LanguageModel(), MaskedLanguageModel(), SequenceToSequence(),
-    TokenClassification(),
+    TokenClassification(), MultiLabel(), Segmentation(), Detection(),
 )  # fmt: skip
 TASKS = {task.name: task for task in _ALL}
+
+
+class SeveralOutputs(Task):
+    """Several outputs, the labels being about the first, which is of another task; all are compared by their squared errors."""
+
+    def __init__(self, first: Task, reader: OutputReader):
+        self.first, self.reader, self.distance = first, reader, WeightedErrors(reader)
+        self.name, self.counted, self.numbers, self.of_one_class = first.name, first.counted, first.numbers, first.of_one_class
+
+    def tensors(self, outputs: Tensor) -> tuple[Tensor, ...]:
+        return self.reader.split(outputs)
+
+    def judged(self, outputs: Tensor) -> Tensor:
+        return self.reader.split(outputs)[0]
+
+    def check(self, outputs: Tensor, labels: Tensor) -> None:
+        self.first.check(self.judged(outputs), labels)
+
+    def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        return self.first.scores(self.judged(outputs), labels)
+
+    def check_trains_on_labels(self) -> None:
+        self.first.check_trains_on_labels()
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return self.first.loss(self.judged(outputs), labels)
 
 
 # Outputs
@@ -271,32 +373,95 @@ def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     return torch.cat(outputs)
 
 
-def guess_task(outputs: Tensor, reader: Reader | None = None) -> str:
-    """Return the reader's task; else "classification" if outputs are [N, classes >= 2], or "regression". The user's --task overrules it."""
-    if reader is not None:
-        return reader.task
-    return "classification" if outputs.dim() == 2 and outputs.shape[1] >= 2 else "regression"
+def labels_in(batches: Sequence[Batch]) -> Tensor | None:
+    """Return the labels of the batches; None where they have none."""
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    return torch.cat(labels) if labels and len(labels) == len(batches) else None
 
 
-def distance(outputs: Tensor, reference: Tensor, task: str) -> float:
+class Guess(NamedTuple):
+    """The task that a network is taken for, and why; no reason where it is known."""
+
+    task: str
+    reason: str = ""
+
+
+def guess_task(outputs: Tensor, reader: Reader | None = None, labels: Tensor | None = None) -> Guess:
+    """Return the reader's task; else what the labels say, where they fit one; else what shape and values of the (first) outputs say. The
+    user's --task overrules it."""
+    if reader is not None and reader.task is not None:
+        return Guess(reader.task)
+    if isinstance(reader, OutputReader):
+        outputs = reader.split(outputs)[0]
+    return (None if labels is None else _guess_by_labels(outputs, labels)) or _guess_by_values(outputs)
+
+
+def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
+    """Return the task whose labels these are; None where they fit none."""
+    shapes = f"labels {list(labels.shape)} of outputs {list(outputs.shape)}"
+    whole = not labels.is_floating_point()
+    ones = labels.numel() == outputs.numel() and bool(((labels == 0) | (labels == 1)).all() and labels.min() < labels.max())
+    likely = {
+        "classification": whole and labels.dim() == 1 and outputs.dim() == 2 and outputs.shape[1] > 1,
+        "token-classification": whole and outputs.dim() == 3 and labels.shape == outputs.shape[:2] and labels.dim() == 2,
+        "segmentation": whole and outputs.dim() > 2 and outputs.shape[1] > 1 and labels.dim() > 1,
+        "multi-label": ones,
+        "regression": not whole,
+    }
+    reasons = {
+        "classification": "one whole number a sample: a class",
+        "token-classification": "a whole number a token",
+        "segmentation": "a whole number a place",
+        "multi-label": "zeros and ones",
+        "regression": "a number for each output",
+    }
+    for name in (name for name, fits in likely.items() if fits):
+        with suppress(InvalidInput):
+            if name != "classification":  # nothing else has such labels: class numbers that the network lacks are refused as such
+                TASKS[name].check(outputs, labels)
+            return Guess(name, f"{shapes}, {reasons[name]}")
+    return None
+
+
+def _guess_by_values(outputs: Tensor) -> Guess:
+    shape = f"outputs {list(outputs.shape)}"
+    if outputs.dim() != 2 or outputs.shape[1] < 2:
+        return Guess("regression", f"{shape} have no row of class scores for each sample")
+    if are_probabilities(outputs):
+        return Guess("classification", f"{shape} are probabilities that sum up to one: a softmax is at the end")
+    if lie_in_unit_interval(outputs):
+        return Guess("regression", f"{shape} lie between 0 and 1 and do not sum up to one: numbers, or a sigmoid at the end (multi-label)")
+    if outputs.min() >= 0 and outputs.max() > 0:
+        return Guess("regression", f"of the {shape} none is negative, as scores of classes are")
+    return Guess("classification", f"{shape} are taken for scores of {outputs.shape[1]} classes; numbers would be regression")
+
+
+def task_of(outputs: Tensor, reader: Reader | None, task: str | Task | None = None, labelled: "LabelledOutputs | None" = None) -> Task:
+    """Return the task of a network with such outputs: the one that is given or named, else the one that they are taken for, which is
+    told with its reason; `labelled` are outputs with labels, where there are any."""
+    if isinstance(task, Task):
+        return task
+    labels = None if labelled is None else labelled.labels
+    guess = Guess(task) if task else guess_task(outputs if labelled is None else labelled.outputs, reader, labels)
+    if guess.reason:
+        tell("note", note=f"task {guess.task}: {guess.reason}. --task says otherwise ({', '.join(TASKS)})")
+    one = TASKS[guess.task]
+    return SeveralOutputs(one, reader) if isinstance(reader, OutputReader) and len(reader.outputs) > 1 else one
+
+
+def named_task(task: str | Task) -> Task:
+    """Return the task of this name; a task itself."""
+    return task if isinstance(task, Task) else TASKS[task]
+
+
+def distance(outputs: Tensor, reference: Tensor, task: str | Task) -> float:
     """Measure how far `outputs` are from those of the float model: the mean over samples."""
     return float(sample_distances(outputs, reference, task).mean())
 
 
-def sample_distances(outputs: Tensor, reference: Tensor, task: str) -> Tensor:
+def sample_distances(outputs: Tensor, reference: Tensor, task: str | Task) -> Tensor:
     """Measure the distance of each sample, [N]."""
-    return TASKS[task].distance.of_samples(outputs, reference)
-
-
-def _in_parts(outputs: Tensor, beside: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split both into runs of samples whose outputs have at most NUMBERS numbers."""
-    count = max(1, NUMBERS // max(1, outputs[:1].numel()))
-    return zip(outputs.split(count), beside.split(count), strict=True)
-
-
-def agreement(outputs: Tensor, reference: Tensor) -> float:
-    """Return the percentage of samples whose top-1 class is the reference's."""
-    return 100 * float((outputs.argmax(-1) == reference.argmax(-1)).double().mean())
+    return named_task(task).distance.of_samples(outputs, reference)
 
 
 def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], task: str, metric: Metric | None = None) -> dict[str, Any]:
@@ -308,8 +473,8 @@ def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], task: str
     if simulated.dim() == 2 and simulated.shape[1] > 1:
         apart["agreement"] = agreement(there, simulated)
     report: dict[str, Any] = {"simulation": apart}
-    if batches[0].labels is not None:
-        labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
+    labels = labels_in(batches)
+    if labels is not None and (metric is not None or fits(simulated, labels, task)):
         both = {"simulated": simulated, "exported": there}
         report["accuracy"] = {kind: score(outputs, labels, task, metric, batches[0].reader) for kind, outputs in both.items()}
     return report
@@ -327,15 +492,23 @@ def places(outputs: Tensor, labels: Tensor) -> Tensor:
     return (outputs > own).sum(1) + ((outputs == own) & before).sum(1)
 
 
-def check_labels(outputs: Tensor, labels: Tensor, task: str) -> None:
+def check_labels(outputs: Tensor, labels: Tensor, task: str | Task) -> None:
     """Raise InvalidInput where `labels` are not what a network with such `outputs` can be right about."""
-    TASKS[task].check(outputs, labels)
+    named_task(task).check(outputs, labels)
 
 
-def check_metric(metric: Metric | None, task: str) -> None:
+def fits(outputs: Tensor, labels: Tensor, task: str | Task) -> bool:
+    """Return whether the labels are those of the task."""
+    with suppress(InvalidInput):
+        check_labels(outputs, labels, task)
+        return True
+    return False
+
+
+def check_metric(metric: Metric | None, task: str | Task) -> None:
     """Raise InvalidSetting where the task's labels are nothing that a function of outputs and labels can use."""
-    if metric is not None and not TASKS[task].numbers:
-        what = task.replace("-", " ")
+    if metric is not None and not named_task(task).numbers:
+        what = named_task(task).name.replace("-", " ")
         raise InvalidSetting(f"A metric compares outputs with labels, and those of {what} are texts. Leave --metric out.")
 
 
@@ -344,7 +517,7 @@ def metric_name(metric: Metric) -> str:
     return getattr(metric, "__name__", "metric")
 
 
-def measure(metric: Metric, outputs: Tensor, labels: Tensor) -> float:
+def measure(metric: Metric, outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> float:
     """Call a user's metric. Raise InvalidInput naming it where it fails, or returns anything but a finite number."""
     name = metric_name(metric)
     try:
@@ -371,22 +544,25 @@ def measure(metric: Metric, outputs: Tensor, labels: Tensor) -> float:
     return number
 
 
-def _described(tensor: Tensor) -> str:
+def _described(tensor: Tensor | tuple[Tensor, ...]) -> str:
+    if isinstance(tensor, tuple):
+        return ", ".join(map(_described, tensor))
     return f"{list(tensor.shape)} ({str(tensor.dtype).removeprefix('torch.')})"
 
 
-def score(outputs: Tensor, labels: Tensor, task: str, metric: Metric | None = None, reader: Reader | None = None) -> dict[str, float]:
+def score(
+    outputs: Tensor, labels: Tensor, task: str | Task, metric: Metric | None = None, reader: Reader | None = None
+) -> dict[str, float]:
     """Score outputs by labels: the task's scores, the reader's own, and the user's metric."""
     if len(labels) != len(outputs):
         raise InvalidInput(f"{len(labels)} labels for {len(outputs)} outputs. Give one label a sample.")
+    task = named_task(task)
     check_metric(metric, task)
+    own = {} if metric is None else {metric_name(metric): measure(metric, task.tensors(outputs), labels)}
+    if own and not fits(outputs, labels, task):  # the metric knows what they are
+        return own
     check_labels(outputs, labels, task)
-    result = TASKS[task].scores(outputs, labels)
-    if reader is not None:
-        result |= reader.score(outputs, labels)
-    if metric is not None:
-        result[metric_name(metric)] = measure(metric, outputs, labels)
-    return result
+    return task.scores(outputs, labels) | ({} if reader is None else reader.score(outputs, labels)) | own
 
 
 @dataclass(frozen=True)
@@ -414,19 +590,28 @@ class LabelledOutputs:
         outputs = outputs_of(model, watched())
         return cls(outputs, torch.cat(labels), readers[0])
 
-    def scores(self, task: str | None = None, metric: Metric | None = None, reference: Tensor | None = None) -> dict[str, Any]:
+    def scores(self, task: str | Task | None = None, metric: Metric | None = None, reference: Tensor | None = None) -> dict[str, Any]:
         """Score them; with the float model's outputs as `reference`, measure the distance to these and what goes with it too."""
-        task = task or guess_task(self.outputs, self.reader)
+        task = task_of(self.outputs, self.reader, task, self)
         unit = self.reader.unit if self.reader else "samples"
         result: dict[str, Any] = {unit: len(self.outputs), **score(self.outputs, self.labels, task, metric, self.reader)}
         if reference is not None:
-            measured = TASKS[task].distance
+            measured = task.distance
             result |= {measured.key: distance(self.outputs, reference, task)} | measured.further(self.outputs, reference)
         return result
 
 
+def labelled_outputs(model: nn.Module, batch: Batch) -> LabelledOutputs | None:
+    """Return what `model` gives on a batch, with its labels; None where it has none."""
+    return None if batch.labels is None else LabelledOutputs.of(model, [batch])
+
+
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], task: str | None = None, metric: Metric | None = None, reference: Tensor | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    task: str | Task | None = None,
+    metric: Metric | None = None,
+    reference: Tensor | None = None,
 ) -> dict[str, Any]:
     """Score `model` on labelled batches, as `LabelledOutputs.scores` does."""
     return LabelledOutputs.of(model, batches).scores(task, metric, reference)
@@ -439,18 +624,19 @@ def check_metric_on(model: nn.Module, batches: Iterable[Batch], metric: Metric |
         measure(metric, on_labels.outputs, on_labels.labels)
 
 
-def task_loss(outputs: Tensor, batch: Batch, task: str, teacher: nn.Module | None, distill: float) -> Tensor:
+def task_loss(outputs: Tensor, batch: Batch, task: str | Task, teacher: nn.Module | None, distill: float) -> Tensor:
     """Return the task's training loss on labels, joined by the distance to the teacher's outputs, which weighs `distill`."""
+    task = named_task(task)
     loss = torch.zeros((), device=outputs.device)
     if distill < 1:
-        TASKS[task].check_trains_on_labels()
+        task.check_trains_on_labels()
         if batch.labels is None:
             raise InvalidInput("Training needs labels, and this data has none. Give labelled data, or --distill 1.")
         check_labels(outputs, batch.labels, task)
-        loss = (1 - distill) * TASKS[task].loss(outputs, batch.labels)
+        loss = (1 - distill) * task.loss(outputs, batch.labels)
     if distill > 0:
         assert teacher is not None, "distillation is from a teacher"
         with torch.no_grad():
             target = predict(teacher, batch).float()
-        loss = loss + distill * TASKS[task].distance.distilled(outputs, target)
+        loss = loss + distill * task.distance.distilled(outputs, target)
     return loss

@@ -1,5 +1,6 @@
 """Solve a unit in closed form: the codes of its layers, one after the other, from the moments of what those before it give it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
@@ -86,13 +87,17 @@ def _float_patches(layers: Mapping[str, nn.Module], float_module: nn.Module, dat
     budget, generator = MemoryBudget(memory), torch.Generator().manual_seed(seed)
     drawn: dict[str, Drawn] = {name: [] for name in layers}
     mask: Tensor | None = None
-    share = 0.0
+    share, left = 0.0, math.inf
 
     def read(name: str, layer: nn.Module, x: Tensor) -> None:
+        nonlocal left
         x = real_rows(layer, x, mask)
         places = draw_places(layer, x.shape, max(1, round(share * patches_drawn(layer))), generator)
         rows = patches(layer, x, places)
         drawn[name][-1].append((places, budget.allocate(tuple(rows.shape), rows.dtype).copy_(rows)))
+        left -= 1
+        if not left:
+            raise _Reached
 
     with reading(layers, read):
         for indices in data.parts():
@@ -100,7 +105,9 @@ def _float_patches(layers: Mapping[str, nn.Module], float_module: nn.Module, dat
             for calls in drawn.values():
                 calls.append([])
             args, kwargs = data.float_arguments(indices)
-            float_module(*args, **kwargs)
+            with suppress(_Reached):
+                float_module(*args, **kwargs)
+            left = sum(len(calls[0]) for calls in drawn.values())  # the first pass has shown which call is the last
     return drawn
 
 

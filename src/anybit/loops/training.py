@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from anybit.data.augment import augmented, channels_last
 from anybit.data.batches import Batch, first_tensor, predict
 from anybit.data.samples import Samples
-from anybit.data.tasks import TASKS, correct, task_loss
+from anybit.data.tasks import Task, correct, named_task, task_loss
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 from anybit.loops.checkpoint import resume_checkpoint, save_checkpoint
 from anybit.loops.processes import average, average_gradients, average_tensors, rank, world
@@ -36,7 +36,7 @@ def train_epochs(
     trainee: Trainee,
     samples: Samples,
     settings: TrainSettings,
-    task: str,
+    task: Task | str,
     teacher: nn.Module | None = None,
     positive: Sequence[nn.Parameter] = (),
     checkpoint: Path | None = None,
@@ -55,7 +55,7 @@ def train_epochs(
     groups = trainee.parameter_groups()
     forward = cast(nn.Module, torch.compile(trainee.model)) if settings.compile else trainee.model
     steps, rates = _steps(samples, settings, trainee.model), [group["lr"] for group in groups]
-    run = _Run(trainee, settings, task, teacher, positive, forward, torch.optim.Adam(groups), rates, steps, checkpoint)
+    run = _Run(trainee, settings, named_task(task), teacher, positive, forward, torch.optim.Adam(groups), rates, steps, checkpoint)
     records: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.is_file():
         records = resume_checkpoint(checkpoint, trainee, run.optimizer, identity or {})
@@ -74,7 +74,7 @@ class _Run:
 
     trainee: Trainee
     settings: TrainSettings
-    task: str
+    task: Task
     teacher: nn.Module | None
     positive: Sequence[nn.Parameter]
     forward: nn.Module
@@ -102,7 +102,7 @@ def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
     if epoch + 1 == run.settings.epochs:
         run.trainee.before_step(1.0)
     loss, _, right = torch.stack(told).mean(0).tolist()
-    labelled = TASKS[run.task].of_one_class and samples.labelled
+    labelled = run.task.of_one_class and samples.labelled
     return {"loss": loss, "train_top1": 100 * right if labelled else None}
 
 
@@ -132,8 +132,8 @@ def _pass(run: _Run, batch: Batch) -> Tensor:
         outputs = predict(run.forward, batch)
         loss = run.trainee.loss(outputs, batch, task_loss(outputs, batch, run.task, run.teacher, run.settings.distill))
     penalty = run.trainee.penalty().to(loss.device)
-    labels = batch.labels if TASKS[run.task].of_one_class else None
-    right = torch.zeros_like(loss) if labels is None else correct(outputs, labels).float().mean()
+    labels = batch.labels if run.task.of_one_class else None
+    right = torch.zeros_like(loss) if labels is None else correct(run.task.judged(outputs), labels).float().mean()
     told = average(torch.stack([loss.detach().float(), penalty.detach(), right.detach()]))  # of all, so that all stop together
     if torch.isfinite(told).all():
         (loss + penalty).backward()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, predict
-from anybit.data.tasks import TASKS, distance, outputs_of
+from anybit.data.tasks import Task, distance, named_task, outputs_of
 from anybit.networks.layers import QuantizedLayer, float_bias, float_weight, freeze_slots, quantized_layers, weight_rows
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer, frozen
 from anybit.progress import tell, track
@@ -50,7 +50,7 @@ def tune_biases(
     references: list[Tensor],
     held_out: list[Batch],
     held_out_reference: Tensor,
-    task: str,
+    task: Task | str,
     settings: BiasTuningSettings,
 ) -> dict[str, float]:
     """Train the biases of the quantized layers, in place, towards the float outputs `references`, one tensor a fitting batch.
@@ -99,14 +99,14 @@ def tune_biases(
     return result
 
 
-def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: str, part: int | None) -> None:
+def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: Task | str, part: int | None) -> None:
     """Add the gradients of the batch's loss, of as many samples at a time as `part`."""
-    done, apart = 0, TASKS[task].distance
+    done = 0
     for inputs in batch.parts(part or len(batch)):
         with torch.enable_grad():
             outputs = predict(model, inputs)
             target = reference[done : done + len(outputs)]
-            (apart.loss(outputs, target) * apart.share(target, reference)).backward()
+            named_task(task).distance.loss(outputs, target, reference).backward()
         done += len(outputs)
 
 

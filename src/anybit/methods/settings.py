@@ -17,34 +17,34 @@ GATES = ("soft", "straight-through")
 @documented
 @dataclass(frozen=True)
 class CSQSettings(Settings):
-    """Settings of CSQ, in the words of `csq`."""
+    """Settings of CSQ; `methods/csq.py` explains them."""
 
     common: ClassVar[Mapping[str, Any]] = {"rare": True}
 
     planes: int = option(
-        7, "Bit planes that a layer starts with; with the sign one bit more.", least=1, most=7, why="with the sign they are 2 to 8 bits"
+        7, "Bit planes of a layer at the start; the sign adds one bit.", least=1, most=7, why="with the sign they are 2 to 8 bits"
     )
-    per_channel: bool = option(False, "A scale for each output channel instead of each layer.", switch=True)
-    prune: bool = option(False, "A layer may lose all its planes.", switch=True)
-    strength: float = option(0.3, "Weight of the budget in the loss.", above=0)
-    anchor: bool = option(True, "Keep every layer's highest plane open until the planes are fixed.")
+    per_channel: bool = option(False, "One scale per output channel instead of one per layer.", switch=True)
+    prune: bool = option(False, "Allow a layer to lose all its planes.", switch=True)
+    strength: float = option(0.3, "Weight of the budget's penalty in the loss.", above=0)
+    anchor: bool = option(True, "Keep each layer's highest plane open until the planes are fixed.")
     ramp: float = option(
-        0.8, "Share of the search in which the budget falls from all planes to the one given; 0 is at once, as published.", least=0, most=1
+        0.8, "Share of the search in which the budget falls from all planes to yours; 0: at once, as published.", least=0, most=1
     )
     weighting: float = option(
-        0.5, "Power of a layer's weights that its planes are penalized by: 1 as the budget counts, 0 all alike, as published.",
+        0.5, "Penalty of a plane, as a power of the layer's weight count: 1 like the budget, 0 all alike, as published.",
         least=0, most=1,
     )  # fmt: skip
     fix: float = option(0.15, "Share of the run after which the planes are fixed.", above=0, most=1)
     harden: float = option(0.9, "Share of the run after which every weight's bits are fixed.", above=0, most=1)
     logit: float = option(
-        3.0, "Size of the logits of a gate that starts decided: 1 leaves it at 0.73 or 0.27, 3 at 0.95 or 0.05.",
+        3.0, "Logits of gates that start decided: 1 gives 0.73 or 0.27, 3 gives 0.95 or 0.05.",
         above=0, most=10, why="in float32 a gate of more is all but decided and cannot be trained", command_line=False,
     )  # fmt: skip
     plane_temperature: float = option(
         200.0, "Temperature of the plane gates when they are fixed.", least=1, why="temperatures start at 1", command_line=False
     )
-    phase: str = option("restart", "How weights go on once the planes are fixed.", choices=("restart", "rewind", "continue"))
+    phase: str = option("restart", "Weights after the planes are fixed.", choices=("restart", "rewind", "continue"))
     fix_temperature: float = option(
         1.3, "Temperature of the weight gates when the planes are fixed.", least=1, why="temperatures start at 1", command_line=False
     )
@@ -53,7 +53,7 @@ class CSQSettings(Settings):
     )
     weight_gates: str = option("soft", "straight-through, for comparison: hard forward, soft backward.", choices=GATES, command_line=False)
     plane_gates: str = option(
-        "soft", "straight-through, for comparison: hard, closed planes pruned for good every epoch (BSQ-like).",
+        "soft", "straight-through, for comparison: hard; every epoch removes closed planes (BSQ-like).",
         choices=GATES, command_line=False,
     )  # fmt: skip
     gate_rate: float = option(1e-2, "Learning rate of weight gates.", above=0)
@@ -69,7 +69,7 @@ class CSQSettings(Settings):
 @documented
 @dataclass(frozen=True)
 class LSQSettings(Settings):
-    """Settings of LSQ, of the names that CSQ's have."""
+    """Settings of LSQ, named as those of CSQ."""
 
     common: ClassVar[Mapping[str, Any]] = {"rare": True}
 
@@ -78,7 +78,7 @@ class LSQSettings(Settings):
 
 
 def parse_factors(text: str) -> dict[int, float]:
-    """Bit-width -> factor, of "2=0.1,4=0.3"."""
+    """Parse "2=0.1,4=0.3" into bit-width -> factor."""
     return {int(bits): float(factor) for bits, factor in (part.split("=") for part in text.split(","))} if text else {}
 
 
@@ -92,28 +92,28 @@ FACTORS = Text(
 @documented
 @dataclass(frozen=True)
 class MultiQuantSettings(Settings):
-    """Settings of MultiQuant, in the words of `multiquant`."""
+    """Settings of MultiQuant; `methods/multiquant.py` explains them."""
 
     common: ClassVar[Mapping[str, Any]] = {"rare": True}
 
-    sandwich: str = option("HRL", "Networks of a step, in order: H highest, R random, L lowest bits; letters may repeat or be left out.")
+    sandwich: str = option("HRL", "Subnets of a step, in order: H highest, R random, L lowest bits; letters may repeat or be omitted.")
     label: str = option(
-        "one-hot", "one-hot, adaptive (online), or teacher (the wider network's outputs).", choices=("one-hot", "adaptive", "teacher")
+        "one-hot", "one-hot, adaptive (online), or teacher (the wider subnet's outputs).", choices=("one-hot", "adaptive", "teacher")
     )
-    label_weight: float = option(0.5, "Share of the adaptive label, or of the teacher, in the loss.", least=0, most=1)
-    middle: str = option("uniform", "How R is drawn.", choices=("uniform", "worst", "best", "progressive"))
+    label_weight: float = option(0.5, "Share of the adaptive label or the teacher in the loss.", least=0, most=1)
+    middle: str = option("uniform", "Choice of the random subnet R.", choices=("uniform", "worst", "best", "progressive"))
     per_channel: bool = option(
-        True, "A weight step for each layer instead of each channel.", flag="--per-tensor", inverted=True, switch=True
+        True, "One weight step size per layer instead of one per channel.", flag="--per-tensor", inverted=True, switch=True
     )
     batch_norm: str = option(
-        "reestimate", "reestimate: statistics anew for each subnet; switch: a batch norm for each bit-width of the layer.",
+        "reestimate", "reestimate: new statistics for each subnet; switch: one batch norm per bit-width of a layer.",
         choices=("reestimate", "switch"),
     )  # fmt: skip
     step_rates: Mapping[int, float] = option(
-        dict, "Factors on the steps' learning rate for some bit-widths: 2=0.1,4=0.3.", above=0, text=FACTORS
+        dict, "Factors on the step sizes' learning rate by bit-width: 2=0.1,4=0.3.", above=0, text=FACTORS
     )
-    step_rate: float = option(RATE, "Learning rate of the steps.", above=0)
-    offset_rate: float = option(0.0, "Learning rate of the inputs' offsets; 0 keeps them.", least=0)
+    step_rate: float = option(RATE, "Learning rate of step sizes.", above=0)
+    offset_rate: float = option(0.0, "Learning rate of input offsets; 0 keeps them.", least=0)
     rate: float = option(RATE, "Learning rate of weights, biases and batch norm.", above=0)
 
     def check(self) -> None:
@@ -128,29 +128,25 @@ class MultiQuantSettings(Settings):
 @documented
 @dataclass(frozen=True)
 class SearchSettings(Settings):
-    """Settings of the search over a supernet's schemes, in the words of `subnet_search`."""
+    """Settings of the search over a supernet's schemes; `methods/subnet_search.py` explains them."""
 
     common: ClassVar[Mapping[str, Any]] = {"rare": True}
 
-    evaluations: int = option(150, "Subnets that are evaluated.", least=10, most=10**6, rare=False)
+    evaluations: int = option(150, "Number of subnets to evaluate.", least=10, most=10**6, rare=False)
     strategy: str = option(
-        "monte-carlo", "uniform: draws with the same predictor and search; integer-program: on measured sensitivities.",
+        "monte-carlo", "uniform: uniform draws, same predictor and search; integer-program: from measured sensitivities.",
         choices=("monte-carlo", "uniform", "integer-program"), rare=False,
     )  # fmt: skip
-    quantity: str = option("bits", "The cost of the front.", choices=tuple(cost.name for cost in own_costs()), rare=False)
-    images: int = option(2500, "Held-out inputs a subnet is evaluated on; others measure the front again.", least=1)
-    bn_images: int | None = option(
-        None, "Training inputs that batch norm is estimated on while searching; left out, as many as in training.", least=2
-    )
-    seed: int = option(0, "Seed of every draw.", least=-SEEDS, most=SEEDS, rare=False)
+    quantity: str = option("bits", "Cost axis of the Pareto front.", choices=tuple(cost.name for cost in own_costs()), rare=False)
+    images: int = option(2500, "Held-out inputs per evaluation; others measure the front again.", least=1)
+    bn_images: int | None = option(None, "Training inputs for batch-norm estimates during the search (default: as in training).", least=2)
+    seed: int = option(0, "Random seed.", least=-SEEDS, most=SEEDS, rare=False)
     explored: float = option(0.6, "Share of the evaluations that the predictor is first fitted to.", above=0, below=1, command_line=False)
-    rounds: int = option(
-        3, "How often the rest is spent: predict, search, evaluate the favourites.", least=1, most=1000, command_line=False
-    )
-    targets: int = option(20, "Averages that are searched for in a round.", least=1, most=1000, command_line=False)
-    population: int = option(100, "Schemes in a generation of the genetic search.", least=4, most=10**5, command_line=False)
+    rounds: int = option(3, "Rounds of the remaining evaluations: predict, search, evaluate best.", least=1, most=99, command_line=False)
+    targets: int = option(20, "Average bit-widths to search for per round.", least=1, most=999, command_line=False)
+    population: int = option(100, "Schemes per generation of the genetic search.", least=4, most=10**5, command_line=False)
     generations: int = option(30, "Generations of the genetic search.", least=1, most=10**6, command_line=False)
-    mutation: float = option(0.1, "Chance that a layer of a child is drawn anew.", above=0, most=1, command_line=False)
+    mutation: float = option(0.1, "Probability that a layer of a child is redrawn.", above=0, most=1, command_line=False)
 
     @classmethod
     def recorded(cls, report: Mapping[str, Any]) -> Any:

@@ -6,14 +6,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, read_output
+from anybit.data.batches import Batch, evaluating, predict, read_output
+from anybit.data.outputs import OutputReader
 from anybit.errors import SchemeMismatch, UnsupportedModel
 from anybit.networks import batchnorm
 from anybit.networks.candidates import Candidates, activation_candidate, apply_scheme, weight_candidate
 from anybit.networks.capture import input_samples
 from anybit.networks.cost import CostModel
+from anybit.networks.edges import with_edges
 from anybit.networks.layer_types import type_of
-from anybit.networks.layers import check_float32, check_plain_use, coverage, prepare, quantized_layers
+from anybit.networks.layers import check_float32, check_plain_use, coverage, float_weight, prepare, quantized_layers
 from anybit.networks.options import LayerOptions, group_sizes, layer_choices
 from anybit.networks.refusals import changed, check_differentiable, check_network, check_outputs, moving_state, observed_pass
 from anybit.networks.rewrites import calls_functions, rewritten
@@ -25,7 +27,8 @@ from anybit.scheme import FLOAT, Precision, Scheme, match_patterns
 @dataclass(frozen=True)
 class ObservedNetwork:
     """Hold a float network made ready: folded, with empty slots, observed. No stage changes anything here, except what the network's own
-    forward changes: `moving` holds those buffers as they were before any pass. `unfolded` are the norms that stay, with the reason."""
+    forward changes: `moving` holds those buffers as they were before any pass. `unfolded` are the norms that stay, with the reason;
+    `unread` are the layers that no compared output is computed from."""
 
     float_model: nn.Module
     folded: nn.Module
@@ -40,6 +43,7 @@ class ObservedNetwork:
     options: LayerOptions
     moving: Mapping[str, Tensor | None] = field(default_factory=dict)
     unfolded: Mapping[str, str] = field(default_factory=dict)
+    unread: Sequence[str] = ()
 
     @property
     def calls(self) -> dict[str, int]:
@@ -50,6 +54,15 @@ class ObservedNetwork:
     def names(self) -> list[str]:
         """Return the layers in the scheme, in call order."""
         return list(self.choices)
+
+    @property
+    def largest(self) -> Scheme:
+        """Return the scheme of every layer's last choice."""
+        return Scheme({name: options[-1] for name, options in self.choices.items()})
+
+    def apply(self, scheme: Scheme, candidates: Candidates) -> nn.Module:
+        """Return the canonical form of `scheme`, made of `candidates`, with its edges rounded."""
+        return with_edges(apply_scheme(self.prepared, scheme, candidates), self.wiring, candidates.edges)
 
     def uniform(self, weight_bits: int, activation_bits: int | None) -> Scheme:
         """These bits everywhere, except in kept layers; embeddings have no activation bits, matmuls no weights."""
@@ -97,8 +110,33 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     if options.gradients:
         check_differentiable(prepared, [unit.name for unit in units if unit.name not in names], example)
     return ObservedNetwork(
-        model, folded, prepared, wiring, norms, fold.promised, choices, uncovered, units, costs, options, moving, unfolded
-    )
+        model, folded, prepared, wiring, norms, fold.promised, choices, uncovered, units, costs, options, moving, unfolded,
+        unread_layers(folded, wiring, [name for name in names if choices[name] != [FLOAT]], example),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def unread_layers(model: nn.Module, wiring: Wiring, names: Sequence[str], example: Batch) -> list[str]:
+    """Return those of the layers that no compared output is computed from: without their weights it is the same, to the bit."""
+    reader = example.reader
+    places = [one.place for one in reader.outputs] if isinstance(reader, OutputReader) else None if reader is not None else [0]
+    behind = wiring.layers_behind(places)
+    suspects = [name for name in names if name not in behind and type_of(model.get_submodule(name)).has_weights]
+    if not suspects:
+        return []
+
+    def is_unread(name: str) -> bool:
+        weight = float_weight(model.get_submodule(name))
+        own = weight.clone()
+        weight.zero_()
+        try:
+            return torch.equal(predict(model, example), before)
+        finally:
+            weight.copy_(own)
+
+    with evaluating(model):
+        before = predict(model, example)
+        return list(filter(is_unread, suspects))
 
 
 def _put_buffers_back(model: nn.Module, before: Mapping[str, Tensor]) -> None:

@@ -49,7 +49,13 @@ def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: in
 
 @torch.no_grad()
 def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidates: int = 100) -> tuple[Tensor, Tensor]:
-    """Return (scale, zero_point) for a flat `sample` of one tensor's values, as 0-d tensors; the zero point is an integer.
+    """Return (scale, zero_point) for a flat `sample` of one tensor's values, as 0-d tensors; the zero point is an integer."""
+    return affine_from_ends(*range_ends(sample, bits, estimator, candidates), bits)
+
+
+@torch.no_grad()
+def range_ends(sample: Tensor, bits: int, estimator: str = "mse", candidates: int = 100) -> tuple[Tensor, Tensor]:
+    """Return (low, high), 0-d, of the range whose codes represent a flat `sample` of one tensor's values.
 
     Zero is always representable exactly (padding is zero). "mse" shrinks the two ends in turn towards least squared error.
     """
@@ -59,7 +65,7 @@ def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidat
         ends = torch.quantile(sample.float(), torch.tensor([0.0005, 0.9995], device=sample.device))
         low, high = torch.clamp(ends[0], max=0.0), torch.clamp(ends[1], min=0.0)
     if estimator != "mse":
-        return affine_from_ends(low, high, bits)
+        return low, high
 
     def error_of(low_end: Tensor, high_end: Tensor) -> float:
         scale, zero = affine_from_ends(low_end, high_end, bits)
@@ -74,7 +80,7 @@ def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidat
             best_low = min((best_low * f for f in nearby if best_low * f <= 1), key=lambda share: error_of(low * share, high * best_high))
         if high > 0 and low < 0:
             best_high = min((best_high * f for f in nearby if best_high * f <= 1), key=lambda share: error_of(low * best_low, high * share))
-    return affine_from_ends(low * best_low, high * best_high, bits)
+    return low * best_low, high * best_high
 
 
 def affine_from_ends(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anybit.errors import printable, some
-from anybit.reports.words import human_bytes, human_count, milliseconds, scores_line, shape_in_words
+from anybit.reports.words import SCORE_WORDS, human_bytes, human_count, milliseconds, scores_line, shape_in_words
 
 Report = Mapping[str, Any]
 
@@ -120,8 +120,8 @@ def _print_epochs(epochs: Sequence[Report]) -> None:
 
 
 def _score_counted(rows: Sequence[Report]) -> str | None:
-    """Name the score that labels gave every row: the user's metric, else top-1."""
-    return next((key for key in ("metric", "top1") if all(key in row for row in rows)), None)
+    """Name the score that labels gave every row: the user's metric, else the task's."""
+    return next((key for key in SCORE_WORDS if key != "loss" and all(key in row for row in rows)), None)
 
 
 def _marked(name: str, is_chosen: bool) -> str:
@@ -227,6 +227,8 @@ def _print_layers(inspection: Report, ran: bool) -> None:
         _print_line(f"not covered: {name}: {reason}")
     for name, reason in inspection["unfolded"].items():
         _print_line(f"not folded: {name}: {reason}")
+    if inspection["unread"]:
+        _print_line(f"not read by any output that is compared: {', '.join(inspection['unread'])}")
 
 
 def _layer_row(name: str, layer: Report, ran: bool) -> list[Any]:

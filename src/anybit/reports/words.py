@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-SCORE_WORDS = {"metric": "metric", "top1": "top-1", "spearman": "spearman", "f1": "f1", "loss": "loss"}
+SCORE_WORDS = {"metric": "metric", "top1": "top-1", "spearman": "spearman", "f1": "f1", "mean_iou": "mean IoU", "loss": "loss"}
 """Score -> its name in a sentence, the preferred first."""
 
 

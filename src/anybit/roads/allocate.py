@@ -9,10 +9,10 @@ from torch import nn
 
 from anybit.allocation.choice import Judge
 from anybit.allocation.sensitivity import SensitivityTable, rows_to_measure
-from anybit.budget import Budget
+from anybit.budget import DROP, Budget
 from anybit.calls import public
 from anybit.data.samples import draw, mirrored, split
-from anybit.data.tasks import Metric, outputs_of
+from anybit.data.tasks import Metric, labels_in, outputs_of, task_of
 from anybit.environment import StageClock
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.files.cache import open_cache
@@ -21,13 +21,13 @@ from anybit.networks.candidates import Candidates, to_tensors
 from anybit.networks.layers import float_bias
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.roads.calibrate import finish
-from anybit.roads.inputs import check_metric_has_labels, example_of, on_device
+from anybit.roads.inputs import check_metric_has_labels, compared, example_of, labels_fit, on_device
 from anybit.roads.keys import key_of_run, weights_digest
 from anybit.roads.latencies import with_latencies
 from anybit.roads.memory import check_memory
 from anybit.roads.result import Result
 from anybit.roads.settings import CalibrateSettings
-from anybit.roads.steps import CalibrationState, batch_norm_targets
+from anybit.roads.steps import CalibrationState, batch_norm_targets, edge_candidates
 from anybit.runs.candidates import read_candidates
 from anybit.runs.fingerprint import check_float
 from anybit.runs.folder import runs_in
@@ -76,6 +76,8 @@ def allocate(
         device
     )
     check_metric_has_labels(metric, samples)
+    if "outputs" in saved["settings"]:  # else its table is of the first output alone
+        samples = compared(float_model, samples, settings.outputs)
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
         if settings.mirror:
@@ -94,11 +96,15 @@ def allocate(
                 f"The weights are not those that {folder} was made from: they have been trained since, or are another network's. Give "
                 "them as they were (--model), or run calibrate on these."
             )
+        if set(candidates.edges) != set(network.wiring.edges()):  # of a run that rounded none
+            candidates = replace(candidates, edges=edge_candidates(network, calibration, settings))
         reference = outputs_of(network.float_model, calibration.held_out)
         targets = batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
         entries = key_of_run(open_cache(cache), network, calibration, [reference], settings)
         entries = entries.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and contents_of(metric))
-    judge = Judge(network, candidates, calibration.held_out, reference, file.task, metric, entries)
+    task, labels = task_of(reference, calibration.held_out[0].reader, file.task), labels_in(calibration.held_out)
+    scored = labels is not None and labels_fit(reference, labels, task, needed=metric is None and Budget.parse(budget).loss() is DROP)
+    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, entries, scored)
     light = replace(settings, sequential=False, bias_tuning=False)
     if metric is not None:
         judge.of_outputs(reference)  # a metric that fails is refused before the work

@@ -13,22 +13,32 @@ from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
 from anybit.calls import public
 from anybit.data.batches import check_finite
 from anybit.data.samples import Samples, draw, mirrored, split
-from anybit.data.tasks import Metric, check_labels, measure, outputs_of
+from anybit.data.tasks import LabelledOutputs, Metric, WeightedErrors, labels_in, measure, outputs_of, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache, open_cache, settle
-from anybit.files.contents import contents_of, digest
+from anybit.files.contents import contents_of
 from anybit.methods.table import rounding_named
-from anybit.networks.candidates import apply_scheme
 from anybit.networks.canonical import Canonical
-from anybit.networks.edges import as_ranges, observe_edge_ranges
+from anybit.networks.edges import as_ranges
 from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.observed import has_choice, observe_network
 from anybit.networks.refusals import as_observed, check_rows
 from anybit.networks.states import restore
 from anybit.progress import tell
-from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, follow_model, notes_of, on_device, task_for
+from anybit.roads.inputs import (
+    check_metric_has_labels,
+    checked_tests,
+    compared,
+    example_of,
+    follow_model,
+    labels_fit,
+    notes_of,
+    on_device,
+    read_alike,
+    tell_unread,
+)
 from anybit.roads.keys import (
     MATCHING,
     PARALLEL,
@@ -40,7 +50,7 @@ from anybit.roads.keys import (
     weights_digest,
 )
 from anybit.roads.latencies import measured_latencies, with_latencies
-from anybit.roads.memory import OBSERVED, check_memory, samples_at_once
+from anybit.roads.memory import check_memory
 from anybit.roads.polish import polish_scheme
 from anybit.roads.result import Result, layer_costs, test_scores
 from anybit.roads.settings import CalibrateSettings
@@ -103,7 +113,9 @@ def calibrate(
     if test is None:
         check_metric_has_labels(metric, samples)
     network = on_device(model, device, samples).eval()
+    samples = compared(network, samples, options.outputs)
     tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), network)
+    tests = read_alike(tests, samples)
     clock = StageClock()
     entries = open_cache(cache)
     bench = prepare_bench(network, samples, options, [one for one in budgets if one], clock, metric, entries, tests)
@@ -136,6 +148,7 @@ def prepare_bench(
             calibration = mirrored(calibration)
         example = example_of(calibration)
         network = with_latencies(observe_network(model, example, settings.options), budgets)
+        tell_unread(network)
         check_memory(network, calibration, settings)
         for budget in budgets:
             check_feasible(network, budget)
@@ -144,10 +157,14 @@ def prepare_bench(
         held_out = [outputs_of(network.float_model, [batch]) for batch in calibration.held_out]
         check_rows(network.float_model, [*references, *held_out], calibration.fitting + calibration.held_out, example)
         reference = torch.cat(held_out)
-        task = task_for(settings, reference, calibration.held_out[0])
-        if samples.labelled:
-            labels = torch.cat([batch.labels for batch in calibration.held_out if batch.labels is not None])
-            check_labels(reference, labels, task)
+        labels = labels_in(calibration.held_out)
+        on_labels = LabelledOutputs(reference, labels, calibration.held_out[0].reader) if labels is not None else None
+        if on_labels is None and tests is not None:
+            on_labels = LabelledOutputs.of(network.folded, [next(tests.batches(settings.batch_size))])
+        task = task_of(reference, calibration.held_out[0].reader, settings.task, on_labels)
+        scored = labels is not None and labels_fit(
+            reference, labels, task, needed=metric is None and any(one.loss() is DROP for one in budgets)
+        )
         if not all(torch.isfinite(outputs).all() for outputs in (reference, *references)):
             finite_samples(network, calibration, settings)  # names the layer, where it is one's input
             raise UnsupportedModel(
@@ -155,8 +172,8 @@ def prepare_bench(
             )
         restore(network.float_model, network.moving)
         cache = key_of_run(cache, network, calibration, [*references, reference], settings)
-        if samples.labelled and metric is not None:
-            measure(metric, reference, labels)
+        if labels is not None and metric is not None:
+            measure(metric, task.tensors(reference), labels)
     float_test = None if tests is None else float_tested(network, tests, task, metric, settings.batch_size, clock)
     with clock.stage("ranges"):
         ranged = candidates = cached_candidates(cache, "ranges", network, lambda: range_candidates(network, calibration, settings))
@@ -179,10 +196,10 @@ def prepare_bench(
         cache = keyed_by_settings(cache, settings, PARALLEL)
         with clock.stage(f"parallel {rounding_named(settings.rounding).__name__}"):
             candidates, errors = reconstructed_candidates(network, candidates, ranged, calibration, settings, cache)
-    cache = keyed_by_settings(cache, settings, SENSITIVITY).keyed(task)
+    cache = keyed_by_settings(cache, settings, SENSITIVITY).keyed(task.name)
     with clock.stage("sensitivity"):
         table = sensitivity_table(network, candidates, calibration, reference, task, settings, cache)
-    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, cache.keyed(metric and contents_of(metric)))
+    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, cache.keyed(metric and contents_of(metric)), scored)
     return CalibrationState(
         network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors, float_test
     )
@@ -201,17 +218,20 @@ def finish(
         choice = chosen_scheme(bench, budget)
         tell("allocation", budget=budget and str(budget), certificate=choice.certificate(bench.settings.seed), scheme=choice.scheme)
     with clock.stage("polish"):
-        model, ladder, errors = polish_scheme(bench, choice.scheme)
-        if budget is not None and (drop := budget.limit(DROP.name)) is not None:
-            model = _within_drop(bench, drop, choice.scheme, model)
-    with clock.stage("edge ranges"):
-        chunk_size = samples_at_once(network.wiring, OBSERVED, bench.settings.memory, 8)
-        cache = bench.judge.recall.keyed("edges", digest(model.state_dict().values()), chunk_size)
-        observe_edges = partial(observe_edge_ranges, model, network.wiring, bench.calibration.fitting, chunk_size)
-        edges = cache.value("edge ranges", observe_edges, partial(as_ranges, wiring=network.wiring))
+        polished = polish_scheme(bench, choice.scheme)
+        model, edges = polished.model, polished.edges
+        if budget is not None and (drop := budget.limit(DROP.name)) is not None and not _within_drop(bench, drop, model):
+            # Polishing is judged by the loss; the candidates met the allowed drop.
+            model = network.apply(choice.scheme, bench.candidates)
+            edges = as_ranges(bench.candidates.edges, network.wiring)
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
-    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors} | notes_of(provenance)
+    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": polished.ladder, "units": polished.errors}
+    report |= notes_of(provenance, network)
+    if isinstance(apart := bench.judge.task.distance, WeightedErrors):
+        with clock.stage("outputs"):
+            of_each = apart.of_each(outputs_of(canonical.model, bench.calibration.held_out), bench.judge.reference)
+        report["outputs"] = {name: float(errors.mean()) for name, errors in of_each.items()}
     if (test := bench.float_test) is not None:
         with clock.stage("test"):
             batches = test.samples.batches(bench.settings.batch_size)
@@ -224,17 +244,15 @@ def finish(
             report["latency"] = measured_latencies(network.costs, canonical, bench.calibration.fitting[0].to("cpu"))
     report["stages"] = clock.stages
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
-    provenance = {**provenance, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task}
+    provenance = {**provenance, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task.name}
     return Result(canonical, report, provenance, bench.candidates, dict(saved))
 
 
-def _within_drop(bench: CalibrationState, drop: float, scheme: Scheme, polished: nn.Module) -> nn.Module:
-    """Return the polished model, or the candidates that met the allowed drop where polishing (judged by the loss) has left it."""
+def _within_drop(bench: CalibrationState, drop: float, polished: nn.Module) -> bool:
+    """Return whether the polished model loses no more than the allowed drop."""
     judge, counted = bench.judge, bench.judge.counted
     assert counted is not None  # else the budget is refused
-    if judge.of_outputs(judge.reference)[counted] - judge.of_model(polished)[counted] <= drop:
-        return polished
-    return apply_scheme(bench.network.prepared, scheme, bench.candidates)
+    return judge.of_outputs(judge.reference)[counted] - judge.of_model(polished)[counted] <= drop
 
 
 def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Budget | None) -> dict[str, Any]:

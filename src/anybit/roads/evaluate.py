@@ -1,16 +1,17 @@
 """Evaluate a network on labelled data."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from anybit.calls import public
-from anybit.data.tasks import Metric
+from anybit.data.tasks import LABELS_TELL, Metric
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.errors import InvalidInput
 from anybit.progress import tell
-from anybit.roads.inputs import check_inputs, on_device
+from anybit.roads.inputs import check_inputs, compared, on_device
 from anybit.runs.names import SCHEME
 from anybit.runs.opened import Run, load, recorded_preprocessing, recorded_task
 from anybit.sources.inputs import samples_from
@@ -28,11 +29,13 @@ def evaluate(
     workers: int = 0,
     device: str = "cpu",
     preprocessing: Preprocessing = Preprocessing(),
+    outputs: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Score a network on labelled data: the task's own scores, and the user's metric.
 
     model   a network, a result, a run folder, or a reference as for `--model`; of the two in the middle the run's own task and
             preprocessing are taken where none is given
+    outputs   of several, names or numbers of those that are read (-> any weight): labels are about the first, and the metric gets a tuple
     """
     model, preprocessing, task = _network(model, preprocessing, task)
     samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)
@@ -40,6 +43,7 @@ def evaluate(
         raise InvalidInput("There is nothing to evaluate on: the data is empty.")
     network = on_device(model, device, samples)
     check_inputs(network, samples)
+    samples = compared(network, samples, outputs or {})
     scores = evaluate_model(network, samples.on(device).batches(batch_size), task, metric)
     tell("result", **scores)
     return scores
@@ -51,10 +55,15 @@ def _network(model: nn.Module | Run, preprocessing: Preprocessing, task: str | N
         return adapted_network(model), preprocessing, task
     if not isinstance(model, str | Path):
         recorded = Preprocessing.from_json(model.about.get("preprocessing", {}))
-        return model.canonical.model, overridden(recorded, preprocessing), task or model.about.get("task")
+        return model.canonical.model, overridden(recorded, preprocessing), task or _not_told_by_labels(model.about.get("task"))
     if (Path(model) / SCHEME).is_file():
         return evaluated_network(Path(model), None, None, preprocessing, task)
     return load_model(str(model), None, task), preprocessing, task
+
+
+def _not_told_by_labels(task: str | None) -> str | None:
+    """Return a recorded task; None where labels tell it: a run that was calibrated without any may have been taken for another."""
+    return None if task in LABELS_TELL else task
 
 
 def evaluated_network(
@@ -62,6 +71,7 @@ def evaluated_network(
 ) -> tuple[nn.Module, Preprocessing, str | None]:
     """(the network, preprocessing, task) of a run, with what it recorded where nothing else is said; or of a float network's reference."""
     if run is not None:
-        return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task or recorded_task(run)
+        recorded = _not_told_by_labels(recorded_task(run))
+        return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task or recorded
     assert model is not None  # where there is no run
     return load_model(model, weights, task), preprocessing, task

@@ -15,7 +15,7 @@ from anybit.budget import LATENCY, Budget
 from anybit.calls import public
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples, draw, mirrored, split
-from anybit.data.tasks import Metric, outputs_of
+from anybit.data.tasks import Metric, outputs_of, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidFile, InvalidSetting
@@ -24,14 +24,14 @@ from anybit.files.contents import digest
 from anybit.files.strict import read_json
 from anybit.networks.candidates import ActivationCandidate, Candidates, frozen_candidate, to_tensors
 from anybit.networks.canonical import Canonical
-from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.edges import finished
 from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.layers import quantized_layers
 from anybit.networks.observed import observe_network
 from anybit.networks.wiring import observe
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.progress import tell
-from anybit.roads.inputs import checked_tests, supernet_data
+from anybit.roads.inputs import checked_tests, read_alike, supernet_data
 from anybit.roads.keys import key_of_run
 from anybit.roads.latencies import measured_latencies, supernet_with_latencies
 from anybit.roads.memory import check_memory
@@ -86,7 +86,7 @@ def polished(
     fixed = replace(settings, keep={glob.escape(name): precision for name, precision in scheme.items()})
     network = observe_network(supernet.as_float(bn), example, fixed.options)
     check_memory(network, calibration, settings)
-    own = candidates_of(canonical)
+    own = replace(candidates_of(canonical), edges=dict(canonical.edges))
     with torch.no_grad():
         references = [outputs_of(network.float_model, [batch]) for batch in calibration.fitting]
         reference = outputs_of(network.float_model, calibration.held_out)
@@ -94,11 +94,11 @@ def polished(
     table = SensitivityTable({(name, precision): 0.0 for name, precision in scheme.items()}, FLOAT, 0)
     cache = key_of_run(cache, network, calibration, [*references, reference], settings)
     cache = cache.keyed(digest(to_tensors(own).values()), settings.to_json())
-    judge = Judge(network, own, calibration.held_out, reference, supernet.task, recall=cache)
+    judge = Judge(network, own, calibration.held_out, reference, task_of(reference, example.reader, supernet.task), recall=cache)
     bench = CalibrationState(network, calibration, settings, own, own, table, judge, targets, references, own)
-    model, ladder, _ = polish_scheme(bench, scheme)
+    done = polish_scheme(bench, scheme)
     supernet.method.switch(scheme)  # as it was before the float network was made
-    return Canonical(model.eval(), network.norms, observe_edge_ranges(model, network.wiring, calibration.fitting)), ladder[1:]
+    return Canonical(done.model.eval(), network.norms, done.edges), done.ladder[1:]
 
 
 @public
@@ -149,11 +149,12 @@ def extract(
             canonical.edges = supernet.stored_edges()
         else:
             wiring = observe(canonical.model, batches[0].head(2))
-            canonical.edges = observe_edge_ranges(canonical.model, wiring, batches[:8])
+            canonical = finished(canonical, wiring, batches[:8])
     tests = None
     if test is not None:
         preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
         tests = checked_tests(samples_from(test, workers, preprocessing, canonical.model), canonical.model)
+        tests = tests if samples is None else read_alike(tests, samples)
     ladder: list[dict[str, Any]] = []
     if polish:
         if tests is not None:  # labels that do not fit and a metric that fails are refused before the work

@@ -15,7 +15,7 @@ from anybit.budget import Budget
 from anybit.calls import public
 from anybit.data.batches import Batch, check_finite, tensors_in
 from anybit.data.samples import Samples, draw
-from anybit.data.tasks import Metric, guess_task, outputs_of
+from anybit.data.tasks import Metric, Task, labelled_outputs, outputs_of, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidInput, InvalidSetting
@@ -28,7 +28,7 @@ from anybit.networks import batchnorm
 from anybit.networks.candidates import activation_candidate, check_finite_samples
 from anybit.networks.canonical import Canonical
 from anybit.networks.capture import input_samples
-from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.edges import finished
 from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.layers import prepare, quantized_layers
 from anybit.networks.observed import ObservedNetwork, check_kinds, observe_network
@@ -142,7 +142,7 @@ def frozen(trainee: Trainee, network: ObservedNetwork, plain: Sequence[Batch]) -
 
 
 def soft_and_frozen(
-    trainee: Trainee, network: ObservedNetwork, plain: Sequence[Batch], test: Sequence[Batch], task: str, metric: Metric | None
+    trainee: Trainee, network: ObservedNetwork, plain: Sequence[Batch], test: Sequence[Batch], task: Task, metric: Metric | None
 ) -> dict[str, Any]:
     """Score the network as it trains, and as it would be frozen now, on `test`, both with statistics of `plain`."""
     soft = copy.deepcopy(trainee.model)
@@ -193,7 +193,7 @@ def grow(
     method = grow_method_name(grow_settings.method, scheme is not None)
     clock = StageClock()
     float_model, samples, tests, about = training_inputs(
-        model, weights, train, test, metric, preprocessing, workers, device, grow_settings.task
+        model, weights, train, test, metric, preprocessing, workers, device, grow_settings.task, grow_settings.outputs
     )
     with clock.stage("observe and fold"):
         if len(samples) == 0:
@@ -207,7 +207,7 @@ def grow(
         if budget is not None:
             grow_method_named(method).check_budget(budget, network)
             check_feasible(network, budget)
-        task = grow_settings.task or guess_task(outputs_of(float_model, plain[:1]), plain[0].reader)
+        task = task_of(outputs_of(float_model, plain[:1]), plain[0].reader, grow_settings.task, labelled_outputs(float_model, plain[0]))
         trainee = make_trainee(network, plain, budget, grow_settings, method)
     if tests is not None:  # before the long work, which bad labels or a bad metric would waste
         reference = outputs_of(float_model, tests.batches(256))
@@ -233,7 +233,7 @@ def grow(
     with clock.stage("freeze"):
         canonical = frozen(trainee, network, plain)
     with clock.stage("edge ranges"):
-        canonical.edges = observe_edge_ranges(canonical.model, network.wiring, plain)
+        canonical = finished(canonical, network.wiring, plain)
     report: dict[str, Any] = {
         "version": 1,
         "road": "grow",
@@ -243,7 +243,7 @@ def grow(
         "layers": layer_costs(network.costs, canonical.scheme),
         "epochs": epochs,
         "uncovered": dict(network.uncovered),
-        **notes_of(about),
+        **notes_of(about, network),
         "settings": grow_settings.to_json() | {"method": method},
         "environment": environment(),
     }
@@ -255,7 +255,7 @@ def grow(
     canonical.fingerprint = fingerprint_of(canonical.model, plain[0])
     report["stages"] = clock.stages
     certificate = {**trainee.decisions().get("certificate", {}), "seed": grow_settings.train.seed}
-    about |= {"budget": str(budget) if budget else None, "task": task, "certificate": certificate}
+    about |= {"budget": str(budget) if budget else None, "task": task.name, "certificate": certificate}
     tell("allocation", budget=report["budget"], certificate=certificate, scheme=canonical.scheme)
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
     return Result(canonical, report | {"certificate": certificate}, about)

@@ -9,14 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, join
+from anybit.data.outputs import OutputReader, output_reader
 from anybit.data.samples import Calibration, Samples
-from anybit.data.tasks import Metric, check_metric, guess_task
+from anybit.data.tasks import Metric, Task, check_metric
 from anybit.errors import InvalidInput, InvalidSetting, naming
 from anybit.loops.processes import join_processes
 from anybit.networks.copies import checked_copy, copied
+from anybit.networks.observed import ObservedNetwork
 from anybit.networks.refusals import check_network
 from anybit.networks.wiring import observe
-from anybit.roads.settings import CalibrateSettings
+from anybit.progress import tell
 from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
@@ -29,8 +31,25 @@ from anybit.sources.references import RANDOM, check_device
 from anybit.supernets.supernet import Supernet
 
 
-def task_for(settings: CalibrateSettings, reference: Tensor, batch: Batch) -> str:
-    return settings.task or guess_task(reference, batch.reader)
+def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float]) -> Samples:
+    """Return the samples with the reader of the network's outputs that are compared, `outputs` or all, where it gives several.
+
+    Raises InvalidSetting where `outputs` names none, or the samples have the reader of a head.
+    """
+    if samples.reader is not None:
+        if outputs:
+            raise InvalidSetting(
+                f"--outputs: what is compared of this network is known, as its head is for {samples.reader.task}. Leave it."
+            )
+        return samples
+    batches = [next(samples.subset(range(count)).batches(count)) for count in (2, 3) if count <= len(samples)] or [first_samples(samples)]
+    reader, others = output_reader(copied(model), batches, outputs)
+    if reader is not None and len(reader.outputs) > 1:
+        shown = ", ".join(f"{one.name} {list(one.shape[one.shape[0] == 1 :])}" for one in reader.outputs)
+        tell("note", note=f"outputs compared, each by its squared error over its mean square: {shown}. --outputs chooses and weighs them")
+    if others:
+        tell("note", note="outputs not compared: " + ", ".join(f"{name} ({why})" for name, why in others.items()))
+    return replace(samples, reader=reader)
 
 
 def follow_model(
@@ -57,15 +76,48 @@ def follow_model(
     return model, preprocessing, provenance
 
 
-def notes_of(provenance: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the entry of a report that says what is particular about where its network came from; none where nothing is."""
-    return {"notes": [DRAWN]} if provenance.get("model", {}).get("weights") == RANDOM else {}
+def read_alike(tests: Samples | None, samples: Samples) -> Samples | None:
+    """Return the test samples with the reader of several outputs that the samples have."""
+    return replace(tests, reader=samples.reader) if tests is not None and isinstance(samples.reader, OutputReader) else tests
+
+
+def unread_in_words(network: ObservedNetwork) -> str:
+    """Return what is to be said of the layers that no compared output reads; nothing where there are none."""
+    if not network.unread:
+        return ""
+    names = ", ".join(network.unread)
+    return f"no output that is compared reads {names}: a budget gives the fewest bits there. --outputs and --keep say otherwise"
+
+
+def tell_unread(network: ObservedNetwork) -> None:
+    if note := unread_in_words(network):
+        tell("note", note=note)
+
+
+def notes_of(provenance: Mapping[str, Any], network: ObservedNetwork) -> dict[str, list[str]]:
+    """Return the entry of a report that says what is particular about its network; none where nothing is."""
+    drawn = DRAWN if provenance.get("model", {}).get("weights") == RANDOM else ""
+    notes = [note for note in (drawn, unread_in_words(network)) if note]
+    return {"notes": notes} if notes else {}
+
+
+def labels_fit(outputs: Tensor, labels: Tensor, task: Task, needed: bool) -> bool:
+    """Return whether the labels are the task's. Where they are not, raise InvalidInput if they are `needed`, or class numbers that the
+    network lacks, which is a mistake in any case; say so otherwise."""
+    try:
+        task.check(outputs, labels)
+    except InvalidInput as error:
+        if needed or (task.of_one_class and labels.dim() == 1 and not labels.is_floating_point()):
+            raise
+        tell("note", note=f"the labels of the data have no part in this run: {str(error).rstrip('.')}")
+        return False
+    return True
 
 
 def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
     if metric is not None and not samples.labelled:
         raise InvalidSetting("A metric needs labels, and these inputs have none. Give labelled data, to --data or --test, or no --metric.")
-    if samples.reader is not None:
+    if samples.reader is not None and samples.reader.task is not None:
         check_metric(metric, samples.reader.task)
 
 
@@ -120,6 +172,7 @@ def training_inputs(
     workers: int,
     device: str,
     task: str | None,
+    outputs: Mapping[str, float],
 ) -> tuple[nn.Module, Samples, Samples | None, dict[str, Any]]:
     """(the float network, training samples, test samples, what a run records of them), on this process's device."""
     if metric is not None and test is None:
@@ -128,8 +181,9 @@ def training_inputs(
     device = join_processes(device)
     samples = samples_from(data, workers, preprocessing, model).on(device)
     float_model = on_device(model, device, samples).eval()
+    samples = compared(float_model, samples, outputs)
     tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), float_model)
-    return float_model, samples, tests, provenance
+    return float_model, samples, read_alike(tests, samples), provenance
 
 
 def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, workers: int) -> Samples:
@@ -138,4 +192,5 @@ def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, wor
         data = supernet.about.get("data", {}).get("reference")
         if not isinstance(data, str) or isinstance(run, Supernet) or not is_trusted(Path(run), SUPERNET_JSON):
             raise InvalidSetting("The supernet does not name data that may be followed. Give its training data with --data.")
-    return samples_from(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})), supernet.model)
+    samples = samples_from(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})), supernet.model)
+    return compared(supernet.network, samples, supernet.settings.outputs)

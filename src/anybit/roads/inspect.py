@@ -1,5 +1,6 @@
 """Inspect a network: its layers, what is covered, and what each bit-width would cost."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from anybit.networks.copies import checked_copy
 from anybit.networks.layers import float_weight
 from anybit.networks.observed import ObservedNetwork, observe_network, unobserved_network
 from anybit.networks.refusals import check_network
+from anybit.roads.inputs import compared, first_samples
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision
 from anybit.settings import takes
@@ -32,12 +34,13 @@ def inspect(model: nn.Module, data: Any = None, *, export: bool = True, cache: s
     export   try whether an ONNX file can be made of the network: seconds of torch's exporter, once for all later exports of it
     cache    where the exported graph is kept, as for `export`
     """
-    options, model = replace(CalibrateSettings.of(**settings).options, gradients=False), adapted_network(model)
+    chosen = CalibrateSettings.of(**settings)
+    options, model = replace(chosen.options, gradients=False), adapted_network(model)
     check_network(model)
     if data is None:
         network, trial = unobserved_network(model, options), {"ok": None, "reason": "it needs data"}
     else:
-        copied, batch = _observable(model, data)
+        copied, batch = _observable(model, data, chosen.outputs)
         network = observe_network(copied, batch, options)
         trial = try_export(network, batch, cache) if export else {"ok": None, "reason": "it was not tried"}
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
@@ -61,18 +64,19 @@ def inspect(model: nn.Module, data: Any = None, *, export: bool = True, cache: s
         "layers": layers,
         "uncovered": dict(network.uncovered),
         "unfolded": dict(network.unfolded),
+        "unread": list(network.unread),
         "float_bytes": network.costs.float_bytes,
         "uniform": uniform,
         "export": trial,
     }
 
 
-def _observable(model: nn.Module, data: Any) -> tuple[nn.Module, Batch]:
+def _observable(model: nn.Module, data: Any, outputs: Mapping[str, float]) -> tuple[nn.Module, Batch]:
     samples = samples_from(data, 0, model=model)
-    batch = next(iter(samples.subset(range(min(2, len(samples)))).batches(2)), None)
-    if batch is None:
+    if len(samples) == 0:
         raise InvalidInput("The data set is empty; inspect needs at least one input.")
-    return checked_copy(model, batch).eval(), batch
+    network = checked_copy(model, first_samples(samples)).eval()
+    return network, first_samples(compared(network, samples, outputs))
 
 
 def _seen(network: ObservedNetwork, name: str, observed: bool) -> dict[str, Any]:

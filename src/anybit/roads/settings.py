@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit.budget import SIZE
-from anybit.data.options import TASK_NAMES
+from anybit.calls import BYTES
+from anybit.data.options import OUTPUTS, TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
 from anybit.methods.settings import CSQSettings, LSQSettings
@@ -17,68 +18,77 @@ if TYPE_CHECKING:
     from anybit.networks.options import LayerOptions
 
 SWITCHES = ("parallel", "sequential", "bias_tuning")
-"""Steps that the pipeline turns on or off where the user does not."""
+"""Steps that the pipeline turns on or off unless the user does."""
 
 
 @documented
 @dataclass(frozen=True)
 class CalibrateSettings(Settings):
-    """Every choice of the calibrate road; None for a step's switch means: as the pipeline has it."""
+    """Settings of `calibrate`. A step's switch that is None follows the pipeline."""
 
     common: ClassVar[Mapping[str, Any]] = {"rare": True}
 
     weight_bits: tuple[int, ...] = option(
-        (2, 3, 4, 6, 8), "Bit-widths a layer's weights may get.", least=2, most=8, text=BITS, panel="Budget", rare=False
+        (2, 3, 4, 6, 8), "Bit-widths that weights may get.", least=2, most=8, text=BITS, panel="Budget", rare=False
     )
     activation_bits: tuple[int | None, ...] = option(
-        (4, 6, 8), "Bit-widths its input may get; float (Python: None).", least=2, most=8, text=BITS, panel="Budget", rare=False
+        (4, 6, 8),
+        "Bit-widths that inputs may get, or float (Python: None).",
+        least=2,
+        most=8,
+        text=BITS,
+        panel="Budget",
+        rare=False,
     )
     keep: Mapping[str, Precision] = option(
-        dict, "PATTERN=W8A8 or PATTERN=float: pin layers by their names.", text=KEEP, repeat=True,
+        dict, "PATTERN=W8A8 or PATTERN=float: fix layers by name.", text=KEEP, repeat=True,
         panel="Budget", rare=False,
     )  # fmt: skip
     pipeline: str = option("advanced", "light: no back-propagation.", choices=("advanced", "light"), rare=False)
-    parallel: bool | None = option(None, "AdaQuant at every candidate bit-width before the allocation (default: without a solver alone).")
+    parallel: bool | None = option(None, "AdaQuant at every candidate bit-width before the allocation (default: only without a solver).")
     sequential: bool | None = option(None, "AdaQuant on the chosen scheme.")
     bn_tuning: bool = option(True, "Batch-norm tuning.")
-    bias_tuning: bool | None = option(None, "Bias tuning on the outputs.")
-    tune_scales: bool = option(False, "Bias tuning trains the scales too.")
-    samples: int = option(1024, "Inputs drawn, fitting and held-out together.", least=2, rare=False)
-    held_out: float = option(0.2, "Share of them that is held out.", above=0, below=1)
-    steps: int = option(300, "Adam steps a unit on the chosen scheme.", least=1, rare=False)
-    candidate_steps: int = option(60, "Adam steps a layer for each candidate.", least=1)
-    step_batch: int = option(32, "Inputs that such a step sees; of padded texts it sees a whole batch.", least=1)
-    unit: str = option("block", "What is reconstructed at once.", choices=("block", "layer"))
+    bias_tuning: bool | None = option(None, "Bias tuning towards the float outputs.")
+    tune_scales: bool = option(False, "Let bias tuning train the scales too.")
+    samples: int = option(1024, "Inputs to draw, fitting and held-out together.", least=2, rare=False)
+    held_out: float = option(0.2, "Share of the inputs that is held out.", above=0, below=1)
+    steps: int = option(300, "Adam steps per unit on the chosen scheme.", least=1, rare=False)
+    candidate_steps: int = option(60, "Adam steps per layer and candidate.", least=1)
+    step_batch: int = option(32, "Inputs per Adam step (of padded texts, a whole batch).", least=1)
+    unit: str = option("block", "Reconstruct whole blocks or single layers.", choices=("block", "layer"))
     blocks: tuple[str, ...] | None = option(
-        None, "Name the blocks instead of finding them; repeat.", text=NAMES, flag="--block", repeat=True
+        None, "Name a block instead of detecting blocks; repeat.", text=NAMES, flag="--block", repeat=True
     )
-    rounding: str = option("adaquant", "How a reconstruction rounds weights.", choices=tuple(ROUNDINGS))
-    solver: str = option("gptq", "How codes are chosen before any training.", choices=tuple(SOLVERS), rare=False)
+    rounding: str = option("adaquant", "Rounding learned by reconstruction.", choices=tuple(ROUNDINGS))
+    solver: str = option("gptq", "Closed-form choice of codes, before training.", choices=tuple(SOLVERS), rare=False)
     start: str | None = option(
-        None, "Where sequential AdaQuant starts: ranges, or matched statistics (default: parallel AdaQuant's codes, else ranges).",
+        None, "Start of sequential AdaQuant: ranges, or matched statistics (default: parallel AdaQuant's codes, else ranges).",
         choices=("ranges", "matched"),
     )  # fmt: skip
-    drop: float = option(0.0, "Share of activation quantizations dropped while reconstructing.", least=0, most=1)
-    mirror: bool = option(False, "Fit to the mirror images too.")
-    estimator: str = option("mse", "Range estimator.", choices=("mse", "minmax", "percentile"))
-    sensitivity_base: Precision = option(FLOAT, "Precision of the other layers while one is measured.", text=PRECISION)
+    drop: float = option(0.0, "Share of activation quantizations to drop during reconstruction.", least=0, most=1)
+    mirror: bool = option(False, "Also fit to mirrored images.")
+    estimator: str = option("mse", "Estimator of quantization ranges.", choices=("mse", "minmax", "percentile"))
+    sensitivity_base: Precision = option(FLOAT, "Precision of the other layers while measuring one.", text=PRECISION)
     pairs: bool = option(False, "Measure every (W, A) pair instead of summing two measurements.")
     alternatives: int = option(
-        5, "How many of the best schemes are measured.", least=1, most=100, why="each is a program to solve and a network to measure"
+        5, "Number of best schemes to measure.", least=1, most=100, why="each is a program to solve and a network to measure"
     )
-    bn_prior: float = option(0.0, "Weight of the target in the measured batch-norm statistics, of candidates too.", least=0, below=1)
+    bn_prior: float = option(0.0, "Weight of the target in measured batch-norm statistics, also of candidates.", least=0, below=1)
     bn_target: str = option(
         "float", "float: the float network's statistics; prior: beta and |gamma| (the paper's form).", choices=("float", "prior")
     )
     group: int | None = option(
-        None, "A weight scale for each so many inputs of a linear's or embedding's channel.", least=2, why="128, 64 and 32 are usual"
+        None, "Inputs per weight scale, in linear layers and embeddings (default: whole channels).", least=2, why="128, 64 and 32 are usual"
     )
-    memory: int = option(
-        2**31, "Memory for captured activations; more spills to disk.", least=0, most=2**60, text=SIZE, panel="Runtime", rare=False
-    )
-    seed: int = option(0, "Seed of every draw.", least=-SEEDS, most=SEEDS, rare=False)
-    batch_size: int = option(64, "Inputs a forward pass.", least=1, panel="Runtime")
-    task: str | None = option(None, "Of the network, where it does not tell.", choices=TASK_NAMES, panel="Input")
+    memory: int = option(2**31, "Memory for activations; more spills to disk.", least=0, most=BYTES, text=SIZE, panel="Runtime", rare=False)
+    seed: int = option(0, "Random seed.", least=-SEEDS, most=SEEDS, rare=False)
+    batch_size: int = option(64, "Inputs per forward pass.", least=1, panel="Runtime")
+    task: str | None = option(None, "Task of the network (default: from the model).", choices=TASK_NAMES, panel="Input")
+
+    outputs: Mapping[str, float] = option(
+        dict, "NAME or NAME=WEIGHT: outputs to compare (default: all, with equal weights).", above=0, text=OUTPUTS, repeat=True,
+        panel="Input",
+    )  # fmt: skip
 
     def check(self) -> None:
         for name in ("weight_bits", "activation_bits"):
@@ -87,14 +97,14 @@ class CalibrateSettings(Settings):
 
     @property
     def options(self) -> "LayerOptions":
-        """The part of these settings that observing the network needs."""
+        """Return the part of these settings that observing the network needs."""
         from anybit.networks.options import LayerOptions
 
         gradients = self.does("bias_tuning")
         return LayerOptions(self.weight_bits, self.activation_bits, self.keep, self.group, self.unit, self.blocks, gradients)
 
     def does(self, step: str) -> bool:
-        """Whether `step` runs: its switch, or what the pipeline has."""
+        """Return whether `step` runs: its switch, or the pipeline's choice."""
         switch = getattr(self, step)
         if step == "parallel" and switch is None and self.solver != "none":
             return False  # the solver's candidates are as good in a hundredth of the time
@@ -115,7 +125,7 @@ class CalibrateSettings(Settings):
 
 
 def parse_one_width(text: str) -> int | None:
-    """A bit-width, or None for float."""
+    """Parse one bit-width, or "float" as None."""
     bits = BITS.parse(text)
     if len(bits) != 1:
         raise InvalidSetting(f"--activation-bits {text}: grow trains one activation bit-width. Give one number, or float.")
@@ -128,23 +138,24 @@ ONE_WIDTH = Text(parse_one_width, lambda bits: BITS.write([bits]), "a bit-width,
 @documented
 @dataclass(frozen=True)
 class GrowSettings(Settings):
-    """Every choice of the grow road."""
+    """Settings of `grow`."""
 
     activation_bits: int | None = option(
         8, "Bits of every layer's input, 2..8, or `float` (in Python None).", least=2, most=8, text=ONE_WIDTH, panel="Budget"
     )
     keep: Mapping[str, Precision] = same_as(CalibrateSettings, "keep")
     method: str | None = option(None, "csq grows a scheme, lsq trains one (default: lsq with --scheme).", choices=tuple(GROW_METHODS))
-    from_scratch: bool = option(False, "Forget the trained weights; give --fix 0.6 --gate-rate 0.03 then.", switch=True, rare=True)
+    from_scratch: bool = option(False, "Start from new weights; use with --fix 0.6 --gate-rate 0.03.", switch=True, rare=True)
     task: str | None = same_as(CalibrateSettings, "task", rare=True)
+    outputs: Mapping[str, float] = same_as(CalibrateSettings, "outputs", rare=True)
     csq: CSQSettings = field(default_factory=CSQSettings)
     lsq: LSQSettings = field(default_factory=LSQSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
 
 
 def check_subnet(budget: Any, scheme: Any, polish: bool, data: Any) -> None:
-    """Raise InvalidSetting where it is not said which subnet is extracted, or polishing has no inputs."""
+    """Raise InvalidSetting unless exactly one of budget and scheme is given, and polishing has inputs."""
     if (budget is None) == (scheme is None):
-        raise InvalidSetting("Say which subnet: a budget, or a scheme.")
+        raise InvalidSetting("Give either a budget or a scheme, to say which subnet to extract.")
     if polish and data is None:
-        raise InvalidSetting("Polishing needs inputs: give training data with --data.")
+        raise InvalidSetting("Polishing needs inputs. Give training data with --data.")

@@ -1,7 +1,7 @@
 """The steps of the calibrate road, each a function of (network, data, settings) that changes nothing it was given."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from anybit.allocation.choice import Choice, Judge, choose_scheme
 from anybit.allocation.sensitivity import SensitivityTable, measure_sensitivity
 from anybit.budget import Budget
 from anybit.data.samples import Calibration, Samples
-from anybit.data.tasks import LabelledOutputs, Metric
+from anybit.data.tasks import LabelledOutputs, Metric, Task
 from anybit.environment import StageClock
 from anybit.errors import InvalidFile
 from anybit.files.cache import Cache
@@ -29,12 +29,14 @@ from anybit.networks.candidates import (
     weight_candidate,
 )
 from anybit.networks.capture import MemoryBudget, input_samples
+from anybit.networks.edges import edge_grids, observe_edge_ranges, read_codes
+from anybit.networks.integers import rounded_edges
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight, quantized_layers, weight_rows
 from anybit.networks.observed import ObservedNetwork
 from anybit.networks.states import restore
 from anybit.progress import track
-from anybit.roads.memory import memory_to_capture
+from anybit.roads.memory import OBSERVED, memory_to_capture, samples_at_once
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
 
@@ -51,14 +53,25 @@ def range_candidates(network: ObservedNetwork, calibration: Calibration, setting
     """Every layer's weights rounded to nearest at each of its bit-widths, and its input range at each activation bit-width."""
     samples = finite_samples(network, calibration, settings)
     layers = quantized_layers(network.prepared)
-    candidates = Candidates()
+    edges = rounded_edges(network.wiring, layers, network.largest)
+    candidates = Candidates(edges=edge_candidates(network, calibration, settings))
+    grids = edge_grids(candidates.edges, edges.names)
     for name, choices in network.choices.items():
         precisions = [*choices, settings.sensitivity_base] if len(choices) > 1 else choices
         for bits in sorted({p.weight_bits for p in precisions if p.weight_bits}):
             candidates.weights[name, bits] = weight_candidate(layers[name], bits, settings.estimator)
         for bits in sorted({p.activation_bits for p in precisions if p.activation_bits}):
-            candidates.activations[name, bits] = activation_candidate(samples[name], bits, settings.estimator)
+            candidate = candidates.activations[name, bits] = activation_candidate(samples[name], bits, settings.estimator)
+            if bits == 8:
+                read_codes(candidate.scale, candidate.zero_point, edges.reads.get(name, ()), grids)
     return candidates
+
+
+def edge_candidates(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> dict[str, tuple[float, float]]:
+    """Return the ends of every edge in the float network: of least squared error where the largest scheme rounds the edge."""
+    searched = rounded_edges(network.wiring, quantized_layers(network.prepared), network.largest).names
+    chunk_size = samples_at_once(network.wiring, OBSERVED, settings.memory, settings.batch_size)
+    return observe_edge_ranges(network.folded, network.wiring, calibration.fitting, chunk_size, searched, settings.seed)
 
 
 def solved_candidates(network: ObservedNetwork, ranged: Candidates, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
@@ -69,7 +82,7 @@ def solved_candidates(network: ObservedNetwork, ranged: Candidates, calibration:
     names = sorted({name for name, bits in ranged.weights if bits < FINE}, key=network.names.index)
     budget = MemoryBudget(memory_to_capture(network, calibration, settings))
     moments = float_moments(network.folded, names, calibration.fitting, calibration.count()[0], settings.seed, budget)
-    solved = Candidates(dict(ranged.weights), ranged.activations)
+    solved = replace(ranged, weights=dict(ranged.weights))
     for name in track(list(moments), "solution of candidates"):
         read, float_layer = moments.pop(name), network.folded.get_submodule(name)
         for (layer, bits), rounded in ranged.weights.items():
@@ -118,7 +131,7 @@ def _variants(network: ObservedNetwork, candidates: Candidates) -> dict[int, nn.
 
 def _with_weights_of(variants: Mapping[int, nn.Module], network: ObservedNetwork, candidates: Candidates) -> Candidates:
     """Take the weights from `variants`, the ranges of activations from `candidates`."""
-    changed = Candidates(dict(candidates.weights), candidates.activations)
+    changed = replace(candidates, weights=dict(candidates.weights))
     for bits, model in variants.items():
         for name in network.names:
             if (name, bits) in candidates.weights:
@@ -179,13 +192,17 @@ def sensitivity_table(
     candidates: Candidates,
     calibration: Calibration,
     reference: Tensor,
-    task: str,
+    task: Task | str,
     settings: CalibrateSettings,
     recall: Cache = Cache(),
 ) -> SensitivityTable:
     """The table on the held-out inputs."""
     base, pairs = settings.sensitivity_base, settings.pairs
-    return measure_sensitivity(network.prepared, candidates, network.choices, calibration.held_out, reference, task, base, pairs, recall)
+    edges = rounded_edges(network.wiring, quantized_layers(network.prepared), network.largest)
+    return measure_sensitivity(
+        network.prepared, candidates, network.choices, calibration.held_out, reference, task, base, pairs, recall,
+        edge_grids(candidates.edges, edges.names),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -198,7 +215,7 @@ class FloatTest:
 
 
 def float_tested(
-    network: ObservedNetwork, tests: Samples, task: str, metric: Metric | None, batch_size: int, clock: StageClock
+    network: ObservedNetwork, tests: Samples, task: Task, metric: Metric | None, batch_size: int, clock: StageClock
 ) -> FloatTest:
     """Score the float network before the long work, which labels that do not fit or a metric that fails would waste."""
     with clock.stage("float test"):

@@ -8,7 +8,7 @@ from torch import nn
 
 from anybit.calls import public
 from anybit.data.batches import check_finite
-from anybit.data.tasks import TASKS, Metric, guess_task, outputs_of
+from anybit.data.tasks import Metric, labelled_outputs, outputs_of, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidInput
@@ -57,7 +57,7 @@ def train(
     options = SupernetSettings.of(**settings)
     clock = StageClock()
     float_model, samples, tests, provenance = training_inputs(
-        model, weights, data, test, metric, preprocessing, workers, device, options.task
+        model, weights, data, test, metric, preprocessing, workers, device, options.task, options.outputs
     )
     with clock.stage("observe and fold"):
         if len(samples) < 2:
@@ -68,8 +68,8 @@ def train(
         share_state(float_model)
         network = observe_supernet(float_model, plain[0].head(2), options)
         outputs = outputs_of(float_model, plain[:1])
-        task = options.task or guess_task(outputs, plain[0].reader)
-        method = make_multiquant(network, plain, options, TASKS[task].classes(outputs))
+        task = task_of(outputs, plain[0].reader, options.task, labelled_outputs(float_model, plain[0]))
+        method = make_multiquant(network, plain, options, task.classes(outputs))
     edges = network.wiring.edges()
     supernet = Supernet(
         on_device(network.float_model, "cpu"),
@@ -78,7 +78,7 @@ def train(
         network.norms,
         network.costs,
         edges,
-        task,
+        task.name,
         about=provenance,
         example=plain[0].head(2),
     )
@@ -123,7 +123,7 @@ def train(
         "inputs": {"fitting": len(fitting), "held_out": len(samples) - len(fitting)},
         "epochs": epochs,
         "uncovered": dict(network.uncovered),
-        **notes_of(provenance),
+        **notes_of(provenance, network),
         "settings": options.to_json(),
         "environment": environment(),
         "stages": clock.stages,

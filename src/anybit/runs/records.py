@@ -15,7 +15,7 @@ from anybit.scheme import Precision
 
 Bits = Annotated[Precision, BeforeValidator(lambda text: text if isinstance(text, Precision) else Precision.parse(text))]
 Scores = dict[str, float | None]
-SCORES = ("metric", "top1", "spearman", "f1")  # higher is better; the user's own first
+SCORES = ("metric", "top1", "spearman", "f1", "mean_iou")  # higher is better; the user's own first
 Count = Annotated[int, Field(ge=0)]
 Words = Annotated[str, Field(max_length=1000)]
 """Text that is shown in a table."""
@@ -68,6 +68,7 @@ class Scored(Part):
     top1: float | None = None
     spearman: float | None = None
     f1: float | None = None
+    mean_iou: float | None = None
 
 
 class SchemeRow(Amounts, Scored):

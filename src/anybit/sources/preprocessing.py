@@ -1,4 +1,4 @@
-"""How pictures and texts become inputs of the network. Imports no torch."""
+"""Preprocessing of images and texts. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -9,14 +9,14 @@ from anybit.errors import InvalidSetting
 from anybit.settings import NUMBERS, Settings, Text, documented, option
 
 LONGEST_SIDE = 2**14
-"""Of a picture that is resized: beyond it one picture takes gigabytes."""
+"""Limit for resized images: beyond it, one image takes gigabytes."""
 CLASSES = Text(lambda text: tuple(text.split(",")), ",".join, "names with commas: cat,dog")
 
 
 @documented
 @dataclass(frozen=True)
 class Preprocessing(Settings):
-    """How pictures and texts become inputs; stated by the user or by the model's own files, recorded in the run, never guessed."""
+    """Preprocessing of images and texts: set by the user or by the model's own files, recorded in the run, never guessed."""
 
     common: ClassVar[Mapping[str, Any]] = {"panel": "Input", "rare": True}
 
@@ -24,17 +24,17 @@ class Preprocessing(Settings):
         None, "Mean of each channel, pixels scaled to 0..1: 0.485,0.456,0.406", text=NUMBERS, rare=False
     )
     std: tuple[float, ...] | None = option(None, "Standard deviation of each channel.", above=0, text=NUMBERS, rare=False)
-    size: int | None = option(None, "Sides of the input picture.", least=1, most=LONGEST_SIDE, rare=False)
-    resize: int | None = option(None, "Short side before a centre crop to --size.", least=1, most=LONGEST_SIDE)
-    interpolation: str = option("bilinear", "Of the resizing.", choices=("nearest", "bilinear", "bicubic", "lanczos"))
+    size: int | None = option(None, "Height and width of the input image.", least=1, most=LONGEST_SIDE, rare=False)
+    resize: int | None = option(None, "Resize the short side before a centre crop to --size.", least=1, most=LONGEST_SIDE)
+    interpolation: str = option("bilinear", "Interpolation of the resizing.", choices=("nearest", "bilinear", "bicubic", "lanczos"))
     classes: tuple[str, ...] | None = option(
-        None, "Names of class folders, in the order of their numbers (default: sorted, of all data given).", text=CLASSES
+        None, "Names of class folders, in the order of their numbers (default: sorted, over all data).", text=CLASSES
     )
     columns: str | None = option(
-        None, "Of texts: text=NAME,pair=NAME,label=NAME or question=,context=,answers=; numbers from 0 where there is no header."
+        None, "Columns of texts: text=NAME,pair=NAME,label=NAME or question=,context=,answers=; numbers from 0 without a header."
     )
-    length: int | None = option(None, "Most tokens of a text; longer ones are cut (default: they are an error).", least=1)
-    stride: int | None = option(None, "Tokens by which the windows of a long context overlap (default: 128).", least=1)
+    length: int | None = option(None, "Truncate texts to this many tokens (default: longer texts are an error).", least=1)
+    stride: int | None = option(None, "Tokens by which windows of a long context overlap (default: 128).", least=1)
 
     def check(self) -> None:
         parse_columns(self.columns)

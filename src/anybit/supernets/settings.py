@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from anybit.data.options import TASK_NAMES
+from anybit.data.options import OUTPUTS, TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import TrainSettings
 from anybit.methods.settings import MultiQuantSettings
@@ -13,31 +13,38 @@ from anybit.settings import Settings, Text, documented, option
 
 
 def parse_trained_bits(text: str) -> tuple[int | None, ...]:
-    """Bit-widths alone."""
+    """Parse bit-widths; float is refused."""
     bits = BITS.parse(text)
     if None in bits:
-        raise InvalidSetting("--bits takes bit-widths alone: a float network has no step to train. Keep layers float with --keep.")
+        raise InvalidSetting("--bits takes only bit-widths: float has no step size to train. Keep layers float with --keep.")
     return bits
 
 
 @documented
 @dataclass(frozen=True)
 class SupernetSettings(Settings):
-    """Every choice of the train-once road."""
+    """Settings of `train`."""
 
     bits: tuple[int, ...] = option(
         (2, 4, 6, 8), "Bit-widths of weights and inputs, 2..8.", least=2, most=8, text=Text(parse_trained_bits, BITS.write, BITS.example),
         panel="Budget",
     )  # fmt: skip
     keep: Mapping[str, Precision] = option(
-        dict, "PATTERN=W8A8 or PATTERN=float: pin layers by their names.", text=KEEP, repeat=True, panel="Budget"
+        dict, "PATTERN=W8A8 or PATTERN=float: fix layers by name.", text=KEEP, repeat=True, panel="Budget"
     )
-    task: str | None = option(None, "Of the network, where it does not tell.", choices=TASK_NAMES, panel="Input", rare=True)
-    held_out: float = option(
-        0.1, "Share of the data that is left to the search.", above=0, below=1, why="the search evaluates on that share"
+    task: str | None = option(None, "Task of the network (default: from the model).", choices=TASK_NAMES, panel="Input", rare=True)
+    outputs: Mapping[str, float] = option(
+        dict,
+        "NAME or NAME=WEIGHT: outputs to compare (default: all, with equal weights).",
+        above=0,
+        text=OUTPUTS,
+        repeat=True,
+        panel="Input",
+        rare=True,
     )
+    held_out: float = option(0.1, "Share of the data reserved for the search.", above=0, below=1, why="the search evaluates on that share")
     bn_images: int = option(
-        4096, "Training inputs that batch-norm statistics are estimated from, augmented as in training.", rare=True,
+        4096, "Training inputs for batch-norm statistics, augmented as in training.", rare=True,
         least=2, why="fewer are too few for statistics, and hundreds work well",
     )  # fmt: skip
     multiquant: MultiQuantSettings = field(default_factory=MultiQuantSettings)
@@ -47,11 +54,15 @@ class SupernetSettings(Settings):
     def of(cls, **settings: Any) -> Self:
         weight = settings.get("label_weight", MultiQuantSettings.label_weight)
         if settings.get("label", MultiQuantSettings.label) == "one-hot" and weight != MultiQuantSettings.label_weight:
-            raise InvalidSetting(f"label_weight {weight} has no part in one-hot labels. Choose label adaptive or teacher, or leave it out.")
+            raise InvalidSetting(
+                f"label_weight {weight} has no effect with one-hot labels. Choose label adaptive or teacher, or leave it out."
+            )
         return super().of(**settings)
 
     def check(self) -> None:
         if len(set(self.bits)) < len(self.bits) or len(self.bits) < 2:
             raise InvalidSetting(f"bits {', '.join(map(str, self.bits))}: give at least two bit-widths, each once.")
         if self.multiquant.batch_norm == "switch" and self.train.compile:
-            raise InvalidSetting("A batch norm for each bit-width cannot be compiled: every scheme would be compiled anew. Leave off one.")
+            raise InvalidSetting(
+                "batch_norm switch cannot be compiled: every scheme would be compiled anew. Use batch_norm reestimate, or drop compile."
+            )

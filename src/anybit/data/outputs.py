@@ -1,0 +1,143 @@
+"""The tensors of a network's output: which of them are compared, by name and weight, and how they become one row a sample."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybit.data.batches import Batch, call, evaluating, tensors_in
+from anybit.errors import InvalidSetting, UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the output: its name, its place among all of them, one sample's shape [rows a sample, ...], and its weight."""
+
+    name: str
+    place: int
+    shape: tuple[int, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class OutputReader:
+    """Read the chosen tensors of an output: one as it is, several as [N, numbers of a sample]."""
+
+    outputs: tuple[Output, ...]
+    task = None
+    unit = "samples"
+
+    def read(self, output: Any, batch: Batch) -> Tensor:
+        """Return the tensors of a network's output, flattened and joined. Raise UnsupportedModel where one lacks rows for each sample."""
+        tensors, count = tensors_in(output), len(batch)
+        for one in self.outputs:
+            shape = _shape_of_sample(tensors[one.place], count) if one.place < len(tensors) else None
+            if shape is None or (len(self.outputs) > 1 and shape != one.shape):
+                raise UnsupportedModel(
+                    f"Output {one.name} has {list(one.shape)} numbers a sample on the first inputs, and on others "
+                    f"{'none' if shape is None else list(shape)}. Leave it out: --outputs names those that are compared."
+                )
+        if len(self.outputs) == 1:
+            return tensors[self.outputs[0].place]
+        return torch.cat([tensors[one.place].reshape(count, -1) for one in self.outputs], 1)
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensors that `read` has joined, as the network gave them."""
+        if len(self.outputs) == 1:
+            return (rows,)
+        parts = rows.split([math.prod(one.shape) for one in self.outputs], 1)
+        return tuple(part.reshape(-1, *one.shape[1:]) for part, one in zip(parts, self.outputs, strict=True))
+
+    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        return {}
+
+    def align(self, labels: Tensor, batch: Batch) -> Tensor:
+        return labels
+
+
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of an output with its name ("0", "boxes", "heads.1"), in the order of `tensors_in`."""
+    if isinstance(value, Tensor):
+        yield name or "0", value
+        return
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, (tuple, list)):
+        items = list(enumerate(value)) if not hasattr(value, "_fields") else list(zip(value._fields, value, strict=True))
+    elif hasattr(value, "__dataclass_fields__"):
+        items = [(field, getattr(value, field)) for field in value.__dataclass_fields__]
+    else:
+        return
+    for key, item in items:
+        yield from named_tensors(item, f"{name}.{key}".lstrip("."))
+
+
+@torch.no_grad()
+def output_reader(model: nn.Module, batches: Sequence[Batch], chosen: Mapping[str, float]) -> tuple[OutputReader | None, dict[str, str]]:
+    """Return (the reader of a network's output, name -> why it is not compared, of each other one).
+
+    model    may change in its passes: give a copy
+    batches  one or two, of different numbers of samples: a tensor whose rows do not follow their number is not one of samples
+    chosen   name or place -> weight; without any, all that can be compared are
+
+    The reader is None where the output is one tensor, or its first is all that can be compared. Raises InvalidSetting where a name is
+    none, or not of an output that can be compared.
+    """
+    passes = []
+    with evaluating(model), suppress(Exception):  # a model's own checks raise whatever they like, and are named later
+        for batch in batches:
+            passes.append(list(named_tensors(call(model, batch.inputs))))
+    if not passes or (len(passes[0]) < 2 and not chosen):
+        return None, {}
+    possible, others = {}, {}
+    for place, (name, tensor) in enumerate(passes[0]):
+        beside = [one[place][1] if place < len(one) else torch.empty(0) for one in passes[1:]]
+        why = _why_not(tensor, len(batches[0]), beside, [len(batch) for batch in batches[1:]])
+        if why is None:
+            possible[name] = Output(name, place, _shape_of_sample(tensor, len(batches[0])) or ())
+        else:
+            others[name] = why
+    outputs = _chosen(possible, others, [name for name, _ in passes[0]], chosen)
+    if not outputs or (outputs[0].place == 0 and len(outputs) == 1):
+        return None, others
+    return OutputReader(outputs), {name: "not chosen" for name in possible if name not in {one.name for one in outputs}} | others
+
+
+def _shape_of_sample(tensor: Tensor, count: int) -> tuple[int, ...] | None:
+    """Return [rows a sample, ...] of a tensor of `count` samples; None where its rows are none of samples."""
+    if not tensor.dim() or not count or len(tensor) % count:
+        return None
+    return len(tensor) // count, *tensor.shape[1:]
+
+
+def _why_not(tensor: Tensor, count: int, beside: Sequence[Tensor], counts: Sequence[int]) -> str | None:
+    """Return why an output cannot be compared; None where it can. `beside` are the same one on other numbers of samples."""
+    shape = _shape_of_sample(tensor, count)
+    if not tensor.is_floating_point():
+        return f"{tensor.dtype}".removeprefix("torch.")
+    if shape is None or any(_shape_of_sample(other, number) != shape for other, number in zip(beside, counts, strict=True)):
+        return f"{list(tensor.shape)} for {count} inputs, not so many rows an input"
+    if not torch.isfinite(tensor).all():
+        return "holds NaN or infinity"
+    return None if tensor.numel() else "is empty"
+
+
+def _chosen(
+    possible: Mapping[str, Output], others: Mapping[str, str], names: Sequence[str], chosen: Mapping[str, float]
+) -> tuple[Output, ...]:
+    """Return the outputs that `chosen` names, each with its weight; all that are possible where it names none."""
+    if not chosen:
+        return tuple(possible.values())
+    weights = {}
+    for name, weight in chosen.items():
+        own = names[int(name)] if name not in names and name.isascii() and name.isdigit() and int(name) < len(names) else name
+        if own in others:
+            raise InvalidSetting(f"--outputs {name} cannot be compared: {others[own]}. Choose from {', '.join(possible) or 'none'}.")
+        if own not in possible:
+            raise InvalidSetting(f"--outputs {name} is no output of the network. Choose from {', '.join(possible)}.")
+        weights[own] = weight
+    return tuple(Output(one.name, one.place, one.shape, weights[name]) for name, one in possible.items() if name in weights)

@@ -1,0 +1,224 @@
+"""What a network is for: told by the labels that fit, else by shape and values, with the reason; and the tasks that came with it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import anybit
+from anybit.data.batches import Batch
+from anybit.data.tasks import IGNORED, TASKS, VOID, distance, guess_task, sample_distances, score, task_loss
+from anybit.errors import InvalidInput
+from anybit.progress import listening
+
+QUICK = {"activation_bits": (8,), "pipeline": "light", "cache": False}
+DRAW = torch.Generator().manual_seed(0)
+LOGITS, MASKS = torch.randn(16, 5, generator=DRAW), torch.randn(16, 5, 4, 6, generator=DRAW)
+CLASSES = LOGITS.argmax(1)
+
+
+@pytest.mark.parametrize(
+    "outputs, labels, task",
+    [
+        (LOGITS, CLASSES, "classification"),
+        (LOGITS.sigmoid(), CLASSES, "classification"),
+        (LOGITS, LOGITS, "regression"),
+        (LOGITS, (LOGITS > 0).long(), "multi-label"),
+        (LOGITS, (LOGITS > 0).float(), "multi-label"),
+        (MASKS, MASKS.argmax(1), "segmentation"),
+        (MASKS, MASKS.argmax(1, keepdim=True), "segmentation"),
+        (MASKS, torch.full((16, 8, 12), VOID).scatter(1, torch.zeros(16, 1, 12, dtype=torch.int64), 3), "segmentation"),
+        (MASKS[:, :, 0].mT, MASKS[:, :, 0].argmax(1), "token-classification"),
+        (LOGITS, None, "classification"),
+        (LOGITS.softmax(1), None, "classification"),
+        (LOGITS.sigmoid(), None, "regression"),
+        (LOGITS.abs() * 100, None, "regression"),
+        (MASKS, None, "regression"),
+        (LOGITS[:, :1], None, "regression"),
+        (LOGITS, torch.full((16,), 9), "classification"),  # labels that fit nothing say nothing
+    ],
+)
+def test_labels_tell_the_task_and_values_where_there_are_none(outputs, labels, task):
+    guess = guess_task(outputs, None, labels)
+    assert guess.task == task and guess.reason
+
+
+def notes_of(work):
+    notes = []
+    with listening(lambda *_: None, lambda _, fields: notes.append(fields["note"]) if "note" in fields else None):
+        result = work()
+    return result, notes
+
+
+def test_a_guess_is_told_with_its_reason_and_how_to_say_otherwise():
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval(), torch.randn(24, 12)
+    _, notes = notes_of(lambda: anybit.calibrate(model, x, "8bit", **QUICK))
+    assert any(note.startswith("task classification: ") and "--task" in note and "regression" in note for note in notes)
+    _, notes = notes_of(lambda: anybit.calibrate(model, x, "8bit", task="regression", **QUICK))
+    assert not any(note.startswith("task") for note in notes)
+
+
+# Probabilities
+
+
+def test_probabilities_are_compared_and_scored_as_the_logits_that_they_are_of():
+    other = LOGITS + torch.randn(LOGITS.shape, generator=DRAW) / 4
+    exact = {"rel": 1e-4}
+    assert distance(other.softmax(1), LOGITS.softmax(1), "classification") == pytest.approx(
+        distance(other, LOGITS, "classification"), **exact
+    )
+    assert distance(other.sigmoid(), LOGITS.sigmoid(), "multi-label") == pytest.approx(distance(other, LOGITS, "multi-label"), **exact)
+    for task, squash, labels in (
+        ("classification", torch.softmax, CLASSES),
+        ("multi-label", lambda x, _: x.sigmoid(), (LOGITS > 0).long()),
+    ):
+        assert score(squash(other, 1), labels, task) == pytest.approx(score(other, labels, task), **exact)
+        losses = [float(task_loss(one, Batch(one, labels), task, None, 0.0)) for one in (other, squash(other, 1))]
+        assert losses[1] == pytest.approx(losses[0], **exact)
+        gradient = torch.autograd.grad(TASKS[task].distance.loss(student := squash(other, 1).requires_grad_(), squash(LOGITS, 1)), student)
+        assert torch.isfinite(gradient[0]).all()
+
+
+def test_a_network_that_ends_in_a_softmax_has_the_loss_of_its_logits():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5)).eval()
+    x = torch.randn(64, 12)
+    with torch.no_grad():
+        for layer in (body[0], body[2]):
+            layer.weight.mul_(3)
+        labels = body(x).argmax(1)
+        expected = float(F.cross_entropy(body(x), labels))
+    for model in (body, nn.Sequential(*body, nn.Softmax(1))):
+        scores = anybit.evaluate(model, (x, labels))
+        assert scores["top1"] == 100 and scores["loss"] == pytest.approx(expected, rel=1e-4)
+    plain, ended = (anybit.calibrate(model, x, "4bit", **QUICK) for model in (body, nn.Sequential(*body, nn.Softmax(1))))
+    assert plain.scheme == ended.scheme
+    assert ended.report["ladder"][0]["loss"] == pytest.approx(plain.report["ladder"][0]["loss"], rel=1e-3)
+
+
+def test_numbers_between_zero_and_one_keep_their_accuracy():
+    """At a loss of 0.02 the network that was taken for a classifier got 2 bits everywhere, and was worse than a constant."""
+    torch.manual_seed(0)
+    x, w = torch.randn(800, 8), torch.randn(8, 4) / 4
+    y = torch.sigmoid(x @ w) * 0.5 + 0.25
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    adam = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(300):
+        loss = F.mse_loss(model(x), y)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    model.eval()
+    result = anybit.calibrate(model, x[:256], "loss=0.002", **QUICK)
+    with torch.no_grad():
+        assert F.mse_loss(result.model(x), y) < y.var() / 5 and result.report["result"]["weight_bits"] > 2
+
+
+# Tasks
+
+
+def test_mean_iou_by_hand():
+    labels = torch.tensor([[[0, 0, 1, 1], [2, 2, VOID, IGNORED]]])
+    outputs = F.one_hot(torch.tensor([[[0, 1, 1, 1], [2, 0, 0, 0]]]), 4).movedim(-1, 1).float()
+    scores = score(outputs, labels, "segmentation")
+    assert scores["mean_iou"] == pytest.approx(100 * (1 / 3 + 2 / 3 + 1 / 2) / 3)  # a class that is nowhere has no part
+    assert scores["pixel_accuracy"] == pytest.approx(100 * 4 / 6)
+
+
+def test_f1_of_several_labels_by_hand():
+    outputs, labels = torch.tensor([[1.0, -1.0, 2.0], [-1.0, -1.0, 3.0]]), torch.tensor([[1, 1, 0], [0, 0, 1]])
+    scores = score(outputs, labels, "multi-label")
+    assert scores["f1"] == pytest.approx(100 * 2 * 2 / (2 * 2 + 1 + 1)) and scores["exact"] == 50
+
+
+def test_the_divergence_of_labels_by_hand():
+    p, q = torch.tensor([[0.5, 0.25]], dtype=torch.float64), torch.tensor([[0.75, 0.25]], dtype=torch.float64)
+    expected = (0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)) / 2
+    assert sample_distances(q.logit(), p.logit(), "multi-label").tolist() == pytest.approx([expected])
+    assert sample_distances(q, p, "multi-label").tolist() == pytest.approx([expected], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (torch.zeros(16, 4, 6), "whole numbers"),
+        (torch.full((16, 4, 6), 7), "5 classes"),
+        (torch.full((16, 4, 6), VOID), "nothing to score"),
+        (torch.zeros(16, dtype=torch.int64), "whole numbers"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(labels, message):
+    with pytest.raises(InvalidInput, match=message):
+        score(MASKS, labels, "segmentation")
+
+
+def test_tokens_of_a_network_of_ones_own_are_scored_as_they_come():
+    outputs = MASKS[:, :, 0].mT.contiguous()
+    labels = outputs.argmax(-1)
+    labels[:, 3:] = IGNORED
+    assert score(outputs, labels, "language-model")["top1"] == 100
+    assert score(outputs, labels, "token-classification") == score(
+        outputs[:, :3].flatten(0, 1), labels[:, :3].flatten(), "token-classification"
+    )
+
+
+# Roads
+
+
+def segmenting():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1)).eval(), torch.randn(32, 3, 8, 8)
+
+
+def pixels(outputs, labels):
+    return 100 * float((outputs.argmax(1) == labels).float().mean())
+
+
+def of_paths(outputs, labels):
+    return float(len(labels))
+
+
+def test_a_segmentation_is_calibrated_scored_and_has_a_budget_of_drop():
+    model, x = segmenting()
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    data = torch.utils.data.TensorDataset(x, y)
+    result = anybit.calibrate(model, data, "drop=5%", test=data, metric=pixels, **QUICK)
+    assert result.report["float_test"]["pixels"] == result.report["float_test"]["mean_iou"] == 100
+    by_iou = anybit.calibrate(model, data, "drop=5%", **QUICK)
+    assert by_iou.about["task"] == "segmentation" and all(0 < row["mean_iou"] <= 100 for row in by_iou.report["schemes"])
+    assert anybit.evaluate(model, data)["mean_iou"] == 100
+
+
+def test_labels_that_no_task_has_do_not_stop_what_needs_none():
+    model, x = segmenting()
+    data = torch.utils.data.TensorDataset(x, torch.randn(32, 4))  # boxes, say
+    result, notes = notes_of(lambda: anybit.calibrate(model, data, "4bit", **QUICK))
+    assert any("labels of the data have no part" in note for note in notes)
+    assert result.scheme == anybit.calibrate(model, x, "4bit", **QUICK).scheme
+    assert "metric" in anybit.calibrate(model, data, "drop=5%", metric=of_paths, **QUICK).report["schemes"][0]
+    assert anybit.evaluate(model, data, metric=of_paths) == {"samples": 32, "of_paths": 32.0}
+    with pytest.raises(InvalidInput, match=r"--task|--metric"):
+        anybit.calibrate(model, data, "drop=5%", **QUICK)
+
+
+def test_the_raw_heads_of_a_detector_are_scored_by_a_metric_alone():
+    model, x = segmenting()
+    data = torch.utils.data.TensorDataset(x, torch.randn(32, 4))
+    result = anybit.calibrate(model, data, "4bit", task="detection", **QUICK)
+    assert result.about["task"] == "detection"
+    with pytest.raises(InvalidInput, match="--metric"):
+        anybit.evaluate(model, data, task="detection")
+
+
+@pytest.mark.parametrize("task", ["segmentation", "multi-label"])
+def test_what_labels_tell_can_be_trained(task):
+    model, x = segmenting()
+    if task == "multi-label":
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval()
+    with torch.no_grad():
+        y = model(x).argmax(1) if task == "segmentation" else (model(x) > 0).long()
+    result = anybit.grow(model, (x, y), "6bit", test=(x, y), epochs=1, batch_size=16)
+    assert result.about["task"] == task and TASKS[task].counted in result.report["test"]

@@ -1,0 +1,237 @@
+"""Networks with several outputs: all of them are compared, or those that are named, and layers that none reads are named."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import anybit
+from anybit.cli.app import app
+from anybit.data.batches import Batch
+from anybit.data.outputs import output_reader
+from anybit.data.tasks import SQUARED_ERROR, TASKS, SeveralOutputs
+from anybit.errors import AnybitError, InvalidSetting
+from anybit.progress import listening
+
+QUICK = {"activation_bits": (8,), "pipeline": "light", "cache": False}
+
+
+class Scales(nn.Module):
+    """Three outputs, each of a body of its own on the one before, as a detector's scales are."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleList([nn.Sequential(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1), nn.ReLU()) for i in range(3)])
+        self.heads = nn.ModuleList([nn.Conv2d(8, 9, 1) for _ in range(3)])
+
+    def forward(self, x):
+        outputs = []
+        for body, head in zip(self.body, self.heads, strict=True):
+            x = body(x)
+            outputs.append(head(x))
+        return outputs
+
+
+class Boxes(nn.Module):
+    """Class scores, boxes a hundredth as large, a state that has no rows by sample, whole numbers, and an auxiliary head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.scores, self.boxes, self.auxiliary = nn.Linear(12, 16), nn.Linear(16, 5), nn.Linear(16, 4), nn.Linear(16, 2)
+
+    def forward(self, x):
+        x = self.body(x.flatten(1)).relu()
+        scores = self.scores(x)
+        state = torch.stack([x[:, :3], x[:, 3:6]])
+        return {
+            "scores": scores, "boxes": self.boxes(x) / 100, "state": state, "best": scores.argmax(1), "more": [self.auxiliary(x) * 30],
+        }  # fmt: skip
+
+
+def network(kind):
+    torch.manual_seed(0)
+    return kind().eval()
+
+
+def inputs(count=48, shape=(3, 16, 16)):
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def notes_of(work):
+    notes = []
+    with listening(lambda *_: None, lambda _, fields: notes.append(fields["note"]) if "note" in fields else None):
+        result = work()
+    return result, notes
+
+
+def apart(result, model, x):
+    with torch.no_grad():
+        return [float((one - other).norm() / other.norm()) for one, other in zip(result.model(x), model(x), strict=True)]
+
+
+def test_every_scale_of_a_detector_counts_and_the_budget_is_spent():
+    model, x = network(Scales), inputs()
+    result = anybit.calibrate(model, x, "4bit", **QUICK)
+    assert result.report["result"]["weight_bits"] > 3.7
+    assert max(apart(result, model, x)) < 0.15
+    assert set(result.report["outputs"]) == {"0", "1", "2"} and all(0 < error < 0.03 for error in result.report["outputs"].values())
+
+
+def test_bias_tuning_sees_every_output():
+    model, x = network(Scales), inputs()
+    tuned = anybit.calibrate(model, x, "3bit", **{**QUICK, "bias_tuning": True})
+    assert next(row for row in tuned.report["ladder"] if row["step"] == "bias tuning")["kept"]
+    assert all(not torch.equal(head.bias, tuned.model.heads[index].bias) for index, head in enumerate(model.heads))
+
+
+def test_outputs_that_are_named_alone_count_and_layers_that_none_reads_are_said():
+    model, x = network(Scales), inputs()
+    result, notes = notes_of(lambda: anybit.calibrate(model, x, "4bit", outputs={"1": 1.0}, **QUICK))
+    unread = ["heads.0", "body.2.0", "heads.2"]
+    assert all(result.scheme[name].weight_bits == 2 for name in unread)
+    assert any(all(name in note for name in unread) and "heads.1" not in note for note in [*notes, *result.report["notes"]])
+    assert anybit.inspect(model, x, outputs={"1": 1.0})["unread"] == unread and anybit.inspect(model, x)["unread"] == []
+
+
+def test_a_weight_moves_bits_to_the_output_that_weighs_more():
+    model, x = network(Scales), inputs()
+    errors = [anybit.calibrate(model, x, "3bit", outputs={"0": 1.0, "2": weight}, **QUICK).report["outputs"]["2"] for weight in (1e-4, 1e4)]
+    assert errors[1] < errors[0]
+
+
+def test_what_cannot_be_compared_is_left_out_and_said():
+    model, x = network(Boxes), inputs(shape=(12,))
+    result, notes = notes_of(lambda: anybit.calibrate(model, x, "4bit", **QUICK))
+    assert set(result.report["outputs"]) == {"scores", "boxes", "more.0"}
+    assert any("state" in note and "best (int64)" in note for note in notes)
+    assert any("scores [5]" in note and "--outputs" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "name, message", [("best", "int64"), ("state", "rows"), ("box", "Choose from scores, boxes, more.0"), ("9", "9 is no")]
+)
+def test_an_output_that_is_none_is_refused_by_its_name(name, message):
+    with pytest.raises(InvalidSetting, match=message):
+        anybit.calibrate(network(Boxes), inputs(shape=(12,)), "4bit", outputs={name: 1.0}, **QUICK)
+
+
+@pytest.mark.parametrize("outputs", ["boxes", ["boxes"], {"boxes": 0.0}, {"boxes": float("nan")}])
+def test_outputs_of_another_form_are_refused_with_the_right_one(outputs):
+    with pytest.raises(InvalidSetting, match="outputs"):
+        anybit.calibrate(network(Boxes), inputs(shape=(12,)), "4bit", outputs=outputs, **QUICK)
+
+
+def test_one_output_by_name_or_place_is_compared_as_if_it_were_the_only_one():
+    model, x = network(Boxes), inputs(shape=(12,))
+
+    class Only(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x)["boxes"]
+
+    alone = anybit.calibrate(Only(), x, "4bit", **QUICK)
+    for name in ("boxes", "1"):
+        result = anybit.calibrate(model, x, "4bit", outputs={name: 1.0}, **QUICK)
+        assert {f"model.{layer}": p for layer, p in result.scheme.items() if layer in ("body", "boxes")}.items() <= alone.scheme.items()
+        assert "outputs" not in result.report
+
+
+def test_the_first_of_several_is_what_labels_are_about_and_a_metric_gets_them_all():
+    model, x = network(Boxes), inputs(shape=(12,))
+    with torch.no_grad():
+        labels = model(x)["scores"].argmax(1)
+
+    def largest(outputs, theirs):
+        scores, boxes, more = outputs
+        assert scores.shape == (len(theirs), 5) and boxes.shape == (len(theirs), 4) and more.shape == (len(theirs), 2)
+        return -float(boxes.abs().max())
+
+    scores = anybit.evaluate(model, (x, labels), metric=largest)
+    assert scores["top1"] == 100 and scores["largest"] < 0
+    result = anybit.calibrate(model, (x, labels), "drop=5%", metric=largest, **QUICK)
+    assert all(abs(row["metric"] - scores["largest"]) < 5 for row in result.report["schemes"])
+
+
+def test_a_new_budget_compares_what_the_run_compared(tmp_path):
+    model, x = network(Scales), inputs()
+    anybit.calibrate(model, x, "4bit", outputs={"0": 1.0, "2": 2.0}, **QUICK).save(tmp_path / "run")
+    again = anybit.allocate(tmp_path / "run", "5bit", x, model, cache=False)
+    assert set(again.report["outputs"]) == {"0", "2"} and again.report["result"]["weight_bits"] > 4
+
+
+@pytest.mark.parametrize("verb", ["grow", "train"])
+def test_training_is_towards_every_output(verb):
+    model, x = network(Scales), inputs(16)
+    common = {"distill": 1.0, "epochs": 1, "batch_size": 8}
+    if verb == "grow":
+        assert anybit.grow(model, x, "4bit", **common).model(x)[2].shape == model(x)[2].shape
+    else:
+        supernet = anybit.train(model, x, bits=(4, 8), **common)
+        result = anybit.extract(supernet, "8bit", data=x, polish=True, samples=8, steps=2, cache=False)
+        assert result.model(x)[2].shape == model(x)[2].shape and result.report["ladder"]
+
+
+def several(weights=(1.0, 1.0)):
+    outputs = [torch.randn(6, 2, 3), torch.randn(6, 4) * 100]
+    reader, _ = output_reader(nn.Identity(), [Batch(outputs)], {"0": weights[0], "1": weights[1]})
+    return SeveralOutputs(TASKS["regression"], reader), reader.read(outputs, Batch(torch.zeros(6)))
+
+
+def test_an_output_counts_by_its_own_energy_and_weight():
+    torch.manual_seed(0)
+    for weights in ((1.0, 1.0), (3.0, 0.5)):
+        task, reference = several(weights)
+        outputs = reference + torch.randn_like(reference) * reference.abs()
+        expected = [SQUARED_ERROR.of_samples(one, other) for one, other in zip(task.tensors(outputs), task.tensors(reference), strict=True)]
+        mean = sum(weight * errors for weight, errors in zip(weights, expected, strict=True)) / sum(weights)
+        torch.testing.assert_close(task.distance.of_samples(outputs, reference), mean)
+        parts = sum(task.distance.loss(outputs[part], reference[part], reference) for part in (slice(0, 2), slice(2, 6)))
+        torch.testing.assert_close(parts, task.distance.loss(outputs, reference))
+        torch.testing.assert_close(parts.double(), task.distance.of_samples(outputs, reference).mean())
+
+
+def test_an_output_of_zeros_counts_for_nothing():
+    outputs = [torch.zeros(4, 3), torch.randn(4, 2)]
+    reader, _ = output_reader(nn.Identity(), [Batch(outputs)], {})
+    task, reference = SeveralOutputs(TASKS["regression"], reader), reader.read(outputs, Batch(torch.zeros(4)))
+    other = reference + 1
+    torch.testing.assert_close(task.distance.of_samples(other, reference), SQUARED_ERROR.of_samples(other[:, 3:], reference[:, 3:]))
+    assert task.distance.of_samples(torch.zeros(4, 5), torch.zeros(4, 5)).tolist() == [0] * 4
+
+
+def test_an_output_whose_rows_change_later_is_refused_by_its_name():
+    reader, _ = output_reader(nn.Identity(), [Batch([torch.ones(4, 3), torch.ones(4, 2)])], {})
+    with pytest.raises(AnybitError, match=r"Output 1 .*--outputs"):
+        reader.read([torch.ones(4, 3), torch.ones(4, 5)], Batch(torch.zeros(4)))
+
+
+def test_the_command_line_names_outputs_and_weighs_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two_heads.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        torch.manual_seed(0)\n"
+        "        self.one, self.two = torch.nn.Linear(4, 3), torch.nn.Linear(4, 2)\n"
+        "    def forward(self, x):\n"
+        "        return {'one': self.one(x), 'two': self.two(x)}\n"
+    )
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(24, 4)).astype("float32"))
+    common = ["--model", "two_heads.py:Net", "--data", "x.npz", "--json"]
+    seen = CliRunner().invoke(app, ["inspect", *common, "--outputs", "two"])
+    assert seen.exit_code == 0 and json.loads(seen.stdout)["unread"] == ["one"], seen.stderr
+    run = ["--output", "run", "--budget", "6bit", "--pipeline", "light", "--activation-bits", "8", "--no-cache"]
+    done = CliRunner().invoke(app, ["calibrate", *common, *run, "--outputs", "two=3", "--outputs", "0=0.5"])
+    assert done.exit_code == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert set(report["outputs"]) == {"one", "two"} and report["settings"]["outputs"] == {"two": 3.0, "0": 0.5}
+    for wrong in ("two=much", "=2", "three", "two=0"):
+        refused = CliRunner().invoke(app, ["calibrate", *common, *run[2:], "--output", "other", "--outputs", wrong])
+        assert refused.exit_code == 2 and "outputs" in refused.stderr, refused.stderr
