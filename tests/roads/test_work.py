@@ -109,7 +109,9 @@ def test_every_pass_and_copy_of_a_light_calibration_has_a_reason(work):
     layers, schemes = len(result.scheme), len(result.report["schemes"])
     rows = layers * (len(LIGHT["weight_bits"]) + len(LIGHT["activation_bits"]))
     passes = {
+        "outputs that are compared, on batches of two sizes": 2,
         "the copy, while the user's network is away": 1,
+        "whether the network's inputs survive their bits": 1,
         "observed, repeated, folded": 3,
         "outputs of the float network": fitting + held_out,
         "rows an input of the example": 1,
@@ -124,7 +126,7 @@ def test_every_pass_and_copy_of_a_light_calibration_has_a_reason(work):
         "the fingerprint: quantized, float, and quantized on nudged inputs": 3,
     }
     copies = {
-        "the user's network, and one that is held against it": 2,
+        "one whose outputs are read, the user's network, and one that is held against it": 3,
         "folded, prepared": 2,
         "a network for each bit-width": len(LIGHT["weight_bits"]),
         "the table's": 1,

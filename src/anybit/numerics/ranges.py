@@ -15,6 +15,9 @@ ESTIMATORS = ("minmax", "percentile", "mse")
 # of the largest, so that zero filters give no division by zero and their bias still fits an int32 accumulator.
 SMALLEST_RELATIVE_SCALE = 2.0**-12
 
+CACHED = 2**16
+"""Numbers that a search looks at together: so many stay in the processor's cache from one scale to the next."""
+
 LARGEST = torch.finfo(torch.float32).max / 2**16
 """Of what is quantized: a scale is some share of the largest value, and the multiples of a scale by 8-bit codes must be finite too."""
 
@@ -37,11 +40,18 @@ def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: in
     full = _positive(largest / quant_max)
     if estimator != "mse":
         return full
+    together = max(1, CACHED // max(1, rows.shape[1]) if rows.device.type == "cpu" else len(rows))
+    parts = zip(rows.split(together), full.split(together), strict=True)
+    return torch.cat([_least_error(part, ends, full.max(), (quant_min, quant_max), candidates) for part, ends in parts])
+
+
+def _least_error(rows: Tensor, full: Tensor, largest: Tensor, limits: tuple[int, int], candidates: int) -> Tensor:
+    """Return the scale of least squared error of each row, among shares of `full`, [channels, 1]."""
     zero = torch.zeros((), dtype=rows.dtype)
     best_scale, best_error = full.clone(), torch.full_like(full, torch.inf)
     for step in range(1, candidates + 1):
-        scale = _floored(full * (step / candidates), full.max())
-        error = fake_quantize(rows, scale, zero, quant_min, quant_max).sub_(rows).square_().sum(1, keepdim=True)
+        scale = _floored(full * (step / candidates), largest)
+        error = fake_quantize(rows, scale, zero, *limits).sub_(rows).square_().sum(1, keepdim=True)
         best_scale = torch.where(error < best_error, scale, best_scale)
         best_error = torch.minimum(error, best_error)
     return best_scale

@@ -23,7 +23,7 @@ from anybit.methods.table import rounding_named
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import as_ranges
 from anybit.networks.fingerprint import fingerprint_of
-from anybit.networks.observed import has_choice, observe_network
+from anybit.networks.observed import has_choice, observe_network, with_coarse
 from anybit.networks.refusals import as_observed, check_rows
 from anybit.networks.states import restore
 from anybit.progress import tell
@@ -35,9 +35,9 @@ from anybit.roads.inputs import (
     follow_model,
     labels_fit,
     notes_of,
+    notes_on,
     on_device,
     read_alike,
-    tell_unread,
 )
 from anybit.roads.keys import (
     MATCHING,
@@ -147,8 +147,9 @@ def prepare_bench(
         if settings.mirror:
             calibration = mirrored(calibration)
         example = example_of(calibration)
-        network = with_latencies(observe_network(model, example, settings.options), budgets)
-        tell_unread(network)
+        network = with_coarse(with_latencies(observe_network(model, example, settings.options), budgets), calibration.fitting[0])
+        for note in notes_on(network):
+            tell("note", note=note)
         check_memory(network, calibration, settings)
         for budget in budgets:
             check_feasible(network, budget)

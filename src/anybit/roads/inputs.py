@@ -14,8 +14,9 @@ from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric, Task, check_metric
 from anybit.errors import InvalidInput, InvalidSetting, naming
 from anybit.loops.processes import join_processes
+from anybit.networks.coarse import coarse_in_words
 from anybit.networks.copies import checked_copy, copied
-from anybit.networks.observed import ObservedNetwork
+from anybit.networks.observed import ObservedNetwork, activation_bits
 from anybit.networks.refusals import check_network
 from anybit.networks.wiring import observe
 from anybit.progress import tell
@@ -89,15 +90,15 @@ def unread_in_words(network: ObservedNetwork) -> str:
     return f"no output that is compared reads {names}: a budget gives the fewest bits there. --outputs and --keep say otherwise"
 
 
-def tell_unread(network: ObservedNetwork) -> None:
-    if note := unread_in_words(network):
-        tell("note", note=note)
+def notes_on(network: ObservedNetwork) -> list[str]:
+    """Return what is to be said of a network before the work."""
+    return [note for note in (unread_in_words(network), *coarse_in_words(network.coarse, activation_bits(network))) if note]
 
 
 def notes_of(provenance: Mapping[str, Any], network: ObservedNetwork) -> dict[str, list[str]]:
     """Return the entry of a report that says what is particular about its network; none where nothing is."""
     drawn = DRAWN if provenance.get("model", {}).get("weights") == RANDOM else ""
-    notes = [note for note in (drawn, unread_in_words(network)) if note]
+    notes = [*filter(None, [drawn]), *notes_on(network)]
     return {"notes": notes} if notes else {}
 
 
