@@ -310,7 +310,7 @@ def test_an_interruption_ends_with_status_130_and_leaves_nothing(here, monkeypat
     def interrupted(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("anybit.roads.calibrate.observe_edge_ranges", interrupted)
+    monkeypatch.setattr("anybit.roads.steps.observe_edge_ranges", interrupted)
     done = calibrate("--budget", "6bit")
     assert done.exit_code == 130 and "Traceback" not in done.stderr and not Path("run").exists()
 

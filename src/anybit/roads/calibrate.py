@@ -1,4 +1,4 @@
-"""The calibrate road: from a trained network, a few hundred inputs and a budget to a low-bit network."""
+"""Calibrate: turn a trained network into a low-bit one, with a few hundred inputs and a budget."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -89,10 +89,10 @@ def calibrate(
     cache: str | Path | bool = True,
     **settings: Any,
 ) -> "Result | list[Result]":
-    """From a trained network, a few hundred inputs and a budget to a low-bit network.
+    """Turn a trained network into a low-bit one, with a few hundred inputs and a budget.
 
     model     a network, or a reference to one ("file.py:function")
-    data      inputs (labels, where there are any, serve reports and a budget of "drop=" alone): a data set, arrays, Samples, or a reference
+    data      inputs: a data set, arrays, Samples, or a reference; labels, if any, are used only by reports and "drop=" budgets
     budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list gives a list of results that share their candidates
     weights   a state dict's file, loaded into a network that is given by reference
     preprocessing  of images that are given by reference; recorded, with the references made absolute, for later verbs
@@ -140,7 +140,7 @@ def prepare_bench(
     cache: Cache = Cache(),
     tests: Samples | None = None,
 ) -> CalibrationState:
-    """Everything up to the sensitivity table; budgets that no scheme can meet, labels and metrics are refused before the long work."""
+    """Run everything up to the sensitivity table. Refuse infeasible budgets and bad labels and metrics before the long work."""
     with clock.stage("observe and fold"):
         calibration = split(samples, settings.seed, settings.held_out, settings.batch_size)
         check_finite(calibration.fitting + calibration.held_out)
@@ -213,7 +213,7 @@ def finish(
     saved: Mapping[str, Any],
     clock: StageClock,
 ) -> Result:
-    """Return one budget's scheme, polished, measured and reported; `saved` goes beside the candidates, for budgets to come."""
+    """Return the polished, measured result for one budget; `saved` is stored beside the candidates, for later budgets."""
     network = bench.network
     with clock.stage("allocation"):
         choice = chosen_scheme(bench, budget)
@@ -257,7 +257,7 @@ def _within_drop(bench: CalibrationState, drop: float, polished: nn.Module) -> b
 
 
 def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Budget | None) -> dict[str, Any]:
-    """Return the JSON report, before what was tried, tests and times."""
+    """Return the JSON report, without schemes tried, tests and times."""
     network, settings = bench.network, bench.settings
     layers = {
         name: {**row, "predicted_loss": bench.table.loss(name, scheme[name])} for name, row in layer_costs(network.costs, scheme).items()
@@ -281,7 +281,7 @@ def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Bud
 
 
 def _table(bench: CalibrationState) -> dict[str, Any]:
-    """Every candidate precision's predicted loss and costs: what other budgets would give can be told from it, without the network."""
+    """Return the predicted loss and costs of every candidate precision, from which other budgets follow without the network."""
     choices, costs = bench.network.choices, bench.network.costs
     shown = [cost for cost in cost_quantities() if cost.counted is cost and cost.recorded == "candidates"]
     return {

@@ -76,8 +76,8 @@ def polished(
     settings: CalibrateSettings,
     cache: Cache = Cache(),
 ) -> tuple[Canonical, list[dict[str, Any]]]:
-    """The subnet after calibrate's last steps, from its own codes and ranges, towards the outputs of the shared weights without quantizers:
-    sequential AdaQuant, batch-norm tuning, bias tuning, each kept where held-out inputs say so. Returns (canonical, ladder)."""
+    """Polish a subnet from its own codes and ranges, towards the outputs of the shared weights without quantizers: sequential AdaQuant,
+    batch-norm tuning, bias tuning, each kept only if the held-out loss falls. Return (canonical, ladder)."""
     scheme = canonical.scheme
     calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
     if settings.mirror:
@@ -118,12 +118,12 @@ def extract(
 ) -> Result:
     """Return a subnet of a supernet, or of a search, in the canonical form.
 
-    budget, scheme  one of them: the best known subnet that fits, or a scheme that names every layer (a Scheme, a run folder, or a JSON file
+    budget, scheme  exactly one: the best known subnet that fits, or a scheme that names every layer (a Scheme, a run folder, or a JSON file
                     of layer -> precision)
-    data            unlabelled training data, from which batch-norm statistics are estimated; without it the stored ones of this scheme, or
-                    of the nearest, are taken, and the report says which
+    data            unlabelled training data to estimate batch-norm statistics from; without it, the stored ones of this scheme or of the
+                    nearest are used, and the report says which
     polish          then calibrate it on `data`: sequential AdaQuant, batch-norm and bias tuning from its own codes and ranges, each kept
-                    where held-out inputs say so; `settings` are those of `calibrate` that such steps have, and `cache` is as there
+                    only if the held-out loss falls; `settings` and `cache` are those of `calibrate` that apply to these steps
     """
     check_subnet(budget, scheme, polish, data)
     without_part = [name for name in settings if not polish or name not in POLISH]

@@ -1,4 +1,4 @@
-"""Polish a scheme: sequential reconstruction, batch-norm tuning, bias tuning, ranges of edges, each taken only if held-out loss falls."""
+"""Polish a scheme: sequential reconstruction, batch-norm tuning, bias tuning, ranges of edges, each kept only if held-out loss falls."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ from anybit.scheme import Scheme
 
 @dataclass
 class _Ladder:
-    """The best network so far, its edges' ends and what every step measured; `cache` is keyed by all that the next step depends on."""
+    """The best network so far, its edges' ends and every step's measurements; `cache` is keyed by all that the next step depends on."""
 
     judge: Judge
     cache: Cache
@@ -39,7 +39,7 @@ class _Ladder:
     edges: Ends
 
     def climb(self, step: str, changed: nn.Module, names: Sequence[str], change: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Apply `change` to the layers `names` of `changed`, in place; take `changed` if held-out loss falls. Returns its record."""
+        """Apply `change` to the layers `names` of `changed`, in place; keep `changed` if the held-out loss falls. Return its record."""
 
         def make() -> Entry:
             record = change()
@@ -68,8 +68,7 @@ class _Ladder:
 
 @dataclass(frozen=True)
 class Polished:
-    """The canonical model, the ends of its edges, the ladder (what was measured after each step and whether it was taken) and each unit's
-    errors."""
+    """The canonical model, the ends of its edges, the ladder (each step's measurements and whether it was kept) and each unit's errors."""
 
     model: nn.Module
     edges: Ends
@@ -78,7 +77,7 @@ class Polished:
 
 
 def polish_scheme(state: CalibrationState, scheme: Scheme) -> Polished:
-    """Reconstruct, tune batch norm, tune biases of `scheme` and observe its edges, each taken only where the held-out error says so."""
+    """Reconstruct, tune batch norm, tune biases of `scheme` and observe its edges, keeping each step only if the held-out loss falls."""
     ladder, errors = _start(state, scheme), {}
     if state.settings.does("sequential") or (state.settings.solver != "none" and worth_solving(scheme)):
         errors = _reconstruct(state, scheme, ladder)
@@ -91,7 +90,7 @@ def polish_scheme(state: CalibrationState, scheme: Scheme) -> Polished:
 
 
 def _start(state: CalibrationState, scheme: Scheme) -> _Ladder:
-    """Measure the scheme rounded to nearest and made of the candidates; the better is the first rung."""
+    """Measure the scheme rounded to nearest and from the candidates; start from the better one."""
     judge, network = state.judge, state.network
     cache = judge.recall.keyed("polish", scheme.to_json())
     ranged, candidate = network.apply(scheme, state.ranged), network.apply(scheme, state.candidates)
@@ -105,7 +104,7 @@ def _start(state: CalibrationState, scheme: Scheme) -> _Ladder:
 
 
 def _reconstruct(state: CalibrationState, scheme: Scheme, ladder: _Ladder) -> dict[str, Any]:
-    """Reconstruct unit after unit; returns each unit's errors."""
+    """Reconstruct unit after unit; return each unit's errors."""
     network, calibration, settings = state.network, state.calibration, state.settings
     ladder.cache = keyed_by_settings(ladder.cache, settings, ("steps", "start", "sequential", "pipeline", *PARALLEL))
     changed, starts = sequential_start(state, scheme)
