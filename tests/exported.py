@@ -8,7 +8,7 @@ from torch import nn
 
 from anybit.data.batches import Batch
 from anybit.networks.canonical import Canonical
-from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.edges import finished
 from anybit.networks.observed import observe_network, rounded_to_nearest
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
@@ -112,4 +112,4 @@ def canonical_of(model: nn.Module, batch: Batch, precision) -> Canonical:
     """`model` rounded to nearest at `precision(layer)`, with edge ranges of `batch`: no calibration, which takes longer."""
     network = observe_network(model.eval(), batch, CalibrateSettings((8,), (8,)).options)
     ready = rounded_to_nearest(network, [batch], Scheme({name: precision(name) for name in network.names}))
-    return Canonical(ready, network.norms, observe_edge_ranges(ready, network.wiring, [batch]))
+    return finished(Canonical(ready, network.norms), network.wiring, [batch])

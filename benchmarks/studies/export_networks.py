@@ -33,7 +33,7 @@ from anybit.data.batches import Batch
 from anybit.data.tasks import outputs_of
 from anybit.exports.verbs import measured
 from anybit.networks.canonical import Canonical
-from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.edges import finished
 from anybit.networks.observed import observe_network, rounded_to_nearest
 from anybit.networks.options import LayerOptions
 from anybit.onnx.file import exported, ideal_bytes, load, save
@@ -279,7 +279,7 @@ def latency_at(shape: Shape, key: str, share: float) -> dict[str, Any]:
     chosen = set(random.Random(key).sample(network.names, round(share * len(network.names))))
     scheme = Scheme({layer: FLOAT if layer in chosen else Precision(8, 8) for layer in network.names})
     model = rounded_to_nearest(network, [batch], scheme)
-    times = latency_of(Canonical(model, network.norms, observe_edge_ranges(model, network.wiring, [batch])), batch, shape.rounds)
+    times = latency_of(finished(Canonical(model, network.norms), network.wiring, [batch]), batch, shape.rounds)
     predicted, seen = shape.table.total(scheme) / shape.float_seconds, times["exported"] / times["float32"]
     entry = {"predicted_of_float": predicted, "measured_of_float": seen, "predicted_by_measured": predicted / seen}
     return entry | {"float_layers": sorted(chosen), "layers": len(network.names)}

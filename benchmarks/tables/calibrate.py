@@ -144,7 +144,7 @@ def small_section() -> str:
         rows.append([str(count), *cells])
     columns = ["images"]
     for name in names:
-        columns += [name] if name == "ranges only" else [name, "its median unit's error: fitted / held out"]
+        columns += [name] if name == "ranges only" else [name, "median unit error: fitted / held out"]
     return table(columns, rows)
 
 
@@ -174,7 +174,7 @@ def scatter_section() -> str:
                     f"{statistics.median(row['measured'] for row in matching):.4f}",
                 ]
             )
-    text = table(["schemes", "how many", "bits of the best", "its predicted loss", "its measured loss", "median measured loss"], lines)
+    text = table(["schemes", "count", "bits of the best", "its predicted loss", "its measured loss", "median measured loss"], lines)
     picture = "![Predicted against measured loss](allocation.svg)"
     return f"{text}\n\n{picture}\n\nRank correlation of predicted and measured loss over all {len(rows)}: {rank:.2f}."
 
@@ -198,7 +198,7 @@ def speed_section() -> str:
             rows.append(
                 [precision, f"anybit {name}", spread([run["top1"] for run in ours]), f"{seconds:.0f} s", f"{peer_seconds / seconds:.1f}"]
             )
-    return table(["precision", "tool", "top-1, mean (range)", "time", "times faster"], rows)
+    return table(["precision", "tool", "top-1, mean (range)", "time", "speedup"], rows)
 
 
 def efficientnet_section() -> str:
@@ -215,7 +215,7 @@ def efficientnet_section() -> str:
         ]
         for name, run in runs.items()
     ]
-    columns = ["run", "top-1 (float 90.7)", "top-5", "size", "bits a weight", "time with tests", "less float (paired 95 %)"]
+    columns = ["run", "top-1 (float 90.7)", "top-5", "size", "bits per weight", "time with tests", "difference from float (paired 95 %)"]
     return table(columns, rows)
 
 
@@ -235,7 +235,9 @@ def allocation_section() -> str:
         ]
         for row in json.loads(file.read_text())["rows"]
     ]
-    return table(["problem", "anybit: processor (clock)", "loss", "gap", "PuLP/CBC: processor (clock)", "loss", "status"], rows)
+    return table(
+        ["problem", "anybit: processor time (wall time)", "loss", "gap", "PuLP/CBC: processor time (wall time)", "loss", "status"], rows
+    )
 
 
 def stages_section() -> str:
@@ -247,7 +249,7 @@ def stages_section() -> str:
     one_pass = next(stage["seconds"] for stage in stages if stage["stage"] == "float outputs")
     rows = [[s["stage"], f"{s['seconds'] / one_pass:.1f}", f"{s['peak_bytes'] / 1e6:.0f} MB"] for s in stages]
     return table(
-        ["stage (mixed, 4 bits, 1,024 images and their mirror images)", "float passes over the calibration set", "peak memory"], rows
+        ["stage (mixed, 4 bits, 1,024 images and their mirrored copies)", "float passes over the calibration set", "peak memory"], rows
     )
 
 

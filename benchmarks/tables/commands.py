@@ -20,8 +20,15 @@ def commands_section() -> str:
         for network, run in entries("command_costs").items()
         for command, row in run["commands"].items()
     ]
-    columns = ["network", "command", "before: processor (clock), least", "after", "after / before, processor: median (range)", "clock"]
-    return table([*columns, "exporter calls", "whole forward passes", "network copies"], rows)
+    columns = [
+        "network",
+        "command",
+        "before: minimum processor time (wall time)",
+        "after",
+        "after / before, processor: median (range)",
+        "wall",
+    ]
+    return table([*columns, "exporter calls", "forward passes", "network copies"], rows)
 
 
 def ratio(of: Mapping[str, float]) -> str:

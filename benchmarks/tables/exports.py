@@ -37,10 +37,10 @@ def shapes_section() -> str:
     columns = [
         "shape",
         "scheme",
-        "times float32's speed (quartiles)",
-        "in OpenVINO",
+        "speedup over float32 (quartiles)",
+        "speedup in OpenVINO",
         "smaller",
-        "above its bits",
+        "size above bits",
         "on integers",
         "bit for bit",
     ]
@@ -65,7 +65,13 @@ def linears_section() -> str:
         ]
         for key, run in entries("export_linears").items()
     ]
-    columns = ["weights", "times float32's speed (quartiles)", "smaller", "above its bits", "largest difference, of the largest output"]
+    columns = [
+        "weights",
+        "speedup over float32 (quartiles)",
+        "smaller",
+        "size above bits",
+        "largest difference, relative to the largest output",
+    ]
     return table(columns, rows)
 
 
@@ -89,7 +95,7 @@ def accuracy_section() -> str:
             exact = "yes" if run["bitwise"] else "no"
             accuracies = [f"{run[kind]:.2f}" for kind in ("simulated", "exported")]
             rows.append([network, key, *accuracies, apart, f"{run['agreement']:.2f} %", f"{run['bytes'] / 1000:.1f} kB", over(run), exact])
-    columns = ["network", "scheme", "simulated", "exported", "difference (95 %)", "same class", "file", "above its bits", "bit for bit"]
+    columns = ["network", "scheme", "simulated", "exported", "difference (95 %)", "same class", "file", "size above bits", "bit for bit"]
     return table(columns, rows)
 
 
@@ -105,9 +111,9 @@ def saturation_section() -> str:
         "network",
         "scheme",
         "layers named",
-        "a session as it is",
+        "default session",
         "with exact sums",
-        "times float32's speed, as it is",
+        "speedup over float32, default session",
         "with exact sums",
     ]
     return table(columns, rows)
@@ -134,7 +140,7 @@ def latency_section() -> str:
         ]
         for (name, share), runs in groups.items()
     ]
-    columns = ["shape", "layers", "schemes", "predicted, of float32's time", "measured", "predicted by measured"]
+    columns = ["shape", "layers", "schemes", "predicted time / float32", "measured", "predicted / measured"]
     return table(columns, rows)
 
 

@@ -74,11 +74,11 @@ def scatter_figure(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def epochs_figure(runs: dict[str, Any]) -> str:
-    """Draw training loss and bits a weight over the epochs, one line a run, as two small pictures side by side."""
+    """Draw training loss and bits per weight over the epochs, one line a run, as two small pictures side by side."""
     width, height, margin = 380, 300, 48
     styles = dict(zip(runs, (("#1b6ca8", ""), ("#1b6ca8", "6 3"), ("#c1440e", ""), ("#c1440e", "6 3")), strict=False))
     parts = []
-    for place, (column, words) in enumerate((("loss", "training loss"), ("weight_bits", "bits a weight"))):
+    for place, (column, words) in enumerate((("loss", "training loss"), ("weight_bits", "bits per weight"))):
         left, most = place * width, max(row[column] for run in runs.values() for row in run["epochs"])
         longest = max(len(run["epochs"]) for run in runs.values())
         for key, run in runs.items():

@@ -38,7 +38,7 @@ def methods_section() -> str:
     if not rows:
         return NOT_RUN
     head = f"Float, trained as long by the same recipe: {spread(floats)}.\n\n" if floats else ""
-    columns = ["activations", "method", "top-1, mean (range)", "below float", "bits a weight", "planes a layer (paper's count)", "size"]
+    columns = ["activations", "method", "top-1, mean (range)", "below float", "bits per weight", "planes per layer (paper's count)", "size"]
     return head + table(columns, rows)
 
 
@@ -65,7 +65,7 @@ def choices_section() -> str:
     text = table(
         [
             "gates",
-            "bits a weight by the gates alone",
+            "bits per weight from gates alone",
             "soft then",
             "frozen then",
             "loss then",
@@ -115,7 +115,7 @@ def cost_section() -> str:
         for name, kind in run.items()
         if isinstance(kind, dict)
     ]
-    return table(["step of", "time, float is 1 (median of rounds)", "bytes trained a weight", "bytes kept for backward a weight"], rows)
+    return table(["step of", "time, float is 1 (median of rounds)", "bytes trained per weight", "bytes kept for backward per weight"], rows)
 
 
 def scratch_section() -> str:

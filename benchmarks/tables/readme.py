@@ -27,8 +27,8 @@ def readme_section() -> str:
 
 def networks_line() -> str:
     """Say how many public networks go through all steps."""
-    shares = [f"{share(networks, went_through)} of {name}" for name in LIBRARIES if (networks := of_library(name).values())]
-    return f"From `inspect` to a verified ONNX file: {', '.join(shares)} networks ([which, and what fails](docs/networks.md))."
+    shares = [f"{name} {share(networks, went_through)}" for name in LIBRARIES if (networks := of_library(name).values())]
+    return f"Public networks that work, from `inspect` to a verified ONNX file: {', '.join(shares)}; [the list](docs/networks.md)."
 
 
 def mixed(budget: str) -> str:

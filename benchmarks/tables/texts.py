@@ -32,7 +32,17 @@ def sentences_section() -> str:
         return NOT_RUN
     float_run = next(iter(entries("minilm_uniform").values()))
     first = ["float", f"{float_run['float']['top1']:.2f}", "", "", megabytes(float_run["float_bytes"]), "", "32", "", ""]
-    columns = ["scheme", "top-1", "difference (paired, 95 %)", "KL to float", "file", "of it embeddings", "bits a weight", "time", "memory"]
+    columns = [
+        "scheme",
+        "top-1",
+        "difference (paired, 95 %)",
+        "KL to float",
+        "file",
+        "embeddings in it",
+        "bits per weight",
+        "time",
+        "memory",
+    ]
     return table(columns, [first, *rows])
 
 
@@ -70,8 +80,8 @@ def sentence_embeddings_section() -> str:
         "difference (95 %)",
         "squared error",
         "file",
-        "of it embeddings",
-        "bits a weight",
+        "embeddings in it",
+        "bits per weight",
         "time",
         "memory",
     ]
@@ -88,7 +98,7 @@ def text_files_section() -> str:
             f"{accuracy['exported']['top1']:.2f}", f"{run['simulation']['agreement']:.2f} %", "yes" if run["ok"] else "no",
         ])  # fmt: skip
     columns = [
-        "scheme", "times float32's speed (quartiles)", "file", "above its bits", "on integers", "simulated", "exported", "same class",
+        "scheme", "speedup over float32 (quartiles)", "file", "size above bits", "on integers", "simulated", "exported", "same class",
         "verified",
     ]  # fmt: skip
     return table(columns, rows)
@@ -117,7 +127,7 @@ def decoder_linears_section() -> str:
         for key, run in runs.items():
             if key != "float":
                 rows.append([name, key, f"{run['perplexity']:.2f}", f"{1000 * run['kl']:.3f}", megabytes(run["linear_bytes"])])
-    columns = ["tool", "linears", "perplexity", "KL to float, thousandths", "linears' bytes"]
+    columns = ["tool", "linear layers", "perplexity", "KL to float, thousandths", "bytes of linear layers"]
     return table(columns, sorted(rows, key=lambda row: (row[1][:2], row[1].split(",")[1], row[0], row[1])))
 
 

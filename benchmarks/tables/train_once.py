@@ -9,7 +9,7 @@ ALL, QUARTER = "train_once_resnet20_widths", "train_once_resnet20_widths_12800"
 CHOICES = "train_once_resnet20_choices_6400"
 
 BUDGETS = (2.25, 2.5, 3.0, 4.0)
-"""Bits a weight at which searches are compared."""
+"""Bits per weight at which searches are compared."""
 
 SUPERNETS = ((ALL, ""), (QUARTER, ", 12,800 images"))
 
@@ -83,10 +83,10 @@ def search_section() -> str:
     best = max(runs.values(), key=lambda run: run["hypervolume"]["value"])
     schemes = [[f"{row['cost']:.2f}", *(f"{row[kind]:.2f}" for kind in ("score", "measured")), f"{row['test']['top1']:.2f}", row["origin"]]
                for row in best["front"]]  # fmt: skip
-    front = table(["bits a weight", "searched on", "measured again", "test images", "proposed by"], schemes)
-    corner = f"Areas are left of {cost:.2f} bits a weight and above {score:.2f} % of held-out images, {tested:.2f} % of test images. "
-    corner += "Columns of bits are the top-1 on test images of the subnet within them that was the best one measured again."
-    return "\n\n".join((table(columns, rows), corner, "The front of the largest:", front))
+    front = table(["bits per weight", "searched on", "measured again", "test images", "proposed by"], schemes)
+    corner = f"Areas are left of {cost:.2f} bits per weight and above {score:.2f} % of held-out images, {tested:.2f} % of test images. "
+    corner += "The columns of bits give top-1 on test images of the best subnet within those bits, as measured again."
+    return "\n\n".join((table(columns, rows), corner, "Front of the run with the largest area:", front))
 
 
 def _area(points: list[tuple[float, float]], cost: float, score: float) -> float:
@@ -105,7 +105,7 @@ def compose_section() -> str:
     for key, run in runs.items():
         steps = ", ".join(row["step"] for row in run["ladder"][1:] if row["kept"]) or "none"
         rows.append([key, f"{run['extracted']['top1']:.2f}", f"{run['polished']['top1']:.2f}", steps])
-    return table(["subnet", "extracted", "polished by calibrate", "steps that were kept"], rows)
+    return table(["subnet", "extracted", "polished by calibrate", "steps kept"], rows)
 
 
 def cost_section() -> str:

@@ -103,7 +103,7 @@ def uncovered_section() -> str:
                     f"{', '.join(name or 'the network itself' for name in names)}: {why}" for why, names in entry["uncovered"].items()
                 ]
                 rows.append([f"`{library}:{name}`", percent(entry, "covered"), "; ".join(reasons).replace("|", "/")[:300]])
-    return table(["network", "weights covered", "what is not"], rows) if rows else NOT_RUN
+    return table(["network", "weights covered", "not covered"], rows) if rows else NOT_RUN
 
 
 SECTIONS = {

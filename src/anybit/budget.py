@@ -148,7 +148,7 @@ BITS = Cost(
     scale=_weights,
     exact=lambda costs, scheme: costs.weight_bits(scheme),
     most=lambda costs: FLOAT_BITS,
-    words=lambda bits: f"{bits:.4g} bits a weight",
+    words=lambda bits: f"{bits:.4g} bits per weight",
     key="weight_bits",
     stored_bits=1,
     recorded="weights",
@@ -257,7 +257,7 @@ class Budget:
         if isinstance(text, Budget):
             return text
         if not isinstance(text, str):
-            near = f' Write "{text:g}bit" for bits a weight.' if isinstance(text, (int, float)) else ""
+            near = f' Write "{text:g}bit" for bits per weight.' if isinstance(text, (int, float)) else ""
             raise InvalidSetting(f"Budget {text!r} is no text with a unit.{near or f' Write {_examples()}.'}")
         conditions = tuple(_parse_condition(part.strip()) for part in text.split(","))
         quantities = [condition.quantity for condition in conditions]

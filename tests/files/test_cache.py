@@ -287,7 +287,7 @@ def test_other_weights_data_or_code_take_up_nothing(tmp_path, monkeypatch):
     counts.append(run(model, other))
     other = make(Residual)
     with torch.no_grad():
-        next(other.parameters())[0, 0, 0, 0] += 1e-3
+        next(other.parameters())[0, 0, 0, 0] += 1e-6  # too little for other schemes to be measured
     counts.append(run(other, inputs))
     monkeypatch.setattr("anybit.roads.keys.code_version", lambda: "another")
     counts.append(run(model, inputs))

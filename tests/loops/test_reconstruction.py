@@ -13,6 +13,7 @@ from torch import nn
 from anybit.data.batches import Batch
 from anybit.data.samples import Calibration
 from anybit.data.tasks import outputs_of
+from anybit.loops.closed_form import float_patches
 from anybit.loops.reconstruction import DroppedInput, ReconstructionSettings, parallel, reconstruct, sequential
 from anybit.loops.units import UnitData, capture_sides, identity, mix
 from anybit.methods.adaquant import AdaQuant
@@ -163,6 +164,16 @@ def test_what_is_carried_from_unit_to_unit_is_what_would_be_captured(network, un
     for name in errors[0]:
         assert errors[0][name] == pytest.approx(errors[1][name], rel=1e-3, abs=1e-7)
     assert torch.allclose(*(outputs_of(model, case.calibration.held_out) for model in models), atol=1e-3)
+
+
+def test_gathering_patches_computes_nothing_behind_the_last_layer_that_is_read():
+    case, computed = rounded(make(Deepening), "W3A4"), []
+    network, unit = case.network, case.network.units[0]
+    fitting, _ = capture_sides(None, network.folded, unit, case.calibration, MemoryBudget(2**30), 8)
+    module = network.folded.get_submodule(unit.name)
+    module.conv.register_forward_hook(lambda *call: computed.append(1))
+    drawn = float_patches({"conv": module.conv}, module, fitting, 0, 2**30)
+    assert len(drawn["conv"]) == len(list(fitting.parts())) > len(computed) == 1  # the first pass shows which layer is the last
 
 
 @every_rounding

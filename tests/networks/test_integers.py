@@ -8,7 +8,7 @@ from torch import nn
 
 from anybit.data.batches import Batch, tensors_in
 from anybit.networks.integers import computes_on_integers, rounded_edges
-from anybit.networks.layers import emptied, quantized_layers
+from anybit.networks.layers import emptied, quantized_layers, scheme_of
 from anybit.networks.observed import observe_network, rounded_to_nearest
 from anybit.networks.wiring import LAYER, Wiring, observe
 from anybit.roads.settings import CalibrateSettings
@@ -29,7 +29,7 @@ def canonical(model: nn.Module, batch: Batch, precision: str = "W8A8") -> tuple[
 def names_of(function, tables=False, shape=(4, 8, 8), **layers) -> set[str]:
     torch.manual_seed(0)
     wiring, model = canonical(Odd(function, **layers), Batch(torch.randn(2, *shape)))
-    return set(rounded_edges(wiring, model, tables).names)
+    return set(rounded_edges(wiring, quantized_layers(model), scheme_of(model), tables).names)
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,14 @@ def test_functions_are_edges_as_tables_alone():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_code_of_a_convolution_is_an_edge_or_one_layers_own(name):
     wiring, model = canonical(*network_and_inputs(name))
-    edges, layers = rounded_edges(wiring, model), quantized_layers(model)
+    edges, layers = rounded_edges(wiring, quantized_layers(model), scheme_of(model)), quantized_layers(model)
     assert set(edges.names) <= set(wiring.edges())
     for op in wiring.operations:
-        if op.kind != LAYER or not isinstance(layers.get(op.name), nn.Conv2d) or not computes_on_integers(layers[op.name]):
+        if (
+            op.kind != LAYER
+            or not isinstance(layers.get(op.name), nn.Conv2d)
+            or not computes_on_integers(layers[op.name], scheme_of(model)[op.name])
+        ):
             continue
         while (reader := wiring.only_reader(op.outputs[0])) is not None and (reader.clamps or reader.moves):
             op = reader if reader.clamps else op
@@ -82,14 +86,14 @@ def test_every_code_of_a_convolution_is_an_edge_or_one_layers_own(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_float_activations_have_no_edges(name):
     wiring, model = canonical(*network_and_inputs(name), "W8")
-    assert rounded_edges(wiring, model).names == ()
+    assert rounded_edges(wiring, quantized_layers(model), scheme_of(model)).names == ()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_layer_reads_the_numbers_of_the_edge_that_its_input_is(name):
     model, batch = network_and_inputs(name)
     wiring, ready = canonical(model, batch)
-    edges, plain = rounded_edges(wiring, ready), emptied(ready)
+    edges, plain = rounded_edges(wiring, quantized_layers(ready), scheme_of(ready)), emptied(ready)
     shown, read = {}, {}
     for layer in edges.reads:
         plain.get_submodule(layer).register_forward_pre_hook(

@@ -18,20 +18,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Bessel, Odd
 from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import anybit
 from anybit.data.batches import Batch, call, evaluating
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
+from anybit.files.strict import sha256_of, write_json
+from anybit.networks.canonical import Canonical
+from anybit.networks.edges import LARGEST_BIAS
 from anybit.networks.layers import fill, quantized_layers
+from anybit.networks.rounding import edge_grids, round_edges
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.onnx.file import EXACT_SUMS, exported, ideal_bytes, load, measured_in, outputs, save, session
 from anybit.onnx.floats import input_tensors
 from anybit.onnx.interpreter import interpret
 from anybit.onnx.plan import Affine
 from anybit.onnx.storage import PLANES, field_table, pack_fields, stored
-from anybit.onnx.verification import flipped_codes, lacks_exact_kernels, lacks_vnni, saturating, verify_file
-from anybit.onnx.writer import LARGEST_BIAS, _Writer, with_room
+from anybit.onnx.verification import Verdict, check_simulation, flipped_codes, lacks_exact_kernels, lacks_vnni, saturating, verify_file
+from anybit.onnx.writer import _Writer, with_room
+from anybit.runs.scheme_file import read_scheme
 from anybit.scheme import Precision
 
 exactly = pytest.mark.skipif(lacks_exact_kernels() is not None, reason=f"bitwise equality: {lacks_exact_kernels()}")
@@ -163,6 +169,21 @@ def test_at_eight_bits_the_file_is_close_to_the_simulation(name):
         assert torch.from_numpy(there).sub(ours).norm() < 0.05 * ours.norm()
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("tables", [False, True])
+def test_every_code_of_the_file_is_the_simulations_or_the_next(name, seed, tables):
+    """At any bits: on the simulation's codes each operator of the file gives the simulation's."""
+    canonical, _, batch = made_of(name, seed)
+    graphs = exported(canonical, batch, tables=tables)
+    verdict = Verdict()
+    check_simulation(verdict, graphs, batch)
+    assert not verdict.failures
+    assert set(edge_grids(graphs.model)) == set(graphs.edges)
+    assert verdict.numbers["simulation"]["codes"] > 0
+    assert verdict.numbers["simulation"]["differ"] < 0.005 * verdict.numbers["simulation"]["codes"]
+
+
 @pytest.mark.parametrize(("bias", "most"), [(False, 1e-4), (True, 0.03)])
 def test_without_shared_tensors_codes_are_the_simulations(bias, most):
     """A chain has no edges: the file's quantizers are the layers' own. Codes differ where float sums round otherwise, and where an int32
@@ -171,7 +192,7 @@ def test_without_shared_tensors_codes_are_the_simulations(bias, most):
     layers = [nn.Conv2d(3, 8, 3, bias=bias), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4, bias=bias), nn.ReLU6(), nn.Flatten()]
     batch = inputs((3, 12, 12))
     canonical = canonical_of(nn.Sequential(*layers, nn.Linear(512, 4, bias=bias)), batch, lambda layer: Precision(5, 6))
-    flipped = flipped_codes(canonical.model, exported(canonical, batch), batch)
+    flipped = flipped_codes(exported(canonical, batch), batch)
     assert set(flipped) == {"0", "2", "5"} and max(flipped.values()) < most
 
 
@@ -714,6 +735,16 @@ def test_layers_that_run_several_times_are_carried(precision, tmp_path):
     assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
 
 
+@exactly
+@pytest.mark.parametrize("activation", [F.relu, F.relu6, F.hardtanh, torch.tanh, F.leaky_relu, torch.sigmoid])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_stays_on_integers_before_an_activation_that_a_float_operator_reads(activation, bias, tmp_path):
+    layers = {"a": nn.Linear(6, 8, bias=bias), "b": nn.Linear(8, 4)}
+    canonical, batch = odd(lambda s, x: s.b(F.softmax(activation(s.a(x)), -1)), (6,), **layers)
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and set(verdict.kernels) == {"a", "b"}
+
+
 class AnyArguments(nn.Module):
     """A forward whose input has no name of its own."""
 
@@ -800,8 +831,7 @@ def test_ranges_that_an_export_measured_are_what_verify_uses(tmp_path):
     network = Odd(lambda s, x: s.b(s.norm(s.a(x))), a=conv(3, 8), norm=nn.GroupNorm(2, 8), b=conv(8, 4))
     batch = inputs((3, 8, 8))
     result = anybit.calibrate(network, batch.inputs, samples=16, weight_bits=(8,), activation_bits=(8,), pipeline="light")
-    result.canonical.edges = {}  # every range is measured
-    canonical = result.canonical
+    canonical = Canonical(round_edges(result.model, {}), {}, {})  # a run that rounds no edges, and has no ranges: all are measured
     graphs = exported(canonical, batch)
     assert measured_in(graphs.integer)
     save(graphs.integer, tmp_path / "net.onnx")
@@ -810,3 +840,33 @@ def test_ranges_that_an_export_measured_are_what_verify_uses(tmp_path):
     again = exported(canonical, other, measured=measured_in(file))
     assert not verify_file(tmp_path / "net.onnx", file, again, canonical.model, other).failures
     assert verify_file(tmp_path / "net.onnx", file, exported(canonical, other), canonical.model, other).failures
+
+
+def test_a_run_of_before_edges_were_rounded_opens_and_exports(tmp_path):
+    """Its scheme.json does not say which are: it keeps its meaning, and its file's simulation has them."""
+    torch.manual_seed(0)
+    network = Odd(lambda s, x: s.a(x) + s.b(x), a=conv(3, 4), b=conv(3, 4)).eval()
+    x = inputs((3, 8, 8)).inputs
+    run = anybit.calibrate(network, x, samples=16, weight_bits=(8,), activation_bits=(8,), pipeline="light").save(tmp_path / "run")
+    assert edge_grids(anybit.load(run, network))
+    before = read_scheme(run).model_copy(update={"rounded": None})
+    tensors = run / "model.safetensors"
+    save_file(load_file(tensors), tensors, {"scheme": before.digest()})
+    before.sha256 = sha256_of(tensors)
+    write_json(run / "scheme.json", before.to_json())
+    assert "rounded" not in (run / "scheme.json").read_text() and not edge_grids(anybit.load(run, network))
+    anybit.export(run, tmp_path / "net.onnx", model=network, data=x)
+    assert anybit.verify(run, tmp_path / "net.onnx", model=network, data=x)["ok"]
+
+
+def test_a_file_further_from_the_simulation_than_a_code_is_named():
+    """A simulation that rounds an edge otherwise than the file does."""
+    canonical, batch = odd(lambda s, x: s.b(y := F.relu(s.a(x))) + y, a=conv(3, 4), b=conv(4, 4, padding=1))
+    graphs = exported(canonical, batch)
+    grids = dict(edge_grids(graphs.model))
+    scale, zero_point = grids["relu"]
+    round_edges(graphs.model, grids | {"relu": (scale, zero_point + 9)})
+    verdict = Verdict()
+    check_simulation(verdict, graphs, batch)
+    assert len(verdict.failures) == 1 and verdict.failures[0].startswith("a: ")
+    assert "codes of the file are not the simulation's" in verdict.failures[0]

@@ -116,7 +116,7 @@ def test_by_hand(tmp_path):
     assert explanation["next_step"] == explanation["more"] and explanation["less"] is None and explanation["left"] == 1000
     words = " ".join(explanation["why"])
     assert "b is W2A8: 8 k weights, 2.0 kB of the file's 6.0 kB (33.3 %), 0.3 of predicted loss." in words
-    assert "shadow price is 0.2 of loss a kB: the last step that this size pays for took a from W2A8 to W4A8, 2.0 kB for 0.4 less" in words
+    assert "shadow price is 0.2 of loss a kB: the last step within this size took a from W2A8 to W4A8, 2.0 kB for 0.4 less" in words
     assert "More, W4A8, would cost 2.0 kB and gain 0.1, 0.05 of loss a kB: less than the shadow price" in words
 
 
@@ -125,7 +125,7 @@ def test_by_hand(tmp_path):
     [
         ({"a": "W2A8", "b": "W4A8"}, "7kB", "a", "1.0 kB left, too little"),
         ({"a": "W2A8", "b": "W4A8"}, "9kB", "a", "steps are whole"),
-        ({"a": "W2A8", "b": "W4A8"}, "9kB", "b", "beside the frontier"),
+        ({"a": "W2A8", "b": "W4A8"}, "9kB", "b", "not on the frontier"),
         ({"a": "W2A8", "b": "W2A8", "c": "W4A8"}, "9kB", "c", "less than the next step would gain with it, but"),
         ({"a": "W4A8", "b": "W4A8", "c": "W2A8"}, "9kB", "b", "more than the next step would gain with it."),
         ({"a": "W4A8", "b": "W4A8"}, "9kB", "b", "no other layer has a use for it"),

@@ -350,16 +350,16 @@ def test_times_and_memory_are_not_on_the_page(plain):
 @pytest.mark.parametrize(
     ("test", "before", "said"),
     [
-        ({"top1": 90.0}, {"top1": 92.5}, "90.00 % right (top-1), the float network 92.50 %: 2.50 points less"),
+        ({"top1": 90.0}, {"top1": 92.5}, "top-1 accuracy is 90.00 %, the float network 92.50 %: 2.50 points less"),
         ({"top1": 92.5}, {"top1": 92.5}, "no difference"),
-        ({"top1": 90.0}, {}, "90.00 % right (top-1)."),
+        ({"top1": 90.0}, {}, "top-1 accuracy is 90.00 %."),
         ({"spearman": 81.25}, {"spearman": 82.0}, "spearman is 81.25, the float network's 82"),
         ({}, {}, "was not tested"),
     ],
 )
 def test_the_page_begins_with_size_and_accuracy_in_words(test, before, said):
     read = Reader(pages.run_page(GROWN | {"test": test, "float_test": before}))
-    assert read.headings[0][1] == "1.0 kB instead of 10.0 kB, 3.00 bits a weight"
+    assert read.headings[0][1] == "1.0 kB instead of 10.0 kB, 3.00 bits per weight"
     assert any(said in words for words in read.words)
 
 

@@ -62,7 +62,7 @@ def page(opened, plain):
 
 
 def shown(page):
-    """What the slider's part says: size, bits a weight, predicted loss, and the scheme."""
+    """What the slider's part says: size, bits per weight, predicted loss, and the scheme."""
     amounts = [page.locator(f"[data-show={what}]").inner_text() for what in ("size", "bits", "loss")]
     return (*amounts, tuple(page.locator("[data-layer]").all_inner_texts()))
 
@@ -107,7 +107,7 @@ def test_the_slider_is_reached_by_tabbing_and_has_a_name(page):
             break
         page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.type") == "range"
-    assert page.get_by_role("slider", name="Budget for the file").count() == 1
+    assert page.get_by_role("slider", name="File size budget").count() == 1
 
 
 def test_the_buttons_go_one_scheme_at_a_time_and_stop_at_the_ends(page, plain):

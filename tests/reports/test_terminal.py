@@ -39,7 +39,7 @@ def test_a_table_without_rows_shows_its_columns(capsys):
 
 def test_the_result_line_tells_accuracy_only_where_it_was_tested():
     report = {"result": {"bytes": 9_600, "percent": 12.5, "weight_bits": 4.0}}
-    line = "9.6 kB (12.5 % of float32), 4.00 bits a weight"
+    line = "9.6 kB (12.5 % of float32), 4.00 bits per weight"
     assert result_line(report) == line
     tested = {**report, "test": {"top1": 91.5}, "float_test": {"top1": 92.25}}
     assert result_line(tested) == line + "; test top-1 91.50 (float 92.25)"

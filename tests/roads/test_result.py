@@ -58,7 +58,7 @@ def test_a_result_shows_itself(calibrated):
 def test_a_plot_is_a_page_that_is_saved(calibrated, tmp_path):
     path = calibrated[2].plot().save(tmp_path / "plot.html")
     text = path.read_text(encoding="utf8")
-    assert "loss on held-out inputs" in text and text.count("<figure") >= 1 and "Which layer hurts" not in text
+    assert "loss on held-out inputs" in text and text.count("<figure") >= 1 and "Sensitive layers" not in text
 
 
 def test_layers_and_frontier_are_data_frames(calibrated):

@@ -30,11 +30,13 @@ from anybit.errors import AnybitError, InfeasibleBudget, InvalidInput, InvalidSe
 from anybit.methods.table import ROUNDINGS, rounding_named
 from anybit.networks.batchnorm import channel_statistics
 from anybit.networks.candidates import apply_scheme
-from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.edges import edge_grids, observe_edge_ranges
+from anybit.networks.integers import rounded_edges
 from anybit.networks.layers import codes_of, quantized_layers
 from anybit.networks.matmul import Matmul
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.networks.rewrites import Rewrite, rewrite_of
+from anybit.networks.rounding import round_edges
 from anybit.roads.memory import within_memory
 from anybit.roads.polish import polish_scheme, sequential_start
 from anybit.roads.settings import CalibrateSettings
@@ -199,8 +201,14 @@ def test_batch_norm_targets_are_the_float_networks_or_what_it_promised(residual)
 def test_the_sensitivity_table_is_what_one_changed_layer_costs(residual):
     network, _, _, judge, table = residual
     check = unchanged(network)
-    alone = Scheme.uniform(network.names, "float").replace({"block2.conv1": Precision(2)})
-    expected = judge.of_scheme(alone)["loss"] - judge.of_scheme(Scheme.uniform(network.names, "float"))["loss"]
+    edges = edge_grids(judge.candidates.edges, rounded_edges(network.wiring, quantized_layers(network.prepared), network.largest).names)
+    whole = Scheme.uniform(network.names, "float")
+    alone, base = (
+        judge.of_model(round_edges(apply_scheme(network.prepared, scheme, judge.candidates), edges))["loss"]
+        for scheme in (whole.replace({"block2.conv1": Precision(2)}), whole)
+    )
+    assert edges and table.floor == base
+    expected = alone - base
     assert table.loss("block2.conv1", Precision(2)) == pytest.approx(expected, abs=1e-12)
     assert table.loss("conv", Precision(2, 8)) == table.loss("conv", Precision(2)) + table.loss("conv", Precision(None, 8))
     assert SensitivityTable.from_json(table.to_json()) == table
@@ -332,17 +340,19 @@ def test_polishing_keeps_only_what_helps_on_held_out_inputs(residual, better):
     targets = batch_norm_targets(network, calibration, SETTINGS)
     references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
     matched = matched_candidates(network, candidates, targets, calibration)
-    losses = {id(found): judge.of_model(apply_scheme(network.prepared, scheme, found))["loss"] for found in (candidates, matched)}
+    losses = {id(found): judge.of_model(network.apply(scheme, found))["loss"] for found in (candidates, matched)}
     first = sorted((candidates, matched), key=lambda found: losses[id(found)], reverse=better == "candidates")
     shared = CalibrationState(network, calibration, SETTINGS, *first, table, judge, targets, references)
-    model, ladder, errors = polish_scheme(shared, scheme)
+    done = polish_scheme(shared, scheme)
+    model, ladder, errors = done.model, done.ladder, done.errors
     check()
     assert [row["loss"] for row in ladder[:2]] == [losses[id(found)] for found in first]
     assert [row["step"] for row in ladder[:2] if row["kept"]] == [better]
     kept = [row["loss"] for row in ladder if row["kept"]]
     assert kept == sorted(kept, reverse=True) and all(row["loss"] >= kept[-1] for row in ladder)
     assert judge.of_model(model)["loss"] == kept[-1]
-    assert [row["step"] for row in ladder] == ["ranges", "candidates", "sequential AdaQuant", "batch-norm tuning", "bias tuning"]
+    steps = ["ranges", "candidates", "sequential AdaQuant", "batch-norm tuning", "bias tuning", "edge ranges"]
+    assert [row["step"] for row in ladder] == steps
     assert set(errors) == {unit.name for unit in network.units}
 
 
@@ -354,10 +364,12 @@ def test_polishing_without_a_step_gives_the_better_of_ranges_and_candidates(resi
     targets = batch_norm_targets(network, calibration, settings)
     matched = matched_candidates(network, candidates, targets, calibration)
     both = (matched, candidates) if swapped else (candidates, matched)
-    model, ladder, errors = polish_scheme(CalibrationState(network, calibration, settings, *both, table, judge, targets), scheme)
-    losses = [judge.of_model(apply_scheme(network.prepared, scheme, found))["loss"] for found in both]
-    assert [(row["step"], row["loss"]) for row in ladder] == [("ranges", losses[0]), ("candidates", losses[1])]
-    assert judge.of_model(model)["loss"] == min(losses) < max(losses) and errors == {}
+    done = polish_scheme(CalibrationState(network, calibration, settings, *both, table, judge, targets), scheme)
+    model, ladder, errors = done.model, done.ladder, done.errors
+    losses = [judge.of_model(network.apply(scheme, found))["loss"] for found in both]
+    assert [(row["step"], row["loss"]) for row in ladder[:2]] == [("ranges", losses[0]), ("candidates", losses[1])]
+    assert [row["step"] for row in ladder[2:]] == ["edge ranges"] and errors == {}
+    assert judge.of_model(model)["loss"] == min(row["loss"] for row in ladder if row["kept"]) <= min(losses) < max(losses)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

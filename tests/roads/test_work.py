@@ -109,7 +109,9 @@ def test_every_pass_and_copy_of_a_light_calibration_has_a_reason(work):
     layers, schemes = len(result.scheme), len(result.report["schemes"])
     rows = layers * (len(LIGHT["weight_bits"]) + len(LIGHT["activation_bits"]))
     passes = {
+        "outputs that are compared, on batches of two sizes": 2,
         "the copy, while the user's network is away": 1,
+        "whether the network's inputs survive their bits": 1,
         "observed, repeated, folded": 3,
         "outputs of the float network": fitting + held_out,
         "rows an input of the example": 1,
@@ -119,20 +121,16 @@ def test_every_pass_and_copy_of_a_light_calibration_has_a_reason(work):
         "ranges and candidates of the chosen one": 2 * held_out,
         "the two units that the solution captures anew, float and quantized, and what it gives": 4 * (fitting + held_out) + held_out,
         "batch-norm tuning, and what it gives": 1 + held_out,
-        "edge ranges, eight samples at once": edge_passes(result.report["inputs"]["fitting"], LIGHT["batch_size"]),
+        "edge ranges of the float network": fitting,
+        "edge ranges of the finished one, and what they give": fitting + held_out,
         "the fingerprint: quantized, float, and quantized on nudged inputs": 3,
     }
     copies = {
-        "the user's network, and one that is held against it": 2,
+        "one whose outputs are read, the user's network, and one that is held against it": 3,
         "folded, prepared": 2,
         "a network for each bit-width": len(LIGHT["weight_bits"]),
         "the table's": 1,
         "schemes": schemes,
-        "ranges, candidates, solved and tuned ones of the chosen one": 4,
+        "ranges, candidates, solved and tuned ones of the chosen one, and one with edge ranges of its own": 5,
     }
     assert work == {"passes": sum(passes.values()), "copies": sum(copies.values())}
-
-
-def edge_passes(samples: int, batch_size: int, chunk_size: int = 8) -> int:
-    sizes = [min(batch_size, samples - start) for start in range(0, samples, batch_size)]
-    return sum(ceil(size / chunk_size) for size in sizes)

@@ -15,7 +15,7 @@ from anybit.data.batches import Batch
 from anybit.data.tasks import Metric, Task, distance, labels_in, measure, named_task, outputs_of, score
 from anybit.errors import InfeasibleBudget, InvalidSetting
 from anybit.files.cache import Cache
-from anybit.networks.candidates import Candidates, apply_scheme
+from anybit.networks.candidates import Candidates
 from anybit.networks.cost import CostModel
 from anybit.networks.observed import ObservedNetwork
 from anybit.progress import tell
@@ -44,7 +44,7 @@ class Judge:
 
     def of_scheme(self, scheme: Scheme) -> dict[str, float]:
         """Measure a scheme made of the candidates as they are."""
-        apply = partial(apply_scheme, self.network.prepared, scheme, self.candidates)
+        apply = partial(self.network.apply, scheme, self.candidates)
         return self.recall.value(f"measured {scheme}", lambda: self.of_model(apply()), as_scores)
 
     def of_model(self, model: nn.Module) -> dict[str, float]:
@@ -113,8 +113,7 @@ def choose_scheme(network: ObservedNetwork, table: SensitivityTable, budget: Bud
     Under a limit on the loss, the best is the smallest that keeps it.
     """
     if budget is None:
-        largest = Scheme({name: precisions[-1] for name, precisions in network.choices.items()})
-        return Choice(largest, None, [measured_row(network, table, "largest", largest, judge)])
+        return Choice(network.largest, None, [measured_row(network, table, "largest", network.largest, judge)])
     if budget.loss() is DROP:
         return _choose_by_drop(network, table, budget, judge)
     problem = make_problem(network.choices, table, network.costs, budget)
@@ -175,8 +174,7 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
     others = tuple(c for c in budget.conditions if c.quantity != DROP.name)
     rows: list[dict[str, Any]] = []
     passed: tuple[Scheme, Allocation] | None = None
-    largest = Scheme({name: options[-1] for name, options in network.choices.items()})
-    low, high = float(min(network.options.weight_bits)), network.costs.weight_bits(largest)
+    low, high = float(min(network.options.weight_bits)), network.costs.weight_bits(network.largest)
     for attempt in range(8):
         # The easiest scheme first: where that one fails, no smaller one is worth a look.
         bits = high if attempt == 0 else (low + high) / 2

@@ -20,6 +20,7 @@ from anybit.data.tasks import Task, distance, outputs_of
 from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache
 from anybit.networks.candidates import Candidates, apply_scheme, swapped
+from anybit.networks.rounding import Grid, round_edges
 from anybit.progress import tell, track
 from anybit.scheme import FLOAT, Precision, Scheme
 
@@ -88,16 +89,18 @@ def measure_sensitivity(
     base: Precision = FLOAT,
     pairs: bool = False,
     cache: Cache = Cache(),
+    edges: Mapping[str, Grid] = {},
 ) -> SensitivityTable:
     """Measure every row that `choices` (layer -> precisions) needs; `reference` are the float model's outputs on `held_out`.
 
-    A row of weights is measured with the layer's activations at the base, a row of activations with its weights there.
+    A row of weights is measured with the layer's activations at the base, a row of activations with its weights there. The `edges` are
+    rounded in every row, as they are in the schemes that the table is for: what that costs is in the floor.
     """
     base_scheme = Scheme({name: options[0] if len(options) == 1 else base for name, options in choices.items()})
 
     @functools.cache  # made only where a row is not recalled
     def at_base() -> nn.Module:
-        return apply_scheme(prepared, base_scheme, candidates)
+        return round_edges(apply_scheme(prepared, base_scheme, candidates), edges)
 
     def measure() -> float:
         return distance(outputs_of(at_base(), held_out), reference, task)

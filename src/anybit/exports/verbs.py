@@ -139,8 +139,8 @@ def verify(
     batches = list(inputs.batches(CHECKED))
     running = session(path, torch.get_num_threads())
     there = _predicted(running, canonical.model, batches)
-    simulated = outputs_of(canonical.model, batches)
-    flips = flipped_codes(canonical.model, graphs, probe_of(first, 8))
+    simulated = outputs_of(graphs.model, batches)
+    flips = flipped_codes(graphs, probe_of(first, 8))
     report |= {"inputs": len(inputs)} | beside(simulated, there, batches, file.task, metric)
     report["simulation"]["flipped_codes"] = flips
     tell("result", ok=report["ok"], failures=report["failures"], accuracy=report.get("accuracy"))

@@ -38,7 +38,7 @@ def solve_unit(
     fitting, held_out = sides
     layers = {name: layer for name in names if has_patches(layer := layers_in(module)[name])}
     rounded, before = unit_error(module, held_out, finish), states_of(layers)
-    drawn = _float_patches({name: float_module.get_submodule(name) for name in layers}, float_module, fitting, seed, memory // 2)
+    drawn = float_patches({name: float_module.get_submodule(name) for name in layers}, float_module, fitting, seed, memory // 2)
     for name, layer in layers.items():
         float_layer = float_module.get_submodule(name)
         moments = _moments(module, layer, fitting, drawn.pop(name), memory // 2, float_bias(float_layer) is not None)
@@ -82,7 +82,7 @@ def _moments(module: nn.Module, layer: QuantizedLayer, data: UnitData, drawn: Dr
     return sums.moments(centred)
 
 
-def _float_patches(layers: Mapping[str, nn.Module], float_module: nn.Module, data: UnitData, seed: int, memory: int) -> dict[str, Drawn]:
+def float_patches(layers: Mapping[str, nn.Module], float_module: nn.Module, data: UnitData, seed: int, memory: int) -> dict[str, Drawn]:
     """Draw places of every call of `layers` in the float unit, and gather its patches there."""
     budget, generator = MemoryBudget(memory), torch.Generator().manual_seed(seed)
     drawn: dict[str, Drawn] = {name: [] for name in layers}

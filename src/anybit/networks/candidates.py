@@ -1,4 +1,4 @@
-"""Candidates: every layer's weights at each weight bit-width and ranges at each activation bit-width, kept apart.
+"""Candidates: every layer's weights at each weight bit-width and ranges at each activation bit-width, kept apart, and the edges' ranges.
 
 A precision combines one of each, so five by three choices cost five reconstructions and three ranges, not fifteen.
 `apply_scheme` puts the chosen ones into a copy of the prepared model: the canonical form.
@@ -51,10 +51,11 @@ class ActivationCandidate:
 
 @dataclass
 class Candidates:
-    """(layer, bits) -> candidate, weights and activations apart."""
+    """(layer, bits) -> candidate, weights and activations apart; edges: name -> (low, high) of its 8 bits."""
 
     weights: dict[tuple[str, int], WeightCandidate] = field(default_factory=dict)
     activations: dict[tuple[str, int], ActivationCandidate] = field(default_factory=dict)
+    edges: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def on(self, device: str) -> "Candidates":
         """Return the same candidates on `device`."""
@@ -62,7 +63,8 @@ class Candidates:
         def moved(candidate):
             return type(candidate)(*(None if part is None else part.to(device) for part in vars(candidate).values()))
 
-        return Candidates({key: moved(c) for key, c in self.weights.items()}, {key: moved(c) for key, c in self.activations.items()})
+        weights, activations = ({key: moved(c) for key, c in held.items()} for held in (self.weights, self.activations))
+        return Candidates(weights, activations, self.edges)
 
 
 def weight_candidate(layer: nn.Module, bits: int, estimator: str) -> WeightCandidate:
@@ -116,7 +118,7 @@ def put_weight(layer: nn.Module, weights: WeightCandidate, bits: int) -> Uniform
 
 
 def apply_scheme(prepared: nn.Module, scheme: Scheme, candidates: Candidates) -> nn.Module:
-    """Return a copy of the prepared model with each layer's slots filled as `scheme` says: the canonical form."""
+    """Return a copy of the prepared model with each layer's slots filled as `scheme` says: the canonical form, its edges float."""
     model = copy.deepcopy(prepared)
     layers = quantized_layers(model)
     check_names(scheme, layers, "The model")
@@ -170,10 +172,13 @@ def to_tensors(candidates: Candidates) -> dict[str, Tensor]:
             tensors[f"{name}|W{bits}|bias"] = weights.bias
     for (name, bits), inputs in candidates.activations.items():
         tensors[f"{name}|A{bits}"] = torch.stack([inputs.scale, inputs.zero_point])
+    tensors |= {f"{name}|edge": torch.tensor(ends) for name, ends in candidates.edges.items()}
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
 
-KEY = re.compile(r"(?P<name>.*)\|(?:W(?P<weight_bits>[2-8])\|(?P<part>codes|scale|bias)|A(?P<activation_bits>[2-8]))", re.DOTALL)
+KEY = re.compile(
+    r"(?P<name>.*)\|(?:W(?P<weight_bits>[2-8])\|(?P<part>codes|scale|bias)|A(?P<activation_bits>[2-8])|(?P<edge>edge))", re.DOTALL
+)
 """How a candidate's tensor is called."""
 
 
@@ -183,9 +188,11 @@ def from_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, 
     candidates = Candidates()
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
-        if match is None or match["name"] not in shapes:
+        if match is None or (match["name"] not in shapes and not match["edge"]):
             raise InvalidFile(f"{key} belongs to no layer of the network")
-        if match["part"]:
+        if match["edge"]:
+            candidates.edges[match["name"]] = _ends_from(key, tensor)
+        elif match["part"]:
             parts.setdefault((match["name"], int(match["weight_bits"])), {})[match["part"]] = tensor
         else:
             bits = int(match["activation_bits"])
@@ -216,6 +223,13 @@ def _activation_from(key: str, tensor: Tensor, bits: int) -> ActivationCandidate
     if not ((zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point < 2**bits)).all():
         raise InvalidFile(f"{key}: zero point {zero_point.tolist()} is no integer from 0 to {2**bits - 1}")
     return ActivationCandidate(scale, zero_point)
+
+
+def _ends_from(key: str, tensor: Tensor) -> tuple[float, float]:
+    if tensor.dtype != torch.float32 or tensor.shape != (2,) or not -torch.inf < tensor[0] <= tensor[1] < torch.inf:
+        raise InvalidFile(f"{key} is no range")
+    low, high = tensor.tolist()
+    return low, high
 
 
 def _check_scales(where: str, scale: Tensor) -> None:

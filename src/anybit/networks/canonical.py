@@ -14,9 +14,9 @@ from anybit.scheme import Scheme
 class Canonical:
     """The canonical form, with what a file needs besides the tensors.
 
-    model        folded, slots filled
+    model        folded, slots filled, with the edges rounded that an integer runtime holds as codes
     folded       layer -> batch norm folded into it
-    edges        name -> (low, high), observed on the model
+    edges        name -> (low, high) of every edge, rounded or not
     fingerprint  outputs by which the network at hand is known again
     """
 

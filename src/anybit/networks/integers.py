@@ -18,8 +18,8 @@ from functools import cached_property
 from torch import nn
 
 from anybit.networks.layer_types import type_of
-from anybit.networks.layers import QuantizedLayer, quantized_layers
 from anybit.networks.wiring import ACTIVATIONS, LAYER, Operation, Wiring
+from anybit.scheme import Precision, Scheme
 
 POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "mean"}
 JOINT = {"add", "mul", "cat", "concat", "concatenate"} | POOLS
@@ -41,22 +41,26 @@ class RoundedEdges:
     reads: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
 
 
-def computes_on_integers(layer: QuantizedLayer) -> bool:
-    """Return whether runtimes have an integer kernel for the layer as its slots are filled."""
+def computes_on_integers(layer: nn.Module, precision: Precision) -> bool:
+    """Return whether runtimes have an integer kernel for the layer at a precision."""
     kind = type_of(layer)
-    has_codes = layer.weight_quantizer is not None or not kind.has_weights
-    return kind.integer and layer.input_quantizer is not None and has_codes and layer.weight_group is None
+    has_codes = precision.weight_bits is not None or not kind.has_weights
+    return kind.integer and precision.activation_bits is not None and has_codes and getattr(layer, "weight_group", None) is None
 
 
-def rounded_edges(wiring: Wiring, model: nn.Module, tables: bool = False) -> RoundedEdges:
-    """Return the edges that are rounded in canonical `model`; `tables` if functions of one tensor are computed as tables of codes."""
-    layers = quantized_layers(model)
-    rule = _Rule(wiring, layers, tables)
+def rounded_edges(wiring: Wiring, layers: Mapping[str, nn.Module], scheme: Scheme, tables: bool = False) -> RoundedEdges:
+    """Return the edges that are rounded where `layers`, by name, have the precisions of `scheme`.
+
+    tables  if functions of one tensor are computed as tables of codes
+    """
+    rule = _Rule(
+        wiring, {name: layers[name] for name, precision in scheme.items() if computes_on_integers(layers[name], precision)}, tables
+    )
     recorded = wiring.edges()
     names = {rule.names[root] for root in rule.groups if rule.names[root] in recorded and rule.is_edge(root)}
     reads: dict[str, tuple[str | None, ...]] = {}
     for op in wiring.operations:
-        if op.kind != LAYER or op.name not in layers or layers[op.name].input_quantizer is None:
+        if op.kind != LAYER or op.name not in scheme or scheme[op.name].activation_bits is None:
             continue
         read = tuple(name if (name := rule.names[rule.root[value]]) in names else None for value in op.inputs)
         if len(read) != type_of(layers[op.name]).operands or reads.get(op.name, read) != read:  # one grid serves no calls on several edges
@@ -68,15 +72,15 @@ def rounded_edges(wiring: Wiring, model: nn.Module, tables: bool = False) -> Rou
 class _Rule:
     """Answer what the rule asks of a wiring; operations are named by their index in it, values by their number.
 
+    integer layers that compute on integers, by name
     root    value -> the value whose codes it shares;   groups  root -> all that share its codes
     names   root -> the name of the operation that makes it, or of the network's input
     """
 
-    def __init__(self, wiring: Wiring, layers: Mapping[str, QuantizedLayer], tables: bool):
+    def __init__(self, wiring: Wiring, integer: Mapping[str, nn.Module], tables: bool):
         self.ops, self.outputs, self.escaped = wiring.operations, set(wiring.output_values), wiring.escaped
-        integer = {name for name, layer in layers.items() if computes_on_integers(layer)}
         self.integer = {at for at, op in enumerate(self.ops) if op.kind == LAYER and op.name in integer}
-        self.gives_codes = {at for at in self.integer if type_of(layers[self.ops[at].name]).gives_codes}
+        self.gives_codes = {at for at in self.integer if type_of(integer[self.ops[at].name]).gives_codes}
         self.root = {value: value for value in wiring.input_values}
         self.names = {value: f"input/{index}" for index, value in enumerate(wiring.input_values)}
         self.maker: dict[int, int] = {}
@@ -106,6 +110,8 @@ class _Rule:
         is_output, is_escaped = bool(self.outputs & set(members)), bool(self.escaped & set(members))
         others = is_escaped or not self.integer.issuperset(readers)
         computed = self._computed(root)
+        if not (readers or is_output or is_escaped):
+            return False
         if not (reads or joined or tabled or computed is not None) or (is_output and not readers and computed not in self.gives_codes):
             return False
         if reads and not (joined or tabled) and computed is None and reads + others > 1:

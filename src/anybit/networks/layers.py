@@ -19,6 +19,7 @@ from anybit.errors import UnsupportedModel
 from anybit.networks.copies import copied
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.matmul import Matmul
+from anybit.networks.rounding import round_edges
 from anybit.networks.wiring import Wiring
 from anybit.numerics.quantizers import UniformQuantizer, frozen
 from anybit.scheme import Precision, Scheme
@@ -274,7 +275,7 @@ def freeze_slots(layer: nn.Module) -> None:
 @torch.no_grad()
 def emptied(model: nn.Module) -> nn.Module:
     """A float copy: the classes that `prepare` found, with the weights that the slots give. A road can start where another ended."""
-    plain = copy.deepcopy(model)
+    plain = round_edges(copy.deepcopy(model), {})
     for layer in quantized_layers(plain).values():
         if layer.weight is not None:
             float_weight(layer).copy_(layer.weight)

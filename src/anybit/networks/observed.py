@@ -1,7 +1,7 @@
 """Observe, fold and prepare a float network: every road starts from the result."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from anybit.errors import SchemeMismatch, UnsupportedModel
 from anybit.networks import batchnorm
 from anybit.networks.candidates import Candidates, activation_candidate, apply_scheme, weight_candidate
 from anybit.networks.capture import input_samples
+from anybit.networks.coarse import coarse_layers
 from anybit.networks.cost import CostModel
+from anybit.networks.edges import with_edges
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import check_float32, check_plain_use, coverage, float_weight, prepare, quantized_layers
 from anybit.networks.options import LayerOptions, group_sizes, layer_choices
@@ -27,7 +29,7 @@ from anybit.scheme import FLOAT, Precision, Scheme, match_patterns
 class ObservedNetwork:
     """Hold a float network made ready: folded, with empty slots, observed. No stage changes anything here, except what the network's own
     forward changes: `moving` holds those buffers as they were before any pass. `unfolded` are the norms that stay, with the reason;
-    `unread` are the layers that no compared output is computed from."""
+    `unread` are the layers that no compared output is computed from; `coarse` those whose inputs a few bits cannot tell apart."""
 
     float_model: nn.Module
     folded: nn.Module
@@ -43,6 +45,7 @@ class ObservedNetwork:
     moving: Mapping[str, Tensor | None] = field(default_factory=dict)
     unfolded: Mapping[str, str] = field(default_factory=dict)
     unread: Sequence[str] = ()
+    coarse: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def calls(self) -> dict[str, int]:
@@ -53,6 +56,15 @@ class ObservedNetwork:
     def names(self) -> list[str]:
         """Return the layers in the scheme, in call order."""
         return list(self.choices)
+
+    @property
+    def largest(self) -> Scheme:
+        """Return the scheme of every layer's last choice."""
+        return Scheme({name: options[-1] for name, options in self.choices.items()})
+
+    def apply(self, scheme: Scheme, candidates: Candidates) -> nn.Module:
+        """Return the canonical form of `scheme`, made of `candidates`, with its edges rounded."""
+        return with_edges(apply_scheme(self.prepared, scheme, candidates), self.wiring, candidates.edges)
 
     def uniform(self, weight_bits: int, activation_bits: int | None) -> Scheme:
         """These bits everywhere, except in kept layers; embeddings have no activation bits, matmuls no weights."""
@@ -158,6 +170,17 @@ def check_kinds(scheme: Scheme, network: ObservedNetwork) -> None:
         possible = Precision(precision.weight_bits if kind.has_weights else None, precision.activation_bits if kind.reads_numbers else None)
         if precision != possible:
             raise SchemeMismatch(f"{name} {kind.refusal}: write {possible}.")
+
+
+def with_coarse(network: ObservedNetwork, batch: Batch) -> ObservedNetwork:
+    """Return the network with the layers whose inputs a few bits cannot tell apart on `batch`."""
+    return replace(network, coarse=coarse_layers(network.folded, network.wiring, activation_bits(network), batch))
+
+
+def activation_bits(network: ObservedNetwork) -> dict[str, int]:
+    """Return layer -> the most bits that its input may have, for those whose input is not float in every choice."""
+    most = {name: [p.activation_bits for p in choices if p.activation_bits] for name, choices in network.choices.items()}
+    return {name: max(bits) for name, bits in most.items() if bits}
 
 
 def has_choice(network: ObservedNetwork) -> bool:

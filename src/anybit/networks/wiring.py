@@ -6,8 +6,9 @@ after each layer, every tensor's readers, the joins, the blocks, and the shapes 
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from anybit.data.batches import Batch, evaluating, map_leaves, map_tensors, run, tensors_in
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
@@ -356,7 +358,7 @@ def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Ten
     observer = _Observer(model, on_value)
     batch = replace(batch, inputs=map_tensors(batch.inputs, Tensor.clone))  # the forward may write into them
     try:
-        with torch.no_grad(), evaluating(model), observer.hooks(), observer:
+        with torch.no_grad(), evaluating(model), observer.hooks(), observer, plainly():
             observer.begin(batch)
             output = run(model, batch.inputs)
     except (InvalidInput, UnsupportedModel):
@@ -369,14 +371,50 @@ def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Ten
     return observer.finish(output, len(batch)), output
 
 
-class _Observer(TorchFunctionMode):
-    """Number every tensor as it is made. Tensors are kept alive for the pass, so that an id is never used twice."""
+_PLAIN = ContextVar("plain", default=False)
 
-    def __init__(self, model: nn.Module, on_value: Callable[[str, Tensor], None] | None):
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Let `run_replacing` replace nothing: what is observed is the network itself."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def run_replacing(
+    model: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict, replace: Callable[[str, Tensor], Tensor | None]
+) -> Any:
+    """Run `forward` of `model` with what `replace(name, tensor)` gives in place of values, by the names that `observe` has for them; None
+    leaves a value. Under `observe` nothing is replaced."""
+    if _PLAIN.get():
+        return forward(*args, **kwargs)
+    observer = _Observer(model, None, replace)
+    with observer.hooks(), observer:
+        tensors = tensors_in((args, kwargs))
+        shown = [observer.begin_with(f"input/{index}", tensor) for index, tensor in enumerate(tensors)]
+        if any(new is not old for new, old in zip(shown, tensors, strict=True)):
+            following = iter(shown)
+            args, kwargs = map_tensors((args, kwargs), lambda _: next(following))
+        return forward(*args, **kwargs)
+
+
+class _Observer(TorchFunctionMode):
+    """Number every tensor as it is made. To observe, tensors are kept alive for the pass; they are not where values are replaced, which is
+    how a network runs every time."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        on_value: Callable[[str, Tensor], None] | None,
+        replace: Callable[[str, Tensor], Tensor | None] | None = None,
+    ):
         super().__init__()
-        self.model, self.on_value = model, on_value
+        self.model, self.on_value, self.replace = model, on_value, replace
         self.operations: list[Operation] = []
-        self.values: dict[int, int] = {}  # id of a live tensor -> number of the value that it holds now
+        self.values: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # a live tensor -> number of the value that it holds now
         self.alive: list[Tensor] = []
         self.made = 0
         self.stack: list[str] = [""]
@@ -400,19 +438,24 @@ class _Observer(TorchFunctionMode):
     def begin(self, batch: Batch) -> None:
         self.input_values = tuple(self._new_value(tensor) for tensor in tensors_in(batch.inputs))
         for index, tensor in enumerate(tensors_in(batch.inputs)):
-            self._show(f"input/{index}", tensor)
+            self._show(f"input/{index}", tensor, False)
+
+    def begin_with(self, name: str, tensor: Tensor) -> Tensor:
+        """Number one of the network's inputs and return what replaces it."""
+        self._new_value(tensor)
+        return self._show(name, tensor, False)
 
     def finish(self, output, batch_size: int) -> Wiring:
         tensors = tensors_in(output)
         if not tensors:
             raise UnsupportedModel(f"The model returns a {type(output).__name__} without a tensor; anybit needs at least one.")
-        given_out = tuple(self.values[id(tensor)] for tensor in tensors if id(tensor) in self.values)
+        given_out = tuple(self.values[tensor] for tensor in tensors if tensor in self.values)
         return Wiring(
             tuple(self.operations), self.calls,
             {name: tuple(values) for name, values in self.module_outputs.items() if len(values) == self.calls[name]},
             self.input_values, given_out, batch_size, self.classes, self.module_inputs, frozenset(self.escaped),
             self.surroundings, frozenset(self.read_weights), self.channels_second,
-            tuple(self.values.get(id(tensor)) for tensor in tensors),
+            tuple(self.values.get(tensor) for tensor in tensors),
         )  # fmt: skip
 
     def hooks(self) -> ExitStack:
@@ -428,10 +471,8 @@ class _Observer(TorchFunctionMode):
     def _enter(self, name: str, module: nn.Module, args, kwargs) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1
         self.stack.append(name)
-        places = map_leaves((args, kwargs), Tensor, lambda tensor: _Place(self.values.get(id(tensor))))
-        match [leaf for leaf in _leaves(places) if not isinstance(leaf, PLAIN)]:
-            case [_Place(value=int(value))]:
-                self.module_inputs[name] = SoleInput(value, places)
+        if self.replace is None:
+            self._note_sole_input(name, (args, kwargs))
         if isinstance(module, COVERED):
             read = tensors_in((args, kwargs))
             if not read and type_of(module).reads_numbers:
@@ -441,15 +482,22 @@ class _Observer(TorchFunctionMode):
                 self.surroundings[name] = how
         self.inside_leaf += self._is_leaf(module)
 
-    def _leave(self, name: str, module: nn.Module, args, kwargs, output) -> None:
+    def _note_sole_input(self, name: str, arguments: tuple[tuple, dict]) -> None:
+        places = map_leaves(arguments, Tensor, lambda tensor: _Place(self.values.get(tensor)))
+        match [leaf for leaf in _leaves(places) if not isinstance(leaf, PLAIN)]:
+            case [_Place(value=int(value))]:
+                self.module_inputs[name] = SoleInput(value, places)
+
+    def _leave(self, name: str, module: nn.Module, args, kwargs, output) -> Any:
         self.stack.pop()
         if self._is_leaf(module):
             self.inside_leaf -= 1
             if not self.inside_leaf:
                 kind = LAYER if isinstance(module, COVERED) else BATCH_NORM
-                self._record(name, kind, self.stack[-1], (args, kwargs), output)
-        if isinstance(output, Tensor) and id(output) in self.values:
-            self.module_outputs.setdefault(name, []).append(self.values[id(output)])
+                output = self._record(name, kind, self.stack[-1], (args, kwargs), output)
+        if isinstance(output, Tensor) and output in self.values:
+            self.module_outputs.setdefault(name, []).append(self.values[output])
+        return None if self.replace is None else output
 
     def _is_leaf(self, module: nn.Module) -> bool:
         return isinstance(module, COVERED) or id(module) in self.norms
@@ -464,16 +512,17 @@ class _Observer(TorchFunctionMode):
             if not tensors and kind not in ESCAPES:  # a shape, a type, a device: most calls
                 return output
             arguments = (args[:1] if kind.endswith("_as") else args), kwargs  # of the other a shape or a type is read
-            reads = [tensor for tensor in tensors_in(arguments) if id(tensor) in self.values]
+            reads = [tensor for tensor in tensors_in(arguments) if tensor in self.values]
             makes = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
             self.read_weights.update(self.weights[id(tensor)] for tensor in tensors_in(arguments) if id(tensor) in self.weights)
             if not makes:
-                self.escaped.update(self.values[id(tensor)] for tensor in reads)
+                self.escaped.update(self.values[tensor] for tensor in reads)
             if reads and makes:
-                marked = self.marks.get(self.values[id(reads[0])]) if kind in RESHAPES else None
-                self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, arguments, made, _activation(kind, args, kwargs))
+                marked = self.marks.get(self.values[reads[0]]) if kind in RESHAPES else None
+                shown = self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, arguments, made, _activation(kind, args, kwargs))
                 if marked is not None:
                     self._mark(marked, tensors, func, args, kwargs)
+                output = output if kind == "setitem" else shown
         return output
 
     def _mark(self, marked: tuple[str, int, Tensor], outputs: list[Tensor], func, args: tuple, kwargs: dict) -> None:
@@ -481,12 +530,13 @@ class _Observer(TorchFunctionMode):
         layer, count, marks = marked
         with suppress(Exception):  # where the values are no first argument, they are lost sight of
             moved = tensors_in(func(marks, *args[1:], **kwargs))
-            self.marks |= {self.values[id(output)]: (layer, count, mark) for output, mark in zip(outputs, moved, strict=True)}
+            self.marks |= {self.values[output]: (layer, count, mark) for output, mark in zip(outputs, moved, strict=True)}
 
-    def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> None:
+    def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> Any:
+        """Record an operation; returns its output, or what replaces it."""
         read = tensors_in(arguments)
-        inputs = tuple(self.values[id(tensor)] for tensor in read if id(tensor) in self.values)
-        constants = sum(tensor.numel() > 1 for tensor in read if id(tensor) not in self.values)
+        inputs = tuple(self.values[tensor] for tensor in read if tensor in self.values)
+        constants = sum(tensor.numel() > 1 for tensor in read if tensor not in self.values)
         tensors = tensors_in(output)
         call, is_layer = 1, kind == LAYER
         if is_layer or kind == BATCH_NORM:
@@ -500,26 +550,45 @@ class _Observer(TorchFunctionMode):
         moves = kind in MOVES or (kind == "pad" and _pads_zeros(*arguments))
         operation = Operation(name, kind, owner, inputs, outputs, shape, function, call, within, seen, moves, constants)
         self.operations.append(operation)
-        if tensors:
-            self._show(operation.edge, tensors[0])
-        if kind == LAYER and len(tensors) == 1 and tensors[0].dim() > 1:
-            dimension = -1 if name in self.channels_last else 1
-            self.marks[outputs[0]] = name, tensors[0].shape[dimension], _channels(tensors[0].shape, dimension)
-        if kind == BATCH_NORM and inputs and inputs[0] in self.marks:
-            layer, count, marks = self.marks[inputs[0]]
-            if marks.shape[1:2] == (count,) and torch.equal(marks, _channels(marks.shape, 1)):
-                self.channels_second[inputs[0]] = layer
+        if not tensors:
+            return output
+        self._mark_channels(operation, tensors)
+        shown = self._show(operation.edge, tensors[0], any(tensor is tensors[0] for tensor in read))
+        return shown if isinstance(output, Tensor) else output
 
-    def _show(self, name: str, tensor: Tensor) -> None:
+    def _mark_channels(self, operation: Operation, made: list[Tensor]) -> None:
+        """Mark where the channels of a layer are in what it made; see where they are in what a batch norm reads."""
+        if self.replace is not None:
+            return
+        if operation.kind == LAYER and len(made) == 1 and made[0].dim() > 1:
+            dimension = -1 if operation.name in self.channels_last else 1
+            channels = _channels(made[0].shape, dimension)
+            self.marks[operation.outputs[0]] = operation.name, made[0].shape[dimension], channels
+        if operation.kind == BATCH_NORM and operation.inputs and operation.inputs[0] in self.marks:
+            layer, count, marks = self.marks[operation.inputs[0]]
+            if marks.shape[1:2] == (count,) and torch.equal(marks, _channels(marks.shape, 1)):
+                self.channels_second[operation.inputs[0]] = layer
+
+    def _show(self, name: str, tensor: Tensor, in_place: bool) -> Tensor:
+        """Show a value and return what replaces it; of an operation `in_place` the tensor itself, since others may hold it."""
+        self.inside_leaf += 1  # what the caller computes is no part of the network
         if self.on_value:
-            self.inside_leaf += 1  # what the caller computes is no part of the network
             self.on_value(name, tensor)
-            self.inside_leaf -= 1
+        replaced = None if self.replace is None else self.replace(name, tensor)
+        if replaced is not None:
+            if in_place and not tensor.requires_grad:
+                tensor.copy_(replaced)
+            else:  # a graph of gradients forbids to write into what it holds
+                self.values[replaced] = self.values[tensor]
+                tensor = replaced
+        self.inside_leaf -= 1
+        return tensor
 
     def _new_value(self, tensor: Tensor) -> int:
         """Number a value. An in-place operation gives its tensor a new number: whoever read it before read another value."""
-        self.alive.append(tensor)
-        self.values[id(tensor)] = self.made
+        if self.replace is None:
+            self.alive.append(tensor)
+        self.values[tensor] = self.made
         self.made += 1
         return self.made - 1
 

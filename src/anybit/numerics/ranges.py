@@ -15,6 +15,9 @@ ESTIMATORS = ("minmax", "percentile", "mse")
 # of the largest, so that zero filters give no division by zero and their bias still fits an int32 accumulator.
 SMALLEST_RELATIVE_SCALE = 2.0**-12
 
+CACHED = 2**16
+"""Numbers that a search looks at together: so many stay in the processor's cache from one scale to the next."""
+
 LARGEST = torch.finfo(torch.float32).max / 2**16
 """Of what is quantized: a scale is some share of the largest value, and the multiples of a scale by 8-bit codes must be finite too."""
 
@@ -37,11 +40,18 @@ def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: in
     full = _positive(largest / quant_max)
     if estimator != "mse":
         return full
+    together = max(1, CACHED // max(1, rows.shape[1]) if rows.device.type == "cpu" else len(rows))
+    parts = zip(rows.split(together), full.split(together), strict=True)
+    return torch.cat([_least_error(part, ends, full.max(), (quant_min, quant_max), candidates) for part, ends in parts])
+
+
+def _least_error(rows: Tensor, full: Tensor, largest: Tensor, limits: tuple[int, int], candidates: int) -> Tensor:
+    """Return the scale of least squared error of each row, among shares of `full`, [channels, 1]."""
     zero = torch.zeros((), dtype=rows.dtype)
     best_scale, best_error = full.clone(), torch.full_like(full, torch.inf)
     for step in range(1, candidates + 1):
-        scale = _floored(full * (step / candidates), full.max())
-        error = fake_quantize(rows, scale, zero, quant_min, quant_max).sub_(rows).square_().sum(1, keepdim=True)
+        scale = _floored(full * (step / candidates), largest)
+        error = fake_quantize(rows, scale, zero, *limits).sub_(rows).square_().sum(1, keepdim=True)
         best_scale = torch.where(error < best_error, scale, best_scale)
         best_error = torch.minimum(error, best_error)
     return best_scale
@@ -49,7 +59,13 @@ def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: in
 
 @torch.no_grad()
 def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidates: int = 100) -> tuple[Tensor, Tensor]:
-    """Return (scale, zero_point) for a flat `sample` of one tensor's values, as 0-d tensors; the zero point is an integer.
+    """Return (scale, zero_point) for a flat `sample` of one tensor's values, as 0-d tensors; the zero point is an integer."""
+    return affine_from_ends(*range_ends(sample, bits, estimator, candidates), bits)
+
+
+@torch.no_grad()
+def range_ends(sample: Tensor, bits: int, estimator: str = "mse", candidates: int = 100) -> tuple[Tensor, Tensor]:
+    """Return (low, high), 0-d, of the range whose codes represent a flat `sample` of one tensor's values.
 
     Zero is always representable exactly (padding is zero). "mse" shrinks the two ends in turn towards least squared error.
     """
@@ -59,7 +75,7 @@ def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidat
         ends = torch.quantile(sample.float(), torch.tensor([0.0005, 0.9995], device=sample.device))
         low, high = torch.clamp(ends[0], max=0.0), torch.clamp(ends[1], min=0.0)
     if estimator != "mse":
-        return affine_from_ends(low, high, bits)
+        return low, high
 
     def error_of(low_end: Tensor, high_end: Tensor) -> float:
         scale, zero = affine_from_ends(low_end, high_end, bits)
@@ -74,7 +90,7 @@ def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidat
             best_low = min((best_low * f for f in nearby if best_low * f <= 1), key=lambda share: error_of(low * share, high * best_high))
         if high > 0 and low < 0:
             best_high = min((best_high * f for f in nearby if best_high * f <= 1), key=lambda share: error_of(low * best_low, high * share))
-    return affine_from_ends(low * best_low, high * best_high, bits)
+    return low * best_low, high * best_high
 
 
 def affine_from_ends(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The exported file: made from a canonical model, written whole or not at all, read strictly, and loaded by the runtime."""
 
+import copy
 import json
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from torch import Tensor
+from torch import Tensor, nn
 
 from anybit.data.batches import Batch
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
@@ -17,9 +18,10 @@ from anybit.files.cache import Cache
 from anybit.files.strict import in_words, parse_json, validated
 from anybit.files.whole import whole_file
 from anybit.networks.canonical import Canonical
-from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.edges import observe_edge_ranges, with_edges
 from anybit.networks.integers import rounded_edges
 from anybit.networks.layers import Pruned, emptied, float_weight, quantized_layers
+from anybit.networks.rounding import edge_grids
 from anybit.networks.wiring import observe
 from anybit.numerics.quantizers import frozen
 from anybit.onnx.floats import OPSET, edge_names, float_graph, input_tensors, probe_of
@@ -63,11 +65,17 @@ PROBE = 4
 
 @dataclass(frozen=True)
 class Exported:
-    """integer   the graph that is written;   floating  the same network in float32;   plan  what became of each tensor"""
+    """integer   the graph that is written;   floating  the same network in float32;   plan  what became of each tensor
+    model     the canonical model, with the edges rounded that the file rounds: its simulation
+    edges     rounded edge -> the value of the integer graph that holds its codes;   inputs  layer -> those of its operands' codes
+    """
 
     integer: ir.Model
     floating: ir.Model
     plan: Plan
+    model: nn.Module
+    edges: Mapping[str, str]
+    inputs: Mapping[str, Sequence[str]]
 
 
 def exported(
@@ -98,16 +106,20 @@ def exported(
             shown.append((name, tensor.detach().float().numpy().copy()))
 
     wiring = observe(plain, probe, show)
-    edges = rounded_edges(wiring, model, tables)
-    ranges, missing = {**(measured or {}), **canonical.edges}, {}
-    if not set(edges.names) <= set(ranges):
-        missing = {name: ends for name, ends in observe_edge_ranges(plain, wiring, [example], PROBE).items() if name not in ranges}
+    ranges = {**(measured or {}), **canonical.edges}
+    if tables or not edge_grids(model):  # of a run that rounded none, too
+        edges = rounded_edges(wiring, layers, canonical.scheme, tables)
+        if missing := set(edges.names) - set(ranges):
+            measured = {name: ends for name, ends in observe_edge_ranges(plain, wiring, [example], PROBE).items() if name in missing}
+            ranges |= measured
+        model = with_edges(copy.deepcopy(model), wiring, ranges, tables)
     order = [*floating.graph.inputs, *(value for node in floating.graph for value in node.outputs)]
-    names = edge_names({name_of(value): values[name_of(value)] for value in order if name_of(value) in values}, shown, edges.names)
-    plan = make_plan(model, floating, edges, {**missing, **ranges}, names, tables)
+    names = edge_names({name_of(value): values[name_of(value)] for value in order if name_of(value) in values}, shown, edge_grids(model))
+    plan = make_plan(model, floating, names, tables)
     metadata = {**(metadata or {}), FUNCTIONS: "tables" if tables else "float", LINEARS: "packed" if weight_only else "unpacked"}
-    metadata[MEASURED] = json.dumps({name: ends for name, ends in {**missing, **(measured or {})}.items() if name in edges.names})
-    return Exported(write_graph(model, floating, plan, metadata, weight_only), floating, plan)
+    metadata[MEASURED] = json.dumps(dict(measured or {}))
+    written = write_graph(model, floating, plan, metadata, weight_only)
+    return Exported(written.graph, floating, plan, model, written.edges, written.inputs)
 
 
 def ideal_bytes(canonical: Canonical) -> int:

@@ -29,7 +29,7 @@ from anybit.files.cache import Cache
 from anybit.files.strict import read_sealed, sealed, validated, write_json
 from anybit.files.whole import whole_file
 from anybit.networks.canonical import Canonical
-from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.edges import finished
 from anybit.networks.latency import LatencyTable, OperationFlow, kernel_class
 from anybit.networks.observed import ObservedNetwork, rounded_to_nearest
 from anybit.networks.wiring import LAYER as LAYER_KIND
@@ -52,7 +52,7 @@ def measure_latency(
     graphs: dict[str, ir.Model] = {}
     for kind, precisions in (("int8", whole), ("alternating", striped)):
         model = rounded_to_nearest(network, [batch], Scheme(precisions))
-        canonical = Canonical(model, network.norms, observe_edge_ranges(model, network.wiring, [batch]))
+        canonical = finished(Canonical(model, network.norms), network.wiring, [batch])
         file = exported(canonical, batch, cache=cache)
         graphs[kind], graphs["float32"] = file.integer, file.floating
     one = probe_of(batch, 1)

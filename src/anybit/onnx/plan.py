@@ -19,8 +19,9 @@ import onnx_ir as ir
 from torch import nn
 
 from anybit.networks.edges import edge_grid
-from anybit.networks.integers import RoundedEdges, computes_on_integers
-from anybit.networks.layers import quantized_layers
+from anybit.networks.integers import computes_on_integers
+from anybit.networks.layers import quantized_layers, scheme_of
+from anybit.networks.rounding import edge_grids
 from anybit.numerics.quantizers import frozen
 from anybit.onnx.floats import BIAS, LAYER
 from anybit.onnx.operators import layer_operator
@@ -81,17 +82,15 @@ class Plan:
 def make_plan(
     model: nn.Module,
     graph: ir.Model,
-    rounded: RoundedEdges,
-    ranges: Mapping[str, tuple[float, float]],
     names: Mapping[str, str],
     tables: bool = False,
 ) -> Plan:
     """Plan `graph`, the float graph of canonical `model`.
 
-    rounded  the edges that are rounded;   ranges  of them;   names  value -> the one of them that it is
+    names    value -> the edge that it is, of those that the model rounds
     tables   whether functions of one value become tables
     """
-    return _Planner(model, graph, rounded, ranges, names, tables).plan
+    return _Planner(model, graph, names, tables).plan
 
 
 class _Planner:
@@ -101,23 +100,21 @@ class _Planner:
         self,
         model: nn.Module,
         graph: ir.Model,
-        rounded: RoundedEdges,
-        ranges: Mapping[str, tuple[float, float]],
         names: Mapping[str, str],
         tables: bool,
     ):
-        self.graph, self.grids = graph.graph, {name: Affine.of_range(*ranges[name]) for name in rounded.names}
+        self.graph, self.grids = graph.graph, {name: Affine(*grid) for name, grid in edge_grids(model).items()}
         self.plan = Plan(names=dict(names))
         self.outputs = {name_of(value) for value in self.graph.outputs}
         self.root: dict[str, str] = {}  # value -> the value that it shares codes with
-        self._layers(model, rounded)
+        self._layers(model)
         self._clamps_and_moves()
         if tables:
             self._tables()
         self._edges()
 
-    def _layers(self, model: nn.Module, rounded: RoundedEdges) -> None:
-        modules = quantized_layers(model)
+    def _layers(self, model: nn.Module) -> None:
+        modules, scheme = quantized_layers(model), scheme_of(model)
         for node in self.graph:
             layer = node.metadata_props.get(LAYER)
             if layer is None:
@@ -125,11 +122,9 @@ class _Planner:
             slot = modules[layer].input_quantizer
             if slot is not None:
                 quantizer = frozen(slot)
-                own = zip(quantizer.scale.reshape(-1).tolist(), quantizer.zero_point.reshape(-1).tolist(), strict=True)
-                grids = [Affine(scale, int(zero_point), quantizer.limits[1]) for scale, zero_point in own]
-                edges = rounded.reads.get(layer, (None,) * len(grids)) if quantizer.bits == 8 else (None,) * len(grids)
-                self.plan.inputs[layer] = tuple(self.grids.get(edge or "", grid) for edge, grid in zip(edges, grids, strict=True))
-            if computes_on_integers(modules[layer]) and layer_operator(node.op_type).integer:
+                grids = zip(quantizer.scale.reshape(-1).tolist(), quantizer.zero_point.reshape(-1).tolist(), strict=True)
+                self.plan.inputs[layer] = tuple(Affine(scale, int(zero_point), quantizer.limits[1]) for scale, zero_point in grids)
+            if computes_on_integers(modules[layer], scheme[layer]) and layer_operator(node.op_type).integer:
                 self.plan.integer.add(layer)
 
     def readers(self, value: ir.Value) -> list[ir.Node]:

@@ -7,6 +7,7 @@ in units of input scale times weight scale. Operators that only move numbers wor
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -15,13 +16,14 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from anybit.networks.edges import LARGEST_BIAS
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import Pruned, codes_of, float_weight, from_rows, quantized_layers, weight_rows
 from anybit.networks.wiring import module_of_call
 from anybit.numerics.quantizers import frozen
 from anybit.onnx.floats import BIAS, IR_VERSION, LAYER, OPSET
 from anybit.onnx.operators import layer_operator
-from anybit.onnx.plan import JOINT, MOVES, Affine, Plan, on_integers
+from anybit.onnx.plan import CLAMPS, JOINT, MOVES, Affine, Plan, on_integers
 from anybit.onnx.storage import stored
 from anybit.onnx.unoptimized import run_unoptimized
 from anybit.onnx.values import maker, name_of, numbers, operand
@@ -29,16 +31,26 @@ from anybit.onnx.values import maker, name_of, numbers, operand
 TWO_BIT_VERSIONS = (25, 13)
 """Operator set and file format that have two-bit integers: asked for only where they are used."""
 
-LARGEST_BIAS = 2**30
-"""An int32 bias leaves as much room again for the sum that it joins."""
+
+@dataclass(frozen=True)
+class Written:
+    """The integer graph, and where in it the codes of the simulation are: edges and layers -> names of the values that hold the codes of
+    the edge, and of each operand of the layer."""
+
+    graph: ir.Model
+    edges: Mapping[str, str]
+    inputs: Mapping[str, Sequence[str]]
 
 
-def write_graph(model: nn.Module, graph: ir.Model, plan: Plan, metadata: Mapping[str, str], weight_only: bool = False) -> ir.Model:
+def write_graph(model: nn.Module, graph: ir.Model, plan: Plan, metadata: Mapping[str, str], weight_only: bool = False) -> Written:
     """Write the integer graph of canonical `model`, given its float graph and plan; `metadata` becomes the file's.
 
     weight_only  linears with float inputs keep their weights packed as they run: what a batch of one waits for is reading them
     """
-    return _Writer(model, graph, plan, weight_only).model(metadata)
+    writer = _Writer(model, graph, plan, weight_only)
+    written = writer.model(metadata)
+    edges = {edge: name_of(writer.codes[name]) for name, edge in plan.names.items() if name in writer.codes}
+    return Written(written, edges, {layer: [name_of(codes) for codes in read] for layer, read in writer.read.items()})
 
 
 class _Writer:
@@ -62,6 +74,7 @@ class _Writer:
         self.unrounded: dict[str, tuple[ir.Value, float, float]] = {}  # what a float layer makes -> (it in float, the bounds of its clamp)
         self.units: dict[str, Affine] = {}  # layer -> the grid of its input
         self.weights: dict[tuple[str, bool], ir.Value] = {}  # (layer, whether transposed) -> its unpacked codes, for all its calls
+        self.read: dict[str, list[ir.Value]] = {}  # call of a layer -> the codes of each operand
 
     def model(self, metadata: Mapping[str, str]) -> ir.Model:
         inputs = []
@@ -229,6 +242,8 @@ class _Writer:
         operands = [self._operand(value) for value in node.inputs]
         if node.op_type in JOINT and not on_integers(node):
             operands[0] = self._apart(self._required(node.inputs[0]))
+        if node.op_type in CLAMPS and (layer := maker(operands[0])) is not None and layer.op_type == "Gemm" and self._is_integer(layer):
+            operands[0] = self.emit("Max", operands[:1], {}, "")  # ONNX Runtime would make one float operator of the two
         attributes = list(node.attributes.values())
         copy = ir.Node(node.domain, node.op_type, operands, attributes, num_outputs=len(node.outputs), name=node.name)
         for new, old in zip(copy.outputs, node.outputs, strict=True):
@@ -236,6 +251,9 @@ class _Writer:
             self.floats[name_of(old)] = new
         self.nodes.append(copy)
         return copy.outputs[0]
+
+    def _is_integer(self, node: ir.Node) -> bool:
+        return module_of_call(name_of(node)) in self.plan.integer
 
     # Layers
 
@@ -326,8 +344,14 @@ class _Writer:
         source = name_of(node.inputs[operand])
         affine = self.units[name] = self.plan.inputs[name][operand]
         own = f"{name_of(node)}.{operand}" if operand else name_of(node)
-        if self.plan.edges.get(source) == affine:
-            return self.floats[source]
+        rounded = self.floats[source] if self.plan.edges.get(source) == affine else self._rounded_again(source, affine, own)
+        dequantize = maker(rounded)
+        assert dequantize is not None and dequantize.inputs[0] is not None, "a layer's input is rounded"
+        self.read.setdefault(name_of(node), []).append(dequantize.inputs[0])
+        return rounded
+
+    def _rounded_again(self, source: str, affine: Affine, own: str) -> ir.Value:
+        """Return what the float graph calls `source` on a grid of its reader's, named after its `own` name."""
         if (source, affine) not in self.requantized:
             maker = self.floats[source].producer()
             after_floats = maker is not None and maker.op_type != "DequantizeLinear"  # verify looks for codes that floats were rounded to

@@ -1,4 +1,4 @@
-"""Finished runs shown: pages, terminal tables, one layer explained, two runs compared. Imports supernets and below.
+"""Show finished runs: pages, terminal tables, explanations of a layer, comparisons of two runs. Imports supernets and below.
 
 Named in the plural because `anybit.report` is the function.
 """

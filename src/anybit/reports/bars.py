@@ -1,4 +1,4 @@
-"""How far work is, on the terminal: bars with the time left, or plain lines where stderr is none."""
+"""Show progress: bars with the time left on a terminal, plain lines elsewhere."""
 
 import sys
 import time

@@ -17,14 +17,14 @@ MOST_TICKS = 6
 MOST_NAMES = 30
 LONGEST = 24  # letters of a name on an axis; pointing at a mark and the tables tell all of it
 MARGIN = 0.04
-"""Part of an axis that stays free at each of its ends."""
+"""Margin at each end of an axis, as a share."""
 LARGEST = 1e300
-"""Values beyond it are drawn there: a stranger's report may hold any number."""
+"""Values are clipped to this: a report from elsewhere may hold any number."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The values at an area's two ends, and which of them are written beside it."""
+    """The values at an axis's two ends, and the ticks written beside it."""
 
     title: str
     low: float
@@ -92,7 +92,7 @@ class Chart:
                 yield *self._place(point), point.words
 
     def lines(self, series: Series) -> Iterator[str]:
-        """Yield the points of each piece of the line: it is broken where a value was not measured."""
+        """Yield the points of each piece of the line, which breaks where a value was not measured."""
         piece: list[str] = []
         for point in (*self._shown(series.points), None):
             if point is not None:
@@ -123,7 +123,7 @@ class Chart:
 
 
 def linear_axis(title: str, values: Iterable[float | None], write: Callable[[float], str] = lambda value: f"{value:.10g}") -> Axis:
-    """Fit an axis to values; where they are all one value, it stands in the middle."""
+    """Fit an axis to values; a single value is centred."""
     low, high = _extent(values)
     step = _round_step((high - low) / (MOST_TICKS - 1))
     ticks = [count * step for count in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -147,7 +147,7 @@ def _round_step(least: float) -> float:
 
 
 def loss_axis(title: str, values: Iterable[float | None]) -> Axis:
-    """Fit an axis to losses: logarithmic where those above zero span much. The others are then not drawn; the tables have them."""
+    """Fit an axis to losses: logarithmic if the positive ones span a wide range. Others are then not drawn; the tables have them."""
     numbers = [value for value in values if value is not None]
     positive = [value for value in numbers if value > 0]
     if not positive or max(positive) / 20 <= min(positive):
@@ -169,10 +169,10 @@ def names_axis(names: Sequence[str], title: str = "") -> Axis:
 
 
 def upside_down(axis: Axis) -> Axis:
-    """Turn an axis over, so that a list's first is on top."""
+    """Reverse an axis, so that the first entry of a list is on top."""
     return replace(axis, low=axis.high, high=axis.low)
 
 
 def short(name: str) -> str:
-    """Keep the end of a long name, where layers and runs differ."""
+    """Shorten a long name to its end, where layers and runs differ."""
     return name if len(name) <= LONGEST else "…" + name[1 - LONGEST :]

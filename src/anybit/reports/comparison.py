@@ -1,4 +1,4 @@
-"""The differences between two runs of any road, from their files alone: no network is built, no reference followed."""
+"""Compare two runs of any workflow, from their files alone: no network is built, no reference followed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,16 +11,16 @@ from anybit.runs.scheme_file import SchemeFile, read_scheme
 from anybit.supernets.folder import read_supernet_file
 
 KEYS = ("name", "step", "epoch")
-"""The keys that tell the rows of a report's lists apart."""
+"""Keys that identify the rows of a report's lists."""
 
 
 @public
 def diff(run: str | Path, run2: str | Path) -> dict[str, Any]:
-    """Compare two runs, of whichever roads.
+    """Compare two runs of any workflow.
 
-    "differences" holds, section by section and under the names of the runs' files, [what the first has, what the second has]; None is what
-    one does not have. "same" says whether there are none, times and memory aside; "same_weights", whether the packed weights are the same
-    bytes. Units go from the largest change of error down. Layers are compared by name, whatever the networks are.
+    "differences" holds, by section and key of the runs' files, [value of the first, value of the second]; None means absent. "same" says
+    whether there are none, ignoring times and memory; "same_weights", whether the packed weights are equal. Units are sorted by falling
+    change of error. Layers are compared by name.
     """
     first, second = _facts(Path(run)), _facts(Path(run2))
     same_weights = first.pop("sha256") == second.pop("sha256")
@@ -38,7 +38,7 @@ def diff(run: str | Path, run2: str | Path) -> dict[str, Any]:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """Return section -> what the run is, was asked for and came to, without times and memory, which differ between equal runs."""
+    """Return section -> facts of a run: its settings and results, without times and memory, which differ between equal runs."""
     file = read_supernet_file(folder) if (folder / SUPERNET_JSON).is_file() else read_scheme(folder)
     report = read_report(folder)
     identity = {key: report.pop(key, None) for key in ("road", "budget", "stages", "latency", "layers", "version", "sha256", "digest")}
@@ -68,7 +68,7 @@ def _differences(first: Any, second: Any) -> Any:
 
 
 def _by_name(value: Any) -> Any:
-    """Turn a list of rows into an object, keyed by what names each row, else by its number."""
+    """Turn a list of rows into an object, keyed by each row's name or else its number."""
     if not isinstance(value, list) or not value or not all(isinstance(row, Mapping) for row in value):
         return value
     names = [str(next((row[key] for key in KEYS if key in row), index)) for index, row in enumerate(value)]

@@ -1,5 +1,5 @@
-"""Why a layer has its bits, told from a run's files alone: what each precision was predicted to lose and to cost, and what bits were worth
-where the budget ended.
+"""Explain why a layer has its bits, from a run's files alone: predicted loss and cost of each precision, and the value of bits at the limit
+of the budget.
 """
 
 import math
@@ -22,18 +22,18 @@ from anybit.supernets.folder import read_supernet_file
 
 WHOLE = "steps are whole, and this scheme was the better one as a whole, predicted or measured"
 EACH = {"bits": (1000, "kB of codes"), "bytes": (1000, "kB"), "bops": (1e6, "million BOPs")}
-"""Cost -> (how much of it a price is told for, in words), where that is not the unit of its limits."""
+"""Cost -> (amount that a price refers to, in words), if it is not the unit of its limits."""
 AMOUNTS: Mapping[str, Callable[[float], str]] = {
     "bits": lambda amount: f"{human_bytes(round(amount))} of codes",
     "bytes": lambda amount: human_bytes(round(amount)),
     "bops": lambda amount: f"{human_count(round(amount))} BOPs",
 }
-"""Cost -> how an amount of it is written, where that is not as a limit is."""
+"""Cost -> how to write an amount of it, if not as a limit."""
 
 
 @public
 def explain(run: str | Path, layer: str) -> dict[str, Any]:
-    """Explain why `layer` has its bits: numbers, and under "why" sentences that say what they mean.
+    """Explain why `layer` has its bits: numbers, and sentences about them under "why".
 
     Of a calibrate run: "candidates" (each precision's predicted loss, bytes and BOPs), the "shadow_price" of its budget (what the last bits
     were spent on, and the loss that they gained for each unit of cost), what one step "more" or "less" would gain or lose, and the
@@ -57,21 +57,21 @@ def explain(run: str | Path, layer: str) -> dict[str, Any]:
         return explanation | {"why": [said, f"`anybit explain SEARCH {layer}` says what a search tried of it."]}
     if record.table is None:
         raise InvalidFile(
-            f"{folder / REPORT} was written by an earlier anybit and has no table of candidates. Make the run again, or "
+            f"{folder / REPORT} was written by an earlier anybit and has no table of candidates. Repeat the run, or run "
             f"anybit allocate {folder} --budget {record.budget or '4bit'} --output RUN2, and explain that."
         )
     return explanation | _of_allocation(record, layer)
 
 
 def reason(record: Record, layer: str) -> str:
-    """Say in a sentence or two why `layer` has its bits, as far as the record of a run alone tells it."""
+    """Say in a sentence or two why `layer` has its bits, from the record of a run alone."""
     if record.table is None:
         return f"{record.road} ended with {record.layers[layer].precision}"
     return " ".join(_choice_in_words(record, layer)[1:]) or _next_in_words(record, layer)
 
 
 def _next_in_words(record: Record, layer: str) -> str:
-    """Say what a step more of a layer would cost and gain where the budget ended."""
+    """Say what one more step of a layer would cost and gain at the limit of the budget."""
     facts = _of_allocation(record, layer)
     return _more_in_words(facts)
 
@@ -80,7 +80,7 @@ def _next_in_words(record: Record, layer: str) -> str:
 
 
 def _of_allocation(record: Record, layer: str) -> dict[str, Any]:
-    """Explain a layer from the table of candidates, and the price of the limited cost where the budget ended."""
+    """Explain a layer from the table of candidates, and the price of the limited cost at the limit of the budget."""
     table = _table(record)
     row, candidates = record.layers[layer], table.layers[layer]
     scheme = {name: one.precision for name, one in record.layers.items()}
@@ -128,7 +128,7 @@ def _limited(record: Record) -> tuple[str, float | None]:
 
 
 def _cost(record: Record, cost: str, layer: str, precision: Precision) -> float:
-    """Return what a layer costs at a precision; bits count as the bytes of codes that they take."""
+    """Return a layer's cost at a precision; bits count as bytes of codes."""
     quantity = _cost_named(cost)
     if quantity.recorded == "weights":
         return quantity.layer(_counts(record), layer, precision) / _each(quantity)
@@ -152,7 +152,7 @@ def _cost_named(name: str) -> Cost:
 
 
 def _each(cost: Cost) -> float:
-    """Return how much of a layer's part is told as one: of a cost in stored bits, a byte."""
+    """Return the unit in which a layer's share is written: for a cost in stored bits, a byte."""
     return 8 / cost.stored_bits if cost.stored_bits else 1
 
 
@@ -171,7 +171,7 @@ def _step_of(hull: Frontier, index: int) -> dict[str, Any] | None:
 
 
 def _best_move(record: Record, cost: str, layer: str, dearer: bool) -> dict[str, Any] | None:
-    """Return the step from the layer's precision that gains most for its cost, or, to a cheaper one, loses least for what it frees."""
+    """Return the layer's step that gains most per cost, or, to a cheaper precision, loses least per cost saved."""
     now = record.layers[layer].precision
     candidates = _table(record).layers[layer]
     loss, spent = candidates[now].loss, _cost(record, cost, layer, now)
@@ -194,14 +194,12 @@ def _choice_in_words(record: Record, layer: str) -> list[str]:
         f"{layer} is {row.precision}: {human_count(row.weights)} weights, {share}, {options[row.precision].loss:.3g} of predicted loss."
     ]
     if len(options) == 1:
-        said.append("It had no choice: this was its one candidate (--keep, --weight-bits and --activation-bits say what a layer may get).")
+        said.append("It had no choice: this was its only candidate (see --keep, --weight-bits and --activation-bits).")
     elif record.budget is None:
         said.append("No budget was given: every layer has its largest candidate.")
     chosen = record.certificate.chosen
     if chosen is not None and chosen not in ("largest", "allocated 1") and not chosen.startswith("allocated at"):
-        said.append(
-            f"The whole scheme is the one called {chosen!r}: as measured on held-out inputs it was preferred to the one predicted best."
-        )
+        said.append(f"The scheme is {chosen!r}: it measured better on held-out inputs than the one predicted best.")
     return said
 
 
@@ -214,10 +212,10 @@ def _prices_in_words(facts: Mapping[str, Any]) -> list[str]:
 
 def _frontier_in_words(facts: Mapping[str, Any]) -> list[str]:
     cost, last, following = facts["limited"], facts["shadow_price"], facts["next_step"]
-    said = [] if facts["on_frontier"] else ["The scheme lies beside the frontier of predicted losses: its prices are near, not exact."]
+    said = [] if facts["on_frontier"] else ["The scheme is not on the frontier of predicted losses: its prices are approximate."]
     if last is not None:
         bought = f"{_amount(last['cost'], cost)} for {-last['loss']:.3g} less predicted loss"
-        said.append(f"The shadow price is {_price(last, cost)}: the last step that this size pays for took {_step(last)}, {bought}.")
+        said.append(f"The shadow price is {_price(last, cost)}: the last step within this size took {_step(last)}, {bought}.")
     if following is not None:
         said.append(f"The next step would take {_step(following)}: {_amount(following['cost'], cost)} at {_price(following, cost)}.")
     return said
@@ -226,7 +224,7 @@ def _frontier_in_words(facts: Mapping[str, Any]) -> list[str]:
 def _more_in_words(facts: Mapping[str, Any]) -> str:
     cost, more = facts["limited"], facts["more"]
     if more is None:
-        return "No precision of more cost is among its candidates."
+        return "None of its candidates costs more."
     would = f"More, {more['to']}, would cost {_amount(more['cost'], cost)} and gain"
     if more["loss"] >= 0:
         return f"{would} nothing."
@@ -236,7 +234,7 @@ def _more_in_words(facts: Mapping[str, Any]) -> str:
 def _less_in_words(facts: Mapping[str, Any]) -> str:
     cost, less, following = facts["limited"], facts["less"], facts["next_step"]
     if less is None:
-        return "No precision of less cost is among its candidates."
+        return "None of its candidates costs less."
     would = f"Less, {less['to']}, would free {_amount(-less['cost'], cost)} and lose"
     if less["loss"] <= 0:
         return f"{would} nothing, as predicted."
@@ -283,7 +281,7 @@ def _price(move: Mapping[str, Any], cost: str) -> str:
 
 
 def _of_training(record: Record, layer: str) -> dict[str, Any]:
-    """Explain a layer by its bits after each epoch, and since when they stand."""
+    """Explain a layer by its bits after each epoch, and when they last changed."""
     epochs = record.epochs
     for epoch in epochs:
         check_names([layer], epoch.layers, f"Epoch {epoch.epoch}")
@@ -292,13 +290,13 @@ def _of_training(record: Record, layer: str) -> dict[str, Any]:
     widths = ", ".join("float" if width is None else str(width) for width in bits.values())
     said = [f"{layer} is {record.layers[layer].precision} after {len(epochs)} epochs of training. Its weight bits after each: {widths}."]
     if moved:
-        said.append(f"They changed last in epoch {moved[-1]}.")
-    said.append("A training has no table of what other bits would lose: its gates, under the budget's penalty, decided.")
+        said.append(f"They last changed in epoch {moved[-1]}.")
+    said.append("Training has no table of losses at other bits: the gates decided, under the budget's penalty.")
     return {"bits": bits, "why": said}
 
 
 def _of_supernet(folder: Path, layer: str) -> dict[str, Any]:
-    """Explain a layer by the schemes that a search tried; in a supernet that was not searched, by what it was trained for."""
+    """Explain a layer by the schemes that a search tried; in a supernet without a search, by its trained bit-widths."""
     stored = read_supernet_file(folder).stored()
     check_names([layer], stored, str(folder))
     options = stored[layer].choices
@@ -313,7 +311,7 @@ def _of_supernet(folder: Path, layer: str) -> dict[str, Any]:
         f"{len(search.front)} are on the front."
     ]
     said += [f"For {text} it chose {one.scheme[layer]}." for text, one in search.budgets.items()]
-    said.append("A search scores whole subnets: what these bits alone are worth, it does not know.")
+    said.append("A search scores whole subnets; it does not know what these bits alone are worth.")
     return {
         "candidates": {str(option): _tried(search, layer, option) for option in options},
         "front": [{"cost": one.cost, "score": one.score, "precision": str(one.scheme[layer])} for one in search.front],

@@ -29,7 +29,7 @@ ORIGINS = {
 
 
 def loss_over_size(record: Record) -> Chart:
-    """Draw the frontier, the uniform and the allocated schemes, predicted (open) and measured (filled), and where the chosen one ended."""
+    """Draw the frontier, the uniform and the allocated schemes, predicted (open) and measured (filled), and the final result."""
     uniform, allocated = _by_kind(record.schemes)
     series = []
     if record.table is not None:
@@ -45,12 +45,12 @@ def loss_over_size(record: Record) -> Chart:
         series.append(_marks("chosen, measured", 1, "ring", [(record.chosen.bytes, record.chosen.measured, in_words(record.chosen))]))
     if record.result is not None:
         series.append(_marks("chosen, after polishing", 1, "star", [(record.result.bytes, record.final_loss, "after polishing")]))
-    label = "Loss on held-out inputs over the size of the file: predicted frontier, uniform schemes, allocated schemes, the chosen one."
+    label = "Loss on held-out inputs by file size: predicted frontier, uniform schemes, allocated schemes, the chosen one."
     return _over_size("losses", label, series, loss_axis, "loss on held-out inputs")
 
 
 def accuracy_over_size(record: Record, score: str, words: str) -> Chart:
-    """Draw what the schemes scored on held-out inputs; the end on the test data, beside the float network."""
+    """Draw the schemes' scores on held-out inputs; the final one on test data, beside the float network."""
     uniform, allocated = _by_kind(record.schemes)
     series = [
         _marks("uniform, held-out", 5, "diamond", [(row.bytes, getattr(row, score), in_words(row)) for row in uniform]),
@@ -65,7 +65,7 @@ def accuracy_over_size(record: Record, score: str, words: str) -> Chart:
 
 
 def losses_side_by_side(records: Mapping[str, Record]) -> Chart:
-    """Draw a line and two shapes a run: its frontier as predicted, what was measured, and where it ended."""
+    """Draw a line and two shapes per run: its predicted frontier, the measured schemes, the final result."""
     series, drawn = [], []
     for index, (name, record) in enumerate(records.items()):
         shape = SHAPES[index % len(SHAPES)]
@@ -76,12 +76,12 @@ def losses_side_by_side(records: Mapping[str, Record]) -> Chart:
         series.append(_marks(f"{short(name)}: measured", index, shape, measured, is_open=True))
         if record.result is not None:
             series.append(_marks(f"{short(name)}: result", index, shape, [(record.result.bytes, record.final_loss, name)]))
-    label = "Loss on held-out inputs over the size of the file, a line and two shapes for each run."
+    label = "Loss on held-out inputs by file size, with a line and two shapes per run."
     return _over_size("losses", label, series, loss_axis, "loss on held-out inputs")
 
 
 def tests_side_by_side(records: Mapping[str, Record], score: str, words: str) -> Chart:
-    """Draw what every run's file scored on its test data over its size; of a supernet each uniform subnet."""
+    """Draw every run's test score by file size; for a supernet, each uniform subnet."""
     series = [
         _marks(short(name), index, SHAPES[index % len(SHAPES)], tested_points(name, record, score))
         for index, (name, record) in enumerate(records.items())
@@ -93,7 +93,7 @@ def tests_side_by_side(records: Mapping[str, Record], score: str, words: str) ->
 
 
 def tested_points(name: str, record: Record, score: str) -> list[tuple[int, float, str]]:
-    """List (bytes, score, words) of what a run tested."""
+    """List (bytes, score, words) of a run's tests."""
     if record.result is not None:
         points = [(record.result.bytes, record.tested(score), name)]
     else:
@@ -102,7 +102,7 @@ def tested_points(name: str, record: Record, score: str) -> list[tuple[int, floa
 
 
 def frontier_line(table: Table, name: str, index: int) -> Series:
-    """Draw the best scheme of every size that the table predicts."""
+    """Draw the best predicted scheme of every size."""
     frontier = table.frontier
     ends = [(frontier.cost, frontier.loss), *((step.cost, step.loss) for step in frontier.steps)]
     points = [(table.fixed_bytes + cost, table.floor + loss, "") for cost, loss in ends]
@@ -111,11 +111,11 @@ def frontier_line(table: Table, name: str, index: int) -> Series:
 
 
 def in_words(row: SchemeRow) -> str:
-    return f"{row.name}, {row.weight_bits:.2f} bits a weight"
+    return f"{row.name}, {row.weight_bits:.2f} bits per weight"
 
 
 def _by_kind(rows: Iterable[SchemeRow]) -> tuple[list[SchemeRow], list[SchemeRow]]:
-    """Part the uniform schemes from the allocated ones."""
+    """Separate uniform from allocated schemes."""
     rows = list(rows)
     return [row for row in rows if row.name.startswith("uniform")], [row for row in rows if not row.name.startswith("uniform")]
 
@@ -130,13 +130,13 @@ def _values(series: Iterable[Series], place: Literal["x", "y"]) -> list[float | 
 
 
 def _with_values(series: Series, write: Callable[[float], str]) -> Series:
-    """Let each point say where it lies, too."""
+    """Add each point's coordinates to its words."""
     points = [(x, y, ", ".join(filter(None, (words, write(x), number(y))))) for x, y, words in series.points]
     return replace(series, points=_points(points))
 
 
 def _size(value: float) -> str:
-    """Write a size on an axis, as short as can be."""
+    """Write a size for an axis, as short as possible."""
     words = human_count(round(value))
     return f"{words}B" if " " in words else f"{words} B"
 
@@ -191,13 +191,13 @@ def _height(bits: int | None) -> int:
 
 
 def losses_by_layer(rows: Sequence[tuple[str, float, float | None]]) -> Chart:
-    """Draw bars of (layer, predicted loss, what is left of it after one step more of bits), the worst on top."""
+    """Draw bars of (layer, predicted loss, the rest after one more step of bits), the worst on top."""
     names = [name for name, _, _ in rows]
     now = [Box((0, loss), (at - 0.36, at + 0.36), f"{name}: {number(loss)}") for at, (name, loss, _) in enumerate(rows)]
     after = [Point(left, at, f"{name}: {number(left)}") for at, (name, _, left) in enumerate(rows) if left is not None]
     series = [Series("now", 0, boxes=now), Series("after one step more of bits", 1, after, "diamond")]
     losses = linear_axis("predicted loss", [0, *(value for row in rows for value in row[1:])])
-    label = "Predicted loss of the layers that hurt most, now and after one step more of bits."
+    label = "Predicted loss of the most sensitive layers, now and with one more step of bits."
     return Chart("layers", label, losses, upside_down(names_axis(names)), _drawn(series), 26 * len(rows))
 
 
@@ -205,7 +205,7 @@ def losses_by_layer(rows: Sequence[tuple[str, float, float | None]]) -> Chart:
 
 
 def ladder(record: Record) -> Chart:
-    """Draw the held-out loss after each step, the kept ones joined."""
+    """Draw the held-out loss after each step, with the kept steps joined."""
     steps = list(enumerate(record.ladder))
     series = [
         _line("kept", 0, [(at, row.loss, f"{row.step}: {number(row.loss)}") for at, row in steps if row.kept], dash="solid"),
@@ -242,7 +242,7 @@ def _stairs(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, flo
 
 
 def bits_over_epochs(epochs: Sequence[Epoch]) -> Chart:
-    """Draw the bits of every layer after each epoch: a box as long as they stay the same."""
+    """Draw the bits of every layer after each epoch, as one box per stretch of equal bits."""
     names = list(epochs[-1].layers)
     boxes = [_box(at, name, stretch) for at, name in enumerate(names) for stretch in stretches(name, epochs)]
     label = "Bits of every layer after each epoch."
@@ -252,7 +252,7 @@ def bits_over_epochs(epochs: Sequence[Epoch]) -> Chart:
 
 
 class Stretch(NamedTuple):
-    """Epochs in which a layer has the same bits: the places and the numbers of the first and the last."""
+    """Consecutive epochs of equal bits: positions and numbers of the first and the last."""
 
     start: int
     end: int
@@ -279,11 +279,11 @@ def _box(at: int, name: str, stretch: Stretch) -> Box:
 
 
 def mean_bits_over_epochs(epochs: Sequence[Epoch], budget: str | None) -> Chart:
-    """Draw the bits a weight of the whole network."""
+    """Draw the network's bits per weight."""
     line = _line(
-        "bits a weight", 0, [(at, row.weight_bits, f"epoch {row.epoch}: {number(row.weight_bits)}") for at, row in enumerate(epochs)]
+        "bits per weight", 0, [(at, row.weight_bits, f"epoch {row.epoch}: {number(row.weight_bits)}") for at, row in enumerate(epochs)]
     )
-    return _over_epochs("mean-bits", f"Bits a weight by epoch; budget {budget or 'none'}.", epochs, [line], "bits a weight")
+    return _over_epochs("mean-bits", f"Bits per weight by epoch; budget {budget or 'none'}.", epochs, [line], "bits per weight")
 
 
 def scores_over_epochs(epochs: Sequence[Epoch], score: str) -> Chart:
@@ -323,5 +323,5 @@ def _line(name: str, index: int, points: Iterable[tuple[float, float | None, str
 
 
 def _drawn(series: Iterable[Series]) -> list[Series]:
-    """Leave out what has nothing to show: it would be in the legend all the same."""
+    """Leave out empty series, which would still appear in the legend."""
     return [one for one in series if one.boxes or any(point.y is not None for point in one.points)]

@@ -1,4 +1,4 @@
-"""A run's layers, and the schemes it chose from, as data frames."""
+"""Data frames of a run's layers and of the schemes that it chose from."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,9 @@ def frontier_frame(record: Record) -> "pandas.DataFrame":
     Raises InvalidSetting where the run chose from no schemes.
     """
     if record.table is None:
-        raise InvalidSetting(f"A run of {record.road} has no frontier: it chose from no table of candidates. calibrate and allocate do.")
+        raise InvalidSetting(
+            f"A run of {record.road} has no frontier, because it has no table of candidates. Use a run of calibrate or allocate."
+        )
     table, frontier = record.table, record.table.frontier
     ends = [(frontier.cost, frontier.loss), *((step.cost, step.loss) for step in frontier.steps)]
     rows: list[dict[str, Any]] = [{"bytes": table.fixed_bytes + int(cost), "predicted": table.floor + loss} for cost, loss in ends]

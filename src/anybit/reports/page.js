@@ -58,7 +58,7 @@
         ? `Next: ${bytes(next.bytes - point.bytes)} more give ${layers[next.layer]} ${next.precision} instead of ${scheme[next.layer]} and take ` +
           `${loss(point.loss - next.loss)} off the predicted loss, ${loss((1000 * (point.loss - next.loss)) / (next.bytes - point.bytes))} a kB.`
         : "Nothing is left to buy: more bytes lower no layer’s predicted loss.";
-      slider.setAttribute("aria-valuetext", `${bytes(budget)}: ${point.bits.toFixed(2)} bits a weight, predicted loss ${loss(point.loss)}`);
+      slider.setAttribute("aria-valuetext", `${bytes(budget)}: ${point.bits.toFixed(2)} bits per weight, predicted loss ${loss(point.loss)}`);
       cells.forEach((cell, layer) => {
         cell.textContent = scheme[layer];
         cell.parentElement.classList.toggle("changed", scheme[layer] !== cell.previousElementSibling.textContent);

@@ -1,7 +1,6 @@
 """A report as one self-contained page: from records to what the templates show, which hold the page's words and order.
 
-A page is a function of its records alone. It asks nothing of any network, works without JavaScript, and every chart has a table that says
-the same.
+A page is a function of its records alone. It works offline and without JavaScript, and every chart has a table with the same values.
 """
 
 import hashlib
@@ -47,15 +46,15 @@ Context = dict[str, Any]
 
 @public
 def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Path:
-    """Write one page of finished runs side by side, of any roads; a folder of several runs counts as each of them.
+    """Write one page that compares finished runs of any workflow; a folder of several runs counts as all of them.
 
-    Raises InvalidFile naming a folder that is no run, InvalidSetting where `output` is there already.
+    Raises InvalidFile naming a folder that is not a run, InvalidSetting if `output` exists.
     """
     path = Path(output)
     if path.is_dir() or (path.exists() and not overwrite):
         raise InvalidSetting(f"{path} exists. Choose another --output{'' if path.is_dir() else ', or give --overwrite'}.")
     if not runs:
-        raise InvalidSetting("There is no run to report on. Name at least one run folder.")
+        raise InvalidSetting("No run is given. Name at least one run folder.")
     text = page(_without_common_folder({name: record for run in runs for name, record in read_records(Path(run)).items()}))
     with whole_file(path, "Make room, or choose another --output.") as draft:
         draft.write_text(text, encoding="utf8")
@@ -63,12 +62,12 @@ def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Pa
 
 
 class Page(NamedTuple):
-    """A page in memory: a notebook shows it, `save` writes it."""
+    """A page in memory, which notebooks show and `save` writes."""
 
     html: str
 
     def _repr_html_(self) -> str:
-        """A frame of its own, since the page has its own style and script."""
+        """Show the page in an iframe, because it has its own style and script."""
         return f'<iframe srcdoc="{html.escape(self.html)}" width="100%" height="640" style="border: 0"></iframe>'
 
     def save(self, path: str | Path) -> Path:
@@ -79,12 +78,12 @@ class Page(NamedTuple):
 
 
 def read_records(folder: Path) -> dict[str, Record]:
-    """Read name -> record of a run folder, or of each run in a folder that holds several."""
+    """Return name -> record of a run folder, or of each run in a folder of several."""
     return {str(run): read_record(run) for run in runs_in(folder) or [folder]}
 
 
 def _without_common_folder(records: Mapping[str, Record]) -> dict[str, Record]:
-    """Leave out of the names the folder that all have in common."""
+    """Drop the names' common folder."""
     if len(records) == 1:
         return dict(records)
     common = os.path.commonpath([os.path.abspath(name) for name in records])
@@ -129,7 +128,7 @@ def _page_file(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """Name the one script or style that the page's policy lets be."""
+    """Return the hash by which the page's policy allows its one script or style."""
     return f"'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
@@ -201,7 +200,7 @@ def _headline(record: Record) -> Context:
     result = record.result
     if result is None:
         count = f"{len(record.search.front)} subnets on the front" if record.search else f"{len(record.subnets)} uniform subnets"
-        lead = "Each is a network of its own, from one stored file."
+        lead = "Each is a separate network, from one stored file."
         return {"headline": f"A supernet: {count}", "lead": lead, "amounts": []}
     whole = f" instead of {human_bytes(record.float_bytes)}" if record.float_bytes else ""
     amounts = [
@@ -211,33 +210,35 @@ def _headline(record: Record) -> Context:
     ]
     if record.final_loss is not None:
         amounts.append(("loss on held-out inputs", number(record.final_loss)))
-    headline = f"{human_bytes(result.bytes)}{whole}, {result.weight_bits:.2f} bits a weight"
+    headline = f"{human_bytes(result.bytes)}{whole}, {result.weight_bits:.2f} bits per weight"
     return {"headline": headline, "lead": _accuracy(record), "amounts": amounts}
 
 
 def _accuracy(record: Record) -> str:
-    """Say what was tested, against float, in a sentence."""
+    """Write the test result against float as a sentence."""
     score = record.score_tested()
     scored = None if score is None else record.tested(score)
     if score is None or scored is None:
-        return "Its accuracy was not tested: --test takes labelled data. Below it is compared with the float network on held-out inputs."
+        return (
+            "Accuracy was not tested; give labelled data to --test. Below, the run is compared with the float network on held-out inputs."
+        )
     before = record.float_test.get(score)
     if score == "top1":
-        words = f"On the test data it gets {scored:.2f} % right (top-1)"
+        words = f"On the test data its top-1 accuracy is {scored:.2f} %"
         return f"{words}." if before is None else f"{words}, the float network {before:.2f} %: {points_apart(scored - before)}."
     beside = "" if before is None else f", the float network's {number(before)}"
     return f"On the test data its {SCORE_WORDS[score]} is {number(scored)}{beside}."
 
 
 def _ends(records: Mapping[str, Record], score: str | None) -> Rows:
-    columns = ["run", "road", "budget", "size", "% of float", "bits a weight", "BOPs", "held-out loss"]
+    columns = ["run", "road", "budget", "size", "% of float", "bits per weight", "BOPs", "held-out loss"]
     columns += [f"test {SCORE_WORDS[score]}", f"float {SCORE_WORDS[score]}"] if score else []
     rows = [row for name, record in records.items() for row in _end(name, record, score)]
-    return Rows("What each run ended with", columns, rows)
+    return Rows("Results of the runs", columns, rows)
 
 
 def _end(name: str, record: Record, score: str | None) -> Iterable[list[str]]:
-    """Yield a row for the run's network, for what a search found within each budget, or for each uniform subnet of a supernet."""
+    """Yield a row for the run's network, for a search's scheme of each budget, or for each uniform subnet of a supernet."""
 
     def row(label: str, budget: str | None, amounts: Amounts, loss: float | None, tested: float | None) -> list[str]:
         sizes = [human_bytes(amounts.bytes), f"{amounts.percent:.1f}", f"{amounts.weight_bits:.2f}", human_count(amounts.bops)]
@@ -261,7 +262,7 @@ def _sizes(record: Record) -> Context:
     score = counted(record.schemes)
     charts = [figures.loss_over_size(record)]
     charts += [figures.accuracy_over_size(record, score, SCORE_WORDS[score])] if score else []
-    tables = [_schemes_table(record, "Schemes that were measured on held-out inputs")]
+    tables = [_schemes_table(record, "Schemes measured on held-out inputs")]
     tables += [_uniforms_table(record.table)] if record.table is not None else []
     return {"charts": charts, "tables": tables}
 
@@ -279,14 +280,14 @@ def _schemes_table(record: Record, caption: str) -> Rows:
         ]
         for row in record.schemes
     ]
-    columns = ["scheme", "size", "bits a weight", "predicted loss", "measured loss", *([SCORE_WORDS[score]] if score else [])]
+    columns = ["scheme", "size", "bits per weight", "predicted loss", "measured loss", *([SCORE_WORDS[score]] if score else [])]
     return Rows(caption, columns, rows)
 
 
 def _uniforms_table(table: Table) -> Rows:
     sums = {name: table.sums(scheme) for name, scheme in table.uniforms().items()}
     rows = [[name, human_bytes(size), number(loss)] for name, (size, loss) in sums.items()]
-    return Rows("Uniform schemes, as the table predicts them", ["scheme", "size", "predicted loss"], rows)
+    return Rows("Uniform schemes, as predicted", ["scheme", "size", "predicted loss"], rows)
 
 
 def _losses_side_by_side(records: Mapping[str, Record]) -> Context:
@@ -319,7 +320,7 @@ def _bits(records: Mapping[str, Record]) -> Context:
 
 
 class Hurt(NamedTuple):
-    """A layer's predicted loss, and its best step to more bytes: the precision, bytes more, loss then, loss gained a byte."""
+    """A layer's predicted loss, and its best step to more bytes: precision, extra bytes, resulting loss, loss gained per byte."""
 
     name: str
     precision: Precision
@@ -338,7 +339,7 @@ def _hurting(record: Record, table: Table) -> Context:
         if layers and layers[0].loss > 0
         else None,
         "chart": figures.losses_by_layer(worst),
-        "table": Rows("Predicted loss by layer, and what the step that gains most a byte would buy", columns, rows),
+        "table": Rows("Predicted loss by layer, and the step that gains most per byte", columns, rows),
     }
 
 
@@ -413,7 +414,7 @@ def _explorer(key: str, table: Table, record: Record) -> Context:
 
 
 def frontier_data(table: Table, record: Record) -> Context:
-    """Return the frontier in whole file sizes and predicted losses, each step with the bits a weight that it ends at."""
+    """Return the frontier as file sizes and predicted losses, with the resulting bits per weight of each step."""
     weights = {name: record.layers[name].weights for name in table.layers}
     names, frontier = list(table.layers), table.frontier
     now = dict(frontier.start)
@@ -454,9 +455,7 @@ def _some_budgets(data: Mapping[str, Any], float_bytes: int) -> Rows:
             gained = f"{data['layers'][step['layer']]} at {step['precision']}"
         share = f"{100 * size / float_bytes:.1f}" if float_bytes else ""
         rows.append([human_bytes(size), share, f"{points[place]['bits']:.2f}", number(points[place]["loss"]), gained])
-    return Rows(
-        "Best predicted schemes over the size of the file", ["size", "% of float", "bits a weight", "predicted loss", "next step"], rows
-    )
+    return Rows("Best predicted schemes by file size", ["size", "% of float", "bits per weight", "predicted loss", "next step"], rows)
 
 
 def _round_number(value: float) -> int:
@@ -477,7 +476,7 @@ def _training(record: Record) -> Context:
         charts.append(figures.bits_over_epochs(epochs))
     if epochs[-1].weight_bits is not None:
         charts.append(figures.mean_bits_over_epochs(epochs, record.budget))
-        columns.append("bits a weight")
+        columns.append("bits per weight")
         rows = [[*cells, number(row.weight_bits)] for cells, row in zip(rows, epochs, strict=True)]
     score = next((key for key in SCORE_WORDS if epochs[-1].frozen.get(key) is not None), None)
     if score:
@@ -506,7 +505,7 @@ def _search(search: SearchRecord) -> Context:
         [budget, human_bytes(row.bytes), f"{row.weight_bits:.2f}", human_count(row.bops), scheme_in_words(row.scheme)]
         for budget, row in search.budgets.items()
     ]
-    tables = [Rows("What each budget gets", ["budget", "size", "bits a weight", "BOPs", "scheme"], budgets)] if budgets else []
+    tables = [Rows("Schemes by budget", ["budget", "size", "bits per weight", "BOPs", "scheme"], budgets)] if budgets else []
     tables.append(Rows("The front", [search.quantity, search.score, "measured again", "proposed by", "scheme"], front))
     return {"count": len(search.evaluated), "chart": figures.searched(search), "tables": tables}
 
@@ -523,14 +522,14 @@ def _subnets(record: Record) -> Rows:
         ]
         for name, amounts in record.subnets.items()
     ]
-    return Rows("Uniform subnets", ["subnet", "size", "bits a weight", "BOPs", *(SCORE_WORDS[key] for key in scored)], rows)
+    return Rows("Uniform subnets", ["subnet", "size", "bits per weight", "BOPs", *(SCORE_WORDS[key] for key in scored)], rows)
 
 
 # What stands behind it
 
 
 def _certainty(record: Record) -> Iterable[str]:
-    """Say what was solved, how far from the best it can be, what was measured, what was chosen and why."""
+    """Write what was solved, its gap, the measurements, the choice and its reason."""
     yield from (f"{note[:1].upper()}{note[1:]}." for note in record.notes)
     if record.certificate.value is not None and record.certificate.bound is not None:
         yield _solved(record, record.certificate.value, record.certificate.bound)
@@ -541,7 +540,7 @@ def _certainty(record: Record) -> Iterable[str]:
     if record.uncovered:
         yield "Not quantized: " + "; ".join(f"{name} ({why})" for name, why in record.uncovered.items()) + "."
     if record.certificate.seed is not None:
-        yield f"Every draw came from seed {record.certificate.seed}: the same command on the same machine gives the same file."
+        yield f"All random draws used seed {record.certificate.seed}: the same command on the same machine gives the same file."
 
 
 def _solved(record: Record, value: float, bound: float) -> str:
@@ -560,7 +559,7 @@ def _measured(record: Record) -> str:
     uniform, chosen = sum(row.name.startswith("uniform") for row in record.schemes), record.chosen
     count = f"{record.inputs['held_out']} " if "held_out" in record.inputs else ""
     words = (
-        f"A prediction adds up what the layers cost one by one. So {len(record.schemes) - uniform} solved and {uniform} uniform schemes "
+        f"A prediction adds up the losses of single layers. Therefore {len(record.schemes) - uniform} solved and {uniform} uniform schemes "
         f"were measured whole, on {count}held-out inputs that nothing was fitted to."
     )
     if chosen is not None:

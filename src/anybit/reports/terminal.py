@@ -1,4 +1,4 @@
-"""Print reports on the terminal, as tables and short sentences. Names come from strangers' files: none of them steers the terminal."""
+"""Print reports on the terminal, as tables and short sentences. Names are escaped, because they may come from files of others."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -94,7 +94,7 @@ def _print_schemes(report: Report) -> None:
 def _print_ladder(ladder: Sequence[Report]) -> None:
     score = _score_counted(ladder)
     rows = [[row["step"], row["loss"], row.get(score) if score else None, "yes" if row["kept"] else "no"] for row in ladder]
-    print_table("What each step gained (held-out inputs)", ["step", "loss", score or "top1", "kept"], rows)
+    print_table("Gain of each step (held-out inputs)", ["step", "loss", score or "top1", "kept"], rows)
 
 
 def _print_epochs(epochs: Sequence[Report]) -> None:
@@ -120,7 +120,7 @@ def _print_epochs(epochs: Sequence[Report]) -> None:
 
 
 def _score_counted(rows: Sequence[Report]) -> str | None:
-    """Name the score that labels gave every row: the user's metric, else the task's."""
+    """Return the score that every row has from labels: the user's metric, else the task's."""
     return next((key for key in SCORE_WORDS if key != "loss" and all(key in row for row in rows)), None)
 
 
@@ -129,16 +129,16 @@ def _marked(name: str, is_chosen: bool) -> str:
 
 
 def result_line(report: Report) -> str:
-    """Write a run in one line: the size, and accuracy where it was tested."""
+    """Write a run in one line: its size and, if tested, its accuracy."""
     result, test, float_test = report["result"], report.get("test") or {}, report.get("float_test")
-    line = f"{human_bytes(result['bytes'])} ({result['percent']:.1f} % of float32), {result['weight_bits']:.2f} bits a weight"
+    line = f"{human_bytes(result['bytes'])} ({result['percent']:.1f} % of float32), {result['weight_bits']:.2f} bits per weight"
     if "top1" in test:
         line += f"; test top-1 {test['top1']:.2f}" + (f" (float {float_test['top1']:.2f})" if float_test else "")
     return line
 
 
 def print_frontier(reports: Iterable[Report]) -> None:
-    """Print a row a budget: what was chosen, what was predicted and measured."""
+    """Print a row per budget: the chosen scheme, its predicted and measured loss."""
     columns = ["budget", "chosen", "bits", "size", "BOPs", "predicted", "measured", "after polish", "test top-1"]
     print_table("Frontier (loss on held-out inputs)", columns, map(_frontier_row, reports))
 
@@ -156,7 +156,7 @@ def _frontier_row(report: Report) -> list[Any]:
 
 
 def print_supernet(report: Report) -> None:
-    """Print how a supernet trained, and what every bit-width costs and scores."""
+    """Print a supernet's training, and cost and score of every bit-width."""
     score = next((key for key in ("top1", "loss") if key in report.get("float_test", {})), None)
     columns = ["subnet", "size", "% of float", "BOPs"]
     if score is None:
@@ -177,7 +177,7 @@ def _subnet_row(name: str, row: Report) -> list[str]:
 
 
 def print_search(report: Report, front: bool = True) -> None:
-    """Print the front of a search, and what each budget gets."""
+    """Print the front of a search, and the scheme of each budget."""
     if front:
         rows = [[row["cost"], row["score"], row["measured"], row["origin"]] for row in report["front"]]
         columns = [report["quantity"], report["score"], "measured again", "proposed by"]
@@ -193,7 +193,7 @@ def print_search(report: Report, front: bool = True) -> None:
 
 
 def print_inspection(inspection: Report, layers: bool = True) -> None:
-    """Print the layers, unless they are not asked for, and what the network would cost at each bit-width."""
+    """Print the layers (with `details`) and the network's cost at each bit-width."""
     ran = all(layer["macs"] is not None for layer in inspection["layers"].values())
     if layers:
         _print_layers(inspection, ran)
@@ -205,7 +205,7 @@ def print_inspection(inspection: Report, layers: bool = True) -> None:
     print_table(f"Whole network (float32: {human_bytes(inspection['float_bytes'])})", columns, rows)
     _print_line(export_line(inspection["export"]))
     if not ran:
-        print("Shapes of inputs and outputs, BOPs, what folds and what never runs need --data; sizes are with batch norms unfolded.")
+        print("Shapes, BOPs, folded batch norms and unused layers need --data; sizes are those without folding.")
 
 
 def export_line(trial: Report) -> str:
@@ -254,7 +254,7 @@ def print_profile(profile: Report, layers: bool = True) -> None:
 
 
 def print_verdict(verdict: Report, numbers: bool = True) -> None:
-    """Print which promises an exported file keeps and, with `numbers`, how it compares with the simulation."""
+    """Print the checks of an exported file and, with `numbers`, its comparison with the simulation."""
     if verdict["numbers"] and numbers:
         _print_kernels(verdict)
         _print_equality(verdict)
@@ -271,23 +271,23 @@ def _print_kernels(verdict: Report) -> None:
 
 
 def _print_equality(verdict: Report) -> None:
-    """Print whether the runtime computes what the integer reference does, and where input codes flip."""
+    """Print whether the runtime equals the integer reference, and where input codes flip."""
     numbers, flipped = verdict["numbers"], verdict["simulation"]["flipped_codes"]
     if "bitwise" in verdict["skipped"]:
         print(f"not checked here: equality with the integer reference: {verdict['skipped']['bitwise']}.")
     else:
-        print(f"The runtime's outputs are {'' if numbers['bitwise'] else 'not '}bit for bit those of the integer reference.")
+        print(f"The runtime's outputs are {'' if numbers['bitwise'] else 'not '}bit for bit equal to the integer reference.")
     if numbers["in_float"]:
         _print_line(f"  computed in float between integers: {', '.join(numbers['in_float'])}")
     if flipped:
         layer, share = max(flipped.items(), key=lambda item: item[1])
-        _print_line(f"Input codes that differ from the simulation's: at most {100 * share:.2f} %, in {layer}")
+        _print_line(f"Input codes that differ from the simulation: at most {100 * share:.2f} %, in {layer}")
 
 
 def _print_simulation(verdict: Report) -> None:
-    """Print how far the exported outputs are from the simulation's, and what both score."""
+    """Print the difference between exported and simulated outputs, and the scores of both."""
     simulation = verdict["simulation"]
-    line = f"Beside the simulation, {verdict['inputs']} inputs: largest difference {simulation['largest_difference']:.4g}"
+    line = f"Compared with the simulation on {verdict['inputs']} inputs: largest difference {simulation['largest_difference']:.4g}"
     line += f" (largest output {simulation['largest_output']:.4g})"
     print(line + (f", top-1 agreement {simulation['agreement']:.2f} %" if "agreement" in simulation else ""))
     for kind, scores in verdict.get("accuracy", {}).items():
@@ -297,23 +297,23 @@ def _print_simulation(verdict: Report) -> None:
 def _print_outcome(verdict: Report) -> None:
     for failure in verdict["failures"]:
         _print_line(f"FAILED: {failure}")
-    print("verified" if verdict["ok"] else f"not verified: {len(verdict['failures'])} promises failed")
+    print("verified" if verdict["ok"] else f"not verified: {len(verdict['failures'])} checks failed")
 
 
 def print_file(report: Mapping[str, Any], details: bool = True) -> None:
-    """Print what an exported ONNX file holds."""
+    """Print the contents of an exported ONNX file."""
     over = 100 * (report["bytes"] / report["ideal_bytes"] - 1) if report["ideal_bytes"] else 0
     ideal = human_bytes(report["ideal_bytes"])
-    print(f"{report['file']}: {human_bytes(report['bytes'])}, {over:.1f} % above the {ideal} of its weights' bits")
+    print(f"{report['file']}: {human_bytes(report['bytes'])}, {over:.1f} % above the {ideal} that its bits need")
     if details:
         print(f"{report['integer_layers']} of {report['layers']} layers on integers")
     if details and report["measured_edges"]:
         count = len(report["measured_edges"])
-        print(f"{count} tensors between operators have no range in the run: it was measured on the inputs of this export.")
+        print(f"{count} tensors between operators have no range in the run; their ranges were measured on the inputs of this export.")
 
 
 def print_folder(exported: Report, details: bool = True) -> None:
-    """Print what an exported folder holds, and what its format cannot."""
+    """Print the contents of an exported folder, and what its format cannot store."""
     size = human_bytes(exported["bytes"])
     print(f"{exported['folder']}: {size}, {exported['packed']} of {exported['layers']} quantized weights packed")
     if exported["dense"] and details:
@@ -324,16 +324,16 @@ def print_folder(exported: Report, details: bool = True) -> None:
 
 def _print_float_inputs(exported: Report) -> None:
     if exported["float_inputs"]:
-        _print_line(f"float, since the format has no quantizer for their inputs: {some(exported['float_inputs'])}")
+        _print_line(f"float, because the format has no quantizer for their inputs: {some(exported['float_inputs'])}")
 
 
 def print_folder_verdict(verdict: Report, numbers: bool = True) -> None:
-    """Print which promises an exported folder keeps and, with `numbers`, how it compares with the simulation."""
+    """Print the checks of an exported folder and, with `numbers`, its comparison with the simulation."""
     for reason in verdict["skipped"].values():
         _print_line(f"not checked here: {reason}")
     if "simulation" in verdict and numbers:
         _print_float_inputs(verdict)
-        print(f"Every number of {verdict['packed']} packed layers and of all others is the run's.")
+        print(f"Every number of {verdict['packed']} packed layers and of all others equals the run's.")
         _print_simulation(verdict)
     _print_outcome(verdict)
 
@@ -342,12 +342,12 @@ def print_bench(bench: Report) -> None:
     """Print the size against the bits, and the latency against float32 in each runtime."""
     over = 100 * (bench["bytes"] / max(bench["ideal_bytes"], 1) - 1)
     smaller = bench["float_bytes"] / bench["bytes"]
-    print(f"{human_bytes(bench['bytes'])}: {over:.1f} % above its weights' bits, {smaller:.2f}x smaller than float32")
+    print(f"{human_bytes(bench['bytes'])}: {over:.1f} % above its bits, {smaller:.2f}x smaller than float32")
     for runtime in ("onnxruntime", "openvino"):
         if runtime in bench:
             faster = bench[runtime]["faster"]
             print(
-                f"{runtime}: {faster['ratio']:.2f}x as fast as its float32 (half of {bench['rounds']} rounds between {faster['low']:.2f}x "
+                f"{runtime}: {faster['ratio']:.2f}x as fast as float32 (half of {bench['rounds']} rounds between {faster['low']:.2f}x "
                 f"and {faster['high']:.2f}x), batch {bench['batch_size']}, {bench['threads']} thread(s)"
             )
 
@@ -356,10 +356,10 @@ def print_bench(bench: Report) -> None:
 
 
 def print_difference(difference: Report) -> None:
-    """Print what differs between two runs, a table a section; of the units those whose error changed most."""
+    """Print the differences between two runs, one table per section; of the units, those whose error changed most."""
     if difference["same"]:
         first, second = difference["runs"]
-        print(f"{first} and {second} are the same: settings, bits, measurements, and the packed weights byte for byte.")
+        print(f"{first} and {second} are identical: settings, bits, measurements and packed weights.")
         return
     sections = dict(difference["differences"])
     across_roads = "road" in sections.get("run", {})
@@ -368,21 +368,21 @@ def print_difference(difference: Report) -> None:
     _print_sections(sections, _columns(difference["runs"]), across_roads)
     others = {name: sum(1 for _ in _leaves(piece)) for name, piece in sections.items() if name not in SHOWN}
     if others:
-        print("What else differs (--json shows it): " + ", ".join(f"{name} ({count})" for name, count in others.items()))
+        print("Other differences (--json shows them): " + ", ".join(f"{name} ({count})" for name, count in others.items()))
     if across_roads:
-        print("What one road alone has is left out (--json shows it).")
+        print("Entries of only one of the workflows are left out (--json shows them).")
     same = "the same bytes" if difference["same_weights"] else "not the same bytes"
     print(f"{difference['shared_layers']} layers are in both; the packed weights are {same}.")
 
 
 def _columns(runs: Sequence[str]) -> Sequence[str]:
-    """Name two runs by their folders' names, or by their paths where those are alike."""
+    """Name two runs by their folders' names, or by their paths if the names are equal."""
     names = [Path(run).name for run in runs]
     return runs if names[0] == names[1] else names
 
 
 def _print_sections(sections: Report, columns: Sequence[str], both_sides: bool) -> None:
-    """Print each section that is shown whole; with `both_sides`, only what both runs have."""
+    """Print each complete section; with `both_sides`, only entries of both runs."""
     for name in SHOWN:
         leaves = [(key, *sides) for key, sides in _leaves(sections.get(name, {})) if not both_sides or None not in sides]
         if leaves:
@@ -420,7 +420,7 @@ CANDIDATE_COLUMNS = {
 
 
 def print_explanation(explanation: Report) -> None:
-    """Print a layer's candidates, the one that it has marked, and the sentences that say why."""
+    """Print a layer's candidates with its own one marked, and the explanation."""
     if isinstance(explanation.get("candidates"), Mapping):
         _print_candidates(explanation)
     for sentence in explanation["why"]:
@@ -434,11 +434,11 @@ def _print_candidates(explanation: Report) -> None:
         [_marked(name, name == explanation.get("precision")), *(formats[key](row[key]) if key in formats else row[key] for key in keys)]
         for name, row in candidates.items()
     ]
-    print_table(f"{explanation['layer']}: what it could have", ["precision", *(CANDIDATE_COLUMNS[key] for key in keys)], rows)
+    print_table(f"{explanation['layer']}: candidate precisions", ["precision", *(CANDIDATE_COLUMNS[key] for key in keys)], rows)
 
 
 def print_cache(cache: Report) -> None:
-    """Print what the cache keeps, and what was removed."""
+    """Print the contents of the cache, and what was removed."""
     for path, reason in cache["damaged"].items():
         _print_line(f"damaged and removed: {path}: {reason}")
     if cache["removed_bytes"]:

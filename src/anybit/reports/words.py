@@ -1,4 +1,4 @@
-"""Numbers and names as people read them, the same on the page, on the terminal and in an explanation."""
+"""Write numbers and names for people, alike on pages, terminals and in explanations."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -26,7 +26,7 @@ def human_count(count: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Write a measurement to four digits; nothing where it was not measured."""
+    """Write a measurement to four digits; empty if it was not measured."""
     return "" if value is None else f"{value:.4g}"
 
 

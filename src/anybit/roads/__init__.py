@@ -1,1 +1,1 @@
-"""One file a verb, each a list of steps. Imports exports and below."""
+"""One file per verb, each a list of steps. Imports exports and below."""

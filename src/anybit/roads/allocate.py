@@ -1,4 +1,4 @@
-"""New budgets from the saved candidates and sensitivity table of a calibrate run."""
+"""Meet new budgets from the saved candidates and sensitivity table of a calibrate run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +27,7 @@ from anybit.roads.latencies import with_latencies
 from anybit.roads.memory import check_memory
 from anybit.roads.result import Result
 from anybit.roads.settings import CalibrateSettings
-from anybit.roads.steps import CalibrationState, batch_norm_targets
+from anybit.roads.steps import CalibrationState, batch_norm_targets, edge_candidates
 from anybit.runs.candidates import read_candidates
 from anybit.runs.fingerprint import check_float
 from anybit.runs.folder import runs_in
@@ -52,10 +52,10 @@ def allocate(
     memory: int | None = None,
     cache: str | Path | bool = True,
 ) -> Result:
-    """A new budget from a saved calibrate run: its candidates and table, no new reconstruction.
+    """Meet a new budget from a saved calibrate run: from its candidates and table, without new reconstruction.
 
-    The best schemes are measured on held-out inputs and batch norm is tuned: on `data`, or on the data that the run recorded, where the
-    run is this user's own. `batch_size` and `memory` are the run's where they are not given; the others are as in `calibrate`.
+    The best schemes are measured on held-out inputs and batch norm is tuned, on `data` or, for the user's own runs, on the recorded data.
+    `batch_size` and `memory` default to those of the run; the other arguments are as in `calibrate`.
     """
     folder = next(iter(runs_in(Path(run))), Path(run))  # runs of one calibrate share their candidates: any of them serves
     file = read_scheme(folder)
@@ -96,6 +96,8 @@ def allocate(
                 f"The weights are not those that {folder} was made from: they have been trained since, or are another network's. Give "
                 "them as they were (--model), or run calibrate on these."
             )
+        if set(candidates.edges) != set(network.wiring.edges()):  # of a run that rounded none
+            candidates = replace(candidates, edges=edge_candidates(network, calibration, settings))
         reference = outputs_of(network.float_model, calibration.held_out)
         targets = batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
         entries = key_of_run(open_cache(cache), network, calibration, [reference], settings)
@@ -129,7 +131,7 @@ def _table_from(data: Any, path: Path) -> SensitivityTable:
 def check_saved(
     network: ObservedNetwork, candidates: Candidates, table: SensitivityTable, choices: Mapping[str, Sequence[str]], path: Path
 ) -> None:
-    """Raise InvalidFile where candidates.json, at `path`, lacks what an allocation for the network needs, or is of another network."""
+    """Raise InvalidFile if candidates.json, at `path`, belongs to another network or lacks data that an allocation needs."""
     possible = {name: [str(precision) for precision in options] for name, options in network.choices.items()}
     if possible != dict(choices):
         different = next(name for name in {**possible, **choices} if possible.get(name) != choices.get(name))

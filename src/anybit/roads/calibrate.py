@@ -1,4 +1,4 @@
-"""The calibrate road: from a trained network, a few hundred inputs and a budget to a low-bit network."""
+"""Calibrate: turn a trained network into a low-bit one, with a few hundred inputs and a budget."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,13 +18,12 @@ from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache, open_cache, settle
-from anybit.files.contents import contents_of, digest
+from anybit.files.contents import contents_of
 from anybit.methods.table import rounding_named
-from anybit.networks.candidates import apply_scheme
 from anybit.networks.canonical import Canonical
-from anybit.networks.edges import as_ranges, observe_edge_ranges
+from anybit.networks.edges import as_ranges
 from anybit.networks.fingerprint import fingerprint_of
-from anybit.networks.observed import has_choice, observe_network
+from anybit.networks.observed import has_choice, observe_network, with_coarse
 from anybit.networks.refusals import as_observed, check_rows
 from anybit.networks.states import restore
 from anybit.progress import tell
@@ -36,9 +35,9 @@ from anybit.roads.inputs import (
     follow_model,
     labels_fit,
     notes_of,
+    notes_on,
     on_device,
     read_alike,
-    tell_unread,
 )
 from anybit.roads.keys import (
     MATCHING,
@@ -51,7 +50,7 @@ from anybit.roads.keys import (
     weights_digest,
 )
 from anybit.roads.latencies import measured_latencies, with_latencies
-from anybit.roads.memory import OBSERVED, check_memory, samples_at_once
+from anybit.roads.memory import check_memory
 from anybit.roads.polish import polish_scheme
 from anybit.roads.result import Result, layer_costs, test_scores
 from anybit.roads.settings import CalibrateSettings
@@ -90,10 +89,10 @@ def calibrate(
     cache: str | Path | bool = True,
     **settings: Any,
 ) -> "Result | list[Result]":
-    """From a trained network, a few hundred inputs and a budget to a low-bit network.
+    """Turn a trained network into a low-bit one, with a few hundred inputs and a budget.
 
     model     a network, or a reference to one ("file.py:function")
-    data      inputs (labels, where there are any, serve reports and a budget of "drop=" alone): a data set, arrays, Samples, or a reference
+    data      inputs: a data set, arrays, Samples, or a reference; labels, if any, are used only by reports and "drop=" budgets
     budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list gives a list of results that share their candidates
     weights   a state dict's file, loaded into a network that is given by reference
     preprocessing  of images that are given by reference; recorded, with the references made absolute, for later verbs
@@ -141,15 +140,16 @@ def prepare_bench(
     cache: Cache = Cache(),
     tests: Samples | None = None,
 ) -> CalibrationState:
-    """Everything up to the sensitivity table; budgets that no scheme can meet, labels and metrics are refused before the long work."""
+    """Run everything up to the sensitivity table. Refuse infeasible budgets and bad labels and metrics before the long work."""
     with clock.stage("observe and fold"):
         calibration = split(samples, settings.seed, settings.held_out, settings.batch_size)
         check_finite(calibration.fitting + calibration.held_out)
         if settings.mirror:
             calibration = mirrored(calibration)
         example = example_of(calibration)
-        network = with_latencies(observe_network(model, example, settings.options), budgets)
-        tell_unread(network)
+        network = with_coarse(with_latencies(observe_network(model, example, settings.options), budgets), calibration.fitting[0])
+        for note in notes_on(network):
+            tell("note", note=note)
         check_memory(network, calibration, settings)
         for budget in budgets:
             check_feasible(network, budget)
@@ -213,23 +213,21 @@ def finish(
     saved: Mapping[str, Any],
     clock: StageClock,
 ) -> Result:
-    """Return one budget's scheme, polished, measured and reported; `saved` goes beside the candidates, for budgets to come."""
+    """Return the polished, measured result for one budget; `saved` is stored beside the candidates, for later budgets."""
     network = bench.network
     with clock.stage("allocation"):
         choice = chosen_scheme(bench, budget)
         tell("allocation", budget=budget and str(budget), certificate=choice.certificate(bench.settings.seed), scheme=choice.scheme)
     with clock.stage("polish"):
-        model, ladder, errors = polish_scheme(bench, choice.scheme)
-        if budget is not None and (drop := budget.limit(DROP.name)) is not None:
-            model = _within_drop(bench, drop, choice.scheme, model)
-    with clock.stage("edge ranges"):
-        chunk_size = samples_at_once(network.wiring, OBSERVED, bench.settings.memory, 8)
-        cache = bench.judge.recall.keyed("edges", digest(model.state_dict().values()), chunk_size)
-        observe_edges = partial(observe_edge_ranges, model, network.wiring, bench.calibration.fitting, chunk_size)
-        edges = cache.value("edge ranges", observe_edges, partial(as_ranges, wiring=network.wiring))
+        polished = polish_scheme(bench, choice.scheme)
+        model, edges = polished.model, polished.edges
+        if budget is not None and (drop := budget.limit(DROP.name)) is not None and not _within_drop(bench, drop, model):
+            # Polishing is judged by the loss; the candidates met the allowed drop.
+            model = network.apply(choice.scheme, bench.candidates)
+            edges = as_ranges(bench.candidates.edges, network.wiring)
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
-    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": ladder, "units": errors}
+    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": polished.ladder, "units": polished.errors}
     report |= notes_of(provenance, network)
     if isinstance(apart := bench.judge.task.distance, WeightedErrors):
         with clock.stage("outputs"):
@@ -251,17 +249,15 @@ def finish(
     return Result(canonical, report, provenance, bench.candidates, dict(saved))
 
 
-def _within_drop(bench: CalibrationState, drop: float, scheme: Scheme, polished: nn.Module) -> nn.Module:
-    """Return the polished model, or the candidates that met the allowed drop where polishing (judged by the loss) has left it."""
+def _within_drop(bench: CalibrationState, drop: float, polished: nn.Module) -> bool:
+    """Return whether the polished model loses no more than the allowed drop."""
     judge, counted = bench.judge, bench.judge.counted
     assert counted is not None  # else the budget is refused
-    if judge.of_outputs(judge.reference)[counted] - judge.of_model(polished)[counted] <= drop:
-        return polished
-    return apply_scheme(bench.network.prepared, scheme, bench.candidates)
+    return judge.of_outputs(judge.reference)[counted] - judge.of_model(polished)[counted] <= drop
 
 
 def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Budget | None) -> dict[str, Any]:
-    """Return the JSON report, before what was tried, tests and times."""
+    """Return the JSON report, without schemes tried, tests and times."""
     network, settings = bench.network, bench.settings
     layers = {
         name: {**row, "predicted_loss": bench.table.loss(name, scheme[name])} for name, row in layer_costs(network.costs, scheme).items()
@@ -285,7 +281,7 @@ def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Bud
 
 
 def _table(bench: CalibrationState) -> dict[str, Any]:
-    """Every candidate precision's predicted loss and costs: what other budgets would give can be told from it, without the network."""
+    """Return the predicted loss and costs of every candidate precision, from which other budgets follow without the network."""
     choices, costs = bench.network.choices, bench.network.costs
     shown = [cost for cost in cost_quantities() if cost.counted is cost and cost.recorded == "candidates"]
     return {

@@ -33,14 +33,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a network on labelled data: the task's own scores, and the user's metric.
 
-    model   a network, a result, a run folder, or a reference as for `--model`; of the two in the middle the run's own task and
-            preprocessing are taken where none is given
-    outputs   of several, names or numbers of those that are read (-> any weight): labels are about the first, and the metric gets a tuple
+    model   a network, a result, a run folder, or a reference as for `--model`; task and preprocessing default to those of the
+            result or run
+    outputs   names or numbers of the outputs to read (-> any weight); labels belong to the first, and the metric gets a tuple
     """
     model, preprocessing, task = _network(model, preprocessing, task)
     samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)
     if len(samples) == 0:
-        raise InvalidInput("There is nothing to evaluate on: the data is empty.")
+        raise InvalidInput("The data is empty. Give at least one labelled sample.")
     network = on_device(model, device, samples)
     check_inputs(network, samples)
     samples = compared(network, samples, outputs or {})
@@ -50,7 +50,7 @@ def evaluate(
 
 
 def _network(model: nn.Module | Run, preprocessing: Preprocessing, task: str | None) -> tuple[nn.Module, Preprocessing, str | None]:
-    """(the network, preprocessing, task) of anything that can be evaluated."""
+    """Return (the network, preprocessing, task) of anything that can be evaluated."""
     if isinstance(model, nn.Module):
         return adapted_network(model), preprocessing, task
     if not isinstance(model, str | Path):
@@ -69,7 +69,7 @@ def _not_told_by_labels(task: str | None) -> str | None:
 def evaluated_network(
     run: Path | None, model: str | None, weights: str | None, preprocessing: Preprocessing, task: str | None
 ) -> tuple[nn.Module, Preprocessing, str | None]:
-    """(the network, preprocessing, task) of a run, with what it recorded where nothing else is said; or of a float network's reference."""
+    """Return (the network, preprocessing, task) of a run, by default as recorded, or of a float network's reference."""
     if run is not None:
         recorded = _not_told_by_labels(recorded_task(run))
         return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task or recorded

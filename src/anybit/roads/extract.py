@@ -24,7 +24,7 @@ from anybit.files.contents import digest
 from anybit.files.strict import read_json
 from anybit.networks.candidates import ActivationCandidate, Candidates, frozen_candidate, to_tensors
 from anybit.networks.canonical import Canonical
-from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.edges import finished
 from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.layers import quantized_layers
 from anybit.networks.observed import observe_network
@@ -76,8 +76,8 @@ def polished(
     settings: CalibrateSettings,
     cache: Cache = Cache(),
 ) -> tuple[Canonical, list[dict[str, Any]]]:
-    """The subnet after calibrate's last steps, from its own codes and ranges, towards the outputs of the shared weights without quantizers:
-    sequential AdaQuant, batch-norm tuning, bias tuning, each kept where held-out inputs say so. Returns (canonical, ladder)."""
+    """Polish a subnet from its own codes and ranges, towards the outputs of the shared weights without quantizers: sequential AdaQuant,
+    batch-norm tuning, bias tuning, each kept only if the held-out loss falls. Return (canonical, ladder)."""
     scheme = canonical.scheme
     calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
     if settings.mirror:
@@ -86,7 +86,7 @@ def polished(
     fixed = replace(settings, keep={glob.escape(name): precision for name, precision in scheme.items()})
     network = observe_network(supernet.as_float(bn), example, fixed.options)
     check_memory(network, calibration, settings)
-    own = candidates_of(canonical)
+    own = replace(candidates_of(canonical), edges=dict(canonical.edges))
     with torch.no_grad():
         references = [outputs_of(network.float_model, [batch]) for batch in calibration.fitting]
         reference = outputs_of(network.float_model, calibration.held_out)
@@ -96,9 +96,9 @@ def polished(
     cache = cache.keyed(digest(to_tensors(own).values()), settings.to_json())
     judge = Judge(network, own, calibration.held_out, reference, task_of(reference, example.reader, supernet.task), recall=cache)
     bench = CalibrationState(network, calibration, settings, own, own, table, judge, targets, references, own)
-    model, ladder, _ = polish_scheme(bench, scheme)
+    done = polish_scheme(bench, scheme)
     supernet.method.switch(scheme)  # as it was before the float network was made
-    return Canonical(model.eval(), network.norms, observe_edge_ranges(model, network.wiring, calibration.fitting)), ladder[1:]
+    return Canonical(done.model.eval(), network.norms, done.edges), done.ladder[1:]
 
 
 @public
@@ -118,12 +118,12 @@ def extract(
 ) -> Result:
     """Return a subnet of a supernet, or of a search, in the canonical form.
 
-    budget, scheme  one of them: the best known subnet that fits, or a scheme that names every layer (a Scheme, a run folder, or a JSON file
+    budget, scheme  exactly one: the best known subnet that fits, or a scheme that names every layer (a Scheme, a run folder, or a JSON file
                     of layer -> precision)
-    data            unlabelled training data, from which batch-norm statistics are estimated; without it the stored ones of this scheme, or
-                    of the nearest, are taken, and the report says which
+    data            unlabelled training data to estimate batch-norm statistics from; without it, the stored ones of this scheme or of the
+                    nearest are used, and the report says which
     polish          then calibrate it on `data`: sequential AdaQuant, batch-norm and bias tuning from its own codes and ranges, each kept
-                    where held-out inputs say so; `settings` are those of `calibrate` that such steps have, and `cache` is as there
+                    only if the held-out loss falls; `settings` and `cache` are those of `calibrate` that apply to these steps
     """
     check_subnet(budget, scheme, polish, data)
     without_part = [name for name in settings if not polish or name not in POLISH]
@@ -149,7 +149,7 @@ def extract(
             canonical.edges = supernet.stored_edges()
         else:
             wiring = observe(canonical.model, batches[0].head(2))
-            canonical.edges = observe_edge_ranges(canonical.model, wiring, batches[:8])
+            canonical = finished(canonical, wiring, batches[:8])
     tests = None
     if test is not None:
         preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))

@@ -1,4 +1,4 @@
-"""The grow road: train a network to a budget while its mixed-precision scheme grows."""
+"""Grow: train a network to a budget while its mixed-precision scheme grows."""
 
 import copy
 import glob
@@ -28,7 +28,7 @@ from anybit.networks import batchnorm
 from anybit.networks.candidates import activation_candidate, check_finite_samples
 from anybit.networks.canonical import Canonical
 from anybit.networks.capture import input_samples
-from anybit.networks.edges import observe_edge_ranges
+from anybit.networks.edges import finished
 from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.layers import prepare, quantized_layers
 from anybit.networks.observed import ObservedNetwork, check_kinds, observe_network
@@ -51,7 +51,7 @@ PLAIN_BYTES = 2**28
 
 
 def plain_batches(samples: Samples, settings: TrainSettings) -> list[Batch]:
-    """Return a few training inputs, drawn once, as they are, in batches of one size."""
+    """Return a few training inputs, drawn once and not augmented, in batches of one size."""
     count, size = min(_few(samples), len(samples)), min(settings.batch_size, 256)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # for data sets that draw at random
@@ -59,7 +59,7 @@ def plain_batches(samples: Samples, settings: TrainSettings) -> list[Batch]:
 
 
 def watched_batches(tests: Samples, seed: int) -> list[Batch]:
-    """Return the test samples that every epoch is reported on, drawn once: many sets are sorted by class."""
+    """Return the test samples for the report of every epoch, drawn at random once, because many data sets are sorted by class."""
     return list(draw(tests, _few(tests), seed).batches(256))
 
 
@@ -70,7 +70,7 @@ def _few(samples: Samples) -> int:
 
 
 def grow_method_name(method: str | None, has_scheme: bool) -> str:
-    """Return the method, or the default with or without a scheme; raises InvalidSetting where it needs what is not there."""
+    """Return the method, by default LSQ with a scheme and CSQ without. Raise InvalidSetting if it does not fit."""
     fitting = [name for name in GROW_METHODS if grow_method_named(name).needs_scheme == has_scheme]
     if method is None:
         return fitting[0]
@@ -81,7 +81,7 @@ def grow_method_name(method: str | None, has_scheme: bool) -> str:
 
 
 def forgotten(model: nn.Module, plain: Sequence[Batch], seed: int) -> nn.Module:
-    """Return a copy whose modules have initialised their parameters anew, with batch-norm statistics of `plain`."""
+    """Return a copy with newly initialised parameters and batch-norm statistics from `plain`."""
     fresh = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -93,7 +93,7 @@ def forgotten(model: nn.Module, plain: Sequence[Batch], seed: int) -> nn.Module:
 
 
 def observe_trainable(model: nn.Module, example: Batch, settings: GrowSettings, scheme: Scheme | None, method: str) -> ObservedNetwork:
-    """Observe and fold the float network; each layer has the choices of the method, or `scheme`'s alone."""
+    """Observe and fold the float network; layers have the choices of the method, or only those of `scheme`."""
     options = grow_method_named(method).layer_choices(getattr(settings, method), settings.activation_bits)
     widths = tuple(precision.weight_bits for precision in options if precision.weight_bits)
     fixed = {} if scheme is None else {glob.escape(name): p for name, p in scheme.items() if p.weight_bits is None}
@@ -133,7 +133,7 @@ def make_trainee(network: ObservedNetwork, plain: Sequence[Batch], budget: Budge
 
 
 def frozen(trainee: Trainee, network: ObservedNetwork, plain: Sequence[Batch]) -> Canonical:
-    """Freeze and fold what was trained so far, batch norm re-estimated on `plain`. The trainee stays as it is."""
+    """Freeze and fold a copy of the network as trained so far, with batch norm re-estimated on `plain`."""
     model = copy.deepcopy(trainee.model)
     trainee.freeze(model)
     batchnorm.reestimate(model, plain)
@@ -144,7 +144,7 @@ def frozen(trainee: Trainee, network: ObservedNetwork, plain: Sequence[Batch]) -
 def soft_and_frozen(
     trainee: Trainee, network: ObservedNetwork, plain: Sequence[Batch], test: Sequence[Batch], task: Task, metric: Metric | None
 ) -> dict[str, Any]:
-    """Score the network as it trains, and as it would be frozen now, on `test`, both with statistics of `plain`."""
+    """Score the network on `test`, as trained and as it would be frozen now, both with statistics from `plain`."""
     soft = copy.deepcopy(trainee.model)
     batchnorm.reestimate(soft, plain)
     return {
@@ -173,21 +173,21 @@ def grow(
 ) -> Result:
     """Train a network to a budget while its mixed-precision scheme grows, or at a scheme.
 
-    model       a network, or a reference to one; trained, or with `from_scratch` its architecture alone
+    model       a trained network, or a reference to one; with `from_scratch` only its architecture is used
     train       labelled data (or unlabelled, with distill=1): a data set, arrays, Samples, or a reference
     budget      of weights: "3bit", "80kB", "12.5%"; None leaves every layer as large as it starts
-    scheme      instead of a budget: a scheme, or the run that has it; it is fixed. `method` is LSQ with it and CSQ without it
+    scheme      instead of a budget: a fixed scheme, or a run to take it from. `method` is LSQ with a scheme and CSQ without
     weights, preprocessing  as for `calibrate`
-    test        labelled data for the report, looked at after every epoch, soft and frozen; nothing is chosen on it
-    checkpoint  a file that is written after every epoch and continued from where it is found
+    test        labelled data for the report of every epoch, soft and frozen; nothing is chosen on it
+    checkpoint  a file that is written after every epoch, and resumed from if it exists
 
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; AnybitError where the loss stops being a number.
     """
     grow_settings = GrowSettings.of(**settings)
     if isinstance(budget, (list, tuple)):
-        raise InvalidSetting("grow takes one budget: every budget is a training of its own.")
+        raise InvalidSetting("grow takes one budget, because each needs its own training. Run grow once per budget.")
     if budget is not None and scheme is not None:
-        raise InvalidSetting("Give a budget or a scheme, not both: a scheme has its bits already.")
+        raise InvalidSetting("Give a budget or a scheme, not both: a scheme already fixes the bits.")
     budget = Budget.parse(budget) if budget is not None else None
     scheme = read_scheme(Path(scheme)).scheme if isinstance(scheme, (str, Path)) else scheme
     method = grow_method_name(grow_settings.method, scheme is not None)
@@ -233,7 +233,7 @@ def grow(
     with clock.stage("freeze"):
         canonical = frozen(trainee, network, plain)
     with clock.stage("edge ranges"):
-        canonical.edges = observe_edge_ranges(canonical.model, network.wiring, plain)
+        canonical = finished(canonical, network.wiring, plain)
     report: dict[str, Any] = {
         "version": 1,
         "road": "grow",

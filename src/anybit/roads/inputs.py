@@ -12,10 +12,11 @@ from anybit.data.batches import Batch, join
 from anybit.data.outputs import OutputReader, output_reader
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric, Task, check_metric
-from anybit.errors import InvalidInput, InvalidSetting
+from anybit.errors import InvalidInput, InvalidSetting, naming
 from anybit.loops.processes import join_processes
+from anybit.networks.coarse import coarse_in_words
 from anybit.networks.copies import checked_copy, copied
-from anybit.networks.observed import ObservedNetwork
+from anybit.networks.observed import ObservedNetwork, activation_bits
 from anybit.networks.refusals import check_network
 from anybit.networks.wiring import observe
 from anybit.progress import tell
@@ -27,7 +28,7 @@ from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.pictures import common_classes
 from anybit.sources.preprocessing import Preprocessing
-from anybit.sources.references import RANDOM
+from anybit.sources.references import RANDOM, check_device
 from anybit.supernets.supernet import Supernet
 
 
@@ -55,7 +56,7 @@ def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float]) -
 def follow_model(
     model: nn.Module | str, weights: str | Path | None, data: Any, test: Any, preprocessing: Preprocessing, task: str | None
 ) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
-    """(the network, the preprocessing, what a run records of where the network and its data came from, references made absolute).
+    """Return (the network, the preprocessing, the provenance that a run records, with absolute references).
 
     Class folders of data and test data are numbered together.
     """
@@ -65,7 +66,9 @@ def follow_model(
         provenance["model"] = {"reference": absolute(model), "weights": place}
         model = load_model(model, provenance["model"]["weights"], task)
     elif weights is not None:
-        raise InvalidSetting(f"The weights {weights} go with a model's reference, and a network was given. Load them into it yourself.")
+        raise InvalidSetting(
+            f"The weights {weights} are for a model given by reference, and a network was given. Load them into it yourself."
+        )
     model = adapted_network(model)
     check_network(model)
     preprocessing = with_model_defaults(preprocessing, model)
@@ -77,52 +80,52 @@ def follow_model(
 
 
 def read_alike(tests: Samples | None, samples: Samples) -> Samples | None:
-    """Return the test samples with the reader of several outputs that the samples have."""
+    """Return the test samples with the samples' reader of several outputs."""
     return replace(tests, reader=samples.reader) if tests is not None and isinstance(samples.reader, OutputReader) else tests
 
 
 def unread_in_words(network: ObservedNetwork) -> str:
-    """Return what is to be said of the layers that no compared output reads; nothing where there are none."""
+    """Write a note on layers that no compared output reads; empty if there are none."""
     if not network.unread:
         return ""
     names = ", ".join(network.unread)
-    return f"no output that is compared reads {names}: a budget gives the fewest bits there. --outputs and --keep say otherwise"
+    return f"no compared output reads {names}, so that a budget gives them the fewest bits. Change that with --outputs or --keep"
 
 
-def tell_unread(network: ObservedNetwork) -> None:
-    if note := unread_in_words(network):
-        tell("note", note=note)
+def notes_on(network: ObservedNetwork) -> list[str]:
+    """Return what is to be said of a network before the work."""
+    return [note for note in (unread_in_words(network), *coarse_in_words(network.coarse, activation_bits(network))) if note]
 
 
 def notes_of(provenance: Mapping[str, Any], network: ObservedNetwork) -> dict[str, list[str]]:
-    """Return the entry of a report that says what is particular about its network; none where nothing is."""
+    """Return the report's notes on its network, such as random weights; empty if there are none."""
     drawn = DRAWN if provenance.get("model", {}).get("weights") == RANDOM else ""
-    notes = [note for note in (drawn, unread_in_words(network)) if note]
+    notes = [*filter(None, [drawn]), *notes_on(network)]
     return {"notes": notes} if notes else {}
 
 
 def labels_fit(outputs: Tensor, labels: Tensor, task: Task, needed: bool) -> bool:
-    """Return whether the labels are the task's. Where they are not, raise InvalidInput if they are `needed`, or class numbers that the
-    network lacks, which is a mistake in any case; say so otherwise."""
+    """Return whether the labels fit the task. If not, raise InvalidInput if they are `needed`, or class numbers that the network lacks,
+    which is a mistake in any case; otherwise leave a note."""
     try:
         task.check(outputs, labels)
     except InvalidInput as error:
         if needed or (task.of_one_class and labels.dim() == 1 and not labels.is_floating_point()):
             raise
-        tell("note", note=f"the labels of the data have no part in this run: {str(error).rstrip('.')}")
+        tell("note", note=f"the labels of the data are not used in this run: {str(error).rstrip('.')}")
         return False
     return True
 
 
 def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
     if metric is not None and not samples.labelled:
-        raise InvalidSetting("A metric needs labels, and these inputs have none. Give labelled data, to --data or --test, or no --metric.")
+        raise InvalidSetting("A metric needs labels, and these inputs have none. Give labelled data to --data or --test, or drop --metric.")
     if samples.reader is not None and samples.reader.task is not None:
         check_metric(metric, samples.reader.task)
 
 
 def checked_tests(samples: Samples, model: nn.Module) -> Samples:
-    """Return the test samples, refused before any work where they have no labels or the model does not take them."""
+    """Return the test samples. Refuse them before any work if they have no labels or do not fit the model."""
     if not samples.labelled or len(samples) == 0:
         raise InvalidInput("The test data has no samples with labels. Give a labelled set to --test, or leave it out.")
     check_inputs(model, samples)
@@ -130,19 +133,21 @@ def checked_tests(samples: Samples, model: nn.Module) -> Samples:
 
 
 def check_inputs(model: nn.Module, samples: Samples) -> None:
-    """Raise InvalidInput where the model refuses the first samples."""
+    """Raise InvalidInput if the model fails on the first samples."""
     observe(copied(model).cpu(), first_samples(samples))
 
 
 def first_samples(samples: Samples) -> Batch:
-    """Return the first two samples, or the one that there is."""
+    """Return the first two samples, or the only one."""
     if len(samples) == 0:
         raise InvalidInput("The data set is empty. Give at least one input.")
     return next(samples.on("cpu").subset(range(min(2, len(samples)))).batches(2))
 
 
 def on_device(model: nn.Module, device: str, samples: Samples | None = None) -> nn.Module:
-    """Return a copy of the model on `device`; with samples, one that has computed the model's outputs on the first of them."""
+    """Return a copy of the model on `device`; with samples, check that it reproduces the model's outputs on the first of them."""
+    with naming("--device"):
+        check_device(device)
     model = copied(model) if samples is None else checked_copy(model, first_samples(samples))
     try:
         return model.to(device)
@@ -151,7 +156,7 @@ def on_device(model: nn.Module, device: str, samples: Samples | None = None) -> 
 
 
 def example_of(calibration: Calibration) -> Batch:
-    """Return two fitting inputs; one where batches of one cannot be joined."""
+    """Return two fitting inputs, or one if batches of one cannot be joined."""
     padded = calibration.fitting[0].mask is not None
     example = calibration.fitting[-1 if padded else 0].head(2)  # texts go by length: the longest
     if len(example) == 1 and len(calibration.fitting) > 1 and not padded:
@@ -172,9 +177,9 @@ def training_inputs(
     task: str | None,
     outputs: Mapping[str, float],
 ) -> tuple[nn.Module, Samples, Samples | None, dict[str, Any]]:
-    """(the float network, training samples, test samples, what a run records of them), on this process's device."""
+    """Return (the float network, training samples, test samples, their provenance), on this process's device."""
     if metric is not None and test is None:
-        raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or no --metric.")
+        raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or leave out --metric.")
     model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, task)
     device = join_processes(device)
     samples = samples_from(data, workers, preprocessing, model).on(device)
@@ -185,7 +190,7 @@ def training_inputs(
 
 
 def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, workers: int) -> Samples:
-    """Return the data, preprocessed as the supernet's was; without any, what the supernet recorded, where it is this user's own."""
+    """Return the data, preprocessed as for the supernet; without any, the recorded data of the user's own supernet."""
     if data is None:
         data = supernet.about.get("data", {}).get("reference")
         if not isinstance(data, str) or isinstance(run, Supernet) or not is_trusted(Path(run), SUPERNET_JSON):

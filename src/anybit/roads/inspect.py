@@ -1,4 +1,4 @@
-"""Inspect a network: its layers, what is covered, and what each bit-width would cost."""
+"""Inspect a network: its layers, coverage, and the cost of each bit-width."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,12 +26,12 @@ from anybit.sources.models import adapted_network
 @public
 @takes(CalibrateSettings)
 def inspect(model: nn.Module, data: Any = None, *, export: bool = True, cache: str | Path | bool = True, **settings: Any) -> dict[str, Any]:
-    """Layers, shapes, what is covered, what each bit-width would cost, and whether the network can be exported.
+    """Return layers, shapes, coverage, the cost of each bit-width, and whether the network can be exported.
 
-    `data` needs one input. Without it, what only a forward pass shows is None (shapes of inputs and outputs, MACs, BOPs, folds, blocks),
-    a layer that never runs is taken for covered, and the sizes are those with every batch norm unfolded.
+    `data` needs one input. Without it, results of a forward pass are None (shapes of inputs and outputs, MACs, BOPs, folds, blocks),
+    unused layers count as covered, and sizes are those with every batch norm unfolded.
 
-    export   try whether an ONNX file can be made of the network: seconds of torch's exporter, once for all later exports of it
+    export   try an ONNX export: seconds of torch's exporter, once for all later exports of the network
     cache    where the exported graph is kept, as for `export`
     """
     chosen = CalibrateSettings.of(**settings)
@@ -74,13 +74,13 @@ def inspect(model: nn.Module, data: Any = None, *, export: bool = True, cache: s
 def _observable(model: nn.Module, data: Any, outputs: Mapping[str, float]) -> tuple[nn.Module, Batch]:
     samples = samples_from(data, 0, model=model)
     if len(samples) == 0:
-        raise InvalidInput("The data set is empty; inspect needs at least one input.")
+        raise InvalidInput("The data set is empty. Give at least one input, or leave out --data.")
     network = checked_copy(model, first_samples(samples)).eval()
     return network, first_samples(compared(network, samples, outputs))
 
 
 def _seen(network: ObservedNetwork, name: str, observed: bool) -> dict[str, Any]:
-    """One sample's shapes and multiply-accumulates of a layer; a layer that sees several rows a sample has their number in front."""
+    """Return a layer's shapes and multiply-accumulates for one sample; with several rows per sample, shapes start with their number."""
     if not observed:
         return {"input": None, "output": None, "macs": None}
     count = network.wiring.batch_size

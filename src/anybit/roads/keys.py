@@ -31,8 +31,8 @@ LATER = ("pipeline", "parallel", "alternatives", "memory", "steps", "start", "se
 def key_of_run(
     recall: Cache, network: ObservedNetwork, calibration: Calibration, outputs: Sequence[Tensor], settings: CalibrateSettings
 ) -> Cache:
-    """`recall` under all that the ranges of a network depend on: its weights, code and attributes, inputs and float `outputs`, layers and
-    choices, settings, and the code and machine that compute."""
+    """Key `recall` by everything that a network's ranges depend on: its weights, code and attributes, inputs and float `outputs`, layers
+    and choices, settings, anybit's code and the machine."""
     early = {key: value for key, value in settings.to_json().items() if key not in (*SOLVING, *MATCHING, *PARALLEL, *SENSITIVITY, *LATER)}
     data = [tensor for batch in [*calibration.fitting, *calibration.held_out] for tensor in tensors_in([batch.inputs, batch.labels])]
     operations = [[op.name, op.kind, list(op.shape)] for op in network.wiring.operations]
@@ -45,18 +45,18 @@ def key_of_run(
 
 
 def weights_digest(network: ObservedNetwork) -> str:
-    """Return the SHA-256 of the float network's weights, without what a pass changes: counters, and batches seen."""
+    """Return the SHA-256 of the float network's weights, without values that a pass changes, such as counters."""
     state = network.float_model.state_dict()
     return digest({name: one for name, one in state.items() if name not in network.moving and not name.endswith("num_batches_tracked")})
 
 
 def keyed_by_settings(recall: Cache, settings: CalibrateSettings, names: Sequence[str]) -> Cache:
-    """`recall` under these settings too."""
+    """Key `recall` by these settings, too."""
     return recall.keyed({name: settings.to_json()[name] for name in names})
 
 
 def cached_candidates(recall: Cache, name: str, network: ObservedNetwork, make: Callable[[], Candidates]) -> Candidates:
-    """Candidates that `make` gives, or that an earlier run kept."""
+    """Return the candidates of `make`, or those that an earlier run stored."""
     layers = quantized_layers(network.prepared)
     rows = {layer: weight_rows(layers[layer], float_weight(layers[layer])) for layer in network.names}
     shapes = {layer: (len(one), one.shape[1]) for layer, one in rows.items()}
@@ -65,9 +65,9 @@ def cached_candidates(recall: Cache, name: str, network: ObservedNetwork, make: 
 
 
 def key_of_supernet(recall: Cache, supernet: Supernet, batches: Sequence[Batch], metric: Metric | None) -> Cache:
-    """`recall` under what a score depends on besides the scheme: the supernet's numbers and code, all the data, the metric's code.
+    """Key `recall` by what a score depends on besides the scheme: the supernet's numbers and code, all the data, the metric's code.
 
-    What switching a subnet changes is left out: chosen bits, and batch-norm statistics, which follow from the data.
+    Values that change with the subnet are left out: chosen bits, and batch-norm statistics, which follow from the data.
     """
     norms = tuple(f"{name}." for name, module in supernet.model.named_modules() if isinstance(module, BATCH_NORMS))
     fixed = {
@@ -84,7 +84,7 @@ def key_of_supernet(recall: Cache, supernet: Supernet, batches: Sequence[Batch],
 
 
 def training_identity(model: nn.Module, samples: Samples, first: Batch, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all that must agree to continue a training: weights and code of the network, the whole of the data, every setting."""
+    """Return everything that must agree to resume training: weights and code of the network, all data, every setting."""
     flat = {f"{key}.{k}" if isinstance(value, dict) else key: v for key, value in settings.items() for k, v in _items(value)}
     return {
         "weights": digest(model.state_dict().values()),

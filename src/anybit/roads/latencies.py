@@ -1,4 +1,4 @@
-"""Measured latencies among a network's costs, where a budget limits them."""
+"""Measured latencies among a network's costs, if a budget limits them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from anybit.supernets.supernet import Supernet
 
 
 def with_latencies(network: ObservedNetwork, budgets: Sequence[Budget]) -> ObservedNetwork:
-    """Return the network with this machine's measured latencies among its costs, where a budget limits them."""
+    """Return the network with this machine's measured latencies among its costs, if a budget limits them."""
     if all(budget.limit(LATENCY.name) is None for budget in budgets):
         return network
     from anybit.onnx.latency import load_table  # optional packages
@@ -27,7 +27,7 @@ def with_latencies(network: ObservedNetwork, budgets: Sequence[Budget]) -> Obser
 
 
 def supernet_with_latencies(supernet: Supernet, samples: Samples, budgets: Sequence[Budget]) -> Supernet:
-    """Return the supernet with this machine's measured latencies among its costs, where a budget limits them."""
+    """Return the supernet with this machine's measured latencies among its costs, if a budget limits them."""
     if all(budget.limit(LATENCY.name) is None for budget in budgets):
         return supernet
     from anybit.onnx.file import PROBE  # what `profile` observes: padded texts have the length of so many
@@ -38,7 +38,7 @@ def supernet_with_latencies(supernet: Supernet, samples: Samples, budgets: Seque
 
 
 def measured_latencies(costs: CostModel, canonical: Canonical, example: Batch) -> dict[str, float]:
-    """Return the predicted latency of the finished network and the measured one of its export, in seconds a sample."""
+    """Return the predicted latency of the finished network and the measured one of its export, in seconds per sample."""
     from anybit.onnx.latency import latency_of
 
     assert costs.latency is not None  # a budget that limits latency brings its table

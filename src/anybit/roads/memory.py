@@ -1,4 +1,4 @@
-"""How much memory the steps of a run need, and how much work at once fits in it."""
+"""Estimate the memory that the steps of a run need, and the batch sizes that fit."""
 
 import torch
 
@@ -11,22 +11,22 @@ from anybit.networks.wiring import Wiring
 from anybit.roads.settings import CalibrateSettings
 
 RUNNING = 5
-"""Of its largest tensor, how many a forward pass holds at once."""
+"""Copies of its largest tensor that a forward pass holds at once."""
 TRAINED = 3
-"""Of each tensor, how many a forward and backward pass holds at once: the value, its quantized form, a gradient."""
+"""Copies of each tensor that a forward and backward pass holds at once: the value, its quantized form, a gradient."""
 
 
 OBSERVED = 2
-"""Of each tensor, how many a pass holds that observes all of them."""
+"""Copies of each tensor that an observing pass holds."""
 
 
 def sample_bytes(wiring: Wiring) -> dict[str, int]:
-    """Operation, by the name of its edge -> bytes of what one sample is in its output."""
+    """Return edge name of an operation -> bytes of one sample in its output."""
     return {op.edge: 4 * torch.Size(op.shape).numel() // wiring.batch_size for op in wiring.operations}
 
 
 def working_memory(network: ObservedNetwork, padded: bool, settings: CalibrateSettings) -> dict[str, tuple[int, str]]:
-    """Return the activation memory of the steps of a run, however little is captured: kind of step -> (bytes, what would take less)."""
+    """Return the least activation memory of each kind of step: step -> (bytes, options that reduce it)."""
     sizes = sample_bytes(network.wiring)
     needs = {"a forward pass": (RUNNING * settings.batch_size * max(sizes.values()), "--batch-size")}
     if settings.does("sequential") or settings.does("parallel"):
@@ -47,7 +47,7 @@ def working_memory(network: ObservedNetwork, padded: bool, settings: CalibrateSe
 
 
 def check_memory(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> None:
-    """Raise InvalidSetting, naming the least that works, where a step alone takes more than the memory that is allowed."""
+    """Raise InvalidSetting with the smallest limit that works if a single step exceeds the memory limit."""
     needs = working_memory(network, calibration.fitting[0].mask is not None, settings)
     step, (least, instead) = max(needs.items(), key=lambda item: item[1][0])
     if settings.memory < least:
@@ -62,18 +62,18 @@ def _megabytes(count: int) -> str:
 
 
 def memory_to_capture(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> int:
-    """Return bytes that captured activations may take beside a step of reconstruction."""
+    """Return the bytes left for captured activations beside a reconstruction step."""
     needs = working_memory(network, calibration.fitting[0].mask is not None, settings)
     return max(0, settings.memory - max(least for least, _ in needs.values()))
 
 
 def samples_at_once(wiring: Wiring, copies: int, memory: int, most: int) -> int:
-    """How many samples a pass that holds so many copies of every tensor has room for, from 1 to `most`."""
+    """Return how many samples fit into a pass that holds so many copies of every tensor, from 1 to `most`."""
     return min(most, max(1, memory // (copies * sum(sample_bytes(wiring).values()))))
 
 
 def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Batch]:
-    """As many of the first batches as one joined forward pass can hold."""
+    """Return as many of the first batches as fit into one joined forward pass."""
     room = max(1, memory // (RUNNING * max(sample_bytes(wiring).values())))
     first: list[Batch] = []
     count = 0

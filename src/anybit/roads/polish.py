@@ -1,7 +1,7 @@
-"""Polish a scheme: sequential reconstruction, batch-norm tuning and bias tuning, each taken only if held-out loss falls."""
+"""Polish a scheme: sequential reconstruction, batch-norm tuning, bias tuning, ranges of edges, each kept only if held-out loss falls."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,36 +10,40 @@ from torch import Tensor, nn
 
 from anybit.allocation.choice import Judge, as_scores
 from anybit.files.cache import Cache, Entry
+from anybit.files.contents import digest
 from anybit.loops.reconstruction import sequential
 from anybit.methods import batchnorm_tuning
 from anybit.methods.bias_tuning import BiasTuningSettings, tune_biases
 from anybit.methods.table import rounding_named
-from anybit.networks.candidates import apply_scheme
 from anybit.networks.capture import give_back
+from anybit.networks.edges import Ends, as_ranges, observe_edge_ranges, with_edges
 from anybit.networks.layers import quantized_layers
+from anybit.networks.rounding import edge_grids as edge_grids_of
 from anybit.networks.states import put_back, snapshot
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.progress import tell
 from anybit.roads.keys import PARALLEL, keyed_by_settings
-from anybit.roads.memory import TRAINED, samples_at_once, within_memory
+from anybit.roads.memory import OBSERVED, TRAINED, samples_at_once, within_memory
 from anybit.roads.steps import CalibrationState, free_weights, reconstruction_settings, worth_solving
 from anybit.scheme import Scheme
 
 
 @dataclass
 class _Ladder:
-    """The best network so far and what every step measured; `cache` is keyed by all that the next step depends on."""
+    """The best network so far, its edges' ends and every step's measurements; `cache` is keyed by all that the next step depends on."""
 
     judge: Judge
     cache: Cache
     model: nn.Module
     rows: list[dict[str, Any]]
+    edges: Ends
 
     def climb(self, step: str, changed: nn.Module, names: Sequence[str], change: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Apply `change` to the layers `names` of `changed`, in place; take `changed` if held-out loss falls. Returns its record."""
+        """Apply `change` to the layers `names` of `changed`, in place; keep `changed` if the held-out loss falls. Return its record."""
 
         def make() -> Entry:
             record = change()
+            with_edges(changed, self.judge.network.wiring, self.edges)  # layers that read codes may have learned ranges of their own
             return Entry({"told": record, "measured": self.judge.of_model(changed)}, snapshot(changed, names))
 
         def read(entry: Entry) -> tuple[dict[str, Any], dict[str, float]]:
@@ -49,19 +53,31 @@ class _Ladder:
 
         record, scores = self.cache(step, make, read)
         give_back()
+        self.take(step, changed, {**scores, **{key: record[key] for key in record if key in ("images", "epochs")}})
+        return record
+
+    def take(self, step: str, changed: nn.Module, scores: Mapping[str, float]) -> bool:
+        """Take `changed` if its held-out loss is below that of the network so far; returns whether it is."""
         better = scores["loss"] < next(row["loss"] for row in reversed(self.rows) if row["kept"])
-        self.rows.append({"step": step, "kept": better, **scores, **{key: record[key] for key in record if key in ("images", "epochs")}})
+        self.rows.append({"step": step, "kept": better, **scores})
         tell("step", **self.rows[-1])
         if better:
             self.model = changed
-        return record
+        return better
 
 
-def polish_scheme(state: CalibrationState, scheme: Scheme) -> tuple[nn.Module, list[dict[str, Any]], dict[str, Any]]:
-    """Reconstruct, tune batch norm and tune biases of `scheme`, each taken only where the held-out error says so.
+@dataclass(frozen=True)
+class Polished:
+    """The canonical model, the ends of its edges, the ladder (each step's measurements and whether it was kept) and each unit's errors."""
 
-    Returns (the canonical model, the ladder: what was measured after each step and whether it was taken, each unit's errors).
-    """
+    model: nn.Module
+    edges: Ends
+    ladder: list[dict[str, Any]]
+    errors: dict[str, Any]
+
+
+def polish_scheme(state: CalibrationState, scheme: Scheme) -> Polished:
+    """Reconstruct, tune batch norm, tune biases of `scheme` and observe its edges, keeping each step only if the held-out loss falls."""
     ladder, errors = _start(state, scheme), {}
     if state.settings.does("sequential") or (state.settings.solver != "none" and worth_solving(scheme)):
         errors = _reconstruct(state, scheme, ladder)
@@ -69,25 +85,26 @@ def polish_scheme(state: CalibrationState, scheme: Scheme) -> tuple[nn.Module, l
         _tune_batch_norm(state, ladder)
     if state.settings.does("bias_tuning"):
         _tune_biases(state, ladder)
-    return ladder.model, ladder.rows, errors
+    _observe_edges(state, ladder)
+    return Polished(ladder.model, ladder.edges, ladder.rows, errors)
 
 
 def _start(state: CalibrationState, scheme: Scheme) -> _Ladder:
-    """Measure the scheme rounded to nearest and made of the candidates; the better is the first rung."""
-    judge, prepared = state.judge, state.network.prepared
+    """Measure the scheme rounded to nearest and from the candidates; start from the better one."""
+    judge, network = state.judge, state.network
     cache = judge.recall.keyed("polish", scheme.to_json())
-    ranged, candidate = apply_scheme(prepared, scheme, state.ranged), apply_scheme(prepared, scheme, state.candidates)
+    ranged, candidate = network.apply(scheme, state.ranged), network.apply(scheme, state.candidates)
     rounded = cache.value("ranges", lambda: judge.of_model(ranged), as_scores)
     matched = cache.value("candidates", lambda: judge.of_model(candidate), as_scores)
     better = not rounded["loss"] < matched["loss"]
     rows = [{"step": "ranges", "kept": not better, **rounded}, {"step": "candidates", "kept": better, **matched}]
     for row in rows:
         tell("step", **row)
-    return _Ladder(judge, cache, candidate if better else ranged, rows)
+    return _Ladder(judge, cache, candidate if better else ranged, rows, as_ranges(state.candidates.edges, network.wiring))
 
 
 def _reconstruct(state: CalibrationState, scheme: Scheme, ladder: _Ladder) -> dict[str, Any]:
-    """Reconstruct unit after unit; returns each unit's errors."""
+    """Reconstruct unit after unit; return each unit's errors."""
     network, calibration, settings = state.network, state.calibration, state.settings
     ladder.cache = keyed_by_settings(ladder.cache, settings, ("steps", "start", "sequential", "pipeline", *PARALLEL))
     changed, starts = sequential_start(state, scheme)
@@ -124,6 +141,22 @@ def _tune_biases(state: CalibrationState, ladder: _Ladder) -> None:
     ladder.climb("bias tuning", changed, coded, fit)
 
 
+def _observe_edges(state: CalibrationState, ladder: _Ladder) -> None:
+    """Choose the ranges of the edges anew, in the finished network."""
+    wiring, rounded = state.network.wiring, edge_grids_of(ladder.model)
+    if not rounded:
+        return
+    changed = copy.deepcopy(ladder.model)
+    chunk_size = samples_at_once(wiring, OBSERVED, state.settings.memory, state.settings.batch_size)
+    cache = ladder.cache.keyed("edges", digest(changed.state_dict().values()), chunk_size)
+    observe = partial(observe_edge_ranges, changed, wiring, state.calibration.fitting, chunk_size, list(rounded), state.settings.seed)
+    edges = cache.value("edge ranges", observe, partial(as_ranges, wiring=wiring))
+    with_edges(changed, wiring, edges)
+    scores = cache.value("edge ranges, measured", lambda: ladder.judge.of_model(changed), as_scores)
+    if ladder.take("edge ranges", changed, scores):
+        ladder.edges = edges
+
+
 def sequential_start(state: CalibrationState, scheme: Scheme) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return where sequential reconstruction starts: (model, free weights).
 
@@ -132,11 +165,11 @@ def sequential_start(state: CalibrationState, scheme: Scheme) -> tuple[nn.Module
     rounding, or where `settings.start` asks for it, at the float weights, in their estimated ranges or with matched statistics: matching
     widens the scales to restore the deviation of each channel, which mends a shift of means at once and leaves more rounding error to undo.
     """
-    start, prepared = state.settings.start, state.network.prepared
+    start, network = state.settings.start, state.network
     free = free_weights(state.network, state.ranged, scheme)
     if start is None and state.matched is not None and rounding_named(state.settings.rounding).resumes:
         coded = {name: bits for name in free if (bits := scheme[name].weight_bits)}
         free = {name: state.candidates.weights[name, bits].codes.float() for name, bits in coded.items()}
-        return apply_scheme(prepared, scheme, state.candidates), free
+        return network.apply(scheme, state.candidates), free
     matched = state.matched or state.candidates
-    return apply_scheme(prepared, scheme, matched if start == "matched" else state.ranged), free
+    return network.apply(scheme, matched if start == "matched" else state.ranged), free

@@ -1,4 +1,4 @@
-"""The result of a road: what one does with it, and its saving."""
+"""The result of a run: evaluate, export, show and save it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(repr=False)
 class Result:
-    """The result of a road: the canonical model (its bits in `scheme`), and the report.
+    """The result of a run: the canonical model, with its bits in `scheme`, and the report.
 
-    result.evaluate(data)                  its scores on labelled data, preprocessed as the calibration data was
+    result.evaluate(data)                  scores on labelled data, preprocessed as the calibration data was
     result.summary()                       size, bits and scores in a line; in a notebook the result shows itself
     result.layers, result.frontier()       data frames (with pandas) of the layers, and of the schemes by size
     result.plot()                          the charts of size against loss and score
@@ -80,7 +80,7 @@ class Result:
 
     @property
     def layers(self) -> "pandas.DataFrame":
-        """A row for each layer: precision, weights, bytes, sensitivity, why. Needs pandas."""
+        """Return a row for each layer: precision, weights, bytes, sensitivity, why. Needs pandas."""
         return layers_frame(record_of(self.report))
 
     def frontier(self) -> "pandas.DataFrame":
@@ -98,14 +98,14 @@ class Result:
         return self.plot()._repr_html_()
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write the run folder, all of it or nothing."""
+        """Write the run folder, completely or not at all."""
         with new_folder(Path(folder), overwrite) as draft:
             self.write(draft)
         trust(Path(folder))
         return Path(folder)
 
     def write(self, folder: Path) -> None:
-        """The run folder's files, into a folder that is there."""
+        """Write the run's files into an existing folder."""
         write_canonical(folder, self.canonical, self.about)
         size = (folder / "model.safetensors").stat().st_size
         assert size == self.report["result"]["bytes"], f"counted {self.report['result']['bytes']} bytes, wrote {size}"

@@ -1,4 +1,4 @@
-"""Search a supernet: what is evaluated on which samples, and what each budget gets."""
+"""Search a supernet for its best schemes, and choose one for each budget."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ TIE = 1e-3
 
 
 def cached_search(cache: Cache, supernet: Supernet, settings: SearchSettings, images: int, run: Callable[[], SearchResult]) -> SearchResult:
-    """Return a whole search, under its settings."""
+    """Return a whole search, cached by its settings."""
 
     def as_json() -> dict[str, Any]:
         result = run()
@@ -66,7 +66,7 @@ def cached_search(cache: Cache, supernet: Supernet, settings: SearchSettings, im
 
 
 def cached_statistics(cache: Cache, supernet: Supernet, scheme: Scheme, learn: Callable[[], KnownSubnet]) -> None:
-    """A subnet's batch-norm statistics and edge ranges, which the supernet knows from now on."""
+    """Store a subnet's batch-norm statistics and edge ranges in the supernet, from the cache or estimated."""
 
     def make() -> Entry:
         known = learn()
@@ -93,7 +93,7 @@ class SearchEntry(BaseModel):
 
 @dataclass
 class Search:
-    """Result of a search: `supernet` keeps the statistics of `chosen` (budget -> scheme) and of the front; `report` tells the rest."""
+    """Result of a search: `supernet` stores the statistics of `chosen` (budget -> scheme) and of the front; `report` has the rest."""
 
     supernet: Supernet
     chosen: dict[str, Scheme]
@@ -120,8 +120,8 @@ def run_search(
 ) -> Search:
     """Search, measure the front again on other held-out samples, and choose for each budget; `samples` are the training data.
 
-    While searching, batch norm is estimated on `settings.bn_images`: most of the time goes there. The front is measured again, and kept,
-    with as many inputs as the supernet was trained with.
+    During the search, batch norm is estimated on `settings.bn_images`, which takes most of the time. The front is measured again, and
+    stored, with as many inputs as in training.
     """
     if not samples.labelled:
         raise InvalidInput("The search needs labels: subnets are ranked by their accuracy. Give labelled data.")
@@ -129,7 +129,7 @@ def run_search(
     images = min(settings.images, len(held_out) // 2)
     if images < 1:
         raise InvalidInput(
-            f"{len(held_out)} held-out sample(s) are too few to search on and to measure the front on others. Hold out more."
+            f"{len(held_out)} held-out sample(s) are too few: the search and the front need some each. Train with a larger --held-out."
         )
     search_on, measure_on = (list(held_out.subset(range(at, at + images)).batches(256)) for at in (0, images))
     bn = bn_batches(fitting, supernet.settings)
@@ -215,7 +215,7 @@ def lowest(supernet: Supernet) -> Scheme:
 
 
 def check_fits(supernet: Supernet, budget: Budget) -> None:
-    """Raise InfeasibleBudget, naming the least, where even the lowest subnet is above the budget."""
+    """Raise InfeasibleBudget with the smallest possible budget if even the lowest subnet exceeds it."""
     check_is_counted(budget)
     for quantity, _ in budget.costs():
         if not quantity.is_known(supernet.costs):
@@ -227,7 +227,7 @@ def check_fits(supernet: Supernet, budget: Budget) -> None:
 
 
 def _why_too_large(supernet: Supernet, budget: Budget) -> str:
-    """Name all that the smallest subnet costs, and what helps."""
+    """Write the costs of the smallest subnet and the remedies."""
     amounts = {cost: cost.total(supernet.costs, lowest(supernet)) for cost in cost_quantities() if cost.is_known(supernet.costs)}
     least = {cost: cost.in_words(amount) for cost, amount in amounts.items()}
     counted = ", ".join(f"{least[cost]} ({least[PERCENT]})" if cost is BYTES else least[cost] for cost in own_costs())
@@ -238,7 +238,7 @@ def _why_too_large(supernet: Supernet, budget: Budget) -> str:
 
 
 def _evaluated_in(folder: Path, supernet: Supernet) -> list[tuple[float, float, Scheme]]:
-    """(score, -cost, scheme) of each subnet in the folder's search.json."""
+    """Yield (score, -cost, scheme) of each subnet in the folder's search.json."""
     known = [(row.score, -row.cost, Scheme(row.scheme)) for row in read_search(folder).evaluated]
     try:
         for _, _, scheme in known:
@@ -274,13 +274,13 @@ def search(
     cache: str | Path | bool = True,
     **settings: Any,
 ) -> Search:
-    """The best schemes of a supernet along the whole range of costs, and for each budget the best of those that fit it.
+    """Find a supernet's best schemes at every cost, and for each budget the best that fits.
 
-    data        the supernet's training data; subnets are evaluated on the share that was held out of it
+    data        the supernet's training data; subnets are evaluated on its held-out share
     cache       keep every evaluation, in this folder or (True) in the user's cache directory: a search that was interrupted, or has another
                 budget, does not repeat them. Scores of another supernet, data or metric are never taken
 
-    Raises InfeasibleBudget, naming the least, where no subnet fits a budget.
+    Raises InfeasibleBudget with the smallest possible budget if no subnet fits one.
     """
     options = SearchSettings.of(**settings)
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)

@@ -1,7 +1,7 @@
-"""The steps of the calibrate road, each a function of (network, data, settings) that changes nothing it was given."""
+"""Steps of calibrate, each a function of (network, data, settings) that changes none of its arguments."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,17 +29,19 @@ from anybit.networks.candidates import (
     weight_candidate,
 )
 from anybit.networks.capture import MemoryBudget, input_samples
+from anybit.networks.edges import edge_grids, observe_edge_ranges, read_codes
+from anybit.networks.integers import rounded_edges
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight, quantized_layers, weight_rows
 from anybit.networks.observed import ObservedNetwork
 from anybit.networks.states import restore
 from anybit.progress import track
-from anybit.roads.memory import memory_to_capture
+from anybit.roads.memory import OBSERVED, memory_to_capture, samples_at_once
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
 
 FINE = 8
-"""Bits at which rounding to nearest leaves nothing to gain: what a solver changes there is the noise of its sample."""
+"""Bits from which rounding to nearest suffices: a solver would only fit the noise of its sample."""
 
 
 def worth_solving(scheme: Mapping[str, Precision]) -> bool:
@@ -48,17 +50,28 @@ def worth_solving(scheme: Mapping[str, Precision]) -> bool:
 
 
 def range_candidates(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
-    """Every layer's weights rounded to nearest at each of its bit-widths, and its input range at each activation bit-width."""
+    """Return every layer's weights rounded to nearest at each of its bit-widths, and its input range at each activation bit-width."""
     samples = finite_samples(network, calibration, settings)
     layers = quantized_layers(network.prepared)
-    candidates = Candidates()
+    edges = rounded_edges(network.wiring, layers, network.largest)
+    candidates = Candidates(edges=edge_candidates(network, calibration, settings))
+    grids = edge_grids(candidates.edges, edges.names)
     for name, choices in network.choices.items():
         precisions = [*choices, settings.sensitivity_base] if len(choices) > 1 else choices
         for bits in sorted({p.weight_bits for p in precisions if p.weight_bits}):
             candidates.weights[name, bits] = weight_candidate(layers[name], bits, settings.estimator)
         for bits in sorted({p.activation_bits for p in precisions if p.activation_bits}):
-            candidates.activations[name, bits] = activation_candidate(samples[name], bits, settings.estimator)
+            candidate = candidates.activations[name, bits] = activation_candidate(samples[name], bits, settings.estimator)
+            if bits == 8:
+                read_codes(candidate.scale, candidate.zero_point, edges.reads.get(name, ()), grids)
     return candidates
+
+
+def edge_candidates(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> dict[str, tuple[float, float]]:
+    """Return the ends of every edge in the float network: of least squared error where the largest scheme rounds the edge."""
+    searched = rounded_edges(network.wiring, quantized_layers(network.prepared), network.largest).names
+    chunk_size = samples_at_once(network.wiring, OBSERVED, settings.memory, settings.batch_size)
+    return observe_edge_ranges(network.folded, network.wiring, calibration.fitting, chunk_size, searched, settings.seed)
 
 
 def solved_candidates(network: ObservedNetwork, ranged: Candidates, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
@@ -69,7 +82,7 @@ def solved_candidates(network: ObservedNetwork, ranged: Candidates, calibration:
     names = sorted({name for name, bits in ranged.weights if bits < FINE}, key=network.names.index)
     budget = MemoryBudget(memory_to_capture(network, calibration, settings))
     moments = float_moments(network.folded, names, calibration.fitting, calibration.count()[0], settings.seed, budget)
-    solved = Candidates(dict(ranged.weights), ranged.activations)
+    solved = replace(ranged, weights=dict(ranged.weights))
     for name in track(list(moments), "solution of candidates"):
         read, float_layer = moments.pop(name), network.folded.get_submodule(name)
         for (layer, bits), rounded in ranged.weights.items():
@@ -79,7 +92,7 @@ def solved_candidates(network: ObservedNetwork, ranged: Candidates, calibration:
 
 
 def finite_samples(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> dict[str, list[Tensor]]:
-    """Values of each layer's input on the fitting inputs; raises InvalidInput naming the first layer whose input is not finite."""
+    """Return values of each layer's input on the fitting inputs. Raise InvalidInput naming the first layer with a non-finite input."""
     samples = input_samples(network.folded, network.calls, calibration.fitting, 2**17, settings.seed)
     check_finite_samples(samples)
     return samples
@@ -101,14 +114,14 @@ def matched_candidates(
     calibration: Calibration,
     prior_weight: float = 0.0,
 ) -> Candidates:
-    """The same candidates with every layer's output statistics matched to the float network's (batch-norm tuning, layer by layer)."""
+    """Return the candidates with every layer's output statistics matched to the float network's (batch-norm tuning, layer by layer)."""
     variants = _variants(network, candidates)
     batchnorm_tuning.match_layers(network.folded, list(variants.values()), targets, calibration.fitting, prior_weight)
     return _with_weights_of(variants, network, candidates)
 
 
 def _variants(network: ObservedNetwork, candidates: Candidates) -> dict[int, nn.Module]:
-    """bits -> the network with the weights of all layers that have a candidate of these bits, activations float."""
+    """Return bits -> the network with the weights of all layers that have a candidate of these bits, activations float."""
     variants = {}
     for bits in sorted({bits for _, bits in candidates.weights}):
         scheme = {name: Precision(bits, None) for name in network.names if (name, bits) in candidates.weights}
@@ -118,7 +131,7 @@ def _variants(network: ObservedNetwork, candidates: Candidates) -> dict[int, nn.
 
 def _with_weights_of(variants: Mapping[int, nn.Module], network: ObservedNetwork, candidates: Candidates) -> Candidates:
     """Take the weights from `variants`, the ranges of activations from `candidates`."""
-    changed = Candidates(dict(candidates.weights), candidates.activations)
+    changed = replace(candidates, weights=dict(candidates.weights))
     for bits, model in variants.items():
         for name in network.names:
             if (name, bits) in candidates.weights:
@@ -127,7 +140,7 @@ def _with_weights_of(variants: Mapping[int, nn.Module], network: ObservedNetwork
 
 
 def free_weights(network: ObservedNetwork, ranged: Candidates, scheme: Mapping[str, Precision]) -> dict[str, Tensor]:
-    """Each layer's float weight in units of its estimated scale, [channels, fan-in]: where reconstruction starts from."""
+    """Return each layer's float weight in units of its estimated scale, [channels, fan-in], from which reconstruction starts."""
     starts = {}
     for name, precision in scheme.items():
         if precision.weight_bits:
@@ -162,7 +175,7 @@ def reconstructed_candidates(
 def reconstruction_settings(
     network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings, steps: int
 ) -> ReconstructionSettings:
-    """Return what the loop needs of the road's settings."""
+    """Return the settings of the reconstruction loop."""
     return ReconstructionSettings(
         rounding_named(settings.rounding),
         solver_named(settings.solver),
@@ -183,14 +196,18 @@ def sensitivity_table(
     settings: CalibrateSettings,
     recall: Cache = Cache(),
 ) -> SensitivityTable:
-    """The table on the held-out inputs."""
+    """Return the sensitivity table, measured on the held-out inputs."""
     base, pairs = settings.sensitivity_base, settings.pairs
-    return measure_sensitivity(network.prepared, candidates, network.choices, calibration.held_out, reference, task, base, pairs, recall)
+    edges = rounded_edges(network.wiring, quantized_layers(network.prepared), network.largest)
+    return measure_sensitivity(
+        network.prepared, candidates, network.choices, calibration.held_out, reference, task, base, pairs, recall,
+        edge_grids(candidates.edges, edges.names),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FloatTest:
-    """Labelled test data, with what the float network gives on it and how it scores."""
+    """Labelled test data, with the float network's outputs and scores on it."""
 
     samples: Samples
     outputs: Tensor
@@ -200,7 +217,7 @@ class FloatTest:
 def float_tested(
     network: ObservedNetwork, tests: Samples, task: Task, metric: Metric | None, batch_size: int, clock: StageClock
 ) -> FloatTest:
-    """Score the float network before the long work, which labels that do not fit or a metric that fails would waste."""
+    """Score the float network before the long work, so that bad labels or a failing metric do not waste it."""
     with clock.stage("float test"):
         on_tests = LabelledOutputs.of(network.float_model, tests.batches(batch_size))
         restore(network.float_model, network.moving)
@@ -208,7 +225,7 @@ def float_tested(
 
 
 def chosen_scheme(bench: "CalibrationState", budget: Budget | None) -> Choice:
-    """`choose_scheme`, or what it gave an earlier run."""
+    """Return the result of `choose_scheme`, or the one that an earlier run stored."""
     network, judge = bench.network, bench.judge
     latency = None if network.costs.latency is None else asdict(network.costs.latency)
     recall = judge.recall.keyed("allocation", budget and str(budget), bench.settings.alternatives, latency)
@@ -231,10 +248,10 @@ class CalibrationState:
 
     ranged         candidates rounded to nearest in estimated ranges; `candidates` those after matching and parallel reconstruction
     matched        candidates after matching alone, where parallel reconstruction came after it; None where it did not run
-    targets        what each folded layer's output statistics should be
-    references     the float network's outputs, one tensor a fitting batch
+    targets        target of each folded layer's output statistics
+    references     the float network's outputs, one tensor per fitting batch
     errors         parallel reconstruction's errors, by layer and bits
-    float_test     the float network on the test data, where there is any
+    float_test     the float network on the test data, if any
     """
 
     network: ObservedNetwork

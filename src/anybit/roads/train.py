@@ -1,4 +1,4 @@
-"""The train-once road: one network for every bit-width."""
+"""Train one network for every bit-width."""
 
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,13 @@ def train(
     device: str = "cpu",
     **settings: Any,
 ) -> Supernet:
-    """Train one network for every bit-width (MultiQuant): a supernet, which any scheme of those bits makes a subnet of, at once.
+    """Train one network for every bit-width (MultiQuant): a supernet, of which any scheme of those bits is a subnet.
 
     model       a trained network, or a reference to one
-    data        labelled training data: a data set, arrays, Samples, or a reference; a share of it is held out for the search
+    data        labelled training data: a data set, arrays, Samples, or a reference; a share is held out for the search
     weights, preprocessing, workers, device  as for `calibrate`
-    test        labelled data on which every bit-width is reported after every epoch; nothing is chosen on it
-    checkpoint  a file that is written after every epoch and continued from where it is found
+    test        labelled data for the report of every bit-width after every epoch; nothing is chosen on it
+    checkpoint  a file that is written after every epoch, and resumed from if it exists
 
     The result's weights are those of the store: rounded to 8 bits. Raises as `grow` does.
     """
@@ -61,7 +61,7 @@ def train(
     )
     with clock.stage("observe and fold"):
         if len(samples) < 2:
-            raise InvalidInput(f"{len(samples)} training sample(s): at least two are needed, one to train on and one to hold out.")
+            raise InvalidInput(f"{len(samples)} training sample(s) are too few. Give at least two, one to train on and one to hold out.")
         fitting, _ = held_out_split(samples, options)
         plain = plain_batches(fitting, options.train)
         check_finite(plain)

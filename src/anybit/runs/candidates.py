@@ -80,6 +80,9 @@ def _candidate_specs(
     specs = {}
     for key in sorted({*needed, *stored}):
         match = KEY.fullmatch(key)
+        if match is not None and match["edge"]:
+            specs[key] = TensorSpec("F32", (2,))
+            continue
         if match is None or match["name"] not in choices:
             raise InvalidFile(f"{path}: {reprlib.repr(key)} is no candidate of a layer in candidates.json. Run calibrate again.")
         rows, columns = shapes[match["name"]]

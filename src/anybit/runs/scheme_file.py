@@ -18,10 +18,13 @@ from anybit.files.strict import check_version, in_words, read_header, read_json,
 from anybit.networks import batchnorm
 from anybit.networks.candidates import ActivationCandidate, WeightCandidate, install
 from anybit.networks.canonical import Canonical
+from anybit.networks.edges import edge_grids
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import codes_of, float_weight, prepare, quantized_layers, weight_rows
 from anybit.networks.norms import is_norm, keeps_statistics, running_statistics
 from anybit.networks.rewrites import Rewrite, rewrite_of, rewritten_as
+from anybit.networks.rounding import edge_grids as edge_grids_of
+from anybit.networks.rounding import round_edges
 from anybit.networks.states import check_state, leftovers, spec_of
 from anybit.numerics.packing import PackedLayer, layout, pack, packed_bytes, unpack
 from anybit.numerics.quantizers import frozen
@@ -53,6 +56,8 @@ class SchemeFile(BaseModel):
     folded: dict[str, str] = {}
     edges: list[str] = []
     functions: Rewrite | None = None
+    rounded: list[str] | None = None
+    """Those of the edges that the network rounds; None in runs of before it rounded any."""
     budget: str | None = None
     certificate: dict[str, Any] = {}
     model: dict[str, str | None] = {}
@@ -67,12 +72,13 @@ class SchemeFile(BaseModel):
         return Scheme.parse({name: record.precision for name, record in self.layers.items()})
 
     def to_json(self, include: set[str] | None = None) -> dict[str, Any]:
-        """Return the file's content, without `functions` where no function was rewritten."""
-        return self.model_dump(include=include, exclude=None if self.functions else {"functions"})
+        """Return the file's content, without `functions` where no function was rewritten, and `rounded` where nothing is said of it."""
+        absent = {name for name in ("functions", "rounded") if getattr(self, name) is None}
+        return self.model_dump(include=include, exclude=absent)
 
     def digest(self) -> str:
         """Return the SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
-        meaning = self.to_json(include={"layers", "folded", "edges", "functions", "preprocessing", "task"})
+        meaning = self.to_json(include={"layers", "folded", "edges", "rounded", "functions", "preprocessing", "task"})
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
 
@@ -130,6 +136,7 @@ def write_canonical(folder: Path, canonical: Canonical, provenance: Mapping[str,
         folded=dict(canonical.folded),
         edges=list(canonical.edges),
         functions=rewrite_of(canonical.model),
+        rounded=list(edge_grids_of(canonical.model)),
         sha256="",
         **provenance,
     )
@@ -228,7 +235,8 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     check_edges(edges, folder / "model.safetensors")
     check_state(model, folder / "model.safetensors")
     check_fingerprint(folder, file.fingerprint, model)
-    return Canonical(model.eval(), file.folded, edges, read_fingerprint(folder, file.fingerprint))
+    model = round_edges(model.eval(), edge_grids(edges, file.rounded or ()))
+    return Canonical(model, file.folded, edges, read_fingerprint(folder, file.fingerprint))
 
 
 def check_edges(edges: Mapping[str, tuple[float, float]], where: Path | str) -> None:
@@ -255,6 +263,8 @@ def check_folded(file: Any, float_model: nn.Module, name: str) -> None:
     """Raise InvalidFile unless each pair that `file` (called `name`) folds is a layer and a batch norm of as many channels, named once."""
     if len(set(file.folded.values())) < len(file.folded) or len(set(file.edges)) < len(file.edges):
         raise InvalidFile(f"{name} names a batch norm or an edge twice.")
+    if unknown := set(getattr(file, "rounded", None) or ()) - set(file.edges):
+        raise InvalidFile(f"{name} rounds {min(unknown)}, which is none of its edges.")
     for layer, norm in file.folded.items():
         module = float_model.get_submodule(norm)
         rows = file.layers[layer].rows if layer in file.layers else None
