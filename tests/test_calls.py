@@ -3,9 +3,11 @@
 import inspect
 
 import pytest
+import torch
 from networks import Chain, make, pictures
 
 import anybit
+from anybit.calls import AMOUNTS
 from anybit.errors import InvalidSetting
 
 FUNCTIONS = (
@@ -38,3 +40,24 @@ def test_every_public_function_names_its_keywords_and_refuses_others(name):
 def test_a_wrong_name_or_type_gets_the_corrected_call(keywords, words):
     with pytest.raises(InvalidSetting, match=words):
         anybit.calibrate(make(Chain), pictures(4), **keywords)
+
+
+NUMBERS = [(name, number) for name in FUNCTIONS for number in inspect.signature(getattr(anybit, name)).parameters if number in AMOUNTS]
+
+
+@pytest.mark.parametrize(("name", "number"), NUMBERS, ids=[f"{name}.{number}" for name, number in NUMBERS])
+def test_a_number_out_of_range_is_refused_by_name(name, number):
+    function = getattr(anybit, name)
+    parameters = inspect.signature(function).parameters
+    required = [1 for one in parameters.values() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    for bad in (-1, AMOUNTS[number].most + 1, 10**30, 10**5000, float("nan"), float("inf"), "4", True, 2.5):
+        with pytest.raises(InvalidSetting, match=rf"^{number} .*(must be|is outside)"):
+            function(*required, **{number: bad})
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:²", "cuda:99999999999999999999", "cpus", torch.device("meta")])
+def test_a_device_that_is_none_is_refused_by_name(device):
+    model, data = make(Chain), (pictures(4), torch.arange(4))
+    for call in (anybit.evaluate, anybit.calibrate):
+        with pytest.raises(InvalidSetting, match=f"--device {device} is no device"):
+            call(model, data, device=device)

@@ -1,14 +1,36 @@
-"""A public function called from Python: a name that it does not have is refused with the corrected call."""
+"""A public function called from Python: a name that it does not have, or a number out of range, is refused with what was meant."""
 
 import difflib
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from anybit.errors import InvalidSetting
+from anybit.settings import Settings, documented, option, options_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+BYTES = 2**60
+"""Bytes beyond which no limit of memory is meant."""
+
+
+@documented
+@dataclass(frozen=True)
+class Amounts(Settings):
+    """Numbers that several functions and verbs take, each with its range."""
+
+    workers: int = option(0, "Processes that load data; affects only speed.", least=0, most=1024, panel="Runtime", rare=True)
+    threads: int | None = option(None, "Processor threads (default: PyTorch's choice).", least=1, most=1024, panel="Runtime")
+    batch_size: int | None = option(None, "Inputs per forward pass (default: as in the run).", least=1)
+    samples: int | None = option(None, "Number of inputs to run, from the first (default: all).", least=1)
+    rounds: int = option(20, "Rounds of what is timed, about 0.05 s each.", least=1, most=10**6)
+    memory: int | None = option(None, "Memory for activations (default: as in the run).", least=0, most=BYTES)
+
+
+AMOUNTS = options_of(Amounts)
 
 
 def public(function: Function) -> Function:
@@ -18,7 +40,11 @@ def public(function: Function) -> Function:
     @functools.wraps(function)
     def called(*arguments: Any, **keywords: Any) -> Any:
         check_call(function.__name__, signature, arguments, keywords)
-        check_takes_two(signature.bind(*arguments, **keywords).arguments.get("metric"))
+        bound = signature.bind(*arguments, **keywords).arguments
+        check_takes_two(bound.get("metric"))
+        for name in sorted(AMOUNTS.keys() & bound.keys()):
+            if bound[name] is not None or signature.parameters[name].default is not None:
+                AMOUNTS[name].checked(bound[name])
         return function(*arguments, **keywords)
 
     return called  # type: ignore[return-value]

@@ -29,6 +29,8 @@ from anybit.errors import AnybitError, InvalidFile, InvalidSetting, naming
 Value = TypeVar("Value")
 INTEGERS = 2**63
 """Integers are below this, either way: JSON readers share no larger ones."""
+LARGEST = 10**9
+"""The largest whole number of an option that does not say another: more inputs, steps or epochs than any machine gets through."""
 BOUNDS = (
     ("least", operator.ge, "at least"),
     ("above", operator.gt, "above"),
@@ -197,7 +199,11 @@ class Option:
         return key
 
     def _refusal(self, value: Any) -> str:
-        demand = f"is outside {self.range}" if ".." in self.range else f"must be {_noun(self.kind)}{self.range and ', '}{self.range}"
+        demand = (
+            f"is outside {self.range}"
+            if ".." in self.range and not isinstance(value, str)
+            else f"must be {_noun(self.kind)}{self.range and ', '}{self.range}"
+        )
         return f"{_shown(value)} {demand}{self.why and ': '}{self.why}."
 
     def from_text(self, text: Any, name: str) -> Any:
@@ -282,7 +288,10 @@ def described(name: str, kind: Any, one: dataclasses.Field, **common: Any) -> Op
     """Return the option that a field is; `common` describes it where its own metadata do not."""
     default = one.default if one.default_factory is MISSING else one.default_factory()
     default = MISSING if default is ... else default
-    return Option(name, kind, default, **{**common, **one.metadata})
+    description = {**common, **one.metadata}
+    if _number(kind) is int and "most" not in description and "below" not in description:
+        description["most"] = LARGEST
+    return Option(name, kind, default, **description)
 
 
 def options_of(*kinds: "type[Settings]") -> dict[str, Option]:

@@ -60,6 +60,11 @@ def test_a_guess_is_told_with_its_reason_and_how_to_say_otherwise():
     assert not any(note.startswith("task") for note in notes)
 
 
+def test_scores_that_tell_no_class_from_another_are_doubted():
+    assert "may well be numbers" in guess_task(LOGITS / 10).reason  # key points around the middle, say
+    assert "may well be numbers" not in guess_task(LOGITS * 5).reason
+
+
 # Probabilities
 
 

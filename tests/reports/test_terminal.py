@@ -50,7 +50,13 @@ def test_an_inspection_cuts_no_name(capsys):
     layer = {"class": "Conv2dStaticSamePadding", "weight": [1152, 1, 5, 5], "input": [1152, 112, 112], "output": [1152, 112, 112]}
     layer |= {"macs": 361_267_200, "folds": "_blocks.12._bn1", "block": "_blocks.12", "bytes": dict.fromkeys((2, 3, 4, 6, 8), 1_234_567)}
     whole = {"bytes": 10**6, "percent": 12.5, "bops": 10**9}
-    others = {"uncovered": {}, "unfolded": {}, "float_bytes": 10**7, "export": {"ok": True, "integer_layers": [name], "float_layers": []}}
+    others = {
+        "uncovered": {},
+        "unfolded": {},
+        "unread": [],
+        "float_bytes": 10**7,
+        "export": {"ok": True, "integer_layers": [name], "float_layers": []},
+    }
     print_inspection({"layers": {name: layer}, "uniform": dict.fromkeys(layer["bytes"], whole), **others})
     shown = capsys.readouterr().out
     assert shown.count(name) == 2 and "every layer on integers" in shown

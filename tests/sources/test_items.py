@@ -101,6 +101,9 @@ def same(tree, other) -> bool:
         (Single(), [(a, f"{n}.png") for n, a in enumerate(A)], A, None),
         (Single(), [(a, n, f"{n}.png") for n, a in enumerate(A)], A, torch.arange(N)),
         (Single(), [(a, None) for a in A], A, None),
+        (Single(), [(a, (torch.rand(2, 4), torch.ones(2))) for a in A], A, None),
+        (Single(), [(a, (0.0, 1.0)) for a in A], A, torch.tensor([[0.0, 1.0]] * N)),
+        (Single(), [{"x": a, "target": {"boxes": torch.rand(n, 4)}} for n, a in enumerate(A)], A, None),
         (Single(), [(a, [0.0, 1.0]) for a in A], A, torch.tensor([[0.0, 1.0]] * N)),
         (Single(), [{"x": a, "label": n} for n, a in enumerate(A)], A, torch.arange(N)),
         (Single(), [{"pixel_values": a, "labels": n} for n, a in enumerate(A)], A, torch.arange(N)),
@@ -176,10 +179,11 @@ def test_the_answers_to_a_question_hold():
     ("model", "data", "words"),
     [
         (Pair(), [{"a": a, "c": a} for a in A], ("dictionaries of a, c", "Pair.forward(a, b)")),
+        (Single(), [(), ()], ("empty tuples",)),
         (Single(), [{"path": "x"}, {"path": "y"}], ("dictionaries of path", "Single.forward(x)")),
         (Single(), [(a, torch.rand(n + 1, 4)) for n, a in enumerate(A)], ("do not fit into one batch",)),
     ],
-    ids=["other names", "no numbers", "labels of several shapes"],
+    ids=["other names", "nothing", "no numbers", "labels of several shapes"],
 )
 def test_what_the_forward_does_not_take_is_one_line(model, data, words):
     with pytest.raises(InvalidInput) as refused:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import anybit
+from anybit.calls import Amounts
 from anybit.cli.options import load_metric
 from anybit.cli.work import Outcome
 from anybit.exports.formats import chosen_format, format_of, onnx_format
@@ -41,7 +42,7 @@ def verify(
     exported: Path = argument("The exported file or folder.", ready=check_there),
     *,
     data: str | None = option(None, RUN_DATA, panel="Input", ready=check_data),
-    samples: int | None = option(None, "Number of inputs to run, from the first (default: all).", least=1),
+    samples: int | None = same_as(Amounts, "samples"),
     model=None, metric=None, cache=True, workers=0,
 ) -> Outcome:  # fmt: skip
     """Check an exported file against its run; exit status 1 if it fails.
@@ -61,9 +62,9 @@ def bench(
     onnx: Path | None = argument("The exported file (default: export in memory).", None, ready=check_file),
     *,
     data: str | None = option(None, RUN_DATA, panel="Input", ready=check_data), model=None,
-    rounds: int = option(20, "Rounds of float32 and exported file, about 0.05 s each.", least=1),
+    rounds: int = same_as(Amounts, "rounds", doc="Rounds of float32 and exported file, about 0.05 s each."),
     batch_size: int = same_as(CalibrateSettings, "batch_size", default=1),
-    threads: int = option(1, "Threads of the runtime.", least=1),
+    threads: int = same_as(Amounts, "threads", default=1, doc="Threads of the runtime."),
     cache=True,
 ) -> Outcome:  # fmt: skip
     """Measure size and latency of an exported file against float32.
@@ -78,7 +79,7 @@ def bench(
 
 def profile(
     *, model, weights=None, data, keep=None, preprocessing: Preprocessing,
-    rounds: int = option(20, "Rounds of float32, 8-bit and alternating layers, about 0.05 s each.", least=1),
+    rounds: int = same_as(Amounts, "rounds", doc="Rounds of float32, 8-bit and alternating layers, about 0.05 s each."),
     overwrite: bool = option(False, "Measure again, replacing the stored table.", switch=True),
     cache=True,
 ) -> Outcome:  # fmt: skip

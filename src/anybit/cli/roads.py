@@ -6,6 +6,7 @@ from typing import Any
 
 import anybit
 from anybit.budget import COUNTED, SIZE, budget_text, check_counts_weights, check_is_counted
+from anybit.calls import Amounts
 from anybit.cli.options import load_metric
 from anybit.cli.work import Outcome, is_first
 from anybit.errors import InvalidSetting
@@ -38,8 +39,8 @@ def allocate(
     run: Path = argument("A run folder of calibrate.", ready=check_folder),
     *,
     output, budget, data=None, model=None,
-    batch_size: int | None = option(None, "Inputs per forward pass (default: as in the run).", least=1),
-    memory: int | None = option(None, "Memory for activations (default: as in the run).", least=0, text=SIZE),
+    batch_size: int | None = same_as(Amounts, "batch_size"),
+    memory: int | None = same_as(Amounts, "memory", text=SIZE),
     cache=True, workers=0, metric=None, device="cpu", overwrite=False,
 ) -> Outcome:  # fmt: skip
     """Meet other budgets from a finished calibrate run, in seconds.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import anybit
 from anybit.budget import SIZE
+from anybit.calls import BYTES
 from anybit.cli.work import Outcome
 from anybit.runs.folder import check_folder, check_one
 from anybit.settings import argument, option
@@ -54,7 +55,7 @@ def explain(run: Path = argument("A run folder.", ready=check_one), layer: str =
 
 def cache(
     *,
-    trim: int | None = option(None, "Remove the least recently used results down to this size: 500MB, 0B.", least=0, text=SIZE),
+    trim: int | None = option(None, "Remove the least recently used results down to this size: 500MB, 0B.", least=0, most=BYTES, text=SIZE),
     check: bool = option(False, "Read every result; name and remove damaged ones.", switch=True),
 ) -> Outcome:
     """Show, shrink or check the results stored for resuming runs.

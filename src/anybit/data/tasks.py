@@ -433,7 +433,16 @@ def _guess_by_values(outputs: Tensor) -> Guess:
         return Guess("regression", f"{shape} lie between 0 and 1 and do not sum up to one: numbers, or a sigmoid at the end (multi-label)")
     if outputs.min() >= 0 and outputs.max() > 0:
         return Guess("regression", f"of the {shape} none is negative, as scores of classes are")
-    return Guess("classification", f"{shape} are taken for scores of {outputs.shape[1]} classes; numbers would be regression")
+    doubt = "; they hardly tell one class from another, so they may well be numbers (regression)" if _tell_little(outputs) else ""
+    return Guess("classification", f"{shape} are taken for scores of {outputs.shape[1]} classes{doubt}")
+
+
+def _tell_little(outputs: Tensor) -> bool:
+    """Return whether, as scores of classes, the outputs tell less than a twentieth of what they could of which class a sample is: the
+    divergence would hardly tell the network from a constant."""
+    p = outputs.double().softmax(1)
+    information = (p * (p.clamp_min(1e-300) / p.mean(0).clamp_min(1e-300)).log()).sum(1).mean()
+    return bool(information < math.log(outputs.shape[1]) / 20)
 
 
 def task_of(outputs: Tensor, reader: Reader | None, task: str | Task | None = None, labelled: "LabelledOutputs | None" = None) -> Task:

@@ -14,7 +14,7 @@ SEEDS = 2**32
 class TrainSettings(Settings):
     """Settings of every training loop."""
 
-    epochs: int = option(10, "Passes over the training data.", least=1)
+    epochs: int = option(10, "Passes over the training data.", least=1, most=10**6)
     batch_size: int = option(256, "Inputs per training step, over all processes.", least=1)
     seed: int = option(0, "Random seed.", least=-SEEDS, most=SEEDS)
     warmup: float = option(

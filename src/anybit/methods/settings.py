@@ -132,7 +132,7 @@ class SearchSettings(Settings):
 
     common: ClassVar[Mapping[str, Any]] = {"rare": True}
 
-    evaluations: int = option(150, "Number of subnets to evaluate.", least=10, rare=False)
+    evaluations: int = option(150, "Number of subnets to evaluate.", least=10, most=10**6, rare=False)
     strategy: str = option(
         "monte-carlo", "uniform: uniform draws, same predictor and search; integer-program: from measured sensitivities.",
         choices=("monte-carlo", "uniform", "integer-program"), rare=False,
@@ -142,10 +142,10 @@ class SearchSettings(Settings):
     bn_images: int | None = option(None, "Training inputs for batch-norm estimates during the search (default: as in training).", least=2)
     seed: int = option(0, "Random seed.", least=-SEEDS, most=SEEDS, rare=False)
     explored: float = option(0.6, "Share of the evaluations that the predictor is first fitted to.", above=0, below=1, command_line=False)
-    rounds: int = option(3, "Rounds of the remaining evaluations: predict, search, evaluate the best.", least=1, command_line=False)
-    targets: int = option(20, "Average bit-widths to search for per round.", least=1, command_line=False)
-    population: int = option(100, "Schemes per generation of the genetic search.", least=4, command_line=False)
-    generations: int = option(30, "Generations of the genetic search.", least=1, command_line=False)
+    rounds: int = option(3, "Rounds of the remaining evaluations: predict, search, evaluate best.", least=1, most=99, command_line=False)
+    targets: int = option(20, "Average bit-widths to search for per round.", least=1, most=999, command_line=False)
+    population: int = option(100, "Schemes per generation of the genetic search.", least=4, most=10**5, command_line=False)
+    generations: int = option(30, "Generations of the genetic search.", least=1, most=10**6, command_line=False)
     mutation: float = option(0.1, "Probability that a layer of a child is redrawn.", above=0, most=1, command_line=False)
 
     @classmethod

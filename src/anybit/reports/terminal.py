@@ -227,7 +227,7 @@ def _print_layers(inspection: Report, ran: bool) -> None:
         _print_line(f"not covered: {name}: {reason}")
     for name, reason in inspection["unfolded"].items():
         _print_line(f"not folded: {name}: {reason}")
-    if inspection["unread"]:
+    if inspection.get("unread"):  # an inspection made before names none
         _print_line(f"not read by any output that is compared: {', '.join(inspection['unread'])}")
 
 

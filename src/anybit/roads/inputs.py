@@ -12,7 +12,7 @@ from anybit.data.batches import Batch, join
 from anybit.data.outputs import OutputReader, output_reader
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric, Task, check_metric
-from anybit.errors import InvalidInput, InvalidSetting
+from anybit.errors import InvalidInput, InvalidSetting, naming
 from anybit.loops.processes import join_processes
 from anybit.networks.coarse import coarse_in_words
 from anybit.networks.copies import checked_copy, copied
@@ -28,7 +28,7 @@ from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.pictures import common_classes
 from anybit.sources.preprocessing import Preprocessing
-from anybit.sources.references import RANDOM
+from anybit.sources.references import RANDOM, check_device
 from anybit.supernets.supernet import Supernet
 
 
@@ -146,6 +146,8 @@ def first_samples(samples: Samples) -> Batch:
 
 def on_device(model: nn.Module, device: str, samples: Samples | None = None) -> nn.Module:
     """Return a copy of the model on `device`; with samples, check that it reproduces the model's outputs on the first of them."""
+    with naming("--device"):
+        check_device(device)
     model = copied(model) if samples is None else checked_copy(model, first_samples(samples))
     try:
         return model.to(device)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit.budget import SIZE
+from anybit.calls import BYTES
 from anybit.data.options import OUTPUTS, TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
@@ -79,7 +80,7 @@ class CalibrateSettings(Settings):
     group: int | None = option(
         None, "Inputs per weight scale, in linear layers and embeddings (default: whole channels).", least=2, why="128, 64 and 32 are usual"
     )
-    memory: int = option(2**31, "Memory for activations; more spills to disk.", least=0, text=SIZE, panel="Runtime", rare=False)
+    memory: int = option(2**31, "Memory for activations; more spills to disk.", least=0, most=BYTES, text=SIZE, panel="Runtime", rare=False)
     seed: int = option(0, "Random seed.", least=-SEEDS, most=SEEDS, rare=False)
     batch_size: int = option(64, "Inputs per forward pass.", least=1, panel="Runtime")
     task: str | None = option(None, "Task of the network (default: from the model).", choices=TASK_NAMES, panel="Input")

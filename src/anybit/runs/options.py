@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from anybit.budget import BUDGETS
-from anybit.settings import Settings, documented, option
+from anybit.calls import Amounts
+from anybit.settings import Settings, documented, option, same_as
 from anybit.sources.references import check_code, check_data, check_device, check_model, check_weights
 
 
@@ -38,7 +39,7 @@ class RunOptions(Settings):
         panel="Budget", ready=check_code, rare=True,
     )  # fmt: skip
     cache: bool = option(True, "Store results in the user's cache directory and reuse them.", rare=True)
-    workers: int = option(0, "Processes that load data; affects only speed.", least=0, rare=True)
-    threads: int | None = option(None, "Processor threads (default: PyTorch's choice).", least=1)
+    workers: int = same_as(Amounts, "workers")
+    threads: int | None = same_as(Amounts, "threads")
     device: str = option("cpu", "Where to compute: cpu, cuda, cuda:1, ...", ready=check_device)
     overwrite: bool = option(False, "Replace a finished run.", switch=True, panel="Output")

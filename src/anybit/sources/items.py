@@ -47,7 +47,7 @@ class Form:
 
     def __call__(self, item: Any) -> tuple[Any, Any]:
         """Return (inputs, label or None)."""
-        label = None if self.label is None else _value(item[self.label])
+        label = None if self.label is None else _as_label(item[self.label])
         if self.inputs is None:
             return _value(item), label
         if self.inner is not None:
@@ -107,6 +107,11 @@ class _Tries:
         return runs(replace(self.samples, labelled=form.label is not None, split=form), self.network)
 
 
+def _as_label(part: Any) -> Any:
+    """Return several numbers as a tensor, all else as it is."""
+    return _value(list(part) if isinstance(part, tuple) else part)
+
+
 @dataclass(frozen=True)
 class Signature:
     """What a forward takes: parameters in order, how many need a value, and whether it takes more, by position and by name."""
@@ -161,9 +166,13 @@ def _form_of(item: Any, tries: _Tries) -> Form:
 
 def _form_of_tuple(item: Sequence, tries: _Tries) -> Form:
     """Decide which elements are inputs. What is no number, such as a path or a detector's targets, is neither input nor label."""
+    if not item:
+        raise InvalidInput("Items of the data are empty tuples. Give an input, or (input, label).")
     places = [place for place, part in enumerate(item) if place == 0 or _is_data(part)]
+    if len(places) > 1 and not _is_label(item[places[-1]]) and tries.takes and not tries.takes.fits(len(places)):
+        places.pop()  # several tensors that are no input of this forward, such as boxes and their classes
     dropped = [f"{place} ({type(part).__name__})" for place, part in enumerate(item) if place not in places]
-    note = f"elements {some(dropped)} of the data's items are no numbers: they are neither inputs nor labels" if dropped else ""
+    note = f"elements {some(dropped)} of the data's items are neither inputs nor labels" if dropped else ""
     last = places[-1] if len(places) > 1 and _is_label(item[places[-1]]) else None
     labelled, unlabelled = Form(tuple(places[:-1]), last, note=note), Form(tuple(places), note=note)
     if isinstance(item[0], Mapping):
@@ -252,8 +261,7 @@ def _is_data(part: Any) -> bool:
 
 def _is_label(part: Any) -> bool:
     """Return whether a part of an item may be a label: one array of numbers."""
-    part = _value(list(part) if isinstance(part, tuple) else part)
-    return _is_data(part) and not isinstance(part, (tuple, list))
+    return _is_data(part) and not isinstance(_as_label(part), (tuple, list))
 
 
 def rows_of(batches: Iterable[Any]) -> list[Any]:

@@ -54,10 +54,10 @@ def check_there(path: str | Path) -> None:
         raise InvalidFile(f"{path} is not there.{near_path(Path(path))}")
 
 
-def check_device(device: str) -> None:
+def check_device(device: object) -> None:
     """Raise InvalidSetting where no device is called so; whether this machine has it, PyTorch knows."""
-    kind, separator, index = device.partition(":")
-    if kind not in DEVICES or (separator and not index.isdigit()):
+    kind, separator, index = str(device).partition(":")
+    if kind not in DEVICES or (separator and not (index.isascii() and index.isdigit() and len(index) < 4)):
         raise InvalidSetting(f"{device} is no device. Write {', '.join(DEVICES[:3])} or cuda:1.{near(kind, DEVICES)}")
 
 
