@@ -315,7 +315,9 @@ def _product(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
     if isinstance(a, Codes) and isinstance(b, Codes):
         total = a.offsets() * b.offsets()
         # The zero point is added before rounding: beside it a float32 just below a half is a half.
-        return Pending(lambda sy, zy: _rounded(total.float() * (a.scale * b.scale / sy) + zy, torch.zeros(())), lambda: a.values() * b.values())
+        return Pending(
+            lambda sy, zy: _rounded(total.float() * (a.scale * b.scale / sy) + zy, torch.zeros(())), lambda: a.values() * b.values()
+        )
     return _plain(a) * _plain(b)
 
 
