@@ -135,7 +135,7 @@ def test_test_data_may_come_in_when_a_training_is_continued(here, monkeypatch):
         (["--budget", "3bit", "--activation-bits", "9"], "outside 2..8"),
         (["--budget", "3bit", "--activation-bits", "4,8"], "one number"),
         (["--budget", "3bit", "--planes", "8"], "1..7"),
-        (["--budget", "3bit", "--epochs", "0"], "at least 1"),
+        (["--budget", "3bit", "--epochs", "0"], "outside 1.."),
         (["--budget", "3bit", "--augment", "twirl"], "twirl"),
         (["--budget", "3bit", "--phase", "none"], "restart, rewind or continue"),
         (["--budget", "3bit", "--keep", "nothing=W8A8"], "matches no"),
@@ -159,7 +159,7 @@ def test_bad_input_ends_with_status_2_and_one_line(arguments, message, here):
 
 def test_the_defaults_of_the_command_line_are_those_of_the_settings():
     options = {option.name: option.default for option in typer.main.get_command(app).commands["grow"].params}
-    told = {"activation_bits": str(GrowSettings().activation_bits), "keep": None, "task": None}
+    told = {"activation_bits": str(GrowSettings().activation_bits), "keep": None, "outputs": None, "task": None}
     for kind in (CSQSettings, TrainSettings, GrowSettings):
         for field in dataclasses.fields(kind):
             name = field.name
