@@ -132,7 +132,8 @@ def test_bad_input_to_search_and_extract_ends_with_status_2_and_one_line(here):
 
 def test_the_defaults_of_the_command_line_are_those_of_the_settings():
     commands = typer.main.get_command(app).commands
-    told = {"bits": "2,4,6,8", "keep": None, "outputs": None, "task": None, "step_rates": None, "per_channel": False}  # there it is --per-tensor
+    told = {"bits": "2,4,6,8", "keep": None, "outputs": None, "task": None, "step_rates": None, "per_channel": False}
+    # `per_channel` is --per-tensor there
     for verb, kinds in (("train", (SupernetSettings, MultiQuantSettings, TrainSettings)), ("search", (SearchSettings,))):
         options = {option.name: option.default for option in commands[verb].params}
         for kind in kinds:
