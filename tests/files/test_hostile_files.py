@@ -20,6 +20,8 @@ from anybit.errors import AnybitError, InvalidFile, InvalidInput, SchemeMismatch
 from anybit.runs.folder import is_run
 from anybit.runs.report import read_report
 from anybit.runs.scheme_file import read_scheme
+from anybit.sources.pictures import read_image
+from anybit.sources.preprocessing import Preprocessing
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.reliability import hostile_files
@@ -230,7 +232,7 @@ def test_a_broken_picture_is_named(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                anybit.sources.inputs.read_image(tmp_path / "a.png", anybit.sources.preprocessing.Preprocessing())
+                read_image(tmp_path / "a.png", Preprocessing())
             except InvalidInput as error:
                 assert "a.png" in str(error)
 
