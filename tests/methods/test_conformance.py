@@ -13,7 +13,6 @@ from anybit.data.batches import Batch
 from anybit.data.samples import draw, split
 from anybit.data.tasks import distance, outputs_of
 from anybit.networks.batchnorm import reestimate
-from anybit.networks.candidates import apply_scheme
 from anybit.networks.layers import codes_of, quantized_layers, scheme_of, weight_rows
 from anybit.networks.matmul import Matmul
 from anybit.networks.observed import observe_network
@@ -69,11 +68,11 @@ def quantizable(model, x):
 
 
 def rounded_start(model, calibration, precision: Precision):
-    """The network with every tensor rounded to nearest in its estimated range, and the folded float network."""
+    """The network with every tensor and edge rounded to nearest in its estimated range, and the folded float network."""
     settings = CalibrateSettings(weight_bits=(precision.weight_bits,), activation_bits=(precision.activation_bits,))
     network = observe_network(model, calibration.fitting[0], settings.options)
     scheme = network.uniform(precision.weight_bits, precision.activation_bits)
-    return apply_scheme(network.prepared, scheme, range_candidates(network, calibration, settings)), network.folded
+    return network.apply(scheme, range_candidates(network, calibration, settings)), network.folded
 
 
 @pytest.mark.parametrize("text", ["W2A8", "W4A4", "W8A8"])

@@ -154,7 +154,7 @@ EDITS = {
     "folds nothing": lambda d: d.update(folded={}),
     "folds one norm twice": lambda d: d["folded"].update(fc="bn"),
     "folds an unknown norm": lambda d: d["folded"].update(conv="bn7"),
-    "task": lambda d: d.update(task="segmentation"),
+    "task": lambda d: d.update(task="drawing"),
     "preprocessing": lambda d: d.update(preprocessing={"crop": 3}),
 }  # fmt: skip
 
