@@ -64,7 +64,7 @@ def test_an_entry_says_what_is_covered():
 
 @pytest.mark.parametrize(("error", "kind"), [(anybit.UnsupportedModel("no, thank you"), "refusal"), (KeyError("lost"), "crash")])
 def test_a_failure_is_kept_with_its_kind(monkeypatch, error, kind):
-    def failing(*_):
+    def failing(*_, **__):
         raise error
 
     monkeypatch.setattr(anybit, "inspect", failing)

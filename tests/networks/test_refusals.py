@@ -24,6 +24,7 @@ from anybit.networks.layer_types import COVERED
 from anybit.networks.layers import coverage, prepare, quantized_layers, unwrapped
 from anybit.networks.rewrites import rewritten
 from anybit.networks.wiring import observe
+from anybit.progress import listening
 from anybit.sources.models import adapted_network, load_model
 
 WIDTH = 8
@@ -875,8 +876,6 @@ OUTPUTS_REFUSED = {
     "one number": (lambda self, x: Plain.forward(self, x).mean(), "shape ()"),
     "classes": (lambda self, x: Plain.forward(self, x).argmax(1), "torch.int64"),
     "complex": (lambda self, x: torch.fft.fft(Plain.forward(self, x)), "torch.complex64"),
-    "something else first": (lambda self, x: (self.fc.weight.clone(), Plain.forward(self, x)), "shape (5, 8)"),
-    "as many rows as the example": (lambda self, x: (self.conv1.weight[:2, 0, 0], Plain.forward(self, x)), "shape (2, 3)"),
 }
 
 
@@ -884,6 +883,17 @@ OUTPUTS_REFUSED = {
 def test_an_output_that_is_not_a_row_of_numbers_an_input_is_refused(kind):
     forward, part = OUTPUTS_REFUSED[kind]
     refused_calibrating(with_forward(forward), part, "Let Own return")
+
+
+@pytest.mark.parametrize("rows", [5, 2])  # the example has two inputs
+def test_what_is_no_row_an_input_is_left_out_beside_what_is(rows):
+    def forward(self, x):
+        return self.fc.weight[:rows, :3].clone(), Plain.forward(self, x)
+
+    notes = []
+    with listening(events=lambda event, fields: notes.append(fields["note"]) if event == "note" else None):
+        result = calibrated(with_forward(forward))
+    assert result.report["schemes"] and any("not compared" in note for note in notes)
 
 
 def test_inputs_of_every_type_reach_the_network():
