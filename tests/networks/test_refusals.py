@@ -647,6 +647,21 @@ def test_buffers_that_a_pass_changes_are_saved_as_they_were_given(tmp_path):
     anybit.load(result.save(tmp_path / "run"), model=plain(relu1=Counting("plain", "none", "relu")))
 
 
+@pytest.mark.parametrize("scored", ["test", "several outputs"])
+def test_scoring_leaves_the_buffers_that_a_pass_changes(scored, tmp_path):
+    model, x = plain(relu1=Counting("plain", "none", "relu")), pictures(24)
+    labelled = (x, model(x).argmax(1)) if scored == "test" else None
+    if scored == "several outputs":
+        model = make(type("Two", (Plain,), {"forward": lambda self, x: (Plain.forward(self, x), Plain.forward(self, x).square())}))
+        model.relu1 = Counting("plain", "none", "relu")
+    before = {key: buffer if buffer is None else buffer.clone() for key, buffer in model.relu1._buffers.items()}
+    result = calibrated(model, x, test=labelled)
+    after = result.model.relu1._buffers
+    for key, one in before.items():
+        assert after[key] is None if one is None else torch.equal(one, after[key]), key
+    result.save(tmp_path / "run")
+
+
 def test_a_block_whose_buffers_come_and_go_is_reconstructed():
     class Block(Counting):
         def forward(self, x):
