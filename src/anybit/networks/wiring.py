@@ -391,7 +391,7 @@ def run_replacing(
     leaves a value. Under `observe` nothing is replaced."""
     if _PLAIN.get():
         return forward(*args, **kwargs)
-    observer = _Observer(model, None, replace)
+    observer = _Replacer(model, replace)
     with observer.hooks(), observer:
         tensors = tensors_in((args, kwargs))
         shown = [observer.begin_with(f"input/{index}", tensor) for index, tensor in enumerate(tensors)]
@@ -401,28 +401,125 @@ def run_replacing(
         return forward(*args, **kwargs)
 
 
-class _Observer(TorchFunctionMode):
-    """Number every tensor as it is made. To observe, tensors are kept alive for the pass; they are not where values are replaced, which is
-    how a network runs every time."""
+class _Namer(TorchFunctionMode):
+    """Name every value as it is made."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        on_value: Callable[[str, Tensor], None] | None,
-        replace: Callable[[str, Tensor], Tensor | None] | None = None,
-    ):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.on_value, self.replace = model, on_value, replace
-        self.operations: list[Operation] = []
+        self.model = model
         self.values: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # a live tensor -> number of the value that it holds now
-        self.alive: list[Tensor] = []
         self.made = 0
         self.stack: list[str] = [""]
         self.inside_leaf = 0
         self.names: dict[str, int] = {}
         self.calls: dict[str, int] = {}
+        self.norms = {id(module) for module in model.modules() if is_norm(module)}
+
+    def hooks(self) -> ExitStack:
+        """Put hooks on every module, taken off when the stack closes."""
+        stack = ExitStack()
+        for name, module in self.model.named_modules():
+            if name:
+                stack.callback(module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(partial(self._leave, name), with_kwargs=True, always_call=False).remove)
+        return stack
+
+    def _enter(self, name: str, module: nn.Module, args, kwargs) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.stack.append(name)
+        self.inside_leaf += self._is_leaf(module)
+
+    def _leave(self, name: str, module: nn.Module, args, kwargs, output) -> Any:
+        """Return the output of a module, which a leaf's is recorded."""
+        self.stack.pop()
+        if self._is_leaf(module):
+            self.inside_leaf -= 1
+            if not self.inside_leaf:
+                kind = LAYER if isinstance(module, COVERED) else BATCH_NORM
+                output = self._record(name, kind, self.stack[-1], (args, kwargs), output)
+        return output
+
+    def _is_leaf(self, module: nn.Module) -> bool:
+        return isinstance(module, COVERED) or id(module) in self.norms
+
+    def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> Any:
+        raise AssertionError("each kind of observer records in its own way")
+
+    def _named(self, name: str, kind: str) -> tuple[str, int]:
+        """Return (the name of an operation, which of the calls of its module it is)."""
+        if kind in (LAYER, BATCH_NORM):
+            return name, self.calls[name]
+        count = self.names[name] = self.names.get(name, 0) + 1
+        return (name if count == 1 else f"{name}.{count}"), 1
+
+    def _new_value(self, tensor: Tensor) -> int:
+        """Number a value. An in-place operation gives its tensor a new number: whoever read it before read another value."""
+        self.values[tensor] = self.made
+        self.made += 1
+        return self.made - 1
+
+
+class _Replacer(_Namer):
+    """Put others in place of some values, as a network that rounds its edges does in every run: nothing is noted, no tensor kept."""
+
+    def __init__(self, model: nn.Module, replace: Callable[[str, Tensor], Tensor | None]):
+        super().__init__(model)
+        self.replace = replace
+
+    def begin_with(self, name: str, tensor: Tensor) -> Tensor:
+        """Number one of the network's inputs and return what replaces it."""
+        self._new_value(tensor)
+        return self._replaced(name, tensor, False)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if self.inside_leaf:
+            return output
+        kind = _bare_name(func)
+        made = args[0] if kind == "setitem" else output
+        if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors_in(made)):
+            return output
+        arguments = (args[:1] if kind.endswith("_as") else args), kwargs
+        if not any(tensor in self.values for tensor in tensors_in(arguments)):
+            return output
+        shown = self._record(f"{self.stack[-1]}/{kind}".lstrip("/"), kind, self.stack[-1], arguments, made)
+        return output if kind == "setitem" else shown
+
+    def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> Any:
+        """Name the values that an operation made; returns its output, or what replaces it."""
+        name, tensors = name_of_call(*self._named(name, kind)), tensors_in(output)
+        for tensor in tensors:
+            self._new_value(tensor)
+        if not tensors:
+            return output
+        shown = self._replaced(name, tensors[0], any(tensor is tensors[0] for tensor in tensors_in(arguments)))
+        return shown if isinstance(output, Tensor) else output
+
+    def _replaced(self, name: str, tensor: Tensor, in_place: bool) -> Tensor:
+        """Return what replaces a value; of an operation `in_place` the tensor itself, since others may hold it."""
+        self.inside_leaf += 1  # what is computed of it is no part of the network
+        replaced = self.replace(name, tensor)
+        if replaced is not None:
+            if in_place and not tensor.requires_grad:
+                tensor.copy_(replaced)
+            else:  # a graph of gradients forbids to write into what it holds
+                self.values[replaced] = self.values[tensor]
+                tensor = replaced
+        self.inside_leaf -= 1
+        return tensor
+
+
+class _Observer(_Namer):
+    """Note all that happens in a pass. Every tensor is kept alive for it."""
+
+    def __init__(self, model: nn.Module, on_value: Callable[[str, Tensor], None] | None):
+        super().__init__(model)
+        self.on_value = on_value
+        self.operations: list[Operation] = []
+        self.alive: list[Tensor] = []
         self.module_outputs: dict[str, list[int]] = {}
-        self.classes: dict[str, str] = {}
+        self.classes = {name: _float_class(module).__name__ for name, module in model.named_modules()}
         self.shapes_read: dict[str, tuple[int, ...]] = {}
         self.module_inputs: dict[str, SoleInput] = {}
         self.escaped: set[int] = set()
@@ -430,7 +527,6 @@ class _Observer(TorchFunctionMode):
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, COVERED)]
         self.weights = {id(parameter): name for name, module in layers for parameter in module.parameters(recurse=False)}
         self.read_weights: set[str] = set()
-        self.norms = {id(module) for module in model.modules() if is_norm(module)}
         self.channels_last = {name for name, module in layers if type_of(module).channels_last}
         self.marks: dict[int, tuple[str, int, Tensor]] = {}  # value -> a layer, its number of channels, and where in the value each is
         self.channels_second: dict[int, str] = {}
@@ -438,12 +534,7 @@ class _Observer(TorchFunctionMode):
     def begin(self, batch: Batch) -> None:
         self.input_values = tuple(self._new_value(tensor) for tensor in tensors_in(batch.inputs))
         for index, tensor in enumerate(tensors_in(batch.inputs)):
-            self._show(f"input/{index}", tensor, False)
-
-    def begin_with(self, name: str, tensor: Tensor) -> Tensor:
-        """Number one of the network's inputs and return what replaces it."""
-        self._new_value(tensor)
-        return self._show(name, tensor, False)
+            self._show(f"input/{index}", tensor)
 
     def finish(self, output, batch_size: int) -> Wiring:
         tensors = tensors_in(output)
@@ -458,21 +549,9 @@ class _Observer(TorchFunctionMode):
             tuple(self.values.get(tensor) for tensor in tensors),
         )  # fmt: skip
 
-    def hooks(self) -> ExitStack:
-        """Put hooks on every module, taken off when the stack closes."""
-        stack = ExitStack()
-        for name, module in self.model.named_modules():
-            self.classes[name] = _float_class(module).__name__
-            if name:
-                stack.callback(module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(partial(self._leave, name), with_kwargs=True, always_call=False).remove)
-        return stack
-
     def _enter(self, name: str, module: nn.Module, args, kwargs) -> None:
-        self.calls[name] = self.calls.get(name, 0) + 1
-        self.stack.append(name)
-        if self.replace is None:
-            self._note_sole_input(name, (args, kwargs))
+        super()._enter(name, module, args, kwargs)
+        self._note_sole_input(name, (args, kwargs))
         if isinstance(module, COVERED):
             read = tensors_in((args, kwargs))
             if not read and type_of(module).reads_numbers:
@@ -480,7 +559,6 @@ class _Observer(TorchFunctionMode):
             self.shapes_read[name] = tuple(read[0].shape) if read else ()
             if read and (how := surroundings_of(read[0])):
                 self.surroundings[name] = how
-        self.inside_leaf += self._is_leaf(module)
 
     def _note_sole_input(self, name: str, arguments: tuple[tuple, dict]) -> None:
         places = map_leaves(arguments, Tensor, lambda tensor: _Place(self.values.get(tensor)))
@@ -488,19 +566,10 @@ class _Observer(TorchFunctionMode):
             case [_Place(value=int(value))]:
                 self.module_inputs[name] = SoleInput(value, places)
 
-    def _leave(self, name: str, module: nn.Module, args, kwargs, output) -> Any:
-        self.stack.pop()
-        if self._is_leaf(module):
-            self.inside_leaf -= 1
-            if not self.inside_leaf:
-                kind = LAYER if isinstance(module, COVERED) else BATCH_NORM
-                output = self._record(name, kind, self.stack[-1], (args, kwargs), output)
+    def _leave(self, name: str, module: nn.Module, args, kwargs, output) -> None:
+        super()._leave(name, module, args, kwargs, output)
         if isinstance(output, Tensor) and output in self.values:
             self.module_outputs.setdefault(name, []).append(self.values[output])
-        return None if self.replace is None else output
-
-    def _is_leaf(self, module: nn.Module) -> bool:
-        return isinstance(module, COVERED) or id(module) in self.norms
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -519,10 +588,9 @@ class _Observer(TorchFunctionMode):
                 self.escaped.update(self.values[tensor] for tensor in reads)
             if reads and makes:
                 marked = self.marks.get(self.values[reads[0]]) if kind in RESHAPES else None
-                shown = self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, arguments, made, _activation(kind, args, kwargs))
+                self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, arguments, made, _activation(kind, args, kwargs))
                 if marked is not None:
                     self._mark(marked, tensors, func, args, kwargs)
-                output = output if kind == "setitem" else shown
         return output
 
     def _mark(self, marked: tuple[str, int, Tensor], outputs: list[Tensor], func, args: tuple, kwargs: dict) -> None:
@@ -533,17 +601,13 @@ class _Observer(TorchFunctionMode):
             self.marks |= {self.values[output]: (layer, count, mark) for output, mark in zip(outputs, moved, strict=True)}
 
     def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> Any:
-        """Record an operation; returns its output, or what replaces it."""
+        """Note an operation; returns its output."""
         read = tensors_in(arguments)
         inputs = tuple(self.values[tensor] for tensor in read if tensor in self.values)
         constants = sum(tensor.numel() > 1 for tensor in read if tensor not in self.values)
         tensors = tensors_in(output)
-        call, is_layer = 1, kind == LAYER
-        if is_layer or kind == BATCH_NORM:
-            call = self.calls[name]
-        else:
-            count = self.names[name] = self.names.get(name, 0) + 1
-            name = name if count == 1 else f"{name}.{count}"
+        is_layer = kind == LAYER
+        name, call = self._named(name, kind)
         outputs = tuple(self._new_value(tensor) for tensor in tensors)
         shape = tuple(tensors[0].shape) if tensors else ()
         within, seen = (tuple(self.stack[1:]), self.shapes_read[name]) if is_layer else ((), ())
@@ -553,13 +617,11 @@ class _Observer(TorchFunctionMode):
         if not tensors:
             return output
         self._mark_channels(operation, tensors)
-        shown = self._show(operation.edge, tensors[0], any(tensor is tensors[0] for tensor in read))
-        return shown if isinstance(output, Tensor) else output
+        self._show(operation.edge, tensors[0])
+        return output
 
     def _mark_channels(self, operation: Operation, made: list[Tensor]) -> None:
         """Mark where the channels of a layer are in what it made; see where they are in what a batch norm reads."""
-        if self.replace is not None:
-            return
         if operation.kind == LAYER and len(made) == 1 and made[0].dim() > 1:
             dimension = -1 if operation.name in self.channels_last else 1
             channels = _channels(made[0].shape, dimension)
@@ -569,28 +631,15 @@ class _Observer(TorchFunctionMode):
             if marks.shape[1:2] == (count,) and torch.equal(marks, _channels(marks.shape, 1)):
                 self.channels_second[operation.inputs[0]] = layer
 
-    def _show(self, name: str, tensor: Tensor, in_place: bool) -> Tensor:
-        """Show a value and return what replaces it; of an operation `in_place` the tensor itself, since others may hold it."""
+    def _show(self, name: str, tensor: Tensor) -> None:
         self.inside_leaf += 1  # what the caller computes is no part of the network
         if self.on_value:
             self.on_value(name, tensor)
-        replaced = None if self.replace is None else self.replace(name, tensor)
-        if replaced is not None:
-            if in_place and not tensor.requires_grad:
-                tensor.copy_(replaced)
-            else:  # a graph of gradients forbids to write into what it holds
-                self.values[replaced] = self.values[tensor]
-                tensor = replaced
         self.inside_leaf -= 1
-        return tensor
 
     def _new_value(self, tensor: Tensor) -> int:
-        """Number a value. An in-place operation gives its tensor a new number: whoever read it before read another value."""
-        if self.replace is None:
-            self.alive.append(tensor)
-        self.values[tensor] = self.made
-        self.made += 1
-        return self.made - 1
+        self.alive.append(tensor)
+        return super()._new_value(tensor)
 
 
 def _channels(shape: Sequence[int], dimension: int) -> Tensor:
