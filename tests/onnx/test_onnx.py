@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from exported import EXACT, Activated, canonical_of, inputs, random_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Bessel, Odd
+from networks import Bessel, Odd, make, tokens
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -30,6 +30,7 @@ from anybit.networks.edges import LARGEST_BIAS
 from anybit.networks.layers import fill, quantized_layers
 from anybit.networks.rounding import edge_grids, round_edges
 from anybit.numerics.quantizers import UniformQuantizer
+from anybit.onnx import floats
 from anybit.onnx.file import EXACT_SUMS, exported, ideal_bytes, load, measured_in, outputs, save, session
 from anybit.onnx.floats import input_tensors
 from anybit.onnx.interpreter import interpret
@@ -870,3 +871,44 @@ def test_a_file_further_from_the_simulation_than_a_code_is_named():
     check_simulation(verdict, graphs, batch)
     assert len(verdict.failures) == 1 and verdict.failures[0].startswith("a: ")
     assert "codes of the file are not the simulation's" in verdict.failures[0]
+
+
+class Encoder(nn.Module):
+    def __init__(self, words):
+        super().__init__()
+        self.words, self.hidden = words, nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.hidden(self.words(x)).mean(1)
+
+
+class TwoNames(nn.Module):
+    """One embedding, which two parts call by names of their own, as encoder-decoders do."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Embedding(20, 8)
+        self.encoder, self.decoder = Encoder(self.shared), Encoder(self.shared)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.encoder(x) + self.decoder(x.flip(1)))
+
+
+def test_a_layer_of_several_names_is_one_layer_of_the_file(tmp_path):
+    model, data = make(TwoNames), tokens(24)
+    run = anybit.calibrate(model, data, None, weight_bits=(4,), activation_bits=(8,), pipeline="light", samples=24).save(tmp_path / "run")
+    report = anybit.export(run, tmp_path / "net.onnx", model=model, data=data)
+    assert report["layers"] == 4
+    assert anybit.verify(run, tmp_path / "net.onnx", model=model, data=data)["ok"]
+
+
+@pytest.mark.parametrize("scope", ["shared", "encoder.words", "decoder.words"])
+def test_a_node_is_its_layers_by_whatever_name_the_exporter_gives_the_scope(scope):
+    words, rows = ir.Value(name="words"), ir.Value(name="rows")
+    weight = np.arange(160, dtype=np.float32).reshape(20, 8)
+    words.const_value = ir.tensor(weight, name="words")
+    node = ir.node("Gather", [words, rows], metadata_props={"pkg.torch.onnx.name_scopes": repr(["", scope, "embedding"])})
+    graph = ir.Graph([rows], [node.outputs[0]], nodes=[node], initializers=[words], opset_imports={"": floats.OPSET})
+    floats._name_layers(ir.Model(graph, ir_version=floats.IR_VERSION), {"shared": weight}, floats._aliases(make(TwoNames)))
+    assert node.metadata_props[floats.LAYER] == "shared" and node.name == "shared"

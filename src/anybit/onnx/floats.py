@@ -62,6 +62,7 @@ def float_graph(
     length = None if example.mask is None else example.mask.shape[1]
     key, state = _key(plain, inputs, length), state_of(plain)
     weights = {name: float_weight(plain.get_submodule(name)).detach().numpy() for name in layers}
+    aliases = _aliases(plain)
 
     def attempt(cache: Cache) -> tuple[ir.Model, dict[str, np.ndarray]] | None:
         """Return the graph and its values; None if a cached graph is not the network's."""
@@ -74,7 +75,7 @@ def float_graph(
 
         try:
             graph = cached_graph(key, export, state, cache)
-            _tidy(graph, weights)
+            _tidy(graph, weights, aliases)
             values = values_on(graph, input_tensors(probe))
             check_graph(plain, graph, values, probe, rounded)
         except Exception:  # of many kinds, where a graph is run on what it was not exported for
@@ -138,9 +139,15 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None) -> ir.Model:
     return graph
 
 
-def _tidy(graph: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Return each name of a module -> its first, by which anybit knows it: scopes have the name that the forward called it by."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(module), name) for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def _tidy(graph: ir.Model, weights: Mapping[str, np.ndarray], aliases: Mapping[str, str]) -> None:
     graph.ir_version = IR_VERSION
-    _name_layers(graph, weights)
+    _name_layers(graph, weights, aliases)
     _pool_means(graph)
     _merge_padding(graph)
     _count_no_padding(graph)
@@ -153,7 +160,7 @@ def _reason(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
+def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray], aliases: Mapping[str, str]) -> None:
     """Mark the nodes that compute each layer: operators in the layer's scope on the layer's own weight. Each call has a name."""
     names, calls = set(weights), Counter[str]()
     counts: dict[str, int] = {}
@@ -169,7 +176,8 @@ def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
 
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        layer = next((scope for scope in reversed(scopes[:-1]) if scope in weights), None)  # the last is the operator's
+        owners = [aliases.get(scope, scope) for scope in scopes[:-1]]  # the last is the operator's
+        layer = next((owner for owner in reversed(owners) if owner in weights), None)
         if layer is not None and node.op_type in LAYER_OPERATORS and _computes(node, weights[layer]):
             calls[layer] += 1
             node.metadata_props[LAYER], node.name = layer, name_of_call(layer, calls[layer])
