@@ -576,7 +576,7 @@ def score(
 
 @dataclass(frozen=True)
 class LabelledOutputs:
-    """What a network gives on labelled batches, with the labels; `reader` is the batches'."""
+    """Hold a network's outputs on labelled batches, with the labels; `reader` is the batches'."""
 
     outputs: Tensor
     labels: Tensor

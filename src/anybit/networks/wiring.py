@@ -620,12 +620,12 @@ class _Observer(_Namer):
         self._show(operation.edge, tensors[0])
         return output
 
-    def _mark_channels(self, operation: Operation, made: list[Tensor]) -> None:
+    def _mark_channels(self, operation: Operation, outputs: list[Tensor]) -> None:
         """Mark where the channels of a layer are in what it made; see where they are in what a batch norm reads."""
-        if operation.kind == LAYER and len(made) == 1 and made[0].dim() > 1:
+        if operation.kind == LAYER and len(outputs) == 1 and outputs[0].dim() > 1:
             dimension = -1 if operation.name in self.channels_last else 1
-            channels = _channels(made[0].shape, dimension)
-            self.marks[operation.outputs[0]] = operation.name, made[0].shape[dimension], channels
+            channels = _channels(outputs[0].shape, dimension)
+            self.marks[operation.outputs[0]] = operation.name, outputs[0].shape[dimension], channels
         if operation.kind == BATCH_NORM and operation.inputs and operation.inputs[0] in self.marks:
             layer, count, marks = self.marks[operation.inputs[0]]
             if marks.shape[1:2] == (count,) and torch.equal(marks, _channels(marks.shape, 1)):

@@ -55,13 +55,13 @@ def _network(model: nn.Module | Run, preprocessing: Preprocessing, task: str | N
         return adapted_network(model), preprocessing, task
     if not isinstance(model, str | Path):
         recorded = Preprocessing.from_json(model.about.get("preprocessing", {}))
-        return model.canonical.model, overridden(recorded, preprocessing), task or _not_told_by_labels(model.about.get("task"))
+        return model.canonical.model, overridden(recorded, preprocessing), task or _unless_labels_decide(model.about.get("task"))
     if (Path(model) / SCHEME).is_file():
         return evaluated_network(Path(model), None, None, preprocessing, task)
     return load_model(str(model), None, task), preprocessing, task
 
 
-def _not_told_by_labels(task: str | None) -> str | None:
+def _unless_labels_decide(task: str | None) -> str | None:
     """Return a recorded task; None where labels tell it: a run that was calibrated without any may have been taken for another."""
     return None if task in LABELS_TELL else task
 
@@ -71,7 +71,7 @@ def evaluated_network(
 ) -> tuple[nn.Module, Preprocessing, str | None]:
     """Return (the network, preprocessing, task) of a run, by default as recorded, or of a float network's reference."""
     if run is not None:
-        recorded = _not_told_by_labels(recorded_task(run))
+        recorded = _unless_labels_decide(recorded_task(run))
         return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task or recorded
     assert model is not None  # where there is no run
     return load_model(model, weights, task), preprocessing, task

@@ -27,7 +27,7 @@ from anybit.sources.preprocessing import Preprocessing
 from anybit.sources.references import check_data, split_subset
 
 BYTES = 2**31
-"""What is held of an iterable whose length is not known; more is refused."""
+"""Most bytes that are held of an iterable whose length is not known; more are refused."""
 
 
 def load_data(
