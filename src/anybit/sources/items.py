@@ -114,7 +114,7 @@ def _as_label(part: Any) -> Any:
 
 @dataclass(frozen=True)
 class Signature:
-    """Describe the arguments of a forward: parameters in order, those that need a value, and whether it takes more, by position and name."""
+    """Describe the arguments of a forward: in order, those that need a value, and whether it takes more, by position and by name."""
 
     name: str
     parameters: Mapping[str, inspect.Parameter]
