@@ -41,7 +41,7 @@ from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
 
 FINE = 8
-"""Bits from which rounding to nearest suffices: a solver would only fit the noise of its sample."""
+"""Bits from which weights are rounded to nearest: the solver's time is spent where rounding is coarser."""
 
 
 def worth_solving(scheme: Mapping[str, Precision]) -> bool:
