@@ -346,6 +346,6 @@ def test_no_verb_runs_what_a_folder_from_elsewhere_names(exported_run, tmp_path,
     read_report(run_folder)
     with pytest.raises(anybit.InvalidSetting):
         anybit.load_supernet(store)
-    with pytest.raises(anybit.InvalidSetting, match="--data"):
+    with pytest.raises(anybit.InvalidSetting, match="data="):
         anybit.verify(run_folder, exported, model=network)
     assert not (tmp_path / "executed").exists() and not Path("out").exists()

@@ -372,7 +372,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
     assert [row["epoch"] for row in continued.report["epochs"]] == [1, 2, 3]
     assert continued.report["epochs"] == grown(epochs=3).report["epochs"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(AnybitError, match=r"cannot be written: .*Make room, or choose another --output"):
+    with pytest.raises(AnybitError, match=r"cannot be written: .*Make room, or choose another folder="):
         grown(tmp_path / "file" / "checkpoint.safetensors", epochs=1)
 
 
