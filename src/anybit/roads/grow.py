@@ -207,7 +207,8 @@ def grow(
         if budget is not None:
             grow_method_named(method).check_budget(budget, network)
             check_feasible(network, budget)
-        task = task_of(outputs_of(float_model, plain[:1]), plain[0].reader, grow_settings.task, labelled_outputs(float_model, plain[0]))
+        outputs, on_labels = outputs_of(float_model, plain[:1]), labelled_outputs(float_model, plain[0])
+        task = task_of(outputs, plain[0].reader, grow_settings.task, on_labels, float_model)
         trainee = make_trainee(network, plain, budget, grow_settings, method)
     if tests is not None:  # before the long work, which bad labels or a bad metric would waste
         reference = outputs_of(float_model, tests.batches(256))

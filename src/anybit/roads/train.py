@@ -68,7 +68,7 @@ def train(
         share_state(float_model)
         network = observe_supernet(float_model, plain[0].head(2), options)
         outputs = outputs_of(float_model, plain[:1])
-        task = task_of(outputs, plain[0].reader, options.task, labelled_outputs(float_model, plain[0]))
+        task = task_of(outputs, plain[0].reader, options.task, labelled_outputs(float_model, plain[0]), float_model)
         method = make_multiquant(network, plain, options, task.classes(outputs))
     edges = network.wiring.edges()
     supernet = Supernet(
