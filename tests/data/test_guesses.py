@@ -124,7 +124,9 @@ def test_a_network_that_ends_in_a_softmax_has_the_loss_of_its_logits():
     for model in (body, nn.Sequential(*body, nn.Softmax(1))):
         scores = anybit.evaluate(model, (x, labels))
         assert scores["top1"] == 100 and scores["loss"] == pytest.approx(expected, rel=1e-4)
-    plain, ended = (anybit.calibrate(model, x, "4bit", task="classification", **QUICK) for model in (body, nn.Sequential(*body, nn.Softmax(1))))
+    plain, ended = (
+        anybit.calibrate(model, x, "4bit", task="classification", **QUICK) for model in (body, nn.Sequential(*body, nn.Softmax(1)))
+    )
     assert plain.scheme == ended.scheme
     assert ended.report["ladder"][0]["loss"] == pytest.approx(plain.report["ladder"][0]["loss"], rel=1e-3)
 

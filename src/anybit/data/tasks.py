@@ -437,7 +437,7 @@ def _guess_by_values(outputs: Tensor, classes: int | None = None) -> Guess:
     if outputs.shape[1] == classes:
         return Guess("classification", f"{shape} are one for each class of the network's num_classes")
     if _are_trained_scores(outputs):
-        return Guess("classification", f"{shape} are as those of a trained classifier: they tell classes apart, and a row's sum tells nothing")
+        return Guess("classification", f"{shape} vary as a trained classifier's: classes are told apart, sums of rows tell nothing")
     return Guess("regression", f"nothing shows that {shape} are scores of classes: no labels, no softmax at the end, nor values as theirs")
 
 
@@ -494,20 +494,30 @@ def sample_distances(outputs: Tensor, reference: Tensor, task: str | Task) -> Te
     return named_task(task).distance.of_samples(outputs, reference)
 
 
-def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], task: str, metric: Metric | None = None) -> dict[str, Any]:
-    """Compare an exported network's outputs with the simulation's: how far apart they are, and the scores of both on labels.
+def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], name: str, metric: Metric | None = None) -> dict[str, Any]:
+    """Compare an exported network's outputs with the simulation's: how far apart they are, and the scores of both on labels, by the task
+    of this name.
 
-    simulation  the largest difference, the largest output, and where outputs are classes top-1 agreement in percent
+    simulation  the largest difference, the largest output, and where outputs are classes top-1 agreement in percent: of the (first)
+                output; of several, `outputs` has the first two of each by name
     """
-    apart = {"largest_difference": float((simulated - there).abs().max()), "largest_output": float(simulated.abs().max())}
-    if simulated.dim() == 2 and simulated.shape[1] > 1:
-        apart["agreement"] = agreement(there, simulated)
-    report: dict[str, Any] = {"simulation": apart}
+    task = task_of(simulated, batches[0].reader, name)
+    report: dict[str, Any] = {"simulation": _apart(task.judged(simulated), task.judged(there))}
+    if isinstance(task, SeveralOutputs):
+        pairs = zip(task.reader.outputs, task.tensors(simulated), task.tensors(there), strict=True)
+        report["simulation"]["outputs"] = {output.name: _apart(one, other) for output, one, other in pairs}
     labels = labels_in(batches)
     if labels is not None and (metric is not None or fits(simulated, labels, task)):
         both = {"simulated": simulated, "exported": there}
         report["accuracy"] = {kind: score(outputs, labels, task, metric, batches[0].reader) for kind, outputs in both.items()}
     return report
+
+
+def _apart(simulated: Tensor, there: Tensor) -> dict[str, float]:
+    apart = {"largest_difference": float((simulated - there).abs().max()), "largest_output": float(simulated.abs().max())}
+    if simulated.dim() == 2 and simulated.shape[1] > 1:
+        apart["agreement"] = agreement(there, simulated)
+    return apart
 
 
 def correct(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -651,7 +661,9 @@ def check_metric_on(model: nn.Module, batches: Iterable[Batch], metric: Metric |
     """Ask a user's metric once, before work that it would waste. Raise InvalidInput where it fails or the batches have no labels."""
     if metric is not None:
         on_labels = LabelledOutputs.of(model, batches)
-        measure(metric, on_labels.outputs, on_labels.labels)
+        reader, outputs = on_labels.reader, on_labels.outputs
+        several = reader.split(outputs) if isinstance(reader, OutputReader) else (outputs,)
+        measure(metric, several if len(several) > 1 else outputs, on_labels.labels)
 
 
 def task_loss(outputs: Tensor, batch: Batch, task: str | Task, teacher: nn.Module | None, distill: float) -> Tensor:

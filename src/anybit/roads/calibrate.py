@@ -248,6 +248,7 @@ def finish(
     report["stages"] = clock.stages
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
     provenance = {**provenance, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task.name}
+    provenance["outputs"] = dict(bench.settings.outputs) or None
     return Result(canonical, report, provenance, bench.candidates, dict(saved))
 
 

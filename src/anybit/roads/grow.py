@@ -256,7 +256,12 @@ def grow(
     canonical.fingerprint = fingerprint_of(canonical.model, plain[0])
     report["stages"] = clock.stages
     certificate = {**trainee.decisions().get("certificate", {}), "seed": grow_settings.train.seed}
-    about |= {"budget": str(budget) if budget else None, "task": task.name, "certificate": certificate}
+    about |= {
+        "budget": str(budget) if budget else None,
+        "task": task.name,
+        "certificate": certificate,
+        "outputs": dict(grow_settings.outputs) or None,
+    }
     tell("allocation", budget=report["budget"], certificate=certificate, scheme=canonical.scheme)
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
     return Result(canonical, report | {"certificate": certificate}, about)
