@@ -11,7 +11,7 @@ from anybit.calls import AMOUNTS
 from anybit.errors import InvalidSetting
 
 FUNCTIONS = (
-    "calibrate", "allocate", "grow", "train", "search", "evaluate", "inspect", "export", "verify", "bench", "profile", "load",
+    "calibrate", "allocate", "grow", "train", "search", "extract", "evaluate", "inspect", "export", "verify", "bench", "profile", "load",
     "diff", "explain",
 )  # fmt: skip
 
@@ -59,5 +59,5 @@ def test_a_number_out_of_range_is_refused_by_name(name, number):
 def test_a_device_that_is_none_is_refused_by_name(device):
     model, data = make(Chain), (pictures(4), torch.arange(4))
     for call in (anybit.evaluate, anybit.calibrate):
-        with pytest.raises(InvalidSetting, match=f"--device {device} is no device"):
+        with pytest.raises(InvalidSetting, match=f"device='{device}' is no device"):
             call(model, data, device=device)

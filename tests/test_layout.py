@@ -11,8 +11,8 @@ import anybit
 ROOT = Path(anybit.__file__).parent
 TESTS = Path(__file__).parent
 ORDER = (
-    "errors", "progress", "environment", "settings", "calls", "numerics", "scheme", "budget", "files", "data", "networks", "sources",
-    "loops", "allocation", "methods", "runs", "supernets", "reports", "onnx", "exports", "roads", "cli", "__main__",
+    "errors", "wording", "progress", "environment", "settings", "calls", "numerics", "scheme", "budget", "files", "data", "networks",
+    "sources", "loops", "allocation", "methods", "runs", "supernets", "reports", "onnx", "exports", "roads", "cli", "__main__",
 )  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

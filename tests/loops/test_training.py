@@ -2,9 +2,11 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from networks import NoBatchNorm, Residual, make, pictures
@@ -13,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import anybit
-from anybit.data.augment import augmented
+from anybit.data.augment import augmented, border_of
 from anybit.data.batches import Batch
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
 from anybit.loops.settings import TrainSettings
@@ -21,7 +23,9 @@ from anybit.loops.training import _steps, epoch_batches, learning_rate
 from anybit.networks.layers import quantized_layers
 from anybit.progress import listening
 from anybit.scheme import Precision, Scheme
+from anybit.sources.arrays import samples_of_arrays
 from anybit.sources.inputs import as_samples
+from anybit.sources.preprocessing import Preprocessing
 
 TESTS = Path(__file__).parent.parent
 
@@ -220,6 +224,45 @@ def test_augmentation_moves_pictures_and_keeps_their_pixels():
         TrainSettings(augment="twirl")
 
 
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [(None, None), ((0.4,), (0.2,)), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), ((0.5,), (0.2, 0.3, 0.4)), ((0.5, 0.4, 0.3), None)],
+)
+def test_shifted_pictures_are_padded_with_black_before_they_are_normalized(mean, std):
+    x = np.random.default_rng(0).integers(30, 256, (8, 6, 6, 3), dtype=np.uint8)  # no pixel is black
+    channels = [tuple(np.broadcast_to(values, 3)) for values in (mean or (0.0,), std or (1.0,))]
+    samples = samples_of_arrays({"x": x}, np.zeros(8), 0, Preprocessing(mean=mean and channels[0], std=std and channels[1]))
+    settings = TrainSettings(batch_size=8, augment="crop2")
+    normalized = next(epoch_batches(samples, settings, 0)).inputs
+    pixels = normalized * torch.tensor(channels[1])[:, None, None] + torch.tensor(channels[0])[:, None, None]
+    border = pixels[pixels < 30 / 256]
+    assert len(border) and border.abs().max() < 1e-6
+    gray = next(epoch_batches(samples, replace(settings, border="mean"), 0)).inputs
+    assert (gray == 0).sum() >= len(border) and torch.equal((gray == 0) | (gray == normalized), torch.ones_like(gray, dtype=torch.bool))
+
+
+def test_where_the_normalization_is_not_known_the_darkest_pixel_is_black():
+    x = torch.rand(64, 3, 6, 6) - torch.tensor([0.5, 0.4, 0.3])[:, None, None]
+    samples = as_samples((x, torch.zeros(64)))
+    assert border_of(samples, "flip,crop2", "black", 0) == pytest.approx(x.amin((0, 2, 3)).tolist())
+    assert border_of(samples, "flip", "black", 0) == (0.0,)
+
+
+def test_a_data_set_that_augments_by_itself_draws_the_same_whether_or_not_black_is_looked_for():
+    class Random(Dataset):
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, index):
+            return torch.rand(1, 6, 6), 0
+
+    batches = [
+        torch.cat([b.inputs for b in epoch_batches(as_samples(Random()), TrainSettings(batch_size=8, augment=a), 0)])
+        for a in ("none", "crop0")
+    ]
+    assert torch.equal(*batches)
+
+
 def test_rates_rise_then_fall_to_zero():
     values = [learning_rate(step / 100, 0.1) for step in range(101)]
     assert values[10] == 1 and values[-1] == pytest.approx(0, abs=1e-9)
@@ -329,7 +372,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
     assert [row["epoch"] for row in continued.report["epochs"]] == [1, 2, 3]
     assert continued.report["epochs"] == grown(epochs=3).report["epochs"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(AnybitError, match=r"cannot be written: .*Make room, or choose another --output"):
+    with pytest.raises(AnybitError, match=r"cannot be written: .*Make room, or choose another folder="):
         grown(tmp_path / "file" / "checkpoint.safetensors", epochs=1)
 
 

@@ -867,7 +867,7 @@ CHOICES = {
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_layer_that_runs_otherwise_than_in_the_example_is_refused_and_may_be_kept_float(choice):
-    refused_calibrating(with_forward(CHOICES[choice]), "Layer fc runs", "--keep 'fc=float'", samples=24, batch_size=24)
+    refused_calibrating(with_forward(CHOICES[choice]), "Layer fc runs", "keep={'fc': 'float'}", samples=24, batch_size=24)
     result = calibrated(with_forward(CHOICES[choice]), keep={"fc": "float"}, pipeline="advanced")
     assert str(result.scheme["fc"]) == "float"
 
@@ -883,7 +883,7 @@ def test_a_layer_without_a_value_to_read_is_refused_and_may_be_kept_float():
         return self.fc(y + self.nothing(y[:, :0]))
 
     model.__class__.forward = forward
-    refused_calibrating(model, "Layer nothing reads an input of shape", "--keep 'nothing=float'")
+    refused_calibrating(model, "Layer nothing reads an input of shape", "keep={'nothing': 'float'}")
     assert "nothing" in calibrated(model, keep={"nothing": "float"}, pipeline="advanced").scheme
 
 
@@ -985,7 +985,7 @@ def test_a_layer_that_returns_several_tensors_is_refused_and_may_be_kept_float()
 
     model = with_forward(lambda self, x: self.fc(self.body(x))[0])
     model.fc = Pair(8, 5)
-    refused_calibrating(model, "Layer fc returns 2 tensors", "--keep 'fc=float'")
+    refused_calibrating(model, "Layer fc returns 2 tensors", "keep={'fc': 'float'}")
     calibrated(model, keep={"fc": "float"}, pipeline="advanced")
 
 

@@ -150,7 +150,7 @@ def test_a_search_and_an_extraction_count_latency_too(tmp_path):
     for verb in (anybit.search, anybit.extract):
         with pytest.raises(InfeasibleBudget, match=f"{1e3 * least:.4g} ms"):
             verb(folder, budget=short, **options)
-    with pytest.raises(InvalidSetting, match="--data"):
+    with pytest.raises(InvalidSetting, match="data="):
         anybit.extract(folder, enough, model=make(Residual))
     assert "latency" not in anybit.extract(loaded.supernet, scheme=subnet.scheme).report  # nothing is measured without inputs
 

@@ -206,7 +206,7 @@ def test_the_layers_precision_is_marked_in_the_table(folders):
 def test_a_report_without_a_table_is_to_be_made_again(run_folder):
     report = json.loads((run_folder / "report.json").read_text())
     written(run_folder, {key: value for key, value in report.items() if key != "table"})
-    with pytest.raises(anybit.InvalidFile, match=r"anybit allocate .*--budget 4bit --output"):
+    with pytest.raises(anybit.InvalidFile, match=r"anybit.allocate\(.*, budget='4bit'\)\.save\("):
         explain(run_folder, "fc")
 
 

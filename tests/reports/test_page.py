@@ -429,13 +429,13 @@ def test_a_folder_that_is_no_run_is_named_and_nothing_is_written(run_folder, tmp
 def test_a_page_that_is_there_is_replaced_on_request_alone(run_folder, tmp_path, full_disk):
     page = tmp_path / "page.html"
     page.write_text("mine")
-    with pytest.raises(InvalidSetting, match="--overwrite"):
+    with pytest.raises(InvalidSetting, match="overwrite=True"):
         anybit.report(run_folder, output=page)
     assert page.read_text() == "mine"
     assert anybit.report(run_folder, output=page, overwrite=True) == page and "<h1>" in page.read_text(encoding="utf8")
     with pytest.raises(InvalidSetting, match="exists"):
         anybit.report(run_folder, output=tmp_path, overwrite=True)
-    with pytest.raises(anybit.AnybitError, match=r"page\.html cannot be written: .*choose another --output"), full_disk():
+    with pytest.raises(anybit.AnybitError, match=r"page\.html cannot be written: .*choose another output="), full_disk():
         anybit.report(run_folder, output=page, overwrite=True)
     assert "<h1>" in page.read_text(encoding="utf8") and sorted(path.name for path in tmp_path.glob("*page*")) == ["page.html"]
     with pytest.raises(InvalidSetting, match="at least one"):

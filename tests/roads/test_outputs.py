@@ -113,7 +113,7 @@ def test_what_cannot_be_compared_is_left_out_and_said():
 
 
 @pytest.mark.parametrize(
-    "name, message", [("best", "int64"), ("state", "rows"), ("box", "Choose from scores, boxes, more.0"), ("9", "9 is no")]
+    "name, message", [("best", "int64"), ("state", "rows"), ("box", "Choose from scores, boxes, more.0"), ("9", "is no output")]
 )
 def test_an_output_that_is_none_is_refused_by_its_name(name, message):
     with pytest.raises(InvalidSetting, match=message):
@@ -252,7 +252,7 @@ def chosen(tmp_path_factory):
     return result, folder, x
 
 
-def test_a_run_is_evaluated_by_the_outputs_that_it_was_made_for(chosen, tmp_path, monkeypatch):
+def test_evaluate_reads_the_outputs_recorded_in_the_run(chosen, tmp_path, monkeypatch):
     result, folder, x = chosen
     boxes = torch.randn(70, 4, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_a_run_is_evaluated_by_the_outputs_that_it_was_made_for(chosen, tmp_path
     assert json.loads(done.stdout)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_verify_compares_every_output_and_names_the_one_that_differs(chosen, monkeypatch):
+def test_verify_compares_every_output_and_names_a_different_one(chosen, monkeypatch):
     result, folder, x = chosen
     verdict = anybit.verify(result, folder / "run.onnx", data=x)
     assert verdict["ok"] and list(verdict["numbers"]["outputs"]) == ["scores", "boxes", "state", "best", "more.0"]

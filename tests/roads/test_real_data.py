@@ -1,5 +1,6 @@
 """The main job on real data through the command line: ResNet-20 on CIFAR-10, MiniLM on SST-2. Skipped where the data folder is missing."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from anybit.cli.app import app
+from anybit.data.tasks import evaluate
+from anybit.loops.settings import TrainSettings
+from anybit.loops.training import drawn_batches
+from anybit.networks.batchnorm import reestimate
+from anybit.sources.inputs import load_data
+from anybit.sources.models import load_model
+from anybit.sources.preprocessing import Preprocessing
 
 ROOT = Path(__file__).parent.parent.parent
 DATA = Path(os.environ.get("ANYBIT_DATA", ROOT.parent / "shared"))
@@ -56,6 +64,20 @@ def test_resnet20_from_the_command_line(cifar, tmp_path):
     assert light["result"]["bytes"] == (tmp_path / "light" / "model.safetensors").stat().st_size < WEIGHTS.stat().st_size / 9
     again = anybit("evaluate", str(tmp_path / "light"), "--data", f"{cifar}#test")
     assert again["top1"] == pytest.approx(light["test"]["top1"], abs=0.1)  # one of a thousand: batches of other sizes may round otherwise
+
+
+def test_statistics_estimated_on_augmented_images_leave_the_float_network_as_accurate(cifar):
+    """Black borders are what it was trained on; with borders of the mean colour it loses three points."""
+    pixels = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    tests = load_data(f"{cifar}#test", pixels)
+    trained = load_model(f"{ROOT / 'examples' / 'resnet20_cifar10.py'}:network", WEIGHTS)
+    accuracies = [evaluate(trained, tests.batches(250))["top1"]]
+    for border in ("black", "mean"):
+        estimated = copy.deepcopy(trained)
+        reestimate(estimated, drawn_batches(load_data(cifar, pixels), TrainSettings(augment="flip,crop4", border=border), 1000))
+        accuracies.append(evaluate(estimated, tests.batches(250))["top1"])
+    stored, black, mean = accuracies
+    assert black > stored - 1 > mean + 1  # of a thousand images; 0.01 and 3.3 of ten thousand (benchmarks.studies.grow_resnet20 borders)
 
 
 def test_a_budget_that_cannot_be_met_is_answered_with_the_nearest_that_can(cifar, tmp_path):

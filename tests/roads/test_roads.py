@@ -26,7 +26,6 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import anybit
-from anybit.budget import parse_size
 from anybit.data.samples import Samples
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.networks.cost import HEADER_SLACK
@@ -113,7 +112,7 @@ def test_one_seed_gives_the_same_bytes(tmp_path):
 
 def least_memory(message: str) -> int:
     """The least that an error names."""
-    return parse_size(re.search(r"at least --memory (\S+),", message)[1])
+    return int(re.search(r"at least memory=(\d+),", message)[1])
 
 
 def test_too_little_memory_names_the_step_that_needs_it():
@@ -483,7 +482,7 @@ def test_the_certificate_says_which_scheme_was_taken():
 
 
 def test_a_metric_without_test_data_is_refused():
-    with pytest.raises(InvalidSetting, match="--test"):
+    with pytest.raises(InvalidSetting, match="test="):
         calibrate(make(Residual), pictures(24), "4bit", metric=lambda outputs, labels: 0.0)
 
 

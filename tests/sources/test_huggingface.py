@@ -62,7 +62,7 @@ def test_a_metric_of_answers_is_refused_before_any_work(tmp_path):
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     samples = load_data(str(tmp_path / "q.jsonl"), Preprocessing(stride=2), model=model)
     for work in (lambda: anybit.evaluate(model, samples, metric=len), lambda: anybit.calibrate(model, samples, metric=len)):
-        with pytest.raises(InvalidSetting, match="--metric"):
+        with pytest.raises(InvalidSetting, match="metric="):
             work()
 
 
@@ -669,7 +669,7 @@ def test_answers_are_trained_on_the_float_network_alone(tmp_path):
     rows = [{"question": WORDS[i], "context": " ".join(WORDS[:12]), "answers": WORDS[i]} for i in range(8)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf8")
     samples = load_data(str(tmp_path / "questions.jsonl"), Preprocessing(length=20, stride=4), model=model)
-    with pytest.raises(InvalidSetting, match="--distill 1"):
+    with pytest.raises(InvalidSetting, match="distill=1"):
         anybit.grow(model, samples, "4bit", epochs=1, batch_size=4)
     anybit.grow(model, samples, "4bit", epochs=1, batch_size=4, distill=1.0)
 

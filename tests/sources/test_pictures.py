@@ -103,7 +103,7 @@ def test_two_folders_of_one_class_are_refused(names, tmp_path):
 
 
 def test_a_name_twice_among_classes_is_refused():
-    with pytest.raises(InvalidSetting, match="--classes a,a"):
+    with pytest.raises(InvalidSetting, match=r"classes=\('a', 'a'\)"):
         Preprocessing(classes=("a", "a"))
 
 

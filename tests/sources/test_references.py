@@ -431,5 +431,5 @@ def test_what_a_users_function_raises_is_one_error_that_names_it(tmp_path):
 
 
 def test_a_crop_larger_than_the_resized_picture_is_refused():
-    with pytest.raises(InvalidSetting, match="larger --resize"):
+    with pytest.raises(InvalidSetting, match="larger resize="):
         Preprocessing(size=256, resize=224)

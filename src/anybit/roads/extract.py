@@ -42,6 +42,7 @@ from anybit.roads.settings import CalibrateSettings, check_subnet
 from anybit.roads.steps import CalibrationState, batch_norm_targets
 from anybit.runs.scheme_file import read_scheme
 from anybit.scheme import FLOAT, Scheme, check_whole
+from anybit.settings import takes
 from anybit.sources.inputs import compared, samples_from
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.folder import load_supernet
@@ -102,6 +103,7 @@ def polished(
 
 
 @public
+@takes(CalibrateSettings, only=POLISH)
 def extract(
     run: str | Path | Supernet,
     budget: str | Budget | None = None,
@@ -123,12 +125,13 @@ def extract(
     data            unlabelled training data to estimate batch-norm statistics from; without it, the stored ones of this scheme or of the
                     nearest are used, and the report says which
     polish          then calibrate it on `data`: sequential AdaQuant, batch-norm and bias tuning from its own codes and ranges, each kept
-                    only if the held-out loss falls; `settings` and `cache` are those of `calibrate` that apply to these steps
+                    only if the held-out loss falls; the settings below and `cache` are those of `calibrate` that apply to these steps
     """
     check_subnet(budget, scheme, polish, data)
-    without_part = [name for name in settings if not polish or name not in POLISH]
-    if without_part:
-        raise InvalidSetting(f"{without_part[0]} has no part in it. With polish, choose from {', '.join(POLISH)}.")
+    if settings and not polish:
+        raise InvalidSetting(
+            f"{next(iter(settings))} has no part in an extraction without polish. Leave it out, or give --polish and --data."
+        )
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
     clock = StageClock()
     samples = None if data is None else supernet_data(run, supernet, data, workers)

@@ -47,7 +47,7 @@ def load_data(
         return _read_by(model, read_samples(Path(path), subset, preprocessing, workers, model))
     if Path(path).is_dir():
         dataset = ImageFolder(Path(path), preprocessing)
-        return _read_by(model, Samples(dataset, dataset.labelled, workers))
+        return _read_by(model, Samples(dataset, dataset.labelled, workers, black=preprocessing.black))
     if reference.startswith("hf:") or (path.endswith(TEXT_SUFFIXES) and Path(path).is_file()):
         return _texts(reference, preprocessing, workers, model)
     if ":" not in reference:
