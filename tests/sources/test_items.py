@@ -249,13 +249,13 @@ class Reading(nn.Module):
 
 def text_batches(labelled=False):
     draw = torch.Generator().manual_seed(0)
-    shapes = [(8, 5), (8, 9), (8, 7)]
-    batches = [{"input_ids": torch.randint(20, one, generator=draw), "attention_mask": torch.ones(one, dtype=torch.int64)} for one in shapes]
+    tokens = [torch.randint(20, shape, generator=draw) for shape in ((8, 5), (8, 9), (8, 7))]
+    batches = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in tokens]
     return [one | {"labels": one["input_ids"] % 3} for one in batches] if labelled else batches
 
 
 @pytest.mark.parametrize("kind", [list, iter, lambda batches: DataLoader(batches, batch_size=None)])
-def test_batches_of_texts_of_several_lengths_are_padded(kind):
+def test_text_batches_of_several_lengths_are_padded(kind):
     model = Reading().eval()
     batch = next(as_samples(kind(text_batches()), model=model).batches(24))
     assert batch.inputs["input_ids"].shape == (24, 9) and batch.mask.sum().item() == 8 * (5 + 9 + 7)
@@ -264,7 +264,7 @@ def test_batches_of_texts_of_several_lengths_are_padded(kind):
         torch.testing.assert_close(model(**batch.inputs)[batch.mask], torch.cat(expected))
 
 
-def test_padded_texts_are_scored_and_calibrated_without_their_padding():
+def test_scores_of_padded_texts_exclude_padding():
     model, data = Reading().eval(), text_batches(labelled=True)
     with torch.no_grad():
         right = torch.cat([(model(one["input_ids"], one["attention_mask"]).argmax(-1) == one["labels"]).flatten() for one in data])
@@ -276,7 +276,7 @@ def test_padded_texts_are_scored_and_calibrated_without_their_padding():
 @pytest.mark.parametrize(
     ("shape", "remedy"), [((3, 8, "n"), "--size"), (("n",), "attention_mask"), (("n", 4), "all the same shape.")], ids=str
 )
-def test_samples_of_several_shapes_are_refused_with_a_remedy_of_their_kind(shape, remedy):
+def test_samples_of_several_shapes_are_refused_with_a_fitting_remedy(shape, remedy):
     data = [torch.zeros([8 + n if size == "n" else size for size in shape]) for n in range(4)]
     with pytest.raises(InvalidInput, match=f"do not fit into one batch.*{remedy}"):
         next(as_samples(data).batches(4))
