@@ -84,8 +84,8 @@ class Samples:
         assert self.split is not None
         if self.collate is stacked:
             pairs = [self.split(item) for item in items]
-            texts, labels = padded([own for own, _ in pairs], [label for _, label in pairs])
-            inputs, labels = stacked(texts), stacked(labels) if self.labelled else None
+            own, labels_of_own = padded([own for own, _ in pairs], [label for _, label in pairs])
+            inputs, labels = stacked(own), stacked(labels_of_own) if self.labelled else None
         else:
             inputs, labels = self.split(self.collate(items))
         return Batch(_as_inputs(inputs), _as_labels(labels) if self.labelled else None)
