@@ -17,6 +17,8 @@ QUICK = {"activation_bits": (8,), "pipeline": "light", "cache": False}
 DRAW = torch.Generator().manual_seed(0)
 LOGITS, MASKS = torch.randn(16, 5, generator=DRAW), torch.randn(16, 5, 4, 6, generator=DRAW)
 CLASSES = LOGITS.argmax(1)
+SCORES = 6 * F.one_hot(CLASSES, 5) + torch.randn(16, 5, generator=DRAW)
+SCORES -= SCORES.mean(1, keepdim=True)  # as cross-entropy trains them: its gradients sum up to zero
 
 
 @pytest.mark.parametrize(
@@ -31,7 +33,13 @@ CLASSES = LOGITS.argmax(1)
         (MASKS, MASKS.argmax(1, keepdim=True), "segmentation"),
         (MASKS, torch.full((16, 8, 12), VOID).scatter(1, torch.zeros(16, 1, 12, dtype=torch.int64), 3), "segmentation"),
         (MASKS[:, :, 0].mT, MASKS[:, :, 0].argmax(1), "token-classification"),
-        (LOGITS, None, "classification"),
+        (SCORES, None, "classification"),
+        (SCORES[:4], None, "regression"),  # so few are alike by chance
+        (SCORES / 20, None, "regression"),  # they hardly tell one class from another
+        (SCORES + torch.arange(16)[:, None], None, "regression"),  # a row's sum tells something
+        (LOGITS, None, "regression"),
+        (LOGITS * 80, None, "regression"),  # offsets of boxes in pixels
+        (F.layer_norm(MASKS.flatten(1), (120,)), None, "regression"),  # features
         (LOGITS.softmax(1), None, "classification"),
         (LOGITS.sigmoid(), None, "regression"),
         (LOGITS.abs() * 100, None, "regression"),
@@ -54,15 +62,33 @@ def notes_of(work):
 
 def test_guess_is_reported_with_reason_and_override():
     model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval(), torch.randn(24, 12)
-    _, notes = notes_of(lambda: anybit.calibrate(model, x, "8bit", **QUICK))
-    assert any(note.startswith("task classification: ") and "--task" in note and "regression" in note for note in notes)
+    result, notes = notes_of(lambda: anybit.calibrate(model, x, "8bit", **QUICK))
+    assert result.about["task"] == "regression"
+    assert any(note.startswith("task regression: ") and "--task" in note and "classification" in note for note in notes)
     _, notes = notes_of(lambda: anybit.calibrate(model, x, "8bit", task="regression", **QUICK))
     assert not any(note.startswith("task") for note in notes)
 
 
-def test_warns_of_scores_that_do_not_separate_classes():
-    assert "may well be numbers" in guess_task(LOGITS / 10).reason  # for example key points around the centre
-    assert "may well be numbers" not in guess_task(LOGITS * 5).reason
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_outputs_show_whether_a_classifier_or_a_regression_was_trained(classes):
+    torch.manual_seed(0)
+    x, w = torch.randn(256, 16), torch.randn(16, classes)
+    for task, loss in (("classification", lambda y: F.cross_entropy(y, (x @ w).argmax(1))), ("regression", lambda y: F.mse_loss(y, x @ w))):
+        model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, classes))
+        adam = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(60):
+            adam.zero_grad()
+            loss(model(x)).backward()
+            adam.step()
+        assert guess_task(model(x).detach()).task == task
+
+
+def test_num_classes_of_the_network_marks_class_scores():
+    assert guess_task(LOGITS, classes=5).task == "classification"
+    assert guess_task(LOGITS, classes=80).task == "regression"
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval()
+    model.num_classes = 5
+    assert anybit.calibrate(model, torch.randn(24, 12), "8bit", **QUICK).about["task"] == "classification"
 
 
 # Probabilities
@@ -98,7 +124,9 @@ def test_softmax_network_has_the_loss_of_its_logits():
     for model in (body, nn.Sequential(*body, nn.Softmax(1))):
         scores = anybit.evaluate(model, (x, labels))
         assert scores["top1"] == 100 and scores["loss"] == pytest.approx(expected, rel=1e-4)
-    plain, ended = (anybit.calibrate(model, x, "4bit", **QUICK) for model in (body, nn.Sequential(*body, nn.Softmax(1))))
+    plain, ended = (
+        anybit.calibrate(model, x, "4bit", task="classification", **QUICK) for model in (body, nn.Sequential(*body, nn.Softmax(1)))
+    )
     assert plain.scheme == ended.scheme
     assert ended.report["ladder"][0]["loss"] == pytest.approx(plain.report["ladder"][0]["loss"], rel=1e-3)
 

@@ -1,6 +1,7 @@
 """Networks with several outputs: all of them are compared, or those that are named, and layers that none reads are named."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from anybit.data.batches import Batch
 from anybit.data.outputs import output_reader
 from anybit.data.tasks import SQUARED_ERROR, TASKS, SeveralOutputs
 from anybit.errors import AnybitError, InvalidSetting
+from anybit.onnx import verification
 from anybit.progress import listening
 
 QUICK = {"activation_bits": (8,), "pipeline": "light", "cache": False}
@@ -111,7 +113,7 @@ def test_what_cannot_be_compared_is_left_out_and_said():
 
 
 @pytest.mark.parametrize(
-    "name, message", [("best", "int64"), ("state", "rows"), ("box", "Choose from scores, boxes, more.0"), ("9", "9 is no")]
+    "name, message", [("best", "int64"), ("state", "rows"), ("box", "Choose from scores, boxes, more.0"), ("9", "is no output")]
 )
 def test_an_output_that_is_none_is_refused_by_its_name(name, message):
     with pytest.raises(InvalidSetting, match=message):
@@ -235,3 +237,54 @@ def test_the_command_line_names_outputs_and_weighs_them(tmp_path, monkeypatch):
     for wrong in ("two=much", "=2", "three", "two=0"):
         refused = CliRunner().invoke(app, ["calibrate", *common, *run[2:], "--output", "other", "--outputs", wrong])
         assert refused.exit_code == 2 and "outputs" in refused.stderr, refused.stderr
+
+
+# What is done with a run
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    """A run that compares two of five outputs, the scores not being one of them, with its export."""
+    folder, x = tmp_path_factory.mktemp("outputs"), inputs(70, (3, 2, 2))
+    result = anybit.calibrate(network(Boxes), x, "4bit", outputs={"boxes": 1, "more.0": 2}, **QUICK)
+    result.save(folder / "run")
+    anybit.export(result, folder / "run.onnx", data=x)
+    return result, folder, x
+
+
+def test_evaluate_reads_the_outputs_recorded_in_the_run(chosen, tmp_path, monkeypatch):
+    result, folder, x = chosen
+    boxes = torch.randn(70, 4, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = float((result.model(x)["boxes"] - boxes).square().mean())
+    read = lambda model, **options: anybit.evaluate(model, (x, boxes), metric=lambda given, _: len(given), **options)  # noqa: E731
+    scores = read(result)
+    assert scores["loss"] == pytest.approx(expected, rel=1e-5) and scores["<lambda>"] == 2
+    assert "loss" not in read(result, outputs={"scores": 1})  # told otherwise: four numbers are no labels of five scores
+    monkeypatch.chdir(tmp_path)
+    np.savez("data.npz", x=x.numpy(), y=boxes.numpy())
+    (tmp_path / "boxes_net.py").write_text(f"import sys; sys.path[:0] = {sys.path!r}\nfrom tests.roads.test_outputs import Boxes\n")
+    done = CliRunner().invoke(app, ["evaluate", str(folder / "run"), "--model", "boxes_net.py:Boxes", "--data", "data.npz", "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_verify_compares_every_output_and_names_a_different_one(chosen, monkeypatch):
+    result, folder, x = chosen
+    verdict = anybit.verify(result, folder / "run.onnx", data=x)
+    assert verdict["ok"] and list(verdict["numbers"]["outputs"]) == ["scores", "boxes", "state", "best", "more.0"]
+    apart = verdict["simulation"]["outputs"]
+    assert set(apart) == {"boxes", "more.0"}
+    assert all(one["largest_difference"] < 1e-3 * one["largest_output"] for one in apart.values())
+
+    real = verification.outputs
+
+    def broken(running, batches, names=None):
+        arrays = real(running, batches, names)
+        place = [value.name for value in running.get_outputs()].index(name_of_more)
+        return [array * 1.5 if index == place else array for index, array in enumerate(arrays)]
+
+    name_of_more = anybit.onnx.file.session(folder / "run.onnx").get_outputs()[4].name
+    monkeypatch.setattr(verification, "outputs", broken)
+    verdict = anybit.verify(result, folder / "run.onnx", data=x)
+    assert not verdict["ok"] and "Of the outputs, more.0 differ" in verdict["failures"][0]

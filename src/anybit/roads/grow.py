@@ -205,7 +205,8 @@ def grow(
         if budget is not None:
             grow_method_named(method).check_budget(budget, network)
             check_feasible(network, budget)
-        task = task_of(outputs_of(float_model, few[:1]), few[0].reader, grow_settings.task, labelled_outputs(float_model, few[0]))
+        outputs, on_labels = outputs_of(float_model, few[:1]), labelled_outputs(float_model, few[0])
+        task = task_of(outputs, few[0].reader, grow_settings.task, on_labels, float_model)
         trainee = make_trainee(network, few, budget, grow_settings, method)
     if tests is not None:  # before the long work, which bad labels or a bad metric would waste
         reference = outputs_of(float_model, tests.batches(256))
@@ -253,7 +254,12 @@ def grow(
     canonical.fingerprint = fingerprint_of(canonical.model, few[0])
     report["stages"] = clock.stages
     certificate = {**trainee.decisions().get("certificate", {}), "seed": grow_settings.train.seed}
-    about |= {"budget": str(budget) if budget else None, "task": task.name, "certificate": certificate}
+    about |= {
+        "budget": str(budget) if budget else None,
+        "task": task.name,
+        "certificate": certificate,
+        "outputs": dict(grow_settings.outputs) or None,
+    }
     tell("allocation", budget=report["budget"], certificate=certificate, scheme=canonical.scheme)
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
     return Result(canonical, report | {"certificate": certificate}, about)

@@ -68,7 +68,7 @@ def train(
         share_state(float_model)
         network = observe_supernet(float_model, few[0].head(2), options)
         outputs = outputs_of(float_model, few[:1])
-        task = task_of(outputs, few[0].reader, options.task, labelled_outputs(float_model, few[0]))
+        task = task_of(outputs, few[0].reader, options.task, labelled_outputs(float_model, few[0]), float_model)
         method = make_multiquant(network, few, options, task.classes(outputs))
     edges = network.wiring.edges()
     supernet = Supernet(
