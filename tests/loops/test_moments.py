@@ -1,4 +1,4 @@
-"""Sums of moments: rows few enough are kept, and say the same as their products."""
+"""Sums of second moments: few rows are stored, and give the same numbers as their products."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from anybit.networks.capture import MemoryBudget
 
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("sides", [1, 2])
-def test_few_rows_have_the_moments_of_their_products(monkeypatch, centred, sides):
+def test_stored_rows_have_the_moments_of_their_products(monkeypatch, centred, sides):
     rows = [torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(seed)) + 5 for seed in range(6)]
 
     def moments(thin):
@@ -19,13 +19,13 @@ def test_few_rows_have_the_moments_of_their_products(monkeypatch, centred, sides
             sums.add(*(x, quantized)[:sides])
         return sums.moments(centred)
 
-    kept, multiplied, late = moments(0.25), moments(0.0), moments(0.2)  # of 40 inputs: all 9 rows, none, and up to 8 of 9
-    factor = kept.form.factor
+    stored, multiplied, late = moments(0.25), moments(0.0), moments(0.2)  # of 40 inputs: all 9 rows, none, and up to 8 of 9
+    factor = stored.form.factor
     hessian = factor.transpose(1, 2) @ factor
     for products in (multiplied, late):
         torch.testing.assert_close(hessian, products.form.hessian, rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(kept.means, products.means)
+        torch.testing.assert_close(stored.means, products.means)
         if sides == 2:
-            torch.testing.assert_close(kept.cross.transpose(1, 2) @ factor, products.cross, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(stored.cross.transpose(1, 2) @ factor, products.cross, rtol=1e-4, atol=1e-3)
         else:
-            assert kept.cross is None and products.cross is None
+            assert stored.cross is None and products.cross is None
