@@ -2,16 +2,22 @@
 
 import functools
 import gc
+import json
 import os
 import resource
 import shutil
 import signal
 import sys
+from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+
+from anybit.files.cache import Entry
+from anybit.onnx import graphs
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 1))
 torch.set_num_threads(THREADS)
@@ -39,6 +45,42 @@ def one_registry_of_operators():
             from torch.onnx._internal.exporter._registration import ONNXRegistry
 
             patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
+
+
+class SharedGraphs(OrderedDict):
+    """Exported graphs in memory and in a folder that all worker processes share."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def __contains__(self, key):
+        if not super().__contains__(key) and (self.folder / key).is_file():
+            with safetensors.safe_open(self.folder / key, "pt") as file:
+                super().__setitem__(key, Entry(json.loads(file.metadata()["record"]), {"graph": file.get_tensor("graph")}))
+        return super().__contains__(key)
+
+    def __setitem__(self, key, entry):
+        super().__setitem__(key, entry)
+        if not (self.folder / key).exists():
+            draft = self.folder / f"{key}.{os.getpid()}"
+            safetensors.torch.save_file(dict(entry.tensors), draft, {"record": json.dumps(entry.record)})
+            draft.replace(self.folder / key)
+
+    def pop(self, key, default=None):
+        (self.folder / key).unlink(missing_ok=True)
+        return super().pop(key, default)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_graphs(tmp_path_factory):
+    """Export each network once in all worker processes. `tests/onnx/test_graphs.py`, which is about that, does without."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "_recent", SharedGraphs(folder))
         yield
 
 

@@ -19,7 +19,7 @@ from anybit.methods.settings import CSQSettings, LSQSettings, MultiQuantSettings
 from anybit.numerics.ranges import ESTIMATORS
 from anybit.roads.settings import CalibrateSettings, GrowSettings
 from anybit.scheme import Precision
-from anybit.settings import Option, options_of, without_none
+from anybit.settings import LARGEST, Option, options_of, without_none
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.settings import SupernetSettings
 
@@ -33,8 +33,13 @@ def bad_numbers(one: Option, kind: type) -> list:
     """Numbers, and values that are not numbers, that the option rejects."""
     outside = [(one.least, -1), (one.most, 1), (one.above, 0), (one.below, 0)]
     values = [bound + beyond for bound, beyond in outside if bound is not None]
-    never = [math.nan, math.inf, -math.inf, True, "3", b"3", [3], object()]
+    never = [math.nan, math.inf, -math.inf, 1e308, -1e308, True, "3", b"3", [3], object()]
     return [*values, *never, *([2.5, 10**30, -(10**30), 10**5000] if kind is int else [10**400])]
+
+
+def numbers_in(kind) -> bool:
+    """Return whether a type holds numbers."""
+    return kind in (int, float) or any(map(numbers_in, typing.get_args(kind)))
 
 
 def bad_values(one: Option) -> list:
@@ -77,6 +82,35 @@ def test_range_includes_its_ends_and_is_named_in_the_error(kind, one):
                 one.checked(bound + beyond)
             assert f"{bound:g}" in str(refused.value) or str(bound) in str(refused.value)
             assert str(bound + beyond) in str(refused.value) and one.range in str(refused.value)
+
+
+FUNCTIONS = [
+    (function, name)
+    for function in (getattr(anybit, name) for name in anybit.__all__)
+    if inspect.isfunction(function)
+    for name, one in inspect.signature(function).parameters.items()
+    if numbers_in(one.annotation) and name != "metric"
+]
+
+
+@pytest.mark.parametrize(("function", "name"), FUNCTIONS, ids=[f"{function.__name__}.{name}" for function, name in FUNCTIONS])
+def test_every_number_of_a_function_has_limits(function, name):
+    parameters = inspect.signature(function).parameters
+    needed = {key: object() for key, one in parameters.items() if one.default is one.empty}
+    kind = without_none(parameters[name].annotation)
+    for bad in (math.nan, math.inf, -math.inf, 1e308, -1e308, 10**400, -(10**400)):
+        origin = typing.get_origin(kind)
+        key = 2 if origin is Mapping and typing.get_args(kind)[0] is int else "fc"
+        value = (bad,) if origin is tuple else {key: bad} if origin is Mapping else bad
+        with pytest.raises(InvalidSetting, match=rf"^{name}\b"):
+            function(**{**needed, name: value})
+
+
+@pytest.mark.parametrize(("kind", "one"), OPTIONS, ids=NAMES)
+def test_every_number_has_two_bounds(kind, one):
+    if numbers_in(one.kind):
+        assert (one.least is not None or one.above is not None) and (one.most is not None or one.below is not None)
+        assert max(one.most or 0, one.below or 0) <= max(LARGEST, 2**63)
 
 
 @pytest.mark.parametrize("kind", KINDS)

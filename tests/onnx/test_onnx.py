@@ -28,6 +28,7 @@ from anybit.files.strict import sha256_of, write_json
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import LARGEST_BIAS
 from anybit.networks.layers import fill, quantized_layers
+from anybit.networks.matmul import Matmul
 from anybit.networks.rounding import edge_grids, round_edges
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.onnx import floats
@@ -512,6 +513,27 @@ def test_network_is_unchanged():
 def verdict_of(canonical, graphs, batch, folder):
     save(graphs.integer, folder / "net.onnx")
     return verify_file(folder / "net.onnx", load(folder / "net.onnx"), graphs, canonical.model, batch)
+
+
+@exactly
+@pytest.mark.parametrize("width", [8, 6])
+def test_a_transposed_operand_is_compared_as_its_operator_reads_it(width, tmp_path):
+    """Its shape says nothing where tokens are as many as their numbers; where they are not, its codes were not compared at all."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.scores, self.last = nn.Linear(width, 3 * width), Matmul(transposed=True), nn.Linear(width, width)
+
+        def forward(self, x):
+            query, key, value = self.qkv(x).chunk(3, -1)
+            return self.last((20 * self.scores(query, key)).softmax(-1) @ value)
+
+    torch.manual_seed(0)
+    batch = inputs((8, width))
+    canonical = canonical_of(Attention(), batch, lambda name: Precision.parse("A8" if name in ("scores", "matmul") else "W8A8"))
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and verdict.numbers["simulation"]["codes_apart"] <= 1
 
 
 def odd(function, shape=(3, 8, 8), precision="W8A8", **layers):

@@ -231,3 +231,52 @@ def test_arrays_of_a_loader_with_its_own_collate_function_are_split_as_its_batch
     assert torch.equal(batch.inputs, P) and batch.labels is None
     with_numbers = DataLoader(list(zip(P.numpy(), np.arange(N), strict=True)))
     assert first(with_numbers, Convolution()).labels.tolist() == list(range(N))
+
+
+class Reading(nn.Module):
+    """Class scores of tokens, each of which sees the mean of its text's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids, attention_mask):
+        words = self.words(input_ids)
+        mean = (words * attention_mask[..., None]).sum(1, keepdim=True) / attention_mask.sum(1)[:, None, None]
+        return self.head(torch.tanh(words + mean))
+
+
+def text_batches(labelled=False):
+    draw = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(20, shape, generator=draw) for shape in ((8, 5), (8, 9), (8, 7))]
+    batches = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in tokens]
+    return [one | {"labels": one["input_ids"] % 3} for one in batches] if labelled else batches
+
+
+@pytest.mark.parametrize("kind", [list, iter, lambda batches: DataLoader(batches, batch_size=None)])
+def test_text_batches_of_several_lengths_are_padded(kind):
+    model = Reading().eval()
+    batch = next(as_samples(kind(text_batches()), model=model).batches(24))
+    assert batch.inputs["input_ids"].shape == (24, 9) and batch.mask.sum().item() == 8 * (5 + 9 + 7)
+    with torch.no_grad():
+        expected = [model(**one).flatten(0, 1) for one in text_batches()]
+        torch.testing.assert_close(model(**batch.inputs)[batch.mask], torch.cat(expected))
+
+
+def test_scores_of_padded_texts_exclude_padding():
+    model, data = Reading().eval(), text_batches(labelled=True)
+    with torch.no_grad():
+        right = torch.cat([(model(one["input_ids"], one["attention_mask"]).argmax(-1) == one["labels"]).flatten() for one in data])
+    assert anybit.evaluate(model, data)["top1"] == pytest.approx(100 * right.double().mean().item())
+    result = anybit.calibrate(model, data, "4bit", activation_bits=(8,), pipeline="light", cache=False)
+    assert result.report["inputs"]["fitting"] + result.report["inputs"]["held_out"] == 24
+
+
+@pytest.mark.parametrize(
+    ("shape", "remedy"), [((3, 8, "n"), "--size"), (("n",), "attention_mask"), (("n", 4), "all the same shape.")], ids=str
+)
+def test_samples_of_several_shapes_are_refused_with_a_fitting_remedy(shape, remedy):
+    data = [torch.zeros([8 + n if size == "n" else size for size in shape]) for n in range(4)]
+    with pytest.raises(InvalidInput, match=f"do not fit into one batch.*{remedy}"):
+        next(as_samples(data).batches(4))

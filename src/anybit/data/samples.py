@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from anybit.data.batches import Batch, Reader, stacked
+from anybit.data.batches import Batch, Reader, padded, stacked
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.files.contents import contents_of
 
@@ -84,8 +84,8 @@ class Samples:
         assert self.split is not None
         if self.collate is stacked:
             pairs = [self.split(item) for item in items]
-            inputs = stacked([own for own, _ in pairs])
-            labels = stacked([label for _, label in pairs]) if self.labelled else None
+            own, labels_of_own = padded([own for own, _ in pairs], [label for _, label in pairs])
+            inputs, labels = stacked(own), stacked(labels_of_own) if self.labelled else None
         else:
             inputs, labels = self.split(self.collate(items))
         return Batch(_as_inputs(inputs), _as_labels(labels) if self.labelled else None)

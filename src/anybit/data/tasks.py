@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, Reader, evaluating, predict
+from anybit.data.batches import IGNORED, Batch, Reader, evaluating, predict
 from anybit.data.distances import (
     BINARY_DIVERGENCE,
     CHANNEL_DIVERGENCE,
@@ -33,8 +33,6 @@ from anybit.progress import tell
 
 Metric = Callable[[Any, Tensor], float]
 """A user's own, higher is better: of (outputs, labels), the outputs a tensor, or a tuple of several."""
-IGNORED = -100
-"""The label of a token or place that is not scored, as PyTorch's cross-entropy has it."""
 VOID = 255
 """The label of a place that is not scored, where there are no more classes than that, as PASCAL VOC has it."""
 

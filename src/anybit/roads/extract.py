@@ -127,6 +127,7 @@ def extract(
     polish          then calibrate it on `data`: sequential AdaQuant, batch-norm and bias tuning from its own codes and ranges, each kept
                     only if the held-out loss falls; the settings below and `cache` are those of `calibrate` that apply to these steps
     """
+    options = CalibrateSettings.of(**settings)
     check_subnet(budget, scheme, polish, data)
     if settings and not polish:
         raise InvalidSetting(
@@ -164,7 +165,7 @@ def extract(
             evaluate_model(canonical.model, tests.batches(256), supernet.task, metric)
         assert batches is not None  # polishing without data is refused
         with clock.stage("polish"):
-            canonical, ladder = polished(supernet, canonical, fitting, batches, CalibrateSettings.of(**settings), open_cache(cache))
+            canonical, ladder = polished(supernet, canonical, fitting, batches, options, open_cache(cache))
     example = batches[0] if batches else supernet.example
     canonical.fingerprint = None if example is None else fingerprint_of(canonical.model, example)
     scheme = canonical.scheme
