@@ -94,7 +94,7 @@ def solve(
     search = _Search(form, elimination, limits, scale.max() * SMALLEST_RELATIVE_SCALE, sweeps)
     together = max(1, TOGETHER // target.shape[2])
     parts = zip(*(one.split(together, 1) for one in (target, scale, rounded)), strict=True)
-    solutions = [search.solved(*(one.transpose(1, 2) for one in part)) for part in parts]
+    solutions = [search.solved(*(one.transpose(1, 2).contiguous() for one in part)) for part in parts]
     codes, scales = (torch.cat(one, 2).transpose(1, 2) for one in zip(*solutions, strict=True))
     return Solution(codes, scales)
 
@@ -102,7 +102,8 @@ def solve(
 def quadratic_error(target: Tensor, form: Quadratic, codes: Tensor, scale: Tensor) -> Tensor:
     """Return the error of each channel under H, [groups, channels]."""
     residual = (target - codes * _spread(scale, target)).transpose(1, 2)
-    return form.squares(residual, form.images(residual))
+    images = form.images(residual)
+    return form.products(residual, images, images)
 
 
 def _spread(scale: Tensor, weight: Tensor, dim: int = 2) -> Tensor:
@@ -137,38 +138,50 @@ class _Search:
     def solved(self, target: Tensor, scale: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
         """Return (codes, scales)."""
         codes, scales = self._fed_back(target, scale)
-        many = target.repeat(1, 1, len(SHRUNK))
-        images = self.form.images(many - codes * _spread(scales, many, 1))
-        scales = self._least_squares(codes, scales, images)
-        best = self.form.squares(many - codes * _spread(scales, many, 1), images).unflatten(1, (len(SHRUNK), -1)).argmin(1)
-        codes, scales, images = (_pick(one, best, len(SHRUNK)) for one in (codes, scales, images))
+        images = self.form.images(target - codes * _spread(scales, target, 1))
         for _ in range(2):
-            codes = self._descended(target, codes, scales, images)
             scales = self._least_squares(codes, scales, images)
-        residual, nearest = (target - one * _spread(s, target, 1) for one, s in ((codes, scales), (rounded, scale)))
-        behind = self.form.squares(nearest, self.form.images(nearest)) < self.form.squares(residual, self.form.images(residual))
+            codes = self._descended(codes, scales, images)
+        scales = self._least_squares(codes, scales, images)
+        errors = []
+        for one, its_scale in ((rounded, scale), (codes, scales)):
+            residual = target - one * _spread(its_scale, target, 1)
+            errors.append(self.form.products(residual, *2 * [self.form.images(residual)]))
+        behind = errors[0] < errors[1]
         return torch.where(behind[:, None], rounded, codes), torch.where(behind[:, None], scale, scales)
 
     def _fed_back(self, target: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return codes and scales of all tries: input after input is rounded, and those to come make up for its error."""
-        tries = len(SHRUNK)
-        many, scales = target.repeat(1, 1, tries), torch.cat([share * scale for share in SHRUNK], 2)
-        rows = self.elimination.order[:, :, None].expand_as(many)
-        many, spread = many.gather(1, rows), _spread(scales, many, 1).expand_as(many).gather(1, rows)
+        """Return the codes and scales of the best try: input after input is rounded, and those to come make up for its error."""
+        tries, form, order = len(SHRUNK), self.elimination.form, self.elimination.order[:, :, None]
+        many, scales = target.gather(1, order.expand_as(target)).repeat(1, 1, tries), torch.cat([share * scale for share in SHRUNK], 2)
+        spread = scales
+        if scale.shape[1] > 1:
+            spread = _spread(scales, many, 1).gather(1, order.expand_as(many))
         codes, errors = torch.empty_like(many), torch.empty_like(many)
         state = None
         for block, triangle, pull in self.elimination.steps:
-            local, wide = many[:, block], spread[:, block]
-            best = local if state is None else torch.baddbmm(local, pull, state)
-            best = best.clone() if best is local else best
+            local, wide = many[:, block], _part(spread, block).expand(-1, block.stop - block.start, -1)
+            best = local.clone() if state is None else torch.baddbmm(local, pull, state)
             for j in range(best.shape[1] - 1, -1, -1):
                 code = codes[:, block.start + j] = _nearest(best[:, j], wide[:, j], self.limits)
                 error = torch.addcmul(local[:, j], code, wide[:, j], value=-1, out=errors[:, block.start + j])
                 best[:, :j].baddbmm_(triangle[:, :j, j, None], error[:, None])
-            state = self.elimination.form.state(errors, block, state)
-        return torch.empty_like(codes).scatter_(1, rows, codes), scales
+            state = form.state(errors, block, state)
+        factor, error = self._rescaled(errors, many.sub_(errors), form)
+        best = error.unflatten(1, (tries, -1)).argmin(1)
+        picked = _pick(codes, best, tries)
+        return torch.empty_like(picked).scatter_(1, order.expand_as(picked), picked), _pick(scales * factor[:, None], best, tries)
 
-    def _descended(self, target: Tensor, codes: Tensor, scale: Tensor, images: Tensor) -> Tensor:
+    def _rescaled(self, errors: Tensor, values: Tensor, form: Quadratic) -> tuple[Tensor, Tensor]:
+        """Return by what a channel's values are multiplied for the least error, [groups, channels], and that error."""
+        images, own = form.images(errors), form.images(values)
+        slope, power = (form.products(values, own, other) for other in (images, own))
+        factor = 1 + slope / power.clamp_min(1e-30)
+        usable = (power > 0) & torch.isfinite(factor) & (factor > 0.5)
+        before = form.products(errors, images, images)
+        return torch.where(usable, factor, 1.0), torch.where(usable, before - slope * (factor - 1), before)
+
+    def _descended(self, codes: Tensor, scale: Tensor, images: Tensor) -> Tensor:
         """Return codes of which a sweep of single changes, each the best of its code, has lowered the error; `sweeps` at most.
 
         `images`, those of the residual, follow in place.
@@ -176,33 +189,35 @@ class _Search:
         A sweep visits the inputs of which some channel's code has a better value as the sweep comes to their block. Channels that a sweep
         has left alone are done.
         """
-        spread = _spread(scale, target, 1).expand_as(target)
-        variance = self.form.variance()[:, :, None]
-        alive = variance > 1e-12 * variance.amax(1, keepdim=True).clamp_min(1e-30)  # an input that never moves leaves its code open
-        step = torch.where(alive, 1 / (variance * spread), 0.0)  # of a code, by the slope of its weight
+        spread = _spread(scale, codes, 1)
 
         result, all_images, left = codes.clone(), images, torch.arange(codes.shape[2], device=codes.device)
         codes, images = codes.clone(), images.clone()
         for _ in range(self.sweeps):
-            moved = self._sweep(codes, spread, step, images)
+            moved = self._sweep(codes, spread, images)
             result[:, :, left], all_images[:, :, left] = codes, images
             if not moved.any():
                 break
-            left, codes, spread, step, images = left[moved], *(part[:, :, moved] for part in (codes, spread, step, images))
+            left, codes, spread, images = left[moved], *(part[:, :, moved] for part in (codes, spread, images))
         return result
 
-    def _sweep(self, codes: Tensor, spread: Tensor, step: Tensor, images: Tensor) -> Tensor:
+    def _sweep(self, codes: Tensor, spread: Tensor, images: Tensor) -> Tensor:
         """Put code after code to its best value, codes and images in place; returns which channels have changed."""
         changed = torch.zeros(codes.shape[2], dtype=torch.bool, device=codes.device)
+        variance = self.form.variance()[:, :, None]
+        alive = variance > 1e-12 * variance.amax(1, keepdim=True).clamp_min(1e-30)  # an input that never moves leaves its code open
+        inverse = torch.where(alive, 1 / variance, 0.0)
         for block in blocks(codes.shape[1]):
-            slope, here, steps = self.form.slopes(images, block), codes[:, block], step[:, block]
+            slope, here = self.form.slopes(images, block), codes[:, block]
+            wide = _part(spread, block).expand_as(here)
+            steps = inverse[:, block] / wide  # of a code, by the slope of its weight
             visited = (_best(here, slope, steps, self.limits) != here).any(2).any(0).nonzero().flatten().tolist()
             if not visited:
                 continue
             slope, inner, moves = slope.clone(), self.form.inner(block), torch.zeros_like(here)
             for j in visited:
                 best = _best(here[:, j], slope[:, j], steps[:, j], self.limits)
-                torch.mul(best - here[:, j], spread[:, block.start + j], out=moves[:, j])
+                torch.mul(best - here[:, j], wide[:, j], out=moves[:, j])
                 here[:, j] = best
                 slope.baddbmm_(inner[:, :, j, None], moves[:, j, None], alpha=-1)
             changed |= moves.any(1).any(0)
@@ -226,6 +241,11 @@ class _Search:
             images -= own * (better - scale[:, part])[:, None]
             scale[:, part] = better
         return scale
+
+
+def _part(spread: Tensor, block: slice) -> Tensor:
+    """Return a block of scales that are one for all inputs or one for each."""
+    return spread if spread.shape[1] == 1 else spread[:, block]
 
 
 def _pick(tried: Tensor, best: Tensor, tries: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 `Full` holds H [groups, fan-in, fan-in]; `Thin` holds F [groups, rows, fan-in], of which H = F^T F: with fewer rows than inputs its
 products take less time and memory. Values are [groups, inputs, channels]. Their *images* are what a form keeps of them, H or F times the
-values: slopes and squares follow from them.
+values: slopes and products follow from them.
 """
 
 from collections.abc import Iterator
@@ -54,8 +54,8 @@ class Full:
     def inner(self, block: slice) -> Tensor:
         return self.hessian[:, block, block]
 
-    def squares(self, values: Tensor, images: Tensor) -> Tensor:
-        """Return the form's value of each channel, [groups, channels]."""
+    def products(self, values: Tensor, own: Tensor, images: Tensor) -> Tensor:
+        """Return the form of values, of images `own`, with those of the other `images`, for each channel: [groups, channels]."""
         return (values * images).sum(1)
 
     def towards(self, weight: Tensor, cross: Tensor, damping: float) -> Tensor:
@@ -107,8 +107,8 @@ class Thin:
         part = self.factor[:, :, block]
         return part.transpose(1, 2) @ part
 
-    def squares(self, values: Tensor, images: Tensor) -> Tensor:
-        return images.square().sum(1)
+    def products(self, values: Tensor, own: Tensor, images: Tensor) -> Tensor:
+        return (own * images).sum(1)
 
     def towards(self, weight: Tensor, cross: Tensor, damping: float) -> Tensor:
         """Return W (C - H) (H + ridge)^-1; `cross` is the factor of the other rows G, of which C = G^T F."""

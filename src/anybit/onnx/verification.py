@@ -29,6 +29,7 @@ from anybit.data.outputs import named_tensors
 from anybit.errors import UnsupportedModel, some
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import quantized_layers
+from anybit.networks.matmul import Matmul
 from anybit.networks.rounding import edge_grids, rounded_values
 from anybit.networks.wiring import name_of_call
 from anybit.onnx.file import EXACT_SUMS, Exported, asks_for_exact_sums, outputs, session, x86_flags
@@ -337,11 +338,19 @@ def simulated_codes(exported: Exported, batch: Batch) -> dict[str, Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
-    codes = {value: layer.input_quantizer.codes(tensor, operand).to(torch.uint8) for value, layer, tensor, operand in taken}
+    codes = {
+        value: _as_multiplied(layer, operand, layer.input_quantizer.codes(tensor, operand)).to(torch.uint8)
+        for value, layer, tensor, operand in taken
+    }
     for edge, value in exported.edges.items():
         scale, zero_point = torch.tensor(edge_grids(exported.model)[edge])
         codes[value] = (edges[edge] / scale + zero_point).round().to(torch.uint8)
     return codes
+
+
+def _as_multiplied(layer: nn.Module, operand: int | None, codes: Tensor) -> Tensor:
+    """Return the codes as the layer's operator reads them: behind the transposition, where the layer has one."""
+    return codes.mT if operand == 1 and isinstance(layer, Matmul) and layer.transposed else codes
 
 
 @torch.no_grad()
