@@ -7,6 +7,8 @@
               activations, two seeds; CSQ's scheme trained with LSQ; CSQ at 2 and at 4 bits
     agreement sensitivities of the grown networks, from the run folders that `methods --runs` kept
     choices   the two binary choices: weight gates soft or straight-through, plane gates soft or hard with periodic pruning (BSQ-like)
+    borders   the float network's batch-norm statistics estimated anew on 2,048 training images: augmented with black borders, with the mean
+              colour, and not augmented
     cost      one training step and its memory: float, LSQ, CSQ while planes grow and when two are left, CSQ written down plainly
     scratch   the defaults for trained weights, and later decisions, on a short run from scratch
     full      600 epochs from scratch as published, 20 times smaller counted the published way; needs a GPU
@@ -26,7 +28,11 @@ import torch
 
 import anybit
 from anybit.data.batches import Batch
+from anybit.data.tasks import correct, outputs_of
+from anybit.loops.settings import TrainSettings
+from anybit.loops.training import drawn_batches
 from anybit.methods.csq import GatedWeight, gate
+from anybit.networks.batchnorm import reestimate
 from anybit.networks.layers import emptied
 from anybit.roads.grow import make_trainee, observe_trainable
 from anybit.roads.settings import GrowSettings
@@ -119,6 +125,26 @@ def choices(study: Growing) -> None:
             once = {"phase": "continue", "fix": 0.7, "plane_rate": 3e-2, "plane_temperature": 20.0, "compile": False}
             kinds = {"weight_gates": weights, "plane_gates": planes, "activation_bits": None, "per_channel": True, **once}
             study.measured(key, lambda key=key, kinds=kinds: study.grown(key, "3bit", **kinds))
+
+
+def borders(study: Growing) -> None:
+    """A network that is only measured anew should score as before: what moves it is not how it was trained."""
+
+    def scored(settings: TrainSettings | None) -> dict[str, float]:
+        model = study.network()
+        if settings is not None:
+            reestimate(model, drawn_batches(study.train, settings, 2048))
+        right = correct(outputs_of(model, study.test.batches(250)), study.labels())
+        return {"top1": 100 * float(right.double().mean())}
+
+    kinds = {
+        "black borders": ("flip,crop4", "black"),
+        "borders of the mean colour": ("flip,crop4", "mean"),
+        "not augmented": ("none", "black"),
+    }
+    study.measured("stored statistics", lambda: scored(None))
+    for words, (augment, border) in kinds.items():
+        study.measured(words, lambda augment=augment, border=border: scored(TrainSettings(augment=augment, border=border)))
 
 
 class PlainGates(torch.nn.Module):
@@ -217,7 +243,15 @@ def full(study: Growing) -> None:
         study.measured(key, lambda key=key, budget=budget: study.grown(key, budget, **settings))
 
 
-STUDIES = {"methods": methods, "agreement": agreement, "choices": choices, "cost": cost, "scratch": scratch, "full": full}
+STUDIES = {
+    "methods": methods,
+    "agreement": agreement,
+    "choices": choices,
+    "borders": borders,
+    "cost": cost,
+    "scratch": scratch,
+    "full": full,
+}
 
 
 def main() -> None:

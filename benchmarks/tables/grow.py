@@ -108,6 +108,12 @@ def _ranked(bits: list[int], others: list[float]) -> str:
     return f"{spearmanr(bits, others).statistic:+.2f}" if len(set(bits)) > 1 else "all layers have the same bits"
 
 
+def borders_section() -> str:
+    """Accuracy of the float network by the images on which its statistics were estimated."""
+    rows = [[words, f"{run['top1']:.2f}"] for words, run in entries("grow_resnet20_borders").items()]
+    return table(["statistics of batch norm from", "top-1"], rows) if rows else NOT_RUN
+
+
 def cost_section() -> str:
     run = entries("grow_resnet20_cost").get("one step", {})
     rows = [
@@ -128,6 +134,7 @@ SECTIONS = {
     "GROWTRIED": tried_section,
     "CHOICES": choices_section,
     "AGREEMENT": agreement_section,
+    "GROWBORDERS": borders_section,
     "GROWCOST": cost_section,
     "SCRATCH": scratch_section,
 }

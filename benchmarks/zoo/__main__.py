@@ -78,9 +78,9 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen(arguments: argparse.Namespace) -> list[str]:
-    """The networks that any of the patterns matches; all without one."""
-    patterns = [pattern if "*" in pattern else f"*{pattern}*" for pattern in arguments.patterns] or ["*"]
-    return [name for name in NETWORKS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    """The networks that match a pattern, in the order of the patterns; all without one."""
+    patterns = [name if "*" in name or name in NETWORKS else f"*{name}*" for name in arguments.patterns] or ["*"]
+    return list(dict.fromkeys(name for pattern in patterns for name in fnmatch.filter(NETWORKS, pattern)))
 
 
 def preload() -> None:

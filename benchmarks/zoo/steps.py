@@ -35,16 +35,19 @@ class Progress:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Time a step. An exception ends it, and is kept with its kind, its message and the place that raised it."""
+        """Time a step, in seconds of the processor, since others may share the machine.
+
+        An exception ends it, and is kept with its kind, its message and the place that raised it.
+        """
         self.keep(self.entry | {"running": name})
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             yield
         except Exception as error:
             self.entry["failures"].append({"step": name, **described(error)})
             raise Stopped from error
         finally:
-            self.entry["seconds"][name] = time.perf_counter() - start
+            self.entry["seconds"][name] = time.process_time() - start
             self.keep(self.entry)
 
 
@@ -77,14 +80,15 @@ def run_steps(network: ZooNetwork, source: Source, all_steps: bool, keep: Callab
             progress.entry |= coverage(model, report)
     except Stopped:
         return
-    for precision in PRECISIONS if all_steps else ():
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                progress.entry[precision] = {}
-                quantize(Subject(model, loader, reference, report), precision, Path(folder), progress)
-        except Stopped:
-            if progress.entry["failures"][-1]["step"].startswith(("calibrate", "export")):
-                return  # at other bits it is the same
+    with tempfile.TemporaryDirectory() as folder:  # the second file takes up the float graph of the first
+        subject = Subject(model, loader, reference, report, Path(folder))
+        for precision in PRECISIONS if all_steps else ():
+            progress.entry[precision] = {}
+            try:
+                quantize(subject, precision, progress)
+            except Stopped:
+                if progress.entry["failures"][-1]["step"].startswith(("calibrate", "export")):
+                    return  # at other bits it is the same
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,9 @@ class Reference:
         two = self.batches[0].head(2)
         passes = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()
             floats(model, two)
-            passes.append(time.perf_counter() - start)
+            passes.append(time.process_time() - start)
         with FlopCounterMode(display=False) as counter, torch.enable_grad():  # its hooks need gradients where a parameter is an input
             call(model, two.inputs)
         energies = [float(one.double().square().mean()) for one in self.outputs[0]]
@@ -165,20 +169,21 @@ def coverage(model: nn.Module, report: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A network with its data, its float outputs and what `inspect` says of it."""
+    """A network with its data, its float outputs, what `inspect` says of it, and a folder for what is made of it."""
 
     model: nn.Module
     loader: DataLoader
     reference: Reference
     report: Mapping[str, Any]
+    folder: Path
 
 
-def quantize(subject: Subject, precision: str, folder: Path, progress: Progress) -> None:
+def quantize(subject: Subject, precision: str, progress: Progress) -> None:
     """Take a network from `calibrate` at one precision to a file that has run."""
     model, reference, entry = subject.model, subject.reference, progress.entry[precision]
     weight_bits, activation_bits = PRECISIONS[precision]
-    run, file = folder / "run", folder / "network.onnx"
-    common = {"model": model, "data": subject.loader, "cache": folder / "cache"}
+    run, file = subject.folder / precision, subject.folder / f"{precision}.onnx"
+    common = {"model": model, "data": subject.loader, "cache": subject.folder / "cache"}
     with progress.step(f"calibrate {precision}"):
         options = {"weight_bits": (weight_bits,), "activation_bits": (activation_bits,), "samples": 16, "held_out": 0.25, "batch_size": 8}
         result = anybit.calibrate(model, subject.loader, pipeline="light", cache=False, **options)

@@ -3,7 +3,7 @@
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ class Amounts(Settings):
     samples: int | None = option(None, "Number of inputs to run, from the first (default: all).", least=1)
     rounds: int = option(20, "Rounds of what is timed, about 0.05 s each.", least=1, most=10**6)
     memory: int | None = option(None, "Memory for activations (default: as in the run).", least=0, most=BYTES)
+    outputs: Mapping[str, float] | None = option(None, "Outputs to compare, name -> weight (default: as in the run).", above=0)
 
 
 AMOUNTS = options_of(Amounts)

@@ -31,7 +31,8 @@ Value = TypeVar("Value")
 INTEGERS = 2**63
 """Integers are below this, either way: JSON readers share no larger ones."""
 LARGEST = 10**9
-"""The largest whole number of an option that does not say another: more inputs, steps or epochs than any machine gets through."""
+"""The largest number of an option that does not say another: more inputs, steps or epochs than any machine gets through, and a factor
+beyond which float32 loses the rest."""
 BOUNDS = (
     ("least", operator.ge, "at least"),
     ("above", operator.gt, "above"),
@@ -290,8 +291,11 @@ def described(name: str, kind: Any, one: dataclasses.Field, **common: Any) -> Op
     default = one.default if one.default_factory is MISSING else one.default_factory()
     default = MISSING if default is ... else default
     description = {**common, **one.metadata}
-    if _number(kind) is int and "most" not in description and "below" not in description:
+    number = _number(kind)
+    if number and "most" not in description and "below" not in description:
         description["most"] = LARGEST
+    if number is float and "least" not in description and "above" not in description:
+        description["least"] = -LARGEST
     return Option(name, kind, default, **description)
 
 

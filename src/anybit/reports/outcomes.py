@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ def print_runs(reports: Mapping[Path, Mapping[str, Any]], details: bool = True) 
         print_report(report)
     if details and len(reports) > 1:
         print_frontier(reports.values())
-    for folder, report in reports.items():
-        print(f"{folder}: {result_line(report)}")
-    last = next(reversed(reports))
+    last = list(reports)[-1]
     if details and (line := drop_line(reports[last])):
         print(line)
-    if details:
-        print(f"Next: anybit export {shlex.quote(str(last))} --onnx {shlex.quote(f'{last.name}.onnx')}, or open {last / 'report.html'}")
+    for folder, report in reports.items():
+        print(f"{folder}: {result_line(report)}")
+    if details:  # stdout is for results
+        following = f"anybit export {shlex.quote(str(last))} --onnx {shlex.quote(f'{last.name}.onnx')}"
+        print(f"Next: {following}, or open {last / 'report.html'}", file=sys.stderr)
 
 
 def drop_line(report: Mapping[str, Any]) -> str:
