@@ -1,4 +1,4 @@
-"""A training in several processes."""
+"""Runs a training in several processes."""
 
 import os
 import socket

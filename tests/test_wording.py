@@ -16,19 +16,19 @@ from anybit.sources.preprocessing import Preprocessing
 from anybit.wording import PREPROCESSING, SWITCHES, in_python
 
 ROOT = Path(anybit.__file__).parent
-FLAG = re.compile(r"(?<![\w-])--(?!force-reinstall|index-url)[a-z]")  # those two are pip's
+FLAG = re.compile(r"(?<![\w-])--(?!force-reinstall|index-url)[a-z]")  # both are pip's
 ONLY_THERE = {"log", "json", "compressed_tensors", "folder"}
 """Options of the command line alone, and what `save` takes."""
 
 
 def keywords():
-    """keyword -> default, of all public functions."""
+    """Map each keyword of the public functions to its default."""
     functions = [one for name in anybit.__all__ if inspect.isfunction(one := getattr(anybit, name))]
     return {name: one.default for function in functions for name, one in inspect.signature(function).parameters.items()}
 
 
 def texts():
-    """Every text in the code that is no docstring, with X for what is filled in."""
+    """All strings in the code except docstrings, with X for interpolated values."""
     for path in sorted(ROOT.rglob("*.py")):
         if "cli" in path.parts or path.name == "wording.py":
             continue
@@ -63,7 +63,7 @@ def test_every_message_that_names_an_option_names_a_keyword_in_python():
             assert name in known or name in PREPROCESSING, (where, name, written)
 
 
-def test_what_is_named_is_there():
+def test_mapped_names_exist():
     known = keywords()
     assert set(PREPROCESSING) == {one.name for one in dataclasses.fields(Preprocessing)}
     assert all(known[name] is False for name in SWITCHES if name != "pack_embeddings")
@@ -91,7 +91,7 @@ def test_flags_become_keywords(message, written):
     assert in_python(message) == written
 
 
-def test_a_call_is_told_of_keywords_and_a_command_of_flags(tmp_path):
+def test_errors_name_keywords_in_python_and_flags_on_the_command_line(tmp_path):
     calls = [
         lambda: anybit.calibrate(make(Chain), pictures(4), "4bit", test=pictures(4)),
         lambda: anybit.calibrate(make(Chain), pictures(4), "4bit", device="cpus"),
@@ -110,14 +110,14 @@ def test_a_call_is_told_of_keywords_and_a_command_of_flags(tmp_path):
     assert "--model" in done.stderr or "--data" in done.stderr
 
 
-def test_a_result_is_not_saved_over_another_with_words_of_python(tmp_path):
+def test_error_for_saving_over_a_result_names_keywords(tmp_path):
     result = anybit.calibrate(make(Chain), pictures(8), "8bit", pipeline="light", cache=False, weight_bits=(8,), activation_bits=(8,))
     result.save(tmp_path / "run")
     with pytest.raises(InvalidSetting, match=r"another folder=, or give overwrite=True"):
         result.save(tmp_path / "run")
 
 
-def test_settings_of_polishing_are_keywords_of_extract():
+def test_polish_settings_are_keywords_of_extract():
     assert {"steps", "samples", "unit"} <= set(inspect.signature(anybit.extract).parameters)
     assert "settings" not in inspect.signature(anybit.extract).parameters
     with pytest.raises(InvalidSetting, match=r"extract has no 'stesp'.*steps="):

@@ -175,7 +175,7 @@ def test_unlabelled_data_train_by_distillation_only():
 
 
 @pytest.mark.parametrize(
-    ("able", "told"),
+    ("able", "reported"),
     [
         ({"architecture": "x86_64", "avx512_bw": False}, True),
         ({"architecture": "x86_64", "avx512_bw": True}, False),
