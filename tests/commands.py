@@ -1,4 +1,4 @@
-"""The command line as tests call it, and a model script for it."""
+"""Helpers that call the command line, and a model script for it."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def one_json_object(text: str) -> dict:
 
 
 def write_inputs() -> None:
-    """Write the model script and arrays of every kind into the working folder."""
+    """Write the model script and arrays of every kind to the working folder."""
     Path("m.py").write_text(SCRIPT)
     x = pictures(24).numpy()
     with torch.no_grad():

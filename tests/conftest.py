@@ -1,31 +1,37 @@
-"""Every test has a state and a cache folder of its own, one thread unless OMP_NUM_THREADS says otherwise, and the quick settings below."""
+"""Fixtures: a state and a cache folder for each test, one thread unless OMP_NUM_THREADS is set, quick settings, shared runs."""
 
 import functools
 import gc
+import json
 import os
 import resource
 import shutil
 import signal
 import sys
+from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+
+from anybit.files.cache import Entry
+from anybit.onnx import graphs
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 1))
 torch.set_num_threads(THREADS)
 
 
 def pytest_collection_finish():
-    """Take what is imported by now, a million objects, out of the garbage collector's sight, which would walk over them all the time."""
+    """Exempt the million objects imported so far from garbage collection, which would traverse them repeatedly."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def without_openvino():
-    """Its threads outlive it and end the process where a later test bounds memory; its own test runs it in another process."""
+    """Hide openvino: its threads outlive it and end the process when a later test limits memory. Its own test uses another process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "openvino", None)
         yield
@@ -33,7 +39,7 @@ def without_openvino():
 
 @pytest.fixture(autouse=True, scope="session")
 def one_registry_of_operators():
-    """The exporter makes it anew for each network, from the source of five hundred functions: most of the time of a small export."""
+    """Build the exporter's registry once, not for each network: it compiles 500 functions, most of the time of a small export."""
     with pytest.MonkeyPatch.context() as patch:
         with suppress(ImportError, AttributeError):  # internals: without them tests are slower
             from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -42,9 +48,46 @@ def one_registry_of_operators():
         yield
 
 
+class SharedGraphs(OrderedDict):
+    """Exported graphs in memory and in a folder that all worker processes share."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def __contains__(self, key):
+        if not super().__contains__(key) and (self.folder / key).is_file():
+            with safetensors.safe_open(self.folder / key, "pt") as file:
+                super().__setitem__(key, Entry(json.loads(file.metadata()["record"]), {"graph": file.get_tensor("graph")}))
+        return super().__contains__(key)
+
+    def __setitem__(self, key, entry):
+        super().__setitem__(key, entry)
+        if not (self.folder / key).exists():
+            draft = self.folder / f"{key}.{os.getpid()}"
+            with suppress(OSError, safetensors.SafetensorError):  # in a test whose disk is full
+                safetensors.torch.save_file(dict(entry.tensors), draft, {"record": json.dumps(entry.record)})
+                draft.replace(self.folder / key)
+
+    def pop(self, key, default=None):
+        (self.folder / key).unlink(missing_ok=True)
+        return super().pop(key, default)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_graphs(tmp_path_factory):
+    """Export each network once in all worker processes. `tests/onnx/test_graphs.py`, which is about that, does without."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "_recent", SharedGraphs(folder))
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def interruptible():
-    """A shell that runs the suite in the background has Ctrl-C ignored, which processes started by tests would inherit."""
+    """Restore Ctrl-C, which a shell that runs the suite in the background ignores, for the processes that tests start."""
     before = signal.getsignal(signal.SIGINT)
     if before is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -53,8 +96,8 @@ def interruptible():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def nobodys_home(tmp_path_factory):
-    """Before any test has its own: what fixtures of the session write goes here."""
+def session_home(tmp_path_factory):
+    """Set a home folder for session fixtures, which run before any test has its own."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
             patch.setenv(name, str(tmp_path_factory.mktemp(name)))
@@ -69,14 +112,14 @@ def own_home(tmp_path, tmp_path_factory, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_threads():
-    """A command that a test runs in this process may set their number."""
+    """Restore the number of threads: a command that a test runs in this process may set it."""
     yield
     torch.set_num_threads(THREADS)
 
 
 @pytest.fixture
 def full_disk():
-    """A block in which no file of this process grows beyond a kilobyte, as if the disk were full."""
+    """A block in which no file of this process can grow beyond 1 kB, as on a full disk."""
 
     @contextmanager
     def limited():
@@ -98,13 +141,13 @@ QUICK = {
 
 @pytest.fixture
 def quick():
-    """Settings of a calibrate run that takes a second."""
+    """Settings of a calibrate run that takes about a second."""
     return dict(QUICK)
 
 
 @pytest.fixture(scope="session")
 def calibrated():
-    """One finished run for tests that only read it: (float model, its inputs, Result at 4 bits)."""
+    """One finished run, read only: (float model, its inputs, Result at 4 bits)."""
     from networks import Residual, make, pictures
 
     import anybit
@@ -115,13 +158,13 @@ def calibrated():
 
 @pytest.fixture
 def run_folder(calibrated, tmp_path):
-    """That run, saved to a folder of the test's own."""
+    """That run, saved to a folder of this test."""
     return calibrated[2].save(tmp_path / "run")
 
 
 @pytest.fixture(scope="session")
 def exported_file(calibrated, tmp_path_factory):
-    """That run's ONNX file, for tests that only read it."""
+    """That run's ONNX file, read only."""
     import anybit
 
     model, data, result = calibrated
@@ -132,14 +175,14 @@ def exported_file(calibrated, tmp_path_factory):
 
 @pytest.fixture
 def exported_run(exported_file, run_folder, calibrated, tmp_path):
-    """(run folder, its ONNX file, float model, its inputs), the folder and the file being the test's own."""
+    """(run folder, its ONNX file, float model, its inputs); folder and file are this test's own."""
     model, data, _ = calibrated
     return run_folder, Path(shutil.copy(exported_file, tmp_path)), model, data
 
 
 @pytest.fixture(scope="session")
 def folders(calibrated, tmp_path_factory):
-    """Run folders of every road, for tests that only read them: calibrate twice, grow, train, search, extract."""
+    """Run folders of every road, read only: calibrate twice, grow, train, search, extract."""
     import anybit
 
     model, inputs, result = calibrated

@@ -1,4 +1,4 @@
-"""Networks for the exporter's tests, at random mixed schemes: every operator that it promises to carry."""
+"""Networks for the exporter's tests, at random mixed schemes, covering every supported operator."""
 
 import random
 
@@ -31,7 +31,7 @@ class Activated(nn.Module):
 
 
 class Gated(nn.Module):
-    """Squeeze and excitation: a product with a gate for each channel; a constant added; a flattened picture."""
+    """Squeeze and excitation: a product with a gate for each channel; an added constant; a flattened image."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ class Gated(nn.Module):
 
 
 class Joined(nn.Module):
-    """Sums of two branches, one clamped for its reader alone; channels padded with zeros; two outputs of two layers' own ranges."""
+    """Sums of two branches, one clamped for one reader only; zero-padded channels; two outputs of layers with ranges of their own."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class Joined(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Tokens: a norm in float between linears of three dimensions."""
+    """Tokens: a float norm between three-dimensional linears."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ class Mixed(nn.Module):
 
 
 class Asymmetric(nn.Module):
-    """Padding before a strided convolution, as other frameworks pad."""
+    """Padding before a strided convolution, as in other frameworks."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +109,7 @@ def random_precision(draw: random.Random) -> Precision:
 
 
 def canonical_of(model: nn.Module, batch: Batch, precision) -> Canonical:
-    """`model` rounded to nearest at `precision(layer)`, with edge ranges of `batch`: no calibration, which takes longer."""
+    """`model` rounded to nearest at `precision(layer)`, with edge ranges from `batch`, without a slower calibration."""
     network = observe_network(model.eval(), batch, CalibrateSettings((8,), (8,)).options)
     ready = rounded_to_nearest(network, [batch], Scheme({name: precision(name) for name in network.names}))
     return finished(Canonical(ready, network.norms), network.wiring, [batch])

@@ -1,4 +1,4 @@
-"""Tiny transformers networks of random weights, a tokenizer of a few words, and sentences of theirs, also in Hugging Face folders."""
+"""Tiny random transformers, a tokenizer of a few words, and sentences of these, also as Hugging Face folders."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ MARKS = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
 
 
 def make(kind: str, seed: int = 0) -> nn.Module:
-    """A network of that family, in evaluation mode, its biases and norms of many values."""
+    """A network of this family in evaluation mode, with varied biases and norms."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _FAMILIES[kind]().eval()
@@ -44,7 +44,7 @@ FAMILIES = ("bert", "gpt2", "llama", "vit")
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerBase:
-    """Each of WORDS a token, between a first and a last mark."""
+    """A tokenizer with one token per word of WORDS, between start and end tokens."""
     vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     plain = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -56,28 +56,28 @@ def tokenizer() -> transformers.PreTrainedTokenizerBase:
 
 
 def folder(kind: str, path: Path, seed: int = 0) -> Path:
-    """The network and its tokenizer, saved."""
+    """Save the network and its tokenizer."""
     make(kind, seed).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path
 
 
 def sentences(count: int, seed: int = 1, most: int = 12) -> list[str]:
-    """Of 1 to `most` words."""
+    """Sentences of 1 to `most` words."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, most + 1, (count,), generator=generator).tolist()
     return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator)) for length in lengths]
 
 
 def write_tsv(path: Path, count: int, seed: int = 1) -> Path:
-    """Labelled sentences."""
+    """Write labelled sentences."""
     rows = [f"{number % 2}\t{sentence}" for number, sentence in enumerate(sentences(count, seed))]
     path.write_text("\n".join(["label\tsentence", *rows]) + "\n", encoding="utf8")
     return path
 
 
 def inputs(kind: str, count: int = 6, padding: int = 0) -> Batch:
-    """A batch for `make(kind)`: pictures, or sentences padded to the longest and by `padding` more, whose tokens are arbitrary."""
+    """A batch for `make(kind)`: images, or sentences padded by `padding` beyond the longest with arbitrary tokens."""
     if kind == "vit":
         return Batch(torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
     tokens = dict(tokenizer()(sentences(count), padding=True, return_tensors="pt", return_token_type_ids=kind.startswith("bert")))
@@ -92,5 +92,5 @@ def _padded(name: str, tensor: Tensor, mask: Tensor, arbitrary: Tensor, padding:
 
 
 def covered(kind: str) -> nn.Module:
-    """The network as anybit sees it."""
+    """The network as adapted by anybit."""
     return adapted(make(kind))

@@ -1,4 +1,4 @@
-"""Small seeded networks, one for each thing that a real one does, and what they are fed with."""
+"""Small seeded networks, one for each feature of real ones, and their inputs."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from anybit.networks.layer_types import COVERED
 
 
 class Chain(nn.Module):
-    """conv, batch norm, ReLU6, conv, batch norm, ReLU in place, linear: no join."""
+    """conv, batch norm, ReLU6, conv, batch norm, in-place ReLU, linear: no join."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ class Chain(nn.Module):
 
 
 class WithoutGradients(Chain):
-    """A network whose own forward lets no gradient through."""
+    """A network whose forward runs without gradients."""
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class WithoutGradients(Chain):
 
 
 class Block(nn.Module):
-    """A residual block with a sum in place and a functional ReLU; the shortcut is the identity where the widths agree."""
+    """A residual block with an in-place sum and a functional ReLU; the shortcut is the identity where the widths agree."""
 
     def __init__(self, narrow: int, wide: int):
         super().__init__()
@@ -114,7 +114,7 @@ class Tokens(nn.Module):
 
 
 class TwoInputs(nn.Module):
-    """Takes a picture and a vector, by position or by name."""
+    """Takes an image and a vector, by position or by keyword."""
 
     def __init__(self):
         super().__init__()
@@ -138,7 +138,7 @@ class Attention(nn.Module):
 
 
 class PaddedConv2d(nn.Conv2d):
-    """A convolution with a forward of its own: it pads to the right and below."""
+    """A convolution with its own forward, which pads to the right and below."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
@@ -172,7 +172,7 @@ class CalledTwice(nn.Module):
 
 
 class SharedWeight(nn.Module):
-    """Two layers, one weight."""
+    """Two layers that share a weight."""
 
     def __init__(self):
         super().__init__()
@@ -184,7 +184,7 @@ class SharedWeight(nn.Module):
 
 
 class Windows(nn.Module):
-    """Reshapes so that its inner layer sees several rows a sample, as window attention does."""
+    """Reshapes so that its inner layer sees several rows per sample, as in window attention."""
 
     def __init__(self):
         super().__init__()
@@ -196,7 +196,7 @@ class Windows(nn.Module):
 
 
 def zero_channel(model: nn.Module) -> nn.Module:
-    """`model` with the first filter of its first convolution all zero, and the batch norm after it, too."""
+    """Set the first filter of the first convolution of `model`, and the batch norm after it, to zero."""
     with torch.no_grad():
         next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d)).weight[0] = 0
         next(norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)).bias[0] = 0
@@ -204,7 +204,7 @@ def zero_channel(model: nn.Module) -> nn.Module:
 
 
 def make(cls: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """A network in evaluation mode whose batch norms look trained: statistics of their own, and gammas of either sign."""
+    """A network in evaluation mode whose batch norms look trained: distinct statistics, and gammas of either sign."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls()
@@ -225,7 +225,7 @@ def numbers(*shape: int, seed: int = 1) -> Tensor:
 
 
 def matrices(model: nn.Module) -> set[str]:
-    """The names by which a matrix is covered or named: the layer's, or the parameter's own where its module is no layer."""
+    """The names under which a matrix is covered or reported: the layer's, or the parameter's where its module is not a layer."""
     keys = [key for key, parameter in model.named_parameters() if parameter.dim() > 1]
     owners = {key: model.get_submodule(key.rpartition(".")[0]) for key in keys}
     return {key.rpartition(".")[0] if isinstance(owners[key], COVERED) else key for key in keys}
@@ -239,7 +239,7 @@ def tokens(count: int, seed: int = 1) -> Tensor:
     return torch.randint(20, (count, 6), generator=torch.Generator().manual_seed(seed))
 
 
-# name -> (makes the network, makes `count` inputs of it): all that anybit takes as they are
+# name -> (makes the network, makes `count` inputs for it): networks that anybit supports unchanged
 NETWORKS = {
     "chain": (Chain, pictures),
     "residual": (Residual, pictures),
@@ -281,7 +281,7 @@ def run(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def snapshot(model: nn.Module) -> tuple:
-    """All that must not change in a model that is only looked at."""
+    """Everything that must not change in a model that is only observed."""
     state = {key: (tensor.clone(), id(tensor)) for key, tensor in model.state_dict(keep_vars=True).items()}
     modules = [
         (name, type(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks), sorted(module._modules))
@@ -299,7 +299,7 @@ def assert_untouched(model: nn.Module, before: tuple) -> None:
 
 
 class Odd(nn.Module):
-    """A function of named layers, for networks of one line."""
+    """Named layers and a function of them, for one-line networks."""
 
     def __init__(self, function, **layers):
         super().__init__()
@@ -312,7 +312,7 @@ class Odd(nn.Module):
 
 
 class Bessel(nn.Module):
-    """A layer, and a function that no exporter knows."""
+    """A layer and a function that no exporter supports."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A training in several processes."""
+"""Runs a training in several processes."""
 
 import os
 import socket
@@ -13,9 +13,11 @@ def run_processes(count: int, folder: Path, tmp_path: Path, worker: str) -> None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    about = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     started = [
-        subprocess.Popen([sys.executable, str(script), str(folder)], env={**os.environ, **about, "RANK": str(r), "LOCAL_RANK": str(r)})
+        subprocess.Popen(
+            [sys.executable, str(script), str(folder)], env={**os.environ, **environment, "RANK": str(r), "LOCAL_RANK": str(r)}
+        )
         for r in range(count)
     ]
     assert [process.wait(timeout=240) for process in started] == [0] * count

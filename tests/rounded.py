@@ -1,4 +1,4 @@
-"""A network rounded to nearest, and what its reconstruction starts from."""
+"""A network rounded to nearest, and the start of its reconstruction."""
 
 from dataclasses import dataclass
 
@@ -26,11 +26,11 @@ class Rounded:
 def rounded(
     model: nn.Module, precision: str, name: str = "residual", unit: str = "block", calibration: Calibration | None = None, **settings
 ) -> Rounded:
-    """Round every layer of the network to one precision, but those that `settings` keep; its inputs are those of the network `name`."""
+    """Round all layers except those that `settings` keep to one precision; the inputs are those of the network `name`."""
     bits = Precision.parse(precision)
-    wanted = CalibrateSettings(weight_bits=(bits.weight_bits,), activation_bits=(bits.activation_bits,), unit=unit, **settings)
+    calibrate = CalibrateSettings(weight_bits=(bits.weight_bits,), activation_bits=(bits.activation_bits,), unit=unit, **settings)
     calibration = calibration or calibration_of(name, fitting=32, held_out=16)
-    network = observe_network(model, calibration.fitting[0], wanted.options)
-    candidates = range_candidates(network, calibration, wanted)
-    scheme = Scheme({name: options[0] for name, options in network.choices.items()})
+    network = observe_network(model, calibration.fitting[0], calibrate.options)
+    candidates = range_candidates(network, calibration, calibrate)
+    scheme = Scheme({name: choices[0] for name, choices in network.choices.items()})
     return Rounded(network, calibration, apply_scheme(network.prepared, scheme, candidates), free_weights(network, candidates, scheme))

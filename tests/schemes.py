@@ -26,7 +26,7 @@ def prepared_with_candidates(name: str) -> tuple[nn.Module, Candidates]:
 
 
 def random_scheme(prepared: nn.Module, seed: int) -> Scheme:
-    """Any precisions, W0 and float among them, in the model's order."""
+    """Random precisions, including W0 and float, in the model's order."""
     rng = random.Random(seed)
     scheme = {}
     for name, layer in quantized_layers(prepared).items():

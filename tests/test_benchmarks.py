@@ -1,4 +1,4 @@
-"""Results that cannot drift: the docs are what the committed JSON makes them; and what benchmarks share."""
+"""Reproducible results: docs are generated from the committed JSON; and functions shared by benchmarks."""
 
 import ast
 import copy
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = [path for folder in ("studies", "reliability", "peers", "zoo") for path in sorted((ROOT / "benchmarks" / folder).glob("*.py"))]
 
 
-def test_events_of_a_run_are_printed_after_its_entrys_key(capsys):
+def test_events_of_a_run_are_printed_after_the_key_of_its_entry(capsys):
     with narrated("an entry"):
         assert list(track([1], "steps")) == [1]
         tell("epoch", epoch=1, note="epoch 1/2: loss 0.5")
@@ -35,41 +35,41 @@ def test_events_of_a_run_are_printed_after_its_entrys_key(capsys):
     assert capsys.readouterr().out == "an entry epoch 1/2: loss 0.5\n"
 
 
-def test_committed_results_are_those_of_the_json():
+def test_committed_docs_are_generated_from_the_json():
     done = subprocess.run([sys.executable, "-m", "benchmarks.tables", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_first_difference_is_named(tmp_path):
-    made = pages()
-    for path, text in made.items():
+def test_first_difference_is_named(tmp_path):
+    generated = pages()
+    for path, text in generated.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(text)
-    assert first_difference(tmp_path, made) is None
+    assert first_difference(tmp_path, generated) is None
     results = tmp_path / "docs" / "results.md"
     lines = results.read_text().split("\n")
     number = next(number for number, line in enumerate(lines) if line.startswith("| W4A8 "))
     results.write_text("\n".join([*lines[:number], lines[number].replace("|", "/"), *lines[number + 1 :]]))
-    assert first_difference(tmp_path, made).startswith(f"docs/results.md, line {number + 1}, differs")
+    assert first_difference(tmp_path, generated).startswith(f"docs/results.md, line {number + 1}, differs")
     results.write_text("\n".join(lines[:-5]))
-    assert "(the file ends before)" in first_difference(tmp_path, made)
-    results.write_text(made[Path("docs/results.md")])
-    figure = next(path for path in made if path.suffix == ".svg")
+    assert "(the file ends before)" in first_difference(tmp_path, generated)
+    results.write_text(generated[Path("docs/results.md")])
+    figure = next(path for path in generated if path.suffix == ".svg")
     (tmp_path / figure).unlink()
-    assert first_difference(tmp_path, made).startswith(f"{figure}, line 1, differs")
+    assert first_difference(tmp_path, generated).startswith(f"{figure}, line 1, differs")
 
 
-def test_a_section_that_nothing_makes_is_refused():
+def test_rejects_section_that_nothing_generates():
     with pytest.raises(ValueError, match="NOSUCH"):
         with_sections("<!-- NOSUCH -->")
 
 
-def test_every_section_that_has_been_run_is_in_the_results():
+def test_every_measured_section_is_in_the_results():
     placed = {name for page in TEMPLATES for name in re.findall(r"<!-- ([A-Z]+) -->", (ROOT / "docs" / f"{page}.in.md").read_text())}
     assert [name for name, section in SECTIONS.items() if name not in placed and section() != NOT_RUN] == []
 
 
-def test_every_script_is_in_the_readme_of_benchmarks():
+def test_benchmarks_readme_lists_every_script():
     readme = (ROOT / "benchmarks" / "README.md").read_text()
     runnable = [path for path in SCRIPTS if '__name__ == "__main__"' in path.read_text()]
     assert len(runnable) > 10
@@ -77,7 +77,7 @@ def test_every_script_is_in_the_readme_of_benchmarks():
 
 
 @pytest.mark.parametrize("page", ["docs/results.in.md", "docs/networks.in.md", "docs/reliability.md", "Makefile"])
-def test_every_command_that_is_named_is_there(page):
+def test_every_command_mentioned_exists(page):
     modules = re.findall(r"python -m (benchmarks[\w.]*)", (ROOT / page).read_text())
     places = {module: ROOT / module.replace(".", "/") for module in modules}
     assert places
@@ -85,8 +85,8 @@ def test_every_command_that_is_named_is_there(page):
 
 
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if path.parent.name != "peers"], ids=lambda path: path.stem)
-def test_what_a_script_imports_from_here_is_there(path):
-    """Studies take hours and are not run by tests: their imports are resolved at least."""
+def test_every_import_of_a_script_resolves(path):
+    """Studies take hours and are not run by tests, but their imports are checked."""
     for statement in ast.walk(ast.parse(path.read_text())):
         if isinstance(statement, ast.ImportFrom) and (statement.module or "").split(".")[0] in ("anybit", "benchmarks"):
             module = __import__(statement.module, fromlist=[alias.name for alias in statement.names])
@@ -97,7 +97,7 @@ def test_what_a_script_imports_from_here_is_there(path):
 
 
 def fake_tree(folder, command):
-    """A checkout whose command line is these lines."""
+    """A checkout whose command line is this code."""
     package = folder / "src" / "anybit"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -105,7 +105,7 @@ def fake_tree(folder, command):
     return folder
 
 
-def test_seconds_are_those_of_the_tree_and_its_processes(tmp_path):
+def test_processor_seconds_include_child_processes(tmp_path):
     """Processor seconds hold those of a child process, and waiting takes none."""
     busy = "import time\nwhile time.process_time() < 0.4: pass"
     tree = fake_tree(tmp_path / "tree", f"import subprocess, sys, time\nsubprocess.run([sys.executable, '-c', {busy!r}])\ntime.sleep(0.5)")
@@ -114,13 +114,13 @@ def test_seconds_are_those_of_the_tree_and_its_processes(tmp_path):
     assert seconds["cpu"] < seconds["wall"]
 
 
-def test_a_command_that_fails_is_no_measurement(tmp_path):
+def test_failing_command_is_not_a_measurement(tmp_path):
     tree = fake_tree(tmp_path / "tree", "raise SystemExit('out of luck')")
     with pytest.raises(RuntimeError, match="out of luck"):
         command_costs.timed(command_costs.ANYBIT, command_costs.environment_of(tree, tmp_path))
 
 
-def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
+def test_rejects_folder_that_is_not_a_checkout(tmp_path):
     assert command_costs.checked(fake_tree(tmp_path / "tree", "")) == tmp_path / "tree"
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="Name the root of a checkout"):
@@ -129,31 +129,31 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
 
 WRITES = """
 import os, sys, pathlib
-said = dict(zip(sys.argv, sys.argv[1:]))
+options = dict(zip(sys.argv, sys.argv[1:]))
 cache = pathlib.Path(os.environ["XDG_CACHE_HOME"])
 with open({log!r}, "a") as log:
     print({side!r}, sys.argv[1], "cached" if cache.exists() else "empty", file=log)
 cache.mkdir(exist_ok=True)
 if sys.argv[1] == "calibrate":
-    pathlib.Path(said["--output"]).mkdir()
+    pathlib.Path(options["--output"]).mkdir()
 if sys.argv[1] in ("export", "verify"):
     assert pathlib.Path(sys.argv[2]).is_dir()
 if sys.argv[1] == "export":
-    pathlib.Path(said["--onnx"]).touch()
+    pathlib.Path(options["--onnx"]).touch()
 if sys.argv[1] == "verify":
     assert pathlib.Path(sys.argv[3]).is_file()
 """
 
 
-def test_trees_run_in_turn_and_with_an_empty_cache_where_that_is_said(tmp_path):
+def test_trees_run_in_turn_and_with_an_empty_cache_where_required(tmp_path):
     log = tmp_path / "log"
     trees = {side: fake_tree(tmp_path / side, WRITES.format(log=str(log), side=side)) for side in command_costs.SIDES}
     subject = command_costs.Subject("net.py:network", (), (), 1)
     seconds = command_costs.one_round(subject, trees, command_costs.SIDES, tmp_path / "round")
     verbs = [verb for verb, _ in command_costs.COMMANDS.values()]
     states = ["cached" if within else "empty" for _, within in command_costs.COMMANDS.values()]
-    wanted = [f"{side} {verb} {state}" for verb, state in zip(verbs, states, strict=True) for side in command_costs.SIDES]
-    assert log.read_text().splitlines() == wanted
+    expected = [f"{side} {verb} {state}" for verb, state in zip(verbs, states, strict=True) for side in command_costs.SIDES]
+    assert log.read_text().splitlines() == expected
     assert all(pair[side]["cpu"] > 0 for pair in seconds.values() for side in command_costs.SIDES)
 
 
@@ -163,13 +163,13 @@ def test_ratios_are_taken_within_a_round(factor):
     pairs = [
         {side: {"cpu": second * by, "wall": 2 * second * by} for side, by in (("before", 1), ("after", factor))} for second in (1, 8, 3)
     ]
-    told = command_costs.summary(pairs)
-    assert told["cpu"]["ratio"] == told["wall"]["ratio"] == {"median": factor, "low": factor, "high": factor}
-    assert told["cpu"]["before"] == {"min": 1, "median": 3, "all": [1, 8, 3]} and told["wall"]["after"]["min"] == 2 * factor
+    summary = command_costs.summary(pairs)
+    assert summary["cpu"]["ratio"] == summary["wall"]["ratio"] == {"median": factor, "low": factor, "high": factor}
+    assert summary["cpu"]["before"] == {"min": 1, "median": 3, "all": [1, 8, 3]} and summary["wall"]["after"]["min"] == 2 * factor
 
 
 def test_passes_copies_and_exporter_calls_are_counted(monkeypatch):
-    """Of the whole network, wrapped or not, and not of its parts."""
+    """Only those of the whole network, wrapped or not, count."""
     network = nn.Sequential(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()), nn.Flatten(), nn.Linear(8, 3))
     monkeypatch.setattr(torch.onnx, "export", lambda model: model)
     inputs = torch.zeros(1, 1, 2, 2)
@@ -185,7 +185,7 @@ def test_passes_copies_and_exporter_calls_are_counted(monkeypatch):
     assert counts == {"exporter": 1, "passes": 3, "copies": 1}
 
 
-def test_the_table_of_commands_has_what_was_measured(tmp_path, monkeypatch):
+def test_command_table_has_the_measurements(tmp_path, monkeypatch):
     monkeypatch.setattr(shared, "RESULTS", tmp_path)
     assert commands_section() == NOT_RUN
     pairs = [{"before": {"cpu": 4.0, "wall": 5.0}, "after": {"cpu": cpu, "wall": 2.5}} for cpu in (1.0, 2.0, 3.0)]

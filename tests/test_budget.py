@@ -1,4 +1,4 @@
-"""Every quantity of a budget keeps the same promises, those of the table and one that only this file knows: energy in joules."""
+"""Properties of every budget quantity, including one defined only here: energy in joules."""
 
 import itertools
 import re
@@ -60,7 +60,7 @@ def network():
 
 
 def plain_table(choices):
-    """Fewer bits, more loss, and every layer alike."""
+    """Fewer bits, more loss, all layers equal."""
     return SensitivityTable({(name, p): 1 / p.stored_weight_bits for name in choices for p in choices[name]}, FLOAT, 1)
 
 
@@ -70,14 +70,14 @@ def schemes():
 
 @few
 @given(st.sampled_from(ALL), st.floats(1e-5, 1e8))
-def test_a_written_limit_reads_back_rounded_up_by_less_than_its_last_digit(quantity, limit):
+def test_limit_as_text_is_rounded_up_by_less_than_its_last_digit(quantity, limit):
     back = quantity.parse(quantity.text(limit))
     assert 0 <= back - limit <= quantity.units[quantity.unit] / 10**quantity.digits * (1 + 1e-6) + 1e-12 * limit
     assert quantity.text(back) == quantity.text(limit)
 
 
 @pytest.mark.parametrize("quantity", ALL, ids=named)
-def test_every_example_and_unit_is_in_its_own_grammar_alone(quantity):
+def test_examples_and_units_parse_only_in_their_own_grammar(quantity):
     written = [f"{quantity.prefix}3{unit}" for unit in quantity.units]
     for text in (*quantity.examples, *written):
         assert [other.name for other in ALL if other.parse(text) is not None] == [quantity.name], text
@@ -86,7 +86,7 @@ def test_every_example_and_unit_is_in_its_own_grammar_alone(quantity):
 
 
 @pytest.mark.parametrize("quantity", ALL, ids=named)
-def test_a_limit_of_nothing_is_refused_and_one_that_is_not_a_limit_shows_every_example(quantity):
+def test_rejects_zero_limit_and_shows_examples_for_malformed_ones(quantity):
     with pytest.raises(InvalidSetting, match="above zero"):
         Budget.parse(f"{quantity.prefix}0{quantity.unit}")
     with pytest.raises(InvalidSetting) as refusal:
@@ -95,15 +95,15 @@ def test_a_limit_of_nothing_is_refused_and_one_that_is_not_a_limit_shows_every_e
 
 
 @pytest.mark.parametrize("quantity", COSTS, ids=named)
-def test_the_parts_add_up_to_the_whole_or_bound_it(quantity, network):
-    # Bytes hold a part of the header in reserve; float layers that feed each other share a boundary.
+def test_parts_sum_to_the_total_or_bound_it(quantity, network):
+    # Bytes reserve part of the header; adjacent float layers share a boundary.
     room = {"bytes": HEADER_SLACK, "percent": 100 * HEADER_SLACK / network.float_bytes}
     for scheme in schemes():
         parts = sum(quantity.layer(network, name, precision) for name, precision in scheme.items())
         bound = (quantity.fixed(network, CHOICES) + parts) / quantity.scale(network)
         total = quantity.total(network, scheme)
         assert total <= bound * (1 + 1e-12)
-        if all(precision.weight_bits and precision.activation_bits for precision in scheme.values()):  # the same tensors in every file
+        if all(precision.weight_bits and precision.activation_bits for precision in scheme.values()):  # every file has the same tensors
             assert bound - total <= room.get(quantity.name, 0) + 1e-9 * bound
 
 
@@ -121,18 +121,18 @@ def test_the_allocated_scheme_is_the_best_that_fits(quantity, share, network):
     room = HEADER_SLACK / quantity.scale(network) if quantity.counted.name == "bytes" else 0
     limit = totals[0] + room + share * (totals[-1] - totals[0] - room)
     budget = Budget.parse(quantity.text(limit))
-    found = allocate(make_problem(CHOICES, table, network, budget))
-    assert fits_budget(network, found.scheme, budget)
-    assert quantity.total(network, found.scheme) <= budget.conditions[0].limit
-    # The solver counts by parts, which is a bound; what fits by parts is no better than what it found.
+    allocation = allocate(make_problem(CHOICES, table, network, budget))
+    assert fits_budget(network, allocation.scheme, budget)
+    assert quantity.total(network, allocation.scheme) <= budget.conditions[0].limit
+    # The solver counts by parts, which is a bound: no scheme that fits by parts is better than its solution.
     counted = quantity.counted
     limit = budget.conditions[0].limit * quantity.scale(network) - counted.fixed(network, CHOICES)
     fitting = [s for s in schemes() if sum(counted.layer(network, name, p) for name, p in s.items()) <= limit]
-    assert found.predicted_loss == pytest.approx(min(map(table.total, fitting)), rel=1e-3)
+    assert allocation.predicted_loss == pytest.approx(min(map(table.total, fitting)), rel=1e-3)
 
 
 @pytest.mark.parametrize("quantity", COSTS, ids=named)
-def test_an_infeasible_limit_names_the_least_that_is_possible(quantity, network):
+def test_infeasible_limit_error_names_the_minimum(quantity, network):
     choices = dict.fromkeys(WEIGHTS, PRECISIONS[:3])
     least = min(quantity.total(network, Scheme(dict(zip(choices, row, strict=True)))) for row in itertools.product(*choices.values()))
     budget = Budget.parse(quantity.text(least / 10))
@@ -141,15 +141,15 @@ def test_an_infeasible_limit_names_the_least_that_is_possible(quantity, network)
     needed = re.search(r"raise the budget to (.*)\.$", str(refusal.value))[1]
     enough = Budget.parse(needed)
     assert enough.conditions[0].quantity == quantity.counted.name
-    found = allocate(make_problem(choices, plain_table(choices), network, enough))
+    allocation = allocate(make_problem(choices, plain_table(choices), network, enough))
     counted = quantity.counted
     rounded = counted.units[counted.unit] / 10**counted.digits * counted.scale(network)
     slack = rounded + (HEADER_SLACK if counted.name == "bytes" else 0)
-    assert quantity.total(network, found.scheme) <= (1 + 1e-9) * least + slack / quantity.scale(network)
+    assert quantity.total(network, allocation.scheme) <= (1 + 1e-9) * least + slack / quantity.scale(network)
 
 
 @pytest.mark.parametrize("quantity", COSTS, ids=named)
-def test_a_report_has_the_amount_under_its_own_key(quantity, network):
+def test_report_has_the_amount_under_the_key_of_the_quantity(quantity, network):
     scheme = Scheme.uniform(WEIGHTS, Precision(4, 8))
     amounts = network.summary(scheme)
     assert amounts[quantity.report_key] == quantity.total(network, scheme)
@@ -157,25 +157,25 @@ def test_a_report_has_the_amount_under_its_own_key(quantity, network):
     assert quantity.in_words(amounts[quantity.report_key])
 
 
-def test_amounts_that_are_no_quantitys_are_not_looked_at():
+def test_amounts_of_unknown_quantities_are_ignored():
     cell = Cell.model_validate({"loss": 0.0, "bytes": 3, "bops": 4, "energy": 0.5, "colour": "red"})
     assert cell.amount("energy") == 0.5 and cell.amount("colour") is None and cell.amount("latency") is None
 
 
 @pytest.mark.parametrize("quantity", [one for one in ALL if isinstance(one, Loss)], ids=named)
-def test_a_loss_is_limited_by_itself_and_costs_nothing(quantity, network):
+def test_loss_limits_have_no_cost(quantity, network):
     budget = Budget.parse(f"{quantity.examples[0]},4bit")
     assert budget.loss() is quantity and [cost.name for cost, _ in budget.costs()] == ["bits"]
     assert set(make_problem(CHOICES, plain_table(CHOICES), network, budget).limits) == {"bits"}
 
 
-def test_the_tables_kinds():
+def test_kinds_in_the_table():
     assert len({one.name for one in ALL}) == len(ALL) and all(QUANTITIES[one.name] is one for one in ALL)
     assert cost_quantities() == COSTS
     assert [cost.name for cost in own_costs()] == ["bits", "bytes", "bops", "energy"]
 
 
-def test_a_cost_that_was_not_measured_is_refused_and_not_reported(network):
+def test_unmeasured_cost_is_rejected_and_not_reported(network):
     costs = SimpleNamespace(latency=None)
     unknown = [cost for cost in COSTS if not cost.is_known(costs)]
     assert [cost.name for cost in unknown] == ["latency"]
@@ -185,13 +185,13 @@ def test_a_cost_that_was_not_measured_is_refused_and_not_reported(network):
     assert set(bare.summary(Scheme.uniform(WEIGHTS, Precision(4, 8)))) == {"weight_bits", "bytes", "percent", "bops", "energy"}
 
 
-def test_joules_go_where_the_bits_lose_most_for_them(network):
-    """The layers lose alike, so bits are spent where a bit takes least energy, which is not where it takes least memory."""
+def test_energy_budget_puts_bits_where_they_take_least_energy(network):
+    """All layers lose equally, so bits go where one takes least energy, which is not where it takes least memory."""
     choices = {name: [Precision(bits, 8) for bits in (2, 4, 8)] for name in WEIGHTS}
     least = sum(2 * joules for joules in JOULES.values())
-    found = allocate(make_problem(choices, plain_table(choices), network, Budget.parse(f"energy={1e3 * (least + 3e-5):.6f}mJ"))).scheme
-    assert found == Scheme({"first": Precision(2, 8), "middle": Precision(8, 8), "last": Precision(2, 8)})
-    assert ENERGY.total(network, found) == pytest.approx(least + 6 * JOULES["middle"])
+    scheme = allocate(make_problem(choices, plain_table(choices), network, Budget.parse(f"energy={1e3 * (least + 3e-5):.6f}mJ"))).scheme
+    assert scheme == Scheme({"first": Precision(2, 8), "middle": Precision(8, 8), "last": Precision(2, 8)})
+    assert ENERGY.total(network, scheme) == pytest.approx(least + 6 * JOULES["middle"])
     both = make_problem(choices, plain_table(choices), network, Budget.parse(f"energy={1e3 * (least + 3e-5):.6f}mJ,3bit"))
     spent = allocate(both).scheme
     assert network.weight_bits(spent) <= 3 and spent["middle"] == Precision(2, 8) and spent["first"] == Precision(2, 8)

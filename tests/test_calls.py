@@ -1,4 +1,4 @@
-"""Public functions called from Python: wrong names get the corrected call."""
+"""Public functions called from Python: for a wrong name the error shows the corrected call."""
 
 import inspect
 
@@ -11,13 +11,13 @@ from anybit.calls import AMOUNTS
 from anybit.errors import InvalidSetting
 
 FUNCTIONS = (
-    "calibrate", "allocate", "grow", "train", "search", "evaluate", "inspect", "export", "verify", "bench", "profile", "load",
+    "calibrate", "allocate", "grow", "train", "search", "extract", "evaluate", "inspect", "export", "verify", "bench", "profile", "load",
     "diff", "explain",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_public_function_names_its_keywords_and_refuses_others(name):
+def test_every_public_function_rejects_unknown_keywords(name):
     function = getattr(anybit, name)
     parameters = inspect.signature(function).parameters
     required = [1 for one in parameters.values() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
@@ -37,7 +37,7 @@ def test_every_public_function_names_its_keywords_and_refuses_others(name):
         ({"budgt": "4bit"}, r"budget='4bit'"), ({"budget": "4bitz"}, "Did you mean 4bit"),
     ],
 )  # fmt: skip
-def test_a_wrong_name_or_type_gets_the_corrected_call(keywords, words):
+def test_error_for_a_wrong_name_or_type_shows_the_corrected_call(keywords, words):
     with pytest.raises(InvalidSetting, match=words):
         anybit.calibrate(make(Chain), pictures(4), **keywords)
 
@@ -46,7 +46,7 @@ NUMBERS = [(name, number) for name in FUNCTIONS for number in inspect.signature(
 
 
 @pytest.mark.parametrize(("name", "number"), NUMBERS, ids=[f"{name}.{number}" for name, number in NUMBERS])
-def test_a_number_out_of_range_is_refused_by_name(name, number):
+def test_rejects_number_out_of_range_by_name(name, number):
     function = getattr(anybit, name)
     parameters = inspect.signature(function).parameters
     required = [1 for one in parameters.values() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
@@ -56,8 +56,8 @@ def test_a_number_out_of_range_is_refused_by_name(name, number):
 
 
 @pytest.mark.parametrize("device", ["meta", "cuda:²", "cuda:99999999999999999999", "cpus", torch.device("meta")])
-def test_a_device_that_is_none_is_refused_by_name(device):
+def test_rejects_unknown_device_by_name(device):
     model, data = make(Chain), (pictures(4), torch.arange(4))
     for call in (anybit.evaluate, anybit.calibrate):
-        with pytest.raises(InvalidSetting, match=f"--device {device} is no device"):
+        with pytest.raises(InvalidSetting, match=f"device='{device}' is no device"):
             call(model, data, device=device)

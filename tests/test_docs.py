@@ -1,4 +1,4 @@
-"""The documentation runs: its Python is executed, its verbs, options and results are the ones that exist."""
+"""The documentation is executable: its Python runs, and its verbs, options and results exist."""
 
 import inspect
 import json
@@ -45,7 +45,7 @@ def network():
 """
 
 
-def test_the_readmes_python_runs(tmp_path, monkeypatch, capsys):
+def test_python_in_the_readme_runs(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
     assert len([line for line in code.splitlines() if line and not line.startswith("#")]) <= 10
@@ -59,7 +59,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch, capsys):
     assert re.search(r"body: W\d+A\d+", scheme) and verified == "True"
 
 
-def test_the_readmes_commands_run(tmp_path, monkeypatch):
+def test_commands_in_the_readme_run(tmp_path, monkeypatch):
     section = README.split("## Command line")[1].split("\n## ")[0]
     commands = re.findall(r"^    anybit (.*)$", section, re.MULTILINE)
     assert len(commands) == 3
@@ -87,19 +87,19 @@ def test_every_verb_is_documented(verb):
 
 def test_every_option_in_the_docs_exists():
     known = {name for verb in VERBS.values() for option in verb.params for name in [*option.opts, *option.secondary_opts]}
-    known |= {"--help", "--install-completion"}  # typer's own
+    known |= {"--help", "--install-completion"}  # built into typer
     for text in (README, COMMANDS):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
 
 
-def test_every_file_that_the_docs_name_is_there():
+def test_every_file_named_in_the_docs_exists():
     for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
         for name in re.findall(r"(?:docs|src|tests|examples|benchmarks)/[\w/.-]+\.(?:md|py|svg)", text):
             assert (ROOT / name).is_file() or "NAME" in name, name
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
-def test_every_link_leads_to_a_file_and_a_heading(page):
+def test_every_link_has_a_target(page):
     for target, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", (ROOT / page).read_text()):
         file = (ROOT / page).parent / target if target else ROOT / page
         assert file.is_file(), f"{page}: {target}"
@@ -111,17 +111,17 @@ def lines_of(file):
     return file.read_text().splitlines() if file.suffix == ".md" else []
 
 
-def test_what_the_docs_say_is_said_of_refused_networks_is_in_the_code():
+def test_quoted_error_messages_are_in_the_code():
     table = (ROOT / "docs" / "reliability.md").read_text().split("## Networks")[1].split("\n## ")[0]
-    said = re.findall(r"^\|[^|]+\| `([^`]+)` \|", table, re.MULTILINE)
+    messages = re.findall(r"^\|[^|]+\| `([^`]+)` \|", table, re.MULTILINE)
     code = "".join(path.read_text() for path in (ROOT / "src" / "anybit").rglob("*.py"))
-    code = re.sub(r'"\n\s+f?"', "", code)  # strings that go over lines
-    assert len(said) > 15 and [text for text in said if text not in code] == []
+    code = re.sub(r'"\n\s+f?"', "", code)  # strings that span lines
+    assert len(messages) > 15 and [text for text in messages if text not in code] == []
     quoted = re.findall(r'named: "([^"]+)"', table)
     assert quoted and all(text in code for text in quoted)
 
 
-def test_what_the_docs_say_of_threads_was_measured():
+def test_documented_thread_figures_are_those_measured():
     entries = json.loads((ROOT / "benchmarks" / "results" / "determinism.json").read_text())["entries"]
     section = (ROOT / "docs" / "reliability.md").read_text().split("## Reproducibility")[1]
     assert all(entry["same_files"] and entry["same_report"] for key, entry in entries.items() if key.endswith("again"))

@@ -1,4 +1,4 @@
-"""The tree in the docstring is the tree."""
+"""The docstring's tree of errors matches the classes."""
 
 import re
 
@@ -10,7 +10,7 @@ from anybit.errors import AnybitError
 CLASSES = {name: value for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__}
 
 
-def test_the_docstring_draws_every_error_and_no_other():
+def test_docstring_tree_has_exactly_the_error_classes():
     assert set(re.findall(r"^\s+(?:\|--|`--)?\s*([A-Z]\w+)\s+[(\w]", errors.__doc__, re.M)) == set(CLASSES)
 
 

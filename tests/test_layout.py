@@ -1,4 +1,4 @@
-"""The layout shows itself: packages in one order, each says what it holds, nothing imports from above, tests mirror the sources."""
+"""The layout: packages in one order, each described in a sentence, no imports from above, tests mirror the sources."""
 
 import ast
 import re
@@ -11,8 +11,8 @@ import anybit
 ROOT = Path(anybit.__file__).parent
 TESTS = Path(__file__).parent
 ORDER = (
-    "errors", "progress", "environment", "settings", "calls", "numerics", "scheme", "budget", "files", "data", "networks", "sources",
-    "loops", "allocation", "methods", "runs", "supernets", "reports", "onnx", "exports", "roads", "cli", "__main__",
+    "errors", "wording", "progress", "environment", "settings", "calls", "numerics", "scheme", "budget", "files", "data", "networks",
+    "sources", "loops", "allocation", "methods", "runs", "supernets", "reports", "onnx", "exports", "roads", "cli", "__main__",
 )  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -22,9 +22,9 @@ def name_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """The modules of the package that a file imports, inside of functions too."""
+    """The package's modules that a file imports, including inside functions."""
     modules = {name_of(file) for file in FILES}
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are written in full"
@@ -33,11 +33,11 @@ def imports_of(path: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         else:
             continue
-        found |= {name.removeprefix("anybit.") for name in names if name.startswith("anybit.")} & modules
-    return found
+        imported |= {name.removeprefix("anybit.") for name in names if name.startswith("anybit.")} & modules
+    return imported
 
 
-def test_every_file_has_its_place_in_the_order():
+def test_every_file_is_in_the_order():
     assert {name_of(path).split(".")[0] for path in FILES if path != ROOT / "__init__.py"} == set(ORDER)
 
 
@@ -47,7 +47,7 @@ def test_nothing_is_imported_from_above(path):
     assert path == ROOT / "__init__.py" or not above
 
 
-def test_no_file_imports_itself_through_others():
+def test_there_are_no_import_cycles():
     below = {name_of(path): imports_of(path) for path in FILES}
     while free := [name for name, needs in below.items() if not needs & set(below) - {name}]:
         for name in free:
@@ -56,7 +56,7 @@ def test_no_file_imports_itself_through_others():
 
 
 @pytest.mark.parametrize("package", sorted(path.parent.name for path in ROOT.glob("*/__init__.py")))
-def test_a_package_says_what_it_holds_and_what_it_may_import(package):
+def test_package_docstrings_state_contents_and_allowed_imports(package):
     text = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text())) or ""
     assert re.search(r"[Ii]mports \w+", text)
 

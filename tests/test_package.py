@@ -1,4 +1,4 @@
-"""The project as others get it: metadata, licence, citation, extras, and the files that go with the code. `make package` builds it."""
+"""The distribution: metadata, licence, citation, extras, and shipped files. `make package` builds it."""
 
 import email
 import hashlib
@@ -28,7 +28,7 @@ APACHE_2 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 
 
 def required(extra: str) -> set[str]:
-    """The packages that an extra installs, those of the extras that it names among them."""
+    """The packages that an extra installs, including those of extras that it names."""
     requirements = [Requirement(text) for text in EXTRAS[extra]]
     own = [requirement for requirement in requirements if requirement.name == "anybit"]
     return {canonicalize_name(requirement.name) for requirement in requirements if requirement not in own}.union(
@@ -38,7 +38,7 @@ def required(extra: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def metadata(tmp_path_factory):
-    """(the wheel's metadata, the folder that holds it), from a copy of all that they are made of."""
+    """(the wheel's metadata, the folder that contains it), built from a copy of the sources."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
     (source / "src" / "anybit").mkdir(parents=True)
     for name in ("pyproject.toml", "README.md", "LICENSE", "src/anybit/__init__.py"):
@@ -49,7 +49,7 @@ def metadata(tmp_path_factory):
     return email.message_from_string((folder / "METADATA").read_text()), folder
 
 
-def test_the_metadata_are_complete(metadata):
+def test_metadata_are_complete(metadata):
     fields, _ = metadata
     assert (fields["Name"], fields["Version"], fields["License-Expression"]) == ("anybit", anybit.__version__, "Apache-2.0")
     for name in ("Summary", "Author", "Keywords", "Requires-Python", "Description-Content-Type"):
@@ -65,7 +65,7 @@ def test_the_wheel_carries_the_licence(metadata):
     assert (folder / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
-def test_the_licence_is_apache_2_with_our_name_filled_in():
+def test_licence_is_apache_2_with_the_copyright_holder():
     text, filled = re.subn(
         "Copyright 2026 The anybit authors", "Copyright [yyyy] [name of copyright owner]", (ROOT / "LICENSE").read_text()
     )
@@ -79,7 +79,7 @@ def test_every_file_beside_the_code_is_shipped():
     assert PACKAGE / "py.typed" in beside and beside <= shipped
 
 
-def test_the_citation_is_of_this_version_and_names_the_papers_that_the_methods_cite():
+def test_citation_has_this_version_and_the_papers_of_the_methods():
     assert (CITATION["title"], CITATION["version"], CITATION["license"]) == ("anybit", anybit.__version__, PROJECT["license"])
     methods = {path.stem: " ".join(path.read_text().split()) for path in (PACKAGE / "methods").glob("*.py")}
     assert len(CITATION["references"]) == 3
@@ -92,7 +92,7 @@ def test_the_changelog_has_a_section_of_this_version():
     assert f"\n## {anybit.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_every_extra_that_is_recommended_exists():
+def test_every_recommended_extra_exists():
     texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *PACKAGE.rglob("*.py")]
     named = {name for path in texts for names in re.findall(r"anybit\[([\w,-]+)\]", path.read_text()) for name in names.split(",")}
     assert {"onnx", "images", "hf", "compressed-tensors", "openvino"} <= named <= set(EXTRAS)
@@ -103,7 +103,7 @@ def test_all_is_every_extra_for_users():
     assert required("all") == set().union(*(required(extra) for extra in users))
 
 
-def test_what_make_installs_is_pinned_and_nothing_else_has_a_ceiling():
+def test_make_installs_pinned_versions_and_requirements_have_only_lower_bounds():
     pinned = {canonicalize_name(Requirement(line).name) for line in (ROOT / "constraints.txt").read_text().splitlines()}
     direct = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
     assert (direct | required("test") | required("demo") | required("images")) - {"setuptools"} <= pinned
@@ -111,6 +111,6 @@ def test_what_make_installs_is_pinned_and_nothing_else_has_a_ceiling():
     assert all([clause.operator for clause in floor.specifier] == [">="] for floor in floors if floor.name != "anybit")
 
 
-def test_the_command_says_its_version():
+def test_command_prints_its_version():
     answer = CliRunner().invoke(app, ["--version"])
     assert (answer.exit_code, answer.output) == (0, f"anybit {anybit.__version__}\n")

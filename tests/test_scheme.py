@@ -1,4 +1,4 @@
-"""Precision, Scheme and Budget: text and value say the same, and what cannot be is refused helpfully."""
+"""Precision, Scheme and Budget: text and value round-trip, and invalid ones are rejected with a remedy."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ W4A8, W8, FLOAT = Precision(4, 8), Precision(8), Precision()
 
 @few
 @given(precisions)
-def test_a_precision_reads_back_from_its_text(precision):
+def test_precision_round_trips_through_text(precision):
     assert Precision.parse(str(precision)) == precision
 
 
@@ -41,26 +41,26 @@ def test_every_documented_precision(text, weight_bits, activation_bits):
 @pytest.mark.parametrize(
     "text", ["", " ", "w4a8", "W4 A8", "W4A8 ", "W4A8\n", "A8W4", "W", "A", "WA", "W4A", "W-4", "W4.0", "4", "4bit", "Float", "W4A8x", "W٤"]
 )
-def test_a_malformed_precision_is_refused_with_the_forms(text):
+def test_rejects_malformed_precision_listing_the_forms(text):
     with pytest.raises(InvalidSetting, match=rf"Precision {re.escape(repr(text))} cannot be read\. Write W4A8, .*float\."):
         Precision.parse(text)
 
 
 @pytest.mark.parametrize(
-    "text, what", [("W1", "weight"), ("W9A8", "weight"), ("W32", "weight"), ("A1", "activation"), ("W4A0", "activation")]
+    "text, operand", [("W1", "weight"), ("W9A8", "weight"), ("W32", "weight"), ("A1", "activation"), ("W4A0", "activation")]
 )
-def test_bits_outside_2_to_8_are_refused_naming_the_operand(text, what):
-    with pytest.raises(InvalidSetting, match=f"{what} bit-width .* is outside 2..8"):
+def test_rejects_bits_outside_2_to_8_naming_the_operand(text, operand):
+    with pytest.raises(InvalidSetting, match=f"{operand} bit-width .* is outside 2..8"):
         Precision.parse(text)
 
 
 @pytest.mark.parametrize("weight_bits", [False, True, 4.0, 0.0, "4"])
-def test_a_bit_width_is_an_integer(weight_bits):
+def test_rejects_non_integer_bit_width(weight_bits):
     with pytest.raises(InvalidSetting, match="weight bit-width"):
         Precision(weight_bits)
 
 
-def test_a_float_weight_counts_32_bits_and_a_pruned_one_none():
+def test_float_weight_counts_32_bits_and_pruned_weight_0():
     assert [Precision.parse(text).stored_weight_bits for text in ("float", "A8", "W0", "W3A4")] == [32, 32, 0, 3]
 
 
@@ -69,14 +69,14 @@ def test_a_float_weight_counts_32_bits_and_a_pruned_one_none():
 
 @few
 @given(schemes)
-def test_a_scheme_survives_json_in_its_order(scheme):
+def test_scheme_round_trips_through_json_in_order(scheme):
     again = Scheme.parse(json.loads(json.dumps(scheme.to_json())))
     assert again == scheme and list(again) == list(scheme)
 
 
 @few
 @given(schemes)
-def test_equal_schemes_hash_alike(scheme):
+def test_equal_schemes_have_equal_hashes(scheme):
     backwards = Scheme(dict(list(scheme.items())[::-1]))
     assert backwards == scheme
     assert hash(backwards) == hash(scheme) == hash(copy.deepcopy(scheme))
@@ -86,14 +86,14 @@ def test_different_schemes_are_unequal():
     assert len({Scheme({"a": W4A8}), Scheme({"a": W8}), Scheme({"b": W4A8}), Scheme({"a": W4A8, "b": W4A8}), Scheme()}) == 5
 
 
-def test_a_scheme_does_not_follow_the_dictionary_that_it_was_made_of():
+def test_scheme_is_independent_of_its_source_dictionary():
     layers = {"conv": W4A8}
     scheme = Scheme(layers)
     layers["conv"] = FLOAT
     assert scheme["conv"] == W4A8
 
 
-def test_a_scheme_cannot_be_changed():
+def test_scheme_is_immutable():
     scheme = Scheme({"conv": W4A8})
     with pytest.raises(TypeError):
         scheme["conv"] = FLOAT
@@ -103,20 +103,20 @@ def test_a_scheme_cannot_be_changed():
         scheme.layers = {}
 
 
-def test_uniform_takes_text_or_value_and_keeps_the_order():
+def test_uniform_accepts_text_or_value_and_keeps_the_order():
     scheme = Scheme.uniform(["b", "a"], "W4A8")
     assert scheme == Scheme.uniform(["b", "a"], W4A8)
     assert list(scheme.items()) == [("b", W4A8), ("a", W4A8)]
 
 
-def test_replace_changes_a_copy_in_place_of_the_old():
+def test_replace_returns_a_changed_copy():
     scheme = Scheme.uniform(["conv1", "conv2", "fc"], W4A8)
     changed = scheme.replace({"conv2": FLOAT})
     assert list(changed.items()) == [("conv1", W4A8), ("conv2", FLOAT), ("fc", W4A8)]
     assert scheme == Scheme.uniform(["conv1", "conv2", "fc"], W4A8)
 
 
-def test_an_unknown_layer_is_named_with_its_near_match():
+def test_error_for_unknown_layer_suggests_the_nearest_match():
     scheme = Scheme.uniform(["layer1.conv1", "fc"], W4A8)
     with pytest.raises(SchemeMismatch, match=r"no quantizable layer 'layer1\.conv' \(did you mean 'layer1\.conv1'\?\)"):
         scheme.replace({"layer1.conv": W8})
@@ -127,7 +127,7 @@ def test_many_unknown_layers_are_counted():
         check_names([f"n{i}" for i in range(7)], ["xyz"], "The file")
 
 
-def test_known_names_pass():
+def test_accepts_known_names():
     check_names(["a"], ["a", "b"], "The model")
     check_names([], [], "The model")
 
@@ -137,23 +137,23 @@ def test_known_names_pass():
 LAYERS = ["stem", "layer1.conv1", "layer1.conv2", "layer2.conv1", "fc"]
 
 
-def test_patterns_match_whole_names_and_answer_in_the_models_order():
-    kept = match_patterns({"fc": FLOAT, "*.conv1": W8}, LAYERS)
-    assert list(kept.items()) == [("layer1.conv1", W8), ("layer2.conv1", W8), ("fc", FLOAT)]
+def test_patterns_match_whole_names_in_the_order_of_the_model():
+    matched = match_patterns({"fc": FLOAT, "*.conv1": W8}, LAYERS)
+    assert list(matched.items()) == [("layer1.conv1", W8), ("layer2.conv1", W8), ("fc", FLOAT)]
 
 
-def test_a_later_pattern_wins():
+def test_later_pattern_takes_precedence():
     assert match_patterns({"*": W8, "stem": FLOAT}, LAYERS)["stem"] == FLOAT
     assert match_patterns({"stem": FLOAT, "*": W8}, LAYERS)["stem"] == W8
 
 
 @pytest.mark.parametrize("pattern", ["conv1", "layer1", "f", "FC", "layer1.conv"])
-def test_a_pattern_that_matches_no_whole_name_is_refused(pattern):
+def test_rejects_pattern_that_matches_no_whole_name(pattern):
     with pytest.raises(InvalidSetting, match=f"--keep {re.escape(pattern)}=W8 matches no quantizable layer"):
         match_patterns({pattern: W8}, LAYERS)
 
 
-def test_a_near_miss_of_a_pattern_is_told():
+def test_error_for_a_pattern_suggests_near_matches():
     with pytest.raises(InvalidSetting, match=r"Near matches: layer1\.conv"):
         match_patterns({"layer1.conv": W8}, LAYERS)
 
@@ -189,7 +189,7 @@ def test_every_documented_budget(text, limits):
         "bops=2g", "latency=3", "loss=1%", "drop=1", "size=3MB", "4bit;3MB", "4bit bops=2G", "nan%", "inf kB", "٤bit",
     ],
 )  # fmt: skip
-def test_a_malformed_budget_is_refused_with_the_forms(text):
+def test_rejects_malformed_budget_listing_the_forms(text):
     with pytest.raises(InvalidSetting, match=r"Budget .* cannot be read\. (Did you mean \S+\? )?Write 4bit, 120kB, .*drop=1%"):
         Budget.parse(text)
 
@@ -201,7 +201,7 @@ def test_a_malformed_budget_is_refused_with_the_forms(text):
         ("4bit,3bit", "limits one quantity twice"), ("1kB,2MB", "limits one quantity twice"), ("loss=1,drop=1%", "both loss= and drop="),
     ],
 )  # fmt: skip
-def test_a_contradictory_budget_is_refused_with_the_reason(text, why):
+def test_rejects_contradictory_budget_with_a_reason(text, why):
     with pytest.raises(InvalidSetting, match=why):
         Budget.parse(text)
 
@@ -211,7 +211,7 @@ pieces = st.sampled_from(["4bit", "120kB", "12.5%", "bops=2.1G", "latency=3ms", 
 
 @few
 @given(st.lists(pieces, min_size=1, max_size=4).map(",".join) | st.text(max_size=10))
-def test_any_text_is_a_budget_that_reads_back_or_an_invalid_setting(text):
+def test_any_text_is_a_budget_that_round_trips_or_is_rejected(text):
     try:
         budget = Budget.parse(text)
     except InvalidSetting:
@@ -220,7 +220,7 @@ def test_any_text_is_a_budget_that_reads_back_or_an_invalid_setting(text):
     assert all(condition.limit > 0 for condition in budget.conditions)
 
 
-def test_an_unlimited_quantity_has_no_limit():
+def test_unlimited_quantity_has_no_limit():
     assert Budget.parse("4bit").limit("bops") is None
 
 
@@ -230,7 +230,7 @@ def test_sizes_are_read_in_thousands_or_in_powers_of_two(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "500", "GiB", "2 GiB", "-1MB", "2gib"])
-def test_a_malformed_size_is_refused(text):
+def test_rejects_malformed_size(text):
     with pytest.raises(InvalidSetting, match=r"cannot be read\. Write 500MB or 2GiB"):
         parse_size(text)
 
@@ -238,5 +238,5 @@ def test_a_malformed_size_is_refused(text):
 @pytest.mark.parametrize(
     ("text", "limit"), [("bops=8444.8M", 8_444_800_000), ("bops=2.1G", 2_100_000_000), ("0.3MB", 300_000), ("latency=0.3339ms", 0.0003339)]
 )
-def test_a_budget_is_what_is_written_to_the_last_digit(text, limit):
+def test_budget_text_is_exact_to_the_last_digit(text, limit):
     assert Budget.parse(text).conditions[0].limit == limit

@@ -1,4 +1,4 @@
-"""Every option of every settings class: what cannot be is refused by name, and what may be survives JSON."""
+"""Every option of every settings class: invalid values are rejected by name, valid ones round-trip through JSON."""
 
 import inspect
 import json
@@ -19,7 +19,7 @@ from anybit.methods.settings import CSQSettings, LSQSettings, MultiQuantSettings
 from anybit.numerics.ranges import ESTIMATORS
 from anybit.roads.settings import CalibrateSettings, GrowSettings
 from anybit.scheme import Precision
-from anybit.settings import Option, options_of, without_none
+from anybit.settings import LARGEST, Option, options_of, without_none
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.settings import SupernetSettings
 
@@ -30,15 +30,20 @@ NAMES = [f"{kind.__name__}.{one.name}" for kind, one in OPTIONS]
 
 
 def bad_numbers(one: Option, kind: type) -> list:
-    """Numbers, and what is none, that the option refuses."""
+    """Numbers, and values that are not numbers, that the option rejects."""
     outside = [(one.least, -1), (one.most, 1), (one.above, 0), (one.below, 0)]
     values = [bound + beyond for bound, beyond in outside if bound is not None]
-    never = [math.nan, math.inf, -math.inf, True, "3", b"3", [3], object()]
+    never = [math.nan, math.inf, -math.inf, 1e308, -1e308, True, "3", b"3", [3], object()]
     return [*values, *never, *([2.5, 10**30, -(10**30), 10**5000] if kind is int else [10**400])]
 
 
+def numbers_in(kind) -> bool:
+    """Return whether a type holds numbers."""
+    return kind in (int, float) or any(map(numbers_in, typing.get_args(kind)))
+
+
 def bad_values(one: Option) -> list:
-    """Values that the option refuses in Python."""
+    """Values that the option rejects in Python."""
     kind, inner = without_none(one.kind), typing.get_args(without_none(one.kind))
     nothing = [] if type(None) in typing.get_args(one.kind) else [None]
     if kind in (int, float):
@@ -58,14 +63,14 @@ def bad_values(one: Option) -> list:
 
 
 @pytest.mark.parametrize(("kind", "one"), OPTIONS, ids=NAMES)
-def test_what_cannot_be_is_refused_by_name_in_python(kind, one):
+def test_rejects_invalid_value_by_name(kind, one):
     for bad in bad_values(one):
         with pytest.raises(InvalidSetting, match=rf"^{one.name}\b"):
             kind.of(**{one.name: bad})
 
 
 @pytest.mark.parametrize(("kind", "one"), OPTIONS, ids=NAMES)
-def test_a_range_is_allowed_to_its_ends_and_is_said_where_it_is_left(kind, one):
+def test_range_includes_its_ends_and_is_named_in_the_error(kind, one):
     number = without_none(one.kind)
     if number not in (int, float):
         return
@@ -79,8 +84,37 @@ def test_a_range_is_allowed_to_its_ends_and_is_said_where_it_is_left(kind, one):
             assert str(bound + beyond) in str(refused.value) and one.range in str(refused.value)
 
 
+FUNCTIONS = [
+    (function, name)
+    for function in (getattr(anybit, name) for name in anybit.__all__)
+    if inspect.isfunction(function)
+    for name, one in inspect.signature(function).parameters.items()
+    if numbers_in(one.annotation) and name != "metric"
+]
+
+
+@pytest.mark.parametrize(("function", "name"), FUNCTIONS, ids=[f"{function.__name__}.{name}" for function, name in FUNCTIONS])
+def test_every_number_of_a_function_has_limits(function, name):
+    parameters = inspect.signature(function).parameters
+    needed = {key: object() for key, one in parameters.items() if one.default is one.empty}
+    kind = without_none(parameters[name].annotation)
+    for bad in (math.nan, math.inf, -math.inf, 1e308, -1e308, 10**400, -(10**400)):
+        origin = typing.get_origin(kind)
+        key = 2 if origin is Mapping and typing.get_args(kind)[0] is int else "fc"
+        value = (bad,) if origin is tuple else {key: bad} if origin is Mapping else bad
+        with pytest.raises(InvalidSetting, match=rf"^{name}\b"):
+            function(**{**needed, name: value})
+
+
+@pytest.mark.parametrize(("kind", "one"), OPTIONS, ids=NAMES)
+def test_every_number_has_two_bounds(kind, one):
+    if numbers_in(one.kind):
+        assert (one.least is not None or one.above is not None) and (one.most is not None or one.below is not None)
+        assert max(one.most or 0, one.below or 0) <= max(LARGEST, 2**63)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_option_says_what_it_is_and_its_default_may_be(kind):
+def test_every_option_is_described_and_accepts_its_default(kind):
     for name, one in options_of(kind).items():
         assert one.doc.endswith((".", "406", "0.3.")) and one.doc[0] != " ", name
         assert one.default is not MISSING and one.checked(one.default) == one.default
@@ -99,36 +133,36 @@ values = {
 def good(one: Option) -> st.SearchStrategy:
     kind, inner = without_none(one.kind), typing.get_args(without_none(one.kind))
     if one.choices:
-        found = st.sampled_from(list(one.choices))
+        strategy = st.sampled_from(list(one.choices))
     elif one.name in ("augment", "sandwich", "columns"):
-        found = st.sampled_from({"augment": ["", "flip"], "sandwich": ["HRL", "HL"], "columns": ["text=a,label=1"]}[one.name])
+        strategy = st.sampled_from({"augment": ["", "flip"], "sandwich": ["HRL", "HL"], "columns": ["text=a,label=1"]}[one.name])
     elif typing.get_origin(kind) is tuple:
         one_of = st.sampled_from(["a", "b", "c", "d"]) if inner[0] is str else values[without_none(inner[0])]
-        found = st.lists(one_of, min_size=2, max_size=4, unique=True).map(tuple)
+        strategy = st.lists(one_of, min_size=2, max_size=4, unique=True).map(tuple)
     elif typing.get_origin(kind) is Mapping:
-        found = st.dictionaries(st.integers(2, 8) if inner[0] is int else st.text(max_size=3), values[inner[1]], max_size=2)
+        strategy = st.dictionaries(st.integers(2, 8) if inner[0] is int else st.text(max_size=3), values[inner[1]], max_size=2)
     elif kind is int:
         least = 2 if one.least is None else int(one.least)
-        found = st.integers(least, least + 5 if one.most is None else int(one.most))
+        strategy = st.integers(least, least + 5 if one.most is None else int(one.most))
     elif kind is float:
-        found = st.sampled_from([0.25, 0.5] if (one.least or 0) < 0.25 else [1.0, 7.5])
+        strategy = st.sampled_from([0.25, 0.5] if (one.least or 0) < 0.25 else [1.0, 7.5])
     else:
-        found = values[kind]
-    return found | st.none() if type(None) in typing.get_args(one.kind) else found
+        strategy = values[kind]
+    return strategy | st.none() if type(None) in typing.get_args(one.kind) else strategy
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_settings_survive_json_and_one_flat_set_of_names(kind, data):
+def test_settings_round_trip_through_json_and_flat_names(kind, data):
     options = {name: one for name, one in options_of(kind).items() if name not in ("compile", "label", "resize")}
-    given = data.draw(st.fixed_dictionaries({}, optional={name: good(one) for name, one in options.items() if name != "label_weight"}))
-    given = {name: min(value, 0.3) if name == "fix" else max(value, 0.3) if name == "harden" else value for name, value in given.items()}
-    made = kind.of(**given)
-    assert all(made.flat()[name] == value for name, value in given.items())
-    assert kind.of(**made.flat()) == made
-    again = kind.from_json(json.loads(json.dumps(made.to_json(), allow_nan=False)))
-    assert again.to_json() == made.to_json() and (kind is CalibrateSettings or again == made)
+    chosen = data.draw(st.fixed_dictionaries({}, optional={name: good(one) for name, one in options.items() if name != "label_weight"}))
+    chosen = {name: min(value, 0.3) if name == "fix" else max(value, 0.3) if name == "harden" else value for name, value in chosen.items()}
+    settings = kind.of(**chosen)
+    assert all(settings.flat()[name] == value for name, value in chosen.items())
+    assert kind.of(**settings.flat()) == settings
+    again = kind.from_json(json.loads(json.dumps(settings.to_json(), allow_nan=False)))
+    assert again.to_json() == settings.to_json() and (kind is CalibrateSettings or again == settings)
 
 
 @pytest.mark.parametrize(
@@ -136,17 +170,17 @@ def test_settings_survive_json_and_one_flat_set_of_names(kind, data):
     [{"epochs": "many"}, {"epochs": 2.0}, {"epochs": True}, {"half": 1}, {"augment": None}, {"epochs": 0}, {"more": 1}, {"distill": 2}],
     ids=str,
 )
-def test_settings_of_other_types_in_a_file_are_named(change):
-    told = TrainSettings().to_json()
+def test_settings_of_wrong_types_in_a_file_are_named(change):
+    stored = TrainSettings().to_json()
     with pytest.raises(InvalidFile, match=f"^here: .*{next(iter(change))}"):
-        TrainSettings.from_json({**told, **change}, "here")
+        TrainSettings.from_json({**stored, **change}, "here")
     with pytest.raises(InvalidFile, match=f"^here: train: .*{next(iter(change))}"):
-        GrowSettings.from_json({"train": {**told, **change}}, "here")
+        GrowSettings.from_json({"train": {**stored, **change}}, "here")
     with pytest.raises(InvalidFile, match=r"^here is a list"):
-        TrainSettings.from_json([told], "here")
+        TrainSettings.from_json([stored], "here")
 
 
-def test_a_name_that_no_option_has_gets_its_nearest_match():
+def test_error_for_unknown_option_suggests_the_nearest_match():
     cases = ((CalibrateSettings, "sampels", "samples"), (GrowSettings, "epoch", "epochs"), (GrowSettings, "plane", "planes"))
     for kind, name, near in cases:
         with pytest.raises(InvalidSetting, match=f"'{name}'.*'{near}'"):
@@ -157,7 +191,7 @@ def test_a_name_that_no_option_has_gets_its_nearest_match():
     ("function", "kind"),
     [(anybit.calibrate, CalibrateSettings), (anybit.grow, GrowSettings), (anybit.train, SupernetSettings), (anybit.search, SearchSettings)],
 )
-def test_the_functions_say_the_options_that_they_take(function, kind):
+def test_functions_document_their_options(function, kind):
     parameters = inspect.signature(function).parameters
     for name, one in options_of(kind).items():
         assert parameters[name].default == one.default and parameters[name].annotation == one.kind

@@ -1,4 +1,4 @@
-"""The measure of public networks: weights that hide nothing, inputs that are fair, failures with their kind."""
+"""The harness for public networks: random weights that do not hide errors, realistic inputs, failures with their kind."""
 
 import sys
 from pathlib import Path
@@ -38,9 +38,9 @@ def test_the_tables_name_many_networks_without_their_libraries():
         assert sum(name.startswith(library) for name in NETWORKS) >= least
 
 
-def test_lively_norms_scale_and_shift_channels_apart_and_hold_the_inputs_statistics():
+def test_lively_norms_vary_by_channel_and_have_the_statistics_of_their_inputs():
     network, inputs = small(), torch.randn(16, 3, 8, 8)
-    nn.init.zeros_(network[1].weight)  # as the last norm of a residual block is left
+    nn.init.zeros_(network[1].weight)  # as in the last norm of a residual block
     enliven(network, inputs, 0)
     norm = network[1]
     assert norm.weight.min() >= 0.3 and norm.weight.std() > 0.05 and norm.bias.std() > 0.05
@@ -49,21 +49,21 @@ def test_lively_norms_scale_and_shift_channels_apart_and_hold_the_inputs_statist
     assert (norm.running_var / seen.var(1)).log().abs().max() < 1
 
 
-def test_texts_are_of_uneven_lengths_and_padded_to_the_longest():
+def test_texts_have_different_lengths_and_are_padded_to_the_longest():
     batch = next(iter(Inputs(vocabulary=99, padding=1).loader(Source())))
     lengths = batch["attention_mask"].sum(1)
     assert batch["input_ids"].shape == (8, int(lengths.max())) and len(set(lengths.tolist())) > 2
     assert ((batch["input_ids"] == 1) == (batch["attention_mask"] == 0)).all()
 
 
-def test_an_entry_says_what_is_covered():
+def test_entry_has_the_coverage():
     entry = steps_of(small)
     assert entry["failures"] == [] and entry["covered"] == 1.0 and entry["layers"] == 2
     assert entry["macs"] == 8 * 27 * 36 + 8 * 36 * 4
 
 
 @pytest.mark.parametrize(("error", "kind"), [(anybit.UnsupportedModel("no, thank you"), "refusal"), (KeyError("lost"), "crash")])
-def test_a_failure_is_kept_with_its_kind(monkeypatch, error, kind):
+def test_failure_is_recorded_with_its_kind(monkeypatch, error, kind):
     def failing(*_, **__):
         raise error
 
@@ -75,12 +75,12 @@ def test_a_failure_is_kept_with_its_kind(monkeypatch, error, kind):
     assert failure_of(entry).startswith(f"inspect: {kind}: ")
 
 
-def test_decibels_count_outputs_alike():
+def test_decibels_weight_outputs_equally():
     reference = Reference([], [[torch.ones(2, 3), 1000 * torch.ones(2)]])
     assert reference.decibels([[1.1 * torch.ones(2, 3), 1100 * torch.ones(2)]]) == pytest.approx(20)
 
 
-def test_a_row_leaves_open_what_was_not_reached():
+def test_row_is_empty_for_steps_not_reached():
     entry = {"seconds": {"inspect": 1.0}, "failures": [], "pass_seconds": 0.1, "covered": 0.5, "W8A8": {"simulation_db": 30.0}}
     assert apart(entry) is None
     assert row_of("a", entry) == ["`a`", "50.0 %", "", "30.0", "", "", "", "1", "10", ""]

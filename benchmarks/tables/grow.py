@@ -49,7 +49,7 @@ def tried_section() -> str:
 
 
 def choices() -> dict[str, Any]:
-    """Runs by the kinds of their gates."""
+    """Runs by their kinds of gates."""
     return dict(sorted(entries("grow_resnet20_choices_3200").items()))
 
 
@@ -57,7 +57,7 @@ def choices_section() -> str:
     rows = []
     for key, run in choices().items():
         last, search = run["epochs"][-1], round(run["settings"]["csq"]["fix"] * len(run["epochs"]))
-        before = run["epochs"][search - 1]  # the last epoch in which the gates alone decide the planes
+        before = run["epochs"][search - 1]  # the last epoch in which only the gates decide the planes
         cells = [f"{before['weight_bits']:.2f}", *(f"{before[kind]['top1']:.2f}" for kind in ("soft", "frozen")), f"{before['loss']:.3f}"]
         rows.append(
             [key, *cells, *(f"{last[kind]['top1']:.2f}" for kind in ("soft", "frozen")), f"{run['top1']:.2f}", f"{last['loss']:.3f}"]
@@ -80,7 +80,7 @@ def choices_section() -> str:
 
 
 def agreement_section() -> str:
-    """Do layers that calibrate finds sensitive get more bits when a scheme grows?"""
+    """Whether layers that calibrate finds sensitive get more bits in grown schemes."""
     runs, after, rows = entries("grow_resnet20_methods"), entries("grow_resnet20_agreement"), []
     for key, run in runs.items():
         if not key.startswith("CSQ "):
@@ -108,6 +108,12 @@ def _ranked(bits: list[int], others: list[float]) -> str:
     return f"{spearmanr(bits, others).statistic:+.2f}" if len(set(bits)) > 1 else "all layers have the same bits"
 
 
+def borders_section() -> str:
+    """Accuracy of the float network by the images on which its statistics were estimated."""
+    rows = [[words, f"{run['top1']:.2f}"] for words, run in entries("grow_resnet20_borders").items()]
+    return table(["statistics of batch norm from", "top-1"], rows) if rows else NOT_RUN
+
+
 def cost_section() -> str:
     run = entries("grow_resnet20_cost").get("one step", {})
     rows = [
@@ -128,6 +134,7 @@ SECTIONS = {
     "GROWTRIED": tried_section,
     "CHOICES": choices_section,
     "AGREEMENT": agreement_section,
+    "GROWBORDERS": borders_section,
     "GROWCOST": cost_section,
     "SCRATCH": scratch_section,
 }

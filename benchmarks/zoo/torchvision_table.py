@@ -10,7 +10,6 @@ from benchmarks.zoo.inputs import Inputs, pictures
 from benchmarks.zoo.network import FewUpdates, Heads, RegionHeads, ZooNetwork
 
 CLASSIFICATION: dict[str, dict[str, Any]] = {
-    "alexnet": {},
     "convnext_tiny": {},
     "densenet121": {},
     "efficientnet_b0": {},
@@ -39,7 +38,7 @@ SIZES = {"inception_v3": 128, "wide_resnet50_2": 64, "resnext50_32x4d": 64}
 
 
 def build(name: str, wrapper: Callable[[nn.Module], nn.Module] | None = None, **arguments: Any) -> nn.Module:
-    """Make the network with random weights, its parts' too."""
+    """Create the network, including its parts, with random weights."""
     from torchvision import models
 
     without = {"weights_backbone": None} if "backbone" in arguments.pop("parts", "") else {}
@@ -48,23 +47,25 @@ def build(name: str, wrapper: Callable[[nn.Module], nn.Module] | None = None, **
 
 
 def small_vit() -> nn.Module:
-    """ViT-B/16 of two blocks."""
+    """ViT-B/16 with two blocks."""
     from torchvision.models import VisionTransformer
 
     return VisionTransformer(image_size=64, patch_size=16, num_layers=2, num_heads=12, hidden_dim=768, mlp_dim=3072).eval()
 
 
 def small_maxvit() -> nn.Module:
-    """MaxViT-T of one block a stage."""
+    """MaxViT-T with one block per stage."""
     from torchvision.models import MaxVit
 
     return MaxVit((64, 64), 64, 2, [64, 128, 256, 512], [1, 1, 1, 1], 32, 0.0).eval()
 
 
-def small_vgg(name: str) -> nn.Module:
-    """VGG whose first linear reads 2 x 2 places, not 7 x 7: a tenth of the weights."""
+def small_classifier(name: str, channels: int, first: int, width: int = 1024) -> nn.Module:
+    """AlexNet or VGG whose linears, the first of which is `first` in the classifier, read 2 x 2 places and are narrower: a tenth of the
+    weights."""
     network = build(name)
-    network.avgpool, network.classifier[0] = nn.AdaptiveAvgPool2d(2), nn.Linear(512 * 4, 4096)
+    network.avgpool, network.classifier[first] = nn.AdaptiveAvgPool2d(2), nn.Linear(channels * 4, width)
+    network.classifier[first + 3], network.classifier[6] = nn.Linear(width, width), nn.Linear(width, 1000)
     return network.eval()
 
 
@@ -76,8 +77,9 @@ NETWORKS: dict[str, ZooNetwork] = {
     name: ZooNetwork(partial(build, name, **arguments), pictures(SIZES.get(name, 96))) for name, arguments in CLASSIFICATION.items()
 } | {
     "maxvit_t": ZooNetwork(small_maxvit, pictures(64)),
-    "vgg11": ZooNetwork(partial(small_vgg, "vgg11"), pictures(64)),
-    "vgg11_bn": ZooNetwork(partial(small_vgg, "vgg11_bn"), pictures(64)),
+    "alexnet": ZooNetwork(partial(small_classifier, "alexnet", 256, 1), pictures(96)),
+    "vgg11": ZooNetwork(partial(small_classifier, "vgg11", 512, 0), pictures(64)),
+    "vgg11_bn": ZooNetwork(partial(small_classifier, "vgg11_bn", 512, 0), pictures(64)),
     "vit_b_16": ZooNetwork(small_vit, pictures(64)),
     "fcn_resnet50": ZooNetwork(_of_parts("fcn_resnet50"), pictures(64)),
     "deeplabv3_mobilenet_v3_large": ZooNetwork(_of_parts("deeplabv3_mobilenet_v3_large"), pictures(96)),

@@ -3,12 +3,13 @@
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from anybit.errors import InvalidSetting
 from anybit.settings import Settings, documented, option, options_of
+from anybit.wording import as_in_python
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -28,34 +29,36 @@ class Amounts(Settings):
     samples: int | None = option(None, "Number of inputs to run, from the first (default: all).", least=1)
     rounds: int = option(20, "Rounds of what is timed, about 0.05 s each.", least=1, most=10**6)
     memory: int | None = option(None, "Memory for activations (default: as in the run).", least=0, most=BYTES)
+    outputs: Mapping[str, float] | None = option(None, "Outputs to compare, name -> weight (default: as in the run).", above=0)
 
 
 AMOUNTS = options_of(Amounts)
 
 
 def public(function: Function) -> Function:
-    """Decorates a public function: raises InvalidSetting with the corrected call where arguments are not those of its signature."""
+    """Decorates a public function: raises InvalidSetting with the corrected call where arguments are not those of its signature.
+    Its errors name keywords, not flags."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def called(*arguments: Any, **keywords: Any) -> Any:
-        check_call(function.__name__, signature, arguments, keywords)
-        bound = signature.bind(*arguments, **keywords).arguments
-        check_takes_two(bound.get("metric"))
-        for name in sorted(AMOUNTS.keys() & bound.keys()):
-            if bound[name] is not None or signature.parameters[name].default is not None:
-                AMOUNTS[name].checked(bound[name])
-        return function(*arguments, **keywords)
+        with as_in_python(signature.parameters):
+            check_call(function.__name__, signature, arguments, keywords)
+            bound = signature.bind(*arguments, **keywords).arguments
+            check_takes_two(bound.get("metric"))
+            for name in sorted(AMOUNTS.keys() & bound.keys()):
+                if bound[name] is not None or signature.parameters[name].default is not None:
+                    AMOUNTS[name].checked(bound[name])
+            return function(*arguments, **keywords)
 
     return called  # type: ignore[return-value]
 
 
 def check_call(name: str, signature: inspect.Signature, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Raise InvalidSetting where these arguments are not those of the function, with the call that was meant."""
-    known = [one.name for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-    open_ended = len(known) < len(signature.parameters)  # it checks the rest itself
+    known = list(signature.parameters)
     for keyword, value in keywords.items():
-        if keyword not in known and not open_ended:
+        if keyword not in known:
             near = difflib.get_close_matches(keyword, known, n=1)
             meant = f" Did you mean {name}(..., {near[0]}={value!r:.60})?" if near else ""
             raise InvalidSetting(f"{name} has no {keyword!r}.{meant} help(anybit.{name}) lists its settings.")

@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from anybit.errors import AnybitError, InvalidFile, InvalidSetting, naming
+from anybit.wording import as_in_python
 
 Value = TypeVar("Value")
 INTEGERS = 2**63
 """Integers are below this, either way: JSON readers share no larger ones."""
 LARGEST = 10**9
-"""The largest whole number of an option that does not say another: more inputs, steps or epochs than any machine gets through."""
+"""The largest number of an option that does not say another: more inputs, steps or epochs than any machine gets through, and a factor
+beyond which float32 loses the rest."""
 BOUNDS = (
     ("least", operator.ge, "at least"),
     ("above", operator.gt, "above"),
@@ -289,8 +291,11 @@ def described(name: str, kind: Any, one: dataclasses.Field, **common: Any) -> Op
     default = one.default if one.default_factory is MISSING else one.default_factory()
     default = MISSING if default is ... else default
     description = {**common, **one.metadata}
-    if _number(kind) is int and "most" not in description and "below" not in description:
+    number = _number(kind)
+    if number and "most" not in description and "below" not in description:
         description["most"] = LARGEST
+    if number is float and "least" not in description and "above" not in description:
+        description["least"] = -LARGEST
     return Option(name, kind, default, **description)
 
 
@@ -319,7 +324,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name, one in _own(type(self)).items():
             object.__setattr__(self, name, one.checked(getattr(self, name)))
-        self.check()
+        with as_in_python(_own(type(self))):
+            self.check()
 
     def check(self) -> None:
         """Raise InvalidSetting where values that may be do not go together."""
@@ -406,11 +412,11 @@ def documented(kind: type[Value]) -> type[Value]:
     return kind
 
 
-def takes(*kinds: type[Settings]) -> Callable[[Value], Value]:
-    """Decorates a function that takes the options of these classes as `**settings`: they join its signature and its docstring."""
+def takes(*kinds: type[Settings], only: Collection[str] | None = None) -> Callable[[Value], Value]:
+    """Decorates a function that takes options of these classes (`only` some) as `**settings`: they join its signature and its docstring."""
 
     def decorate(function: Any) -> Any:
-        options = options_of(*kinds)
+        options = {name: one for name, one in options_of(*kinds).items() if only is None or name in only}
         own = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
         keywords = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.kind)

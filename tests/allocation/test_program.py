@@ -1,4 +1,4 @@
-"""The sensitivity table, and allocations against brute force."""
+"""The sensitivity table, and allocations compared with brute force."""
 
 import dataclasses
 import itertools
@@ -39,7 +39,7 @@ thousandths = st.integers(-200, 1000).map(lambda n: n / 1000)  # measured sensit
 
 @st.composite
 def problems(draw, budgets=(0, 1, 2), largest_cost=100):
-    """Up to four layers of up to four choices, with integer costs and limits between the least and the most that they can sum to."""
+    """Up to four layers of up to four choices, with integer costs and limits between the smallest and the largest possible sum."""
     choices = {f"layer{i}": LADDER[: draw(st.integers(1, 4))] for i in range(draw(st.integers(1, 4)))}
 
     def table(elements):
@@ -83,7 +83,7 @@ def test_the_allocation_is_the_best_of_all_schemes_that_fit(problem):
 
 
 @pytest.mark.parametrize("largest_cost", [100, 10**6, 10**9, 10**12])
-def test_the_budget_is_never_exceeded_not_even_by_one(largest_cost):
+def test_budget_is_never_exceeded_even_by_one(largest_cost):
     @few
     @given(problems((1, 2), largest_cost))
     def holds(problem):
@@ -95,7 +95,7 @@ def test_the_budget_is_never_exceeded_not_even_by_one(largest_cost):
     holds()
 
 
-def test_a_limit_that_a_scheme_meets_exactly_is_met():
+def test_accepts_scheme_exactly_at_the_limit():
     losses, costs = np.array([1.0, 0.0]), np.array([1 / 3, 2 / 3])
     problem = Problem({"a": LADDER[:2], "b": LADDER[:2]}, {"a": losses, "b": losses}, {"c": {"a": costs, "b": costs}}, {"c": 1 / 3 + 2 / 3})
     assert allocate(problem).predicted_loss == 1
@@ -103,17 +103,17 @@ def test_a_limit_that_a_scheme_meets_exactly_is_met():
 
 @few
 @given(problems())
-def test_the_bound_is_no_larger_than_what_was_found(problem):
+def test_bound_is_at_most_the_loss_of_the_solution(problem):
     assume(any(fitting_schemes(problem)))
     solution = allocate(problem)
     assert solution.bound <= solution.predicted_loss + 1e-12
     assert solution.gap >= 0
-    assert solution.bound == pytest.approx(solution.predicted_loss, abs=1e-6)  # small problems are solved to the end
+    assert solution.bound == pytest.approx(solution.predicted_loss, abs=1e-6)  # small problems are solved to optimality
 
 
 @few
 @given(problems())
-def test_best_allocations_are_distinct_fitting_and_come_from_the_best_on(problem):
+def test_best_allocations_are_distinct_feasible_and_sorted(problem):
     solution = list(itertools.islice(best_allocations(problem), 5)) if any(fitting_schemes(problem)) else []
     losses = [one.predicted_loss for one in solution]
     assert losses == pytest.approx(sorted(losses))
@@ -123,7 +123,7 @@ def test_best_allocations_are_distinct_fitting_and_come_from_the_best_on(problem
 
 
 @pytest.mark.parametrize("core", [0, 1])
-def test_a_core_of_few_choices_finds_the_same_schemes_in_the_same_order(core):
+def test_restricting_to_a_core_gives_the_same_schemes_in_the_same_order(core):
     @few
     @given(problems((1, 2)))
     def holds(problem):
@@ -157,7 +157,7 @@ def test_the_same_problem_gives_the_same_scheme(problem):
 
 @few
 @given(problems((1,)))
-def test_the_papers_form_is_the_cheapest_of_all_schemes_within_the_loss(problem):
+def test_loss_limit_gives_the_cheapest_scheme_within_it(problem):
     costs, loss_limit = problem.costs["cost0"], 1.0
     unlimited = Problem(problem.choices, problem.losses, {}, {})
     within = [scheme for scheme in fitting_schemes(unlimited) if amount(problem.losses, problem, scheme) <= loss_limit]
@@ -196,7 +196,7 @@ def test_the_certificate_is_json_without_time_or_machine():
 
 
 def frontier_of(problem):
-    """The frontier over the problem's one cost, and (cost, loss, scheme) of its start and after each step."""
+    """The frontier over the problem's one cost, and (cost, loss, scheme) at its start and after each step."""
     solution = frontier(problem.choices, problem.losses, problem.costs["cost0"])
     points = [(solution.cost, solution.loss), *((step.cost, step.loss) for step in solution.steps)]
     return solution, [(*point, solution.scheme(count)) for count, point in enumerate(points)]
@@ -204,7 +204,7 @@ def frontier_of(problem):
 
 @few
 @given(problems(budgets=(1,)))
-def test_every_scheme_of_the_frontier_is_the_best_of_all_that_cost_no_more(problem):
+def test_frontier_schemes_are_optimal_at_their_cost(problem):
     _, points = frontier_of(problem)
     for cost, loss, scheme in points:
         assert cost == pytest.approx(amount(problem.costs["cost0"], problem, scheme))
@@ -215,11 +215,11 @@ def test_every_scheme_of_the_frontier_is_the_best_of_all_that_cost_no_more(probl
 
 @few
 @given(problems(budgets=(1,)))
-def test_no_scheme_lies_below_the_frontiers_line(problem):
+def test_no_scheme_lies_below_the_frontier(problem):
     solution, points = frontier_of(problem)
     prices = [step.price for step in solution.steps]
     assert prices == sorted(prices, reverse=True) and all(price > 0 for price in prices)
-    for count, step in enumerate(solution.steps):  # the price is the slope between two points, and a line that every scheme lies above
+    for count, step in enumerate(solution.steps):  # the price is the slope between two points, and every scheme lies on or above that line
         (cost, loss, _), (dearer, lower, _) = points[count], points[count + 1]
         assert step.price == pytest.approx((loss - lower) / (dearer - cost))
         for rival in fitting_schemes(dataclasses.replace(problem, limits={})):
@@ -229,13 +229,13 @@ def test_no_scheme_lies_below_the_frontiers_line(problem):
 
 @few
 @given(problems(budgets=(1,)))
-def test_the_frontier_ends_at_the_least_loss_and_starts_at_the_least_cost(problem):
+def test_frontier_starts_at_minimum_cost_and_ends_at_minimum_loss(problem):
     _, points = frontier_of(problem)
     assert points[0][0] == pytest.approx(sum(costs.min() for costs in problem.costs["cost0"].values()))
     assert points[-1][1] == pytest.approx(sum(losses.min() for losses in problem.losses.values()))
 
 
-def test_of_equal_steps_the_earlier_layer_comes_first_and_of_equal_choices_the_earlier():
+def test_frontier_breaks_ties_by_layer_then_choice_order():
     choices = {"a": LADDER[:2], "b": LADDER[:3]}
     losses = {"a": np.array([2.0, 1.0]), "b": np.array([2.0, 1.0, 1.0])}
     costs = {"a": np.array([1.0, 2.0]), "b": np.array([1.0, 2.0, 2.0])}
@@ -245,7 +245,7 @@ def test_of_equal_steps_the_earlier_layer_comes_first_and_of_equal_choices_the_e
 
 @few
 @given(problems(budgets=(1,)))
-def test_a_limit_allows_the_frontiers_last_scheme_that_meets_it(problem):
+def test_frontier_within_a_limit_gives_its_last_feasible_scheme(problem):
     solution, points = frontier_of(problem)
     limit = problem.limits["cost0"]
     fitting = [count for count, (cost, _, _) in enumerate(points) if cost <= limit]
@@ -256,7 +256,7 @@ def test_a_limit_allows_the_frontiers_last_scheme_that_meets_it(problem):
 
 
 def costs_of(weights, macs=1000):
-    """Costs of a network with these numbers of weights, one row a layer."""
+    """Costs of a network with these numbers of weights, one row per layer."""
     layers = {f"layer{i}": LayerSize(1, count, macs * count) for i, count in enumerate(weights)}
     return CostModel(layers, 10, {}, 2, 4 * sum(weights) + 1000)
 
@@ -274,7 +274,7 @@ options = st.lists(
 
 @st.composite
 def networks(draw):
-    """(choices, costs): layers of any size, each with its own choices, float among them."""
+    """(choices, costs): layers of any size, each with its own choices, including float."""
     costs = costs_of(draw(weights), macs=draw(st.integers(1, 10**5)))
     return {name: draw(options) for name in costs.layers}, costs
 
@@ -285,7 +285,7 @@ def cost_of(costs, scheme, quantity):
 
 @few
 @given(networks(), st.floats(0, 1), st.sampled_from(["bit", "B", "%"]))
-def test_the_exact_cost_of_the_scheme_is_within_the_budget(network, share, quantity):
+def test_exact_cost_of_the_allocated_scheme_is_within_budget(network, share, quantity):
     choices, costs = network
     cheap, dear = (Scheme({name: pick(choices[name], key=lambda p: p.stored_weight_bits) for name in choices}) for pick in (min, max))
     low, high = cost_of(costs, cheap, quantity), cost_of(costs, dear, quantity)
@@ -298,7 +298,7 @@ def test_the_exact_cost_of_the_scheme_is_within_the_budget(network, share, quant
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_a_budget_of_bytes_holds_to_the_byte_where_a_choice_brings_new_tensors(first):
+def test_byte_budget_is_exact_when_a_choice_adds_tensors(first):
     # A float scheme has no codes and no scales; the names of those tensors take bytes of the header too.
     options = [Precision(), Precision(2, 8)]
     choices, costs = {"layer0": [options[first], options[1 - first]]}, costs_of([400])
@@ -310,9 +310,9 @@ def test_a_budget_of_bytes_holds_to_the_byte_where_a_choice_brings_new_tensors(f
         assert costs.file_size(solution.scheme) <= limit
 
 
-def test_a_budget_of_bytes_holds_to_the_byte_where_offsets_get_more_digits():
+def test_byte_budget_is_exact_when_header_offsets_gain_digits():
     choices = {"layer0": [Precision(2), Precision(8)]}
-    for padding in range(1, 9):  # a name of eight lengths, so that every digit shows in the padded header
+    for padding in range(1, 9):  # names of eight lengths, so that each digit changes the padded header for one of them
         costs = dataclasses.replace(costs_of([1000]), others={"_" * padding: TensorSpec("I64", ())})
         limit = costs.file_size(Scheme({"layer0": Precision(8)})) - 1
         solution = allocate(make_problem(choices, plain_table(choices), costs, Budget.parse(f"{limit}B")))
@@ -321,17 +321,17 @@ def test_a_budget_of_bytes_holds_to_the_byte_where_offsets_get_more_digits():
 
 @few
 @given(networks())
-def test_a_budget_of_bytes_with_room_for_the_header_is_feasible(network):
+def test_byte_budget_with_room_for_the_header_is_feasible(network):
     choices, costs = network
     sizes = {name: min(choices[name], key=lambda p: costs.layer_bytes(name, p)) for name in choices}
-    smallest = costs.file_size(Scheme(sizes)) + 512  # the header may be counted too large, by a few names
+    smallest = costs.file_size(Scheme(sizes)) + 512  # the header may be overestimated by a few names
     assume(smallest <= costs.float_bytes)
     allocate(make_problem(choices, plain_table(choices), costs, Budget.parse(f"{smallest}B")))
 
 
 @few
 @given(networks(), st.sampled_from(["0.01bit", "1B", "0.001%", "bops=1"]))
-def test_an_infeasible_budget_names_binding_layers_and_one_that_is_feasible(network, text):
+def test_infeasible_budget_error_names_binding_layers_and_a_feasible_budget(network, text):
     choices, costs = network
     with pytest.raises(InfeasibleBudget) as error:
         allocate(make_problem(choices, plain_table(choices), costs, Budget.parse(text)))
@@ -348,13 +348,13 @@ def test_an_infeasible_budget_names_binding_layers_and_one_that_is_feasible(netw
         assert "above the float network's" in str(refusal)
 
 
-def test_the_message_of_an_infeasible_budget_by_hand():
+def test_infeasible_budget_message():
     choices = {"layer0": [Precision(4), Precision(8)], "layer1": [Precision(3)]}
     with pytest.raises(InfeasibleBudget, match=r"needs 3\.75bit, more than the budget of 2bit \(layers layer0, layer1 bind\)"):
         allocate(make_problem(choices, plain_table(choices), costs_of([300, 100]), Budget.parse("2bit")))
 
 
-def test_conditions_that_only_fail_together_are_told_apart():
+def test_error_distinguishes_limits_that_only_conflict_jointly():
     problem = Problem(
         {"a": LADDER[:2]}, {"a": np.zeros(2)}, {"x": {"a": np.array([1.0, 2.0])}, "y": {"a": np.array([2.0, 1.0])}}, {"x": 1.0, "y": 1.0}
     )
@@ -362,7 +362,7 @@ def test_conditions_that_only_fail_together_are_told_apart():
         allocate(problem)
 
 
-def test_of_two_limits_on_bytes_the_smaller_holds():
+def test_smaller_of_two_byte_limits_applies():
     choices, costs = {"layer0": LADDER}, costs_of([10_000])
     for text in ("5kB,90%", "90%,5kB"):
         solution = allocate(make_problem(choices, plain_table(choices), costs, Budget.parse(text)))
@@ -370,23 +370,23 @@ def test_of_two_limits_on_bytes_the_smaller_holds():
 
 
 @pytest.mark.parametrize("text", ["33bit", "101%", "1GB"])
-def test_a_budget_above_the_float_network_is_refused(text):
+def test_rejects_budget_above_the_float_size(text):
     with pytest.raises(InvalidSetting, match="above the float network's"):
         make_problem({"layer0": LADDER}, plain_table({"layer0": LADDER}), costs_of([100]), Budget.parse(text))
 
 
-def test_a_layer_without_a_choice_is_named():
+def test_error_names_layer_without_choices():
     with pytest.raises(InvalidSetting, match="layer0"):
         make_problem({"layer0": []}, plain_table({}), costs_of([100]), None)
 
 
-def test_a_budget_of_latency_needs_a_measured_table():
+def test_latency_budget_requires_a_measured_table():
     with pytest.raises(InvalidSetting, match="latency needs a measured table"):
         make_problem({"layer0": LADDER}, plain_table({"layer0": LADDER}), costs_of([100]), Budget.parse("latency=3ms"))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_sensitivity_that_is_not_finite_is_named_before_the_solver_sees_it(bad):
+def test_non_finite_sensitivity_is_rejected_before_solving(bad):
     choices = {"layer0": LADDER[:2], "layer1": LADDER[:2]}
     table = SensitivityTable(
         {("layer0", p): 0.1 for p in LADDER} | {("layer1", LADDER[0]): bad, ("layer1", LADDER[1]): 0.1}, Precision(), 1
@@ -423,7 +423,7 @@ def measure(network, choices, **options):
 
 
 def loss_of(network, **layers):
-    """Distance of the outputs with these precisions ("_0" for layer 0) installed and all else float."""
+    """Distance of the outputs with these precisions (layer 0: "_0"), everything else float."""
     prepared, candidates, held_out, reference = network
     scheme = Scheme({name.strip("_"): precision for name, precision in layers.items()})
     return distance(outputs_of(apply_scheme(prepared, scheme, candidates), held_out), reference, "classification")
@@ -432,20 +432,20 @@ def loss_of(network, **layers):
 CHOICES = {"0": [W2A8, W4A8], "2": [W2A8, W4A8]}
 
 
-def test_a_row_is_the_distance_with_that_layer_alone_quantized(network):
+def test_row_is_the_loss_with_only_that_layer_quantized(network):
     table = measure(network, CHOICES)
     assert table.samples == 8
     assert table.loss("0", W4) == pytest.approx(loss_of(network, _0=W4))
     assert table.loss("2", A8) == pytest.approx(loss_of(network, _2=A8))
 
 
-def test_a_pair_is_the_sum_of_its_rows_unless_it_was_measured(network):
+def test_pair_is_the_sum_of_its_rows_unless_measured(network):
     apart, together = measure(network, CHOICES), measure(network, CHOICES, pairs=True)
     assert apart.loss("0", W4A8) == apart.loss("0", W4) + apart.loss("0", A8)
     assert together.loss("0", W4A8) == pytest.approx(loss_of(network, _0=W4A8))
 
 
-def test_rows_are_counted_from_the_loss_of_the_base(network):
+def test_rows_are_relative_to_the_base_loss(network):
     table = measure(network, CHOICES, base=W4A8)
     base, changed = loss_of(network, _0=W4A8, _2=W4A8), loss_of(network, _0=W2A8, _2=W4A8)
     together = measure(network, CHOICES, base=W4A8, pairs=True)
@@ -454,26 +454,26 @@ def test_rows_are_counted_from_the_loss_of_the_base(network):
     assert table.base == W4A8
 
 
-def test_a_layer_without_a_choice_costs_nothing_and_is_part_of_every_measurement(network):
+def test_single_choice_layer_adds_no_rows_and_is_in_every_measurement(network):
     table = measure(network, {"0": [W2A8], "2": [W2A8, W4A8]}, pairs=True)
     assert table.loss("0", W2A8) == 0
     assert table.loss("2", W4A8) == pytest.approx(loss_of(network, _0=W2A8, _2=W4A8) - loss_of(network, _0=W2A8))
 
 
-def test_measuring_leaves_the_prepared_model_as_it_was(network):
+def test_measuring_leaves_the_prepared_model_unchanged(network):
     before = {key: tensor.clone() for key, tensor in network[0].state_dict().items()}
     measure(network, CHOICES)
     assert all(torch.equal(tensor, before[key]) for key, tensor in network[0].state_dict().items())
 
 
-def test_the_floor_is_in_the_prediction(network):
+def test_prediction_includes_the_floor(network):
     base = Precision(2, 8)
     table = measure(network, CHOICES, base=base)
     assert table.floor == pytest.approx(loss_of(network, _0=base, _2=base))
     assert table.total(Scheme(dict.fromkeys(CHOICES, base))) == pytest.approx(table.floor)
 
 
-def test_outputs_that_are_not_finite_are_named_by_layer_and_precision(network):
+def test_non_finite_output_error_names_layer_and_precision(network):
     prepared, candidates, *rest = network
     broken = Candidates(
         {**candidates.weights}, {**candidates.activations, ("2", 8): ActivationCandidate(torch.tensor(float("nan")), torch.zeros(()))}
@@ -482,16 +482,16 @@ def test_outputs_that_are_not_finite_are_named_by_layer_and_precision(network):
         measure((prepared, broken, *rest), CHOICES)
 
 
-def test_progress_is_told_for_every_row(network):
-    heard = []
-    with listening(lambda *news: heard.append(news)):
+def test_progress_event_for_every_row(network):
+    events = []
+    with listening(lambda *news: events.append(news)):
         measure(network, CHOICES)
-    assert heard == [("sensitivity", done, 6) for done in range(7)]
+    assert events == [("sensitivity", done, 6) for done in range(7)]
     measure(network, {"0": [W4], "2": [W4]})
-    assert len(heard) == 7  # nobody listens outside the block
+    assert len(events) == 7  # no listener outside the block
 
 
-def test_the_rows_of_five_by_three_choices_are_eight_or_fifteen():
+def test_five_by_three_choices_need_eight_or_fifteen_rows():
     grid = {"a": [Precision(w, a) for w in (2, 3, 4, 6, 8) for a in (4, 6, 8)]}
     assert len(rows_to_measure(grid, pairs=False)) == 8
     assert len(rows_to_measure(grid, pairs=True)) == 15
@@ -506,25 +506,25 @@ def test_the_rows_of_five_by_three_choices_are_eight_or_fifteen():
     ),
     st.booleans(),
 )
-def test_a_table_survives_json(rows, pairs):
+def test_table_round_trips_through_json(rows, pairs):
     table = SensitivityTable(rows, W4A8, 7, pairs)
     assert SensitivityTable.from_json(json.loads(json.dumps(table.to_json()))) == table
 
 
-def test_a_schemes_predicted_loss_is_the_sum_over_its_layers():
+def test_predicted_loss_is_the_sum_over_layers():
     table = SensitivityTable({("a", W4): 0.25, ("a", A8): 0.5, ("b", W4A8): 4.0}, Precision(), 1)
     assert table.total(Scheme({"a": W4A8, "b": W4A8})) == 4.75
     assert table.total(Scheme({"a": Precision(), "b": Precision()})) == 0
 
 
 @pytest.mark.parametrize("status", [1, 4])
-def test_a_gap_that_the_solver_does_not_reach_is_widened_and_told(status, monkeypatch):
-    asked, solve = [], milp
+def test_unreached_gap_is_widened_and_reported(status, monkeypatch):
+    gaps, solve = [], milp
 
     def slow(*arguments, options, **more):
-        asked.append(options["mip_rel_gap"])
+        gaps.append(options["mip_rel_gap"])
         solution = solve(*arguments, **more)
-        if options["mip_rel_gap"] < 1e-3:  # at its limit, with something in hand
+        if options["mip_rel_gap"] < 1e-3:  # stopped at its limit with an incumbent
             solution.status = status
         else:
             solution.mip_dual_bound = solution.fun - 5e-4 * abs(solution.fun)
@@ -538,11 +538,11 @@ def test_a_gap_that_the_solver_does_not_reach_is_widened_and_told(status, monkey
     monkeypatch.setattr("anybit.allocation.program.milp", slow)
     solution = list(itertools.islice(best_allocations(problem), 3))
     assert solution[0].scheme == plain.scheme and 0 < solution[0].gap <= 1e-3
-    assert asked[0] == 1e-4 and set(asked[1:]) == {1e-3}  # what was too narrow once is not tried again
+    assert gaps[0] == 1e-4 and set(gaps[1:]) == {1e-3}  # a gap that was not reached is not tried again
 
 
 def hard_problem():
-    """One that takes the solver more than a node at the narrowest gap."""
+    """A problem for which the solver needs more than one node at the narrowest gap."""
     rng = np.random.default_rng(1)
     options = [Precision(bits) for bits in (2, 3, 4, 6, 8)]
     layers = [f"layer{i}" for i in range(20)]
@@ -552,8 +552,8 @@ def hard_problem():
     return Problem(dict.fromkeys(layers, options), losses, costs, limits)
 
 
-def test_the_solver_is_limited_by_what_it_does_and_never_by_a_clock(monkeypatch):
-    """The same scheme on a machine that is busy, or asleep meanwhile."""
+def test_solver_limit_counts_nodes_not_time(monkeypatch):
+    """The scheme is the same on a busy machine, or on one that slept meanwhile."""
     results, solve = [], milp
 
     def watched(*arguments, options, **more):
@@ -591,13 +591,13 @@ print("at the end")
 """
 
 
-def test_compiled_code_is_silenced_and_python_is_not():
+def test_silences_compiled_code_but_not_python():
     run = subprocess.run([sys.executable, "-c", LOUD], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.splitlines() == ["from Python", "at the end"]
 
 
-def test_threads_that_solve_lose_nothing_that_others_print(capfd):
-    """And leave stdout as it was."""
+def test_solving_in_threads_loses_no_output_of_other_threads(capfd):
+    """Afterwards stdout is what it was."""
     done = threading.Event()
 
     def printing():

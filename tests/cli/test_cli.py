@@ -28,7 +28,7 @@ def calibrate(*more: str, model: str = "m.py:net", data: str = "x.npz", output: 
     return anybit_cli("calibrate", "--model", model, "--data", data, "--output", output, *FAST, *more)
 
 
-def test_the_main_job_writes_a_run_that_loads_by_itself(here):
+def test_calibrate_writes_a_run_that_loads_without_the_model(here):
     done = calibrate("--budget", "6bit", "--test", "x.npz")
     assert done.exit_code == 0, done.stderr
     report = json.loads(Path("run/report.json").read_text())
@@ -43,14 +43,14 @@ def test_the_main_job_writes_a_run_that_loads_by_itself(here):
     assert model.scheme.keys() == {"conv1", "conv2", "fc"}
 
 
-def test_a_run_is_followed_from_another_working_folder(here, monkeypatch):
+def test_run_loads_from_another_working_folder(here, monkeypatch):
     assert calibrate("--budget", "6bit").exit_code == 0
     monkeypatch.chdir("/")
     assert anybit.load(here / "run").scheme
     assert anybit_cli("allocate", str(here / "run"), "--budget", "5bit", "--output", str(here / "second"), "--quiet").exit_code == 0
 
 
-def test_the_command_and_the_function_do_the_same(here):
+def test_command_and_function_write_identical_runs(here):
     assert calibrate("--budget", "6bit", "--keep", "fc=W8A8", "--seed", "3").exit_code == 0
     settings = {"pipeline": "light", "weight_bits": (4, 8), "activation_bits": (8,), "samples": 24}
     keep = {"fc": anybit.Precision(8, 8)}
@@ -60,7 +60,7 @@ def test_the_command_and_the_function_do_the_same(here):
     assert json.loads(Path("twin/scheme.json").read_text())["model"]["reference"] == f"{here / 'm.py'}:net"
 
 
-def test_a_run_of_the_function_is_followed_from_another_working_folder(here, monkeypatch):
+def test_run_of_the_function_loads_from_another_working_folder(here, monkeypatch):
     torch.save(make(Chain, seed=5).state_dict(), "w.pt")
     result = anybit.calibrate("m.py:net", "x.npz", None, weights="w.pt", pipeline="light", samples=24)
     result.save("run")
@@ -69,7 +69,7 @@ def test_a_run_of_the_function_is_followed_from_another_working_folder(here, mon
     assert anybit.allocate(here / "run", "5bit").scheme
 
 
-def test_weights_beside_a_network_are_refused(here):
+def test_rejects_weights_with_a_network_object(here):
     with pytest.raises(anybit.InvalidSetting, match=r"w\.pt"):
         anybit.calibrate(make(Chain), "x.npz", None, weights="w.pt")
 
@@ -101,20 +101,20 @@ def test_json_of_several_budgets_is_one_object(here):
     assert anybit.load("run/5bit").scheme
 
 
-def test_several_runs_are_reported_on_one_page(here):
+def test_report_puts_several_runs_on_one_page(here):
     assert calibrate("--budget", "5bit").exit_code == 0
     assert anybit_cli("allocate", "run", "--budget", "4bit", "--output", "second", "--quiet").exit_code == 0
     done = anybit_cli("report", "run", "second", "--output", "both.html")
     assert done.exit_code == 0 and done.stdout == "both.html\n", done.stderr
     page = Path("both.html").read_text(encoding="utf8")
     assert "2 runs side by side" in page and page.count('type="range" id=') == 1
-    for arguments, said in ((["run"], "--overwrite"), (["run", "m.py", "--overwrite"], "m.py is a file")):
+    for arguments, words in ((["run"], "--overwrite"), (["run", "m.py", "--overwrite"], "m.py is a file")):
         again = anybit_cli("report", *arguments, "--output", "both.html")
-        assert again.exit_code == 2 and said in again.stderr and again.stderr.count("\n") == 1
+        assert again.exit_code == 2 and words in again.stderr and again.stderr.count("\n") == 1
     assert Path("both.html").read_text(encoding="utf8") == page
 
 
-def test_quiet_prints_the_result_alone(here):
+def test_quiet_prints_only_the_result(here):
     done = calibrate("--budget", "6bit", "--quiet")
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1
     done = calibrate("--budget", "6bit", "--budget", "5bit", "--quiet", "--overwrite")
@@ -129,7 +129,7 @@ def test_allocate_takes_the_common_options(here):
     report = json.loads(Path("second/report.json").read_text())
     assert (report["settings"]["batch_size"], report["settings"]["memory"]) == (5, 2**20)
     assert report["result"]["weight_bits"] < 4.1 and all(row["metric"] == 1.0 for row in report["ladder"])
-    third = anybit_cli("allocate", "second", "--budget", "6bit", "--output", "third", "--json")  # the run's own settings again
+    third = anybit_cli("allocate", "second", "--budget", "6bit", "--output", "third", "--json")  # the run's own settings
     assert json.loads(Path("third/report.json").read_text())["settings"]["batch_size"] == CalibrateSettings().batch_size, third.stderr
 
 
@@ -140,7 +140,7 @@ def test_inspect_takes_the_common_options(here):
     assert quiet.stdout.strip() and whole.stdout.endswith(quiet.stdout)
 
 
-def test_a_network_without_gradients_is_refused_only_where_they_are_needed(here):
+def test_rejects_network_without_gradients_only_where_needed(here):
     refused = calibrate("--pipeline", "advanced", model="m.py:without_gradients")
     assert refused.exit_code == 2 and "gradient" in refused.stderr and not Path("run").exists()
     assert calibrate("--budget", "6bit", model="m.py:without_gradients").exit_code == 0
@@ -150,7 +150,7 @@ def test_a_network_without_gradients_is_refused_only_where_they_are_needed(here)
         assert set(one_json_object(done.stdout)["layers"]) == {"conv1", "conv2", "fc"}
 
 
-def test_inspect_without_data_says_what_needs_them(here):
+def test_inspect_without_data_names_what_needs_data(here):
     seen = anybit_cli("inspect", "--model", "m.py:net", "--data", "x.npz")
     unseen = anybit_cli("inspect", "--model", "m.py:net")
     assert unseen.exit_code == 0, unseen.stderr
@@ -161,14 +161,14 @@ def test_inspect_without_data_says_what_needs_them(here):
     assert one_json_object(anybit_cli("inspect", "--model", "m.py:net", "--json").stdout)["layers"]["fc"]["input"] is None
 
 
-def test_every_default_is_told_by_help():
+def test_help_shows_every_default():
     for verb in ("calibrate", "allocate", "evaluate", "inspect"):
         done = anybit_cli(verb, "--help")
         assert done.exit_code == 0 and "--model" in done.stdout
     assert all(default in anybit_cli("calibrate", "--help-all").stdout for default in ("2,3,4,6,8", "4,6,8", "1024", "advanced", "2GiB"))
 
 
-def test_a_finished_run_is_refused_without_overwrite(here):
+def test_rejects_existing_run_without_overwrite(here):
     assert calibrate("--budget", "6bit").exit_code == 0
     before = Path("run/scheme.json").read_bytes()
     refused = calibrate("--budget", "5bit")
@@ -177,19 +177,19 @@ def test_a_finished_run_is_refused_without_overwrite(here):
     assert Path("run/scheme.json").read_bytes() != before
 
 
-def test_a_metric_of_the_users_own_is_reported(here):
+def test_reports_custom_metric(here):
     done = anybit_cli("evaluate", "--model", "m.py:net", "--data", "x.npz", "--metric", "m.py:ones", "--json")
     assert one_json_object(done.stdout)["ones"] == 1.0
 
 
-def test_a_metric_of_the_users_own_decides_what_a_drop_is(here):
-    done = calibrate("--budget", "drop=0.1%", "--metric", "m.py:ones", "--json")  # all that it counts is nothing: the smallest will do
+def test_drop_budget_uses_the_custom_metric(here):
+    done = calibrate("--budget", "drop=0.1%", "--metric", "m.py:ones", "--json")  # the metric is constant: the smallest scheme meets it
     assert done.exit_code == 0, done.stderr
     assert one_json_object(done.stdout)["result"]["weight_bits"] < 4.1
     assert calibrate("--budget", "drop=0.1%", "--metric", "m.py:fewer", "--overwrite").exit_code == 2
 
 
-# arguments -> what the one line on stderr must say
+# arguments -> words of the one line on stderr
 BAD = {
     "nan weight": (["--model", "m.py:nan"], r"conv2.weight"),
     "infinite activation": (["--model", "m.py:hot"], "conv1: the weight"),
@@ -242,7 +242,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_ends_with_status_2_and_one_line(case, here):
+def test_bad_input_exits_with_status_2_and_one_line(case, here):
     arguments, message = BAD[case]
     torch.save(torch.nn.Linear(2, 2).state_dict(), "other.pt")
     Path("broken.pt").write_bytes(b"garbage")
@@ -281,33 +281,33 @@ def test_bad_input_ends_with_status_2_and_one_line(case, here):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_of_the_other_verbs_ends_with_status_2_and_one_line(arguments, message, here):
+def test_bad_input_to_other_verbs_exits_with_status_2_and_one_line(arguments, message, here):
     assert calibrate("--budget", "6bit").exit_code == 0
     before = sorted(os.listdir())
     done = anybit_cli(*arguments)
     assert done.exit_code == 2, done.exception
-    said = [line for line in done.stderr.splitlines() if line.startswith("anybit: ")]
-    assert len(said) == 1 and done.stderr.splitlines()[-1] == said[0] and message in said[0]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("anybit: ")]
+    assert len(lines) == 1 and done.stderr.splitlines()[-1] == lines[0] and message in lines[0]
     assert sorted(os.listdir()) == before
 
 
-def test_an_unlabelled_test_set_is_refused_before_any_long_work(here, monkeypatch):
+def test_rejects_unlabelled_test_set_before_any_long_work(here, monkeypatch):
     pass
 
-    monkeypatch.setattr("anybit.roads.calibrate.range_candidates", lambda *given: pytest.fail("long work has begun"))
+    monkeypatch.setattr("anybit.roads.calibrate.range_candidates", lambda *arguments: pytest.fail("long work has begun"))
     assert calibrate("--quiet", "--test", "unlabelled.npz").exit_code == 2
 
 
-def test_an_error_steers_no_terminal(here):
+def test_error_contains_no_terminal_escapes(here):
     Path("run\x1b[2J").mkdir()
     done = anybit_cli("evaluate", "run\x1b[2J", "--data", "x.npz")
     assert done.exit_code == 2 and r"run\x1b[2J" in done.stderr and done.stderr.rstrip("\n").isprintable()
 
 
-def test_an_interruption_ends_with_status_130_and_leaves_nothing(here, monkeypatch):
+def test_interruption_exits_with_status_130_and_leaves_nothing(here, monkeypatch):
     pass
 
-    def interrupted(*given):
+    def interrupted(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("anybit.roads.polish.observe_edge_ranges", interrupted)
@@ -336,7 +336,7 @@ main()
     assert done.returncode == 0 and "--budget" in done.stdout, done.stderr
 
 
-# what no verb needs torch, or a network, to refuse: arguments -> what is said
+# rejected without torch or a network: arguments -> words of the message
 EARLY = {
     "calibrate --model m.py:net --data x.npz --budget 4bitz --output o": "Did you mean 4bit?",
     "calibrate --model m.py:net --data x.npz --budget 4 --output o": "Did you mean 4bit?",
@@ -380,7 +380,7 @@ EARLY = {
 }
 
 
-def test_arguments_are_refused_without_torch_and_before_any_network_is_loaded(here):
+def test_rejects_arguments_without_importing_torch_or_loading_a_network(here):
     Path("run").mkdir()
     Path("run/scheme.json").touch()
     code = """
@@ -394,11 +394,11 @@ for line in sys.stdin.read().splitlines():
 """
     done = subprocess.run([sys.executable, "-c", code], input="\n".join(EARLY), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for (line, words), said in zip(EARLY.items(), done.stdout.splitlines(), strict=True):
-        assert said.startswith("2 1 anybit: ") and words in said, (line, said)
+    for (line, words), output in zip(EARLY.items(), done.stdout.splitlines(), strict=True):
+        assert output.startswith("2 1 anybit: ") and words in output, (line, output)
 
 
-def test_the_shell_sees_the_status():
+def test_shell_receives_the_exit_status():
     done = subprocess.run(
         [sys.executable, "-m", "anybit", "evaluate", "nowhere", "--data", "x"], capture_output=True, text=True, timeout=60
     )
@@ -417,7 +417,7 @@ def test_a_warning_is_one_line(here):
 
 
 @pytest.mark.parametrize("name", anybit.__all__)
-def test_every_public_name_is_there(name):
+def test_public_name_exists(name):
     assert getattr(anybit, name) is not None and name in dir(anybit)
 
 
@@ -434,7 +434,7 @@ def test_all_errors_have_one_root():
         assert issubclass(getattr(anybit, name), anybit.AnybitError) and issubclass(anybit.AnybitError, ValueError)
 
 
-def test_the_defaults_of_the_command_line_are_those_of_the_settings():
+def test_command_line_defaults_equal_settings_defaults():
     options = {option.name: option.default for option in typer.main.get_command(app).commands["calibrate"].params}
     defaults = CalibrateSettings()
     written = {
@@ -455,12 +455,12 @@ def test_the_defaults_of_the_command_line_are_those_of_the_settings():
 
 @pytest.fixture
 def wide(monkeypatch):
-    """A terminal of a hundred columns."""
+    """A terminal 100 columns wide."""
     monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 100)
 
 
 @pytest.mark.parametrize("verb", DESCRIBED)
-def test_help_is_a_screen_with_panels_and_two_examples(verb, wide):
+def test_help_fits_a_screen_with_panels_and_two_examples(verb, wide):
     done = anybit_cli(verb, "--help")
     lines = done.stdout.splitlines()
     assert done.exit_code == 0 and len(lines) <= 48 and max(map(len, lines)) <= 100
@@ -480,7 +480,7 @@ def test_help_all_shows_every_option(verb, wide):
 
 
 @pytest.mark.parametrize("verb", DESCRIBED)
-def test_the_examples_of_help_are_read_by_their_verb(verb):
+def test_examples_in_help_parse(verb):
     command = typer.main.get_command(app).commands[verb]
     for line in examples_in(DESCRIBED[verb].function):
         program, name, *arguments = shlex.split(line)
@@ -488,7 +488,7 @@ def test_the_examples_of_help_are_read_by_their_verb(verb):
         assert (program, name) == ("anybit", verb) and len(f" $ {line}") < 100
 
 
-def test_a_shell_completes_verbs_options_and_choices():
+def test_shell_completes_verbs_options_and_choices():
     for words, complete in (
         ("anybit cal", "calibrate"),
         ("anybit calibrate --pipe", "--pipeline"),

@@ -1,4 +1,4 @@
-"""`anybit grow` as a user types it."""
+"""`anybit grow` from the command line."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def grow(*more: str, output: str = "run", train: str = "x.npz"):
     return anybit_cli("grow", *fixed, *more)
 
 
-def test_a_network_grows_and_loads_by_itself(here):
+def test_grow_writes_a_run_that_loads_without_the_model(here):
     done = grow("--budget", "3bit", "--test", "x.npz", "--activation-bits", "4")
     assert done.exit_code == 0, done.stderr
     report = json.loads(Path("run/report.json").read_text())
@@ -48,14 +48,14 @@ def test_a_network_grows_and_loads_by_itself(here):
     certificate = json.loads(Path("run/scheme.json").read_text())["certificate"]
     assert certificate["objective"] == "likeliest planes" and certificate["bound"] <= certificate["value"]
     assert "Bits of each layer" in done.stdout and done.stdout.splitlines()[-1].startswith("run: ")
-    told = [line for line in done.stderr.splitlines() if line.startswith("epoch ")]
-    assert len(told) == 2 and all("frozen top1" in line and "bits" in line and "temperature" in line for line in told)
+    epochs = [line for line in done.stderr.splitlines() if line.startswith("epoch ")]
+    assert len(epochs) == 2 and all("frozen top1" in line and "bits" in line and "temperature" in line for line in epochs)
     scores = anybit_cli("evaluate", "run", "--data", "x.npz", "--json")
     assert one_json_object(scores.stdout)["top1"] == pytest.approx(report["test"]["top1"])
     assert {precision.activation_bits for precision in anybit.load("run").scheme.values()} == {4}
 
 
-def test_a_runs_scheme_is_trained(here):
+def test_trains_the_scheme_of_a_run(here):
     assert grow("--budget", "3bit", output="first").exit_code == 0
     assert grow("--scheme", "first", "--quiet", output="second").exit_code == 0
     assert anybit.load("first").scheme == anybit.load("second").scheme
@@ -75,7 +75,7 @@ def test_the_method_follows_from_the_scheme_and_is_recorded(here):
         ("qat", ["--budget", "3bit"], "method 'qat' is unknown. Choose from csq or lsq."),
     ],
 )
-def test_a_method_that_does_not_fit_is_refused_with_a_remedy(here, folders, method, options, remedy):
+def test_rejects_unsuitable_method_with_a_remedy(here, folders, method, options, remedy):
     Path("first").symlink_to(folders["grown"])
     done = grow("--method", method, *options)
     assert done.exit_code == 2 and remedy in " ".join(done.stderr.split())
@@ -86,14 +86,14 @@ def test_json_is_one_object_on_stdout_alone(here):
     assert one_json_object(done.stdout)["result"]["weight_bits"] <= 3 and not done.stderr
 
 
-def test_an_interrupted_training_continues_and_refuses_other_settings(here, monkeypatch):
+def test_interrupted_training_resumes_and_rejects_other_settings(here, monkeypatch):
     from anybit.loops.checkpoint import save_checkpoint
 
     assert grow("--budget", "3bit", output="whole").exit_code == 0
     save = save_checkpoint
 
-    def interrupted(*given):
-        save(*given)
+    def interrupted(*arguments):
+        save(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -111,12 +111,14 @@ def test_an_interrupted_training_continues_and_refuses_other_settings(here, monk
     assert finished.exit_code == 2 and "--overwrite" in finished.stderr
 
 
-def test_test_data_may_come_in_when_a_training_is_continued(here, monkeypatch):
+def test_resumed_training_may_add_test_data(here, monkeypatch):
     from anybit.loops.checkpoint import save_checkpoint
 
     save = save_checkpoint
     with monkeypatch.context() as patched:
-        patched.setattr("anybit.loops.training.save_checkpoint", lambda *given: [save(*given), (_ for _ in ()).throw(KeyboardInterrupt)])
+        patched.setattr(
+            "anybit.loops.training.save_checkpoint", lambda *arguments: [save(*arguments), (_ for _ in ()).throw(KeyboardInterrupt)]
+        )
         assert grow("--budget", "3bit").exit_code == 130
     done = grow("--budget", "3bit", "--test", "x.npz")
     assert done.exit_code == 0, done.exception
@@ -146,22 +148,22 @@ def test_test_data_may_come_in_when_a_training_is_continued(here, monkeypatch):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_ends_with_status_2_and_one_line(arguments, message, here):
+def test_bad_input_exits_with_status_2_and_one_line(arguments, message, here):
     Path("other").mkdir()
     Path("other/scheme.json").touch()
     before = sorted(os.listdir())
     done = grow(*arguments)
     assert done.exit_code == 2, done.exception
-    said = [line for line in done.stderr.splitlines() if line.startswith("anybit: ")]
-    assert len(said) == 1 and message in said[0], done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("anybit: ")]
+    assert len(lines) == 1 and message in lines[0], done.stderr
     assert sorted(os.listdir()) == before
 
 
-def test_the_defaults_of_the_command_line_are_those_of_the_settings():
+def test_command_line_defaults_equal_settings_defaults():
     options = {option.name: option.default for option in typer.main.get_command(app).commands["grow"].params}
-    told = {"activation_bits": str(GrowSettings().activation_bits), "keep": None, "outputs": None, "task": None}
+    exceptions = {"activation_bits": str(GrowSettings().activation_bits), "keep": None, "outputs": None, "task": None}
     for kind in (CSQSettings, TrainSettings, GrowSettings):
         for field in dataclasses.fields(kind):
             name = field.name
             if name in options and field.name != "train":  # that is the data
-                assert options[name] == told.get(field.name, getattr(kind(), field.name)), field.name
+                assert options[name] == exceptions.get(field.name, getattr(kind(), field.name)), field.name

@@ -1,4 +1,4 @@
-"""`anybit train`, `search` and `extract` as a user types them."""
+"""`anybit train`, `search` and `extract` from the command line."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from anybit.supernets.settings import SupernetSettings
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working folder with a model script, and labelled arrays."""
+    """A working folder with a model script and labelled arrays."""
     monkeypatch.chdir(tmp_path)
     Path("m.py").write_text(SCRIPT)
     x = pictures(60)
@@ -38,11 +38,11 @@ def train(*more: str, output: str = "supernet", train: str = "x.npz"):
     return anybit_cli("train", *fixed, "--bits", "2,4,8", "--held-out", "0.3", "--bn-images", "32", *more)
 
 
-def test_a_network_is_trained_searched_and_a_subnet_extracted(here):
+def test_trains_searches_and_extracts(here):
     done = train("--test", "x.npz")
     assert done.exit_code == 0, done.stderr
-    told = [line for line in done.stderr.splitlines() if line.startswith("epoch ")]
-    assert len(told) == 2 and all(f"{bits} bits top1" in line for line in told for bits in (2, 4, 8))
+    epochs = [line for line in done.stderr.splitlines() if line.startswith("epoch ")]
+    assert len(epochs) == 2 and all(f"{bits} bits top1" in line for line in epochs for bits in (2, 4, 8))
     assert sorted(os.listdir("supernet")) == ["fingerprint.safetensors", "report.json", "supernet.json", "supernet.safetensors"]
     searched = anybit_cli("search", "supernet", "--evaluations", "20", "--budget", "3bit", "--budget", "5bit", "--output", "found")
     assert searched.exit_code == 0, searched.stderr
@@ -71,7 +71,7 @@ def test_a_network_is_trained_searched_and_a_subnet_extracted(here):
     assert anybit.load("polished").scheme == anybit.load("run").scheme
 
 
-def test_the_page_shows_every_scheme_that_was_evaluated(here):
+def test_page_shows_every_evaluated_scheme(here):
     trained = train("--quiet")
     assert trained.stdout == "supernet: a supernet of 2 bits, 4 bits, 8 bits\n" and trained.stderr == ""
     assert anybit_cli("search", "supernet", "--evaluations", "15", "--output", "found", "--quiet").exit_code == 0
@@ -99,16 +99,16 @@ def test_the_page_shows_every_scheme_that_was_evaluated(here):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_to_train_ends_with_status_2_and_one_line(arguments, message, here):
+def test_bad_input_to_train_exits_with_status_2_and_one_line(arguments, message, here):
     before = sorted(os.listdir())
     done = train(*arguments)
     assert done.exit_code == 2, done.exception
-    said = [line for line in done.stderr.splitlines() if line.startswith("anybit: ")]
-    assert len(said) == 1 and message in said[0], done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("anybit: ")]
+    assert len(lines) == 1 and message in lines[0], done.stderr
     assert sorted(os.listdir()) == before
 
 
-def test_bad_input_to_search_and_extract_ends_with_status_2_and_one_line(here):
+def test_bad_input_to_search_and_extract_exits_with_status_2_and_one_line(here):
     assert train().exit_code == 0
     Path("scheme.json").write_text(json.dumps({"fc": "W3A8"}))
     Path("list.json").write_text("[1]")
@@ -125,14 +125,14 @@ def test_bad_input_to_search_and_extract_ends_with_status_2_and_one_line(here):
         ("extract", ["--budget", "3bit", "--polish"], "--data"),
     ):
         done = anybit_cli(verb, "supernet", *arguments, "--output", "out")
-        said = [line for line in done.stderr.splitlines() if line.startswith("anybit: ")]
-        assert done.exit_code == 2 and len(said) == 1 and message in said[0], (verb, arguments, done.stderr, done.exception)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("anybit: ")]
+        assert done.exit_code == 2 and len(lines) == 1 and message in lines[0], (verb, arguments, done.stderr, done.exception)
     assert sorted(os.listdir()) == before
 
 
-def test_the_defaults_of_the_command_line_are_those_of_the_settings():
+def test_command_line_defaults_equal_settings_defaults():
     commands = typer.main.get_command(app).commands
-    told = {"bits": "2,4,6,8", "keep": None, "outputs": None, "task": None, "step_rates": None, "per_channel": False}
+    exceptions = {"bits": "2,4,6,8", "keep": None, "outputs": None, "task": None, "step_rates": None, "per_channel": False}
     # `per_channel` is --per-tensor there
     for verb, kinds in (("train", (SupernetSettings, MultiQuantSettings, TrainSettings)), ("search", (SearchSettings,))):
         options = {option.name: option.default for option in commands[verb].params}
@@ -140,4 +140,4 @@ def test_the_defaults_of_the_command_line_are_those_of_the_settings():
             for field in dataclasses.fields(kind):
                 name = field.name
                 if name in options and field.name != "train":  # that is the data
-                    assert options[name] == told.get(field.name, getattr(kind(), field.name)), field.name
+                    assert options[name] == exceptions.get(field.name, getattr(kind(), field.name)), field.name

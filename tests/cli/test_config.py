@@ -1,4 +1,4 @@
-"""--config: options from a file, the settings of a finished run again, and what cannot be, refused by name before any work."""
+"""--config: options from a file, a finished run's settings reused, and invalid values rejected by name before any work."""
 
 import json
 import runpy
@@ -26,11 +26,11 @@ def report(folder: str) -> dict:
     return json.loads(Path(folder, "report.json").read_text())
 
 
-# What a file gives
+# Options from a file
 
 
 @pytest.mark.parametrize("form", ["toml", "json"])
-def test_a_file_gives_what_the_command_line_gives(here, form):
+def test_config_file_gives_the_same_run_as_flags(here, form):
     assert calibrate(*FAST, "--budget", "6bit", "--keep", "fc=W8A8", "--memory", "1GiB", "--seed", "3").exit_code == 0
     toml = """
         pipeline = "light"
@@ -51,7 +51,7 @@ def test_a_file_gives_what_the_command_line_gives(here, form):
     assert Path("again/model.safetensors").read_bytes() == Path("run/model.safetensors").read_bytes()
 
 
-def test_every_option_may_come_from_the_file(here):
+def test_config_file_accepts_every_option(here):
     run = {"model": "m.py:net", "data": "x.npz", "output": "run"}
     written = {**run, "json": True, "threads": 1, "cache": False, "log": "log.jsonl", **SETTINGS}
     Path("c.json").write_text(json.dumps(written))
@@ -60,14 +60,14 @@ def test_every_option_may_come_from_the_file(here):
     assert json.loads(done.stdout)["folder"] == "run" and Path("log.jsonl").is_file()
 
 
-def test_the_command_line_wins(here):
+def test_command_line_overrides_config_file(here):
     Path("c.json").write_text(json.dumps({**SETTINGS, "samples": 20, "seed": 5, "bn_tuning": False}))
-    assert calibrate("--config", "c.json", "--samples", "24", "--bn-tuning", "--seed", "0").exit_code == 0  # 0 is the default, too
+    assert calibrate("--config", "c.json", "--samples", "24", "--bn-tuning", "--seed", "0").exit_code == 0  # even with the default value, 0
     settings = report("run")["settings"]
     assert (settings["samples"], settings["bn_tuning"], settings["seed"], settings["pipeline"]) == (24, True, 0, "light")
 
 
-def test_settings_without_an_option_are_given_by_a_file(here):
+def test_config_file_sets_settings_that_have_no_flag(here):
     Path("c.toml").write_text("epochs = 1\nbatch_size = 8\n[csq]\nlogit = 2.0\n[lsq]\nscale_rate = 0.5\n")
     line = ["grow", "--model", "m.py:net", "--train", "x.npz", "--budget", "6bit", "--output", "run", "--quiet"]
     done = anybit_cli(*line, "--config", "c.toml")
@@ -77,7 +77,7 @@ def test_settings_without_an_option_are_given_by_a_file(here):
     assert settings["train"]["epochs"] == 1 and settings["train"]["batch_size"] == 8
 
 
-# A run again
+# Repeating a run
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_settings_without_an_option_are_given_by_a_file(here):
     ],
     ids=" ".join,
 )
-def test_calibrate_repeats_a_run_by_its_report(here, options):
+def test_calibrate_repeats_a_run_from_its_report(here, options):
     first = ["--weight-bits", "4,8", "--activation-bits", "8", "--samples", "24", *options, "--no-cache", "--budget", "6bit"]
     assert calibrate(*first, model="m.py:residual").exit_code == 0
     done = calibrate("--config", "run/report.json", "--budget", "6bit", "--no-cache", output="again", model="m.py:residual")
@@ -101,13 +101,13 @@ def test_calibrate_repeats_a_run_by_its_report(here, options):
     assert [row["stage"] for row in report("again")["stages"]] == [row["stage"] for row in report("run")["stages"]]
 
 
-def test_one_of_several_budgets_is_repeated_by_the_report_of_all(here):
+def test_joint_report_repeats_one_of_several_budgets(here):
     assert calibrate(*FAST, "--budget", "6bit", "--budget", "5bit", "--seed", "2").exit_code == 0
     assert calibrate("--config", "run/report.json", "--budget", "5bit", output="again").exit_code == 0
     assert Path("again/model.safetensors").read_bytes() == Path("run/5bit/model.safetensors").read_bytes()
 
 
-def test_trainings_and_searches_are_repeated_by_their_reports(here):
+def test_training_and_search_repeat_from_their_reports(here):
     data = ["--model", "m.py:net", "--train", "x.npz", "--quiet"]
     few = ["--epochs", "1", "--batch-size", "8", "--seed", "1"]
     for verb, options, again, file in (
@@ -138,7 +138,7 @@ def test_trainings_and_searches_are_repeated_by_their_reports(here):
             assert Path(verb, file).read_bytes() == Path(f"{verb}2", file).read_bytes()
 
 
-# What cannot be
+# Invalid values
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_trainings_and_searches_are_repeated_by_their_reports(here):
         ("nothing/c.json", None, ["nothing/c.json"]),
     ],
 )
-def test_a_file_that_cannot_be_is_refused_by_name(here, name, content, words):
+def test_rejects_invalid_config_file_by_name(here, name, content, words):
     if content is not None:
         Path(name).write_text(content)
     done = calibrate("--config", name, model="no.py:net")
@@ -178,7 +178,7 @@ def test_a_file_that_cannot_be_is_refused_by_name(here, name, content, words):
 
 
 def bad_texts(one: Option) -> list[str]:
-    """What the option refuses on the command line."""
+    """Values that the option rejects on the command line."""
     kind = without_none(one.kind)
     if kind in (int, float):
         outside = [(one.least, -1), (one.most, 1), (one.above, 0), (one.below, 0)]
@@ -200,23 +200,23 @@ REFUSED = [(verb, one) for verb, one in OPTIONS if one.command_line and bad_text
 
 
 @pytest.mark.parametrize(("verb", "one"), REFUSED, ids=[f"{verb} {one.name}" for verb, one in REFUSED])
-def test_what_cannot_be_is_refused_by_name_on_the_command_line(commands, verb, one, capsys, tmp_path, monkeypatch):
+def test_command_line_rejects_invalid_value_by_name(commands, verb, one, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = {"model": "no.py:net", "data": "no.npz", "train": "no.npz", "output": "out", "budget": "4bit"}
-    options = [f"--{name}={value}" for name, value in given.items() if name in DESCRIBED[verb].options and name != one.name]
+    valid = {"model": "no.py:net", "data": "no.npz", "train": "no.npz", "output": "out", "budget": "4bit"}
+    options = [f"--{name}={value}" for name, value in valid.items() if name in DESCRIBED[verb].options and name != one.name]
     arguments = ["no" for other in DESCRIBED[verb].options.values() if other.positional]
     for text in bad_texts(one):
         with pytest.raises(SystemExit) as ended:
             commands[verb].main([*arguments, *options, f"{one.written}={text}"])
-        said = capsys.readouterr().err
-        assert ended.value.code == 2 and (one.name in said or one.written in said), (text, said)
-        assert "no.py" not in said and "no.npz" not in said and not Path("out").exists()
+        message = capsys.readouterr().err
+        assert ended.value.code == 2 and (one.name in message or one.written in message), (text, message)
+        assert "no.py" not in message and "no.npz" not in message and not Path("out").exists()
 
 
 # The options themselves
 
 
-def test_the_defaults_of_the_command_line_are_those_of_the_options(commands):
+def test_command_line_defaults_equal_option_defaults(commands):
     for verb, one in OPTIONS:
         if one.command_line:
             [parameter] = [parameter for parameter in commands[verb].params if parameter.name == one.name]
@@ -225,7 +225,7 @@ def test_the_defaults_of_the_command_line_are_those_of_the_options(commands):
             assert one.written in [*parameter.opts, *parameter.secondary_opts] or one.positional
 
 
-def test_every_verb_that_is_preprocessed_has_the_same_options():
+def test_preprocessing_options_are_equal_in_every_verb():
     options = options_of(Preprocessing)
     verbs = {verb for verb, described in DESCRIBED.items() if "mean" in described.options}
     assert verbs == {"calibrate", "grow", "train", "evaluate", "inspect", "profile"} and len(options) == 9
@@ -233,7 +233,7 @@ def test_every_verb_that_is_preprocessed_has_the_same_options():
     assert {verb for verb, described in DESCRIBED.items() if "config" in described.options} >= verbs
 
 
-def test_the_page_says_what_the_options_are():
+def test_options_page_is_up_to_date():
     docs = Path(__file__).parent.parent.parent / "docs"
     page = (docs / "command-line.md").read_text(encoding="utf8")
     assert runpy.run_path(str(docs / "reference.py"))["with_tables"](page) == page, "run: make reference"

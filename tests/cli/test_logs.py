@@ -1,4 +1,4 @@
-"""What a log holds: every event as it happens, JSON whatever happens, and what docs/command-line.md says of it."""
+"""Logs: every event as it happens, always valid JSON, as documented in docs/command-line.md."""
 
 import ast
 import errno
@@ -37,7 +37,7 @@ def rows(path):
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """The log of every verb that works for longer than a moment, one after the other in one file."""
+    """The log of every verb that works for longer than a moment, appended to one file."""
     folder = tmp_path_factory.mktemp("logged")
     x = pictures(48)
     y = make(Residual)(x).argmax(1).numpy()
@@ -82,11 +82,11 @@ def events_in_the_code():
                 yield call.args[0].value
 
 
-def test_every_event_of_the_code_is_documented_and_no_other():
+def test_documented_events_are_those_of_the_code():
     assert set(events_in_the_code()) == set(DOCUMENTED)
 
 
-def test_every_event_and_field_is_as_documented(logged):
+def test_logged_events_and_fields_match_the_documentation(logged):
     seen = {}
     for row in logged:
         seen.setdefault(row["event"], set()).update(set(row) - {"time", "event", "stage", "seconds", "ones"})  # ones: a metric
@@ -95,13 +95,13 @@ def test_every_event_and_field_is_as_documented(logged):
     assert {event: DOCUMENTED[event] - fields - SELDOM for event, fields in seen.items() if DOCUMENTED[event] - fields - SELDOM} == {}
 
 
-def test_every_line_says_when_and_how_long(logged):
+def test_every_line_has_timestamp_and_elapsed_time(logged):
     times = [datetime.fromisoformat(row["time"]) for row in logged]
     assert times == sorted(times) and all(time.tzinfo == UTC for time in times)
     assert all(row["seconds"] >= 0 for row in logged) and all(list(row)[:2] == ["time", "event"] for row in logged)
 
 
-def test_verbs_and_stages_begin_and_end_in_turn(logged):
+def test_begin_and_end_events_nest(logged):
     verb = stage = None
     for row in logged:
         if row["event"] == "begins":
@@ -121,12 +121,12 @@ def test_verbs_and_stages_begin_and_end_in_turn(logged):
     assert logged[-1]["status"] == "error" and logged[-1]["error"] == "InvalidInput" and "nowhere.npz" in logged[-1]["message"]
 
 
-def test_the_log_tells_what_the_report_holds(here):
+def test_log_agrees_with_the_report(here):
     quick = ["--weight-bits", "4,8", "--activation-bits", "8", "--samples", "24", "--steps", "3", "--candidate-steps", "2"]
     line = ["calibrate", "--model", "m.py:residual", "--data", "x.npz", *quick, "--budget", "6bit", "--output", "run"]
     assert anybit_cli(*line, "--log", "logs/run.jsonl").exit_code == 0
-    told, report = rows("logs/run.jsonl"), json.loads(Path("run/report.json").read_text())
-    of = {event: [row for row in told if row["event"] == event] for event in DOCUMENTED}
+    log, report = rows("logs/run.jsonl"), json.loads(Path("run/report.json").read_text())
+    of = {event: [row for row in log if row["event"] == event] for event in DOCUMENTED}
     units = {row["unit"]: row for row in of["unit"] if row["stage"] == "polish"}
     assert {name: unit["after"] for name, unit in report["units"].items()} == {name: row["after"] for name, row in units.items()}
     candidates = {(row["unit"], row["bits"]) for row in of["unit"] if row["stage"] == "parallel AdaQuant"}
@@ -152,13 +152,13 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_nobody_is_told_who_does_not_listen():
-    heard = []
+def test_events_reach_only_listeners():
+    events = []
     tell("note", note="lost")
-    with listening(events=lambda event, fields: heard.append((event, fields))):
+    with listening(events=lambda event, fields: events.append((event, fields))):
         tell("note", note="heard")
     tell("note", note="lost")
-    assert heard == [("note", {"note": "heard"})]
+    assert events == [("note", {"note": "heard"})]
 
 
 def test_events_are_records_of_the_standard_logger(caplog):
@@ -179,7 +179,7 @@ anything = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(anything)
-def test_whatever_is_told_is_json_and_one_line(value):
+def test_every_event_is_one_line_of_json(value):
     line = json.dumps(plain({"time": "2026-01-01T00:00:00", "event": "note", "value": value, "seconds": 0.5}), allow_nan=False)
     assert "\n" not in line and plain(json.loads(line)) == json.loads(line)
     shown = readable({"time": "2026-01-01T00:00:00", "event": "note", "value": value, "seconds": 0.5})
@@ -187,7 +187,7 @@ def test_whatever_is_told_is_json_and_one_line(value):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan")])
-def test_what_is_no_number_is_null(value):
+def test_non_finite_number_is_null(value):
     assert plain({"loss": value, "soft": {"loss": [value, 1.5]}}) == {"loss": None, "soft": {"loss": [None, 1.5]}}
 
 
@@ -202,7 +202,7 @@ def test_events_are_written_as_they_happen(tmp_path):
         }  # fmt: skip
 
 
-def test_a_log_goes_on_below_and_after_a_line_that_was_cut_off(tmp_path):
+def test_log_appends_after_a_truncated_line(tmp_path):
     path = tmp_path / "log.jsonl"
     for _ in range(2):
         with appended(path) as write, listening(events=completing(write)):
@@ -226,14 +226,14 @@ def test_a_log_goes_on_below_and_after_a_line_that_was_cut_off(tmp_path):
         ("run", "inside the run folder"),
     ],
 )
-def test_a_log_that_cannot_be_is_refused_before_any_work(here, path, words):
+def test_rejects_unwritable_log_before_any_work(here, path, words):
     before = Path("x.npz").read_bytes()
     done = anybit_cli("calibrate", "--model", "no.py:net", "--data", "x.npz", "--output", "run", "--log", path)
     assert done.exit_code == 2 and words in done.stderr and "--log" in done.stderr and len(done.stderr.splitlines()) == 1
     assert Path("x.npz").read_bytes() == before and not Path("run").exists()
 
 
-def test_a_disk_that_fills_costs_the_rest_of_the_log_and_one_warning(tmp_path, monkeypatch):
+def test_disk_full_during_logging_costs_the_rest_and_one_warning(tmp_path, monkeypatch):
     path = tmp_path / "log.jsonl"
     with appended(path) as write, listening(events=completing(write)):
         tell("note", note="first")
@@ -249,31 +249,31 @@ def test_a_disk_that_fills_costs_the_rest_of_the_log_and_one_warning(tmp_path, m
     assert [row["note"] for row in rows(path)] == ["first"]
 
 
-def test_a_full_disk_from_the_first_line_on_is_an_error():
+def test_disk_full_at_the_first_line_is_an_error():
     with pytest.raises(InvalidSetting, match="No space left"), appended(Path("/dev/full")) as write:
         write({"time": "now", "event": "note"})
 
 
-def test_verbose_prints_each_event_in_a_line_and_contradicts_quiet(here):
+def test_verbose_prints_one_line_per_event_and_excludes_quiet(here):
     line = ["calibrate", "--model", "m.py:net", "--data", "x.npz", "--samples", "24", "--pipeline", "light", "--output", "run"]
     refused = anybit_cli(*line, "--verbose", "--quiet")
     assert refused.exit_code == 2 and "--verbose" in refused.stderr and not Path("run").exists()
     done = anybit_cli(*line, "--verbose", "--json", "--log", "log.jsonl")
     assert done.exit_code == 0 and len(json.loads(done.stdout)) > 1
-    told = rows("log.jsonl")
+    log = rows("log.jsonl")
     assert [re.match(r"\d\d:\d\d:\d\d (?:\[.*?\] )?([a-z ]+?)(?::| \()", text)[1] for text in done.stderr.splitlines()] == [
-        r["event"] for r in told
+        r["event"] for r in log
     ]
     assert any("layer fc, precision W4" in text for text in done.stderr.splitlines())
 
 
-def test_of_several_processes_the_first_logs(here, monkeypatch):
+def test_only_the_first_process_logs(here, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     done = anybit_cli("evaluate", "--model", "m.py:net", "--data", "nowhere.npz", "--log", "log.jsonl", "--verbose")
     assert done.exit_code == 2 and not Path("log.jsonl").exists() and len(done.stderr.splitlines()) == 1
 
 
-def test_an_interrupted_verb_says_so(here, monkeypatch):
+def test_interruption_is_logged(here, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 

@@ -37,32 +37,32 @@ main()
 """
 
 
-@pytest.mark.parametrize("what", ["swallowed", "twice"])
-def test_ctrl_c_ends_with_130_wherever_it_comes(what):
-    done = subprocess.run([sys.executable, "-c", COMMAND, what], capture_output=True, text=True)
+@pytest.mark.parametrize("case", ["swallowed", "twice"])
+def test_ctrl_c_exits_with_130_at_any_point(case):
+    done = subprocess.run([sys.executable, "-c", COMMAND, case], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "anybit: interrupted\n")
 
 
-@pytest.mark.parametrize(("what", "status"), [("failing", 1), ("leaving", 2)])
-def test_other_ends_are_their_own(what, status):
-    done = subprocess.run([sys.executable, "-c", COMMAND, what], capture_output=True, text=True)
-    assert done.returncode == status and ("a bug" in done.stderr) == (what == "failing") and "interrupted" not in done.stderr
+@pytest.mark.parametrize(("case", "status"), [("failing", 1), ("leaving", 2)])
+def test_other_exit_statuses_pass_through(case, status):
+    done = subprocess.run([sys.executable, "-c", COMMAND, case], capture_output=True, text=True)
+    assert done.returncode == status and ("a bug" in done.stderr) == (case == "failing") and "interrupted" not in done.stderr
 
 
-def test_where_ctrl_c_is_ignored_it_stays_so():
+def test_ignored_ctrl_c_stays_ignored():
     ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + COMMAND
     done = subprocess.run([sys.executable, "-c", ignoring, "twice"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_an_output_that_is_full_is_one_line():
+def test_full_output_device_is_one_line():
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "anybit", "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr.startswith("anybit: the output cannot be written") and done.stderr.count("\n") == 1
 
 
-def test_a_name_that_the_system_does_not_take_is_one_line():
+def test_name_rejected_by_the_system_is_one_line():
     command = [sys.executable, "-m", "anybit", "extract", "x" * 300, "--budget", "3bit", "--output", "y"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "too long" in done.stderr and "shorter" in done.stderr and done.stderr.count("\n") == 1
@@ -73,15 +73,15 @@ def shell(command: str, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-", "<&-"])
-def test_a_closed_stream_ends_quietly(closed, tmp_path):
-    """Nor does a file that is opened next get its number, and the text that was meant for it."""
+def test_closed_stream_exits_quietly(closed, tmp_path):
+    """No file opened later gets the stream's descriptor and, with it, the text meant for the stream."""
     done = shell(f'cd {tmp_path}; "$1" -m anybit --version {closed}')
     assert (done.returncode, done.stderr) == (0, "") and done.stdout in ("", f"anybit {__version__}\n")
     done = shell(f'cd {tmp_path}; "$1" -m anybit explain {tmp_path} layer {closed}')
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") <= 1
 
 
-def test_a_reader_that_has_gone_ends_the_command_quietly():
+def test_broken_pipe_exits_quietly():
     for verb in ("--help", "--version"):
         done = shell(f'"$1" -m anybit {verb} | true; echo ${{PIPESTATUS[0]}}')
         assert done.stderr == "" and done.stdout in ("0\n", "1\n")
@@ -109,7 +109,7 @@ for words in sys.argv[2:]:  # one process for all of them: to import PyTorch tak
 """
 
 
-def test_who_has_no_home_works_without_a_cache(here):
+def test_works_without_cache_when_there_is_no_home_folder(here):
     commands = (
         f"calibrate --model m.py:net --data x.npz --budget 5bit --output run {' '.join(FAST)}",
         "evaluate run --data x.npz --model m.py:net",

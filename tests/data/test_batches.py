@@ -1,4 +1,4 @@
-"""Samples become batches: nothing lost, nothing doubled, one seeded split, bad data named."""
+"""Batching: no sample lost or duplicated, one seeded split, invalid data reported by name."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ few = settings(max_examples=30, deadline=None)
 
 
 def numbered(count, workers=0):
-    """Samples whose input and label both tell their number."""
+    """Samples whose input and label both encode their index."""
     x = np.arange(count, dtype=np.float32)[:, None]
     return Samples(ArrayDataset(x, np.arange(count)), True, workers)
 
@@ -29,7 +29,7 @@ def numbers(batches):
 
 @few
 @given(st.integers(2, 40), st.integers(0, 99), st.floats(0, 1), st.integers(1, 50))
-def test_the_split_is_disjoint_complete_and_has_both_sides(count, seed, held_out, size):
+def test_split_is_disjoint_complete_and_nonempty_on_both_sides(count, seed, held_out, size):
     calibration = split(numbered(count), seed, held_out, size)
     fitting, held = numbers(calibration.fitting), numbers(calibration.held_out)
     assert sorted(fitting + held) == list(range(count))
@@ -40,16 +40,16 @@ def test_the_split_is_disjoint_complete_and_has_both_sides(count, seed, held_out
 
 @few
 @given(st.integers(0, 99), st.integers(1, 30), st.integers(1, 30))
-def test_the_split_depends_on_the_seed_alone(seed, size, other_size):
+def test_split_depends_only_on_the_seed(seed, size, other_size):
     one, two = (split(numbered(25), seed, 0.2, batch_size) for batch_size in (size, other_size))
     assert numbers(one.fitting) == numbers(two.fitting) and numbers(one.held_out) == numbers(two.held_out)
 
 
-def test_another_seed_splits_otherwise():
+def test_another_seed_gives_another_split():
     assert len({tuple(sorted(numbers(split(numbered(40), seed, 0.25, 8).held_out))) for seed in range(5)}) == 5
 
 
-def test_neither_split_nor_draw_touches_the_global_generator_of_the_caller():
+def test_split_and_draw_leave_the_global_generator_unchanged():
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -58,7 +58,7 @@ def test_neither_split_nor_draw_touches_the_global_generator_of_the_caller():
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_two_workers_give_the_batches_of_none(labelled):
+def test_two_workers_give_the_same_batches_as_none(labelled):
     x = torch.arange(10.0)[:, None]
     dataset = [(row, int(row)) for row in x] if labelled else list(x)
     alone, helped = (split(Samples(dataset, labelled, workers), 3, 0.3, 4) for workers in (0, 2))
@@ -67,13 +67,13 @@ def test_two_workers_give_the_batches_of_none(labelled):
         assert torch.equal(one.labels, two.labels) if labelled else one.labels is two.labels is None
 
 
-def test_two_workers_give_the_batches_of_none_from_arrays():
+def test_two_workers_give_the_same_batches_of_arrays_as_none():
     one, two = (split(numbered(11, workers), 3, 0.3, 4) for workers in (0, 2))
     assert numbers(one.fitting) == numbers(two.fitting) and numbers(one.held_out) == numbers(two.held_out)
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_inputs_cannot_be_split(count):
+def test_split_requires_two_inputs(count):
     with pytest.raises(InvalidInput, match=rf"^{count} input\(s\) to calibrate on: at least 2 are needed"):
         split(numbered(count), 0, 0.5, 4)
 
@@ -83,14 +83,14 @@ def test_fewer_than_two_inputs_cannot_be_split(count):
 
 @few
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 99))
-def test_draw_takes_distinct_samples_up_to_all(total, count, seed):
+def test_draw_gives_distinct_samples(total, count, seed):
     drawn = numbers(draw(numbered(total), count, seed).batches(8))
     assert len(drawn) == len(set(drawn)) == min(count, total)
     assert set(drawn) <= set(range(total))
     assert numbers(draw(numbered(total), count, seed).batches(8)) == drawn
 
 
-def test_nothing_can_be_drawn_from_an_empty_set():
+def test_draw_rejects_an_empty_set():
     with pytest.raises(InvalidInput, match="empty"):
         draw(numbered(0), 5, 0)
 
@@ -100,17 +100,17 @@ def test_nothing_can_be_drawn_from_an_empty_set():
 
 @few
 @given(st.integers(1, 20), st.integers(1, 25))
-def test_batches_come_in_order_full_but_for_the_last_with_each_label_beside_its_input(count, size):
+def test_batches_keep_order_and_labels_and_only_the_last_differs_in_size(count, size):
     batches = list(numbered(count).batches(size))
     assert numbers(batches) == list(range(count))
     sizes = [len(batch) for batch in batches]
-    # Full but for the last, which takes in a sample that would be alone.
+    # All full except the last, which absorbs a single left-over sample.
     alone = count % size == 1 and count > size > 1
     assert sizes == [size] * (count // size - alone) + [size + 1 if alone else count % size] * (count % size > 0)
     assert all(torch.equal(batch.inputs[:, 0].long(), batch.labels) for batch in batches)
 
 
-def test_a_subset_keeps_the_order_asked_for():
+def test_subset_keeps_the_requested_order():
     assert numbers(numbered(10).subset([7, 2, 5]).subset([2, 0]).batches(4)) == [5, 7]
 
 
@@ -123,7 +123,7 @@ ITEMS = {
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("kind", ITEMS)
-def test_a_batch_is_what_forward_takes(kind, labelled):
+def test_batch_is_accepted_by_forward(kind, labelled):
     make, read = ITEMS[kind]
     dataset = [(make(torch.full((3,), float(i))), i) if labelled else make(torch.full((3,), float(i))) for i in range(4)]
     (batch,) = Samples(dataset, labelled).batches(4)
@@ -133,7 +133,7 @@ def test_a_batch_is_what_forward_takes(kind, labelled):
     assert (batch.labels.tolist() == [0, 1, 2, 3]) if labelled else batch.labels is None
 
 
-def test_call_spreads_tuples_and_dicts_over_the_arguments():
+def test_call_unpacks_tuples_and_dicts_into_arguments():
     class Difference(nn.Module):
         def forward(self, left, right=0):
             return left - right
@@ -155,13 +155,13 @@ nested = st.recursive(
 
 @few
 @given(nested)
-def test_mapping_reaches_every_tensor_and_keeps_the_structure(value):
+def test_map_applies_to_every_tensor_and_keeps_the_structure(value):
     mapped = map_tensors(value, lambda tensor: tensor + 1)
     assert [float(t) for t in tensors_in(mapped)] == [float(t) + 1 for t in tensors_in(value)]
     assert repr(map_tensors(value, lambda tensor: tensor)) == repr(value)
 
 
-def test_a_value_without_a_tensor_is_refused_by_its_type():
+def test_rejects_value_without_tensors_by_type():
     with pytest.raises(InvalidInput, match="No tensor in a dict"):
         first_tensor({"a": None})
 
@@ -169,7 +169,7 @@ def test_a_value_without_a_tensor_is_refused_by_its_type():
 # Arrays
 
 
-def test_pictures_are_scaled_laid_out_and_normalized():
+def test_uint8_images_are_scaled_transposed_and_normalized():
     x = np.zeros((1, 2, 4, 3), dtype=np.uint8)  # [N, H, W, C]
     x[0, 1, 2] = [255, 51, 0]
     image = ArrayDataset(x)[0]
@@ -180,12 +180,12 @@ def test_pictures_are_scaled_laid_out_and_normalized():
     torch.testing.assert_close(normalized[:, 0, 0], torch.tensor([-1.0, -0.2, 0.0]))
 
 
-def test_float_arrays_are_taken_as_they_are():
+def test_float_arrays_are_unchanged():
     x = np.linspace(-3, 3, 24, dtype=np.float32).reshape(2, 3, 4)
     assert np.array_equal(torch.stack([ArrayDataset(x)[i] for i in range(2)]).numpy(), x)
 
 
-def test_the_targets_of_a_regression_keep_their_fractions():
+def test_regression_targets_stay_floats():
     (batch,) = Samples(ArrayDataset(np.zeros((2, 1), np.float32), np.array([0.25, -1.5], np.float32)), True).batches(2)
     assert batch.labels.tolist() == [0.25, -1.5]
 
@@ -195,19 +195,19 @@ def test_the_targets_of_a_regression_keep_their_fractions():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 2, 3, 3)])
-def test_inputs_that_are_not_finite_are_named_by_batch_and_sample(bad, shape):
+def test_non_finite_input_error_names_batch_and_sample(bad, shape):
     spoiled = torch.zeros(shape)
     spoiled[2] = bad
     with pytest.raises(InvalidInput, match=r"Batch 1 of the data holds NaN or infinity \(sample 2 of the batch\)"):
         check_finite([Batch(torch.zeros(shape)), Batch(spoiled)])
 
 
-def test_inputs_are_searched_inside_tuples_and_dicts():
+def test_non_finite_inputs_are_detected_in_tuples_and_dicts():
     nan = torch.tensor([[0.0], [float("nan")]])
     for inputs in [(torch.zeros(2, 1), nan), {"ids": torch.zeros(2, 1), "mask": nan}]:
         with pytest.raises(InvalidInput, match="sample 1 of"):
             check_finite([Batch(inputs)])
 
 
-def test_finite_and_integer_inputs_pass():
+def test_accepts_finite_and_integer_inputs():
     check_finite([Batch(torch.zeros(2, 3)), Batch({"ids": torch.ones(2, 3, dtype=torch.long)})])

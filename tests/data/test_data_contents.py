@@ -1,4 +1,4 @@
-"""Whether a data set is the one that stored work was done on: every input and label counts, wherever it lies."""
+"""Content digests of data sets: every input and every label counts, wherever it is stored."""
 
 import os
 import random
@@ -51,7 +51,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_input_and_every_label_counts(kind):
+def test_digest_covers_every_input_and_label(kind):
     make = KINDS[kind]
     samples = as_samples(make(X, Y))
     assert contents_of_samples(samples) == contents_of_samples(as_samples(make(X.clone(), Y.clone())))
@@ -61,13 +61,13 @@ def test_every_input_and_every_label_counts(kind):
     assert len(set(digests[:5])) == 5 and digests[5] != digests[0]
 
 
-def test_subsets_of_subsets_are_those_samples():
+def test_nested_subsets_have_the_digest_of_their_samples():
     samples = as_samples((X.numpy(), Y.numpy()))
     assert contents_of_samples(samples.subset([5, 7, 9]).subset([1])) == contents_of_samples(samples.subset([7]))
 
 
 class Drawn(Items):
-    """Augments each input with this generator."""
+    """Adds noise from a generator to each input."""
 
     def __init__(self, draw):
         super().__init__(X, Y)
@@ -84,19 +84,19 @@ class Alone(Drawn):
 
 
 @pytest.mark.parametrize("draw", [lambda: torch.rand(()), random.random, np.random.rand])
-def test_data_drawn_at_random_is_itself_and_the_callers_generators_stay(draw):
+def test_random_data_has_a_stable_digest_and_generators_are_restored(draw):
     first, second, plain = as_samples(Drawn(draw)), as_samples(Drawn(draw)), as_samples(Items(X, Y))
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert contents_of_samples(first) == contents_of_samples(second) != contents_of_samples(plain)
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
-def test_of_data_that_no_seed_repeats_the_labels_count():
+def test_digest_of_unseedable_data_covers_its_labels():
     assert contents_of_samples(as_samples(Alone())) == contents_of_samples(as_samples(Alone()))
     assert contents_of_samples(as_samples(Alone())) != contents_of_samples(as_samples(Alone(changed(Y, 199))))
 
 
-def test_data_that_ends_early_is_named():
+def test_data_set_that_ends_early_is_reported():
     samples = replace(as_samples(Items(X, Y)), dataset=Items(list(X), Y[:100]))
     with pytest.raises(InvalidInput, match="ended after 96 of 200 samples"):
         contents_of_samples(samples)
@@ -110,7 +110,7 @@ def write_pictures(folder):
         Image.fromarray(np.full((4, 4, 3), number, np.uint8)).save(folder / "ab"[number % 2] / f"{number}.png")
 
 
-def test_pictures_count_by_their_content_and_are_read_once(tmp_path, monkeypatch):
+def test_images_are_hashed_by_content_and_read_once(tmp_path, monkeypatch):
     write_pictures(tmp_path / "one")
     write_pictures(tmp_path / "two")
     for path in tmp_path.rglob("*.png"):
@@ -123,7 +123,7 @@ def test_pictures_count_by_their_content_and_are_read_once(tmp_path, monkeypatch
         assert contents_of_samples(load_data(str(tmp_path / "one"))) == first
     content, picture = (tmp_path / "one/a/0.png").read_bytes(), tmp_path / "one/b/1.png"
     picture.write_bytes(content[: picture.stat().st_size].ljust(picture.stat().st_size, b"\0"))
-    os.utime(picture, (1, 1))  # the time is as it was, and the size
+    os.utime(picture, (1, 1))  # same size and modification time
     other = contents_of_samples(load_data(str(tmp_path / "one")))
     assert other != first
     (tmp_path / "two/a").rename(tmp_path / "two/c")

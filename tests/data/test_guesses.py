@@ -1,4 +1,4 @@
-"""What a network is for: told by the labels that fit, else by shape and values, with the reason; and the tasks that came with it."""
+"""Guessing a network's task: from labels that fit, else from shapes and values, with the reason; and the tasks added with it."""
 
 import math
 
@@ -17,6 +17,8 @@ QUICK = {"activation_bits": (8,), "pipeline": "light", "cache": False}
 DRAW = torch.Generator().manual_seed(0)
 LOGITS, MASKS = torch.randn(16, 5, generator=DRAW), torch.randn(16, 5, 4, 6, generator=DRAW)
 CLASSES = LOGITS.argmax(1)
+SCORES = 6 * F.one_hot(CLASSES, 5) + torch.randn(16, 5, generator=DRAW)
+SCORES -= SCORES.mean(1, keepdim=True)  # as cross-entropy trains them: its gradients sum up to zero
 
 
 @pytest.mark.parametrize(
@@ -31,16 +33,22 @@ CLASSES = LOGITS.argmax(1)
         (MASKS, MASKS.argmax(1, keepdim=True), "segmentation"),
         (MASKS, torch.full((16, 8, 12), VOID).scatter(1, torch.zeros(16, 1, 12, dtype=torch.int64), 3), "segmentation"),
         (MASKS[:, :, 0].mT, MASKS[:, :, 0].argmax(1), "token-classification"),
-        (LOGITS, None, "classification"),
+        (SCORES, None, "classification"),
+        (SCORES[:4], None, "regression"),  # so few are alike by chance
+        (SCORES / 20, None, "regression"),  # they hardly tell one class from another
+        (SCORES + torch.arange(16)[:, None], None, "regression"),  # a row's sum tells something
+        (LOGITS, None, "regression"),
+        (LOGITS * 80, None, "regression"),  # offsets of boxes in pixels
+        (F.layer_norm(MASKS.flatten(1), (120,)), None, "regression"),  # features
         (LOGITS.softmax(1), None, "classification"),
         (LOGITS.sigmoid(), None, "regression"),
         (LOGITS.abs() * 100, None, "regression"),
         (MASKS, None, "regression"),
         (LOGITS[:, :1], None, "regression"),
-        (LOGITS, torch.full((16,), 9), "classification"),  # labels that fit nothing say nothing
+        (LOGITS, torch.full((16,), 9), "classification"),  # labels that fit no task are ignored
     ],
 )
-def test_labels_tell_the_task_and_values_where_there_are_none(outputs, labels, task):
+def test_task_follows_from_labels_else_from_values(outputs, labels, task):
     guess = guess_task(outputs, None, labels)
     assert guess.task == task and guess.reason
 
@@ -52,23 +60,41 @@ def notes_of(work):
     return result, notes
 
 
-def test_a_guess_is_told_with_its_reason_and_how_to_say_otherwise():
+def test_guess_is_reported_with_reason_and_override():
     model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval(), torch.randn(24, 12)
-    _, notes = notes_of(lambda: anybit.calibrate(model, x, "8bit", **QUICK))
-    assert any(note.startswith("task classification: ") and "--task" in note and "regression" in note for note in notes)
+    result, notes = notes_of(lambda: anybit.calibrate(model, x, "8bit", **QUICK))
+    assert result.about["task"] == "regression"
+    assert any(note.startswith("task regression: ") and "--task" in note and "classification" in note for note in notes)
     _, notes = notes_of(lambda: anybit.calibrate(model, x, "8bit", task="regression", **QUICK))
     assert not any(note.startswith("task") for note in notes)
 
 
-def test_scores_that_tell_no_class_from_another_are_doubted():
-    assert "may well be numbers" in guess_task(LOGITS / 10).reason  # key points around the middle, say
-    assert "may well be numbers" not in guess_task(LOGITS * 5).reason
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_outputs_show_whether_a_classifier_or_a_regression_was_trained(classes):
+    torch.manual_seed(0)
+    x, w = torch.randn(256, 16), torch.randn(16, classes)
+    for task, loss in (("classification", lambda y: F.cross_entropy(y, (x @ w).argmax(1))), ("regression", lambda y: F.mse_loss(y, x @ w))):
+        model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, classes))
+        adam = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(60):
+            adam.zero_grad()
+            loss(model(x)).backward()
+            adam.step()
+        assert guess_task(model(x).detach()).task == task
+
+
+def test_num_classes_of_the_network_marks_class_scores():
+    assert guess_task(LOGITS, classes=5).task == "classification"
+    assert guess_task(LOGITS, classes=80).task == "regression"
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval()
+    model.num_classes = 5
+    assert anybit.calibrate(model, torch.randn(24, 12), "8bit", **QUICK).about["task"] == "classification"
 
 
 # Probabilities
 
 
-def test_probabilities_are_compared_and_scored_as_the_logits_that_they_are_of():
+def test_probabilities_are_compared_and_scored_as_their_logits():
     other = LOGITS + torch.randn(LOGITS.shape, generator=DRAW) / 4
     exact = {"rel": 1e-4}
     assert distance(other.softmax(1), LOGITS.softmax(1), "classification") == pytest.approx(
@@ -86,7 +112,7 @@ def test_probabilities_are_compared_and_scored_as_the_logits_that_they_are_of():
         assert torch.isfinite(gradient[0]).all()
 
 
-def test_a_network_that_ends_in_a_softmax_has_the_loss_of_its_logits():
+def test_softmax_network_has_the_loss_of_its_logits():
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5)).eval()
     x = torch.randn(64, 12)
@@ -98,13 +124,15 @@ def test_a_network_that_ends_in_a_softmax_has_the_loss_of_its_logits():
     for model in (body, nn.Sequential(*body, nn.Softmax(1))):
         scores = anybit.evaluate(model, (x, labels))
         assert scores["top1"] == 100 and scores["loss"] == pytest.approx(expected, rel=1e-4)
-    plain, ended = (anybit.calibrate(model, x, "4bit", **QUICK) for model in (body, nn.Sequential(*body, nn.Softmax(1))))
+    plain, ended = (
+        anybit.calibrate(model, x, "4bit", task="classification", **QUICK) for model in (body, nn.Sequential(*body, nn.Softmax(1)))
+    )
     assert plain.scheme == ended.scheme
     assert ended.report["ladder"][0]["loss"] == pytest.approx(plain.report["ladder"][0]["loss"], rel=1e-3)
 
 
-def test_numbers_between_zero_and_one_keep_their_accuracy():
-    """At a loss of 0.02 the network that was taken for a classifier got 2 bits everywhere, and was worse than a constant."""
+def test_regression_between_zero_and_one_keeps_its_accuracy():
+    """Taken for a classifier, the network once got 2 bits everywhere at a loss of 0.02, and was worse than a constant."""
     torch.manual_seed(0)
     x, w = torch.randn(800, 8), torch.randn(8, 4) / 4
     y = torch.sigmoid(x @ w) * 0.5 + 0.25
@@ -124,21 +152,21 @@ def test_numbers_between_zero_and_one_keep_their_accuracy():
 # Tasks
 
 
-def test_mean_iou_by_hand():
+def test_mean_iou():
     labels = torch.tensor([[[0, 0, 1, 1], [2, 2, VOID, IGNORED]]])
     outputs = F.one_hot(torch.tensor([[[0, 1, 1, 1], [2, 0, 0, 0]]]), 4).movedim(-1, 1).float()
     scores = score(outputs, labels, "segmentation")
-    assert scores["mean_iou"] == pytest.approx(100 * (1 / 3 + 2 / 3 + 1 / 2) / 3)  # a class that is nowhere has no part
+    assert scores["mean_iou"] == pytest.approx(100 * (1 / 3 + 2 / 3 + 1 / 2) / 3)  # an absent class does not count
     assert scores["pixel_accuracy"] == pytest.approx(100 * 4 / 6)
 
 
-def test_f1_of_several_labels_by_hand():
+def test_multi_label_f1():
     outputs, labels = torch.tensor([[1.0, -1.0, 2.0], [-1.0, -1.0, 3.0]]), torch.tensor([[1, 1, 0], [0, 0, 1]])
     scores = score(outputs, labels, "multi-label")
     assert scores["f1"] == pytest.approx(100 * 2 * 2 / (2 * 2 + 1 + 1)) and scores["exact"] == 50
 
 
-def test_the_divergence_of_labels_by_hand():
+def test_multi_label_divergence():
     p, q = torch.tensor([[0.5, 0.25]], dtype=torch.float64), torch.tensor([[0.75, 0.25]], dtype=torch.float64)
     expected = (0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)) / 2
     assert sample_distances(q.logit(), p.logit(), "multi-label").tolist() == pytest.approx([expected])
@@ -154,12 +182,12 @@ def test_the_divergence_of_labels_by_hand():
         (torch.zeros(16, dtype=torch.int64), "whole numbers"),
     ],
 )
-def test_masks_that_do_not_fit_are_refused(labels, message):
+def test_rejects_masks_of_the_wrong_form(labels, message):
     with pytest.raises(InvalidInput, match=message):
         score(MASKS, labels, "segmentation")
 
 
-def test_tokens_of_a_network_of_ones_own_are_scored_as_they_come():
+def test_tokens_of_a_custom_network_are_scored_in_order():
     outputs = MASKS[:, :, 0].mT.contiguous()
     labels = outputs.argmax(-1)
     labels[:, 3:] = IGNORED
@@ -185,7 +213,7 @@ def of_paths(outputs, labels):
     return float(len(labels))
 
 
-def test_a_segmentation_is_calibrated_scored_and_has_a_budget_of_drop():
+def test_segmentation_is_calibrated_scored_and_accepts_a_drop_budget():
     model, x = segmenting()
     with torch.no_grad():
         y = model(x).argmax(1)
@@ -197,29 +225,29 @@ def test_a_segmentation_is_calibrated_scored_and_has_a_budget_of_drop():
     assert anybit.evaluate(model, data)["mean_iou"] == 100
 
 
-def test_labels_that_no_task_has_do_not_stop_what_needs_none():
+def test_labels_of_no_known_task_are_ignored_where_unneeded():
     model, x = segmenting()
-    data = torch.utils.data.TensorDataset(x, torch.randn(32, 4))  # boxes, say
+    data = torch.utils.data.TensorDataset(x, torch.randn(32, 4))  # for example boxes
     result, notes = notes_of(lambda: anybit.calibrate(model, data, "4bit", **QUICK))
     assert any("labels of the data are not used" in note for note in notes)
     assert result.scheme == anybit.calibrate(model, x, "4bit", **QUICK).scheme
     assert "metric" in anybit.calibrate(model, data, "drop=5%", metric=of_paths, **QUICK).report["schemes"][0]
     assert anybit.evaluate(model, data, metric=of_paths) == {"samples": 32, "of_paths": 32.0}
-    with pytest.raises(InvalidInput, match=r"--task|--metric"):
+    with pytest.raises(InvalidInput, match=r"task=|metric="):
         anybit.calibrate(model, data, "drop=5%", **QUICK)
 
 
-def test_the_raw_heads_of_a_detector_are_scored_by_a_metric_alone():
+def test_raw_detector_heads_are_scored_only_by_a_metric():
     model, x = segmenting()
     data = torch.utils.data.TensorDataset(x, torch.randn(32, 4))
     result = anybit.calibrate(model, data, "4bit", task="detection", **QUICK)
     assert result.about["task"] == "detection"
-    with pytest.raises(InvalidInput, match="--metric"):
+    with pytest.raises(InvalidInput, match="metric="):
         anybit.evaluate(model, data, task="detection")
 
 
 @pytest.mark.parametrize("task", ["segmentation", "multi-label"])
-def test_what_labels_tell_can_be_trained(task):
+def test_trains_tasks_guessed_from_labels(task):
     model, x = segmenting()
     if task == "multi-label":
         model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval()

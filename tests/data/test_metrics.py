@@ -1,4 +1,4 @@
-"""A user's metric: what cannot be asked, or gives no number, is refused by its name, before the work."""
+"""Custom metrics: one that cannot be called, or returns no finite number, is rejected by name before the work."""
 
 import inspect
 
@@ -50,18 +50,18 @@ def of_names(*, outputs, labels):
 
 
 @pytest.mark.parametrize("metric", [not_a_number, infinite, of_each, words, broken])
-def test_a_metric_that_gives_no_finite_number_is_refused_by_its_name(metric):
+def test_rejects_metric_without_finite_result_by_name(metric):
     with pytest.raises(InvalidInput, match=f"metric {metric.__name__} .*(Mend|Let it)"):
         measure(metric, OUTPUTS, LABELS)
 
 
 @pytest.mark.parametrize("metric", [of_three, of_one, of_names, "accuracy", 3])
-def test_a_metric_of_other_arguments_is_refused_by_its_name(metric):
+def test_rejects_metric_with_other_arguments_by_name(metric):
     with pytest.raises(InvalidSetting, match=rf"{getattr(metric, '__name__', type(metric).__name__)}.*\(outputs, labels\)"):
         check_takes_two(metric)
 
 
-def test_what_can_be_called_with_two_tensors_is_a_metric():
+def test_accepts_any_callable_of_two_tensors_as_metric():
     for metric in (lambda outputs, labels: 1.0, torch.nn.MSELoss(), lambda *both: 1.0, lambda o, y, k=5: 1.0, torch.dist):
         check_takes_two(metric)
     assert measure(lambda outputs, labels: torch.tensor([[2.5]]), OUTPUTS, LABELS) == 2.5
@@ -74,7 +74,7 @@ def labelled():
 
 @pytest.mark.parametrize("metric", [not_a_number, of_each, broken, of_three])
 @pytest.mark.parametrize("data", ["data", "test"])
-def test_calibrate_asks_the_metric_before_the_work(monkeypatch, metric, data):
+def test_calibrate_checks_the_metric_before_the_work(monkeypatch, metric, data):
     def begun(*_, **__):
         raise AssertionError("the work has begun")
 
@@ -84,13 +84,13 @@ def test_calibrate_asks_the_metric_before_the_work(monkeypatch, metric, data):
         anybit.calibrate(make(Chain), budget="4bit", metric=metric, **inputs, **QUICK)
 
 
-def test_test_labels_that_do_not_fit_are_refused_before_the_work(monkeypatch):
+def test_rejects_unfit_test_labels_before_the_work(monkeypatch):
     monkeypatch.setattr("anybit.roads.calibrate.range_candidates", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(InvalidInput, match="5 classes"):
         anybit.calibrate(make(Chain), pictures(24), "4bit", test=(pictures(8), torch.arange(8)), **QUICK)
 
 
-def test_the_command_line_refuses_a_metric_before_it_loads_anything(tmp_path, monkeypatch):
+def test_command_line_rejects_metric_before_loading_anything(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.py").write_text("def three(outputs, labels, weights):\n    return 1.0\n")
     (tmp_path / "x.npy").write_bytes(b"")
@@ -100,7 +100,7 @@ def test_the_command_line_refuses_a_metric_before_it_loads_anything(tmp_path, mo
 
 
 @pytest.mark.parametrize("verb", [anybit.evaluate, anybit.grow, anybit.train, anybit.search, anybit.extract, anybit.allocate])
-def test_every_verb_refuses_a_metric_of_other_arguments(verb):
+def test_every_verb_rejects_metric_with_other_arguments(verb):
     arguments = {"data": None, "train": None, "budget": None, "model": None, "run": None}
     own = {name: value for name, value in arguments.items() if name in inspect.signature(verb).parameters}
     with pytest.raises(InvalidSetting, match="of_three"):

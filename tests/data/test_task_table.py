@@ -1,4 +1,4 @@
-"""Every task keeps the same promises: its distance, its scores, its loss and its label checks; the heads of Hugging Face are the tasks'."""
+"""Properties of every task: its distance, scores, loss and label checks; Hugging Face heads map to tasks."""
 
 from typing import get_args
 
@@ -19,7 +19,7 @@ SHAPES = {
     "segmentation": (6, 3, 4, 5),
     "detection": (6, 9, 4, 4),
 }
-LABELS = {  # those that the outputs of `perfect` are right about
+LABELS = {  # the labels that the outputs of `perfect` predict correctly
     "regression": lambda outputs: outputs.flatten(),
     "embedding": lambda outputs: nn.functional.cosine_similarity(outputs[0::2], outputs[1::2]).repeat_interleave(2),
     "question-answering": lambda outputs: torch.arange(6),
@@ -43,23 +43,23 @@ def labels_for(task, outputs):
     return LABELS.get(task.name, lambda outputs: outputs.argmax(-1))(outputs)
 
 
-def test_the_table_has_every_name_of_the_file_format():
+def test_table_has_every_task_of_the_file_format():
     assert set(TASKS) == set(get_args(TaskName)) and all(TASKS[task.name] is task for task in ALL)
 
 
 @pytest.mark.parametrize("task", ALL, ids=named)
-def test_the_distance_is_zero_where_outputs_are_equal_and_nowhere_else(task):
+def test_distance_is_zero_only_for_equal_outputs(task):
     reference = outputs_for(task)
     assert distance(reference, reference.clone(), task.name) == 0
     for sample in range(len(reference)):
         other = reference.clone()
-        other[sample].view(-1)[0] += 0.5  # of logits a constant added to all would change nothing
+        other[sample].view(-1)[0] += 0.5  # adding a constant to all logits would change nothing
         apart = sample_distances(other, reference, task.name)
         assert apart[sample] > 0 and apart.count_nonzero() == 1
 
 
 @pytest.mark.parametrize("task", ALL, ids=named)
-def test_the_differentiable_distance_is_the_measured_one_and_falls_along_its_gradient(task):
+def test_differentiable_distance_equals_the_measured_one_and_descends(task):
     reference, outputs = outputs_for(task), outputs_for(task, 1).requires_grad_()
     loss = task.distance.loss(outputs, reference)
     assert loss.item() == pytest.approx(distance(outputs.detach(), reference, task.name), rel=1e-4)
@@ -69,7 +69,7 @@ def test_the_differentiable_distance_is_the_measured_one_and_falls_along_its_gra
 
 @pytest.mark.parametrize("task", ALL, ids=named)
 @pytest.mark.parametrize("parts", [(3, 3), (1, 5), (2, 2, 2)])
-def test_the_losses_of_parts_weigh_up_to_the_loss_of_the_whole(task, parts):
+def test_weighted_losses_of_parts_sum_to_the_loss_of_the_whole(task, parts):
     reference, outputs = outputs_for(task), outputs_for(task, 1)
     pieces = zip(outputs.split(parts), reference.split(parts), strict=True)
     weighted = sum(task.distance.loss(one, target, reference) for one, target in pieces)
@@ -77,7 +77,7 @@ def test_the_losses_of_parts_weigh_up_to_the_loss_of_the_whole(task, parts):
 
 
 @pytest.mark.parametrize("task", ALL, ids=named)
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn(task):
+def test_distillation_loss_is_zero_for_equal_outputs(task):
     outputs = outputs_for(task)
     batch = Batch(outputs)
     loss = task_loss(outputs.clone().requires_grad_(), batch, task.name, nn.Identity(), 1.0)
@@ -86,7 +86,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(task):
 
 
 @pytest.mark.parametrize("task", [task for task in ALL if task.name not in NEVER_SCORED], ids=named)
-def test_perfect_outputs_have_the_best_scores_and_others_worse(task):
+def test_perfect_outputs_score_best(task):
     best = dict.fromkeys(("top1", "top5", "spearman", "pearson", "f1", "exact", "mean_iou", "pixel_accuracy"), 100)
     outputs = outputs_for(task)
     labels = labels_for(task, outputs)
@@ -95,13 +95,13 @@ def test_perfect_outputs_have_the_best_scores_and_others_worse(task):
         if key in best:
             assert perfect[key] == pytest.approx(best[key]) and other[key] < best[key]
         else:
-            assert perfect[key] < other[key]  # a loss, and what grows with it
-    if task.counted and perfect:  # answers are scored by their reader, which has the texts
+            assert perfect[key] < other[key]  # a loss, and metrics that grow with it
+    if task.counted and perfect:  # the reader, which has the texts, scores answers
         assert task.counted in perfect
 
 
 @pytest.mark.parametrize("task", ALL, ids=named)
-def test_training_on_labels_is_a_loss_that_falls_or_is_refused_by_name(task):
+def test_label_loss_descends_or_is_rejected_by_name(task):
     outputs = outputs_for(task, 3).requires_grad_()
     labels = labels_for(task, outputs_for(task))
     batch = Batch(outputs.detach(), labels)
@@ -120,29 +120,29 @@ def test_training_on_labels_is_a_loss_that_falls_or_is_refused_by_name(task):
 
 
 @pytest.mark.parametrize("task", ALL, ids=named)
-def test_a_metric_is_given_numbers_alone(task):
+def test_metric_requires_numeric_outputs(task):
     if task.numbers:
         outputs = outputs_for(task)
         labels = labels_for(task, outputs)
 
-        def right(some, theirs):
-            return float(len(some) == len(theirs))
+        def right(outputs, labels):
+            return float(len(outputs) == len(labels))
 
         assert score(outputs, labels, task.name, right)["right"] == 1
     else:
         with pytest.raises(InvalidSetting, match="Leave --metric out"):
-            check_metric(lambda some, theirs: 1.0, task.name)
+            check_metric(lambda outputs, labels: 1.0, task.name)
 
 
 @pytest.mark.parametrize("task", ALL, ids=named)
-def test_labels_for_another_number_of_outputs_are_refused(task):
+def test_rejects_labels_for_another_number_of_outputs(task):
     outputs = outputs_for(task)
     with pytest.raises(InvalidInput):
         score(outputs, labels_for(task, outputs)[:-1], task.name)
 
 
 @pytest.mark.parametrize("task", [task for task in ALL if isinstance(task, TokenClassification)], ids=named)
-def test_tokens_without_a_label_count_for_nothing(task):
+def test_tokens_without_a_label_are_ignored(task):
     outputs = outputs_for(task)
     labels = labels_for(task, outputs)
     some = torch.where(torch.arange(len(labels)) < 4, labels, IGNORED)
@@ -153,12 +153,12 @@ def test_tokens_without_a_label_count_for_nothing(task):
 
 
 @pytest.mark.parametrize("task", [task for task in ALL if task.of_one_class], ids=named)
-def test_a_task_of_one_class_counts_what_is_right(task):
+def test_single_class_task_counts_top1(task):
     assert task.counted == "top1" and task.distance.key == "kl"
     assert task.classes(outputs_for(task)) in (None, 7)
 
 
-def test_every_task_has_a_head_of_hugging_face_that_reads_for_it():
+def test_every_task_has_a_hugging_face_head():
     pytest.importorskip("transformers")
     from anybit.sources.huggingface.texts import HEADS
 

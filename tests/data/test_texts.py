@@ -1,4 +1,4 @@
-"""Texts from files, the windows of long contexts, and the scores of answers against cases worked out by hand."""
+"""Texts from files, windows of long contexts, and answer scores compared with hand-computed cases."""
 
 import itertools
 import json
@@ -32,17 +32,17 @@ def written(tmp_path, content, name):
     ("a.csv", 'sentence,label,more\n"one ""odd quote",1,x\n"two, with comma",0,y\n'),
     ("a.jsonl", '{"text": "one \\"odd quote", "label": "1"}\n\n{"text": "two, with comma", "label": "0"}\n'),
 ])  # fmt: skip
-def test_every_form_gives_the_same_rows(name, content, tmp_path):
+def test_every_file_format_gives_the_same_rows(name, content, tmp_path):
     rows = read_rows(written(tmp_path, content, name))
     assert [dict(row) for row in rows] == [{"text": 'one "odd quote', "label": "1"}, {"text": "two, with comma", "label": "0"}]
 
 
-def test_a_quoted_text_may_run_over_lines(tmp_path):
+def test_quoted_text_may_span_lines(tmp_path):
     rows = read_rows(written(tmp_path, 'sentence,label\n"one\nand more",1\n', "a.csv"))
     assert rows[0]["text"].split() == ["one", "and", "more"]
 
 
-def test_columns_by_number_are_those_of_a_file_without_a_header(tmp_path):
+def test_numbered_columns_mean_there_is_no_header(tmp_path):
     file = written(tmp_path, "x\t4.5\tone\ttwo\nx\t1\tthree\tfour\n", "a.csv")
     rows = read_rows(file, "text=2,pair=3,label=1")
     assert [dict(row) for row in rows] == [
@@ -72,7 +72,7 @@ def test_plain_lines_are_texts(tmp_path):
     ("a.tsv", "text\nword\n", "text=²", "no column '²'"),
     ("a.tsv", "text\nword\n", "text=a,text=b", "twice"),
 ])  # fmt: skip
-def test_what_is_wrong_with_a_file_is_said_with_its_line(name, content, columns, message, tmp_path):
+def test_error_in_a_file_names_its_line(name, content, columns, message, tmp_path):
     with pytest.raises(AnybitError, match=message) as raised:
         read_rows(written(tmp_path, content, name), columns)
     assert "\n" not in str(raised.value)
@@ -97,12 +97,12 @@ def test_any_content_gives_rows_or_one_error(tmp_path_factory, content, name, co
     ("a.txt", "\ufeffone\x85two\r\nthree\n", [{"text": "one\x85two"}, {"text": "three"}]),
     ("a.csv", "sentence,label\rone,1\r", [{"text": "one", "label": "1"}]),
 ])  # fmt: skip
-def test_marks_and_line_ends_of_other_programs_change_no_row(name, content, expected, tmp_path):
+def test_byte_order_marks_and_line_endings_change_no_row(name, content, expected, tmp_path):
     (tmp_path / name).write_bytes(content.encode("utf8"))
     assert [dict(row) for row in read_rows(tmp_path / name)] == expected
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
+def test_rejects_bytes_that_are_not_text(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b"\xff\xfe\x00bad")
     with pytest.raises(AnybitError, match="cannot be read as text"):
         read_rows(tmp_path / "a.tsv")
@@ -111,7 +111,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 # Samples
 
 
-def test_a_batch_is_padded_to_its_longest_and_the_mask_says_so():
+def test_batch_is_padded_to_its_longest_and_masked():
     rows = [{"text": sentence} for sentence in sentences(12)]
     texts = Texts(rows, [0] * 12, Encoding(tokenizer(), 40, False), "here")
     batch = texts.__getitems__([3, 7, 1])
@@ -120,10 +120,10 @@ def test_a_batch_is_padded_to_its_longest_and_the_mask_says_so():
     assert list(texts.lengths) == [len(row["text"].split()) + 2 for row in rows]
 
 
-def test_a_language_models_rows_are_its_labels_tokens():
+def test_language_model_has_one_row_per_label_token():
     tokens = torch.arange(30).tolist()
     batch = Blocks(tokens, 10, "here").__getitems__([2, 0])
-    logits = torch.nn.functional.one_hot((batch.inputs["input_ids"] + 1) % 30, 30).float()  # a network that counts
+    logits = torch.nn.functional.one_hot((batch.inputs["input_ids"] + 1) % 30, 30).float()  # predicts the next number
     outputs = NextTokens().read({"logits": logits}, batch)
     assert torch.equal(outputs.argmax(-1), batch.labels) and len(outputs) == 18
     with pytest.raises(InvalidInput, match="less than one block"):
@@ -145,18 +145,18 @@ def test_a_language_models_rows_are_its_labels_tokens():
     ("Rome", ["Paris", "in Rome"], 0, 2 / 3),
     ("a cat", ["cats"], 0, 0),
 ])  # fmt: skip
-def test_answers_score_as_worked_out_by_hand(text, accepted, exact, overlap):
+def test_answer_scores_of_hand_computed_cases(text, accepted, exact, overlap):
     assert answer_scores(text, accepted) == pytest.approx((exact, overlap))
 
 
-def test_accepted_answers_are_read_in_every_form():
+def test_accepted_answers_are_read_in_every_format():
     assert gold_answers({"text": ["a", "b"], "answer_start": [1, 2]}) == ["a", "b"]
     assert gold_answers(["a"]) == ["a"] and gold_answers("a") == ["a"] and gold_answers([]) == [""]
     assert all(gold_answers(other) is None for other in (None, 42, [None], ["x", None], {"answer_start": [1]}, [{"text": "x"}]))
 
 
 @pytest.mark.parametrize("answers", [None, 42, ["x", None], {"answer_start": [1]}])
-def test_answers_of_another_form_are_refused_before_any_work(answers):
+def test_rejects_malformed_answers_before_any_work(answers):
     rows = [
         {"question": "word1", "context": "word2 word3", "answers": "word2"},
         {"question": "word1", "context": "word2", "answers": answers},
@@ -175,10 +175,10 @@ def test_any_length_gives_windows_or_one_error(length):
     assert {place for window in windows for place in window.offsets if place} == set(_places(rows[0]["context"]))
 
 
-def test_the_likeliest_answer_ends_after_it_starts_and_lies_in_the_context():
+def test_best_answer_span_is_ordered_and_within_the_context():
     offsets = [None, (0, 3), (4, 7), (8, 12), None]
     start, end = np.array([9.0, 1, 2, 5, 8]), np.array([9.0, 4, 6, 0, 9])
-    # Start 3 with end 2 would score most, but ends before it starts.
+    # Start 3 with end 2 would score highest, but ends before it starts.
     assert best_answer(start, end, offsets, "one two more", 30, 20) == (8.0, "two")
     assert best_answer(start, end, offsets, "one two more", 1, 20) == (8.0, "two")
     assert best_answer(start, end, [None] * 5, "one", 30, 20)[1] == ""
@@ -215,7 +215,7 @@ def _places(text):
 
 
 def perfect(data, order):
-    """Logits of a network that knows the answers, for the windows `order`; a window without the answer says nothing strongly."""
+    """Logits of a network that knows the answers, for the windows `order`; uniform for a window without the answer."""
     outputs = torch.zeros(len(order), 2, data.encoding.length)
     for row, number in enumerate(order):
         window = data.windows[number]
@@ -228,7 +228,7 @@ def perfect(data, order):
     return outputs
 
 
-def test_a_network_that_knows_all_answers_scores_all_whatever_the_order():
+def test_perfect_answers_score_100_in_any_order():
     data = questions()
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     labels = torch.cat([data.__getitems__([number]).labels for number in order])
@@ -237,7 +237,7 @@ def test_a_network_that_knows_all_answers_scores_all_whatever_the_order():
     assert wrong["exact"] < 100
 
 
-def test_logits_of_padding_are_ruled_out_and_make_no_nan():
+def test_padding_logits_are_excluded_without_nan():
     data = questions()
     batch = data.__getitems__(list(range(6)))
     length = batch.inputs["input_ids"].shape[1]
@@ -249,13 +249,13 @@ def test_logits_of_padding_are_ruled_out_and_make_no_nan():
     assert torch.isfinite(TASKS["question-answering"].distance.loss(logits, logits * 0.5))
 
 
-def test_a_question_that_leaves_no_room_is_refused():
+def test_rejects_question_that_leaves_no_room():
     rows = [{"question": " ".join(WORDS[:20]), "context": " ".join(WORDS), "answers": "word1"}]
     with pytest.raises(InvalidInput, match="leaves room for 1 of its context"):
         Questions(rows, Encoding(tokenizer(), 24, True, 6), "here")
 
 
-def test_a_hub_data_set_has_the_same_rows(tmp_path):
+def test_hub_data_set_gives_the_same_rows(tmp_path):
     datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
     from anybit.sources.huggingface.texts import hub_rows
 
@@ -269,7 +269,7 @@ def test_a_hub_data_set_has_the_same_rows(tmp_path):
         hub_rows(str(tmp_path / "nothing"), "", {})
 
 
-def test_a_length_below_two_is_refused():
+def test_rejects_length_below_two():
     from anybit.sources.preprocessing import Preprocessing
 
     with pytest.raises(InvalidSetting, match="length"):

@@ -1,4 +1,4 @@
-"""Folders in the format compressed-tensors: packed as the format says, and loaded by transformers to what was evaluated."""
+"""Folders in the compressed-tensors format: packed to its specification, and loaded by transformers with equal numbers."""
 
 import functools
 import json
@@ -66,7 +66,7 @@ def bert(tmp_path_factory):
 
 @pytest.fixture
 def copied(bert, tmp_path):
-    """The same with a folder that a test may change."""
+    """A copy of the same that a test may change."""
     run, model, data, out = bert
     return run, model, data, Path(shutil.copytree(out, tmp_path / "out"))
 
@@ -75,14 +75,14 @@ def copied(bert, tmp_path):
 
 
 def unpack_words(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """The inverse of `pack_words`: int8 [rows, columns], by the format's own words: 32 codes in `bits` words."""
+    """Invert `pack_words` by the format's definition, 32 codes in `bits` words: int8 [rows, columns]."""
     stream = np.unpackbits(np.ascontiguousarray(words, "<i4").view(np.uint8), axis=1, count=columns * bits, bitorder="little")
     fields = np.packbits(stream.reshape(len(words), columns, bits), axis=2, bitorder="little")[:, :, 0]
     return (fields.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
 
 
 @given(st.data())
-def test_words_hold_each_rows_codes_as_one_stream_of_bits(data):
+def test_words_pack_each_row_as_one_bit_stream(data):
     bits, rows, columns = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 70))
     numbers = st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     codes = np.array(data.draw(st.lists(numbers, min_size=rows * columns, max_size=rows * columns)), np.int8).reshape(rows, columns)
@@ -96,13 +96,13 @@ def test_words_hold_each_rows_codes_as_one_stream_of_bits(data):
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_the_formats_own_library_packs_the_same_words(bits):
+def test_packing_equals_that_of_the_compressed_tensors_library(bits):
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, 45), dtype=torch.int8, generator=torch.Generator().manual_seed(bits))
     assert np.array_equal(pack_words(codes.numpy(), bits), helpers.pack_to_int32(codes, bits).numpy())
 
 
-def test_the_folder_holds_the_runs_own_codes_and_scales(bert):
+def test_folder_has_the_codes_and_scales_of_the_run(bert):
     run, model, _, out = bert
     tensors = load_file(out / "model.safetensors")
     quantized = quantized_layers(canonical_of(run, model))
@@ -118,12 +118,12 @@ def test_the_folder_holds_the_runs_own_codes_and_scales(bert):
         assert np.array_equal(codes, codes_of(layer).numpy()) and f"{name}.weight" not in tensors
 
 
-# What transformers makes of it
+# Loading by transformers
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The runs of each family, made where one is first asked for: (kind, whether it has groups) -> run, network, data."""
+    """Runs of each family, made on first use: (kind, whether it has groups) -> run, network, data."""
     groups = {False: {}, True: {"group": 8, "weight_bits": (3,), "budget": None}}
     return functools.cache(lambda kind, grouped: run_of(kind, tmp_path_factory.mktemp("run"), **groups[grouped]))
 
@@ -131,7 +131,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("embeddings", [False, True], ids=["", "packed embeddings"])
 @pytest.mark.parametrize("grouped", [False, True], ids=["mixed", "groups"])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_transformers_computes_what_was_evaluated(kind, grouped, embeddings, runs, tmp_path):
+def test_transformers_computes_the_evaluated_outputs(kind, grouped, embeddings, runs, tmp_path):
     pytest.importorskip("compressed_tensors")
     run, model, data = runs(kind, grouped)
     report = export_folder(run, tmp_path / "out", model=model, embeddings=embeddings)
@@ -139,9 +139,9 @@ def test_transformers_computes_what_was_evaluated(kind, grouped, embeddings, run
     assert verdict["ok"] and verdict["simulation"]["largest_difference"] < 1e-5 * verdict["simulation"]["largest_output"]
     quantized = [layer for layer in quantized_layers(canonical_of(run, model)).values() if layer.weight_quantizer is not None]
     assert report["packed"] + len(report["dense"]) == len(quantized)
-    if kind in ("bert", "llama"):  # every linear is packed, and embeddings where asked for
+    if kind in ("bert", "llama"):  # every linear is packed, and embeddings on request
         assert all("embed" in name for name in report["dense"]) and bool(report["dense"]) != embeddings
-    if kind == "gpt2":  # whose layers are no Linear in transformers
+    if kind == "gpt2":  # its layers are not nn.Linear in transformers
         assert "transformer.h.0.attn.c_attn" in report["dense"]
 
 
@@ -149,7 +149,7 @@ def canonical_of(run, model):
     return opened(run, model)[0].model
 
 
-def test_inputs_are_quantized_there_too(bert):
+def test_loaded_model_quantizes_inputs(bert):
     pytest.importorskip("compressed_tensors")
     run, model, data, out = bert
     batches, canonical = list(data.batches(8)), canonical_of(run, model)
@@ -160,7 +160,7 @@ def test_inputs_are_quantized_there_too(bert):
     assert (there - simulated).abs().max() < 0.02 * (without - simulated).abs().max()
 
 
-def test_attention_products_and_inputs_of_what_is_not_packed_are_named(tmp_path):
+def test_reports_attention_products_and_inputs_of_unpacked_layers(tmp_path):
     run, model, _ = run_of("vit", tmp_path, activation_bits=(8,))
     report = export_folder(run, tmp_path / "out", model=model)
     products = {name for name in quantized_layers(canonical_of(run, model)) if name.endswith(("scores", "mixture"))}
@@ -168,7 +168,7 @@ def test_attention_products_and_inputs_of_what_is_not_packed_are_named(tmp_path)
     assert report["dense"] == ["vit.embeddings.patch_embeddings.projection"]
 
 
-def test_a_pruned_layer_is_one_bit_of_zeros(bert):
+def test_pruned_layer_is_stored_as_one_bit_zeros(bert):
     run, model, _, _ = bert
     canonical, name = opened(run, model)[0], "bert.encoder.layer.0.output.dense"
     fill(canonical.model.get_submodule(name), Pruned(), None)
@@ -180,7 +180,7 @@ def test_a_pruned_layer_is_one_bit_of_zeros(bert):
     assert [group["weights"]["num_bits"] for group in groups if name in group["targets"]] == [1]
 
 
-def test_a_pruned_layer_is_loaded_as_zeros(bert, tmp_path):
+def test_pruned_layer_loads_as_zeros(bert, tmp_path):
     pytest.importorskip("compressed_tensors")
     run, model, data, _ = bert
     canonical, file = opened(run, model)
@@ -191,11 +191,11 @@ def test_a_pruned_layer_is_loaded_as_zeros(bert, tmp_path):
     assert (there - simulated).abs().max() < 0.02 * simulated.abs().max()
 
 
-# What is not the run's
+# Contents that differ from the run
 
 
 @pytest.mark.parametrize("tensor_name", ["weight_packed", "weight_scale", "input_zero_point", "bias"])
-def test_one_changed_number_is_found_in_its_layer(tensor_name, copied):
+def test_verify_names_the_layer_of_one_changed_number(tensor_name, copied):
     run, model, data, out = copied
     key = f"bert.encoder.layer.1.output.dense.{tensor_name}"
     tensors = load_file(out / "model.safetensors")
@@ -210,7 +210,7 @@ def rewrite(out, tensors):
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
 
 
-def test_other_tensors_and_settings_are_found(copied):
+def test_verify_detects_other_tensors_and_settings(copied):
     run, model, data, out = copied
     tensors = load_file(out / "model.safetensors")
     tensors["more"] = tensors.pop("classifier.bias")
@@ -222,20 +222,20 @@ def test_other_tensors_and_settings_are_found(copied):
     assert "classifier.bias is missing" in verdict and "more is in" in verdict and CONFIG in verdict
 
 
-def test_a_folder_of_another_run_is_said_to_be_one(copied, tmp_path):
+def test_verify_recognizes_the_folder_of_another_run(copied, tmp_path):
     _, _, _, out = copied
     run, model, data = run_of("bert", tmp_path, budget="3bit")
     assert "another run" in verify_folder(run, out, model=model, data=data)["failures"][0]
 
 
-def test_a_folder_without_its_files_is_refused(copied):
+def test_rejects_folder_with_missing_files(copied):
     run, model, data, out = copied
     (out / CONFIG).unlink()
     with pytest.raises(InvalidFile, match=r"no config\.json"):
         verify_folder(run, out, model=model, data=data)
 
 
-def test_a_place_that_is_taken_stays_as_it_is(bert, tmp_path):
+def test_existing_path_is_not_replaced(bert, tmp_path):
     run, model, _, out = bert
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     with pytest.raises(InvalidSetting, match="--overwrite"):
@@ -244,10 +244,10 @@ def test_a_place_that_is_taken_stays_as_it_is(bert, tmp_path):
         export_folder(run, run, model=model, overwrite=True)
     for _ in range(4):
         export_folder(run, out, model=model, overwrite=True)
-        assert {file.name: file.read_bytes() for file in out.iterdir()} == before  # the same bytes each time
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == before  # identical bytes each time
 
 
-def test_files_of_the_users_own_are_not_overwritten(copied, tmp_path):
+def test_does_not_overwrite_user_files(copied, tmp_path):
     run, model, _, out = copied
     (out / "notes").mkdir()
     (out / "notes" / "mine.txt").write_text("mine")
@@ -260,7 +260,7 @@ def test_files_of_the_users_own_are_not_overwritten(copied, tmp_path):
             export_folder(run, place, model=model, overwrite=True)
 
 
-def test_a_damaged_folder_is_named_and_written_again(copied):
+def test_damaged_folder_is_reported_and_rewritten(copied):
     run, model, data, out = copied
     content = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").write_bytes(content[:50])
@@ -270,14 +270,14 @@ def test_a_damaged_folder_is_named_and_written_again(copied):
     assert (out / "model.safetensors").read_bytes() == content
 
 
-def test_a_folder_that_cannot_be_written_is_named_with_the_option(bert, tmp_path):
+def test_unwritable_folder_error_names_the_option(bert, tmp_path):
     run, model, _, _ = bert
     (tmp_path / "file").write_text("")
     with pytest.raises(AnybitError, match=r"cannot be written.*another --compressed-tensors\.$"):
         export_folder(run, tmp_path / "file" / "out", model=model)
 
 
-def test_settings_are_compared_and_not_how_they_are_written(copied):
+def test_settings_are_compared_by_value_not_formatting(copied):
     run, model, data, out = copied
     config = json.loads((out / CONFIG).read_text()) | {"transformers_version": "9.9.9"}
     (out / CONFIG).write_text(json.dumps(dict(reversed(config.items())), indent=3))
@@ -285,7 +285,7 @@ def test_settings_are_compared_and_not_how_they_are_written(copied):
 
 
 @pytest.mark.parametrize("name", ["special_tokens_map.json", "adapter_config.json"])
-def test_files_that_transformers_may_read_besides_are_named(name, copied):
+def test_verify_names_extra_files_that_transformers_may_read(name, copied):
     run, model, data, out = copied
     (out / name).write_text("{}")
     assert verify_folder(run, out, model=model, data=data)["failures"] == [
@@ -293,30 +293,30 @@ def test_files_that_transformers_may_read_besides_are_named(name, copied):
     ]
 
 
-def test_a_folder_of_something_else_is_refused(bert, tmp_path):
+def test_rejects_folder_of_another_kind(bert, tmp_path):
     run, model, data, _ = bert
     with pytest.raises(InvalidFile, match="is no folder that anybit exported"):
         verify_folder(run, folder("bert", tmp_path / "net"), model=model, data=data)
 
 
-def test_what_cannot_be_loaded_here_is_skipped_by_name(bert, monkeypatch):
-    def lacking(path, model):
+def test_missing_loader_is_skipped_by_name(bert, monkeypatch):
+    def missing(path, model):
         raise ImportError("a package is missing")
 
     run, model, data, out = bert
-    monkeypatch.setattr("anybit.sources.huggingface.folder.loaded_folder", lacking)
+    monkeypatch.setattr("anybit.sources.huggingface.folder.loaded_folder", missing)
     verdict = verify_folder(run, out, model=model, data=data)
     assert verdict["ok"] and "a package is missing" in verdict["skipped"]["outputs"] and "simulation" not in verdict
 
 
 @pytest.mark.parametrize("samples", [0, -3])
-def test_no_samples_are_too_few(samples, bert):
+def test_rejects_too_few_samples(samples, bert):
     run, model, data, out = bert
     with pytest.raises(InvalidSetting, match=f"--samples {samples}"):
         verify_folder(run, out, model=model, data=data, samples=samples)
 
 
-def test_an_exported_folder_is_no_float_network(bert):
+def test_rejects_exported_folder_as_float_network(bert):
     _, _, _, out = bert
     with pytest.raises(InvalidSetting, match="quantized already"):
         load_model(f"hf:{out}")
@@ -324,7 +324,7 @@ def test_an_exported_folder_is_no_float_network(bert):
         load_model(f"hf:{out / 'moved'}")
 
 
-def test_a_network_that_is_not_of_transformers_is_refused_and_nothing_is_left(tmp_path):
+def test_rejects_network_outside_transformers_and_leaves_nothing(tmp_path):
     model = Residual().eval()
     data = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     run = anybit.calibrate(model, data, "4bit", samples=16, batch_size=8, pipeline="light", cache=False).save(tmp_path / "run")
@@ -365,7 +365,7 @@ def test_the_command_line_writes_and_verifies_a_folder(tmp_path, monkeypatch):
     ],
     ids=" ".join,
 )
-def test_options_that_do_not_go_together_are_refused(options, words, tmp_path, monkeypatch):
+def test_rejects_contradictory_options(options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "scheme.json").touch()

@@ -1,4 +1,4 @@
-"""Every export format keeps the same promises: it is told from its path, and refuses what is another's."""
+"""Properties of every export format: it is recognized by its path, and rejects the options of others."""
 
 import importlib
 import inspect
@@ -21,7 +21,7 @@ def functions(one):
 
 
 @ALL
-def test_its_functions_take_what_the_command_line_gives(one):
+def test_functions_accept_the_arguments_of_the_command_line(one):
     export, verify = functions(one)
     assert {"model", "overwrite", *one.options.values()} <= inspect.signature(export).parameters.keys()
     assert {"model", "data", "samples", "metric", "workers"} <= inspect.signature(verify).parameters.keys()
@@ -30,14 +30,14 @@ def test_its_functions_take_what_the_command_line_gives(one):
 
 
 @ALL
-def test_a_path_is_of_one_format_alone(one, tmp_path):
+def test_path_matches_exactly_one_format(one, tmp_path):
     path = tmp_path / PATHS[one.target]
     path.write_bytes(b"x") if one.target == "FILE" else path.mkdir()
     assert format_of(path) is one and [other.name for other in FORMATS if other.accepts(path)] == [one.name]
 
 
 @ALL
-def test_its_target_alone_chooses_it_with_its_own_options(one):
+def test_target_selects_the_format_with_its_options(one):
     options = {name: name in one.options for other in FORMATS for name in other.options}
     targets = {other.name: Path("x") if other is one else None for other in FORMATS}
     assert chosen_format(targets, options) == (one, Path("x"))
@@ -48,7 +48,7 @@ def test_its_target_alone_chooses_it_with_its_own_options(one):
 
 
 @ALL
-def test_an_option_of_another_format_is_refused_by_name(one):
+def test_rejects_option_of_another_format_by_name(one):
     targets = {other.name: Path("x") if other is one else None for other in FORMATS}
     for other in FORMATS:
         for name in other.options if other is not one else ():

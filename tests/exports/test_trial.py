@@ -1,4 +1,4 @@
-"""Inspection says, before any work, what export would refuse."""
+"""`inspect` reports, before any work, what export would reject."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 import anybit
 from anybit.errors import UnsupportedModel
 from anybit.reports.terminal import export_line
+from anybit.wording import in_python
 
 LIGHT = {"samples": 8, "batch_size": 8, "weight_bits": (8,), "activation_bits": (8,), "pipeline": "light", "solver": "none"}
 
@@ -31,18 +32,18 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_inspection_refuses_what_export_refuses_with_the_same_words(name, tmp_path):
+def test_inspect_reports_the_error_of_export(name, tmp_path):
     torch.manual_seed(0)
     network, data = REFUSED[name][0]().eval(), REFUSED[name][1]
     trial = anybit.inspect(network, data)["export"]
     run = anybit.calibrate(network, data, None, **LIGHT).save(tmp_path / "run")
     with pytest.raises(UnsupportedModel) as refusal:
         anybit.export(run, tmp_path / "net.onnx", model=network, data=data)
-    assert trial == {"ok": False, "reason": str(refusal.value)}
-    assert str(refusal.value) in export_line(trial)
+    assert not trial["ok"] and in_python(trial["reason"]) == str(refusal.value)
+    assert trial["reason"] in export_line(trial)
 
 
-def test_inspection_counts_the_layers_that_the_file_has_on_integers(tmp_path):
+def test_inspect_counts_the_integer_layers_of_the_file(tmp_path):
     model, data, keep = make(Residual), pictures(8), {"fc": "float"}
     trial = anybit.inspect(model, data, keep=keep)["export"]
     run = anybit.calibrate(model, data, None, keep=keep, **LIGHT).save(tmp_path / "run")
@@ -51,13 +52,13 @@ def test_inspection_counts_the_layers_that_the_file_has_on_integers(tmp_path):
     assert export_line(trial).endswith("6 of 7 layers on integers, in float: fc.")
 
 
-def test_what_was_not_tried_is_said():
+def test_inspect_says_when_export_was_not_tried():
     model = make(Residual)
     assert anybit.inspect(model)["export"] == {"ok": None, "reason": "it needs data"}
     assert anybit.inspect(model, pictures(4), export=False)["export"]["ok"] is None
 
 
-def test_the_runs_own_export_takes_up_the_graph_of_the_trial(tmp_path, monkeypatch):
+def test_export_reuses_the_graph_of_the_trial(tmp_path, monkeypatch):
     model, data = make(Residual), pictures(40)
     anybit.inspect(model, data)
     monkeypatch.setattr(torch.onnx, "export", None)

@@ -1,4 +1,4 @@
-"""Results that outlive the process: what is kept, when it is taken up, and that a run ends with the same bytes whatever was kept."""
+"""Results that outlive the process: what is stored, when it is reused, and that a run's bytes do not depend on it."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def refuse() -> Entry:
     raise AssertionError("it was to be taken up")
 
 
-def test_a_result_is_made_once_and_read_back_as_it_was(tmp_path):
+def test_result_is_computed_once_and_reads_back_equal(tmp_path):
     recall = Cache(tmp_path).keyed("weights")
     first = recall("result", stored_entry, lambda result: result)
     again = Cache(tmp_path).keyed("weights")
@@ -50,25 +50,25 @@ def test_a_result_is_made_once_and_read_back_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("other", [("weights", 1), ("weight",), ("weights", None), ()])
-def test_a_result_of_something_else_is_not_taken_up(tmp_path, other):
+def test_result_under_another_key_is_not_reused(tmp_path, other):
     Cache(tmp_path).keyed("weights").value("result", lambda: 1)
     assert Cache(tmp_path).keyed(*other).value("result", lambda: 2) == 2
     assert Cache(tmp_path).keyed("weights").value("another result", lambda: 3) == 3
 
 
-def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
+def test_cache_without_folder_stores_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Cache().value("result", lambda: 1) == 1 and Cache().value("result", lambda: 2) == 2
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_made_is_told_as_it_will_be_read(tmp_path):
+def test_computed_value_equals_the_value_read_later(tmp_path):
     computed, read = (Cache(tmp_path).value("result", lambda: {4: (1, 2.5)}) for _ in range(2))
     assert computed == read == {"4": [1, 2.5]}
 
 
 @given(st.integers(0, 2**32), st.sampled_from(["flip", "cut", "append", "empty"]))
-def test_a_damaged_result_is_named_and_made_again(tmp_path_factory, seed, damage):
+def test_damaged_result_is_reported_and_recomputed(tmp_path_factory, seed, damage):
     folder, rng = tmp_path_factory.mktemp("cache"), random.Random(seed)
     Cache(folder)("the layer's result", stored_entry, lambda result: result)
     file = entries(folder)[0].path
@@ -82,13 +82,13 @@ def test_a_damaged_result_is_named_and_made_again(tmp_path_factory, seed, damage
     assert same(cached, stored_entry()) and same(Cache(folder)("the layer's result", refuse, lambda result: result), stored_entry())
 
 
-def test_a_whole_result_that_is_not_what_it_should_be_is_made_again(tmp_path):
+def test_intact_result_of_the_wrong_form_is_recomputed(tmp_path):
     Cache(tmp_path).value("result", lambda: "text")
     with pytest.warns(UserWarning, match="could not convert string to float"):
         assert Cache(tmp_path).value("result", lambda: 2, float) == 2.0
 
 
-def test_a_place_that_takes_nothing_costs_a_warning_and_not_the_run(tmp_path):
+def test_unwritable_cache_costs_a_warning_not_the_run(tmp_path):
     (tmp_path / "file").write_text("in the way")
     recall = Cache(tmp_path / "file")
     with pytest.warns(UserWarning, match="takes no more") as warned:
@@ -97,7 +97,7 @@ def test_a_place_that_takes_nothing_costs_a_warning_and_not_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
+def test_interrupted_write_leaves_no_file(tmp_path, monkeypatch, error):
     def interrupted(self, target):
         raise error(28, "No space left on device")
 
@@ -107,19 +107,19 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_trimming_removes_the_least_recently_used_first(tmp_path):
+def test_trim_removes_least_recently_used_first(tmp_path):
     for number in range(4):
         Cache(tmp_path).value(f"result {number}", lambda number=number: number)
     files = {number: Cache(tmp_path)._path(f"result {number}") for number in range(4)}
     for number, path in files.items():
         os.utime(path, (number, number))
-    Cache(tmp_path).value("result 0", refuse)  # it was used now
+    Cache(tmp_path).value("result 0", refuse)  # used just now
     size = entries(tmp_path)[0].bytes
     assert trim_cache(tmp_path, 2 * size) == 2 * size
     assert [number for number, path in files.items() if path.is_file()] == [0, 3]
 
 
-def test_trimming_removes_what_a_killed_process_left_behind(tmp_path):
+def test_trim_removes_leftovers_of_a_killed_process(tmp_path):
     Cache(tmp_path).value("result", lambda: 1)
     folder = entries(tmp_path)[0].path.parent
     old, new = (folder / f".{'ab' * 32}.{process}.tmp" for process in (1, 2))
@@ -129,8 +129,8 @@ def test_trimming_removes_what_a_killed_process_left_behind(tmp_path):
     assert trim_cache(tmp_path, 10**9) == 4 and not old.is_file() and new.is_file() and len(entries(tmp_path)) == 1
 
 
-def test_trimming_touches_what_it_wrote_alone(tmp_path):
-    """A store may be put into a folder that holds other files, and links and pipes may be put into a store."""
+def test_trim_removes_only_files_of_the_cache(tmp_path):
+    """The cache folder may contain other files, links and pipes."""
     Cache(tmp_path).value("result", lambda: 1)
     results, letters = entries(tmp_path)[0].path.parent, tmp_path / "my"
     letters.mkdir()
@@ -148,7 +148,7 @@ def test_trimming_touches_what_it_wrote_alone(tmp_path):
     ]
 
 
-def test_a_result_that_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch):
+def test_unremovable_result_costs_a_warning(tmp_path, monkeypatch):
     for name in "abc":
         Cache(tmp_path).value(name, lambda: 1)
     entries(tmp_path)[0].path.write_bytes(b"damage")
@@ -164,7 +164,7 @@ def test_a_result_that_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch):
         remove_damaged(tmp_path)
 
 
-def test_damaged_results_are_found_without_a_run(tmp_path):
+def test_damaged_results_are_detected_without_a_run(tmp_path):
     for name in "abc":
         Cache(tmp_path).value(name, lambda: 1)
     file = Cache(tmp_path)._path("b")
@@ -182,22 +182,22 @@ SETTINGS = {
 
 
 def calibrated(folder: Path, cache, network=Residual, budget="4bit", **settings) -> dict[str, bytes]:
-    """The bytes of a run, times and memory left out."""
+    """The bytes of a run, without times and memory."""
     model = make(network)
     anybit.calibrate(model, pictures(40), budget, cache=cache, **{**SETTINGS, **settings}).save(folder, overwrite=True)
     return bytes_of(folder)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    """What a run folder holds, but for times and memory."""
+    """The bytes of a run folder, without times and memory."""
     cached = json.loads((folder / "report.json").read_text())
     cached.pop("stages")
     files = ("scheme.json", "model.safetensors", "candidates.json", "candidates.safetensors")
     return {"report": json.dumps(cached).encode(), **{name: (folder / name).read_bytes() for name in files}}
 
 
-def names_made(monkeypatch) -> list[str]:
-    """The names of results that are made from now on."""
+def computed_names(monkeypatch) -> list[str]:
+    """The names of results that are computed from now on."""
     computed: list[str] = []
     keep = Cache._keep
     monkeypatch.setattr(Cache, "_keep", lambda self, path, name, entry: (computed.append(name), keep(self, path, name, entry)))
@@ -205,10 +205,10 @@ def names_made(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("network", [Residual, NoBatchNorm, Windows])
-def test_a_run_ends_with_the_same_bytes_whatever_part_of_it_was_kept(tmp_path, monkeypatch, network):
+def test_run_is_byte_identical_with_any_part_cached(tmp_path, monkeypatch, network):
     settings = {"unit": "layer"} if network is Windows else {}
     reference = calibrated(tmp_path / "run", False, network, **settings)
-    cache, computed = tmp_path / "kept", names_made(monkeypatch)
+    cache, computed = tmp_path / "kept", computed_names(monkeypatch)
     assert calibrated(tmp_path / "run", cache, network, **settings) == reference
     everything = len(computed)
     assert everything == len(entries(cache)) > 20
@@ -217,17 +217,17 @@ def test_a_run_ends_with_the_same_bytes_whatever_part_of_it_was_kept(tmp_path, m
     for seed in range(6):
         rng = random.Random(seed)
         share, cached = rng.random(), entries(cache)
-        gone = [entry.path for entry in cached if rng.random() < share]
-        for path in gone:
+        removed = [entry.path for entry in cached if rng.random() < share]
+        for path in removed:
             path.unlink()
         computed.clear()
         assert calibrated(tmp_path / "run", cache, network, **settings) == reference
-        assert 0 < len(computed) <= everything - (len(cached) - len(gone)) or not gone
+        assert 0 < len(computed) <= everything - (len(cached) - len(removed)) or not removed
 
 
 @pytest.fixture(scope="module")
 def whole_cache(tmp_path_factory) -> Path:
-    """The cache of a run of SETTINGS, for copies alone."""
+    """The cache of a run of SETTINGS, only to be copied."""
     here = tmp_path_factory.mktemp("cache")
     calibrated(here / "run", here / "kept")
     return here / "kept"
@@ -235,12 +235,12 @@ def whole_cache(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def filled_cache(whole_cache, tmp_path) -> Path:
-    """That cache, the test's own."""
+    """A copy of that cache."""
     return shutil.copytree(whole_cache, tmp_path / "kept")
 
 
-def test_a_new_budget_takes_up_all_that_it_does_not_touch(tmp_path, monkeypatch, filled_cache):
-    computed = names_made(monkeypatch)
+def test_new_budget_reuses_every_independent_result(tmp_path, monkeypatch, filled_cache):
+    computed = computed_names(monkeypatch)
     calibrated(tmp_path / "run", filled_cache, budget="3bit")
     touched = ("allocation", "measured", "ranges", "candidates", "sequential", "batch-norm tuning", "bias tuning", "edge ranges")
     assert [name for name in computed if not name.startswith(touched)] == [] and "allocation" in computed
@@ -261,18 +261,18 @@ def test_a_new_budget_takes_up_all_that_it_does_not_touch(tmp_path, monkeypatch,
         ({"batch_size": 8}, "ranges"),
     ],
 )
-def test_a_setting_touches_what_depends_on_it_and_nothing_before(tmp_path, monkeypatch, filled_cache, settings, first):
+def test_changed_setting_recomputes_only_dependent_results(tmp_path, monkeypatch, filled_cache, settings, first):
     if "parallel" in settings:
         calibrated(tmp_path / "run", filled_cache, parallel=settings["parallel"])
-    computed = names_made(monkeypatch)
+    computed = computed_names(monkeypatch)
     with_cache = calibrated(tmp_path / "run", filled_cache, **settings)
     assert computed and computed[0].startswith(first)
     assert with_cache == calibrated(tmp_path / "run", False, **settings)
 
 
-def test_other_weights_data_or_code_take_up_nothing(tmp_path, monkeypatch):
+def test_other_weights_data_or_code_reuse_nothing(tmp_path, monkeypatch):
     model, inputs = make(Residual), pictures(40)
-    computed = names_made(monkeypatch)
+    computed = computed_names(monkeypatch)
     counts = []
 
     def run(model, inputs) -> int:
@@ -287,7 +287,7 @@ def test_other_weights_data_or_code_take_up_nothing(tmp_path, monkeypatch):
     counts.append(run(model, other))
     other = make(Residual)
     with torch.no_grad():
-        next(other.parameters())[0, 0, 0, 0] += 1e-6  # too little for other schemes to be measured
+        next(other.parameters())[0, 0, 0, 0] += 1e-6  # too small to change which schemes are measured
     counts.append(run(other, inputs))
     monkeypatch.setattr("anybit.roads.keys.code_version", lambda: "another")
     counts.append(run(model, inputs))
@@ -296,10 +296,10 @@ def test_other_weights_data_or_code_take_up_nothing(tmp_path, monkeypatch):
     assert len(set(counts)) == 1 and counts[0] > 10
 
 
-def test_a_metric_of_other_code_is_measured_again(tmp_path, monkeypatch):
+def test_changed_metric_code_is_measured_again(tmp_path, monkeypatch):
     model, inputs = make(Residual), pictures(40)
     labels = torch.zeros(40, dtype=torch.int64)
-    computed = names_made(monkeypatch)
+    computed = computed_names(monkeypatch)
     for metric in (lambda outputs, labels: 1.0, lambda outputs, labels: 2.0):
         computed.clear()
         settings = {**SETTINGS, "pipeline": "light"}
@@ -332,7 +332,7 @@ def started(output: str) -> subprocess.Popen:
 
 
 def stopped(output: str, after: int, by: signal.Signals) -> subprocess.Popen:
-    """A run that got this signal once `after` results were kept."""
+    """A run that receives this signal once `after` results are stored."""
     process = started(output)
     while process.poll() is None and len(entries(results_folder())) < after:
         time.sleep(0.05)
@@ -341,7 +341,7 @@ def stopped(output: str, after: int, by: signal.Signals) -> subprocess.Popen:
     return process
 
 
-def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(here):
+def test_killed_run_resumes_to_identical_bytes(here):
     assert anybit_cli(*COMMAND, "--threads", "1", "--no-cache", "--output", "reference").exit_code == 0
     for after in (3, 25):
         assert stopped("run", after, signal.SIGKILL).returncode == -signal.SIGKILL
@@ -352,14 +352,14 @@ def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(here):
     assert bytes_of(Path("run")) == bytes_of(Path("reference"))
 
 
-def test_ctrl_c_ends_with_130_and_leaves_what_was_finished(here):
+def test_ctrl_c_exits_with_130_and_keeps_finished_results(here):
     process = stopped("run", 10, signal.SIGINT)
     assert process.returncode == 130 and process.err.strip().endswith("anybit: interrupted")
     assert {path.name for path in here.iterdir()} == {"m.py", "x.npz"}
     assert len(entries(results_folder())) >= 10 and not list(results_folder().rglob("*.tmp"))
 
 
-def test_the_cache_is_shown_and_trimmed(here):
+def test_cache_verb_shows_and_trims(here):
     assert anybit_cli(*COMMAND, "--output", "run", "--pipeline", "light").exit_code == 0
     cached = json.loads(anybit_cli("cache", "--json").stdout)
     assert cached["results"] > 10 and cached["bytes"] == sum(entry.bytes for entry in entries(results_folder())) > 0
@@ -371,12 +371,12 @@ def test_the_cache_is_shown_and_trimmed(here):
     assert anybit_cli("cache", "--trim", "much").exit_code == 2
 
 
-def test_no_cache_keeps_nothing(here):
+def test_no_cache_stores_nothing(here):
     assert anybit_cli(*COMMAND, "--output", "run", "--pipeline", "light", "--no-cache").exit_code == 0
     assert entries(results_folder()) == []
 
 
-def test_a_full_disk_leaves_what_was_finished_and_nothing_half_written(here):
+def test_full_disk_keeps_finished_results_and_no_partial_files(here):
     limited = [sys.executable, "-c", LIMITED, *COMMAND, "--threads", "1", "--output", "run"]
     process = subprocess.run(limited, capture_output=True, text=True, timeout=120)
     assert process.returncode == 2, process.stderr
@@ -385,10 +385,10 @@ def test_a_full_disk_leaves_what_was_finished_and_nothing_half_written(here):
     process = started("run")
     output = process.communicate(timeout=120)[1]
     recalled, computed = map(int, re.search(r"(\d+) results taken up from the cache, (\d+) made anew", output).groups())
-    assert process.returncode == 0 and recalled > 20 and computed < 5  # the few that were too large to keep
+    assert process.returncode == 0 and recalled > 20 and computed < 5  # the few that were too large to store
 
 
-# No file of this process may grow beyond some kilobytes, as if the disk were full: results of layers fit, the run's files do not.
+# No file of this process can grow beyond a few kB, as on a full disk: results of layers fit, the run's files do not.
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
@@ -414,7 +414,7 @@ with whole_file(place / "file.json", "") as file, new_folder(place / "run", over
 
 @pytest.fixture
 def writers(tmp_path):
-    """Start other processes that write a file and a run, until they are let go on."""
+    """Start processes that write a file and a run, each once it reads a line from stdin."""
     started = []
 
     def start() -> subprocess.Popen:
@@ -436,7 +436,7 @@ def write_both(place: Path) -> None:
         (draft / "report.json").write_text("mine")
 
 
-def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path, writers):
+def test_partial_files_of_a_killed_process_are_removed_by_the_next(tmp_path, writers):
     process = writers()
     assert len(list(tmp_path.iterdir())) == 2
     process.kill()
@@ -445,7 +445,7 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path, writ
     assert {path.name for path in tmp_path.iterdir()} == {"run", "file.json"}
 
 
-def test_several_writers_of_one_place_each_end_and_the_last_ones_work_stays(tmp_path, writers):
+def test_concurrent_writers_all_finish_and_the_last_one_wins(tmp_path, writers):
     others = [writers(), writers()]
     write_both(tmp_path)
     assert (tmp_path / "file.json").read_text() == (tmp_path / "run" / "report.json").read_text() == "mine"
@@ -456,7 +456,7 @@ def test_several_writers_of_one_place_each_end_and_the_last_ones_work_stays(tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"run", "file.json"}
 
 
-def test_an_old_run_whose_replacement_was_killed_stays_until_there_is_another(tmp_path):
+def test_old_run_stays_when_its_replacement_is_killed(tmp_path):
     draft = tmp_path / f".run.{'0' * 16}.anybit"
     (draft / "old").mkdir(parents=True)
     with new_folder(tmp_path / "run") as new:
@@ -468,7 +468,7 @@ def test_an_old_run_whose_replacement_was_killed_stays_until_there_is_another(tm
 
 
 @pytest.mark.parametrize("dead", [1, 2024, 10**8])
-def test_what_is_the_users_own_stays_whatever_its_name(dead, tmp_path):
+def test_user_files_stay_whatever_their_names(dead, tmp_path):
     names = [f".run.{dead}.backup", f".run.{dead}.old.backup", f".run.{dead}.0123abcd", ".run.anybit", ".run.tmp", ".file.json.tmp",
              f".file.json.{dead}.tmp", f".run.2.{'0' * 16}.anybit"]  # fmt: skip
     for name in names:
@@ -480,7 +480,7 @@ def test_what_is_the_users_own_stays_whatever_its_name(dead, tmp_path):
     assert all((tmp_path / name / "mine.txt").is_file() for name in names) and (tmp_path / "elsewhere").is_dir()
 
 
-def test_the_longest_name_can_be_written(tmp_path):
+def test_writes_the_longest_file_name(tmp_path):
     name = "µ" * 120 + ".json"
     with whole_file(tmp_path / name, "") as draft:
         draft.write_text("x")

@@ -1,4 +1,4 @@
-"""Digests of what values hold: equal for equal contents in any process, and other for any other."""
+"""Content digests of values: equal for equal contents in any process, different otherwise."""
 
 import functools
 import logging
@@ -57,13 +57,13 @@ VALUES = [
 ]  # fmt: skip
 
 
-def test_other_contents_have_other_digests_and_a_digest_repeats():
+def test_digests_are_distinct_and_repeatable():
     digests = [contents_of(value) for value in VALUES]
     assert len(set(digests)) == len(digests)
     assert digests == [contents_of(value) for value in VALUES]
 
 
-def test_objects_of_equal_contents_agree_and_circles_end():
+def test_equal_objects_have_equal_digests_and_cycles_terminate():
     circle = [1]
     circle.append(circle)
     again = [1]
@@ -76,13 +76,13 @@ def test_objects_of_equal_contents_agree_and_circles_end():
 
 
 @pytest.mark.parametrize("name, value", [("FACTOR", 3.0), ("helper", lambda x: x + 1)])
-def test_what_a_function_reads_by_name_counts(name, value, monkeypatch):
+def test_digest_covers_globals_that_a_function_reads(name, value, monkeypatch):
     before = contents_of(metric)
     monkeypatch.setitem(globals(), name, value)
     assert contents_of(metric) != before
 
 
-def test_what_another_module_of_the_users_holds_counts(tmp_path, monkeypatch):
+def test_digest_covers_other_user_modules(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     seen = set()
     for number, factor in enumerate((1, 2)):
@@ -93,7 +93,7 @@ def test_what_another_module_of_the_users_holds_counts(tmp_path, monkeypatch):
     assert len(seen) == 2
 
 
-def test_what_cannot_be_looked_into_equals_nothing_else():
+def test_opaque_objects_are_never_equal():
     import threading
 
     assert contents_of(threading.Lock()) != contents_of(threading.Lock())
@@ -109,7 +109,7 @@ print(contents_of(metric), contents_of(VALUES), network_contents(make(Residual))
 """
 
 
-def test_digests_are_the_same_in_every_process():
+def test_digests_are_equal_in_every_process():
     here = Path(__file__).parent
     script = SCRIPT.format(tests=str(here.parent), files=str(here))
     runs = [
@@ -136,7 +136,7 @@ class Shifted(nn.Module):
         return self.fc(x) * self.factor + self.shift
 
 
-def test_a_network_counts_all_that_its_state_dict_does_not_hold():
+def test_network_digest_covers_state_outside_the_state_dict():
     plain = network_contents(Shifted())
     assert plain == network_contents(Shifted())
     trained = Shifted()
@@ -157,7 +157,7 @@ def test_a_network_counts_all_that_its_state_dict_does_not_hold():
     assert network_contents(Changed()) != plain
 
 
-def test_weights_count_by_name_type_and_shape():
+def test_weight_digest_covers_name_type_and_shape():
     weights = make(Residual).state_dict()
     renamed = {f"other.{name}": tensor for name, tensor in weights.items()}
     assert digest(weights) == digest(dict(weights)) != digest(renamed)

@@ -1,4 +1,4 @@
-"""Mutated files, through the functions of the benchmark; files that were a problem once; and folders from elsewhere, which run nothing."""
+"""Mutated files, through the benchmark's functions; files that once caused errors; foreign folders, which execute nothing."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def failed(cases) -> list:
     return [(case.number, case.kind, case.mutation, case.outcome) for case in cases if case.outcome.startswith("FAILED")]
 
 
-def test_mutated_files_end_in_a_typed_error_or_load_as_what_they_say(tmp_path):
+def test_mutated_file_raises_a_typed_error_or_loads_its_contents(tmp_path):
     cases = hostile_files.run_cases(tmp_path, range(260), seed=20)
     assert failed(cases) == []
     errors = {kind: sum(case.outcome == "error" for case in cases if case.kind == kind) for kind in hostile_files.KINDS}
@@ -44,8 +44,8 @@ def test_ten_thousand_mutated_files(tmp_path):
     assert failed(hostile_files.run_cases(tmp_path, range(10_000), seed=1)) == []
 
 
-def test_the_watch_over_a_case_works(tmp_path):
-    """A reader that passes damage, hangs, takes memory or raises otherwise would be seen."""
+def test_harness_detects_faulty_readers(tmp_path):
+    """It detects a reader that accepts damage, hangs, exhausts memory or raises another error."""
     kinds = {"passes": lambda folder: 0, "memory": lambda folder: np.ones(2**27), "raises": lambda folder: [][0]}
     for name, read in kinds.items():
         case = hostile_files.Case(0, name, "x", "m", False)
@@ -58,14 +58,14 @@ def test_the_watch_over_a_case_works(tmp_path):
         assert "TooLong" in case.outcome
 
 
-# What was a problem once
+# Regressions
 
 
 def edited(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_bit_width_of_thousands_of_digits_is_refused(run_folder):
+def test_rejects_bit_width_of_thousands_of_digits(run_folder):
     data = json.loads((run_folder / "scheme.json").read_text())
     data["layers"]["fc"]["precision"] = "W" + "9" * 5000
     edited(run_folder / "scheme.json", layers=data["layers"])
@@ -75,14 +75,14 @@ def test_a_bit_width_of_thousands_of_digits_is_refused(run_folder):
 
 
 @pytest.mark.parametrize(("field", "value"), [("model", {"reference": 5}), ("model", {"weights": 5}), ("data", {"reference": []})])
-def test_a_reference_that_is_no_text_is_refused(field, value, run_folder):
+def test_rejects_reference_that_is_not_text(field, value, run_folder):
     edited(run_folder / "scheme.json", **{field: value})
     with pytest.raises(InvalidFile, match=rf"scheme\.json: {field}"):
         read_scheme(run_folder)
 
 
 @pytest.mark.parametrize("rows", [10**12, 2**62])
-def test_an_absurd_size_is_refused_before_memory_is_asked_for(rows, run_folder):
+def test_rejects_absurd_size_before_allocating_memory(rows, run_folder):
     data = json.loads((run_folder / "scheme.json").read_text())
     data["layers"]["fc"]["rows"] = rows
     edited(run_folder / "scheme.json", layers=data["layers"])
@@ -92,14 +92,14 @@ def test_an_absurd_size_is_refused_before_memory_is_asked_for(rows, run_folder):
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}', "7", "[1]", "[", "null"])
-def test_a_broken_list_of_own_runs_is_named(content, run_folder, tmp_path):
+def test_broken_list_of_trusted_runs_is_named(content, run_folder, tmp_path):
     (tmp_path / "state" / "anybit" / "runs.json").write_text(content)
     edited(run_folder / "scheme.json", model={"reference": "os:getcwd"})
     with pytest.raises(InvalidFile, match=r"runs\.json"):
         anybit.load(run_folder)
 
 
-def test_a_report_that_was_edited_or_is_anothers_is_refused(run_folder, calibrated, tmp_path):
+def test_rejects_edited_report_and_report_of_another_run(run_folder, calibrated, tmp_path):
     assert read_report(run_folder)["result"] == calibrated[2].report["result"]
     report = json.loads((run_folder / "report.json").read_text())
     edited(run_folder / "report.json", result={**report["result"], "weight_bits": 1.0})
@@ -111,7 +111,7 @@ def test_a_report_that_was_edited_or_is_anothers_is_refused(run_folder, calibrat
         read_report(run_folder)
 
 
-def test_a_reports_times_may_differ(run_folder):
+def test_accepts_report_with_other_times(run_folder):
     edited(run_folder / "report.json", stages=[])
     assert read_report(run_folder)["stages"] == []
 
@@ -132,7 +132,7 @@ def test_a_reports_times_may_differ(run_folder):
         ("units", lambda units: {name: {"before": 1.0} for name in units}),
     ],
 )
-def test_a_report_that_lacks_what_is_shown_of_it_is_refused(section, change, run_folder):
+def test_rejects_report_with_missing_fields(section, change, run_folder):
     path = run_folder / "report.json"
     edited(path, **{section: change(json.loads(path.read_text())[section])})
     hostile_files.remake_report(run_folder)
@@ -141,7 +141,7 @@ def test_a_report_that_lacks_what_is_shown_of_it_is_refused(section, change, run
     assert len(str(raised.value)) < 1000
 
 
-def test_messages_are_short_whatever_the_file_says(run_folder, calibrated, tmp_path):
+def test_error_messages_are_short_for_any_file(run_folder, calibrated, tmp_path):
     save_file({"a" * 10_000: torch.ones(1)}, tmp_path / "w.safetensors")
     with pytest.raises(SchemeMismatch, match="have besides aaa") as raised:
         anybit.sources.models.load_weights(make(Residual), tmp_path / "w.safetensors")
@@ -154,7 +154,7 @@ def test_messages_are_short_whatever_the_file_says(run_folder, calibrated, tmp_p
     assert len(str(raised.value)) < 1000
 
 
-def test_candidates_of_another_run_are_refused(run_folder, calibrated, tmp_path):
+def test_rejects_candidates_of_another_run(run_folder, calibrated, tmp_path):
     other = anybit.allocate(run_folder, "6bit", data=calibrated[1], model=calibrated[0]).save(tmp_path / "other")
     for name in ("candidates.json", "candidates.safetensors"):
         shutil.copy(other / name, run_folder / name)
@@ -175,7 +175,7 @@ def test_candidates_of_another_run_are_refused(run_folder, calibrated, tmp_path)
         ("choices", lambda c: {**c, "fc9": ["W8A8"]}),
     ],
 )
-def test_edited_candidates_with_their_digest_are_refused(section, change, run_folder, calibrated):
+def test_rejects_edited_candidates_with_a_matching_digest(section, change, run_folder, calibrated):
     path = run_folder / "candidates.json"
     edited(path, **{section: change(json.loads(path.read_text())[section])})
     hostile_files.reseal(path)
@@ -184,12 +184,12 @@ def test_edited_candidates_with_their_digest_are_refused(section, change, run_fo
     assert isinstance(raised.value, (InvalidFile, SchemeMismatch)) and "\n" not in str(raised.value)
 
 
-def test_a_link_to_its_own_parent_is_no_run(run_folder):
+def test_rejects_run_that_links_to_its_parent(run_folder):
     (run_folder / "again").symlink_to(run_folder.parent)
     assert not is_run(run_folder)
 
 
-def test_a_compressed_archive_of_weights_is_refused(tmp_path):
+def test_rejects_compressed_archive_of_weights(tmp_path):
     import zipfile
 
     torch.save(make(Residual).state_dict(), tmp_path / "w.pt")
@@ -202,7 +202,7 @@ def test_a_compressed_archive_of_weights_is_refused(tmp_path):
 
 
 class Marker:
-    """What a pickle that runs code would leave."""
+    """A pickle that leaves a mark when it runs code."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -211,7 +211,7 @@ class Marker:
         return Path.touch, (self.path,)
 
 
-def test_pickled_code_among_weights_is_not_run(tmp_path):
+def test_pickled_code_in_weights_is_not_executed(tmp_path):
     torch.save({"a": Marker(tmp_path / "executed")}, tmp_path / "w.pt")
     np.savez(tmp_path / "x.npz", x=np.array([Marker(tmp_path / "executed")], dtype=object))
     with pytest.raises(InvalidFile, match=r"w\.pt"):
@@ -237,7 +237,7 @@ def test_a_broken_picture_is_named(tmp_path):
                 assert "a.png" in str(error)
 
 
-def test_an_exported_file_that_names_other_files_is_refused(exported_run):
+def test_rejects_exported_file_with_external_data(exported_run):
     run_folder, exported, model, data = exported_run
     graph = onnx.load(exported)
     tensor = graph.graph.initializer[0]
@@ -250,7 +250,7 @@ def test_an_exported_file_that_names_other_files_is_refused(exported_run):
 
 
 def another_shape(graph: onnx.GraphProto) -> str:
-    """A constant that a weight's codes are brought into shape by."""
+    """Change a constant that reshapes a weight's codes."""
     shape = next(tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT64)
     shape.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(shape) + 10**12, shape.name))
     return shape.name
@@ -262,9 +262,9 @@ def another_setting(graph: onnx.GraphProto) -> str:
 
 
 @pytest.mark.parametrize("change", [another_shape, another_setting])
-def test_a_graph_that_is_not_the_runs_is_not_run(change, calibrated, tmp_path, monkeypatch):
+def test_graph_that_differs_from_the_run_is_not_executed(change, calibrated, tmp_path, monkeypatch):
     model, data, _ = calibrated
-    result = anybit.calibrate(model, data, "6bit", pipeline="light", cache=False)  # with weights of widths that ONNX has no type for
+    result = anybit.calibrate(model, data, "6bit", pipeline="light", cache=False)  # with bit-widths that ONNX has no type for
     run_folder, exported = result.save(tmp_path / "run"), tmp_path / "net.onnx"
     anybit.export(run_folder, exported, model=model, data=data)
     graph = onnx.load(exported)
@@ -275,7 +275,7 @@ def test_a_graph_that_is_not_the_runs_is_not_run(change, calibrated, tmp_path, m
     assert not report["ok"] and named in report["failures"][0] and "not run" in report["skipped"]["kernels and numbers"]
 
 
-# A folder from elsewhere: its references are code, and no verb follows them
+# A foreign folder: its references are code, and no verb follows them
 
 SCRIPT = """
 import pathlib
@@ -291,14 +291,14 @@ def network():
 
 
 def foreign(folder: Path, script: Path) -> None:
-    """The folder as a stranger would hand it on: every reference in it names the script."""
+    """Make the folder a stranger's: every reference in it names the script."""
     for name in ("scheme.json", "supernet.json"):
         if (folder / name).is_file():
             edited(folder / name, model={"reference": f"{script}:make", "weights": str(script)}, data={"reference": f"{script}:data"})
 
 
 @pytest.mark.parametrize("reference", ["{script}:make", "os:getcwd", "antigravity:fly", "timm:hf-hub:someone/else", "torchvision:../x"])
-def test_a_strangers_reference_is_code_and_is_not_followed(reference, run_folder, tmp_path):
+def test_foreign_reference_is_not_followed(reference, run_folder, tmp_path):
     script = tmp_path / "trap.py"
     script.write_text(SCRIPT.format(mark=str(tmp_path / "executed")))
     edited(run_folder / "scheme.json", model={"reference": reference.format(script=script)})
@@ -307,7 +307,7 @@ def test_a_strangers_reference_is_code_and_is_not_followed(reference, run_folder
     assert not (tmp_path / "executed").exists()
 
 
-def test_no_verb_runs_what_a_folder_from_elsewhere_names(exported_run, tmp_path, monkeypatch):
+def test_no_verb_executes_code_named_by_a_foreign_folder(exported_run, tmp_path, monkeypatch):
     run_folder, exported, *_ = exported_run
     monkeypatch.chdir(tmp_path)
     network, x = make(Residual), torch.randn(40, 3, 8, 8)
@@ -346,6 +346,6 @@ def test_no_verb_runs_what_a_folder_from_elsewhere_names(exported_run, tmp_path,
     read_report(run_folder)
     with pytest.raises(anybit.InvalidSetting):
         anybit.load_supernet(store)
-    with pytest.raises(anybit.InvalidSetting, match="--data"):
+    with pytest.raises(anybit.InvalidSetting, match="data="):
         anybit.verify(run_folder, exported, model=network)
     assert not (tmp_path / "executed").exists() and not Path("out").exists()

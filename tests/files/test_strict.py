@@ -1,4 +1,4 @@
-"""What every reader shares: JSON and tensors that say more, less or otherwise than they should."""
+"""Strict reading: JSON and tensors with missing, extra or malformed contents."""
 
 import ast
 import json
@@ -48,14 +48,14 @@ NO_JSON = {
 
 
 @pytest.mark.parametrize("name", NO_JSON)
-def test_what_parsers_disagree_on_is_no_json(name):
+def test_rejects_json_on_which_parsers_disagree(name):
     with pytest.raises(InvalidFile, match=r"^here is not valid JSON: .+ Restore") as raised:
         parse_json(NO_JSON[name], "here")
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
 
 
 @pytest.mark.parametrize("value", [[], {"a": [1, -(2**63), 2**63 - 1, 1e308, 5e-324, "é\u2028\U0001f600", None, True]}])
-def test_what_is_json_is_read_as_it_was_written(value, tmp_path):
+def test_json_round_trips(value, tmp_path):
     write_json(tmp_path / "x.json", value)
     assert read_json(tmp_path / "x.json") == value
     deep = value
@@ -64,16 +64,16 @@ def test_what_is_json_is_read_as_it_was_written(value, tmp_path):
     assert parse_json(json.dumps(deep), "here") == deep
 
 
-def test_a_folder_or_a_pipe_is_no_file(tmp_path):
+def test_rejects_folders_and_pipes(tmp_path):
     import os
 
-    os.mkfifo(tmp_path / "pipe.json")  # to read it would wait for ever
+    os.mkfifo(tmp_path / "pipe.json")  # reading it would block forever
     for name in (".", "pipe.json", "nowhere.json"):
         with pytest.raises(InvalidFile, match="is not there"):
             read_json(tmp_path / name)
 
 
-def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, full_disk):
+def test_file_is_written_whole_or_left_unchanged(tmp_path, full_disk):
     path = tmp_path / "new" / "x.json"
     writers = (lambda draft: write_json(draft, [0] * 1000), lambda draft: save_file({"x": torch.zeros(1000)}, draft))
     for before in (None, b"before"):
@@ -95,7 +95,7 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, full_disk):
 
 
 @pytest.mark.parametrize("place", ["file/x.json", "folder"])
-def test_what_is_no_place_for_a_file_is_named(place, tmp_path):
+def test_unwritable_path_is_named(place, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder" / "inside").mkdir(parents=True)
     with (
@@ -109,12 +109,12 @@ def test_what_is_no_place_for_a_file_is_named(place, tmp_path):
 @pytest.mark.parametrize(
     ("version", "message"), [(2, "Upgrade anybit"), (0, "from 1 to 1"), ("1", "from 1 to 1"), (True, "from 1 to 1"), (None, "None")]
 )
-def test_a_version_is_a_number_that_is_known(version, message):
+def test_rejects_unknown_version(version, message):
     with pytest.raises(InvalidFile, match=message):
         check_version({"version": version}, Path("x.json"), 1)
 
 
-def test_a_sealed_file_is_read_until_it_is_changed(tmp_path):
+def test_rejects_sealed_file_once_changed(tmp_path):
     path, data = tmp_path / "x.json", {"version": 1, "a": [1.5, "b"], "seconds": 3.0}
     write_json(path, sealed(data, ("seconds",)))
     assert read_sealed(path, 1, "Make it again.", ("seconds",))["a"] == data["a"]
@@ -129,7 +129,7 @@ def test_a_sealed_file_is_read_until_it_is_changed(tmp_path):
         read_sealed(path, 1, "Make it again.")
 
 
-def test_a_digest_is_of_what_is_said_and_not_of_how(tmp_path):
+def test_digest_is_independent_of_formatting(tmp_path):
     data = {"a": 1, "é": [0.1, None]}
     for text in (json.dumps(data), json.dumps(data, indent=3, ensure_ascii=False)):
         assert digest_of(parse_json(text, "here")) == digest_of(data)
@@ -141,7 +141,7 @@ def test_a_digest_is_of_what_is_said_and_not_of_how(tmp_path):
     [{"size": True}, {"size": 1.5}, {"size": 10**12}, {"mean": "0.5"}, {"columns": 5}, {"interpolation": []}, {"std": {}}, [], {"crop": 3}],
     ids=str,
 )
-def test_preprocessing_of_other_types_is_refused(data):
+def test_rejects_preprocessing_of_other_types(data):
     with pytest.raises(anybit.AnybitError):
         Preprocessing.from_json(data)
 
@@ -174,20 +174,20 @@ NO_TENSORS = {
 
 @pytest.mark.parametrize("name", NO_TENSORS)
 @pytest.mark.parametrize("framework", ["pt", "np"])
-def test_tensors_that_are_not_as_expected_are_named(name, framework, tmp_path):
+def test_unexpected_tensors_are_named(name, framework, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(NO_TENSORS[name])
     with pytest.raises(InvalidFile, match=r"x\.safetensors"):
         read_tensors(tmp_path / "x.safetensors", {"x": TensorSpec("F32", (4,))}, framework)
 
 
-def test_expected_tensors_are_read(tmp_path):
+def test_reads_expected_tensors(tmp_path):
     save_file({"x": torch.arange(4.0), "y": torch.ones(2, 3, dtype=torch.int8)}, tmp_path / "x.safetensors", {"a": "b"})
     specs, metadata = read_header(tmp_path / "x.safetensors")
     assert specs == {"x": TensorSpec("F32", (4,)), "y": TensorSpec("I8", (2, 3))} and metadata == {"a": "b"}
     assert torch.equal(read_tensors(tmp_path / "x.safetensors", specs)["x"], torch.arange(4.0))
 
 
-# No pickle: every import and call of the package
+# No pickle: all imports and calls of the package
 
 FORBIDDEN = {
     "pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "jsonpickle", "code", "codeop",
@@ -212,7 +212,7 @@ def modules(tree: ast.AST) -> set[str]:
 
 
 def unguarded_calls(tree: ast.AST) -> list[str]:
-    """Calls that run text (eval, exec, compile), and readers without the argument that keeps them from running what they read."""
+    """Calls that execute text (eval, exec, compile), and readers without the argument that forbids it."""
     names = []
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name = call.func
@@ -226,12 +226,12 @@ def unguarded_calls(tree: ast.AST) -> list[str]:
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: path.stem)
-def test_no_module_can_run_what_a_file_says(path):
+def test_no_module_can_execute_file_contents(path):
     tree = ast.parse(path.read_text())
     assert modules(tree) & FORBIDDEN == set() and unguarded_calls(tree) == []
 
 
-def test_the_search_for_such_calls_finds_them():
-    # Text for the search to find, never run.
+def test_detects_such_calls():
+    # Text for the detector, never executed.
     code = "import pickle, numpy as np\nnp.load('x')\ntorch.load(f, weights_only=False)\neval('1')\nmodel.eval()\nast.literal_eval('1')"
     assert modules(ast.parse(code)) & FORBIDDEN == {"pickle"} and len(unguarded_calls(ast.parse(code))) == 3

@@ -1,4 +1,4 @@
-"""The reconstruction loop: what it may change, what it must not, with every rounding."""
+"""The reconstruction loop with every rounding: what it changes and what it must leave unchanged."""
 
 import copy
 from dataclasses import replace
@@ -28,14 +28,14 @@ every_rounding = pytest.mark.parametrize("rounding", [rounding_named(name) for n
 
 
 class Reckless(AdaQuant):
-    """Steps so large that nothing improves."""
+    """A rounding with steps so large that nothing improves."""
 
     def __init__(self, start, quantizer):
         super().__init__(start, quantizer, weight_rate=50.0, scale_rate=3.0)
 
 
 def fit(case: Rounded, settings: ReconstructionSettings = FEW, model: nn.Module | None = None) -> dict[str, dict[str, float]]:
-    """Reconstruct the rounded model, or `model`, in place, sequentially; errors of each unit."""
+    """Reconstruct the rounded model, or `model`, in place, sequentially; return each unit's errors."""
     network = case.network
     return sequential(model or case.model, network.folded, network.units, case.starts, network.wiring, case.calibration, settings)
 
@@ -43,7 +43,7 @@ def fit(case: Rounded, settings: ReconstructionSettings = FEW, model: nn.Module 
 def fitted(
     model: nn.Module, precision: str, settings: ReconstructionSettings = FEW, **more
 ) -> tuple[Rounded, nn.Module, dict[str, dict[str, float]]]:
-    """(what was rounded, a copy of its model reconstructed, errors of each unit)."""
+    """Return (the rounded case, a reconstructed copy of its model, each unit's errors)."""
     case = rounded(model, precision, **more)
     changed = copy.deepcopy(case.model)
     return case, changed, fit(case, settings, changed)
@@ -52,15 +52,15 @@ def fitted(
 @every_rounding
 @pytest.mark.parametrize("unit", ["layer", "block"])
 @pytest.mark.parametrize("precision", ["W2A4", "W4A8", "W3"])
-def test_no_units_held_out_error_rises(precision, unit, rounding):
-    steps = 100 if rounding is AdaQuant else 200  # others may have to decide what AdaQuant has rounded from the first step on
+def test_held_out_error_of_no_unit_rises(precision, unit, rounding):
+    steps = 100 if rounding is AdaQuant else 200  # other roundings decide at the end what AdaQuant rounds from the first step
     case, _, errors = fitted(make(Residual), precision, ReconstructionSettings(rounding, steps=steps, batch_size=16), unit=unit)
     assert set(errors) == {unit.name for unit in case.network.units}
     assert all(error["after"] <= error["before"] for error in errors.values())
     assert sum(error["after"] for error in errors.values()) < 0.9 * sum(error["before"] for error in errors.values())
 
 
-def test_a_unit_that_nothing_improves_stays_bitwise_as_it_was():
+def test_unit_without_improvement_stays_bitwise_unchanged():
     case, changed, errors = fitted(make(Residual), "W4A4", ReconstructionSettings(Reckless, steps=4))
     not_improved = [name for name, error in errors.items() if error["steps"] == 0]
     assert not_improved
@@ -71,7 +71,7 @@ def test_a_unit_that_nothing_improves_stays_bitwise_as_it_was():
 
 
 @every_rounding
-def test_eight_bits_have_next_to_nothing_to_gain(rounding):
+def test_eight_bits_hardly_change_the_outputs(rounding):
     case, changed, _ = fitted(make(Residual), "W8A8", ReconstructionSettings(rounding, steps=100, batch_size=16))
     inputs = [Batch(pictures(16, 9))]
     before, after = outputs_of(case.model, inputs), outputs_of(changed, inputs)
@@ -79,7 +79,7 @@ def test_eight_bits_have_next_to_nothing_to_gain(rounding):
 
 
 @every_rounding
-def test_the_canonical_form_is_reached_and_the_errors_are_its_own(rounding):
+def test_result_is_canonical_and_errors_are_measured_on_it(rounding):
     case, changed, errors = fitted(make(Residual), "W3A4", ReconstructionSettings(rounding, steps=50, batch_size=16))
     assert scheme_of(changed) == scheme_of(case.model)
     for layer in quantized_layers(changed).values():
@@ -87,27 +87,27 @@ def test_the_canonical_form_is_reached_and_the_errors_are_its_own(rounding):
         assert torch.equal(weight_rows(layer, layer.weight), codes_of(layer).float() * layer.weight_quantizer.scale)
         assert torch.equal(weight_rows(layer, layer.weight), weight_rows(layer, layer._parameters["weight"]))
     assert list(changed.state_dict()) == list(case.model.state_dict())
-    repeated = fit(case, replace(FEW, rounding=Reckless), copy.deepcopy(changed))  # what it measures before it changes anything
+    repeated = fit(case, replace(FEW, rounding=Reckless), copy.deepcopy(changed))  # the error before any change
     for name, error in errors.items():
         assert repeated[name]["before"] == pytest.approx(error["after"], rel=1e-3)
 
 
 @every_rounding
-def test_one_seed_gives_one_result_and_another_another(rounding):
+def test_result_depends_on_the_seed(rounding):
     states = [fitted(make(Residual), "W2A4", ReconstructionSettings(rounding, steps=6, seed=seed))[1].state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
     assert any(not torch.equal(tensor, states[2][key]) for key, tensor in states[0].items())
 
 
 @every_rounding
-def test_the_random_state_is_left_as_it_was(rounding):
+def test_global_random_state_is_restored(rounding):
     state = torch.get_rng_state()
     fitted(make(Chain), "W4A4", replace(FEW, rounding=rounding))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @every_rounding
-def test_the_float_network_is_left_as_it_was(rounding):
+def test_float_network_is_unchanged(rounding):
     case = rounded(make(Residual), "W4A4")
     models = (case.network.float_model, case.network.folded, case.network.prepared)
     before = [snapshot(model) for model in models]
@@ -117,7 +117,7 @@ def test_the_float_network_is_left_as_it_was(rounding):
 
 
 @every_rounding
-def test_an_all_zero_channel_stays_finite(rounding):
+def test_all_zero_channel_stays_finite(rounding):
     _, changed, errors = fitted(zero_channel(make(Chain)), "W2A4", replace(FEW, rounding=rounding, steps=100), name="chain")
     assert all(torch.isfinite(tensor).all() for tensor in changed.state_dict().values())
     assert all(error["after"] <= error["before"] < float("inf") for error in errors.values())
@@ -135,7 +135,7 @@ class Scaled(nn.Module):
 
 
 class Deepening(nn.Module):
-    """Blocks that the network calls with a number beside their input, each with its own."""
+    """Blocks that the network calls with a number beside their input, a different one for each."""
 
     def __init__(self):
         super().__init__()
@@ -148,13 +148,13 @@ class Deepening(nn.Module):
 
 
 @pytest.mark.parametrize("memory", [0, 10_000])
-def test_spilling_to_disk_changes_nothing(memory):
+def test_spilling_to_disk_changes_no_result(memory):
     one, other = (fitted(make(Residual), "W3A4", replace(FEW, memory=limit))[1].state_dict() for limit in (memory, 2**30))
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
 @pytest.mark.parametrize(("network", "unit"), [(Chain, "layer"), (Deepening, "block")], ids=["chain", "numbers as arguments"])
-def test_what_is_carried_from_unit_to_unit_is_what_would_be_captured(network, unit, monkeypatch):
+def test_carried_inputs_equal_captured_ones(network, unit, monkeypatch):
     case = rounded(make(network), "W3A4", unit=unit)
     models, errors = [copy.deepcopy(case.model), copy.deepcopy(case.model)], []
     assert any(case.network.wiring.feeds(a.name, b.name) for a, b in pairwise(case.network.units))
@@ -166,7 +166,7 @@ def test_what_is_carried_from_unit_to_unit_is_what_would_be_captured(network, un
     assert torch.allclose(*(outputs_of(model, case.calibration.held_out) for model in models), atol=1e-3)
 
 
-def test_gathering_patches_computes_nothing_behind_the_last_layer_that_is_read():
+def test_gathering_patches_stops_after_the_last_layer_read():
     case, computed = rounded(make(Deepening), "W3A4"), []
     network, unit = case.network, case.network.units[0]
     fitting, _ = capture_sides(None, network.folded, unit, case.calibration, MemoryBudget(2**30), 8)
@@ -177,7 +177,7 @@ def test_gathering_patches_computes_nothing_behind_the_last_layer_that_is_read()
 
 
 @every_rounding
-def test_parallel_units_do_not_depend_on_each_other(rounding):
+def test_parallel_units_are_independent(rounding):
     case = rounded(make(Residual), "W3", unit="layer")
     network, together, alone = case.network, copy.deepcopy(case.model), copy.deepcopy(case.model)
     settings, rest = replace(FEW, rounding=rounding), (network.wiring, case.calibration)
@@ -189,7 +189,7 @@ def test_parallel_units_do_not_depend_on_each_other(rounding):
         assert torch.equal(codes_of(moved), codes_of(other)) and torch.equal(moved.weight_quantizer.scale, other.weight_quantizer.scale)
 
 
-def test_every_variant_is_reconstructed_as_if_alone():
+def test_variants_are_reconstructed_independently():
     case, coarse = (rounded(make(Chain), bits, name="chain", unit="layer") for bits in ("W3", "W2"))
     network, alone, rest = case.network, copy.deepcopy(case.model), (case.network.wiring, case.calibration, FEW)
     variants, starts = {2: coarse.model, 3: case.model}, {2: coarse.starts, 3: case.starts}
@@ -199,7 +199,7 @@ def test_every_variant_is_reconstructed_as_if_alone():
 
 
 @every_rounding
-def test_the_layers_of_attention_are_reconstructed(rounding):
+def test_attention_layers_are_reconstructed(rounding):
     _, changed, errors = fitted(make(Attention), "W3A8", replace(FEW, rounding=rounding), name="attention")
     assert set(errors) == {"inner", "attention.in_proj", "attention.out_proj", "fc"} and all(
         torch.isfinite(tensor).all() for tensor in changed.state_dict().values()
@@ -207,18 +207,18 @@ def test_the_layers_of_attention_are_reconstructed(rounding):
 
 
 @every_rounding
-def test_a_scheme_with_float_and_pruned_layers_is_reconstructed(rounding):
+def test_reconstructs_scheme_with_float_and_pruned_layers(rounding):
     case = rounded(make(Chain), "W3A8", "chain", keep={"conv1": Precision(), "conv2": Precision(0)})
     scheme = scheme_of(case.model)
     errors = fit(case, replace(FEW, rounding=rounding))
-    assert scheme_of(case.model) == scheme and set(errors) == {"fc"}  # nothing to fit in the others
+    assert scheme_of(case.model) == scheme and set(errors) == {"fc"}  # the others have nothing to fit
 
 
 def unit_data(model: nn.Module, name: str, inputs: torch.Tensor) -> UnitData:
     return UnitData(capture(model, name, [Batch(inputs)], len(inputs), MemoryBudget(2**30), outputs=True), None, len(inputs))
 
 
-def test_errors_are_taken_after_the_activation():
+def test_errors_are_measured_after_the_activation():
     """What a ReLU cuts off is no error: a unit whose outputs are all negative has none."""
     case = rounded(make(Chain), "W2A2", name="chain", unit="layer")
     data = [unit_data(case.network.folded, "conv1", pictures(8, seed)) for seed in (1, 2)]
@@ -227,14 +227,14 @@ def test_errors_are_taken_after_the_activation():
     assert errors["before"] == errors["after"] == 0
 
 
-def test_penalties_are_asked_for_with_the_share_of_steps_done_and_are_minimized():
-    asked = []
+def test_penalty_receives_progress_and_is_minimized():
+    received = []
 
     class Pulled(AdaQuant):
-        """A weight that is pulled to zero."""
+        """A weight with a penalty that pulls it to zero."""
 
         def penalty(self, progress):
-            asked.append(progress)
+            received.append(progress)
             return 1e3 * self.in_steps.square().mean()
 
     case = rounded(make(Chain), "W8", name="chain", unit="layer")
@@ -244,11 +244,11 @@ def test_penalties_are_asked_for_with_the_share_of_steps_done_and_are_minimized(
     hook = layer.register_forward_pre_hook(lambda layer, args: weights.append(float(layer.weight.detach().square().sum())))
     reconstruct(layer, {"": case.starts["conv1"]}, *data, identity, monitor)
     hook.remove()
-    assert asked == [0.25, 0.5, 0.75, 1.0]
+    assert received == [0.25, 0.5, 0.75, 1.0]
     assert min(weights) < weights[0]
 
 
-def test_dropped_activations_are_dropped_in_training_only():
+def test_activations_are_dropped_only_in_training():
     learned = DroppedInput(UniformQuantizer(2, False, torch.tensor(1.0), torch.tensor(1.0)), drop=0.5)
     x = torch.rand(4000) * 0.4 + 0.05
     learned.eval()
@@ -260,7 +260,7 @@ def test_dropped_activations_are_dropped_in_training_only():
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.25, 1.0])
-def test_a_mix_takes_each_element_from_one_of_the_two(drop):
+def test_mix_takes_each_element_from_one_of_the_two(drop):
     x, quantized = torch.randn(31, 101), torch.randn(31, 101)
     mixed = mix(x, quantized, drop)
     assert ((mixed == x) | (mixed == quantized)).all()
@@ -268,7 +268,7 @@ def test_a_mix_takes_each_element_from_one_of_the_two(drop):
 
 
 class Pyramid(nn.Module):
-    """A head that runs on two sizes of pictures, as detectors' do, with an activation after each of its calls."""
+    """A head that runs on two sizes of images, as in detectors, with an activation after each call."""
 
     def __init__(self):
         super().__init__()
@@ -283,7 +283,7 @@ class Pyramid(nn.Module):
 
 @every_rounding
 @pytest.mark.parametrize("form", ["sequential", "parallel"])
-def test_a_layer_that_runs_several_times_is_fitted_to_all_its_calls(form, rounding):
+def test_repeated_layer_is_fitted_to_all_its_calls(form, rounding):
     case = rounded(make(Pyramid), "W2A4")
     network, settings = case.network, ReconstructionSettings(rounding, steps=100, batch_size=16)
     changed = copy.deepcopy(case.model)
@@ -294,7 +294,7 @@ def test_a_layer_that_runs_several_times_is_fitted_to_all_its_calls(form, roundi
         errors = parallel({2: changed}, network.folded, network.units, starts, network.wiring, case.calibration, settings)["head"][2]
 
     def error(model: nn.Module) -> float:
-        """The error of the head alone, over both calls, by the definition."""
+        """Compute the head's error over both calls, by definition."""
         wrong = power = 0.0
         for batch in case.calibration.held_out:
             with torch.no_grad():
@@ -312,7 +312,7 @@ def test_a_layer_that_runs_several_times_is_fitted_to_all_its_calls(form, roundi
 
 
 class Positions(nn.Module):
-    """A layer that reads data in one call and the same positions in another, whatever the batch."""
+    """A layer that reads data in one call, and the same positions in another, whatever the batch."""
 
     def __init__(self):
         super().__init__()
@@ -322,10 +322,10 @@ class Positions(nn.Module):
         return self.key(x) @ self.key(self.positions).T
 
 
-def test_a_call_that_reads_no_data_is_fitted_as_one_sample():
+def test_call_without_data_is_fitted_as_one_sample():
     batches = [
         Batch(numbers(count, 5, 6, seed=count).cumsum(2)) for count in (70, 140, 90)
-    ]  # the positions' rows are those of a batch, or not
+    ]  # as many positions as samples in a batch, or not
     case = rounded(make(Positions), "W2A8", calibration=Calibration(batches[:2], batches[2:]))
     fitting = capture_sides(None, case.network.folded, case.network.units[0], case.calibration, MemoryBudget(2**20), 32)[0]
     data, constant = fitting.calls

@@ -1,10 +1,12 @@
-"""The epoch loop: what it draws, what it refuses, what a checkpoint gives back, and several processes."""
+"""The epoch loop: drawing batches, rejected inputs, checkpoints, and several processes."""
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from networks import NoBatchNorm, Residual, make, pictures
@@ -13,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import anybit
-from anybit.data.augment import augmented
+from anybit.data.augment import augmented, border_of
 from anybit.data.batches import Batch
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
 from anybit.loops.settings import TrainSettings
@@ -21,31 +23,33 @@ from anybit.loops.training import _steps, epoch_batches, learning_rate
 from anybit.networks.layers import quantized_layers
 from anybit.progress import listening
 from anybit.scheme import Precision, Scheme
+from anybit.sources.arrays import samples_of_arrays
 from anybit.sources.inputs import as_samples
+from anybit.sources.preprocessing import Preprocessing
 
 TESTS = Path(__file__).parent.parent
 
 
 def labelled(count=48, cls=Residual):
-    """Pictures, and what the float network takes them for."""
+    """Images, labelled with the float network's predictions."""
     x = pictures(count)
     with torch.no_grad():
         return x, make(cls)(x).argmax(1)
 
 
 def grown(checkpoint=None, cls=Residual, **changes):
-    wanted = {"budget": "3bit", "epochs": 3, "batch_size": 16, "activation_bits": 4, **changes}
-    return anybit.grow(make(cls), labelled(cls=cls), wanted.pop("budget"), checkpoint=checkpoint, test=labelled(cls=cls), **wanted)
+    settings = {"budget": "3bit", "epochs": 3, "batch_size": 16, "activation_bits": 4, **changes}
+    return anybit.grow(make(cls), labelled(cls=cls), settings.pop("budget"), checkpoint=checkpoint, test=labelled(cls=cls), **settings)
 
 
 class Interrupted(Exception):
     pass
 
 
-# What a run tells
+# What a run reports
 
 
-def test_every_epoch_is_told_soft_and_frozen_with_its_bits():
+def test_every_epoch_reports_soft_and_frozen_scores_and_bits():
     result = grown()
     assert [row["epoch"] for row in result.report["epochs"]] == [1, 2, 3]
     for row in result.report["epochs"]:
@@ -58,7 +62,7 @@ def test_every_epoch_is_told_soft_and_frozen_with_its_bits():
     assert last["frozen"] == pytest.approx(last["soft"], rel=1e-5)  # every gate is hard: freezing changes nothing
 
 
-def test_training_lowers_the_loss_and_leaves_the_model_it_was_given_alone():
+def test_training_lowers_the_loss_and_leaves_the_given_model_unchanged():
     model = make(Residual)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     result = anybit.grow(model, labelled(), "4bit", epochs=12, batch_size=16, activation_bits=None)
@@ -67,7 +71,7 @@ def test_training_lowers_the_loss_and_leaves_the_model_it_was_given_alone():
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
-def test_a_grown_run_is_saved_and_loaded_bitwise(tmp_path):
+def test_grown_run_round_trips_bitwise(tmp_path):
     result = grown()
     folder = result.save(tmp_path / "run")
     loaded = anybit.load(folder, model=make(Residual, seed=5))
@@ -75,7 +79,7 @@ def test_a_grown_run_is_saved_and_loaded_bitwise(tmp_path):
     assert (folder / "model.safetensors").stat().st_size == result.report["result"]["bytes"]
 
 
-def test_a_fixed_scheme_is_trained_and_kept():
+def test_trains_at_a_fixed_scheme():
     names = list(quantized_layers(grown(epochs=1).model))
     scheme = Scheme({name: Precision(2 + index, 4) for index, name in enumerate(names)})
     result = grown(budget=None, scheme=scheme, epochs=12)
@@ -84,7 +88,7 @@ def test_a_fixed_scheme_is_trained_and_kept():
     assert losses[-1] < losses[0]
 
 
-def test_a_runs_scheme_is_trained_where_the_run_is_named(tmp_path):
+def test_scheme_may_name_a_run_folder(tmp_path):
     folder = grown().save(tmp_path / "run")
     assert grown(budget=None, scheme=folder).scheme == anybit.load(folder, model=make(Residual)).scheme
     with pytest.raises(InvalidSetting, match="not both"):
@@ -106,35 +110,35 @@ def unchanged_outputs():
 
 
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)
-def test_every_option_changes_what_is_trained(changes):
+def test_every_option_changes_the_result(changes):
     outputs = [unchanged_outputs(), outputs_of(phase="continue", fix=0.4, plane_temperature=2.0, **changes)]
     assert torch.isfinite(outputs[1]).all() and not torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("changes", [{"rate": 3e-2}, {"scale_rate": 3e-2}], ids=str)
-def test_rates_reach_a_fixed_scheme(changes):
+def test_learning_rates_apply_to_a_fixed_scheme(changes):
     scheme = Scheme.uniform(grown(epochs=1).scheme, Precision(3, 4))
     outputs = [grown(budget=None, scheme=scheme, **more).model(pictures(4)) for more in ({}, changes)]
     assert not torch.equal(*outputs)
 
 
-def test_from_scratch_forgets_a_copy():
+def test_from_scratch_resets_only_a_copy():
     result = grown(from_scratch=True, distill=0.5)
     assert result.report["float_test"]["top1"] == 100  # of the trained network, which is also the teacher
 
 
-def test_a_kept_layer_is_kept_where_there_is_one_plane():
+def test_keep_applies_with_one_plane():
     result = grown(budget=None, planes=1, keep={"fc": Precision(), "conv": Precision(8, 4)})
     assert result.scheme["fc"] == Precision() and result.scheme["conv"] == Precision(8, 4)
     assert result.scheme["block1.conv1"] == Precision(2, 4)
 
 
-def test_a_scheme_with_a_float_layer_is_trained():
+def test_trains_scheme_with_a_float_layer():
     scheme = grown(budget="8bit", keep={"fc": Precision()}, epochs=1).scheme
     assert grown(budget=None, scheme=scheme, epochs=1).scheme == scheme
 
 
-def test_the_callers_random_numbers_are_left_alone():
+def test_global_random_state_is_restored():
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -142,7 +146,7 @@ def test_the_callers_random_numbers_are_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_task_decides_the_loss():
+def test_task_selects_the_loss():
     x, y = pictures(32), torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
     result = anybit.grow(make(Residual), (x, y), "4bit", epochs=2, batch_size=16, task="regression")
     assert result.about["task"] == "regression" and result.report["epochs"][0]["train_top1"] is None
@@ -151,7 +155,7 @@ def test_the_task_decides_the_loss():
 
 
 @pytest.mark.parametrize("labels", [torch.full((32,), 9), torch.full((32,), -1), torch.zeros(32)])
-def test_labels_that_cannot_be_are_named(labels):
+def test_rejects_invalid_labels_by_name(labels):
     with pytest.raises(InvalidInput, match="abels"):
         anybit.grow(make(Residual), (pictures(32), labels), "4bit", epochs=1, batch_size=16)
 
@@ -159,19 +163,19 @@ def test_labels_that_cannot_be_are_named(labels):
 @pytest.mark.parametrize(
     "bad", [{"rate": -1.0}, {"rate": float("nan")}, {"strength": 0.0}, {"budget": ["3bit", "4bit"]}, {"batch_size": 1}]
 )
-def test_settings_that_cannot_be_are_refused(bad):
+def test_rejects_invalid_settings(bad):
     with pytest.raises(InvalidSetting):
         grown(**bad)
 
 
-def test_unlabelled_data_trains_on_the_float_networks_outputs_alone():
+def test_unlabelled_data_train_by_distillation_only():
     with pytest.raises(InvalidInput, match="distill"):
         anybit.grow(make(Residual), pictures(32), "4bit", epochs=1, batch_size=16)
     anybit.grow(make(Residual), pictures(32), "4bit", epochs=1, batch_size=16, distill=1.0)
 
 
 @pytest.mark.parametrize(
-    ("able", "told"),
+    ("able", "reported"),
     [
         ({"architecture": "x86_64", "avx512_bw": False}, True),
         ({"architecture": "x86_64", "avx512_bw": True}, False),
@@ -179,13 +183,13 @@ def test_unlabelled_data_trains_on_the_float_networks_outputs_alone():
         ({}, False),
     ],
 )
-def test_half_precision_that_is_emulated_is_told(able, told, monkeypatch):
+def test_reports_emulated_half_precision(able, reported, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     notes = []
     for half in (False, True):
         with listening(events=lambda event, fields: notes.append(fields["note"]) if event == "note" else None):
             grown(half=half)
-        assert sum("bfloat16" in note for note in notes) == (told and half)
+        assert sum("bfloat16" in note for note in notes) == (reported and half)
 
 
 @pytest.mark.slow
@@ -197,7 +201,7 @@ def test_compiled_training_gives_the_same_scheme():
 # Batches
 
 
-def test_an_epochs_batches_depend_on_seed_and_epoch_alone():
+def test_batches_of_an_epoch_depend_only_on_seed_and_epoch():
     samples = as_samples(labelled())
     settings = TrainSettings(batch_size=16, augment="flip,crop1")
     first, again, other = (list(epoch_batches(samples, settings, epoch)) for epoch in (0, 0, 1))
@@ -206,27 +210,66 @@ def test_an_epochs_batches_depend_on_seed_and_epoch_alone():
     assert not all(torch.equal(a.inputs, b.inputs) for a, b in zip(first, other, strict=True))
 
 
-def test_augmentation_moves_pictures_and_keeps_their_pixels():
+def test_augmentation_shifts_images_and_keeps_their_pixels():
     x = torch.arange(2 * 1 * 6 * 6, dtype=torch.float32).view(2, 1, 6, 6) + 1
     moved = augmented(Batch(x, torch.tensor([0, 1])), "flip,crop1", 2, torch.Generator().manual_seed(3)).inputs
     assert moved.shape == x.shape
     for one, original in zip(moved, x, strict=True):
         inside = one[0, 1:-1, 1:-1]
         assert set(inside.flatten().tolist()) <= set(original.flatten().tolist())
-    assert x[0, 0, 0, 0] == 1  # the batch itself is left alone
+    assert x[0, 0, 0, 0] == 1  # the batch itself is unchanged
     with pytest.raises(InvalidSetting, match="pictures"):
         augmented(Batch(torch.zeros(2, 3)), "flip", 2, torch.Generator())
     with pytest.raises(InvalidSetting, match="crop4"):
         TrainSettings(augment="twirl")
 
 
-def test_rates_rise_then_fall_to_zero():
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [(None, None), ((0.4,), (0.2,)), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), ((0.5,), (0.2, 0.3, 0.4)), ((0.5, 0.4, 0.3), None)],
+)
+def test_shifted_pictures_are_padded_with_black_before_they_are_normalized(mean, std):
+    x = np.random.default_rng(0).integers(30, 256, (8, 6, 6, 3), dtype=np.uint8)  # no pixel is black
+    channels = [tuple(np.broadcast_to(values, 3)) for values in (mean or (0.0,), std or (1.0,))]
+    samples = samples_of_arrays({"x": x}, np.zeros(8), 0, Preprocessing(mean=mean and channels[0], std=std and channels[1]))
+    settings = TrainSettings(batch_size=8, augment="crop2")
+    normalized = next(epoch_batches(samples, settings, 0)).inputs
+    pixels = normalized * torch.tensor(channels[1])[:, None, None] + torch.tensor(channels[0])[:, None, None]
+    border = pixels[pixels < 30 / 256]
+    assert len(border) and border.abs().max() < 1e-6
+    gray = next(epoch_batches(samples, replace(settings, border="mean"), 0)).inputs
+    assert (gray == 0).sum() >= len(border) and torch.equal((gray == 0) | (gray == normalized), torch.ones_like(gray, dtype=torch.bool))
+
+
+def test_where_the_normalization_is_not_known_the_darkest_pixel_is_black():
+    x = torch.rand(64, 3, 6, 6) - torch.tensor([0.5, 0.4, 0.3])[:, None, None]
+    samples = as_samples((x, torch.zeros(64)))
+    assert border_of(samples, "flip,crop2", "black", 0) == pytest.approx(x.amin((0, 2, 3)).tolist())
+    assert border_of(samples, "flip", "black", 0) == (0.0,)
+
+
+def test_a_data_set_that_augments_by_itself_draws_the_same_whether_or_not_black_is_looked_for():
+    class Random(Dataset):
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, index):
+            return torch.rand(1, 6, 6), 0
+
+    batches = [
+        torch.cat([b.inputs for b in epoch_batches(as_samples(Random()), TrainSettings(batch_size=8, augment=a), 0)])
+        for a in ("none", "crop0")
+    ]
+    assert torch.equal(*batches)
+
+
+def test_learning_rate_rises_then_falls_to_zero():
     values = [learning_rate(step / 100, 0.1) for step in range(101)]
     assert values[10] == 1 and values[-1] == pytest.approx(0, abs=1e-9)
     assert values[:11] == sorted(values[:11]) and values[10:] == sorted(values[10:], reverse=True)
 
 
-# What is refused
+# Rejected inputs
 
 
 class Short(Dataset):
@@ -241,11 +284,11 @@ class Short(Dataset):
         return pictures(64)[index], 0
 
 
-def test_data_that_ends_early_is_told_with_its_epoch_and_batch():
+def test_error_for_data_that_end_early_names_epoch_and_batch():
     class AtTheEnd(Short):
         calls = 0
 
-        def __getitem__(self, index):  # the first look, at plain inputs, goes well
+        def __getitem__(self, index):  # the first pass, over the float network, succeeds
             AtTheEnd.calls += 1
             if AtTheEnd.calls > 100:
                 raise IndexError(index)
@@ -255,13 +298,13 @@ def test_data_that_ends_early_is_told_with_its_epoch_and_batch():
         anybit.grow(make(Residual), as_samples(AtTheEnd()), "3bit", epochs=2, batch_size=16)
 
 
-def test_weights_that_are_no_numbers_are_not_kept(tmp_path, monkeypatch):
+def test_rejects_nan_weights_after_training(tmp_path, monkeypatch):
     path, step, steps = tmp_path / "checkpoint.safetensors", torch.optim.Adam.step, []
 
     def breaking(self):
         step(self)
         steps.append(None)
-        if len(steps) == 6:  # the last step of the second epoch: its loss was fine
+        if len(steps) == 6:  # the last step of the second epoch, whose loss was finite
             self.param_groups[-1]["params"][0].data.fill_(torch.nan)
 
     monkeypatch.setattr(torch.optim.Adam, "step", breaking)
@@ -272,7 +315,7 @@ def test_weights_that_are_no_numbers_are_not_kept(tmp_path, monkeypatch):
 
 
 class Poisoned(Short):
-    """Clean while all 64 pictures are read once to tell the data by, and for a while of training; then NaN."""
+    """Clean during the first pass over all 64 images and the first steps of training; then NaN."""
 
     calls = 0
 
@@ -282,7 +325,7 @@ class Poisoned(Short):
         return (picture * torch.nan if Poisoned.calls > 234 else picture), 0
 
 
-def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_last_checkpoint(tmp_path):
+def test_nan_loss_error_names_the_step_and_keeps_the_last_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     with pytest.raises(AnybitError, match=r"became nan .* in epoch 2, step \d of 4. The checkpoint of epoch 1 is kept in .*lower learning"):
         anybit.grow(make(Residual), as_samples(Poisoned()), "3bit", epochs=3, batch_size=16, checkpoint=path)
@@ -290,7 +333,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_last_checkpoint(t
 
 
 @pytest.mark.parametrize("damage", ["truncate", "garbage", "other network"])
-def test_a_broken_checkpoint_is_named(damage, tmp_path):
+def test_broken_checkpoint_is_named(damage, tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     grown(path, epochs=2)
     if damage == "truncate":
@@ -302,16 +345,16 @@ def test_a_broken_checkpoint_is_named(damage, tmp_path):
         from safetensors.torch import save_file
 
         with safe_open(path, framework="pt") as file:
-            about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        save_file({key: tensor for key, tensor in tensors.items() if "fc" not in key}, path, metadata=about)
+            metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        save_file({key: tensor for key, tensor in tensors.items() if "fc" not in key}, path, metadata=metadata)
     with pytest.raises(InvalidFile, match=r"checkpoint\.safetensors"):
         grown(path, epochs=2)
 
 
-# Continued
+# Resuming
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch, full_disk):
+def test_failed_checkpoint_write_keeps_the_previous_one(tmp_path, monkeypatch, full_disk):
     from anybit.loops.checkpoint import save_file
 
     save, checkpoint = save_file, tmp_path / "run" / "checkpoint.safetensors"
@@ -329,12 +372,12 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
     assert [row["epoch"] for row in continued.report["epochs"]] == [1, 2, 3]
     assert continued.report["epochs"] == grown(epochs=3).report["epochs"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(AnybitError, match=r"cannot be written: .*Make room, or choose another --output"):
+    with pytest.raises(AnybitError, match=r"cannot be written: .*Make room, or choose another folder="):
         grown(tmp_path / "file" / "checkpoint.safetensors", epochs=1)
 
 
 def stop_after(monkeypatch, epoch):
-    """Let training die after the checkpoint of `epoch`, as a killed process would."""
+    """Interrupt training after the checkpoint of `epoch`, as if the process were killed."""
     from anybit.loops.checkpoint import save_checkpoint
 
     save, saved = save_checkpoint, []
@@ -348,7 +391,7 @@ def stop_after(monkeypatch, epoch):
     monkeypatch.setattr("anybit.loops.training.save_checkpoint", saving)
 
 
-CONTINUED = {"epochs": 4, "augment": "flip", "fix": 0.5, "harden": 0.75}  # the decisions fall between epochs, too
+CONTINUED = {"epochs": 4, "augment": "flip", "fix": 0.5, "harden": 0.75}  # decisions are also made between epochs
 
 
 @cache
@@ -358,15 +401,15 @@ def uninterrupted(phase):
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 @pytest.mark.parametrize("phase", ["restart", "rewind"])
-def test_a_continued_run_ends_with_the_same_bytes(phase, epoch, tmp_path, monkeypatch):
-    wanted = CONTINUED | {"phase": phase}
+def test_resumed_run_is_byte_identical(phase, epoch, tmp_path, monkeypatch):
+    settings = CONTINUED | {"phase": phase}
     whole = uninterrupted(phase).save(tmp_path / "whole")
     checkpoint = tmp_path / "checkpoint.safetensors"
     with monkeypatch.context() as patched:
         stop_after(patched, epoch)
         with pytest.raises(Interrupted):
-            grown(checkpoint, **wanted)
-    continued = grown(checkpoint, **wanted).save(tmp_path / "continued")
+            grown(checkpoint, **settings)
+    continued = grown(checkpoint, **settings).save(tmp_path / "continued")
     for name in ("model.safetensors", "scheme.json"):
         assert (whole / name).read_bytes() == (continued / name).read_bytes()
     reports = [json.loads((folder / "report.json").read_text()) for folder in (whole, continued)]
@@ -374,7 +417,7 @@ def test_a_continued_run_ends_with_the_same_bytes(phase, epoch, tmp_path, monkey
 
 
 @pytest.mark.parametrize("changes", [{"budget": "4bit"}, {"seed": 1}, {"strength": 0.1}, {"epochs": 5}, {"activation_bits": 8}])
-def test_other_settings_are_refused_by_name(changes, tmp_path, monkeypatch):
+def test_resuming_with_other_settings_is_rejected_by_name(changes, tmp_path, monkeypatch):
     checkpoint = tmp_path / "checkpoint.safetensors"
     with monkeypatch.context() as patched:
         stop_after(patched, 1)
@@ -385,7 +428,7 @@ def test_other_settings_are_refused_by_name(changes, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("verb", ["grow", "train"])
-def test_a_training_continues_on_the_same_data_and_network_alone(verb, tmp_path, monkeypatch):
+def test_resuming_requires_the_same_data_and_network(verb, tmp_path, monkeypatch):
     checkpoint = tmp_path / "checkpoint.safetensors"
     x, y = labelled()
     options = {"epochs": 2, "batch_size": 16, "checkpoint": checkpoint}
@@ -394,7 +437,7 @@ def test_a_training_continues_on_the_same_data_and_network_alone(verb, tmp_path,
         stop_after(patched, 1)
         with pytest.raises(Interrupted):
             run(make(Residual), (x, y), **options)
-    for index in (20, 47):  # of which the first batch need not be
+    for index in (20, 47):  # even where the first batch is equal
         other, wrong = x.clone(), y.clone()
         other[index, 0, 0, 0] += 1
         wrong[index] = (wrong[index] + 1) % 5
@@ -426,7 +469,7 @@ if dist.is_initialized():
 """
 
 
-def test_two_processes_end_with_the_scheme_and_weights_of_one(tmp_path):
+def test_two_processes_give_the_scheme_and_weights_of_one(tmp_path):
     for count in (1, 2):
         run_processes(count, tmp_path / f"by{count}", tmp_path, WORKER)
     one, two = (anybit.load(tmp_path / f"by{count}", model=make(NoBatchNorm)) for count in (1, 2))
@@ -434,23 +477,23 @@ def test_two_processes_end_with_the_scheme_and_weights_of_one(tmp_path):
     for name, layer in quantized_layers(one).items():
         other = two.get_submodule(name)
         flipped = (layer.weight_quantizer.codes(layer.weight.flatten(1)) != other.weight_quantizer.codes(other.weight.flatten(1))).sum()
-        assert flipped <= 1  # a gate that ends at zero may fall to either side by rounding
+        assert flipped <= 1  # rounding may decide a gate at zero either way
         assert torch.allclose(layer.weight_quantizer.scale, other.weight_quantizer.scale, rtol=1e-4)
 
 
-def test_a_batch_that_does_not_divide_among_processes_is_refused(monkeypatch):
+def test_rejects_batch_size_not_divisible_among_processes(monkeypatch):
     monkeypatch.setattr("anybit.loops.training.world", lambda: 3)
     with pytest.raises(InvalidSetting, match="multiple of 3"):
         _steps(as_samples(labelled()), TrainSettings(batch_size=16), make(Residual))
 
 
-def test_gammas_that_training_drives_to_zero_stay_positive():
+def test_gammas_driven_to_zero_stay_positive():
     result = grown(rate=0.3, epochs=6)
     for layer in quantized_layers(result.model).values():
         assert (layer.weight_quantizer.scale > 0).all()
 
 
-def test_a_network_of_one_module_is_trained():
+def test_trains_network_that_is_one_module():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
     result = anybit.grow(model, labelled(), "3bit", epochs=2, batch_size=16)
     assert result.scheme["1"].weight_bits <= 3

@@ -12,14 +12,14 @@ few = settings(max_examples=40, deadline=None)
 
 
 def learned(bits: int = 3, seed: int = 0, **rates) -> tuple[AdaRound, UniformQuantizer, torch.Tensor]:
-    """(learned rounding, the quantizer that it starts at, the float weight, some of it beyond the codes)."""
+    """(learned rounding, the quantizer it starts from, the float weight, partly outside the range of the codes)."""
     rows = torch.randn(5, 20, generator=torch.Generator().manual_seed(seed))
     quantizer = UniformQuantizer(bits, True, rows.abs().amax(1, keepdim=True) / 2 ** (bits - 1) * 0.8)
     return AdaRound(rows / quantizer.scale, quantizer, **rates), quantizer, rows
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_it_starts_soft_at_the_float_weight_and_decided_at_the_nearest_code(bits):
+def test_starts_at_the_float_weight_when_soft_and_the_nearest_code_when_hard(bits):
     weight, quantizer, rows = learned(bits)
     low, high = (limit * quantizer.scale for limit in quantizer.limits)
     assert torch.allclose(weight.train()(rows), torch.minimum(torch.maximum(rows, low), high), atol=1e-5)
@@ -28,7 +28,7 @@ def test_it_starts_soft_at_the_float_weight_and_decided_at_the_nearest_code(bits
 
 @given(st.integers(0, 1000), st.integers(2, 8))
 @few
-def test_final_codes_are_the_one_below_or_above_whatever_was_learned(seed, bits):
+def test_final_code_is_floor_or_ceiling_whatever_was_learned(seed, bits):
     weight, quantizer, rows = learned(bits, seed)
     with torch.no_grad():
         weight.v.copy_(torch.randn(weight.v.shape, generator=torch.Generator().manual_seed(seed)) * 5)
@@ -39,7 +39,7 @@ def test_final_codes_are_the_one_below_or_above_whatever_was_learned(seed, bits)
     assert ((codes == below.clamp(*quantizer.limits)) | (codes == (below + 1).clamp(*quantizer.limits))).all()
 
 
-def test_soft_codes_stay_between_the_two():
+def test_soft_codes_stay_between_floor_and_ceiling():
     weight, _, _ = learned()
     with torch.no_grad():
         weight.v.copy_(torch.linspace(-9, 9, weight.v.numel()).view_as(weight.v))
@@ -47,7 +47,7 @@ def test_soft_codes_stay_between_the_two():
     assert float(up.min()) == 0 and float(up.max()) == 1 and (up.flatten().diff() >= 0).all()  # zeta and gamma reach both ends
 
 
-def test_the_penalty_waits_for_the_warm_up_and_is_zero_where_all_is_decided():
+def test_penalty_is_zero_during_warm_up_and_when_all_is_decided():
     weight, _, _ = learned()
     assert weight.penalty(0.19) is None and weight.penalty(0.2).item() > 0
     with torch.no_grad():
@@ -56,14 +56,14 @@ def test_the_penalty_waits_for_the_warm_up_and_is_zero_where_all_is_decided():
 
 
 @pytest.mark.parametrize(("progress", "beta"), [(0.2, 20.0), (0.6, 11.0), (1.0, 2.0)])
-def test_the_penalty_is_the_papers(progress, beta):
+def test_penalty_equals_that_of_the_paper(progress, beta):
     weight, _, _ = learned(strength=0.01)
     up = torch.sigmoid(weight.v.double()) * 1.2 - 0.1
     expected = (0.01 * (1 - (2 * up.clamp(0, 1) - 1).abs() ** beta)).sum()
     assert weight.penalty(progress).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_the_penalty_alone_decides_every_weight_for_the_nearer_code():
+def test_penalty_alone_rounds_every_weight_to_nearest():
     weight, quantizer, rows = learned(bits=8)
     optimizer = torch.optim.Adam(weight.parameter_groups())
     steps = 300

@@ -1,4 +1,4 @@
-"""Bias tuning: biases alone move, towards the float outputs."""
+"""Bias tuning: only biases change, towards the float outputs."""
 
 import copy
 
@@ -15,7 +15,7 @@ from anybit.numerics.quantizers import UniformQuantizer
 
 
 def tune(case: Rounded, settings: BiasTuningSettings, task: str = "classification", references: list | None = None) -> dict[str, float]:
-    """Tune the rounded model, in place, towards the float outputs or other `references`."""
+    """Tune the rounded model in place towards the float outputs or `references`."""
     folded, calibration = case.network.folded, case.calibration
     targets = references or [outputs_of(folded, [batch]) for batch in calibration.fitting]
     held_out = outputs_of(folded, calibration.held_out)
@@ -24,7 +24,7 @@ def tune(case: Rounded, settings: BiasTuningSettings, task: str = "classificatio
 
 @pytest.mark.parametrize("scales", [True, False])
 @pytest.mark.parametrize("task", ["classification", "regression"])
-def test_bias_tuning_changes_no_code_and_never_raises_the_held_out_error(task, scales):
+def test_changes_no_code_and_never_raises_the_held_out_error(task, scales):
     case = rounded(make(Residual), "W3A8")
     model, start = case.model, copy.deepcopy(case.model)
     result = tune(case, BiasTuningSettings(epochs=4, rate=1e-2, scales=scales), task)
@@ -41,7 +41,7 @@ def test_bias_tuning_changes_no_code_and_never_raises_the_held_out_error(task, s
         assert torch.equal(layer.input_quantizer.zero_point, start.get_submodule(name).input_quantizer.zero_point)
 
 
-def test_bias_tuning_that_finds_nothing_better_keeps_the_start():
+def test_keeps_the_start_without_improvement():
     case = rounded(make(Residual), "W3A8")
     start = copy.deepcopy(case.model).state_dict()
     wrong = [torch.randn_like(outputs_of(case.model, [batch])) * 100 for batch in case.calibration.fitting]
@@ -50,22 +50,22 @@ def test_bias_tuning_that_finds_nothing_better_keeps_the_start():
     assert all(torch.equal(tensor, start[key]) for key, tensor in case.model.state_dict().items())
 
 
-def test_biases_of_a_frozen_network_are_tuned_too():
-    """Deployed networks often have requires_grad off everywhere."""
+def test_tunes_biases_of_a_frozen_network():
+    """Deployed networks often have requires_grad=False everywhere."""
     case = rounded(make(Attention).requires_grad_(False), "W3A8", name="attention")
     result = tune(case, BiasTuningSettings(epochs=3, rate=1e-2))
     assert result["after"] < result["before"]
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
-def test_the_trained_loss_is_the_measured_distance(task):
+def test_trained_loss_equals_the_measured_distance(task):
     outputs, reference = torch.randn(9, 5), torch.randn(9, 5)
     assert float(TASKS[task].distance.loss(outputs, reference)) == pytest.approx(distance(outputs, reference, task), rel=1e-5)
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
 @pytest.mark.parametrize("part", [1, 3, 7, 8])
-def test_gradients_of_a_batch_in_parts_are_those_of_the_whole(task, part):
+def test_gradients_accumulated_in_parts_equal_those_of_the_batch(task, part):
     model, batch = network_and_inputs("residual", 7)
     reference = torch.randn(*predict(model, batch).shape, generator=torch.Generator().manual_seed(0))
     gradients = []

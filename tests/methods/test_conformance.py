@@ -1,4 +1,4 @@
-"""What every method must hold. Adding a method is adding its line to METHODS."""
+"""Properties of every method. A new method adds its line to METHODS."""
 
 import copy
 from functools import partial
@@ -26,25 +26,25 @@ CALIBRATE = partial(anybit.calibrate, budget=None, steps=20, candidate_steps=5, 
 
 
 def grown(model, x, weight_bits, activation_bits):
-    """CSQ under a budget that only the wanted bits meet, on the float network's own outputs."""
-    wanted = {"planes": weight_bits[0] - 1, "activation_bits": activation_bits[0], "per_channel": True, "gate_rate": 3e-2, "rate": 3e-3}
-    return anybit.grow(model, x, None, distill=1.0, epochs=40, batch_size=16, **wanted)
+    """Train CSQ with planes for the requested bits, towards the float network's outputs."""
+    settings = {"planes": weight_bits[0] - 1, "activation_bits": activation_bits[0], "per_channel": True, "gate_rate": 3e-2, "rate": 3e-3}
+    return anybit.grow(model, x, None, distill=1.0, epochs=40, batch_size=16, **settings)
 
 
 def trained(model, x, weight_bits, activation_bits):
-    """LSQ at the wanted bits, on the float network's own outputs."""
-    wanted = Precision(weight_bits[0], activation_bits[0])
-    scheme = Scheme({name: of_kind(model.get_submodule(name), wanted) for name in quantizable(model, x)})
+    """Train LSQ at the requested bits, towards the float network's outputs."""
+    precision = Precision(weight_bits[0], activation_bits[0])
+    scheme = Scheme({name: of_kind(model.get_submodule(name), precision) for name in quantizable(model, x)})
     return anybit.grow(model, x, scheme=scheme, distill=1.0, epochs=15, batch_size=16)
 
 
 def subnet(model, x, weight_bits, activation_bits):
-    """MultiQuant at the wanted bits and at eight (six, where those are all), taught by the float network; the subnet of the wanted bits."""
+    """Train MultiQuant at the requested bits and at 8 (6 if those are 8), taught by the float network; return the subnet."""
     bits = {weight_bits[0], activation_bits[0], 8} | ({6} if weight_bits == activation_bits == (8,) else set())
-    wanted = {"bits": tuple(sorted(bits)), "label": "teacher", "distill": 1.0, "epochs": 30, "batch_size": 16, "held_out": 0.05}
-    supernet = anybit.train(model, x, **wanted)
-    wanted = Precision(weight_bits[0], activation_bits[0])
-    scheme = Scheme({name: of_kind(model.get_submodule(name), wanted) for name in supernet.choices})
+    settings = {"bits": tuple(sorted(bits)), "label": "teacher", "distill": 1.0, "epochs": 30, "batch_size": 16, "held_out": 0.05}
+    supernet = anybit.train(model, x, **settings)
+    precision = Precision(weight_bits[0], activation_bits[0])
+    scheme = Scheme({name: of_kind(model.get_submodule(name), precision) for name in supernet.choices})
     return anybit.extract(supernet, scheme=scheme, data=x)
 
 
@@ -68,7 +68,7 @@ def quantizable(model, x):
 
 
 def rounded_start(model, calibration, precision: Precision):
-    """The network with every tensor and edge rounded to nearest in its estimated range, and the folded float network."""
+    """Return (the network with all tensors and edges rounded to nearest, the folded float network)."""
     settings = CalibrateSettings(weight_bits=(precision.weight_bits,), activation_bits=(precision.activation_bits,))
     network = observe_network(model, calibration.fitting[0], settings.options)
     scheme = network.uniform(precision.weight_bits, precision.activation_bits)
@@ -79,7 +79,7 @@ def rounded_start(model, calibration, precision: Precision):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_ends_in_the_canonical_form(method, text, tmp_path):
     model, x, precision = make(Residual), pictures(48), Precision.parse(text)
-    reestimate(model, [Batch(x)])  # as a trained network's: training computes with the statistics of its batches
+    reestimate(model, [Batch(x)])  # as in a trained network, because training uses batch statistics
     before = snapshot(model)
     result = METHODS[method](model, x, weight_bits=(precision.weight_bits,), activation_bits=(precision.activation_bits,))
     assert_untouched(model, before)
@@ -97,7 +97,7 @@ def test_every_method_ends_in_the_canonical_form(method, text, tmp_path):
     start, float_model = rounded_start(model, calibration, precision)
     reference = outputs_of(float_model, calibration.held_out)
     errors = [distance(outputs_of(one, calibration.held_out), reference, "classification") for one in (start, result.model)]
-    # A trained network leaves its start, which at eight bits is as near to float as can be told; a calibrated one never gets worse.
+    # Training leaves its start, which at 8 bits is as close to float as measurable; calibration never gets worse.
     assert errors[1] <= (max(errors[0], 1e-4) if method in ("csq", "lsq", "multiquant") else errors[0])
 
     folder = result.save(tmp_path / "run")
@@ -107,14 +107,14 @@ def test_every_method_ends_in_the_canonical_form(method, text, tmp_path):
 
 
 def of_kind(layer, precision: Precision) -> Precision:
-    """What of a precision a layer can have: an embedding reads no activation, a product has no weight."""
+    """Return the part of a precision that a layer can have: an embedding reads no activation, a product has no weight."""
     if isinstance(layer, torch.nn.Embedding):
         return Precision(precision.weight_bits, None)
     return Precision(None, precision.activation_bits) if isinstance(layer, Matmul) else precision
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_takes_a_transformer(method, tmp_path):
+def test_every_method_supports_transformers(method, tmp_path):
     batch, precision = inputs("bert", 48), Precision(4, 8)
     model = covered("bert")
     sentences = [{name: tensor[index] for name, tensor in batch.inputs.items()} for index in range(len(batch))]
@@ -127,15 +127,15 @@ def test_every_method_takes_a_transformer(method, tmp_path):
             assert type(layer.input_quantizer) is UniformQuantizer and layer.input_quantizer.scale.shape == (2,)
         else:
             assert torch.equal(weight_rows(layer, layer.weight), codes_of(layer).float() * layer.weight_quantizer.scale)
-    reference, found = (outputs_of(one, [batch]) for one in (model, result.model))
-    scrambled = outputs_of(covered_with_noise(model), [batch])
-    assert distance(found, reference, "classification") < distance(scrambled, reference, "classification")
+    reference, outputs = (outputs_of(one, [batch]) for one in (model, result.model))
+    scrambled = outputs_of(with_two_bit_weights(model), [batch])
+    assert distance(outputs, reference, "classification") < distance(scrambled, reference, "classification")
     loaded = anybit.load(result.save(tmp_path / "run"), model=covered("bert"))
-    assert torch.equal(outputs_of(loaded, [batch]), found)
+    assert torch.equal(outputs_of(loaded, [batch]), outputs)
 
 
-def covered_with_noise(model):
-    """The network with every weight rounded to two bits, nothing fitted: what a method must be better than."""
+def with_two_bit_weights(model):
+    """Return the network with weights rounded to two bits and nothing fitted, which a method must beat."""
     noisy = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in noisy.parameters():

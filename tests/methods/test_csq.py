@@ -1,4 +1,4 @@
-"""The gates, the planes, the budget, and what freezing must not change."""
+"""Gates, planes, the budget, and invariance under freezing."""
 
 import copy
 import itertools
@@ -34,7 +34,7 @@ NETWORKS = {
 
 
 def random_weight(seed=0, planes=4, per_channel=False, **kinds) -> GatedWeight:
-    """Gates whose logits are anywhere, of two channels of nine weights."""
+    """Gates with random logits, for two channels of nine weights."""
     generator = torch.Generator().manual_seed(seed)
     weight = GatedWeight(torch.randn(2, 9, generator=generator), planes, per_channel, **kinds)
     with torch.no_grad():
@@ -44,26 +44,26 @@ def random_weight(seed=0, planes=4, per_channel=False, **kinds) -> GatedWeight:
 
 
 def growth_of(cls, budget=None, **settings_):
-    """A network ready to grow, with float activations, and what it was observed to be."""
+    """A network ready for training, with float activations, and its observation."""
     x = NETWORKS[cls]()
-    wanted = GrowSettings.of(activation_bits=None, **settings_)
-    network = observe_trainable(make(cls), Batch(x[:2]), wanted, None, "csq")
-    return make_trainee(network, [Batch(x)], budget and Budget.parse(budget), wanted, "csq"), network, x
+    options = GrowSettings.of(activation_bits=None, **settings_)
+    network = observe_trainable(make(cls), Batch(x[:2]), options, None, "csq")
+    return make_trainee(network, [Batch(x)], budget and Budget.parse(budget), options, "csq"), network, x
 
 
 # The gate
 
 
-def test_a_gate_becomes_the_step_it_is_hardened_to():
+def test_hardened_gate_is_a_step():
     logits = torch.tensor([-2.0, -0.01, 0.01, 3.0])
     soft = gate(logits, torch.tensor(1e4), "soft")
     assert torch.allclose(soft, gate(logits, torch.tensor(1.0), "hard"))
-    assert gate(torch.zeros(1), torch.tensor(1.0), "hard") == 1  # the one rule: m >= 0 is open
+    assert gate(torch.zeros(1), torch.tensor(1.0), "hard") == 1  # a gate is open where m >= 0
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("kind", ["soft", "straight-through"])
-def test_the_fused_sum_has_the_values_and_gradients_of_the_equation(kind, per_channel):
+def test_fused_sum_has_the_values_and_gradients_of_the_equation(kind, per_channel):
     weight = random_weight()
     temperature = torch.tensor(1.0 if kind == "straight-through" else 2.5)
     seed = torch.randn(2, 9, generator=torch.Generator().manual_seed(1))
@@ -86,7 +86,7 @@ def test_the_fused_sum_has_the_values_and_gradients_of_the_equation(kind, per_ch
         assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_planes_that_are_gone_have_no_part():
+def test_removed_planes_contribute_nothing():
     weight = random_weight()
     place, closed = weight.place_values, weight.place_values * torch.tensor([0.0, 1.0, 1.0, 0.0])
     logits, others = (weight.positive, weight.negative), (torch.ones(1, 1), torch.tensor(2.5), "soft")
@@ -97,11 +97,11 @@ def test_planes_that_are_gone_have_no_part():
 
 
 @pytest.mark.parametrize("decided", [-3.0, 3.0])
-def test_gates_that_temperature_decided_have_a_gradient_of_zero(decided):
-    assert slope(torch.full((1,), decided), torch.tensor(20.0), "soft") == 0  # not a number that only slows the optimizer down
+def test_saturated_gates_have_zero_gradient(decided):
+    assert slope(torch.full((1,), decided), torch.tensor(20.0), "soft") == 0  # not a denormal number, which slows the optimizer down
 
 
-def test_a_decided_gate_gets_no_gradient():
+def test_decided_gate_gets_no_gradient():
     weight = random_weight()
     weight.harden()
     weight.fix(range(4))
@@ -109,12 +109,12 @@ def test_a_decided_gate_gets_no_gradient():
     assert weight.positive.grad is None and weight.planes.grad is None and weight.log_scale.grad is not None
 
 
-def test_nothing_but_the_logits_is_kept_for_backward():
+def test_backward_saves_only_the_logits():
     weight = random_weight(planes=7)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         weight(torch.zeros(2, 9))
-    large = {tensor.data_ptr() for tensor in kept if tensor.numel() >= 2 * 9}
+    large = {tensor.data_ptr() for tensor in saved if tensor.numel() >= 2 * 9}
     assert large <= {weight.positive.data_ptr(), weight.negative.data_ptr()}
 
 
@@ -123,7 +123,7 @@ def test_nothing_but_the_logits_is_kept_for_backward():
 
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("planes", range(1, 8))
-def test_the_first_weight_is_the_trained_one_and_hardens_to_the_nearest_code(planes, per_channel):
+def test_initial_weight_is_the_trained_one_and_hardens_to_the_nearest_code(planes, per_channel):
     rows = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     step = weight_scale(rows if per_channel else rows.reshape(1, -1), planes + 1, symmetric=True)
     largest = 2**planes - 1
@@ -137,7 +137,7 @@ def test_the_first_weight_is_the_trained_one_and_hardens_to_the_nearest_code(pla
 
 @given(st.floats(1.0, 1e4), st.integers(0, 100))
 @few
-def test_temperature_alone_keeps_a_weight_between_its_two_codes(temperature, seed):
+def test_hardening_alone_keeps_a_weight_between_its_two_codes(temperature, seed):
     rows = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed))
     weight = GatedWeight(rows, 3, False)
     weight.temperature.fill_(temperature)
@@ -149,18 +149,18 @@ def test_temperature_alone_keeps_a_weight_between_its_two_codes(temperature, see
 
 
 @pytest.mark.parametrize("planes", range(1, 8))
-def test_one_gate_alone_is_between_a_code_and_the_next(planes):
+def test_only_one_gate_is_undecided_between_adjacent_codes(planes):
     rows = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
     weight = GatedWeight(rows, planes, False)
     codes = rows / weight_scale(rows.reshape(1, -1), planes + 1, symmetric=True)
     undecided = torch.cat([weight.positive, weight.negative]).abs() < 0.999 * weight.logit
     between = (codes.abs() < 2**planes - 1) & ((codes - codes.round()).abs() > 1e-3)
     assert (undecided.sum(0)[between] == 1).all() and between.float().mean() > 0.5
-    assert not undecided[[b for b in range(2 * planes) if b % planes]].any()  # none but the lowest plane's
+    assert not undecided[[b for b in range(2 * planes) if b % planes]].any()  # only gates of the lowest plane
 
 
 @pytest.mark.parametrize("lost", range(1, 7))
-def test_a_weight_that_loses_its_low_planes_is_rounded_to_those_that_stay(lost):
+def test_removing_low_planes_rounds_to_the_remaining_ones(lost):
     rows = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
     weight = GatedWeight(rows, 7, True)
     step, coarse = weight_scale(rows, 8, symmetric=True), 2**lost
@@ -171,18 +171,18 @@ def test_a_weight_that_loses_its_low_planes_is_rounded_to_those_that_stay(lost):
 
 
 @pytest.mark.parametrize("cls", NETWORKS)
-def test_the_first_forward_is_the_float_networks_within_eight_bits(cls):
+def test_initial_outputs_equal_the_float_ones_within_eight_bits(cls):
     growth, network, x = growth_of(cls, per_channel=True)
     float_outputs = call(network.float_model, x)
     outputs = call(growth.model.eval(), x)
     assert (outputs - float_outputs).abs().max() < 0.05 * float_outputs.abs().max()
-    assert set(growth.gated) == set(network.names)  # every covered layer grows: first, last, shortcut, depthwise, embedding
+    assert set(growth.gated) == set(network.names)  # every covered layer has gates: first, last, shortcut, depthwise, embedding
 
 
 # Precision
 
 
-def test_bits_are_those_that_the_codes_need():
+def test_bits_are_the_fewest_that_hold_the_codes():
     for live in itertools.chain.from_iterable(itertools.combinations(range(4), n) for n in range(5)):
         weight = random_weight()
         weight.fix(live)
@@ -199,7 +199,7 @@ def test_bits_are_those_that_the_codes_need():
 
 @given(st.integers(0, 10_000), st.integers(1, 7), st.booleans())
 @few
-def test_freezing_a_hard_weight_changes_it_by_rounding_only(seed, planes, per_channel):
+def test_freezing_a_hard_weight_changes_only_float_rounding(seed, planes, per_channel):
     weight = random_weight(seed, planes, per_channel)
     weight.fix([b for b in range(planes) if b % 2 == seed % 2] or [0])
     weight.harden()
@@ -209,7 +209,7 @@ def test_freezing_a_hard_weight_changes_it_by_rounding_only(seed, planes, per_ch
 
 
 @pytest.mark.parametrize("cls", NETWORKS)
-def test_freezing_a_network_changes_its_outputs_by_rounding_only(cls):
+def test_freezing_a_network_changes_outputs_only_by_float_rounding(cls):
     growth, network, x = growth_of(cls, "3bit")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_freezing_a_network_changes_its_outputs_by_rounding_only(cls):
     assert canonical.scheme == growth.scheme()
 
 
-def test_a_layer_without_planes_is_pruned_and_stores_no_codes(tmp_path):
+def test_layer_without_planes_is_pruned_and_stores_no_codes(tmp_path):
     growth, network, x = growth_of(Residual, "2bit", prune=True)
     with torch.no_grad():
         growth.gated["block1.conv1"].planes.fill_(-1)
@@ -243,7 +243,7 @@ def test_a_layer_without_planes_is_pruned_and_stores_no_codes(tmp_path):
 
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=6))
 @few
-def test_the_likeliest_planes_are_those_of_brute_force(logits):
+def test_most_likely_planes_equal_brute_force(logits):
     for bits, (value, planes) in _likeliest(logits):
         if not bits:
             continue
@@ -259,7 +259,7 @@ def test_the_likeliest_planes_are_those_of_brute_force(logits):
 
 @given(st.integers(0, 1000), st.floats(2.0, 8.0))
 @few
-def test_fixing_never_exceeds_the_budget(seed, bits):
+def test_fixing_planes_never_exceeds_the_budget(seed, bits):
     growth, network, _ = growth_of(Residual, f"{bits:.3f}bit")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_fixing_never_exceeds_the_budget(seed, bits):
     assert network.costs.weight_bits(growth.scheme()) <= float(f"{bits:.3f}") + 1e-9
 
 
-def test_planes_that_fit_the_budget_keep_their_signs():
+def test_planes_within_budget_keep_their_signs():
     growth, _, _ = growth_of(Residual, "8bit", phase="continue")
     with torch.no_grad():
         for weight in growth.gated.values():
@@ -290,7 +290,7 @@ def test_the_penalty_closes_planes_above_the_budget_and_opens_them_below():
 
 
 @pytest.mark.parametrize("weighting", [0.0, 0.5, 1.0])
-def test_the_penaltys_weights_are_a_power_of_the_budgets(weighting):
+def test_penalty_weights_are_a_power_of_the_budget_weights(weighting):
     growth, network, _ = growth_of(Residual, "3bit", ramp=0.0, weighting=weighting)
     growth.penalty().backward()
     weights = {name: network.costs.layers[name].weights for name in growth.gated}
@@ -299,7 +299,7 @@ def test_the_penaltys_weights_are_a_power_of_the_budgets(weighting):
         assert gradients[name] / gradients["fc"] == pytest.approx((weights[name] / weights["fc"]) ** weighting, rel=1e-4)
 
 
-def test_the_penaltys_budget_falls_to_the_users():
+def test_penalty_budget_falls_to_the_requested_one():
     growth, _, _ = growth_of(Residual, "3bit", fix=0.5, ramp=0.8)
     distances = []
     for progress in (0.0, 0.1, 0.2, 0.3, 0.4, 0.45):
@@ -310,7 +310,7 @@ def test_the_penaltys_budget_falls_to_the_users():
     assert distances[5] == pytest.approx(at_once.penalty().item() / at_once.settings.strength)
 
 
-def test_the_highest_plane_is_an_anchor_unless_a_layer_may_go():
+def test_highest_plane_is_anchored_unless_pruning_is_allowed():
     for prune in (False, True):
         growth, _, x = growth_of(Residual, "3bit", ramp=0.0, prune=prune)
         (call(growth.model, x).square().mean() + growth.penalty()).backward()
@@ -320,12 +320,12 @@ def test_the_highest_plane_is_an_anchor_unless_a_layer_may_go():
 
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=6))
 @few
-def test_anchored_planes_reach_to_the_highest(logits):
+def test_anchored_planes_include_the_highest(logits):
     for bits, (_, planes) in _likeliest(logits, True):
         assert not bits or planes[-1] == len(logits) - 1
 
 
-def test_bytes_are_counted_as_the_file_is():
+def test_counted_bytes_equal_the_file_size():
     growth, network, x = growth_of(Residual, "1500B")
     growth.before_step(1.0)
     assert network.costs.file_size(frozen(growth, network, [Batch(x)]).scheme) <= 1500
@@ -340,12 +340,12 @@ def test_bytes_are_counted_as_the_file_is():
         ("bops=1M", InvalidSetting, "bits or bytes"),
     ],
 )
-def test_a_budget_out_of_reach_names_the_least_or_the_most(budget, error, words):
+def test_unreachable_budget_error_names_the_minimum_or_maximum(budget, error, words):
     with pytest.raises(error, match=words):
         anybit.grow(make(Residual), (pictures(16), torch.zeros(16, dtype=torch.long)), budget, epochs=1, batch_size=8)
 
 
-def test_the_second_phase_starts_from_the_weights_as_they_are_in_the_range_of_the_planes_that_stay():
+def test_second_phase_starts_from_current_weights_in_the_range_of_remaining_planes():
     growth, _, _ = growth_of(Residual, "3bit")
     growth.before_step(0.1)
     weights = {name: layer.weight.detach().flatten(1) for name, layer in growth.layers.items()}
@@ -359,7 +359,7 @@ def test_the_second_phase_starts_from_the_weights_as_they_are_in_the_range_of_th
 # Settings
 
 
-def test_the_papers_two_phases_rewind_the_temperature():
+def test_two_phases_rewind_the_temperature_as_in_the_paper():
     growth, _, _ = growth_of(Residual, "3bit", phase="rewind", final_temperature=100.0, fix=0.5, harden=1.0)
     weight = next(iter(growth.gated.values()))
     seen = []
@@ -381,12 +381,12 @@ def test_pruned_planes_of_hard_gates_stay_closed():
 @pytest.mark.parametrize(
     "bad", [{"planes": 0}, {"logit": 11.0}, {"planes": 8}, {"fix": 0.0}, {"fix": 0.9, "harden": 0.5}, {"weight_gates": "firm"}]
 )
-def test_settings_that_cannot_be_are_refused(bad):
+def test_rejects_invalid_settings(bad):
     with pytest.raises(InvalidSetting):
         CSQSettings(**bad)
 
 
-def test_decisions_are_taken_back():
+def test_decisions_are_restored():
     growth, _, _ = growth_of(Residual, "3bit")
     with torch.no_grad():
         growth.gated["fc"].planes[2] = -1

@@ -1,4 +1,4 @@
-"""One set of weights at every bit-width: what a step does, which labels it learns from, how the middle network is drawn."""
+"""One set of weights at every bit-width: the training step, its labels, and the draw of the middle network."""
 
 import random
 
@@ -43,7 +43,7 @@ def summed_gradients(method: MultiQuant, batch: Batch) -> None:
 # The quantizers
 
 
-def test_a_switched_weight_is_rounded_to_the_step_of_its_bits():
+def test_switched_weight_is_rounded_with_the_step_of_its_bits():
     rows = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
     scales = {2: torch.full((3, 1), 0.7), 5: torch.full((3, 1), 0.1)}
     slot = SwitchableWeight(scales)
@@ -54,14 +54,14 @@ def test_a_switched_weight_is_rounded_to_the_step_of_its_bits():
         assert frozen.bits == bits and torch.equal(frozen(rows), slot(rows))
 
 
-def test_a_step_is_trained_by_its_own_networks_alone():
+def test_step_size_is_trained_only_by_networks_of_its_bits():
     slot = SwitchableWeight({2: torch.full((3, 1), 0.7), 5: torch.full((3, 1), 0.1)})
     slot.switch(5)
     slot(torch.randn(3, 10)).square().sum().backward()
     assert slot.change.grad[0].abs().sum() == 0 and (slot.change.grad[1] != 0).all()
 
 
-def test_a_trained_offset_stays_an_integer_within_the_range():
+def test_trained_zero_point_is_an_integer_within_range():
     slot = SwitchableInput({4: (torch.tensor(0.1), torch.tensor(3.0))}, train_offsets=True)
     slot(torch.randn(100)).square().sum().backward()
     assert slot.offsets.grad is not None
@@ -76,7 +76,7 @@ def test_a_trained_offset_stays_an_integer_within_the_range():
 
 
 @pytest.mark.parametrize("cls", INPUTS)
-def test_a_switched_network_computes_what_its_frozen_form_does(cls):
+def test_switched_network_equals_its_frozen_form(cls):
     import copy
 
     method, batch = multiquant(cls)
@@ -91,14 +91,14 @@ def test_a_switched_network_computes_what_its_frozen_form_does(cls):
         assert all(layers[name].weight_quantizer.bits == p.weight_bits for name, p in scheme.items())
 
 
-def test_switching_changes_the_layers_that_are_named_alone():
+def test_switching_changes_only_the_named_layers():
     method, _ = multiquant()
     method.switch(Scheme({"fc": Precision(2, 4)}))
     assert method.scheme == method.highest.replace({"fc": Precision(2, 4)})
 
 
 @pytest.mark.parametrize("scheme", [{"fc": Precision(3, 8)}, {"nowhere": Precision(2, 2)}])
-def test_a_precision_that_was_not_trained_is_refused_and_changes_nothing(scheme):
+def test_rejects_untrained_precision_without_changes(scheme):
     method, _ = multiquant()
     method.switch(method.lowest)
     with pytest.raises(SchemeMismatch, match=next(iter(scheme))):
@@ -106,7 +106,7 @@ def test_a_precision_that_was_not_trained_is_refused_and_changes_nothing(scheme)
     assert method.scheme == method.lowest
 
 
-def test_each_bit_width_may_have_a_batch_norm_of_its_own():
+def test_each_bit_width_may_have_its_own_batch_norm():
     method, batch = multiquant(batch_norm="switch")
     method.model.train()
     summed_gradients(method, batch)
@@ -118,7 +118,7 @@ def test_each_bit_width_may_have_a_batch_norm_of_its_own():
 # The step
 
 
-def test_a_step_sums_the_gradients_of_its_networks():
+def test_step_sums_gradients_over_its_networks():
     method, batch = multiquant(NoBatchNorm, label="one-hot", sandwich="HL")
     summed_gradients(method, batch)
     both = {name: p.grad.clone() for name, p in method.model.named_parameters() if p.grad is not None}
@@ -132,7 +132,7 @@ def test_a_step_sums_the_gradients_of_its_networks():
 
 
 @pytest.mark.parametrize("sandwich", ["HRL", "LH", "R", "HRRL"])
-def test_the_letters_say_which_networks_run(sandwich):
+def test_sandwich_letters_select_the_networks(sandwich):
     method, _ = multiquant(sandwich=sandwich)
     seen = []
     for _ in method.passes():
@@ -140,7 +140,7 @@ def test_the_letters_say_which_networks_run(sandwich):
     assert "".join(seen) == sandwich
 
 
-def test_what_is_drawn_follows_from_seed_and_progress_alone():
+def test_draws_depend_only_on_seed_and_progress():
     drawn = []
     for seed, progress in ((0, 0.25), (0, 0.25), (0, 0.5), (1, 0.25)):
         method, _ = multiquant(sandwich="R")
@@ -162,7 +162,7 @@ def test_shrinking_goes_from_the_highest_bits_to_all():
 
 
 @pytest.mark.parametrize("middle", ["worst", "best"])
-def test_attention_goes_to_the_bits_that_lost_most_or_least(middle):
+def test_attentive_sampling_prefers_the_worst_or_best_bits(middle):
     method, _ = multiquant(middle=middle)
     method.losses = {name: {str(p): float(p == method.lowest[name]) for p in options} for name, options in method.choices.items()}
     generator = random.Random(0)
@@ -178,7 +178,7 @@ def test_attention_goes_to_the_bits_that_lost_most_or_least(middle):
 # The labels
 
 
-def test_the_adaptive_label_is_the_mean_of_what_was_right_in_the_last_epoch():
+def test_adaptive_label_is_the_mean_of_correct_predictions_of_the_last_epoch():
     method, batch = multiquant(NoBatchNorm, sandwich="HL", label="adaptive")
     probabilities, labels = [], []
     for _ in method.passes():
@@ -187,7 +187,7 @@ def test_the_adaptive_label_is_the_mean_of_what_was_right_in_the_last_epoch():
         right = outputs.argmax(1) == batch.labels
         probabilities.append(outputs.softmax(1)[right])
         labels.append(batch.labels[right])
-    assert torch.equal(method.labels, torch.zeros_like(method.labels))  # this epoch's count from the next one on
+    assert torch.equal(method.labels, torch.zeros_like(method.labels))  # predictions of this epoch count from the next one on
     method.end_of_epoch()
     probabilities, labels = torch.cat(probabilities), torch.cat(labels)
     for y in range(5):
@@ -195,7 +195,7 @@ def test_the_adaptive_label_is_the_mean_of_what_was_right_in_the_last_epoch():
         assert torch.allclose(method.labels[y], expected, atol=1e-6)
 
 
-def test_where_there_is_no_label_yet_the_loss_is_that_of_one_hot_labels():
+def test_loss_uses_one_hot_labels_until_there_are_adaptive_ones():
     method, batch = multiquant(NoBatchNorm, label="adaptive")
     outputs = call(method.model, batch.inputs)
     task = F.cross_entropy(outputs, batch.labels)
@@ -203,7 +203,7 @@ def test_where_there_is_no_label_yet_the_loss_is_that_of_one_hot_labels():
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_the_adaptive_loss_is_the_cross_entropy_to_the_mixed_label(share):
+def test_adaptive_loss_is_the_cross_entropy_to_the_mixed_label(share):
     method, batch = multiquant(NoBatchNorm, label="adaptive", label_weight=share)
     method.labels.copy_(torch.rand(5, 5, generator=torch.Generator().manual_seed(0)))
     method.labels /= method.labels.sum(1, keepdim=True)
@@ -223,7 +223,7 @@ def test_the_wider_network_teaches_the_next():
         expected = F.kl_div(outputs[index].log_softmax(1), outputs[index - 1].log_softmax(1), log_target=True, reduction="batchmean")
         assert torch.allclose(losses[index], expected)
         teacher = torch.autograd.grad(losses[index], outputs[index - 1], allow_unused=True, retain_graph=True)[0]
-        assert teacher is None  # what is taught does not move the teacher
+        assert teacher is None  # no gradient reaches the teacher
 
 
 # Settings
@@ -239,13 +239,13 @@ def test_the_wider_network_teaches_the_next():
     ],
     ids=str,
 )  # fmt: skip
-def test_settings_that_cannot_be_are_refused(bad):
+def test_rejects_invalid_settings(bad):
     with pytest.raises(InvalidSetting):
         SupernetSettings.of(**bad)
 
 
-def test_a_label_weight_that_had_no_effect_is_read_where_it_was_stored():
-    """It is refused where it is asked for."""
+def test_stored_label_weight_without_effect_is_accepted():
+    """A new setting of it is rejected."""
     stored = SupernetSettings(multiquant=MultiQuantSettings(label="one-hot", label_weight=1.0))
     assert SupernetSettings.from_json(stored.to_json()) == stored
 

@@ -1,4 +1,4 @@
-"""The search, on scores that are known."""
+"""The search, on known scores."""
 
 from collections import Counter
 from dataclasses import replace
@@ -43,7 +43,7 @@ WEIGHT = {name: 1.0 + 3 * (index % 3) for index, name in enumerate(NETWORK.names
 
 
 def noise(scheme):
-    """A score that falls with the noise of rounding, in some layers more than in others."""
+    """A score that falls with rounding noise, in some layers more than in others."""
     return 100 - sum(WEIGHT[name] * (4.0**-p.weight_bits + 4.0**-p.activation_bits) for name, p in scheme.items()) * 40
 
 
@@ -62,7 +62,7 @@ def evaluated(schemes):
 
 
 @pytest.mark.parametrize("quantity", ["bits", "bops"])
-def test_a_layers_costs_sum_to_the_whole(quantity):
+def test_layer_costs_sum_to_the_total(quantity):
     part = layer_cost(NETWORK.costs, quantity)
     schemes = uniform_schemes(5, 0)
     whole = [total_cost(NETWORK.costs, quantity, scheme) for scheme in schemes]
@@ -71,8 +71,8 @@ def test_a_layers_costs_sum_to_the_whole(quantity):
     assert space.cost(space.rows(schemes)) == pytest.approx(whole)
 
 
-def test_a_row_is_a_scheme_and_back():
-    """Layers of unlike numbers of choices, one of them without a choice."""
+def test_rows_and_schemes_round_trip():
+    """Layers have different numbers of choices, one layer has a single choice."""
     choices = {"a": [Precision(b, 8) for b in (2, 4, 6)], "b": [Precision(3, 8)], "c": [Precision(b, 4) for b in (5, 7)]}
     space = SchemeSpace(choices, lambda name, p: float(p.weight_bits))
     assert (space.low, space.high) == (10, 16)
@@ -85,7 +85,7 @@ def test_a_row_is_a_scheme_and_back():
             assert space.cost(rows).tolist() == [sum(p.weight_bits for p in scheme.values()) for scheme in schemes]
 
 
-def test_the_table_draws_where_it_is_asked_to_and_fills_the_range():
+def test_table_draws_at_the_requested_cost_and_covers_the_range():
     space, generator = space_of(), np.random.default_rng(0)
     table, uniform = MonteCarloTable(space, generator), UniformDraws(space)
     assert (space.low, space.high) == (2, 8)
@@ -101,15 +101,15 @@ def test_the_table_draws_where_it_is_asked_to_and_fills_the_range():
         assert abs(sum(costs(table, target, 20)) / 20 - target) < 0.3
 
 
-def test_the_table_counts_what_is_uniform_among_schemes_of_one_cost():
-    """Two equal layers at an average in the middle: by symmetry both have the same distribution, and it is symmetric too."""
+def test_table_draws_uniformly_among_schemes_of_equal_cost():
+    """Two equal layers at the middle cost: by symmetry both have the same, symmetric distribution."""
     choices = {name: [Precision(b, 8) for b in (2, 4, 6)] for name in "ab"}
     table = MonteCarloTable(SchemeSpace(choices, lambda name, p: float(p.weight_bits)), np.random.default_rng(0))
     for row in table.counts[:, table.bin(8.0)]:  # (2, 6), (4, 4), (6, 2): a third each
         assert all(0.28 < count / sum(row) < 0.39 for count in row)
 
 
-def test_the_predictor_ranks_schemes_that_it_has_not_seen():
+def test_predictor_ranks_unseen_schemes():
     known, space = evaluated(uniform_schemes(90, 0)), space_of()
     assert rank_correlation(space, known, 0) > 0.7
     rows, scores = space.rows(one.scheme for one in known), [one.score for one in known]
@@ -117,17 +117,17 @@ def test_the_predictor_ranks_schemes_that_it_has_not_seen():
     assert again[0] == again[1]
 
 
-def test_predictors_that_are_fitted_at_once_are_those_that_are_fitted_alone():
+def test_predictors_fitted_together_equal_those_fitted_alone():
     known, space = evaluated(uniform_schemes(12, 0)), space_of()
     rows, scores = space.rows(one.scheme for one in known), np.array([one.score for one in known])
     fitted = np.array([np.arange(12) < 8, np.arange(12) >= 3])
     together = Predictor(space, rows, scores, 0, fitted).scores(rows)
     alone = [Predictor(space, rows[some], scores[some], 0).scores(rows)[0] for some in fitted]
-    assert together == pytest.approx(np.array(alone), abs=0.02 * scores.std())  # 300 steps carry roundings on
+    assert together == pytest.approx(np.array(alone), abs=0.02 * scores.std())  # float rounding accumulates over 300 steps
 
 
 @pytest.mark.parametrize("strategy", ["monte-carlo", "uniform", "integer-program"])
-def test_a_search_spends_what_it_may_and_beats_random_draws(strategy):
+def test_search_spends_its_evaluations_and_beats_random_draws(strategy):
     calls = []
 
     def score(scheme):
@@ -145,7 +145,7 @@ def test_a_search_spends_what_it_may_and_beats_random_draws(strategy):
     assert (result.rank_correlation is None) == (strategy == "integer-program")
 
 
-def test_the_same_seed_gives_the_same_search():
+def test_search_is_deterministic():
     settings = SearchSettings(evaluations=40, generations=4, population=20, targets=4)
     first, second = (search_subnets(NETWORK.choices, NETWORK.costs, noise, settings) for _ in range(2))
     assert first == second
@@ -161,7 +161,7 @@ def as_evaluated(pairs):
 
 @settings(max_examples=60, deadline=None)
 @given(points)
-def test_nothing_beats_the_front(pairs):
+def test_no_scheme_dominates_the_front(pairs):
     some = as_evaluated(pairs)
     front = pareto_front(some)
     for one in some:
@@ -172,7 +172,7 @@ def test_nothing_beats_the_front(pairs):
 
 @settings(max_examples=60, deadline=None)
 @given(points)
-def test_the_hypervolume_is_the_area_that_is_beaten(pairs):
+def test_hypervolume_is_the_dominated_area(pairs):
     front = pareto_front(as_evaluated(pairs))
     steps = sorted({0.0, 10.0, *(one.cost for one in front)})
     heights = [max((one.score for one in front if one.cost <= left), default=0.0) for left in steps[:-1]]

@@ -52,7 +52,7 @@ def folded_network(cls, inputs=pictures):
 
 
 def rounded(cls, bits: int) -> tuple[nn.Module, nn.Module, list[str]]:
-    """(the folded float network, the same rounded to `bits`, the layers that had a batch norm)."""
+    """Return (the folded float network, the same rounded to `bits`, the layers that had a batch norm)."""
     model, folded, pairs, _ = folded_network(cls)
     names = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     prepared = prepare(folded, names)
@@ -61,7 +61,7 @@ def rounded(cls, bits: int) -> tuple[nn.Module, nn.Module, list[str]]:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_folding_keeps_outputs_and_the_original(name):
+def test_folding_keeps_outputs_and_leaves_the_original_unchanged(name):
     model, batch = network_and_inputs(name)
     assert any((norm.weight < 0).any() for norm in model.modules() if isinstance(norm, BATCH_NORMS)) or not foldable(
         model, observe(model, batch)
@@ -72,13 +72,13 @@ def test_folding_keeps_outputs_and_the_original(name):
     assert_untouched(model, before)
 
 
-def test_no_batch_norm_is_left_where_all_can_be_folded():
+def test_all_foldable_batch_norms_are_removed():
     for cls in (Chain, Residual, Depthwise):
         _, folded, _, _ = folded_network(cls)
         assert not any(isinstance(module, BATCH_NORMS) for module in folded.modules())
 
 
-def test_a_norm_without_gamma_and_beta_folds():
+def test_non_affine_norm_folds():
     model = make(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     model[1].weight = model[1].bias = None
     folded, promised = fold(model, {"0": "1"})
@@ -86,7 +86,7 @@ def test_a_norm_without_gamma_and_beta_folds():
     assert torch.equal(promised["0"].mean, torch.zeros(4)) and torch.equal(promised["0"].deviation, torch.ones(4))
 
 
-def test_a_norm_without_running_statistics_is_left_alone():
+def test_norm_without_running_statistics_stays():
     model = make(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False, track_running_stats=False)))
     assert foldable(model, observe(model, Batch(pictures(2)))) == {}
 
@@ -109,7 +109,7 @@ def test_folding_keeps_outputs_where_two_convolutions_share_a_bias():
     assert torch.allclose(fold_all(model)(pictures(2)), model(pictures(2)), atol=1e-5)
 
 
-def test_folding_keeps_the_activation_inside_a_norm_of_the_users_own():
+def test_folding_keeps_the_activation_inside_a_custom_norm():
     class NormAct(nn.BatchNorm2d):
         def forward(self, x):
             return F.relu(super().forward(x))
@@ -124,7 +124,7 @@ def test_folding_keeps_outputs_of_a_padded_subclass():
 
 
 @pytest.mark.parametrize("name", ["chain", "upsampling", "signal", "depthwise"])
-def test_statistics_are_those_of_the_whole_output(name):
+def test_statistics_cover_the_whole_output(name):
     model, _ = network_and_inputs(name)
     calibration = calibration_of(name)
     layer = observe(model, calibration.fitting[0]).layer_names()[1]
@@ -140,7 +140,7 @@ def test_statistics_are_those_of_the_whole_output(name):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("cls", [Chain, Residual, Depthwise])
-def test_after_tuning_each_layers_statistics_are_the_float_ones(cls, bits):
+def test_tuning_restores_the_float_statistics_of_each_layer(cls, bits):
     folded, model, names = rounded(cls, bits)
     batches = [Batch(pictures(16, seed)) for seed in (1, 2)]
     targets = channel_statistics(folded, names, batches)
@@ -155,7 +155,7 @@ def test_after_tuning_each_layers_statistics_are_the_float_ones(cls, bits):
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("method", ["tune", "match"])
-def test_tuning_leaves_integer_codes_as_they_are(method, bits):
+def test_tuning_leaves_integer_codes_unchanged(method, bits):
     folded, model, names = rounded(Residual, bits)
     codes = {name: codes_of(layer).clone() for name, layer in quantized_layers(model).items()}
     scales = {name: layer.weight_quantizer.scale.clone() for name, layer in quantized_layers(model).items()}
@@ -179,7 +179,7 @@ def test_matching_the_float_network_to_itself_changes_almost_nothing():
     assert torch.allclose(model(pictures(4, 5)), folded(pictures(4, 5)), atol=1e-4)
 
 
-def test_layers_matched_alone_have_the_float_statistics_on_float_inputs():
+def test_independently_matched_layers_have_float_statistics_on_float_inputs():
     folded, model, names = rounded(Chain, 3)
     batches = [Batch(pictures(16))]
     targets = channel_statistics(folded, names, batches)
@@ -198,7 +198,7 @@ def test_a_constant_channel_keeps_its_gain_and_stays_finite():
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
 
 
-def test_the_prior_pulls_the_correction_towards_none():
+def test_prior_shrinks_the_correction():
     folded, model, names = rounded(Chain, 2)
     batches = [Batch(pictures(16))]
     targets = channel_statistics(folded, names, batches)
@@ -212,31 +212,31 @@ def test_the_prior_pulls_the_correction_towards_none():
 
 
 @pytest.mark.parametrize("prior", [-0.1, 1.0, float("nan")])
-def test_a_prior_outside_0_to_1_is_refused(prior):
+def test_rejects_prior_outside_0_to_1(prior):
     with pytest.raises(InvalidSetting, match="prior_weight"):
         tune(make(Chain), {"conv1": ChannelStatistics(torch.zeros(8), torch.ones(8))}, [Batch(pictures(2))], prior)
 
 
-def test_tuning_leaves_no_hook():
+def test_tuning_removes_its_hooks():
     folded, model, names = rounded(Chain, 4)
     tune(model, channel_statistics(folded, names, [Batch(pictures(4))]), [Batch(pictures(4))])
     assert not any(module._forward_hooks for network in (folded, model) for module in network.modules())
 
 
-def test_joined_batches_are_the_batches():
+def test_joined_batches_hold_all_samples_in_order():
     parts = [Batch({"a": torch.ones(2, 3), "b": torch.zeros(2)}), Batch({"a": torch.zeros(1, 3), "b": torch.ones(1)})]
     joined = join(parts).inputs
     assert torch.equal(joined["a"], torch.tensor([[1.0] * 3, [1.0] * 3, [0.0] * 3])) and torch.equal(joined["b"], torch.tensor([0.0, 0, 1]))
 
 
 class Rectifying(nn.Conv2d):
-    """A convolution with an activation in its own forward: not affine in its weight."""
+    """A convolution with an activation in its forward: not affine in its weight."""
 
     def forward(self, x):
         return torch.relu(super().forward(x))
 
 
-def test_a_layer_whose_forward_is_not_affine_keeps_its_batch_norm():
+def test_layer_with_non_affine_forward_keeps_its_batch_norm():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Rectifying(4, 4, 3), nn.BatchNorm2d(4)).eval()
     for norm in (model[1], model[3]):
@@ -249,21 +249,21 @@ def test_a_layer_whose_forward_is_not_affine_keeps_its_batch_norm():
 
 
 class Clamping(nn.Conv2d):
-    """A convolution that clamps far beyond what the first inputs reach."""
+    """A convolution that clamps far beyond the values of the first inputs."""
 
     def forward(self, x):
         return super().forward(x).clamp(-50, 50)
 
 
 class Padded(nn.Conv2d):
-    """A convolution with a forward of its own that is affine in weight and bias."""
+    """A convolution with its own forward, affine in weight and bias."""
 
     def forward(self, x):
         return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
 
 
 class Inner(nn.Conv2d):
-    """A clamp where Conv2d's own forward meets it."""
+    """A clamp inside a convolution's _conv_forward."""
 
     def _conv_forward(self, x, weight, bias):
         return super()._conv_forward(x, weight, bias).clamp(-50, 50)
@@ -278,7 +278,7 @@ class Hooked(nn.Conv2d):
 
 
 @pytest.mark.parametrize(("kind", "folds"), [(Clamping, False), (Inner, False), (Hooked, False), (Padded, True)])
-def test_a_clamp_that_the_first_inputs_do_not_reach_keeps_its_batch_norm(kind, folds):
+def test_clamp_beyond_the_first_inputs_prevents_folding(kind, folds):
     torch.manual_seed(0)
     model = nn.Sequential(kind(3, 4, 3), nn.BatchNorm2d(4)).eval()
     model[1].running_mean.normal_()
@@ -289,7 +289,7 @@ def test_a_clamp_that_the_first_inputs_do_not_reach_keeps_its_batch_norm(kind, f
     assert torch.allclose(folded.model(far), model(far), rtol=1e-4, atol=1e-3)
 
 
-def test_reestimated_statistics_are_those_of_all_samples_whatever_the_batches():
+def test_reestimated_statistics_are_independent_of_batching():
     x = torch.randn(9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     means = []
     for sizes in ([9], [3, 3, 3], [8, 1]):
@@ -301,7 +301,7 @@ def test_reestimated_statistics_are_those_of_all_samples_whatever_the_batches():
 
 
 @pytest.mark.parametrize("cls", [Residual, Depthwise, Upsampling, Signal])
-def test_flipping_makes_gammas_positive_and_changes_no_output(cls):
+def test_flipping_makes_gammas_positive_and_keeps_outputs(cls):
     model, x = make(cls), (torch.randn(4, 2, 8) if cls is Signal else pictures(4))
     pairs = foldable(model, observe(model, Batch(x)))
     before = model(x)
@@ -311,7 +311,7 @@ def test_flipping_makes_gammas_positive_and_changes_no_output(cls):
 
 
 class NormAct(nn.BatchNorm2d):
-    """A batch norm with dropout and an activation of its own, as timm's: the normalization is written out."""
+    """A batch norm with dropout and an activation, as in timm, with the normalization written out."""
 
     def __init__(self, channels):
         super().__init__(channels)
@@ -329,7 +329,7 @@ class GatedNorm(nn.BatchNorm2d):
 
 
 class FrozenNorm(nn.Module):
-    """Batch norm as detectors hold it: four buffers, and products instead of batch_norm."""
+    """A frozen batch norm as in detectors: four buffers, and products instead of batch_norm."""
 
     def __init__(self, channels):
         super().__init__()
@@ -350,7 +350,7 @@ class FrozenNormAct(FrozenNorm):
 
 
 def with_norm(norm_class) -> nn.Module:
-    """Two convolutions with a lively norm between them."""
+    """Two convolutions with a norm of random statistics between them."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), norm_class(8), nn.Conv2d(8, 4, 3))
     with torch.no_grad():
@@ -364,19 +364,19 @@ NORMS_THAT_FOLD = [nn.SyncBatchNorm, NormAct, GatedNorm, FrozenNorm, FrozenNormA
 
 
 @pytest.mark.parametrize("norm_class", NORMS_THAT_FOLD)
-def test_a_norm_folds_whatever_its_forward_does_after_it(norm_class):
+def test_norm_folds_whatever_its_forward_does_afterwards(norm_class):
     model, batch = with_norm(norm_class), Batch(pictures(4))
     outputs, before = run(model, batch), snapshot(model)
     folded = fold_checked(model, foldable(model, observe(model, batch)), batch, outputs)
     assert folded.norms == {"0": "1"} and not any(map(is_norm, folded.model.modules()))
     assert torch.allclose(run(folded.model, batch), outputs, atol=1e-5)
     assert not any("running" in key for key in folded.model.state_dict())  # nothing of it is stored
-    again = pickle.loads(pickle.dumps(copy.deepcopy(folded.model)))  # as multiprocessing does; no file of anybit's is a pickle
+    again = pickle.loads(pickle.dumps(copy.deepcopy(folded.model)))  # as in multiprocessing; anybit writes no pickle files
     assert torch.equal(run(again, batch), run(folded.model, batch))
     assert_untouched(model, before)
 
 
-def test_the_activation_in_a_folded_norm_is_that_of_the_layer_before_it():
+def test_activation_in_a_folded_norm_belongs_to_the_layer_before_it():
     model, batch = with_norm(FrozenNormAct), Batch(pictures(2))
     wiring = fold_checked(model, {"0": "1"}, batch, run(model, batch)).wiring
     x = torch.randn(8)
@@ -394,7 +394,7 @@ class OfItsBatch(nn.BatchNorm2d):
 
 
 @pytest.mark.parametrize("norm_class", [ActNorm, OfItsBatch])
-def test_a_norm_that_reads_more_than_normalized_values_stays_and_the_reason_is_said(norm_class):
+def test_norm_that_reads_more_than_normalized_values_stays_with_a_reason(norm_class):
     model, batch = with_norm(norm_class), Batch(pictures(2))
     wiring = observe(model, batch)
     assert foldable(model, wiring) == {}
@@ -415,7 +415,7 @@ class Preactivated(nn.Module):
         return self.alone(self.third(self.twice(self.twice(self.of_branch(y)) + y)))
 
 
-def test_every_norm_that_stays_has_its_reason():
+def test_every_unfolded_norm_has_a_reason():
     model, batch = make(Preactivated), Batch(pictures(2))
     wiring = observe(model, batch)
     pairs = foldable(model, wiring)
@@ -429,7 +429,7 @@ def test_every_norm_that_stays_has_its_reason():
 
 
 class Tokens(nn.Module):
-    """Linears whose batch norms are over channels, reached by reshapes; one is over tokens, one over half of the channels."""
+    """Linears whose batch norms are over channels after reshapes; one norm is over tokens, one over half of the channels."""
 
     def __init__(self):
         super().__init__()
@@ -446,7 +446,7 @@ class Tokens(nn.Module):
         return torch.cat([self.half_norm(first), second], 1)
 
 
-def test_a_norm_folds_through_reshapes_that_leave_it_the_layers_channels():
+def test_norm_folds_through_reshapes_that_preserve_channels():
     model, batch = make(Tokens), Batch(torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(0)))
     wiring = observe(model, batch)
     pairs = foldable(model, wiring)

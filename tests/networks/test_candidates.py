@@ -23,7 +23,7 @@ from anybit.scheme import Precision, Scheme
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("seed", range(3))
-def test_the_slots_spell_out_the_scheme_that_was_applied(name, seed):
+def test_scheme_read_from_the_slots_is_the_applied_one(name, seed):
     prepared, candidates = prepared_with_candidates(name)
     before = snapshot(prepared)
     scheme = random_scheme(prepared, seed)
@@ -33,7 +33,7 @@ def test_the_slots_spell_out_the_scheme_that_was_applied(name, seed):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_in_the_canonical_form_every_weight_is_code_times_scale(name):
+def test_canonical_weights_are_code_times_scale(name):
     prepared, candidates = prepared_with_candidates(name)
     scheme = Scheme.uniform(quantized_layers(prepared), "W3A4" if name != "tokens" else "W3")
     model = apply_scheme(prepared, scheme, candidates)
@@ -45,14 +45,14 @@ def test_in_the_canonical_form_every_weight_is_code_times_scale(name):
         assert torch.equal(layer.weight, float_weight(layer))
 
 
-def test_the_float_scheme_changes_no_output():
+def test_float_scheme_keeps_outputs():
     prepared, candidates = prepared_with_candidates("residual")
     _, batch = network_and_inputs("residual")
     model = apply_scheme(prepared, Scheme.uniform(quantized_layers(prepared), "float"), candidates)
     assert torch.equal(run(model, batch), run(prepared, batch))
 
 
-def test_a_pruned_layer_gives_its_bias_alone():
+def test_pruned_layer_outputs_its_bias():
     prepared, candidates = prepared_with_candidates("no batch norm")
     model = apply_scheme(prepared, Scheme({"conv": Precision(), "fc": Precision(0)}), candidates)
     assert isinstance(model.fc.weight_quantizer, Pruned)
@@ -70,7 +70,7 @@ def test_more_bits_are_closer_to_the_float_network():
 
 
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
-def test_freezing_a_filled_layer_gives_its_candidate_back(bits):
+def test_freezing_a_filled_layer_returns_its_candidate(bits):
     prepared, candidates = prepared_with_candidates("upsampling")
     model = apply_scheme(prepared, Scheme.uniform(quantized_layers(prepared), f"W{bits}"), candidates)
     for name, layer in quantized_layers(model).items():
@@ -87,7 +87,7 @@ def test_a_candidate_is_a_copy():
     assert torch.equal(candidate.bias, bias)
 
 
-def test_models_of_one_set_of_candidates_are_independent():
+def test_models_from_the_same_candidates_are_independent():
     prepared, candidates = prepared_with_candidates("chain")
     scheme = Scheme.uniform(quantized_layers(prepared), "W5A4")
     one, other = apply_scheme(prepared, scheme, candidates), apply_scheme(prepared, scheme, candidates)
@@ -98,13 +98,13 @@ def test_models_of_one_set_of_candidates_are_independent():
     assert all((candidate.scale > 0).all() for candidate in candidates.weights.values())
 
 
-def test_a_scheme_of_another_model_is_refused_with_the_nearest_name():
+def test_rejects_scheme_of_another_model_with_the_nearest_name():
     prepared, candidates = prepared_with_candidates("chain")
     with pytest.raises(SchemeMismatch, match=r"'conv11' \(did you mean 'conv1'\?\)"):
         apply_scheme(prepared, Scheme.uniform(["conv11"], "W4"), candidates)
 
 
-def test_a_precision_without_a_candidate_is_refused_by_layer():
+def test_rejects_precision_without_candidate_by_layer():
     prepared, candidates = prepared_with_candidates("chain")
     with pytest.raises(AnybitError, match="conv1"):
         apply_scheme(prepared, Scheme.parse({"conv1": "W4", "conv2": "W3", "fc": "float"}), candidates)
@@ -119,7 +119,7 @@ def test_canonical_slots_hold_uniform_quantizers():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_named_by_layer(value):
+def test_non_finite_weight_error_names_the_layer(value):
     model, _ = network_and_inputs("residual")
     check_finite_weights(model)
     with torch.no_grad():
@@ -128,14 +128,14 @@ def test_weights_that_are_not_finite_are_named_by_layer(value):
         check_finite_weights(model)
 
 
-def test_activations_that_are_not_finite_are_named_by_layer():
+def test_non_finite_activation_error_names_the_layer():
     samples = {"conv1": [torch.ones(3)], "fc": [torch.ones(2), torch.tensor([1.0, float("inf")])]}
     with pytest.raises(InvalidInput, match="fc"):
         check_finite_samples(samples)
 
 
 def tuned(candidates: Candidates) -> Candidates:
-    """The same candidates with other biases at every bit-width, as methods leave them."""
+    """The same candidates with other biases at every bit-width, as after a method."""
     weights = {
         (name, bits): one if one.bias is None else replace(one, bias=one.bias + bits) for (name, bits), one in candidates.weights.items()
     }
@@ -144,7 +144,7 @@ def tuned(candidates: Candidates) -> Candidates:
 
 @pytest.mark.parametrize("base", ["float", "W2", "W5A8"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_swapped_layer_makes_the_network_that_a_new_copy_would_be_and_is_put_back_exactly(name, base):
+def test_swapping_a_layer_equals_a_new_copy_and_is_undone_exactly(name, base):
     prepared, candidates = prepared_with_candidates(name)
     candidates = tuned(candidates)
     _, batch = network_and_inputs(name)
@@ -164,7 +164,7 @@ def test_a_swapped_layer_makes_the_network_that_a_new_copy_would_be_and_is_put_b
     assert_untouched(prepared, untouched)
 
 
-def test_a_swapped_layer_is_put_back_where_the_block_or_the_swap_fails():
+def test_swap_is_undone_after_an_error():
     prepared, candidates = prepared_with_candidates("residual")
     candidates = tuned(candidates)
     model = apply_scheme(prepared, Scheme.uniform(quantized_layers(prepared), "W5A8"), candidates)

@@ -14,7 +14,7 @@ LIMITS = {"memory": 2**30, "disk": 0, "both": 20_000}
 
 
 def watched(model: nn.Module, name: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the module read and gave on one batch, cloned in hooks of the test's own."""
+    """The module's input and output on one batch, cloned in hooks."""
     seen = []
     module = model.get_submodule(name)
     hooks = [
@@ -30,39 +30,39 @@ def watched(model: nn.Module, name: str, batch: Batch) -> tuple[torch.Tensor, to
 
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("name", ["block1", "block1.conv1", "block2.bn2", "fc"])
-def test_what_is_captured_is_what_passed(name, limit):
-    """block1's input and block2.bn2's output are rewritten in place later in the forward pass."""
+def test_captured_tensors_equal_those_of_hooks(name, limit):
+    """block1's input and block2.bn2's output are overwritten in place later in the forward pass."""
     model, batches = make(Residual), [Batch(pictures(n, seed=n)) for n in (4, 4, 3)]
     before = snapshot(model)
     captured = capture(model, name, batches, 11, MemoryBudget(LIMITS[limit]), outputs=True)
-    given, outputs = watched(model, name, join(batches))
+    expected_input, outputs = watched(model, name, join(batches))
     everything = torch.arange(11)
-    (kept,), kwargs = captured.batch(everything)
+    (read,), kwargs = captured.batch(everything)
     assert kwargs == {}
-    torch.testing.assert_close(kept, given, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(read, expected_input, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(captured.outputs(everything), outputs, atol=1e-6, rtol=1e-5)
     assert_untouched(model, before)
 
 
-def test_disk_and_memory_hold_the_same_values():
+def test_disk_and_memory_give_the_same_values():
     model, batches = make(Residual), [Batch(pictures(4, seed=seed)) for seed in range(3)]
     budgets = [MemoryBudget(limit) for limit in LIMITS.values()]
-    kept = [capture(model, "block2", batches, 12, budget, outputs=True) for budget in budgets]
+    captured = [capture(model, "block2", batches, 12, budget, outputs=True) for budget in budgets]
     order = torch.tensor([7, 0, 11, 7])
-    assert all(torch.equal(one.batch(order)[0][0], kept[0].batch(order)[0][0]) for one in kept)
-    assert all(torch.equal(one.outputs(order), kept[0].outputs(order)) for one in kept)
+    assert all(torch.equal(one.batch(order)[0][0], captured[0].batch(order)[0][0]) for one in captured)
+    assert all(torch.equal(one.outputs(order), captured[0].outputs(order)) for one in captured)
     assert budgets[0].spilled == 0 and budgets[1].used == 0
     assert budgets[2].used and budgets[2].spilled and budgets[2].used <= LIMITS["both"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool, torch.uint8, torch.float16])
-def test_every_type_spills(dtype):
+def test_every_dtype_spills(dtype):
     tensor = MemoryBudget(0).allocate((3, 2), dtype)
     tensor.copy_(torch.tensor([[0, 1], [1, 0], [1, 1]]))
     assert tensor.dtype == dtype and tensor.tolist() == torch.tensor([[0, 1], [1, 0], [1, 1]]).to(dtype).tolist()
 
 
-def test_spilled_tensors_leave_no_file_behind(tmp_path, monkeypatch):
+def test_spilled_tensors_leave_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     budget = MemoryBudget(100)
     tensors = [budget.allocate((20,), torch.float32).fill_(index) for index in range(3)]
@@ -72,7 +72,7 @@ def test_spilled_tensors_leave_no_file_behind(tmp_path, monkeypatch):
 
 
 class Gated(nn.Module):
-    """A block that takes a keyword, a mask that all samples share, and a number."""
+    """A block that takes a keyword, a mask shared by all samples, and a number."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ def test_keywords_masks_and_numbers_are_captured():
 
 
 class Nested(nn.Module):
-    """A block that is given a list of tensors, as DenseNet's are."""
+    """A block that takes a list of tensors, as in DenseNet."""
 
     def __init__(self):
         super().__init__()
@@ -120,8 +120,8 @@ class Concatenating(nn.Module):
         return F.relu(self.linear(torch.cat(parts, 1)))
 
 
-def assert_captured_rightly(model: nn.Module, name: str, batches: list[Batch], count: int) -> None:
-    """The captured inputs are what the module reads when the picked samples run alone, and they give the captured outputs."""
+def assert_captured_correctly(model: nn.Module, name: str, batches: list[Batch], count: int) -> None:
+    """Check that captured inputs are those of a run on the selected samples alone, and give the captured outputs."""
     captured = capture(model, name, batches, count, MemoryBudget(2**20), outputs=True)
     picked = torch.tensor([count - 1, 1])
     args, kwargs = captured.batch(picked)
@@ -134,16 +134,16 @@ def assert_captured_rightly(model: nn.Module, name: str, batches: list[Batch], c
     torch.testing.assert_close(tensors_in(args), seen, atol=1e-6, rtol=1e-5)
 
 
-def test_arguments_inside_a_list_are_captured_for_every_sample():
-    assert_captured_rightly(make(Nested), "block", [Batch(numbers(4, 4, seed=seed)) for seed in (1, 2)], 8)
+def test_captures_arguments_inside_a_list():
+    assert_captured_correctly(make(Nested), "block", [Batch(numbers(4, 4, seed=seed)) for seed in (1, 2)], 8)
 
 
-def test_a_layer_that_sees_several_rows_a_sample_is_captured():
+def test_captures_layer_with_several_rows_per_sample():
     model, batches = make(NETWORKS["windows"][0]), calibration_of("windows", fitting=16).fitting
-    assert_captured_rightly(model, "inner", batches, 16)
+    assert_captured_correctly(model, "inner", batches, 16)
 
 
-def test_a_layer_whose_rows_cannot_be_told_apart_is_refused_by_name():
+def test_rejects_layer_whose_rows_cannot_be_assigned_to_samples():
     class TimeFirst(nn.Module):
         def __init__(self):
             super().__init__()
@@ -159,7 +159,7 @@ def test_a_layer_whose_rows_cannot_be_told_apart_is_refused_by_name():
     assert_untouched(model, before)
 
 
-def test_a_unit_that_returns_no_single_tensor_is_refused_by_name():
+def test_rejects_unit_with_several_outputs_by_name():
     model, batch = network_and_inputs("attention")
     before = snapshot(model)
     with pytest.raises(UnsupportedModel, match="attention returns a tuple"):
@@ -168,21 +168,21 @@ def test_a_unit_that_returns_no_single_tensor_is_refused_by_name():
 
 
 @pytest.mark.parametrize("values", [1, 50, 10**6])
-def test_a_sample_of_values_holds_the_extremes_and_nothing_foreign(values):
+def test_sampled_values_include_the_extremes_and_only_captured_values(values):
     model, calibration = make(Residual), calibration_of("residual")
     names = observe(model, calibration.fitting[0]).layer_names()
     samples = {name: one for name, (one,) in input_samples(model, names, calibration.fitting, values, seed=0).items()}
     assert set(samples) == set(names)
     for name in names:
-        given, _ = watched(model, name, join(calibration.fitting))
-        ends = torch.stack([given.min(), given.max()])
+        values_read, _ = watched(model, name, join(calibration.fitting))
+        ends = torch.stack([values_read.min(), values_read.max()])
         assert torch.allclose(torch.stack([samples[name].min(), samples[name].max()]), ends, atol=1e-6)
     first = samples[names[0]]
     assert torch.isin(first, join(calibration.fitting).inputs).all()
     assert len(first) <= values + 3 * len(calibration.fitting)
 
 
-def test_samples_follow_the_seed_alone():
+def test_samples_depend_only_on_the_seed():
     model, calibration = make(Residual), calibration_of("residual")
     state = torch.get_rng_state()
     draws = [input_samples(model, ["fc"], calibration.fitting, 30, seed)["fc"][0] for seed in (0, 0, 1)]
@@ -190,12 +190,12 @@ def test_samples_follow_the_seed_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_chunks_cover_every_index_once():
+def test_chunks_cover_every_index_exactly_once():
     assert torch.cat(list(chunks(11, 4))).tolist() == list(range(11))
 
 
 class Masked(nn.Module):
-    """A block given a square mask that all samples share, as attention is."""
+    """A block with a square mask shared by all samples, as in attention."""
 
     def __init__(self):
         super().__init__()
@@ -205,7 +205,7 @@ class Masked(nn.Module):
         return self.gated(x, torch.ones(4, 4), 1, gate=1.0)
 
 
-def test_a_mask_of_as_many_rows_as_the_batch_is_still_shared():
+def test_mask_with_as_many_rows_as_the_batch_is_shared():
     model, batches = make(Masked), [Batch(numbers(4, 4, seed=seed)) for seed in (1, 2)]
     captured = capture(model, "gated", batches, 8, MemoryBudget(2**20), outputs=True)
     args, _ = captured.batch(torch.tensor([7, 0, 3]))

@@ -1,4 +1,4 @@
-"""Inputs far from zero, or of unlike units, are named with a remedy that works; ordinary ones are not."""
+"""Inputs far from zero, or in different units, are reported with a remedy that works; ordinary inputs are not."""
 
 import re
 
@@ -16,12 +16,12 @@ MEANS, DEVIATIONS = torch.tensor([290.0, 2005.0, 101325.0, 0.5]), torch.tensor([
 
 
 def sensors(count: int) -> torch.Tensor:
-    """Kelvin, years, Pascal, and a number between 0 and 1."""
+    """Temperature in kelvin, years, pressure in pascal, and a number between 0 and 1."""
     return MEANS + DEVIATIONS * numbers(count, 4)
 
 
 def folded() -> nn.Module:
-    """A network of normalized numbers whose normalization is in its first layer."""
+    """A network for normalized inputs, with the normalization folded into its first layer."""
     network = make(lambda: nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)))
     with torch.no_grad():
         network[0].weight.div_(DEVIATIONS)
@@ -36,13 +36,13 @@ def errors_of(network: nn.Module, inputs: torch.Tensor, bits: int = 8) -> dict[s
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_ordinary_inputs_are_not_named(bits):
+def test_ordinary_inputs_are_not_reported(bits):
     assert errors_of(make(Residual), pictures(16), bits) == {}
     assert errors_of(make(Residual), 255 * torch.rand(16, 3, 8, 8), bits) == {}
     assert errors_of(folded(), sensors(64))["0"] > 1  # worse than a constant
 
 
-def test_the_error_that_is_named_is_the_layers_own():
+def test_reported_error_is_that_of_the_layer():
     network, inputs = folded(), sensors(256)
     step = inputs.max() / 255
     rounded = (inputs / step).round() * step
@@ -54,21 +54,21 @@ def test_the_error_that_is_named_is_the_layers_own():
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("layer", [nn.Conv1d, nn.Conv2d])
-def test_channels_of_a_convolution_are_its_inputs_second_dimension(layer, groups):
+def test_channels_of_a_convolution_are_the_second_dimension_of_its_input(layer, groups):
     size = (5,) if layer is nn.Conv1d else (5, 5)
     network = nn.Sequential(layer(4, 6, 3, groups=groups))
     far = MEANS.view(4, *(1,) * len(size)) + numbers(16, 4, *size) * DEVIATIONS.view(4, *(1,) * len(size))
     assert errors_of(network, far).keys() == {"0"} and errors_of(network, numbers(16, 4, *size)) == {}
 
 
-def test_a_reshaped_input_is_the_networks_input_still_and_a_computed_one_is_not():
+def test_reshaped_input_counts_as_network_input_and_computed_does_not():
     network = folded()
     reshaped = nn.Sequential(nn.Flatten(), *network)
     assert errors_of(reshaped, sensors(32).view(32, 2, 2)).keys() == {"1"}
     assert errors_of(nn.Sequential(nn.ReLU(), *network), sensors(32)) == {}
 
 
-def test_calibrate_names_the_layer_and_its_remedy_works(caplog):
+def test_calibrate_names_the_layer_and_a_working_remedy(caplog):
     network, inputs = folded(), sensors(128)
     settings = {"samples": 128, "weight_bits": (8,), "activation_bits": (8,), "pipeline": "light", "solver": "none"}
     result = anybit.calibrate(network, inputs, None, **settings)

@@ -1,4 +1,4 @@
-"""A copy computes by itself: what functions close over is copied with them, and what cannot be is refused by name."""
+"""Copies are independent: functions that close over the network are rebound to the copy; what cannot be copied is rejected by name."""
 
 import copy
 import functools
@@ -104,7 +104,7 @@ def with_method() -> nn.Module:
 
 
 def with_layers_forward() -> nn.Module:
-    """One layer's own forward is replaced, as those do that put code around a layer."""
+    """Replace one layer's forward, as code that wraps a layer does."""
     model = Layers()
     old = model.conv.forward
     model.conv.forward = lambda x: old(x) * 2
@@ -122,7 +122,7 @@ GLOBAL: dict[str, nn.Module] = {}
 
 
 def with_global() -> nn.Module:
-    """What is written at the top of a script closes over nothing."""
+    """A function at the top of a script, which closes over nothing."""
     model = Layers()
     code = "old = model.forward\nmodel.forward = lambda x: old(x) - model.fc.bias"
     exec(code, {"model": model})
@@ -136,7 +136,7 @@ BOUND = [
 
 
 @pytest.mark.parametrize("cls", BOUND, ids=lambda cls: cls.__name__)
-def test_a_copy_of_a_copy_computes_with_weights_of_its_own(cls):
+def test_copy_of_a_copy_uses_its_own_weights(cls):
     model, x = make(cls), pictures(6)
     expected = predict(model, Batch(x))
     twin = copy.deepcopy(checked_copy(model, Batch(x[:2])))
@@ -150,7 +150,7 @@ def test_a_copy_of_a_copy_computes_with_weights_of_its_own(cls):
 
 
 @pytest.mark.parametrize("cls", BOUND, ids=lambda cls: cls.__name__)
-def test_such_networks_are_quantized_whole_and_left_alone(cls):
+def test_such_networks_are_fully_quantized_and_unchanged(cls):
     model, x = make(cls), pictures(24)
     before = snapshot(model)
     result = anybit.calibrate(model, x, **LIGHT)
@@ -165,7 +165,7 @@ def test_such_networks_are_quantized_whole_and_left_alone(cls):
         assert torch.equal(predict(result.model, Batch(x)), quantized)
 
 
-def test_a_layers_own_forward_reads_quantized_inputs():
+def test_replaced_forward_of_a_layer_reads_quantized_inputs():
     layer = prepare(nn.Sequential(make(with_layers_forward).conv), ["0"])
     quantizer = UniformQuantizer(4, False, torch.tensor(0.5), torch.tensor(8.0))
     x = pictures(2)
@@ -175,7 +175,7 @@ def test_a_layers_own_forward_reads_quantized_inputs():
         assert torch.equal(layer(x), expected) and not torch.equal(expected, layer[0].float()(x * 0))
 
 
-def test_a_function_over_nothing_of_the_network_stays_itself():
+def test_function_that_reaches_no_module_is_not_copied():
     model, scale = Layers(), [2.0]
     model.scale = lambda x: x * scale[0]
     assert copied(model).scale is model.scale
@@ -187,7 +187,7 @@ class ByGlobal(Layers):
 
 
 def of_a_class_in_a_function() -> nn.Module:
-    """The forward, which no copy changes, reads the dictionary that the original's hook writes into."""
+    """The forward, which no copy changes, reads the dictionary that the original's hook writes to."""
     seen: dict[str, Tensor] = {}
 
     class Local(Layers):
@@ -201,15 +201,15 @@ def of_a_class_in_a_function() -> nn.Module:
     return model
 
 
-def test_a_dictionary_that_a_class_closes_over_serves_every_copy():
+def test_dictionary_that_a_class_closes_over_is_shared_by_copies():
     model, x = of_a_class_in_a_function(), pictures(24)
     result = anybit.calibrate(model, x, **LIGHT)
     one, other = (predict(result.model, Batch(some)) for some in (x[:4], x[4:8]))
     assert not torch.allclose(one, other)
 
 
-@pytest.mark.parametrize("work", [anybit.inspect, lambda *given: anybit.calibrate(*given, **LIGHT)], ids=["inspect", "calibrate"])
-def test_what_reaches_the_original_through_a_global_is_refused_by_name(work):
+@pytest.mark.parametrize("work", [anybit.inspect, lambda *arguments: anybit.calibrate(*arguments, **LIGHT)], ids=["inspect", "calibrate"])
+def test_rejects_function_that_reaches_the_original_through_a_global(work):
     model = GLOBAL["network"] = make(ByGlobal)
     before = snapshot(model)
     with pytest.raises(UnsupportedModel, match=r"calls conv of the network itself.*through `self` in a method"):
@@ -217,7 +217,7 @@ def test_what_reaches_the_original_through_a_global_is_refused_by_name(work):
     assert_untouched(model, before)
 
 
-def test_weights_come_back_bit_for_bit_where_a_pass_fails():
+def test_weights_are_restored_bitwise_after_a_failing_pass():
     class Failing(Layers):
         def forward(self, x):
             if torch.isnan(GLOBAL["network"].conv.weight).any():
@@ -232,22 +232,22 @@ def test_weights_come_back_bit_for_bit_where_a_pass_fails():
     assert [tensor.data_ptr() for tensor in model.parameters()] == places
 
 
-def test_a_forward_that_writes_into_its_input_gets_a_copy():
+def test_forward_that_overwrites_its_input_gets_a_copy():
     class Centred(Chain):
         def forward(self, x):
             return super().forward(x.sub_(1).mul_(2))
 
     x = pictures(24)
-    given = x.clone()
+    before = x.clone()
     result = anybit.calibrate(make(Centred), x, **LIGHT)
-    assert torch.equal(x, given)
+    assert torch.equal(x, before)
     expected = predict(make(Centred), Batch(x))
-    assert torch.equal(x, given)
+    assert torch.equal(x, before)
     assert (predict(result.model, Batch(x)) - expected).square().mean() < 1e-2 * expected.square().mean()
 
 
 class Squeezed(nn.Module):
-    """A batch of one loses its dimension, after which a linear layer takes what is left for one sample."""
+    """Squeezes a batch of one, so that the linear layer takes the rest for one sample."""
 
     def __init__(self):
         super().__init__()
@@ -258,25 +258,25 @@ class Squeezed(nn.Module):
 
 
 class SqueezedAway(Squeezed):
-    """One value a sample, and a number without a dimension for one sample."""
+    """One value per sample; for a single sample, a number without dimensions."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(torch.relu(self.conv(x)).mean((2, 3)))[:, :1].squeeze()
 
 
 @pytest.mark.parametrize("cls", [Squeezed, SqueezedAway])
-def test_a_sample_that_would_be_left_alone_goes_with_the_others(cls):
+def test_left_over_sample_joins_the_previous_batch(cls):
     result = anybit.calibrate(make(cls), pictures(17), batch_size=4, held_out=0.5, **LIGHT)
     assert set(result.scheme) == {"conv", "fc"}
 
 
-def test_a_batch_of_one_that_loses_its_dimension_is_refused_with_the_remedy():
+def test_rejects_squeezed_batch_of_one_with_a_remedy():
     for settings in ({"batch_size": 1}, {"held_out": 0.01}):
         with pytest.raises(UnsupportedModel, match=r"flatten\(1\)"):
             anybit.calibrate(make(Squeezed), pictures(8), **{**LIGHT, **settings})
 
 
-def test_a_number_is_the_row_of_one_sample():
+def test_scalar_output_is_the_row_of_one_sample():
     x = pictures(8)
     whole, single = (anybit.calibrate(make(SqueezedAway), x, batch_size=size, **LIGHT) for size in (8, 1))
     assert whole.about["task"] == single.about["task"] == "regression"

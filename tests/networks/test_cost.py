@@ -1,4 +1,4 @@
-"""Costs: counted by hand where that is possible, and against the file that is written."""
+"""Costs compared with hand-computed counts, and with the written file."""
 
 import os
 
@@ -24,7 +24,7 @@ precisions = st.builds(Precision, st.sampled_from(WEIGHT_BITS), st.sampled_from(
 
 
 class Small(nn.Module):
-    """A convolution, a normalization whose counter is no float, a layer norm that nothing covers, a classifier."""
+    """A convolution, a norm with an integer counter, an uncovered layer norm, a classifier."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ def costs(small):
 
 
 @pytest.mark.parametrize("edges", [{}, {"input/0": (0.0, 1.0)}, {"a": (0.0, 1.0), "b/add": (-1.0, 2.0)}])
-def test_file_size_is_the_size_of_the_file_for_every_scheme(small, tmp_path, edges):
+def test_file_size_equals_the_written_file_for_every_scheme(small, tmp_path, edges):
     model, prepared = small
     costs = CostModel.of(prepared, NAMES, wired(model, 2, 3, 6, 5), len(edges), model)
     candidates = Candidates(
@@ -77,19 +77,19 @@ def test_file_size_is_the_size_of_the_file_for_every_scheme(small, tmp_path, edg
     sizes_agree()
 
 
-def test_float_bytes_is_the_size_of_the_float_networks_file(small, costs, tmp_path):
+def test_float_bytes_equals_the_written_float_file(small, costs, tmp_path):
     save_file(small[0].state_dict(), tmp_path / "float.safetensors")
     assert costs.float_bytes == os.path.getsize(tmp_path / "float.safetensors")
 
 
 @few
 @given(schemes, schemes)
-def test_the_overhead_of_two_schemes_differs_by_header_alone(costs, one, other):
-    # Six shared tensors of up to 100 header bytes each may come and go.
+def test_overhead_of_two_schemes_differs_only_in_the_header(costs, one, other):
+    # Six shared tensors of up to 100 header bytes each may be present or absent.
     assert abs(costs.overhead(one) - costs.overhead(other)) <= 600
 
 
-def test_layer_sizes_by_hand(costs):
+def test_layer_sizes(costs):
     assert costs.layers == {"conv": LayerSize(4, 27, 4 * 27 * 6 * 5), "fc": LayerSize(5, 4, 20)}
     assert costs.leftover == 4 * 4 + 2 * 4 + 5  # norm's four vectors, the layer norm's two, the bias of fc
     assert list(costs.others) == ["norm.num_batches_tracked"]
@@ -100,18 +100,18 @@ def test_layer_sizes_by_hand(costs):
     # conv: 108 weights in 4 rows. A coded layer adds 4 bytes a row, a quantized input 5.
     [("W4A8", 54 + 16 + 5), ("W4", 54 + 16), ("W3", 41 + 16), ("A8", 432 + 5), ("float", 432), ("W0", 0), ("W0A4", 5)],
 )
-def test_layer_bytes_by_hand(costs, precision, expected):
+def test_layer_bytes(costs, precision, expected):
     assert costs.layer_bytes("conv", Precision.parse(precision)) == expected
 
 
 @pytest.mark.parametrize(
     "precision, factor", [("W4A8", 4 * 8), ("W4", 4 * 32), ("A8", 32 * 8), ("float", 32 * 32), ("W0A8", 0), ("W2A2", 4)]
 )
-def test_layer_bops_are_macs_times_both_bit_widths(costs, precision, factor):
+def test_layer_bops_are_macs_times_bit_widths(costs, precision, factor):
     assert costs.layer_bops("conv", Precision.parse(precision)) == costs.layers["conv"].macs * factor
 
 
-def test_weight_bits_are_a_mean_over_weights_not_over_layers(costs):
+def test_weight_bits_are_averaged_over_weights_not_layers(costs):
     scheme = Scheme({"conv": Precision(2), "fc": Precision(8)})
     assert costs.weight_bits(scheme) == (108 * 2 + 20 * 8) / 128
     assert costs.weight_bits(Scheme({"conv": Precision(), "fc": Precision(0)})) == 108 * 32 / 128
@@ -119,13 +119,13 @@ def test_weight_bits_are_a_mean_over_weights_not_over_layers(costs):
 
 @few
 @given(st.sampled_from(WEIGHT_BITS[1:]), st.sampled_from(ACTIVATION_BITS))
-def test_a_uniform_scheme_has_its_own_bits_as_the_mean(costs, weight_bits, activation_bits):
+def test_uniform_scheme_has_its_bits_as_mean(costs, weight_bits, activation_bits):
     assert costs.weight_bits(Scheme.uniform(NAMES, Precision(weight_bits, activation_bits))) == weight_bits
 
 
 @few
 @given(schemes, st.sampled_from(NAMES), st.integers(2, 7))
-def test_one_more_weight_bit_costs_more_in_every_quantity(costs, scheme, name, bits):
+def test_one_more_weight_bit_raises_every_cost(costs, scheme, name, bits):
     fewer, more = (scheme.replace({name: Precision(b, scheme[name].activation_bits)}) for b in (bits, bits + 1))
     low, high = costs.summary(fewer), costs.summary(more)
     assert low.keys() == high.keys() == {"weight_bits", "bytes", "percent", "bops"}
@@ -135,7 +135,7 @@ def test_one_more_weight_bit_costs_more_in_every_quantity(costs, scheme, name, b
 
 @few
 @given(schemes)
-def test_the_summary_says_what_the_single_costs_say(costs, scheme):
+def test_summary_agrees_with_the_single_costs(costs, scheme):
     summary = costs.summary(scheme)
     assert summary["bytes"] == costs.file_size(scheme)
     assert summary["percent"] / 100 * costs.float_bytes == pytest.approx(summary["bytes"])
@@ -154,19 +154,19 @@ def test_the_summary_says_what_the_single_costs_say(costs, scheme):
     ],
 )
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_multiply_accumulates_of_one_sample_by_hand(layer, shape, macs, batch_size):
+def test_multiply_accumulates_of_one_sample(layer, shape, macs, batch_size):
     model = nn.Sequential(layer)
     assert macs_per_sample(model[0], "0", wired(model, batch_size, *shape[1:])) == macs
 
 
-def test_an_embedding_multiplies_nothing():
+def test_embedding_has_no_multiply_accumulates():
     model = nn.Sequential(nn.Embedding(10, 4))
     wiring = observe(model, Batch(torch.zeros(2, 5, dtype=torch.long)))
     assert macs_per_sample(model[0], "0", wiring) == 0
 
 
 class Tied(nn.Module):
-    """Two layers that share a weight, two norms that share one, two counters that are one."""
+    """Two layers that share a weight, two norms that share one, and a shared counter."""
 
     def __init__(self):
         super().__init__()
@@ -181,11 +181,11 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("precision", ["W4A8", "W2", "W0", "float"])
-def test_the_counted_size_is_the_size_of_the_file_for_tied_weights(precision, tmp_path):
+def test_file_size_equals_the_written_file_for_tied_weights(precision, tmp_path):
     model, names = Tied(), ["fc", "left", "right"]
     prepared = prepare(model, names, ["left", "right"])
     costs = CostModel.of(prepared, names, wired(model, 2, 3), 0, model)
-    assert costs.leftover == 3 * 3 + 2 * 3 + 2 * 3  # three biases; the norms' weight, once for each of its keys; their biases
+    assert costs.leftover == 3 * 3 + 2 * 3 + 2 * 3  # three biases; the shared norm weight, once per key; the norms' biases
     candidates = Candidates(
         {("fc", bits): weight_candidate(prepared.fc, bits, "minmax") for bits in (2, 4)},
         {("fc", 8): ActivationCandidate(torch.tensor(0.1), torch.tensor(1.0))},

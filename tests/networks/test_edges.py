@@ -32,7 +32,7 @@ def outputs(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
 
 
 class Forms(nn.Module):
-    """A sum and an activation, each in the form that is asked for."""
+    """A sum and an activation, each in the requested form."""
 
     def __init__(self, form):
         super().__init__()
@@ -63,7 +63,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_edge_is_rounded_in_whatever_form_it_is_written(form):
+def test_edge_is_rounded_in_every_form(form):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, 4)
     model = Forms(FORMS["functions"]).eval()
@@ -77,7 +77,7 @@ def test_an_edge_is_rounded_in_whatever_form_it_is_written(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_pass_a_rounded_edge(form):
+def test_gradients_pass_through_a_rounded_edge(form):
     torch.manual_seed(0)
     model = Forms(FORMS[form])
     names = observe(model, Batch(torch.randn(2, 3, 4, 4))).edges()
@@ -87,7 +87,7 @@ def test_gradients_pass_a_rounded_edge(form):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_edge_lies_on_its_grid_and_what_reads_it_sees_that(name):
+def test_every_edge_is_on_its_grid_where_it_is_read(name):
     ready, batch = canonical(name)
     for edge, tensor in rounded_values(ready.model, batch).items():
         scale, zero_point = edge_grids(ready.model)[edge]
@@ -97,7 +97,7 @@ def test_every_edge_lies_on_its_grid_and_what_reads_it_sees_that(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_layer_of_8_bits_reads_the_codes_of_an_edge_as_they_are(name):
+def test_8_bit_layer_reads_edge_codes_unchanged(name):
     ready, batch = canonical(name)
     edges = {id(layer): name for name, layer in quantized_layers(ready.model).items()}
     grids = set(edge_grids(ready.model).values())
@@ -119,11 +119,11 @@ def test_a_layer_of_8_bits_reads_the_codes_of_an_edge_as_they_are(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_rounding_edges_is_surgery_that_can_be_undone(name):
+def test_rounding_edges_can_be_undone(name):
     ready, batch = canonical(name)
     model = ready.model
     expected, grids = outputs(model, batch), edge_grids(model)
-    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))  # as multiprocessing does; no file of anybit's is a pickle
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))  # as in multiprocessing; anybit writes no pickle files
     for other in (copy.deepcopy(model), again):
         assert edge_grids(other) == grids and all(map(torch.equal, outputs(other, batch), expected))
     plain = round_edges(copy.deepcopy(model), {})
@@ -135,7 +135,7 @@ def test_rounding_edges_is_surgery_that_can_be_undone(name):
 
 
 @pytest.mark.parametrize("name", ["residual", "two inputs"] if "two inputs" in NETWORKS else ["residual"])
-def test_what_is_observed_is_the_network_without_its_edges(name):
+def test_observing_ignores_edge_rounding(name):
     ready, batch = canonical(name)
     rounded, plain = {}, {}
     observe(ready.model, batch, lambda name, tensor: rounded.setdefault(name, tensor.clone()))
@@ -143,15 +143,15 @@ def test_what_is_observed_is_the_network_without_its_edges(name):
     assert list(rounded) == list(plain) and all(torch.equal(rounded[name], plain[name]) for name in plain)
 
 
-def test_an_error_in_the_forward_leaves_no_hooks():
+def test_error_in_the_forward_leaves_no_hooks():
     model = round_edges(Forms(lambda a, b: a @ b[:1, :, :3, :2]), {"a": (0.5, 0)})
     with pytest.raises(RuntimeError):
         model(torch.randn(2, 3, 4, 4))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_searched_range_has_less_error_than_the_whole_one():
-    """One value far from the others: the whole range would give them few codes."""
+def test_searched_range_has_less_error_than_the_full_one():
+    """One outlier: the full range would leave few codes for the other values."""
     torch.manual_seed(0)
     x = torch.randn(64, 3, 8, 8)
     x[0, 0, 0, 0] = 200.0
@@ -168,7 +168,7 @@ def test_a_searched_range_has_less_error_than_the_whole_one():
     assert error(searched) <= error(whole)
 
 
-def test_layers_of_fewer_bits_keep_ranges_of_their_own():
+def test_layers_of_fewer_bits_keep_their_own_ranges():
     ready, batch = canonical("residual", bits=4)
     grids = set(edge_grids(ready.model).values())
     own = {(float(layer.input_quantizer.scale), int(layer.input_quantizer.zero_point)) for layer in quantized_layers(ready.model).values()}

@@ -1,4 +1,4 @@
-"""Which tensors are edges of 8 bits: the one rule of simulation and file."""
+"""Which tensors are 8-bit edges: one rule for simulation and file."""
 
 import pytest
 import torch
@@ -48,23 +48,23 @@ def names_of(function, tables=False, shape=(4, 8, 8), **layers) -> set[str]:
     ],
     ids=["layer", "clamp", "function", "shortcut", "sum", "concatenation", "maximum pool", "norm", "softmax", "mean"],
 )
-def test_a_tensor_is_an_edge_where_more_than_one_layer_reads_it(function, edges):
+def test_tensor_read_by_several_layers_is_an_edge(function, edges):
     assert names_of(function, a=conv(), b=conv()) == edges
 
 
-def test_a_linear_gives_floats_where_nothing_but_floats_follow():
+def test_linear_outputs_floats_before_float_readers():
     layers = {"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)}
     assert names_of(lambda s, x: s.b(F.gelu(s.a(x))), shape=(5, 6), **layers) == set()
     assert names_of(lambda s, x: x + s.b(F.layer_norm(s.a(x), (6,))), shape=(5, 6), **layers) == set()
 
 
-def test_functions_are_edges_as_tables_alone():
+def test_functions_give_edges_only_as_tables():
     layers = {"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)}
     assert names_of(lambda s, x: s.b(F.gelu(s.a(x))), tables=True, shape=(5, 6), **layers) == {"a"}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_code_of_a_convolution_is_an_edge_or_one_layers_own(name):
+def test_codes_of_a_convolution_are_an_edge_or_of_one_layer(name):
     wiring, model = canonical(*network_and_inputs(name))
     edges, layers = rounded_edges(wiring, quantized_layers(model), scheme_of(model)), quantized_layers(model)
     assert set(edges.names) <= set(wiring.edges())
@@ -90,7 +90,7 @@ def test_float_activations_have_no_edges(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_layer_reads_the_numbers_of_the_edge_that_its_input_is(name):
+def test_layer_reads_the_values_of_its_input_edge(name):
     model, batch = network_and_inputs(name)
     wiring, ready = canonical(model, batch)
     edges, plain = rounded_edges(wiring, quantized_layers(ready), scheme_of(ready)), emptied(ready)

@@ -1,4 +1,4 @@
-"""Every layer type keeps the same promises: rows, multiply-accumulates, channels of the output, and surgery that changes nothing."""
+"""Properties of every layer type: rows, multiply-accumulates, output channels, and surgery without changes."""
 
 import copy
 import pickle
@@ -30,7 +30,7 @@ def convolution(cls, dimensions, **settings):
     return cls(4, 6, 2, **settings), torch.randn(3, 4, *SIDES[:dimensions])
 
 
-EXAMPLES = {  # class -> instances, each with inputs of three samples
+EXAMPLES = {  # class -> instances, each with three samples of input
     nn.Conv1d: [convolution(nn.Conv1d, 1), convolution(nn.Conv1d, 1, groups=2, stride=2)],
     nn.Conv2d: [convolution(nn.Conv2d, 2), convolution(nn.Conv2d, 2, groups=2, bias=False)],
     nn.Conv3d: [convolution(nn.Conv3d, 3)],
@@ -64,7 +64,7 @@ def parts(inputs):
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
-def test_every_covered_class_has_one_type_and_a_subclass_its_parents():
+def test_every_covered_class_has_one_type_which_subclasses_inherit():
     assert sum(len(layer_type.classes) for layer_type in LAYER_TYPES) == len(set(COVERED)) == len(EXAMPLES)
     for layer_type in LAYER_TYPES:
         for cls in layer_type.classes:
@@ -72,7 +72,7 @@ def test_every_covered_class_has_one_type_and_a_subclass_its_parents():
 
 
 @pytest.mark.parametrize("layer, inputs", ALL)
-def test_rows_and_back_is_the_weight_and_a_row_is_what_one_channel_is_made_of(layer, inputs):
+def test_rows_round_trip_and_each_row_is_one_output_channel(layer, inputs):
     prepared = prepare(Alone(layer), ["layer"]).layer
     if not type_of(layer).has_weights:
         assert weight_rows(prepared, torch.empty(0, 0)).numel() == 0
@@ -99,7 +99,7 @@ def test_rows_and_back_is_the_weight_and_a_row_is_what_one_channel_is_made_of(la
 
 
 @pytest.mark.parametrize("layer, inputs", ALL)
-def test_multiply_accumulates_are_those_that_are_done(layer, inputs):
+def test_multiply_accumulates_equal_the_products_computed(layer, inputs):
     model, batch = alone(layer, inputs)
     for name, parameter in model.layer.named_parameters():
         nn.init.constant_(parameter, float(name == "weight"))
@@ -111,11 +111,11 @@ def test_multiply_accumulates_are_those_that_are_done(layer, inputs):
 
 
 @pytest.mark.parametrize("layer, inputs", ALL)
-def test_surgery_changes_no_output_and_can_be_undone_copied_and_pickled(layer, inputs):
+def test_surgery_keeps_outputs_and_can_be_undone_copied_and_pickled(layer, inputs):
     model, _ = alone(layer, inputs)
     expected = model(*parts(inputs))
     prepared = prepare(model, ["layer"])
-    pickled = pickle.loads(pickle.dumps(prepared))  # as multiprocessing does; no file of anybit's is a pickle
+    pickled = pickle.loads(pickle.dumps(prepared))  # as in multiprocessing; anybit writes no pickle files
     for one in (prepared, copy.deepcopy(prepared), pickled, emptied(prepared)):
         assert torch.equal(one(*parts(inputs)), expected)
     assert isinstance(prepared.layer, QuantizedLayer) and isinstance(prepared.layer, type(layer))
@@ -124,7 +124,7 @@ def test_surgery_changes_no_output_and_can_be_undone_copied_and_pickled(layer, i
 
 
 @pytest.mark.parametrize("layer, inputs", ALL)
-def test_the_sums_of_channels_are_of_the_outputs_channels(layer, inputs):
+def test_channel_sums_are_over_output_channels(layer, inputs):
     output = layer(*parts(inputs)).detach()
     count, sums, squares = channel_sums(layer, output)
     values = output.movedim(-1 if type_of(layer).channels_last else 1, 0).flatten(1).double()
@@ -136,7 +136,7 @@ def test_the_sums_of_channels_are_of_the_outputs_channels(layer, inputs):
 
 
 @pytest.mark.parametrize("layer, inputs", ALL)
-def test_the_precisions_of_a_layer_are_of_the_operands_that_it_has(layer, inputs):
+def test_precisions_cover_the_operands_of_the_layer(layer, inputs):
     kind, model = type_of(layer), Alone(layer)
     choices = layer_choices(layer, None, OPTIONS)
     assert len(choices) == (2 if kind.has_weights else 1) * (2 if kind.reads_numbers else 1)
@@ -149,7 +149,7 @@ def test_the_precisions_of_a_layer_are_of_the_operands_that_it_has(layer, inputs
 
 
 @pytest.mark.parametrize("layer, inputs", [one for one in ALL if type_of(one.values[0]).reads_numbers])
-def test_each_operand_has_a_range_of_its_own(layer, inputs):
+def test_each_operand_has_its_own_range(layer, inputs):
     model, batch = alone(layer, inputs)
     kind = type_of(layer)
     assert len(input_samples(model, ["layer"], [batch], 64, 0)["layer"]) == kind.operands == len(parts(inputs))

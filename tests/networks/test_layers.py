@@ -88,7 +88,7 @@ def test_a_prepared_model_loads_the_float_checkpoint(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_module_with_a_matrix_is_covered_or_named(name):
+def test_every_module_with_a_matrix_is_covered_or_reported(name):
     model, batch = network_and_inputs(name)
     covered, uncovered = coverage(model, observe(model, batch))
     assert matrices(model) == set(covered) | set(uncovered)
@@ -97,7 +97,7 @@ def test_every_module_with_a_matrix_is_covered_or_named(name):
 
 
 class Positions(nn.Module):
-    """A class token and positions, parameters of the network itself, beside a layer."""
+    """A class token and positions, which are parameters of the network itself, beside a layer."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ class Positions(nn.Module):
         return self.fc(torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places).mean(1)
 
 
-def test_parameters_of_the_network_itself_are_named_with_their_share():
+def test_parameters_outside_layers_are_reported_with_their_share():
     model = nn.Sequential(Positions()).eval()
     covered, uncovered = coverage(model, observe(model, Batch(torch.randn(2, 5, 4))))
     assert covered == ["0.fc"] and set(uncovered) == {"0.token", "0.places"}
@@ -117,7 +117,7 @@ def test_parameters_of_the_network_itself_are_named_with_their_share():
     assert set(names) == {"token", "places"} and "a parameter of the network itself" in names["places"]
 
 
-def test_what_attention_reads_directly_is_named_with_the_reason():
+def test_weights_read_directly_by_attention_are_reported_with_a_reason():
     model, batch = network_and_inputs("attention")
     covered, uncovered = coverage(model, observe(model, batch))
     assert covered == ["inner", "fc"]
@@ -126,7 +126,7 @@ def test_what_attention_reads_directly_is_named_with_the_reason():
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_rows_and_weight_are_inverse(kind):
+def test_rows_and_weight_round_trip(kind):
     layer = layer_of(kind)[0]
     weight = float_weight(layer)
     rows = weight_rows(layer, weight)
@@ -138,7 +138,7 @@ def test_rows_and_weight_are_inverse(kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind != "Embedding"])
 @torch.no_grad()
-def test_a_row_is_one_output_channel(kind):
+def test_row_is_one_output_channel(kind):
     model, inputs = layer_of(kind), input_of(kind)
     layer = model[0]
     layer.bias.zero_()
@@ -149,7 +149,7 @@ def test_a_row_is_one_output_channel(kind):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_filled_slot_makes_the_weight_code_times_scale(kind):
+def test_filled_slot_gives_code_times_scale(kind):
     model = prepare(layer_of(kind), ["0"])
     layer = model[0]
     quantizer = quantizer_of(layer, 3)
@@ -162,7 +162,7 @@ def test_a_filled_slot_makes_the_weight_code_times_scale(kind):
 
 @pytest.mark.parametrize("kind", LAYERS)
 @torch.no_grad()
-def test_a_layer_computes_with_the_weight_in_its_slot(kind):
+def test_layer_computes_with_the_weight_in_its_slot(kind):
     model, inputs = layer_of(kind), input_of(kind)
     prepared = prepare(model, ["0"])
     fill(prepared[0], quantizer_of(prepared[0], 2), None)
@@ -172,7 +172,7 @@ def test_a_layer_computes_with_the_weight_in_its_slot(kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind != "Embedding"])
 @torch.no_grad()
-def test_a_layer_computes_with_the_input_in_its_slot(kind):
+def test_layer_quantizes_its_input_by_its_slot(kind):
     model, inputs = layer_of(kind), input_of(kind)
     prepared = prepare(model, ["0"])
     quantizer = UniformQuantizer(2, False, torch.tensor(0.7), torch.tensor(1.0))
@@ -188,13 +188,13 @@ def test_gradients_reach_the_stored_weight_through_the_slot():
     assert float_weight(model[0]).grad.abs().sum() > 0
 
 
-def test_a_computed_weight_is_refused_by_name():
+def test_rejects_computed_weight_by_name():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
     with pytest.raises(UnsupportedModel, match="0: the weight is computed"):
         prepare(model, ["0"])
 
 
-def test_other_kinds_and_types_are_refused_by_name():
+def test_rejects_other_layer_types_and_dtypes_by_name():
     with pytest.raises(UnsupportedModel, match="0 is a LayerNorm"):
         prepare(nn.Sequential(nn.LayerNorm(3)), ["0"])
     with pytest.raises(UnsupportedModel, match=r"0: the weight is torch\.float64"):
@@ -205,11 +205,11 @@ def test_other_kinds_and_types_are_refused_by_name():
 def test_a_quantized_model_pickles(kind):
     model = prepare(layer_of(kind), ["0"])
     fill(model[0], quantizer_of(model[0], 3), None)
-    twin = pickle.loads(pickle.dumps(model))  # as multiprocessing does; no file of anybit's is a pickle
+    twin = pickle.loads(pickle.dumps(model))  # as in multiprocessing; anybit writes no pickle files
     assert torch.equal(twin(input_of(kind)), model(input_of(kind)))
 
 
-def test_a_layer_may_be_called_by_keyword():
+def test_layer_can_be_called_by_keyword():
     class ByKeyword(nn.Module):
         def __init__(self):
             super().__init__()
@@ -223,7 +223,7 @@ def test_a_layer_may_be_called_by_keyword():
 
 
 @pytest.mark.parametrize("cls", [Residual, Depthwise, Padded])
-def test_an_emptied_network_computes_with_the_slots_weights_and_can_be_prepared_again(cls):
+def test_emptied_network_computes_with_slot_weights_and_can_be_prepared_again(cls):
     model, x = make(cls), pictures(4)
     names, _ = coverage(model)
     filled = prepare(model, names)

@@ -1,4 +1,4 @@
-"""Patches times weight rows are what the layer computes, at every place."""
+"""Patches times weight rows equal the layer's outputs at every position."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def products(layer: nn.Module, x: torch.Tensor, places: torch.Tensor) -> torch.T
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_patches_times_rows_are_outputs(name):
+def test_patches_times_rows_equal_outputs(name):
     layer, shape = LAYERS[name]
     x, generator = torch.randn(*shape), torch.Generator().manual_seed(0)
     outputs = layer(x).flatten(0, -2) if isinstance(layer, nn.Linear) else layer(x).movedim(1, -1).flatten(0, -2)
@@ -40,7 +40,7 @@ def test_patches_times_rows_are_outputs(name):
     torch.testing.assert_close(products(layer, x, some), outputs[some])
 
 
-def test_a_linear_has_no_patch_of_padding():
+def test_linear_has_no_padding_patches():
     x, mask = torch.randn(2, 4, 3), torch.tensor([[True, True, True, False], [True, False, False, False]])
     rows = real_rows(nn.Linear(3, 2), x, mask)
     assert torch.equal(rows, torch.cat([x[0, :3], x[1, :1]]))

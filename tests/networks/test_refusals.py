@@ -1,4 +1,4 @@
-"""Strange networks: random ones composed of every part that real ones have, and a small one for each thing that was once got wrong."""
+"""Unusual networks: random ones composed of every part that real ones have, and one small network for each past error."""
 
 import dataclasses
 import threading
@@ -85,7 +85,7 @@ class Joined(Layered):
 
 
 class Aliased(Layered):
-    """Its modules have two names, and run under the second."""
+    """Its modules have two names and run under the second."""
 
     def __init__(self, *parts: str):
         super().__init__(*parts)
@@ -96,7 +96,7 @@ class Aliased(Layered):
 
 
 class Chosen(Layered):
-    """Control flow: on a buffer, on the shape, on a Python attribute."""
+    """Control flow on a buffer, on the shape, on a Python attribute."""
 
     def __init__(self, *parts: str):
         super().__init__(*parts)
@@ -111,7 +111,7 @@ class Chosen(Layered):
 
 
 class Peeked(Layered):
-    """Something besides the norm reads, or writes into, what the convolution gives."""
+    """Something besides the norm reads, or overwrites, the convolution's output."""
 
     def __init__(self, mode: str, *parts: str):
         super().__init__(*parts)
@@ -130,7 +130,7 @@ class Peeked(Layered):
 
 
 class Counting(Layered):
-    """Keeps state in buffers that no output depends on."""
+    """Updates state in buffers that no output depends on."""
 
     def __init__(self, *parts: str):
         super().__init__(*parts)
@@ -206,7 +206,7 @@ class Tied(Layered):
 
 
 class Remembering(Counting):
-    """Keeps state that its outputs depend on."""
+    """Updates state that its outputs depend on."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.mean[:, None, None]
@@ -218,7 +218,7 @@ class AtRandom(Layered):
 
 
 class BySize(Layered):
-    """Its convolution runs as often as there are pairs of inputs."""
+    """Its convolution runs once per pair of inputs."""
 
     def __init__(self):
         super().__init__("plain", "none", "relu")
@@ -289,7 +289,7 @@ OUTPUTS = {
 
 
 class Composed(nn.Module):
-    """A front, parts, a head: what hypothesis draws."""
+    """A front, parts and a head, as drawn by hypothesis."""
 
     def __init__(self, front: str, blocks: list[tuple[type, tuple]], output: str):
         super().__init__()
@@ -325,7 +325,7 @@ def inputs_of(drawn, count: int) -> Any:
 
 
 def data_of(drawn, count: int) -> Samples:
-    """The inputs sample by sample."""
+    """The inputs, one sample at a time."""
     inputs = inputs_of(drawn, count)
     return Samples([map_tensors(inputs, lambda tensor, index=index: tensor[index]) for index in range(count)], labelled=False)
 
@@ -336,10 +336,10 @@ def all_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
         return tensors_in(call(model, inputs))
 
 
-def check_a_handled_network(drawn, folder) -> None:
+def check_supported_network(drawn, folder) -> None:
     model, inputs = network_of(drawn), inputs_of(drawn, 4)
     batch = Batch(inputs)
-    given = all_outputs(network_of(drawn), inputs)
+    expected = all_outputs(network_of(drawn), inputs)
 
     wiring = observe(model, batch)
     covered, uncovered = coverage(model, wiring)
@@ -348,14 +348,14 @@ def check_a_handled_network(drawn, folder) -> None:
 
     prepared = prepare(model, covered)
     assert set(quantized_layers(prepared)) == set(covered)
-    assert all(map(torch.equal, all_outputs(prepared, inputs), given))
+    assert all(map(torch.equal, all_outputs(prepared, inputs), expected))
 
     pairs = foldable(model, wiring)
     wide = map_tensors(inputs, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     exact = all_outputs(network_of(drawn).double(), wide)
-    kept = fold_checked(model, pairs, batch, outputs_of(model, [batch])).norms
-    for one, other in zip(all_outputs(fold(network_of(drawn).double(), kept)[0], wide), exact, strict=True):
-        assert (one - other).abs().max() <= 2**-52 * 2**20 * exact[-1].abs().max().clamp_min(1)  # a million roundings
+    norms = fold_checked(model, pairs, batch, outputs_of(model, [batch])).norms
+    for one, other in zip(all_outputs(fold(network_of(drawn).double(), norms)[0], wide), exact, strict=True):
+        assert (one - other).abs().max() <= 2**-52 * 2**20 * exact[-1].abs().max().clamp_min(1)  # a million rounding errors
 
     model = network_of(drawn)
     before = snapshot(model)
@@ -372,7 +372,7 @@ def check_a_handled_network(drawn, folder) -> None:
     assert all(map(torch.equal, all_outputs(loaded, inputs), all_outputs(result.model, inputs)))
 
 
-def check_a_refused_network(drawn, place: int) -> None:
+def check_rejected_network(drawn, place: int) -> None:
     model = network_of(drawn)
     before = snapshot(model)
     with pytest.raises(UnsupportedModel, match=f"blocks.{place}[./]"):
@@ -389,39 +389,39 @@ refused = given(drawn=composed(FEW), strange=REFUSED, place=st.integers(0, 2))
 
 @QUICKLY
 @handled
-def test_a_network_of_any_parts_is_prepared_folded_covered_saved_and_loaded(drawn, tmp_path_factory):
-    check_a_handled_network(drawn, tmp_path_factory.mktemp("drawn"))
+def test_network_of_any_parts_is_prepared_folded_covered_saved_and_loaded(drawn, tmp_path_factory):
+    check_supported_network(drawn, tmp_path_factory.mktemp("drawn"))
 
 
 @QUICKLY
 @refused
-def test_a_network_with_a_part_that_cannot_be_is_refused_by_that_parts_name(drawn, strange, place):
+def test_unsupported_part_is_rejected_by_its_name(drawn, strange, place):
     front, blocks, output, seed = drawn
     place = min(place, len(blocks))
-    check_a_refused_network((front, [*blocks[:place], strange, *blocks[place:]], output, seed), place)
+    check_rejected_network((front, [*blocks[:place], strange, *blocks[place:]], output, seed), place)
 
 
 @pytest.mark.slow
 @LONG
 @handled
-def test_many_networks_of_any_parts(drawn, tmp_path_factory):
-    check_a_handled_network(drawn, tmp_path_factory.mktemp("drawn"))
+def test_many_networks_of_any_parts_are_handled(drawn, tmp_path_factory):
+    check_supported_network(drawn, tmp_path_factory.mktemp("drawn"))
 
 
 @pytest.mark.slow
 @LONG
 @refused
-def test_many_networks_with_a_part_that_cannot_be(drawn, strange, place):
+def test_many_networks_with_an_unsupported_part_are_rejected(drawn, strange, place):
     front, blocks, output, seed = drawn
     place = min(place, len(blocks))
-    check_a_refused_network((front, [*blocks[:place], strange, *blocks[place:]], output, seed), place)
+    check_rejected_network((front, [*blocks[:place], strange, *blocks[place:]], output, seed), place)
 
 
 # ---- one thing at a time --------------------------------------------------------------------------------------------------------
 
 
 class Plain(Chain):
-    """A Chain whose parts the tests below change, or read in ways of their own."""
+    """A Chain whose parts the tests below change or read in other ways."""
 
     def body(self, x: Tensor) -> Tensor:
         return self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))).mean((2, 3))
@@ -443,12 +443,12 @@ def with_forward(forward) -> nn.Module:
 
 
 def calibrated(model: nn.Module, data: Any = None, **changes: Any):
-    budget = None if "keep" in changes else "6bit"  # what is kept float may be most of the network
+    budget = None if "keep" in changes else "6bit"  # layers kept float may be most of the network
     return anybit.calibrate(model, pictures(24) if data is None else data, budget, **{"pipeline": "light", **TINY, **changes})
 
 
-def refused_calibrating(model: nn.Module, *parts: str, data: Any = None, error: type = UnsupportedModel, **changes: Any) -> None:
-    """The network is refused, whatever the pipeline, in a message that holds all `parts`, and is left as it was."""
+def rejected_by_calibrate(model: nn.Module, *parts: str, data: Any = None, error: type = UnsupportedModel, **changes: Any) -> None:
+    """Check that every pipeline rejects the network, in a message that contains all `parts`, and leaves it unchanged."""
     for pipeline in ("light", "advanced"):
         with pytest.raises(error) as caught:
             calibrated(model, data, pipeline=pipeline, **changes)
@@ -463,7 +463,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapped_network_has_its_authors_names_and_the_same_bytes(wrapper, tmp_path):
+def test_wrapped_network_keeps_original_names_and_identical_bytes(wrapper, tmp_path):
     wrapped = WRAPPERS[wrapper](make(Chain))
     result, twin = calibrated(wrapped), calibrated(make(Chain))
     assert list(result.scheme) == ["conv1", "conv2", "fc"]
@@ -472,7 +472,7 @@ def test_a_wrapped_network_has_its_authors_names_and_the_same_bytes(wrapper, tmp
     assert torch.equal(anybit.load(tmp_path / "a", model=wrapped)(pictures(4)), result.model(pictures(4)))
 
 
-def test_a_wrapped_part_is_unwrapped_in_a_copy():
+def test_wrapped_part_is_unwrapped_in_a_copy():
     model = make(Chain)
     part = model.conv2 = torch.compile(model.conv2, backend="eager")
     assert [name for name, _ in unwrapped(model).named_children()] == [name for name, _ in make(Chain).named_children()]
@@ -481,7 +481,7 @@ def test_a_wrapped_part_is_unwrapped_in_a_copy():
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_the_callers_gradient_mode_changes_nothing(context, tmp_path):
+def test_result_is_independent_of_the_gradient_mode(context, tmp_path):
     with context():
         inside = calibrated(make(Chain), pipeline="advanced").save(tmp_path / "inside")
     outside = calibrated(make(Chain), pipeline="advanced").save(tmp_path / "outside")
@@ -489,7 +489,7 @@ def test_the_callers_gradient_mode_changes_nothing(context, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["module", "buffer"])
-def test_a_name_that_no_file_can_hold_is_refused_before_any_work(kind):
+def test_rejects_name_that_no_file_can_hold_before_any_work(kind):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     if kind == "module":
         model.add_module("half\ud800", nn.ReLU())
@@ -499,13 +499,13 @@ def test_a_name_that_no_file_can_hold_is_refused_before_any_work(kind):
         anybit.calibrate(model, torch.randn(8, 4), "4bit", pipeline="light")
 
 
-def test_parameters_made_in_inference_mode_are_taken():
+def test_accepts_parameters_created_in_inference_mode():
     with torch.inference_mode():
         model, data = make(Chain), pictures(24)
     assert list(calibrated(model, data, pipeline="advanced").scheme) == ["conv1", "conv2", "fc"]
 
 
-def test_a_module_of_two_names_is_folded_and_stored_under_both(tmp_path):
+def test_module_with_two_names_is_folded_and_stored_under_both(tmp_path):
     class Listed(Plain):
         def __init__(self):
             super().__init__()
@@ -518,7 +518,7 @@ def test_a_module_of_two_names_is_folded_and_stored_under_both(tmp_path):
     assert result.canonical.folded == {"conv1": "bn1", "conv2": "bn2"}
     assert isinstance(result.model.bn1, nn.Identity) and isinstance(result.model.features[1], nn.Identity)
     size = (result.save(tmp_path / "run") / "model.safetensors").stat().st_size
-    assert size == result.report["result"]["bytes"] < make(Chain).conv2.weight.nbytes  # no weight is in it as float
+    assert size == result.report["result"]["bytes"] < make(Chain).conv2.weight.nbytes  # none of its weights is stored as float
 
 
 READERS = {
@@ -529,7 +529,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_batch_norm_is_not_folded_where_something_else_reads_what_it_reads(reader):
+def test_batch_norm_with_a_shared_input_is_not_folded(reader):
     def forward(self, x):
         y = self.conv1(x)
         aside = READERS[reader](self, y)
@@ -539,7 +539,7 @@ def test_a_batch_norm_is_not_folded_where_something_else_reads_what_it_reads(rea
     assert foldable(model, observe(model, Batch(pictures(2)))) == {"conv2": "bn2"}
 
 
-def test_a_write_in_place_between_a_layer_and_its_batch_norm_keeps_them_apart():
+def test_in_place_write_between_layer_and_batch_norm_prevents_folding():
     def forward(self, x):
         y = self.conv1(x)
         y[:, 0] = 0.5
@@ -551,24 +551,24 @@ def test_a_write_in_place_between_a_layer_and_its_batch_norm_keeps_them_apart():
     assert wiring.batch_norm_after("conv2") == "bn2"
 
 
-@pytest.mark.parametrize("share", [1.0, 1e-6])  # what folding would change must not have to be large to be seen
-def test_a_weight_that_is_read_elsewhere_keeps_its_batch_norm_and_the_others_fold(share):
+@pytest.mark.parametrize("share", [1.0, 1e-6])  # even a small change by folding must be detected
+def test_only_batch_norm_of_a_shared_weight_stays(share):
     model = with_forward(lambda self, x: Plain.forward(self, x) + share * self.conv1.weight.mean())
     assert calibrated(model).canonical.folded == {"conv2": "bn2"}
 
 
-def test_what_asks_a_weight_for_its_type_reads_nothing():
+def test_reading_the_dtype_of_a_weight_does_not_prevent_folding():
     model = with_forward(lambda self, x: Plain.forward(self, x.to(self.conv1.weight.dtype) * self.conv1.weight.shape[1]))
     assert calibrated(model).canonical.folded == {"conv1": "bn1", "conv2": "bn2"}
 
 
-def test_a_batch_norm_whose_numbers_are_read_elsewhere_stays():
+def test_batch_norm_whose_parameters_are_read_elsewhere_stays():
     model = with_forward(lambda self, x: Plain.forward(self, x) + self.bn1.running_mean.mean())
     assert calibrated(model).canonical.folded == {"conv2": "bn2"}
 
 
 class Levels(nn.Module):
-    """Two heads on two levels with one weight and one bias, each with a batch norm of its own."""
+    """Two heads on two levels sharing weight and bias, each with its own batch norm."""
 
     def __init__(self):
         super().__init__()
@@ -583,7 +583,7 @@ class Levels(nn.Module):
 
 
 class TiedScores(nn.Module):
-    """The weight of an embedding, multiplied by a module that is no layer."""
+    """The weight of an embedding, also multiplied by a module that is not a layer."""
 
     def __init__(self, weight):
         super().__init__()
@@ -603,7 +603,7 @@ class TiedHead(Tokens):
 
 
 class TiedLinear(Tokens):
-    """The weight of an embedding, as a language model's output layer has it."""
+    """The weight of an embedding shared with the output layer, as in language models."""
 
     def __init__(self):
         super().__init__()
@@ -619,10 +619,10 @@ class TiedLinear(Tokens):
     ("cls", "data", "tied"),
     [(Levels, pictures, ("near", "far")), (TiedHead, tokens, ("words",)), (TiedLinear, tokens, ("words", "scores"))],
 )
-def test_layers_that_share_a_weight_get_one_each(cls, data, tied, pipeline, tmp_path):
+def test_layers_that_share_a_weight_get_separate_ones(cls, data, tied, pipeline, tmp_path):
     model = make(cls)
     before = snapshot(model)
-    result = calibrated(model, data(24), pipeline=pipeline)  # an optimizer warns of the same parameter twice
+    result = calibrated(model, data(24), pipeline=pipeline)  # an optimizer warns of duplicate parameters
     assert_untouched(model, before)
     assert set(tied) <= set(result.scheme) and set(result.canonical.folded.values()) == ({"bn_near", "bn_far"} if cls is Levels else set())
     run = result.save(tmp_path / "run")
@@ -631,7 +631,7 @@ def test_layers_that_share_a_weight_get_one_each(cls, data, tied, pipeline, tmp_
     assert anybit.verify(run, tmp_path / "net.onnx", model=model, data=data(24))["ok"]
 
 
-def test_one_of_two_layers_that_share_a_weight_may_stay_float():
+def test_one_of_two_layers_with_a_shared_weight_may_stay_float():
     model = make(Levels)
     result = calibrated(model, pictures(24), keep={"near": "float"})
     layers = quantized_layers(result.model)
@@ -639,7 +639,7 @@ def test_one_of_two_layers_that_share_a_weight_may_stay_float():
     assert torch.equal(model.near.weight, model.far.weight)
 
 
-def test_buffers_that_a_pass_changes_are_saved_as_they_were_given(tmp_path):
+def test_buffers_changed_by_a_pass_are_saved_with_their_original_values(tmp_path):
     model = plain(relu1=Counting("plain", "none", "relu"))
     result = calibrated(model, pipeline="advanced")
     assert result.model.relu1.count == 0 and not result.model.relu1.mean.any() and result.model.relu1.last is None
@@ -648,7 +648,7 @@ def test_buffers_that_a_pass_changes_are_saved_as_they_were_given(tmp_path):
 
 
 @pytest.mark.parametrize("scored", ["test", "several outputs"])
-def test_scoring_leaves_the_buffers_that_a_pass_changes(scored, tmp_path):
+def test_scoring_restores_buffers_changed_by_a_pass(scored, tmp_path):
     model, x = plain(relu1=Counting("plain", "none", "relu")), pictures(24)
     labelled = (x, model(x).argmax(1)) if scored == "test" else None
     if scored == "several outputs":
@@ -662,7 +662,7 @@ def test_scoring_leaves_the_buffers_that_a_pass_changes(scored, tmp_path):
     result.save(tmp_path / "run")
 
 
-def test_a_block_whose_buffers_come_and_go_is_reconstructed():
+def test_block_that_adds_and_removes_buffers_is_reconstructed():
     class Block(Counting):
         def forward(self, x):
             return x + super().forward(x)
@@ -674,38 +674,38 @@ def test_a_block_whose_buffers_come_and_go_is_reconstructed():
     assert all(result.model[place].last is None and result.model[place].count == 0 for place in (1, 3))
 
 
-def test_outputs_that_depend_on_what_was_seen_before_are_refused_naming_where():
-    refused_calibrating(plain(relu1=Remembering("plain", "none", "relu")), "from relu1/add on", "It keeps", "relu1.mean")
+def test_rejects_outputs_that_depend_on_earlier_inputs_naming_the_module():
+    rejected_by_calibrate(plain(relu1=Remembering("plain", "none", "relu")), "from relu1/add on", "It keeps", "relu1.mean")
 
     counter, dropout = Counting("plain", "none", "relu"), AtRandom("plain", "none", "relu")
-    refused_calibrating(plain(relu1=counter, relu2=dropout), "from relu2/dropout on")  # the counter before it does no harm
+    rejected_by_calibrate(plain(relu1=counter, relu2=dropout), "from relu2/dropout on")  # the counter before it is harmless
     written = Peeked("written", "plain", "batch norm", "relu")
-    refused_calibrating(plain(relu1=dropout, relu2=written), "from relu1/dropout on")  # a write in place hides nothing before it
+    rejected_by_calibrate(plain(relu1=dropout, relu2=written), "from relu1/dropout on")  # an in-place write hides nothing before it
     hidden = with_forward(lambda self, x: self.fc(self.body(x) + 0 * self.relu1.mean))
     hidden.relu1 = Remembering("plain", "none", "relu")
-    refused_calibrating(hidden, "from relu1/add on")  # nor does a product with zero, which is another number on other inputs
+    rejected_by_calibrate(hidden, "from relu1/add on")  # neither does a product with zero, which differs for other inputs
 
     def counting(self, x):
         self.seen = getattr(self, "seen", 0) + 1
         return Plain.forward(self, x) + self.seen
 
-    refused_calibrating(with_forward(counting), "other outputs the second time, from")
+    rejected_by_calibrate(with_forward(counting), "other outputs the second time, from")
 
 
-def test_a_network_that_runs_once_and_not_again_is_refused():
+def test_rejects_network_that_runs_only_once():
     def wearing_out(self, x):
         self.left = getattr(self, "left", 1) - 1
         if self.left < 0:
             raise RuntimeError("nothing left")
         return Plain.forward(self, x)
 
-    refused_calibrating(with_forward(wearing_out), "runs once on an input and not again", "nothing left")
+    rejected_by_calibrate(with_forward(wearing_out), "runs once on an input and not again", "nothing left")
 
 
-def test_a_pass_that_writes_into_a_weight_is_refused():
+def test_rejects_pass_that_overwrites_a_weight():
     model = make(Tokens)
     model.words.max_norm = 1.0
-    refused_calibrating(model, "words.weight", "max_norm=None", data=tokens(24))
+    rejected_by_calibrate(model, "words.weight", "max_norm=None", data=tokens(24))
 
 
 COMPUTED = {
@@ -727,7 +727,7 @@ def with_computed(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("kind", COMPUTED)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_computed_weight_is_made_plain_on_a_copy(kind, tmp_path):
+def test_computed_weight_becomes_plain_on_a_copy(kind, tmp_path):
     model = with_computed(kind)
     before, outputs = snapshot(model), model(pictures(4))
     copied = adapted_network(model)
@@ -740,7 +740,7 @@ def test_a_computed_weight_is_made_plain_on_a_copy(kind, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_file_of_weights_holds_them_as_they_are_computed(tmp_path, monkeypatch):
+def test_weights_file_stores_computed_weights(tmp_path, monkeypatch):
     (tmp_path / "made.py").write_text(
         "from torch import nn\ndef net():\n    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))\n"
     )
@@ -751,7 +751,7 @@ def test_a_file_of_weights_holds_them_as_they_are_computed(tmp_path, monkeypatch
     assert set(model.state_dict()) == {"0.weight", "0.bias"} and torch.allclose(model(x), source(x))
 
 
-def test_a_weight_that_something_unknown_computes_is_refused():
+def test_rejects_weight_computed_by_unknown_code():
     class Halved(nn.Linear):
         weight = property(lambda self: self.small * 2)
 
@@ -759,22 +759,22 @@ def test_a_weight_that_something_unknown_computes_is_refused():
             nn.Module.__init__(self)
             self.small, self.bias = nn.Parameter(torch.ones(5, 8)), None
 
-    refused_calibrating(plain(fc=Halved()), "fc", "computed", "layer.weight = nn.Parameter")
+    rejected_by_calibrate(plain(fc=Halved()), "fc", "computed", "layer.weight = nn.Parameter")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_holds_no_plain_numbers_is_refused_by_name():
-    refused_calibrating(plain(fc=nn.LazyLinear(5)), "fc.weight", "Run the network once")
-    refused_calibrating(plain().to("meta"), "conv1.weight", "meta", "Load the weights")
-    refused_calibrating(plain(fc=torch.jit.script(nn.Linear(8, 5))), "fc is TorchScript", "Python module")
-    refused_calibrating(plain(fc=torch.jit.script(nn.Linear(8, 5))).double(), "fc is TorchScript")
+def test_rejects_parameters_without_plain_numbers_by_name():
+    rejected_by_calibrate(plain(fc=nn.LazyLinear(5)), "fc.weight", "Run the network once")
+    rejected_by_calibrate(plain().to("meta"), "conv1.weight", "meta", "Load the weights")
+    rejected_by_calibrate(plain(fc=torch.jit.script(nn.Linear(8, 5))), "fc is TorchScript", "Python module")
+    rejected_by_calibrate(plain(fc=torch.jit.script(nn.Linear(8, 5))).double(), "fc is TorchScript")
     for tensor, part in ((torch.eye(3).to_sparse(), "sparse"), (torch.ones(3, dtype=torch.complex64), "persistent=False")):
         model = plain()
         model.register_buffer("table", tensor)
-        refused_calibrating(model, "table", part)
+        rejected_by_calibrate(model, "table", part)
 
 
-def test_numbers_of_every_type_that_a_file_holds_are_kept(tmp_path):
+def test_state_of_every_dtype_round_trips(tmp_path):
     model = plain()
     for dtype in (torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.float16, torch.bfloat16, torch.bool, torch.float64):
         model.register_buffer(f"of_{str(dtype).rpartition('.')[2]}", torch.ones(3, dtype=dtype))
@@ -785,12 +785,12 @@ def test_numbers_of_every_type_that_a_file_holds_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_network_of_another_precision_is_refused_before_its_inputs_are_blamed(dtype):
-    refused_calibrating(plain().to(dtype), "conv1", str(dtype), "model.float()")
+def test_rejects_network_of_another_dtype_before_checking_inputs(dtype):
+    rejected_by_calibrate(plain().to(dtype), "conv1", str(dtype), "model.float()")
     assert list(calibrated(plain().to(dtype).float()).scheme) == ["conv1", "conv2", "fc"]
 
 
-def test_a_layer_of_half_precision_may_be_kept_float_with_its_batch_norm(tmp_path):
+def test_half_precision_layer_may_be_kept_float_with_its_batch_norm(tmp_path):
     def forward(self, x):
         y = self.relu1(self.bn1(self.conv1(x.half()))).float()
         return self.fc(self.relu2(self.bn2(self.conv2(y))).mean((2, 3)))
@@ -802,10 +802,10 @@ def test_a_layer_of_half_precision_may_be_kept_float_with_its_batch_norm(tmp_pat
     assert torch.equal(anybit.load(result.save(tmp_path / "run"), model=model)(pictures(4)), result.model(pictures(4)))
 
 
-def test_an_attribute_that_cannot_be_copied_is_named_with_its_module():
+def test_uncopyable_attribute_is_named_with_its_module():
     model = plain()
     model.conv2.lock = threading.Lock()
-    refused_calibrating(model, "conv2, a Conv2d, cannot be copied", "lock")
+    rejected_by_calibrate(model, "conv2, a Conv2d, cannot be copied", "lock")
 
 
 def in_surroundings(surroundings):
@@ -824,9 +824,9 @@ SURROUNDINGS = {
 
 
 @pytest.mark.parametrize("kind", SURROUNDINGS)
-def test_a_layer_that_could_not_be_run_alone_is_named(kind):
-    refused_calibrating(with_forward(SURROUNDINGS[kind]), "Layer conv1 runs", kind)
-    assert torch.isfinite(with_forward(SURROUNDINGS[kind])(pictures(2))).all()  # and evaluating it is nobody's concern
+def test_layer_that_cannot_run_alone_is_named(kind):
+    rejected_by_calibrate(with_forward(SURROUNDINGS[kind]), "Layer conv1 runs", kind)
+    assert torch.isfinite(with_forward(SURROUNDINGS[kind])(pictures(2))).all()  # evaluation is unaffected
 
 
 def test_a_float_network_under_autocast_is_evaluated():
@@ -835,14 +835,14 @@ def test_a_float_network_under_autocast_is_evaluated():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_forward_without_gradients_is_refused_where_they_are_needed_and_taken_where_not(mode):
+def test_rejects_forward_without_gradients_only_where_needed(mode):
     model = with_forward(in_surroundings(mode))
     with pytest.raises(UnsupportedModel, match="The forward of Own lets no gradient through"):
         calibrated(model, pipeline="advanced")
     assert list(calibrated(model).scheme) == ["conv1", "conv2", "fc"]
 
 
-def test_a_block_without_gradients_is_named():
+def test_block_without_gradients_is_named():
     class Closed(Joined):
         def forward(self, x):
             with torch.no_grad():
@@ -866,13 +866,13 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_a_layer_that_runs_otherwise_than_in_the_example_is_refused_and_may_be_kept_float(choice):
-    refused_calibrating(with_forward(CHOICES[choice]), "Layer fc runs", "--keep 'fc=float'", samples=24, batch_size=24)
+def test_rejects_layer_with_data_dependent_calls_unless_kept_float(choice):
+    rejected_by_calibrate(with_forward(CHOICES[choice]), "Layer fc runs", "keep={'fc': 'float'}", samples=24, batch_size=24)
     result = calibrated(with_forward(CHOICES[choice]), keep={"fc": "float"}, pipeline="advanced")
     assert str(result.scheme["fc"]) == "float"
 
 
-def test_a_layer_without_a_value_to_read_is_refused_and_may_be_kept_float():
+def test_rejects_layer_without_tensor_input_unless_kept_float():
     model = with_forward(lambda self, x: self.fc(self.body(x) + self.body(x)[:, :0] @ self.nothing.weight.t()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -883,7 +883,7 @@ def test_a_layer_without_a_value_to_read_is_refused_and_may_be_kept_float():
         return self.fc(y + self.nothing(y[:, :0]))
 
     model.__class__.forward = forward
-    refused_calibrating(model, "Layer nothing reads an input of shape", "--keep 'nothing=float'")
+    rejected_by_calibrate(model, "Layer nothing reads an input of shape", "keep={'nothing': 'float'}")
     assert "nothing" in calibrated(model, keep={"nothing": "float"}, pipeline="advanced").scheme
 
 
@@ -895,13 +895,13 @@ OUTPUTS_REFUSED = {
 
 
 @pytest.mark.parametrize("kind", OUTPUTS_REFUSED)
-def test_an_output_that_is_not_a_row_of_numbers_an_input_is_refused(kind):
+def test_rejects_output_without_one_row_per_input(kind):
     forward, part = OUTPUTS_REFUSED[kind]
-    refused_calibrating(with_forward(forward), part, "Let Own return")
+    rejected_by_calibrate(with_forward(forward), part, "Let Own return")
 
 
 @pytest.mark.parametrize("rows", [5, 2])  # the example has two inputs
-def test_what_is_no_row_an_input_is_left_out_beside_what_is(rows):
+def test_outputs_without_one_row_per_input_are_ignored_beside_others(rows):
     def forward(self, x):
         return self.fc.weight[:rows, :3].clone(), Plain.forward(self, x)
 
@@ -911,7 +911,7 @@ def test_what_is_no_row_an_input_is_left_out_beside_what_is(rows):
     assert result.report["schemes"] and any("not compared" in note for note in notes)
 
 
-def test_inputs_of_every_type_reach_the_network():
+def test_inputs_of_every_dtype_reach_the_network():
     seen = []
 
     def forward(self, x):
@@ -931,19 +931,19 @@ def test_inputs_of_every_type_reach_the_network():
         assert set(seen) == {taken}
 
 
-def test_infinite_complex_inputs_are_found():
+def test_rejects_infinite_complex_inputs():
     data = torch.complex(pictures(24), pictures(24, 2))
     data[3, 0, 0, 0] = complex(0, float("nan"))
-    refused_calibrating(with_forward(lambda self, x: Plain.forward(self, x.abs())), "NaN", data=data, error=InvalidInput)
+    rejected_by_calibrate(with_forward(lambda self, x: Plain.forward(self, x.abs())), "NaN", data=data, error=InvalidInput)
 
 
-def test_samples_that_make_no_batch_are_refused():
+def test_rejects_samples_that_cannot_be_batched():
     data = Samples([Answer(picture) for picture in pictures(24)], labelled=False)
-    refused_calibrating(plain(), "Answer", "collate_fn", data=data, error=InvalidInput)
+    rejected_by_calibrate(plain(), "Answer", "collate_fn", data=data, error=InvalidInput)
 
 
 @pytest.mark.parametrize("road", ["grow", "train"])
-def test_the_training_roads_refuse_by_the_same_names(road):
+def test_training_roads_reject_with_the_same_names(road):
     settings = {"grow": {"budget": "4bit"}, "train": {"bits": (4, 8), "label": "teacher", "held_out": 0.2}}[road]
     for model, part in (
         (plain().half(), "conv1: the weight is torch.float16"),
@@ -966,18 +966,18 @@ def test_layers_called_by_keyword_are_quantized_on_all_roads():
         assert calibrated(with_forward(forward), pipeline=pipeline).canonical.folded == {"conv1": "bn1", "conv2": "bn2"}
 
 
-def test_a_network_that_is_one_layer_is_refused_with_a_remedy_that_works():
-    refused_calibrating(nn.Linear(8, 5), "itself is a Linear", "nn.Sequential", data=numbers(24, 8))
+def test_rejects_network_that_is_one_layer_with_a_working_remedy():
+    rejected_by_calibrate(nn.Linear(8, 5), "itself is a Linear", "nn.Sequential", data=numbers(24, 8))
     assert list(calibrated(nn.Sequential(nn.Linear(8, 5)), numbers(24, 8)).scheme) == ["0"]
 
 
-def test_a_layer_in_a_plain_list_is_named():
+def test_layer_in_a_plain_list_is_named():
     model = with_forward(lambda self, x: Plain.forward(self, self.hidden[0](x)))
     model.hidden = [nn.Conv2d(3, 3, 1)]
     assert "conv2d" in calibrated(model).report["uncovered"]
 
 
-def test_a_layer_that_returns_several_tensors_is_refused_and_may_be_kept_float():
+def test_rejects_layer_with_several_outputs_unless_kept_float():
     class Pair(nn.Linear):
         def forward(self, x):
             y = super().forward(x)
@@ -985,19 +985,19 @@ def test_a_layer_that_returns_several_tensors_is_refused_and_may_be_kept_float()
 
     model = with_forward(lambda self, x: self.fc(self.body(x))[0])
     model.fc = Pair(8, 5)
-    refused_calibrating(model, "Layer fc returns 2 tensors", "--keep 'fc=float'")
+    rejected_by_calibrate(model, "Layer fc returns 2 tensors", "keep={'fc': 'float'}")
     calibrated(model, keep={"fc": "float"}, pipeline="advanced")
 
 
-def test_a_sparse_embedding_is_tuned():
+def test_tunes_sparse_embedding():
     model = make(Tokens)
     model.words.sparse = True
     calibrated(model, tokens(24), pipeline="advanced")
     assert model.words.sparse
 
 
-class Places(nn.Embedding):
-    """Positions, looked up by the shape of what they are for."""
+class PositionTable(nn.Embedding):
+    """Positions, looked up by a shape."""
 
     def forward(self, shape: torch.Size) -> Tensor:
         return super().forward(torch.arange(shape[1]))
@@ -1006,12 +1006,12 @@ class Places(nn.Embedding):
 class Placed(Tokens):
     def __init__(self):
         super().__init__()
-        self.places = Places(6, 8)
+        self.places = PositionTable(6, 8)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.fc(self.hidden(self.words(tokens) + self.places(tokens.shape)).mean(1))
 
 
-def test_an_embedding_that_is_given_a_shape_is_covered():
+def test_embedding_called_with_a_shape_is_covered():
     result = calibrated(make(Placed), tokens(24))
     assert "places" in result.scheme and anybit.inspect(make(Placed), tokens(4), export=False)["layers"]["places"]["input"] == []

@@ -1,4 +1,4 @@
-"""Functions on weights and on activations, computed by layers: the same outputs, the same scheme everywhere, and in a file."""
+"""Functions on weights and activations, computed by layers: equal outputs, and the same scheme in memory and file."""
 
 import copy
 
@@ -19,7 +19,7 @@ HEADS, WIDTH = 2, 8
 
 
 class Parameters(nn.Module):
-    """Weights that are no layer's: a convolution, linears by every function, experts at once and one by one."""
+    """Weights that belong to no layer: a convolution, every form of linear, experts stacked and separate."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Parameters(nn.Module):
 
 
 class Products(nn.Module):
-    """Products of two activations, as attention and others write them."""
+    """Products of two activations, in attention and other forms."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class Products(nn.Module):
 
 
 class ReadByItsParent(nn.Module):
-    """A layer that never runs: its parent computes with its weight, and with a bias of which it sets a part to zero."""
+    """A layer that never runs: its parent computes with its weight, and with its bias, part of which it sets to zero."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +75,7 @@ class Standardized(nn.Conv2d):
 
 
 class Tied(nn.Module):
-    """Words that are looked up and multiplied with."""
+    """An embedding whose weight is also multiplied with."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ class Tied(nn.Module):
 
 
 class Attending(nn.Module):
-    """PyTorch's own attention: to itself, to others of other widths, with the shares given out."""
+    """PyTorch's attention: self-attention, cross-attention of other widths, with the attention weights returned."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +133,7 @@ def outputs_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_layers_compute_what_functions_did(name):
+def test_layers_compute_the_same_as_functions(name):
     model, batch = case(name)
     before = copy.deepcopy(model.state_dict())
     new = rewritten(model, batch.head(2))
@@ -146,7 +146,7 @@ def test_layers_compute_what_functions_did(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_is_rewritten_alike_without_inputs(name):
+def test_rewrite_without_inputs_is_identical(name):
     model, batch = case(name)
     new = rewritten(model, batch.head(2))
     again = rewritten_as(case(name)[0], Rewrite.model_validate_json(rewrite_of(new).model_dump_json()))
@@ -156,7 +156,7 @@ def test_a_network_is_rewritten_alike_without_inputs(name):
 
 
 @pytest.mark.parametrize("name", ["parameters", "products", "standardized"])
-def test_a_run_of_them_is_saved_loaded_exported_and_verified(name, tmp_path):
+def test_rewritten_network_is_saved_loaded_exported_and_verified(name, tmp_path):
     model, batch = case(name)
     result = anybit.calibrate(model, batch.inputs, pipeline="light", weight_bits=(4, 8), activation_bits=(8,), cache=False)
     result.save(tmp_path / "run")
@@ -167,14 +167,14 @@ def test_a_run_of_them_is_saved_loaded_exported_and_verified(name, tmp_path):
     assert anybit.verify(tmp_path / "run", tmp_path / "a.onnx", model=model, data=batch.inputs, cache=False)["ok"]
 
 
-def test_a_weight_that_is_looked_up_too_stays_and_the_layer_has_its_own():
+def test_looked_up_weight_stays_and_the_layer_gets_a_copy():
     model, batch = Tied().eval(), Batch(torch.randint(20, (4, 5)))
     new = rewritten(model, batch)
     assert torch.equal(float_weight(new.get_submodule("words_linear")), model.words.weight) and "words.weight" in new.state_dict()
     assert torch.allclose(outputs_of(new, batch), outputs_of(model, batch), atol=1e-6)
 
 
-def test_copies_compute_with_their_own_layers():
+def test_copies_use_their_own_layers():
     model, batch = case("transformer")
     new = rewritten(model, batch)
     other = copy.deepcopy(new)
@@ -184,7 +184,7 @@ def test_copies_compute_with_their_own_layers():
     assert torch.allclose(outputs_of(other, batch), outputs_of(model, batch), atol=1e-5)
 
 
-def test_what_differs_from_input_to_input_stays_a_function():
+def test_input_dependent_calls_stay_functions():
     class OfAnySize(nn.Module):
         def __init__(self):
             super().__init__()
@@ -199,7 +199,7 @@ def test_what_differs_from_input_to_input_stays_a_function():
     assert rewritten(model, batch) is model
 
 
-def test_a_forward_that_calls_others_later_says_so():
+def test_rejects_forward_that_calls_other_functions_later():
     class Choosing(nn.Module):
         def __init__(self):
             super().__init__()
@@ -213,7 +213,7 @@ def test_a_forward_that_calls_others_later_says_so():
         model(1000 + numbers(4, WIDTH))
 
 
-def test_a_rewrite_of_another_network_is_refused():
+def test_rejects_rewrite_of_another_network():
     model, batch = case("parameters")
     record = rewrite_of(rewritten(model, batch))
     with pytest.raises(SchemeMismatch):

@@ -19,7 +19,7 @@ VALUES = numbers(64) * 8
 
 
 class Forms(nn.Module):
-    """One residual step, its batch norm, activation and sum written in the form that is asked for."""
+    """One residual step with batch norm, activation and sum in the requested form."""
 
     def __init__(self, activate, add):
         super().__init__()
@@ -70,39 +70,39 @@ def activation_of(activate, module="conv1"):
 
 
 @pytest.mark.parametrize("form", RELUS)
-def test_a_relu_is_found_in_every_form(form):
+def test_detects_relu_in_every_form(form):
     assert torch.equal(activation_of(RELUS[form])(VALUES), F.relu(VALUES))
 
 
 @pytest.mark.parametrize("form", RELU6S)
-def test_a_relu6_is_not_a_relu(form):
+def test_relu6_is_not_taken_for_relu(form):
     assert torch.equal(activation_of(RELU6S[form])(VALUES), F.relu6(VALUES))
 
 
 @pytest.mark.parametrize(
     "function",
     [F.silu, F.hardswish, F.hardsigmoid, torch.sigmoid, torch.tanh, F.mish, nn.LeakyReLU(0.3), nn.ELU(0.5), nn.GELU("tanh")],
-    ids=lambda function: getattr(function, "__name__", str(function)),  # an address would name the test anew in every run
+    ids=lambda function: getattr(function, "__name__", str(function)),  # an address would change the test's name in every run
 )
-def test_an_observed_activation_computes_what_the_network_does(function):
+def test_observed_activation_computes_the_same(function):
     observed = activation_of(function)
     assert torch.equal(observed(VALUES), function(VALUES))
 
 
-def test_an_observed_activation_leaves_its_input_as_it_was():
+def test_observed_activation_leaves_its_input_unchanged():
     values = VALUES.clone()
     activation_of(RELUS["functional in place"])(values)
     assert torch.equal(values, VALUES)
 
 
 @pytest.mark.parametrize("form", SUMS)
-def test_a_relu_after_a_residual_sum_is_not_the_convolutions(form):
+def test_relu_after_a_residual_sum_is_not_of_the_convolution(form):
     wiring = observe(make(lambda: Forms(F.relu, SUMS[form])), PICTURES)
     assert wiring.activation_after("conv2") is None
     assert [operation.kind for operation in wiring.joins()] == ["add"]
 
 
-def test_functional_in_place_and_module_forms_are_wired_alike():
+def test_functional_in_place_and_module_forms_give_the_same_wiring():
     def picture(activate, add):
         wiring = observe(make(lambda: Forms(activate, add)), PICTURES)
         return [(op.kind, op.inputs, op.outputs, op.shape) for op in wiring.operations]
@@ -112,7 +112,7 @@ def test_functional_in_place_and_module_forms_are_wired_alike():
     assert all(seen == pictures_seen[0] for seen in pictures_seen)
 
 
-def test_the_batch_norm_after_each_layer_is_found():
+def test_detects_the_batch_norm_after_each_layer():
     wiring = observe(make(Residual), PICTURES)
     observed = {name: wiring.batch_norm_after(name) for name in wiring.layer_names()}
     assert observed == {
@@ -122,7 +122,7 @@ def test_the_batch_norm_after_each_layer_is_found():
 
 
 class NormOf(nn.Module):
-    """A convolution and a batch norm, put together by `wire(conv, bn, x)`."""
+    """A convolution and a batch norm, combined by `wire(conv, bn, x)`."""
 
     def __init__(self, wire):
         super().__init__()
@@ -138,31 +138,31 @@ class NormOf(nn.Module):
         lambda conv, bn, x: bn(conv(conv(x))),  # the layer runs twice
         lambda conv, bn, x: bn(bn(conv(x))),  # the norm runs twice
         lambda conv, bn, x: (lambda y: bn(y) + y)(conv(x)),  # something else reads it
-        lambda conv, bn, x: (lambda y: (bn(y), y))(conv(x)),  # the model gives it out
-        lambda conv, bn, x: bn(F.relu(conv(x))),  # an activation stands between
+        lambda conv, bn, x: (lambda y: (bn(y), y))(conv(x)),  # the model returns it
+        lambda conv, bn, x: bn(F.relu(conv(x))),  # an activation is in between
         lambda conv, bn, x: conv(bn(x)),  # the norm comes before
         lambda conv, bn, x: F.batch_norm(conv(x), bn.running_mean, bn.running_var),  # a function, not a module
     ],
     ids=["layer twice", "norm twice", "second reader", "given out", "relu between", "norm before", "functional"],
 )
-def test_a_batch_norm_that_cannot_be_folded_is_not_offered(wire):
+def test_unfoldable_batch_norm_is_not_paired(wire):
     assert observe(make(lambda: NormOf(wire)), PICTURES).batch_norm_after("conv") is None
 
 
-def test_blocks_are_the_innermost_modules_that_join_and_their_kind():
+def test_blocks_are_the_innermost_joining_modules_and_others_of_their_class():
     model = make(Residual)
     assert observe(model, PICTURES).blocks() == ["block1", "block2"]
-    model.block1.forward = lambda x: F.relu(model.block1.bn1(model.block1.conv1(x)))  # the first of its kind has no shortcut
+    model.block1.forward = lambda x: F.relu(model.block1.bn1(model.block1.conv1(x)))  # the first of its class has no shortcut
     assert observe(model, PICTURES).blocks() == ["block1", "block2"]
     assert observe(make(lambda: nn.Sequential(make(Residual))), PICTURES).blocks() == ["0.block1", "0.block2"]
 
 
-def test_a_join_in_the_root_makes_no_block():
+def test_join_in_the_root_makes_no_block():
     wiring = observe(make(lambda: Forms(F.relu, torch.add)), PICTURES)
     assert wiring.joins() and wiring.blocks() == []
 
 
-def test_named_blocks_are_taken_and_wrong_ones_refused():
+def test_accepts_named_blocks_and_rejects_wrong_ones():
     wiring = observe(make(Residual), PICTURES)
     assert wiring.blocks(["block2"]) == ["block2"]
     with pytest.raises(InvalidSetting, match="block9"):
@@ -179,18 +179,18 @@ def test_every_layer_is_in_exactly_one_unit():
         assert set(blocks) <= {unit.name for unit in units}
 
 
-def test_every_reader_of_a_tensor_is_seen():
+def test_records_every_reader_of_a_tensor():
     wiring = observe(make(Residual), PICTURES)
     block_input = wiring.operation("block1.conv1").inputs[0]
     assert {op.name for op in wiring.readers(block_input)} == {"block1.conv1", "block1/add"}
 
 
-def test_a_layer_called_twice_is_counted():
+def test_counts_calls_of_a_layer():
     assert observe(make(CalledTwice), Batch(numbers(2, 4))).calls["again"] == 2
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_observed_shapes_are_those_of_the_layers_outputs(name):
+def test_observed_shapes_are_those_of_layer_outputs(name):
     model, batch = network_and_inputs(name)
     shapes = {}
     for layer_name, layer in model.named_modules():
@@ -201,18 +201,18 @@ def test_observed_shapes_are_those_of_the_layers_outputs(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_edges_have_names_of_their_own_and_begin_with_the_inputs(name):
+def test_edge_names_are_unique_and_start_with_the_inputs(name):
     model, batch = network_and_inputs(name)
     edges = observe(model, batch).edges()
     assert len(set(edges)) == len(edges) and edges[0] == "input/0"
 
 
-def test_edges_of_a_layer_called_twice_have_names_of_their_own():
+def test_edge_names_of_a_repeated_layer_are_unique():
     edges = observe(make(CalledTwice), Batch(numbers(2, 4))).edges()
     assert len(set(edges)) == len(edges)
 
 
-def test_an_edge_lies_after_the_activation():
+def test_edge_is_after_the_activation():
     model = make(Residual)
     folded, _ = fold(model, foldable(model, observe(model, PICTURES)))
     edges = observe(folded, PICTURES).edges()
@@ -227,7 +227,7 @@ def test_observing_changes_nothing(name):
     assert_untouched(model, before)
 
 
-def test_observing_keeps_each_modules_own_mode():
+def test_observing_keeps_the_mode_of_each_module():
     model = make(Chain).train()
     model.bn1.eval()
     before = snapshot(model)
@@ -235,7 +235,7 @@ def test_observing_keeps_each_modules_own_mode():
     assert_untouched(model, before)
 
 
-def test_observing_leaves_no_hook_when_the_model_refuses():
+def test_observing_leaves_no_hooks_after_an_error():
     model = make(Chain)
     before = snapshot(model)
     with pytest.raises(InvalidInput, match="2, 5, 8, 8"):
@@ -243,9 +243,9 @@ def test_observing_leaves_no_hook_when_the_model_refuses():
     assert_untouched(model, before)
 
 
-# What a network's own checks raise, NotImplementedError among them: an input to the test, nothing that is left to write.
+# Errors that a network's own checks raise; NotImplementedError is one of the test's inputs, not missing code.
 @pytest.mark.parametrize("error", [AssertionError, KeyError, AttributeError, RuntimeError, NotImplementedError])
-def test_whatever_a_model_refuses_its_input_with_is_an_input_error(error):
+def test_any_error_of_the_model_is_reported_as_an_input_error(error):
     class Strict(Chain):
         def forward(self, x):
             raise error("8 x 8 pictures alone")
@@ -254,7 +254,7 @@ def test_whatever_a_model_refuses_its_input_with_is_an_input_error(error):
         observe(make(Strict), PICTURES)
 
 
-def test_a_model_without_a_tensor_to_give_is_refused():
+def test_rejects_model_without_tensor_output():
     class Silent(Chain):
         def forward(self, x):
             return "done"
@@ -263,7 +263,7 @@ def test_a_model_without_a_tensor_to_give_is_refused():
         observe(make(Silent), PICTURES)
 
 
-def test_values_are_shown_as_they_are_made():
+def test_values_are_passed_as_they_are_computed():
     model = make(Chain)
     shown = {}
     observe(model, PICTURES, lambda name, tensor: shown.setdefault(name, tensor.clone()))
@@ -273,7 +273,7 @@ def test_values_are_shown_as_they_are_made():
     assert torch.equal(shown["fc"], twin(PICTURES.inputs))
 
 
-def test_a_function_called_norm_is_no_batch_norm():
+def test_function_named_norm_is_not_a_batch_norm():
     class Normed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -287,7 +287,7 @@ def test_a_function_called_norm_is_no_batch_norm():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_lookups_find_what_a_search_of_all_operations_finds(name):
+def test_lookups_agree_with_linear_search(name):
     wiring = observe(*network_and_inputs(name))
     values = {value for op in wiring.operations for value in (*op.inputs, *op.outputs)} | {-1}
     for value in values:

@@ -1,4 +1,4 @@
-"""Affine quantization: what holds for every tensor, bit-width, scale and zero point."""
+"""Affine quantization: properties for every tensor, bit-width, scale and zero point."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_codes_are_integers_within_the_limits(problem):
 
 @few
 @given(bit_widths, st.booleans(), st.floats(2.0**-10, 2.0**10, width=32))
-def test_exactly_two_to_the_bits_values_exist(bits, signed, scale):
+def test_there_are_exactly_two_to_the_bits_values(bits, signed, scale):
     x = torch.linspace(-300, 300, 4001) * scale
     values = fake_quantize(x, torch.tensor(scale), torch.zeros(()), *quant_limits(bits, signed))
     assert len(values.unique()) == 2**bits
@@ -64,7 +64,7 @@ def test_error_is_at_most_half_a_step_inside_the_range(problem):
 
 @few
 @given(problems(torch.float64))
-def test_values_outside_the_range_go_to_its_nearest_end(problem):
+def test_values_outside_the_range_saturate(problem):
     x, scale, zero_point, quant_min, quant_max = problem
     low, high = ((torch.tensor(float(end)) - zero_point) * scale for end in (quant_min, quant_max))
     values = fake_quantize(*problem)
@@ -89,7 +89,7 @@ def test_fake_quantize_is_quantize_then_dequantize(problem):
 
 @few
 @given(problems())
-def test_larger_inputs_never_give_smaller_values(problem):
+def test_fake_quantize_is_monotonic(problem):
     x, *rest = problem
     values = fake_quantize(x.sort(dim=1).values, *rest)
     assert (values.diff(dim=1) >= 0).all()
@@ -97,7 +97,7 @@ def test_larger_inputs_never_give_smaller_values(problem):
 
 @few
 @given(problems())
-def test_zero_stays_zero(problem):
+def test_zero_is_exact(problem):
     x, *rest = problem
     assert (fake_quantize(torch.zeros_like(x), *rest) == 0).all()
 
@@ -109,8 +109,8 @@ def test_halves_round_to_even(scale):
     assert codes.tolist() == [-2, -2, 0, 0, 2, 2]
 
 
-def test_the_quotient_is_a_division_not_a_product_with_the_reciprocal():
-    # 4.5 steps of 0.3 in float32: the division hits the tie exactly, the reciprocal's product may not.
+def test_divides_by_the_scale_instead_of_multiplying_by_its_reciprocal():
+    # 4.5 steps of 0.3 in float32: division hits the tie exactly, multiplication by the reciprocal may not.
     scales = torch.linspace(0.01, 0.99, 500)
     x = scales * 4.5
     codes = quantize(x, scales, torch.zeros(()), -8, 7)
@@ -131,7 +131,7 @@ class _Round(torch.autograd.Function):
 
 
 def composed(x, scale, zero_point, quant_min, quant_max):
-    """The same function left to autograd: straight-through rounding, then clamp."""
+    """Compute the same function by autograd: straight-through rounding, then clamp."""
     codes = torch.clamp(_Round.apply(x / scale) + zero_point, quant_min, quant_max)
     return (codes - zero_point) * scale
 
@@ -139,7 +139,7 @@ def composed(x, scale, zero_point, quant_min, quant_max):
 def value_and_gradients(function, x, scale, zero_point, limits):
     leaves = [tensor.clone().requires_grad_() for tensor in (x, scale, zero_point)]
     value = function(*leaves, *limits)
-    weights = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).view(value.shape)  # not all alike, so that sums can go wrong
+    weights = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).view(value.shape)  # not all equal, so that wrong sums show
     return value.detach(), torch.autograd.grad((value * weights).sum(), leaves)
 
 
@@ -155,7 +155,7 @@ def test_value_and_gradients_are_those_of_the_composed_form(problem):
 
 @pytest.mark.parametrize("scale_shape", [(), (1,), (3, 1, 1), (1, 4, 1), (4, 5), (3, 4, 5)])
 @pytest.mark.parametrize("zero_shape", [(), (3, 1, 1), (5,)])
-def test_gradients_sum_over_what_was_broadcast(scale_shape, zero_shape):
+def test_gradients_sum_over_broadcast_dimensions(scale_shape, zero_shape):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64) * 4
     scale = torch.rand(scale_shape, generator=generator, dtype=torch.float64) + 0.1
@@ -167,18 +167,18 @@ def test_gradients_sum_over_what_was_broadcast(scale_shape, zero_shape):
 
 
 @pytest.mark.parametrize("needs_grad", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)])
-def test_a_gradient_does_not_depend_on_which_others_are_asked_for(needs_grad):
+def test_gradient_is_independent_of_which_others_are_required(needs_grad):
     tensors = (torch.tensor([[-9.0, 0.3, 1.6, 40.0]]), torch.tensor([[0.5]]), torch.tensor(3.0))
     _, every = value_and_gradients(fake_quantize, *tensors, (0, 15))
-    leaves = [tensor.clone().requires_grad_(asked) for tensor, asked in zip(tensors, needs_grad, strict=True)]
+    leaves = [tensor.clone().requires_grad_(required) for tensor, required in zip(tensors, needs_grad, strict=True)]
     value = fake_quantize(*leaves, 0, 15)
     (value * torch.linspace(-1, 2, 4)).sum().backward()
-    for leaf, expected, asked in zip(leaves, every, needs_grad, strict=True):
-        assert torch.equal(leaf.grad, expected) if asked else leaf.grad is None
+    for leaf, expected, required in zip(leaves, every, needs_grad, strict=True):
+        assert torch.equal(leaf.grad, expected) if required else leaf.grad is None
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])
-def test_the_arguments_are_left_as_they_were(with_gradient):
+def test_arguments_are_unchanged(with_gradient):
     tensors = torch.tensor([[-9.0, 0.3, 40.0]]).requires_grad_(with_gradient), torch.tensor([[0.5]]), torch.tensor(3.0)
     before = [tensor.detach().clone() for tensor in tensors]
     fake_quantize(*tensors, 0, 15)
@@ -186,18 +186,18 @@ def test_the_arguments_are_left_as_they_were(with_gradient):
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_limits_hold_two_to_the_bits_codes(bits):
+def test_limits_span_two_to_the_bits_codes(bits):
     signed_min, signed_max = quant_limits(bits, signed=True)
     assert (signed_min, signed_max - signed_min + 1) == (-(signed_max + 1), 2**bits)
     assert quant_limits(bits, signed=False) == (0, 2**bits - 1)
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 32, True, 4.0, "4", None])
-def test_other_bit_widths_are_refused_by_value(bits):
+def test_rejects_other_bit_widths_by_value(bits):
     with pytest.raises(InvalidSetting, match=rf"knob {bits!r} is outside 2\.\.8\. Choose"):
         check_bits(bits, "knob")
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_check_bits_gives_back_what_it_accepts(bits):
+def test_check_bits_returns_accepted_values(bits):
     assert check_bits(bits) == bits

@@ -1,4 +1,4 @@
-"""Codes survive packing, and the counted size of a file is the size of the file."""
+"""Packing of codes round-trips, and the counted size of a file equals its size."""
 
 import itertools
 import os
@@ -32,14 +32,14 @@ def codes_and_bits(draw):
 
 @few
 @given(codes_and_bits())
-def test_unpack_gives_back_what_pack_took(problem):
+def test_unpack_inverts_pack(problem):
     codes, bits = problem
     assert np.array_equal(unpack(pack(codes, bits), bits, len(codes)), codes)
 
 
 @few
 @given(codes_and_bits())
-def test_the_stream_is_the_twos_complement_fields_from_the_lowest_bit_up(problem):
+def test_stream_is_twos_complement_fields_lowest_bit_first(problem):
     codes, bits = problem
     number = sum((int(code) % 2**bits) << (index * bits) for index, code in enumerate(codes))
     assert pack(codes, bits).tobytes() == number.to_bytes(packed_bytes(len(codes), bits), "little")
@@ -47,23 +47,23 @@ def test_the_stream_is_the_twos_complement_fields_from_the_lowest_bit_up(problem
 
 @few
 @given(st.integers(0, 10_000), st.integers(2, 8))
-def test_packed_bytes_is_the_least_whole_number_that_holds_the_bits(count, bits):
+def test_packed_bytes_is_the_bits_rounded_up(count, bits):
     assert 8 * packed_bytes(count, bits) - count * bits in range(8)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64, np.float32])
-def test_any_type_that_holds_the_codes_packs_alike_row_by_row(dtype):
+def test_packing_is_independent_of_dtype_and_works_row_by_row(dtype):
     codes = np.array([[-4, 3, 0], [1, -1, 2]])
     assert np.array_equal(pack(codes.astype(dtype), 3), pack(codes.reshape(-1), 3))
 
 
 @few
 @given(codes_and_bits(), st.sampled_from([-1, 1]))
-def test_a_stream_of_another_length_is_refused_with_both_lengths(problem, change):
+def test_rejects_stream_of_another_length_naming_both(problem, change):
     codes, bits = problem
     stream = np.resize(pack(codes, bits), max(0, packed_bytes(len(codes), bits) + change))
     if stream.size == packed_bytes(len(codes), bits):
-        return  # an empty stream has no shorter one
+        return  # no stream is shorter than an empty one
     with pytest.raises(InvalidFile, match=f"take {packed_bytes(len(codes), bits)} bytes, but {stream.size} are there"):
         unpack(stream, bits, len(codes))
 
@@ -73,7 +73,7 @@ shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)
 
 
 def written_bytes(specs, metadata=None):
-    """Size of the file that safetensors itself writes for tensors of these types and shapes."""
+    """Size of the file that safetensors writes for tensors of these types and shapes."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "x.safetensors")
         save_file({name: torch.zeros(spec.shape, dtype=TORCH_TYPES[spec.dtype]) for name, spec in specs.items()}, path, metadata)
@@ -82,12 +82,12 @@ def written_bytes(specs, metadata=None):
 
 @few
 @given(st.dictionaries(names, st.builds(TensorSpec, st.sampled_from(sorted(ITEM_BYTES)), shapes), max_size=8))
-def test_file_bytes_is_the_size_of_the_file_that_safetensors_writes(specs):
+def test_file_bytes_equals_the_size_written_by_safetensors(specs):
     assert file_bytes(specs) == written_bytes(specs)
     assert file_bytes(specs, PACKED_METADATA) == written_bytes(specs, {"scheme": "f" * 64})
 
 
-def test_file_bytes_knows_which_of_two_types_of_one_size_comes_first():
+def test_file_bytes_knows_the_order_of_types_of_equal_size():
     # The order decides how many digits the offsets have; names of eight lengths make every digit show in the padded header.
     for first, second in itertools.permutations(ITEM_BYTES, 2):
         if ITEM_BYTES[first] != ITEM_BYTES[second]:
@@ -104,7 +104,7 @@ layers = st.lists(
 
 @few
 @given(layers, st.integers(0, 4), st.integers(0, 30))
-def test_layout_holds_each_number_once_and_no_empty_tensor(stored, edges, floats):
+def test_layout_stores_each_number_once_and_no_empty_tensor(stored, edges, floats):
     others = {"counter": TensorSpec("I64", ())}
     specs = layout(stored, edges, floats, others)
     coded = [layer for layer in stored if layer.weight_bits]

@@ -1,4 +1,4 @@
-"""UniformQuantizer says one thing in its codes, its values and its forward."""
+"""UniformQuantizer: codes, values and forward agree."""
 
 import copy
 
@@ -19,7 +19,7 @@ def inputs(dtype=torch.float32):
 
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_forward_is_the_values_of_the_codes_in_the_type_of_the_input(settings, dtype):
+def test_forward_gives_the_values_of_the_codes_in_the_dtype_of_the_input(settings, dtype):
     quantizer, x = UniformQuantizer(**settings), inputs(dtype)
     codes = quantizer.codes(x)
     assert codes.dtype == dtype and quantizer(x).dtype == dtype
@@ -27,14 +27,14 @@ def test_forward_is_the_values_of_the_codes_in_the_type_of_the_input(settings, d
 
 
 @both
-def test_codes_fill_the_limits_of_the_bits(settings):
+def test_codes_span_the_limits_of_the_bits(settings):
     quantizer = UniformQuantizer(**settings)
     codes = quantizer.codes(10 * inputs())
     assert (int(codes.min()), int(codes.max())) == quantizer.limits == ((-4, 3) if settings["signed"] else (0, 15))
 
 
 @both
-def test_a_state_dict_carries_the_quantizer_over(settings):
+def test_state_dict_round_trips(settings):
     quantizer, x = UniformQuantizer(**settings), inputs()
     other = UniformQuantizer(settings["bits"], settings["signed"], torch.ones_like(settings["scale"]))
     assert not torch.equal(other(x), quantizer(x))
@@ -52,7 +52,7 @@ def test_the_quantizer_owns_its_tensors(settings):
 
 
 @both
-def test_it_learns_nothing_and_lets_gradients_through_where_nothing_is_clamped(settings):
+def test_has_no_parameters_and_passes_gradients_within_range(settings):
     quantizer, x = UniformQuantizer(**settings), inputs().requires_grad_()
     quantizer(x).sum().backward()
     low, high = quantizer.limits
@@ -62,12 +62,12 @@ def test_it_learns_nothing_and_lets_gradients_through_where_nothing_is_clamped(s
 
 
 @both
-def test_a_copy_computes_the_same(settings):
+def test_copy_computes_the_same(settings):
     quantizer = UniformQuantizer(**settings)
     assert torch.equal(copy.deepcopy(quantizer)(inputs()), quantizer(inputs()))
 
 
 @pytest.mark.parametrize("bits", [1, 9, 4.0])
-def test_bits_outside_2_to_8_are_refused(bits):
+def test_rejects_bits_outside_2_to_8(bits):
     with pytest.raises(InvalidSetting, match=r"is outside 2\.\.8"):
         UniformQuantizer(bits, True, torch.ones(()))

@@ -1,4 +1,4 @@
-"""Range estimators: positive finite scales, zero exact, and no estimator worse than it claims."""
+"""Range estimators: positive finite scales, zero exact, and the guarantee of each estimator."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def row_errors(rows, bits, estimator):
 @given(tensors((3, 6)), bit_widths, estimators)
 @example(torch.zeros(2, 3), 4, "mse")
 @example(torch.tensor([[0.0], [1e-43]]), 4, "minmax")
-def test_every_row_gets_a_positive_finite_scale(rows, bits, estimator):
+def test_every_row_has_a_positive_finite_scale(rows, bits, estimator):
     scale = weight_scale(rows, bits, estimator)
     assert scale.shape == (len(rows), 1)
     assert (scale > 0).all() and torch.isfinite(scale).all()
@@ -62,26 +62,26 @@ def test_minmax_clips_no_positive_weight(rows, bits):
 
 @few
 @given(tensors((2, 6), ordinary), bit_widths, estimators, st.integers(-6, 6))
-def test_weight_scales_follow_the_weights_through_powers_of_two(rows, bits, estimator, exponent):
+def test_weight_scales_are_equivariant_to_powers_of_two(rows, bits, estimator, exponent):
     factor = 2.0**exponent
     assert torch.equal(weight_scale(rows * factor, bits, estimator), weight_scale(rows, bits, estimator) * factor)
 
 
 @few
 @given(tensors((3, 6), ordinary.filter(bool)), bit_widths, estimators)
-def test_a_row_of_ordinary_size_is_scaled_on_its_own(rows, bits, estimator):
+def test_scale_of_a_row_depends_only_on_that_row(rows, bits, estimator):
     together = weight_scale(rows, bits, estimator)
     alone = torch.cat([weight_scale(row[None], bits, estimator) for row in rows])
     if estimator != "mse":
         assert torch.equal(together, alone)
-    # Sums over one row and over several may round otherwise, and of two scales that err alike another may be taken.
+    # Sums over one and several rows may round differently, and either of two equally good scales may be chosen.
     errors = (squared_error(rows, scale, torch.zeros(()), quant_limits(bits, signed=True)).sum(1) for scale in (together, alone))
     torch.testing.assert_close(*errors)
 
 
 @few
 @given(tensors((2, 6), ordinary), bit_widths, st.sampled_from(["minmax", "mse"]))
-def test_weights_on_the_grid_are_kept(rows, bits, estimator):
+def test_weights_on_the_grid_are_unchanged(rows, bits, estimator):
     low, high = quant_limits(bits, signed=True)
     codes = rows.round().clamp(-high, high)
     codes[:, 0] = high
@@ -94,7 +94,7 @@ def test_weights_on_the_grid_are_kept(rows, bits, estimator):
 @example(torch.zeros(5), 4, "mse")
 @example(torch.full((5,), -3.0), 4, "mse")
 @example(torch.full((5,), 3.0), 4, "percentile")
-def test_activations_get_a_positive_scale_and_an_integer_zero_point_that_represents_zero(sample, bits, estimator):
+def test_activations_have_a_positive_scale_and_an_exact_integer_zero_point(sample, bits, estimator):
     scale, zero_point = activation_range(sample, bits, estimator)
     limits = quant_limits(bits, signed=False)
     assert scale.shape == zero_point.shape == ()
@@ -113,13 +113,13 @@ def test_mse_is_never_worse_than_minmax_on_activations(sample, bits):
 
 @few
 @given(tensors(12, ordinary), bit_widths)
-def test_minmax_clips_at_most_the_half_step_that_an_integer_zero_point_costs(sample, bits):
+def test_minmax_clips_at_most_half_a_step(sample, bits):
     scale, zero_point = activation_range(sample, bits, "minmax")
     error = (fake_quantize(sample, scale, zero_point, *quant_limits(bits, signed=False)) - sample).abs()
     assert (error <= scale * (0.5 + 1e-3)).all()
 
 
-def test_mse_gives_up_an_outlier_that_minmax_keeps():
+def test_mse_clips_an_outlier_that_minmax_covers():
     sample = torch.cat([torch.linspace(0, 1, 1000), torch.tensor([20.0])])
     assert activation_range(sample, 4, "mse")[0] < activation_range(sample, 4, "minmax")[0]
     assert weight_scale(sample[None], 4, "mse") < weight_scale(sample[None], 4, "minmax")
@@ -135,6 +135,6 @@ def test_percentile_ignores_one_outlier_in_ten_thousand():
 @pytest.mark.parametrize(
     "function", [lambda name: weight_scale(torch.ones(1, 2), 4, name), lambda name: activation_range(torch.ones(2), 4, name)]
 )
-def test_an_unknown_estimator_is_refused_with_the_known_ones(function):
+def test_rejects_unknown_estimator_listing_the_known_ones(function):
     with pytest.raises(InvalidSetting, match=r"'mean' is unknown\. Choose from minmax, percentile, mse"):
         function("mean")

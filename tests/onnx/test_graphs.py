@@ -1,4 +1,4 @@
-"""A kept graph gives the bytes that a new export gives, for other weights and bits too, and serves no network but those that it is of."""
+"""The cached exported graph: the same bytes as a new export, with other weights and bits too, and only for the network it belongs to."""
 
 import os
 import random
@@ -28,22 +28,22 @@ PICTURE = (3, 12, 12)
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """The calls of PyTorch's exporter, as a list that grows; nothing is in memory yet."""
-    made, export = [], torch.onnx.export
+    """The calls of PyTorch's exporter, as a growing list; the memory cache is empty at first."""
+    exports, export = [], torch.onnx.export
 
     def counted(*args, **settings):
-        made.append(settings)
+        exports.append(settings)
         return export(*args, **settings)
 
     monkeypatch.setattr(torch.onnx, "export", counted)
     monkeypatch.setattr(graphs, "_recent", OrderedDict())
-    return made
+    return exports
 
 
 def contents(canonical, batch, cache=Cache()):
     """The bytes of the integer and the float graph."""
-    made = exported(canonical, batch, cache=cache)
-    return [ir.to_proto(model).SerializeToString(deterministic=True) for model in (made.integer, made.floating)]
+    result = exported(canonical, batch, cache=cache)
+    return [ir.to_proto(model).SerializeToString(deterministic=True) for model in (result.integer, result.floating)]
 
 
 def drawn(make, shape, seed):
@@ -57,21 +57,21 @@ def drawn(make, shape, seed):
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_other_weights_and_bits_take_the_kept_graph_up_to_the_same_bytes(name, tmp_path, calls):
+def test_cached_graph_with_other_weights_and_bits_is_byte_identical(name, tmp_path, calls):
     make, shape = EXACT[name]
     first, second = (drawn(make, shape, seed) for seed in (0, 1))
-    kept = Cache(tmp_path)
-    contents(first, inputs(shape), kept)
+    stored = Cache(tmp_path)
+    contents(first, inputs(shape), stored)
     from_memory = contents(second, inputs(shape))
     graphs._recent.clear()
-    from_disk = contents(second, inputs(shape), kept)
+    from_disk = contents(second, inputs(shape), stored)
     assert len(calls) == 1
     graphs._recent.clear()
     assert from_memory == from_disk == contents(second, inputs(shape)) and len(calls) == 2
 
 
 class Alike(nn.Module):
-    """Two branches, whose weights an optimizer may merge, and a sum with a buffer, which it may drop."""
+    """Two branches whose weights an optimizer may merge, and a sum with a buffer that it may drop."""
 
     def __init__(self, bias=0.0, shift=0.0, same=False):
         super().__init__()
@@ -86,18 +86,18 @@ class Alike(nn.Module):
 
 
 @pytest.mark.parametrize("special", [{}, {"shift": 1.0}, {"bias": 1.0, "same": True}], ids=str)
-def test_weights_that_an_optimizer_looks_at_are_those_of_the_network_at_hand(special, calls):
+def test_optimizer_sees_the_weights_of_the_current_network(special, calls):
     before = drawn(lambda: Alike(bias=0.5, shift=0.5), (6,), 0)
     canonical = drawn(lambda: Alike(**special), (6,), 1)
     contents(before, inputs((6,)))
-    kept = contents(canonical, inputs((6,)))
+    first = contents(canonical, inputs((6,)))
     assert len(calls) == 1
     graphs._recent.clear()
-    assert kept == contents(canonical, inputs((6,)))
+    assert first == contents(canonical, inputs((6,)))
 
 
 class Tied(nn.Module):
-    """A weight under two names, and a constant that is no buffer."""
+    """A weight under two names, and a constant that is not a buffer."""
 
     def __init__(self, tied=True, factor=2.0):
         super().__init__()
@@ -109,17 +109,17 @@ class Tied(nn.Module):
         return self.second(F.gelu(self.first(x)) * self.factor)
 
 
-def test_a_weight_under_two_names_and_a_constant_are_put_in(calls):
+def test_inserts_shared_weight_and_constant(calls):
     plain = [Tied().eval() for _ in range(2)]
     layers, batch = ("first", "second"), inputs((6,), 4)
     values = [floats.float_graph(model, batch, batch, layers, (), Cache()) for model in plain]
     assert len(calls) == 1
-    for model, (graph, given) in zip(plain, values, strict=True):
+    for model, (graph, initializers) in zip(plain, values, strict=True):
         with torch.no_grad():
-            assert torch.allclose(torch.from_numpy(given[graph.graph.outputs[0].name]), model(batch.inputs), atol=1e-6)
+            assert torch.allclose(torch.from_numpy(initializers[graph.graph.outputs[0].name]), model(batch.inputs), atol=1e-6)
 
 
-# Nothing but the network that it is of
+# No other network
 
 
 SCALE = 1.0
@@ -130,7 +130,7 @@ def scaled(x):
 
 
 class Plain(nn.Module):
-    """What a key is taken of; each change of it is another network."""
+    """The network whose digest is the key; each change of it is another network."""
 
     def __init__(self, stride=1, eps=1e-5, factor=1.0, width=8):
         super().__init__()
@@ -143,7 +143,7 @@ class Plain(nn.Module):
 
 
 class Branching(Plain):
-    """Another forward for batches of other sizes than any that is tried."""
+    """Another forward for batch sizes that are not tried."""
 
     def forward(self, x):
         return super().forward(x) if len(x) < 100 else super().forward(-x)
@@ -188,11 +188,11 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_of_the_network_is_another_graph(change):
+def test_changed_network_has_another_key(change):
     assert CHANGES[change]() != digest_of(Plain())
 
 
-def test_a_change_of_what_the_forward_calls_is_another_graph(monkeypatch):
+def test_changed_function_called_by_the_forward_has_another_key(monkeypatch):
     before = digest_of(Plain())
     monkeypatch.setitem(globals(), "SCALE", 1.0000001)
     changed = digest_of(Plain())
@@ -200,13 +200,13 @@ def test_a_change_of_what_the_forward_calls_is_another_graph(monkeypatch):
     assert len({before, changed, digest_of(Plain())}) == 3
 
 
-def test_a_change_of_weights_is_not(calls):
+def test_changed_weights_have_the_same_key(calls):
     assert digest_of(Plain()) == digest_of(Plain())
     assert digest_of(Tied(), (6,)) == digest_of(Tied(), (6,)) != digest_of(Tied(tied=False), (6,))
     assert digest_of(Tied(factor=3.0), (6,)) != digest_of(Tied(), (6,))
 
 
-def test_a_size_that_is_fixed_is_not_one_that_follows_the_batch():
+def test_fixed_size_and_batch_size_have_different_keys():
     class Fixed(nn.Module):
         def __init__(self, rows):
             super().__init__()
@@ -219,19 +219,19 @@ def test_a_size_that_is_fixed_is_not_one_that_follows_the_batch():
 
 
 @pytest.mark.parametrize("other", [lambda: Activated(F.silu), lambda: EXACT["gated"][0]()], ids=["function", "operators"])
-def test_a_graph_that_is_not_the_networks_is_exported_anew(other, tmp_path, calls, monkeypatch):
-    """As if two networks had one digest, which no two have."""
+def test_graph_of_another_network_is_exported_again(other, tmp_path, calls, monkeypatch):
+    """Simulates a digest collision."""
     canonical = drawn(Activated, PICTURE, 0)
     expected = contents(canonical, inputs(PICTURE))
     graphs._recent.clear()
     monkeypatch.setattr(floats, "graph_digest", lambda *args: "0" * 64)
-    kept = Cache(tmp_path)
-    contents(drawn(other, PICTURE, 0), inputs(PICTURE), kept)
-    assert contents(canonical, inputs(PICTURE), kept) == expected and len(calls) == 3
-    assert contents(canonical, inputs(PICTURE), kept) == expected and len(calls) == 3
+    stored = Cache(tmp_path)
+    contents(drawn(other, PICTURE, 0), inputs(PICTURE), stored)
+    assert contents(canonical, inputs(PICTURE), stored) == expected and len(calls) == 3
+    assert contents(canonical, inputs(PICTURE), stored) == expected and len(calls) == 3
 
 
-def test_what_cannot_be_recorded_is_exported_each_time(calls, monkeypatch):
+def test_unrecordable_network_is_exported_each_time(calls, monkeypatch):
     def refuse(*args):
         raise RuntimeError("the forward fails under a recorder")
 
@@ -242,7 +242,7 @@ def test_what_cannot_be_recorded_is_exported_each_time(calls, monkeypatch):
         assert contents(canonical, inputs(PICTURE)) == expected and len(calls) == count
 
 
-def test_a_network_that_cannot_be_exported_is_refused_again(calls, tmp_path):
+def test_unexportable_network_is_rejected_each_time(calls, tmp_path):
     network, batch = Bessel().eval(), inputs((4,), 4)
     for count in (1, 2):
         with pytest.raises(UnsupportedModel, match="bessel_j0"):
@@ -250,11 +250,11 @@ def test_a_network_that_cannot_be_exported_is_refused_again(calls, tmp_path):
         assert len(calls) == count and not entries(tmp_path)
 
 
-# Where it is kept
+# Where it is stored
 
 
 def resealed(change):
-    """The file of an entry that is changed, but whole."""
+    """Change an entry and write it with a matching digest."""
 
     def written(path):
         (record, tensors), name = change, graphs.NAME
@@ -276,28 +276,28 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_graph_is_named_and_exported_anew(damage, tmp_path, calls):
-    canonical, kept = drawn(Activated, PICTURE, 0), Cache(tmp_path)
-    expected = contents(canonical, inputs(PICTURE), kept)
+def test_damaged_graph_is_reported_and_exported_again(damage, tmp_path, calls):
+    canonical, stored = drawn(Activated, PICTURE, 0), Cache(tmp_path)
+    expected = contents(canonical, inputs(PICTURE), stored)
     (entry,) = entries(tmp_path)
     DAMAGES[damage](entry.path)
     graphs._recent.clear()
     with pytest.warns(UserWarning, match="damaged"):
-        assert contents(canonical, inputs(PICTURE), kept) == expected
+        assert contents(canonical, inputs(PICTURE), stored) == expected
     assert len(calls) == 2
     graphs._recent.clear()
-    assert contents(canonical, inputs(PICTURE), kept) == expected and len(calls) == 2
+    assert contents(canonical, inputs(PICTURE), stored) == expected and len(calls) == 2
 
 
-def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path):
+def test_unwritable_cache_costs_a_warning(tmp_path):
     canonical = drawn(Activated, PICTURE, 0)
     (tmp_path / "file").write_text("no folder")
     with pytest.warns(UserWarning, match="takes no more"):
-        made = contents(canonical, inputs(PICTURE), Cache(tmp_path / "file"))
-    assert made == contents(canonical, inputs(PICTURE))
+        graphs = contents(canonical, inputs(PICTURE), Cache(tmp_path / "file"))
+    assert graphs == contents(canonical, inputs(PICTURE))
 
 
-def test_no_weight_is_kept(tmp_path):
+def test_cache_stores_no_weights(tmp_path):
     torch.manual_seed(0)
     batch = Batch(torch.randn(4, 64))
     network = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64))
@@ -306,7 +306,7 @@ def test_no_weight_is_kept(tmp_path):
     assert entry.bytes < 20_000 < sum(tensor.nbytes for tensor in network.state_dict().values())
 
 
-def test_memory_holds_the_graphs_of_the_last_networks_alone(calls, monkeypatch):
+def test_memory_holds_only_the_most_recent_graphs(calls, monkeypatch):
     monkeypatch.setattr(graphs, "RECENT", 2)
     networks = [drawn(lambda width=width: nn.Sequential(nn.Linear(4, width), nn.ReLU()), (4,), 0) for width in (3, 4, 5)]
     for index, count in ((0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)):
@@ -334,7 +334,7 @@ anybit.export(sys.argv[1], sys.argv[3], model=model, data=data[:7])
 """
 
 
-def test_export_verify_and_bench_call_the_exporter_once_in_all_their_processes(run_folder, calibrated, tmp_path, calls):
+def test_export_verify_and_bench_call_the_exporter_once_across_processes(run_folder, calibrated, tmp_path, calls):
     model, data, _ = calibrated
     file, again = tmp_path / "net.onnx", tmp_path / "again.onnx"
     anybit.export(run_folder, file, model=model, data=data)
@@ -346,12 +346,12 @@ def test_export_verify_and_bench_call_the_exporter_once_in_all_their_processes(r
     assert done.returncode == 0, done.stderr
 
 
-def test_a_cache_of_ones_own_and_none(run_folder, calibrated, tmp_path, calls):
+def test_custom_cache_folder_and_no_cache(run_folder, calibrated, tmp_path, calls):
     model, data, _ = calibrated
-    how = {"model": model, "data": data, "overwrite": True}
-    anybit.export(run_folder, tmp_path / "net.onnx", cache=False, **how)
+    options = {"model": model, "data": data, "overwrite": True}
+    anybit.export(run_folder, tmp_path / "net.onnx", cache=False, **options)
     before = (tmp_path / "net.onnx").read_bytes()
     assert not entries(results_folder())
-    anybit.export(run_folder, tmp_path / "net.onnx", cache=tmp_path / "kept", **how)
+    anybit.export(run_folder, tmp_path / "net.onnx", cache=tmp_path / "kept", **options)
     assert len(entries(tmp_path / "kept")) == 1 and not entries(results_folder())
     assert len(calls) == 1 and (tmp_path / "net.onnx").read_bytes() == before

@@ -1,5 +1,4 @@
-"""The integer reference computes what the runtime does: every operator that it has a form of and others, at every setting, on numbers and
-on codes between quantizers."""
+"""The integer reference computes the same as the runtime: every operator and setting, on floats and on codes."""
 
 import math
 
@@ -23,7 +22,7 @@ MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pa
 
 
 class Built:
-    """A graph of one operator on what `draw` gives, and what it is run on; `on_codes` where quantizers stand before and after it."""
+    """A one-operator graph drawn by `draw`, and its inputs; quantizers surround the operator if `on_codes`."""
 
     def __init__(self, draw):
         self.draw, self.random = draw, np.random.default_rng(draw(st.integers(0, 2**16)))
@@ -71,7 +70,7 @@ class Built:
         return self.node("DequantizeLinear", [codes, *self.nodes[-1].inputs[1:]], {})
 
     def weight(self, shape, axis):
-        """A layer's weight; of an integer layer codes, and after it a bias of int32 codes."""
+        """A layer's weight; in an integer layer codes, with an int32 bias added after it."""
         if not self.on_codes:
             return [self.constant(self.random.normal(size=shape), np.float32), *self.bias(shape[axis])]
         size, unit = shape[axis], self.nodes[-1].inputs[1]
@@ -91,13 +90,15 @@ class Built:
 
 
 def windows(built, spatial):
-    """Return (settings of an operator with windows, the sizes that these slide over)."""
+    """Return (settings of an operator with windows, the sizes of its spatial dimensions)."""
     kernel, padding = built.counts(1, 3, spatial), built.pick("pads", "pads", "even", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID")
     pads = {"auto_pad": padding}
     if padding in ("pads", "even"):
         begins = [built.count(0, size // 2) for size in kernel]
         pads = {"pads": begins + (begins if padding == "even" else [built.count(0, size // 2) for size in kernel])}
-    strides = [built.count(1, size if "SAME" in padding else 3) for size in kernel]  # the runtime pads less than nothing of longer ones
+    strides = [
+        built.count(1, size if "SAME" in padding else 3) for size in kernel
+    ]  # the runtime computes a negative padding for longer ones
     return {"kernel_shape": kernel, "strides": strides, **pads}, built.counts(5, 8, spatial)
 
 
@@ -124,7 +125,7 @@ def convolution(kind, built):
     if transposed:
         chosen = {**chosen, "auto_pad": "NOTSET"}
         chosen["output_padding"] = [built.count(0, stride - 1) for stride in chosen["strides"]]
-        x = built.node("Max", [built.x([2, 4, *sizes])], {})  # as the writer puts it: the runtime quantizes such weights unasked
+        x = built.node("Max", [built.x([2, 4, *sizes])], {})  # as the writer does: the runtime would quantize such weights by itself
         wide = built.count(1, 2)
         weight = built.constant(built.random.normal(size=[4, wide, *chosen["kernel_shape"]]), np.float32)
         return [x, weight, *built.bias(wide * group)], chosen
@@ -234,26 +235,26 @@ KINDS = {
 }  # fmt: skip
 
 
-def test_every_operator_with_a_form_of_its_own_is_compared():
+def test_every_implemented_operator_is_compared():
     assert set(_OPERATORS) - set(KINDS) == {"QuantizeLinear", "DequantizeLinear", "Cast"}
 
 
 def compared(built, output):
-    """What the reference makes of the graph's output, and what the runtime does."""
+    """Return (the graph's output from the reference, that from the runtime)."""
     model = built.model([output])
     try:
-        theirs = session(model).run(None, built.feeds)[0]
-    except Exception:  # of many kinds, for settings that the runtime refuses
+        runtime = session(model).run(None, built.feeds)[0]
+    except Exception:  # many kinds, for settings that the runtime rejects
         assume(False)
     ours = interpret(model, {name: torch.from_numpy(array) for name, array in built.feeds.items()}).values[output.name].numpy()
-    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    return ours, theirs
+    assert (ours.shape, ours.dtype) == (runtime.shape, runtime.dtype)
+    return ours, runtime
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=30, deadline=None)
 @given(st.data())
-def test_on_numbers_the_reference_is_the_runtime(kind, data):
+def test_reference_agrees_with_the_runtime_on_floats(kind, data):
     built = Built(data.draw)
     operands, chosen = KINDS[kind](kind, built)
     output = built.node(kind, operands, chosen)
@@ -265,21 +266,21 @@ def test_on_numbers_the_reference_is_the_runtime(kind, data):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=30, deadline=None)
 @given(st.data())
-def test_between_quantizers_the_reference_is_the_runtime(kind, data):
+def test_reference_agrees_with_the_runtime_on_codes(kind, data):
     built = Built(data.draw)
     built.on_codes = True
     operands, chosen = KINDS[kind](kind, built)
     output = built.quantized(built.node(kind, operands, chosen))
     output.type = ir.TensorType(ir.DataType.UINT8)
-    ours, theirs = compared(built, output)
-    assert np.abs(ours.astype(int) - theirs).max(initial=0) <= (0 if kind in EXACT else 1)
+    reference, runtime = compared(built, output)
+    assert np.abs(reference.astype(int) - runtime).max(initial=0) <= (0 if kind in EXACT else 1)
 
 
 @exactly
 @pytest.mark.parametrize("kind", sorted(MOVES | {"MaxPool"}))
 @settings(max_examples=30, deadline=None)
 @given(st.data())
-def test_codes_are_moved_as_the_runtime_moves_them(kind, data):
+def test_operators_that_move_codes_equal_the_runtime(kind, data):
     built = Built(data.draw)
     operands, chosen = KINDS[kind](kind, built)
     codes = built.quantized(operands[0])

@@ -1,4 +1,4 @@
-"""Budgets of latency are counted by a measured table: what it adds up to, what it allocates, where it is kept."""
+"""Latency budgets by a measured table: its sums, its allocations, and where it is stored."""
 
 from dataclasses import replace
 from functools import cache
@@ -23,7 +23,7 @@ INT8 = Precision(4, 8)
 
 
 def table_of(names):
-    """Float layers three times as slow, boundaries dear."""
+    """A table with float layers three times as slow, and expensive boundaries."""
     layers = {name: {"float32": 3e-4 * (index + 1), "int8": 1e-4 * (index + 1)} for index, name in enumerate(names)}
     steps = [OperationFlow(name, (number,), (number + 1,), 1000) for number, name in enumerate(names)]
     return LatencyTable(layers, {"float32": 5e-4, "int8": 6e-4}, 1e-8, steps)
@@ -38,20 +38,20 @@ def ready(model, batch):
 )
 def test_a_layer_runs_on_integers_where_both_operands_are(text, kernel):
     assert kernel_class(Precision.parse(text)) == kernel
-    assert kernel_class(Precision.parse("A8"), product=True) == "int8"  # which has no weights
+    assert kernel_class(Precision.parse("A8"), product=True) == "int8"  # it has no weights
 
 
-def test_a_float_layer_among_integer_ones_pays_for_its_boundaries():
+def test_float_layer_between_integer_ones_pays_for_its_boundaries():
     table = table_of(["a", "b"])
     whole, mixed = table.total({"a": INT8, "b": INT8}), table.total({"a": INT8, "b": FLOAT})
     assert whole == pytest.approx(6e-4 + 1e-4 + 2e-4) and mixed == pytest.approx(6e-4 + 1e-4 + 6e-4 + 1e-5)
     assert table.total({"a": FLOAT, "b": FLOAT}) == pytest.approx(5e-4 + 3e-4 + 6e-4)
 
 
-def test_numbers_cross_where_integers_begin_and_end():
+def test_conversions_are_counted_at_boundaries_of_integer_layers():
     table = table_of(["a", "b", "c", "d"])
     crossing = {floats: table.crossing(floats) for floats in ("", "a", "b", "bc", "ab", "abc", "d", "cd", "ac", "abcd")}
-    # What the network is given crosses for nothing, and so does what it gives; float layers that feed each other share no boundary.
+    # Conversions of the network's inputs and outputs are free; there is no boundary between adjacent float layers.
     assert crossing == {
         "": 0, "a": 1000, "b": 2000, "bc": 2000, "ab": 1000, "abc": 1000, "d": 1000, "cd": 1000, "ac": 3000, "abcd": 0,
     }  # fmt: skip
@@ -59,7 +59,7 @@ def test_numbers_cross_where_integers_begin_and_end():
     assert (fixed.crossing("b"), fixed.crossing("c"), fixed.crossing("d")) == (0, 0, 1000)
 
 
-def test_a_join_is_on_integers_where_one_of_its_values_is():
+def test_join_is_integer_if_any_operand_is():
     steps = [
         OperationFlow("a", (0,), (1,), 10),
         OperationFlow("b", (1,), (2,), 20),
@@ -72,7 +72,7 @@ def test_a_join_is_on_integers_where_one_of_its_values_is():
 
 
 @given(st.sets(st.integers(0, 30)))
-def test_what_a_budget_counts_is_at_least_what_is_predicted(chosen):
+def test_budget_counts_at_least_the_predicted_latency(chosen):
     """A budget counts each float layer with both its boundaries."""
     network = observed_residual()
     table = replace(table_of(network.names), steps=_steps(network))
@@ -97,7 +97,7 @@ def test_measured_parts_add_up_to_measured_wholes(name):
     assert table.boundary >= 0 and all(table.crossing([layer]) > 0 for layer in list(table.layers)[1:-1])
 
 
-def test_a_budget_of_latency_is_kept_and_measured_again(quick, full_disk):
+def test_latency_budget_is_met_and_measured_again(quick, full_disk):
     model, data = make(Residual), pictures(40)
     quick |= {"activation_bits": (8, None), "pipeline": "light"}
     with pytest.raises(InvalidSetting, match="anybit profile"):
@@ -117,7 +117,7 @@ def test_a_budget_of_latency_is_kept_and_measured_again(quick, full_disk):
         anybit.calibrate(model, data, f"latency={1e3 * least / 2:.6f}ms", **quick)
 
 
-def test_allocate_counts_latency_too(run_folder, calibrated):
+def test_allocate_supports_latency(run_folder, calibrated):
     model, data, result = calibrated
     observed = ready(model, Batch(data[:2]))
     save_table(observed, table_of(observed.names), {})
@@ -127,7 +127,7 @@ def test_allocate_counts_latency_too(run_folder, calibrated):
     )
 
 
-def test_a_search_and_an_extraction_count_latency_too(tmp_path):
+def test_search_and_extract_support_latency(tmp_path):
     x = pictures(40)
     labelled = x, torch.arange(40) % 5
     folder = anybit.train(make(Residual), labelled, bits=(2, 8), epochs=1, batch_size=16, held_out=0.3).save(tmp_path / "supernet")
@@ -150,12 +150,12 @@ def test_a_search_and_an_extraction_count_latency_too(tmp_path):
     for verb in (anybit.search, anybit.extract):
         with pytest.raises(InfeasibleBudget, match=f"{1e3 * least:.4g} ms"):
             verb(folder, budget=short, **options)
-    with pytest.raises(InvalidSetting, match="--data"):
+    with pytest.raises(InvalidSetting, match="data="):
         anybit.extract(folder, enough, model=make(Residual))
-    assert "latency" not in anybit.extract(loaded.supernet, scheme=subnet.scheme).report  # nothing is measured without inputs
+    assert "latency" not in anybit.extract(loaded.supernet, scheme=subnet.scheme).report  # nothing can be measured without inputs
 
 
-def test_profiles_are_recalled_for_the_same_network_alone():
+def test_profile_is_reused_only_for_the_same_network():
     data = pictures(4)
     first = anybit.profile(make(Residual), data, rounds=1)
     again = anybit.profile(make(Residual, seed=3), data, rounds=1)  # other weights, the same shape
@@ -165,7 +165,7 @@ def test_profiles_are_recalled_for_the_same_network_alone():
 
 
 @pytest.mark.parametrize("first", ["a", "b"])
-def test_a_table_is_of_what_may_run_on_integers(first):
+def test_table_depends_on_which_layers_may_be_integer(first):
     networks = {
         name: observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings((8,), (8, None), keep=keep).options)
         for name, keep in {"a": {"*conv1": Precision(4, None)}, "b": {}}.items()
@@ -176,7 +176,7 @@ def test_a_table_is_of_what_may_run_on_integers(first):
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"layers": {"x": 1}}', '{"layers": 3}'])
-def test_a_damaged_table_is_named(content):
+def test_damaged_table_is_named(content):
     observed = ready(make(Residual), Batch(pictures(2)))
     save_table(observed, table_of(observed.names), {})
     place = _table_file(observed, 1)

@@ -1,4 +1,4 @@
-"""An exported file is as small as its bits, runs on integer kernels, and computes what the integer reference computes."""
+"""An exported file is as small as its bits, runs on integer kernels, and computes the same as the integer reference."""
 
 import functools
 import importlib.util
@@ -28,6 +28,7 @@ from anybit.files.strict import sha256_of, write_json
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import LARGEST_BIAS
 from anybit.networks.layers import fill, quantized_layers
+from anybit.networks.matmul import Matmul
 from anybit.networks.rounding import edge_grids, round_edges
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.onnx import floats
@@ -45,8 +46,8 @@ exactly = pytest.mark.skipif(lacks_exact_kernels() is not None, reason=f"bitwise
 
 
 @functools.cache
-def made_of(name, seed=0, precision=None, tables=True):
-    """(canonical model, its graphs, inputs) of one of EXACT at a mixed scheme, or at one precision; for tests that only read them."""
+def canonical_and_graphs(name, seed=0, precision=None, tables=True):
+    """(canonical model, its graphs, inputs) of one of EXACT at a mixed scheme or one precision; read only."""
     network, shape = EXACT[name]
     torch.manual_seed(seed)
     draw = random.Random(seed)
@@ -63,7 +64,7 @@ def runtime_outputs(graph, batch):
 
 
 class _Emitted:
-    """A graph of unpacking operators alone."""
+    """A graph that consists of unpacking operators."""
 
     def __init__(self):
         self.nodes, self.constants = [], {}
@@ -83,7 +84,7 @@ class _Emitted:
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from([0, 2, 3, 4, 5, 6, 7, 8]), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(0, 2**16))
-def test_codes_come_back_from_what_is_stored(bits, shape, seed):
+def test_stored_codes_unpack_exactly(bits, shape, seed):
     half = 2 ** (bits - 1) if bits else 0
     codes = np.random.default_rng(seed).integers(-half, max(half, 1), shape).astype(np.int8)
     emitted = _Emitted()
@@ -96,11 +97,11 @@ def test_codes_come_back_from_what_is_stored(bits, shape, seed):
     (there,) = session(ir.Model(graph, ir_version=10)).run(None, {})
     assert there.dtype == np.int8 and np.array_equal(there, codes)
     assert np.array_equal(interpret(ir.Model(graph, ir_version=10), {}).constants["codes"].numpy(), codes)
-    taken = sum(value.const_value.nbytes for name, value in emitted.constants.items() if name.startswith("layer.packed"))
-    assert taken <= -(-codes.size // 8) * bits if bits in PLANES else taken <= codes.size
+    packed = sum(value.const_value.nbytes for name, value in emitted.constants.items() if name.startswith("layer.packed"))
+    assert packed <= -(-codes.size // 8) * bits if bits in PLANES else packed <= codes.size
 
 
-def test_a_table_says_what_every_field_of_every_byte_is_worth():
+def test_unpacking_table_covers_every_field_of_every_byte():
     for width, shift, signed in [(1, 2, True), (2, 0, False), (2, 4, True), (4, 0, False)]:
         fields = np.random.default_rng(0).integers(0, 2**width, 64).astype(np.uint8)
         worth = field_table(width, shift, signed)[pack_fields(fields, width)].reshape(-1).astype(int)
@@ -114,11 +115,11 @@ def test_a_table_says_what_every_field_of_every_byte_is_worth():
 @exactly
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", EXACT)
-def test_the_runtime_computes_what_the_integer_reference_does(name, seed, tmp_path):
-    canonical, graphs, batch = made_of(name, seed)
+def test_runtime_equals_the_integer_reference(name, seed, tmp_path):
+    canonical, graphs, batch = canonical_and_graphs(name, seed)
     feeds = dict(zip([value.name for value in graphs.integer.graph.inputs], input_tensors(batch), strict=True))
     reference = interpret(graphs.integer, feeds)
-    if name == "mixed":  # its norm and its mean over tokens are summed in float, which no two libraries do alike
+    if name == "mixed":  # its norm and its mean over tokens are float sums, which differ between libraries
         verdict = verdict_of(canonical, graphs, batch, tmp_path)
         assert reference.in_float and not verdict.failures and verdict.numbers.get("codes_apart", 0) <= 1
         return
@@ -130,9 +131,9 @@ def test_the_runtime_computes_what_the_integer_reference_does(name, seed, tmp_pa
 @exactly
 @pytest.mark.parametrize("precision", [Precision(8, 8), Precision(7, 8), Precision(8, 7), Precision(2, 8)], ids=str)
 @pytest.mark.parametrize("name", ["joined", "mixed"])
-def test_layers_whose_sums_may_saturate_are_named_and_summed_exactly(name, precision, tmp_path):
-    """Two products of 8-bit codes can leave 16 bits, which is all that some processors give them, unless a session asks for more."""
-    canonical, graphs, batch = made_of(name, precision=precision)
+def test_saturating_layers_are_named_and_summed_exactly(name, precision, tmp_path):
+    """Two products of 8-bit codes can exceed 16 bits, the accumulator of some processors unless a session asks for more."""
+    canonical, graphs, batch = canonical_and_graphs(name, precision=precision)
     save(graphs.integer, tmp_path / "net.onnx")
     file = load(tmp_path / "net.onnx")
     verdict = verify_file(tmp_path / "net.onnx", file, graphs, canonical.model, batch)
@@ -142,26 +143,26 @@ def test_layers_whose_sums_may_saturate_are_named_and_summed_exactly(name, preci
 
 
 @pytest.mark.skipif(not lacks_vnni(), reason="this processor sums 8-bit products exactly, whatever a session asks for")
-def test_a_session_that_does_not_ask_for_exact_sums_saturates_here_and_only_where_it_is_said():
-    asked = {}
+def test_inexact_sessions_saturate_only_in_the_named_layers():
+    exact_by_precision = {}
     for precision in (Precision(8, 8), Precision(7, 8), Precision(8, 7)):
-        canonical, graphs, batch = made_of("asymmetric", precision=precision)
+        canonical, graphs, batch = canonical_and_graphs("asymmetric", precision=precision)
         exact, plain = (outputs(session(graphs.integer, exact=options), [batch]) for options in (True, False))
-        asked[precision] = np.array_equal(exact[0], plain[0])
-        assert asked[precision] == (not saturating(canonical.model, graphs.plan))
-    assert not asked[Precision(8, 8)]
+        exact_by_precision[precision] = np.array_equal(exact[0], plain[0])
+        assert exact_by_precision[precision] == (not saturating(canonical.model, graphs.plan))
+    assert not exact_by_precision[Precision(8, 8)]
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_nothing_in_the_file_is_computed_in_vain(name):
-    _, graphs, _ = made_of(name)
+def test_file_has_no_unused_nodes(name):
+    _, graphs, _ = canonical_and_graphs(name)
     for node in graphs.integer.graph:
         assert any(value.uses() or value.is_graph_output() for value in node.outputs), node.op_type
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_at_eight_bits_the_file_is_close_to_the_simulation(name):
-    canonical, graphs, batch = made_of(name, precision=Precision(8, 8))
+def test_8_bit_file_is_close_to_the_simulation(name):
+    canonical, graphs, batch = canonical_and_graphs(name, precision=Precision(8, 8))
     with evaluating(canonical.model), torch.no_grad():
         simulated = call(canonical.model, batch.inputs)
     for ours, there in zip(
@@ -173,9 +174,9 @@ def test_at_eight_bits_the_file_is_close_to_the_simulation(name):
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("tables", [False, True])
-def test_every_code_of_the_file_is_the_simulations_or_the_next(name, seed, tables):
-    """At any bits: on the simulation's codes each operator of the file gives the simulation's."""
-    canonical, _, batch = made_of(name, seed)
+def test_every_code_of_the_file_is_within_one_of_the_simulation(name, seed, tables):
+    """At any bits: each operator of the file is given the simulation's codes and must reproduce its output."""
+    canonical, _, batch = canonical_and_graphs(name, seed)
     graphs = exported(canonical, batch, tables=tables)
     verdict = Verdict()
     check_simulation(verdict, graphs, batch)
@@ -186,7 +187,7 @@ def test_every_code_of_the_file_is_the_simulations_or_the_next(name, seed, table
 
 
 @pytest.mark.parametrize(("bias", "most"), [(False, 1e-4), (True, 0.03)])
-def test_without_shared_tensors_codes_are_the_simulations(bias, most):
+def test_codes_without_shared_tensors_equal_the_simulation(bias, most):
     """A chain has no edges: the file's quantizers are the layers' own. Codes differ where float sums round otherwise, and where an int32
     bias does, which counts in units of input scale times weight scale."""
     torch.manual_seed(0)
@@ -197,7 +198,7 @@ def test_without_shared_tensors_codes_are_the_simulations(bias, most):
     assert set(flipped) == {"0", "2", "5"} and max(flipped.values()) < most
 
 
-def test_a_network_that_ends_in_a_pool_says_that_it_is_summed_in_float():
+def test_reports_final_pool_that_is_summed_in_float():
     torch.manual_seed(0)
     pooled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     batch = inputs((3, 12, 12))
@@ -213,13 +214,13 @@ def test_a_network_that_ends_in_a_pool_says_that_it_is_summed_in_float():
 
 @pytest.mark.parametrize("name", ["relu", "silu", "joined", "mixed"])
 def test_every_quantized_layer_has_an_integer_kernel(name, tmp_path):
-    canonical, graphs, batch = made_of(name)
+    canonical, graphs, batch = canonical_and_graphs(name)
     save(graphs.integer, tmp_path / "net.onnx")
     verdict = verify_file(tmp_path / "net.onnx", load(tmp_path / "net.onnx"), graphs, canonical.model, batch)
     assert not verdict.failures and set(verdict.kernels) == set(canonical.scheme) and not verdict.floats
 
 
-def test_layers_that_stay_float_are_named_with_the_reason(tmp_path):
+def test_float_layers_are_named_with_a_reason(tmp_path):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -247,8 +248,8 @@ def test_layers_that_stay_float_are_named_with_the_reason(tmp_path):
     assert np.allclose(there, simulated.numpy(), atol=1e-5)
 
 
-def test_a_layer_kept_float_between_integer_ones_stays_float(tmp_path):
-    """The runtime rounds the float weights of a layer that stands between quantizers to 8 bits, where it is let."""
+def test_layer_kept_float_between_integer_ones_stays_float(tmp_path):
+    """By default the runtime rounds the weights of a float layer between quantizers to 8 bits."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(288, 16), nn.ReLU()]
     batch = inputs((3, 12, 12))
@@ -260,8 +261,8 @@ def test_a_layer_kept_float_between_integer_ones_stays_float(tmp_path):
 
 
 @pytest.mark.parametrize("between", [[], [nn.ReLU()], [nn.ReLU6()]], ids=["", "relu", "relu6"])
-def test_a_pool_after_a_float_layer_is_rounded_after_it(between, tmp_path, monkeypatch):
-    """To the same numbers: the runtime's maximum of float numbers is fast, that of codes in its float layout is slow."""
+def test_pool_after_a_float_layer_is_rounded_after_pooling(between, tmp_path, monkeypatch):
+    """To the same numbers: the runtime's maximum of floats is fast, that of codes in its float layout is slow."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3), *between, nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)]
     batch = inputs((3, 16, 16))
@@ -282,8 +283,8 @@ def on_codes(writer, node):
     return writer.emit("MaxPool", [writer.codes[node.inputs[0].name]], node.attributes, node.name)
 
 
-def test_weights_alone_quantized_give_the_simulations_numbers():
-    canonical, graphs, batch = made_of("relu", precision=Precision(3, None))
+def test_weight_only_file_equals_the_simulation():
+    canonical, graphs, batch = canonical_and_graphs("relu", precision=Precision(3, None))
     with torch.no_grad():
         simulated = canonical.model(batch.inputs)
     assert not any(node.op_type == "QuantizeLinear" for node in graphs.integer.graph)
@@ -305,8 +306,8 @@ def test_weight_only_linears_run_on_packed_weights(bits, tmp_path):
     assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.03 * simulated.norm()
 
 
-def test_the_batch_is_any_size():
-    _, graphs, batch = made_of("joined")
+def test_batch_size_is_dynamic():
+    _, graphs, batch = canonical_and_graphs("joined")
     running = session(graphs.integer)
     whole = outputs(running, [batch])
     single = [running.run(None, {"x": batch.inputs[i : i + 1].numpy()}) for i in range(3)]
@@ -316,8 +317,8 @@ def test_the_batch_is_any_size():
 
 @exactly
 @pytest.mark.parametrize("name", ["silu", "gelu", "hardswish", "mixed", "gated"])
-def test_functions_in_float_are_within_a_code_of_the_reference(name, tmp_path):
-    canonical, graphs, batch = made_of(name, tables=False)
+def test_float_functions_are_within_one_code_of_the_reference(name, tmp_path):
+    canonical, graphs, batch = canonical_and_graphs(name, tables=False)
     save(graphs.integer, tmp_path / "net.onnx")
     verdict = verify_file(tmp_path / "net.onnx", load(tmp_path / "net.onnx"), graphs, canonical.model, batch)
     assert not verdict.failures and verdict.numbers["in_float"] and set(verdict.kernels) == set(canonical.scheme)
@@ -326,7 +327,7 @@ def test_functions_in_float_are_within_a_code_of_the_reference(name, tmp_path):
 # Size
 
 
-def test_the_file_shrinks_with_its_bits():
+def test_file_size_falls_with_bits():
     class Wide(nn.Sequential):
         def __init__(self):
             super().__init__(
@@ -343,7 +344,7 @@ def test_the_file_shrinks_with_its_bits():
 # Corners
 
 
-def test_a_bias_beyond_int32_takes_coarser_weights():
+def test_bias_beyond_int32_coarsens_the_weight_scale():
     codes, scale = torch.tensor([[100, -50], [3, 4]], dtype=torch.int8), np.array([1e-9, 0.1], np.float32)
     coarser, wider = with_room(codes, scale, np.array([50.0, 1.0]), 8)
     assert 50 / wider[0] <= LARGEST_BIAS * 1.001 and wider[1] == scale[1]
@@ -352,7 +353,7 @@ def test_a_bias_beyond_int32_takes_coarser_weights():
 
 @settings(max_examples=200, deadline=None)
 @given(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3))
-def test_an_edge_holds_its_range_and_zero_exactly(a, b):
+def test_edge_covers_its_range_and_represents_zero_exactly(a, b):
     low, high = sorted((a, b))
     affine = Affine.of_range(low, high)
     assert affine.scale > 0 and 0 <= affine.zero_point <= 255
@@ -365,7 +366,7 @@ def test_an_edge_holds_its_range_and_zero_exactly(a, b):
 # The verbs
 
 
-def test_a_run_is_exported_verified_and_timed(exported_run):
+def test_exports_verifies_and_times_a_run(exported_run):
     run, path, model, data = exported_run
     report = anybit.verify(run, path, model=model, data=data)
     assert report["ok"] and not report["failures"] and report["simulation"]["agreement"] > 80
@@ -391,7 +392,7 @@ print(json.dumps([timed["openvino"]["faster"]["ratio"], float(np.abs(there - her
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is optional, and not installed")
-def test_openvino_runs_the_same_file_beside_it(exported_run, tmp_path):
+def test_bench_compares_openvino_on_the_same_file(exported_run, tmp_path):
     _, path, _, data = exported_run
     np.save(tmp_path / "x.npy", data[:16].numpy())
     command = [sys.executable, "-W", "ignore", "-c", BESIDE, str(path), str(tmp_path / "x.npy")]
@@ -400,7 +401,7 @@ def test_openvino_runs_the_same_file_beside_it(exported_run, tmp_path):
 
 
 def edited(path, change):
-    """The file with `change` applied to the first initializer that it takes (and says so)."""
+    """The file with `change` applied to the first initializer that it accepts, by its return value."""
     model = onnx.load(path)
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor).copy()
@@ -427,26 +428,24 @@ def _scale(name, array):
 
 def _zero_point(name, array):
     if name.startswith("zero_point"):
-        array[...] = (
-            array + 100 if array < 100 else array - 100
-        )  # by so much that codes leave their range: both ends of it share the number
+        array[...] = array + 100 if array < 100 else array - 100  # so much that codes saturate: they share the value at either end
         return True
     return False
 
 
 @pytest.mark.parametrize("change", [_code, _scale, _zero_point])
-def test_verify_names_the_layer_that_was_altered(change, exported_run):
+def test_verify_names_the_altered_layer(change, exported_run):
     run, path, model, data = exported_run
     name = edited(path, change)
     report = anybit.verify(run, path, model=model, data=data)
     layers = list(anybit.load(run, model).scheme)
-    assert len(report["failures"]) > 1  # the stored number, and what the runtime makes of it
+    assert len(report["failures"]) > 1  # the stored number, and the runtime's output
     owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
     assert not report["ok"] and report["failures"][0].startswith(name)
     assert any((owner or layers[0]) in failure for failure in report["failures"])
 
 
-def test_an_altered_operator_is_named(exported_run):
+def test_verify_names_the_altered_operator(exported_run):
     run, path, model, data = exported_run
     content = onnx.load(path)
     node = next(node for node in content.graph.node if node.op_type == "Conv")
@@ -456,7 +455,7 @@ def test_an_altered_operator_is_named(exported_run):
     assert not report["ok"] and node.name in report["failures"][0]
 
 
-def test_a_file_of_another_run_is_refused(exported_run, tmp_path):
+def test_rejects_file_of_another_run(exported_run, tmp_path):
     _, path, model, data = exported_run
     other = anybit.calibrate(model, data, "3bit", samples=40, weight_bits=(2, 4), activation_bits=(8,), pipeline="light").save(
         tmp_path / "b"
@@ -466,14 +465,14 @@ def test_a_file_of_another_run_is_refused(exported_run, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a file", b"\x08\x0a" * 50])
-def test_what_is_no_file_of_anybits_is_an_error(content, exported_run):
+def test_rejects_file_not_written_by_anybit(content, exported_run):
     run, path, model, data = exported_run
     path.write_bytes(content)
     with pytest.raises(InvalidFile, match=r"net\.onnx"):
         anybit.verify(run, path, model=model, data=data)
 
 
-def test_a_file_that_is_there_is_not_replaced_unasked(exported_run):
+def test_existing_file_is_replaced_only_on_request(exported_run):
     run, path, model, data = exported_run
     before = path.read_bytes()
     with pytest.raises(InvalidSetting, match="overwrite"):
@@ -483,7 +482,7 @@ def test_a_file_that_is_there_is_not_replaced_unasked(exported_run):
     assert path.read_bytes() == before
 
 
-def test_an_operator_that_cannot_be_exported_is_named_and_leaves_no_file(tmp_path):
+def test_unexportable_operator_is_named_and_leaves_no_file(tmp_path):
     result = anybit.calibrate(Bessel(), torch.randn(24, 4), samples=24, weight_bits=(8,), activation_bits=(8,), pipeline="light")
     run = result.save(tmp_path / "run")
     with pytest.raises(UnsupportedModel, match="bessel_j0"):
@@ -491,7 +490,7 @@ def test_an_operator_that_cannot_be_exported_is_named_and_leaves_no_file(tmp_pat
     assert [item.name for item in tmp_path.iterdir() if item.name.endswith(".onnx")] == []
 
 
-def test_an_older_runtime_is_told_the_operator_set(monkeypatch, exported_run):
+def test_error_for_an_older_runtime_names_the_operator_set(monkeypatch, exported_run):
     run, path, model, data = exported_run
     monkeypatch.setattr("anybit.onnx.writer.IR_VERSION", 99)
     with pytest.raises(UnsupportedModel, match="operator set"):
@@ -499,8 +498,8 @@ def test_an_older_runtime_is_told_the_operator_set(monkeypatch, exported_run):
     assert not path.with_name("new.onnx").exists()
 
 
-def test_the_network_is_left_as_it_was():
-    canonical, *_ = made_of("relu")
+def test_network_is_unchanged():
+    canonical, *_ = canonical_and_graphs("relu")
     before = {name: tensor.clone() for name, tensor in canonical.model.state_dict().items()}
     exported(canonical, inputs((3, 12, 12)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in canonical.model.state_dict().items())
@@ -508,12 +507,33 @@ def test_the_network_is_left_as_it_was():
     assert isinstance(canonical.model, Activated)
 
 
-# What was once wrong
+# Regressions
 
 
 def verdict_of(canonical, graphs, batch, folder):
     save(graphs.integer, folder / "net.onnx")
     return verify_file(folder / "net.onnx", load(folder / "net.onnx"), graphs, canonical.model, batch)
+
+
+@exactly
+@pytest.mark.parametrize("width", [8, 6])
+def test_a_transposed_operand_is_compared_as_its_operator_reads_it(width, tmp_path):
+    """Its shape says nothing where tokens are as many as their numbers; where they are not, its codes were not compared at all."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.scores, self.last = nn.Linear(width, 3 * width), Matmul(transposed=True), nn.Linear(width, width)
+
+        def forward(self, x):
+            query, key, value = self.qkv(x).chunk(3, -1)
+            return self.last((20 * self.scores(query, key)).softmax(-1) @ value)
+
+    torch.manual_seed(0)
+    batch = inputs((8, width))
+    canonical = canonical_of(Attention(), batch, lambda name: Precision.parse("A8" if name in ("scores", "matmul") else "W8A8"))
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and verdict.numbers["simulation"]["codes_apart"] <= 1
 
 
 def odd(function, shape=(3, 8, 8), precision="W8A8", **layers):
@@ -543,7 +563,7 @@ def conv(narrow, wide, kernel=3, **more):
 )
 @pytest.mark.parametrize("tables", [False, True])
 @pytest.mark.parametrize("precision", ["W8A8", "W3A8"])
-def test_unusual_graphs_are_carried(function, layers, shape, tables, precision, tmp_path):
+def test_exports_unusual_graphs(function, layers, shape, tables, precision, tmp_path):
     made_layers = {name: nn.Linear(6, size) if isinstance(size, int) else conv(*size) for name, size in layers.items()}
     canonical, batch = odd(function, shape, precision, **made_layers)
     graphs = exported(canonical, batch, tables=tables)
@@ -567,7 +587,7 @@ def test_unusual_graphs_are_carried(function, layers, shape, tables, precision, 
     ],
     ids=["padded mean", "mean", "mean without padding", "maximum", "grouped transposed", "depthwise transposed"],
 )
-def test_windows_over_the_edge_are_computed_as_simulated(layer, size, tmp_path):
+def test_windows_over_the_border_equal_the_simulation(layer, size, tmp_path):
     canonical, batch = odd(lambda s, x: s.c(s.b(F.relu(s.a(x)))), (3, size, size), a=conv(3, 8), b=layer, c=conv(8, 4, 1))
     graphs = exported(canonical, batch)
     with torch.no_grad():
@@ -577,7 +597,7 @@ def test_windows_over_the_edge_are_computed_as_simulated(layer, size, tmp_path):
 
 
 class Typed(nn.Module):
-    """Types of tokens gathered from a buffer that is wider than the texts, as BERT's and RoBERTa's are."""
+    """Token types gathered from a buffer longer than the texts, as in BERT and RoBERTa."""
 
     def __init__(self):
         super().__init__()
@@ -589,7 +609,7 @@ class Typed(nn.Module):
         return self.head(torch.tanh(self.words(tokens) + self.types(types.expand(tokens.shape[0], -1))).mean(1))
 
 
-def test_an_operator_without_a_form_of_its_own_is_interpreted(tmp_path, capfd):
+def test_interprets_operator_without_an_implementation(tmp_path, capfd):
     torch.manual_seed(0)
     batch = Batch(torch.randint(0, 30, (16, 22)))
     canonical = canonical_of(Typed().eval(), batch, lambda layer: Precision.parse("W8" if layer != "head" else "W8A8"))
@@ -598,13 +618,13 @@ def test_an_operator_without_a_form_of_its_own_is_interpreted(tmp_path, capfd):
 
 
 @exactly
-def test_a_clamp_of_floats_is_not_taken_for_one_of_codes(tmp_path):
+def test_clamp_of_floats_is_not_taken_for_one_of_codes(tmp_path):
     canonical, batch = odd(lambda s, x: F.normalize(s.b(F.relu(s.a(x)))), (6,), a=nn.Linear(6, 8), b=nn.Linear(8, 4))
     assert not verdict_of(canonical, exported(canonical, batch), batch, tmp_path).failures
 
 
 class HeadTwice(nn.Module):
-    """One head for two levels, as detectors have."""
+    """One head for two levels, as in detectors."""
 
     def __init__(self):
         super().__init__()
@@ -616,7 +636,7 @@ class HeadTwice(nn.Module):
         return torch.cat([self.head(p).flatten(2), self.head(F.relu(self.b(p))).flatten(2)], 2)
 
 
-def test_a_float_layer_that_runs_twice_is_two_nodes(tmp_path):
+def test_float_layer_that_runs_twice_is_two_nodes(tmp_path):
     model, data = HeadTwice().eval(), torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     settings = {"weight_bits": (8,), "activation_bits": (8,), "pipeline": "light", "keep": {"head.0": "float", "head.2": "float"}}
     anybit.calibrate(model, data, **settings).save(tmp_path / "run")
@@ -644,7 +664,7 @@ def test_names_in_a_file_are_unique(function, layers, tmp_path):
 @exactly
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 @pytest.mark.parametrize("precision", ["W8A8", "W4A4"])
-def test_a_convolution_that_pads_with_its_input_computes_on_integers(mode, precision, tmp_path):
+def test_convolution_padded_with_its_input_computes_on_integers(mode, precision, tmp_path):
     layers = {"a": conv(3, 8, padding=1, padding_mode=mode), "b": conv(8, 3, padding=2, dilation=2, stride=2, padding_mode=mode)}
     canonical, batch = odd(lambda s, x: s.b(F.relu(s.a(x))), precision=precision, **layers)
     graphs = exported(canonical, batch)
@@ -655,7 +675,7 @@ def test_a_convolution_that_pads_with_its_input_computes_on_integers(mode, preci
     assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
 
 
-def test_a_layer_on_constants_is_computed_once(tmp_path):
+def test_layer_on_constants_is_computed_once(tmp_path):
     def function(s, x):
         places = torch.arange(6, dtype=torch.float32)[None] / 6
         return s.b(torch.sin(s.a(x)) + torch.sin(s.of_places(places)))
@@ -663,6 +683,18 @@ def test_a_layer_on_constants_is_computed_once(tmp_path):
     canonical, batch = odd(function, (6,), a=nn.Linear(6, 8), of_places=nn.Linear(6, 8), b=nn.Linear(8, 4))
     verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
     assert not verdict.failures and verdict.floats["of_places"] == "it does not depend on the inputs, and was computed once"
+
+
+def test_layers_where_autocast_is_turned_off_are_found_in_the_graph(tmp_path):
+    """Linear attention divides in float32, whatever is around it."""
+
+    def function(s, x):
+        with torch.autocast("cpu", enabled=False):
+            return s.b(F.relu(s.a(x.float())))
+
+    canonical, batch = odd(function, (6,), a=nn.Linear(6, 8), b=nn.Linear(8, 4))
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and set(verdict.kernels) == {"a", "b"}
 
 
 class Dynamic(nn.Conv2d):
@@ -676,13 +708,13 @@ class Scaled(nn.Conv2d):
 
 
 @pytest.mark.parametrize("cls", [Dynamic, Scaled])
-def test_a_layer_whose_forward_is_more_than_its_operator_is_refused_by_name(cls):
+def test_rejects_layer_whose_forward_is_more_than_its_operator(cls):
     canonical, batch = odd(lambda s, x: s.odd(x), odd=cls(3, 4, 3))
     with pytest.raises(UnsupportedModel, match=rf"odd: the forward of .*{cls.__name__}"):
         exported(canonical, batch)
 
 
-def test_what_the_exporter_drops_is_noticed():
+def test_detects_arguments_that_the_exporter_drops():
     canonical, batch = odd(lambda s, x: s.b(F.avg_pool2d(s.a(x), 2, 2, divisor_override=3)), a=conv(3, 8), b=conv(8, 4, 1))
     with pytest.raises(UnsupportedModel, match="exporter changes the network"):
         exported(canonical, batch)
@@ -698,7 +730,7 @@ def lively_norm(channels):
 
 
 @pytest.mark.parametrize("precision", ["W8A8", "float"])
-def test_a_convolution_whose_norm_stays_is_carried(precision, tmp_path):
+def test_exports_convolution_with_unfolded_norm(precision, tmp_path):
     torch.manual_seed(0)
     norms = {"norm": lively_norm(8), "twice": lively_norm(8)}
     canonical, batch = odd(
@@ -715,14 +747,14 @@ def test_a_convolution_whose_norm_stays_is_carried(precision, tmp_path):
 
 
 def pyramid(net, x):
-    """A head on two sizes of pictures, and a linear on its own output."""
+    """A head on two sizes of images, and a linear on its own output."""
     large = F.relu(net.a(x))
     levels = [F.relu(net.head(level)).flatten(2) for level in (large, F.relu(net.b(large)))]
     return torch.cat(levels, 2).mean(2) + net.m(net.m(x.mean((2, 3))))
 
 
 @pytest.mark.parametrize("precision", ["W8A8", "W3A8", "W4A4", "float"])
-def test_layers_that_run_several_times_are_carried(precision, tmp_path):
+def test_exports_layers_that_run_several_times(precision, tmp_path):
     layers = {"a": conv(3, 8, padding=1), "b": conv(8, 8, stride=2), "head": conv(8, 3), "m": nn.Linear(3, 3)}
     canonical, batch = odd(pyramid, precision=precision, **layers)
     graphs = exported(canonical, batch)
@@ -732,14 +764,16 @@ def test_layers_that_run_several_times_are_carried(precision, tmp_path):
     assert not verdict.failures and ("head" in verdict.kernels) == (precision != "float")
     names = [node.name for node in graphs.integer.graph if node.name]
     assert len(set(names)) == len(names) and {"head", "head#2", "m", "m#2"} <= set(names)
-    assert sum(name.startswith("head.") and "packed" in name for name in graphs.integer.graph.initializers) <= 2  # its weight is there once
+    assert (
+        sum(name.startswith("head.") and "packed" in name for name in graphs.integer.graph.initializers) <= 2
+    )  # its weight is stored once
     assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
 
 
 @exactly
 @pytest.mark.parametrize("activation", [F.relu, F.relu6, F.hardtanh, torch.tanh, F.leaky_relu, torch.sigmoid])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_linear_stays_on_integers_before_an_activation_that_a_float_operator_reads(activation, bias, tmp_path):
+def test_linear_is_integer_before_an_activation_with_a_float_reader(activation, bias, tmp_path):
     layers = {"a": nn.Linear(6, 8, bias=bias), "b": nn.Linear(8, 4)}
     canonical, batch = odd(lambda s, x: s.b(F.softmax(activation(s.a(x)), -1)), (6,), **layers)
     verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
@@ -747,7 +781,7 @@ def test_a_linear_stays_on_integers_before_an_activation_that_a_float_operator_r
 
 
 class AnyArguments(nn.Module):
-    """A forward whose input has no name of its own."""
+    """A forward whose input has no parameter name."""
 
     def __init__(self):
         super().__init__()
@@ -757,7 +791,7 @@ class AnyArguments(nn.Module):
         return self.b(F.relu(self.a(*args)))
 
 
-def test_a_forward_of_any_arguments_is_carried():
+def test_exports_forward_with_variable_arguments():
     torch.manual_seed(0)
     batch = inputs((6,))
     canonical = canonical_of(AnyArguments().eval(), batch, lambda layer: Precision.parse("W4A8"))
@@ -768,14 +802,14 @@ def test_a_forward_of_any_arguments_is_carried():
         assert np.abs(args - canonical.model(more.inputs).numpy()).max() < 0.05
 
 
-def test_a_batch_that_forward_fixes_is_refused():
+def test_rejects_fixed_batch_size():
     canonical, batch = odd(lambda s, x: s.a(x).reshape(len(x), -1), a=conv(3, 4))
     with pytest.raises(UnsupportedModel, match="size of the batch"):
         exported(canonical, batch)
 
 
-def test_of_edges_that_look_alike_the_widest_is_taken():
-    """On the first inputs no value meets the clamp: by its numbers there the clamped tensor is the other one, too."""
+def test_of_equal_looking_edges_the_widest_is_chosen():
+    """On the first inputs no value reaches the clamp, so that the clamped tensor equals the unclamped one."""
     torch.manual_seed(0)
     layers = {"z": conv(3, 8), "b": conv(8, 8, 1), "c": conv(8, 4, 1)}
     batch = inputs((3, 8, 8))
@@ -787,7 +821,7 @@ def test_of_edges_that_look_alike_the_widest_is_taken():
     assert torch.from_numpy(runtime_outputs(exported(canonical, batch).integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
 
 
-def test_a_layer_with_one_scale_is_carried(tmp_path):
+def test_exports_layer_with_per_tensor_scale(tmp_path):
     canonical, batch = odd(lambda s, x: s.b(F.relu(s.a(x))), a=conv(3, 8), b=conv(8, 16))
     for layer in quantized_layers(canonical.model).values():
         fill(layer, UniformQuantizer(8, True, layer.weight_quantizer.scale.max().reshape(1, 1)), layer.input_quantizer)
@@ -795,13 +829,13 @@ def test_a_layer_with_one_scale_is_carried(tmp_path):
     assert not verdict.failures and set(verdict.kernels) == {"a", "b"}
 
 
-def test_a_float_layer_at_the_end_is_no_failure(tmp_path):
+def test_verify_accepts_final_float_layer(tmp_path):
     canonical, batch = odd(lambda s, x: s.b(F.relu(s.a(x))), precision="W4", a=conv(3, 8), b=conv(8, 16))
     verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
     assert not verdict.failures and set(verdict.floats) == {"a", "b"}
 
 
-def test_a_setting_that_was_altered_is_noticed(tmp_path):
+def test_verify_detects_altered_setting(tmp_path):
     canonical, batch = odd(lambda s, x: F.leaky_relu(s.a(x).mean((2, 3)), 0.01), a=conv(3, 8))
     graphs = exported(canonical, batch)
     save(graphs.integer, tmp_path / "net.onnx")
@@ -812,7 +846,7 @@ def test_a_setting_that_was_altered_is_noticed(tmp_path):
     assert any("leakyrelu" in failure for failure in verdict.failures)
 
 
-def test_exchanged_outputs_are_noticed(tmp_path):
+def test_verify_detects_exchanged_outputs(tmp_path):
     canonical, batch = odd(
         lambda s, x: (lambda h: (s.a(h), s.b(h)))(F.gelu(s.z(x))), (6,), z=nn.Linear(6, 6), a=nn.Linear(6, 3), b=nn.Linear(6, 3)
     )
@@ -826,8 +860,8 @@ def test_exchanged_outputs_are_noticed(tmp_path):
     assert verify_file(tmp_path / "net.onnx", load(tmp_path / "net.onnx"), graphs, canonical.model, batch).failures
 
 
-def test_ranges_that_an_export_measured_are_what_verify_uses(tmp_path):
-    """Other inputs than the export's own give other ranges, and the file is the run's all the same."""
+def test_verify_uses_ranges_measured_by_the_export(tmp_path):
+    """Other inputs than the export's would give other ranges, but the file is still the run's."""
     torch.manual_seed(0)
     network = Odd(lambda s, x: s.b(s.norm(s.a(x))), a=conv(3, 8), norm=nn.GroupNorm(2, 8), b=conv(8, 4))
     batch = inputs((3, 8, 8))
@@ -843,8 +877,8 @@ def test_ranges_that_an_export_measured_are_what_verify_uses(tmp_path):
     assert verify_file(tmp_path / "net.onnx", file, exported(canonical, other), canonical.model, other).failures
 
 
-def test_a_run_of_before_edges_were_rounded_opens_and_exports(tmp_path):
-    """Its scheme.json does not say which are: it keeps its meaning, and its file's simulation has them."""
+def test_run_from_before_rounded_edges_opens_and_exports(tmp_path):
+    """Its scheme.json lists no rounded edges: its outputs stay the same, and its file's simulation rounds them."""
     torch.manual_seed(0)
     network = Odd(lambda s, x: s.a(x) + s.b(x), a=conv(3, 4), b=conv(3, 4)).eval()
     x = inputs((3, 8, 8)).inputs
@@ -860,8 +894,8 @@ def test_a_run_of_before_edges_were_rounded_opens_and_exports(tmp_path):
     assert anybit.verify(run, tmp_path / "net.onnx", model=network, data=x)["ok"]
 
 
-def test_a_file_further_from_the_simulation_than_a_code_is_named():
-    """A simulation that rounds an edge otherwise than the file does."""
+def test_verify_names_operator_more_than_one_code_from_the_simulation():
+    """The simulation rounds an edge differently from the file."""
     canonical, batch = odd(lambda s, x: s.b(y := F.relu(s.a(x))) + y, a=conv(3, 4), b=conv(4, 4, padding=1))
     graphs = exported(canonical, batch)
     grids = dict(edge_grids(graphs.model))
@@ -883,7 +917,7 @@ class Encoder(nn.Module):
 
 
 class TwoNames(nn.Module):
-    """One embedding, which two parts call by names of their own, as encoder-decoders do."""
+    """One embedding that two parts call by different names, as in encoder-decoders."""
 
     def __init__(self):
         super().__init__()
@@ -895,7 +929,7 @@ class TwoNames(nn.Module):
         return self.head(self.encoder(x) + self.decoder(x.flip(1)))
 
 
-def test_a_layer_of_several_names_is_one_layer_of_the_file(tmp_path):
+def test_layer_with_several_names_is_one_layer_of_the_file(tmp_path):
     model, data = make(TwoNames), tokens(24)
     run = anybit.calibrate(model, data, None, weight_bits=(4,), activation_bits=(8,), pipeline="light", samples=24).save(tmp_path / "run")
     report = anybit.export(run, tmp_path / "net.onnx", model=model, data=data)
@@ -904,7 +938,7 @@ def test_a_layer_of_several_names_is_one_layer_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("scope", ["shared", "encoder.words", "decoder.words"])
-def test_a_node_is_its_layers_by_whatever_name_the_exporter_gives_the_scope(scope):
+def test_node_is_assigned_to_its_layer_by_any_scope_name(scope):
     words, rows = ir.Value(name="words"), ir.Value(name="rows")
     weight = np.arange(160, dtype=np.float32).reshape(20, 8)
     words.const_value = ir.tensor(weight, name="words")

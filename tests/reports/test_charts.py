@@ -1,4 +1,4 @@
-"""Axes fit their data, whatever it is, and say where it lies."""
+"""Axes fit any data, and place values correctly."""
 
 import math
 
@@ -18,7 +18,7 @@ few = settings(max_examples=300, deadline=None)
 @example([1.7e308, -1.7e308], linear_axis)
 @example([5e-324, 1e308], loss_axis)
 @example([0.0], linear_axis)
-def test_any_numbers_have_an_axis_with_few_ticks_of_different_names(values, fitted):
+def test_axis_has_few_ticks_with_distinct_labels(values, fitted):
     axis = fitted("loss", [*values, None])
     assert math.isfinite(axis.low) and math.isfinite(axis.high) and axis.low < axis.high
     assert len(axis.ticks) <= 12 and all(-0.01 <= axis.place(tick) <= 100.01 for tick, _ in axis.ticks)
@@ -27,7 +27,7 @@ def test_any_numbers_have_an_axis_with_few_ticks_of_different_names(values, fitt
 
 @few
 @given(usual, st.sampled_from([linear_axis, loss_axis]))
-def test_an_axis_is_as_long_as_its_data(values, fitted):
+def test_axis_spans_its_data(values, fitted):
     axis = fitted("loss", values)
     places = [axis.place(value) for value in values]
     assert all(0 <= place <= 100 for place in places)
@@ -39,7 +39,7 @@ def test_an_axis_is_as_long_as_its_data(values, fitted):
 
 @few
 @given(usual)
-def test_losses_that_span_much_are_placed_by_their_logarithm(values):
+def test_losses_over_many_decades_have_a_logarithmic_axis(values):
     axis = loss_axis("loss", values)
     assert axis.is_log == (max(values) > 20 * min(values))
     if axis.is_log:
@@ -49,7 +49,7 @@ def test_losses_that_span_much_are_placed_by_their_logarithm(values):
 
 
 @given(st.lists(st.text(max_size=40), max_size=200))
-def test_names_of_an_axis_are_as_many_as_can_be_read(names):
+def test_axis_shows_only_as_many_names_as_are_legible(names):
     axis = names_axis(names)
     assert len(axis.ticks) <= MOST_NAMES
     assert all(text == short(names[int(at)]) and len(text) <= LONGEST and names[int(at)].endswith(text[1:]) for at, text in axis.ticks)
@@ -57,7 +57,7 @@ def test_names_of_an_axis_are_as_many_as_can_be_read(names):
     assert all(turned.place(at) == pytest.approx(100 - axis.place(at), abs=0.011) for at, _ in axis.ticks)
 
 
-def test_a_line_is_broken_where_nothing_was_measured():
+def test_line_has_gaps_where_nothing_was_measured():
     line = Series("loss", 0, [Point(x, y, "") for x, y in enumerate([1.0, 2.0, None, 3.0, None, 1.0, 2.0, 3.0])], dash="solid")
     chart = Chart("key", "label", linear_axis("step", range(8)), linear_axis("loss", [1, 3]), [line])
     assert [len(piece.split()) for piece in chart.lines(line)] == [2, 3]

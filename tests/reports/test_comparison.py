@@ -1,4 +1,4 @@
-"""What differs is told, what is equal is not, and both runs are read as strictly as anywhere."""
+"""Comparison of runs: differences are reported, equal values are not, and both runs are read strictly."""
 
 import json
 from itertools import combinations
@@ -25,7 +25,7 @@ def report_of(folder):
     return json.loads((folder / "report.json").read_text())
 
 
-def test_equal_runs_are_the_same_whatever_they_took(calibrated, quick, tmp_path):
+def test_equal_runs_are_equal_whatever_their_time_and_memory(calibrated, quick, tmp_path):
     model, inputs, first = calibrated
     second = anybit.calibrate(model, inputs, "4bit", **quick)
     folders = [result.save(tmp_path / name) for name, result in (("first", first), ("second", second))]
@@ -36,7 +36,7 @@ def test_equal_runs_are_the_same_whatever_they_took(calibrated, quick, tmp_path)
     assert text.exit_code == 0 and "are identical" in text.stdout
 
 
-def test_a_difference_is_told_by_name_with_both_values(folders):
+def test_difference_is_named_with_both_values(folders):
     first, second = folders["calibrated"], folders["seeded"]
     loaded, reports = diff(first, second), [report_of(first), report_of(second)]
     differences = loaded["differences"]
@@ -50,13 +50,13 @@ def test_a_difference_is_told_by_name_with_both_values(folders):
     assert loaded["shared_layers"] == len(bits[0])
 
 
-def test_units_go_by_how_far_their_error_moved(folders):
+def test_units_are_sorted_by_change_of_error(folders):
     after = [unit["after"] for unit in diff(folders["calibrated"], folders["seeded"])["differences"]["units"].values() if "after" in unit]
     moved = [abs(left - right) / max(left, right) for left, right in after]
     assert len(moved) > 2 and moved == sorted(moved, reverse=True)
 
 
-def test_runs_of_all_roads_compare_and_the_order_swaps_the_sides(folders):
+def test_runs_of_all_roads_compare_symmetrically(folders):
     for first, second in combinations(folders.values(), 2):
         differences, swapped = diff(first, second), diff(second, first)
         assert not differences["same"] and json.loads(json.dumps(differences)) == differences
@@ -67,7 +67,7 @@ def test_runs_of_all_roads_compare_and_the_order_swaps_the_sides(folders):
         assert diff(folder, folder)["same"]
 
 
-def test_other_networks_compare_as_far_as_names_agree(folders, quick, tmp_path):
+def test_different_networks_compare_by_common_names(folders, quick, tmp_path):
     other = anybit.calibrate(make(Chain), pictures(40), "4bit", **quick).save(tmp_path / "other")
     differences = diff(folders["calibrated"], other)
     assert differences["shared_layers"] == 1  # fc
@@ -82,7 +82,7 @@ def test_the_command_prints_one_object(folders):
     assert text.exit_code == 0 and one_json_object(text.stdout)["differences"]["settings"] == {"seed": [0, 1]}
 
 
-def test_what_one_road_alone_has_is_not_a_page_of_dashes(folders):
+def test_fields_of_only_one_road_are_omitted(folders):
     text = anybit_cli("diff", str(folders["calibrated"]), str(folders["grown"])).stdout
     assert "csq" not in text and "only one of the workflows" in text and "grow" in text
 
@@ -96,13 +96,13 @@ values = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(values, values)
-def test_nothing_differs_between_equals_alone(first, second):
+def test_only_equal_values_do_not_differ(first, second):
     assert not _differences(first, json.loads(json.dumps(first)))
     assert bool(_differences(first, second)) == (first != second)
 
 
 @pytest.mark.parametrize("name", ["report.json", "scheme.json", "model.safetensors"])
-def test_a_lacking_or_broken_file_is_named(run_folder, folders, name):
+def test_missing_or_broken_file_is_named(run_folder, folders, name):
     path = run_folder / name
     path.write_bytes(path.read_bytes()[:-9])
     text = anybit_cli("diff", str(folders["grown"]), str(run_folder))
@@ -113,20 +113,20 @@ def test_a_lacking_or_broken_file_is_named(run_folder, folders, name):
 
 
 @pytest.mark.parametrize("broken", [{"settings": 3}, {"environment": []}, {"version": "1"}, {"schemes": None}, {"float_bytes": -1}])
-def test_a_report_that_is_none_is_refused(run_folder, broken):
+def test_rejects_file_that_is_not_a_report(run_folder, broken):
     write_report(run_folder, report_of(run_folder) | broken)
     with pytest.raises(anybit.InvalidFile, match=rf"report\.json.*{next(iter(broken))}"):
         diff(run_folder, run_folder)
 
 
 @pytest.mark.parametrize("broken", ["[]", "{}", '{"version": 1}'])
-def test_a_report_that_anybit_did_not_write_is_refused(run_folder, broken):
+def test_rejects_report_not_written_by_anybit(run_folder, broken):
     (run_folder / "report.json").write_text(broken)
     with pytest.raises(anybit.InvalidFile, match=r"report\.json"):
         diff(run_folder, run_folder)
 
 
-def test_of_several_runs_one_is_to_be_named(calibrated, quick, tmp_path):
+def test_folder_of_several_runs_requires_naming_one(calibrated, quick, tmp_path):
     model, inputs, _ = calibrated
     results = anybit.calibrate(model, inputs, ["4bit", "5bit"], **{**quick, "pipeline": "light"})
     anybit.roads.result.save_all(results, tmp_path / "runs")

@@ -1,4 +1,4 @@
-"""The page of a report: what it says, that it asks nothing, and that no name in it becomes markup."""
+"""A report's page: its contents, that it makes no requests, and that no name in it becomes markup."""
 
 import copy
 import hashlib
@@ -72,12 +72,12 @@ SEARCH = {
 
 @pytest.fixture(scope="session")
 def plain(calibrated):
-    """The report of a calibrate run, as its file holds it."""
+    """The report of a calibrate run, as stored in its file."""
     return json.loads(json.dumps(calibrated[2].report))
 
 
 class Reader(HTMLParser):
-    """Tags, headings, texts, ids, embedded data and tables of a page."""
+    """The tags, headings, texts, ids, embedded data and tables of a page."""
 
     def __init__(self, page):
         super().__init__()
@@ -110,7 +110,7 @@ class Reader(HTMLParser):
 
 
 def renamed(report, names):
-    """The same report of layers with other names."""
+    """The same report with other layer names."""
     report = copy.deepcopy(report)
     new = dict(zip(report["layers"], names, strict=False))
 
@@ -124,18 +124,18 @@ def renamed(report, names):
 
 
 def every_page(plain):
-    """A page of each road's report, and one of all of them."""
+    """A page of each road's report, and one of all of them together."""
     reports = {"calibrate": plain, "grow": GROWN, "supernet": SUPERNET, "search": SUPERNET | {"search": SEARCH}}
     return {name: pages.run_page(report) for name, report in reports.items()} | {"all": pages.runs_page(reports)}
 
 
-def test_a_page_asks_nothing_of_the_network(plain):
+def test_page_makes_no_requests(plain):
     for page in every_page(plain).values():
         assert Reader(page).references == [] and "default-src 'none'" in page
         assert not re.search(r"@import|url\(|<link|https?:|fetch\(|XMLHttp|import\(", page)
 
 
-def test_the_policy_lets_the_pages_own_script_and_style_be_and_nothing_else(plain):
+def test_policy_allows_only_the_script_and_style_of_the_page(plain):
     for page in every_page(plain).values():
         policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
         assert "unsafe" not in policy and "http" not in policy
@@ -146,7 +146,7 @@ def test_the_policy_lets_the_pages_own_script_and_style_be_and_nothing_else(plai
 
 
 def large(plain, layers, epochs):
-    """The report of a large network that was trained for long: `layers` layers of ten precisions each."""
+    """The report of a large network after a long training: `layers` layers of ten precisions each."""
     report = copy.deepcopy(plain)
     names = [f"backbone.stages.{place // 9}.blocks.{place % 9}.projection" for place in range(layers)]
     precisions = [f"W{weights}A{inputs}" for weights in (2, 3, 4, 6, 8) for inputs in (4, 8)]
@@ -164,7 +164,7 @@ def large(plain, layers, epochs):
     return report
 
 
-def test_a_page_is_small_of_large_networks_too(plain, run_folder):
+def test_page_of_a_large_network_is_small(plain, run_folder):
     assert (run_folder / "report.html").stat().st_size < 100_000
     report = large(plain, layers=200, epochs=100)
     for page in (pages.run_page(report), pages.runs_page({f"run {number}": large(plain, 100, 60) for number in range(5)})):
@@ -192,7 +192,7 @@ def test_every_table_has_a_caption_and_every_chart_a_table(plain):
 
 
 def charts_in(value):
-    """Every chart that a page is made of."""
+    """All charts of a page."""
     if isinstance(value, Chart):
         yield value
     for one in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
@@ -203,7 +203,7 @@ def charts_of(report):
     return [chart for chart in charts_in(pages._of_one(record_of(report))) if chart.series]
 
 
-def test_every_chart_is_on_its_page_and_all_of_it_within_its_area(plain):
+def test_every_chart_is_on_its_page_and_within_its_area(plain):
     count = 0
     for report in (plain, GROWN, SUPERNET | {"search": SEARCH}):
         page = pages.run_page(report)
@@ -220,7 +220,7 @@ def test_every_chart_is_on_its_page_and_all_of_it_within_its_area(plain):
     assert count >= 12
 
 
-def test_every_shape_and_dash_is_one_that_the_page_knows(plain):
+def test_page_defines_every_shape_and_dash(plain):
     for page in every_page(plain).values():
         assert set(re.findall(r'href="#([\w-]+)"', page)) <= set(Reader(page).ids)
     style = (ROOT / "src/anybit/reports/page.css").read_text()
@@ -228,7 +228,7 @@ def test_every_shape_and_dash_is_one_that_the_page_knows(plain):
     assert all(f'id="shape-{shape}"' in page for shape in (*SHAPES, "ring", "star", "dot"))
 
 
-def test_what_was_not_measured_is_not_drawn(plain):
+def test_missing_measurements_are_not_drawn(plain):
     report = copy.deepcopy(plain)
     row = next(row for row in report["schemes"] if not row["chosen"] and row["name"].startswith("uniform"))
     before = figures.loss_over_size(record_of(report))
@@ -262,7 +262,7 @@ def test_no_name_becomes_markup(name, plain):
 
 
 @pytest.mark.parametrize("text", [HOSTILE, STEERING[:-1]])
-def test_what_a_user_wrote_elsewhere_does_not_become_markup_either(text, plain):
+def test_other_user_text_does_not_become_markup(text, plain):
     report = copy.deepcopy(plain) | {"uncovered": {text: text}, "settings": {text: text}}
     report["schemes"][0]["name"] = text
     report["certificate"] |= {"solver": text, "objective": text}
@@ -273,7 +273,7 @@ def test_what_a_user_wrote_elsewhere_does_not_become_markup_either(text, plain):
             pages.run_page(report | {"budget": text})
 
 
-def test_the_sliders_schemes_are_those_of_the_table(plain):
+def test_slider_has_the_schemes_of_the_table(plain):
     record = record_of(plain)
     data = pages.frontier_data(record.table, record)
     scheme = dict(zip(data["layers"], data["start"], strict=True))
@@ -289,7 +289,7 @@ def test_the_sliders_schemes_are_those_of_the_table(plain):
         assert point["bits"] == pytest.approx(bits / plain["table"]["weights"])
 
 
-def test_without_javascript_a_table_shows_the_smallest_and_the_largest_budget(plain):
+def test_table_for_no_javascript_shows_the_smallest_and_largest_budget(plain):
     record = record_of(plain)
     data = pages.frontier_data(record.table, record)
     page = pages.run_page(plain)
@@ -298,7 +298,7 @@ def test_without_javascript_a_table_shows_the_smallest_and_the_largest_budget(pl
     assert losses <= set(Reader(page).cells)
 
 
-def test_uniform_schemes_are_those_that_were_measured(plain):
+def test_uniform_schemes_are_the_measured_ones(plain):
     table = record_of(plain | {"table": plain["table"] | {"floor": 0.5}}).table
     uniforms = table.uniforms()
     measured = {row["name"]: row for row in plain["schemes"] if row["name"].startswith("uniform")}
@@ -315,7 +315,7 @@ def test_every_measured_scheme_is_in_the_chart_and_in_the_table(plain):
     marks = [mark for series in chart.series for mark in chart.marks(series)]
     for row in plain["schemes"]:
         assert (row["bytes"], row["measured"]) in drawn
-        assert any(x == row["bytes"] and y == pytest.approx(row["predicted"], rel=1e-9) for x, y in drawn)  # a sum in another order
+        assert any(x == row["bytes"] and y == pytest.approx(row["predicted"], rel=1e-9) for x, y in drawn)  # the order of summation differs
         assert (chart.x.place(row["bytes"]), round(100 - chart.y.place(row["measured"]), 2)) in {mark[:2] for mark in marks}
         assert f"{row['measured']:.4g}" in read.cells and any(f"{row['measured']:.4g}" in words for *_, words in marks)
     chosen = next(row for row in plain["schemes"] if row["chosen"])
@@ -323,7 +323,7 @@ def test_every_measured_scheme_is_in_the_chart_and_in_the_table(plain):
     assert {words for *_, words in marks} <= set(read.words) | {""}
 
 
-def test_shapes_and_dashes_tell_what_colours_tell(plain):
+def test_every_colour_has_its_own_shape_or_dash(plain):
     reports = {f"run {number}": record_of(plain) for number in range(12)}
     grown = {name: record_of(GROWN) for name in reports}
     tests = figures.tests_side_by_side(grown, "top1", "top-1")
@@ -334,7 +334,7 @@ def test_shapes_and_dashes_tell_what_colours_tell(plain):
         assert all(len({classes for _, classes in same}) == len(same) for same in looks.values())
 
 
-def test_the_next_step_of_the_layer_that_hurts_most_is_told(plain):
+def test_page_names_the_next_step_of_the_most_sensitive_layer(plain):
     page = Reader(pages.run_page(plain))
     record = record_of(plain)
     worst = max(record.layers, key=lambda name: record.table.layers[name][record.layers[name].precision].loss)
@@ -348,7 +348,7 @@ def test_times_and_memory_are_not_on_the_page(plain):
 
 
 @pytest.mark.parametrize(
-    ("test", "before", "said"),
+    ("test", "before", "sentence"),
     [
         ({"top1": 90.0}, {"top1": 92.5}, "top-1 accuracy is 90.00 %, the float network 92.50 %: 2.50 points less"),
         ({"top1": 92.5}, {"top1": 92.5}, "no difference"),
@@ -357,13 +357,13 @@ def test_times_and_memory_are_not_on_the_page(plain):
         ({}, {}, "was not tested"),
     ],
 )
-def test_the_page_begins_with_size_and_accuracy_in_words(test, before, said):
+def test_page_begins_with_size_and_accuracy(test, before, sentence):
     read = Reader(pages.run_page(GROWN | {"test": test, "float_test": before}))
     assert read.headings[0][1] == "1.0 kB instead of 10.0 kB, 3.00 bits per weight"
-    assert any(said in words for words in read.words)
+    assert any(sentence in words for words in read.words)
 
 
-def test_the_certificate_is_in_words(plain):
+def test_page_describes_the_certificate_in_words(plain):
     text = " ".join(Reader(pages.run_page(plain)).words)
     chosen = next(row for row in plain["schemes"] if row["chosen"])
     assert "HiGHS" in text and "It proved that none within the budget reaches less" in text
@@ -372,7 +372,7 @@ def test_the_certificate_is_in_words(plain):
     assert "HiGHS" not in " ".join(Reader(pages.run_page(largest)).words)
 
 
-def test_a_report_of_before_the_table_has_a_page_without_the_slider(plain):
+def test_report_from_before_the_table_has_no_slider(plain):
     page = pages.run_page({key: value for key, value in plain.items() if key != "table"})
     assert Reader(page).tags.count("input") == 0 and "Size against loss" in page
 
@@ -396,7 +396,7 @@ def test_runs_of_all_roads_are_side_by_side(run_folder, folders, tmp_path):
     assert [path.name for path in written.parent.iterdir()] == ["all.html"]
 
 
-def test_budgets_of_one_calibrate_run_share_a_slider(calibrated, tmp_path):
+def test_budgets_of_one_run_share_a_slider(calibrated, tmp_path):
     result = calibrated[2]
     smaller = copy.copy(result)
     smaller.report = result.report | {"budget": "3bit"}
@@ -406,9 +406,9 @@ def test_budgets_of_one_calibrate_run_share_a_slider(calibrated, tmp_path):
         assert read.tags.count("input") == 1 and {"3bit", "4bit"} <= set(read.cells)
 
 
-def test_a_folder_that_is_no_run_is_named_and_nothing_is_written(run_folder, tmp_path):
+def test_folder_that_is_not_a_run_is_named_and_nothing_is_written(run_folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    for report, said in (
+    for report, message in (
         (None, "report.json is not there"),
         ([], "a list, not a JSON object"),
         ({"version": 1}, "neither a result nor subnets"),
@@ -420,22 +420,22 @@ def test_a_folder_that_is_no_run_is_named_and_nothing_is_written(run_folder, tmp
         if report is not None:
             write = write_report if isinstance(report, dict) else lambda folder, text: write_json(folder / "report.json", text)
             write(tmp_path / "empty", report)
-        with pytest.raises(InvalidFile, match=re.escape(said)) as error:
+        with pytest.raises(InvalidFile, match=re.escape(message)) as error:
             anybit.report(run_folder, tmp_path / "empty", output=tmp_path / "page.html")
         assert "empty" in str(error.value)
     assert not (tmp_path / "page.html").exists()
 
 
-def test_a_page_that_is_there_is_replaced_on_request_alone(run_folder, tmp_path, full_disk):
+def test_existing_page_is_replaced_only_on_request(run_folder, tmp_path, full_disk):
     page = tmp_path / "page.html"
     page.write_text("mine")
-    with pytest.raises(InvalidSetting, match="--overwrite"):
+    with pytest.raises(InvalidSetting, match="overwrite=True"):
         anybit.report(run_folder, output=page)
     assert page.read_text() == "mine"
     assert anybit.report(run_folder, output=page, overwrite=True) == page and "<h1>" in page.read_text(encoding="utf8")
     with pytest.raises(InvalidSetting, match="exists"):
         anybit.report(run_folder, output=tmp_path, overwrite=True)
-    with pytest.raises(anybit.AnybitError, match=r"page\.html cannot be written: .*choose another --output"), full_disk():
+    with pytest.raises(anybit.AnybitError, match=r"page\.html cannot be written: .*choose another output="), full_disk():
         anybit.report(run_folder, output=page, overwrite=True)
     assert "<h1>" in page.read_text(encoding="utf8") and sorted(path.name for path in tmp_path.glob("*page*")) == ["page.html"]
     with pytest.raises(InvalidSetting, match="at least one"):
@@ -443,7 +443,7 @@ def test_a_page_that_is_there_is_replaced_on_request_alone(run_folder, tmp_path,
 
 
 def places(value, path=()):
-    """Paths to everything inside a JSON value."""
+    """Paths to all values in a JSON document."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield (*path, key)
@@ -455,7 +455,7 @@ WRONG = [None, True, -1, 0, 1e308, 10**30, "", "W4A8", HOSTILE, [], {}, {"a": 1}
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_report_with_anything_in_it_is_a_page_or_one_error(data, plain):
+def test_any_mutated_report_gives_a_page_or_one_error(data, plain):
     for start in (plain, GROWN, SUPERNET | {"search": SEARCH}):
         report = copy.deepcopy(start)
         path = data.draw(st.sampled_from(list(places(report))))
@@ -472,7 +472,7 @@ def test_a_report_with_anything_in_it_is_a_page_or_one_error(data, plain):
             assert "Restore it" in str(error) or "Upgrade" in str(error)
 
 
-def test_every_file_that_is_no_module_is_packaged():
+def test_every_data_file_is_packaged():
     source, tables = ROOT / "src", tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     packaged = {path for package, globs in tables.items() for glob in globs for path in (source / package.replace(".", "/")).glob(glob)}
     others = {path for path in (source / "anybit").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}

@@ -1,4 +1,4 @@
-"""The page in a real browser: the slider moves, the charts have their points, nothing is asked of any network."""
+"""The page in a real browser: the slider moves, charts show their points, no requests are made."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def plain(calibrated):
 
 @pytest.fixture(scope="module")
 def opened(browser, tmp_path_factory):
-    """Opens a page; whatever the browser complains of or asks for is in `page.heard`."""
+    """Open a page; `page.messages` collects console messages, errors, dialogs and requests."""
     contexts = []
 
     def opened(html, **options):
@@ -41,11 +41,11 @@ def opened(browser, tmp_path_factory):
         context = browser.new_context(**({"viewport": {"width": 1000, "height": 800}} | options))
         contexts.append(context)
         page = context.new_page()
-        page.heard = []
-        page.on("console", lambda message: page.heard.append(message.text))
-        page.on("pageerror", lambda error: page.heard.append(str(error)))
-        page.on("dialog", lambda dialog: page.heard.append(dialog.message))
-        page.on("request", lambda request: page.heard.append(request.url) if request.url != file.as_uri() else None)
+        page.messages = []
+        page.on("console", lambda message: page.messages.append(message.text))
+        page.on("pageerror", lambda error: page.messages.append(str(error)))
+        page.on("dialog", lambda dialog: page.messages.append(dialog.message))
+        page.on("request", lambda request: page.messages.append(request.url) if request.url != file.as_uri() else None)
         context.route("**/*", lambda route: route.continue_() if route.request.url == file.as_uri() else route.abort())
         page.goto(file.as_uri())
         return page
@@ -57,18 +57,18 @@ def opened(browser, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(opened, plain):
-    """The calibrate run's page; a test leaves its slider anywhere."""
+    """The calibrate run's page, with the slider anywhere."""
     return opened(pages.run_page(plain))
 
 
 def shown(page):
-    """What the slider's part says: size, bits per weight, predicted loss, and the scheme."""
-    amounts = [page.locator(f"[data-show={what}]").inner_text() for what in ("size", "bits", "loss")]
+    """The slider's text: size, bits per weight, predicted loss, and the scheme."""
+    amounts = [page.locator(f"[data-show={key}]").inner_text() for key in ("size", "bits", "loss")]
     return (*amounts, tuple(page.locator("[data-layer]").all_inner_texts()))
 
 
 def expected_words(plain, budget):
-    """The same, worked out from the table."""
+    """The same, computed from the table."""
     record = record_of(plain)
     data = pages.frontier_data(record.table, record)
     fitting = [step for step in data["steps"] if step["bytes"] <= budget]
@@ -96,10 +96,10 @@ def test_the_slider_moves_by_keyboard_and_shows_the_best_scheme_of_every_budget(
         assert loss in slider.get_attribute("aria-valuetext")
         seen.add((size, loss, scheme))
     assert len(seen) >= 4
-    assert page.heard == []
+    assert page.messages == []
 
 
-def test_the_slider_is_reached_by_tabbing_and_has_a_name(page):
+def test_slider_is_reached_by_tab_and_is_labelled(page):
     page.evaluate("document.activeElement.blur(); window.getSelection().removeAllRanges()")
     page.locator("body").press("Tab")
     for _ in range(60):
@@ -110,7 +110,7 @@ def test_the_slider_is_reached_by_tabbing_and_has_a_name(page):
     assert page.get_by_role("slider", name="File size budget").count() == 1
 
 
-def test_the_buttons_go_one_scheme_at_a_time_and_stop_at_the_ends(page, plain):
+def test_buttons_move_by_one_scheme_and_stop_at_the_ends(page, plain):
     record = record_of(plain)
     steps = len(pages.frontier_data(record.table, record)["steps"])
     back, on = page.get_by_role("button", name="Previous scheme"), page.get_by_role("button", name="Next scheme")
@@ -137,11 +137,11 @@ PLACES = """(area) => {
 
 
 def places(page, chart, selector):
-    """(width, height, place across, place down) of what a chart shows, the places from 0 to 1 of its area."""
+    """(width, height, x, y) of a chart's elements; x and y from 0 to 1 of its area."""
     return page.evaluate(f"([key, selector]) => ({PLACES})(document.querySelector(`#${{key}} .area`))(selector)", [chart.key, selector])
 
 
-def test_every_chart_has_its_points_where_they_belong(page, plain):
+def test_points_of_every_chart_are_where_they_belong(page, plain):
     charts = charts_of(plain)
     assert len(charts) >= 4
     for chart in charts:
@@ -157,13 +157,13 @@ def test_every_chart_has_its_points_where_they_belong(page, plain):
             assert (100 * across, 100 * down) == pytest.approx((left + width / 2, top + height / 2), abs=1)
 
 
-def lightness(locator, what):
-    """Red, green and blue of a computed colour, summed."""
-    colour = locator.evaluate(f"(element) => getComputedStyle(element).{what}")
+def lightness(locator, attribute):
+    """The sum of red, green and blue of a computed colour."""
+    colour = locator.evaluate(f"(element) => getComputedStyle(element).{attribute}")
     return sum(int(piece) for piece in colour.split("(")[1].rstrip(")").split(",")[:3])
 
 
-def test_dark_is_dark_and_follows_the_system(page):
+def test_dark_mode_follows_the_system(page):
     body, words, mark = page.locator("body"), page.locator(".axes text").first, page.locator("#losses use").first
     for scheme, is_dark in (("light", False), ("dark", True), ("light", False)):
         page.emulate_media(color_scheme=scheme)
@@ -174,18 +174,18 @@ def test_dark_is_dark_and_follows_the_system(page):
         assert paper < 150 < 600 < lightness(body, "color") if is_dark else paper > 600 > 150 > lightness(body, "color")
 
 
-def test_a_phone_scrolls_in_one_direction(opened, plain):
+def test_phone_scrolls_only_vertically(opened, plain):
     long = [f"encoder.layers.{number}.self_attention.output_projection_of_the_whole_block" for number in range(9)]
     for html in (pages.run_page(renamed(plain, long)), pages.runs_page({name: renamed(plain, long) for name in ("a" * 80, "b")})):
         page = opened(html, viewport={"width": 360, "height": 700})
         page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        assert page.heard == []
+        assert page.messages == []
 
 
 @pytest.mark.parametrize("width", [375, 1000])
-def test_what_stands_beside_a_chart_can_be_read(opened, plain, width):
-    """Names of layers are aslant, one line after the other; the others must not touch each other."""
+def test_labels_beside_a_chart_are_legible(opened, plain, width):
+    """Layer names are slanted, one line after the other; other labels must not touch."""
     page = opened(pages.run_page(large(plain, 40, 30)), viewport={"width": width, "height": 700})
     for chart in charts_of(large(plain, 40, 30)):
         area = page.locator(f"#{chart.key} .area").bounding_box()
@@ -201,9 +201,9 @@ def test_what_stands_beside_a_chart_can_be_read(opened, plain, width):
     )
 
 
-def test_names_stay_names(opened, plain):
+def test_names_with_markup_stay_text(opened, plain):
     page = opened(pages.run_page(renamed(plain, [HOSTILE, "<b>bold</b>", "a&amp;b", STEERING, "__proto__"])))
-    assert page.heard == [] and page.title() != "taken" and page.locator("img").count() == 0
+    assert page.messages == [] and page.title() != "taken" and page.locator("img").count() == 0
     page.get_by_role("slider").press("End")
     assert page.locator("table", has=page.locator("[data-layer]")).locator("tbody th").first.inner_text() == HOSTILE
     assert page.locator("table", has=page.locator("[data-layer]")).get_by_text(printable(STEERING)).count() == 1
@@ -211,7 +211,7 @@ def test_names_stay_names(opened, plain):
     assert any("<b>bold</b>" in tick for tick in ticks) and any("a&amp;b" in tick for tick in ticks)
 
 
-def test_without_javascript_the_tables_are_there(opened, plain):
+def test_tables_are_shown_without_javascript(opened, plain):
     page = opened(pages.run_page(plain), java_script_enabled=False)
     assert not page.locator(".controls").is_visible()
     assert all(page.locator(f"#{chart.key} .area use").first.is_visible() for chart in charts_of(plain))

@@ -1,4 +1,4 @@
-"""Tables show every cell, and no name steers the terminal."""
+"""Tables show every cell, and no name controls the terminal."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,8 +17,8 @@ def test_a_table_shows_every_cell(capsys):
 STEERING = "a\x1b[31m\x9b2J\u202e\n\ud800"
 
 
-def test_names_are_shown_as_they_are_and_steer_no_terminal(capsys):
-    """Names come from strangers' files too: rich's own markup in them is text, and control characters are escaped."""
+def test_names_are_shown_verbatim_without_terminal_control(capsys):
+    """Names may come from foreign files: rich's markup in them is text, and control characters are escaped."""
     for name in ("a[/b]", "[bold]c", STEERING):
         print_table(name, [name], [[name]])
         print_explanation({"layer": name, "why": [name]})
@@ -28,7 +28,7 @@ def test_names_are_shown_as_they_are_and_steer_no_terminal(capsys):
 
 
 @given(st.text(st.characters()))
-def test_printable_text_is_left_alone_and_other_text_becomes_it(text):
+def test_printable_text_is_unchanged_and_other_text_becomes_printable(text):
     assert printable(text).isprintable() and (not text.isprintable() or printable(text) == text)
 
 
@@ -37,7 +37,7 @@ def test_a_table_without_rows_shows_its_columns(capsys):
     assert "name" in capsys.readouterr().out
 
 
-def test_the_result_line_tells_accuracy_only_where_it_was_tested():
+def test_result_line_shows_accuracy_only_if_tested():
     report = {"result": {"bytes": 9_600, "percent": 12.5, "weight_bits": 4.0}}
     line = "9.6 kB (12.5 % of float32), 4.00 bits per weight"
     assert result_line(report) == line
@@ -45,7 +45,7 @@ def test_the_result_line_tells_accuracy_only_where_it_was_tested():
     assert result_line(tested) == line + "; test top-1 91.50 (float 92.25)"
 
 
-def test_an_inspection_cuts_no_name(capsys):
+def test_inspection_truncates_no_name(capsys):
     name = "_blocks.12._depthwise_conv"
     layer = {"class": "Conv2dStaticSamePadding", "weight": [1152, 1, 5, 5], "input": [1152, 112, 112], "output": [1152, 112, 112]}
     layer |= {"macs": 361_267_200, "folds": "_blocks.12._bn1", "block": "_blocks.12", "bytes": dict.fromkeys((2, 3, 4, 6, 8), 1_234_567)}

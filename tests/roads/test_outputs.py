@@ -1,6 +1,7 @@
-"""Networks with several outputs: all of them are compared, or those that are named, and layers that none reads are named."""
+"""Networks with several outputs: all, or the selected ones, are compared; layers that none of these reads are reported."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from anybit.data.batches import Batch
 from anybit.data.outputs import output_reader
 from anybit.data.tasks import SQUARED_ERROR, TASKS, SeveralOutputs
 from anybit.errors import AnybitError, InvalidSetting
+from anybit.onnx import verification
 from anybit.progress import listening
 
 QUICK = {"activation_bits": (8,), "pipeline": "light", "cache": False}
 
 
 class Scales(nn.Module):
-    """Three outputs, each of a body of its own on the one before, as a detector's scales are."""
+    """Three outputs, each from a body on the previous one, as the scales of a detector."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +38,7 @@ class Scales(nn.Module):
 
 
 class Boxes(nn.Module):
-    """Class scores, boxes a hundredth as large, a state that has no rows by sample, whole numbers, and an auxiliary head."""
+    """Class scores, boxes a hundredth as large, a state without one row per sample, integers, and an auxiliary head."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +74,7 @@ def apart(result, model, x):
         return [float((one - other).norm() / other.norm()) for one, other in zip(result.model(x), model(x), strict=True)]
 
 
-def test_every_scale_of_a_detector_counts_and_the_budget_is_spent():
+def test_every_scale_of_a_detector_counts_and_spends_the_budget():
     model, x = network(Scales), inputs()
     result = anybit.calibrate(model, x, "4bit", **QUICK)
     assert result.report["result"]["weight_bits"] > 3.7
@@ -80,14 +82,14 @@ def test_every_scale_of_a_detector_counts_and_the_budget_is_spent():
     assert set(result.report["outputs"]) == {"0", "1", "2"} and all(0 < error < 0.03 for error in result.report["outputs"].values())
 
 
-def test_bias_tuning_sees_every_output():
+def test_bias_tuning_uses_every_output():
     model, x = network(Scales), inputs()
     tuned = anybit.calibrate(model, x, "3bit", **{**QUICK, "bias_tuning": True})
     assert next(row for row in tuned.report["ladder"] if row["step"] == "bias tuning")["kept"]
     assert all(not torch.equal(head.bias, tuned.model.heads[index].bias) for index, head in enumerate(model.heads))
 
 
-def test_outputs_that_are_named_alone_count_and_layers_that_none_reads_are_said():
+def test_only_selected_outputs_count_and_unread_layers_are_reported():
     model, x = network(Scales), inputs()
     result, notes = notes_of(lambda: anybit.calibrate(model, x, "4bit", outputs={"1": 1.0}, **QUICK))
     unread = ["heads.0", "body.2.0", "heads.2"]
@@ -96,13 +98,13 @@ def test_outputs_that_are_named_alone_count_and_layers_that_none_reads_are_said(
     assert anybit.inspect(model, x, outputs={"1": 1.0})["unread"] == unread and anybit.inspect(model, x)["unread"] == []
 
 
-def test_a_weight_moves_bits_to_the_output_that_weighs_more():
+def test_weighting_an_output_moves_bits_to_it():
     model, x = network(Scales), inputs()
     errors = [anybit.calibrate(model, x, "3bit", outputs={"0": 1.0, "2": weight}, **QUICK).report["outputs"]["2"] for weight in (1e-4, 1e4)]
     assert errors[1] < errors[0]
 
 
-def test_what_cannot_be_compared_is_left_out_and_said():
+def test_outputs_that_cannot_be_compared_are_excluded_and_reported():
     model, x = network(Boxes), inputs(shape=(12,))
     result, notes = notes_of(lambda: anybit.calibrate(model, x, "4bit", **QUICK))
     assert set(result.report["outputs"]) == {"scores", "boxes", "more.0"}
@@ -111,20 +113,20 @@ def test_what_cannot_be_compared_is_left_out_and_said():
 
 
 @pytest.mark.parametrize(
-    "name, message", [("best", "int64"), ("state", "rows"), ("box", "Choose from scores, boxes, more.0"), ("9", "9 is no")]
+    "name, message", [("best", "int64"), ("state", "rows"), ("box", "Choose from scores, boxes, more.0"), ("9", "is no output")]
 )
-def test_an_output_that_is_none_is_refused_by_its_name(name, message):
+def test_rejects_unknown_output_by_name(name, message):
     with pytest.raises(InvalidSetting, match=message):
         anybit.calibrate(network(Boxes), inputs(shape=(12,)), "4bit", outputs={name: 1.0}, **QUICK)
 
 
 @pytest.mark.parametrize("outputs", ["boxes", ["boxes"], {"boxes": 0.0}, {"boxes": float("nan")}])
-def test_outputs_of_another_form_are_refused_with_the_right_one(outputs):
+def test_rejects_malformed_outputs_with_a_correction(outputs):
     with pytest.raises(InvalidSetting, match="outputs"):
         anybit.calibrate(network(Boxes), inputs(shape=(12,)), "4bit", outputs=outputs, **QUICK)
 
 
-def test_one_output_by_name_or_place_is_compared_as_if_it_were_the_only_one():
+def test_one_output_by_name_or_index_is_compared_as_if_alone():
     model, x = network(Boxes), inputs(shape=(12,))
 
     class Only(nn.Module):
@@ -142,14 +144,14 @@ def test_one_output_by_name_or_place_is_compared_as_if_it_were_the_only_one():
         assert "outputs" not in result.report
 
 
-def test_the_first_of_several_is_what_labels_are_about_and_a_metric_gets_them_all():
+def test_labels_refer_to_the_first_output_and_a_metric_gets_all():
     model, x = network(Boxes), inputs(shape=(12,))
     with torch.no_grad():
         labels = model(x)["scores"].argmax(1)
 
-    def largest(outputs, theirs):
+    def largest(outputs, labels):
         scores, boxes, more = outputs
-        assert scores.shape == (len(theirs), 5) and boxes.shape == (len(theirs), 4) and more.shape == (len(theirs), 2)
+        assert scores.shape == (len(labels), 5) and boxes.shape == (len(labels), 4) and more.shape == (len(labels), 2)
         return -float(boxes.abs().max())
 
     scores = anybit.evaluate(model, (x, labels), metric=largest)
@@ -158,7 +160,7 @@ def test_the_first_of_several_is_what_labels_are_about_and_a_metric_gets_them_al
     assert all(abs(row["metric"] - scores["largest"]) < 5 for row in result.report["schemes"])
 
 
-def test_a_new_budget_compares_what_the_run_compared(tmp_path):
+def test_new_budget_compares_the_outputs_of_the_run(tmp_path):
     model, x = network(Scales), inputs()
     anybit.calibrate(model, x, "4bit", outputs={"0": 1.0, "2": 2.0}, **QUICK).save(tmp_path / "run")
     again = anybit.allocate(tmp_path / "run", "5bit", x, model, cache=False)
@@ -166,7 +168,7 @@ def test_a_new_budget_compares_what_the_run_compared(tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["grow", "train"])
-def test_training_is_towards_every_output(verb):
+def test_training_uses_every_output(verb):
     model, x = network(Scales), inputs(16)
     common = {"distill": 1.0, "epochs": 1, "batch_size": 8}
     if verb == "grow":
@@ -183,7 +185,7 @@ def several(weights=(1.0, 1.0)):
     return SeveralOutputs(TASKS["regression"], reader), reader.read(outputs, Batch(torch.zeros(6)))
 
 
-def test_an_output_counts_by_its_own_energy_and_weight():
+def test_output_counts_by_its_energy_and_weight():
     torch.manual_seed(0)
     for weights in ((1.0, 1.0), (3.0, 0.5)):
         task, reference = several(weights)
@@ -196,7 +198,7 @@ def test_an_output_counts_by_its_own_energy_and_weight():
         torch.testing.assert_close(parts.double(), task.distance.of_samples(outputs, reference).mean())
 
 
-def test_an_output_of_zeros_counts_for_nothing():
+def test_all_zero_output_does_not_count():
     outputs = [torch.zeros(4, 3), torch.randn(4, 2)]
     reader, _ = output_reader(nn.Identity(), [Batch(outputs)], {})
     task, reference = SeveralOutputs(TASKS["regression"], reader), reader.read(outputs, Batch(torch.zeros(4)))
@@ -205,13 +207,13 @@ def test_an_output_of_zeros_counts_for_nothing():
     assert task.distance.of_samples(torch.zeros(4, 5), torch.zeros(4, 5)).tolist() == [0] * 4
 
 
-def test_an_output_whose_rows_change_later_is_refused_by_its_name():
+def test_rejects_output_whose_rows_change_later_by_name():
     reader, _ = output_reader(nn.Identity(), [Batch([torch.ones(4, 3), torch.ones(4, 2)])], {})
     with pytest.raises(AnybitError, match=r"Output 1 .*--outputs"):
         reader.read([torch.ones(4, 3), torch.ones(4, 5)], Batch(torch.zeros(4)))
 
 
-def test_the_command_line_names_outputs_and_weighs_them(tmp_path, monkeypatch):
+def test_command_line_selects_and_weights_outputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two_heads.py").write_text(
         "import torch\n"
@@ -235,3 +237,54 @@ def test_the_command_line_names_outputs_and_weighs_them(tmp_path, monkeypatch):
     for wrong in ("two=much", "=2", "three", "two=0"):
         refused = CliRunner().invoke(app, ["calibrate", *common, *run[2:], "--output", "other", "--outputs", wrong])
         assert refused.exit_code == 2 and "outputs" in refused.stderr, refused.stderr
+
+
+# What is done with a run
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    """A run that compares two of five outputs, the scores not being one of them, with its export."""
+    folder, x = tmp_path_factory.mktemp("outputs"), inputs(70, (3, 2, 2))
+    result = anybit.calibrate(network(Boxes), x, "4bit", outputs={"boxes": 1, "more.0": 2}, **QUICK)
+    result.save(folder / "run")
+    anybit.export(result, folder / "run.onnx", data=x)
+    return result, folder, x
+
+
+def test_evaluate_reads_the_outputs_recorded_in_the_run(chosen, tmp_path, monkeypatch):
+    result, folder, x = chosen
+    boxes = torch.randn(70, 4, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = float((result.model(x)["boxes"] - boxes).square().mean())
+    read = lambda model, **options: anybit.evaluate(model, (x, boxes), metric=lambda outputs, _: len(outputs), **options)  # noqa: E731
+    scores = read(result)
+    assert scores["loss"] == pytest.approx(expected, rel=1e-5) and scores["<lambda>"] == 2
+    assert "loss" not in read(result, outputs={"scores": 1})  # told otherwise: four numbers are no labels of five scores
+    monkeypatch.chdir(tmp_path)
+    np.savez("data.npz", x=x.numpy(), y=boxes.numpy())
+    (tmp_path / "boxes_net.py").write_text(f"import sys; sys.path[:0] = {sys.path!r}\nfrom tests.roads.test_outputs import Boxes\n")
+    done = CliRunner().invoke(app, ["evaluate", str(folder / "run"), "--model", "boxes_net.py:Boxes", "--data", "data.npz", "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_verify_compares_every_output_and_names_a_different_one(chosen, monkeypatch):
+    result, folder, x = chosen
+    verdict = anybit.verify(result, folder / "run.onnx", data=x)
+    assert verdict["ok"] and list(verdict["numbers"]["outputs"]) == ["scores", "boxes", "state", "best", "more.0"]
+    apart = verdict["simulation"]["outputs"]
+    assert set(apart) == {"boxes", "more.0"}
+    assert all(one["largest_difference"] < 1e-3 * one["largest_output"] for one in apart.values())
+
+    compute = verification.outputs
+
+    def broken(running, batches, names=None):
+        arrays = compute(running, batches, names)
+        place = [value.name for value in running.get_outputs()].index(name_of_more)
+        return [array * 1.5 if index == place else array for index, array in enumerate(arrays)]
+
+    name_of_more = anybit.onnx.file.session(folder / "run.onnx").get_outputs()[4].name
+    monkeypatch.setattr(verification, "outputs", broken)
+    verdict = anybit.verify(result, folder / "run.onnx", data=x)
+    assert not verdict["ok"] and "Of the outputs, more.0 differ" in verdict["failures"][0]

@@ -1,4 +1,4 @@
-"""A result is what one works with: scored, exported, shown and saved by its own methods."""
+"""A result's own methods: evaluate, export, show and save."""
 
 import re
 
@@ -10,7 +10,7 @@ import anybit
 from anybit.errors import InvalidSetting
 
 
-def test_a_result_is_evaluated_as_its_model_and_its_folder_are(calibrated, tmp_path):
+def test_result_evaluates_like_its_model_and_folder(calibrated, tmp_path):
     model, inputs, result = calibrated
     labelled = (inputs, model(inputs).argmax(1))
     run = result.save(tmp_path / "run")
@@ -19,7 +19,7 @@ def test_a_result_is_evaluated_as_its_model_and_its_folder_are(calibrated, tmp_p
     assert scores["top1"] == anybit.evaluate(anybit.load(run, model=model), labelled)["top1"]
 
 
-def test_a_folder_or_a_reference_is_evaluated_too(folders, calibrated, monkeypatch, here):
+def test_evaluates_folders_and_references(folders, calibrated, monkeypatch, here):
     result = anybit.calibrate("m.py:net", "x.npz", None, samples=16, weight_bits=(8,), activation_bits=(8,), pipeline="light")
     run = result.save("run")
     scores = anybit.evaluate(run, "x.npz")
@@ -27,7 +27,7 @@ def test_a_folder_or_a_reference_is_evaluated_too(folders, calibrated, monkeypat
     assert anybit.evaluate("m.py:net", "x.npz").keys() == scores.keys()
 
 
-def test_a_result_is_exported_verified_and_timed_before_it_is_saved(calibrated, tmp_path):
+def test_unsaved_result_is_exported_verified_and_timed(calibrated, tmp_path):
     model, inputs, result = calibrated
     before = {key: tensor.clone() for key, tensor in result.model.state_dict().items()}
     report = result.export(tmp_path / "net.onnx", inputs)
@@ -41,21 +41,21 @@ def test_a_result_is_exported_verified_and_timed_before_it_is_saved(calibrated, 
     assert all(torch.equal(tensor, before[key]) for key, tensor in result.model.state_dict().items())
 
 
-def test_data_that_a_result_does_not_name_is_asked_for(calibrated, tmp_path):
+def test_error_asks_for_data_that_the_result_does_not_name(calibrated, tmp_path):
     with pytest.raises(InvalidSetting, match="The result does not name data"):
         calibrated[2].export(tmp_path / "net.onnx")
 
 
-def test_a_result_shows_itself(calibrated):
+def test_result_has_text_and_html_representations(calibrated):
     _, _, result = calibrated
     size = result.report["result"]["bytes"]
     assert repr(result).startswith("<anybit calibrate result: ") and result.summary() in repr(result) and len(repr(result)) < 200
     shown = result._repr_html_()
-    assert shown.startswith("<iframe") and shown.count('"') == 8  # the page's own are escaped
+    assert shown.startswith("<iframe") and shown.count('"') == 8  # those of the page are escaped
     assert re.search(r"[\d.]+ kB", result.summary()) and size > 0
 
 
-def test_a_plot_is_a_page_that_is_saved(calibrated, tmp_path):
+def test_plot_writes_a_page(calibrated, tmp_path):
     path = calibrated[2].plot().save(tmp_path / "plot.html")
     text = path.read_text(encoding="utf8")
     assert "loss on held-out inputs" in text and text.count("<figure") >= 1 and "Sensitive layers" not in text
@@ -77,7 +77,7 @@ def test_layers_and_frontier_are_data_frames(calibrated):
     assert len(predicted) > 1 and predicted["bytes"].is_monotonic_increasing and (predicted["predicted"].diff().dropna() <= 0).all()
 
 
-def test_a_result_without_a_table_says_so():
+def test_result_without_a_table_has_no_frontier():
     pytest.importorskip("pandas")
     model, inputs = make(Residual), pictures(24)
     result = anybit.grow(model, (inputs, model(inputs).argmax(1)), "4bit", epochs=1, batch_size=12)
@@ -87,7 +87,7 @@ def test_a_result_without_a_table_says_so():
 
 
 @pytest.mark.parametrize("change", [lambda model: model.to(torch.bfloat16), lambda model: model.half(), lambda model: model.double()])
-def test_a_result_that_was_converted_is_refused_by_name(change, tmp_path):
+def test_rejects_converted_result_by_layer(change, tmp_path):
     model, inputs = make(Residual), pictures(24)
     result = anybit.calibrate(model, inputs, None, samples=16, weight_bits=(8,), activation_bits=(8,), pipeline="light", solver="none")
     change(result.model)

@@ -1,4 +1,4 @@
-"""The same seed on the same machine gives the same files, whoever loads the data and in whichever process."""
+"""The same seed on the same machine gives identical files, whatever the loader workers and the process."""
 
 import json
 import os
@@ -26,7 +26,7 @@ written(sys.argv[3])
 
 
 class Loaded(Dataset):
-    """Labelled pictures that are loaded one by one, so that workers have something to do."""
+    """Labelled images loaded one by one, so that workers have something to do."""
 
     def __len__(self) -> int:
         return 40
@@ -36,12 +36,12 @@ class Loaded(Dataset):
 
 
 def written(folder: str | Path, **changes) -> Path:
-    """A run of all steps on it, saved."""
+    """Save a run of all steps."""
     return anybit.calibrate(make(Residual), Loaded(), "4bit", cache=False, **{**QUICK, **changes}).save(folder)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """File -> its bytes, those of the report without what is measured of the machine."""
+    """Map each file to its bytes; the report without machine measurements."""
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     report = json.loads(files["report.json"])
     files["report.json"] = json.dumps({key: value for key, value in report.items() if key not in MEASURED}).encode()
@@ -53,7 +53,7 @@ def alone(tmp_path_factory) -> dict[str, bytes]:
     """The files of a run without workers, in this process."""
     before = torch.get_rng_state()
     files = contents(written(tmp_path_factory.mktemp("runs") / "alone"))
-    assert torch.equal(torch.get_rng_state(), before)  # the caller's own generator is left alone
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's generator is unchanged
     return files
 
 

@@ -76,7 +76,7 @@ def unchanged(network: ObservedNetwork):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_observing_a_network_leaves_it_alone_and_covers_or_names_every_layer(name):
+def test_observing_leaves_the_network_unchanged_and_covers_or_names_every_layer(name):
     model, batch = network_and_inputs(name)
     before = snapshot(model)
     network = observe_network(model, batch, SETTINGS.options)
@@ -85,7 +85,7 @@ def test_observing_a_network_leaves_it_alone_and_covers_or_names_every_layer(nam
     looked_up, products = ({n for n, layer in layers.items() if isinstance(layer, kind)} for kind in (nn.Embedding, Matmul))
     assert matrices(network.folded) | products == set(network.names) | set(network.uncovered)
     rewrite = rewrite_of(network.float_model) or Rewrite()
-    # The user's matrices are all still there, but for those that are the weights of added layers, which are called after them.
+    # All of the user's matrices are still there, except weights of added layers, which are named after them.
     absorbed = {f"{layer}_weight" for layer in rewrite.layers} & set(rewrite.dropped)
     assert matrices(model) - absorbed == matrices(network.folded) - set(rewrite.layers)
     assert matrices(model) & set(rewrite.dropped) == absorbed
@@ -102,26 +102,26 @@ def test_kept_layers_have_one_choice():
     assert network.choices["fc"] == [Precision(4)] and len(network.choices["conv"]) == 15
 
 
-def test_a_pattern_without_a_layer_is_refused_with_near_matches():
+def test_rejects_pattern_without_layers_with_near_matches():
     with pytest.raises(InvalidSetting, match=r"block1\.conv3=W8A8 matches no quantizable layer.*block1\.conv"):
         observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(keep={"block1.conv3": Precision(8, 8)}).options)
 
 
-def test_a_model_without_a_layer_is_refused():
+def test_rejects_model_without_layers():
     with pytest.raises(UnsupportedModel, match="no layer to quantize"):
         observe_network(nn.Sequential(nn.ReLU(), nn.Flatten()), Batch(pictures(2)), SETTINGS.options)
 
 
-def test_a_layer_called_twice_is_one_layer_that_costs_its_weight_once_and_its_work_twice():
+def test_layer_called_twice_counts_weight_once_and_operations_twice():
     network = observe_network(make(CalledTwice), Batch(numbers(2, 4)), SETTINGS.options)
     assert network.names == ["first", "again", "fc"] and network.calls["again"] == 2
     assert network.costs.layers["again"].macs == 2 * 36 and network.costs.layers["again"].weights == 36
     assert next(unit for unit in network.units if unit.name == "again").calls == 2
-    kept = observe_network(make(CalledTwice), Batch(numbers(2, 4)), CalibrateSettings(keep={"again": Precision()}).options)
-    assert kept.choices["again"] == [Precision()] and "again" not in kept.calls
+    network = observe_network(make(CalledTwice), Batch(numbers(2, 4)), CalibrateSettings(keep={"again": Precision()}).options)
+    assert network.choices["again"] == [Precision()] and "again" not in network.calls
 
 
-def test_the_units_follow_the_settings():
+def test_units_follow_the_settings():
     blocks = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(unit="block").options).units}
     layers = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(unit="layer").options).units}
     named = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(blocks=("block2",)).options).units}
@@ -140,18 +140,18 @@ def test_the_units_follow_the_settings():
     ],
     ids=str,
 )  # fmt: skip
-def test_settings_that_cannot_be_are_refused_at_once(wrong):
+def test_rejects_invalid_settings(wrong):
     with pytest.raises(InvalidSetting):
         CalibrateSettings(**wrong)
 
 
-def test_settings_survive_json():
+def test_settings_round_trip_through_json():
     settings = CalibrateSettings(keep={"fc": Precision(8, 8)}, activation_bits=(4, None), blocks=("a",), sensitivity_base=Precision(8, 8))
     again = CalibrateSettings.from_json(settings.to_json(), "candidates.json")
     assert again.to_json() == settings.to_json() and again.keep == settings.keep and again.activation_bits == (4, None)
 
 
-def test_settings_that_were_written_before_there_was_a_choice_of_roundings_are_adaquants():
+def test_stored_settings_without_rounding_mean_adaquant():
     older = {key: value for key, value in CalibrateSettings(seed=3).to_json().items() if key != "rounding"}
     assert CalibrateSettings.from_json(older, "candidates.json").to_json() == CalibrateSettings(seed=3, rounding="adaquant").to_json()
 
@@ -164,7 +164,7 @@ def test_every_choice_has_its_candidates(residual):
 
 
 @pytest.mark.parametrize("stage", ["matched", "reconstructed"])
-def test_a_stage_of_candidates_changes_nothing_it_was_given(residual, stage):
+def test_candidate_stage_does_not_change_its_inputs(residual, stage):
     network, calibration, candidates, _, _ = residual
     check = unchanged(network)
     before = {key: (candidate.codes.clone(), candidate.scale.clone()) for key, candidate in candidates.weights.items()}
@@ -181,24 +181,24 @@ def test_a_stage_of_candidates_changes_nothing_it_was_given(residual, stage):
     assert any(not torch.equal(changed.weights[key].scale, scale) for key, (_, scale) in before.items())
 
 
-def test_reconstructed_candidates_are_no_worse_on_held_out_inputs(residual):
+def test_reconstruction_never_raises_held_out_error(residual):
     network, calibration, candidates, _, _ = residual
     _, errors = reconstructed_candidates(network, candidates, candidates, calibration, SETTINGS)
     assert set(errors) == set(network.names)
     assert all(error["after"] <= error["before"] for by_bits in errors.values() for error in by_bits.values())
 
 
-def test_batch_norm_targets_are_the_float_networks_or_what_it_promised(residual):
+def test_batch_norm_targets_are_measured_or_from_the_norms_parameters(residual):
     network, calibration, _, _, _ = residual
-    found = batch_norm_targets(network, calibration, SETTINGS)
+    targets = batch_norm_targets(network, calibration, SETTINGS)
     measured = channel_statistics(network.folded, network.norms, calibration.fitting)
-    assert all(torch.equal(found[name].mean, measured[name].mean) for name in network.norms)
+    assert all(torch.equal(targets[name].mean, measured[name].mean) for name in network.norms)
     prior = batch_norm_targets(network, calibration, CalibrateSettings(bn_target="prior"))
     norm = network.float_model.block1.bn1
     assert torch.equal(prior["block1.conv1"].mean, norm.bias) and torch.equal(prior["block1.conv1"].deviation, norm.weight.abs())
 
 
-def test_the_sensitivity_table_is_what_one_changed_layer_costs(residual):
+def test_sensitivity_is_the_loss_of_one_changed_layer(residual):
     network, _, _, judge, table = residual
     check = unchanged(network)
     edges = edge_grids(judge.candidates.edges, rounded_edges(network.wiring, quantized_layers(network.prepared), network.largest).names)
@@ -216,7 +216,7 @@ def test_the_sensitivity_table_is_what_one_changed_layer_costs(residual):
 
 
 @pytest.mark.parametrize("base", ["W8A8", "W6A8"])
-def test_the_base_of_the_sensitivity_may_be_any_precision(base):
+def test_sensitivity_base_may_be_any_precision(base):
     settings = CalibrateSettings(weight_bits=(2, 4, 8), activation_bits=(4, 8), sensitivity_base=Precision.parse(base))
     try:
         network, calibration, candidates, judge = bench("chain", settings)
@@ -226,7 +226,7 @@ def test_the_base_of_the_sensitivity_may_be_any_precision(base):
         assert base in str(error)
 
 
-def test_no_fitting_uniform_scheme_was_measured_better_than_the_chosen(residual):
+def test_chosen_scheme_is_at_least_as_good_as_fitting_uniform_ones(residual):
     network, _, _, judge, table = residual
     for text in ("3bit", "4bit", "60%", "bops=3M", "5bit,bops=4M"):
         budget = Budget.parse(text)
@@ -240,12 +240,12 @@ def test_no_fitting_uniform_scheme_was_measured_better_than_the_chosen(residual)
                     assert chosen <= judge.of_scheme(uniform)["loss"], (text, weight_bits, activation_bits)
 
 
-def test_without_a_budget_the_largest_candidates_win(residual):
+def test_without_a_budget_the_largest_candidates_are_chosen(residual):
     network, _, _, judge, table = residual
     assert choose_scheme(network, table, None, SETTINGS.alternatives, judge).scheme == network.uniform(8, 8)
 
 
-def test_a_limit_on_the_predicted_loss_is_met_with_the_smallest_size(residual):
+def test_predicted_loss_limit_is_met_with_the_smallest_size(residual):
     network, _, _, judge, table = residual
     sizes = []
     for limit in (0.5, 0.05, 0.01):
@@ -264,7 +264,7 @@ def random_budgets(network: ObservedNetwork, unit: str, seed: int) -> list[str]:
 
 
 @pytest.mark.parametrize("unit", ["bytes", "percent"])
-def test_a_budget_of_bytes_is_met_by_the_counted_file(residual, unit):
+def test_byte_budget_is_met_by_the_counted_file(residual, unit):
     network, _, _, judge, table = residual
     for text in random_budgets(network, unit, seed=3):
         budget = Budget.parse(text)
@@ -274,9 +274,9 @@ def test_a_budget_of_bytes_is_met_by_the_counted_file(residual, unit):
 
 
 @pytest.mark.parametrize("budget", ["0.5bit", "100B", "1%", "bops=1k", "1bit,bops=1k"])
-@pytest.mark.parametrize("kept", [{}, {"conv": Precision()}, {"block1.conv1": Precision(3, 3)}], ids=str)
-def test_raising_an_impossible_budget_to_what_the_error_says_is_enough(budget, kept):
-    settings = CalibrateSettings(weight_bits=(2, 4), activation_bits=(4, 8), keep=kept)
+@pytest.mark.parametrize("keep", [{}, {"conv": Precision()}, {"block1.conv1": Precision(3, 3)}], ids=str)
+def test_budget_named_by_the_infeasibility_error_is_feasible(budget, keep):
+    settings = CalibrateSettings(weight_bits=(2, 4), activation_bits=(4, 8), keep=keep)
     network = observe_network(make(Residual), Batch(pictures(2)), settings.options)
     with pytest.raises(InfeasibleBudget, match=r"smallest scheme needs .* \(layers .* bind\)") as refused:
         check_feasible(network, Budget.parse(budget))
@@ -284,20 +284,20 @@ def test_raising_an_impossible_budget_to_what_the_error_says_is_enough(budget, k
 
 
 @pytest.mark.parametrize("budget", ["33bit", "100MB", "101%"])
-def test_a_budget_above_the_float_size_is_refused(residual, budget):
+def test_rejects_budget_above_the_float_size(residual, budget):
     network, _, _, judge, table = residual
     with pytest.raises(InvalidSetting, match="above the float network's"):
         choose_scheme(network, table, Budget.parse(budget), SETTINGS.alternatives, judge)
 
 
 def labelled(calibration: Calibration, network: ObservedNetwork) -> list[Batch]:
-    """The held-out batches, labelled with what the float network says."""
+    """The held-out batches, labelled with the float network's predictions."""
     return [Batch(batch.inputs, outputs_of(network.folded, [batch]).argmax(1)) for batch in calibration.held_out]
 
 
-@pytest.mark.parametrize("kept", [{}, {"block2.*": Precision()}], ids=["none", "float"])
-def test_a_generous_drop_is_always_met(kept):
-    settings = CalibrateSettings(weight_bits=(2, 4, 8), activation_bits=(8,), keep=kept)
+@pytest.mark.parametrize("keep", [{}, {"block2.*": Precision()}], ids=["none", "float"])
+def test_generous_drop_is_always_met(keep):
+    settings = CalibrateSettings(weight_bits=(2, 4, 8), activation_bits=(8,), keep=keep)
     network, calibration, candidates, judge = bench("residual", settings)
     judge = Judge(network, candidates, labelled(calibration, network), judge.reference, "classification")
     nothing = SensitivityTable({(name, p): 0.0 for name, options in network.choices.items() for p in options}, Precision(), 8)
@@ -305,7 +305,7 @@ def test_a_generous_drop_is_always_met(kept):
     assert network.costs.weight_bits(choice.scheme) <= network.costs.weight_bits(network.uniform(4, 8))
 
 
-def test_a_drop_counts_in_the_users_metric():
+def test_drop_is_measured_by_the_custom_metric():
     network, calibration, candidates, judge = bench("residual")
     held_out = labelled(calibration, network)
     table = sensitivity_table(network, candidates, calibration, judge.reference, "classification", SETTINGS)
@@ -326,38 +326,38 @@ def test_a_drop_counts_in_the_users_metric():
     assert choose_scheme(network, table, budget, SETTINGS.alternatives, regression).scheme == by_metric.scheme
 
 
-def test_a_drop_needs_labels(residual):
+def test_drop_requires_labels(residual):
     network, _, _, judge, table = residual
     with pytest.raises(InvalidSetting, match="labelled"):
         choose_scheme(network, table, Budget.parse("drop=1%"), SETTINGS.alternatives, judge)
 
 
 @pytest.mark.parametrize("better", ["ranges", "candidates"])
-def test_polishing_keeps_only_what_helps_on_held_out_inputs(residual, better):
+def test_polishing_keeps_only_steps_that_help_on_held_out_inputs(residual, better):
     network, calibration, candidates, judge, table = residual
     check = unchanged(network)
     scheme = network.uniform(4, 8)
     targets = batch_norm_targets(network, calibration, SETTINGS)
     references = [outputs_of(network.folded, [batch]) for batch in calibration.fitting]
     matched = matched_candidates(network, candidates, targets, calibration)
-    losses = {id(found): judge.of_model(network.apply(scheme, found))["loss"] for found in (candidates, matched)}
-    first = sorted((candidates, matched), key=lambda found: losses[id(found)], reverse=better == "candidates")
+    losses = {id(one): judge.of_model(network.apply(scheme, one))["loss"] for one in (candidates, matched)}
+    first = sorted((candidates, matched), key=lambda one: losses[id(one)], reverse=better == "candidates")
     shared = CalibrationState(network, calibration, SETTINGS, *first, table, judge, targets, references)
     done = polish_scheme(shared, scheme)
     model, ladder, errors = done.model, done.ladder, done.errors
     check()
-    assert [row["loss"] for row in ladder[:2]] == [losses[id(found)] for found in first]
+    assert [row["loss"] for row in ladder[:2]] == [losses[id(one)] for one in first]
     assert [row["step"] for row in ladder[:2] if row["kept"]] == [better]
-    kept = [row["loss"] for row in ladder if row["kept"]]
-    assert kept == sorted(kept, reverse=True) and all(row["loss"] >= kept[-1] for row in ladder)
-    assert judge.of_model(model)["loss"] == kept[-1]
+    accepted = [row["loss"] for row in ladder if row["kept"]]
+    assert accepted == sorted(accepted, reverse=True) and all(row["loss"] >= accepted[-1] for row in ladder)
+    assert judge.of_model(model)["loss"] == accepted[-1]
     steps = ["ranges", "candidates", "sequential AdaQuant", "batch-norm tuning", "bias tuning", "edge ranges"]
     assert [row["step"] for row in ladder] == steps
     assert set(errors) == {unit.name for unit in network.units}
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_polishing_without_a_step_gives_the_better_of_ranges_and_candidates(residual, swapped):
+def test_polishing_without_steps_chooses_the_better_of_ranges_and_candidates(residual, swapped):
     network, calibration, candidates, judge, table = residual
     settings = replace(SETTINGS, pipeline="light", bn_tuning=False, solver="none")
     scheme = network.uniform(4, 8)
@@ -366,7 +366,7 @@ def test_polishing_without_a_step_gives_the_better_of_ranges_and_candidates(resi
     both = (matched, candidates) if swapped else (candidates, matched)
     done = polish_scheme(CalibrationState(network, calibration, settings, *both, table, judge, targets), scheme)
     model, ladder, errors = done.model, done.ladder, done.errors
-    losses = [judge.of_model(network.apply(scheme, found))["loss"] for found in both]
+    losses = [judge.of_model(network.apply(scheme, one))["loss"] for one in both]
     assert [(row["step"], row["loss"]) for row in ladder[:2]] == [("ranges", losses[0]), ("candidates", losses[1])]
     assert [row["step"] for row in ladder[2:]] == ["edge ranges"] and errors == {}
     assert judge.of_model(model)["loss"] == min(row["loss"] for row in ladder if row["kept"]) <= min(losses) < max(losses)
@@ -374,7 +374,7 @@ def test_polishing_without_a_step_gives_the_better_of_ranges_and_candidates(resi
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("parallel", [False, True])
-def test_sequential_reconstruction_starts_where_the_settings_say(residual, parallel, rounding):
+def test_sequential_reconstruction_starts_as_set(residual, parallel, rounding):
     network, calibration, ranged, judge, table = residual
     scheme = network.uniform(4, 8)
     targets = batch_norm_targets(network, calibration, SETTINGS)
@@ -394,7 +394,7 @@ def test_sequential_reconstruction_starts_where_the_settings_say(residual, paral
             assert torch.equal(free[name].round().clamp(-8, 7).to(torch.int8), expected.weights[name, 4].codes)
 
 
-def test_the_prior_acts_on_candidates_too(residual):
+def test_prior_acts_on_candidates(residual):
     network, calibration, ranged, _, _ = residual
     targets = batch_norm_targets(network, calibration, SETTINGS)
 
@@ -405,7 +405,7 @@ def test_the_prior_acts_on_candidates_too(residual):
     assert moved(0.9) < moved(0.5) < moved(0.0)
 
 
-def test_edges_hold_every_value_that_passes():
+def test_edge_ranges_cover_every_observed_value():
     network, calibration, candidates, _ = bench("residual")
     model = apply_scheme(network.prepared, network.uniform(4, 8), candidates)
     edges = observe_edge_ranges(model, network.wiring, calibration.fitting)
@@ -417,11 +417,11 @@ def test_edges_hold_every_value_that_passes():
     assert all(low <= high for low, high in edges.values())
 
 
-def test_inputs_that_make_activations_infinite_are_refused_by_layer():
+def test_rejects_inputs_with_infinite_activations_by_layer():
     calibration = calibration_of("chain")
     model = make(Chain)
     with torch.no_grad():
-        model.bn1.weight.fill_(3e33)  # its layer can just be quantized
+        model.bn1.weight.fill_(3e33)  # its layer can barely be quantized
         model.relu1 = nn.Identity()
     network = observe_network(model, calibration.fitting[0], SETTINGS.options)
     for batch in calibration.fitting:
@@ -430,7 +430,7 @@ def test_inputs_that_make_activations_infinite_are_refused_by_layer():
         range_candidates(network, calibration, SETTINGS)
 
 
-def test_a_weight_whose_scales_are_no_float32_is_refused_before_any_data():
+def test_rejects_weight_whose_scale_exceeds_float32_before_any_data():
     model = make(Chain)
     with torch.no_grad():
         model.bn1.weight.fill_(3e38)
@@ -438,7 +438,7 @@ def test_a_weight_whose_scales_are_no_float32_is_refused_before_any_data():
         observe_network(model, Batch(pictures(2)), SETTINGS.options)
 
 
-def test_mirroring_adds_the_mirror_images_to_the_fitting_side_alone():
+def test_mirroring_extends_only_the_fitting_side():
     calibration = calibration_of("chain")
     mirrored = stages_mirrored(calibration)
     assert mirrored.held_out == calibration.held_out
@@ -448,7 +448,7 @@ def test_mirroring_adds_the_mirror_images_to_the_fitting_side_alone():
         stages_mirrored(calibration_of("tokens"))
 
 
-def test_a_joined_pass_stays_within_memory(residual):
+def test_joined_pass_stays_within_memory(residual):
     network, calibration, _, _, _ = residual
     assert within_memory(network.wiring, calibration.fitting, 2**40) == calibration.fitting
     assert within_memory(network.wiring, calibration.fitting, 0) == calibration.fitting[:1]
@@ -463,8 +463,8 @@ def test_matched_candidates_keep_their_codes_in_a_model(residual):
     assert len(quantized_layers(model)) == len(network.names)
 
 
-def test_a_transformer_layer_computes_with_its_quantizers_watched_or_not():
-    """PyTorch's fused path reads the weights and skips the forward of the layers, and with it their input quantizers."""
+def test_transformer_layer_uses_its_quantizers_with_or_without_hooks():
+    """PyTorch's fused path reads the weights and skips the layers' forwards, and with them the input quantizers."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 4)).eval()
     calibration = Calibration([Batch(torch.randn(8, 5, 8))], [Batch(torch.randn(4, 5, 8))])
@@ -483,7 +483,7 @@ def test_a_transformer_layer_computes_with_its_quantizers_watched_or_not():
 
 
 @pytest.mark.parametrize("limit", [0.001, 0.01, 0.1])
-def test_a_limit_on_the_loss_is_kept_when_measured_wherever_a_scheme_does(residual, limit):
+def test_measured_loss_limit_is_met_if_any_scheme_meets_it(residual, limit):
     network, _, _, judge, table = residual
     try:
         choice = choose_scheme(network, table, Budget.parse(f"loss={limit}"), SETTINGS.alternatives, judge)
@@ -491,6 +491,6 @@ def test_a_limit_on_the_loss_is_kept_when_measured_wherever_a_scheme_does(residu
         assert min(table.total(network.uniform(w, a)) for w in SETTINGS.weight_bits for a in SETTINGS.activation_bits) > limit
         return
     keeping = [row for row in choice.measured if row["measured"] <= limit]
-    taken = next(row for row in choice.measured if row["scheme"] == choice.scheme)
-    assert taken in keeping if keeping else taken["name"] == "allocated 1"
-    assert all(taken["bytes"] <= row["bytes"] for row in keeping)
+    chosen = next(row for row in choice.measured if row["scheme"] == choice.scheme)
+    assert chosen in keeping if keeping else chosen["name"] == "allocated 1"
+    assert all(chosen["bytes"] <= row["bytes"] for row in keeping)

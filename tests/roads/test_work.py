@@ -1,4 +1,4 @@
-"""How often a network is run and copied: each pass over the data and each copy of the weights must have a reason."""
+"""How often a network is run and copied: each pass over the data and each copy of the weights has a reason."""
 
 import copy
 from collections import Counter
@@ -27,7 +27,7 @@ LIGHT = {"samples": 40, "batch_size": 16, "weight_bits": (2, 4, 8), "activation_
 
 @pytest.fixture
 def work(monkeypatch) -> Iterator[Counter]:
-    """Counts the "passes" and the "copies" of every network of the classes in NETWORKS, copies of it included."""
+    """Counts of "passes" and "copies" of every network of the classes in NETWORKS, including its copies."""
     counts: Counter = Counter()
     whole = (*(cls for cls, _ in NETWORKS.values() if isinstance(cls, type)), Caching)
     deepcopy = copy.deepcopy
@@ -43,7 +43,7 @@ def work(monkeypatch) -> Iterator[Counter]:
 
 
 class Caching(Chain):
-    """Makes a grid of its own in its first pass and has it in all others."""
+    """Creates a grid in its first pass and reuses it afterwards."""
 
     grid: Tensor | None = None
 
@@ -57,7 +57,7 @@ class Caching(Chain):
 def test_observing_and_folding_take_three_passes_and_a_fourth_for_the_gradients(name, work):
     model, batch = network_and_inputs(name)
     observe_network(model, batch, OPTIONS)
-    assert work == {"passes": 3, "copies": 2}  # watched, repeated, folded; the folded one and the one with slots
+    assert work == {"passes": 3, "copies": 2}  # observed, repeated, folded; copies: the folded one and the one with slots
     work.clear()
     observe_network(model, batch, replace(OPTIONS, gradients=True))
     assert work == {"passes": 4, "copies": 3}
@@ -66,11 +66,11 @@ def test_observing_and_folding_take_three_passes_and_a_fourth_for_the_gradients(
 def test_functions_that_layers_compute_cost_five_passes_and_three_copies(work):
     model, batch = network_and_inputs("attention")
     observe_network(model, batch, OPTIONS)
-    # As it is; its calls on batches of two sizes, and the same with layers; then as for any network.
+    # Unchanged; its calls at two batch sizes, and the same with layers; then as for any network.
     assert work["passes"] == 1 + 2 + 2 + 3
 
 
-def test_what_a_network_makes_in_its_first_pass_alone_costs_a_pass_and_is_no_difference(work):
+def test_state_created_in_the_first_pass_costs_one_pass(work):
     observe_network(make(Caching), Batch(pictures(2)), OPTIONS)
     assert work == {"passes": 4, "copies": 2}
 
@@ -82,7 +82,7 @@ def observed():
     return network, calibration, range_candidates(network, calibration, SETTINGS), outputs_of(network.folded, calibration.held_out)
 
 
-def test_all_rows_of_the_sensitivity_table_share_one_copy_and_recalled_rows_need_none(observed, work, tmp_path):
+def test_sensitivity_rows_share_one_copy_and_cached_rows_need_none(observed, work, tmp_path):
     network, calibration, candidates, reference = observed
     recall = Cache(tmp_path)
     table = sensitivity_table(network, candidates, calibration, reference, "classification", SETTINGS, recall)
@@ -94,7 +94,7 @@ def test_all_rows_of_the_sensitivity_table_share_one_copy_and_recalled_rows_need
     assert not work
 
 
-def test_candidates_of_all_bit_widths_are_matched_in_one_pass_over_the_data(observed, work):
+def test_candidates_of_all_bit_widths_are_matched_in_one_pass(observed, work):
     network, calibration, candidates, _ = observed
     targets = batch_norm_targets(network, calibration, SETTINGS)
     work.clear()

@@ -1,4 +1,4 @@
-"""Whether a network at hand is the one that a run was made from shows in its outputs."""
+"""Fingerprints: outputs show whether a network is the one that a run was made from."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ LIGHT = {**QUICK, "pipeline": "light", "weight_bits": (4, 8), "activation_bits":
 
 
 class Shifted(Residual):
-    """Its outputs depend on a buffer that the state dict does not hold, on a plain attribute and on a plain tensor."""
+    """Its outputs depend on a non-persistent buffer, on a plain attribute and on a plain tensor."""
 
     def __init__(self, shift=0.0, power=1.0, table=1.0, name="a"):
         super().__init__()
@@ -52,7 +52,7 @@ def labelled():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A run of each road, of `shifted()`."""
+    """A run of `shifted()` by each road."""
     here, data = tmp_path_factory.mktemp("runs"), labelled()
     supernet = anybit.train(shifted(), data, bits=(2, 8), held_out=0.3, bn_images=16, epochs=1, batch_size=16)
     runs = {
@@ -76,7 +76,7 @@ def opened(folder, model):
 
 
 @pytest.mark.parametrize("road", RUNS)
-def test_the_same_network_is_taken_whatever_its_weights(road, folders):
+def test_accepts_the_same_network_with_any_weights(road, folders):
     fresh = shifted(name="b")
     for parameter in fresh.parameters():
         nn.init.normal_(parameter)
@@ -87,19 +87,19 @@ def test_the_same_network_is_taken_whatever_its_weights(road, folders):
 
 @pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("road", RUNS)
-def test_what_is_in_no_file_must_be_as_it_was(road, other, folders):
+def test_rejects_network_with_changed_unstored_state(road, other, folders):
     with pytest.raises(SchemeMismatch, match=r"is not the one that .* was made from: outputs on the same inputs differ by .* %"):
         opened(folders[road], shifted(**OTHERS[other]))
 
 
-def test_a_network_that_does_not_run_is_another(folders):
+def test_rejects_network_that_fails_to_run(folders):
     model = shifted()
     model.table = torch.ones(3)
     with pytest.raises(SchemeMismatch, match="does not take the inputs"):
         anybit.load(folders["calibrate"], model)
 
 
-def test_a_budget_is_not_allocated_on_weights_trained_since(folders):
+def test_allocate_rejects_weights_trained_since(folders):
     model = shifted()
     with torch.no_grad():
         model.block2.conv1.weight[0, 0, 0, 0] += 1e-4
@@ -123,7 +123,7 @@ def test_runs_without_a_fingerprint_load(folders, tmp_path):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_kind_of_network_has_a_fingerprint_that_it_agrees_with(name, tmp_path):
+def test_every_network_agrees_with_its_fingerprint(name, tmp_path):
     model, batch = network_and_inputs(name)
     before, output = snapshot(model), run(model, batch)
     fingerprint = fingerprint_of(model, batch, model)
@@ -140,7 +140,7 @@ def test_every_kind_of_network_has_a_fingerprint_that_it_agrees_with(name, tmp_p
 
 
 class Jumping(nn.Module):
-    """Its outputs jump with its inputs, as the boxes of a detector do."""
+    """Its outputs are discontinuous in its inputs, as the boxes of a detector are."""
 
     def forward(self, x):
         return (x * 1e7).sin()
@@ -158,12 +158,12 @@ class Failing(nn.Module):
 
 
 @pytest.mark.parametrize("model", [Jumping(), Failing(True), Failing(False)])
-def test_where_outputs_say_nothing_there_is_no_fingerprint(model):
+def test_uninformative_outputs_have_no_fingerprint(model):
     assert fingerprint_of(model, Batch(torch.randn(2, 8))) is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "structure", "twice", "type", "values", "empty", "more"])
-def test_a_damaged_fingerprint_is_named(damage, folders, tmp_path):
+def test_damaged_fingerprint_is_named(damage, folders, tmp_path):
     folder = shutil.copytree(folders["calibrate"], tmp_path / "run")
     path = folder / FINGERPRINT
     tensors, (_, metadata) = load_file(path), read_header(path)

@@ -1,4 +1,4 @@
-"""Every head of Hugging Face's models is read: one row a prediction, without padding, whatever the model reads and gives."""
+"""Every Hugging Face head: one row per prediction, without padding, for any inputs and outputs of the model."""
 
 import json
 from functools import cache
@@ -85,14 +85,14 @@ def batch_for(kind: str) -> Batch:
 
 
 def rows(batch: Batch) -> list:
-    """The batch's samples, as a data set of the user's own has them."""
+    """The batch's samples, as in a user's data set."""
     if isinstance(batch.inputs, Tensor):
         return list(batch.inputs)
     return [{name: tensor[index] for name, tensor in batch.inputs.items()} for index in range(len(batch))]
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_every_head_is_read(kind):
+def test_reads_every_head(kind):
     model, batch = network(kind), batch_for(kind)
     reader = reader_of(model)
     task, shape = PREDICTIONS[kind]
@@ -107,7 +107,7 @@ def test_every_head_is_read(kind):
 
 
 @pytest.mark.parametrize("kind", ["detection", "speech", "hidden words"])
-def test_a_head_is_calibrated(kind):
+def test_calibrates_every_head(kind):
     result = anybit.calibrate(
         network(kind), rows(batch_for(kind)), pipeline="light", weight_bits=(8,), activation_bits=(8,), batch_size=2, cache=False
     )
@@ -121,7 +121,7 @@ def test_padding_changes_no_prediction():
     assert torch.allclose(predict(model, one), predict(model, other), atol=1e-5)
 
 
-def test_labels_of_tokens_are_those_of_the_rows():
+def test_token_labels_match_the_rows():
     model, batch = network("tags"), batch_for("tags")
     reader = reader_of(model)
     labels = torch.arange(batch.mask.numel()).view(batch.mask.shape)
@@ -142,7 +142,7 @@ def saved(model: nn.Module, place, mask: bool = False) -> str:
     return f"hf:{place}"
 
 
-def test_classes_of_words_stand_at_their_first_tokens(tmp_path):
+def test_word_labels_are_on_first_tokens(tmp_path):
     model = load_model(saved(NETWORKS["tags"](), tmp_path / "net"))
     data = [{"text": " ".join(WORDS[:count]), "label": list(range(count))} for count in (3, 1, 4)]
     (tmp_path / "tags.jsonl").write_text("\n".join(map(json.dumps, data)))
@@ -155,7 +155,7 @@ def test_classes_of_words_stand_at_their_first_tokens(tmp_path):
         load_data(str(tmp_path / "tags.jsonl"), model=model)
 
 
-def test_hidden_words_are_the_same_in_every_order_and_scored_alone(tmp_path):
+def test_masked_words_are_the_same_in_any_order(tmp_path):
     model = load_model(saved(NETWORKS["hidden words"](), tmp_path / "net", mask=True))
     (tmp_path / "texts.txt").write_text("\n".join(sentences(20)))
     samples = load_data(str(tmp_path / "texts.txt"), model=model)
@@ -168,7 +168,7 @@ def test_hidden_words_are_the_same_in_every_order_and_scored_alone(tmp_path):
     assert {"perplexity", "top1"} <= set(anybit.evaluate(model, samples))
 
 
-def test_a_picture_array_is_read_as_the_head_asks(tmp_path):
+def test_image_array_is_read_as_the_head_requires(tmp_path):
     import numpy as np
 
     np.savez(tmp_path / "pictures.npz", x=np.zeros((4, 16, 16, 3), np.uint8))
@@ -176,7 +176,7 @@ def test_a_picture_array_is_read_as_the_head_asks(tmp_path):
     assert samples.reader is not None and samples.reader.task == "regression"
 
 
-def test_a_saved_head_loads_as_it_is_whatever_the_task_is_called(tmp_path):
+def test_saved_head_loads_whatever_the_task_is_called(tmp_path):
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**PICTURE, num_labels=3))
     model.save_pretrained(tmp_path)
     assert type(load_model(f"hf:{tmp_path}", None, "classification")).__name__ == "ViTForImageClassification"

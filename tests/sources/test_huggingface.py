@@ -1,4 +1,4 @@
-"""Hugging Face models: every weight and product is covered or named, outputs are theirs, padding counts for nothing."""
+"""Hugging Face models: every weight and product is covered or reported, outputs are equal, padding has no effect."""
 
 import copy
 import json
@@ -49,20 +49,20 @@ def texts(tmp_path, kind="bert", count=24, **options):
     return model, load_data(str(write_tsv(tmp_path / "texts.tsv", count)), Preprocessing(**options), model=model)
 
 
-def test_what_is_counted_is_called_what_it_is(tmp_path):
+def test_counts_are_labelled_by_what_they_count(tmp_path):
     for kind, unit in (("bert", "samples"), ("gpt2", "tokens")):
         model, samples = texts(tmp_path, kind, length=None if kind == "bert" else 8)
         report = anybit.evaluate(model, samples)
         assert next(iter(report)) == unit and report[unit] == len(outputs_of(model, samples.batches(8)))
 
 
-def test_a_metric_of_answers_is_refused_before_any_work(tmp_path):
+def test_rejects_metric_for_answers_before_any_work(tmp_path):
     model = load_model(f"hf:{folder('bert answers', tmp_path / 'net')}")
     rows = [{"question": "word1", "context": "word2 word3 word4", "answers": ["word3"]}] * 12
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     samples = load_data(str(tmp_path / "q.jsonl"), Preprocessing(stride=2), model=model)
     for work in (lambda: anybit.evaluate(model, samples, metric=len), lambda: anybit.calibrate(model, samples, metric=len)):
-        with pytest.raises(InvalidSetting, match="--metric"):
+        with pytest.raises(InvalidSetting, match="metric="):
             work()
 
 
@@ -70,7 +70,7 @@ def test_a_metric_of_answers_is_refused_before_any_work(tmp_path):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_every_linear_embedding_and_attention_product_is_a_layer_or_named(kind):
+def test_every_linear_embedding_and_attention_product_is_covered_or_reported(kind):
     model, plain = covered(kind), make(kind)
     batch = inputs(kind)
     names, uncovered = coverage(model, observe(model, batch))
@@ -82,11 +82,11 @@ def test_every_linear_embedding_and_attention_product_is_a_layer_or_named(kind):
     products = {name for name, module in model.named_modules() if isinstance(module, Matmul)}
     assert len(products) == 2 * 2  # two attention layers
     assert set(names) == weights | products
-    # ViT's class token and positions are parameters of no layer; all else is covered, and no product is left outside of layers.
+    # ViT's class token and positions belong to no layer; everything else is covered, and every product is a layer.
     assert set(uncovered) == ({"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"} if kind == "vit" else set())
 
 
-def test_attention_that_does_not_use_the_interface_is_named(monkeypatch):
+def test_attention_outside_the_interface_is_reported(monkeypatch):
     monkeypatch.setattr("anybit.sources.huggingface.attention._calls_interface", lambda module: False)
     model = covered("bert")
     model.set_attn_implementation("eager")
@@ -95,33 +95,33 @@ def test_attention_that_does_not_use_the_interface_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [*FAMILIES, "bert embedding", "bert answers"])
-def test_an_adapted_network_computes_what_the_network_does(kind):
+def test_adapted_network_computes_the_same(kind):
     model, batch = make(kind), inputs(kind)
     before = copy.deepcopy(model.state_dict())
-    theirs, ours = (call(one, batch.inputs) for one in (model, adapted(model)))
+    expected, computed = (call(one, batch.inputs) for one in (model, adapted(model)))
     mask = batch.mask
     for name in ("logits", "last_hidden_state", "start_logits"):
-        if name in theirs:
-            some = [one[name] if mask is None or one[name].shape[:2] != mask.shape else one[name][mask] for one in (theirs, ours)]
+        if name in expected:
+            some = [one[name] if mask is None or one[name].shape[:2] != mask.shape else one[name][mask] for one in (expected, computed)]
             assert torch.allclose(*some, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert not any(isinstance(module, Matmul) for module in model.modules())
 
 
-def test_an_adapted_network_has_the_networks_own_keys():
+def test_adapted_network_keeps_state_dict_keys():
     for kind in ("bert", "vit"):
         assert list(covered(kind).state_dict()) == list(make(kind).state_dict())
     assert set(covered("gpt2").state_dict()) == set(make("gpt2").state_dict())
 
 
-def test_tied_weights_come_apart():
+def test_tied_weights_are_separated():
     tied, apart = make("llama"), covered("llama")
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert apart.lm_head.weight is not apart.model.embed_tokens.weight
     assert torch.equal(apart.lm_head.weight, apart.model.embed_tokens.weight)
 
 
-def test_weights_of_half_precision_are_computed_in_float32_and_it_is_said():
+def test_half_precision_weights_are_converted_to_float32_with_a_note():
     half, notes = make("llama").to(torch.bfloat16), []
     with listening(events=lambda event, fields: notes.append(fields["note"])):
         model = adapted(half)
@@ -129,7 +129,7 @@ def test_weights_of_half_precision_are_computed_in_float32_and_it_is_said():
     assert "weights of bfloat16: computed in float32" in notes[0]
 
 
-def test_a_bias_by_position_and_an_attention_sink_are_those_of_transformers():
+def test_position_bias_and_attention_sink_equal_those_of_transformers():
     module = covered("bert").bert.encoder.layer[0].attention.self
     query, key, value = (torch.randn(2, 4, 3, 4) for _ in range(3))
     bias, sinks = torch.randn(1, 4, 3, 3), torch.randn(4)
@@ -138,17 +138,17 @@ def test_a_bias_by_position_and_an_attention_sink_are_those_of_transformers():
     assert torch.allclose(ours, (scores @ value).transpose(1, 2), atol=1e-6)
 
 
-def test_an_encoder_decoder_shares_no_weight_and_computes_the_same():
+def test_adapted_encoder_decoder_shares_no_weight_and_computes_the_same():
     config = transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=30, decoder_start_token_id=0)
     plain = transformers.T5ForConditionalGeneration(config).eval()
     tokens = torch.randint(2, 30, (3, 5))
-    model, given = adapted(plain), {"input_ids": tokens, "decoder_input_ids": tokens}
+    model, inputs = adapted(plain), {"input_ids": tokens, "decoder_input_ids": tokens}
     weights = [module.weight for module in model.modules() if isinstance(module, (nn.Embedding, nn.Linear))]
     assert len({id(weight) for weight in weights}) == len(weights)
-    assert torch.allclose(model(**given).logits, plain(**given).logits, atol=1e-5)
+    assert torch.allclose(model(**inputs).logits, plain(**inputs).logits, atol=1e-5)
 
 
-def test_a_weight_that_is_computed_in_every_pass_is_stored_and_the_given_network_stays():
+def test_computed_weight_is_stored_in_a_copy():
     plain = make("bert")
     nn.utils.parametrizations.weight_norm(plain.classifier)
     before, batch = plain.classifier.weight.clone(), inputs("bert")
@@ -169,7 +169,7 @@ def test_padding_changes_no_statistic(kind):
     for name in names:
         if not isinstance(model.get_submodule(name), nn.Embedding) and "position" not in name:
             for one, other in zip(samples[0][name], samples[1][name], strict=True):
-                # Attention's shares are over keys: those of padding are zero, and more of them.
+                # Attention weights are over keys: those of padding are zero, and padding adds more of them.
                 one, other = (x[x != 0].sort().values if name.endswith("mixture") else x.sort().values for x in (one, other))
                 assert torch.allclose(one, other, rtol=1e-3, atol=1e-4), name
     wiring = observe(model, tight)
@@ -181,7 +181,7 @@ def test_padding_changes_no_statistic(kind):
 
 
 class Padded(torch.utils.data.Dataset):
-    """A data set of texts with `padding` more of it in every batch, of arbitrary tokens."""
+    """A text data set with `padding` more arbitrary tokens in every batch, masked out."""
 
     def __init__(self, dataset, padding):
         self.dataset, self.padding = dataset, padding
@@ -197,7 +197,7 @@ class Padded(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("solver", [{}, {"solver": "none"}], ids=["closed form", "none"])
-def test_padding_changes_nothing_that_calibrate_does(solver, tmp_path, monkeypatch):
+def test_calibration_is_independent_of_padding(solver, tmp_path, monkeypatch):
     drawn: list[tuple] = []
     for module in (closed_form, moments):
         monkeypatch.setattr(module, "draw_places", recorded(drawn))
@@ -214,7 +214,7 @@ def test_padding_changes_nothing_that_calibrate_does(solver, tmp_path, monkeypat
     for name, row in tables[0].items():
         assert list(row.values()) == pytest.approx(list(tables[1][name].values()), rel=1e-2, abs=1e-6)
     units = results[0].report["units"]
-    # Sums in another order flip the rounding of an input now and then; a solver, that chooses every code anew, then takes other codes.
+    # Another order of summation sometimes flips an input's rounding; a solver then chooses other codes.
     alike = [name for name in units if solver or ".layer.0." in name]
     assert len(alike) >= 6
     for name in alike:
@@ -222,7 +222,7 @@ def test_padding_changes_nothing_that_calibrate_does(solver, tmp_path, monkeypat
 
 
 def recorded(drawn: list):
-    """`draw_places` that notes what it draws."""
+    """Wrap `draw_places` to record its draws."""
 
     def draw(layer, shape, *rest):
         places = draw_places(layer, shape, *rest)
@@ -232,7 +232,7 @@ def recorded(drawn: list):
     return draw
 
 
-def test_batches_go_by_length_and_lose_no_text(tmp_path):
+def test_batches_are_sorted_by_length_and_lose_no_text(tmp_path):
     _, samples = texts(tmp_path, count=40)
     calibration = split(samples, 0, 0.25, 5)
     widths = [batch.inputs["input_ids"].shape[1] for batch in calibration.fitting]
@@ -242,7 +242,7 @@ def test_batches_go_by_length_and_lose_no_text(tmp_path):
     assert sorted(seen) == sorted(tuple(tokenizer()(text)["input_ids"]) for text in sentences(40))
 
 
-def test_a_sample_of_padding_alone_is_refused(tmp_path):
+def test_rejects_sample_of_only_padding(tmp_path):
     model, batch = covered("bert"), inputs("bert")
     batch.inputs["attention_mask"][2] = 0
     rows = [{name: tensor[i] for name, tensor in batch.inputs.items()} for i in range(len(batch))]
@@ -254,7 +254,7 @@ def test_a_sample_of_padding_alone_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_family_is_calibrated_saved_and_loaded_bitwise(kind, tmp_path):
+def test_every_family_is_calibrated_and_round_trips_bitwise(kind, tmp_path):
     model, batch = make(kind), inputs(kind, 24)
     items = list(batch.inputs) if kind == "vit" else [{name: tensor[i] for name, tensor in batch.inputs.items()} for i in range(24)]
     result = anybit.calibrate(model, items, "4bit", **QUICK)
@@ -272,7 +272,7 @@ def test_a_family_is_calibrated_saved_and_loaded_bitwise(kind, tmp_path):
     assert (run / "model.safetensors").stat().st_size == result.report["result"]["bytes"]
     loaded = anybit.load(run, model=make(kind, seed=0))
     assert torch.equal(call(loaded, batch.inputs)["logits"], call(result.model, batch.inputs)["logits"])
-    # Two ranges a product: the operands are not alike.
+    # Two ranges per product: the operands differ.
     assert any((layer.input_quantizer.scale[0] != layer.input_quantizer.scale[1]) for layer in layers.values() if isinstance(layer, Matmul))
 
 
@@ -289,7 +289,7 @@ def test_both_operands_of_a_product_are_quantized():
     assert torch.allclose(prepared[0](left, right), expected, atol=1e-6)
 
 
-def test_a_products_operations_count_both_operands_bits():
+def test_operations_of_a_product_count_the_bits_of_both_operands():
     model, batch = covered("bert"), inputs("bert", 2)
     network = observe_network(model, batch, CalibrateSettings().options)
     name = next(name for name in network.names if name.endswith("scores"))
@@ -309,7 +309,7 @@ def test_only_layers_that_sum_over_inputs_are_reconstructed(tmp_path):
     ("bert", "classification", {"top1", "loss"}),
     ("llama", "language-model", {"top1", "top5", "loss", "perplexity"}),
 ])  # fmt: skip
-def test_a_network_is_calibrated_from_the_command_line(kind, task, scores, tmp_path, capsys):
+def test_calibrates_from_the_command_line(kind, task, scores, tmp_path, capsys):
     from typer.testing import CliRunner
 
     from anybit.cli.app import app
@@ -329,11 +329,11 @@ def test_a_network_is_calibrated_from_the_command_line(kind, task, scores, tmp_p
     assert all(f"{name}" in file["layers"] for name in file["layers"])
 
 
-def test_a_network_with_a_random_head_for_answers_is_covered(tmp_path):
+def test_network_with_a_random_answer_head_is_covered(tmp_path):
     place = folder("bert", tmp_path / "bert")
     one, other = (load_model(f"hf:{place}", None, "question-answering") for _ in range(2))
     assert "qa_outputs" in observe(one, inputs("bert")).layer_names()
-    assert torch.equal(one.qa_outputs.weight, other.qa_outputs.weight)  # drawn, but always the same
+    assert torch.equal(one.qa_outputs.weight, other.qa_outputs.weight)  # random, but always the same
 
 
 def test_answers_are_scored_and_calibrated(tmp_path):
@@ -347,15 +347,15 @@ def test_answers_are_scored_and_calibrated(tmp_path):
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf8")
     samples = load_data(str(file), Preprocessing(length=20, stride=4), model=model)
-    assert len(samples) > len(rows)  # several windows a context
+    assert len(samples) > len(rows)  # several windows per context
     result = anybit.calibrate(model, samples, "4bit", test=samples, **QUICK)
     assert {"exact", "f1", "kl"} <= set(result.report["test"]) and "f1" in result.report["ladder"][0]
 
 
-def test_sentence_embeddings_are_the_mean_of_real_tokens_and_scored_by_rank(tmp_path):
+def test_sentence_embeddings_average_unpadded_tokens_and_are_scored_by_rank(tmp_path):
     model = load_model(f"hf:{folder('bert embedding', tmp_path / 'bert')}")
     pairs = list(zip(sentences(10, 1), sentences(10, 2), range(10), strict=True))
-    file = tmp_path / "pairs.csv"  # tabs and no header, whatever the name says
+    file = tmp_path / "pairs.csv"  # tabs and no header, despite the suffix
     file.write_text("\n".join(f'{label}\t"x\t{one}\t{two}' for one, two, label in pairs), encoding="utf8")
     samples = load_data(str(file), Preprocessing(columns="text=2,pair=3,label=0"), model=model)
     batch = next(samples.batches(10))
@@ -370,18 +370,18 @@ def test_sentence_embeddings_are_the_mean_of_real_tokens_and_scored_by_rank(tmp_
     assert {"spearman", "error"} <= set(result.report["test"])
 
 
-def test_perplexity_is_that_of_the_networks_own_loss(tmp_path):
+def test_perplexity_equals_that_of_the_loss_of_the_network(tmp_path):
     model = load_model(f"hf:{folder('llama', tmp_path / 'llama')}")
     data = write_tsv(tmp_path / "texts.tsv", 30)
     samples = load_data(str(data), Preprocessing(length=10), model=model)
     blocks = torch.cat([batch.inputs["input_ids"] for batch in samples.batches(4)])
-    stream = [token for text in sentences(30) for token in tokenizer()(text)["input_ids"]]  # each with its end mark
+    stream = [token for text in sentences(30) for token in tokenizer()(text)["input_ids"]]  # each with its end-of-text token
     assert blocks.flatten().tolist() == stream[: blocks.numel()]
     losses = [make("llama")(input_ids=block[None], labels=block[None]).loss.item() for block in blocks]
     assert anybit.evaluate(model, samples)["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-3)
 
 
-# What is refused
+# Rejected inputs
 
 
 def refused(tmp_path, content, name="texts.tsv", kind="bert", **options):
@@ -402,18 +402,18 @@ def refused(tmp_path, content, name="texts.tsv", kind="bert", **options):
     ("label\tsentence\n1\t" + "word1 " * 50 + "\n", {}, "52 tokens, more than the 40"),
     ("label\tsentence\n1\tword1\n", {"length": 99}, "the network takes 2 to 40 tokens"),
 ])  # fmt: skip
-def test_bad_texts_are_refused_by_name(content, options, message, tmp_path):
+def test_rejects_invalid_texts_by_name(content, options, message, tmp_path):
     assert message in refused(tmp_path, content, **options)
 
 
-def test_long_texts_are_cut_where_a_length_says_so(tmp_path):
+def test_long_texts_are_truncated_to_the_length(tmp_path):
     model, _ = texts(tmp_path)
     (tmp_path / "long.tsv").write_text("label\tsentence\n1\t" + "word1 " * 50 + "\n", encoding="utf8")
     samples = load_data(str(tmp_path / "long.tsv"), Preprocessing(length=16), model=model)
     assert next(samples.batches(1)).inputs["input_ids"].shape == (1, 16)
 
 
-def test_texts_without_a_model_that_reads_them_are_refused(tmp_path):
+def test_rejects_texts_without_a_language_model(tmp_path):
     data = write_tsv(tmp_path / "texts.tsv", 4)
     with pytest.raises(InvalidSetting, match="tokenizer of a Hugging Face model"):
         load_data(str(data), model=nn.Linear(2, 2))
@@ -422,14 +422,14 @@ def test_texts_without_a_model_that_reads_them_are_refused(tmp_path):
         load_data(str(data), model=load_model(f"hf:{tmp_path / 'bare'}"))
 
 
-def test_a_model_that_is_not_there_is_refused_in_one_line(tmp_path):
+def test_rejects_missing_model_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidSetting, match="cannot be loaded") as raised:
         load_model(f"hf:{tmp_path / 'empty'}")
     assert "\n" not in str(raised.value)
 
 
-def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+def test_code_shipped_with_a_model_is_not_executed(tmp_path):
     place = folder("bert", tmp_path / "bert")
     (place / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
     config = json.loads((place / "config.json").read_text()) | {"auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
@@ -439,7 +439,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_that_are_not_safetensors_are_refused(tmp_path):
+def test_rejects_weights_that_are_not_safetensors(tmp_path):
     place = folder("bert", tmp_path / "bert")
     torch.save(make("bert").state_dict(), place / "pytorch_model.bin")
     (place / "model.safetensors").unlink()
@@ -447,14 +447,14 @@ def test_weights_that_are_not_safetensors_are_refused(tmp_path):
         load_model(f"hf:{place}")
 
 
-def test_a_label_that_is_no_class_is_refused(tmp_path):
+def test_rejects_unknown_class_label(tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "word1", "label": 0.7}\n{"text": "word2", "label": 1.0}\n', encoding="utf8")
     model = load_model(f"hf:{folder('bert', tmp_path / 'bert')}")
     with pytest.raises(InvalidInput, match=r"0\.7 is no class number"):
         load_data(str(tmp_path / "texts.jsonl"), model=model)
 
 
-def test_embeddings_are_not_scored_without_pairs(tmp_path):
+def test_scoring_embeddings_requires_pairs(tmp_path):
     model = load_model(f"hf:{folder('bert embedding', tmp_path / 'bert')}")
     with pytest.raises(InvalidInput, match="pairs"):
         load_data(str(write_tsv(tmp_path / "texts.tsv", 8)), model=model)
@@ -466,7 +466,7 @@ def test_embeddings_are_not_scored_without_pairs(tmp_path):
         anybit.evaluate(model, str(tmp_path / "one.tsv"), preprocessing=Preprocessing(columns="text=text,pair=pair,label=label"))
 
 
-def test_files_that_lack_weights_are_refused_and_a_lacking_head_is_drawn(tmp_path):
+def test_rejects_missing_weights_but_initializes_a_missing_head(tmp_path):
     place = folder("bert", tmp_path / "bert")
     config = json.loads((place / "config.json").read_text())
     (place / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
@@ -475,7 +475,7 @@ def test_files_that_lack_weights_are_refused_and_a_lacking_head_is_drawn(tmp_pat
     assert load_model(f"hf:{folder('bert embedding', tmp_path / 'body')}", None, "classification").classifier.weight.shape == (2, 16)
 
 
-def test_damaged_weights_are_refused_by_name(tmp_path):
+def test_rejects_damaged_weights_by_name(tmp_path):
     place = folder("bert", tmp_path / "bert")
     (place / "model.safetensors").write_bytes((place / "model.safetensors").read_bytes()[:100])
     with pytest.raises(InvalidSetting, match="cannot be loaded"):
@@ -483,7 +483,7 @@ def test_damaged_weights_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bert answers", "bert embedding"])
-def test_a_tokenizer_that_pads_on_the_left_changes_nothing(kind, tmp_path):
+def test_left_padding_changes_no_result(kind, tmp_path):
     from language import WORDS
 
     report = []
@@ -508,7 +508,7 @@ def test_a_tokenizer_that_pads_on_the_left_changes_nothing(kind, tmp_path):
     assert torch.allclose(*report, atol=1e-5)
 
 
-def test_pooling_that_is_not_covered_is_refused(tmp_path):
+def test_rejects_unsupported_pooling(tmp_path):
     place = folder("bert embedding", tmp_path / "bert")
     (place / "1_Pooling").mkdir()
     (place / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": false, "pooling_mode_lasttoken": true}')
@@ -518,7 +518,7 @@ def test_pooling_that_is_not_covered_is_refused(tmp_path):
         )
 
 
-def test_positions_that_begin_after_the_paddings_are_counted():
+def test_length_excludes_positions_reserved_for_padding():
     config = transformers.RobertaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=30,
                                         max_position_embeddings=40, pad_token_id=1)  # fmt: skip
     model = transformers.RobertaForSequenceClassification(config)
@@ -528,7 +528,7 @@ def test_positions_that_begin_after_the_paddings_are_counted():
         model(input_ids=torch.full((1, 39), 5))
 
 
-def test_a_dict_with_labels_is_an_input_and_its_label(tmp_path):
+def test_dict_with_labels_is_an_input_and_its_label(tmp_path):
     model, samples = texts(tmp_path)
     report = anybit.evaluate(model, samples)
     rows = [{name: x[0] for name, x in b.inputs.items()} | {"labels": b.labels[0]} for b in samples.batches(1)]
@@ -537,7 +537,7 @@ def test_a_dict_with_labels_is_an_input_and_its_label(tmp_path):
     assert again["samples"] == report["samples"] and again["loss"] == pytest.approx(report["loss"], rel=1e-5)
 
 
-def test_a_later_verb_keeps_what_the_run_recorded_but_for_what_is_given(tmp_path):
+def test_later_verb_uses_recorded_options_unless_overridden(tmp_path):
     from anybit.sources.preprocessing import overridden
 
     recorded = Preprocessing(length=12, columns="text=a")
@@ -545,7 +545,7 @@ def test_a_later_verb_keeps_what_the_run_recorded_but_for_what_is_given(tmp_path
     assert overridden(recorded, Preprocessing()) == recorded
 
 
-def test_a_network_of_ones_own_has_its_products_masked():
+def test_products_of_a_custom_network_are_masked():
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
@@ -593,14 +593,14 @@ def test_groups_are_reconstructed():
     assert sum(unit["after"] < unit["before"] for unit in units.values()) > len(units) / 2
 
 
-def test_a_group_that_divides_nothing_is_refused():
+def test_rejects_group_that_divides_no_layer():
     with pytest.raises(InvalidSetting, match="group 1 "):
         CalibrateSettings(group=1)
     with pytest.raises(InvalidSetting, match="group 7 divides the inputs of no"):
         observe_network(covered("bert"), inputs("bert"), CalibrateSettings(group=7).options)
 
 
-def test_an_unquantized_network_with_groups_is_bitwise_the_float_one():
+def test_unquantized_network_with_groups_equals_the_float_one_bitwise():
     model, batch = covered("bert"), inputs("bert")
     network = observe_network(model, batch, CalibrateSettings(group=8).options)
     assert torch.equal(call(network.prepared, batch.inputs)["logits"], call(model, batch.inputs)["logits"])
@@ -632,12 +632,12 @@ def test_a_supernet_of_a_transformer_is_saved_loaded_and_sliced(tmp_path):
         assert (codes_of(result.model.get_submodule(name)).numpy() == codes).all()
 
 
-def test_a_transformer_grows_and_continues_to_the_same_bytes(tmp_path, monkeypatch):
+def test_interrupted_grow_of_a_transformer_resumes_to_identical_bytes(tmp_path, monkeypatch):
     model, samples = texts(tmp_path, count=32)
     options = {"activation_bits": 8, "per_channel": True, "epochs": 2, "batch_size": 8, "seed": 3}
     whole = anybit.grow(model, samples, "4bit", **options)
     checkpoint = tmp_path / "checkpoint.safetensors"
-    monkeypatch.setattr("anybit.loops.training.tell", stop)  # what is said of an epoch comes before its checkpoint: the second is lost
+    monkeypatch.setattr("anybit.loops.training.tell", stop)  # an epoch is reported before its checkpoint: the second one is lost
     with pytest.raises(KeyboardInterrupt):
         anybit.grow(model, samples, "4bit", checkpoint=checkpoint, **options)
     monkeypatch.undo()
@@ -648,13 +648,13 @@ def test_a_transformer_grows_and_continues_to_the_same_bytes(tmp_path, monkeypat
 
 
 def stop(event, epoch=None, **fields):
-    """What Ctrl-C does at the end of the second epoch."""
+    """Simulate Ctrl-C at the end of the second epoch."""
     if (event, epoch) == ("epoch", 2):
         raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("name", "wrong"), [("embeddings.word_embeddings", "W4A8"), ("attention.self.scores", "W4A8")])
-def test_a_scheme_that_gives_bits_to_what_is_not_there_is_refused(name, wrong, tmp_path):
+def test_rejects_scheme_with_bits_for_a_missing_operand(name, wrong, tmp_path):
     model, samples = texts(tmp_path)
     scheme = anybit.calibrate(model, samples, None, **{**QUICK, "weight_bits": (4,), "activation_bits": (8,), "pipeline": "light"}).scheme
     layer = next(one for one in scheme if one.endswith(name))
@@ -662,14 +662,14 @@ def test_a_scheme_that_gives_bits_to_what_is_not_there_is_refused(name, wrong, t
         anybit.grow(model, samples, scheme=scheme.replace({layer: Precision.parse(wrong)}), epochs=1)
 
 
-def test_answers_are_trained_on_the_float_network_alone(tmp_path):
+def test_answers_are_trained_only_by_distillation(tmp_path):
     from language import WORDS
 
     model = load_model(f"hf:{folder('bert answers', tmp_path / 'qa')}")
     rows = [{"question": WORDS[i], "context": " ".join(WORDS[:12]), "answers": WORDS[i]} for i in range(8)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf8")
     samples = load_data(str(tmp_path / "questions.jsonl"), Preprocessing(length=20, stride=4), model=model)
-    with pytest.raises(InvalidSetting, match="--distill 1"):
+    with pytest.raises(InvalidSetting, match="distill=1"):
         anybit.grow(model, samples, "4bit", epochs=1, batch_size=4)
     anybit.grow(model, samples, "4bit", epochs=1, batch_size=4, distill=1.0)
 
@@ -679,7 +679,7 @@ def test_answers_are_trained_on_the_float_network_alone(tmp_path):
 
 @cache
 def run_of(kind, home, budget="6bit", **settings):
-    """(run folder, data) of a network of texts, or of pictures; made once for the same arguments, for tests that only read it."""
+    """(run folder, data) of a network for texts or images; created once per arguments, read only."""
     here = Path(home) / f"{kind}{len(list(Path(home).iterdir()))}"
     settings = {**QUICK, "weight_bits": (3, 4, 8), "pipeline": "light", **settings}
     if kind == "vit":
@@ -701,7 +701,7 @@ def exported_file(kind, home, weight_only=False, **settings):
 
 @pytest.fixture
 def exported_run(tmp_path_factory, monkeypatch):
-    """`exported_file` in a home that its runs share, so that they are one's own in every test."""
+    """`exported_file` in a home folder shared by its runs, so that every test trusts them."""
     home = tmp_path_factory.getbasetemp() / "exported"
     home.mkdir(exist_ok=True)
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
@@ -709,19 +709,19 @@ def exported_run(tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_family_is_exported_with_every_layer_on_integers(kind, exported_run):
+def test_exports_every_family_with_all_layers_on_integers(kind, exported_run):
     run, data, file = exported_run(kind)
     report = anybit.verify(run, file, data=data, model=make(kind) if kind == "vit" else None)
     assert report["ok"], report["failures"]
     assert all(reason == "an embedding looks rows up" for reason in report["floats"].values())
     products = {name: kernel for name, kernel in report["kernels"].items() if name.endswith(("scores", "mixture"))}
     assert len(products) == 4 and set(products.values()) <= {"MatMulIntegerToFloat", "QLinearMatMul"}
-    if "bitwise" not in report["skipped"]:  # norms and softmax are summed in float, which may move a number by one code
+    if "bitwise" not in report["skipped"]:  # norms and softmax are summed in float, which may change a number by one code
         assert report["numbers"]["bitwise"] or report["numbers"]["codes_apart"] <= 1
     assert report["simulation"]["largest_difference"] <= 0.2 * report["simulation"]["largest_output"]
 
 
-def test_an_exported_file_takes_texts_of_any_number_and_length(exported_run):
+def test_exported_file_accepts_any_batch_size_and_length(exported_run):
     run, _, file = exported_run("bert")
     loaded = anybit.load(run)
     session = onnx_file_session(file)
@@ -732,7 +732,7 @@ def test_an_exported_file_takes_texts_of_any_number_and_length(exported_run):
         assert torch.allclose(torch.from_numpy(there), outputs_of(loaded, [batch]), atol=0.1)
 
 
-def test_a_sum_that_a_norm_reads_is_not_rounded(exported_run):
+def test_sum_read_by_a_norm_is_not_rounded(exported_run):
     _, _, file = exported_run("bert")
     graph = load(file).graph
     norms = [node for node in graph if node.op_type == "LayerNormalization"]
@@ -743,18 +743,18 @@ def test_a_sum_that_a_norm_reads_is_not_rounded(exported_run):
 
 
 @pytest.mark.parametrize("weight_only", [False, True])
-def test_weights_in_groups_are_exported_as_they_are(weight_only, exported_run):
+def test_grouped_weights_are_exported_exactly(weight_only, exported_run):
     options = {"budget": None, "weight_bits": (4,), "activation_bits": (None,), "group": 16}
     run, _, file = exported_run("llama", weight_only=weight_only, **options)
     report = anybit.verify(run, file)
     assert report["ok"], report["failures"]
-    # Packed kernels round their inputs to 8 bits a block; weights that are unpacked at load give the simulation's own numbers.
+    # Packed kernels round their inputs to 8 bits per block; weights unpacked at load give exactly the simulation's numbers.
     assert report["simulation"]["largest_difference"] <= (0.1 if weight_only else 1e-4) * report["simulation"]["largest_output"]
     if weight_only:
         assert report["numbers"]["bitwise"] is not None and any("MatMulNBits" in reason for reason in report["floats"].values())
 
 
-def test_layers_in_groups_compute_in_float_and_say_so(exported_run):
+def test_grouped_layers_compute_in_float_and_are_reported(exported_run):
     run, data, file = exported_run("bert", group=8)
     report = anybit.verify(run, file, data=data)
     assert report["ok"], report["failures"]

@@ -1,4 +1,4 @@
-"""What of an item the network takes, and what is the label: by the forward's signature, or asked."""
+"""Which parts of an item are inputs and which is the label: from the forward's signature, or by an explicit choice."""
 
 import numpy as np
 import pytest
@@ -120,7 +120,7 @@ def same(tree, other) -> bool:
         (Single(), DataLoader([A[:4], A[4:]], batch_size=None), A, None),
     ],
 )
-def test_the_forwards_signature_says_what_is_an_input(model, data, inputs, labels):
+def test_signature_of_the_forward_selects_the_inputs(model, data, inputs, labels):
     batch = first(data, model)
     got = batch.inputs["x"] if isinstance(batch.inputs, dict) and not isinstance(inputs, dict) else batch.inputs
     assert same(inputs, got)
@@ -134,7 +134,7 @@ class Stream(IterableDataset):
 
 
 @pytest.mark.parametrize("data", [Stream(), DataLoader(Stream(), batch_size=4), iter(Stream())], ids=["data set", "loader", "iterator"])
-def test_of_what_can_only_be_iterated_the_first_samples_are_held(data):
+def test_iterable_data_keep_only_the_first_samples(data):
     notes = []
     with listening(events=lambda event, fields: notes.append(fields.get("note"))):
         samples = as_samples(data, model=Convolution(), most=N)
@@ -142,7 +142,7 @@ def test_of_what_can_only_be_iterated_the_first_samples_are_held(data):
     assert torch.equal(batch.inputs, P) and batch.labels.tolist() == list(range(N)) and "the first 6 samples" in str(notes)
 
 
-def test_a_stream_without_an_end_is_refused(monkeypatch):
+def test_rejects_endless_stream(monkeypatch):
     monkeypatch.setattr("anybit.sources.inputs.BYTES", 10_000)
     with pytest.raises(InvalidInput, match=r"no length, and its first \d+ samples"):
         as_samples(Stream(), model=Convolution())
@@ -160,13 +160,13 @@ def test_a_stream_without_an_end_is_refused(monkeypatch):
     ],
     ids=["mask", "arrays", "batches", "keys"],
 )
-def test_an_ambiguity_is_a_question_with_its_answers(model, data, words):
+def test_ambiguous_items_raise_a_question_with_its_answers(model, data, words):
     with pytest.raises(InvalidInput) as refused:
         as_samples(data, model=model)
     assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
 
 
-def test_the_answers_to_a_question_hold():
+def test_answers_to_the_question_work():
     model, data = Masked(), TensorDataset(X, MASK)
     assert same((X, MASK), first(anybit.Samples(data, labelled=False), model).inputs)
     assert torch.equal(first(anybit.Samples(data, labelled=True), model).labels, MASK)
@@ -185,13 +185,13 @@ def test_the_answers_to_a_question_hold():
     ],
     ids=["other names", "nothing", "no numbers", "labels of several shapes"],
 )
-def test_what_the_forward_does_not_take_is_one_line(model, data, words):
+def test_rejects_items_that_the_forward_does_not_accept_in_one_line(model, data, words):
     with pytest.raises(InvalidInput) as refused:
         next(as_samples(data, model=model).batches(4))
     assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
 
 
-def test_what_is_left_out_of_an_item_is_told():
+def test_ignored_parts_of_an_item_are_reported():
     notes = []
     with listening(events=lambda event, fields: notes.append(fields.get("note"))):
         first([(a, f"{n}.png") for n, a in enumerate(A)], Single())
@@ -199,7 +199,7 @@ def test_what_is_left_out_of_an_item_is_told():
     assert "elements 1 (str)" in notes[0] and "entries id" in notes[1]
 
 
-def test_the_given_network_and_the_callers_generator_are_left_alone():
+def test_network_and_generators_are_unchanged():
     class Counting(Masked):
         def __init__(self):
             super().__init__()
@@ -216,7 +216,7 @@ def test_the_given_network_and_the_callers_generator_are_left_alone():
     assert model.count == 0 and model.training and torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_pair_of_inputs_is_calibrated_on():
+def test_calibrates_on_pairs_of_inputs():
     result = anybit.calibrate(
         Pair().eval(), TensorDataset(A, B), "8bit", weight_bits=(8,), activation_bits=(8,), pipeline="light", cache=False
     )
@@ -231,3 +231,52 @@ def test_arrays_of_a_loader_with_its_own_collate_function_are_split_as_its_batch
     assert torch.equal(batch.inputs, P) and batch.labels is None
     with_numbers = DataLoader(list(zip(P.numpy(), np.arange(N), strict=True)))
     assert first(with_numbers, Convolution()).labels.tolist() == list(range(N))
+
+
+class Reading(nn.Module):
+    """Class scores of tokens, each of which sees the mean of its text's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids, attention_mask):
+        words = self.words(input_ids)
+        mean = (words * attention_mask[..., None]).sum(1, keepdim=True) / attention_mask.sum(1)[:, None, None]
+        return self.head(torch.tanh(words + mean))
+
+
+def text_batches(labelled=False):
+    draw = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(20, shape, generator=draw) for shape in ((8, 5), (8, 9), (8, 7))]
+    batches = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in tokens]
+    return [one | {"labels": one["input_ids"] % 3} for one in batches] if labelled else batches
+
+
+@pytest.mark.parametrize("kind", [list, iter, lambda batches: DataLoader(batches, batch_size=None)])
+def test_text_batches_of_several_lengths_are_padded(kind):
+    model = Reading().eval()
+    batch = next(as_samples(kind(text_batches()), model=model).batches(24))
+    assert batch.inputs["input_ids"].shape == (24, 9) and batch.mask.sum().item() == 8 * (5 + 9 + 7)
+    with torch.no_grad():
+        expected = [model(**one).flatten(0, 1) for one in text_batches()]
+        torch.testing.assert_close(model(**batch.inputs)[batch.mask], torch.cat(expected))
+
+
+def test_scores_of_padded_texts_exclude_padding():
+    model, data = Reading().eval(), text_batches(labelled=True)
+    with torch.no_grad():
+        right = torch.cat([(model(one["input_ids"], one["attention_mask"]).argmax(-1) == one["labels"]).flatten() for one in data])
+    assert anybit.evaluate(model, data)["top1"] == pytest.approx(100 * right.double().mean().item())
+    result = anybit.calibrate(model, data, "4bit", activation_bits=(8,), pipeline="light", cache=False)
+    assert result.report["inputs"]["fitting"] + result.report["inputs"]["held_out"] == 24
+
+
+@pytest.mark.parametrize(
+    ("shape", "remedy"), [((3, 8, "n"), "--size"), (("n",), "attention_mask"), (("n", 4), "all the same shape.")], ids=str
+)
+def test_samples_of_several_shapes_are_refused_with_a_fitting_remedy(shape, remedy):
+    data = [torch.zeros([8 + n if size == "n" else size for size in shape]) for n in range(4)]
+    with pytest.raises(InvalidInput, match=f"do not fit into one batch.*{remedy}"):
+        next(as_samples(data).batches(4))

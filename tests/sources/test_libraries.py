@@ -1,4 +1,4 @@
-"""Networks of timm and torchvision by name: what is lacking, does not fit or cannot be fetched is said at once, with what to do."""
+"""Networks of timm and torchvision by name: missing, incompatible or unreachable ones fail at once, with a remedy."""
 
 import json
 import socket
@@ -22,7 +22,7 @@ from anybit.sources.models import load_model
 
 
 class Zeroed(Chain):
-    """Ends in a batch norm of zero gammas, as residual branches do when training begins."""
+    """Ends in a batch norm with zero gammas, as residual branches do at the start of training."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class Zeroed(Chain):
 
 @pytest.fixture
 def library(monkeypatch):
-    """torchvision's functions that anybit calls, of a library whose server is away."""
+    """torchvision's functions that anybit calls, with an unreachable server."""
 
     def get_model(name, weights):
         if name != "zeroed":
@@ -54,18 +54,18 @@ def library(monkeypatch):
     monkeypatch.setattr(libraries, "_hub_answers", lambda when: True)
 
 
-def test_weights_that_cannot_be_fetched_are_one_sentence_with_two_remedies(library):
+def test_unreachable_weights_error_is_one_sentence_with_two_remedies(library):
     with pytest.raises(InvalidSetting, match=r"cannot be fetched \(.*not known.*--weights FILE.*--weights random") as raised:
         load_model("torchvision:zeroed")
     assert "\n" not in str(raised.value)
 
 
-def test_an_unknown_name_is_refused_with_similar_ones(library):
+def test_rejects_unknown_name_with_similar_ones(library):
     with pytest.raises(InvalidSetting, match=r"has no network of this name\. Did you mean resnet18\?"):
         load_model("torchvision:resnet81")
 
 
-def test_random_weights_are_always_the_same_lively_and_said_to_be_random(library, tmp_path):
+def test_random_weights_are_deterministic_non_degenerate_and_reported(library, tmp_path):
     notes = []
     with listening(events=lambda event, fields: notes.append(fields["note"]) if event == "note" else None):
         one, other = (load_model("torchvision:zeroed", "random") for _ in range(2))
@@ -83,13 +83,13 @@ def test_random_weights_are_always_the_same_lively_and_said_to_be_random(library
     assert "drawn at random" in (tmp_path / "page.html").read_text()
 
 
-def test_a_function_of_ones_own_takes_no_random_weights():
+def test_rejects_random_weights_for_a_custom_function():
     with pytest.raises(InvalidSetting, match="Leave --weights out"):
         load_model("torch.nn:Identity", "random")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050.lamb_in1k"])
-def test_a_bare_name_is_answered_with_where_networks_have_names(name):
+def test_error_for_a_bare_name_lists_named_sources(name):
     with pytest.raises(InvalidSetting, match=rf"torchvision:{name} or timm:{name}"):
         load_model(name)
 
@@ -125,7 +125,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("package", "error", "installed", "parts"), BROKEN, ids=lambda value: type(value).__name__)
-def test_what_is_lacking_and_what_does_not_fit_are_told_apart(package, error, installed, parts, monkeypatch):
+def test_error_distinguishes_missing_from_incompatible_packages(package, error, installed, parts, monkeypatch):
     failing(monkeypatch, error, installed)
     with pytest.raises(MissingPackage) as raised:
         import_optional(package, package, "--model it")
@@ -136,11 +136,11 @@ def test_what_is_lacking_and_what_does_not_fit_are_told_apart(package, error, in
 # Servers
 
 
-def test_a_server_that_does_not_answer_is_asked_once(monkeypatch):
-    constants, asked = types.SimpleNamespace(HF_HUB_OFFLINE=False, ENDPOINT="http://somewhere"), []
+def test_unreachable_server_is_queried_once(monkeypatch):
+    constants, timeouts = types.SimpleNamespace(HF_HUB_OFFLINE=False, ENDPOINT="http://somewhere"), []
 
-    def away(*given, **options):
-        asked.append(options["timeout"])
+    def away(*arguments, **options):
+        timeouts.append(options["timeout"])
         raise URLError("nobody")
 
     monkeypatch.setattr(libraries, "_hub_constants", lambda: constants)
@@ -151,10 +151,10 @@ def test_a_server_that_does_not_answer_is_asked_once(monkeypatch):
             assert constants.HF_HUB_OFFLINE and socket.getdefaulttimeout()
         assert not constants.HF_HUB_OFFLINE and socket.getdefaulttimeout() is None
     libraries._hub_answers.cache_clear()
-    assert asked == [libraries.PATIENCE]
+    assert timeouts == [libraries.PATIENCE]
 
 
-def test_no_server_is_asked_for_a_folder(monkeypatch, tmp_path):
+def test_no_server_is_queried_for_a_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(libraries, "_hub_answers", lambda when: pytest.fail("asked"))
     with libraries.hurried(str(tmp_path)):
         pass

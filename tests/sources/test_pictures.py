@@ -1,4 +1,4 @@
-"""Folders of pictures: every mode and orientation as it looks, classes numbered once, sizes within limits."""
+"""Image folders: every mode and orientation, classes numbered consistently, sizes within limits."""
 
 import numpy as np
 import pytest
@@ -30,12 +30,12 @@ def save(path, values=RAMP, **options):
     ],
     ids=["16-bit png", "16-bit tiff", "big-endian", "16-bit ppm", "float", "rgb", "rgba"],
 )  # fmt: skip
-def test_a_picture_of_any_depth_is_read_as_it_looks(name, values, tmp_path):
+def test_image_of_any_depth_is_scaled_correctly(name, values, tmp_path):
     picture = read_image(save(tmp_path / name, values), Preprocessing())
     assert torch.equal(picture, torch.from_numpy(RAMP).float().expand(3, -1, -1) / 255)
 
 
-def test_a_dark_16_bit_picture_stays_dark(tmp_path):
+def test_dark_16_bit_image_stays_dark(tmp_path):
     assert read_image(save(tmp_path / "a.png", np.full((4, 4), 200, np.uint16)), Preprocessing()).max() < 0.01
 
 
@@ -47,14 +47,14 @@ def test_a_dark_16_bit_picture_stays_dark(tmp_path):
     ],
     ids=["floats", "nan", "integers"],
 )  # fmt: skip
-def test_a_picture_whose_white_is_not_known_is_refused(values, words, tmp_path):
+def test_rejects_image_with_unknown_maximum(values, words, tmp_path):
     with pytest.raises(InvalidInput, match=rf"a\.tif holds {words}"):
         read_image(save(tmp_path / "a.tif", values), Preprocessing())
 
 
-def test_pictures_are_turned_as_their_orientation_says(tmp_path):
+def test_images_are_rotated_by_their_orientation(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned by a quarter
+    exif[0x0112] = 6  # the camera was rotated by 90 degrees
     picture = read_image(save(tmp_path / "a.png", exif=exif), Preprocessing())
     assert torch.equal(picture[0] * 255, torch.from_numpy(np.rot90(RAMP, -1).copy()).float())
 
@@ -68,10 +68,10 @@ def test_classes_of_data_and_test_data_are_numbered_together(tmp_path):
     for name in ("train/a", "train/b", "train/c", "test/a", "test/c", "more/d"):
         save(tmp_path / name / "p.png")
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1))
-    _, preprocessing, about = follow_model(network, None, str(tmp_path / "train"), str(tmp_path / "test"), Preprocessing(), None)
+    _, preprocessing, provenance = follow_model(network, None, str(tmp_path / "train"), str(tmp_path / "test"), Preprocessing(), None)
     assert labels_of(tmp_path / "train", preprocessing) == {"a": 0, "b": 1, "c": 2}
     assert labels_of(tmp_path / "test", preprocessing) == {"a": 0, "c": 2}
-    assert Preprocessing.from_json(about["preprocessing"]).classes == ("a", "b", "c")
+    assert Preprocessing.from_json(provenance["preprocessing"]).classes == ("a", "b", "c")
     with pytest.raises(InvalidInput, match=r"none of the classes known \(a, b, c\): d\. .*--classes"):
         load_data(str(tmp_path / "more"), preprocessing)
     _, fewer, _ = follow_model(network, None, str(tmp_path / "test"), str(tmp_path / "train"), Preprocessing(), None)
@@ -80,7 +80,7 @@ def test_classes_of_data_and_test_data_are_numbered_together(tmp_path):
     assert labels_of(tmp_path / "test", own) == {"c": 0, "a": 1}
 
 
-def test_folders_called_by_their_numbers_need_no_common_numbering(tmp_path):
+def test_numbered_folders_need_no_common_numbering(tmp_path):
     for name in ("train/0", "train/7", "test/7"):
         save(tmp_path / name / "p.png")
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1))
@@ -88,33 +88,33 @@ def test_folders_called_by_their_numbers_need_no_common_numbering(tmp_path):
     assert preprocessing.classes is None and labels_of(tmp_path / "test", preprocessing) == {"7": 7}
 
 
-def test_a_digit_that_is_no_number_is_a_name(tmp_path):
+def test_non_decimal_digit_is_a_name(tmp_path):
     for name in ("²", "1", "123456789012345678901234567890"):
         save(tmp_path / name / "p.png")
     assert labels_of(tmp_path) == {"1": 0, "123456789012345678901234567890": 1, "²": 2}
 
 
 @pytest.mark.parametrize("names", [("1", "01"), ("a/x", "b/x")], ids=["one number", "one name"])
-def test_two_folders_of_one_class_are_refused(names, tmp_path):
+def test_rejects_two_folders_of_one_class(names, tmp_path):
     for name in names:
         save(tmp_path / name / "p.png")
     with pytest.raises(InvalidInput, match=r"one number|of one name"):
         load_data(str(tmp_path))
 
 
-def test_a_name_twice_among_classes_is_refused():
-    with pytest.raises(InvalidSetting, match="--classes a,a"):
+def test_rejects_duplicate_class_names():
+    with pytest.raises(InvalidSetting, match=r"classes=\('a', 'a'\)"):
         Preprocessing(classes=("a", "a"))
 
 
-def test_a_strip_that_would_become_gigabytes_is_refused(tmp_path):
+def test_rejects_strip_that_resizing_would_make_gigabytes(tmp_path):
     path = save(tmp_path / "a.png", np.zeros((1, 60_000), np.uint8))
     with pytest.raises(InvalidInput, match=r"60000 x 1 pixels and would be 13440000 x 224"):
         read_image(path, Preprocessing(resize=224, size=224))
     assert read_image(path, Preprocessing(size=16)).shape == (3, 16, 16)
 
 
-def test_a_picture_that_claims_more_pixels_than_memory_holds_is_refused(tmp_path, monkeypatch):
+def test_rejects_image_larger_than_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     with pytest.raises(InvalidInput, match=r"a\.png cannot be read as a picture: .*pixels"):
         read_image(save(tmp_path / "a.png"), Preprocessing())

@@ -43,7 +43,7 @@ def all_of(samples, size: int = 4) -> tuple[torch.Tensor, torch.Tensor | None]:
     return torch.cat([batch.inputs for batch in batches]), labels
 
 
-def test_a_function_of_a_file_or_a_package_is_the_network(script):
+def test_model_reference_names_a_function_of_a_file_or_package(script):
     for reference in (f"{script}:net", "torch.nn:Identity"):
         model = load_model(reference)
         assert isinstance(model, nn.Module) and not model.training
@@ -58,13 +58,13 @@ def test_a_function_of_a_file_or_a_package_is_the_network(script):
         ("{}:number", "returned a int, not a torch.nn.Module"), ("math:pi", "no function 'pi'"),
     ],
 )  # fmt: skip
-def test_a_model_reference_that_leads_nowhere_is_refused(reference, message, script):
+def test_rejects_unresolvable_model_reference(reference, message, script):
     with pytest.raises(InvalidSetting, match=message.replace(".", r"\.")):
         load_model(reference.format(script))
 
 
 @pytest.mark.parametrize("text", ["import no_such_thing_at_all", "def net(:", "raise KeyError('mine')"])
-def test_a_script_that_does_not_import_is_refused_by_name(text, tmp_path):
+def test_rejects_script_that_fails_to_import_by_name(text, tmp_path):
     (tmp_path / "broken.py").write_text(text)
     with pytest.raises(AnybitError, match=r"broken\.py") as raised:
         load_model(f"{tmp_path / 'broken.py'}:net")
@@ -72,7 +72,7 @@ def test_a_script_that_does_not_import_is_refused_by_name(text, tmp_path):
 
 
 @pytest.mark.parametrize(("package", "module"), [("timm", "timm"), ("torchvision", "torchvision"), ("pillow", "PIL")])
-def test_an_optional_package_that_is_missing_is_one_sentence_with_the_command(package, module, monkeypatch, tmp_path):
+def test_missing_optional_package_error_gives_the_install_command(package, module, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, f"{module}.Image", raising=False)
     with pytest.raises(MissingPackage, match=f"needs {package}, .* run `pip install {package}`") as raised:
@@ -89,7 +89,7 @@ def test_every_optional_package_is_an_extra():
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_weights_are_loaded_from_every_format(suffix, tmp_path):
+def test_loads_weights_from_every_format(suffix, tmp_path):
     from safetensors.torch import save_file
 
     trained, path = make(Chain, seed=5), tmp_path / f"weights.{suffix}"
@@ -108,7 +108,7 @@ def test_weights_are_loaded_from_every_format(suffix, tmp_path):
     ],
     ids=["lacking", "surplus", "shape"],
 )
-def test_weights_of_another_network_are_refused_by_name_and_none_is_loaded(change, message, tmp_path):
+def test_rejects_weights_of_another_network_without_loading_any(change, message, tmp_path):
     state = make(Chain, seed=5).state_dict()
     change(state)
     torch.save(state, tmp_path / "weights.pt")
@@ -126,7 +126,7 @@ def test_weights_of_another_network_are_refused_by_name_and_none_is_loaded(chang
     ],
     ids=["garbage pt", "garbage safetensors", "missing", "a list", "pickled module"],
 )  # fmt: skip
-def test_a_weights_file_that_cannot_be_read_is_refused_in_one_line(name, content, tmp_path):
+def test_rejects_unreadable_weights_file_in_one_line(name, content, tmp_path):
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -137,7 +137,7 @@ def test_a_weights_file_that_cannot_be_read_is_refused_in_one_line(name, content
     assert "\n" not in str(raised.value)
 
 
-def test_arrays_are_read_as_they_are_written(tmp_path):
+def test_arrays_are_read_unchanged(tmp_path):
     x, y = np.random.default_rng(0).standard_normal((6, 3, 8, 8)).astype(np.float32), np.arange(6)
     np.savez(tmp_path / "plain.npz", x=x, y=y)
     np.savez(tmp_path / "parts.npz", x_train=x, y_train=y, x_test=x[:4] + 1, y_test=y[:4])
@@ -150,7 +150,7 @@ def test_arrays_are_read_as_they_are_written(tmp_path):
         assert marks is None if labels is None else np.array_equal(marks.numpy(), labels)
 
 
-def test_arrays_go_by_the_names_of_the_networks_inputs(tmp_path):
+def test_arrays_are_matched_to_inputs_by_name(tmp_path):
     model = make(TwoInputs)
     arrays = {"picture": pictures(5).numpy(), "vector": np.ones((5, 4)), "y": np.arange(5)}
     np.savez(tmp_path / "named.npz", **arrays, **{f"{name}_test": array[:2] for name, array in arrays.items()}, other=np.ones(9))
@@ -159,8 +159,8 @@ def test_arrays_go_by_the_names_of_the_networks_inputs(tmp_path):
     batch = next(samples.batches(3))
     assert batch.inputs["vector"].dtype == torch.float32 and torch.equal(batch.inputs["picture"], pictures(5)[:3])
     assert batch.labels.tolist() == [0, 1, 2] and call(model, batch.inputs).shape == (3, 5)
-    given = {name: torch.from_numpy(array) for name, array in arrays.items() if name != "y"}
-    assert torch.equal(next(as_samples(given).batches(3)).inputs["vector"], batch.inputs["vector"])
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if name != "y"}
+    assert torch.equal(next(as_samples(tensors).batches(3)).inputs["vector"], batch.inputs["vector"])
     with pytest.raises(InvalidInput, match=r"nor one of the network's inputs \(x\); it holds picture"):
         load_data(str(tmp_path / "named.npz"), model=make(Chain))
     np.savez(tmp_path / "odd.npz", picture=np.ones((3, 3, 8, 8)), vector=np.ones((2, 4)))
@@ -168,12 +168,12 @@ def test_arrays_go_by_the_names_of_the_networks_inputs(tmp_path):
         load_data(str(tmp_path / "odd.npz"), model=model)
 
 
-def test_one_array_in_a_file_of_its_own_is_read(tmp_path):
+def test_reads_npy_file(tmp_path):
     np.save(tmp_path / "x.npy", pictures(4).numpy())
     assert torch.equal(all_of(load_data(str(tmp_path / "x.npy")))[0], pictures(4))
 
 
-def test_pictures_in_an_array_are_scaled_and_normalized_as_stated(tmp_path):
+def test_image_arrays_are_scaled_and_normalized_as_set(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", x=x)
     preprocessing = Preprocessing(mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0))
@@ -183,7 +183,7 @@ def test_pictures_in_an_array_are_scaled_and_normalized_as_stated(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_number_of_workers_changes_nothing(workers, tmp_path):
+def test_batches_are_independent_of_the_number_of_workers(workers, tmp_path):
     np.savez(tmp_path / "x.npz", x=pictures(5).numpy(), y=np.arange(5))
     batches, labels = all_of(load_data(str(tmp_path / "x.npz"), workers=workers), size=2)
     assert torch.equal(batches, pictures(5)) and labels.tolist() == list(range(5))
@@ -196,7 +196,7 @@ def save_picture(path, colour=(10, 20, 30), size=(8, 8)):
     Image.new("RGB", size, colour).save(path)
 
 
-def test_a_folder_of_pictures_is_read_in_order(tmp_path):
+def test_image_folder_is_read_in_order(tmp_path):
     for index in range(3):
         save_picture(tmp_path / f"{index}.png", (index * 50, 0, 255))
     batches, labels = all_of(load_data(str(tmp_path)))
@@ -213,7 +213,7 @@ def test_integer_folder_names_are_class_numbers_and_others_are_numbered_in_order
     assert all_of(load_data(str(tmp_path)))[1].tolist() == labels
 
 
-def test_resizing_is_done_as_stated(tmp_path):
+def test_images_are_resized_as_set(tmp_path):
     from PIL import Image
 
     path = tmp_path / "wide.png"
@@ -227,7 +227,7 @@ def test_resizing_is_done_as_stated(tmp_path):
     assert (cropped[0, 0, :, :5] == 1).all() and (cropped[0, 2, :, 5:] == 1).all()
 
 
-def test_the_result_does_not_depend_on_where_the_data_come_from(script):
+def test_result_is_independent_of_the_data_source(script):
     for reference in (f"{script}:data", f"{script}:loader"):
         batches, labels = all_of(load_data(reference))
         assert torch.equal(batches, pictures(6)) and labels.tolist() == list(range(6))
@@ -241,7 +241,7 @@ def test_the_result_does_not_depend_on_where_the_data_come_from(script):
     ],
     ids=["tensors", "arrays", "data set", "loader", "list"],
 )  # fmt: skip
-def test_what_a_user_has_at_hand_becomes_the_same_samples(data):
+def test_all_forms_of_data_give_the_same_samples(data):
     batches, labels = all_of(as_samples(data))
     assert torch.equal(batches, pictures(6)) and labels.tolist() == list(range(6))
 
@@ -251,21 +251,21 @@ def halved(items):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loaders_own_collate_function_makes_the_batches(workers):
+def test_collate_function_of_a_loader_makes_the_batches(workers):
     dataset = list(zip(pictures(6), range(6), strict=True))
     batches, labels = all_of(as_samples(DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=halved)))
     assert torch.equal(batches, pictures(6) / 2) and labels.tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_loaders_collate_function_says_whether_there_are_labels():
-    words = ["a", "bb", "ccc"]  # items that nothing but the user's own function can put into a batch
+def test_collate_function_of_a_loader_determines_labels():
+    words = ["a", "bb", "ccc"]  # items that only the user's function can batch
     samples = as_samples(DataLoader(words, collate_fn=lambda items: torch.tensor([[float(len(word))] for word in items])))
     assert all_of(samples)[0].tolist() == [[1], [2], [3]] and not samples.labelled
     batches, labels = all_of(as_samples(DataLoader(pictures(4), collate_fn=lambda items: (torch.stack(items) * 2, torch.ones(len(items))))))
     assert torch.equal(batches, 2 * pictures(4)) and labels.tolist() == [1, 1, 1, 1]
 
 
-def test_a_loaders_workers_and_subset_are_kept():
+def test_workers_and_subset_of_a_loader_are_used():
     def init_worker(worker):
         raise RuntimeError("worker_init_fn has run")
 
@@ -286,7 +286,7 @@ def test_unlabelled_inputs_have_no_labels(data):
 
 
 @pytest.mark.parametrize("data", [None, 7, {"x": 1}, b"x"], ids=["None", "number", "dict", "bytes"])
-def test_what_is_no_data_is_refused_by_type(data):
+def test_rejects_other_types_as_data(data):
     with pytest.raises(InvalidInput, match=type(data).__name__):
         as_samples(data)
 
@@ -326,7 +326,7 @@ def test_what_is_no_data_is_refused_by_type(data):
         "uint64",
     ],
 )
-def test_an_array_file_that_does_not_fit_is_refused(arrays, fragment, message, tmp_path):
+def test_rejects_unsuitable_array_file(arrays, fragment, message, tmp_path):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises((InvalidInput, InvalidFile), match=message) as refused:
         load_data(f"{tmp_path / 'x.npz'}{fragment}")
@@ -339,7 +339,7 @@ def test_an_array_file_that_does_not_fit_is_refused(arrays, fragment, message, t
 @pytest.mark.parametrize(
     "kind", [">f4", ">f8", "<f8", "longdouble", "float16", "int8", ">i2", "uint16", "uint64", ">i8", "clongdouble", ">c8"]
 )
-def test_arrays_of_any_numbers_and_byte_order_are_read(kind, tmp_path):
+def test_reads_arrays_of_any_numeric_dtype_and_byte_order(kind, tmp_path):
     x = np.arange(12).reshape(4, 3)
     np.savez(tmp_path / "x.npz", x=x.astype(kind), y=np.arange(4).astype(kind if "c" not in kind else ">i4"))
     for samples in (load_data(str(tmp_path / "x.npz")), as_samples((x.astype(kind), np.arange(4, dtype=">i4")))):
@@ -348,7 +348,7 @@ def test_arrays_of_any_numbers_and_byte_order_are_read(kind, tmp_path):
         assert labels.tolist() == [0, 1, 2, 3]
 
 
-def test_one_hot_labels_are_the_numbers_of_their_classes_and_others_keep_their_shape(tmp_path):
+def test_one_hot_labels_become_class_numbers_and_others_keep_their_shape(tmp_path):
     classes = np.array([2, 0, 1, 2])
     several, pixels = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 1]]), np.zeros((4, 2, 2), int)
     for y, expected in (
@@ -360,7 +360,7 @@ def test_one_hot_labels_are_the_numbers_of_their_classes_and_others_keep_their_s
             assert all_of(samples)[1].tolist() == expected.tolist()
 
 
-def test_a_path_that_exists_wins_over_the_meaning_of_a_mark(tmp_path):
+def test_existing_path_takes_precedence_over_syntax(tmp_path):
     folder = tmp_path / "run#1"
     folder.mkdir()
     np.savez(folder / "x#test.npz", x=np.zeros((2, 3)), x_test=np.ones((3, 3)))
@@ -373,7 +373,7 @@ def test_a_path_that_exists_wins_over_the_meaning_of_a_mark(tmp_path):
         load_data(f"{folder / 'missing.npz'}#test")
 
 
-def test_data_that_are_not_there_are_refused_by_name(tmp_path):
+def test_rejects_missing_data_by_name(tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"PK\3\4 broken")
     (tmp_path / "empty").mkdir()
     for name in ("missing.npz", "missing", "broken.npz", "empty"):
@@ -381,14 +381,14 @@ def test_data_that_are_not_there_are_refused_by_name(tmp_path):
             load_data(str(tmp_path / name))
 
 
-def test_a_picture_that_is_broken_is_named(tmp_path):
+def test_broken_image_is_named(tmp_path):
     save_picture(tmp_path / "a.png")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     with pytest.raises(InvalidInput, match=r"broken\.jpg"):
         all_of(load_data(str(tmp_path)))
 
 
-def test_pictures_of_several_sizes_ask_for_one(tmp_path):
+def test_images_of_several_sizes_require_resizing(tmp_path):
     save_picture(tmp_path / "a.png", size=(8, 8))
     save_picture(tmp_path / "b.png", size=(9, 7))
     with pytest.raises(InvalidInput, match="--size"):
@@ -401,12 +401,12 @@ def test_pictures_of_several_sizes_ask_for_one(tmp_path):
     [{"interpolation": "linear"}, {"std": (1.0, 0.0, 1.0)}, {"size": 0}, {"size": -8}, {"resize": 0}, {"std": (float("nan"),)}],
     ids=str,
 )
-def test_preprocessing_that_cannot_be_is_refused_at_once(wrong):
+def test_rejects_invalid_preprocessing(wrong):
     with pytest.raises(InvalidSetting):
         Preprocessing(**wrong)
 
 
-def test_preprocessing_survives_json():
+def test_preprocessing_round_trips_through_json():
     for one in (Preprocessing(), Preprocessing((0.5,), (0.2,), 32, 36, "bicubic")):
         assert Preprocessing.from_json(one.to_json()) == one
 
@@ -417,19 +417,19 @@ def test_sizes_do_not_apply_to_arrays(tmp_path):
         load_data(str(tmp_path / "x.npz"), Preprocessing(size=8))
 
 
-def test_a_script_keeps_nothing_on_the_path(script):
+def test_importing_a_script_restores_sys_path(script):
     before = list(sys.path)
     assert callable(load_callable(f"{script}:net", "--model"))
     assert sys.path == before
 
 
-def test_what_a_users_function_raises_is_one_error_that_names_it(tmp_path):
+def test_exception_in_a_user_function_is_one_error_that_names_it(tmp_path):
     (tmp_path / "net.py").write_text("def network(size):\n    return size\n\ndef broken():\n    raise KeyError('weights')\n")
-    for name, said in (("network", "TypeError"), ("broken", "KeyError")):
-        with pytest.raises(InvalidSetting, match=f"net.py:{name} failed with {said}"):
+    for name, error in (("network", "TypeError"), ("broken", "KeyError")):
+        with pytest.raises(InvalidSetting, match=f"net.py:{name} failed with {error}"):
             load_model(f"{tmp_path / 'net.py'}:{name}")
 
 
-def test_a_crop_larger_than_the_resized_picture_is_refused():
-    with pytest.raises(InvalidSetting, match="larger --resize"):
+def test_rejects_crop_larger_than_the_resized_image():
+    with pytest.raises(InvalidSetting, match="larger resize="):
         Preprocessing(size=256, resize=224)

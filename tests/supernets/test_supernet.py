@@ -1,4 +1,4 @@
-"""Supernets: trained, stored, sliced, searched; and what must be refused."""
+"""Supernets: training, storage, slicing, search; and rejected inputs."""
 
 import json
 import random
@@ -46,8 +46,8 @@ HELD = {"epochs": 1, "batch_size": 16, "held_out": 0.3, "bn_images": 32}
 
 
 def trained(cls=Residual, **changes):
-    wanted = {"bits": (2, 4, 8), **HELD, **changes}
-    return anybit.train(make(cls), labelled(cls), test=labelled(cls), **wanted)
+    settings = {"bits": (2, 4, 8), **HELD, **changes}
+    return anybit.train(make(cls), labelled(cls), test=labelled(cls), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_every_form_of_supernet_loads_bitwise(changes, tmp_path):
 
 
 class Reversed(torch.nn.Module):
-    """Layers that are defined in another order than that in which they run."""
+    """Layers defined in another order than they run."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ class Reversed(torch.nn.Module):
         return self.fc(torch.relu(self.second(torch.relu(self.first(x)))))
 
 
-def test_layers_are_stored_under_their_names_whatever_their_order(tmp_path):
+def test_layers_are_stored_by_name_in_any_order(tmp_path):
     x = torch.randn(60, 4)
     supernet = anybit.train(make(Reversed), (x, x.argmax(1)), bits=(2, 8), epochs=1, batch_size=16)
     folder = supernet.save(tmp_path / "run")
@@ -113,7 +113,7 @@ def test_layers_are_stored_under_their_names_whatever_their_order(tmp_path):
         assert np.array_equal(sliced[name][0], codes_of(layer).numpy())
 
 
-def test_with_a_batch_norm_for_each_bit_width_a_mixed_subnet_has_each_layers_own():
+def test_mixed_subnet_uses_the_batch_norm_of_each_layers_bits():
     supernet = trained(batch_norm="switch")
     supernet.switch(supernet.uniform(2))
     low = supernet.method.norms["conv"].chosen().running_mean.clone()
@@ -121,7 +121,7 @@ def test_with_a_batch_norm_for_each_bit_width_a_mixed_subnet_has_each_layers_own
     assert "own bit-width" in words and torch.equal(supernet.method.norms["conv"].chosen().running_mean, low)
 
 
-def test_the_report_tells_every_bit_width_and_the_store():
+def test_report_covers_every_bit_width_and_the_store():
     report = trained().report
     names = ["2 bits", "4 bits", "8 bits"]
     assert all(list(report[key]) == names for key in ("test", "float_store", "subnets")) and list(report["epochs"][0]["widths"]) == names
@@ -134,15 +134,15 @@ def test_training_lowers_the_loss_of_the_lowest_bits():
     assert trained(epochs=12, rate=3e-3).report["test"]["2 bits"]["loss"] < before
 
 
-def test_a_continued_training_ends_with_the_same_bytes(tmp_path, monkeypatch):
+def test_resumed_training_is_byte_identical(tmp_path, monkeypatch):
     from anybit.loops.checkpoint import save_checkpoint
 
     changes = {"epochs": 3, "middle": "worst", "label": "adaptive"}
     trained(**changes, checkpoint=tmp_path / "whole").save(tmp_path / "a")
     save, calls = save_checkpoint, []
 
-    def interrupted(*given):
-        save(*given)
+    def interrupted(*arguments):
+        save(*arguments)
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
@@ -158,7 +158,7 @@ def test_a_continued_training_ends_with_the_same_bytes(tmp_path, monkeypatch):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_the_store_rounds_the_weights_once_and_keeps_the_codes_of_the_highest_bits():
+def test_store_rounds_weights_once_and_preserves_the_highest_bits():
     supernet = trained()
     before = {name: layer._parameters["weight"].clone() for name, layer in supernet.method.layers.items()}
     to_store(supernet.method)  # a second time
@@ -182,7 +182,7 @@ if dist.is_initialized():
 """
 
 
-def test_two_processes_train_the_supernet_of_one(tmp_path):
+def test_two_processes_give_the_supernet_of_one(tmp_path):
     for count in (1, 2):
         run_processes(count, tmp_path / f"by{count}", tmp_path, WORKER)
     one, two = (anybit.load_supernet(tmp_path / f"by{count}", model=make(NoBatchNorm)) for count in (1, 2))
@@ -191,7 +191,7 @@ def test_two_processes_train_the_supernet_of_one(tmp_path):
         one.switch(scheme)
         two.switch(scheme)
         with torch.no_grad():
-            assert torch.allclose(one.model(x), two.model(x), rtol=1e-4, atol=1e-5)  # far less than training moves them
+            assert torch.allclose(one.model(x), two.model(x), rtol=1e-4, atol=1e-5)  # much less than training changes them
 
 
 @pytest.mark.slow  # it compiles
@@ -208,13 +208,13 @@ def test_a_compiled_supernet_is_compiled_once_for_all_its_networks():
     assert compiled.report["test"]["8 bits"]["loss"] == pytest.approx(plain.report["test"]["8 bits"]["loss"], rel=0.05)
 
 
-def test_the_store_keeps_the_codes_of_the_lowest_bits():
+def test_store_preserves_the_codes_of_the_lowest_bits():
     supernet = trained(bits=(2, 4, 8), epochs=1)
     layer = supernet.method.layers["block1.conv1"]
     slot = layer.weight_quantizer
     slot.switch(2)
     threshold = 0.5 * slot.scale().expand(len(layer._parameters["weight"]), 1)
-    with torch.no_grad():  # every weight right beside a threshold of two bits, where rounding to eight would carry half of them over
+    with torch.no_grad():  # every weight next to a two-bit threshold, where rounding to eight bits would push half of them across
         beside = threshold * (1 + 1e-3 * torch.randn(threshold.shape[0], 54, generator=torch.Generator().manual_seed(0)))
         layer._parameters["weight"].copy_(beside.view_as(layer._parameters["weight"]))
         before = slot.freeze(len(beside)).codes(beside)
@@ -225,7 +225,7 @@ def test_the_store_keeps_the_codes_of_the_lowest_bits():
 # Subnets
 
 
-def test_batch_norm_is_estimated_for_the_subnet_at_hand(stored):
+def test_batch_norm_is_estimated_for_the_current_subnet(stored):
     supernet, _ = stored
     batches = bn_batches(held_out_split(*_samples())[0], supernet.settings)
     supernet.switch(supernet.uniform(2), batches)
@@ -242,7 +242,7 @@ def _samples():
     return as_samples(labelled()), SupernetSettings.of(held_out=0.3, bn_images=32, batch_size=16)
 
 
-def test_a_subnet_is_sliced_from_the_file_by_numpy_alone(stored):
+def test_numpy_alone_slices_a_subnet_from_the_file(stored):
     supernet, folder = stored
     for seed in range(5):
         scheme = random_scheme(supernet, seed)
@@ -258,7 +258,7 @@ def test_a_subnet_is_sliced_from_the_file_by_numpy_alone(stored):
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
-def test_an_extracted_run_is_an_ordinary_one(stored, tmp_path):
+def test_extracted_run_is_an_ordinary_run(stored, tmp_path):
     supernet, folder = stored
     x = labelled()[0]
     result = anybit.extract(folder, "3bit", model=make(Residual), test=labelled())
@@ -271,7 +271,7 @@ def test_an_extracted_run_is_an_ordinary_one(stored, tmp_path):
         assert torch.allclose(supernet.model(x), result.model(x), atol=1e-5)
 
 
-def test_the_report_says_whose_statistics_a_subnet_has(stored, tmp_path):
+def test_report_names_the_source_of_batch_norm_statistics(stored, tmp_path):
     supernet, folder = stored
     mixed = random_scheme(supernet, 3)
     (tmp_path / "scheme.json").write_text(json.dumps(mixed.to_json()))
@@ -283,19 +283,19 @@ def test_the_report_says_whose_statistics_a_subnet_has(stored, tmp_path):
     assert again.scheme == supernet.uniform(2)
 
 
-def test_a_polished_subnet_is_never_further_from_the_float_outputs(stored):
+def test_polishing_never_moves_a_subnet_away_from_the_float_outputs(stored):
     _, folder = stored
     options = {"data": labelled(), "model": make(Residual), "scheme": anybit.load_supernet(folder, make(Residual)).uniform(2)}
     result = anybit.extract(folder, polish=True, samples=42, steps=20, batch_size=16, **options)
-    kept = [row["loss"] for row in result.report["ladder"] if row["kept"]]
-    assert kept == sorted(kept, reverse=True) and len(result.report["ladder"]) == 5
+    losses = [row["loss"] for row in result.report["ladder"] if row["kept"]]
+    assert losses == sorted(losses, reverse=True) and len(result.report["ladder"]) == 5
     assert result.scheme == options["scheme"]
 
 
 # Searching
 
 
-def test_a_search_keeps_the_best_of_each_budget_and_its_statistics(stored, tmp_path):
+def test_search_stores_the_best_of_each_budget_with_its_statistics(stored, tmp_path):
     _, folder = stored
     result = anybit.search(folder, labelled(), ["3bit", "5bit"], model=make(Residual), evaluations=30, cache=tmp_path / "cache")
     fits = {text: supernet_bits(result, scheme) for text, scheme in result.chosen.items()}
@@ -314,17 +314,17 @@ def supernet_bits(result, scheme):
     return result.supernet.costs.weight_bits(scheme)
 
 
-def test_a_search_that_was_interrupted_repeats_nothing_and_ends_the_same(stored, tmp_path, monkeypatch):
+def test_interrupted_search_resumes_without_repetition_to_the_same_end(stored, tmp_path, monkeypatch):
     _, folder = stored
     options = {"model": make(Residual), "evaluations": 20}
     whole = anybit.search(folder, labelled(), "3bit", cache=tmp_path / "a", **options)
     scores, calls = subnet_scores, []
 
-    def counted(*given):
+    def counted(*arguments):
         calls.append(1)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        return scores(*given)
+        return scores(*arguments)
 
     monkeypatch.setattr("anybit.roads.search.scores", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -337,21 +337,21 @@ def test_a_search_that_was_interrupted_repeats_nothing_and_ends_the_same(stored,
     assert len(calls) == before and other.chosen["5bit"]  # another budget measures nothing
 
 
-def test_a_search_estimates_batch_norm_on_as_many_inputs_as_it_is_told(stored, tmp_path, monkeypatch):
+def test_search_estimates_batch_norm_on_the_requested_number_of_inputs(stored, tmp_path, monkeypatch):
     _, folder = stored
     options = {"model": make(Residual), "evaluations": 12, "cache": tmp_path / "cache"}
     scores, seen = subnet_scores, []
 
-    def counted(supernet, scheme, statistics, *given):
+    def counted(supernet, scheme, statistics, *arguments):
         seen.append(sum(map(len, statistics)))
-        return scores(supernet, scheme, statistics, *given)
+        return scores(supernet, scheme, statistics, *arguments)
 
     monkeypatch.setattr("anybit.roads.search.scores", counted)
-    told = anybit.search(folder, labelled(), bn_images=16, **options).report
+    report = anybit.search(folder, labelled(), bn_images=16, **options).report
     front = len(seen) - 12
-    assert told["images"]["batch_norm"] == 16 < told["images"]["batch_norm_of_the_front"]
-    assert seen == [16] * 12 + [told["images"]["batch_norm_of_the_front"]] * front and front >= len(told["front"])
-    for other in (17, None):  # what was measured with other statistics is not taken, be they as many: 17 are a batch of 16, too
+    assert report["images"]["batch_norm"] == 16 < report["images"]["batch_norm_of_the_front"]
+    assert seen == [16] * 12 + [report["images"]["batch_norm_of_the_front"]] * front and front >= len(report["front"])
+    for other in (17, None):  # measurements with other statistics are not reused, even with as many inputs: 17 are also one batch of 16
         before = len(seen)
         anybit.search(folder, labelled(), bn_images=other, **options)
         assert len(seen) >= before + 12
@@ -359,7 +359,7 @@ def test_a_search_estimates_batch_norm_on_as_many_inputs_as_it_is_told(stored, t
         anybit.search(folder, labelled(), bn_images=1, **options)
 
 
-def test_a_users_metric_ranks_the_subnets_and_names_its_scores(stored, tmp_path):
+def test_custom_metric_ranks_subnets_and_names_scores(stored, tmp_path):
     _, folder = stored
 
     def fewest(outputs, labels):
@@ -368,11 +368,11 @@ def test_a_users_metric_ranks_the_subnets_and_names_its_scores(stored, tmp_path)
     options = {"model": make(Residual), "evaluations": 12, "cache": tmp_path / "cache"}
     result = anybit.search(folder, labelled(), metric=fewest, **options)
     assert result.report["score"] == "fewest" and all(row["score"] < 0 for row in result.report["evaluated"])
-    plain = anybit.search(folder, labelled(), **options)  # scores of another metric are never taken from the file
+    plain = anybit.search(folder, labelled(), **options)  # scores of another metric are never reused from the file
     assert plain.report["score"] == "top1" and max(row["score"] for row in plain.report["evaluated"]) > 1
 
 
-def test_another_supernets_scores_are_never_taken(stored, tmp_path):
+def test_scores_of_another_supernet_are_never_reused(stored, tmp_path):
     _, folder = stored
     options = {"evaluations": 10, "cache": tmp_path / "cache"}
     anybit.search(folder, labelled(), model=make(Residual), **options)
@@ -380,20 +380,20 @@ def test_another_supernets_scores_are_never_taken(stored, tmp_path):
     assert anybit.search(other, labelled(), **options).report["recalled"] == 0
 
 
-@pytest.mark.parametrize("what", ["a label", "an input", "an input for batch norm", "an attribute"])
-def test_scores_of_other_data_or_code_are_never_taken(what, stored, tmp_path):
+@pytest.mark.parametrize("change", ["a label", "an input", "an input for batch norm", "an attribute"])
+def test_scores_of_other_data_or_code_are_never_reused(change, stored, tmp_path):
     supernet, folder = stored
     x, y = (tensor.clone() for tensor in labelled())
     options = {"evaluations": 10, "cache": tmp_path / "cache"}
     anybit.search(folder, (x, y), model=make(Residual), **options)
     fitting, held_out = (part.dataset.indices for part in held_out_split(as_samples((x, y)), supernet.settings))
     model = make(Residual)
-    if what == "a label":
+    if change == "a label":
         y[held_out[-1]] = (y[held_out[-1]] + 1) % 5
-    elif what == "an attribute":
+    elif change == "an attribute":
         model.block2.scale = 2.0
     else:
-        x[held_out[0] if what == "an input" else list(bn_indices(fitting, supernet.settings))[-1]] += 0.5
+        x[held_out[0] if change == "an input" else list(bn_indices(fitting, supernet.settings))[-1]] += 0.5
     assert anybit.search(folder, (x, y), model=model, **options).report["recalled"] == 0
 
 
@@ -405,12 +405,12 @@ def bn_indices(fitting, settings):
     return (index for index in fitting if (rows == x[index].flatten()).all(1).any())
 
 
-def test_another_budget_estimates_nothing_anew(stored, tmp_path, monkeypatch):
+def test_another_budget_estimates_nothing_again(stored, tmp_path, monkeypatch):
     _, folder = stored
     options = {"model": make(Residual), "evaluations": 15, "cache": tmp_path / "cache"}
     first = anybit.search(folder, labelled(), "3bit", **options)
     with monkeypatch.context() as patched:
-        patched.setattr("anybit.networks.batchnorm.reestimate", lambda *given: pytest.fail("estimated"))
+        patched.setattr("anybit.networks.batchnorm.reestimate", lambda *arguments: pytest.fail("estimated"))
         second = anybit.search(folder, labelled(), "3bit", **options)
     for one, other in zip(first.supernet.known, second.supernet.known, strict=True):
         assert one.scheme == other.scheme and torch.equal(one.statistics, other.statistics) and torch.equal(one.edges, other.edges)
@@ -426,10 +426,10 @@ def test_a_search_among_few_schemes_ends(settings):
     assert len(report["evaluated"]) == (1 if "keep" in settings else 4) and report["rank_correlation"] is None
 
 
-# What must be refused
+# Rejected inputs
 
 
-def test_a_budget_below_the_lowest_subnet_names_it(stored):
+def test_error_for_budget_below_the_lowest_subnet_names_it(stored):
     _, folder = stored
     least = anybit.load_supernet(folder, make(Residual))
     bits = least.costs.weight_bits(least.method.lowest)
@@ -464,17 +464,17 @@ def test_a_budget_below_the_lowest_subnet_names_it(stored):
         (lambda f: slice_subnet(f / "nowhere", {"fc": "W2A8"}), InvalidFile),
     ],
 )
-def test_what_cannot_be_is_refused(run, error, stored):
+def test_rejects_invalid_calls(run, error, stored):
     with pytest.raises(error):
         run(stored[1])
 
 
-def test_labels_are_not_needed_where_the_float_network_teaches():
+def test_distillation_needs_no_labels():
     assert anybit.train(make(Residual), labelled()[0], distill=1.0, **HELD).report["epochs"][0]["loss"] > 0
 
 
 @pytest.mark.parametrize("damage", ["codes", "json", "settings", "surplus", "scale", "missing", "order", "macs", "truncated"])
-def test_a_damaged_store_is_named(damage, stored, tmp_path):
+def test_damaged_store_is_named(damage, stored, tmp_path):
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -483,7 +483,7 @@ def test_a_damaged_store_is_named(damage, stored, tmp_path):
 
     folder = tmp_path / "run"
     shutil.copytree(stored[1], folder)
-    weights, about = folder / "supernet.safetensors", json.loads((folder / "supernet.json").read_text())
+    weights, provenance = folder / "supernet.safetensors", json.loads((folder / "supernet.json").read_text())
     if damage == "codes":
         data = bytearray(weights.read_bytes())
         data[-40] ^= 1
@@ -493,9 +493,9 @@ def test_a_damaged_store_is_named(damage, stored, tmp_path):
     elif damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-9])
     elif damage == "order":
-        about["layers"] = dict(reversed(about["layers"].items()))
+        provenance["layers"] = dict(reversed(provenance["layers"].items()))
     elif damage == "macs":
-        about["layers"]["fc"]["macs"] += 1
+        provenance["layers"]["fc"]["macs"] += 1
     elif damage in ("surplus", "scale"):
         tensors = load_file(weights)
         if damage == "surplus":
@@ -503,10 +503,10 @@ def test_a_damaged_store_is_named(damage, stored, tmp_path):
         else:
             tensors["weight_scales"][0] = -1.0
         save_file(tensors, weights)
-        about["sha256"] = sha256_of(weights)
+        provenance["sha256"] = sha256_of(weights)
     else:
-        about["settings" if damage == "settings" else "edges"] = {"bits": "many"}
-    (folder / "supernet.json").write_text(json.dumps(about))
+        provenance["settings" if damage == "settings" else "edges"] = {"bits": "many"}
+    (folder / "supernet.json").write_text(json.dumps(provenance))
     with pytest.raises(InvalidFile):
         anybit.load_supernet(folder, make(Residual))
     if damage in ("codes", "missing", "truncated"):
@@ -518,7 +518,7 @@ ONE_LAYER = '{"evaluated": [{"scheme": {"fc": "W2A8"}, "score": 1.0, "cost": 1.0
 
 
 @pytest.mark.parametrize("damage", ["[]", "{}", ONE_LAYER, '{"evaluated": [{}]}'])
-def test_a_damaged_search_is_named(damage, stored, tmp_path):
+def test_damaged_search_is_named(damage, stored, tmp_path):
     result = anybit.search(stored[1], labelled(), "3bit", model=make(Residual), evaluations=10, cache=False)
     folder = result.save(tmp_path / "run")
     (folder / "search.json").write_text(damage)
@@ -526,7 +526,7 @@ def test_a_damaged_search_is_named(damage, stored, tmp_path):
         anybit.extract(folder, "3bit", model=make(Residual))
 
 
-def test_a_kept_score_that_is_none_is_made_again(stored, tmp_path):
+def test_malformed_cached_score_is_measured_again(stored, tmp_path):
     options = {"model": make(Residual), "evaluations": 10, "cache": tmp_path / "cache"}
     first = anybit.search(stored[1], labelled(), "3bit", **options)
     for entry in entries(tmp_path / "cache"):
@@ -536,7 +536,7 @@ def test_a_kept_score_that_is_none_is_made_again(stored, tmp_path):
     assert again.report["evaluated"] == first.report["evaluated"] and again.report["recalled"] == 0
 
 
-def test_too_few_samples_are_refused():
+def test_rejects_too_few_samples():
     x, y = labelled()
     with pytest.raises(InvalidInput, match="two"):
         anybit.train(make(Residual), (x[:1], y[:1]))
@@ -544,20 +544,20 @@ def test_too_few_samples_are_refused():
         trained(bn_images=1)
 
 
-def test_a_strangers_reference_is_never_followed_nor_handed_on(stored, monkeypatch, tmp_path):
+def test_foreign_reference_is_never_followed_or_passed_on(stored, monkeypatch, tmp_path):
     supernet, _ = stored
     supernet.about = {"model": {"reference": f"{tmp_path}/evil.py:network"}, "data": {"reference": f"{tmp_path}/evil.py:data"}}
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
-    theirs = supernet.save(tmp_path / "theirs")
+    foreign = supernet.save(tmp_path / "theirs")
     supernet.about = {}
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))  # another user's list of own runs
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))  # another user's list of trusted runs
     with pytest.raises(InvalidSetting, match="was not written by your own"):
-        anybit.load_supernet(theirs)
-    mine = anybit.load_supernet(theirs, model=make(Residual)).save(tmp_path / "mine")
-    result = anybit.search(theirs, labelled(), "3bit", model=make(Residual), evaluations=10, cache=False).save(tmp_path / "found")
-    for folder in (mine, result):
+        anybit.load_supernet(foreign)
+    own = anybit.load_supernet(foreign, model=make(Residual)).save(tmp_path / "mine")
+    result = anybit.search(foreign, labelled(), "3bit", model=make(Residual), evaluations=10, cache=False).save(tmp_path / "found")
+    for folder in (own, result):
         with pytest.raises(InvalidSetting, match="does not say which network"):
             anybit.load_supernet(folder)
-    run = anybit.extract(theirs, "3bit", model=make(Residual)).save(tmp_path / "run")
+    run = anybit.extract(foreign, "3bit", model=make(Residual)).save(tmp_path / "run")
     with pytest.raises(InvalidSetting, match="does not say which network"):
         anybit.load(run)

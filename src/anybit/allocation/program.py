@@ -82,7 +82,7 @@ def make_problem(choices: Mapping[str, Sequence[Precision]], table: SensitivityT
     losses = {name: np.array([table.loss(name, precision) for precision in choices[name]]) for name in names}
     for name in names:
         if not np.isfinite(losses[name]).all():
-            raise UnsupportedModel(f"The sensitivity of layer {name} is not finite: {losses[name].tolist()}. --keep the layer.")
+            raise UnsupportedModel(f"The sensitivity of layer {name} is not finite: {losses[name].tolist()}. Fix it with --keep.")
     limited: dict[str, dict[str, np.ndarray]] = {}
     limits: dict[str, float] = {}
     in_words: dict[str, Callable[[float], str]] = {}

@@ -123,7 +123,9 @@ def measure_sensitivity(
             )
         value = cache.value(f"sensitivity of {layer} at {precision}", partial(measure_at, layer, at), float) - floor
         if not value < float("inf"):
-            raise UnsupportedModel(f"{layer} at {precision} makes the outputs NaN or infinite. Exclude that bit-width or --keep the layer.")
+            raise UnsupportedModel(
+                f"{layer} at {precision} makes the outputs NaN or infinite. Leave it out, or choose another with --keep."
+            )
         measured[layer, precision] = value
         tell("sensitivity", layer=layer, precision=str(precision), loss=value)
     return SensitivityTable(measured, base, sum(map(len, held_out)), pairs, floor)

@@ -145,7 +145,7 @@ def evaluate(
     run: Path | None = argument("A run folder; for the float network, give --model instead.", None, ready=check_run),
     *,
     model=None, weights=None, data, preprocessing: Preprocessing,
-    batch_size: int = same_as(CalibrateSettings, "batch_size", default=128), workers=0, metric=None, device="cpu", task=None,
+    batch_size: int = same_as(CalibrateSettings, "batch_size", default=128), workers=0, metric=None, device="cpu", task=None, outputs=None,
 ) -> Outcome:  # fmt: skip
     """Measure accuracy and loss of a run, or of a float network.
 
@@ -155,11 +155,12 @@ def evaluate(
     if run is None and model is None:
         raise InvalidSetting("RUN or --model is missing. Give a run folder, or --model for the float network.")
     from anybit.reports.words import scores_line
-    from anybit.roads.evaluate import evaluated_network
+    from anybit.roads.evaluate import evaluated_network, recorded_outputs
 
     function = load_metric(metric)
     network, preprocessing, task = evaluated_network(run, model, weights, preprocessing, task)
-    scores = anybit.evaluate(network, data, function, task, batch_size, workers, device, preprocessing)
+    compared = outputs or (None if run is None else recorded_outputs(run))
+    scores = anybit.evaluate(network, data, function, task, batch_size, workers, device, preprocessing, compared)
     return Outcome(scores, lambda details: print(scores_line(scores)))
 
 

@@ -15,6 +15,7 @@ from anybit.cli.help import ALL, show_all
 from anybit.cli.options import Verb, as_parameter
 from anybit.errors import AnybitError, InvalidSetting, printable
 from anybit.settings import PANELS
+from anybit.wording import as_on_the_command_line
 
 SHOW_ALL = inspect.Parameter(
     "help_all", inspect.Parameter.KEYWORD_ONLY, default=False,
@@ -87,7 +88,8 @@ def is_first() -> bool:
 def reported_errors() -> Iterator[None]:
     """Print anybit's own errors as one line with exit status 2; exit with 130 on Ctrl-C."""
     try:
-        yield
+        with as_on_the_command_line():
+            yield
     except AnybitError as error:
         print(f"anybit: {printable(str(error))}", file=sys.stderr)
         raise typer.Exit(2) from error

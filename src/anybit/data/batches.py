@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -16,6 +17,8 @@ from torch.utils.data import default_collate
 from anybit.errors import InvalidInput
 
 Inputs = Tensor | tuple | dict
+IGNORED = -100
+"""The label of a token or place that is not scored, as PyTorch's cross-entropy has it."""
 
 
 class Reader(Protocol):
@@ -177,17 +180,44 @@ def join(batches: list[Batch]) -> Batch:
     return Batch(map_tensors(batches[0].inputs, lambda _: next(joined)), None, batches[0].reader)
 
 
+def padded(items: list, labels: list) -> tuple[list, list]:
+    """Pad texts of several lengths, dictionaries with an attention_mask [T], and labels of their tokens at the end: with zeros, which the
+    mask excludes, and IGNORED. Return all else as it is."""
+    if not all(isinstance(item, Mapping) and getattr(item.get("attention_mask"), "ndim", 0) == 1 for item in items):
+        return items, labels
+    columns = {name: _to_one_length([item[name] for item in items], 0) for name in items[0] if all(name in item for item in items)}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)], _to_one_length(labels, IGNORED)
+
+
+def _to_one_length(values: list, fill: int) -> list:
+    """Pad arrays that differ in their first dimension alone."""
+    if not all(isinstance(value, (Tensor, np.ndarray)) and value.ndim for value in values) or len({len(value) for value in values}) < 2:
+        return values
+    tensors, longest = [torch.as_tensor(value) for value in values], max(map(len, values))
+    return [torch.cat([tensor, tensor.new_full((longest - len(tensor), *tensor.shape[1:]), fill)]) for tensor in tensors]
+
+
 def stacked(items: list) -> Any:
-    """Stack items into one batch, tensor by tensor. Raise InvalidInput if their shapes differ."""
+    """Stack items into one batch, tensor by tensor, with texts padded to one length. Raise InvalidInput if their shapes differ."""
     try:
-        return default_collate(items)
+        return default_collate(padded(items, [])[0])
     except TypeError as error:
         raise InvalidInput(
             f"The samples cannot be made a batch: {error}. Give tensors, tuples or dicts, or a loader's collate_fn."
         ) from error
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise InvalidInput(f"The samples do not fit into one batch: {reason}. Give all the same shape (--size for pictures).") from error
+        raise InvalidInput(f"The samples do not fit into one batch: {reason}. {_same_shape(items)}") from error
+
+
+def _same_shape(items: list) -> str:
+    """Return how samples of these kinds get one shape."""
+    sizes = {tuple(tensor.shape) for tensor in tensors_in(items)}
+    if any(len(size) == 3 and size[0] in (1, 3, 4) for size in sizes):
+        return "Give all the same shape (--size for pictures)."
+    if any(len(size) == 1 for size in sizes):
+        return "Give all the same length, or texts as dictionaries with an attention_mask [T], which are padded."
+    return "Give all the same shape."
 
 
 def check_finite(batches: Iterable[Batch]) -> None:

@@ -178,8 +178,8 @@ class WeightedErrors:
         energies = [one.square().sum() for one in self.reader.split(reference if whole is None else whole)]
         errors = [(one - target).square().sum() for one, target in zip(*map(self.reader.split, (outputs, reference)), strict=True)]
         weights = [one.weight * bool(energy > 0) for one, energy in zip(self.reader.outputs, energies, strict=True)]
-        terms = [w * error / energy for w, error, energy in zip(weights, errors, energies, strict=True) if w]
-        return sum(terms, outputs.new_zeros(())) / max(sum(weights), 1e-30)
+        terms = [w / sum(weights) * error / energy for w, error, energy in zip(weights, errors, energies, strict=True) if w]
+        return sum(terms, outputs.new_zeros(()))
 
     def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
         return self.loss(outputs.float(), reference)

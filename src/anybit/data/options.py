@@ -41,15 +41,15 @@ OUTPUTS = Text(parse_outputs, lambda outputs: [f"{name}={weight:g}" for name, we
 
 
 def parse_augmentations(text: str) -> list[tuple[str, int]]:
-    """Parse "flip,crop4" into [("flip", 0), ("crop", 4)]."""
+    """Parse "flip,crop4" into [("flip", 0), ("crop", 4)]; "none", or nothing, into []."""
     augmentations = []
-    for name in filter(None, text.split(",")):
+    for name in filter(None, () if text == "none" else text.split(",")):
         if name == "flip":
             augmentations.append(("flip", 0))
         elif name.startswith("crop") and name[4:].isdigit():
             augmentations.append(("crop", int(name[4:])))
         else:
-            raise InvalidSetting(f"augment {name!r} is unknown. Write flip, crop4 (shifts by up to 4 pixels), or both with a comma.")
+            raise InvalidSetting(f"augment {name!r} is unknown. Write flip, crop4 (shifts by up to 4 pixels), both with a comma, or none.")
     return augmentations
 
 

@@ -136,8 +136,8 @@ def _chosen(
     for name, weight in chosen.items():
         own = names[int(name)] if name not in names and name.isascii() and name.isdigit() and int(name) < len(names) else name
         if own in others:
-            raise InvalidSetting(f"--outputs {name} cannot be compared: {others[own]}. Choose from {', '.join(possible) or 'none'}.")
+            raise InvalidSetting(f"--outputs {name!r} cannot be compared: {others[own]}. Choose from {', '.join(possible) or 'none'}.")
         if own not in possible:
-            raise InvalidSetting(f"--outputs {name} is no output of the network. Choose from {', '.join(possible)}.")
+            raise InvalidSetting(f"--outputs {name!r} is no output of the network. Choose from {', '.join(possible)}.")
         weights[own] = weight
     return tuple(Output(one.name, one.place, one.shape, weights[name]) for name, one in possible.items() if name in weights)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from anybit.data.batches import Batch, Reader, stacked
+from anybit.data.batches import Batch, Reader, padded, stacked
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.files.contents import contents_of
 
@@ -22,7 +22,8 @@ class Samples:
     `workers` processes load them, which changes nothing but speed, unless the data set draws at random: each worker draws from `seed`
     and its own number. `collate` makes a batch of items, as a DataLoader's collate_fn does. `split` says of an item, or of what a `collate`
     of the user's own makes, what its inputs and its label are, where its order does not. `loading` are other arguments for the
-    DataLoader; `reader` reads the model's output on them. An array data set answers whole batches through `__getitems__`.
+    DataLoader; `reader` reads the model's output on them. `black` is the value of a black pixel in each channel, or in all, where it is
+    known. An array data set answers whole batches through `__getitems__`.
     """
 
     dataset: Dataset | Sequence
@@ -34,6 +35,7 @@ class Samples:
     loading: Mapping[str, Any] = field(default_factory=dict)
     reader: Reader | None = None
     split: Callable[[Any], tuple[Any, Any]] | None = None
+    black: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
@@ -82,8 +84,8 @@ class Samples:
         assert self.split is not None
         if self.collate is stacked:
             pairs = [self.split(item) for item in items]
-            inputs = stacked([own for own, _ in pairs])
-            labels = stacked([label for _, label in pairs]) if self.labelled else None
+            own, labels_of_own = padded([own for own, _ in pairs], [label for _, label in pairs])
+            inputs, labels = stacked(own), stacked(labels_of_own) if self.labelled else None
         else:
             inputs, labels = self.split(self.collate(items))
         return Batch(_as_inputs(inputs), _as_labels(labels) if self.labelled else None)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, Reader, evaluating, predict
+from anybit.data.batches import IGNORED, Batch, Reader, evaluating, predict
 from anybit.data.distances import (
     BINARY_DIVERGENCE,
     CHANNEL_DIVERGENCE,
@@ -33,8 +33,6 @@ from anybit.progress import tell
 
 Metric = Callable[[Any, Tensor], float]
 """A user's own, higher is better: of (outputs, labels), the outputs a tensor, or a tuple of several."""
-IGNORED = -100
-"""The label of a token or place that is not scored, as PyTorch's cross-entropy has it."""
 VOID = 255
 """The label of a place that is not scored, where there are no more classes than that, as PASCAL VOC has it."""
 
@@ -386,14 +384,14 @@ class Guess(NamedTuple):
     reason: str = ""
 
 
-def guess_task(outputs: Tensor, reader: Reader | None = None, labels: Tensor | None = None) -> Guess:
+def guess_task(outputs: Tensor, reader: Reader | None = None, labels: Tensor | None = None, classes: int | None = None) -> Guess:
     """Return the reader's task; else what the labels say, where they fit one; else what shape and values of the (first) outputs say. The
-    user's --task overrules it."""
+    user's --task overrules it. `classes` is how many the network itself says it has (`num_classes`)."""
     if reader is not None and reader.task is not None:
         return Guess(reader.task)
     if isinstance(reader, OutputReader):
         outputs = reader.split(outputs)[0]
-    return (None if labels is None else _guess_by_labels(outputs, labels)) or _guess_by_values(outputs)
+    return (None if labels is None else _guess_by_labels(outputs, labels)) or _guess_by_values(outputs, classes)
 
 
 def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
@@ -423,7 +421,8 @@ def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
     return None
 
 
-def _guess_by_values(outputs: Tensor) -> Guess:
+def _guess_by_values(outputs: Tensor, classes: int | None = None) -> Guess:
+    """Return the task that shape and values show: numbers, unless something shows that they are scores of classes."""
     shape = f"outputs {list(outputs.shape)}"
     if outputs.dim() != 2 or outputs.shape[1] < 2:
         return Guess("regression", f"{shape} have no row of class scores for each sample")
@@ -433,25 +432,45 @@ def _guess_by_values(outputs: Tensor) -> Guess:
         return Guess("regression", f"{shape} lie between 0 and 1 and do not sum up to one: numbers, or a sigmoid at the end (multi-label)")
     if outputs.min() >= 0 and outputs.max() > 0:
         return Guess("regression", f"of the {shape} none is negative, as scores of classes are")
-    doubt = "; they hardly tell one class from another, so they may well be numbers (regression)" if _tell_little(outputs) else ""
-    return Guess("classification", f"{shape} are taken for scores of {outputs.shape[1]} classes{doubt}")
+    if outputs.shape[1] == classes:
+        return Guess("classification", f"{shape} are one for each class of the network's num_classes")
+    if _are_trained_scores(outputs):
+        return Guess("classification", f"{shape} vary as a trained classifier's: classes are told apart, sums of rows tell nothing")
+    return Guess("regression", f"nothing shows that {shape} are scores of classes: no labels, no softmax at the end, nor values as theirs")
 
 
-def _tell_little(outputs: Tensor) -> bool:
-    """Return whether, as scores of classes, the outputs tell less than a twentieth of what they could of which class a sample is: the
-    divergence would hardly tell the network from a constant."""
-    p = outputs.double().softmax(1)
+LEAST_SCORES = 8
+"""Samples from which the values of outputs show whether they are scores of classes: fewer are alike by chance."""
+
+
+def _are_trained_scores(outputs: Tensor) -> bool:
+    """Return whether the outputs vary as those of a network that cross-entropy has trained.
+
+    Its gradients sum up to zero over a row, so that the sums of rows vary hardly more than before the training (below a quarter of what
+    independent numbers would), while their softmax tells much of which class a sample is (a fifth or more of what it could).
+    """
+    count, classes = outputs.shape
+    if count < LEAST_SCORES:
+        return False
+    outputs = outputs.double()
+    p = outputs.softmax(1)
     information = (p * (p.clamp_min(1e-300) / p.mean(0).clamp_min(1e-300)).log()).sum(1).mean()
-    return bool(information < math.log(outputs.shape[1]) / 20)
+    return bool(outputs.sum(1).var() < outputs.var(0).sum() / 4 and information > math.log(min(count, classes)) / 5)
 
 
-def task_of(outputs: Tensor, reader: Reader | None, task: str | Task | None = None, labelled: "LabelledOutputs | None" = None) -> Task:
+def task_of(
+    outputs: Tensor,
+    reader: Reader | None,
+    task: str | Task | None = None,
+    labelled: "LabelledOutputs | None" = None,
+    model: nn.Module | None = None,
+) -> Task:
     """Return the task of a network with such outputs: the one that is given or named, else the one that they are taken for, which is
-    told with its reason; `labelled` are outputs with labels, where there are any."""
+    told with its reason; `labelled` are outputs with labels, where there are any, and `model` is the network, which may say its classes."""
     if isinstance(task, Task):
         return task
-    labels = None if labelled is None else labelled.labels
-    guess = Guess(task) if task else guess_task(outputs if labelled is None else labelled.outputs, reader, labels)
+    labels, classes = None if labelled is None else labelled.labels, getattr(model, "num_classes", None)
+    guess = Guess(task) if task else guess_task(outputs if labelled is None else labelled.outputs, reader, labels, classes)
     if guess.reason:
         tell("note", note=f"task {guess.task}: {guess.reason}. --task says otherwise ({', '.join(TASKS)})")
     one = TASKS[guess.task]
@@ -473,20 +492,30 @@ def sample_distances(outputs: Tensor, reference: Tensor, task: str | Task) -> Te
     return named_task(task).distance.of_samples(outputs, reference)
 
 
-def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], task: str, metric: Metric | None = None) -> dict[str, Any]:
-    """Compare an exported network's outputs with the simulation's: how far apart they are, and the scores of both on labels.
+def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], name: str, metric: Metric | None = None) -> dict[str, Any]:
+    """Compare an exported network's outputs with the simulation's: how far apart they are, and the scores of both on labels, by the task
+    of this name.
 
-    simulation  the largest difference, the largest output, and where outputs are classes top-1 agreement in percent
+    simulation  the largest difference, the largest output, and where outputs are classes top-1 agreement in percent: of the (first)
+                output; of several, `outputs` has the first two of each by name
     """
-    apart = {"largest_difference": float((simulated - there).abs().max()), "largest_output": float(simulated.abs().max())}
-    if simulated.dim() == 2 and simulated.shape[1] > 1:
-        apart["agreement"] = agreement(there, simulated)
-    report: dict[str, Any] = {"simulation": apart}
+    task = task_of(simulated, batches[0].reader, name)
+    report: dict[str, Any] = {"simulation": _apart(task.judged(simulated), task.judged(there))}
+    if isinstance(task, SeveralOutputs):
+        pairs = zip(task.reader.outputs, task.tensors(simulated), task.tensors(there), strict=True)
+        report["simulation"]["outputs"] = {output.name: _apart(one, other) for output, one, other in pairs}
     labels = labels_in(batches)
     if labels is not None and (metric is not None or fits(simulated, labels, task)):
         both = {"simulated": simulated, "exported": there}
         report["accuracy"] = {kind: score(outputs, labels, task, metric, batches[0].reader) for kind, outputs in both.items()}
     return report
+
+
+def _apart(simulated: Tensor, there: Tensor) -> dict[str, float]:
+    apart = {"largest_difference": float((simulated - there).abs().max()), "largest_output": float(simulated.abs().max())}
+    if simulated.dim() == 2 and simulated.shape[1] > 1:
+        apart["agreement"] = agreement(there, simulated)
+    return apart
 
 
 def correct(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -630,7 +659,9 @@ def check_metric_on(model: nn.Module, batches: Iterable[Batch], metric: Metric |
     """Ask a user's metric once, before work that it would waste. Raise InvalidInput where it fails or the batches have no labels."""
     if metric is not None:
         on_labels = LabelledOutputs.of(model, batches)
-        measure(metric, on_labels.outputs, on_labels.labels)
+        reader, outputs = on_labels.reader, on_labels.outputs
+        several = reader.split(outputs) if isinstance(reader, OutputReader) else (outputs,)
+        measure(metric, several if len(several) > 1 else outputs, on_labels.labels)
 
 
 def task_loss(outputs: Tensor, batch: Batch, task: str | Task, teacher: nn.Module | None, distill: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from anybit.calls import public
-from anybit.data.batches import Batch, call
+from anybit.data.batches import Batch, call, read_output
 from anybit.data.samples import Samples
 from anybit.data.tasks import Metric, beside, check_metric_on, outputs_of
 from anybit.environment import environment
@@ -32,7 +32,7 @@ from anybit.onnx.verification import RUN, flipped_codes, verify_file
 from anybit.progress import tell
 from anybit.runs.opened import Run, first_of, inputs_for, opened
 from anybit.scheme import Precision, parsed_keep
-from anybit.sources.inputs import as_samples, load_data
+from anybit.sources.inputs import as_samples, compared, load_data
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing
 
@@ -122,7 +122,7 @@ def verify(
     path = Path(onnx)
     canonical, file = opened(run, model)
     integer = load(path)
-    inputs = inputs_for(run, file, canonical.model, data, workers)
+    inputs = compared(canonical.model, inputs_for(run, file, canonical.model, data, workers), file.outputs or {})
     first = _first(inputs, CHECKED)
     check_metric_on(canonical.model, first_of(inputs, samples).batches(CHECKED), metric)
     properties = integer.metadata_props
@@ -148,17 +148,15 @@ def verify(
 
 
 def _predicted(running: Any, model: nn.Module, batches: Sequence[Batch]) -> torch.Tensor:
-    """Run the file and read its outputs, which have the names that the network gives them."""
-    if batches[0].reader is None:
-        return torch.from_numpy(outputs(running, batches)[0])
+    """Run the file and read its outputs, which are in the order, and where they go by name have the names, that the network gives them."""
     with torch.no_grad():
-        output = call(model, batches[0].head(1).inputs)
-    names = [name for name, value in output.items() if isinstance(value, torch.Tensor)] if isinstance(output, Mapping) else ["output"]
+        output = call(model, batches[0].head(2).inputs)
+    by_name = isinstance(output, Mapping) and all(value is None or isinstance(value, torch.Tensor) for value in output.values())
+    names = [name for name, value in output.items() if value is not None] if by_name else []
     parts = []
     for batch in batches:
-        assert batch.reader is not None, "batches of one data set have one reader"
-        arrays = map(torch.from_numpy, outputs(running, [batch]))
-        parts.append(batch.reader.read(dict(zip(names, arrays, strict=True)), batch))
+        tensors = [torch.from_numpy(array) for array in outputs(running, [batch])]
+        parts.append(read_output(dict(zip(names, tensors, strict=True)) if names else tensors, batch))
     return torch.cat(parts)
 
 

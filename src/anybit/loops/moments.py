@@ -1,5 +1,6 @@
 """Second moments of what layers read, from patches of their inputs: all that a solver in closed form needs of the data."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,37 +15,43 @@ from anybit.networks.capture import MemoryBudget
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight
 from anybit.networks.patches import draw_places, patches, real_rows
+from anybit.numerics.quadratic import Full, Quadratic, Thin
 
 NUMBERS = 2**24
 """Numbers of a layer's inputs that are read, in patches of so many that are between the next two."""
 PATCHES = (4096, 16384)
 """Patches at least and at most; but at least `RANK` times the numbers of one, which are what its covariance has ranks."""
 RANK = 4
+THIN = 0.25
+"""Rows, as a share of the fan-in, below which they are kept themselves: their products are cheaper than those of the whole matrix."""
 
 
 @dataclass(frozen=True)
 class Moments:
     """Describe X, the float network's inputs of a layer, and Xq, those that it really sees, as rows [groups, rows, fan-in].
 
-    hessian   mean of (Xq - mean)^T (Xq - mean), [groups, fan-in, fan-in]; with plain squares, no mean is taken off
-    cross     mean of (X - mean)^T (Xq - mean), the same; `hessian` itself where X is Xq
+    form      mean of (Xq - mean)^T (Xq - mean); with plain squares, no mean is taken off
+    cross     mean of (X - mean)^T (Xq - mean), [groups, fan-in, fan-in]; of a thin form, X's factor, as its own; None where X is Xq
     means     of X and of Xq, [groups, fan-in]
     """
 
-    hessian: Tensor
-    cross: Tensor
+    form: Quadratic
+    cross: Tensor | None
     means: tuple[Tensor, Tensor]
 
 
 class Sums:
-    """Add up moments, a chunk of rows after the other. `sides` is 2 where Xq is not X."""
+    """Add up moments, a chunk of rows after the other. `sides` is 2 where Xq is not X.
+
+    As long as rows are fewer than `THIN` of the fan-in they are kept as they are.
+    """
 
     def __init__(self, first: Tensor, budget: MemoryBudget, sides: int):
-        groups, _, fan_in = first.shape
-        self.count = 0
+        self.count, self.budget = 0, budget
         self.origin = first.mean(1, keepdim=True)  # so that values far from zero leave digits to their differences
-        self.sums = [first.new_zeros(groups, fan_in) for _ in range(sides)]
-        self.products = [budget.allocate((groups, fan_in, fan_in), first.dtype).zero_() for _ in range(sides)]
+        self.sums = [torch.zeros_like(self.origin[:, 0]) for _ in range(sides)]
+        self.products: list[Tensor] = []
+        self.rows: list[list[Tensor]] = [[] for _ in range(sides)]
 
     def add(self, x: Tensor, quantized: Tensor | None = None) -> None:
         """Add rows of X and, where they differ, those of the same places of Xq."""
@@ -52,6 +59,19 @@ class Sums:
         rows = [one - self.origin for one in (x, quantized) if one is not None]
         for total, one in zip(self.sums, rows, strict=True):
             total += one.sum(1)
+        if not self.products and self.count <= THIN * x.shape[2]:
+            for kept, one in zip(self.rows, rows, strict=True):
+                kept.append(self.budget.allocate(tuple(one.shape), one.dtype).copy_(one))
+            return
+        if not self.products:
+            groups, _, fan_in = x.shape
+            self.products = [self.budget.allocate((groups, fan_in, fan_in), x.dtype).zero_() for _ in rows]
+            for earlier in zip(*self.rows, strict=True):
+                self._multiply([one.to(x.device) for one in earlier])
+            self.rows = []
+        self._multiply(rows)
+
+    def _multiply(self, rows: Sequence[Tensor]) -> None:
         seen = rows[-1].transpose(1, 2)
         for product, one in zip(self.products, rows, strict=True):
             product += (seen @ one).to(product.device)  # Xq^T X, then Xq^T Xq
@@ -60,6 +80,14 @@ class Sums:
         """Return the moments of what was added, about the means or, not `centred`, about zero."""
         means = [total / self.count for total in self.sums]
         origin = self.origin.squeeze(1)
+        ends = means[0] + origin, means[-1] + origin
+        if not self.products:
+            offsets = [-mean[:, None] if centred else self.origin for mean in means]
+            factors = [
+                (torch.cat(rows, 1).to(offset.device) + offset) / math.sqrt(self.count)
+                for rows, offset in zip(self.rows, offsets, strict=True)
+            ]
+            return Moments(Thin(factors[-1]), None if len(factors) == 1 else factors[0], ends)
         seen = means[-1]
         found = []
         for product, mean in zip(self.products, means, strict=True):
@@ -69,8 +97,7 @@ class Sums:
                 about = about + (seen + origin)[:, :, None] * (mean + origin)[:, None, :]
             found.append(about)
         hessian = (found[-1] + found[-1].transpose(1, 2)) / 2
-        cross = hessian if len(found) == 1 else found[0].transpose(1, 2)
-        return Moments(hessian, cross, (means[0] + origin, seen + origin))
+        return Moments(Full(hessian), None if len(found) == 1 else found[0].transpose(1, 2), ends)
 
 
 class Solver(Protocol):

@@ -21,7 +21,11 @@ class TrainSettings(Settings):
         0.05, "Share of the run in which learning rates rise; then they fall to zero along a cosine.",
         least=0, below=1, command_line=False,
     )  # fmt: skip
-    augment: str = option("", "Images: flip, crop4 (shift by up to 4 pixels), or flip,crop4.")
+    augment: str = option("", "Images: flip, crop4 (shift by up to 4 pixels), flip,crop4, or none.")
+    border: str = option(
+        "black", "What shifted images are padded with: black pixels, or the mean colour (zeros after normalization).",
+        choices=("black", "mean"), rare=True,
+    )  # fmt: skip
     distill: float = option(0.0, "Weight of the float outputs in the loss; labels get the rest.", least=0, most=1)
     half: bool = option(False, "Compute in bfloat16 where safe.", switch=True, panel="Runtime")
     compile: bool = option(False, "Compile the forward pass.", switch=True, panel="Runtime", rare=True)

@@ -19,9 +19,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from anybit.data.augment import augmented, channels_last
+from anybit.data.augment import augmented, border_of, channels_last
 from anybit.data.batches import Batch, first_tensor, predict
-from anybit.data.samples import Samples
+from anybit.data.samples import Samples, draw
 from anybit.data.tasks import Task, correct, named_task, task_loss
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 from anybit.loops.checkpoint import resume_checkpoint, save_checkpoint
@@ -89,7 +89,7 @@ def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
     model = run.trainee.model.train()
     told: list[Tensor] = []
     for step, batch in enumerate(_all_of(epoch_batches(samples, run.settings, epoch), run.steps, epoch)):
-        told.append(_step(run, batch, (epoch + step / run.steps) / run.settings.epochs))
+        told.append(_step(run, channels_last(batch), (epoch + step / run.steps) / run.settings.epochs))
         if not torch.isfinite(told[-1]).all():
             task, penalty, _ = told[-1].tolist()
             raise AnybitError(f"The loss became {task:g} (penalty {penalty:g}) in {_where(run, epoch, step)}")
@@ -209,8 +209,16 @@ def epoch_batches(samples: Samples, settings: TrainSettings, epoch: int, share: 
     mine = order[:, which::of].flatten().tolist()
     seed = (settings.seed * 100_003 + epoch) * of + which
     torch.manual_seed(seed)  # for data sets that augment by themselves, and for dropout
+    border = border_of(samples, settings.augment, settings.border, settings.seed)
     for batch in replace(samples, seed=seed).subset(mine).batches(size // of):
-        yield channels_last(augmented(batch, settings.augment, size, generator, (which, of)))
+        yield augmented(batch, settings.augment, size, generator, (which, of), border)
+
+
+def drawn_batches(samples: Samples, settings: TrainSettings, count: int) -> list[Batch]:
+    """Return `count` training inputs, drawn once and augmented as in training, in batches of one size; all of them in every process."""
+    with torch.random.fork_rng(devices=[]):
+        few = replace(settings, batch_size=min(settings.batch_size, 256))
+        return list(epoch_batches(draw(samples, count, settings.seed), few, -1, share=(0, 1)))
 
 
 def _all_of(batches: Iterator[Batch], steps: int, epoch: int) -> Iterator[Batch]:

@@ -9,7 +9,7 @@ X are the float network's inputs of the layer and Xq those that the network quan
 
 The argmin is searched in three steps, the first for several scales of a channel at once, of which the best is taken:
 
-    error feedback          round one input's weights after the other; the others take up the error of those that are rounded   (GPTQ)
+    error feedback          round one input's weights after the other; those to come take up the error of those that are rounded  (GPTQ)
     coordinate descent      put each code to its best value while all others are fixed, sweep after sweep                        (COMQ, OBC)
     least squares           the best scale of a channel for its codes, then descent again
 
@@ -21,6 +21,8 @@ Algorithm for Post-Training Quantization", 2024. Deviations:
   * Inputs are rounded in the order of their falling variance, in all groups of a convolution at once.
   * The target goes half of the way (`CORRECTED`), and is corrected as a whole before the first rounding, instead of column by column.
   * A channel whose rounding to nearest is better after all gets that.
+  * Errors are taken up by back substitution in the Cholesky factor of H, which gives the same codes without an inverse; and where rows are
+    few, H is never built (numerics/quadratic.py).
 """
 
 from dataclasses import dataclass
@@ -30,20 +32,19 @@ from torch import Tensor
 
 from anybit.loops.moments import Moments
 from anybit.numerics.affine import quant_limits
+from anybit.numerics.quadratic import Quadratic, Step, blocks
 from anybit.numerics.ranges import SMALLEST_RELATIVE_SCALE
 
-COLUMNS = 32
-"""Inputs whose changes are worked off among themselves before the rest of the matrix takes them up, in one product."""
 CORRECTED = 0.5
 """Share of the way to W* that the target goes. All of it fits the patches better and the network worse: W* shrinks a layer's outputs where
 its inputs are noisy, and layer after layer adds to it."""
 SHRUNK = (1.0, 0.9, 0.8, 0.7)
 """Shares of the scale of least squared weight error that are tried: under H, a finer grid that clips more is often better."""
+TOGETHER = 2**22
+"""Weights of a group that are solved at once, in whole channels: several tensors of this size and of the tries' are held."""
 
 LARGEST_MOMENT = 1e30
 """Above it, or where a moment is NaN, products with errors would leave the range of float32."""
-SMALLEST_VARIANCE = 1e-35
-"""Below it, on average, inputs count as ones that never move: the inverse would leave the range of float32."""
 
 
 def gptq(weight: Tensor, moments: Moments, scale: Tensor, bits: int, rounded: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,10 +52,11 @@ def gptq(weight: Tensor, moments: Moments, scale: Tensor, bits: int, rounded: Te
 
     A layer whose inputs are too large for their squares to be numbers keeps its rounding to nearest.
     """
-    if not all(part.abs().amax() < LARGEST_MOMENT for part in (moments.hessian, moments.cross)):
+    form, cross = moments.form, moments.cross
+    if not (form.largest() < LARGEST_MOMENT and (cross is None or cross.abs().amax() < LARGEST_MOMENT)):
         return rounded, scale
-    target = weight if moments.cross is moments.hessian else corrected_target(weight, moments.hessian, moments.cross)
-    solution = solve(target, moments.hessian, scale, bits, rounded)
+    target = weight if cross is None else corrected_target(weight, form, cross)
+    solution = solve(target, form, scale, bits, rounded)
     return solution.codes, solution.scale
 
 
@@ -66,151 +68,192 @@ class Solution:
     scale: Tensor
 
 
-def corrected_target(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float = 0.01) -> Tensor:
-    """Return the target [groups, channels, fan-in] of weights W; `hessian` and `cross` are H and C, [groups, fan-in, fan-in].
+def corrected_target(weight: Tensor, form: Quadratic, cross: Tensor, damping: float = 0.01) -> Tensor:
+    """Return the target [groups, channels, fan-in] of weights W; `form` is H, and `cross` C or, of a thin H, X's factor.
 
     `damping` is a share of the mean variance.
     """
-    shift = weight @ (cross - hessian)
-    return weight + CORRECTED * torch.linalg.solve(_damped(hessian, damping), shift, left=False)
+    return weight + CORRECTED * form.towards(weight, cross, damping)
 
 
 def solve(
-    target: Tensor, hessian: Tensor, scale: Tensor, bits: int, rounded: Tensor | None = None, damping: float = 0.01, sweeps: int = 4
+    target: Tensor, form: Quadratic, scale: Tensor, bits: int, rounded: Tensor | None = None, damping: float = 0.01, sweeps: int = 4
 ) -> Solution:
     """Return codes and scales of small error under H, in no channel above that of `rounded` at `scale`.
 
     target    W*, [groups, channels, fan-in]
-    hessian   H, [groups, fan-in, fan-in], symmetric and positive semidefinite; it may be singular
+    form      H
     scale     [groups, channels, k], positive: scales of least squared weight error, of k equal parts of the fan-in
     rounded   codes that must not be better; left out, those of the target rounded to nearest
     """
     limits = quant_limits(bits, signed=True)
     rounded = _nearest(target, _spread(scale, target), limits) if rounded is None else rounded
-    floor, tries = scale.max() * SMALLEST_RELATIVE_SCALE, len(SHRUNK)
-    many, scales = target.repeat(1, tries, 1), torch.cat([share * scale for share in SHRUNK], 1)
-    codes = _error_feedback(many, hessian, _spread(scales, many), limits, damping)
-    scales = _least_squares(many, hessian, codes, scales, floor)
-    best = quadratic_error(many, hessian, codes, scales).unflatten(1, (tries, -1)).argmin(1)
-    codes, scales = _pick(codes, best, tries), _pick(scales, best, tries)
-    for _ in range(2):
-        codes = _descend(target, hessian, codes, _spread(scales, target), limits, sweeps)
-        scales = _least_squares(target, hessian, codes, scales, floor)
-    behind = quadratic_error(target, hessian, rounded, scale) < quadratic_error(target, hessian, codes, scales)
-    return Solution(torch.where(behind[..., None], rounded, codes), torch.where(behind[..., None], scale, scales))
+    order = form.variance().argsort(stable=True, dim=1)  # rounding begins at its end
+    ordered = form.ordered(order)
+    elimination = _Elimination(order, ordered, list(ordered.elimination(damping)))
+    search = _Search(form, elimination, limits, scale.max() * SMALLEST_RELATIVE_SCALE, sweeps)
+    together = max(1, TOGETHER // target.shape[2])
+    parts = zip(*(one.split(together, 1) for one in (target, scale, rounded)), strict=True)
+    solutions = [search.solved(*(one.transpose(1, 2).contiguous() for one in part)) for part in parts]
+    codes, scales = (torch.cat(one, 2).transpose(1, 2) for one in zip(*solutions, strict=True))
+    return Solution(codes, scales)
 
 
-def quadratic_error(target: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def quadratic_error(target: Tensor, form: Quadratic, codes: Tensor, scale: Tensor) -> Tensor:
     """Return the error of each channel under H, [groups, channels]."""
-    residual = target - codes * _spread(scale, target)
-    return ((residual @ hessian) * residual).sum(-1)
+    residual = (target - codes * _spread(scale, target)).transpose(1, 2)
+    images = form.images(residual)
+    return form.products(residual, images, images)
 
 
-def _pick(tried: Tensor, best: Tensor, tries: int) -> Tensor:
-    """Return [groups, channels, ...] of [groups, tries * channels, ...]: of each channel the try `best`."""
-    apart = tried.unflatten(1, (tries, -1))
-    return apart.gather(1, best[:, None, :, None].expand(-1, 1, -1, apart.shape[-1])).squeeze(1)
-
-
-def _spread(scale: Tensor, weight: Tensor) -> Tensor:
-    """Return scales [groups, channels, k] so that they broadcast over weights of the same channels."""
-    return scale if scale.shape[-1] == 1 else scale.repeat_interleave(weight.shape[-1] // scale.shape[-1], -1)
+def _spread(scale: Tensor, weight: Tensor, dim: int = 2) -> Tensor:
+    """Return scales of equal parts of dimension `dim` so that they broadcast over `weight`."""
+    return scale if scale.shape[dim] == 1 else scale.repeat_interleave(weight.shape[dim] // scale.shape[dim], dim)
 
 
 def _nearest(weight: Tensor, scale: Tensor, limits: tuple[int, int]) -> Tensor:
     return torch.round(weight / scale).clamp_(*limits)
 
 
-def _damped(hessian: Tensor, damping: float) -> Tensor:
-    """Return H with `damping` times the mean variance on its diagonal, 1 where that is next to nothing."""
-    variance = torch.diagonal(hessian, dim1=1, dim2=2).mean(1)
-    ridge = torch.where(variance > SMALLEST_VARIANCE, damping * variance, torch.ones_like(variance))
-    return hessian + torch.diag_embed(ridge[:, None].expand(-1, hessian.shape[1]))
+@dataclass(frozen=True)
+class _Elimination:
+    """The steps of rounding, the form of the inputs in their order, and that order, [groups, fan-in]."""
+
+    order: Tensor
+    form: Quadratic
+    steps: list[Step]
 
 
-def _error_feedback(weight: Tensor, hessian: Tensor, scale: Tensor, limits: tuple[int, int], damping: float) -> Tensor:
-    """Return codes [groups, channels, fan-in]: input after input is rounded, and those to come make up for its error."""
-    order = torch.diagonal(hessian, dim1=1, dim2=2).argsort(stable=True, dim=1, descending=True)
-    columns = order[:, :, None].expand(-1, -1, weight.shape[1])
-    free = weight.transpose(1, 2).gather(1, columns)  # [groups, fan-in, channels], since an input's weights are worked on together
-    spread = scale.expand_as(weight).transpose(1, 2).gather(1, columns)
-    sorted_hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
-    lower = torch.linalg.cholesky(_damped(sorted_hessian, damping))
-    feedback = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)  # row j: what rounding input j passes on
-    passed = (feedback / torch.diagonal(feedback, dim1=1, dim2=2)[:, :, None]).transpose(1, 2)  # column j: the same for an error of 1
+@dataclass(frozen=True)
+class _Search:
+    """The search in some channels of a layer. Tensors are [groups, fan-in, channels], since an input's weights are worked on together, and
+    scales [groups, k, channels]."""
 
-    codes = torch.empty_like(free)
-    for start in range(0, free.shape[1], COLUMNS):
-        block, rest = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
-        local, wide, inner = free[:, block], spread[:, block], passed[:, block, block]
-        errors = torch.empty_like(local)
-        for j in range(local.shape[1]):
-            code = _nearest(local[:, j], wide[:, j], limits)
-            codes[:, start + j] = code
-            errors[:, j] = torch.addcmul(local[:, j], code, wide[:, j], value=-1)
-            local[:, j + 1 :].baddbmm_(inner[:, j + 1 :, j, None], errors[:, j, None], alpha=-1)
-        free[:, rest].baddbmm_(passed[:, rest, block], errors, alpha=-1)
-    return torch.empty_like(codes).scatter_(1, columns, codes).transpose(1, 2)
+    form: Quadratic
+    elimination: _Elimination
+    limits: tuple[int, int]
+    floor: Tensor
+    sweeps: int
+
+    def solved(self, target: Tensor, scale: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (codes, scales)."""
+        codes, scales = self._fed_back(target, scale)
+        images = self.form.images(target - codes * _spread(scales, target, 1))
+        for _ in range(2):
+            scales = self._least_squares(codes, scales, images)
+            codes = self._descended(codes, scales, images)
+        scales = self._least_squares(codes, scales, images)
+        errors = []
+        for one, its_scale in ((rounded, scale), (codes, scales)):
+            residual = target - one * _spread(its_scale, target, 1)
+            errors.append(self.form.products(residual, *2 * [self.form.images(residual)]))
+        behind = errors[0] < errors[1]
+        return torch.where(behind[:, None], rounded, codes), torch.where(behind[:, None], scale, scales)
+
+    def _fed_back(self, target: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the codes and scales of the best try: input after input is rounded, and those to come make up for its error."""
+        tries, form, order = len(SHRUNK), self.elimination.form, self.elimination.order[:, :, None]
+        many, scales = target.gather(1, order.expand_as(target)).repeat(1, 1, tries), torch.cat([share * scale for share in SHRUNK], 2)
+        spread = scales
+        if scale.shape[1] > 1:
+            spread = _spread(scales, many, 1).gather(1, order.expand_as(many))
+        codes, errors = torch.empty_like(many), torch.empty_like(many)
+        state = None
+        for block, triangle, pull in self.elimination.steps:
+            local, wide = many[:, block], _part(spread, block).expand(-1, block.stop - block.start, -1)
+            best = local.clone() if state is None else torch.baddbmm(local, pull, state)
+            for j in range(best.shape[1] - 1, -1, -1):
+                code = codes[:, block.start + j] = _nearest(best[:, j], wide[:, j], self.limits)
+                error = torch.addcmul(local[:, j], code, wide[:, j], value=-1, out=errors[:, block.start + j])
+                best[:, :j].baddbmm_(triangle[:, :j, j, None], error[:, None])
+            state = form.state(errors, block, state)
+        factor, error = self._rescaled(errors, many.sub_(errors), form)
+        best = error.unflatten(1, (tries, -1)).argmin(1)
+        picked = _pick(codes, best, tries)
+        return torch.empty_like(picked).scatter_(1, order.expand_as(picked), picked), _pick(scales * factor[:, None], best, tries)
+
+    def _rescaled(self, errors: Tensor, values: Tensor, form: Quadratic) -> tuple[Tensor, Tensor]:
+        """Return by what a channel's values are multiplied for the least error, [groups, channels], and that error."""
+        images, own = form.images(errors), form.images(values)
+        slope, power = (form.products(values, own, other) for other in (images, own))
+        factor = 1 + slope / power.clamp_min(1e-30)
+        usable = (power > 0) & torch.isfinite(factor) & (factor > 0.5)
+        before = form.products(errors, images, images)
+        return torch.where(usable, factor, 1.0), torch.where(usable, before - slope * (factor - 1), before)
+
+    def _descended(self, codes: Tensor, scale: Tensor, images: Tensor) -> Tensor:
+        """Return codes of which a sweep of single changes, each the best of its code, has lowered the error; `sweeps` at most.
+
+        `images`, those of the residual, follow in place.
+
+        A sweep visits the inputs of which some channel's code has a better value as the sweep comes to their block. Channels that a sweep
+        has left alone are done.
+        """
+        spread = _spread(scale, codes, 1)
+
+        result, all_images, left = codes.clone(), images, torch.arange(codes.shape[2], device=codes.device)
+        codes, images = codes.clone(), images.clone()
+        for _ in range(self.sweeps):
+            moved = self._sweep(codes, spread, images)
+            result[:, :, left], all_images[:, :, left] = codes, images
+            if not moved.any():
+                break
+            left, codes, spread, images = left[moved], *(part[:, :, moved] for part in (codes, spread, images))
+        return result
+
+    def _sweep(self, codes: Tensor, spread: Tensor, images: Tensor) -> Tensor:
+        """Put code after code to its best value, codes and images in place; returns which channels have changed."""
+        changed = torch.zeros(codes.shape[2], dtype=torch.bool, device=codes.device)
+        variance = self.form.variance()[:, :, None]
+        alive = variance > 1e-12 * variance.amax(1, keepdim=True).clamp_min(1e-30)  # an input that never moves leaves its code open
+        inverse = torch.where(alive, 1 / variance, 0.0)
+        for block in blocks(codes.shape[1]):
+            slope, here = self.form.slopes(images, block), codes[:, block]
+            wide = _part(spread, block).expand_as(here)
+            steps = inverse[:, block] / wide  # of a code, by the slope of its weight
+            visited = (_best(here, slope, steps, self.limits) != here).any(2).any(0).nonzero().flatten().tolist()
+            if not visited:
+                continue
+            slope, inner, moves = slope.clone(), self.form.inner(block), torch.zeros_like(here)
+            for j in visited:
+                best = _best(here[:, j], slope[:, j], steps[:, j], self.limits)
+                torch.mul(best - here[:, j], wide[:, j], out=moves[:, j])
+                here[:, j] = best
+                slope.baddbmm_(inner[:, :, j, None], moves[:, j, None], alpha=-1)
+            changed |= moves.any(1).any(0)
+            images -= self.form.images(moves, block)
+        return changed
+
+    def _least_squares(self, codes: Tensor, scale: Tensor, images: Tensor) -> Tensor:
+        """Return the best scale of each part of a channel for its codes, one part after the other; one that would be no scale stays.
+
+        `images`, those of the residual, follow in place.
+        """
+        scale, parts = scale.clone(), scale.shape[1]
+        width = codes.shape[1] // parts
+        for part in range(parts):
+            block = slice(part * width, (part + 1) * width)
+            local, own = codes[:, block], self.form.images(codes[:, block], block)
+            slope, power = ((self.form.slopes(one, block) * local).sum(1) for one in (images, own))
+            better = scale[:, part] + slope / power.clamp_min(1e-30)
+            usable = (power > 0) & torch.isfinite(better) & (better > self.floor)
+            better = torch.where(usable, better, scale[:, part])
+            images -= own * (better - scale[:, part])[:, None]
+            scale[:, part] = better
+        return scale
 
 
-def _descend(target: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, limits: tuple[int, int], sweeps: int) -> Tensor:
-    """Return codes of which a sweep of single changes, each the best of its code, has lowered the error; `sweeps` at most.
-
-    A sweep visits the inputs of which some channel's code has a better value as the sweep comes to their block. Channels that a sweep
-    has left alone are done.
-    """
-    spread = scale.expand_as(target).transpose(1, 2).contiguous()  # [groups, fan-in, channels], as in error feedback
-    target, codes = target.transpose(1, 2), codes.transpose(1, 2).contiguous()
-    variance = torch.diagonal(hessian, dim1=1, dim2=2)[:, :, None]
-    alive = variance > 1e-12 * variance.amax(1, keepdim=True).clamp_min(1e-30)  # an input that never moves leaves its code open
-    step = torch.where(alive, 1 / (variance * spread), 0.0)  # of a code, by the slope of its weight
-
-    result, left = codes.clone(), torch.arange(codes.shape[2], device=codes.device)
-    for _ in range(sweeps):
-        moved = _sweep(torch.addcmul(target, codes, spread, value=-1), hessian, codes, spread, step, limits)
-        result[:, :, left] = codes
-        if not moved.any():
-            break
-        left, target, codes, spread, step = left[moved], *(part[:, :, moved] for part in (target, codes, spread, step))
-    return result.transpose(1, 2)
+def _part(spread: Tensor, block: slice) -> Tensor:
+    """Return a block of scales that are one for all inputs or one for each."""
+    return spread if spread.shape[1] == 1 else spread[:, block]
 
 
-def _sweep(residual: Tensor, hessian: Tensor, codes: Tensor, spread: Tensor, step: Tensor, limits: tuple[int, int]) -> Tensor:
-    """Put code after code to its best value, in place; returns which channels have changed. All but H are [groups, fan-in, channels]."""
-    slope = hessian @ residual  # half the negative gradient by the weight
-    changed = torch.zeros(codes.shape[2], dtype=torch.bool, device=codes.device)
-    for start in range(0, codes.shape[1], COLUMNS):
-        block, rest = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
-        local, here, inner = slope[:, block], codes[:, block], hessian[:, block, block]
-        differs = _best(here, local, step[:, block], limits) != here
-        visited = differs.any(2).any(0).nonzero().flatten().tolist()
-        if not visited:
-            continue
-        local, moves = local.clone(), torch.zeros_like(local)
-        for j in visited:
-            best = _best(here[:, j], local[:, j], step[:, start + j], limits)
-            torch.mul(best - here[:, j], spread[:, start + j], out=moves[:, j])
-            here[:, j] = best
-            local.baddbmm_(inner[:, :, j, None], moves[:, j, None], alpha=-1)
-        changed |= moves.any(1).any(0)
-        slope[:, rest].baddbmm_(hessian[:, rest, block], moves, alpha=-1)
-    return changed
+def _pick(tried: Tensor, best: Tensor, tries: int) -> Tensor:
+    """Return [groups, ..., channels] of [groups, ..., tries * channels]: of each channel the try `best`, [groups, channels]."""
+    apart = tried.unflatten(2, (tries, -1))
+    return apart.gather(2, best[:, None, None].expand(-1, apart.shape[1], 1, -1)).squeeze(2)
 
 
 def _best(codes: Tensor, slope: Tensor, step: Tensor, limits: tuple[int, int]) -> Tensor:
     """Return the best value of each code while all others stay."""
     return torch.addcmul(codes, slope, step).round_().clamp_(*limits)
-
-
-def _least_squares(target: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, floor: Tensor) -> Tensor:
-    """Return the best scale of each part of a channel for its codes, one part after the other; one that would be no scale stays."""
-    scale, parts = scale.clone(), scale.shape[-1]
-    width = target.shape[-1] // parts
-    for part in range(parts):
-        block = slice(part * width, (part + 1) * width)
-        slope = ((target - codes * _spread(scale, target)) @ hessian[:, :, block] * codes[:, :, block]).sum(-1)
-        power = ((codes[:, :, block] @ hessian[:, block, block]) * codes[:, :, block]).sum(-1)
-        better = scale[:, :, part] + slope / power.clamp_min(1e-30)
-        usable = (power > 0) & torch.isfinite(better) & (better > floor)
-        scale[:, :, part] = torch.where(usable, better, scale[:, :, part])
-    return scale

@@ -13,6 +13,9 @@ from anybit.settings import Settings, Text, documented, option
 RATE = 1e-3
 GATES = ("soft", "straight-through")
 
+FASTEST = 100
+"""The largest learning rate: beyond it every step leaves the numbers that float32 can train."""
+
 
 @documented
 @dataclass(frozen=True)
@@ -56,10 +59,10 @@ class CSQSettings(Settings):
         "soft", "straight-through, for comparison: hard; every epoch removes closed planes (BSQ-like).",
         choices=GATES, command_line=False,
     )  # fmt: skip
-    gate_rate: float = option(1e-2, "Learning rate of weight gates.", above=0)
-    plane_rate: float = option(1e-2, "Learning rate of plane gates.", above=0)
-    scale_rate: float = option(RATE, "Learning rate of the logarithms of scales.", above=0, command_line=False)
-    rate: float = option(RATE, "Learning rate of batch norm, biases, and of weights at a fixed scheme.", above=0)
+    gate_rate: float = option(1e-2, "Learning rate of weight gates.", above=0, most=FASTEST)
+    plane_rate: float = option(1e-2, "Learning rate of plane gates.", above=0, most=FASTEST)
+    scale_rate: float = option(RATE, "Learning rate of the logarithms of scales.", above=0, most=FASTEST, command_line=False)
+    rate: float = option(RATE, "Learning rate of batch norm, biases, and of weights at a fixed scheme.", above=0, most=FASTEST)
 
     def check(self) -> None:
         if self.fix > self.harden:
@@ -73,8 +76,8 @@ class LSQSettings(Settings):
 
     common: ClassVar[Mapping[str, Any]] = {"rare": True}
 
-    scale_rate: float = option(RATE, "Learning rate of the logarithms of scales.", above=0, command_line=False)
-    rate: float = option(RATE, "Learning rate of weights and all other parameters.", above=0)
+    scale_rate: float = option(RATE, "Learning rate of the logarithms of scales.", above=0, most=FASTEST, command_line=False)
+    rate: float = option(RATE, "Learning rate of weights and all other parameters.", above=0, most=FASTEST)
 
 
 def parse_factors(text: str) -> dict[int, float]:
@@ -112,9 +115,9 @@ class MultiQuantSettings(Settings):
     step_rates: Mapping[int, float] = option(
         dict, "Factors on the step sizes' learning rate by bit-width: 2=0.1,4=0.3.", above=0, text=FACTORS
     )
-    step_rate: float = option(RATE, "Learning rate of step sizes.", above=0)
-    offset_rate: float = option(0.0, "Learning rate of input offsets; 0 keeps them.", least=0)
-    rate: float = option(RATE, "Learning rate of weights, biases and batch norm.", above=0)
+    step_rate: float = option(RATE, "Learning rate of step sizes.", above=0, most=FASTEST)
+    offset_rate: float = option(0.0, "Learning rate of input offsets; 0 keeps them.", least=0, most=FASTEST)
+    rate: float = option(RATE, "Learning rate of weights, biases and batch norm.", above=0, most=FASTEST)
 
     def check(self) -> None:
         if not self.sandwich or set(self.sandwich) - set("HRL"):

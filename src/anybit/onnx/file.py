@@ -214,7 +214,7 @@ def measured_in(model: ir.Model) -> dict[str, tuple[float, float]]:
 
 
 def outputs(running: Any, batches: Sequence[Batch], names: Sequence[str] | None = None) -> list[np.ndarray]:
-    """Run the session on batches and join its outputs."""
+    """Run the session on batches and join its outputs; of one batch they may have any shape. Raise InvalidInput where it refuses one."""
     parts = []
     for batch in batches:
         feeds = _feeds([value.name for value in running.get_inputs()], batch)
@@ -222,7 +222,7 @@ def outputs(running: Any, batches: Sequence[Batch], names: Sequence[str] | None 
             parts.append(running.run(names, feeds))
         except Exception as error:  # as above
             raise InvalidInput(f"ONNX Runtime refuses the inputs: {' '.join(str(error).split())}") from error
-    return [np.concatenate(part) for part in zip(*parts, strict=True)]
+    return [part[0] if len(part) == 1 else np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
 def _feeds(names: Sequence[str], batch: Batch) -> dict[str, np.ndarray]:

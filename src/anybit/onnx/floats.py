@@ -12,7 +12,8 @@ exporters translate into slow or wrong graphs. Tidying changes no value:
 import ast
 import inspect
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -137,7 +138,7 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None, wiring: Wiri
     settings = {"dynamic_shapes": shapes, "opset_version": OPSET, "optimize": False, "verbose": False}
     _forget_recurrent_kernels()
     try:
-        with quiet(), torch.no_grad():  # a forward that turns gradients off stays one graph
+        with quiet(), _without_idle_autocast(), torch.no_grad():  # a forward that turns gradients off stays one graph
             program = torch.onnx.export(plain, **passed, dynamo=True, **settings)
     except Exception as error:  # the exporter's own errors are of many kinds
         known = (remedy for kind, remedy in NO_EXPORT.items() if any(op.kind == kind for op in wiring.operations))
@@ -156,6 +157,26 @@ def _forget_recurrent_kernels() -> None:
     """Let the exporter use the kernels that it registers for sequences of any length, not those that PyTorch caches of an earlier call."""
     for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
         operator._dispatch_cache.clear()
+
+
+@contextmanager
+def _without_idle_autocast() -> Iterator[None]:
+    """Leave regions that turn autocast off where it is off out of the graph: their operators no longer say which layer they are of."""
+    enter, leave, idle = torch.autocast.__enter__, torch.autocast.__exit__, "_idle_here"
+
+    def entered(region: torch.autocast) -> Any:
+        left_out = not region._enabled and not torch.is_autocast_enabled(region.device)
+        vars(region).setdefault(idle, []).append(left_out)
+        return region if left_out else enter(region)
+
+    def left(region: torch.autocast, *error: Any) -> Any:
+        return None if vars(region)[idle].pop() else leave(region, *error)
+
+    torch.autocast.__enter__, torch.autocast.__exit__ = entered, left  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

@@ -24,10 +24,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, tensors_in
+from anybit.data.batches import Batch, call, tensors_in
+from anybit.data.outputs import named_tensors
 from anybit.errors import UnsupportedModel, some
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import quantized_layers
+from anybit.networks.matmul import Matmul
 from anybit.networks.recurrent import RecurrentWeight
 from anybit.networks.rounding import edge_grids, rounded_values
 from anybit.networks.wiring import name_of_call
@@ -244,12 +246,19 @@ def _check_numbers(verdict: Verdict, path: Path, file: ir.Model, exported: Expor
         verdict.skipped["bitwise"] = str(error)
         return
     computed = dict(zip((name_of(v) for v in file.graph.outputs), outputs(session(path), [batch]), strict=True))
-    same = all(np.array_equal(array, reference.values[name].numpy()) for name, array in computed.items())
-    verdict.numbers |= {"bitwise": same, "in_float": reference.in_float}
+    same = [np.array_equal(array, reference.values[name].numpy()) for name, array in computed.items()]
+    with torch.no_grad():
+        names = [name for name, _ in named_tensors(call(exported.model, probe_of(batch, 2).inputs))]
+    different = [name for name, equal in zip(names, same, strict=True) if not equal]
+    verdict.numbers |= {"bitwise": not different, "in_float": reference.in_float}
+    if len(names) > 1:
+        verdict.numbers["outputs"] = dict(zip(names, same, strict=True))
     if missing:
         verdict.skipped["bitwise"] = missing
-    elif not same:
+    elif different:
         _compare_operators(verdict, file, exported.integer, feeds, batch)
+        if verdict.failures and len(names) > 1:
+            verdict.failures[-1] += f" Of the outputs, {some(different)} differ."
 
 
 def _compare_operators(verdict: Verdict, file: ir.Model, expected: ir.Model, feeds: Mapping[str, Tensor], batch: Batch) -> None:
@@ -332,11 +341,19 @@ def simulated_codes(exported: Exported, batch: Batch) -> dict[str, Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
-    codes = {value: layer.input_quantizer.codes(tensor, operand).to(torch.uint8) for value, layer, tensor, operand in taken}
+    codes = {
+        value: _as_multiplied(layer, operand, layer.input_quantizer.codes(tensor, operand)).to(torch.uint8)
+        for value, layer, tensor, operand in taken
+    }
     for edge, value in exported.edges.items():
         scale, zero_point = torch.tensor(edge_grids(exported.model)[edge])
         codes[value] = (edges[edge] / scale + zero_point).round().to(torch.uint8)
     return codes
+
+
+def _as_multiplied(layer: nn.Module, operand: int | None, codes: Tensor) -> Tensor:
+    """Return the codes as the layer's operator reads them: behind the transposition, where the layer has one."""
+    return codes.mT if operand == 1 and isinstance(layer, Matmul) and layer.transposed else codes
 
 
 @torch.no_grad()

@@ -289,7 +289,10 @@ def _print_simulation(verdict: Report) -> None:
     simulation = verdict["simulation"]
     line = f"Compared with the simulation on {verdict['inputs']} inputs: largest difference {simulation['largest_difference']:.4g}"
     line += f" (largest output {simulation['largest_output']:.4g})"
-    print(line + (f", top-1 agreement {simulation['agreement']:.2f} %" if "agreement" in simulation else ""))
+    several = simulation.get("outputs", {})
+    print(line + (f", top-1 agreement {simulation['agreement']:.2f} %" if "agreement" in simulation and not several else ""))
+    for name, apart in several.items():
+        _print_line(f"  output {name}: largest difference {apart['largest_difference']:.4g} (largest {apart['largest_output']:.4g})")
     for kind, scores in verdict.get("accuracy", {}).items():
         print(f"{kind}: {scores_line(scores)}")
 

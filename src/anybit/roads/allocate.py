@@ -21,7 +21,7 @@ from anybit.networks.candidates import Candidates, to_tensors
 from anybit.networks.layers import float_bias
 from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.roads.calibrate import finish
-from anybit.roads.inputs import check_metric_has_labels, compared, example_of, labels_fit, on_device
+from anybit.roads.inputs import check_metric_has_labels, example_of, labels_fit, on_device
 from anybit.roads.keys import key_of_run, weights_digest
 from anybit.roads.latencies import with_latencies
 from anybit.roads.memory import check_memory
@@ -34,7 +34,7 @@ from anybit.runs.folder import runs_in
 from anybit.runs.opened import float_model_of, followed_reference, recorded_data
 from anybit.runs.scheme_file import read_scheme
 from anybit.sources.callables import absolute
-from anybit.sources.inputs import samples_from
+from anybit.sources.inputs import compared, samples_from
 from anybit.sources.preprocessing import Preprocessing
 
 

@@ -161,8 +161,9 @@ def prepare_bench(
         labels = labels_in(calibration.held_out)
         on_labels = LabelledOutputs(reference, labels, calibration.held_out[0].reader) if labels is not None else None
         if on_labels is None and tests is not None:
-            on_labels = LabelledOutputs.of(network.folded, [next(tests.batches(settings.batch_size))])
-        task = task_of(reference, calibration.held_out[0].reader, settings.task, on_labels)
+            on_labels = LabelledOutputs.of(network.float_model, [next(tests.batches(settings.batch_size))])
+        shown = torch.cat([*references, reference]) if reference.dim() == 2 else reference
+        task = task_of(shown, calibration.held_out[0].reader, settings.task, on_labels, model)
         scored = labels is not None and labels_fit(
             reference, labels, task, needed=metric is None and any(one.loss() is DROP for one in budgets)
         )
@@ -247,6 +248,7 @@ def finish(
     report["stages"] = clock.stages
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
     provenance = {**provenance, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task.name}
+    provenance["outputs"] = dict(bench.settings.outputs) or None
     return Result(canonical, report, provenance, bench.candidates, dict(saved))
 
 

@@ -11,10 +11,11 @@ from anybit.data.tasks import LABELS_TELL, Metric
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.errors import InvalidInput
 from anybit.progress import tell
-from anybit.roads.inputs import check_inputs, compared, on_device
+from anybit.roads.inputs import check_inputs, on_device
 from anybit.runs.names import SCHEME
 from anybit.runs.opened import Run, load, recorded_preprocessing, recorded_task
-from anybit.sources.inputs import samples_from
+from anybit.runs.scheme_file import read_scheme
+from anybit.sources.inputs import compared, samples_from
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing, overridden
 
@@ -33,17 +34,18 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a network on labelled data: the task's own scores, and the user's metric.
 
-    model   a network, a result, a run folder, or a reference as for `--model`; task and preprocessing default to those of the
-            result or run
+    model   a network, a result, a run folder, or a reference as for `--model`; task, outputs and preprocessing default to those of
+            the result or run
     outputs   names or numbers of the outputs to read (-> any weight); labels belong to the first, and the metric gets a tuple
     """
+    recorded = recorded_outputs(model)
     model, preprocessing, task = _network(model, preprocessing, task)
     samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)
     if len(samples) == 0:
         raise InvalidInput("The data is empty. Give at least one labelled sample.")
     network = on_device(model, device, samples)
     check_inputs(network, samples)
-    samples = compared(network, samples, outputs or {})
+    samples = compared(network, samples, outputs or recorded)
     scores = evaluate_model(network, samples.on(device).batches(batch_size), task, metric)
     tell("result", **scores)
     return scores
@@ -59,6 +61,15 @@ def _network(model: nn.Module | Run, preprocessing: Preprocessing, task: str | N
     if (Path(model) / SCHEME).is_file():
         return evaluated_network(Path(model), None, None, preprocessing, task)
     return load_model(str(model), None, task), preprocessing, task
+
+
+def recorded_outputs(model: nn.Module | Run) -> Mapping[str, float]:
+    """Return the outputs that a result or a run folder was told to compare; {} where it was told none, or `model` is neither."""
+    if isinstance(model, nn.Module):
+        return {}
+    if not isinstance(model, str | Path):
+        return model.about.get("outputs") or {}
+    return (read_scheme(Path(model)).outputs or {}) if (Path(model) / SCHEME).is_file() else {}
 
 
 def _unless_labels_decide(task: str | None) -> str | None:

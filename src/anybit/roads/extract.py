@@ -42,7 +42,8 @@ from anybit.roads.settings import CalibrateSettings, check_subnet
 from anybit.roads.steps import CalibrationState, batch_norm_targets
 from anybit.runs.scheme_file import read_scheme
 from anybit.scheme import FLOAT, Scheme, check_whole
-from anybit.sources.inputs import samples_from
+from anybit.settings import takes
+from anybit.sources.inputs import compared, samples_from
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.folder import load_supernet
 from anybit.supernets.prepared import bn_batches, held_out_split
@@ -102,6 +103,7 @@ def polished(
 
 
 @public
+@takes(CalibrateSettings, only=POLISH)
 def extract(
     run: str | Path | Supernet,
     budget: str | Budget | None = None,
@@ -123,12 +125,14 @@ def extract(
     data            unlabelled training data to estimate batch-norm statistics from; without it, the stored ones of this scheme or of the
                     nearest are used, and the report says which
     polish          then calibrate it on `data`: sequential AdaQuant, batch-norm and bias tuning from its own codes and ranges, each kept
-                    only if the held-out loss falls; `settings` and `cache` are those of `calibrate` that apply to these steps
+                    only if the held-out loss falls; the settings below and `cache` are those of `calibrate` that apply to these steps
     """
+    options = CalibrateSettings.of(**settings)
     check_subnet(budget, scheme, polish, data)
-    without_part = [name for name in settings if not polish or name not in POLISH]
-    if without_part:
-        raise InvalidSetting(f"{without_part[0]} has no part in it. With polish, choose from {', '.join(POLISH)}.")
+    if settings and not polish:
+        raise InvalidSetting(
+            f"{next(iter(settings))} has no part in an extraction without polish. Leave it out, or give --polish and --data."
+        )
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
     clock = StageClock()
     samples = None if data is None else supernet_data(run, supernet, data, workers)
@@ -154,14 +158,14 @@ def extract(
     if test is not None:
         preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
         tests = checked_tests(samples_from(test, workers, preprocessing, canonical.model), canonical.model)
-        tests = tests if samples is None else read_alike(tests, samples)
+        tests = compared(canonical.model, tests, supernet.settings.outputs) if samples is None else read_alike(tests, samples)
     ladder: list[dict[str, Any]] = []
     if polish:
         if tests is not None:  # labels that do not fit and a metric that fails are refused before the work
             evaluate_model(canonical.model, tests.batches(256), supernet.task, metric)
         assert batches is not None  # polishing without data is refused
         with clock.stage("polish"):
-            canonical, ladder = polished(supernet, canonical, fitting, batches, CalibrateSettings.of(**settings), open_cache(cache))
+            canonical, ladder = polished(supernet, canonical, fitting, batches, options, open_cache(cache))
     example = batches[0] if batches else supernet.example
     canonical.fingerprint = None if example is None else fingerprint_of(canonical.model, example)
     scheme = canonical.scheme
@@ -186,6 +190,7 @@ def extract(
             report["test"] = evaluate_model(canonical.model, tests.batches(256), supernet.task, metric)
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
     provenance = {**supernet.about, "budget": report["budget"], "task": supernet.task}
+    provenance["outputs"] = dict(supernet.settings.outputs) or None
     return Result(canonical, report | {"stages": clock.stages}, provenance)
 
 

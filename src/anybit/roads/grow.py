@@ -22,7 +22,7 @@ from anybit.errors import InvalidInput, InvalidSetting
 from anybit.loops.processes import share_state
 from anybit.loops.settings import TrainSettings
 from anybit.loops.trainee import Trainee
-from anybit.loops.training import train_epochs
+from anybit.loops.training import drawn_batches, train_epochs
 from anybit.methods.table import GROW_METHODS, grow_method_named
 from anybit.networks import batchnorm
 from anybit.networks.candidates import activation_candidate, check_finite_samples
@@ -45,17 +45,15 @@ from anybit.scheme import Precision, Scheme, match_patterns
 from anybit.settings import takes
 from anybit.sources.preprocessing import Preprocessing
 
-PLAIN = 2048
-"""Training inputs, not augmented, from which ranges start and batch-norm statistics are estimated before a freeze; fewer of large ones."""
-PLAIN_BYTES = 2**28
+FEW = 2048
+"""Training inputs, augmented as in training, from which ranges start and batch-norm statistics are estimated before a freeze; fewer of
+large ones."""
+FEW_BYTES = 2**28
 
 
-def plain_batches(samples: Samples, settings: TrainSettings) -> list[Batch]:
-    """Return a few training inputs, drawn once and not augmented, in batches of one size."""
-    count, size = min(_few(samples), len(samples)), min(settings.batch_size, 256)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)  # for data sets that draw at random
-        return list(draw(samples, count - count % size or count, settings.seed).batches(size))
+def few_batches(samples: Samples, settings: TrainSettings) -> list[Batch]:
+    """Return a few training inputs, drawn once and augmented as in training, in batches of one size."""
+    return drawn_batches(samples, settings, _few(samples))
 
 
 def watched_batches(tests: Samples, seed: int) -> list[Batch]:
@@ -64,9 +62,9 @@ def watched_batches(tests: Samples, seed: int) -> list[Batch]:
 
 
 def _few(samples: Samples) -> int:
-    """Return PLAIN, or as many as PLAIN_BYTES hold."""
+    """Return FEW, or as many as FEW_BYTES hold."""
     first = next(samples.subset([0]).batches(1))
-    return max(2, min(PLAIN, PLAIN_BYTES // sum(tensor.nbytes for tensor in tensors_in(first.inputs))))
+    return max(2, min(FEW, FEW_BYTES // sum(tensor.nbytes for tensor in tensors_in(first.inputs))))
 
 
 def grow_method_name(method: str | None, has_scheme: bool) -> str:
@@ -80,15 +78,15 @@ def grow_method_name(method: str | None, has_scheme: bool) -> str:
     return method
 
 
-def forgotten(model: nn.Module, plain: Sequence[Batch], seed: int) -> nn.Module:
-    """Return a copy with newly initialised parameters and batch-norm statistics from `plain`."""
+def forgotten(model: nn.Module, batches: Sequence[Batch], seed: int) -> nn.Module:
+    """Return a copy with newly initialised parameters and batch-norm statistics from `batches`."""
     fresh = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in fresh.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-    batchnorm.reestimate(fresh, plain)
+    batchnorm.reestimate(fresh, batches)
     return fresh
 
 
@@ -114,7 +112,7 @@ def observe_trainable(model: nn.Module, example: Batch, settings: GrowSettings, 
     return replace(network, choices=choices)
 
 
-def make_trainee(network: ObservedNetwork, plain: Sequence[Batch], budget: Budget | None, settings: GrowSettings, method: str) -> Trainee:
+def make_trainee(network: ObservedNetwork, batches: Sequence[Batch], budget: Budget | None, settings: GrowSettings, method: str) -> Trainee:
     """Prepare the unfolded network with learned ranges in its input slots, and attach the method to its weight slots."""
     unfolded = copy.deepcopy(network.float_model)
     batchnorm.flip_negative(unfolded, network.norms)
@@ -122,7 +120,7 @@ def make_trainee(network: ObservedNetwork, plain: Sequence[Batch], budget: Budge
     model = prepare(unfolded, network.names, float_weights)
     layers = quantized_layers(model)
     with as_observed(network.folded, network.calls):
-        samples = input_samples(network.folded, network.calls, plain, 2**17, settings.train.seed)
+        samples = input_samples(network.folded, network.calls, batches, 2**17, settings.train.seed)
     check_finite_samples(samples)
     for name, options in network.choices.items():
         bits = options[0].activation_bits
@@ -132,24 +130,24 @@ def make_trainee(network: ObservedNetwork, plain: Sequence[Batch], budget: Budge
     return grow_method_named(method).attach(model, network, budget, getattr(settings, method))
 
 
-def frozen(trainee: Trainee, network: ObservedNetwork, plain: Sequence[Batch]) -> Canonical:
-    """Freeze and fold a copy of the network as trained so far, with batch norm re-estimated on `plain`."""
+def frozen(trainee: Trainee, network: ObservedNetwork, batches: Sequence[Batch]) -> Canonical:
+    """Freeze and fold a copy of the network as trained so far, with batch norm re-estimated on `batches`."""
     model = copy.deepcopy(trainee.model)
     trainee.freeze(model)
-    batchnorm.reestimate(model, plain)
+    batchnorm.reestimate(model, batches)
     model, _ = batchnorm.fold(model, network.norms)
     return Canonical(model.eval().requires_grad_(True), network.norms)
 
 
 def soft_and_frozen(
-    trainee: Trainee, network: ObservedNetwork, plain: Sequence[Batch], test: Sequence[Batch], task: Task, metric: Metric | None
+    trainee: Trainee, network: ObservedNetwork, batches: Sequence[Batch], test: Sequence[Batch], task: Task, metric: Metric | None
 ) -> dict[str, Any]:
-    """Score the network on `test`, as trained and as it would be frozen now, both with statistics from `plain`."""
+    """Score the network on `test`, as trained and as it would be frozen now, both with statistics from `batches`."""
     soft = copy.deepcopy(trainee.model)
-    batchnorm.reestimate(soft, plain)
+    batchnorm.reestimate(soft, batches)
     return {
         "soft": evaluate_model(soft, test, task, metric),
-        "frozen": evaluate_model(frozen(trainee, network, plain).model, test, task, metric),
+        "frozen": evaluate_model(frozen(trainee, network, batches).model, test, task, metric),
     }
 
 
@@ -198,17 +196,18 @@ def grow(
     with clock.stage("observe and fold"):
         if len(samples) == 0:
             raise InvalidInput("The training data is empty.")
-        plain = plain_batches(samples, grow_settings.train)
-        check_finite(plain)
+        few = few_batches(samples, grow_settings.train)
+        check_finite(few)
         share_state(float_model)
-        start = forgotten(float_model, plain, grow_settings.train.seed) if grow_settings.from_scratch else float_model
+        start = forgotten(float_model, few, grow_settings.train.seed) if grow_settings.from_scratch else float_model
         share_state(start)
-        network = observe_trainable(start, plain[0].head(2), grow_settings, scheme, method)
+        network = observe_trainable(start, few[0].head(2), grow_settings, scheme, method)
         if budget is not None:
             grow_method_named(method).check_budget(budget, network)
             check_feasible(network, budget)
-        task = task_of(outputs_of(float_model, plain[:1]), plain[0].reader, grow_settings.task, labelled_outputs(float_model, plain[0]))
-        trainee = make_trainee(network, plain, budget, grow_settings, method)
+        outputs, on_labels = outputs_of(float_model, few[:1]), labelled_outputs(float_model, few[0])
+        task = task_of(outputs, few[0].reader, grow_settings.task, on_labels, float_model)
+        trainee = make_trainee(network, few, budget, grow_settings, method)
     if tests is not None:  # before the long work, which bad labels or a bad metric would waste
         reference = outputs_of(float_model, tests.batches(256))
         float_test = evaluate_model(float_model, tests.batches(256), task, metric)
@@ -217,7 +216,7 @@ def grow(
     if checkpoint is not None:
         with clock.stage("contents of the data"):
             chosen = {"budget": str(budget), "scheme": scheme and str(scheme), **grow_settings.to_json()}
-            identity = training_identity(float_model, samples, plain[0], chosen)
+            identity = training_identity(float_model, samples, few[0], chosen)
     with clock.stage("training"), torch.random.fork_rng(devices=[]):
         epochs = train_epochs(
             trainee,
@@ -228,12 +227,12 @@ def grow(
             batchnorm.folded_gammas(trainee.model, network.norms),
             None if checkpoint is None else Path(checkpoint),
             identity,
-            None if tests is None else lambda: soft_and_frozen(trainee, network, plain, watched, task, metric),
+            None if tests is None else lambda: soft_and_frozen(trainee, network, few, watched, task, metric),
         )
     with clock.stage("freeze"):
-        canonical = frozen(trainee, network, plain)
+        canonical = frozen(trainee, network, few)
     with clock.stage("edge ranges"):
-        canonical = finished(canonical, network.wiring, plain)
+        canonical = finished(canonical, network.wiring, few)
     report: dict[str, Any] = {
         "version": 1,
         "road": "grow",
@@ -252,10 +251,15 @@ def grow(
             report["float_test"] = float_test
             report["test"] = evaluate_model(canonical.model, tests.batches(256), task, metric, reference)
     canonical.model.cpu()
-    canonical.fingerprint = fingerprint_of(canonical.model, plain[0])
+    canonical.fingerprint = fingerprint_of(canonical.model, few[0])
     report["stages"] = clock.stages
     certificate = {**trainee.decisions().get("certificate", {}), "seed": grow_settings.train.seed}
-    about |= {"budget": str(budget) if budget else None, "task": task.name, "certificate": certificate}
+    about |= {
+        "budget": str(budget) if budget else None,
+        "task": task.name,
+        "certificate": certificate,
+        "outputs": dict(grow_settings.outputs) or None,
+    }
     tell("allocation", budget=report["budget"], certificate=certificate, scheme=canonical.scheme)
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
     return Result(canonical, report | {"certificate": certificate}, about)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, join
-from anybit.data.outputs import OutputReader, output_reader
+from anybit.data.outputs import OutputReader
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric, Task, check_metric
 from anybit.errors import InvalidInput, InvalidSetting, naming
@@ -23,34 +23,13 @@ from anybit.progress import tell
 from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
-from anybit.sources.inputs import samples_from
+from anybit.sources.inputs import compared, first_samples, samples_from
 from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.pictures import common_classes
 from anybit.sources.preprocessing import Preprocessing
 from anybit.sources.references import RANDOM, check_device
 from anybit.supernets.supernet import Supernet
-
-
-def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float]) -> Samples:
-    """Return the samples with the reader of the network's outputs that are compared, `outputs` or all, where it gives several.
-
-    Raises InvalidSetting where `outputs` names none, or the samples have the reader of a head.
-    """
-    if samples.reader is not None:
-        if outputs:
-            raise InvalidSetting(
-                f"--outputs: what is compared of this network is known, as its head is for {samples.reader.task}. Leave it."
-            )
-        return samples
-    batches = [next(samples.subset(range(count)).batches(count)) for count in (2, 3) if count <= len(samples)] or [first_samples(samples)]
-    reader, others = output_reader(copied(model), batches, outputs)
-    if reader is not None and len(reader.outputs) > 1:
-        shown = ", ".join(f"{one.name} {list(one.shape[one.shape[0] == 1 :])}" for one in reader.outputs)
-        tell("note", note=f"outputs compared, each by its squared error over its mean square: {shown}. --outputs chooses and weighs them")
-    if others:
-        tell("note", note="outputs not compared: " + ", ".join(f"{name} ({why})" for name, why in others.items()))
-    return replace(samples, reader=reader)
 
 
 def follow_model(
@@ -135,13 +114,6 @@ def checked_tests(samples: Samples, model: nn.Module) -> Samples:
 def check_inputs(model: nn.Module, samples: Samples) -> None:
     """Raise InvalidInput if the model fails on the first samples."""
     observe(copied(model).cpu(), first_samples(samples))
-
-
-def first_samples(samples: Samples) -> Batch:
-    """Return the first two samples, or the only one."""
-    if len(samples) == 0:
-        raise InvalidInput("The data set is empty. Give at least one input.")
-    return next(samples.on("cpu").subset(range(min(2, len(samples)))).batches(2))
 
 
 def on_device(model: nn.Module, device: str, samples: Samples | None = None) -> nn.Module:

@@ -15,11 +15,10 @@ from anybit.networks.copies import checked_copy
 from anybit.networks.layers import float_weight
 from anybit.networks.observed import ObservedNetwork, observe_network, unobserved_network
 from anybit.networks.refusals import check_network
-from anybit.roads.inputs import compared, first_samples
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision
 from anybit.settings import takes
-from anybit.sources.inputs import samples_from
+from anybit.sources.inputs import compared, first_samples, samples_from
 from anybit.sources.models import adapted_network
 
 

@@ -21,6 +21,7 @@ from anybit.runs.report import write_report
 from anybit.runs.scheme_file import write_canonical
 from anybit.runs.trusted import trust
 from anybit.scheme import Scheme
+from anybit.wording import as_in_python
 
 if TYPE_CHECKING:
     import pandas
@@ -97,6 +98,7 @@ class Result:
     def _repr_html_(self) -> str:
         return self.plot()._repr_html_()
 
+    @as_in_python()
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the run folder, completely or not at all."""
         with new_folder(Path(folder), overwrite) as draft:

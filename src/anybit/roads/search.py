@@ -40,6 +40,7 @@ from anybit.supernets.folder import load_supernet
 from anybit.supernets.prepared import bn_batches, held_out_split
 from anybit.supernets.statistics import KnownSubnet
 from anybit.supernets.supernet import Supernet, scores, uniform_schemes, write_supernet
+from anybit.wording import as_in_python
 
 TIE = 1e-3
 """Points of top-1 that one nat is worth."""
@@ -99,6 +100,7 @@ class Search:
     chosen: dict[str, Scheme]
     report: dict[str, Any]
 
+    @as_in_python()
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the search's folder: the supernet with the new statistics, search.json, report.json."""
         with new_folder(Path(folder), overwrite) as draft:

@@ -17,7 +17,7 @@ from anybit.loops.training import train_epochs
 from anybit.networks import batchnorm
 from anybit.networks.edges import observe_edge_ranges
 from anybit.progress import tell
-from anybit.roads.grow import plain_batches, watched_batches
+from anybit.roads.grow import few_batches, watched_batches
 from anybit.roads.inputs import notes_of, on_device, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import test_scores
@@ -63,13 +63,13 @@ def train(
         if len(samples) < 2:
             raise InvalidInput(f"{len(samples)} training sample(s) are too few. Give at least two, one to train on and one to hold out.")
         fitting, _ = held_out_split(samples, options)
-        plain = plain_batches(fitting, options.train)
-        check_finite(plain)
+        few = few_batches(fitting, options.train)
+        check_finite(few)
         share_state(float_model)
-        network = observe_supernet(float_model, plain[0].head(2), options)
-        outputs = outputs_of(float_model, plain[:1])
-        task = task_of(outputs, plain[0].reader, options.task, labelled_outputs(float_model, plain[0]))
-        method = make_multiquant(network, plain, options, task.classes(outputs))
+        network = observe_supernet(float_model, few[0].head(2), options)
+        outputs = outputs_of(float_model, few[:1])
+        task = task_of(outputs, few[0].reader, options.task, labelled_outputs(float_model, few[0]), float_model)
+        method = make_multiquant(network, few, options, task.classes(outputs))
     edges = network.wiring.edges()
     supernet = Supernet(
         on_device(network.float_model, "cpu"),
@@ -80,7 +80,7 @@ def train(
         edges,
         task.name,
         about=provenance,
-        example=plain[0].head(2),
+        example=few[0].head(2),
     )
     report: dict[str, Any] = {}
     bn = bn_batches(fitting, options) if options.multiquant.batch_norm == "reestimate" else None
@@ -90,7 +90,7 @@ def train(
     identity = None
     if checkpoint is not None:
         with clock.stage("contents of the data"):
-            identity = training_identity(float_model, samples, plain[0], options.to_json())
+            identity = training_identity(float_model, samples, few[0], options.to_json())
     with clock.stage("training"), torch.random.fork_rng(devices=[]):
         epochs = train_epochs(
             method,
@@ -108,7 +108,7 @@ def train(
     with clock.stage("store"):
         to_store(method)
         for scheme in uniform_schemes(supernet).values():
-            supernet.learn(scheme, bn, lambda model: observe_edge_ranges(model, network.wiring, plain))
+            supernet.learn(scheme, bn, lambda model: observe_edge_ranges(model, network.wiring, few))
     if tests is not None:
         with clock.stage("test"):
             report["test"] = width_scores(supernet, None, list(tests.batches(256)), metric)

@@ -43,9 +43,7 @@ def recorded_data(run: Run, file: SchemeFile) -> str:
     """Return the reference to the data of a run: of this process, or of this user's own."""
     reference, folder = file.data.get("reference"), Path(run) if isinstance(run, str | Path) else None
     if not isinstance(reference, str) or not (folder is None or is_trusted(folder)):
-        raise InvalidSetting(
-            f"{folder or 'The result'} does not name data that may be followed. Give inputs of the network: --data, or data=... in Python."
-        )
+        raise InvalidSetting(f"{folder or 'The result'} does not name data that may be followed. Give inputs of the network with --data.")
     return reference
 
 
@@ -98,11 +96,11 @@ def float_model_of(folder: Path, file: Any, model: nn.Module | str | None, named
         return load_model(model, file.model.get("weights"), file.task)
     reference = file.model.get("reference")
     if not isinstance(reference, str):
-        raise InvalidSetting(f"{folder} does not say which network it is of. Give it: load(folder, model=...) or --model.")
+        raise InvalidSetting(f"{folder} does not say which network it is of. Give it with --model.")
     if not is_trusted(folder, named_in) and not re.fullmatch(r"hf:.+|(timm|torchvision):[\w.]+", reference):
         raise InvalidSetting(
             f"{folder} was not written by your own anybit, and its model reference {reference!r} is code. "
-            "If you trust it, name it yourself: load(folder, model=...) or --model."
+            "If you trust it, name it yourself with --model."
         )
     return load_model(reference, file.model.get("weights"), file.task)
 

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -64,6 +64,8 @@ class SchemeFile(BaseModel):
     data: dict[str, str | None] = {}
     preprocessing: dict[str, Any] = {}
     task: TaskName = "classification"
+    outputs: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """The outputs that the run compared, name or number -> weight; None where none were chosen."""
     sha256: str
     fingerprint: str | None = None
 
@@ -72,13 +74,13 @@ class SchemeFile(BaseModel):
         return Scheme.parse({name: record.precision for name, record in self.layers.items()})
 
     def to_json(self, include: set[str] | None = None) -> dict[str, Any]:
-        """Return the file's content, without `functions` where no function was rewritten, and `rounded` where nothing is said of it."""
-        absent = {name for name in ("functions", "rounded") if getattr(self, name) is None}
+        """Return the file's content, without `functions` where no function was rewritten, and what else nothing is said of."""
+        absent = {name for name in ("functions", "rounded", "outputs") if getattr(self, name) is None}
         return self.model_dump(include=include, exclude=absent)
 
     def digest(self) -> str:
         """Return the SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
-        meaning = self.to_json(include={"layers", "folded", "edges", "rounded", "functions", "preprocessing", "task"})
+        meaning = self.to_json(include={"layers", "folded", "edges", "rounded", "functions", "preprocessing", "task", "outputs"})
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
 
@@ -166,8 +168,8 @@ def read_scheme(folder: Path) -> SchemeFile:
         raise InvalidFile(f"{weights} is not the file that scheme.json was written with (its SHA-256 differs). Restore it or run again.")
     if stored_digest(weights, "scheme") != file.digest():
         raise InvalidFile(
-            f"{folder / 'scheme.json'} is not the one that {weights.name} was written for: a layer, fold, edge, the preprocessing or "
-            "the task has been edited. Restore it or run again."
+            f"{folder / 'scheme.json'} is not the one that {weights.name} was written for: a layer, fold, edge, the preprocessing, "
+            "the task or the outputs have been edited. Restore it or run again."
         )
     return file
 

@@ -56,7 +56,10 @@ def samples_of_arrays(
         raise InvalidInput(f"{where}{counts}" + ("" if y is None else f" and {len(y)} labels") + " are there. Give as many of each.")
     mean, std = preprocessing.mean, preprocessing.std
     alone = set(arrays) == {"x"}
-    return Samples(ArrayDataset(arrays["x"], y, mean, std) if alone else NamedArrays(arrays, y, mean, std), y is not None, workers)
+    if not alone:
+        return Samples(NamedArrays(arrays, y, mean, std), y is not None, workers)
+    pixels = arrays["x"].dtype == np.uint8 or mean is not None  # others may be normalized already
+    return Samples(ArrayDataset(arrays["x"], y, mean, std), y is not None, workers, black=preprocessing.black if pixels else None)
 
 
 def array_of(tensor: torch.Tensor | np.ndarray) -> np.ndarray:

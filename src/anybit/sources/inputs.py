@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, default_collate
 
-from anybit.data.batches import tensors_in
+from anybit.data.batches import Batch, tensors_in
 from anybit.data.options import TEXT_SUFFIXES, parse_columns
+from anybit.data.outputs import output_reader
 from anybit.data.samples import NamedArrays, Samples
 from anybit.data.texts import read_rows
 from anybit.errors import InvalidInput, InvalidSetting, naming
@@ -46,7 +47,7 @@ def load_data(
         return _read_by(model, read_samples(Path(path), subset, preprocessing, workers, model))
     if Path(path).is_dir():
         dataset = ImageFolder(Path(path), preprocessing)
-        return _read_by(model, Samples(dataset, dataset.labelled, workers))
+        return _read_by(model, Samples(dataset, dataset.labelled, workers, black=preprocessing.black))
     if reference.startswith("hf:") or (path.endswith(TEXT_SUFFIXES) and Path(path).is_file()):
         return _texts(reference, preprocessing, workers, model)
     if ":" not in reference:
@@ -221,3 +222,31 @@ def samples_from(
 ) -> Samples:
     """Turn a reference, or data at hand, into samples; `most` of what has no length."""
     return load_data(data, preprocessing, workers, model, most) if isinstance(data, str) else as_samples(data, workers, model, most)
+
+
+def first_samples(samples: Samples) -> Batch:
+    """Return the first two samples, or the only one."""
+    if len(samples) == 0:
+        raise InvalidInput("The data set is empty. Give at least one input.")
+    return next(samples.on("cpu").subset(range(min(2, len(samples)))).batches(2))
+
+
+def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float]) -> Samples:
+    """Return the samples with the reader of the network's outputs that are compared, `outputs` or all, where it gives several.
+
+    Raises InvalidSetting where `outputs` names none, or the samples have the reader of a head.
+    """
+    if samples.reader is not None:
+        if outputs:
+            raise InvalidSetting(
+                f"--outputs: what is compared of this network is known, as its head is for {samples.reader.task}. Leave it."
+            )
+        return samples
+    batches = [next(samples.subset(range(count)).batches(count)) for count in (2, 3) if count <= len(samples)] or [first_samples(samples)]
+    reader, others = output_reader(copied(model), batches, outputs)
+    if reader is not None and len(reader.outputs) > 1:
+        shown = ", ".join(f"{one.name} {list(one.shape[one.shape[0] == 1 :])}" for one in reader.outputs)
+        tell("note", note=f"outputs compared, each by its squared error over its mean square: {shown}. --outputs chooses and weighs them")
+    if others:
+        tell("note", note="outputs not compared: " + ", ".join(f"{name} ({why})" for name, why in others.items()))
+    return replace(samples, reader=reader)

@@ -43,6 +43,13 @@ class Preprocessing(Settings):
         if self.classes is not None and (not all(self.classes) or len(set(self.classes)) < len(self.classes)):
             raise InvalidSetting(f"--classes {CLASSES.write(self.classes)} has a name twice, or none. Name each class folder once.")
 
+    @property
+    def black(self) -> tuple[float, ...]:
+        """The value of a black pixel after normalization, one number for each channel or for all."""
+        mean, std = self.mean or (0.0,), self.std or (1.0,)
+        channels = max(len(mean), len(std))
+        return tuple(-mean[i % len(mean)] / std[i % len(std)] for i in range(channels))
+
     @classmethod
     def from_json(cls, data: Any, where: str = "preprocessing") -> Self:
         return super().from_json(data, where)

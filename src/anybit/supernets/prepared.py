@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch
-from anybit.data.samples import Samples, draw
+from anybit.data.samples import Samples
 from anybit.errors import InvalidInput, InvalidSetting, SchemeMismatch
-from anybit.loops.training import epoch_batches
+from anybit.loops.training import drawn_batches
 from anybit.methods.multiquant import MultiQuant, SwitchableInput, SwitchableWeight
 from anybit.methods.settings import MultiQuantSettings
 from anybit.networks import batchnorm
@@ -39,8 +39,7 @@ def bn_batches(samples: Samples, settings: SupernetSettings) -> list[Batch]:
     """Training inputs for batch-norm statistics, drawn once, augmented as in training; all of them in every process."""
     if len(samples) < 2:
         raise InvalidInput(f"{len(samples)} training input(s) are too few for batch-norm statistics. Give at least 2; hundreds work well.")
-    with torch.random.fork_rng(devices=[]):
-        return list(epoch_batches(draw(samples, settings.bn_images, settings.train.seed), settings.train, -1, share=(0, 1)))
+    return drawn_batches(samples, settings.train, settings.bn_images)
 
 
 def observe_supernet(model: nn.Module, example: Batch, settings: SupernetSettings) -> ObservedNetwork:
@@ -51,13 +50,13 @@ def observe_supernet(model: nn.Module, example: Batch, settings: SupernetSetting
     return observe_network(model, example, LayerOptions(settings.bits, settings.bits, settings.keep, gradients=True))
 
 
-def make_multiquant(network: ObservedNetwork, plain: Sequence[Batch], settings: SupernetSettings, classes: int | None) -> MultiQuant:
+def make_multiquant(network: ObservedNetwork, batches: Sequence[Batch], settings: SupernetSettings, classes: int | None) -> MultiQuant:
     """Return the unfolded network with switchable quantizers in its slots, each bit-width in its range of least squared error."""
     unfolded = copy.deepcopy(network.float_model)
     batchnorm.flip_negative(unfolded, network.norms)
     model = prepare(unfolded, network.names, [name for name, options in network.choices.items() if options[0].weight_bits is None])
     with as_observed(network.folded, network.calls):
-        samples = input_samples(network.folded, network.calls, plain, 2**17, settings.train.seed)
+        samples = input_samples(network.folded, network.calls, batches, 2**17, settings.train.seed)
     check_finite_samples(samples)
     options = settings.multiquant
     for name, layer in quantized_layers(model).items():

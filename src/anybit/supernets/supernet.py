@@ -34,6 +34,7 @@ from anybit.supernets.prepared import bit_distance, bit_widths, to_store, unifor
 from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.statistics import KnownSubnet, active_norms, set_statistics, statistics_of
 from anybit.supernets.store import StoredLayer, SupernetFile, SupernetLayer, to_json
+from anybit.wording import as_in_python
 
 
 @dataclass
@@ -161,6 +162,7 @@ class Supernet:
             raise InvalidFile(f"{where}: a batch-norm variance kept of {known.scheme} is below zero. Restore it or train again.")
         check_edges({name: (float(low), float(high)) for name, (low, high) in zip(self.edges, known.edges, strict=True)}, where)
 
+    @as_in_python()
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the supernet's folder, all of it or nothing."""
         with new_folder(Path(folder), overwrite) as draft:
