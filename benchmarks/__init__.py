@@ -1,1 +1,1 @@
-"""Experiments behind every number in the docs, and the tables made from what they measured; README.md lists the scripts."""
+"""Experiments behind every number in the docs, and the tables generated from their results; README.md lists the scripts."""

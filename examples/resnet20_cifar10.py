@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut that halves the picture and pads the channels with zeros where the shape changes."""
+    """Two 3x3 convolutions and a shortcut that halves the image and pads the channels with zeros where the shape changes."""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -50,5 +50,5 @@ class ResNet20(nn.Module):
 
 
 def network() -> ResNet20:
-    """Untrained; give --weights."""
+    """Return the untrained network; give --weights."""
     return ResNet20()

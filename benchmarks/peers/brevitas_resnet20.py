@@ -7,7 +7,7 @@ per output channel, activations asymmetric per tensor, biases 32 bits; the first
 weights and activations. The default recipe is the most accurate of those tried for its time; --recipe selects
 another.
 
-Set up an environment of its own and run, one process at a time for honest seconds:
+Set up a separate environment and run one process at a time, so that times are comparable:
 
     python -m venv venv && venv/bin/pip install -r requirements.txt
     OMP_NUM_THREADS=1 venv/bin/python brevitas_resnet20.py --data cifar10.npz \
@@ -155,13 +155,13 @@ def is_first_or_last(layer: nn.Module) -> bool:
 
 
 def quantizers(recipe: Recipe, weight_bits: int, activation_bits: int) -> dict:
-    """The quantizers of a convolution or linear layer, as Brevitas' layerwise backend takes them."""
+    """The quantizers of a convolution or linear layer, in the form that Brevitas' layerwise backend accepts."""
     ranges = {"mse": ShiftedUint8ActPerTensorFloatMSE, "percentile": ShiftedUint8ActPerTensorFloat}
     return {
         "weight_quant": Int8WeightPerChannelFloatMSE.let(
             bit_width=value(lambda module: FIRST_LAST_BITS if is_first_or_last(module) else weight_bits),
             narrow_range=False,
-            scaling_impl=ParameterFromStatsFromParameterScaling,  # ranges are those of the float weights
+            scaling_impl=ParameterFromStatsFromParameterScaling,  # ranges of the float weights
         ),
         "input_quant": ranges[recipe.activation_range].let(
             bit_width=value(lambda module: FIRST_LAST_BITS if is_first_or_last(module) else activation_bits)

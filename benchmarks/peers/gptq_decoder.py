@@ -1,21 +1,21 @@
 """GPTQ of LLM Compressor on the decoder that benchmarks/studies/decoder.py trains: perplexity, KL divergence and time
-as JSON. One entry a run; a finished one is not run again.
+as JSON. One entry per run; finished runs are skipped.
 
-The weights of the decoder's linears, symmetric, one scale for each group of inputs; embedding, output layer and activations stay float
-(`decoder.py linears` is the same of anybit). Calibrated on the same 128 blocks of the training text, measured on the same blocks of the
+Quantizes the weights of the decoder's linears, symmetric, one scale per group of inputs; embedding, output layer and activations stay float
+(`decoder.py linears` does the same with anybit). Calibrated on the same 128 blocks of the training text, measured on the same blocks of the
 held-out text. Recipes:
 
-    gptq         as the tool has it: scales from the largest weight of a group, columns ordered by their activations ("static")
-    gptq-mse     the same with scales searched for the least error
-    gptq-damped  gptq with a tenth of the Hessian's mean diagonal added to it, not a hundredth
-    nearest      the codes nearest to the weights, without GPTQ
+    gptq         the tool's default: scales from the largest weight of a group, columns ordered by their activations ("static")
+    gptq-mse     the same, with scales that minimize the error
+    gptq-damped  gptq with damping of 0.1 times the Hessian's mean diagonal instead of 0.01
+    nearest      rounding to nearest, without GPTQ
 
-Set up an environment of its own and run, one process at a time for honest seconds:
+Set up a separate environment and run one process at a time, so that times are comparable:
 
     python -m venv venv && venv/bin/pip install -r requirements_gptq.txt
     OMP_NUM_THREADS=1 venv/bin/python gptq_decoder.py --folder FOLDER --output out.json
 
-FOLDER holds the network, its tokenizer, train.txt and test.txt, as `decoder.py train` leaves them.
+FOLDER contains the network, its tokenizer, train.txt and test.txt, as written by `decoder.py train`.
 """
 
 import argparse
@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def blocks_of(folder: Path, part: str) -> Tensor:
-    """train.txt or test.txt as one text in blocks of LENGTH tokens, [N, LENGTH], as anybit cuts it; the rest of the text is left out."""
+    """train.txt or test.txt as one text in blocks of LENGTH tokens, [N, LENGTH], split as in anybit; the remainder is dropped."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is not None:
         raise ValueError("A tokenizer with a token for the end of a text is not what decoder.py trains with: each sentence would need one.")
@@ -64,7 +64,7 @@ def blocks_of(folder: Path, part: str) -> Tensor:
 
 
 def drawn(blocks: Tensor, seed: int) -> Tensor:
-    """The blocks that anybit draws by the same seed."""
+    """The blocks that anybit draws with the same seed."""
     return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:BLOCKS]]
 
 
@@ -73,19 +73,19 @@ def batches(blocks: Tensor) -> DataLoader:
 
 
 @torch.no_grad()
-def log_chances(network: nn.Module, tokens: Tensor) -> Tensor:
-    """Logarithms of the next tokens' probabilities, [N (T - 1), vocabulary]."""
+def log_probabilities(network: nn.Module, tokens: Tensor) -> Tensor:
+    """Log-probabilities of the next tokens, [N (T - 1), vocabulary]."""
     return network(input_ids=tokens, use_cache=False).logits[:, :-1].float().flatten(0, 1).log_softmax(-1)
 
 
 def measure(network: nn.Module, blocks: Tensor, reference: Sequence[Tensor] | None = None) -> dict[str, float]:
-    """Perplexity of the next tokens, and their KL divergence from `reference`, the float network's `log_chances` batch by batch."""
+    """Perplexity of the next tokens, and their KL divergence from `reference`, the float network's `log_probabilities` batch by batch."""
     loss, divergence, count = 0.0, 0.0, 0
     for number, tokens in enumerate(blocks.split(BATCH)):
-        chances, labels = log_chances(network, tokens), tokens[:, 1:].flatten()
-        loss += float(F.nll_loss(chances, labels, reduction="sum"))
+        log_probs, labels = log_probabilities(network, tokens), tokens[:, 1:].flatten()
+        loss += float(F.nll_loss(log_probs, labels, reduction="sum"))
         if reference is not None:
-            divergence += float(F.kl_div(chances, reference[number], reduction="sum", log_target=True))
+            divergence += float(F.kl_div(log_probs, reference[number], reduction="sum", log_target=True))
         count += len(labels)
     kl = {} if reference is None else {"kl": divergence / count}
     return {"perplexity": math.exp(loss / count), "loss": loss / count, **kl, "tokens": count}
@@ -103,7 +103,7 @@ def modifier(recipe: str, bits: int, group: int | None) -> GPTQModifier | Quanti
 
 
 def linear_bytes(network: nn.Module, bits: int, group: int | None) -> int:
-    """Of the decoder's linears: their codes, and float32 scales."""
+    """Bytes of the decoder's linears: codes and float32 scales."""
     layers = [layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"]
     return sum(layer.weight.numel() * bits // 8 + 4 * layer.weight.numel() // (group or layer.in_features) for layer in layers)
 
@@ -162,7 +162,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     calibration, test = drawn(blocks_of(args.folder, "train"), args.seed), blocks_of(args.folder, "test")
     network = load(args.folder)
-    reference = [log_chances(network, tokens) for tokens in test.split(BATCH)]
+    reference = [log_probabilities(network, tokens) for tokens in test.split(BATCH)]
     entries: dict[str, Any] = json.loads(args.output.read_text())["entries"] if args.output.is_file() else {}
     entries.setdefault("float", measure(network, test))
     del network

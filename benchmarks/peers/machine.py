@@ -1,4 +1,4 @@
-"""The machine and versions that a peer ran with; the standard library alone, since peers have environments of their own."""
+"""The machine and versions that a peer ran with; standard library only, since peers have separate environments."""
 
 import os
 import platform

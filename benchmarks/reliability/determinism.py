@@ -1,10 +1,10 @@
-"""Differences that a change of thread count makes in a calibrate run of the digits network; nothing else is expected to alter anything.
+"""Differences between calibrate runs of the digits network at several thread counts; nothing else should change a result.
 
     python examples/digits.py runs/digits
     python -m benchmarks.reliability.determinism --data runs/digits/digits.npz --weights runs/digits/weights.safetensors
 
-Each run is a process of its own. Sums of floating-point numbers depend on how they are split over threads; whatever follows from their
-last digits is counted here: codes that differ, bits that differ, and the accuracy on the test set.
+Each run is a separate process. Floating-point sums depend on how they are split over threads; this counts the consequences of their
+last digits: differing codes, differing bits, and the accuracy on the test set.
 """
 
 import argparse
@@ -31,15 +31,15 @@ MEASURED = ("stages", "environment", "settings")
 
 
 def run(arguments: argparse.Namespace, folder: Path, threads: int, pipeline: str) -> None:
-    """A run with all budgets, saved."""
+    """Run with all budgets and save the result."""
     torch.set_num_threads(threads)
     test = f"{arguments.data}#test"
     settings = {"weights": arguments.weights, "test": test, "samples": 512, "pipeline": pipeline, "cache": False}
     save_all(anybit.calibrate(NETWORK, arguments.data, list(BUDGETS), **settings), folder)
 
 
-def in_a_process(*arguments: Any) -> None:
-    """`run` in a fresh process, whose hash seed is its own."""
+def in_a_subprocess(*arguments: Any) -> None:
+    """Call `run` in a fresh process with its own hash seed."""
     process = multiprocessing.get_context("spawn").Process(target=run, args=arguments)
     process.start()
     process.join()
@@ -74,7 +74,7 @@ def _judged(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run each pipeline at each thread count, and compare."""
+    """Run each pipeline at each thread count and compare."""
     options = parser(__doc__)
     options.add_argument("--weights", required=True)
     options.add_argument("--data", required=True)
@@ -84,7 +84,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folders = {name: Path(scratch) / name.replace(" ", "-") for name in RUNS}
             for name, threads in RUNS.items():
-                in_a_process(arguments, folders[name], threads, pipeline)
+                in_a_subprocess(arguments, folders[name], threads, pipeline)
             pairs = [("one thread", "two threads"), ("one thread", "one thread again"), ("two threads", "two threads again")]
             for (one, other), budget in itertools.product(pairs, BUDGETS):
                 places = folders[one] / budget, folders[other] / budget, arguments.weights

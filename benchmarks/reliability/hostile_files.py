@@ -1,17 +1,17 @@
-"""Mutated files: each must end in a typed error, or load as what it says.
+"""Mutated files: each must raise a typed error, or load as its contents say.
 
     python -m benchmarks.reliability.hostile_files --cases 10000 --output benchmarks/results/hostile_files.json
-    python -m benchmarks.reliability.hostile_files --replay 4711             (one case again, with what it raises)
+    python -m benchmarks.reliability.hostile_files --replay 4711             (repeats one case and shows its error)
 
 A case takes the files of one kind (a run's, a supernet's, a cache's, ...), mutates one of them, and reads them as the verbs do. In every
-second case the checksums are made right again, so that the parsers are tried and not only the hash. What counts as right:
+second case the checksums are recomputed, so that the parsers are tested and not only the hash. Accepted outcomes:
 
-    error     an AnybitError of one line that names a file or what in it is at fault
-    same      it loads, and is in every number what was written: the mutation met nothing that carries meaning
-    edited    it loads as something else that is sound. Only where checksums were made right, or where a kind has none
+    error     an AnybitError of one line that names a file or its faulty part
+    same      it loads with every number as written: the mutation changed nothing of meaning
+    edited    it loads as other, valid contents; only with recomputed checksums, or for kinds without checksums
 
-Anything else fails: another exception, numbers that are not sound, a case of more than 10 seconds, or one that asks for more memory than
-the process has plus LEEWAY (files here have some thousand bytes).
+Anything else fails: another exception, invalid numbers, a case that takes more than 10 seconds, or one that allocates more memory than
+the process has plus LEEWAY (files here have a few thousand bytes).
 """
 
 import argparse
@@ -93,27 +93,27 @@ class Tiny(nn.Module):
         return self.fc(torch.relu(self.conv2(x)).mean((2, 3)))
 
 
-def made(seed: int, width: int = 4) -> nn.Module:
+def calibrated_result(seed: int, width: int = 4) -> nn.Module:
     torch.manual_seed(seed)
     return Tiny(width).eval()
 
 
-NETWORK, INPUTS = made(0), torch.randn(24, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+NETWORK, INPUTS = calibrated_result(0), torch.randn(24, 2, 6, 6, generator=torch.Generator().manual_seed(1))
 LABELLED = (INPUTS, torch.arange(24) % 3)
 QUICK = {"samples": 24, "batch_size": 8, "weight_bits": (2, 4, 8), "activation_bits": (4, 8), "pipeline": "light"}
 TRAINING = {"bits": (2, 4), "epochs": 1, "batch_size": 8, "held_out": 0.3, "bn_images": 8, "test": LABELLED}
 
 
 class Unsound(Exception):
-    """A file was loaded into what cannot be computed with."""
+    """A file was loaded into an invalid value."""
 
 
-# Kinds of files: what they are made by, how they are read, how their checksums are made right again
+# Kinds of files: how they are written and read, and how their checksums are recomputed
 
 
 @dataclass(frozen=True)
 class Kind:
-    """files     those that are mutated;   read  as the verbs do, to what can be compared;   remake  their checksums, after a mutation
+    """files     to mutate;   read  reads as the verbs do, and returns comparable values;   remake  recomputes checksums after a mutation
     guarded   whether a checksum covers all that `read` gives
     """
 
@@ -128,7 +128,7 @@ def numbers(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Whether the network runs, and holds finite numbers."""
+    """Check that the network runs and gives finite numbers."""
     if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point()):
         raise Unsound("a loaded tensor is not finite")
     with torch.no_grad():
@@ -149,7 +149,7 @@ def read_reports(folder: Path) -> Any:
 
 
 def cli_prints(report: dict) -> None:
-    """Render all that a verb prints of a report, to nowhere."""
+    """Render everything that a verb prints of a report, and discard it."""
     with contextlib.redirect_stdout(io.StringIO()):
         if report.get("result"):
             print_report(report)
@@ -173,8 +173,8 @@ def read_saved(folder: Path) -> Any:
     for name, options in network.choices.items():
         for precision in options:
             table.loss(name, precision)
-    told = {f"{name} {bits}": part for (name, bits), one in candidates.weights.items() for part in (one.codes, one.scale)}
-    return numbers(told), table.to_json(), settings.to_json()
+    tensors = {f"{name} {bits}": part for (name, bits), one in candidates.weights.items() for part in (one.codes, one.scale)}
+    return numbers(tensors), table.to_json(), settings.to_json()
 
 
 def read_store(folder: Path) -> Any:
@@ -182,9 +182,9 @@ def read_store(folder: Path) -> Any:
     check_finite(supernet.model)
     sliced = slice_subnet(folder, supernet.uniform(min(supernet.settings.bits)))
     check_finite(supernet.canonical().model)
-    kept = [numbers({"statistics": one.statistics, "edges": one.edges}) for one in supernet.known]
+    statistics = [numbers({"statistics": one.statistics, "edges": one.edges}) for one in supernet.known]
     codes = {name: digest_of([codes.tolist(), scale.tolist()]) for name, (codes, scale) in sliced.items()}
-    return numbers(dict(supernet.model.state_dict())), kept, codes, supernet.settings.to_json()
+    return numbers(dict(supernet.model.state_dict())), statistics, codes, supernet.settings.to_json()
 
 
 def read_search(folder: Path) -> Any:
@@ -196,15 +196,15 @@ def identity_of(seed: int) -> dict[str, Any]:
 
 
 def trainee_of(network: nn.Module) -> Any:
-    wanted = GrowSettings.of(epochs=2, batch_size=8, activation_bits=4)
+    settings = GrowSettings.of(epochs=2, batch_size=8, activation_bits=4)
     plain = [Batch(INPUTS[:8], LABELLED[1][:8])]
-    observed = observe_trainable(network, Batch(INPUTS[:2]), wanted, None, "csq")
-    return make_trainee(observed, plain, anybit.Budget.parse("4bit"), wanted, "csq")
+    observed = observe_trainable(network, Batch(INPUTS[:2]), settings, None, "csq")
+    return make_trainee(observed, plain, anybit.Budget.parse("4bit"), settings, "csq")
 
 
 @functools.cache
 def blank_trainee() -> Any:
-    """A prepared training, made once, of which every case gets a copy."""
+    """A prepared training, created once and copied for each case."""
     return trainee_of(NETWORK)
 
 
@@ -221,25 +221,25 @@ KEPT_LAYERS = ("conv1", "conv2", "fc")
 
 
 def read_kept(folder: Path) -> Any:
-    """A unit's result as it is taken up from the cache, or made again in its place: the same, whatever happened to the file."""
+    """A unit's result, reused from the cache or recomputed: the same whatever happened to the file."""
     recall, calibrated = Cache(folder / "cache"), quickly(0, 4)
 
-    def read(kept: Entry) -> dict[str, float]:
-        put_back(model, KEPT_LAYERS, kept.tensors)
-        return {key: float(value) for key, value in kept.record.items()}
+    def read(stored: Entry) -> dict[str, float]:
+        put_back(model, KEPT_LAYERS, stored.tensors)
+        return {key: float(value) for key, value in stored.record.items()}
 
     model = copy.deepcopy(calibrated)
     (folder / "cache").mkdir()
     entry = recall._path("a unit")
     entry.parent.mkdir()
     entry.write_bytes((folder / "digest").read_bytes() + _entry(folder))
-    found = recall("a unit", lambda: kept_of(calibrated), read)
+    result = recall("a unit", lambda: kept_of(calibrated), read)
     check_finite(model)
-    return [found, numbers(model.state_dict())]
+    return [result, numbers(model.state_dict())]
 
 
 def _entry(folder: Path) -> bytes:
-    """The entry's bytes after its digest; a record that was changed goes in."""
+    """The entry's bytes after its digest, with a mutated record inserted."""
     data, record = (folder / "kept.safetensors").read_bytes(), (folder / "record.json").read_bytes()
     if record == (folder / "record as written").read_bytes():
         return data
@@ -257,8 +257,8 @@ def kept_of(model: nn.Module) -> Entry:
 
 @functools.cache
 def quickly(seed: int, width: int) -> nn.Module:
-    """A canonical network, made in a moment."""
-    return anybit.calibrate(made(seed, width), LABELLED, "4bit", seed=seed, cache=False, **QUICK).model
+    """A canonical network that takes a moment to create."""
+    return anybit.calibrate(calibrated_result(seed, width), LABELLED, "4bit", seed=seed, cache=False, **QUICK).model
 
 
 def write_kept(folder: Path, seed: int, width: int) -> None:
@@ -275,17 +275,17 @@ def observed() -> ObservedNetwork:
 
 def read_latency(folder: Path) -> Any:
     place, network = folder / "latency.json", observed()
-    real = latency._table_file
+    table_file = latency._table_file
     latency._table_file = lambda network, threads: place.with_stem("of 0")
     try:
         place.rename(place.with_stem("of 0"))
-        found = load_table(network)
+        loaded = load_table(network)
     finally:
-        latency._table_file = real
-    table, about = found
+        latency._table_file = table_file
+    table, metadata = loaded
     if not 0 <= table.total(Scheme.uniform(network.names, "W8A8")) < float("inf"):
         raise Unsound("a latency that is no number")
-    return digest_of([asdict(table), about])
+    return digest_of([asdict(table), metadata])
 
 
 def read_listing(folder: Path) -> Any:
@@ -308,7 +308,7 @@ def read_weights(folder: Path) -> Any:
 
 
 def read_graph(folder: Path) -> Any:
-    """As `verify` does before it runs anything: constants and operators, to be compared with the run's."""
+    """Read as `verify` does before running anything: constants and operators, for comparison with the run's."""
     model = load_graph(folder / "net.onnx")
     try:
         contents = {name: digest_of(array.tolist()) for name, array in _contents(model).items() if array is not None}
@@ -318,9 +318,9 @@ def read_graph(folder: Path) -> Any:
 
 
 def replaced(path: Path, key: str, value: str) -> None:
-    """Put a hash into a JSON file, whose other bytes stay as they are."""
+    """Put a hash into a JSON file and leave its other bytes unchanged."""
     text = path.read_bytes()
-    path.write_bytes(re.sub(rb'("%s": ?")[^"]*(")' % key.encode(), lambda found: found[1] + value.encode() + found[2], text))
+    path.write_bytes(re.sub(rb'("%s": ?")[^"]*(")' % key.encode(), lambda match: match[1] + value.encode() + match[2], text))
 
 
 def lenient(path: Path) -> Any:
@@ -341,21 +341,21 @@ def reseal(path: Path, unguarded: tuple[str, ...] = ()) -> None:
         replaced(path, DIGEST, digest)
 
 
-def write_metadata(path: Path, told: dict[str, str]) -> None:
+def write_metadata(path: Path, metadata: dict[str, str]) -> None:
     try:
         header, data = opened(path.read_bytes())
     except (ValueError, RecursionError):
         return
     if header.get("__metadata__") is not None:
-        path.write_bytes(closed({**header, "__metadata__": {**header["__metadata__"], **told}}, data))
+        path.write_bytes(closed({**header, "__metadata__": {**header["__metadata__"], **metadata}}, data))
 
 
-def remake_pair(folder: Path, about: str, tensors: str, key: str, kind: Any) -> None:
-    """The digest of what the JSON file says into the tensors' metadata, and the tensors' hash into the JSON file."""
-    data = lenient(folder / about)
-    with suppress(ValueError, RecursionError):  # what cannot be read has no digest
-        write_metadata(folder / tensors, {key: kind.model_validate(data).digest()})
-    replaced(folder / about, "sha256", sha256_of(folder / tensors))
+def remake_pair(folder: Path, json_name: str, tensors_name: str, key: str, kind: Any) -> None:
+    """Write the digest of the JSON file's contents to the tensors' metadata, and the tensors' hash to the JSON file."""
+    data = lenient(folder / json_name)
+    with suppress(ValueError, RecursionError):  # an unreadable file has no digest
+        write_metadata(folder / tensors_name, {key: kind.model_validate(data).digest()})
+    replaced(folder / json_name, "sha256", sha256_of(folder / tensors_name))
 
 
 def remake_run(folder: Path) -> None:
@@ -388,7 +388,7 @@ def remake_training(folder: Path) -> None:
         header, _ = opened(path.read_bytes())
         digest = _digest(header["__metadata__"]["anybit"], load(path.read_bytes()))
         write_metadata(path, {DIGEST: digest})
-    except Exception:  # what cannot be opened has no digest
+    except Exception:  # an unopenable file has no digest
         return
 
 
@@ -411,14 +411,14 @@ KINDS: dict[str, Kind] = {
 
 
 def write_all(home: Path, seed: int, width: int = 4) -> None:
-    """One folder a kind, as anybit writes it."""
-    network = made(seed, width)
+    """Write one folder per kind, as anybit does."""
+    network = calibrated_result(seed, width)
     result = anybit.calibrate(network, LABELLED, "4bit", test=LABELLED, seed=seed, cache=False, **QUICK)
     for kind in ("run", "report", "candidates", "list of own runs", "exported file"):
         result.save(home / kind)
     for kind in ("scheme to extract", "kept result", "latency cache", "weights", "pickled weights"):
         (home / kind).mkdir()
-    if seed == 0:  # no other is put in its place
+    if seed == 0:  # it is not recomputed
         anybit.export(home / "run", home / "exported file" / "net.onnx", model=network, data=INPUTS)
     (home / "scheme to extract" / "wanted.json").write_text(json.dumps(result.scheme.to_json()))
     save_file(network.state_dict(), home / "weights" / "weights.safetensors")
@@ -433,12 +433,12 @@ def write_all(home: Path, seed: int, width: int = 4) -> None:
     names = observed().names
     steps = [OperationFlow(name, (number,), (number + 1,), 100) for number, name in enumerate(names)]
     table = LatencyTable({n: {"float32": 3e-4, "int8": 1e-4} for n in names}, {"float32": 5e-4, "int8": 6e-4}, 1e-8, steps)
-    real, latency._table_file = latency._table_file, lambda network, threads: home / "latency cache" / f"of {seed}.json"
+    table_file, latency._table_file = latency._table_file, lambda network, threads: home / "latency cache" / f"of {seed}.json"
     try:
         save_table(observed(), table, {"rounds": seed})
         (home / "latency cache" / f"of {seed}.json").rename(home / "latency cache" / "latency.json")
     finally:
-        latency._table_file = real
+        latency._table_file = table_file
     write_training(home / "training checkpoint", seed, network)
 
 
@@ -458,7 +458,7 @@ def write_training(folder: Path, seed: int, network: nn.Module) -> None:
 
 @dataclass
 class Case:
-    """number, kind, file, mutation, remade   what was done;   outcome, error, seconds, bytes  what came of it"""
+    """number, kind, file, mutation, remade   describe the case;   outcome, error, seconds, bytes  its result"""
 
     number: int
     kind: str
@@ -479,7 +479,7 @@ def mutations_of(name: str) -> dict[str, Mutation]:
 
 
 def run_case(home: Path, number: int, seed: int, pristine: dict[str, Any]) -> Case:
-    """Mutate, read, judge; `home` holds the folders "a" (mutated copies of it), "b" (other weights) and "c" (another network)."""
+    """Mutate, read and judge; `home` contains the folders "a" (copied and mutated), "b" (other weights) and "c" (another network)."""
     rng = random.Random(f"{seed} {number}")
     name = list(KINDS)[(number // 2) % len(KINDS)]
     kind = KINDS[name]
@@ -506,8 +506,8 @@ def judge(case: Case, kind: Kind, folder: Path, pristine: dict[str, Any]) -> Non
     _reset_peak()
     try:
         with bounded():
-            found = kind.read(folder)
-        case.outcome = "same" if found == pristine[case.kind] else "edited" if case.remade or not kind.guarded else "FAILED: not noticed"
+            result = kind.read(folder)
+        case.outcome = "same" if result == pristine[case.kind] else "edited" if case.remade or not kind.guarded else "FAILED: not noticed"
     except AnybitError as error:
         case.outcome, case.error = "error", type(error).__name__
         if "\n" in str(error) or not 20 < len(str(error)) < 2000:
@@ -520,12 +520,12 @@ def judge(case: Case, kind: Kind, folder: Path, pristine: dict[str, Any]) -> Non
 
 
 class TooLong(BaseException):
-    """A case took more than its seconds; no Exception, so that nothing catches it."""
+    """A case exceeded its time limit. Not an Exception, so that nothing catches it."""
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Within SECONDS, and LEEWAY above the address space that the process has."""
+    """Limit the block to SECONDS, and to LEEWAY above the current address space."""
 
     def ring(*_: Any) -> None:
         raise TooLong(f"more than {SECONDS} s")
@@ -548,7 +548,7 @@ def resident() -> int:
 
 
 def prepared(home: Path) -> dict[str, Any]:
-    """Write the folders; what each kind reads as before anything is mutated."""
+    """Write the folders, and read each kind before any mutation."""
     for name, seed, width in (("a", 0, 4), ("b", 1, 4), ("c", 2, 5)):
         (home / name).mkdir()
         write_all(home / name, seed, width)
@@ -558,8 +558,8 @@ def prepared(home: Path) -> dict[str, Any]:
             shutil.copytree(home / "a" / name, home / "once")
             if remade:
                 kind.remake(home / "once")
-            found = kind.read(home / "once")
-            if pristine.setdefault(name, found) != found:
+            result = kind.read(home / "once")
+            if pristine.setdefault(name, result) != result:
                 raise Unsound(f"{name}: making its checksums right changes what it says")
             shutil.rmtree(home / "once")
     return pristine
@@ -616,18 +616,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replay", type=int, help="the number of one case")
     parser.add_argument("--output", type=Path)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as home:
-        cases = run_cases(Path(home), range(given.cases) if given.replay is None else [given.replay], given.seed)
-    told = summary(cases, given.seed, time.perf_counter() - start)
+        cases = run_cases(Path(home), range(arguments.cases) if arguments.replay is None else [arguments.replay], arguments.seed)
+    summarized = summary(cases, arguments.seed, time.perf_counter() - start)
     for case in cases:
-        if case.outcome.startswith("FAILED") or given.replay is not None:
+        if case.outcome.startswith("FAILED") or arguments.replay is not None:
             print(case, case.trace)
-    print(f"{told['passed']} of {told['cases']}: {told['outcomes']}, longest {told['longest_seconds']:.2f} s")
-    if given.output:
-        given.output.write_text(json.dumps(told, indent=1) + "\n")
+    print(f"{summarized['passed']} of {summarized['cases']}: {summarized['outcomes']}, longest {summarized['longest_seconds']:.2f} s")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(summarized, indent=1) + "\n")
 
 
 if __name__ == "__main__":

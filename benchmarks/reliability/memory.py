@@ -1,10 +1,10 @@
-"""Memory of a calibrate run of EfficientNet-lite0 against `--memory`, at three budgets and at the least that works. One JSON entry a run.
+"""Memory of calibrate runs of EfficientNet-lite0 against `--memory`, at three budgets and at the minimum. One JSON entry per run.
 
     python -m benchmarks.reliability.memory --images FOLDER --results RESULTS
 
-A process of its own for each budget; a thread reads the process's anonymous resident memory (what no file backs) every 10 ms. Reported:
-the peak above what was resident once the network and the inputs were in memory and folded, for each stage, beside the budget; and what
-spilled to disk. What a run holds besides activations is weights: the folded and prepared copies, and one for each candidate bit-width.
+Each budget has its own process; a thread reads its anonymous resident memory (not backed by files) every 10 ms. Reported are
+the peak of each stage above the memory after loading and folding the network and loading the inputs, the budget, and the bytes
+spilled to disk. Besides activations, a run holds weights: the folded and prepared copies, and one for each candidate bit-width.
 """
 
 import json
@@ -41,7 +41,7 @@ STEPS = {"candidates": "sequential AdaQuant", "sequential AdaQuant": "batch-norm
 
 
 class Watch(threading.Thread):
-    """The peak of anonymous resident bytes, stage by stage."""
+    """Peaks of anonymous resident bytes by stage."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -58,7 +58,7 @@ def anonymous() -> int:
 
 
 def child(images: str, memory: int) -> dict[str, Any]:
-    """One run in this process."""
+    """Run once in this process."""
     torch.set_num_threads(1)
     watch, spilled = Watch(), []
     timed, allocate = StageClock.stage, MemoryBudget.allocate
@@ -74,7 +74,7 @@ def child(images: str, memory: int) -> dict[str, Any]:
         spilled.append(self.spilled - before)
         return tensor
 
-    def heard(event: str, fields: Mapping[str, Any]) -> None:
+    def on_event(event: str, fields: Mapping[str, Any]) -> None:
         if event == "step":
             watch.stage = STEPS.get(fields["step"], watch.stage)
 
@@ -83,7 +83,7 @@ def child(images: str, memory: int) -> dict[str, Any]:
     inputs = draw(load_data(images, Preprocessing((0.498039,) * 3, (0.501961,) * 3, 224, None, "bicubic")), COMMON["samples"], 0)
     watch.start()
     try:
-        with listening(events=heard):
+        with listening(events=on_event):
             result = anybit.calibrate(network, inputs, None, memory=memory, cache=False, **COMMON)
     except anybit.AnybitError as error:
         return {"memory": memory, "refused": str(error)}

@@ -1,4 +1,4 @@
-"""Mutations of files: damaged bytes, and edits by one who knows JSON and safetensors. Each takes (bytes, rng) and gives bytes."""
+"""Mutations of files: damaged bytes, and edits that know JSON and safetensors. Each takes (bytes, rng) and returns bytes."""
 
 import json
 import random
@@ -59,7 +59,7 @@ BYTES: dict[str, Mutation] = {
 
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
-    """Every place in a JSON value, as the keys that lead to it."""
+    """All places in a JSON value, as key paths."""
     paths = [path]
     for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         paths += places(part, (*path, key))
@@ -67,7 +67,7 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
 
 
 def edited(data: bytes, rng: random.Random, change: Callable[[Any, Any, random.Random], None]) -> bytes:
-    """The document with `change(parent, key, rng)` done at a place; each depth is as likely, since the deepest hold most places."""
+    """Apply `change(parent, key, rng)` at a random place; depths are equally likely, since the deepest has the most places."""
     value = [json.loads(data)]
     paths = places(value)[1:]
     depth = rng.choice(sorted({len(path) for path in paths}))
@@ -140,7 +140,7 @@ def nudge(parent: Any, key: Any, rng: random.Random) -> None:
 
 
 def write_oddly(data: bytes, rng: random.Random) -> bytes:
-    """Write JSON that parsers disagree on: a key twice, NaN, infinity, endless digits, a byte order mark, brackets without end."""
+    """Write JSON on which parsers disagree: duplicate keys, NaN, infinity, endless digits, a byte order mark, deep nesting."""
     text = data.decode()
     at = rng.choice([index for index, letter in enumerate(text) if letter == ":"] or [0])
     end = min((text.index(mark, at) for mark in (",", "\n") if mark in text[at:]), default=len(text))
@@ -161,7 +161,7 @@ JSONS: dict[str, Mutation] = {
 
 
 def opened(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """(header, numbers); raises ValueError where there is none."""
+    """Return (header, numbers), or raise ValueError."""
     if len(data) < 8:
         raise ValueError("no header")
     length = struct.unpack("<Q", data[:8])[0]
@@ -178,7 +178,7 @@ def closed(header: dict[str, Any], numbers: bytes) -> bytes:
 
 
 def of_header(change: Callable[[dict[str, Any], str, random.Random], None]) -> Mutation:
-    """`change(header, name of a tensor, rng)`, the numbers as they were."""
+    """Apply `change(header, tensor name, rng)` and leave the numbers unchanged."""
 
     def mutate(data: bytes, rng: random.Random) -> bytes:
         header, numbers = opened(data)
@@ -241,7 +241,7 @@ def edit_metadata(header: dict[str, Any], name: str, rng: random.Random) -> None
 
 
 def drop_tensor(data: bytes, rng: random.Random) -> bytes:
-    """A tensor and its numbers left out: a sound file."""
+    """Remove a tensor and its numbers; the file stays valid."""
     header, numbers = opened(data)
     name = rng.choice([name for name in header if name != "__metadata__"])
     start, end = header.pop(name)["data_offsets"]
@@ -251,7 +251,7 @@ def drop_tensor(data: bytes, rng: random.Random) -> bytes:
 
 
 def add_tensor(data: bytes, rng: random.Random) -> bytes:
-    """A tensor more, with numbers of its own: a sound file."""
+    """Add a tensor with numbers; the file stays valid."""
     header, numbers = opened(data)
     name = rng.choice(
         (rng.choice([key for key in header if key != "__metadata__"]) + rng.choice(("2", "|W9|codes", "|A8")), "more", "floats")
@@ -261,7 +261,7 @@ def add_tensor(data: bytes, rng: random.Random) -> bytes:
 
 
 def other_numbers(data: bytes, rng: random.Random) -> bytes:
-    """A number of a tensor, or all of them, set to what they cannot be, or might."""
+    """Set one or all numbers of a tensor to impossible or unlikely values."""
     header, numbers = opened(data)
     name = rng.choice(
         [key for key, entry in header.items() if key != "__metadata__" and entry["data_offsets"][1] > entry["data_offsets"][0]]

@@ -1,13 +1,13 @@
-"""Killed and run again: whether a run ends with the same bytes, what a kill loses, what keeping the results costs. One JSON entry a run.
+"""Killed and resumed runs: whether the results are byte-identical, the work lost, and the cost of storing results. One JSON entry per run.
 
     python examples/digits.py runs/digits
     python -m benchmarks.reliability.resume kills --weights runs/digits/weights.safetensors --data runs/digits/digits.npz
     python -m benchmarks.reliability.resume cost  --weights runs/digits/weights.safetensors --data runs/digits/digits.npz
 
-kills   100 runs of `anybit calibrate`, each with an empty cache, killed with SIGKILL at random moments up to three times and then let
-        finish. Of each kill: the stage, how many results the killed process had taken up, and the seconds since its last event, which
-        is the work that is lost. The run's files are compared with those of a run that was never killed.
-    cost    processor seconds of hashing, packing and writing beside those of the rest of a run with an empty cache.
+kills   100 runs of `anybit calibrate`, each with an empty cache, killed with SIGKILL at random moments up to three times, then run
+        to the end. For each kill: the stage, the number of results that the process had reused, and the seconds since its last event,
+        the lost work. The run's files are compared with those of a run that was never killed.
+    cost    processor seconds of hashing, packing and writing, and of the rest of a run with an empty cache.
 """
 
 import argparse
@@ -36,7 +36,7 @@ FILES = ("scheme.json", "model.safetensors", "candidates.json", "candidates.safe
 
 
 class Run:
-    """One run in a folder of its own: its cache, its log, its output."""
+    """One run with its own folder, cache, log and output."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path, *more: str):
         self.folder, self.log, self.started = folder, folder / "log.jsonl", 0
@@ -51,7 +51,7 @@ class Run:
         return subprocess.Popen(self.command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def finish(self) -> str:
-        """Run to the end; returns what it wrote to stderr."""
+        """Run to the end and return stderr."""
         process = self.start()
         errors = process.communicate()[1]
         if process.returncode:
@@ -59,26 +59,26 @@ class Run:
         return errors
 
     def events(self) -> list[dict[str, Any]]:
-        """Read the events of the last process; there are none before it has begun."""
+        """Read the events of the last process; none before it has started."""
         rows, begun = [], 0
         for line in self.log.read_text().splitlines() if self.log.is_file() else ():
             try:
                 row = json.loads(line)
-            except ValueError:  # the kill cut it off
+            except ValueError:  # truncated by the kill
                 continue
             begun += row["event"] == "begins"
             rows = [row] if row["event"] == "begins" else [*rows, row]
         return rows if begun == self.started else []
 
     def contents(self) -> dict[str, bytes]:
-        """The finished run's files, times and memory left out."""
+        """The finished run's files, without times and memory."""
         files = {name: (self.folder / "run" / name).read_bytes() for name in FILES}
         report = json.loads((self.folder / "run" / "report.json").read_text())
         return files | {"report.json": json.dumps({key: value for key, value in report.items() if key not in MEASURED}).encode()}
 
 
 def killed_at(run: Run, events: int, seconds: float) -> dict[str, Any] | None:
-    """Kill the run so long after it has told so many events (what it took up not counted); None where it had ended by then."""
+    """Kill the run `seconds` after `events` events, not counting reused results; None if it ended before."""
     process = run.start()
     while process.poll() is None and len(_made(run.events())) < events:
         time.sleep(0.02)
@@ -99,7 +99,7 @@ def _made(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _stage(events: list[dict[str, Any]]) -> str:
-    """Where the last event left the run; polishing is told by its steps."""
+    """The run's stage at its last event; for polishing, its step."""
     last = next((row for row in reversed(events) if row["event"] in ("stage begins", "stage ends")), {"event": "", "stage": "start"})
     if last["event"] == "stage ends":
         return f"after {last['stage']}"
@@ -152,7 +152,7 @@ def kills(arguments: argparse.Namespace, results: Entries) -> None:
 
 
 def cost(arguments: argparse.Namespace, results: Entries) -> None:
-    """Processor seconds of what keeps and hashes, and of the rest, in one run each."""
+    """Processor seconds of storing and hashing, and of the rest, in one run each."""
     spent, depth = [0.0], [0]
 
     def timed(owner: Any, name: str) -> None:
@@ -180,9 +180,9 @@ def cost(arguments: argparse.Namespace, results: Entries) -> None:
         start = time.process_time()
         with tempfile.TemporaryDirectory() as place:
             anybit.calibrate(NETWORK, arguments.data, "3bit", weights=arguments.weights, cache=place, **settings)
-            kept = sum(entry.bytes for entry in entries(Path(place)))
+            stored = sum(entry.bytes for entry in entries(Path(place)))
         seconds = time.process_time() - start
-        return {"keeping_seconds": spent[0], "seconds": seconds, "percent": 100 * spent[0] / (seconds - spent[0]), "kept_bytes": kept}
+        return {"keeping_seconds": spent[0], "seconds": seconds, "percent": 100 * spent[0] / (seconds - spent[0]), "kept_bytes": stored}
 
     results.measured("digits, as killed", lambda: share(samples=128, steps=60, candidate_steps=20))
     results.measured("digits, defaults", lambda: share(samples=512))

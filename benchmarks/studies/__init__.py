@@ -1,1 +1,1 @@
-"""Scripts that run experiments and write what they measure as JSON to benchmarks/results."""
+"""Scripts that run experiments and write their measurements as JSON to benchmarks/results."""

@@ -2,9 +2,9 @@
 
     python -m benchmarks.studies.allocation_scale --output benchmarks/results/allocation_scale.json        (needs: pip install pulp)
 
-The losses are drawn like measured ones: falling about fourfold a bit, with layers of very different size and sensitivity.
-Both solvers get the same numbers; CBC is asked for the same relative gap that HiGHS reaches. Processor seconds are beside those of the
-clock: another process on the machine lengthens the latter.
+The losses are drawn like measured ones: falling about fourfold per bit, with layers of very different size and sensitivity.
+Both solvers get the same numbers; CBC gets the relative gap that HiGHS reaches. Processor seconds are reported beside wall-clock
+seconds, which other processes on the machine increase.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def random_problem(seed: int, layers: int = 200) -> Problem:
 
 def solve_with_pulp(problem: Problem, gap: float) -> dict:
     """The same program through PuLP and its bundled CBC."""
-    import pulp  # the peer that is timed here; anybit itself allocates through HiGHS
+    import pulp  # the peer; anybit itself uses HiGHS
 
     model = pulp.LpProblem("allocation", pulp.LpMinimize)
     pick = {(n, k): pulp.LpVariable(f"x_{n}_{k}", cat="Binary") for n in problem.choices for k in range(len(problem.choices[n]))}
@@ -58,10 +58,10 @@ def solve_with_pulp(problem: Problem, gap: float) -> dict:
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """Call `function`; returns its result, and the seconds that passed on the clock and on processors (this process and its children)."""
+    """Call `function`; return its result, wall-clock seconds, and processor seconds (this process and its children)."""
 
     def processor() -> float:
-        usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        usages = [resource.getrusage(process) for process in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
     start, used = time.perf_counter(), processor()
@@ -70,7 +70,7 @@ def timed(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 
 def main() -> None:
-    """Five problems, both solvers in turn; ratios are of one run."""
+    """Solve five problems with both solvers in turn; ratios are within one run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()

@@ -21,11 +21,11 @@ PREPROCESSING = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class ResNet20(Entries):
-    """CIFAR-10, the trained network, and the file that keeps what was measured; a finished entry is not run again."""
+    """CIFAR-10, the trained network, and the results file; finished entries are skipped."""
 
     def __init__(self, arguments: argparse.Namespace, prefix: str):
         images = getattr(arguments, "images", None)
-        self.part = f"_{images}" if images else ""  # of what is made of a part of the images
+        self.part = f"_{images}" if images else ""  # for runs on a subset of the images
         super().__init__(arguments, f"{prefix}_{arguments.study.replace('-', '_')}{self.part}")
         self.train = Samples(load_data(arguments.data, PREPROCESSING).dataset, labelled=True)
         if images:
@@ -38,7 +38,7 @@ class ResNet20(Entries):
 
     @property
     def half(self) -> bool:
-        """Whether training in bfloat16 pays here; entries' settings tell."""
+        """Whether training in bfloat16 is faster here; recorded in the settings of entries."""
         return not emulates_bfloat16(torch.device(self.arguments.device))
 
     def checkpoint(self, key: str) -> Path:
@@ -51,7 +51,7 @@ class ResNet20(Entries):
         return torch.cat([batch.labels for batch in self.test.batches(1000)])
 
     def row(self, result: anybit.Result) -> dict[str, Any]:
-        """The result on the whole test set, image by image for paired intervals, with what it costs."""
+        """The result on the whole test set, per image for paired intervals, with its costs."""
         right = correct(outputs_of(result.model, self.test.batches(250)), self.labels()).numpy()
         report = result.report
         return {
@@ -77,7 +77,7 @@ def cifar10_parser(description: str | None, studies: Iterable[str], seeds: int) 
 
 
 def training_parser(description: str | None, studies: Iterable[str], seeds: int, epochs: int) -> argparse.ArgumentParser:
-    """Those of the roads that train."""
+    """The arguments of the roads that train."""
     options = cifar10_parser(description, studies, seeds)
     options.add_argument("--checkpoints", type=Path, default=ROOT / "runs" / "checkpoints")
     options.add_argument("--runs", type=Path, help="keep the folders of runs here")

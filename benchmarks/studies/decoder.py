@@ -4,14 +4,14 @@ again.
     python -m benchmarks.studies.decoder train --folder FOLDER --text sst2/train.tsv --tokenizer minilm-sst2
     python -m benchmarks.studies.decoder STUDY --folder FOLDER
 
-    train     next tokens of the sentences of SST-2, the last 2 % kept out; FOLDER, which should lie outside of the repository, then holds
+    train     next-token prediction on SST-2 sentences, the last 2 % held out; FOLDER, which should be outside the repository, then contains
               the network, the tokenizer, train.txt and test.txt
-    methods   weights alone: to the nearest code, and layer-wise AdaQuant; a scale a channel and a scale for each 128, 64 and 32 inputs
-    linears   the same of the decoder's linears alone, embedding and output layer in float: what peers/gptq_decoder.py quantizes
-    matmuls   8-bit activations, those of the attention matmuls among them
+    methods   weights only: rounding to nearest, and layer-wise AdaQuant; one scale per channel, and per 128, 64 and 32 inputs
+    linears   the same for the linears only, embedding and output layer in float, as in peers/gptq_decoder.py
+    matmuls   8-bit activations, including those of the attention matmuls
 
 Calibrated on 128 blocks of training text (102 to fit, 26 held out), measured on all blocks of the held-out text. SST-2 is phrases of fewer
-sentences, so that held-out phrases can lie within ones of the training text: the perplexity tells networks apart, not how well one reads.
+sentences, so that held-out phrases can be part of training ones: the perplexity compares networks, it does not measure their quality.
 """
 
 import argparse
@@ -43,7 +43,7 @@ HELD_OUT = 0.02
 FLOAT_WORDS = {"model.embed_tokens": "float", "lm_head": "float"}
 NETWORK = {
     "hidden_size": 256,
-    "intermediate_size": 768,  # like the hidden size a multiple of every size of group
+    "intermediate_size": 768,  # like the hidden size, a multiple of every group size
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -61,26 +61,26 @@ def train(study: "Study") -> None:
 
 
 def trained(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train the network, keep it in the folder, and score it on the held-out text."""
+    """Train the network, save it to the folder, and score it on the held-out text."""
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row["text"].strip() for row in read_rows(arguments.text)]
-    kept = round(len(rows) * HELD_OUT)
-    (folder / "train.txt").write_text("\n".join(rows[:-kept]) + "\n", encoding="utf8")
-    (folder / "test.txt").write_text("\n".join(rows[-kept:]) + "\n", encoding="utf8")
+    held_out = round(len(rows) * HELD_OUT)
+    (folder / "train.txt").write_text("\n".join(rows[:-held_out]) + "\n", encoding="utf8")
+    (folder / "test.txt").write_text("\n".join(rows[-held_out:]) + "\n", encoding="utf8")
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.tokenizer)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(TRAINING["seed"])
     ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **NETWORK, **ends))
     model.save_pretrained(folder)
-    texts = load_model(f"hf:{folder}")  # what names the tokenizer
+    texts = load_model(f"hf:{folder}")  # the tokenizer's files
     blocks, test = (texts_of(folder, part, texts) for part in ("train", "test"))
     history = fit(model, blocks, list(test.subset(range(0, len(test), 8)).batches(16)))
     model.eval().save_pretrained(folder)
     return {
         **measure(model, list(test.batches(16))),
-        "sentences": [len(rows) - kept, kept],
+        "sentences": [len(rows) - held_out, held_out],
         "blocks": [len(blocks), len(test)],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "history": history,
@@ -90,7 +90,7 @@ def trained(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def fit(model: nn.Module, blocks: Any, some: Sequence[Batch]) -> list[dict[str, float]]:
-    """AdamW with a cosine rate; perplexities on the way."""
+    """Train with AdamW and a cosine rate; return perplexities on the way."""
     optimizer = torch.optim.AdamW(model.parameters(), TRAINING["rate"], betas=(0.9, 0.95), weight_decay=TRAINING["decay"], fused=True)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, TRAINING["warmup"], TRAINING["steps"])
     generator = torch.Generator().manual_seed(TRAINING["seed"])
@@ -102,7 +102,7 @@ def fit(model: nn.Module, blocks: Any, some: Sequence[Batch]) -> list[dict[str, 
         drawn, order = order[: TRAINING["batch_size"]], order[TRAINING["batch_size"] :]
         tokens = next(blocks.subset(drawn).batches(len(drawn))).inputs["input_ids"]
         model.train()
-        with torch.autocast("cpu", torch.bfloat16):  # several times as fast, and the weights stay float32
+        with torch.autocast("cpu", torch.bfloat16):  # several times faster; the weights stay float32
             logits = model(input_ids=tokens, use_cache=False).logits
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
@@ -124,25 +124,25 @@ def texts_of(folder: Path, part: str, model: nn.Module) -> Any:
     return load_data(str(folder / f"{part}.txt"), Preprocessing(length=LENGTH), model=model)
 
 
-def log_chances(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Tensor]:
-    """Logarithms of the next tokens' probabilities, [tokens, vocabulary], batch by batch."""
+def log_probabilities(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Tensor]:
+    """Log-probabilities of the next tokens, [tokens, vocabulary], by batch."""
     with evaluating(model), torch.no_grad():
         for batch in batches:
             yield predict(model, batch).log_softmax(-1)
 
 
 def measure(model: nn.Module, batches: Sequence[Batch], reference: Iterable[Tensor] | None = None) -> dict[str, float]:
-    """Perplexity and top-1 of the next tokens, and their KL divergence from `reference`, the `log_chances` of the float network.
+    """Perplexity and top-1 of the next tokens, and their KL divergence from `reference`, the `log_probabilities` of the float network.
 
     Batch by batch: `anybit.evaluate` takes all logits at once, gigabytes of them.
     """
     totals, count = {"loss": 0.0, "top1": 0.0, "kl": 0.0}, 0
-    for batch, chances, expected in zip(batches, log_chances(model, batches), reference or repeat(None), strict=False):
-        totals["loss"] += float(F.nll_loss(chances, batch.labels, reduction="sum"))
-        totals["top1"] += 100 * float((chances.argmax(-1) == batch.labels).sum())
+    for batch, log_probs, expected in zip(batches, log_probabilities(model, batches), reference or repeat(None), strict=False):
+        totals["loss"] += float(F.nll_loss(log_probs, batch.labels, reduction="sum"))
+        totals["top1"] += 100 * float((log_probs.argmax(-1) == batch.labels).sum())
         if expected is not None:
-            totals["kl"] += float(F.kl_div(chances, expected, reduction="sum", log_target=True))
-        count += len(chances)
+            totals["kl"] += float(F.kl_div(log_probs, expected, reduction="sum", log_target=True))
+        count += len(log_probs)
     means = {name: total / count for name, total in totals.items() if name != "kl" or reference is not None}
     return {"perplexity": math.exp(means["loss"]), **means, "tokens": count}
 
@@ -151,19 +151,19 @@ def measure(model: nn.Module, batches: Sequence[Batch], reference: Iterable[Tens
 
 
 class Study(Entries):
-    """The folder of the network and its texts, and the file that keeps what was measured."""
+    """The folder of the network and its texts, and the results file."""
 
     def __init__(self, arguments: argparse.Namespace):
         super().__init__(arguments, f"decoder_{arguments.study}")
         if arguments.study != "train":
             self.model = load_model(f"hf:{arguments.folder}")
-            # Drawn once and here, so that every method, and a peer that draws alike, sees the same blocks.
+            # Drawn once and here, so that every method, and a peer that draws equally, gets the same blocks.
             self.blocks = replace(draw(texts_of(arguments.folder, "train", self.model), BLOCKS, 0), labelled=False)
             self.test = list(texts_of(arguments.folder, "test", self.model).batches(16))
-            self.reference = list(log_chances(self.model, self.test))
+            self.reference = list(log_probabilities(self.model, self.test))
 
     def calibrated(self, **settings: Any) -> dict[str, Any]:
-        # A step on 4 blocks sees 512 tokens; on the default's 32 it would see 4,096, and take eight times as long.
+        # A step on 4 blocks has 512 tokens; with the default of 32 it would have 4,096 and take eight times as long.
         settings = {"samples": BLOCKS, "batch_size": 4, "step_batch": 4, "unit": "layer", "memory": 2**33, **settings}
         result = anybit.calibrate(self.model, self.blocks, cache=False, **settings)
         report = result.report

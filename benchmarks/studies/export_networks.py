@@ -1,17 +1,17 @@
-"""Exported files measured: size against the bits, latency against float32 in the same runtime, equality with the integer reference.
+"""Measure exported files: size against bits, latency against float32 in the same runtime, equality with the integer reference.
 
     python -m benchmarks.studies.export_networks STUDY [--data cifar10.npz --weights resnet20_cifar10.safetensors]
                                                        [--images FOLDER --test FOLDER]
 
     shapes     ResNet-18, ResNet-50, MobileNetV2 and BERT-base shapes with random weights: uniform and random mixed schemes
     linears    three 4,096 x 4,096 linears with packed weights, one row at a time
-    exact      small networks of every operator at random mixed schemes: bit for bit or not, and by how much
-    resnet20   CIFAR-10: accuracy of the exported file beside the simulation's, at W8A8, W4A8, W4A4 and a mixed scheme
-    lite0      EfficientNet-lite0: the same, on pictures
-    saturation what sessions with and without exact sums compute and take, at 8 and 7 bits: of interest on x86 without VNNI
-    latency    what the table of `anybit profile` predicts for random schemes of float and integer layers, beside what their files take
+    exact      small networks of every operator at random mixed schemes: whether outputs are equal bit for bit, else the difference
+    resnet20   CIFAR-10: accuracy of the exported file and of the simulation, at W8A8, W4A8, W4A4 and a mixed scheme
+    lite0      EfficientNet-lite0: the same, on images
+    saturation outputs and times of sessions with and without exact sums, at 8 and 7 bits: relevant on x86 without VNNI
+    latency    predicted (by the table of `anybit profile`) and measured latencies of random schemes of float and integer layers
 
-Latencies are of one thread, in turns with float32; let nothing else run meanwhile.
+Latencies use one thread and alternate with float32; run nothing else meanwhile.
 """
 
 import argparse
@@ -53,11 +53,11 @@ from benchmarks.studies.study import Entries, parser
 from tests import exported as networks  # the same networks and the same rounding to nearest
 
 
-def same(made: Any, batch: Batch) -> dict[str, Any]:
-    """Whether the runtime's outputs are the interpreter's, bit for bit."""
-    reference = interpret(made.integer, feeds_of(made, batch))
-    outputs = onnx_file_outputs(onnx_file_session(made.integer), [batch])
-    pairs = [(array, reference.values[v.name].numpy()) for array, v in zip(outputs, made.integer.graph.outputs, strict=True)]
+def same(graphs: Any, batch: Batch) -> dict[str, Any]:
+    """Whether the runtime's outputs equal the interpreter's bit for bit."""
+    reference = interpret(graphs.integer, feeds_of(graphs, batch))
+    outputs = onnx_file_outputs(onnx_file_session(graphs.integer), [batch])
+    pairs = [(array, reference.values[v.name].numpy()) for array, v in zip(outputs, graphs.integer.graph.outputs, strict=True)]
     return {
         "bitwise": all(np.array_equal(a, b) for a, b in pairs),
         "largest_difference": max(float(np.abs(a - b).max()) for a, b in pairs),
@@ -65,16 +65,16 @@ def same(made: Any, batch: Batch) -> dict[str, Any]:
     }
 
 
-def feeds_of(made: Any, batch: Batch) -> dict[str, Any]:
-    """Inputs by the names that the file gives them."""
-    return dict(zip([value.name for value in made.integer.graph.inputs], input_tensors(batch), strict=True))
+def feeds_of(graphs: Any, batch: Batch) -> dict[str, Any]:
+    """Inputs by their names in the file."""
+    return dict(zip([value.name for value in graphs.integer.graph.inputs], input_tensors(batch), strict=True))
 
 
-def kernels(made: Any, model: torch.nn.Module, batch: Batch) -> dict[str, int]:
+def kernels(graphs: Any, model: torch.nn.Module, batch: Batch) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
-        save(made.integer, path)
-        verdict = verify_file(path, load(path), made, model, batch)
+        save(graphs.integer, path)
+        verdict = verify_file(path, load(path), graphs, model, batch)
     return {"kernels": len(verdict.kernels), "failures": len(verdict.failures)}
 
 
@@ -100,7 +100,7 @@ def measure_shapes(arguments: argparse.Namespace, results: Entries) -> None:
         schemes: dict[str, Precision | None] = {f"W{w}A{a}": Precision(w, a) for w, a in ((8, 8), (4, 8), (3, 8), (2, 8), (4, 4))}
         if name not in ("resnet18", "mobilenet_v2"):
             schemes = {key: schemes[key] for key in ("W8A8", "W4A8")}
-        if name == "bert_base":  # its GELU is the one function among the shapes
+        if name == "bert_base":  # its GELU is the only such function among the shapes
             schemes["W8A8 tables"] = Precision(8, 8)
         seeds = range(arguments.seeds) if name in ("resnet18", "mobilenet_v2") else range(arguments.seeds - 1, arguments.seeds)
         schemes |= {f"random {seed}": None for seed in seeds}
@@ -109,19 +109,19 @@ def measure_shapes(arguments: argparse.Namespace, results: Entries) -> None:
 
 
 def shape_at(name: str, key: str, precision: Precision | None, rounds: int) -> dict[str, Any]:
-    """One shape as a file: size, speed, exactness. Its precision is the same everywhere, or drawn for each layer."""
+    """One shape as a file: size, speed, exactness, at one precision or one drawn for each layer."""
     shape, draw = SHAPES[name], random.Random(key)
     batch = networks.inputs(shape, 2)
     canonical = networks.canonical_of(network_of(name), batch, lambda layer: precision or networks.random_precision(draw))
-    made = exported(canonical, batch, tables=key.endswith("tables"))
-    entry = file_measured(made, networks.inputs(shape, 1, seed=5), rounds)
+    graphs = exported(canonical, batch, tables=key.endswith("tables"))
+    entry = file_measured(graphs, networks.inputs(shape, 1, seed=5), rounds)
     entry |= {"ideal_bytes": ideal_bytes(canonical), "layers": {n: str(p) for n, p in canonical.scheme.items()}}
-    return entry | same(made, networks.inputs(shape, 2, seed=6)) | kernels(made, canonical.model, batch)
+    return entry | same(graphs, networks.inputs(shape, 2, seed=6)) | kernels(graphs, canonical.model, batch)
 
 
-def file_measured(made: Any, inputs: Batch, rounds: int) -> dict[str, Any]:
-    """Size and speed; the environment is noted once for all entries."""
-    return {key: value for key, value in measured(made.floating, made.integer, inputs, rounds).items() if key != "environment"}
+def file_measured(graphs: Any, inputs: Batch, rounds: int) -> dict[str, Any]:
+    """Size and speed; the environment is recorded once for all entries."""
+    return {key: value for key, value in measured(graphs.floating, graphs.integer, inputs, rounds).items() if key != "environment"}
 
 
 def measure_linears(arguments: argparse.Namespace, results: Entries) -> None:
@@ -130,12 +130,12 @@ def measure_linears(arguments: argparse.Namespace, results: Entries) -> None:
 
 
 def linears_at(bits: int, rounds: int) -> dict[str, Any]:
-    """Weight-only: packed weights where they are read, one row at a time."""
+    """Weight-only: packed weights where supported, one row at a time."""
     batch = networks.inputs((4096,), 4)
     canonical = networks.canonical_of(shapes.linears_4096(), batch, lambda layer: Precision(bits, None))
-    made = exported(canonical, batch, weight_only=True)
-    entry = file_measured(made, networks.inputs((4096,), 1, seed=5), rounds)
-    outputs = torch.from_numpy(onnx_file_outputs(onnx_file_session(made.integer), [batch])[0])
+    graphs = exported(canonical, batch, weight_only=True)
+    entry = file_measured(graphs, networks.inputs((4096,), 1, seed=5), rounds)
+    outputs = torch.from_numpy(onnx_file_outputs(onnx_file_session(graphs.integer), [batch])[0])
     simulated = outputs_of(canonical.model, [batch])
     apart = float((outputs - simulated).abs().max() / simulated.abs().max())
     return entry | {"ideal_bytes": ideal_bytes(canonical), "largest_difference_of_largest_output": apart}
@@ -148,7 +148,7 @@ def measure_exact(arguments: argparse.Namespace, results: Entries) -> None:
 
 
 def exact_at(name: str, seed: int) -> dict[str, Any]:
-    """Whether a small network at a random scheme computes in the file what the integer reference does."""
+    """Whether the file of a small network at a random scheme equals the integer reference."""
     network, shape = networks.EXACT[name]
     torch.manual_seed(seed)
     draw, batch = random.Random(seed), networks.inputs(shape)
@@ -157,25 +157,25 @@ def exact_at(name: str, seed: int) -> dict[str, Any]:
 
 
 def accuracy(canonical: Any, test: Any, batch_size: int) -> dict[str, Any]:
-    """The exported file on the whole test set beside the simulation."""
+    """Accuracy of the exported file and of the simulation on the whole test set."""
     start = time.perf_counter()
     batches = list(test.batches(batch_size))
     labels = torch.cat([batch.labels for batch in batches])
-    made = exported(canonical, batches[0])
+    graphs = exported(canonical, batches[0])
     simulated = outputs_of(canonical.model, batches).argmax(1)
-    classes = torch.from_numpy(onnx_file_outputs(onnx_file_session(made.integer), batches)[0]).argmax(1)
+    classes = torch.from_numpy(onnx_file_outputs(onnx_file_session(graphs.integer), batches)[0]).argmax(1)
     right = (simulated == labels).float(), (classes == labels).float()
     apart = (right[1] - right[0]) * 100
     return {
-        **same(made, Batch(batches[0].inputs[:16])),
-        **kernels(made, canonical.model, batches[0]),
+        **same(graphs, Batch(batches[0].inputs[:16])),
+        **kernels(graphs, canonical.model, batches[0]),
         "simulated": 100 * float(right[0].mean()),
         "exported": 100 * float(right[1].mean()),
         "images": len(labels),
         "difference": float(apart.mean()),
         "standard_error": float(apart.std() / len(apart) ** 0.5),
         "agreement": 100 * float((simulated == classes).float().mean()),
-        "bytes": len(ir.to_proto(made.integer).SerializeToString()),
+        "bytes": len(ir.to_proto(graphs.integer).SerializeToString()),
         "ideal_bytes": ideal_bytes(canonical),
         "layers": {name: str(precision) for name, precision in canonical.scheme.items()},
         "seconds": time.perf_counter() - start,
@@ -225,17 +225,17 @@ def measure_saturation(arguments: argparse.Namespace, results: Entries) -> None:
 
 
 def saturation_at(network: Callable[[], torch.nn.Module], shape: Any, precision: Precision, rounds: int) -> dict[str, Any]:
-    """The same file in a session that asks for exact sums and in one that does not, beside the integer interpreter and float32."""
+    """The same file in a session with exact sums and in one without, compared with the integer interpreter and float32."""
     torch.manual_seed(0)
     canonical = networks.canonical_of(network(), networks.inputs(shape, 2), lambda layer: precision)
-    made = exported(canonical, networks.inputs(shape, 2), tables=True)
+    graphs = exported(canonical, networks.inputs(shape, 2), tables=True)
     batch, one = networks.inputs(shape, 2, seed=9), networks.inputs(shape, 1, seed=5)
-    reference = interpret(made.integer, feeds_of(made, batch))
-    expected = [reference.values[value.name].numpy() for value in made.integer.graph.outputs]
-    sessions = {"exact sums": onnx_file_session(made.integer), "float32": onnx_file_session(made.floating)}
-    sessions["as it is"] = onnx_file_session(made.integer, exact=False)
+    reference = interpret(graphs.integer, feeds_of(graphs, batch))
+    expected = [reference.values[value.name].numpy() for value in graphs.integer.graph.outputs]
+    sessions = {"exact sums": onnx_file_session(graphs.integer), "float32": onnx_file_session(graphs.floating)}
+    sessions["as it is"] = onnx_file_session(graphs.integer, exact=False)
     times = in_turns({kind: partial(onnx_file_outputs, session, [one]) for kind, session in sessions.items()}, rounds)
-    entry: dict[str, Any] = {"saturating": len(saturating(canonical.model, made.plan)), "vnni": not lacks_vnni()}
+    entry: dict[str, Any] = {"saturating": len(saturating(canonical.model, graphs.plan)), "vnni": not lacks_vnni()}
     for kind in ("as it is", "exact sums"):
         pairs = list(zip(expected, onnx_file_outputs(sessions[kind], [batch]), strict=True))
         apart = max(float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in pairs)
@@ -245,18 +245,18 @@ def saturation_at(network: Callable[[], torch.nn.Module], shape: Any, precision:
 
 
 def measure_latencies(arguments: argparse.Namespace, results: Entries) -> None:
-    """A table for each shape; schemes of which a tenth, a third, or two thirds of the layers are float, and each in float alone."""
+    """A table for each shape; schemes with a tenth, a third, or two thirds of the layers in float, and each layer alone in float."""
     for name in ("resnet18", "mobilenet_v2", "resnet20", "bert_base"):
         shares = {"8 bits": 0.0}
         shares |= {f"{share:.0%} float, seed {seed}": share for share in (0.1, 0.33, 0.67) for seed in range(max(4, arguments.seeds))}
-        shape = cache(partial(table_of, name, arguments.rounds))  # measured where some entry is missing
+        shape = cache(partial(table_of, name, arguments.rounds))  # measured if an entry is missing
         for key, share in shares.items():
             results.measured(f"{name} {key}", lambda key=f"{name} {key}", share=share, shape=shape: latency_at(shape(), key, share))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A network, its inputs, its latency table, and what float32 took when that was measured."""
+    """A network, its inputs, its latency table, and the float32 time measured with it."""
 
     network: Any
     batch: Batch
@@ -269,12 +269,12 @@ def table_of(name: str, rounds: int) -> Shape:
     torch.manual_seed(0)
     batch = networks.inputs(SHAPES[name], 2)
     network = observe_network(network_of(name), batch, LayerOptions((8,), (8, None)))
-    table, about = measure_latency(network, batch, rounds)
-    return Shape(network, batch, table, about["measured"]["float32"], rounds)
+    table, metadata = measure_latency(network, batch, rounds)
+    return Shape(network, batch, table, metadata["measured"]["float32"], rounds)
 
 
 def latency_at(shape: Shape, key: str, share: float) -> dict[str, Any]:
-    """Predicted and measured latency of a scheme whose float layers, this share of all, are drawn by the key."""
+    """Predicted and measured latency of a scheme with this share of float layers, drawn by the key."""
     network, batch = shape.network, shape.batch
     chosen = set(random.Random(key).sample(network.names, round(share * len(network.names))))
     scheme = Scheme({layer: FLOAT if layer in chosen else Precision(8, 8) for layer in network.names})

@@ -1,21 +1,21 @@
-"""ResNet-20 on CIFAR-10: the grow road measured. One JSON entry a run; a finished one is not run again, an interrupted one continues.
+"""ResNet-20 on CIFAR-10 with the grow road. One JSON entry per run; finished runs are skipped, interrupted ones resume.
 
     python -m benchmarks.studies.grow_resnet20 STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors [--epochs 10]
                                                      [--images N] [--batch-size 256] [--device cuda]
 
     methods   CSQ, uniform LSQ at equal size, calibrate at equal size, and calibrate's scheme trained: 3 bits with A4 and with float
               activations, two seeds; CSQ's scheme trained with LSQ; CSQ at 2 and at 4 bits
-    agreement sensitivities of the grown networks, from the run folders that `methods --runs` kept
+    agreement sensitivities of the grown networks, from the run folders written by `methods --runs`
     choices   the two binary choices: weight gates soft or straight-through, plane gates soft or hard with periodic pruning (BSQ-like)
-    borders   the float network's batch-norm statistics estimated anew on 2,048 training images: augmented with black borders, with the mean
+    borders   the float network's batch-norm statistics re-estimated on 2,048 training images: augmented with black borders, with the mean
               colour, and not augmented
-    cost      one training step and its memory: float, LSQ, CSQ while planes grow and when two are left, CSQ written down plainly
+    cost      one training step and its memory: float, LSQ, CSQ with all planes and with two, CSQ in plain autograd
     scratch   the defaults for trained weights, and later decisions, on a short run from scratch
-    full      600 epochs from scratch as published, 20 times smaller counted the published way; needs a GPU
+    full      600 epochs from scratch as published, 20 times smaller by the paper's count; needs a GPU
 
 The CPU tier (10 epochs, from trained weights) takes hours on two cores; with `--images 12800` it trains on a quarter of the images, in a
-JSON of its own; `choices` and `scratch` with `--images 3200 --batch-size 64` take 5 to 15 minutes a run. Figures are soft and frozen, and
-drops are from the float network trained for as long by the same recipe.
+separate JSON; `choices` and `scratch` with `--images 3200 --batch-size 64` take 5 to 15 minutes per run. Accuracies are soft and frozen;
+drops are relative to the float network trained equally long by the same recipe.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from anybit.scheme import FLOAT, Precision, Scheme
 from benchmarks.studies.cifar10 import ResNet20, training_parser
 from benchmarks.studies.study import narrated
 
-# On the labels alone, at a rate of 1e-3, ten epochs end below the trained network that they start from, in float too.
+# With labels only, at a rate of 1e-3, ten epochs end below the initial trained network, even in float.
 RECIPE = {"augment": "flip,crop4", "compile": True, "distill": 1.0, "rate": 3e-4}
 
 # From scratch weights have to be learned before they are decided: planes are fixed later than for trained weights, and gates move faster.
@@ -57,7 +57,7 @@ class Growing(ResNet20):
         return [n for n, layer in self.network().named_modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
 
     def grown(self, key: str, budget: str | None, **settings: Any) -> dict[str, Any]:
-        """anybit.grow, tested; its checkpoint is kept beside the results until it is done."""
+        """Call anybit.grow and test; the checkpoint stays beside the results until the run is done."""
         options = self.arguments
         settings = {"epochs": options.epochs, "batch_size": options.batch_size, "half": self.half, **RECIPE, **settings}
         checkpoint = self.checkpoint(key)
@@ -98,19 +98,19 @@ def methods(study: Growing) -> None:
 
 
 def calibrated(study: Growing, activation_bits: int | None, seed: int) -> dict[str, Any]:
-    """The calibrate road from 1,024 of the training images, at the same budget."""
+    """The calibrate road on 1,024 training images, at the same budget."""
     result = anybit.calibrate(study.network(), study.train, "3bit", activation_bits=(activation_bits,), seed=seed, mirror=True, cache=False)
     return study.row(result) | {"table": result.table["table"]}
 
 
 def agreement(study: Growing) -> None:
-    """Measure the loss of two bits in each layer of a grown network, the others as grown; needs the run folders."""
+    """Measure the loss of two bits in each layer of a grown network, with the other layers as grown; needs the run folders."""
     for folder in sorted(study.arguments.runs.glob("CSQ_?bit_*")):
         study.measured(folder.name, lambda folder=folder: {"table": table_of(study, folder)})
 
 
 def table_of(study: Growing, folder: Path) -> dict[str, Any]:
-    """Calibrate's table of a run's network, with the weights that it has."""
+    """Calibrate's table for a run's network, with its current weights."""
     grown = emptied(anybit.load(folder, model=study.network()))
     settings = {"weight_bits": (2, 8), "activation_bits": (None,), "pipeline": "light", "bn_tuning": False}
     return anybit.calibrate(grown, study.train, None, **settings).table["table"]
@@ -120,15 +120,15 @@ def choices(study: Growing) -> None:
     for weights in ("soft", "straight-through"):
         for planes in ("soft", "straight-through"):
             key = f"weight gates {weights}, plane gates {planes}"
-            # One phase, as published, so that nothing but the two choices is at work; planes move fast enough for a short run to close
-            # them: at a high temperature those still open have no gradient any more. So few steps end before compiling pays.
+            # One phase, as published, so that only the two choices have an effect; planes move fast enough for a short run to close
+            # them: at a high temperature open ones no longer have a gradient. With so few steps, compiling does not pay.
             once = {"phase": "continue", "fix": 0.7, "plane_rate": 3e-2, "plane_temperature": 20.0, "compile": False}
             kinds = {"weight_gates": weights, "plane_gates": planes, "activation_bits": None, "per_channel": True, **once}
             study.measured(key, lambda key=key, kinds=kinds: study.grown(key, "3bit", **kinds))
 
 
 def borders(study: Growing) -> None:
-    """A network that is only measured anew should score as before: what moves it is not how it was trained."""
+    """A network with only its statistics re-estimated should score as before: differences are not due to training."""
 
     def scored(settings: TrainSettings | None) -> dict[str, float]:
         model = study.network()
@@ -148,7 +148,7 @@ def borders(study: Growing) -> None:
 
 
 class PlainGates(torch.nn.Module):
-    """CSQ's weight written down as the equation stands: autograd keeps every gate of every plane."""
+    """CSQ's weight written as in the equation: autograd saves every gate of every plane."""
 
     def __init__(self, fused: GatedWeight):
         super().__init__()
@@ -161,7 +161,7 @@ class PlainGates(torch.nn.Module):
 
 
 def cost(study: Growing) -> None:
-    """Steps of each kind in turn, so that what else the machine does falls on all alike; bytes that autograd keeps of the gates."""
+    """Alternate steps of each kind, so that other load affects all equally; also bytes that autograd saves for gates."""
     batch = next(study.train.on(study.arguments.device).batches(256))
     kinds: dict[str, torch.nn.Module] = {}
     for name, scheme in (
@@ -209,7 +209,7 @@ def cost(study: Growing) -> None:
 
 
 def saved_bytes(model: torch.nn.Module, plain: bool) -> int:
-    """Bytes that autograd keeps of making all weights, parameters aside. With `plain` the equation takes the place of the fused sum."""
+    """Bytes that autograd saves to compute all weights, without parameters. With `plain`, use the equation instead of the fused sum."""
     slots = [(m, m.weight_quantizer) for m in model.modules() if isinstance(getattr(m, "weight_quantizer", None), GatedWeight)]
     if plain:
         for layer, slot in slots:
@@ -236,7 +236,7 @@ def scratch(study: Growing) -> None:
 
 
 def full(study: Growing) -> None:
-    """The published length and budget: planes without the sign, layers unweighted, 32 / 20 = 1.6 bits; 2.6 with the sign."""
+    """The published length and budget: planes without sign, layers unweighted, 32 / 20 = 1.6 bits; 2.6 with the sign."""
     settings = {"from_scratch": True, "epochs": 600, "activation_bits": None, "rate": 2e-3, "distill": 0.0, **LATE}
     for budget in ("2.6bit", "3bit"):
         key = f"CSQ {budget} from scratch"

@@ -8,13 +8,13 @@ is not run again.
     uniform     SST-2: W8A8, W4A8, W4A4, W3A8 with the ladder of steps, calibrated on 512 unlabelled training sentences
     mixed       SST-2: 4 and 3 bits on average over embeddings, linears and matmuls; sequential AdaQuant from parallel AdaQuant's codes, and
                 from the ranges
-    groups      SST-2: weights alone at 4 and 3 bits, a scale a channel and a scale for each 128, 64 and 32 inputs
+    groups      SST-2: weights only at 4 and 3 bits, one scale per channel, and per 128, 64 and 32 inputs
     embeddings  STS-B: sentence embeddings at W8A8, W4A8, W3A8, W4A4, and 4 and 3 bits on average
-    exported    SST-2: the light pipeline at W8A8, W4A8 and W4 in groups of 32, as ONNX files: size, speed, accuracy beside the simulation's
+    exported    SST-2: the light pipeline at W8A8, W4A8 and W4 in groups of 32, as ONNX files: size, speed, accuracy of file and simulation
     roads       SST-2: grow to 4 bits, and a supernet of 4, 6 and 8 bits, one epoch of --sentences each
 
-Differences from the float network come with paired 95 % intervals: sentence by sentence where a sentence is right or wrong, by bootstrap
-over pairs where the score is a correlation.
+Differences from the float network have paired 95 % intervals: per sentence for accuracy, by bootstrap
+over pairs for correlations.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SAMPLES = 512
 
 
 class Study(Entries):
-    """A network, its texts, and the file that keeps what was measured."""
+    """A network, its texts, and the results file."""
 
     def __init__(self, arguments: argparse.Namespace):
         super().__init__(arguments, f"minilm_{arguments.study}")
@@ -56,7 +56,7 @@ class Study(Entries):
         return self.row(anybit.calibrate(self.model, unlabelled, budget, cache=False, **settings))
 
     def row(self, result: anybit.Result) -> dict[str, Any]:
-        """Scores on all test texts, differences from float, and what the network costs with and without its embeddings."""
+        """Scores on all test texts, differences from float, and the network's cost with and without its embeddings."""
         report, outputs = result.report, outputs_of(result.model, self.batches)
         embeddings = [name for name in report["layers"] if "embeddings" in name]
         scores = score(outputs, self.labels, self.task)
@@ -133,7 +133,7 @@ def exported(study: Study) -> None:
 
 
 def as_file(study: Study, settings: dict[str, Any], packed: bool) -> dict[str, Any]:
-    """One run, exported, verified on all test texts, and timed one sentence at a time against the same runtime's float32 file."""
+    """One run, exported, verified on all test texts, and timed one sentence at a time against float32 in the same runtime."""
     result = anybit.calibrate(
         study.model, draw(study.train, SAMPLES, 0), None, samples=SAMPLES, batch_size=32, pipeline="light", **settings
     )

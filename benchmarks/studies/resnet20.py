@@ -1,16 +1,16 @@
-"""ResNet-20 on CIFAR-10: the calibrate road measured. One JSON entry a run; a finished entry is not run again.
+"""ResNet-20 on CIFAR-10 with the calibrate road. One JSON entry per run; finished entries are skipped.
 
     python -m benchmarks.studies.resnet20 STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors
 
-    uniform     W4A8, W4A4, W3A3, W2A4, W2A2, first and last layer at 8 bits, three seeds; those below 4 bits also with long settings
-    ladder      what each step buys at each of these, one seed
-    solver      with and without the closed-form solver: light, and 300 steps of AdaQuant; processor time beside, in one run
+    uniform     W4A8, W4A4, W3A3, W2A4, W2A2, first and last layer at 8 bits, three seeds; below 4 bits also with long settings
+    ladder      the gain of each step at each of these, one seed
+    solver      with and without the closed-form solver: light, and 300 steps of AdaQuant; with processor times of one run
     mixed       4, 3 and 2.5 weight bits on average, everything in the budget: A8, and searched activation bits; three seeds
     small-sets  W4A4 from 8 to 1,024 images, three draws: ranges only, AdaQuant layer-wise and block-wise
     scatter     predicted against measured loss at 3 bits: integer program, 20 random schemes that fit, uniform
-    speed       W4A8 and W4A4 with short settings, to be compared in time with a peer (see peers/)
+    speed       W4A8 and W4A4 with short settings, for a comparison of time with a peer (see peers/)
 
-Images are training images without labels; the test set is touched by the report alone.
+Images are training images without labels; only the report uses the test set.
 """
 
 import random
@@ -62,12 +62,12 @@ class Calibration(ResNet20):
     """The study of the calibrate road."""
 
     def calibrated(self, budget: Any = None, **settings: Any) -> list[dict[str, Any]]:
-        """calibrate, tested: one row a budget."""
+        """Calibrate and test: one row per budget."""
         results = anybit.calibrate(self.network(), self.train, budget, cache=False, **settings)
         return [self.row(result) for result in (results if isinstance(results, list) else [results])]
 
     def timed(self, **settings: Any) -> dict[str, Any]:
-        """calibrate, tested, with the processor time of calibrating."""
+        """Calibrate and test, with the processor time of calibration."""
         begin = time.process_time()
         result = anybit.calibrate(self.network(), self.train, cache=False, **settings)
         seconds = time.process_time() - begin
@@ -84,7 +84,7 @@ class Calibration(ResNet20):
 
 
 def fixed(weight_bits: int, activation_bits: int) -> dict[str, Any]:
-    """One precision everywhere but in the first and the last layer."""
+    """One precision everywhere except in the first and last layer."""
     return {"weight_bits": (weight_bits,), "activation_bits": (activation_bits,), "keep": ENDS}
 
 
@@ -95,7 +95,7 @@ def uniform(study: Calibration) -> None:
     for seed in range(study.seeds):
         for w, a in PRECISIONS[2:]:
             study.measured(f"W{w}A{a} long seed {seed}", lambda w=w, a=a, seed=seed: study.calibrated(**fixed(w, a), seed=seed, **LONG)[0])
-    for w, a in ((3, 3), (2, 2)):  # what else was tried, one seed each
+    for w, a in ((3, 3), (2, 2)):  # other variants, one seed each
         for name, more in {"parallel first": {"parallel": True}, "1000 steps": {"steps": 1000}}.items():
             settings = {**fixed(w, a), **FULL, **more}
             study.measured(f"W{w}A{a} {name}", lambda settings=settings: study.calibrated(**settings)[0])
@@ -130,7 +130,7 @@ def mixed(study: Calibration) -> None:
                     "rows": study.calibrated(limits, activation_bits=bits, seed=seed, **FULL)
                 },
             )
-        for w, a in ((4, 8), (3, 8), (4, 4)):  # of equal size, nothing kept at 8 bits
+        for w, a in ((4, 8), (3, 8), (4, 4)):  # of equal size, no layer kept at 8 bits
             settings = {"weight_bits": (w,), "activation_bits": (a,), "seed": seed, **FULL}
             study.measured(f"uniform W{w}A{a} seed {seed}", lambda settings=settings: study.calibrated(**settings)[0])
 
@@ -153,7 +153,7 @@ def small_sets(study: Calibration) -> None:
 
 
 def random_schemes(network: ObservedNetwork, bits: float, count: int) -> Iterator[Scheme]:
-    """Schemes of random weight bits at A8 whose mean is within 0.1 below `bits`."""
+    """Schemes at A8 with random weight bits whose mean is at most 0.1 below `bits`."""
     generator = random.Random(0)
     while count:
         tilt = generator.uniform(0.2, 3)

@@ -1,4 +1,4 @@
-"""Networks of well-known shapes with random weights, for speed, size and exactness: nothing here is trained."""
+"""Networks of well-known shapes with random weights, for speed, size and exactness; none is trained."""
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Pictures [N, 3, 224, 224] -> 1,000 classes."""
+    """Images [N, 3, 224, 224] -> 1,000 classes."""
 
     def __init__(self, block: type[Basic] | type[Bottleneck], depths: tuple[int, ...]):
         super().__init__()
@@ -73,7 +73,7 @@ class Inverted(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Pictures [N, 3, 224, 224] -> 1,000 classes."""
+    """Images [N, 3, 224, 224] -> 1,000 classes."""
 
     STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
@@ -124,7 +124,7 @@ def bert_base() -> nn.Module:
 
 
 def linears_4096() -> nn.Module:
-    """Three square linears: for one row at a time, reading their weights is all the work."""
+    """Three square linears: for one row at a time, the time is that of reading their weights."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096)).eval()
 
@@ -142,7 +142,7 @@ def mobilenet_v2() -> nn.Module:
 
 
 def _random(network: nn.Module) -> nn.Module:
-    """Batch norms as a training would leave them: statistics and factors of their own."""
+    """Set batch norms as training would: random statistics and factors."""
     generator = torch.Generator().manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -150,7 +150,7 @@ def _random(network: nn.Module) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.weight.data.uniform_(0.5, 1.0, generator=generator)
             module.bias.data.normal_(0, 0.1, generator=generator)
-    with torch.no_grad():  # statistics of noise: activations keep their size however deep the network is
+    with torch.no_grad():  # statistics of noise: activations keep their scale at any depth
         network.train()
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):

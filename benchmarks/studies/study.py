@@ -1,4 +1,4 @@
-"""Shared by the studies: one JSON entry a run, and the arguments that every study takes."""
+"""Shared by the studies: one JSON entry per run, and the common arguments."""
 
 import argparse
 import base64
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Entries:
-    """The JSON file of one study, one entry a run; a finished entry is not run again. The environment names `packages` too."""
+    """The JSON file of one study, one entry per run; finished entries are skipped. The environment includes `packages`."""
 
     def __init__(self, arguments: argparse.Namespace, name: str, *packages: str):
         self.arguments = arguments
@@ -30,29 +30,29 @@ class Entries:
         return json.loads(self.file.read_text())["entries"] if self.file.is_file() else {}
 
     def measured(self, key: str, run: Callable[[], dict[str, Any]], again: bool = False) -> None:
-        """Run and keep one entry, unless it is there (and is not to be run again) or not asked for."""
+        """Run and store one entry, unless it exists (and `again` is not set) or is not selected."""
         if (key in self.entries and not again) or (self.arguments.only and self.arguments.only not in key):
             return
         start = time.perf_counter()
         entry = run() | {"total_seconds": time.perf_counter() - start}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        about = {"environment": environment(*self.packages), "entries": self.entries | {key: entry}}
-        self.file.write_text(json.dumps(about, indent=1) + "\n")
+        contents = {"environment": environment(*self.packages), "entries": self.entries | {key: entry}}
+        self.file.write_text(json.dumps(contents, indent=1) + "\n")
         print(key, {k: v for k, v in entry.items() if isinstance(v, (int, float))}, flush=True)
 
 
 def narrated(key: str) -> AbstractContextManager[None]:
-    """Print each event's line, after the entry's key, inside the block."""
+    """Print each event's line after the entry's key, inside the block."""
     return listening(events=lambda _, fields: print(key, fields["note"], flush=True) if "note" in fields else None)
 
 
 def packed_hits(right: np.ndarray) -> str:
-    """Pack which test inputs are right, one bit each, for paired intervals."""
+    """Pack which test inputs are predicted correctly, one bit each, for paired intervals."""
     return base64.b64encode(np.packbits(right).tobytes()).decode()
 
 
 def parser(description: str | None, studies: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """The arguments that every study takes; with `studies`, which of them to run."""
+    """The common arguments of studies; with `studies`, a choice of them."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if studies:
         options.add_argument("study", choices=list(studies))

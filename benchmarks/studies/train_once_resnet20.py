@@ -1,20 +1,20 @@
-"""ResNet-20 on CIFAR-10: the train-once road measured. One JSON entry a run; a finished one is not run again, an interrupted one continues.
+"""ResNet-20 on CIFAR-10 with the train-once road. One JSON entry per run; finished runs are skipped, interrupted ones resume.
 
     python -m benchmarks.studies.train_once_resnet20 STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors [--epochs 8]
                                                            [--images N] [--batch-size 256] [--device cuda]
 
     widths       one supernet of 2, 3, 4, 6 and 8 bits by each label rule, its 8-bit store against float weights; a network trained for each
-                 bit-width alone, for as many epochs in all; calibrate at each bit-width; the float network by the same recipe
+                 bit-width alone, with as many epochs in total; calibrate at each bit-width; the float network by the same recipe
     choices      supernets by each label rule, and that of the adaptive label (half) with one thing changed: a batch norm for each
-                 bit-width, steps a layer, trained offsets, other middles
+                 bit-width, steps per layer, trained zero points, other middle networks
     search       Monte-Carlo table, uniform draws and integer program on one supernet, at 150 evaluations each; a second budget
     compose      subnets polished by calibrate
     cost         one LRH step against three steps of quantization-aware training
     full         200 epochs as published; needs a GPU
 
 The CPU tier (8 epochs, from trained weights) takes hours on two cores; with `--images 12800` it trains on a quarter of the images, in a
-JSON of its own; `choices --images 6400 --batch-size 64 --epochs 4 --bn-images 1024 --test-once` takes a quarter of an
-hour a run. Drops are from the float network trained by the same recipe.
+separate JSON; `choices --images 6400 --batch-size 64 --epochs 4 --bn-images 1024 --test-once` takes a quarter of an
+hour per run. Drops are relative to the float network trained by the same recipe.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class TrainingOnce(ResNet20):
         return self.arguments.runs / f"{key.replace(' ', '_').replace(',', '')}{self.part}"
 
     def trained(self, key: str, **settings: Any) -> dict[str, Any]:
-        """anybit.train, tested at every bit-width; its folder is kept for the search."""
+        """Call anybit.train and test at every bit-width; the folder stays for the search."""
         options = self.arguments
         defaults = {"bits": BITS, "keep": KEEP, "epochs": options.epochs, "held_out": options.held_out, "bn_images": options.bn_images}
         defaults |= {"half": self.half, "batch_size": options.batch_size, **RECIPE}
@@ -87,8 +87,8 @@ class TrainingOnce(ResNet20):
         return {name: report[name] for name in fields if name in report} | {"competition": self.competition(supernet), "bytes": size}
 
     def competition(self, supernet: Supernet) -> dict[str, Any]:
-        """Measure what the paper names: the norm of each bit-width's gradient on the shared weights under one-hot labels, and how much the
-        confidence (the softmax of the right class) varies, on 1,024 training images."""
+        """Measure, as the paper does, the norm of each bit-width's gradient on the shared weights under one-hot labels, and how
+        confidence (the softmax of the correct class) varies, on 1,024 training images."""
         batches = list(watched_batches(self.train, 1))[:4]
         rows = {}
         for name, scheme in uniform_schemes(supernet).items():
@@ -115,7 +115,7 @@ def widths(study: TrainingOnce) -> None:
         for seed in range(study.seeds):
             key = f"{name} seed {seed}"
             study.measured(key, lambda key=key, settings=settings, seed=seed: study.trained(key, seed=seed, **settings))
-    # One step of the supernet is three networks': as many epochs in all, shared among the bit-widths.
+    # One step of the supernet runs three networks: the total of epochs is equal, shared among the bit-widths.
     share = round(3 * study.arguments.epochs / len(BITS))
     for bits in BITS:
         key = f"alone {bits} bits"
@@ -125,7 +125,7 @@ def widths(study: TrainingOnce) -> None:
 
 
 def alone(study: TrainingOnce, key: str, precision: Precision, epochs: int) -> dict[str, Any]:
-    """A network trained for one bit-width (or for none) with learned steps, on the samples that the supernets see."""
+    """A network trained for one bit-width (or in float) with learned step sizes, on the samples of the supernets."""
     scheme = Scheme.uniform(study.names, precision)
     if precision != FLOAT:
         scheme = scheme.replace(KEEP)
@@ -140,7 +140,7 @@ def alone(study: TrainingOnce, key: str, precision: Precision, epochs: int) -> d
 
 
 def calibrated(study: TrainingOnce, bits: int) -> dict[str, Any]:
-    """The calibrate road at one bit-width, from 1,024 of the training images."""
+    """The calibrate road at one bit-width, on 1,024 training images."""
     result = anybit.calibrate(
         study.network(), study.train, None, weight_bits=(bits,), activation_bits=(bits,), keep=KEEP, mirror=True, cache=False
     )
@@ -194,14 +194,14 @@ def searched(study: TrainingOnce, run: Path, strategy: str, seed: int) -> dict[s
 
 
 def compose(study: TrainingOnce) -> None:
-    """Uniform subnets from the file, as they are and polished."""
+    """Uniform subnets from the file, unchanged and polished."""
     supernet = anybit.load_supernet(study.folder(study.arguments.supernet), model=study.network())
     for bits in (2, 3, 4):
         study.measured(f"{bits} bits", lambda bits=bits: polished(study, supernet, bits))
 
 
 def polished(study: TrainingOnce, supernet: Supernet, bits: int) -> dict[str, Any]:
-    """The subnet as it is, and after sequential AdaQuant, batch-norm and bias tuning towards the shared weights' own outputs."""
+    """The subnet unchanged, and after sequential AdaQuant, batch-norm and bias tuning towards the shared weights' outputs."""
     plain = anybit.extract(supernet, scheme=supernet.uniform(bits), test=study.test)
     settings = {"data": study.train, "test": study.test, "mirror": True, "cache": False}
     polish = anybit.extract(supernet, scheme=supernet.uniform(bits), polish=True, **settings)
@@ -209,7 +209,7 @@ def polished(study: TrainingOnce, supernet: Supernet, bits: int) -> dict[str, An
 
 
 def cost(study: TrainingOnce) -> None:
-    """LRH steps and triples of quantization-aware steps in turn, so that what else the machine does falls on both alike."""
+    """Alternate LRH steps and triples of quantization-aware steps, so that other load affects both equally."""
     batch = next(study.train.on(study.arguments.device).batches(256))
     plain, settings = [Batch(batch.inputs)], SupernetSettings.of(bits=BITS, keep=KEEP, label="adaptive")
     device = study.arguments.device

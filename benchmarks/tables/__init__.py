@@ -1,1 +1,1 @@
-"""Tables and figures of the docs, made from the JSON in benchmarks/results alone: `python -m benchmarks.tables [--check]`."""
+"""Tables and figures of the docs, generated only from the JSON in benchmarks/results: `python -m benchmarks.tables [--check]`."""

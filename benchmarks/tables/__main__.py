@@ -1,7 +1,7 @@
 """Write docs/results.md and docs/networks.md, their figures and the README's results block from the JSON in benchmarks/results.
 
 python -m benchmarks.tables            write them
-python -m benchmarks.tables --check    write nothing; fail if what is committed differs, and name the first difference
+python -m benchmarks.tables --check    write nothing; fail at the first difference from the committed files, and name it
 """
 
 import argparse
@@ -16,11 +16,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the committed files and write nothing")
     arguments = parser.parse_args()
-    made = pages()
+    generated = pages()
     if not arguments.check:
-        for path, text in made.items():
+        for path, text in generated.items():
             (ROOT / path).write_text(text)
-    elif difference := first_difference(ROOT, made):
+    elif difference := first_difference(ROOT, generated):
         sys.exit(f"{difference}\nEdit the page's .in.md or run the study again, then `make tables`; numbers are not edited by hand.")
 
 

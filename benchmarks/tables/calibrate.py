@@ -24,7 +24,7 @@ VARIANTS = {
 
 
 def uniform_runs(precision: str, variant: str = "") -> list[dict[str, Any]]:
-    """A run a seed."""
+    """One run per seed."""
     runs = {key.rpartition("seed")[0] or key: [] for key in entries("resnet20_uniform")}
     for key, run in entries("resnet20_uniform").items():
         runs[key.rpartition("seed")[0] or key].append(run)
@@ -57,7 +57,7 @@ def ladder_section() -> str:
 
 
 def solver_section() -> str:
-    """The solver beside rounding to nearest, in one run: accuracy, and the ratio of processor times."""
+    """The solver compared with rounding to nearest in one run: accuracy, and the ratio of processor times."""
     runs = entries("resnet20_solver")
     rows = []
     for key in dict.fromkeys(key.rpartition(" ")[0] for key in runs):
@@ -71,7 +71,7 @@ def solver_section() -> str:
 
 
 def mixed_runs() -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """(budget, activations) -> a run a seed."""
+    """(budget, activations) -> one run per seed."""
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for key, run in entries("resnet20_mixed").items():
         for row in run.get("rows", []):
@@ -80,7 +80,7 @@ def mixed_runs() -> dict[tuple[str, str], list[dict[str, Any]]]:
 
 
 def uniform_8bit_input_runs() -> dict[str, list[dict[str, Any]]]:
-    """Precision -> a run a seed, of every layer at W3A8 or W4A8, first and last included."""
+    """Precision -> one run per seed, with every layer at W3A8 or W4A8, including first and last."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for key, run in entries("resnet20_mixed").items():
         kind, *words = key.split(" ")

@@ -1,4 +1,4 @@
-"""The section of docs/results.md on what commands cost before and after a change."""
+"""The section of docs/results.md on the time of commands before and after a change."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from benchmarks.tables.shared import entries, table
 
 
 def commands_section() -> str:
-    """A row a network and command: seconds in both trees, their ratio within rounds, and what was counted."""
+    """One row per network and command: seconds in both trees, their ratio within rounds, and the counts."""
     rows = [
         [
             network,

@@ -49,7 +49,7 @@ def shapes_section() -> str:
 
 
 def _filled(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """Without the columns that no row fills."""
+    """Drop the columns that are empty in every row."""
     filled = [index for index in range(len(columns)) if any(row[index] for row in rows)]
     return [columns[index] for index in filled], [[row[index] for index in filled] for row in rows]
 
@@ -120,7 +120,7 @@ def saturation_section() -> str:
 
 
 def latency_section() -> str:
-    """A row a network and share of float layers: what was predicted and measured, of float32's time, least and most over the schemes."""
+    """One row per network and share of float layers: predicted and measured relative to float32, minimum and maximum over schemes."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for key, run in entries("export_latency").items():
         name, _, scheme = key.partition(" ")

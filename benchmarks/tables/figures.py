@@ -1,4 +1,4 @@
-"""The figures of docs/results.md and the README, as small SVG pictures."""
+"""The figures of docs/results.md and the README, as small SVG images."""
 
 import math
 import statistics
@@ -27,7 +27,7 @@ def figures() -> dict[str, str]:
 
 
 def svg(width: float, height: float, parts: Sequence[str]) -> str:
-    """A picture of this size with a white background."""
+    """An image of this size with a white background."""
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     body = "\n".join(['<rect width="100%" height="100%" fill="white"/>', *parts])
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n{body}\n</svg>\n'
@@ -74,7 +74,7 @@ def scatter_figure(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def epochs_figure(runs: dict[str, Any]) -> str:
-    """Draw training loss and bits per weight over the epochs, one line a run, as two small pictures side by side."""
+    """Draw training loss and bits per weight over the epochs, one line per run, as two small charts side by side."""
     width, height, margin = 380, 300, 48
     styles = dict(zip(runs, (("#1b6ca8", ""), ("#1b6ca8", "6 3"), ("#c1440e", ""), ("#c1440e", "6 3")), strict=False))
     parts = []
@@ -102,7 +102,7 @@ def epochs_figure(runs: dict[str, Any]) -> str:
 
 
 def frontier_figure(mixed: Runs, uniform: Runs) -> str:
-    """Draw top-1 against file size beside the float network's: a point for each budget, a whisker from the lowest seed to the highest."""
+    """Draw top-1 against relative file size: a point per budget, with a whisker from the lowest to the highest seed."""
     width, height, left, right, top, bottom = 640, 300, 62, 24, 26, 54
     sizes, scores = (80, 170), (90.4, 92.0)  # kB, percent
 

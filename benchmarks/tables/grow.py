@@ -49,7 +49,7 @@ def tried_section() -> str:
 
 
 def choices() -> dict[str, Any]:
-    """Runs by the kinds of their gates."""
+    """Runs by their kinds of gates."""
     return dict(sorted(entries("grow_resnet20_choices_3200").items()))
 
 
@@ -57,7 +57,7 @@ def choices_section() -> str:
     rows = []
     for key, run in choices().items():
         last, search = run["epochs"][-1], round(run["settings"]["csq"]["fix"] * len(run["epochs"]))
-        before = run["epochs"][search - 1]  # the last epoch in which the gates alone decide the planes
+        before = run["epochs"][search - 1]  # the last epoch in which only the gates decide the planes
         cells = [f"{before['weight_bits']:.2f}", *(f"{before[kind]['top1']:.2f}" for kind in ("soft", "frozen")), f"{before['loss']:.3f}"]
         rows.append(
             [key, *cells, *(f"{last[kind]['top1']:.2f}" for kind in ("soft", "frozen")), f"{run['top1']:.2f}", f"{last['loss']:.3f}"]
@@ -80,7 +80,7 @@ def choices_section() -> str:
 
 
 def agreement_section() -> str:
-    """Do layers that calibrate finds sensitive get more bits when a scheme grows?"""
+    """Whether layers that calibrate finds sensitive get more bits in grown schemes."""
     runs, after, rows = entries("grow_resnet20_methods"), entries("grow_resnet20_agreement"), []
     for key, run in runs.items():
         if not key.startswith("CSQ "):

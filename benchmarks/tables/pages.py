@@ -1,4 +1,4 @@
-"""Every file of the docs that is made from JSON, in memory: to be written, or compared with what is committed."""
+"""All generated files of the docs, in memory: to write, or to compare with the committed ones."""
 
 import re
 from itertools import zip_longest
@@ -18,7 +18,7 @@ TEMPLATES = ("results", "networks")
 
 
 def pages() -> dict[Path, str]:
-    """Fill tables and figures in: file, relative to the repository -> its text."""
+    """Fill in tables and figures: file, relative to the repository -> its text."""
     docs, readme = Path("docs"), (ROOT / "README.md").read_text()
     filled = {docs / f"{name}.md": with_sections((ROOT / docs / f"{name}.in.md").read_text()) for name in TEMPLATES}
     filled[Path("README.md")] = with_headline(readme, readme_section())
@@ -26,7 +26,7 @@ def pages() -> dict[Path, str]:
 
 
 def with_sections(template: str) -> str:
-    """Put a section in place of each `<!-- NAME -->`."""
+    """Replace each `<!-- NAME -->` by a section."""
     names = re.findall(r"<!-- ([A-Z]+) -->", template)
     if unknown := sorted(set(names) - set(SECTIONS)):
         raise ValueError(f"A page names sections that benchmarks/tables does not make: {', '.join(unknown)}")
@@ -34,15 +34,15 @@ def with_sections(template: str) -> str:
 
 
 def with_headline(readme: str, section: str) -> str:
-    """Put the section between the README's two markers."""
+    """Insert the section between the README's two markers."""
     before, rest = readme.split("<!-- results -->")
     after = rest.split("<!-- /results -->")[1]
     return f"{before}<!-- results -->\n\n{section}\n\n<!-- /results -->{after}"
 
 
-def first_difference(root: Path, made: dict[Path, str]) -> str | None:
-    """Name the first line that is committed otherwise than the JSON makes it; None where all are the same."""
-    for path, text in made.items():
+def first_difference(root: Path, generated: dict[Path, str]) -> str | None:
+    """Name the first line in which a committed file differs from the generated one; None if all are equal."""
+    for path, text in generated.items():
         committed = (root / path).read_text() if (root / path).is_file() else ""
         for number, (old, new) in enumerate(zip_longest(committed.split("\n"), text.split("\n")), 1):
             if old != new:

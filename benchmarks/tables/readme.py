@@ -10,7 +10,7 @@ RESNET, LITE0, MINILM = "ResNet-20, CIFAR-10", "EfficientNet-lite0, ImageNet-lik
 
 
 def readme_section() -> str:
-    """Write six rows, two a network and one of each pair at a loss of accuracy, and a line on the networks that work."""
+    """Write six rows, two per network and one per pair at a loss of accuracy, and a line on the networks that work."""
     rows = []
     for budget in ("4bit", "2.5bit"):
         if runs := mixed_runs().get((budget, "A8")):
@@ -26,7 +26,7 @@ def readme_section() -> str:
 
 
 def networks_line() -> str:
-    """Say how many public networks go through all steps."""
+    """Write how many public networks pass all steps."""
     shares = [f"{name} {share(networks, went_through)}" for name in LIBRARIES if (networks := of_library(name).values())]
     return f"Public networks that work, from `inspect` to a verified ONNX file: {', '.join(shares)}; [the list](docs/networks.md)."
 

@@ -16,13 +16,13 @@ NOT_RUN = "Not run."
 
 
 def entries(name: str) -> dict[str, Any]:
-    """Read the entries of one results file; there are none where the study has not been run."""
+    """Read the entries of one results file; empty if the study has not been run."""
     file = RESULTS / f"{name}.json"
     return json.loads(file.read_text())["entries"] if file.is_file() else {}
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Write a Markdown table; without rows, that the study has not been run."""
+    """Write a Markdown table; without rows, a note that the study has not been run."""
     columns, rows = list(columns), list(rows)
     if not rows:
         return NOT_RUN

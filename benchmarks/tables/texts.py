@@ -7,7 +7,7 @@ from benchmarks.tables.shared import NOT_RUN, entries, table
 
 
 def interval(run: Mapping[str, Any]) -> str:
-    """ "-0.23 (-1.18 to +0.72)" """
+    """Write "-0.23 (-1.18 to +0.72)"."""
     return f"{run['difference']:+.2f} ({run['low']:+.2f} to {run['high']:+.2f})"
 
 
@@ -47,7 +47,7 @@ def sentences_section() -> str:
 
 
 def text_ladder_section() -> str:
-    """Losses after each step, on held-out training sentences, and whether the step was kept."""
+    """Losses after each step on held-out training sentences, and whether the step was kept."""
     runs = {key: run for file in ("minilm_uniform", "minilm_mixed") for key, run in entries(file).items()}
     runs |= {f"STS-B, {key}": run for key, run in entries("minilm_embeddings").items()}
     steps = list(dict.fromkeys(row["step"] for run in runs.values() for row in run["ladder"]))
@@ -115,7 +115,7 @@ def text_roads_section() -> str:
 
 
 def decoder_section() -> str:
-    """Weights alone, of everything and of the linears, beside a peer's GPTQ on the same blocks."""
+    """Weight-only, for all weights and for the linears, compared with a peer's GPTQ on the same blocks."""
     runs = entries("decoder_methods")
     rows = [_decoder_row(key, run) for key, run in runs.items()] + [_decoder_row(k, r) for k, r in entries("decoder_matmuls").items()]
     return table(["all layers", "perplexity", "KL to float", "file"], _once(rows))

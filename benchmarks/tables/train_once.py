@@ -15,7 +15,7 @@ SUPERNETS = ((ALL, ""), (QUARTER, ", 12,800 images"))
 
 
 def widths_section(name: str = ALL) -> str:
-    """Accuracy at each bit-width and, where the float network has been trained by the same recipe, how far it is from that."""
+    """Accuracy at each bit-width and, where the float network was trained by the same recipe, the difference from it."""
     runs = entries(name)
     supernets = [key for key in runs if "competition" in runs[key]]
     reference = runs["float"]["top1"] if "float" in runs else None
@@ -38,7 +38,7 @@ def _beside(accuracies: list[float], reference: float | None) -> str:
 
 
 def competition_section() -> str:
-    """At the end of training: gradients of one-hot labels on the shared weights, and how confidence varies, both named by the paper."""
+    """At the end of training: gradients of one-hot labels on the shared weights, and the variance of confidence, both from the paper."""
     runs = {f"{key}{of}": run for name, of in SUPERNETS for key, run in entries(name).items() if "competition" in run}
     rows = []
     for key, run in runs.items():
@@ -90,7 +90,7 @@ def search_section() -> str:
 
 
 def _area(points: list[tuple[float, float]], cost: float, score: float) -> float:
-    """Area above `score` and left of `cost` that the points dominate."""
+    """Area dominated by the points, above `score` and left of `cost`."""
     area, right = 0.0, cost
     for at, _ in sorted(points, reverse=True):
         height = max(other for cheaper, other in points if cheaper <= at)

@@ -17,7 +17,7 @@ APART = 0.5
 
 
 def of_library(library: str) -> dict[str, Entry]:
-    """Return the networks of a library, by their own names; those of the measure's own making (`build` failed) are none."""
+    """Return a library's networks by name, without those whose construction (`build`) failed."""
     prefix = f"{library}:"
     return {name.removeprefix(prefix): entry for name, entry in sorted(entries("zoo").items()) if name.startswith(prefix)}
 
@@ -27,7 +27,7 @@ def went_through(entry: Entry) -> bool:
 
 
 def apart(entry: Entry) -> float | None:
-    """Decibels that the W8A8 file is below its simulation; None where there is no file."""
+    """Decibels of the W8A8 file below its simulation; None without a file."""
     run = entry.get("W8A8", {})
     return run["simulation_db"] - run["file_db"] if "file_db" in run else None
 
@@ -61,7 +61,7 @@ def summary_section() -> str:
 
 
 def networks_section(library: str) -> str:
-    """A row a network: what is covered, what it computes on integers, how good it is, and what failed first."""
+    """One row per network: coverage, integer computation, quality, and the first failure."""
     rows = [row_of(name, entry) for name, entry in of_library(library).items()]
     columns = ["network", "weights covered", "products on integers", "simulated, dB", "file, dB"]
     return table([*columns, "simulated, dB, W4A8", "file, dB, W4A8", "seconds", "inspect, passes", "first failure"], rows)
@@ -84,7 +84,7 @@ def percent(of: Mapping[str, Any], key: str) -> str:
 
 
 def failure_of(entry: Entry, most: int = 160) -> str:
-    """Write the first failure: its step, its kind, the beginning of its message."""
+    """Write the first failure: its step, its kind, the start of its message."""
     if not entry["failures"]:
         return ""
     first = entry["failures"][0]
@@ -94,7 +94,7 @@ def failure_of(entry: Entry, most: int = 160) -> str:
 
 
 def uncovered_section() -> str:
-    """Networks of which less is covered, and what is not."""
+    """Networks with incomplete coverage, and their uncovered parts."""
     rows = []
     for library in LIBRARIES:
         for name, entry in of_library(library).items():

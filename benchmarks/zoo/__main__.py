@@ -1,10 +1,10 @@
-"""Public networks with random weights, each taken from `inspect` to a file that has run: what works of torchvision, timm and transformers.
+"""Public networks of torchvision, timm and transformers with random weights, each taken from `inspect` to a file that has run.
 
     python -m benchmarks.zoo [PATTERN ...] --images FOLDER [--steps inspect] [--retry] [--stale]
 
-Each network goes through `inspect`, `calibrate --pipeline light` at W8A8 and W4A8, `export`, `verify` and a run of the file, in a process
-of its own with limits of time and memory, one thread. Weights are random but lively (lively.py), pictures real (--images; else
-scikit-learn's digits), texts of uneven lengths. An entry says what failed first, and whether anybit refused (an AnybitError) or crashed.
+Each network passes `inspect`, `calibrate --pipeline light` at W8A8 and W4A8, `export`, `verify` and a run of the file, in its own
+process with limits on time and memory, one thread. Weights are random but lively (lively.py), images real (--images; else
+scikit-learn's digits), texts of different lengths. An entry has the first failure, and whether it is an AnybitError or a crash.
 """
 
 import argparse
@@ -39,10 +39,10 @@ PACKAGES = ("torchvision", "timm", "transformers", "onnx", "onnxruntime", "onnxs
 
 
 def child(name: str, source: Source, all_steps: bool, memory: int, file: str) -> None:
-    """Take one network through its steps, in this process; what is known is in `file` after each."""
+    """Run one network's steps in this process; write the state to `file` after each."""
     from benchmarks.zoo.steps import run_steps
 
-    os.setsid()  # so that whatever it starts can be ended with it
+    os.setsid()  # so that its child processes can be ended with it
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
@@ -57,7 +57,7 @@ def child(name: str, source: Source, all_steps: bool, memory: int, file: str) ->
 
 
 def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Take one network through its steps in a process of its own."""
+    """Run one network's steps in a separate process."""
     source = Source(arguments.images, arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "entry.json"
@@ -78,13 +78,13 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen(arguments: argparse.Namespace) -> list[str]:
-    """The networks that match a pattern, in the order of the patterns; all without one."""
+    """The networks that match a pattern, in the order of the patterns; all without patterns."""
     patterns = [name if "*" in name or name in NETWORKS else f"*{name}*" for name in arguments.patterns] or ["*"]
     return list(dict.fromkeys(name for pattern in patterns for name in fnmatch.filter(NETWORKS, pattern)))
 
 
 def preload() -> None:
-    """Import what the processes share, once; a first export fills the exporter's registries."""
+    """Import shared libraries once; a first export fills the exporter's registries."""
     import timm
     import torchvision
     import transformers
@@ -102,7 +102,7 @@ def preload() -> None:
 
 
 def main() -> None:
-    """Run what is not yet in the results."""
+    """Run entries that are not yet in the results."""
     options = parser(__doc__)
     options.add_argument("patterns", nargs="*", help="parts of names, or shell patterns: torchvision:*, *bert*")
     options.add_argument("--images", type=Path, help="a folder of pictures; without it scikit-learn's digits, upsampled")
@@ -130,7 +130,7 @@ def main() -> None:
 
 
 def outcome(entry: Mapping[str, Any]) -> str:
-    """Say what came of it in a line."""
+    """Describe the result in a line."""
     failure = entry["failures"][0] if entry["failures"] else None
     if failure is None:
         return "went through"

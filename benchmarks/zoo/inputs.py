@@ -1,4 +1,4 @@
-"""Inputs of the zoo: real pictures, clips of them, token sequences of uneven lengths, sounds; as a loader gives them."""
+"""Inputs of the zoo: real images and clips, token sequences of different lengths, sounds; in the form that a loader gives."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Source:
-    """Where inputs come from: a folder of pictures (None: scikit-learn's digits, upsampled), and the seed of what is drawn."""
+    """Source of inputs: a folder of images (None: scikit-learn's digits, upsampled), and a random seed."""
 
     images: Path | None = None
     seed: int = 0
@@ -39,7 +39,7 @@ class Source:
 def _digits(count: int, size: int) -> Tensor:
     from sklearn.datasets import load_digits
 
-    scans = torch.from_numpy(load_digits().images[: 3 * count]).float().reshape(count, 3, 8, 8) / 16  # one a colour
+    scans = torch.from_numpy(load_digits().images[: 3 * count]).float().reshape(count, 3, 8, 8) / 16  # one per colour
     pictures = interpolate(scans, (size, size), mode="bilinear")
     return (pictures - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
@@ -86,7 +86,7 @@ class Inputs:
         return DataLoader(items, batch_size=8, collate_fn=self.padded)
 
     def padded(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Make a batch of items, sequences padded to the longest."""
+        """Make a batch of items, padding sequences to the longest."""
         fill = {"input_ids": self.padding}
         return {
             key: torch.nn.utils.rnn.pad_sequence([item[key] for item in items], batch_first=True, padding_value=fill.get(key, 0))
@@ -115,7 +115,7 @@ class Inputs:
         return torch.stack([pictures.roll(2 * shift, -1) for shift in range(self.frames)], 1 if self.frames_first else 2)
 
     def _texts(self, generator: torch.Generator, count: int) -> dict[str, Any]:
-        """Tokens as frequent as words are: the probability of a token falls with its rank."""
+        """Tokens distributed like words: the probability of a token falls with its rank."""
         texts: dict[str, Any] = {}
         weights = 1 / torch.arange(1.0, max(self.vocabulary - 5, 0) + 1)
         if self.vocabulary:
@@ -129,7 +129,7 @@ class Inputs:
         return texts
 
     def _sounds(self, generator: torch.Generator, count: int) -> dict[str, Any]:
-        """Chords that fade, with noise."""
+        """Fading chords with noise."""
         sounds: dict[str, Any] = {}
         if self.sounds:
             shortest = self.sounds // 2 if self.masked else self.sounds
@@ -155,5 +155,5 @@ def _chord(length: int, generator: torch.Generator) -> Tensor:
 
 
 def pictures(size: int, **more: Any) -> Inputs:
-    """Take one picture, by place."""
+    """Return real images, normalized: float [count, 3, size, size]."""
     return Inputs(size=size, **more)

@@ -21,10 +21,10 @@ from anybit.data.batches import call
 
 @torch.no_grad()
 def enliven(network: nn.Module, inputs: Any, seed: int) -> None:
-    """Draw what the constructor leaves constant, and set running statistics by a pass over `inputs`; changes `network`."""
+    """Randomize parameters that constructors leave constant, and set running statistics by a pass over `inputs`; changes `network`."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
-        offset = "gemma" in type(module).__name__.lower()  # whose norms scale by one more than their weight
+        offset = "gemma" in type(module).__name__.lower()  # their norms scale by one plus the weight
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point():
                 parameter.copy_(_lively(module, name, parameter, generator, offset))
@@ -55,7 +55,7 @@ def _lively(module: nn.Module, name: str, parameter: Tensor, generator: torch.Ge
 
 
 def _wide_enough(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    """Scale a matrix up whose products are less than half as large as what they are of; tables of words to half the size of normed ones."""
+    """Scale up a matrix whose products are less than half as large as their inputs; word tables to half the scale of normalized ones."""
     if isinstance(module, nn.Embedding):
         least = 0.5
     elif parameter.dim() >= 2 and "weight" in name:
@@ -69,7 +69,7 @@ def _wide_enough(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
 
 @contextmanager
 def _statistics_of(network: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """Set running statistics in the pass inside the block: each norm's are those of its first input, a little beside them."""
+    """Set running statistics in the pass inside the block: close to those of each norm's first input."""
     seen: set[nn.Module] = set()
 
     def see(module: nn.Module, inputs: tuple) -> None:

@@ -20,7 +20,7 @@ class ZooNetwork:
 
 
 class Heads(nn.Module):
-    """A torchvision detector up to its raw outputs: what follows is code on boxes."""
+    """A torchvision detector up to its raw outputs; the rest is code on boxes."""
 
     def __init__(self, detector: nn.Module):
         super().__init__()
@@ -32,7 +32,7 @@ class Heads(nn.Module):
 
 
 class RegionHeads(Heads):
-    """A two-stage detector: its proposals' raw outputs, and those of the second stage on the whole picture as its one region."""
+    """A two-stage detector: the raw outputs of its proposals, and those of the second stage with the whole image as its only region."""
 
     def __init__(self, detector: nn.Module):
         super().__init__(detector)
@@ -45,7 +45,7 @@ class RegionHeads(Heads):
 
 
 class FewUpdates(nn.Module):
-    """RAFT with three updates of its flow, not twelve."""
+    """RAFT with three flow updates instead of twelve."""
 
     def __init__(self, raft: nn.Module):
         super().__init__()

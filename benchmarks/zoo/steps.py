@@ -1,4 +1,4 @@
-"""The steps of one network, each timed, its failure kept with its kind: a refusal of anybit's own, or a crash."""
+"""The steps of one network, each timed; a failure is recorded with its kind: rejected by anybit, or crashed."""
 
 import math
 import re
@@ -28,16 +28,16 @@ PRECISIONS = {"W8A8": (8, 8), "W4A8": (4, 8)}
 
 @dataclass
 class Progress:
-    """Record what is known of a network so far; `keep` writes it down, so that a process that is ended leaves what it has done."""
+    """The state of a network so far; `keep` writes it, so that a process that is ended leaves its results."""
 
     keep: Callable[[Mapping[str, Any]], None]
     entry: dict[str, Any] = field(default_factory=lambda: {"seconds": {}, "failures": []})
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Time a step, in seconds of the processor, since others may share the machine.
+        """Time a step in processor seconds, since others may share the machine.
 
-        An exception ends it, and is kept with its kind, its message and the place that raised it.
+        An exception ends it, and is recorded with its kind, message and origin.
         """
         self.keep(self.entry | {"running": name})
         start = time.process_time()
@@ -52,11 +52,11 @@ class Progress:
 
 
 class Stopped(Exception):
-    """A step has failed, and those after it cannot be done."""
+    """A step has failed, so that later ones cannot run."""
 
 
 def described(error: Exception) -> dict[str, str]:
-    """Say what was raised, and by which function of anybit."""
+    """Describe the exception, and the function of anybit that raised it."""
     kind = "refusal" if isinstance(error, anybit.AnybitError) else "crash"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/anybit/" in frame.filename]
     place = f"{frames[-1].filename.split('/anybit/')[-1]}:{frames[-1].name}" if frames else ""
@@ -65,7 +65,7 @@ def described(error: Exception) -> dict[str, str]:
 
 
 def run_steps(network: ZooNetwork, source: Source, all_steps: bool, keep: Callable[[Mapping[str, Any]], None]) -> None:
-    """Take a network through its steps."""
+    """Run a network's steps."""
     progress = Progress(keep)
     try:
         with progress.step("build"):
@@ -80,7 +80,7 @@ def run_steps(network: ZooNetwork, source: Source, all_steps: bool, keep: Callab
             progress.entry |= coverage(model, report)
     except Stopped:
         return
-    with tempfile.TemporaryDirectory() as folder:  # the second file takes up the float graph of the first
+    with tempfile.TemporaryDirectory() as folder:  # the second file reuses the float graph of the first
         subject = Subject(model, loader, reference, report, Path(folder))
         for precision in PRECISIONS if all_steps else ():
             progress.entry[precision] = {}
@@ -88,12 +88,12 @@ def run_steps(network: ZooNetwork, source: Source, all_steps: bool, keep: Callab
                 quantize(subject, precision, progress)
             except Stopped:
                 if progress.entry["failures"][-1]["step"].startswith(("calibrate", "export")):
-                    return  # at other bits it is the same
+                    return  # it is the same at other bits
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The float network's outputs, batch by batch."""
+    """The float network's outputs, by batch."""
 
     batches: Sequence[Batch]
     outputs: Sequence[list[Tensor]]
@@ -126,7 +126,7 @@ class Reference:
         }
 
     def decibels(self, outputs: Sequence[Sequence[Tensor]]) -> float:
-        """Signal to noise of `outputs`, each of a network's outputs counted alike."""
+        """Signal to noise of `outputs`, all outputs of a network weighted equally."""
         noise = []
         for index in range(len(self.outputs[0])):
             signal = torch.cat([one[index].flatten() for one in self.outputs]).double()
@@ -136,24 +136,24 @@ class Reference:
 
 
 def floats(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """Run the network on a batch and return its outputs at what is no padding."""
+    """Run the network on a batch and return its outputs except at padding."""
     with torch.no_grad():
-        return real(tensors_in(call(model, batch.inputs)), batch)
+        return float_outputs(tensors_in(call(model, batch.inputs)), batch)
 
 
-def real(outputs: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+def float_outputs(outputs: Sequence[Tensor], batch: Batch) -> list[Tensor]:
     mask = batch.mask
     numbers = [one for one in outputs if one.is_floating_point()]
     return [one[mask] if mask is not None and one.shape == mask.shape else unpadded(one, mask) for one in numbers]
 
 
 def coverage(model: nn.Module, report: Mapping[str, Any]) -> dict[str, Any]:
-    """The share of the weights that is covered, of all parameters that are no vector; and what is not, by its reason."""
+    """The covered share of all parameters that are not vectors; and the uncovered ones by reason."""
     matrices = [one for one in model.parameters() if sum(size > 1 for size in one.shape) > 1]
     modules = dict(model.named_modules())
     covered = {}
     for name, row in report["layers"].items():
-        if row["weight"]:  # a weight that layers share counts once
+        if row["weight"]:  # a shared weight counts once
             own = getattr(modules.get(name), "weight", None)
             covered[id(own) if isinstance(own, nn.Parameter) else name] = math.prod(row["weight"])
     share = sum(covered.values()) / max(sum(one.numel() for one in matrices), 1)
@@ -169,7 +169,7 @@ def coverage(model: nn.Module, report: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A network with its data, its float outputs, what `inspect` says of it, and a folder for what is made of it."""
+    """A network with its data, float outputs, report of `inspect`, and a folder for files."""
 
     model: nn.Module
     loader: DataLoader
@@ -179,7 +179,7 @@ class Subject:
 
 
 def quantize(subject: Subject, precision: str, progress: Progress) -> None:
-    """Take a network from `calibrate` at one precision to a file that has run."""
+    """Run a network from `calibrate` at one precision to an executed file."""
     model, reference, entry = subject.model, subject.reference, progress.entry[precision]
     weight_bits, activation_bits = PRECISIONS[precision]
     run, file = subject.folder / precision, subject.folder / f"{precision}.onnx"
@@ -210,11 +210,11 @@ def quantize(subject: Subject, precision: str, progress: Progress) -> None:
 
 
 class NotVerified(anybit.AnybitError):
-    """`verify` says that the file does not hold what is promised of it."""
+    """`verify` reports that the file breaks a promise."""
 
 
 def runtime_outputs(file: Path, batch: Batch) -> list[Tensor]:
-    """Run the file in ONNX Runtime and return its outputs at what is no padding."""
+    """Run the file in ONNX Runtime and return its outputs except at padding."""
     from anybit.onnx.file import outputs, session
 
-    return real([torch.from_numpy(array) for array in outputs(session(file), [batch])], batch)
+    return float_outputs([torch.from_numpy(array) for array in outputs(session(file), [batch])], batch)

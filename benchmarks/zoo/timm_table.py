@@ -24,12 +24,12 @@ Case = tuple[int, dict[str, Any]]
 
 
 def any_size(size: int, **arguments: Any) -> Case:
-    """Pictures' size of a network that takes any, or its own; and arguments of the constructor, by which it is cut small."""
+    """Image size for a network that takes any, or its own; and constructor arguments that make it small."""
     return size, arguments
 
 
 def of_size(size: int, **arguments: Any) -> Case:
-    """As `any_size`, of a network that is made for pictures of one size."""
+    """Like `any_size`, for a network that requires one image size."""
     return size, {"img_size": size, **arguments}
 
 
@@ -92,7 +92,7 @@ OTHERS: dict[str, Case] = {
 
 
 def build(name: str, **arguments: Any) -> nn.Module:
-    """Make the network with random weights."""
+    """Create the network with random weights."""
     import timm
 
     return timm.create_model(name, pretrained=False, **arguments).eval()

@@ -38,7 +38,7 @@ SIZES = {"inception_v3": 128, "wide_resnet50_2": 64, "resnext50_32x4d": 64}
 
 
 def build(name: str, wrapper: Callable[[nn.Module], nn.Module] | None = None, **arguments: Any) -> nn.Module:
-    """Make the network with random weights, its parts' too."""
+    """Create the network, including its parts, with random weights."""
     from torchvision import models
 
     without = {"weights_backbone": None} if "backbone" in arguments.pop("parts", "") else {}
@@ -47,14 +47,14 @@ def build(name: str, wrapper: Callable[[nn.Module], nn.Module] | None = None, **
 
 
 def small_vit() -> nn.Module:
-    """ViT-B/16 of two blocks."""
+    """ViT-B/16 with two blocks."""
     from torchvision.models import VisionTransformer
 
     return VisionTransformer(image_size=64, patch_size=16, num_layers=2, num_heads=12, hidden_dim=768, mlp_dim=3072).eval()
 
 
 def small_maxvit() -> nn.Module:
-    """MaxViT-T of one block a stage."""
+    """MaxViT-T with one block per stage."""
     from torchvision.models import MaxVit
 
     return MaxVit((64, 64), 64, 2, [64, 128, 256, 512], [1, 1, 1, 1], 32, 0.0).eval()

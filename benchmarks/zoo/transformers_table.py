@@ -1,4 +1,4 @@
-"""Networks of transformers, of small configurations: name of the class -> the network."""
+"""Networks of transformers in small configurations: name of the class -> the network."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -30,7 +30,7 @@ RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1,
 
 
 def configured(values: Any) -> Any:
-    """Make a configuration of (its class, its settings), and of those that its settings hold."""
+    """Create a configuration from (its class, its settings), including those nested in its settings."""
     if isinstance(values, tuple) and len(values) == 2 and isinstance(values[0], str) and isinstance(values[1], Mapping):
         import transformers
 
@@ -39,14 +39,14 @@ def configured(values: Any) -> Any:
 
 
 def build(name: str, configuration: str, settings: Settings) -> nn.Module:
-    """Make the class with random weights, from its configuration."""
+    """Create the class with random weights from its configuration."""
     import transformers
 
     return getattr(transformers, name)(configured((configuration, settings))).eval()
 
 
 def entries(prefix: str, heads: str, settings: Settings, inputs: Inputs, configuration: str | None = None) -> dict[str, ZooNetwork]:
-    """Make an entry for each of the heads (endings of class names) of one family."""
+    """Create an entry for each of the heads (suffixes of class names) of one family."""
     make: Callable[[str], ZooNetwork] = lambda name: ZooNetwork(  # noqa: E731
         partial(build, name, configuration or f"{prefix}Config", settings), inputs
     )

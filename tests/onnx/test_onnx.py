@@ -685,6 +685,18 @@ def test_layer_on_constants_is_computed_once(tmp_path):
     assert not verdict.failures and verdict.floats["of_places"] == "it does not depend on the inputs, and was computed once"
 
 
+def test_layers_where_autocast_is_turned_off_are_found_in_the_graph(tmp_path):
+    """Linear attention divides in float32, whatever is around it."""
+
+    def function(s, x):
+        with torch.autocast("cpu", enabled=False):
+            return s.b(F.relu(s.a(x.float())))
+
+    canonical, batch = odd(function, (6,), a=nn.Linear(6, 8), b=nn.Linear(8, 4))
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and set(verdict.kernels) == {"a", "b"}
+
+
 class Dynamic(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, self.weight - x.mean(), self.bias)

@@ -12,7 +12,8 @@ exporters translate into slow or wrong graphs. Tidying changes no value:
 import ast
 import inspect
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -125,7 +126,7 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None) -> ir.Model:
     )
     settings = {"dynamic_shapes": shapes, "opset_version": OPSET, "optimize": False, "verbose": False}
     try:
-        with quiet(), torch.no_grad():  # a forward that turns gradients off stays one graph
+        with quiet(), _without_idle_autocast(), torch.no_grad():  # a forward that turns gradients off stays one graph
             program = torch.onnx.export(plain, **passed, dynamo=True, **settings)
     except Exception as error:  # the exporter's own errors are of many kinds
         raise UnsupportedModel(f"The network cannot be exported to ONNX: {_reason(error)}") from error
@@ -137,6 +138,26 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None) -> ir.Model:
                 "The network's forward fixes the size of the batch (by len(x), or int(x.shape[0])). Let it use x.shape[0] as it is, or -1."
             )
     return graph
+
+
+@contextmanager
+def _without_idle_autocast() -> Iterator[None]:
+    """Leave regions that turn autocast off where it is off out of the graph: their operators no longer say which layer they are of."""
+    enter, leave, idle = torch.autocast.__enter__, torch.autocast.__exit__, "_idle_here"
+
+    def entered(region: torch.autocast) -> Any:
+        left_out = not region._enabled and not torch.is_autocast_enabled(region.device)
+        vars(region).setdefault(idle, []).append(left_out)
+        return region if left_out else enter(region)
+
+    def left(region: torch.autocast, *error: Any) -> Any:
+        return None if vars(region)[idle].pop() else leave(region, *error)
+
+    torch.autocast.__enter__, torch.autocast.__exit__ = entered, left  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
