@@ -30,6 +30,7 @@ from anybit.errors import UnsupportedModel, some
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import quantized_layers
 from anybit.networks.matmul import Matmul
+from anybit.networks.recurrent import RecurrentWeight
 from anybit.networks.rounding import edge_grids, rounded_values
 from anybit.networks.wiring import name_of_call
 from anybit.onnx.file import EXACT_SUMS, Exported, asks_for_exact_sums, outputs, session, x86_flags
@@ -219,6 +220,8 @@ def _check_kernels(verdict: Verdict, path: Path, exported: Exported, model: nn.M
 def _why_float(graph: ir.Model, layer: str, module: nn.Module) -> str:
     if module.weight_quantizer is None:
         return "its weights are float" if type_of(module).has_weights else "its operands are float"
+    if isinstance(module, RecurrentWeight):
+        return "the products of a recurrent layer are float"
     if module.weight_group is not None:
         return "its weights have scales for groups of inputs, which integer kernels do not"
     kind = next((node.op_type for node in graph.graph if node.metadata_props.get(LAYER) == layer), None)
