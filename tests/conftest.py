@@ -39,13 +39,35 @@ def without_openvino():
 
 @pytest.fixture(autouse=True, scope="session")
 def one_registry_of_operators():
-    """Build the exporter's registry once, not for each network: it compiles 500 functions, most of the time of a small export."""
+    """Let the exporter do once what it does for each network alike, most of the time of a small export."""
     with pytest.MonkeyPatch.context() as patch:
         with suppress(ImportError, AttributeError):  # internals: without them tests are slower
+            from torch._export import utils
+            from torch._ops import OperatorBase
             from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+            # Compiles 500 functions.
             patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+            # Looks up all operators, for each of some fifty namespaces.
+            patch.setattr(utils, "_materialize_cpp_cia_ops", functools.cache(utils._materialize_cpp_cia_ops))
+            patch.setattr(OperatorBase, "py_impl", without_annotations(OperatorBase.py_impl))
         yield
+
+
+def without_annotations(py_impl):
+    """PyTorch's registration of kernels, called 12,000 times an export, without the evaluation of its annotations."""
+
+    def register(operator, key):
+        def registered(kernel):
+            if not isinstance(key, torch._C.DispatchKey) or key == torch._C.DispatchKey.Python or key in operator.py_kernels:
+                return py_impl(operator, key)(kernel)
+            operator.py_kernels[key] = kernel
+            operator._dispatch_cache.clear()
+            return kernel
+
+        return registered
+
+    return register
 
 
 class SharedGraphs(OrderedDict):

@@ -30,6 +30,7 @@ _HOMES = {
     "load": "anybit.runs.opened",
     "diff": "anybit.reports.comparison",
     "explain": "anybit.reports.explanation",
+    "show_progress": "anybit.reports.bars",
     "Result": "anybit.roads.result",
     "Matmul": "anybit.networks.matmul",
     "Precision": "anybit.scheme",

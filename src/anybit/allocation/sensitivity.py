@@ -111,7 +111,7 @@ def measure_sensitivity(
 
     floor = cache.value("floor", measure, float)
     measured = {}
-    for layer, precision in track(rows_to_measure(choices, pairs), "sensitivity"):
+    for layer, precision in track(rows_to_measure(choices, pairs), "sensitivity", lambda row: f"{row[0]} {row[1]}"):
         if len(choices[layer]) == 1:
             measured[layer, precision] = 0.0  # nothing to choose: its loss is in every scheme alike
             continue

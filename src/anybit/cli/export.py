@@ -42,7 +42,7 @@ def verify(
     exported: Path = argument("The exported file or folder.", ready=check_there),
     *,
     data: str | None = option(None, RUN_DATA, panel="Input", ready=check_data),
-    samples: int | None = same_as(Amounts, "samples"),
+    samples: int = same_as(Amounts, "samples", default=64, doc="Inputs to run, from the first."),
     model=None, metric=None, cache=True, workers=0,
 ) -> Outcome:  # fmt: skip
     """Check an exported file against its run; exit status 1 if it fails.

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -46,7 +47,7 @@ def as_command(function: Callable[..., Outcome | None], *more: str) -> Callable[
             values = verb.read(context, written)
             common = {name: verb.value(name, values) for name in more}
         telling = _telling(function.__name__, {**written, **values}, common) if "log" in common and is_first() else nullcontext()
-        with reported_errors(), telling:
+        with reported_errors(function.__name__), telling:
             arguments = verb.arguments(values)
             if common.get("threads"):
                 import torch
@@ -84,9 +85,16 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+KEPT = {
+    **dict.fromkeys(("calibrate", "allocate", "search", "extract"), "Finished results are kept in the cache"),
+    **dict.fromkeys(("grow", "train"), "Finished epochs are kept beside the output"),
+}
+"""verb -> what an interruption leaves."""
+
+
 @contextmanager
-def reported_errors() -> Iterator[None]:
-    """Print anybit's own errors as one line with exit status 2; exit with 130 on Ctrl-C."""
+def reported_errors(verb: str = "") -> Iterator[None]:
+    """Print anybit's own errors as one line with exit status 2; on Ctrl-C, say what of `verb` is kept, and exit with 130."""
     try:
         with as_on_the_command_line():
             yield
@@ -94,8 +102,17 @@ def reported_errors() -> Iterator[None]:
         print(f"anybit: {printable(str(error))}", file=sys.stderr)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        print("anybit: interrupted", file=sys.stderr)
+        print(f"anybit: interrupted{_continuation(verb)}", file=sys.stderr)
         raise typer.Exit(130) from error
+
+
+def _continuation(verb: str) -> str:
+    """Say what is kept of an interrupted verb, and the command that continues it."""
+    if verb not in KEPT or "--no-cache" in sys.argv:
+        return ""
+    anew = "--overwrite" if verb in ("grow", "train") else None  # it would begin the training anew
+    command = shlex.join(["anybit", *(printable(one) for one in sys.argv[1:] if one != anew)])
+    return f". {KEPT[verb]}. This continues:\n  {command}"
 
 
 @contextmanager

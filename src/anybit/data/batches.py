@@ -139,8 +139,9 @@ def map_leaves(value: Any, leaf: type | tuple[type, ...], function: Callable[[An
         return function(value)
     if isinstance(value, Mapping):
         return {key: map_leaves(item, leaf, function) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its fields one by one
-        return type(value)(*(map_leaves(item, leaf, function) for item in value))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple, whose own class may check its fields
+        named: Any = type(value)
+        return named._make(map_leaves(item, leaf, function) for item in value)
     if isinstance(value, (tuple, list)):
         return type(value)(map_leaves(item, leaf, function) for item in value)
     return value

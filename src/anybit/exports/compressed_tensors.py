@@ -258,7 +258,7 @@ def verify_folder(
     model: nn.Module | str | None = None,
     data: Any = None,
     metric: Metric | None = None,
-    samples: int | None = None,
+    samples: int | None = 64,
     workers: int = 0,
 ) -> dict[str, Any]:
     """Check an exported folder against its run: every stored number, and what transformers computes with it on real inputs.

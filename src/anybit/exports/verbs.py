@@ -29,7 +29,8 @@ from anybit.onnx.latency import load_table, measure_latency
 from anybit.onnx.latency import save_table as keep_table
 from anybit.onnx.timing import faster, in_turns, openvino_runner
 from anybit.onnx.verification import RUN, flipped_codes, verify_file
-from anybit.progress import tell
+from anybit.progress import enter, plan, tell, track
+from anybit.reports.bars import shown_in_notebooks
 from anybit.runs.opened import Run, first_of, inputs_for, opened
 from anybit.scheme import Precision, parsed_keep
 from anybit.sources.inputs import as_samples, compared, load_data
@@ -102,6 +103,7 @@ def _first(samples: Samples, count: int) -> Batch:
 
 
 @public
+@shown_in_notebooks
 def verify(
     run: Run,
     onnx: str | Path,
@@ -109,17 +111,19 @@ def verify(
     model: nn.Module | str | None = None,
     data: Any = None,
     metric: Metric | None = None,
-    samples: int | None = None,
+    samples: int | None = 64,
     workers: int = 0,
     cache: str | Path | bool = True,
 ) -> dict[str, Any]:
     """Check an exported file against its run on real inputs; `ok` says whether all promises hold, `failures` name what does not.
 
     data      inputs, labelled where accuracy is wanted; left out, those that the run was made with
-    samples   how many of them run in full (all where None); codes are compared one by one on the first 64
+    samples   how many of them run, from the first (all where None); codes are compared one by one on 64 at most
     cache     as for `export`, whose graph is taken up
     """
     path = Path(onnx)
+    plan([("graph", 3.0), ("kernels and codes", 3.0), ("runtime", 1.0), ("simulation", 1.0)], measured=False)
+    enter("graph")
     canonical, file = opened(run, model)
     integer = load(path)
     inputs = compared(canonical.model, inputs_for(run, file, canonical.model, data, workers), file.outputs or {})
@@ -130,6 +134,7 @@ def verify(
     with _graphs(cache) as kept:  # on the inputs of the export, whose graph is then taken up
         example = _first(inputs, EXAMPLES)
         graphs = exported(canonical, example, {RUN: file.sha256}, tables, weight_only, measured_in(integer), kept)
+    enter("kernels and codes")
     verdict = verify_file(path, integer, graphs, canonical.model, first)
     report = verdict.to_json() | {"quantized_layers": len(canonical.scheme), "environment": _environment()}
     if not verdict.numbers:  # it could not be run as this one
@@ -139,7 +144,7 @@ def verify(
     batches = list(inputs.batches(CHECKED))
     running = session(path, torch.get_num_threads())
     there = _predicted(running, canonical.model, batches)
-    simulated = outputs_of(graphs.model, batches)
+    simulated = outputs_of(graphs.model, track(batches, "simulation"))
     flips = flipped_codes(graphs, probe_of(first, 8))
     report |= {"inputs": len(inputs)} | beside(simulated, there, batches, file.task, metric)
     report["simulation"]["flipped_codes"] = flips
@@ -154,7 +159,7 @@ def _predicted(running: Any, model: nn.Module, batches: Sequence[Batch]) -> torc
     by_name = isinstance(output, Mapping) and all(value is None or isinstance(value, torch.Tensor) for value in output.values())
     names = [name for name, value in output.items() if value is not None] if by_name else []
     parts = []
-    for batch in batches:
+    for batch in track(batches, "runtime"):
         tensors = [torch.from_numpy(array) for array in outputs(running, [batch])]
         parts.append(read_output(dict(zip(names, tensors, strict=True)) if names else tensors, batch))
     return torch.cat(parts)

@@ -49,7 +49,7 @@ from anybit.networks.layers import QuantizedLayer, float_weight, freeze_slots, w
 from anybit.networks.states import put_back, snapshot
 from anybit.networks.wiring import Unit, Wiring
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer, frozen
-from anybit.progress import tell, track
+from anybit.progress import inside, tell, track
 
 
 class Rounding(Protocol):
@@ -177,6 +177,7 @@ def _descend(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     _set_training(layers, True)
     for step in range(1, settings.steps + 1):
+        inside(step, settings.steps)
         indices = fitting.draw(settings.batch_size)
         args, kwargs = fitting.arguments(indices, settings.drop)
         loss = relative_error(finish(module(*args, **kwargs)), finish(fitting.targets(indices)), fitting.mask(indices))
@@ -259,7 +260,7 @@ def sequential(
         through = []
         return sides
 
-    for unit in track(units, f"sequential {settings.name}"):
+    for unit in track(units, f"sequential {settings.name if settings.steps else 'solution'}", lambda unit: unit.name):
         cache = cache.keyed(unit.name)  # and on every unit before it
         name = f"sequential {settings.name} of {unit.name}"
         finish = wiring.activation_after(unit.name) or identity
@@ -286,7 +287,7 @@ def parallel(
     of all of them.
     """
     report: dict[str, dict[int, dict[str, float]]] = {}
-    for unit in track(units, f"parallel {settings.name}"):
+    for unit in track(units, f"parallel {settings.name}", lambda unit: unit.name):
         sides = functools.cache(
             partial(capture_sides, None, float_model, unit, calibration, MemoryBudget(settings.memory), settings.batch_size)
         )

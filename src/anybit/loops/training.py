@@ -29,7 +29,7 @@ from anybit.loops.processes import average, average_gradients, average_tensors, 
 from anybit.loops.settings import TrainSettings
 from anybit.loops.trainee import SMALLEST_GAMMA, Trainee
 from anybit.networks.norms import BATCH_NORMS
-from anybit.progress import tell, track
+from anybit.progress import inside, tell, track
 
 
 def train_epochs(
@@ -59,7 +59,7 @@ def train_epochs(
     records: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.is_file():
         records = resume_checkpoint(checkpoint, trainee, run.optimizer, identity or {})
-    for epoch in track(range(len(records), settings.epochs), "epochs"):
+    for epoch in track(range(len(records), settings.epochs), "training", lambda epoch: f"epoch {epoch + 1}"):
         record = {"epoch": epoch + 1, **_epoch(run, samples, epoch), **trainee.summary()}
         records.append(record | (watch() if watch else {}))
         tell("epoch", **records[-1], note=summary(records[-1], settings.epochs))
@@ -89,6 +89,7 @@ def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
     model = run.trainee.model.train()
     told: list[Tensor] = []
     for step, batch in enumerate(_all_of(epoch_batches(samples, run.settings, epoch), run.steps, epoch)):
+        inside(step, run.steps)
         told.append(_step(run, channels_last(batch), (epoch + step / run.steps) / run.settings.epochs))
         if not torch.isfinite(told[-1]).all():
             task, penalty, _ = told[-1].tolist()

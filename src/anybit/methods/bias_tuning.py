@@ -74,7 +74,7 @@ def tune_biases(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * len(fitting))
     generator = torch.Generator().manual_seed(settings.seed)
     best = [parameter.detach().clone() for parameter in parameters]
-    for epoch in track(range(1, settings.epochs + 1), "bias tuning"):
+    for epoch in track(range(1, settings.epochs + 1), "bias tuning", lambda epoch: f"epoch {epoch}"):
         for index in torch.randperm(len(fitting), generator=generator).tolist():
             optimizer.zero_grad()
             _add_gradients(model, fitting[index], references[index], task, settings.part)

@@ -3,7 +3,7 @@
 import copy
 import json
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,7 @@ def measured_in(model: ir.Model) -> dict[str, tuple[float, float]]:
     return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
 
 
-def outputs(running: Any, batches: Sequence[Batch], names: Sequence[str] | None = None) -> list[np.ndarray]:
+def outputs(running: Any, batches: Iterable[Batch], names: Sequence[str] | None = None) -> list[np.ndarray]:
     """Run the session on batches and join its outputs; of one batch they may have any shape. Raise InvalidInput where it refuses one."""
     parts = []
     for batch in batches:

@@ -1,5 +1,8 @@
 """Print results of verbs that need several tables or a line of their own; without `details`, only the result."""
 
+import math
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,29 @@ def print_runs(reports: Mapping[Path, Mapping[str, Any]], details: bool = True) 
         print_report(report)
     if details and len(reports) > 1:
         print_frontier(reports.values())
+    last = list(reports)[-1]
+    if details and (line := drop_line(reports[last])):
+        print(line)
     for folder, report in reports.items():
         print(f"{folder}: {result_line(report)}")
+    if details:  # stdout is for results
+        following = f"anybit export {shlex.quote(str(last))} --onnx {shlex.quote(f'{last.name}.onnx')}"
+        print(f"Next: {following}, or open {last / 'report.html'}", file=sys.stderr)
+
+
+def drop_line(report: Mapping[str, Any]) -> str:
+    """Write what was lost on the test data, with its 95 % interval; empty where it was not measured on classes.
+
+    Outcomes are paired: at most the share that both networks classify differently changed between right and wrong.
+    """
+    test, before = report.get("test") or {}, report.get("float_test") or {}
+    if "top1" not in test or "top1" not in before or "agreement" not in test or not test.get("samples"):
+        return ""
+    count, drop = test["samples"], before["top1"] - test["top1"]
+    changed = min((100 - test["agreement"]) / 100 + 1 / count, 1.0)
+    half = 196 * math.sqrt(max(changed - (drop / 100) ** 2, 0) / count)
+    interval = f"95 % interval {drop - half:.2f} to {drop + half:.2f}, {count} samples"
+    return f"Test top-1: float32 {before['top1']:.2f}, quantized {test['top1']:.2f}, drop {drop:.2f} points ({interval})"
 
 
 def print_trained(folder: Path, report: Mapping[str, Any], details: bool = True) -> None:

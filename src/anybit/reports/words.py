@@ -54,3 +54,13 @@ def shape_in_words(sizes: Iterable[int]) -> str:
 def scheme_in_words(scheme: Mapping[str, Any]) -> str:
     """Write a scheme in one line: "conv1 W4A8 fc W8A8"."""
     return " ".join(f"{name} {precision}" for name, precision in scheme.items())
+
+
+def duration(seconds: float) -> str:
+    """Write a duration: "8 s", "3 min 20 s", "1 h 40 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s" if whole < 600 else f"{round(whole / 60)} min"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

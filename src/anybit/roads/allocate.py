@@ -1,5 +1,6 @@
 """Meet new budgets from the saved candidates and sensitivity table of a calibrate run."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,10 @@ from anybit.files.contents import contents_of, digest
 from anybit.networks.candidates import Candidates, to_tensors
 from anybit.networks.layers import float_bias
 from anybit.networks.observed import ObservedNetwork, observe_network
+from anybit.progress import plan
+from anybit.reports.bars import shown_in_notebooks
 from anybit.roads.calibrate import finish
+from anybit.roads.expected import Calibration
 from anybit.roads.inputs import check_metric_has_labels, example_of, labels_fit, on_device
 from anybit.roads.keys import key_of_run, weights_digest
 from anybit.roads.latencies import with_latencies
@@ -39,6 +43,7 @@ from anybit.sources.preprocessing import Preprocessing
 
 
 @public
+@shown_in_notebooks
 def allocate(
     run: str | Path,
     budget: str | Budget,
@@ -98,7 +103,9 @@ def allocate(
             )
         if set(candidates.edges) != set(network.wiring.edges()):  # of a run that rounded none
             candidates = replace(candidates, edges=edge_candidates(network, calibration, settings))
+        started = time.perf_counter()
         reference = outputs_of(network.float_model, calibration.held_out)
+        forward = (time.perf_counter() - started) / max(len(reference), 1)
         targets = batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
         entries = key_of_run(open_cache(cache), network, calibration, [reference], settings)
         entries = entries.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and contents_of(metric))
@@ -106,6 +113,7 @@ def allocate(
     scored = labels is not None and labels_fit(reference, labels, task, needed=metric is None and Budget.parse(budget).loss() is DROP)
     judge = Judge(network, candidates, calibration.held_out, reference, task, metric, entries, scored)
     light = replace(settings, sequential=False, bias_tuning=False)
+    plan(Calibration.of_network(network, light, calibration.count(), 0, 1, forward).of_allocation())
     if metric is not None:
         judge.of_outputs(reference)  # a metric that fails is refused before the work
     bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets)

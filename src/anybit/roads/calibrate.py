@@ -26,7 +26,9 @@ from anybit.networks.fingerprint import fingerprint_of
 from anybit.networks.observed import has_choice, observe_network, with_coarse
 from anybit.networks.refusals import as_observed, check_rows
 from anybit.networks.states import restore
-from anybit.progress import tell
+from anybit.progress import plan, tell
+from anybit.reports.bars import shown_in_notebooks
+from anybit.roads.expected import Calibration
 from anybit.roads.inputs import (
     check_metric_has_labels,
     checked_tests,
@@ -73,6 +75,7 @@ from anybit.sources.preprocessing import Preprocessing
 
 
 @public
+@shown_in_notebooks
 @takes(CalibrateSettings)
 @torch.inference_mode(False)
 def calibrate(
@@ -118,6 +121,7 @@ def calibrate(
     tests = read_alike(tests, samples)
     clock = StageClock()
     entries = open_cache(cache)
+    plan(Calibration.of_model(network, options, len(samples), 0 if tests is None else len(tests), len(budgets)).stages(), measured=False)
     bench = prepare_bench(network, samples, options, [one for one in budgets if one], clock, metric, entries, tests)
     saved = {
         "table": bench.table.to_json(),
@@ -176,6 +180,9 @@ def prepare_bench(
         cache = key_of_run(cache, network, calibration, [*references, reference], settings)
         if labels is not None and metric is not None:
             measure(metric, task.tensors(reference), labels)
+    forward = clock.stages[-1]["seconds"] / sum(calibration.count())
+    tested = 0 if tests is None else len(tests)
+    plan(Calibration.of_network(network, settings, calibration.count(), tested, max(len(budgets), 1), forward).stages())
     float_test = None if tests is None else float_tested(network, tests, task, metric, settings.batch_size, clock)
     with clock.stage("ranges"):
         ranged = candidates = cached_candidates(cache, "ranges", network, lambda: range_candidates(network, calibration, settings))

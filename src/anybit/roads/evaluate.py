@@ -11,6 +11,7 @@ from anybit.data.tasks import LABELS_TELL, Metric
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.errors import InvalidInput
 from anybit.progress import tell
+from anybit.reports.bars import shown_in_notebooks
 from anybit.roads.inputs import check_inputs, on_device
 from anybit.runs.names import SCHEME
 from anybit.runs.opened import Run, load, recorded_preprocessing, recorded_task
@@ -21,6 +22,7 @@ from anybit.sources.preprocessing import Preprocessing, overridden
 
 
 @public
+@shown_in_notebooks
 def evaluate(
     model: nn.Module | Run,
     data: Any,

@@ -31,6 +31,7 @@ from anybit.networks.observed import observe_network
 from anybit.networks.wiring import observe
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.progress import tell
+from anybit.reports.bars import shown_in_notebooks
 from anybit.roads.inputs import checked_tests, read_alike, supernet_data
 from anybit.roads.keys import key_of_run
 from anybit.roads.latencies import measured_latencies, supernet_with_latencies
@@ -103,6 +104,7 @@ def polished(
 
 
 @public
+@shown_in_notebooks
 @takes(CalibrateSettings, only=POLISH)
 def extract(
     run: str | Path | Supernet,

@@ -35,7 +35,9 @@ from anybit.networks.observed import ObservedNetwork, check_kinds, observe_netwo
 from anybit.networks.options import LayerOptions
 from anybit.networks.refusals import as_observed
 from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
-from anybit.progress import tell
+from anybit.progress import plan, tell
+from anybit.reports.bars import shown_in_notebooks
+from anybit.roads.expected import training_stages
 from anybit.roads.inputs import notes_of, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import Result, layer_costs, test_scores
@@ -152,6 +154,7 @@ def soft_and_frozen(
 
 
 @public
+@shown_in_notebooks
 @takes(GrowSettings)
 @torch.inference_mode(False)
 def grow(
@@ -193,6 +196,8 @@ def grow(
     float_model, samples, tests, about = training_inputs(
         model, weights, train, test, metric, preprocessing, workers, device, grow_settings.task, grow_settings.outputs
     )
+    ends = ["freeze", "edge ranges", *(["test"] if tests is not None else [])]
+    plan(training_stages(len(samples), grow_settings.train.epochs, 0 if tests is None else len(tests), ends))
     with clock.stage("observe and fold"):
         if len(samples) == 0:
             raise InvalidInput("The training data is empty.")

@@ -21,7 +21,7 @@ from anybit.networks.layers import quantized_layers
 from anybit.networks.rounding import edge_grids as edge_grids_of
 from anybit.networks.states import put_back, snapshot
 from anybit.numerics.quantizers import UniformQuantizer
-from anybit.progress import tell
+from anybit.progress import enter, tell
 from anybit.roads.keys import PARALLEL, keyed_by_settings
 from anybit.roads.memory import OBSERVED, TRAINED, samples_at_once, within_memory
 from anybit.roads.steps import CalibrationState, free_weights, reconstruction_settings, worth_solving
@@ -51,6 +51,7 @@ class _Ladder:
             put_back(changed, names, entry.tensors)
             return record, scores
 
+        enter(step)
         record, scores = self.cache(step, make, read)
         give_back()
         self.take(step, changed, {**scores, **{key: record[key] for key in record if key in ("images", "epochs")}})
@@ -146,6 +147,7 @@ def _observe_edges(state: CalibrationState, ladder: _Ladder) -> None:
     wiring, rounded = state.network.wiring, edge_grids_of(ladder.model)
     if not rounded:
         return
+    enter("edge ranges")
     changed = copy.deepcopy(ladder.model)
     chunk_size = samples_at_once(wiring, OBSERVED, state.settings.memory, state.settings.batch_size)
     cache = ladder.cache.keyed("edges", digest(changed.state_dict().values()), chunk_size)

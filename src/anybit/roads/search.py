@@ -25,6 +25,7 @@ from anybit.methods.subnet_search import Evaluated, SearchResult, hypervolume, p
 from anybit.networks.edges import observe_edge_ranges
 from anybit.networks.wiring import observe
 from anybit.progress import tell, track
+from anybit.reports.bars import shown_in_notebooks
 from anybit.reports.page import run_page
 from anybit.roads.inputs import on_device, supernet_data
 from anybit.roads.keys import key_of_supernet
@@ -263,6 +264,7 @@ def best_within(folder: Any, supernet: Supernet, budget: Budget) -> Scheme:
 
 
 @public
+@shown_in_notebooks
 @takes(SearchSettings)
 def search(
     run: str | Path | Supernet,

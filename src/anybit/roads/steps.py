@@ -83,7 +83,7 @@ def solved_candidates(network: ObservedNetwork, ranged: Candidates, calibration:
     budget = MemoryBudget(memory_to_capture(network, calibration, settings))
     moments = float_moments(network.folded, names, calibration.fitting, calibration.count()[0], settings.seed, budget)
     solved = replace(ranged, weights=dict(ranged.weights))
-    for name in track(list(moments), "solution of candidates"):
+    for name in track(list(moments), "solution of candidates", str):
         read, float_layer = moments.pop(name), network.folded.get_submodule(name)
         for (layer, bits), rounded in ranged.weights.items():
             if layer == name and bits < FINE:

@@ -16,7 +16,9 @@ from anybit.loops.processes import share_state
 from anybit.loops.training import train_epochs
 from anybit.networks import batchnorm
 from anybit.networks.edges import observe_edge_ranges
-from anybit.progress import tell
+from anybit.progress import plan, tell
+from anybit.reports.bars import shown_in_notebooks
+from anybit.roads.expected import training_stages
 from anybit.roads.grow import few_batches, watched_batches
 from anybit.roads.inputs import notes_of, on_device, training_inputs
 from anybit.roads.keys import training_identity
@@ -29,6 +31,7 @@ from anybit.supernets.supernet import Supernet, uniform_schemes, width_scores
 
 
 @public
+@shown_in_notebooks
 @takes(SupernetSettings)
 @torch.inference_mode(False)
 def train(
@@ -59,6 +62,8 @@ def train(
     float_model, samples, tests, provenance = training_inputs(
         model, weights, data, test, metric, preprocessing, workers, device, options.task, options.outputs
     )
+    ends = ["store", *(["test"] if tests is not None else [])]
+    plan(training_stages(len(samples), options.train.epochs, 0 if tests is None else len(tests), ends))
     with clock.stage("observe and fold"):
         if len(samples) < 2:
             raise InvalidInput(f"{len(samples)} training sample(s) are too few. Give at least two, one to train on and one to hold out.")

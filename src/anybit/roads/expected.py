@@ -1,0 +1,114 @@
+"""Expect what each stage of a road takes: its share of the whole from the start, and seconds once a forward pass was timed.
+
+The constants were fitted to calibrations of a small residual network on digits and of ResNet-20, on one core; the time left is corrected by
+the stages that have finished, so that only proportions matter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from anybit.allocation.sensitivity import rows_to_measure
+from anybit.methods.table import rounding_named
+from anybit.networks.layer_types import LAYER_TYPES
+from anybit.networks.observed import ObservedNetwork
+from anybit.roads.settings import CalibrateSettings
+
+Stages = list[tuple[str, float]]
+
+GUESS = 1e-3
+"""Seconds of a sample's forward pass before one was timed; only proportions follow from it."""
+TRAINING = 5
+"""Forward passes that a training step of a sample takes, with what is captured for it and measured after it."""
+LAYER = 0.1
+"""Seconds that estimating ranges takes a layer besides passes, and twice that solving for its codes."""
+OBSERVED = 0.3
+TUNED = 4
+"""Epochs of bias tuning, which ends early."""
+
+
+def layers_of(model: nn.Module) -> int:
+    """Return how many modules may become layers, before any of them has run."""
+    kinds = tuple(kind for one in LAYER_TYPES for kind in one.classes)
+    return max(sum(isinstance(module, kinds) for module in model.modules()), 1)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the stages of a calibration depend on. `rows`: measurements of sensitivity; `forward`: seconds of a sample's forward pass."""
+
+    settings: CalibrateSettings
+    fitting: int
+    held_out: int
+    tests: int
+    budgets: int
+    layers: int
+    rows: int
+    has_norms: bool
+    forward: float = GUESS
+
+    @classmethod
+    def of_model(cls, model: nn.Module, settings: CalibrateSettings, samples: int, tests: int, budgets: int) -> "Calibration":
+        """Expect before the network has run: its modules count."""
+        held_out = round(samples * settings.held_out)
+        layers = layers_of(model)
+        rows = layers * (len(settings.weight_bits) + len(settings.activation_bits))
+        has_norms = any("BatchNorm" in type(module).__name__ for module in model.modules())
+        return cls(settings, samples - held_out, held_out, tests, budgets, layers, rows, has_norms)
+
+    @classmethod
+    def of_network(
+        cls, network: ObservedNetwork, settings: CalibrateSettings, counts: tuple[int, int], tests: int, budgets: int, forward: float
+    ) -> "Calibration":
+        """Expect once the network was observed, and `forward` timed. `counts`: fitting and held-out samples."""
+        rows = sum(len(network.choices[layer]) > 1 for layer, _ in rows_to_measure(network.choices, settings.pairs))
+        return cls(settings, *counts, tests, budgets, len(network.choices), rows, bool(network.norms), forward)
+
+    def stages(self) -> Stages:
+        """Return every stage with the seconds that it is expected to take, in order."""
+        settings, widths = self.settings, len(self.settings.weight_bits)
+        train = TRAINING * self.forward * settings.step_batch
+        rounding = rounding_named(settings.rounding).__name__
+        stages = [
+            ("observe and fold", OBSERVED),
+            ("float outputs", self.passes(self.fitting + self.held_out)),
+            *([("float test", self.passes(self.tests))] if self.tests else []),
+            ("ranges", self.passes(4 * self.fitting) + LAYER * self.layers),
+        ]
+        if settings.solver != "none":
+            stages.append(("solution of candidates", self.passes(2 * self.fitting) + 2 * LAYER * self.layers))
+        if settings.bn_tuning and self.has_norms:
+            stages.append(("matching of candidates", self.passes(widths * self.fitting)))
+        if settings.does("parallel"):
+            stages.append((f"parallel {rounding}", train * settings.candidate_steps * widths))
+        stages.append(("sensitivity", self.passes(self.rows * self.held_out)))
+        return stages + self._of_a_budget(rounding, train) * self.budgets
+
+    def of_allocation(self) -> Stages:
+        """Return the stages of another budget from finished candidates."""
+        return [("observe and fold", OBSERVED), *self._of_a_budget(rounding_named(self.settings.rounding).__name__, 0.0)]
+
+    def _of_a_budget(self, rounding: str, train: float) -> Stages:
+        settings, tried = self.settings, 2 * self.settings.alternatives
+        stages = [("allocation", self.passes(tried * self.held_out)), ("polish", self.passes(2 * self.held_out))]
+        if settings.does("sequential"):
+            stages.append((f"sequential {rounding}", train * settings.steps))
+        elif settings.solver != "none":
+            stages.append(("sequential solution", self.passes(4 * self.fitting) + 2 * LAYER * self.layers))
+        if settings.bn_tuning and self.has_norms:
+            stages.append(("batch-norm tuning", self.passes(2 * self.fitting)))
+        if settings.does("bias_tuning"):
+            stages.append(("bias tuning", self.passes(TUNED * (3 * self.fitting + self.held_out))))
+        stages.append(("edge ranges", self.passes(3 * self.fitting)))
+        return stages + ([("test", self.passes(self.tests))] if self.tests else [])
+
+    def passes(self, samples: int) -> float:
+        """Return the seconds of so many samples' forward passes."""
+        return self.forward * samples
+
+
+def training_stages(samples: int, epochs: int, tests: int, last: Sequence[str]) -> Stages:
+    """Return the stages of a training in proportion: an update takes three passes, and each of the `last` stages one over the data."""
+    ends = [(name, float(tests or samples if name == "test" else samples)) for name in last]
+    return [("observe and fold", samples / 10), ("training", epochs * (3.0 * samples + tests)), *ends]
