@@ -22,6 +22,7 @@ from anybit.data.distances import (
     Distance,
     WeightedErrors,
     agreement,
+    are_log_probabilities,
     are_probabilities,
     in_parts,
     lie_in_unit_interval,
@@ -428,6 +429,8 @@ def _guess_by_values(outputs: Tensor, classes: int | None = None) -> Guess:
         return Guess("regression", f"{shape} have no row of class scores for each sample")
     if are_probabilities(outputs):
         return Guess("classification", f"{shape} are probabilities that sum up to one: a softmax is at the end")
+    if are_log_probabilities(outputs):
+        return Guess("classification", f"{shape} are logarithms of probabilities that sum up to one: a log-softmax is at the end")
     if lie_in_unit_interval(outputs):
         return Guess("regression", f"{shape} lie between 0 and 1 and do not sum up to one: numbers, or a sigmoid at the end (multi-label)")
     if outputs.min() >= 0 and outputs.max() > 0:
