@@ -17,6 +17,7 @@ from anybit.networks.layers import QuantizedLayer, emptied, fill, from_rows, pre
 from anybit.networks.matmul import Matmul
 from anybit.networks.observed import check_kinds, unobserved_network
 from anybit.networks.options import LayerOptions, layer_choices
+from anybit.networks.recurrent import RecurrentWeight
 from anybit.networks.wiring import observe
 from anybit.numerics.quantizers import UniformQuantizer
 from anybit.scheme import Precision, Scheme
@@ -37,6 +38,7 @@ EXAMPLES = {  # class -> instances, each with three samples of input
     nn.ConvTranspose2d: [convolution(nn.ConvTranspose2d, 2, groups=2)],
     nn.ConvTranspose3d: [convolution(nn.ConvTranspose3d, 3)],
     nn.Linear: [(nn.Linear(4, 6), torch.randn(3, 4)), (nn.Linear(4, 6), torch.randn(3, 5, 4))],
+    RecurrentWeight: [(RecurrentWeight(torch.randn(8, 4)), torch.randn(3, 5, 4))],
     nn.Embedding: [(nn.Embedding(9, 4), torch.randint(9, (3, 5)))],
     Matmul: [(Matmul(), (torch.randn(3, 2, 4), torch.randn(3, 4, 5))), (Matmul(True), (torch.randn(3, 2, 4), torch.randn(3, 5, 4)))],
 }
@@ -85,6 +87,9 @@ def test_rows_round_trip_and_each_row_is_one_output_channel(layer, inputs):
         with torch.no_grad():
             only.weight.copy_(from_rows(prepared, torch.where(torch.arange(len(rows))[:, None] == channel, rows, 0)))
             output = only(*parts(inputs))
+        if isinstance(layer, RecurrentWeight):  # which gives its weight
+            assert output.count_nonzero(1).nonzero().flatten().tolist() == [channel]
+            continue
         if not type_of(layer).sums:  # a row is a word
             assert torch.equal(output.count_nonzero(-1) > 0, inputs == channel)
             continue
@@ -100,7 +105,8 @@ def test_multiply_accumulates_equal_the_products_computed(layer, inputs):
         nn.init.constant_(parameter, float(name == "weight"))
     ones = [torch.ones_like(tensor) if tensor.is_floating_point() else tensor for tensor in parts(inputs)]
     with torch.no_grad():
-        done = 0 if not type_of(layer).reads_numbers else int(model(*ones).sum()) // 3  # every product is 1: their sum counts them
+        done = 0 if isinstance(layer, nn.Embedding) else int(model(*ones).sum()) // 3  # every product is 1: their sum counts them
+        done = layer.weight.numel() * 5 if isinstance(layer, RecurrentWeight) else done  # at each of five steps
     assert macs_per_sample(model.layer, "layer", observe(model, batch)) == done
 
 

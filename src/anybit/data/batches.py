@@ -115,7 +115,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:
-    """Run `model` on the inputs themselves."""
+    """Run `model` on the inputs without copying them."""
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -139,8 +139,9 @@ def map_leaves(value: Any, leaf: type | tuple[type, ...], function: Callable[[An
         return function(value)
     if isinstance(value, Mapping):
         return {key: map_leaves(item, leaf, function) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its fields one by one
-        return type(value)(*(map_leaves(item, leaf, function) for item in value))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple, whose own class may check its fields
+        named: Any = type(value)
+        return named._make(map_leaves(item, leaf, function) for item in value)
     if isinstance(value, (tuple, list)):
         return type(value)(map_leaves(item, leaf, function) for item in value)
     return value
@@ -220,7 +221,7 @@ def _same_shape(items: list) -> str:
 
 
 def check_finite(batches: Iterable[Batch]) -> None:
-    """Raise InvalidInput where an input holds NaN or infinity, or a sample nothing but padding."""
+    """Raise InvalidInput if an input contains NaN or infinity, or a sample only padding."""
     for index, batch in enumerate(batches):
         if batch.mask is not None and not batch.mask.any(1).all():
             sample = int(torch.nonzero(~batch.mask.any(1))[0])

@@ -276,18 +276,18 @@ class MultiQuant:
 
     def _labelled(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
         rule, share = self.settings.label, self.settings.label_weight
+        if rule == "adaptive" and batch.labels is None:
+            raise InvalidSetting(
+                "The adaptive label needs labels, and this data has none. Give labelled data, or label teacher or one-hot."
+            )
         if self.classes is None or rule == "one-hot":
             return task_loss
         log_p = F.log_softmax(outputs.float(), -1)
-        if rule == "teacher":
+        if rule == "teacher" or batch.labels is None:  # only the teacher does without labels
             wider, self.wider = self.wider, log_p.detach()
             if wider is None:
                 return task_loss
             return (1 - share) * task_loss + share * F.kl_div(log_p, wider, log_target=True, reduction="batchmean")
-        if batch.labels is None:
-            raise InvalidSetting(
-                "The adaptive label needs labels, and this data has none. Give labelled data, or label teacher or one-hot."
-            )
         with torch.no_grad():
             right = log_p.argmax(-1) == batch.labels
             self.right.index_add_(0, batch.labels, log_p.exp() * right[:, None])

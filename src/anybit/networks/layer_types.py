@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from anybit.errors import UnsupportedModel
 from anybit.networks.matmul import Matmul
+from anybit.networks.recurrent import RecurrentWeight
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,13 @@ class Lookup(LayerType):
         return 0
 
 
+class RecurrentMatrix(LayerType):
+    """A matrix of a recurrent layer, which computes with it at every step of what it reads."""
+
+    def macs(self, weights: int, input_shape: Sequence[int], output_shape: Sequence[int], batch_size: int) -> int:
+        return weights * math.prod(input_shape[:-1]) // batch_size
+
+
 class Product(LayerType):
     """A product of two activations, without a weight."""
 
@@ -118,6 +126,15 @@ LAYER_TYPES: tuple[LayerType, ...] = (
         grouped=True,
         channels_last=True,
         refusal="is an embedding, whose input is no activation",
+    ),
+    RecurrentMatrix(
+        (RecurrentWeight,),
+        reads_numbers=False,
+        sums=False,
+        integer=False,
+        grouped=True,
+        channels_last=True,
+        refusal="is a matrix of a recurrent layer, whose products are float",
     ),
     Product(
         (Matmul,),

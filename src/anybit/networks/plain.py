@@ -1,5 +1,5 @@
-"""Weights that are computed in every pass from others (weight and spectral norm, parametrizations, pruning), or that several layers share,
-made plain on a copy: each a parameter of its own."""
+"""Weights that are computed in every pass from others (weight and spectral norm, parametrizations, pruning), that several layers share, or
+that recurrent layers hold, made plain on a copy: each a parameter of its own, of a layer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,6 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from anybit.data.batches import evaluating
 from anybit.networks.copies import copied
 from anybit.networks.layer_types import COVERED
+from anybit.networks.recurrent import recurrent_layers
 
 
 def plain_weights(model: nn.Module) -> nn.Module:
@@ -21,13 +22,15 @@ def plain_weights(model: nn.Module) -> nn.Module:
     Nothing is left of what computed them, nor of a weight that was shared: in training, each is free.
     """
     names = [name for name, module in model.named_modules() if any(_removers(module))]
-    if not names:
+    if not names and not any(recurrent_layers(model)):
         return _with_own_weights(model)
     twin = copied(model, {id(tensor): tensor.detach().clone() for tensor in _computed(model)})
     with evaluating(twin):
         for name in names:
             for remove in list(_removers(twin.get_submodule(name))):
                 remove()
+    for change in list(recurrent_layers(twin)):
+        change()
     return _with_own_weights(twin)
 
 

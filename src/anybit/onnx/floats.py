@@ -27,10 +27,12 @@ from anybit.data.batches import Batch, Inputs, call, map_tensors, tensors_in
 from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache
 from anybit.networks.layers import float_weight
+from anybit.networks.recurrent import RecurrentWeight
 from anybit.networks.wiring import LAYER as WIRED_LAYER
 from anybit.networks.wiring import Wiring, name_of_call, observe
 from anybit.onnx.graphs import cached_graph, forget_graph, quiet
 from anybit.onnx.operators import LAYER_OPERATORS, layer_operator
+from anybit.onnx.recurrent import fold_weights, matrices
 from anybit.onnx.traces import graph_digest, state_of
 from anybit.onnx.unoptimized import run_unoptimized
 from anybit.onnx.values import constant, maker, name_of, operand
@@ -40,6 +42,12 @@ OPSET, IR_VERSION = 21, 10
 
 LAYER = "layer"
 """Key of a node's metadata: the layer that it computes."""
+
+NO_EXPORT = {
+    "pack_padded_sequence": "it packs sequences, whose sizes a graph does not have. Let the recurrent layer read padded sequences, and "
+    "take each one's last step by its length."
+}
+"""Functions that no exporter knows -> what to say where an export fails."""
 
 BIAS = "bias"
 """Key of the metadata of a sum that adds its layer's bias: the name of the call."""
@@ -58,11 +66,12 @@ def float_graph(
     """
     wiring = observe(plain, probe_of(example, 2))  # inputs that the model refuses are named as such
     fixed = _independent(wiring)
+    weights = {name: float_weight(plain.get_submodule(name)).detach().numpy() for name in layers}
     rounded = [name for name in rounded if name not in fixed]
+    recurrent = {name: weights[name] for name in rounded if isinstance(plain.get_submodule(name), RecurrentWeight)}
     inputs = map_tensors(example.inputs, lambda tensor: tensor[:2] if len(tensor) > 1 else torch.cat([tensor, tensor]))
     length = None if example.mask is None else example.mask.shape[1]
     key, state = _key(plain, inputs, length), state_of(plain)
-    weights = {name: float_weight(plain.get_submodule(name)).detach().numpy() for name in layers}
     aliases = _aliases(plain)
 
     def attempt(cache: Cache) -> tuple[ir.Model, dict[str, np.ndarray]] | None:
@@ -72,13 +81,15 @@ def float_graph(
         def export() -> ir.Model:
             nonlocal new
             new = True
-            return _exported(plain, inputs, length)
+            return _exported(plain, inputs, length, wiring)
 
         try:
             graph = cached_graph(key, export, state, cache)
             _tidy(graph, weights, aliases)
             values = values_on(graph, input_tensors(probe))
-            check_graph(plain, graph, values, probe, rounded)
+            fold_weights(graph, values)
+            check_graph(plain, graph, values, probe, [name for name in rounded if name not in recurrent])
+            _check_recurrent(graph, recurrent)
         except Exception:  # of many kinds, where a graph is run on what it was not exported for
             if new:
                 raise
@@ -113,7 +124,7 @@ def _key(plain: nn.Module, inputs: Inputs, length: int | None) -> str | None:
         return None
 
 
-def _exported(plain: nn.Module, inputs: Inputs, length: int | None) -> ir.Model:
+def _exported(plain: nn.Module, inputs: Inputs, length: int | None, wiring: Wiring) -> ir.Model:
     """Export the graph as torch's exporter gives it, before it is optimized."""
     positional = inputs if isinstance(inputs, tuple) else (inputs,)
     passed: dict[str, Any] = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": positional}
@@ -125,11 +136,13 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None) -> ir.Model:
         lambda tensor: sizes | tokens if tensor.dim() > 1 and tensor.shape[1] == length else sizes,
     )
     settings = {"dynamic_shapes": shapes, "opset_version": OPSET, "optimize": False, "verbose": False}
+    _forget_recurrent_kernels()
     try:
         with quiet(), _without_idle_autocast(), torch.no_grad():  # a forward that turns gradients off stays one graph
             program = torch.onnx.export(plain, **passed, dynamo=True, **settings)
     except Exception as error:  # the exporter's own errors are of many kinds
-        raise UnsupportedModel(f"The network cannot be exported to ONNX: {_reason(error)}") from error
+        known = (remedy for kind, remedy in NO_EXPORT.items() if any(op.kind == kind for op in wiring.operations))
+        raise UnsupportedModel(f"The network cannot be exported to ONNX: {next(known, _reason(error))}") from error
     assert program is not None, "without a file to write, the exporter returns its program"
     graph = program.model
     for value in graph.graph.inputs:
@@ -138,6 +151,12 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None) -> ir.Model:
                 "The network's forward fixes the size of the batch (by len(x), or int(x.shape[0])). Let it use x.shape[0] as it is, or -1."
             )
     return graph
+
+
+def _forget_recurrent_kernels() -> None:
+    """Let the exporter use the kernels that it registers for sequences of any length, not those that PyTorch caches of an earlier call."""
+    for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
+        operator._dispatch_cache.clear()
 
 
 @contextmanager
@@ -298,7 +317,12 @@ def values_on(model: ir.Model, inputs: Sequence[Tensor]) -> dict[str, np.ndarray
         shown.graph.outputs.extend(value for value in new if value.dtype == ir.DataType.FLOAT)
     feeds = {name_of(value): tensor.numpy() for value, tensor in zip(model.graph.inputs, inputs, strict=True)}
     names = [name_of(value) for value in shown.graph.outputs]
-    return feeds | dict(zip(names, run_unoptimized(shown, feeds, names), strict=True))
+    try:
+        return feeds | dict(zip(names, run_unoptimized(shown, feeds, names), strict=True))
+    except Exception as error:  # the runtime's errors derive from Exception alone
+        raise UnsupportedModel(
+            f"ONNX Runtime cannot run the graph that the exporter gives: {' '.join(str(error).split())[:300]} Replace that operator."
+        ) from error
 
 
 def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarray], probe: Batch, quantized: Iterable[str]) -> None:
@@ -332,6 +356,17 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
             raise UnsupportedModel(
                 f"{name}: the forward of {type(plain.get_submodule(name)).__name__} does not compute with its weight and input as they "
                 f"are, so that an integer kernel cannot take its place. Keep the layer float: --keep '{name}=float'."
+            )
+
+
+def _check_recurrent(graph: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
+    """Raise UnsupportedModel naming the first matrix of a recurrent layer that no recurrent operator of the graph computes with."""
+    held = {name for _, _, names in matrices(graph, weights) for name in names}
+    for name in weights:
+        if name not in held:
+            raise UnsupportedModel(
+                f"{name}: the ONNX exporter writes out the recurrent layer that it belongs to, and none of its operators computes with "
+                f"this matrix. Keep it float: --keep '{name}=float'."
             )
 
 

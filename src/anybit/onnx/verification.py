@@ -30,6 +30,7 @@ from anybit.errors import UnsupportedModel, some
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import quantized_layers
 from anybit.networks.matmul import Matmul
+from anybit.networks.recurrent import RecurrentWeight
 from anybit.networks.rounding import edge_grids, rounded_values
 from anybit.networks.wiring import name_of_call
 from anybit.onnx.file import EXACT_SUMS, Exported, asks_for_exact_sums, outputs, session, x86_flags
@@ -37,7 +38,7 @@ from anybit.onnx.floats import LAYER, input_tensors, layer_nodes, probe_of
 from anybit.onnx.interpreter import interpret
 from anybit.onnx.operators import layer_operator
 from anybit.onnx.plan import MOVES, Plan
-from anybit.onnx.values import constant, name_of, numbers
+from anybit.onnx.values import as_written, constant, name_of, numbers
 from anybit.onnx.writer import weight_numbers
 
 KERNELS = {"QLinearConv", "QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "NhwcQLinearConv"}
@@ -198,8 +199,9 @@ def _check_kernels(verdict: Verdict, path: Path, exported: Exported, model: nn.M
         optimized = Path(folder) / "optimized.onnx"
         session(path, optimized=optimized)
         nodes = onnx.load(optimized, load_external_data=False).graph.node
-    kinds = {node.name.split("_token_")[0]: node.op_type for node in nodes if node.op_type in KERNELS}
-    packed = {node.name.split("_token_")[0] for node in nodes if node.op_type == "MatMulNBits"}
+    ours = {name_of(node) for node in exported.floating.graph}
+    kinds = {as_written(node.name, ours): node.op_type for node in nodes if node.op_type in KERNELS}
+    packed = {as_written(node.name, ours) for node in nodes if node.op_type == "MatMulNBits"}
     for layer, module in quantized_layers(model).items():
         calls = [name_of(node) for node in layer_nodes(exported.floating.graph, layer)]
         fused = [kinds[call] for call in calls if call in kinds]
@@ -219,6 +221,8 @@ def _check_kernels(verdict: Verdict, path: Path, exported: Exported, model: nn.M
 def _why_float(graph: ir.Model, layer: str, module: nn.Module) -> str:
     if module.weight_quantizer is None:
         return "its weights are float" if type_of(module).has_weights else "its operands are float"
+    if isinstance(module, RecurrentWeight):
+        return "the products of a recurrent layer are float"
     if module.weight_group is not None:
         return "its weights have scales for groups of inputs, which integer kernels do not"
     kind = next((node.op_type for node in graph.graph if node.metadata_props.get(LAYER) == layer), None)

@@ -19,11 +19,13 @@ from torch import nn
 from anybit.networks.edges import LARGEST_BIAS
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import Pruned, codes_of, float_weight, from_rows, quantized_layers, weight_rows
+from anybit.networks.recurrent import RecurrentWeight
 from anybit.networks.wiring import module_of_call
 from anybit.numerics.quantizers import frozen
 from anybit.onnx.floats import BIAS, IR_VERSION, LAYER, OPSET
 from anybit.onnx.operators import layer_operator
 from anybit.onnx.plan import CLAMPS, JOINT, MOVES, Affine, Plan, on_integers
+from anybit.onnx.recurrent import GATES, matrices
 from anybit.onnx.storage import stored
 from anybit.onnx.unoptimized import run_unoptimized
 from anybit.onnx.values import maker, name_of, numbers, operand
@@ -75,6 +77,8 @@ class _Writer:
         self.units: dict[str, Affine] = {}  # layer -> the grid of its input
         self.weights: dict[tuple[str, bool], ir.Value] = {}  # (layer, whether transposed) -> its unpacked codes, for all its calls
         self.read: dict[str, list[ir.Value]] = {}  # call of a layer -> the codes of each operand
+        recurrent = {name: layer.weight.detach().numpy() for name, layer in self.layers.items() if isinstance(layer, RecurrentWeight)}
+        self.matrices = {(name_of(node), index): names for node, index, names in matrices(graph, recurrent)}
 
     def model(self, metadata: Mapping[str, str]) -> ir.Model:
         inputs = []
@@ -239,7 +243,10 @@ class _Writer:
 
     def _copied(self, node: ir.Node) -> ir.Value:
         """Copy the node, on the new graph's values."""
-        operands = [self._operand(value) for value in node.inputs]
+        operands = [
+            self._recurrent_weight(node, index) if (name_of(node), index) in self.matrices else self._operand(value)
+            for index, value in enumerate(node.inputs)
+        ]
         if node.op_type in JOINT and not on_integers(node):
             operands[0] = self._apart(self._required(node.inputs[0]))
         if node.op_type in CLAMPS and (layer := maker(operands[0])) is not None and layer.op_type == "Gemm" and self._is_integer(layer):
@@ -400,6 +407,24 @@ class _Writer:
         held = self.emit("Mul", [held, self.constant(f"{name}.scale", scale[:, None])], {}, "")
         held = self.emit("Reshape", [held, self._constant_of("shape", list(float_weight(layer).shape))], {}, "")
         return self.emit("Transpose", [held], {"perm": [1, 0]}, "") if transposed else held
+
+    def _recurrent_weight(self, node: ir.Node, index: int) -> ir.Value:
+        """Return a weight of a recurrent operator, computed from the codes of the layer of each direction."""
+        gates, directions = GATES[node.op_type], []
+        order = self.constant(f"gates_{node.op_type}", np.array(gates, np.int64))
+        for name in self.matrices[name_of(node), index]:
+            rows, columns = float_weight(self.layers[name]).shape
+            by_gate = self._constant_of("shape", [len(gates), rows // len(gates), columns])
+            gathered = self.emit("Gather", [self.emit("Reshape", [self._own_weight(name), by_gate], {}, ""), order], {"axis": 0}, "")
+            directions.append(self.emit("Reshape", [gathered, self._constant_of("shape", [1, rows, columns])], {}, ""))
+        return directions[0] if len(directions) == 1 else self.emit("Concat", directions, {"axis": 0}, "")
+
+    def _own_weight(self, name: str) -> ir.Value:
+        """Return a layer's weight in float, from its codes where it has some."""
+        layer = self.layers[name]
+        if layer.weight_quantizer is None:
+            return self.constant(f"{name}.weight", float_weight(layer).detach().numpy())
+        return self._float_weight(name, layer, False)
 
     def _packed_weight(self, name: str, layer: nn.Module, codes: np.ndarray, scale: np.ndarray, bits: int) -> ir.Value:
         """Store codes [inputs, outputs] in the narrowest type of 2, 4 or 8 bits, dequantized where they are read: one kernel with the
