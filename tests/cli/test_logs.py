@@ -14,7 +14,7 @@ import pytest
 from commands import SCRIPT, anybit_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Residual, make, pictures
+from networks import Chain, make, pictures
 
 from anybit.cli.logs import WIDTH, completing, readable
 from anybit.errors import InvalidSetting
@@ -40,7 +40,7 @@ def logged(tmp_path_factory):
     """The log of every verb that works for longer than a moment, appended to one file."""
     folder = tmp_path_factory.mktemp("logged")
     x = pictures(48)
-    y = make(Residual)(x).argmax(1).numpy()
+    y = make(Chain)(x).argmax(1).numpy()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("XDG_STATE_HOME", "state")
@@ -49,7 +49,7 @@ def logged(tmp_path_factory):
         np.savez("x.npz", x=x.numpy(), y=y)
         language.folder("bert", Path("net"))
         language.write_tsv(Path("t.tsv"), 40)
-        model, test = ["--model", "m.py:residual"], ["--test", "x.npz"]
+        model, test = ["--model", "m.py:net"], ["--test", "x.npz"]
         quick = ["--weight-bits", "4,8", "--activation-bits", "8", "--samples", "40", "--steps", "3", "--candidate-steps", "2"]
         metric = ["--metric", "m.py:ones"]
         epochs = [*test, "--epochs", "2", "--batch-size", "16"]

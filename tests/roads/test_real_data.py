@@ -36,8 +36,8 @@ def sheet(name: str, index: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("cifar") / "cifar10.npz"
-    labels = np.load(DATA / "data" / "cifar10" / "test_labels.npy")[:1000]
-    np.savez(path, x_train=sheet("train", 0), x_test=sheet("test", 0), y_test=labels)
+    labels = np.load(DATA / "data" / "cifar10" / "test_labels.npy")[:500]
+    np.savez(path, x_train=sheet("train", 0), x_test=sheet("test", 0)[:500], y_test=labels)
     return str(path)
 
 
@@ -54,7 +54,7 @@ def test_resnet20_from_the_command_line(cifar, tmp_path):
     assert whole["top1"] > 90
 
     def calibrated(name: str, *more: str) -> dict:
-        fixed = ["--weight-bits", "3", "--activation-bits", "8", "--keep", "conv1=W8A8", "--keep", "linear=W8A8", "--samples", "256"]
+        fixed = ["--weight-bits", "3", "--activation-bits", "8", "--keep", "conv1=W8A8", "--keep", "linear=W8A8", "--samples", "128"]
         output = ["--test", f"{cifar}#test", "--output", str(tmp_path / name)]
         return anybit("calibrate", *network, *pictures, *fixed, "--pipeline", "light", *output, *more)
 
@@ -63,7 +63,7 @@ def test_resnet20_from_the_command_line(cifar, tmp_path):
     assert light["test"]["top1"] > 85
     assert light["result"]["bytes"] == (tmp_path / "light" / "model.safetensors").stat().st_size < WEIGHTS.stat().st_size / 9
     again = anybit("evaluate", str(tmp_path / "light"), "--data", f"{cifar}#test")
-    assert again["top1"] == pytest.approx(light["test"]["top1"], abs=0.1)  # one in a thousand: batches of other sizes may round differently
+    assert again["top1"] == pytest.approx(light["test"]["top1"], abs=0.2)  # one of 500: batches of other sizes may round differently
 
 
 def test_statistics_estimated_on_augmented_images_leave_the_float_network_as_accurate(cifar):
@@ -74,10 +74,10 @@ def test_statistics_estimated_on_augmented_images_leave_the_float_network_as_acc
     accuracies = [evaluate(trained, tests.batches(250))["top1"]]
     for border in ("black", "mean"):
         estimated = copy.deepcopy(trained)
-        reestimate(estimated, drawn_batches(load_data(cifar, pixels), TrainSettings(augment="flip,crop4", border=border), 1000))
+        reestimate(estimated, drawn_batches(load_data(cifar, pixels), TrainSettings(augment="flip,crop4", border=border), 750))
         accuracies.append(evaluate(estimated, tests.batches(250))["top1"])
     stored, black, mean = accuracies
-    assert black > stored - 1 > mean + 1  # of a thousand images; 0.01 and 3.3 of ten thousand (benchmarks.studies.grow_resnet20 borders)
+    assert black > stored - 1 > mean + 1  # of 500 images; 0.01 and 3.3 of ten thousand (benchmarks.studies.grow_resnet20 borders)
 
 
 def test_infeasible_budget_error_names_the_nearest_feasible_one(cifar, tmp_path):
@@ -90,7 +90,7 @@ def test_infeasible_budget_error_names_the_nearest_feasible_one(cifar, tmp_path)
         "--output",
         str(tmp_path / "run"),
         "--samples",
-        "64",
+        "32",
         "--pipeline",
         "light",
         "--solver",
@@ -120,13 +120,13 @@ def test_the_advanced_pipeline_beats_the_light_one_at_two_bits(cifar, tmp_path):
 def test_minilm_from_the_command_line(tmp_path):
     texts = DATA / "data" / "sst2"
     lines = (texts / "dev.tsv").read_text(encoding="utf8").splitlines(keepends=True)
-    (tmp_path / "dev.tsv").write_text("".join(lines[:151]), encoding="utf8")
+    (tmp_path / "dev.tsv").write_text("".join(lines[:101]), encoding="utf8")
     model, data = ["--model", f"hf:{DATA / 'weights' / 'minilm-sst2'}"], ["--data", str(texts / "train.tsv")]
     whole = anybit("evaluate", *model, "--data", str(tmp_path / "dev.tsv"))
     assert whole["top1"] > 85
-    fixed = ["--weight-bits", "8", "--activation-bits", "8", "--pipeline", "light", "--samples", "48", "--batch-size", "16"]
+    fixed = ["--weight-bits", "8", "--activation-bits", "8", "--pipeline", "light", "--samples", "32", "--batch-size", "16"]
     run = tmp_path / "run"
     report = anybit("calibrate", *model, *data, "--test", str(tmp_path / "dev.tsv"), *fixed, "--output", str(run))
     assert report["test"]["kl"] < 0.02 and report["test"]["agreement"] > 97
     assert report["result"]["bytes"] == (run / "model.safetensors").stat().st_size < 0.26 * 4 * 22_713_986
-    assert anybit("evaluate", str(run), "--data", str(tmp_path / "dev.tsv"))["top1"] == pytest.approx(report["test"]["top1"], abs=0.4)
+    assert anybit("evaluate", str(run), "--data", str(tmp_path / "dev.tsv"))["top1"] == pytest.approx(report["test"]["top1"], abs=1)

@@ -586,12 +586,21 @@ class _Observer(_Namer):
             self.read_weights.update(self.weights[id(tensor)] for tensor in tensors_in(arguments) if id(tensor) in self.weights)
             if not makes:
                 self.escaped.update(self.values[tensor] for tensor in reads)
-            if reads and makes:
+            if reads and kind == "add" and _adds_zero(args, kwargs):
+                self._named(f"{owner}/{kind}".lstrip("/"), kind)  # those after it keep their names
+                self._alias(output, reads[0])
+            elif reads and makes:
                 marked = self.marks.get(self.values[reads[0]]) if kind in RESHAPES else None
                 self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, arguments, made, _activation(kind, args, kwargs))
                 if marked is not None:
                     self._mark(marked, tensors, func, args, kwargs)
         return output
+
+    def _alias(self, output: Tensor, value: Tensor) -> None:
+        """Take what an operation gives for the value that it has read, which it leaves as it is."""
+        if output is not value:
+            self.alive.append(output)
+            self.values[output] = self.values[value]
 
     def _mark(self, marked: tuple[str, int, Tensor], outputs: list[Tensor], func, args: tuple, kwargs: dict) -> None:
         """Reshape the marks of what an operation has read as it has reshaped its values."""
@@ -670,6 +679,13 @@ def _bare_name(func) -> str:
     """Return "add" for torch.add, Tensor.add_, x + y and x += y."""
     name = getattr(func, "__name__", type(func).__name__).strip("_")
     return _IN_PLACE.get(name, name)
+
+
+def _adds_zero(args: tuple, kwargs: dict) -> bool:
+    """Return whether a sum is that of a tensor and the number 0, as sums over branches begin or end: exporters leave it out."""
+    terms = [*args, *kwargs.values()]
+    numbers = [term for term in terms if isinstance(term, int | float)]
+    return len(terms) == 2 and numbers == [0] and len(tensors_in(terms)) == 1
 
 
 def _pads_zeros(args: tuple, kwargs: dict) -> bool:

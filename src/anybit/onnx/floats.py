@@ -93,7 +93,7 @@ def float_graph(
             fold_weights(graph, values)
             check_graph(plain, graph, values, probe, [name for name in rounded if name not in recurrent])
             _check_recurrent(graph, recurrent)
-        except Exception:  # of many kinds, where a graph is run on what it was not exported for
+        except Exception:  # many kinds, if a graph runs on other inputs than it was exported for
             if new:
                 raise
             return None
@@ -265,7 +265,7 @@ def _weight_of(node: ir.Node) -> np.ndarray | None:
 
 
 def _is_weight(array: np.ndarray | None, weight: np.ndarray) -> bool:
-    """Return whether `array` is the layer's weight, as it is or transposed."""
+    """Return whether `array` is the layer's weight, possibly transposed."""
     if array is None or array.size != weight.size:
         return False
     return np.array_equal(array, weight) or (array.ndim == 2 and np.array_equal(array.T, weight))
@@ -299,7 +299,7 @@ def _replace(graph: ir.Graph, node: ir.Node, added: Sequence[ir.Node]) -> None:
 
 
 def _merge_padding(model: ir.Model) -> None:
-    """Merge a Pad of zeros at the ends of spatial dimensions, read by convolutions alone, into their pads."""
+    """Merge a zero Pad at the ends of spatial dimensions into the pads of convolutions if these are its only readers."""
     for node in list(model.graph):
         if node.op_type != "Pad" or any(attribute.value != "constant" for attribute in node.attributes.values()):
             continue
