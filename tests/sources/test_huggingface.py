@@ -760,3 +760,15 @@ def test_grouped_layers_compute_in_float_and_are_reported(exported_run):
     assert report["ok"], report["failures"]
     assert sum("groups of inputs" in reason for reason in report["floats"].values()) >= 6
     assert any(name.endswith("scores") for name in report["kernels"])
+
+
+def test_a_network_of_chosen_experts_exports_and_its_configuration_stays():
+    config = transformers.MixtralConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=16, experts_implementation="grouped_mm",
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    tokens = {"input_ids": torch.randint(20, (4, 5)), "attention_mask": torch.ones(4, 5, dtype=torch.long)}
+    report = anybit.inspect(model, tokens)
+    assert report["export"]["ok"], report["export"]
+    assert any("experts" in name for name in report["uncovered"]) and model.config._experts_implementation == "grouped_mm"
