@@ -359,6 +359,8 @@ def remake_pair(folder: Path, json_name: str, tensors_name: str, key: str, kind:
 
 
 def remake_run(folder: Path) -> None:
+    if (folder / "fingerprint.safetensors").is_file():
+        replaced(folder / "scheme.json", "fingerprint", sha256_of(folder / "fingerprint.safetensors"))
     remake_pair(folder, "scheme.json", "model.safetensors", "scheme", SchemeFile)
 
 
@@ -393,7 +395,7 @@ def remake_training(folder: Path) -> None:
 
 
 KINDS: dict[str, Kind] = {
-    "run": Kind(("scheme.json", "model.safetensors"), read_run, remake_run),
+    "run": Kind(("scheme.json", "model.safetensors", "fingerprint.safetensors"), read_run, remake_run),
     "report": Kind(("report.json",), read_reports, remake_report),
     "candidates": Kind(("candidates.json", "candidates.safetensors"), read_saved, remake_candidates),
     "training checkpoint": Kind(("checkpoint.safetensors",), read_training, remake_training),

@@ -19,7 +19,7 @@ def main() -> None:
         interrupted = True
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is another where Ctrl-C is to be ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it differs if Ctrl-C is ignored
         signal.signal(signal.SIGINT, interrupt)
     try:
         from anybit.cli.app import main as command
@@ -34,7 +34,7 @@ def main() -> None:
     except Exception:
         if not interrupted:
             raise
-    except KeyboardInterrupt:  # not yet, or no longer, where the command line looks out for it
+    except KeyboardInterrupt:  # before or after the command line handles it
         pass
     else:
         return
@@ -43,8 +43,8 @@ def main() -> None:
 
 
 def _give_up(error: OSError) -> None:
-    """Say what was not taken, and end. Raise any other error."""
-    if error.errno == errno.EPIPE:  # who read the output has gone: there is nothing more to say
+    """Print what the system rejected, and exit; raise any other error."""
+    if error.errno == errno.EPIPE:  # a broken pipe: nobody reads a message
         _drop_output()
         sys.exit(1)
     if error.errno not in NOT_TAKEN:
@@ -57,12 +57,12 @@ def _give_up(error: OSError) -> None:
 
 
 def _drop_output() -> None:
-    """Let what is left in the buffer of stdout go nowhere."""
+    """Discard the buffer of stdout."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_standard_streams() -> None:
-    """Put a file that swallows everything in place of standard streams that were closed, whose numbers the next files opened would get."""
+    """Open os.devnull for closed standard streams, whose descriptors the next opened files would get."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

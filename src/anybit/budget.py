@@ -119,7 +119,7 @@ class Cost(Quantity):
         return self.counted_as or self
 
     def is_known(self, costs: Costs) -> bool:
-        """Return whether `costs` has what this is counted from."""
+        """Return whether `costs` has the counts that this needs."""
         return self.known is None or self.known(costs)
 
     def total(self, costs: Costs, scheme: Precisions) -> float:

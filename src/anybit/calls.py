@@ -1,4 +1,4 @@
-"""A public function called from Python: a name that it does not have, or a number out of range, is refused with what was meant."""
+"""Public functions called from Python: an unknown keyword or a number out of range is rejected with the corrected call."""
 
 import difflib
 import functools
@@ -55,7 +55,7 @@ def public(function: Function) -> Function:
 
 
 def check_call(name: str, signature: inspect.Signature, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Raise InvalidSetting where these arguments are not those of the function, with the call that was meant."""
+    """Raise InvalidSetting with the corrected call if the arguments do not match the function's signature."""
     known = list(signature.parameters)
     for keyword, value in keywords.items():
         if keyword not in known:
@@ -70,7 +70,7 @@ def check_call(name: str, signature: inspect.Signature, arguments: tuple[Any, ..
 
 
 def check_takes_two(metric: Any) -> None:
-    """Raise InvalidSetting where a user's metric is no function of (outputs, labels)."""
+    """Raise InvalidSetting if a custom metric is not a function of (outputs, labels)."""
     if metric is None:
         return
     name = getattr(metric, "__name__", type(metric).__name__)
@@ -78,7 +78,7 @@ def check_takes_two(metric: Any) -> None:
         raise InvalidSetting(f"The metric is a {name}, {metric!r:.60}. Give --metric a function of (outputs, labels), two tensors.")
     try:
         signature = inspect.signature(metric)
-    except (TypeError, ValueError):  # of compiled code that does not say
+    except (TypeError, ValueError):  # compiled code without a signature
         return
     try:
         signature.bind(None, None)

@@ -58,7 +58,7 @@ def naming(option: str) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Escape what would steer a terminal: a name may come from a stranger's file."""
+    """Escape terminal control characters: a name may come from a foreign file."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 

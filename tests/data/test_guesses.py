@@ -41,6 +41,7 @@ SCORES -= SCORES.mean(1, keepdim=True)  # as cross-entropy trains them: its grad
         (LOGITS * 80, None, "regression"),  # offsets of boxes in pixels
         (F.layer_norm(MASKS.flatten(1), (120,)), None, "regression"),  # features
         (LOGITS.softmax(1), None, "classification"),
+        (LOGITS.log_softmax(1), None, "classification"),
         (LOGITS.sigmoid(), None, "regression"),
         (LOGITS.abs() * 100, None, "regression"),
         (MASKS, None, "regression"),

@@ -700,6 +700,12 @@ def test_a_sum_with_zero_is_no_edge_of_its_own(branches, tmp_path):
     assert not verdict.failures and verdict.numbers["simulation"]["codes_apart"] <= 1
 
 
+def test_a_layer_may_have_the_names_that_the_runtime_makes(tmp_path):
+    canonical, batch = odd(lambda s, x: s.last(F.relu(s.only_token_0(x))), (6,), only_token_0=nn.Linear(6, 8), last=nn.Linear(8, 4))
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and set(verdict.kernels) == {"only_token_0", "last"}
+
+
 def test_layers_where_autocast_is_turned_off_are_found_in_the_graph(tmp_path):
     """Linear attention divides in float32, whatever is around it."""
 

@@ -30,6 +30,7 @@ from anybit.data.samples import Samples
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.networks.cost import HEADER_SLACK
 from anybit.networks.layers import scheme_of
+from anybit.roads import memory as memory_checks
 from anybit.roads.allocate import allocate
 from anybit.roads.calibrate import calibrate
 from anybit.roads.polish import polish_scheme
@@ -115,13 +116,20 @@ def least_memory(message: str) -> int:
     return int(re.search(r"at least memory=(\d+),", message)[1])
 
 
-def test_memory_error_names_the_step_that_needs_it():
+def test_memory_below_what_any_run_holds_is_refused():
+    with pytest.raises(InvalidSetting, match=r"memory 31MB is less than the 128MB that a run holds.*at least memory=128000000"):
+        anybit.calibrate(make(Residual), pictures(40), "4bit", memory=31 * 10**6, **QUICK)
+
+
+def test_memory_error_names_the_step_that_needs_it(monkeypatch):
+    monkeypatch.setattr(memory_checks, "LEAST", 0)
     settings = {**QUICK, "bn_tuning": False, "bias_tuning": False}
     with pytest.raises(InvalidSetting, match="a step of AdaRound"):
         anybit.calibrate(make(Residual), pictures(40), "4bit", memory=10**5, rounding="adaround", **settings)
 
 
-def test_least_memory_named_by_the_error_works_and_gives_the_same_result():
+def test_least_memory_named_by_the_error_works_and_gives_the_same_result(monkeypatch):
+    monkeypatch.setattr(memory_checks, "LEAST", 0)  # so that something spills
     settings = {**QUICK, "bn_tuning": False, "bias_tuning": False}  # their batch size depends on the memory
     network, inputs = make(Residual), pictures(40)
     with pytest.raises(InvalidSetting, match="a step of AdaQuant") as refused:

@@ -468,7 +468,10 @@ def test_error_for_budget_below_the_lowest_subnet_names_it(stored):
         (lambda f: anybit.train(make(Residual), labelled(), keep={"fc": Precision(0, 8)}), InvalidSetting),
         (lambda f: anybit.train(make(Residual), labelled(), metric=lambda outputs, labels: 1.0), InvalidSetting),
         (lambda f: anybit.train(make(Residual), labelled(), label="teacher", sandwich="LRH"), InvalidSetting),
-        (lambda f: anybit.train(make(Residual), labelled()[0], distill=1.0, label="adaptive", **HELD), InvalidSetting),
+        (
+            lambda f: anybit.train(make(Residual), labelled()[0], distill=1.0, label="adaptive", task="classification", **HELD),
+            InvalidSetting,
+        ),
         (lambda f: slice_subnet(f / "nowhere", {"fc": "W2A8"}), InvalidFile),
     ],
 )

@@ -43,7 +43,7 @@ class Judge:
         object.__setattr__(self, "task", named_task(self.task))
 
     def of_scheme(self, scheme: Scheme) -> dict[str, float]:
-        """Measure a scheme made of the candidates as they are."""
+        """Measure a scheme composed of the unchanged candidates."""
         apply = partial(self.network.apply, scheme, self.candidates)
         return self.recall.value(f"measured {scheme}", lambda: self.of_model(apply()), as_scores)
 
@@ -73,7 +73,7 @@ class Judge:
 
 
 def as_scores(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return a kept record of what `Judge.of_model` measured."""
+    """Return a stored record of `Judge.of_model`."""
     return {"loss": float(record["loss"])} | {str(key): float(value) for key, value in record.items()}
 
 
@@ -134,7 +134,7 @@ def choose_scheme(network: ObservedNetwork, table: SensitivityTable, budget: Bud
 
 
 def check_feasible(network: ObservedNetwork, budget: Budget) -> None:
-    """Raise InfeasibleBudget, naming the least that is possible, before any long work: costs need no measurement."""
+    """Raise InfeasibleBudget, naming the minimum, before any long work: costs need no measurement."""
     nothing_lost = SensitivityTable({(name, p): 0.0 for name, options in network.choices.items() for p in options}, FLOAT, 0)
     allocate(make_problem(network.choices, nothing_lost, network.costs, budget))
 
@@ -176,7 +176,7 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
     passed: tuple[Scheme, Allocation] | None = None
     low, high = float(min(network.options.weight_bits)), network.costs.weight_bits(network.largest)
     for attempt in range(8):
-        # The easiest scheme first: where that one fails, no smaller one is worth a look.
+        # The largest scheme first: if it fails, so do all smaller ones.
         bits = high if attempt == 0 else (low + high) / 2
         trial = Budget(f"{bits}bit", (*others, Condition(BITS.name, bits)))
         try:

@@ -150,7 +150,7 @@ def best_allocations(
             value = float(sum(objective[layer][k] for layer, k in picked.items()))
             bound = min(bound, value)
             yield Allocation(scheme, predicted, name, value, bound, (value - bound) / max(abs(value), 1e-300))
-        # Found already, or over a limit by less than the solver's tolerance: either way not to be found again.
+        # A duplicate, or above a limit by less than the solver's tolerance: exclude it.
         program.exclude(chosen)
     if not feasible:
         raise InfeasibleBudget(_why_infeasible(problem))
@@ -187,7 +187,7 @@ class _Program:
         index = {layer: number for number, layer in enumerate(layers)}
         rows, limits = np.empty((len(problem.limits), len(columns))), np.empty(len(problem.limits))
         for row, (quantity, limit) in enumerate(problem.limits.items()):
-            # Only what a layer costs above its cheapest choice matters: small numbers, which the solver's tolerances can tell apart.
+            # Costs relative to each layer's cheapest choice: small numbers, which the solver's tolerances can distinguish.
             least = {layer: float(problem.costs[quantity][layer].min()) for layer in layers}
             costs = np.array([problem.costs[quantity][layer][k] - least[layer] for layer, k in columns])
             largest = float(np.abs(costs).max()) or 1.0
@@ -228,7 +228,7 @@ class _Program:
             self.gap += 1
 
     def exclude(self, chosen: np.ndarray) -> None:
-        """Leave this scheme out from now on."""
+        """Exclude this scheme from now on."""
         cut = np.zeros(len(self.values))
         cut[chosen] = 1
         self.excluded.append(cut)
@@ -239,7 +239,7 @@ def _undominated(problem: Problem, objective: Mapping[str, np.ndarray], layer: s
     table = np.stack([objective[layer], *(problem.costs[quantity][layer] for quantity in problem.limits)])  # [quantities, choices]
     better_or_equal = (table[:, :, None] <= table[:, None, :]).all(0)  # [j, k]: j is nowhere above k
     better = better_or_equal & (table[:, :, None] < table[:, None, :]).any(0)
-    twin_before = better_or_equal & better_or_equal.T & np.triu(np.ones_like(better), 1)  # of equal choices the first stays
+    twin_before = better_or_equal & better_or_equal.T & np.triu(np.ones_like(better), 1)  # the first of equal choices stays
     return np.flatnonzero(~(better | twin_before).any(0))
 
 

@@ -1,4 +1,4 @@
-"""Augmentation of training pictures."""
+"""Augmentation of training images."""
 
 from collections.abc import Sequence
 from dataclasses import replace

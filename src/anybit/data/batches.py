@@ -115,7 +115,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:
-    """Run `model` on the inputs themselves."""
+    """Run `model` on the inputs without copying them."""
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -221,7 +221,7 @@ def _same_shape(items: list) -> str:
 
 
 def check_finite(batches: Iterable[Batch]) -> None:
-    """Raise InvalidInput where an input holds NaN or infinity, or a sample nothing but padding."""
+    """Raise InvalidInput if an input contains NaN or infinity, or a sample only padding."""
     for index, batch in enumerate(batches):
         if batch.mask is not None and not batch.mask.any(1).all():
             sample = int(torch.nonzero(~batch.mask.any(1))[0])

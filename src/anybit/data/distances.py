@@ -23,6 +23,11 @@ def are_probabilities(outputs: Tensor) -> bool:
     return all(bool((some >= 0).all() and ((some.sum(-1) - 1).abs() < 1e-3).all()) for some in (outputs[:1], outputs))
 
 
+def are_log_probabilities(outputs: Tensor) -> bool:
+    """Return whether each row holds logarithms of probabilities that sum up to one: a log-softmax is at the end."""
+    return outputs.shape[-1] > 1 and bool((outputs <= 0).all()) and are_probabilities(outputs.exp())
+
+
 def lie_in_unit_interval(outputs: Tensor) -> bool:
     """Return whether all outputs lie between 0 and 1, and not all are one number: a sigmoid is at the end, or they are shares."""
     least, most = outputs.aminmax()

@@ -45,7 +45,7 @@ class Samples:
         return replace(self, device=device)
 
     def subset(self, indices: Sequence[int]) -> "Samples":
-        """Return these samples alone, in this order."""
+        """Return only these samples, in this order."""
         return replace(self, dataset=Subset(cast(Dataset, self.dataset), list(indices)))
 
     def batches(self, size: int) -> Iterator[Batch]:
@@ -72,7 +72,7 @@ class Samples:
         if self.split is not None:
             return self._split(items)
         inputs, labels = self.collate(items), None
-        if isinstance(inputs, Mapping) and "labels" in inputs:  # as transformers' own collators call them
+        if isinstance(inputs, Mapping) and "labels" in inputs:  # the names that transformers' collators use
             inputs = dict(inputs)
             return Batch(inputs, _as_labels(inputs.pop("labels")))
         if self.labelled:

@@ -22,6 +22,7 @@ from anybit.data.distances import (
     Distance,
     WeightedErrors,
     agreement,
+    are_log_probabilities,
     are_probabilities,
     in_parts,
     lie_in_unit_interval,
@@ -57,15 +58,15 @@ class Task:
     of_one_class = False
 
     def tensors(self, outputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Return what a user's metric is given of the outputs."""
+        """Return the outputs that a custom metric receives."""
         return outputs
 
     def judged(self, outputs: Tensor) -> Tensor:
-        """Return the part of the outputs that labels are about."""
+        """Return the output that labels refer to."""
         return outputs
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
-        """Raise InvalidInput where `labels` are not what a network with such `outputs` can be right about."""
+        """Raise InvalidInput if `labels` cannot be labels of such `outputs`."""
 
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Score outputs by labels; {} where only the reader of the outputs can."""
@@ -194,7 +195,7 @@ class Regression(Task):
 
 
 class Detection(Regression):
-    """Raw heads of a detector, before boxes are chosen: values of any shape, which a metric of the user's own alone can score."""
+    """Raw heads of a detector, before box selection: values of any shape, which only a custom metric can score."""
 
     name = "detection"
 
@@ -312,7 +313,7 @@ class Embedding(Task):
             raise InvalidInput("Embeddings are scored by pairs of sentences, one after the other with one score. Give both the same label.")
 
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        from scipy.stats import pearsonr, spearmanr  # a third of the time that every command takes to start
+        from scipy.stats import pearsonr, spearmanr  # importing it takes a third of every command's start
 
         cosines = F.cosine_similarity(outputs[0::2].double(), outputs[1::2].double()).cpu().numpy()
         expected = labels[0::2].cpu().numpy()
@@ -415,7 +416,7 @@ def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
     }
     for name in (name for name, fits in likely.items() if fits):
         with suppress(InvalidInput):
-            if name != "classification":  # nothing else has such labels: class numbers that the network lacks are refused as such
+            if name != "classification":  # no other task has such labels: class numbers out of range are rejected as such
                 TASKS[name].check(outputs, labels)
             return Guess(name, f"{shapes}, {reasons[name]}")
     return None
@@ -428,6 +429,8 @@ def _guess_by_values(outputs: Tensor, classes: int | None = None) -> Guess:
         return Guess("regression", f"{shape} have no row of class scores for each sample")
     if are_probabilities(outputs):
         return Guess("classification", f"{shape} are probabilities that sum up to one: a softmax is at the end")
+    if are_log_probabilities(outputs):
+        return Guess("classification", f"{shape} are logarithms of probabilities that sum up to one: a log-softmax is at the end")
     if lie_in_unit_interval(outputs):
         return Guess("regression", f"{shape} lie between 0 and 1 and do not sum up to one: numbers, or a sigmoid at the end (multi-label)")
     if outputs.min() >= 0 and outputs.max() > 0:
@@ -531,7 +534,7 @@ def places(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def check_labels(outputs: Tensor, labels: Tensor, task: str | Task) -> None:
-    """Raise InvalidInput where `labels` are not what a network with such `outputs` can be right about."""
+    """Raise InvalidInput if `labels` cannot be labels of such `outputs`."""
     named_task(task).check(outputs, labels)
 
 
@@ -544,7 +547,7 @@ def fits(outputs: Tensor, labels: Tensor, task: str | Task) -> bool:
 
 
 def check_metric(metric: Metric | None, task: str | Task) -> None:
-    """Raise InvalidSetting where the task's labels are nothing that a function of outputs and labels can use."""
+    """Raise InvalidSetting if the task's labels cannot be passed to a function of outputs and labels."""
     if metric is not None and not named_task(task).numbers:
         what = named_task(task).name.replace("-", " ")
         raise InvalidSetting(f"A metric compares outputs with labels, and those of {what} are texts. Leave --metric out.")
@@ -556,7 +559,7 @@ def metric_name(metric: Metric) -> str:
 
 
 def measure(metric: Metric, outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> float:
-    """Call a user's metric. Raise InvalidInput naming it where it fails, or returns anything but a finite number."""
+    """Call a custom metric. Raise InvalidInput naming it if it fails or does not return a finite number."""
     name = metric_name(metric)
     try:
         value = metric(outputs, labels)
@@ -597,7 +600,7 @@ def score(
     task = named_task(task)
     check_metric(metric, task)
     own = {} if metric is None else {metric_name(metric): measure(metric, task.tensors(outputs), labels)}
-    if own and not fits(outputs, labels, task):  # the metric knows what they are
+    if own and not fits(outputs, labels, task):  # the metric interprets them
         return own
     check_labels(outputs, labels, task)
     return task.scores(outputs, labels) | ({} if reader is None else reader.score(outputs, labels)) | own
@@ -656,7 +659,7 @@ def evaluate(
 
 
 def check_metric_on(model: nn.Module, batches: Iterable[Batch], metric: Metric | None) -> None:
-    """Ask a user's metric once, before work that it would waste. Raise InvalidInput where it fails or the batches have no labels."""
+    """Call a custom metric once, before long work. Raise InvalidInput if it fails or the batches have no labels."""
     if metric is not None:
         on_labels = LabelledOutputs.of(model, batches)
         reader, outputs = on_labels.reader, on_labels.outputs

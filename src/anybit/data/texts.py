@@ -117,7 +117,7 @@ def with_roles(table: Sequence[tuple[int, Mapping]], columns: Mapping[str, str |
 
 
 class Tokenizer(Protocol):
-    """A tokenizer as transformers has them."""
+    """The interface of transformers' tokenizers."""
 
     model_input_names: list[str]
     eos_token_id: int | None
@@ -154,7 +154,7 @@ class Encoding:
 
 
 class Lengths(Sequence):
-    """Numbers of tokens, counted when asked for."""
+    """Numbers of tokens, counted on demand."""
 
     def __init__(self, texts: "Texts"):
         self.texts = texts

@@ -1,4 +1,4 @@
-"""The formats that a run is exported in: one row a format, read without importing what writes it."""
+"""The export formats: one row per format, read without importing its writer."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -25,7 +25,7 @@ def try_export(network: ObservedNetwork, batch: Batch, cache: str | Path | bool 
     try:
         graphs = exported(canonical, batch, cache=open_cache(cache))
         session(graphs.integer)
-    except Exception as error:  # torch's exporter runs the network's own code, which may raise anything
+    except Exception as error:  # torch's exporter runs the network's code, which may raise any error
         return {"ok": False, "reason": str(error) if isinstance(error, AnybitError) else f"{type(error).__name__}: {error}"}
     integer = [name for name in network.names if name in graphs.plan.integer]
     return {"ok": True, "integer_layers": integer, "float_layers": [name for name in network.names if name not in graphs.plan.integer]}

@@ -131,7 +131,7 @@ def verify(
     check_metric_on(canonical.model, first_of(inputs, samples).batches(CHECKED), metric)
     properties = integer.metadata_props
     tables, weight_only = properties.get(FUNCTIONS) == "tables", properties.get(LINEARS) == "packed"
-    with _graphs(cache) as kept:  # on the inputs of the export, whose graph is then taken up
+    with _graphs(cache) as kept:  # on the inputs of the export, whose graph is then reused
         example = _first(inputs, EXAMPLES)
         graphs = exported(canonical, example, {RUN: file.sha256}, tables, weight_only, measured_in(integer), kept)
     enter("kernels and codes")

@@ -94,7 +94,7 @@ class Cache:
         return self(name, lambda: Entry(make()), lambda entry: read(entry.record))
 
     def forget(self, name: str) -> None:
-        """Remove the result called `name`, where it is kept."""
+        """Remove the result called `name` if it is stored."""
         if self.folder is not None:
             _removed(self._path(name))
 
@@ -104,7 +104,7 @@ class Cache:
         return self.folder / key[:2] / key
 
     def _keep(self, path: Path, name: str, entry: Entry) -> None:
-        """Store a result; a disk that takes no more is worth a warning, not the run."""
+        """Store a result; a full disk costs a warning, not the run."""
         try:
             write_whole(path, _serialized(name, entry))
         except OSError as error:
@@ -139,20 +139,20 @@ def _words(error: BaseException) -> str:
 
 
 def results_folder() -> Path | None:
-    """Return the folder in which results are kept; None where the user has no home."""
+    """Return the folder of stored results; None if the user has no home folder."""
     home = own_folder("XDG_CACHE_HOME", ".cache")
     return None if home is None else home / "results"
 
 
 def open_cache(cache: str | Path | bool) -> Cache:
-    """Results kept in this folder, in the user's cache directory (True), or not at all."""
+    """Return the cache of this folder, of the user's cache directory (True), or one that stores nothing."""
     if isinstance(cache, bool):
         return Cache(results_folder() if cache else None)
     return Cache(Path(cache))
 
 
 def settle(recall: Cache) -> None:
-    """Tell what was taken up, and keep the cache within its limit."""
+    """Report the reused results, and trim the cache to its limit."""
     if recall.counts["recalled"]:
         made = recall.counts["made"]
         tell("note", note=f"{recall.counts['recalled']} results taken up from the cache, {made} made anew")
@@ -161,7 +161,7 @@ def settle(recall: Cache) -> None:
 
 
 def digest_of_files(files: Sequence[Path]) -> str:
-    """Return the SHA-256 over the contents of files, which is kept under their names, sizes and times: who left them alone waits once."""
+    """Return the SHA-256 over the contents of files, stored by names, sizes and times, so that unchanged files are read once."""
 
     def read() -> str:
         whole = hashlib.sha256()
@@ -178,7 +178,7 @@ def digest_of_files(files: Sequence[Path]) -> str:
 
 @dataclass(frozen=True)
 class CachedFile:
-    """A kept result's file: when it was last used, in seconds since 1970."""
+    """The file of a stored result, and when it was last used, in seconds since 1970."""
 
     path: Path
     bytes: int
@@ -186,13 +186,13 @@ class CachedFile:
 
 
 def entries(folder: Path) -> list[CachedFile]:
-    """Return the kept results, the least recently used first."""
+    """Return the stored results, least recently used first."""
     files = [CachedFile(path, status.st_size, status.st_mtime) for path, status in _files(folder, KEY_NAME)]
     return sorted(files, key=lambda entry: (entry.used, entry.path))
 
 
 def trim_cache(folder: Path, limit: int) -> int:
-    """Remove the least recently used results until `limit` bytes are left, and what killed processes left; bytes removed."""
+    """Remove the least recently used results until `limit` bytes are left, and leftovers of killed processes; return the bytes removed."""
     removed = 0
     for path, status in _files(folder, DRAFT):
         if time.time() - status.st_mtime > 3600 and _removed(path):  # an older one has no process that still writes it
@@ -208,7 +208,7 @@ def trim_cache(folder: Path, limit: int) -> int:
 
 
 def _removed(path: Path) -> bool:
-    """Remove a file; one that stays is worth a warning, not the run that makes room when it is done."""
+    """Remove a file; failure costs a warning, not the run."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -218,7 +218,7 @@ def _removed(path: Path) -> bool:
 
 
 def remove_damaged(folder: Path) -> dict[Path, str]:
-    """Remove the results whose bytes are not those that were written; file -> what is wrong with it."""
+    """Remove the results whose bytes have changed; return file -> its fault."""
     damaged = {}
     for entry in entries(folder):
         try:
@@ -232,7 +232,7 @@ def remove_damaged(folder: Path) -> dict[Path, str]:
 
 
 def _files(folder: Path, name: re.Pattern) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield the files with names that a cache gives to its own; whatever else is in the folder is left alone."""
+    """Yield only the files with names that a cache gives."""
     for path in folder.glob("??/*"):
         try:  # another process may have trimmed it
             status = path.lstat()
@@ -243,7 +243,7 @@ def _files(folder: Path, name: re.Pattern) -> Iterator[tuple[Path, os.stat_resul
 
 
 def tidied(trim: int | None = None, check: bool = False) -> dict[str, Any]:
-    """Describe the user's cache directory, trimmed to `trim` bytes and rid of damaged results if asked."""
+    """Describe the user's cache directory, after trimming it to `trim` bytes and removing damaged results on request."""
     folder = results_folder()
     if folder is None:
         raise InvalidSetting("There is no cache: you have no home folder, and XDG_CACHE_HOME names no other.")

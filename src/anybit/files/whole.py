@@ -25,7 +25,7 @@ def is_draft(name: str, of: str) -> bool:
 
 
 def _stem(name: str) -> str:
-    return "." + name.encode()[:200].decode(errors="ignore")  # file systems hold 255 bytes
+    return "." + name.encode()[:200].decode(errors="ignore")  # file systems allow 255 bytes
 
 
 @contextmanager
@@ -42,14 +42,14 @@ def drafts_folder(path: Path) -> Iterator[Path]:
             folder = path.parent / f"{_stem(path.name)}.{secrets.token_hex(8)}.anybit"
             folder.mkdir()
             lock = os.open(folder, os.O_RDONLY)
-            with suppress(OSError):  # a file system without locks, where no draft is taken for one that was left
+            with suppress(OSError):  # a file system without locks, where no draft counts as abandoned
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.exists():  # another process took it for one that was left, before it was locked
+            if not folder.exists():  # another process took it for an abandoned one before it was locked
                 os.close(lock)
                 lock = None
         yield folder
     finally:
-        if path.exists() or not (folder / OLD).exists():  # else what was being replaced could not be put back
+        if path.exists() or not (folder / OLD).exists():  # otherwise the replaced folder could not be restored
             shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
@@ -93,7 +93,7 @@ def whole_file(path: Path, remedy: str) -> Iterator[Path]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever ends the process meanwhile."""
+    """Write a file atomically: it is complete or absent, whatever ends the process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -104,7 +104,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def check_place(path: Path, option: str) -> None:
-    """Raise InvalidSetting where nothing can be written at `path`, which the user gave to `option`; asked before long work."""
+    """Raise InvalidSetting if nothing can be written at `path`, the user's value of `option`; called before long work."""
     try:
         text = os.fspath(path)
         os.fsencode(text).decode()

@@ -107,7 +107,7 @@ def float_patches(layers: Mapping[str, nn.Module], float_module: nn.Module, data
             args, kwargs = data.float_arguments(indices)
             with suppress(_Reached):
                 float_module(*args, **kwargs)
-            left = sum(len(calls[0]) for calls in drawn.values())  # the first pass has shown which call is the last
+            left = sum(len(calls[0]) for calls in drawn.values())  # the last call is known from the first pass
     return drawn
 
 

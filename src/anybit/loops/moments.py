@@ -48,7 +48,7 @@ class Sums:
 
     def __init__(self, first: Tensor, budget: MemoryBudget, sides: int):
         self.count, self.budget = 0, budget
-        self.origin = first.mean(1, keepdim=True)  # so that values far from zero leave digits to their differences
+        self.origin = first.mean(1, keepdim=True)  # so that values far from zero keep digits for their differences
         self.sums = [torch.zeros_like(self.origin[:, 0]) for _ in range(sides)]
         self.products: list[Tensor] = []
         self.rows: list[list[Tensor]] = [[] for _ in range(sides)]

@@ -1,4 +1,4 @@
-"""Several processes of one training, started by `torchrun` or `accelerate launch`: who is there, and what they share."""
+"""Processes of a distributed training, started by `torchrun` or `accelerate launch`, and their shared state."""
 
 import os
 from collections.abc import Iterable

@@ -25,7 +25,7 @@ class Trainee(Protocol):
         """Set what depends on the share of the run that is done; returns re-initialised parameters, whose optimizer state is dropped."""
 
     def end_of_epoch(self) -> None:
-        """Decide what is decided between epochs."""
+        """Make the decisions that fall between epochs."""
 
     def passes(self) -> Iterator[None]:
         """Set the network for one forward and backward pass after another; their gradients are summed into one update."""
@@ -43,10 +43,10 @@ class Trainee(Protocol):
         """Return tensors of the method's own: averaged over the processes before `end_of_epoch`, stored in checkpoints."""
 
     def decisions(self) -> dict[str, Any]:
-        """Return what was decided on the way, as JSON."""
+        """Return the decisions so far, as JSON."""
 
     def restore(self, decisions: Mapping[str, Any]) -> None:
-        """Take `decisions` back."""
+        """Restore `decisions`."""
 
     def freeze(self, model: nn.Module) -> None:
         """Put uniform quantizers into the slots of `model`, a copy of its own."""

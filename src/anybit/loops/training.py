@@ -95,7 +95,7 @@ def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
             task, penalty, _ = told[-1].tolist()
             raise AnybitError(f"The loss became {task:g} (penalty {penalty:g}) in {_where(run, epoch, step)}")
     broken = [name for name, tensor in model.named_parameters() if torch.isnan(tensor).any()]
-    if broken:  # the last update's doing, which no loss has shown yet: not to be kept
+    if broken:  # by the last update, which no loss has shown yet: do not store it
         raise AnybitError(f"{broken[0]} became NaN in {_where(run, epoch, run.steps - 1)}")
     average_tensors(run.trainee.state().values())
     run.trainee.end_of_epoch()
@@ -135,7 +135,7 @@ def _pass(run: _Run, batch: Batch) -> Tensor:
     penalty = run.trainee.penalty().to(loss.device)
     labels = batch.labels if run.task.of_one_class else None
     right = torch.zeros_like(loss) if labels is None else correct(run.task.judged(outputs), labels).float().mean()
-    told = average(torch.stack([loss.detach().float(), penalty.detach(), right.detach()]))  # of all, so that all stop together
+    told = average(torch.stack([loss.detach().float(), penalty.detach(), right.detach()]))  # over all processes, so that all stop together
     if torch.isfinite(told).all():
         (loss + penalty).backward()
     return told

@@ -44,7 +44,7 @@ class UnitData:
         return chunks(min(self.count, limit or self.count), 1 if self.float_side.masks else self.chunk)
 
     def mask(self, indices: Tensor) -> Tensor | None:
-        """Return which tokens of these samples are no padding; None where nothing is padded."""
+        """Return which tokens of these samples are not padding; None without padding."""
         return self.float_side.masks[int(indices)] if self.float_side.masks else None
 
     def arguments(self, indices: Tensor, drop: float = 0.0) -> tuple[tuple, dict]:

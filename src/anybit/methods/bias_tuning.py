@@ -69,7 +69,7 @@ def tune_biases(
     if not parameters:
         return result
     for parameter in parameters:
-        parameter.requires_grad_(True)  # the user's network may have been frozen
+        parameter.requires_grad_(True)  # the user's network may be frozen
     optimizer = torch.optim.Adam(parameters, lr=settings.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * len(fitting))
     generator = torch.Generator().manual_seed(settings.seed)

@@ -37,7 +37,7 @@ from anybit.onnx.file import asks_for_exact_sums, exported, session
 from anybit.onnx.floats import LAYER, input_tensors, probe_of
 from anybit.onnx.operators import LAYER_OPERATORS
 from anybit.onnx.timing import in_turns
-from anybit.onnx.values import makers, name_of
+from anybit.onnx.values import as_written, makers, name_of
 from anybit.scheme import FLOAT, Precision, Scheme
 
 
@@ -131,8 +131,8 @@ def _kernels(graph: ir.Model, batch: Batch, seconds: float, threads: int, runs: 
 def _owners(graph: ir.Model, kernels: Sequence[str]) -> dict[str, str]:
     """Return kernel -> its layer. Kernels are named after their node, or after the value that a fused one gives."""
     named = {name_of(node): node.metadata_props.get(LAYER, name_of(node)) for node in graph.graph if _is_layer(node)}
-    taken = {kernel.split("_token_")[0] for kernel in kernels} & set(named)
-    owners = {kernel: named[kernel.split("_token_")[0]] for kernel in kernels if kernel.split("_token_")[0] in named}
+    taken = {as_written(kernel, named) for kernel in kernels} & set(named)
+    owners = {kernel: named[ours] for kernel in kernels if (ours := as_written(kernel, named)) in named}
     sources = {value.name: node for node in graph.graph for value in node.outputs}
     for kernel in kernels:
         node = sources.get(kernel.removesuffix("_nchwc"))

@@ -1,7 +1,16 @@
 """Names, constants and makers of a graph's values, where onnx_ir lets them be missing and the exporter's graphs have them."""
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_ir as ir
+
+
+def as_written(name: str, ours: Collection[str]) -> str:
+    """Return which of our names a node of the runtime's graph has, which adds "_token_" and a number; ours may hold that, too."""
+    parts = name.split("_token_")
+    cut = ["_token_".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((one for one in cut if one in ours), cut[-1])
 
 
 def name_of(item: ir.Value | ir.Node | None) -> str:

@@ -38,7 +38,7 @@ from anybit.onnx.floats import LAYER, input_tensors, layer_nodes, probe_of
 from anybit.onnx.interpreter import interpret
 from anybit.onnx.operators import layer_operator
 from anybit.onnx.plan import MOVES, Plan
-from anybit.onnx.values import constant, name_of, numbers
+from anybit.onnx.values import as_written, constant, name_of, numbers
 from anybit.onnx.writer import weight_numbers
 
 KERNELS = {"QLinearConv", "QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "NhwcQLinearConv"}
@@ -199,8 +199,9 @@ def _check_kernels(verdict: Verdict, path: Path, exported: Exported, model: nn.M
         optimized = Path(folder) / "optimized.onnx"
         session(path, optimized=optimized)
         nodes = onnx.load(optimized, load_external_data=False).graph.node
-    kinds = {node.name.split("_token_")[0]: node.op_type for node in nodes if node.op_type in KERNELS}
-    packed = {node.name.split("_token_")[0] for node in nodes if node.op_type == "MatMulNBits"}
+    ours = {name_of(node) for node in exported.floating.graph}
+    kinds = {as_written(node.name, ours): node.op_type for node in nodes if node.op_type in KERNELS}
+    packed = {as_written(node.name, ours) for node in nodes if node.op_type == "MatMulNBits"}
     for layer, module in quantized_layers(model).items():
         calls = [name_of(node) for node in layer_nodes(exported.floating.graph, layer)]
         fused = [kinds[call] for call in calls if call in kinds]

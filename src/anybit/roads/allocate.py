@@ -90,7 +90,7 @@ def allocate(
         network = with_latencies(
             observe_network(float_model, example_of(calibration), replace(settings.options, gradients=False)), [Budget.parse(budget)]
         )
-        check_memory(network, calibration, replace(settings, sequential=False, parallel=False, bias_tuning=False))
+        check_memory(network, calibration, replace(settings, sequential=False, parallel=False, bias_tuning=False), floor=0)
         observed = {name: (size.rows, size.columns) for name, size in network.costs.layers.items()}
         if observed != shapes:
             different = sorted(set(observed.items()) ^ set(shapes.items()))[0][0]

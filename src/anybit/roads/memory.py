@@ -16,6 +16,9 @@ TRAINED = 3
 """Copies of each tensor that a forward and backward pass holds at once: the value, its quantized form, a gradient."""
 
 
+LEAST = 128_000_000
+"""Bytes that a run holds beside activations however small the network is: a layer's second moments, samples of inputs, what the C library
+keeps. No limit below it is kept."""
 OBSERVED = 2
 """Copies of each tensor that an observing pass holds."""
 
@@ -46,10 +49,17 @@ def working_memory(network: ObservedNetwork, padded: bool, settings: CalibrateSe
     return needs
 
 
-def check_memory(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> None:
-    """Raise InvalidSetting with the smallest limit that works if a single step exceeds the memory limit."""
+def check_memory(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings, floor: int | None = None) -> None:
+    """Raise InvalidSetting with the smallest limit that works if a single step exceeds the memory limit, or the limit is below `floor`
+    (default: LEAST)."""
+    floor = LEAST if floor is None else floor
     needs = working_memory(network, calibration.fitting[0].mask is not None, settings)
     step, (least, instead) = max(needs.items(), key=lambda item: item[1][0])
+    if settings.memory < floor and least < floor:
+        raise InvalidSetting(
+            f"memory {settings.memory / 1e6:.4g}MB is less than the {_megabytes(floor)} that a run holds however small the network is. "
+            f"Give at least --memory {_megabytes(floor)}."
+        )
     if settings.memory < least:
         raise InvalidSetting(
             f"memory {settings.memory / 1e6:.4g}MB is less than the {_megabytes(least)} of activations that {step} holds. "
