@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow package reliability tables tables-check reference lint clean
+.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow package reliability tables tables-check reference docs lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -64,6 +64,10 @@ tables-check: .venv/ready  ## the same, compared with what is committed
 
 reference: .venv/ready  ## the tables of options in docs/command-line.md
 	$(BIN)/python docs/reference.py
+
+docs: .venv/ready  ## the documentation as a site in docs/_build, every page of it executed; some minutes
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests examples benchmarks

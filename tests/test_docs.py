@@ -1,5 +1,6 @@
 """The documentation is executable: its Python runs, and its verbs, options and results exist."""
 
+import ast
 import inspect
 import json
 import re
@@ -19,6 +20,7 @@ from anybit.cli.app import app
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = (ROOT / "docs" / "command-line.md").read_text()
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
 VERBS = typer.main.get_command(app).commands
 
 
@@ -98,7 +100,7 @@ def test_every_file_named_in_the_docs_exists():
             assert (ROOT / name).is_file() or "NAME" in name, name
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in PAGES)])
 def test_every_link_has_a_target(page):
     for target, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", (ROOT / page).read_text()):
         file = (ROOT / page).parent / target if target else ROOT / page
@@ -130,3 +132,48 @@ def test_documented_thread_figures_are_those_measured():
             assert f"{entry['codes_that_differ']:,} of {entry['codes_compared']:,} codes differ" in section, key
         elif key.endswith("one thread / two threads"):
             assert key.startswith("light")
+
+
+def test_every_page_is_in_the_sites_navigation():
+    index = (ROOT / "docs" / "index.md").read_text()
+    blocks = re.findall(r"```\{toctree\}\n(.*?)```", index, re.S)
+    named = {name for block in blocks for name in block.splitlines() if name and name[0] != ":"}
+    pages = {str(path.relative_to(ROOT / "docs")).removesuffix(".md") for path in PAGES if not path.name.endswith(".in.md")}
+    assert pages == named | {"index"}
+
+
+def code_of(path):
+    return "\n".join(re.findall(r"```\{code-cell\}\n(.*?)```", path.read_text(), re.S))
+
+
+NOTEBOOKS = [path for path in PAGES if "{code-cell}" in path.read_text()]
+
+
+def test_every_public_function_has_an_example_and_its_reference():
+    page = ROOT / "docs" / "reference" / "api.md"
+    for name in anybit.__all__:
+        thing = getattr(anybit, name)
+        if inspect.isfunction(thing):
+            assert f"anybit.{name}(" in code_of(page) and f"autofunction:: anybit.{name}\n" in page.read_text(), name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_calls_of_every_notebook_have_their_keywords(path):
+    for call in ast.walk(ast.parse(code_of(path))):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") == "anybit":
+            parameters = inspect.signature(getattr(anybit, call.func.attr)).parameters
+            assert {keyword.arg for keyword in call.keywords} <= set(parameters), call.func.attr
+
+
+def test_every_option_in_the_how_to_pages_exists():
+    known = {name for verb in VERBS.values() for option in verb.params for name in [*option.opts, *option.secondary_opts]}
+    for path in PAGES:
+        if path.parent.name in ("how-to", "tutorials"):
+            assert set(re.findall(r"(?<![\w-])--(?!nproc)[a-z][a-z-]+", path.read_text())) <= known, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    exec(code_of(path), {})

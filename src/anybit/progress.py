@@ -167,7 +167,7 @@ def is_watched() -> bool:
 
 
 def track(items: Collection[Item], stage: str, name: Callable[[Item], str] = lambda item: "") -> Iterator[Item]:
-    """Yield the items of a stage, reporting each, under its `name`, when it is begun and when it has been worked on."""
+    """Yield the items of a stage, reporting each by `name` when it starts and when it is done."""
     meter = _meter.get()
     if meter:
         meter.enter(stage)
@@ -180,7 +180,7 @@ def track(items: Collection[Item], stage: str, name: Callable[[Item], str] = lam
 
 
 def tell(event: str, /, **fields: Any) -> None:
-    """Tell of an event, with what was measured. A `note` among its fields is a line that is shown without being asked for."""
+    """Report an event with its measurements. A `note` among its fields is a line that is always shown."""
     if meter := _meter.get():
         _read(meter, event, fields)
     EVENTS.info(event, extra={"fields": fields})
@@ -199,7 +199,7 @@ def _read(meter: Meter, event: str, fields: Mapping[str, Any]) -> None:
 
 
 class EventHandler(logging.Handler):
-    """Hands each event to a function; what that raises is raised where the event is told of."""
+    """Pass each event to a function, whose errors are raised where the event is reported."""
 
     def __init__(self, listener: EventListener):
         super().__init__()

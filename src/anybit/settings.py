@@ -145,7 +145,7 @@ class Option:
         return ""
 
     def _forms(self, value: Any) -> list[Any]:
-        """List what a value of another type may have been meant as."""
+        """List the values that a value of another type may stand for."""
         kind = typing.get_origin(without_none(self.kind))
         if kind is Mapping and isinstance(value, (list, tuple)) and value and all(isinstance(one, str) for one in value):
             return [dict.fromkeys(value, "W8A8"), dict.fromkeys(value, 1.0)]
@@ -353,7 +353,7 @@ class Settings:
 
     @classmethod
     def recorded(cls, report: Mapping[str, Any]) -> Any:
-        """Return the settings in a run's report.json, as they would be asked for again."""
+        """Return the settings in a run's report.json, in the form in which they can be given again."""
         return report.get("settings")
 
     @classmethod

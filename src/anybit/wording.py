@@ -35,7 +35,7 @@ _speaks_plainly: ContextVar[bool] = ContextVar("speaks_plainly", default=False)
 
 @contextmanager
 def as_on_the_command_line() -> Iterator[None]:
-    """Leave messages as they are inside the block."""
+    """Leave messages unchanged inside the block."""
     token = _speaks_plainly.set(True)
     try:
         yield

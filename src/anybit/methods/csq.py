@@ -365,7 +365,7 @@ class CSQ:
     def _excess(self, scheme: Scheme) -> float:
         total = sum(self.costs.layers[name].weights for name in self.choices)
         over = []
-        assert self.budget is not None  # without one there is no excess to ask for
+        assert self.budget is not None  # without a budget there is no excess
         for cost, limit in self.budget.costs():
             bits = cost.scale(self.costs) * cost.stored_bits  # of the file, in one unit of the limit
             over.append((cost.total(self.costs, scheme) * bits - limit * bits) / total)
@@ -441,7 +441,7 @@ class CSQ:
         return {"fixed": fixed, "hard": self.hard, "certificate": self.certificate}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:
-        """Take `decisions` back; raises InvalidFile where they are not of this network."""
+        """Restore `decisions`; raise InvalidFile if they are not of this network."""
         known, gated = validated(Decisions, decisions, "the decisions"), self.gated
         for name, live in known.fixed.items():
             planes = len(gated[name].planes) if name in gated else 0

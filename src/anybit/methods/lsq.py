@@ -112,7 +112,7 @@ class LSQ:
         return {}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:
-        """Take nothing back."""
+        """Restore nothing."""
 
     def freeze(self, model: nn.Module) -> None:
         """Put uniform quantizers into the slots of `model`, a copy of this one, in place of the learned steps."""

@@ -174,7 +174,7 @@ def bits_of(precision: Precision) -> tuple[int, int]:
 
 
 class MultiQuant:
-    """A prepared, unfolded network whose slots hold switchable quantizers: what `training.train` needs to know of the method.
+    """A prepared, unfolded network whose slots have switchable quantizers: the `Trainee` of this method.
 
     choices     layer -> the precisions it may be switched to
     classes     of a classifier; None leaves the task's own loss, whatever the label rule
@@ -227,7 +227,7 @@ class MultiQuant:
     # The step
 
     def before_step(self, progress: float) -> list[nn.Parameter]:
-        """Remember how far the run is: what is drawn follows from it and from the seed."""
+        """Store the progress of the run: draws depend on it and on the seed."""
         self.progress = progress
         return []
 
@@ -296,7 +296,7 @@ class MultiQuant:
         return (1 - share) * task_loss - share * (soft * log_p).sum(-1).mean()
 
     def end_of_epoch(self) -> None:
-        """The online adaptive label: what was right in this epoch is the next one's."""
+        """Compute the online adaptive labels: this epoch's correct predictions are the labels of the next."""
         counts = self.right.sum(-1, keepdim=True)
         self.labels.copy_(torch.where(counts > 0, self.right / counts.clamp_min(1e-12), torch.zeros_like(self.right)))
         self.right.zero_()
@@ -315,7 +315,7 @@ class MultiQuant:
         groups = ((steps, rates.step_rate), (offsets, rates.offset_rate), (others, rates.rate))
         return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
 
-    # What training tells and stores
+    # Reports and state of the training
 
     def summary(self) -> dict[str, Any]:
         """How sure the labels are: the mean of the right class's share."""

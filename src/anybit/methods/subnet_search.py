@@ -46,7 +46,7 @@ TILTED = 20000
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluated scheme, its score (higher is better) and its cost; `origin` says what proposed it."""
+    """An evaluated scheme, its score (higher is better) and its cost; `origin` names the strategy that proposed it."""
 
     scheme: Scheme
     score: float
@@ -229,7 +229,7 @@ def _linears(count: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
 
 
 def _features(space: SchemeSpace) -> dict[int, Tensor]:
-    """Return what the predictor sees of each layer that has a choice: (options, features)."""
+    """Return the predictor's features of each layer with a choice: (options, features)."""
     open_layers = {layer: options for layer, options in enumerate(space.choices.values()) if len(options) > 1}
     widths = sorted({bits for options in open_layers.values() for precision in options for bits in _widths(precision)})
 

@@ -67,7 +67,7 @@ def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
 
 
 def _obstacle(model: nn.Module, wiring: Wiring, name: str, norm_name: str) -> str | None:
-    """Return why the norm cannot fold into the layer that it alone reads; None if it can."""
+    """Return why the norm cannot fold into the layer whose only reader it is; None if it can."""
     layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
     if norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
         return "hooks, or a forward of this one object, are at work on it"
@@ -85,7 +85,7 @@ def _obstacle(model: nn.Module, wiring: Wiring, name: str, norm_name: str) -> st
 
 
 def unfolded(model: nn.Module, wiring: Wiring, pairs: Mapping[str, str]) -> dict[str, str]:
-    """Return norm -> why it stays, for each norm that ran and is in none of `pairs`."""
+    """Return norm -> why it is not folded, for each norm that ran and is in none of `pairs`."""
     norms = dict.fromkeys(op.name for op in wiring.operations if op.kind == BATCH_NORM and op.name not in pairs.values())
     return {name: _reason(model, wiring, name) for name in norms}
 
@@ -174,7 +174,7 @@ def _affine_layers(model: nn.Module, names: set[str], example: Batch) -> set[str
 
 def _is_affine(layer: nn.Module, args: Any, kwargs: Any) -> bool:
     """Return whether each output channel follows a factor of its weight and bias, and an addend of its bias, at every size of inputs."""
-    with suppress(Exception):  # a forward that takes no other inputs is left as it is
+    with suppress(Exception):  # a forward that accepts no other inputs is not checked
         plain, changed = copy.deepcopy(layer).eval(), copy.deepcopy(layer).eval()
         rows = weight_rows(layer, float_weight(layer))
         factors = torch.linspace(-1.5, 2, len(rows), device=rows.device)
@@ -199,7 +199,7 @@ def _scaled(tensor: Tensor, size: float) -> Tensor:
 
 
 def _harmless(model: nn.Module, pairs: Mapping[str, str], example: Batch, outputs: Tensor) -> dict[str, str]:
-    """Return those of `pairs` that change no output when each is folded alone."""
+    """Return those of `pairs` that change no output when folded individually."""
     return {layer: norm for layer, norm in pairs.items() if _wiring_if_same(fold(model, {layer: norm})[0], example, outputs)}
 
 
@@ -236,7 +236,7 @@ def fold(model: nn.Module, pairs: Mapping[str, str]) -> tuple[nn.Module, dict[st
 
 
 def _promised(norm: nn.Module) -> ChannelStatistics:
-    """Return beta and |gamma|: what the channels' statistics were in training."""
+    """Return beta and |gamma|, the channel statistics during training."""
     (mean, _), (gamma, beta) = running_statistics(norm), gamma_and_beta(norm)
     return ChannelStatistics(
         torch.zeros_like(mean) if beta is None else beta.detach().clone(), torch.ones_like(mean) if gamma is None else gamma.detach().abs()

@@ -1,4 +1,4 @@
-"""Observe in one pass which functions each module calls itself, on activations and on what is made of parameters alone."""
+"""Observe in one pass which functions each module calls itself, on activations and on values computed from parameters only."""
 
 from collections import Counter
 from collections.abc import Iterable

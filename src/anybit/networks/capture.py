@@ -89,7 +89,7 @@ class MemoryBudget:
 def give_back() -> None:
     """Return freed memory to the system. The C library keeps what tensors of some megabytes took, for tensors that may never come."""
     if sys.platform == "linux":
-        with suppress(AttributeError):  # glibc alone has it
+        with suppress(AttributeError):  # only in glibc
             ctypes.CDLL(None).malloc_trim(0)
 
 

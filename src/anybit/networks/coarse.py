@@ -47,7 +47,7 @@ def coarse_layers(model: nn.Module, wiring: Wiring, bits: Mapping[str, int], bat
 
 
 def _reads_inputs(wiring: Wiring, op: Operation) -> bool:
-    """Return whether a layer reads an input of the network, as it is or in another shape."""
+    """Return whether a layer reads an input of the network, possibly reshaped."""
     if op.kind != LAYER or not op.inputs:
         return False
     value = op.inputs[0]
@@ -76,7 +76,7 @@ def _energy(layer: nn.Module) -> Tensor:
 
 
 def coarse_in_words(errors: Mapping[str, float], bits: Mapping[str, int]) -> Iterable[str]:
-    """Yield what is to be said of each of the layers."""
+    """Yield a sentence about each of the layers."""
     for name, error in errors.items():
         yield (
             f"{name} reads inputs that lie far from zero or have unlike units: rounding them to {bits[name]} bits costs "

@@ -30,7 +30,7 @@ class Contraction:
         return "".join(letter for letter in self.first if letter in self.second and letter not in self.output)
 
     def own(self, subscripts: str) -> str:
-        """Return the dimensions that one operand shares with the output alone."""
+        """Return the dimensions that one operand shares only with the output."""
         return "".join(letter for letter in subscripts if letter not in self.batch + self.summed)
 
     def sizes(self, first: Sequence[int], second: Sequence[int]) -> dict[str, int]:

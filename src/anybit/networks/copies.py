@@ -93,10 +93,10 @@ class _Binder:
         self.memo = memo
         self.original = list(_reachable(original, functions=False))  # held, so that no id is used twice
         self.owned = {id(one) for one in self.original if _is_mutable(one)}
-        self.seen = {id(one) for one in self.original}  # what the copy shares is not changed
+        self.seen = {id(one) for one in self.original}  # shared objects are not changed
 
     def bind(self, value: Any) -> Any:
-        """Return what stands for `value` in the copy: itself, changed in place, or a new one where it cannot be."""
+        """Return the counterpart of `value` in the copy: itself, changed in place, or a new object."""
         if isinstance(value, BoundFunction):  # copied with all that it holds
             return value
         if isinstance(value, FunctionType):
@@ -122,7 +122,7 @@ class _Binder:
         return value
 
     def _inside(self, value: Any) -> None:
-        """Bind what a container or an object of the copy holds, in place."""
+        """Bind the contents of a container or an object of the copy, in place."""
         if isinstance(value, dict):
             value.update(self._changed(value))
         elif isinstance(value, list):
@@ -283,7 +283,7 @@ def _computes_alone(twin: nn.Module, model: nn.Module, batches: Sequence[Batch],
         expected = _outputs(source, batches[: len(alone or batches)])
         if expected is None or _same(alone, expected):
             return True  # a pass that fails on the original is the inputs' fault, which is named later
-        return not _same(_outputs(source, batches[: len(expected)]), expected)  # nor can what draws at random or counts its passes
+        return not _same(_outputs(source, batches[: len(expected)]), expected)  # nor can random or stateful outputs
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -327,7 +327,7 @@ def _moved_away(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _restored(model: nn.Module, parameters: bool) -> Iterator[None]:
-    """Put buffers, and `parameters`, back to what they were before the block, and the generators of random numbers."""
+    """Restore buffers, `parameters` and the random generators after the block."""
     held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     tensors = [*model.buffers(), *(model.parameters() if parameters else ())]
     before = [(tensor, tensor._version if not tensor.is_inference() else None, tensor.detach().clone()) for tensor in tensors]
@@ -344,7 +344,7 @@ def _restored(model: nn.Module, parameters: bool) -> Iterator[None]:
 
 
 def own_functions(model: nn.Module) -> list[str]:
-    """Name the hooks of the network's modules, their own `forward`s, and what else of their attributes closes over something."""
+    """Name the hooks of the network's modules, their replaced `forward`s, and other attributes that close over something."""
     names = []
     for name, module in model.named_modules():
         where = name or "the network"

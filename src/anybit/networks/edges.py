@@ -133,7 +133,7 @@ def finished(canonical: Canonical, wiring: Wiring, batches: Sequence[Batch]) -> 
 
 
 def as_ranges(record: Mapping[str, Any], wiring: Wiring) -> dict[str, tuple[float, float]]:
-    """Return a kept record of edge ranges, in the order of the wiring."""
+    """Return a stored record of edge ranges, in the order of the wiring."""
     return {name: (float(record[name][0]), float(record[name][1])) for name in wiring.edges()}
 
 

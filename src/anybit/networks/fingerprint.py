@@ -115,7 +115,7 @@ def _codes(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def inputs_of(structure: Any, drawn: Sequence[Tensor], nudge: float = 0.0) -> Any:
-    """Return what the network takes. `nudge` changes floats by such a share of themselves. Raises InvalidFile of no structure."""
+    """Return inputs for the network. `nudge` changes floats by this share of themselves. Raises InvalidFile for a malformed structure."""
     return _placed(structure, dict(enumerate(drawn)), nudge)
 
 

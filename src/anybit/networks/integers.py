@@ -125,7 +125,7 @@ class _Rule:
         return self.ops[at].clamps and self.ops[at].outputs[0] not in self.base
 
     def _only_clamped(self, value: int) -> bool:
-        """Return whether a clamp alone reads an operator's result: the clamp's output is then the rounded value."""
+        """Return whether a clamp is the only reader of an operator's result: the clamp's output is then the rounded value."""
         readers = self.readers.get(value, [])
         alone = len(readers) == 1 and len(self.groups[value]) == 1 and value in self.maker and value not in self.outputs | self.escaped
         return alone and self._clamps(readers[0])
@@ -181,7 +181,7 @@ class _Rule:
         return reached
 
     def _functions(self) -> dict[int, int]:
-        """Return value -> the one value that it is an elementwise function of; clamps alone are none."""
+        """Return value -> the value that it is an elementwise function of, except clamps."""
         base: dict[int, int] = {}
         for at, op in enumerate(self.ops):
             bases = {base.get(value, value) for value in op.inputs}

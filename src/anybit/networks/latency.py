@@ -36,7 +36,7 @@ class LatencyTable:
     products: Sequence[str] = ()
 
     def kernel(self, name: str, precision: Precision) -> str:
-        """Return what the layer runs as: "int8" or "float32"."""
+        """Return the layer's kernel: "int8" or "float32"."""
         return kernel_class(precision, name in self.products)
 
     def layer(self, name: str, precision: Precision) -> float:
@@ -45,7 +45,7 @@ class LatencyTable:
         return self.layers[name][kernel] + (self.boundary * self.crossing([name]) if kernel == "float32" else 0.0)
 
     def total(self, scheme: Mapping[str, Precision]) -> float:
-        """Predicted seconds. Float layers that feed each other share no boundary."""
+        """Predicted seconds. Adjacent float layers share no boundary."""
         floats = [name for name, precision in scheme.items() if self.kernel(name, precision) == "float32"]
         if len(floats) == len(scheme):
             return self.rest["float32"] + sum(self.layers[name]["float32"] for name in scheme)

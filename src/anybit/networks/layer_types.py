@@ -1,4 +1,4 @@
-"""Layer types: for each class that anybit covers, what is its own. Everything that differs by the class of a layer is looked up here."""
+"""Layer types: the properties of each covered class. Everything that depends on a layer's class is looked up here."""
 
 import math
 from collections.abc import Sequence

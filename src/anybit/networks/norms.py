@@ -44,7 +44,7 @@ def keeps_statistics(norm: nn.Module) -> bool:
 
 
 def tracking_norms(model: nn.Module) -> list[BatchNorm]:
-    """Return the batch norms whose running statistics can be estimated anew, in order of definition."""
+    """Return the batch norms whose running statistics can be re-estimated, in order of definition."""
     return [m for m in model.modules() if isinstance(m, BATCH_NORMS) and is_norm(m) and m.running_mean is not None]
 
 
@@ -63,7 +63,7 @@ def gamma_and_beta(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
 
 def gain_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return what the norm multiplies each channel by and then adds to it, [channels] each, in double precision."""
+    """Return the gain and shift of each channel, [channels] each, in double precision."""
     (mean, variance), (gamma, beta) = running_statistics(norm), gamma_and_beta(norm)
     deviation = torch.sqrt(variance.double() + float(getattr(norm, "eps", 1e-5)))
     gain = 1 / deviation if gamma is None else gamma.double() / deviation
@@ -92,7 +92,7 @@ def only_normalizes_first(norm: nn.Module, shape: tuple[int, ...]) -> bool:
 
 
 class FoldedNorm(nn.Module):
-    """Mixin of the class of every norm that is folded: its forward goes on from where the input is normalized."""
+    """Mixin for the class of every folded norm: its forward continues after the normalization."""
 
     def forward(self, x: Tensor, *args, **kwargs):
         with _PastNormalization(x):
@@ -128,7 +128,7 @@ _FOLDED: dict[type[nn.Module], type[FoldedNorm]] = {}
 
 
 def without_normalization(norm: nn.Module) -> nn.Module:
-    """Return what `norm` does after it has normalized: nothing, or the norm itself, changed in place, without its own tensors."""
+    """Return the operations of `norm` after normalizing: none, or the norm itself, changed in place, without its own tensors."""
     if type(norm).forward in _PLAIN_FORWARDS:
         return nn.Identity()
     for key in (*_TENSORS, "num_batches_tracked"):

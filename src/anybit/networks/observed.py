@@ -49,7 +49,7 @@ class ObservedNetwork:
 
     @property
     def calls(self) -> dict[str, int]:
-        """Return layer -> how often it runs in every pass, for layers that are not kept float in everything."""
+        """Return layer -> number of calls per pass, except for layers kept entirely float."""
         return {name: self.wiring.calls[name] for name, options in self.choices.items() if options != [FLOAT]}
 
     @property
@@ -142,7 +142,7 @@ def unread_layers(model: nn.Module, wiring: Wiring, names: Sequence[str], exampl
 
 
 def _put_buffers_back(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Undo what a pass has changed, but for parameters, which none may change."""
+    """Undo the changes of a pass, except to parameters, which no pass may change."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     restore(model, {key: tensor for key, tensor in changed(before, model.state_dict()).items() if key not in parameters})
 
@@ -163,7 +163,7 @@ def unobserved_network(model: nn.Module, options: LayerOptions) -> ObservedNetwo
 
 
 def check_kinds(scheme: Scheme, network: ObservedNetwork) -> None:
-    """Raise SchemeMismatch where a scheme gives bits to what a layer does not have."""
+    """Raise SchemeMismatch if a scheme gives bits to an operand that a layer lacks."""
     for name, precision in scheme.items():
         layer = network.folded.get_submodule(name)
         kind = type_of(layer)

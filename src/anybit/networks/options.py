@@ -44,7 +44,7 @@ def group_sizes(model: nn.Module, names: Sequence[str], group: int | None) -> di
 
 
 def layer_choices(layer: nn.Module, pinned: Precision | None, options: LayerOptions) -> list[Precision]:
-    """Return the precisions that a layer may get: every pair of bit-widths of the operands that it has, or `pinned` alone."""
+    """Return the precisions that a layer may get: all pairs of bit-widths of its operands, or only `pinned`."""
     weight_bits: Sequence[int | None] = sorted(options.weight_bits) if pinned is None else (pinned.weight_bits,)
     activation_bits = sorted(options.activation_bits, key=lambda bits: bits or 32) if pinned is None else (pinned.activation_bits,)
     if not type_of(layer).reads_numbers:

@@ -87,7 +87,7 @@ def _write_out_norms(graph: ir.Graph) -> None:
 
 
 def forget_graph(key: str | None, cache: Cache) -> None:
-    """Remove the graph kept under `key`."""
+    """Remove the graph stored under `key`."""
     if key is not None:
         _recent.pop(key, None)
         cache.keyed(key).forget(NAME)

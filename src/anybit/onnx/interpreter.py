@@ -171,7 +171,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _plain(value: Any) -> Tensor:
-    """Return the float32 numbers of codes or of a pending sum; a tensor as it is."""
+    """Return the float32 numbers of codes or of a pending sum; other tensors unchanged."""
     if isinstance(value, (Codes, Pending)):
         return value.values()
     return value
@@ -266,7 +266,7 @@ def _all_codes(inputs: list[Any]) -> bool:
 def _padding(
     settings: Mapping[str, Any], sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
 ) -> list[int]:
-    """Return what a window operator pads, in the order of `F.pad`: (before, after) of each dimension, the last first."""
+    """Return the padding of a window operator in the order of `F.pad`: (before, after) of each dimension, the last first."""
     automatic, dimensions = settings.get("auto_pad", "NOTSET"), len(sizes)
     pads = settings.get("pads", [0] * 2 * dimensions) if automatic == "NOTSET" else [0] * 2 * dimensions
     padding: list[int] = []

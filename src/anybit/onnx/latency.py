@@ -69,7 +69,7 @@ def measure_latency(
 
 
 def latency_of(canonical: Canonical, batch: Batch, rounds: int = 20, threads: int = 1) -> dict[str, float]:
-    """Measure the seconds of a finished network as it is exported, and of its float32 file, in turns."""
+    """Measure the seconds of a finished network's exported file and of its float32 file, alternating."""
     file = exported(canonical, batch)
     one = probe_of(batch, 1)
     runners = {"exported": _runner(file.integer, one, threads), "float32": _runner(file.floating, one, threads)}
@@ -176,7 +176,7 @@ class FlowRecord(BaseModel):
 
 
 class LatencyFile(BaseModel):
-    """A kept table. Strict: a wrong type, a missing or an unknown field is an error."""
+    """A stored table. Strict: a wrong type, a missing or an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     version: Literal[2]

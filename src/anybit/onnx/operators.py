@@ -1,4 +1,4 @@
-"""The ONNX operators that layers become, and what is each one's own."""
+"""The ONNX operators of layers, and the properties of each."""
 
 from dataclasses import dataclass
 

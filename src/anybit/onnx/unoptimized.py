@@ -1,4 +1,4 @@
-"""A graph run by ONNX Runtime as it is written: one kernel for each node, nothing folded and nothing fused."""
+"""Run a graph unoptimized in ONNX Runtime: one kernel for each node, without folding or fusion."""
 
 from collections.abc import Mapping, Sequence
 

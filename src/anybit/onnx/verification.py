@@ -84,7 +84,7 @@ def verify_file(path: Path, file: ir.Model, exported: Exported, model: nn.Module
         return verdict
     expected = _as_read(exported.integer)
     _check_contents(verdict, file, expected)
-    if not _safe_to_run(file, expected):  # what else a graph may ask of the runtime, nobody knows
+    if not _safe_to_run(file, expected):  # a foreign graph may make the runtime do anything
         verdict.skipped["kernels and numbers"] = "the file's operators or shapes are not those of the run, so it is not run"
         return verdict
     if any(_signature(values[0]) != _signature(values[1]) for values in _ends(file, exported.integer)):

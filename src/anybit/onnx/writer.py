@@ -303,7 +303,7 @@ class _Writer:
         return self.emit("Max", [result], {}, "") if fused else result
 
     def _float_layer(self, node: ir.Node) -> ir.Value:
-        """Add a layer that computes in float, as it is."""
+        """Add a layer that computes in float, unchanged."""
         operands = [self._operand(value) for value in node.inputs]
         if BIAS not in node.metadata_props:
             operands[0] = self._apart(self._required(node.inputs[0]))

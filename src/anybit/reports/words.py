@@ -42,7 +42,7 @@ def points_apart(difference: float) -> str:
 
 
 def scores_line(scores: Mapping[str, float]) -> str:
-    """Write accuracies in percent, other scores as they are."""
+    """Write accuracies in percent, other scores unchanged."""
     return "  ".join(f"{key} {value:.2f}" if key.startswith("top") else f"{key} {value:.5g}" for key, value in scores.items())
 
 

@@ -246,7 +246,7 @@ def finish(
             batches = test.samples.batches(bench.settings.batch_size)
             scores = evaluate_model(canonical.model, batches, bench.judge.task, bench.judge.metric, test.outputs)
         report |= {"float_test": test.scores, "test": scores}
-    restore(canonical.model, network.moving)  # what is saved is as it was given, whatever was scored
+    restore(canonical.model, network.moving)  # save the original values, which scoring may change
     canonical.model.cpu()
     canonical.fingerprint = fingerprint_of(canonical.model, bench.calibration.fitting[0], network.float_model)
     if budget is not None and budget.limit(LATENCY.name) is not None:

@@ -72,7 +72,7 @@ def unread_in_words(network: ObservedNetwork) -> str:
 
 
 def notes_on(network: ObservedNetwork) -> list[str]:
-    """Return what is to be said of a network before the work."""
+    """Return the notes to print about a network before the work."""
     return [note for note in (unread_in_words(network), *coarse_in_words(network.coarse, activation_bits(network))) if note]
 
 

@@ -30,7 +30,7 @@ def supernet_with_latencies(supernet: Supernet, samples: Samples, budgets: Seque
     """Return the supernet with this machine's measured latencies among its costs, if a budget limits them."""
     if all(budget.limit(LATENCY.name) is None for budget in budgets):
         return supernet
-    from anybit.onnx.file import PROBE  # what `profile` observes: padded texts have the length of so many
+    from anybit.onnx.file import PROBE  # as in `profile`: padded texts have the length of so many
 
     first = next(samples.on("cpu").subset(range(min(PROBE, len(samples)))).batches(PROBE))
     network = with_latencies(observe_supernet(supernet.network, first, supernet.settings), budgets)

@@ -143,7 +143,7 @@ def _tune_biases(state: CalibrationState, ladder: _Ladder) -> None:
 
 
 def _observe_edges(state: CalibrationState, ladder: _Ladder) -> None:
-    """Choose the ranges of the edges anew, in the finished network."""
+    """Re-estimate the ranges of the edges in the finished network."""
     wiring, rounded = state.network.wiring, edge_grids_of(ladder.model)
     if not rounded:
         return

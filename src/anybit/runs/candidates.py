@@ -1,4 +1,4 @@
-"""candidates.json and candidates.safetensors: what further budgets are allocated from."""
+"""candidates.json and candidates.safetensors: the data from which further budgets are allocated."""
 
 import reprlib
 from collections.abc import Mapping, Sequence

@@ -16,7 +16,7 @@ AGAIN = "Restore it, or remove it: then the network is not compared."
 
 
 def write_fingerprint(folder: Path, fingerprint: Fingerprint | None) -> str | None:
-    """Write the file and return its SHA-256; None where there is no fingerprint."""
+    """Write the file and return its SHA-256; None without a fingerprint."""
     if fingerprint is None:
         return None
     parts = {"input": fingerprint.inputs, "output": fingerprint.outputs, "float": fingerprint.floats}

@@ -46,7 +46,7 @@ def new_folder(
 
 
 def _open_as_others(folder: Path) -> None:
-    """Give the files in a folder the rights that new ones have here: those of tensors are made for their writer alone."""
+    """Give the files in a folder the default permissions: those of tensors are readable only by their owner."""
     example = folder.with_name("example")
     example.touch()
     for file in folder.rglob("*"):
@@ -66,7 +66,7 @@ def _put_in_place(draft: Path, path: Path, old: Path) -> None:
 
 
 def is_run(path: Path) -> bool:
-    """Return whether the folder holds what anybit writes, and nothing else: a run, or several with their common report."""
+    """Return whether the folder contains only files that anybit writes: a run, or several with their common report."""
     if not path.is_dir() or path.is_symlink():
         return False
     items = list(path.iterdir())
@@ -85,7 +85,7 @@ def runs_in(path: Path) -> list[Path]:
 
 
 def check_folder(path: Path) -> None:
-    """Raise InvalidFile where `path` is no folder that anybit wrote."""
+    """Raise InvalidFile if `path` is not a folder written by anybit."""
     if not path.exists():
         raise InvalidFile(f"{path} is not there.{near_path(path)}")
     if not path.is_dir():
@@ -95,7 +95,7 @@ def check_folder(path: Path) -> None:
 
 
 def check_one(path: Path) -> None:
-    """Raise InvalidFile where `path` is no folder that anybit wrote, or holds several runs."""
+    """Raise InvalidFile if `path` is not a folder written by anybit, or contains several runs."""
     check_folder(path)
     if several := runs_in(path):
         raise InvalidFile(f"{path} holds several runs: {', '.join(run.name for run in several)}. Name one of them: {several[0]}.")

@@ -33,7 +33,7 @@ Run = str | Path | Unsaved
 
 
 def followed_reference(folder: Path, file: SchemeFile, model: nn.Module | str | None) -> dict[str, Any]:
-    """Return the reference to record for a result's model: one that was followed, or was this user's own before; no stranger's."""
+    """Return the reference to record for a result's model: one that was followed, or a trusted one; never a foreign one."""
     if isinstance(model, str):
         return {"reference": absolute(model), "weights": file.model.get("weights")}
     return file.model if model is None or is_trusted(folder) else {}

@@ -1,4 +1,4 @@
-"""report.json and search.json, strictly typed where verbs and pages rely on them; the rest is left alone."""
+"""report.json and search.json, strictly typed where verbs and pages rely on them; other fields are not checked."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence

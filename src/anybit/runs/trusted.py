@@ -61,7 +61,7 @@ def is_trusted(folder: Path, file: str = "scheme.json") -> bool:
 
 
 def _known_runs(listing: Path) -> list[str]:
-    """Return the hashes in the user's list; none if there is no list yet."""
+    """Return the hashes in the user's list; empty without a list."""
     if not listing.is_file():
         return []
     known = read_json(listing)

@@ -27,7 +27,7 @@ def absolute(reference: str) -> str:
 
 
 def call_user_function(function: Callable, what: str) -> Any:
-    """Call the user's function. Raise InvalidSetting naming it, whatever it raises."""
+    """Call the user's function. Raise InvalidSetting naming it on any error."""
     try:
         return function()
     except AnybitError:
@@ -100,7 +100,7 @@ def _lacking(error: Exception) -> str | None:
 
 
 def _cure(package: str) -> str:
-    """Return the command that makes builds fit: those of torch and of what is compiled for it are installed together."""
+    """Return the command that installs compatible builds of torch and of packages compiled for it together."""
     versions = {}
     for name in ("torch", "torchvision"):
         with suppress(PackageNotFoundError):

@@ -59,7 +59,7 @@ class Form:
 
 
 def _value(part: Any) -> Any:
-    """Return a list of numbers as a tensor, all else as it is."""
+    """Return a list of numbers as a tensor, anything else unchanged."""
     inner = part
     while isinstance(inner, list) and inner:
         inner = inner[0]
@@ -108,7 +108,7 @@ class _Tries:
 
 
 def _as_label(part: Any) -> Any:
-    """Return several numbers as a tensor, all else as it is."""
+    """Return several numbers as a tensor, anything else unchanged."""
     return _value(list(part) if isinstance(part, tuple) else part)
 
 
@@ -276,7 +276,7 @@ def rows_of(batches: Iterable[Any]) -> list[Any]:
 
 
 def is_batch(element: Any) -> bool:
-    """Return whether what may be a sample may be a batch as well: all its tensors have one first dimension."""
+    """Return whether a sample could also be a batch: all its tensors have the same first dimension."""
     return len(set(_counts(element))) == 1 and 0 not in _counts(element)
 
 

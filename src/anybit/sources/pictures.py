@@ -1,4 +1,4 @@
-"""Folders of pictures: the files, their classes, and how one is read."""
+"""Folders of images: their files, classes, and reading."""
 
 import warnings
 from collections.abc import Collection, Iterable
@@ -97,7 +97,7 @@ def common_classes(references: Iterable[Any]) -> tuple[str, ...] | None:
 
 
 def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
-    """Read one picture as float [3, H, W]: upright, RGB, resized, cropped, scaled to 0..1, normalized."""
+    """Read one image as float [3, H, W]: upright, RGB, resized, cropped, scaled to 0..1, normalized."""
     from PIL import Image, ImageOps
 
     try:

@@ -34,7 +34,7 @@ def near_path(path: Path) -> str:
 
 
 def check_file(path: str | Path) -> None:
-    """Raise InvalidFile where there is no such file."""
+    """Raise InvalidFile if there is no such file."""
     path = Path(path)
     if path.is_dir():
         raise InvalidFile(f"{path} is a folder. Name a file.")
@@ -49,7 +49,7 @@ def check_weights(path: str | Path) -> None:
 
 
 def check_there(path: str | Path) -> None:
-    """Raise InvalidFile where there is no such file or folder."""
+    """Raise InvalidFile if there is no such file or folder."""
     if not Path(path).exists():
         raise InvalidFile(f"{path} is not there.{near_path(Path(path))}")
 
@@ -99,7 +99,7 @@ def check_code(reference: str) -> None:
 
 
 def names_in(path: Path) -> list[str]:
-    """List the names that a script defines or imports, read without running it; nothing where it cannot be told."""
+    """List the names that a script defines or imports, read without executing it; empty if they cannot be determined."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # said where it is run
@@ -140,7 +140,7 @@ def check_model(reference: str) -> None:
 
 
 def _model_meant(reference: str) -> str:
-    """Say what a reference without a colon may have meant."""
+    """Suggest what a reference without a colon may stand for."""
     path = Path(reference)
     if path.suffix in (".pt", ".pth", ".safetensors", ".bin", ".ckpt"):
         return "Weights go to --weights; --model names the code that builds the network: FILE.py:function, timm:NAME or torchvision:NAME."

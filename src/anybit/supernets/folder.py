@@ -151,6 +151,6 @@ def load_supernet(folder: str | Path, model: nn.Module | str | None = None) -> S
     folder = Path(folder)
     file = read_supernet_file(folder)
     supernet = read_supernet(folder, float_model_of(folder, file, model, SUPERNET_JSON))
-    if not is_trusted(folder, SUPERNET_JSON):  # what is saved of it is one's own: no stranger's reference goes on into that
+    if not is_trusted(folder, SUPERNET_JSON):  # saving makes it trusted: no foreign reference may be passed on
         supernet.about |= {"model": {"reference": absolute(model)} if isinstance(model, str) else {}, "data": {}}
     return supernet

@@ -29,7 +29,7 @@ from anybit.supernets.store import STORE_BITS
 
 
 def held_out_split(samples: Samples, settings: SupernetSettings) -> tuple[Samples, Samples]:
-    """(what is trained on, what the search evaluates on), by the training's seed."""
+    """(training samples, samples that the search evaluates on), by the training's seed."""
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(settings.train.seed)).tolist()
     count = min(max(1, round(len(samples) * settings.held_out)), len(samples) - 1)
     return samples.subset(order[count:]), samples.subset(order[:count])

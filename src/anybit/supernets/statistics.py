@@ -28,7 +28,7 @@ def statistics_of(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def set_statistics(model: nn.Module, statistics: Tensor) -> None:
-    """Put back what `statistics_of` read."""
+    """Restore the result of `statistics_of`."""
     at = 0
     for norm in active_norms(model):
         for part in running_statistics(norm):
@@ -38,7 +38,7 @@ def set_statistics(model: nn.Module, statistics: Tensor) -> None:
 
 @dataclass(frozen=True)
 class KnownSubnet:
-    """A subnet whose batch-norm statistics and edge ranges are kept: statistics [numbers], edges [edges, 2]."""
+    """A subnet with stored batch-norm statistics and edge ranges: statistics [numbers], edges [edges, 2]."""
 
     scheme: Scheme
     statistics: Tensor

@@ -109,7 +109,7 @@ class SupernetFile(BaseModel):
         return self.model_dump(include=include, exclude=None if self.functions else {"functions"})
 
     def stored(self) -> dict[str, StoredLayer]:
-        """Return the layers, without what only PyTorch needs."""
+        """Return the layers without the data that only PyTorch needs."""
         return {
             name: StoredLayer(one.rows, one.columns, tuple(one.weight_bits), tuple(one.activation_bits), one.operands)
             for name, one in self.layers.items()

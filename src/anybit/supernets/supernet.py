@@ -121,7 +121,7 @@ class Supernet:
         return Canonical(folded.eval().requires_grad_(True), self.norms)
 
     def lowest_subnet(self) -> nn.Module:
-        """Return the canonical model of the lowest subnet, with the statistics that are kept for it. The subnet at hand stays."""
+        """Return the canonical model of the lowest subnet, with its stored statistics. The current subnet stays."""
         scheme, statistics = self.method.scheme, statistics_of(self.model)
         self.switch(self.method.lowest)
         model = self.canonical().model.cpu()
@@ -156,7 +156,7 @@ class Supernet:
         return known
 
     def check_known(self, known: KnownSubnet, where: str) -> None:
-        """Raise InvalidFile where what a file, `where`, keeps of a subnet cannot be: numbers, variances, ends of edges."""
+        """Raise InvalidFile if a subnet's record in a file (`where`) is invalid: numbers, variances, ends of edges."""
         variances = known.statistics.split([norm.num_features for norm in active_norms(self.model) for _ in ("mean", "variance")])[1::2]
         if not (torch.isfinite(known.statistics).all() and all((variance >= 0).all() for variance in variances)):
             raise InvalidFile(f"{where}: a batch-norm variance kept of {known.scheme} is below zero. Restore it or train again.")

@@ -85,7 +85,7 @@ def own_config(model: transformers.PreTrainedModel) -> dict[str, Any]:
 
 
 def files_beside(model: transformers.PreTrainedModel) -> dict[str, bytes]:
-    """Name -> content of the files that came with the model: its tokenizer, and what else transformers reads."""
+    """Name -> content of the other files of the model: its tokenizer, and whatever else transformers reads."""
     return {name: place.read_bytes() for name in BESIDE if (place := file_of(model, name)) is not None}
 
 

@@ -75,7 +75,7 @@ def _check_whole(name: str, model: transformers.PreTrainedModel, drawn: Iterable
 
 def _loader(config: Any, task: str | None) -> Any:
     if task in HEADS and any(name.endswith(HEADS[task].others) for name in config.architectures or () if HEADS[task].others):
-        task = None  # of pictures or sounds
+        task = None  # for images or sounds
     if task is not None:
         if task not in HEADS:
             raise InvalidSetting(f"task {task!r} has no Hugging Face model. Choose from {', '.join(HEADS)}.")

@@ -52,12 +52,12 @@ def _decodes(model: PreTrainedModel) -> bool:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """Find the model's head; one that is for none of the tasks is taken for one of values."""
+    """Find the model's head; one of no known task counts as a head of values."""
     return next((head for head in HEADS.values() if head.fits(model)), OTHER)
 
 
 def reader_of(model: PreTrainedModel) -> Reader:
-    """Return what is read in the model's output."""
+    """Return the reader of the model's output."""
     return head_of(model).reader(model)
 
 
