@@ -11,15 +11,15 @@ from anybit.data.batches import Batch
 from anybit.sources.huggingface.attention import adapted
 
 WORDS = [f"word{number}" for number in range(60)]
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 64}
+SMALL = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 64}
 MARKS = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
 
 
-def make(kind: str, seed: int = 0) -> nn.Module:
+def make(kind: str, seed: int = 0, layers: int = 2) -> nn.Module:
     """A network of this family in evaluation mode, with varied biases and norms."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _FAMILIES[kind]().eval()
+        model = _FAMILIES[kind](layers).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter) * (1 if parameter.dim() > 1 else 0.3))
@@ -27,17 +27,25 @@ def make(kind: str, seed: int = 0) -> nn.Module:
 
 
 _FAMILIES = {
-    "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, max_position_embeddings=40)),
-    "bert embedding": lambda: transformers.BertModel(transformers.BertConfig(**SMALL, max_position_embeddings=40)),
-    "bert answers": lambda: transformers.BertForQuestionAnswering(transformers.BertConfig(**SMALL, max_position_embeddings=40)),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=16, n_layer=2, n_head=4, n_inner=24, vocab_size=64, n_positions=40, **MARKS)
+    "bert": lambda layers: transformers.BertForSequenceClassification(
+        transformers.BertConfig(**SMALL, num_hidden_layers=layers, max_position_embeddings=40)
     ),
-    "llama": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**SMALL, num_key_value_heads=2, max_position_embeddings=40, tie_word_embeddings=True, **MARKS)
+    "bert embedding": lambda layers: transformers.BertModel(
+        transformers.BertConfig(**SMALL, num_hidden_layers=layers, max_position_embeddings=40)
     ),
-    "vit": lambda: transformers.ViTForImageClassification(
-        transformers.ViTConfig(**{**SMALL, "vocab_size": None}, image_size=16, patch_size=8, num_labels=5)
+    "bert answers": lambda layers: transformers.BertForQuestionAnswering(
+        transformers.BertConfig(**SMALL, num_hidden_layers=layers, max_position_embeddings=40)
+    ),
+    "gpt2": lambda layers: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=16, n_layer=layers, n_head=4, n_inner=24, vocab_size=64, n_positions=40, **MARKS)
+    ),
+    "llama": lambda layers: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **SMALL, num_hidden_layers=layers, num_key_value_heads=2, max_position_embeddings=40, tie_word_embeddings=True, **MARKS
+        )
+    ),
+    "vit": lambda layers: transformers.ViTForImageClassification(
+        transformers.ViTConfig(**{**SMALL, "vocab_size": None}, num_hidden_layers=layers, image_size=16, patch_size=8, num_labels=5)
     ),
 }
 FAMILIES = ("bert", "gpt2", "llama", "vit")
@@ -55,9 +63,9 @@ def tokenizer() -> transformers.PreTrainedTokenizerBase:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **marks)
 
 
-def folder(kind: str, path: Path, seed: int = 0) -> Path:
+def folder(kind: str, path: Path, seed: int = 0, layers: int = 2) -> Path:
     """Save the network and its tokenizer."""
-    make(kind, seed).save_pretrained(path)
+    make(kind, seed, layers).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path
 

@@ -20,7 +20,7 @@ from anybit.data.batches import Batch
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting
 from anybit.loops.settings import TrainSettings
 from anybit.loops.training import _steps, epoch_batches, learning_rate
-from anybit.networks.layers import quantized_layers
+from anybit.networks.layers import quantized_layers, scheme_of
 from anybit.progress import listening
 from anybit.scheme import Precision, Scheme
 from anybit.sources.arrays import samples_of_arrays
@@ -39,7 +39,7 @@ def labelled(count=48, cls=Residual):
 
 def grown(checkpoint=None, cls=Residual, **changes):
     settings = {"budget": "3bit", "epochs": 3, "batch_size": 16, "activation_bits": 4, **changes}
-    return anybit.grow(make(cls), labelled(cls=cls), settings.pop("budget"), checkpoint=checkpoint, test=labelled(cls=cls), **settings)
+    return anybit.grow(make(cls), labelled(cls=cls), settings.pop("budget"), checkpoint=checkpoint, **settings)
 
 
 class Interrupted(Exception):
@@ -50,7 +50,7 @@ class Interrupted(Exception):
 
 
 def test_every_epoch_reports_soft_and_frozen_scores_and_bits():
-    result = grown()
+    result = grown(test=labelled())
     assert [row["epoch"] for row in result.report["epochs"]] == [1, 2, 3]
     for row in result.report["epochs"]:
         assert {"top1", "loss"} <= set(row["soft"]) and {"top1", "loss"} <= set(row["frozen"])
@@ -123,7 +123,7 @@ def test_learning_rates_apply_to_a_fixed_scheme(changes):
 
 
 def test_from_scratch_resets_only_a_copy():
-    result = grown(from_scratch=True, distill=0.5)
+    result = grown(from_scratch=True, distill=0.5, test=labelled())
     assert result.report["float_test"]["top1"] == 100  # of the trained network, which is also the teacher
 
 
@@ -396,13 +396,13 @@ CONTINUED = {"epochs": 4, "augment": "flip", "fix": 0.5, "harden": 0.75}  # deci
 
 @cache
 def uninterrupted(phase):
-    return grown(**CONTINUED, phase=phase)
+    return grown(**CONTINUED, phase=phase, test=labelled())
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 @pytest.mark.parametrize("phase", ["restart", "rewind"])
 def test_resumed_run_is_byte_identical(phase, epoch, tmp_path, monkeypatch):
-    settings = CONTINUED | {"phase": phase}
+    settings = CONTINUED | {"phase": phase, "test": labelled()}
     whole = uninterrupted(phase).save(tmp_path / "whole")
     checkpoint = tmp_path / "checkpoint.safetensors"
     with monkeypatch.context() as patched:
@@ -458,22 +458,23 @@ import sys
 sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "loops")!r}]
 import torch
 torch.set_num_threads(1)
-import anybit, test_training as t
-from networks import NoBatchNorm
-result = t.grown(cls=NoBatchNorm, epochs=3, augment="flip")
+import test_training as t
+result = t.of_several_processes()
 import torch.distributed as dist
-if not dist.is_initialized() or dist.get_rank() == 0:
+if dist.get_rank() == 0:
     result.save(sys.argv[1])
-if dist.is_initialized():
-    dist.destroy_process_group()
+dist.destroy_process_group()
 """
 
 
+def of_several_processes():
+    return grown(cls=NoBatchNorm, augment="flip", test=labelled(cls=NoBatchNorm))
+
+
 def test_two_processes_give_the_scheme_and_weights_of_one(tmp_path):
-    for count in (1, 2):
-        run_processes(count, tmp_path / f"by{count}", tmp_path, WORKER)
-    one, two = (anybit.load(tmp_path / f"by{count}", model=make(NoBatchNorm)) for count in (1, 2))
-    assert one.scheme == two.scheme
+    run_processes(2, tmp_path / "by two", tmp_path, WORKER)
+    one, two = of_several_processes().model, anybit.load(tmp_path / "by two", model=make(NoBatchNorm))
+    assert scheme_of(one) == two.scheme
     for name, layer in quantized_layers(one).items():
         other = two.get_submodule(name)
         flipped = (layer.weight_quantizer.codes(layer.weight.flatten(1)) != other.weight_quantizer.codes(other.weight.flatten(1))).sum()

@@ -22,13 +22,13 @@ from anybit.roads.steps import range_candidates
 from anybit.scheme import Precision, Scheme
 from anybit.sources.inputs import as_samples
 
-CALIBRATE = partial(anybit.calibrate, budget=None, steps=20, candidate_steps=5, batch_size=16)
+CALIBRATE = partial(anybit.calibrate, budget=None, steps=10, candidate_steps=5, batch_size=16)
 
 
 def grown(model, x, weight_bits, activation_bits):
     """Train CSQ with planes for the requested bits, towards the float network's outputs."""
     settings = {"planes": weight_bits[0] - 1, "activation_bits": activation_bits[0], "per_channel": True, "gate_rate": 3e-2, "rate": 3e-3}
-    return anybit.grow(model, x, None, distill=1.0, epochs=40, batch_size=16, **settings)
+    return anybit.grow(model, x, None, distill=1.0, epochs=20, batch_size=16, **settings)
 
 
 def trained(model, x, weight_bits, activation_bits):
@@ -41,7 +41,7 @@ def trained(model, x, weight_bits, activation_bits):
 def subnet(model, x, weight_bits, activation_bits):
     """Train MultiQuant at the requested bits and at 8 (6 if those are 8), taught by the float network; return the subnet."""
     bits = {weight_bits[0], activation_bits[0], 8} | ({6} if weight_bits == activation_bits == (8,) else set())
-    settings = {"bits": tuple(sorted(bits)), "label": "teacher", "distill": 1.0, "epochs": 30, "batch_size": 16, "held_out": 0.05}
+    settings = {"bits": tuple(sorted(bits)), "label": "teacher", "distill": 1.0, "epochs": 15, "batch_size": 16, "held_out": 0.05}
     supernet = anybit.train(model, x, **settings)
     precision = Precision(weight_bits[0], activation_bits[0])
     scheme = Scheme({name: of_kind(model.get_submodule(name), precision) for name in supernet.choices})

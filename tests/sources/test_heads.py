@@ -6,7 +6,8 @@ from functools import cache
 import pytest
 import torch
 import transformers
-from language import SMALL, WORDS, folder, inputs, sentences, tokenizer
+from language import SMALL as SIZES
+from language import WORDS, folder, inputs, sentences, tokenizer
 from torch import Tensor, nn
 
 import anybit
@@ -18,6 +19,7 @@ from anybit.sources.huggingface.texts import reader_of
 from anybit.sources.inputs import load_data
 from anybit.sources.models import load_model
 
+SMALL = SIZES | {"num_hidden_layers": 1}
 BERT = {**SMALL, "max_position_embeddings": 40}
 PICTURE = {**SMALL, "vocab_size": None, "image_size": 16, "patch_size": 8}
 DECODER = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "max_target_positions": 16}

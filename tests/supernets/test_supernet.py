@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ HELD = {"epochs": 1, "batch_size": 16, "held_out": 0.3, "bn_images": 32}
 
 def trained(cls=Residual, **changes):
     settings = {"bits": (2, 4, 8), **HELD, **changes}
-    return anybit.train(make(cls), labelled(cls), test=labelled(cls), **settings)
+    return anybit.train(make(cls), labelled(cls), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,14 @@ def stored(tmp_path_factory):
     """A supernet with a kept layer, and its folder."""
     supernet = trained(keep={"conv": Precision(8, 8)})
     return supernet, supernet.save(tmp_path_factory.mktemp("supernet") / "run")
+
+
+@pytest.fixture(scope="module")
+def searched(stored, tmp_path_factory):
+    """A search in that supernet, its folder, and the cache of its scores."""
+    here = tmp_path_factory.mktemp("searched")
+    result = anybit.search(stored[1], labelled(), "3bit", model=make(Residual), evaluations=10, cache=here / "cache")
+    return result, result.save(here / "run"), here / "cache"
 
 
 def random_scheme(supernet, seed=0):
@@ -79,7 +88,7 @@ def test_every_network_trains_and_loads_bitwise(cls, tmp_path):
 @pytest.mark.parametrize("changes", [{"batch_norm": "switch"}, {"per_channel": False}, {"offset_rate": 1e-2}, {"bits": (2, 3)}], ids=str)
 def test_every_form_of_supernet_loads_bitwise(changes, tmp_path):
     """Bitwise, mixed schemes included: with a batch norm for each bit-width every layer keeps its own."""
-    supernet, x = trained(**changes), labelled()[0]
+    supernet, x = trained(**changes, test=labelled()), labelled()[0]
     loaded = anybit.load_supernet(supernet.save(tmp_path / "run"), model=make(Residual, seed=5))
     for scheme in (*uniform_schemes(supernet).values(), random_scheme(supernet)):
         supernet.switch(scheme)
@@ -122,7 +131,7 @@ def test_mixed_subnet_uses_the_batch_norm_of_each_layers_bits():
 
 
 def test_report_covers_every_bit_width_and_the_store():
-    report = trained().report
+    report = trained(test=labelled()).report
     names = ["2 bits", "4 bits", "8 bits"]
     assert all(list(report[key]) == names for key in ("test", "float_store", "subnets")) and list(report["epochs"][0]["widths"]) == names
     assert report["bn_images"] == 32 and report["inputs"] == {"fitting": 42, "held_out": 18}
@@ -130,8 +139,8 @@ def test_report_covers_every_bit_width_and_the_store():
 
 
 def test_training_lowers_the_loss_of_the_lowest_bits():
-    before = trained(epochs=1, rate=1e-9, step_rate=1e-9).report["test"]["2 bits"]["loss"]
-    assert trained(epochs=12, rate=3e-3).report["test"]["2 bits"]["loss"] < before
+    before = trained(epochs=1, rate=1e-9, step_rate=1e-9, test=labelled()).report["test"]["2 bits"]["loss"]
+    assert trained(epochs=12, rate=3e-3, test=labelled()).report["test"]["2 bits"]["loss"] < before
 
 
 def test_resumed_training_is_byte_identical(tmp_path, monkeypatch):
@@ -171,21 +180,23 @@ sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "supernets")!r}]
 import torch
 torch.set_num_threads(1)
 import test_supernet as t
-from networks import NoBatchNorm
-supernet = t.trained(cls=NoBatchNorm, epochs=3, middle="worst", label="adaptive", augment="flip")
+supernet = t.of_several_processes()
 assert len(t.bn_batches(t._samples()[0], t._samples()[1])[0]) == 16  # every process sees all
 import torch.distributed as dist
-if not dist.is_initialized() or dist.get_rank() == 0:
+if dist.get_rank() == 0:
     supernet.save(sys.argv[1])
-if dist.is_initialized():
-    dist.destroy_process_group()
+dist.destroy_process_group()
 """
 
 
+def of_several_processes():
+    return trained(cls=NoBatchNorm, epochs=3, middle="worst", label="adaptive", augment="flip", test=labelled(NoBatchNorm))
+
+
 def test_two_processes_give_the_supernet_of_one(tmp_path):
-    for count in (1, 2):
-        run_processes(count, tmp_path / f"by{count}", tmp_path, WORKER)
-    one, two = (anybit.load_supernet(tmp_path / f"by{count}", model=make(NoBatchNorm)) for count in (1, 2))
+    run_processes(2, tmp_path / "by two", tmp_path, WORKER)
+    of_several_processes().save(tmp_path / "by one")
+    one, two = (anybit.load_supernet(tmp_path / folder, model=make(NoBatchNorm)) for folder in ("by one", "by two"))
     x = labelled()[0]
     for scheme in (one.uniform(2), one.uniform(8), random_scheme(one)):
         one.switch(scheme)
@@ -201,10 +212,10 @@ def test_a_compiled_supernet_is_compiled_once_for_all_its_networks():
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = trained(compile=True, epochs=2)
+    compiled = trained(compile=True, epochs=2, test=labelled())
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]  # the scheme of a step is data, not code
-    plain = trained(epochs=2)
+    plain = trained(epochs=2, test=labelled())
     assert compiled.report["test"]["8 bits"]["loss"] == pytest.approx(plain.report["test"]["8 bits"]["loss"], rel=0.05)
 
 
@@ -297,11 +308,11 @@ def test_polishing_never_moves_a_subnet_away_from_the_float_outputs(stored):
 
 def test_search_stores_the_best_of_each_budget_with_its_statistics(stored, tmp_path):
     _, folder = stored
-    result = anybit.search(folder, labelled(), ["3bit", "5bit"], model=make(Residual), evaluations=30, cache=tmp_path / "cache")
+    result = anybit.search(folder, labelled(), ["3bit", "5bit"], model=make(Residual), evaluations=20, cache=tmp_path / "cache")
     fits = {text: supernet_bits(result, scheme) for text, scheme in result.chosen.items()}
     assert fits["3bit"] <= 3 and fits["5bit"] <= 5
     rows = result.report["evaluated"]
-    assert len(rows) == len({json.dumps(row["scheme"]) for row in rows}) == 30
+    assert len(rows) == len({json.dumps(row["scheme"]) for row in rows}) == 20
     best = max(row["score"] for row in rows if row["cost"] <= 3)
     assert next(r["score"] for r in rows if r["scheme"] == result.chosen["3bit"].to_json()) == best
     assert all(row["measured"] is not None for row in result.report["front"])
@@ -316,7 +327,7 @@ def supernet_bits(result, scheme):
 
 def test_interrupted_search_resumes_without_repetition_to_the_same_end(stored, tmp_path, monkeypatch):
     _, folder = stored
-    options = {"model": make(Residual), "evaluations": 20}
+    options = {"model": make(Residual), "evaluations": 12}
     whole = anybit.search(folder, labelled(), "3bit", cache=tmp_path / "a", **options)
     scores, calls = subnet_scores, []
 
@@ -372,20 +383,17 @@ def test_custom_metric_ranks_subnets_and_names_scores(stored, tmp_path):
     assert plain.report["score"] == "top1" and max(row["score"] for row in plain.report["evaluated"]) > 1
 
 
-def test_scores_of_another_supernet_are_never_reused(stored, tmp_path):
-    _, folder = stored
-    options = {"evaluations": 10, "cache": tmp_path / "cache"}
-    anybit.search(folder, labelled(), model=make(Residual), **options)
+def test_scores_of_another_supernet_are_never_reused(searched, tmp_path):
+    cache = shutil.copytree(searched[2], tmp_path / "cache")
     other = trained(seed=3, keep={"conv": Precision(8, 8)})
-    assert anybit.search(other, labelled(), **options).report["recalled"] == 0
+    assert anybit.search(other, labelled(), evaluations=10, cache=cache).report["recalled"] == 0
 
 
 @pytest.mark.parametrize("change", ["a label", "an input", "an input for batch norm", "an attribute"])
-def test_scores_of_other_data_or_code_are_never_reused(change, stored, tmp_path):
+def test_scores_of_other_data_or_code_are_never_reused(change, stored, searched, tmp_path):
     supernet, folder = stored
     x, y = (tensor.clone() for tensor in labelled())
-    options = {"evaluations": 10, "cache": tmp_path / "cache"}
-    anybit.search(folder, (x, y), model=make(Residual), **options)
+    cache = shutil.copytree(searched[2], tmp_path / "cache")
     fitting, held_out = (part.dataset.indices for part in held_out_split(as_samples((x, y)), supernet.settings))
     model = make(Residual)
     if change == "a label":
@@ -394,7 +402,7 @@ def test_scores_of_other_data_or_code_are_never_reused(change, stored, tmp_path)
         model.block2.scale = 2.0
     else:
         x[held_out[0] if change == "an input" else list(bn_indices(fitting, supernet.settings))[-1]] += 0.5
-    assert anybit.search(folder, (x, y), model=model, **options).report["recalled"] == 0
+    assert anybit.search(folder, (x, y), model=model, evaluations=10, cache=cache).report["recalled"] == 0
 
 
 def bn_indices(fitting, settings):
@@ -478,8 +486,6 @@ def test_distillation_needs_no_labels():
 
 @pytest.mark.parametrize("damage", ["codes", "json", "settings", "surplus", "scale", "missing", "order", "macs", "truncated"])
 def test_damaged_store_is_named(damage, stored, tmp_path):
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     from anybit.files.strict import sha256_of
@@ -521,21 +527,19 @@ ONE_LAYER = '{"evaluated": [{"scheme": {"fc": "W2A8"}, "score": 1.0, "cost": 1.0
 
 
 @pytest.mark.parametrize("damage", ["[]", "{}", ONE_LAYER, '{"evaluated": [{}]}'])
-def test_damaged_search_is_named(damage, stored, tmp_path):
-    result = anybit.search(stored[1], labelled(), "3bit", model=make(Residual), evaluations=10, cache=False)
-    folder = result.save(tmp_path / "run")
+def test_damaged_search_is_named(damage, searched, tmp_path):
+    folder = shutil.copytree(searched[1], tmp_path / "run")
     (folder / "search.json").write_text(damage)
     with pytest.raises(InvalidFile, match=r"search\.json"):
         anybit.extract(folder, "3bit", model=make(Residual))
 
 
-def test_malformed_cached_score_is_measured_again(stored, tmp_path):
-    options = {"model": make(Residual), "evaluations": 10, "cache": tmp_path / "cache"}
-    first = anybit.search(stored[1], labelled(), "3bit", **options)
-    for entry in entries(tmp_path / "cache"):
+def test_malformed_cached_score_is_measured_again(stored, searched, tmp_path):
+    first, cache = searched[0], shutil.copytree(searched[2], tmp_path / "cache")
+    for entry in entries(cache):
         entry.path.write_bytes(_serialized("score", Entry({})))
     with pytest.warns(UserWarning, match="is damaged"):
-        again = anybit.search(stored[1], labelled(), "3bit", **options)
+        again = anybit.search(stored[1], labelled(), "3bit", model=make(Residual), evaluations=10, cache=cache)
     assert again.report["evaluated"] == first.report["evaluated"] and again.report["recalled"] == 0
 
 

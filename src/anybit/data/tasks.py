@@ -180,7 +180,7 @@ class Regression(Task):
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         if outputs.numel() != labels.numel():
             raise InvalidInput(
-                f"Targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}. Give one number for each "
+                f"Labels of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}. Give one number for each "
                 "output, name the --task that they are of, or score them with --metric."
             )
 

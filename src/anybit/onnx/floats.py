@@ -49,6 +49,9 @@ NO_EXPORT = {
 }
 """Functions that no exporter knows -> what to say where an export fails."""
 
+EXPERTS = "_experts_implementation"
+"""The attribute of transformers' configurations that says how experts are multiplied by."""
+
 BIAS = "bias"
 """Key of the metadata of a sum that adds its layer's bias: the name of the call."""
 
@@ -138,7 +141,12 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None, wiring: Wiri
     settings = {"dynamic_shapes": shapes, "opset_version": OPSET, "optimize": False, "verbose": False}
     _forget_recurrent_kernels()
     try:
-        with quiet(), _without_idle_autocast(), torch.no_grad():  # a forward that turns gradients off stays one graph
+        with (
+            quiet(),
+            _without_idle_autocast(),
+            _gathered_experts(plain),
+            torch.no_grad(),
+        ):  # a forward that turns gradients off stays one graph
             program = torch.onnx.export(plain, **passed, dynamo=True, **settings)
     except Exception as error:  # the exporter's own errors are of many kinds
         known = (remedy for kind, remedy in NO_EXPORT.items() if any(op.kind == kind for op in wiring.operations))
@@ -157,6 +165,20 @@ def _forget_recurrent_kernels() -> None:
     """Let the exporter use the kernels that it registers for sequences of any length, not those that PyTorch caches of an earlier call."""
     for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
         operator._dispatch_cache.clear()
+
+
+@contextmanager
+def _gathered_experts(model: nn.Module) -> Iterator[None]:
+    """Let networks of transformers multiply by experts that they gather for each token: a grouped product has no operator in a file."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    grouped = [config for config in configs.values() if getattr(config, EXPERTS, None) == "grouped_mm"]
+    try:
+        for config in grouped:
+            setattr(config, EXPERTS, "batched_mm")
+        yield
+    finally:
+        for config in grouped:
+            setattr(config, EXPERTS, "grouped_mm")
 
 
 @contextmanager

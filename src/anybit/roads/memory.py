@@ -18,7 +18,7 @@ TRAINED = 3
 
 LEAST = 128_000_000
 """Bytes that a run holds beside activations however small the network is: a layer's second moments, samples of inputs, what the C library
-keeps. No limit below it is kept."""
+keeps. A lower limit may not hold."""
 OBSERVED = 2
 """Copies of each tensor that an observing pass holds."""
 
@@ -57,7 +57,7 @@ def check_memory(network: ObservedNetwork, calibration: Calibration, settings: C
     step, (least, instead) = max(needs.items(), key=lambda item: item[1][0])
     if settings.memory < floor and least < floor:
         raise InvalidSetting(
-            f"memory {settings.memory / 1e6:.4g}MB is less than the {_megabytes(floor)} that a run holds however small the network is. "
+            f"memory {settings.memory / 1e6:.4g}MB is less than the {_megabytes(floor)} that a run may hold however small the network is. "
             f"Give at least --memory {_megabytes(floor)}."
         )
     if settings.memory < least:
