@@ -23,7 +23,6 @@ nb_execution_excludepatterns = ["command-line.md", "design.md", "results.md", "n
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_preserve_defaults = True
 
 
 def plain(app, what, name, obj, options, lines):
