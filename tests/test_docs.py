@@ -16,6 +16,9 @@ from typer.testing import CliRunner
 
 import anybit
 from anybit.cli.app import app
+from anybit.roads.settings import CalibrateSettings, GrowSettings
+from anybit.settings import options_of
+from anybit.supernets.settings import SupernetSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -163,6 +166,24 @@ def test_the_calls_of_every_notebook_have_their_keywords(path):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") == "anybit":
             parameters = inspect.signature(getattr(anybit, call.func.attr)).parameters
             assert {keyword.arg for keyword in call.keywords} <= set(parameters), call.func.attr
+
+
+SETTINGS = {"calibrate": CalibrateSettings, "grow": GrowSettings, "train": SupernetSettings}
+
+
+def test_settings_in_the_calls_of_all_pages_have_values_that_are_accepted():
+    checked = 0
+    for path in [ROOT / "README.md", *PAGES]:
+        for text in re.findall(rf"anybit\.(?:{'|'.join(SETTINGS)})\(.*\)$", path.read_text(), re.M):
+            calls = [
+                call for call in ast.walk(ast.parse(text)) if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in SETTINGS
+            ]
+            for name, keyword in ((call.func.attr, keyword) for call in calls for keyword in call.keywords):
+                options, names = options_of(SETTINGS[name]), [node for node in ast.walk(keyword.value) if isinstance(node, ast.Name)]
+                if keyword.arg in options and not names:
+                    options[keyword.arg].checked(ast.literal_eval(keyword.value))
+                    checked += 1
+    assert checked > 10
 
 
 def test_every_option_in_the_how_to_pages_exists():
