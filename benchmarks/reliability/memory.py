@@ -25,6 +25,7 @@ from anybit.data.samples import draw
 from anybit.environment import StageClock
 from anybit.networks.capture import MemoryBudget
 from anybit.progress import listening
+from anybit.roads.memory import LEAST
 from anybit.sources.inputs import load_data
 from anybit.sources.models import load_model
 from anybit.sources.preprocessing import Preprocessing
@@ -113,8 +114,8 @@ def main() -> None:
 
     for name, memory in BUDGETS.items():
         results.measured(name, lambda memory=memory: run(memory))
-    refused = run(10**6)["refused"]
-    least = int(re.search(r"at least --memory (\d+)MB", refused)[1]) * 10**6
+    refused = run(LEAST - 1)["refused"]
+    least = int(re.search(r"at least memory=(\d+)", refused)[1])
     results.measured("the least", lambda: run(least) | {"refused_below": refused})
 
 
