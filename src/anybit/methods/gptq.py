@@ -143,6 +143,7 @@ class _Search:
             scales = self._least_squares(codes, scales, images)
             codes = self._descended(codes, scales, images)
         scales = self._least_squares(codes, scales, images)
+        codes = torch.where(self._alive(), codes, _nearest(target, _spread(scales, target, 1), self.limits))
         errors = []
         for one, its_scale in ((rounded, scale), (codes, scales)):
             residual = target - one * _spread(its_scale, target, 1)
@@ -204,9 +205,7 @@ class _Search:
     def _sweep(self, codes: Tensor, spread: Tensor, images: Tensor) -> Tensor:
         """Put code after code to its best value, codes and images in place; returns which channels have changed."""
         changed = torch.zeros(codes.shape[2], dtype=torch.bool, device=codes.device)
-        variance = self.form.variance()[:, :, None]
-        alive = variance > 1e-12 * variance.amax(1, keepdim=True).clamp_min(1e-30)  # an input that never moves leaves its code open
-        inverse = torch.where(alive, 1 / variance, 0.0)
+        inverse = torch.where(self._alive(), 1 / self.form.variance()[:, :, None], 0.0)
         for block in blocks(codes.shape[1]):
             slope, here = self.form.slopes(images, block), codes[:, block]
             wide = _part(spread, block).expand_as(here)
@@ -223,6 +222,11 @@ class _Search:
             changed |= moves.any(1).any(0)
             images -= self.form.images(moves, block)
         return changed
+
+    def _alive(self) -> Tensor:
+        """Return the inputs that vary, [groups, fan-in, 1]. Others leave their codes open, which are then rounded to nearest."""
+        variance = self.form.variance()[:, :, None]
+        return variance > 1e-12 * variance.amax(1, keepdim=True).clamp_min(1e-30)
 
     def _least_squares(self, codes: Tensor, scale: Tensor, images: Tensor) -> Tensor:
         """Return the best scale of each part of a channel for its codes, one part after the other; one that would be no scale stays.
