@@ -22,6 +22,7 @@ from anybit.errors import AnybitError, InvalidInput, UnsupportedModel
 from anybit.networks.batchnorm import fold, fold_checked, foldable
 from anybit.networks.layer_types import COVERED
 from anybit.networks.layers import coverage, prepare, quantized_layers, unwrapped
+from anybit.networks.plain import plain_weights
 from anybit.networks.rewrites import rewritten
 from anybit.networks.wiring import observe
 from anybit.progress import listening
@@ -337,7 +338,7 @@ def all_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 
 def check_supported_network(drawn, folder) -> None:
-    model, inputs = network_of(drawn), inputs_of(drawn, 4)
+    model, inputs = plain_weights(network_of(drawn)), inputs_of(drawn, 4)
     batch = Batch(inputs)
     expected = all_outputs(network_of(drawn), inputs)
 
@@ -352,16 +353,16 @@ def check_supported_network(drawn, folder) -> None:
 
     pairs = foldable(model, wiring)
     wide = map_tensors(inputs, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-    exact = all_outputs(network_of(drawn).double(), wide)
+    exact = all_outputs(plain_weights(network_of(drawn)).double(), wide)
     norms = fold_checked(model, pairs, batch, outputs_of(model, [batch])).norms
-    for one, other in zip(all_outputs(fold(network_of(drawn).double(), norms)[0], wide), exact, strict=True):
+    for one, other in zip(all_outputs(fold(plain_weights(network_of(drawn)).double(), norms)[0], wide), exact, strict=True):
         assert (one - other).abs().max() <= 2**-52 * 2**20 * exact[-1].abs().max().clamp_min(1)  # a million rounding errors
 
     model = network_of(drawn)
     before = snapshot(model)
     result = anybit.calibrate(model, data_of(drawn, 24), "6bit", pipeline="light", **TINY)
     assert_untouched(model, before)
-    covered, uncovered = coverage(new := rewritten(model, batch), observe(new, batch))
+    covered, uncovered = coverage(new := rewritten(plain_weights(model), batch), observe(new, batch))
     assert set(result.scheme) == set(covered) and dict(result.report["uncovered"]) == uncovered
     loaded = anybit.load(result.save(folder / "run", overwrite=True), model=network_of(drawn))
     assert loaded.scheme == result.scheme
