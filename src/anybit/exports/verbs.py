@@ -122,13 +122,13 @@ def verify(
     cache     as for `export`, whose graph is taken up
     """
     path = Path(onnx)
-    plan([("graph", 3.0), ("kernels and codes", 3.0), ("runtime", 1.0), ("simulation", 1.0)], measured=False)
-    enter("graph")
     canonical, file = opened(run, model)
     integer = load(path)
     inputs = compared(canonical.model, inputs_for(run, file, canonical.model, data, workers), file.outputs or {})
     first = _first(inputs, CHECKED)
     check_metric_on(canonical.model, first_of(inputs, samples).batches(CHECKED), metric)
+    plan([("graph", 3.0), ("kernels and codes", 3.0), ("runtime", 1.0), ("simulation", 1.0)], measured=False)
+    enter("graph")
     properties = integer.metadata_props
     tables, weight_only = properties.get(FUNCTIONS) == "tables", properties.get(LINEARS) == "packed"
     with _graphs(cache) as kept:  # on the inputs of the export, whose graph is then reused
