@@ -28,7 +28,8 @@ def readme_section() -> str:
 def networks_line() -> str:
     """Write how many public networks pass all steps."""
     shares = [f"{name} {share(networks, went_through)}" for name in LIBRARIES if (networks := of_library(name).values())]
-    return f"Public networks that work, from `inspect` to a verified ONNX file, of those run so far: {', '.join(shares)}; [the list](docs/networks.md)."
+    words = "Public networks that work, from `inspect` to a verified ONNX file, of those run so far"
+    return f"{words}: {', '.join(shares)}; [the list](docs/networks.md)."
 
 
 def mixed(budget: str) -> str:
