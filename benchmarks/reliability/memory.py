@@ -1,6 +1,8 @@
-"""Memory of calibrate runs of EfficientNet-lite0 against `--memory`, at three budgets and at the minimum. One JSON entry per run.
+"""Memory of calibrate runs of EfficientNet-lite0 against `--memory`, at three budgets and at the minimum, and of ResNet-20, which needs
+less than any run is allowed. One JSON entry per run.
 
     python -m benchmarks.reliability.memory --images FOLDER --results RESULTS
+    python -m benchmarks.reliability.memory --images cifar10.npz --weights resnet20_cifar10.safetensors --results RESULTS
 
 Each budget has its own process; a thread reads its anonymous resident memory (not backed by files) every 10 ms. Reported are
 the peak of each stage above the memory after loading and folding the network and loading the inputs, the budget, and the bytes
@@ -29,6 +31,7 @@ from anybit.roads.memory import LEAST
 from anybit.sources.inputs import load_data
 from anybit.sources.models import load_model
 from anybit.sources.preprocessing import Preprocessing
+from benchmarks.studies.cifar10 import NETWORK, PREPROCESSING
 from benchmarks.studies.study import ROOT, Entries, parser
 
 BUDGETS = {"2 GiB": 2**31, "1 GiB": 2**30, "512 MiB": 2**29, "256 MiB": 2**28}
@@ -58,8 +61,12 @@ def anonymous() -> int:
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def child(images: str, memory: int) -> dict[str, Any]:
-    """Run once in this process."""
+RESNET20 = {"samples": 512, "pipeline": "light", "weight_bits": (2, 4, 8), "activation_bits": (8,)}
+"""Of the second network: batches of the default size, the default samples."""
+
+
+def child(images: str, weights: str | None, memory: int) -> dict[str, Any]:
+    """Run once in this process: ResNet-20 where there are `weights`, else EfficientNet-lite0."""
     torch.set_num_threads(1)
     watch, spilled = Watch(), []
     timed, allocate = StageClock.stage, MemoryBudget.allocate
@@ -80,17 +87,21 @@ def child(images: str, memory: int) -> dict[str, Any]:
             watch.stage = STEPS.get(fields["step"], watch.stage)
 
     StageClock.stage, MemoryBudget.allocate = stage, counted
-    network = load_model(str(ROOT / "examples/efficientnet_lite0.py") + ":network")
-    inputs = draw(load_data(images, Preprocessing((0.498039,) * 3, (0.501961,) * 3, 224, None, "bicubic")), COMMON["samples"], 0)
+    if weights is None:
+        network, settings = load_model(str(ROOT / "examples/efficientnet_lite0.py") + ":network"), COMMON
+        preprocessing = Preprocessing((0.498039,) * 3, (0.501961,) * 3, 224, None, "bicubic")
+    else:
+        network, settings, preprocessing = load_model(NETWORK, weights), RESNET20, PREPROCESSING
+    inputs = draw(load_data(images, preprocessing), settings["samples"], 0)
     watch.start()
     try:
         with listening(events=on_event):
-            result = anybit.calibrate(network, inputs, None, memory=memory, cache=False, **COMMON)
+            result = anybit.calibrate(network, inputs, None, memory=memory, cache=False, **settings)
     except anybit.AnybitError as error:
         return {"memory": memory, "refused": str(error)}
-    weights = sum(tensor.numel() * 4 for tensor in network.state_dict().values())
+    size = sum(tensor.numel() * 4 for tensor in network.state_dict().values())
     peaks = {name: peak - watch.base for name, peak in watch.peaks.items() if name not in ("start", "observe and fold")}
-    row = {"memory": memory, "base": watch.base, "weights": weights, "peak": max(peaks.values()), "stages": peaks, "spilled": sum(spilled)}
+    row = {"memory": memory, "base": watch.base, "weights": size, "peak": max(peaks.values()), "stages": peaks, "spilled": sum(spilled)}
     return row | {"loss": result.report["ladder"][-1]["loss"], "settings": result.report["settings"]}
 
 
@@ -99,19 +110,24 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--images", required=True)
     options.add_argument("--child", type=int, help="run one budget in this process and print its JSON")
+    options.add_argument("--weights", help="of ResNet-20, which runs instead; --images is its CIFAR-10")
     arguments = options.parse_args()
     if arguments.child is not None:
-        print(json.dumps(child(arguments.images, arguments.child)))
+        print(json.dumps(child(arguments.images, arguments.weights, arguments.child)))
         return
     results = Entries(arguments, "memory")
 
     def run(memory: int) -> dict[str, Any]:
         with tempfile.TemporaryFile("w+") as out:
             command = [sys.executable, "-m", "benchmarks.reliability.memory", "--images", arguments.images, "--child", str(memory)]
+            command += ["--weights", arguments.weights] if arguments.weights else []
             subprocess.run(command, stdout=out, check=True)
             out.seek(0)
             return json.loads(out.read().splitlines()[-1])
 
+    if arguments.weights:
+        results.measured("ResNet-20, the least", lambda: run(LEAST))
+        return
     for name, memory in BUDGETS.items():
         results.measured(name, lambda memory=memory: run(memory))
     refused = run(LEAST - 1)["refused"]

@@ -15,6 +15,7 @@ from anybit.files.strict import (
     LEVELS,
     check_version,
     digest_of,
+    load_tensors,
     parse_json,
     read_header,
     read_json,
@@ -185,6 +186,15 @@ def test_reads_expected_tensors(tmp_path):
     specs, metadata = read_header(tmp_path / "x.safetensors")
     assert specs == {"x": TensorSpec("F32", (4,)), "y": TensorSpec("I8", (2, 3))} and metadata == {"a": "b"}
     assert torch.equal(read_tensors(tmp_path / "x.safetensors", specs)["x"], torch.arange(4.0))
+
+
+@pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu"])
+def test_rejects_float_types_that_no_run_has(name, tmp_path):
+    """PyTorch cannot tell of all of them whether they are finite."""
+    path = tmp_path / "x.safetensors"
+    save_file({"x": torch.ones(4).to(getattr(torch, f"float8_{name}"))}, path)
+    with pytest.raises(InvalidFile, match=r"float8|cannot be read"):
+        load_tensors(path, ["x"])
 
 
 # No pickle: all imports and calls of the package

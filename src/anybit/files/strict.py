@@ -172,6 +172,9 @@ def _seal_of(data: Mapping[str, Any], unguarded: Iterable[str]) -> str:
 
 # Tensors
 
+FLOATS = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
+"""Types of floats in a run's files; PyTorch cannot tell whether others are finite."""
+
 
 def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """Return (name -> type and shape, the metadata) of a safetensors file."""
@@ -198,6 +201,8 @@ def load_tensors(path: Path, names: Iterable[str], framework: Literal["pt", "np"
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise InvalidFile(f"{path} cannot be read: {in_words(error)}. Restore it or make it again.") from error
     for name, tensor in tensors.items():
+        if framework == "pt" and tensor.is_floating_point() and str(tensor.dtype) not in FLOATS:
+            raise InvalidFile(f"{path}: tensor {name} holds {tensor.dtype}, which no run has. Restore it or make it again.")
         if not _finite(tensor):
             raise InvalidFile(f"{path}: tensor {name} holds NaN or infinity. Restore it or make it again.")
     return tensors

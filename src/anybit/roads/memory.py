@@ -16,7 +16,7 @@ TRAINED = 3
 """Copies of each tensor that a forward and backward pass holds at once: the value, its quantized form, a gradient."""
 
 
-LEAST = 128_000_000
+LEAST = 256_000_000
 """Bytes that a run holds beside activations however small the network is: a layer's second moments, samples of inputs, what the C library
 keeps. A lower limit may not hold."""
 OBSERVED = 2
