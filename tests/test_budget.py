@@ -131,6 +131,12 @@ def test_the_allocated_scheme_is_the_best_that_fits(quantity, share, network):
     assert allocation.predicted_loss == pytest.approx(min(map(table.total, fitting)), rel=1e-3)
 
 
+def test_sizes_are_written_to_the_byte():
+    """An error that names the least budget asks for no byte more, and shows in what it differs from the budget that was asked for."""
+    for count in (7_520, 7_552, 40_000, 123_456_789):
+        assert round(Budget.parse(QUANTITIES["bytes"].text(count)).conditions[0].limit) == count
+
+
 @pytest.mark.parametrize("quantity", COSTS, ids=named)
 def test_infeasible_limit_error_names_the_minimum(quantity, network):
     choices = dict.fromkeys(WEIGHTS, PRECISIONS[:3])

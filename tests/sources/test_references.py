@@ -433,3 +433,19 @@ def test_exception_in_a_user_function_is_one_error_that_names_it(tmp_path):
 def test_rejects_crop_larger_than_the_resized_image():
     with pytest.raises(InvalidSetting, match="larger resize="):
         Preprocessing(size=256, resize=224)
+
+
+@pytest.mark.parametrize(
+    ("names", "reference", "remedy"),
+    [
+        (("xt", "yt"), "a.npz", "Call the inputs x and the labels y"),
+        (("xt", "yt"), "a.npz#test", "Call the inputs x and the labels y"),
+        (("x_val", "y_val"), "a.npz", r"Write a\.npz#val for x_val"),
+        (("x_val", "y_val"), "a.npz#test", r"Write a\.npz#val for x_val"),
+    ],
+)
+def test_remedy_for_arrays_of_other_names_works(names, reference, remedy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", **{name: np.zeros((4, 3), np.float32) for name in names})
+    with pytest.raises(InvalidInput, match=remedy):
+        load_data(reference)

@@ -256,5 +256,5 @@ def _why_infeasible(problem: Problem) -> str:
             enough.append(needed)
     if not parts:
         return "No scheme meets all conditions of the budget together, though each alone can be met. Relax one of them."
-    advice = "Allow lower bit-widths (--weight-bits; in grow --prune), keep fewer layers, or raise the budget to"
+    advice = "Allow lower bit-widths (--weight-bits, of 2 or more; in grow --prune), keep fewer layers, or raise the budget to"
     return f"{' '.join(parts)} {advice} {','.join(enough)}."

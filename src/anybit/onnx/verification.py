@@ -96,8 +96,8 @@ def verify_file(path: Path, file: ir.Model, exported: Exported, model: nn.Module
         setting, value = EXACT_SUMS
         here = " This is such a processor, and the setting is used here." if lacks_vnni() else ""
         verdict.advice = (
-            f"On x86 processors without VNNI sums of {some(verdict.saturating)} may saturate, unless a session sets {setting} to {value}; "
-            f"weights of at most 7 bits need no such setting.{here}"
+            f"On x86 processors without VNNI the sums of some layers ({some(verdict.saturating)}) may saturate, unless a session sets "
+            f"{setting} to {value}; weights of at most 7 bits need no such setting.{here}"
         )
     _check_numbers(verdict, path, file, exported, batch)
     if "bitwise" in verdict.numbers and "bitwise" not in verdict.skipped:

@@ -294,13 +294,14 @@ def _print_simulation(verdict: Report) -> None:
     for name, apart in several.items():
         _print_line(f"  output {name}: largest difference {apart['largest_difference']:.4g} (largest {apart['largest_output']:.4g})")
     for kind, scores in verdict.get("accuracy", {}).items():
-        print(f"{kind}: {scores_line(scores)}")
+        print(f"{kind}, on these inputs: {scores_line(scores)}")
 
 
 def _print_outcome(verdict: Report) -> None:
     for failure in verdict["failures"]:
         _print_line(f"FAILED: {failure}")
-    print("verified" if verdict["ok"] else f"not verified: {len(verdict['failures'])} checks failed")
+    failed = len(verdict["failures"])
+    print("verified" if verdict["ok"] else f"not verified: {failed} check{'s' * (failed > 1)} failed")
 
 
 def print_file(report: Mapping[str, Any], details: bool = True) -> None:

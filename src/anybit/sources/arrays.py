@@ -37,7 +37,10 @@ def read_samples(path: Path, subset: str, preprocessing: Preprocessing, workers:
     if not arrays:
         also = f", nor one of the network's inputs ({', '.join(taken)})" if taken else ""
         part = f"_{subset}" if subset else ""
-        raise InvalidInput(f"{path} has no array x{part}{also}; it holds {', '.join(names)}. Write {path.name}#test for x_test.")
+        there = next((name.removeprefix("x_") for name in names if name.startswith("x_") and name != f"x{part}"), None)
+        named = f"Call the inputs x and the labels y, those of {path.name}#test x_test and y_test."
+        remedy = named if there is None else f"Write {path.name}#{there} for x_{there}."
+        raise InvalidInput(f"{path} has no array x{part}{also}; it holds {', '.join(names)}. {remedy}")
     return samples_of_arrays(arrays, y, workers, preprocessing, f"{path}: ")
 
 
