@@ -346,7 +346,7 @@ def test_the_command_line_writes_and_verifies_a_folder(tmp_path, monkeypatch):
     report = anybit_cli("export", "run", "--compressed-tensors", "out")
     assert report.exit_code == 0 and "float32" in report.stdout and "scores" in report.stdout, report.stdout
     shown = anybit_cli("verify", "run", "out")
-    assert shown.exit_code == 0 and shown.stdout.endswith("verified\n") and "exported: top1" in shown.stdout
+    assert shown.exit_code == 0 and shown.stdout.endswith("verified\n") and "exported, on these inputs: top1" in shown.stdout
     packed = json.loads(anybit_cli("export", "run", "--compressed-tensors", "out", "--pack-embeddings", "--overwrite", "--json").stdout)
     assert packed["dense"] == [] and packed["bytes"] == Path("out/model.safetensors").stat().st_size
     assert "not checked here" in anybit_cli("verify", "run", "out").stdout

@@ -534,3 +534,42 @@ def test_float_score_is_that_of_the_given_network():
     result = anybit.calibrate(model, pictures(8), "8bit", test=tests, pipeline="light", solver="none", cache=False)
     expected = anybit.evaluate(model, tests)
     assert {key: result.report["float_test"][key] for key in expected} == expected
+
+
+def unusable(name, x, y):
+    """Return labelled data that cannot be scored."""
+    items = list(zip(x, y, strict=True))
+    return {
+        "an input that is infinite": (torch.where(x > 1, torch.inf, x), y),
+        "labels that are complex": (x, y.to(torch.complex64)),
+        "an empty pair": (x[:0], y[:0]),
+        "a short item": [*items[:3], items[3][:1], *items[4:]],
+        "an item of another kind": [*items[:3], {"x": items[3][0], "label": items[3][1]}, *items[4:]],
+        "lists of different lengths": (list(x), list(y)[:1]),
+    }[name]
+
+
+UNUSABLE = {
+    "an input that is infinite": "NaN or infinity", "labels that are complex": "complex64", "an empty pair": "empty",
+    "a short item": "other parts", "an item of another kind": "other parts", "lists of different lengths": "other parts",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_rejects_unusable_labelled_data_before_the_work(name, monkeypatch):
+    model, x = make(Residual), pictures(24)
+    data = unusable(name, x, torch.arange(24) % 5)
+    with pytest.raises(InvalidInput, match=UNUSABLE[name]):
+        anybit.evaluate(model, data)
+    monkeypatch.setattr("anybit.roads.calibrate.sensitivity_table", lambda *given: pytest.fail("the work began"))
+    with pytest.raises(InvalidInput, match=UNUSABLE[name]):
+        anybit.calibrate(model, x, "6bit", test=data, pipeline="light", cache=False)
+
+
+def huge(outputs, labels):
+    return 10**400
+
+
+def test_rejects_a_metric_beyond_the_range_of_floats():
+    with pytest.raises(InvalidInput, match="The metric huge returned"):
+        anybit.evaluate(make(Residual), (pictures(24), torch.arange(24) % 5), metric=huge)

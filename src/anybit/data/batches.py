@@ -226,7 +226,12 @@ def check_finite(batches: Iterable[Batch]) -> None:
         if batch.mask is not None and not batch.mask.any(1).all():
             sample = int(torch.nonzero(~batch.mask.any(1))[0])
             raise InvalidInput(f"Batch {index} of the data holds a sample that is all padding (sample {sample}). Leave empty texts out.")
-        for tensor in tensors_in(batch.inputs):
-            if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
-                sample = int(torch.nonzero(~torch.isfinite(tensor.reshape(len(tensor), -1)).all(1))[0])
-                raise InvalidInput(f"Batch {index} of the data holds NaN or infinity (sample {sample} of the batch). Clean the inputs.")
+        check_numbers(index, batch)
+
+
+def check_numbers(index: int, batch: Batch) -> None:
+    """Raise InvalidInput if an input of the batch, which is number `index`, contains NaN or infinity."""
+    for tensor in tensors_in(batch.inputs):
+        if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
+            sample = int(torch.nonzero(~torch.isfinite(tensor.reshape(len(tensor), -1)).all(1))[0])
+            raise InvalidInput(f"Batch {index} of the data holds NaN or infinity (sample {sample} of the batch). Clean the inputs.")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybit.data.batches import IGNORED, Batch, Reader, evaluating, predict
+from anybit.data.batches import IGNORED, Batch, Reader, check_numbers, evaluating, predict
 from anybit.data.distances import (
     BINARY_DIVERGENCE,
     CHANNEL_DIVERGENCE,
@@ -91,7 +91,7 @@ class Classification(Task):
     name, distance, counted, of_one_class = "classification", DIVERGENCE, "top1", True
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
-        if labels.dim() != 1 or labels.is_floating_point():
+        if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
             raise InvalidInput(
                 f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}. Name the --task "
                 "that they are of (segmentation, multi-label, regression), or score them with --metric."
@@ -572,7 +572,7 @@ def measure(metric: Metric, outputs: Tensor | tuple[Tensor, ...], labels: Tensor
         ) from error
     try:
         number = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         returned = _described(value) if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise InvalidInput(
             f"The metric {name} returned {returned}, which is not one number. Let it return one, higher being better."
@@ -621,7 +621,8 @@ class LabelledOutputs:
         readers: list[Reader | None] = []
 
         def watched() -> Iterable[Batch]:
-            for batch in batches:
+            for index, batch in enumerate(batches):
+                check_numbers(index, batch)
                 if batch.labels is None:
                     raise InvalidInput("Evaluation needs labels, and this data has none. Give a labelled set to --data or --test.")
                 labels.append(batch.labels)

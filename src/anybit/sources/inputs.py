@@ -103,6 +103,8 @@ def _as_samples(data: Any, workers: int, model: nn.Module | None, most: int | No
         return samples_of_arrays({"x": array_of(data)}, None, workers)
     columns = data if isinstance(data, Mapping) else dict(enumerate(data)) if isinstance(data, tuple) and len(data) > 1 else {}
     if columns and all(map(_is_array, columns.values())):
+        if any(len(array) == 0 for array in columns.values() if array.ndim):
+            raise InvalidInput("The data set is empty.")
         kind = dict if isinstance(data, Mapping) else tuple
         return _samples_of_arrays({str(name): array_of(array) for name, array in columns.items()}, kind, workers, model)
     if _is_indexed(data):

@@ -46,7 +46,17 @@ class Form:
     note: str = field(default="", compare=False)
 
     def __call__(self, item: Any) -> tuple[Any, Any]:
-        """Return (inputs, label or None)."""
+        """Return (inputs, label or None). Raise InvalidInput where the item lacks a part that others have."""
+        try:
+            return self._split(item)
+        except (IndexError, KeyError) as error:
+            kind = type(item).__name__
+            held = ", ".join(map(str, item)) if isinstance(item, Mapping) else len(item) if isinstance(item, (tuple, list)) else 1
+            raise InvalidInput(
+                f"An item of the data, a {kind} of {held}, has other parts than the first item. Give all the same."
+            ) from error
+
+    def _split(self, item: Any) -> tuple[Any, Any]:
         label = None if self.label is None else _as_label(item[self.label])
         if self.inputs is None:
             return _value(item), label
