@@ -75,7 +75,7 @@ def test_outputs_stay_and_every_matrix_is_a_layer(layer):
     matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
     layers = {f"weight_{name}" for name, module in held.named_modules() if isinstance(module, RecurrentWeight)}
     assert layers == matrices and plain_weights(held) is held and isinstance(held, type(model))
-    for one in (held, copy.deepcopy(held), pickle.loads(pickle.dumps(held))):
+    for one in (held, copy.deepcopy(held), pickle.loads(pickle.dumps(held))):  # as in multiprocessing
         for ours, theirs in zip(one(x)[1], model(x)[1], strict=True):
             assert torch.equal(ours, theirs)
     with torch.no_grad():

@@ -36,7 +36,7 @@ def layers_of(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the stages of a calibration depend on. `rows`: measurements of sensitivity; `forward`: seconds of a sample's forward pass."""
+    """Hold the sizes that the length of a calibration's stages depends on. `rows`: measurements of sensitivity; `forward`: seconds of a sample's forward pass."""
 
     settings: CalibrateSettings
     fitting: int
