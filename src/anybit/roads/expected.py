@@ -36,7 +36,7 @@ def layers_of(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Hold the sizes that the length of a calibration's stages depends on. `rows`: measurements of sensitivity; `forward`: seconds of a sample's forward pass."""
+    """Sizes that the length of each stage follows. `rows`: measurements of sensitivity; `forward`: seconds of a sample's forward pass."""
 
     settings: CalibrateSettings
     fitting: int
