@@ -32,7 +32,7 @@ def failed(cases) -> list:
 
 
 def test_mutated_file_raises_a_typed_error_or_loads_its_contents(tmp_path):
-    cases = hostile_files.run_cases(tmp_path, range(170), seed=20)
+    cases = hostile_files.run_cases(tmp_path, range(260), seed=20)
     assert failed(cases) == []
     errors = {kind: sum(case.outcome == "error" for case in cases if case.kind == kind) for kind in hostile_files.KINDS}
     assert all(count > 0 for kind, count in errors.items() if kind != "kept result"), errors
@@ -332,7 +332,7 @@ def test_no_verb_executes_code_named_by_a_foreign_folder(exported_run, tmp_path,
         ["extract", supernet_run, "--scheme", run, "--output", "out"],
     ):
         done = anybit_cli(*arguments)
-        assert done.exit_code == 2 and done.stderr.count("anybit: ") == 1, (arguments, done.stderr, done.exception)
+        assert done.exit_code == 2 and done.stderr.count("\n") == 1, (arguments, done.stderr, done.exception)
         assert not (tmp_path / "executed").exists(), arguments
     for arguments in (
         ["report", run, supernet_run, "--output", "page.html"],

@@ -417,7 +417,13 @@ WITH_NAN[17, 0, 0, 0] = float("nan")
 BAD = {
     "nan weight": (lambda: broken("block1.conv2.weight", float("nan")), pictures(24), {}, UnsupportedModel, r"block1\.conv2\.weight"),
     "infinite bias": (lambda: broken("fc.bias", float("inf")), pictures(24), {}, UnsupportedModel, r"fc\.bias"),
-    "too large a weight": (lambda: broken("bn.weight", 3e38), pictures(24) * 1e4, {}, UnsupportedModel, r"^conv: the weight.*keep="),
+    "too large a weight": (
+        lambda: broken("bn.weight", 3e38),
+        pictures(24) * 1e4,
+        {},
+        UnsupportedModel,
+        r"^conv: the weight.*keep=\{'conv': 'float'\}",
+    ),
     "infinite activation": (lambda: broken("bn.weight", 1e33), pictures(24) * 1e8, {}, AnybitError, r"block1|layer conv"),
     "nan output": (lambda: make(DividesByZero), pictures(24), {"weight_bits": (8,), "activation_bits": (8,)}, AnybitError, "output"),
     "nan input": (lambda: make(Chain), WITH_NAN, {}, InvalidInput, "NaN or infinity"),
