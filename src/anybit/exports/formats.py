@@ -1,4 +1,4 @@
-"""The export formats: one row per format, read without importing its writer."""
+"""The export formats, one row per format, read without importing its writer."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
