@@ -35,7 +35,7 @@ def test_mutated_file_raises_a_typed_error_or_loads_its_contents(tmp_path):
     cases = hostile_files.run_cases(tmp_path, range(260), seed=20)
     assert failed(cases) == []
     errors = {kind: sum(case.outcome == "error" for case in cases if case.kind == kind) for kind in hostile_files.KINDS}
-    assert all(count > 0 for kind, count in errors.items() if kind != "kept result"), errors
+    assert all(count > 0 for kind, count in errors.items() if kind != "stored result"), errors
     assert {case.outcome for case in cases if not case.remade} <= {"same", "error", "edited"}
 
 

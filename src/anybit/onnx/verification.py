@@ -2,14 +2,12 @@
 reference does.
 
     the run's       every constant and operator of the file equals the run's export
-        fused           every layer that computes on integers has an integer kernel in the graph that the runtime optimizes
-        bitwise         the runtime's codes and outputs equal those of the integer interpreter, if no float operator lies between
-        one code        ... else operator by operator, each on the runtime's own codes: integer ones bit for bit, and rounded results of a
-        float
-                        operator within one code
-        the simulation  operator by operator, each on the simulation's codes: the file's are within one code, as explained by sums in
-        another
-                        order and integer biases
+    fused           every layer that computes on integers has an integer kernel in the graph that the runtime optimizes
+    bitwise         the runtime's codes and outputs equal those of the integer interpreter, if no float operator lies between
+    one code        ... else operator by operator, each on the runtime's own codes: integer ones bit for bit, and rounded results of a float
+                    operator within one code
+    the simulation  operator by operator, each on the simulation's codes: the file's are within one code, as explained by sums in another
+                    order and integer biases
 
 A check that this machine cannot make is skipped by name, never silently.
 """
