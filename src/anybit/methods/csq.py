@@ -46,9 +46,9 @@ from torch import Tensor, nn
 
 from anybit.allocation.program import allocate, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget, check_counts_weights
+from anybit.budget import Budget, bits_above, check_counts_weights, check_within
 from anybit.data.batches import Batch
-from anybit.errors import InvalidFile, InvalidSetting
+from anybit.errors import InvalidFile
 from anybit.files.strict import validated
 from anybit.methods.settings import CSQSettings
 from anybit.networks.cost import CostModel
@@ -279,15 +279,9 @@ class CSQ:
     @staticmethod
     def check_budget(budget: Budget, network: ObservedNetwork) -> None:
         """Raise InvalidSetting where the budget counts something else than weights, or more than all planes need."""
-        largest = Scheme({name: options[-1] for name, options in network.choices.items()})
         check_counts_weights(budget)
-        for quantity, limit in budget.costs():
-            most = quantity.total(network.costs, largest)
-            if limit > most:
-                raise InvalidSetting(
-                    f"A budget of {limit:g} {quantity.name} is above what all planes need, {most:g}. "
-                    "Lower the budget, or start with more planes."
-                )
+        largest = Scheme({name: options[-1] for name, options in network.choices.items()})
+        check_within(budget, network.costs, largest, "all planes need", "start with more planes")
 
     @classmethod
     def attach(cls, model: nn.Module, network: ObservedNetwork, budget: Budget | None, settings: CSQSettings) -> "CSQ":
@@ -363,13 +357,8 @@ class CSQ:
         return self._excess(self.scheme())
 
     def _excess(self, scheme: Scheme) -> float:
-        total = sum(self.costs.layers[name].weights for name in self.choices)
-        over = []
         assert self.budget is not None  # without a budget there is no excess
-        for cost, limit in self.budget.costs():
-            bits = cost.scale(self.costs) * cost.stored_bits  # of the file, in one unit of the limit
-            over.append((cost.total(self.costs, scheme) * bits - limit * bits) / total)
-        return max(over)
+        return bits_above(self.budget, self.costs, scheme)
 
     def scheme(self) -> Scheme:
         """The precisions as the planes stand now."""
