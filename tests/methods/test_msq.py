@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import json
 
 import pytest
 import torch
@@ -221,10 +222,10 @@ def test_a_gradient_counts_once():
     assert all(squares.any() for squares in once.values())
 
 
-def test_interrupted_training_ends_with_the_same_tensors(tmp_path, monkeypatch):
+def test_interrupted_training_ends_with_the_same_bytes(tmp_path, monkeypatch):
     labelled = (pictures(16), torch.arange(16) % 5)
     run = {"method": "msq", "epochs": 3, "batch_size": 8, "drops": 4, "dropping": 0.8}
-    whole = anybit.grow(make(Residual), labelled, "3bit", **run).model.state_dict()
+    whole = anybit.grow(make(Residual), labelled, "3bit", **run).save(tmp_path / "whole")
     checkpoint = tmp_path / "checkpoint"
     from anybit.loops.checkpoint import save_checkpoint
 
@@ -238,8 +239,11 @@ def test_interrupted_training_ends_with_the_same_tensors(tmp_path, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 anybit.grow(make(Residual), labelled, "3bit", checkpoint=checkpoint, **run)
     resumed = anybit.grow(make(Residual), labelled, "3bit", checkpoint=checkpoint, **run)
-    assert len(resumed.report["epochs"]) == 3
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.model.state_dict().items())
+    assert [one["epoch"] for one in resumed.report["epochs"]] == [1, 2, 3]
+    folder = resumed.save(tmp_path / "resumed")
+    for name in ("model.safetensors", "scheme.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert resumed.report["epochs"] == json.loads((whole / "report.json").read_text())["epochs"]
 
 
 @pytest.mark.parametrize("bad", [{"bits": {"fc": 9}}, {"rounds": 99}, {"bits": {}}, {"steps": "many"}])
