@@ -5,10 +5,10 @@
     L  = L_task + lambda * sum over weights of |B|                the pull; straight through the rounding its gradient is the sign of B
     cost(n -> m) = sum over rows of F [ |W - W~_m|^2 - |W - W~_n|^2 ]      F = mean squared gradient of a row, the Hessian's stand-in
 
-Training starts with `start_bits` everywhere. Over its first part (`dropping`) a limit falls from the size of that scheme to the budget, in
+Training starts with `start_bits` everywhere. Over its first part (`dropping`) a limit falls from that scheme's size to the budget, in
 `drops` rounds. In each, layers lose the bits that cost least among all that bring the scheme below the limit: one integer program, which
-may take several bits of a layer at once. Then the scheme is fixed, and the rest of the run trains weights and steps at it, as LSQ does: what
-for CSQ is a second run (`--scheme RUN`) is the second part of this one.
+may take several bits of a layer at once. Then the scheme is fixed, and the rest of the run trains weights and steps at it, as LSQ does:
+what for CSQ is a second run (`--scheme RUN`) is the second part of this one.
 
 Source: Han, Yoon, Kim, Wang, Jeon, Yang, Ko, "MSQ: Memory-Efficient Bit Sparsification Quantization", ICCV 2025 (arXiv 2507.22349);
 from its abstract and notes on it, not from the text or code. Published, second-hand and not reproduced here: ResNet-20 on CIFAR-10 92.15 at
@@ -201,7 +201,9 @@ class MSQ:
         scheme, limit = self.scheme(), self._limit(budget, reached)
         if bits_above(limit, self.costs, scheme) <= 0:
             return []
-        left = {name: [p for p in options if p.stored_weight_bits <= scheme[name].stored_weight_bits] for name, options in self.choices.items()}
+        left = {
+            name: [p for p in options if p.stored_weight_bits <= scheme[name].stored_weight_bits] for name, options in self.choices.items()
+        }
         problem = make_problem(left, SensitivityTable(self._added_losses(left), FLOAT, 0), self.costs, limit)
         allocation = allocate(problem, name="least added error of dropped bits")
         self.certificate = allocation.certificate()
@@ -289,7 +291,7 @@ class MSQ:
     def restore(self, decisions: Mapping[str, Any]) -> None:
         """Restore `decisions`; raise InvalidFile if they are not of this network."""
         known, slots = validated(Decisions, decisions, "the decisions"), self.slots
-        for name, slot in slots.items():
+        for name in slots:
             if known.bits.get(name) not in {precision.weight_bits for precision in self.choices[name]}:
                 raise InvalidFile(f"{known.bits.get(name)} bits of {name} are none that it may have")
         if set(known.bits) != set(slots) or not 0 <= known.rounds <= self.settings.drops:
