@@ -28,8 +28,8 @@ DAC 2023 (arXiv 2212.02770). Its equations are from the abstract and the authors
     +-c give it, a number that goes to 1 as beta grows.
   * It starts at signed digits, which m_p and m_n allow: 3 is 4 - 1. Closing low planes therefore rounds to the nearest, where it truncates
     towards zero with binary digits (the release). And from an even code one gate leads to either neighbour, whereas with binary digits 1
-    and 2 differ in two gates, which have to move in opposite directions while the gradient pushes both the same way. Only crossing odd codes
-    still needs that.
+    and 2 differ in two gates, which have to move in opposite directions while the gradient pushes both the same way. Only crossing odd
+    codes still needs that.
   * The second phase starts as the first did: from the current weights, with new logits in the best range of the planes that stay, so that
     values between the codes of fewer planes are undecided and trained again; beta is at 1. `phase="rewind"` is the paper's form, which
     only resets beta; `phase="continue"` has no second phase.
@@ -47,9 +47,9 @@ from torch import Tensor, nn
 
 from anybit.allocation.program import allocate, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget, check_counts_weights
+from anybit.budget import Budget, bits_above, check_counts_weights, check_within
 from anybit.data.batches import Batch
-from anybit.errors import InvalidFile, InvalidSetting
+from anybit.errors import InvalidFile
 from anybit.files.strict import validated
 from anybit.methods.settings import CSQSettings
 from anybit.networks.cost import CostModel
@@ -280,15 +280,9 @@ class CSQ:
     @staticmethod
     def check_budget(budget: Budget, network: ObservedNetwork) -> None:
         """Raise InvalidSetting if the budget limits anything but weights, or exceeds the cost of all planes."""
-        largest = Scheme({name: options[-1] for name, options in network.choices.items()})
         check_counts_weights(budget)
-        for quantity, limit in budget.costs():
-            most = quantity.total(network.costs, largest)
-            if limit > most:
-                raise InvalidSetting(
-                    f"A budget of {limit:g} {quantity.name} exceeds what all planes need, {most:g}. "
-                    "Lower the budget, or start with more planes."
-                )
+        largest = Scheme({name: options[-1] for name, options in network.choices.items()})
+        check_within(budget, network.costs, largest, "all planes need", "start with more planes")
 
     @classmethod
     def attach(cls, model: nn.Module, network: ObservedNetwork, budget: Budget | None, settings: CSQSettings) -> "CSQ":
@@ -364,13 +358,8 @@ class CSQ:
         return self._excess(self.scheme())
 
     def _excess(self, scheme: Scheme) -> float:
-        total = sum(self.costs.layers[name].weights for name in self.choices)
-        over = []
         assert self.budget is not None  # without a budget there is no excess
-        for cost, limit in self.budget.costs():
-            bits = cost.scale(self.costs) * cost.stored_bits  # of the file, in one unit of the limit
-            over.append((cost.total(self.costs, scheme) * bits - limit * bits) / total)
-        return max(over)
+        return bits_above(self.budget, self.costs, scheme)
 
     def scheme(self) -> Scheme:
         """Return the precisions of the current planes."""

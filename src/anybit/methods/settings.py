@@ -71,6 +71,21 @@ class CSQSettings(Settings):
 
 @documented
 @dataclass(frozen=True)
+class MSQSettings(Settings):
+    """Settings of MSQ; `methods/msq.py` explains them. Rates are named as those of CSQ."""
+
+    common: ClassVar[Mapping[str, Any]] = {"rare": True}
+
+    start_bits: int = option(6, "msq: bits of every weight at the start.", least=2, most=8)
+    dropping: float = option(0.5, "msq: share of the run over which bits are dropped.", above=0, most=1)
+    drops: int = option(20, "msq: rounds in which bits are dropped.", least=1, most=10**6)
+    pull: float = option(5e-5, "msq: weight of the pull on each weight's last bit while bits are dropped; 0: none.", least=0)
+    scale_rate: float = option(RATE, "Learning rate of the logarithms of scales.", above=0, most=FASTEST, command_line=False)
+    rate: float = option(RATE, "Learning rate of weights and all other parameters.", above=0, most=FASTEST)
+
+
+@documented
+@dataclass(frozen=True)
 class LSQSettings(Settings):
     """Settings of LSQ, with the names of CSQ's."""
 

@@ -23,6 +23,7 @@ SOLVERS: Mapping[str, str | None] = {
 
 GROW_METHODS: Mapping[str, str] = {
     "csq": "anybit.methods.csq:CSQ",
+    "msq": "anybit.methods.msq:MSQ",
     "lsq": "anybit.methods.lsq:LSQ",
 }
 """The methods of `grow --method`; the first that fits is the default."""

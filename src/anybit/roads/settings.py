@@ -9,7 +9,7 @@ from anybit.calls import BYTES
 from anybit.data.options import OUTPUTS, TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
-from anybit.methods.settings import CSQSettings, LSQSettings
+from anybit.methods.settings import CSQSettings, LSQSettings, MSQSettings
 from anybit.methods.table import GROW_METHODS, ROUNDINGS, SOLVERS
 from anybit.scheme import BITS, FLOAT, KEEP, PRECISION, Precision
 from anybit.settings import NAMES, Settings, Text, documented, option, same_as
@@ -146,11 +146,12 @@ class GrowSettings(Settings):
         8, "Bits of every layer's input, 2..8, or `float` (in Python None).", least=2, most=8, text=ONE_WIDTH, panel="Budget"
     )
     keep: Mapping[str, Precision] = same_as(CalibrateSettings, "keep")
-    method: str | None = option(None, "csq grows a scheme, lsq trains one (default: lsq with --scheme).", choices=tuple(GROW_METHODS))
+    method: str | None = option(None, "csq and msq grow a scheme, lsq trains one (default: csq or lsq).", choices=tuple(GROW_METHODS))
     from_scratch: bool = option(False, "Start from new weights; use with --fix 0.6 --gate-rate 0.03.", switch=True, rare=True)
     task: str | None = same_as(CalibrateSettings, "task", rare=True)
     outputs: Mapping[str, float] = same_as(CalibrateSettings, "outputs", rare=True)
     csq: CSQSettings = field(default_factory=CSQSettings)
+    msq: MSQSettings = field(default_factory=MSQSettings)
     lsq: LSQSettings = field(default_factory=LSQSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
 
