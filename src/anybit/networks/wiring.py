@@ -217,9 +217,10 @@ class Wiring:
         readers = self.readers(value)
         return readers[0] if len(readers) == 1 and value not in self._given_out else None
 
-    def layers_behind(self, places: Sequence[int] | None = None) -> set[str]:
-        """Return the layers that the outputs at `places`, all where None, are computed from."""
+    def layers_behind(self, places: Sequence[int] | None = None, escaped: bool = False) -> set[str]:
+        """Return the layers that the outputs at `places`, all where None, are computed from; and the `escaped` values, where asked for."""
         reached = {value for place, value in enumerate(self.outputs) if places is None or place in places}
+        reached |= self.escaped if escaped else set()
         behind = set()
         for op in reversed(self.operations):
             if reached & set(op.outputs):
