@@ -11,6 +11,7 @@ the record in a run's report and the reading of that record. Imports no torch: `
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import operator
@@ -375,6 +376,7 @@ class Settings:
             raise InvalidFile(f"{where}: {' '.join(str(error).split())[:300]} Restore it or make it again.") from error
 
 
+@functools.cache
 def _own(kind: "type[Settings]") -> dict[str, Option]:
     """name -> option, of a class's own fields."""
     return {one.name: described(one.name, one.type, one, **kind.common) for one in dataclasses.fields(kind) if not _is_settings(one.type)}
