@@ -330,6 +330,23 @@ def check_counts_weights(budget: Budget) -> None:
             raise InvalidSetting(f"grow counts weights: give a budget of bits or bytes, not {quantity.name} ({budget}).")
 
 
+def bits_above(budget: Budget, costs: Costs, scheme: Precisions) -> float:
+    """Return the stored bits a weight by which a scheme exceeds a budget of weights; below zero, what it has in hand."""
+    over = []
+    for cost, limit in budget.costs():
+        bits = cost.scale(costs) * cost.stored_bits  # of the file, in one unit of the limit
+        over.append((cost.total(costs, scheme) - limit) * bits / _weights(costs))
+    return max(over)
+
+
+def check_within(budget: Budget, costs: Costs, largest: Precisions, whose: str, remedy: str) -> None:
+    """Raise InvalidSetting where a limit is above what the largest scheme needs; `whose` and `remedy` say so in the method's words."""
+    for quantity, limit in budget.costs():
+        most = quantity.total(costs, largest)
+        if limit > most:
+            raise InvalidSetting(f"A budget of {limit:g} {quantity.name} is above what {whose}, {most:g}. Lower the budget, or {remedy}.")
+
+
 def check_is_counted(budget: Budget) -> None:
     """Raise InvalidSetting where the budget limits a loss, which is measured."""
     loss = budget.loss()

@@ -18,8 +18,8 @@ MAPPINGS = ("keep", "outputs")
 SWITCHES = ("overwrite", "polish", "tables", "weight_only", "half", "prune", "from_scratch", "tune_scales", "pack_embeddings")
 PREPROCESSING = ("mean", "std", "size", "resize", "interpolation", "classes", "columns", "length", "stride")
 """Keywords of Preprocessing, which functions take as a whole."""
-ALWAYS_VALUED = ("device",)
-WORDS = ("random", "light", "csq", "lsq")
+ALWAYS_VALUED = ("device", "method")
+WORDS = ("random", "light")
 """Values that look like words of a sentence."""
 
 _FLAG = re.compile(r"(?<![\w-])--([a-z][a-z-]*[a-z])(?: ('(?:[^'\\]|\\.)*'|[\w./:,%=*\[\]{}<>-]*[\w%*\]])(?!\w))?")

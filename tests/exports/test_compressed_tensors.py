@@ -240,7 +240,7 @@ def test_existing_path_is_not_replaced(bert, tmp_path):
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     with pytest.raises(InvalidSetting, match="--overwrite"):
         export_folder(run, out, model=model)
-    with pytest.raises(InvalidSetting, match="is no folder that anybit exported"):
+    with pytest.raises(InvalidSetting, match="is not a folder that anybit exported"):
         export_folder(run, run, model=model, overwrite=True)
     for _ in range(4):
         export_folder(run, out, model=model, overwrite=True)
@@ -295,7 +295,7 @@ def test_verify_names_extra_files_that_transformers_may_read(name, copied):
 
 def test_rejects_folder_of_another_kind(bert, tmp_path):
     run, model, data, _ = bert
-    with pytest.raises(InvalidFile, match="is no folder that anybit exported"):
+    with pytest.raises(InvalidFile, match="is not a folder that anybit exported"):
         verify_folder(run, folder("bert", tmp_path / "net"), model=model, data=data)
 
 
@@ -328,7 +328,7 @@ def test_rejects_network_outside_transformers_and_leaves_nothing(tmp_path):
     model = Residual().eval()
     data = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     run = anybit.calibrate(model, data, "4bit", samples=16, batch_size=8, pipeline="light", cache=False).save(tmp_path / "run")
-    with pytest.raises(UnsupportedModel, match=r"Residual is no network of transformers.*--onnx"):
+    with pytest.raises(UnsupportedModel, match=r"Residual is not a network of transformers.*--onnx"):
         export_folder(run, tmp_path / "out", model=model)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 

@@ -289,7 +289,7 @@ def test_report_names_the_source_of_batch_norm_statistics(stored, tmp_path):
     near = anybit.extract(folder, scheme=tmp_path / "scheme.json", model=make(Residual))
     assert "nearest" in near.report["statistics"] and near.scheme == mixed
     own = anybit.extract(folder, scheme=mixed, data=labelled(), model=make(Residual))
-    assert own.report["statistics"] == "estimated anew on 32 inputs"
+    assert own.report["statistics"] == "estimated on 32 inputs"
     again = anybit.extract(folder, scheme=anybit.extract(folder, "3bit", model=make(Residual)).save(tmp_path / "run"), model=make(Residual))
     assert again.scheme == supernet.uniform(2)
 

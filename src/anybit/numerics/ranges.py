@@ -19,10 +19,10 @@ ESTIMATORS = ("minmax", "percentile", "mse")
 SMALLEST_RELATIVE_SCALE = 2.0**-12
 
 CACHED = 2**16
-"""Numbers that a search looks at together: so many stay in the processor's cache from one scale to the next."""
+"""Numbers that a search processes together, chosen to fit the processor's cache."""
 
 LARGEST = torch.finfo(torch.float32).max / 2**16
-"""Of what is quantized: a scale is some share of the largest value, and the multiples of a scale by 8-bit codes must be finite too."""
+"""Largest value to quantize: a scale is a share of the largest value, and its multiples by 8-bit codes must be finite."""
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def weight_scale(rows: Tensor, bits: int, estimator: str = "mse", candidates: in
     """Return the symmetric scale of each row of `rows` [channels, fan-in], as [channels, 1].
 
     "minmax" maps the largest magnitude to quant_max; "mse" searches shrunken ranges for the least squared error of each row;
-    "percentile" maps the 99.9th percentile of the magnitudes to quant_max. With `symmetric` the lowest code is not used.
+    "percentile" maps the 99.9th percentile of the magnitudes to quant_max. With `symmetric`, the lowest code is unused.
     """
     _check_estimator(estimator)
     quant_min, quant_max = quant_limits(bits, signed=True)
@@ -74,9 +74,9 @@ def activation_range(sample: Tensor, bits: int, estimator: str = "mse", candidat
 
 @torch.no_grad()
 def range_ends(sample: Tensor, bits: int, estimator: str = "mse", candidates: int = 100) -> tuple[Tensor, Tensor]:
-    """Return (low, high), 0-d, of the range whose codes represent a flat `sample` of one tensor's values.
+    """Return (low, high), 0-d, of the range for a flat `sample` of one tensor's values.
 
-    Zero is always representable exactly (padding is zero). "mse" shrinks the two ends in turn towards least squared error.
+    Zero is always exactly representable (padding is zero). "mse" shrinks the two ends in turn towards least squared error.
     """
     _check_estimator(estimator)
     low, high = torch.clamp(sample.min(), max=0.0), torch.clamp(sample.max(), min=0.0)
@@ -126,7 +126,7 @@ def _squared_errors(sample: Tensor, bits: int) -> Callable[[Tensor, Tensor], Ten
 
 
 def affine_from_ends(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return (scale, zero_point) whose codes 0 .. 2^bits - 1 cover [low, high], zero included exactly."""
+    """Return (scale, zero_point), 0-d, whose codes 0 .. 2^bits - 1 cover [low, high], with zero exactly."""
     quant_max = 2**bits - 1
     scale = (high - low) / quant_max
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -114,7 +114,7 @@ def _print_epochs(epochs: Sequence[Report]) -> None:
     ]
     columns = ["epoch", "loss", *(f"{kind} {key}" for kind, key in kinds), "bits", *(key.replace("_", " ") for key in gates)]
     print_table("Epochs", columns, rows)
-    if "undecided" in epochs[-1]:
+    if "above_budget" in epochs[-1]:
         layers = [[name, " ".join(str(row["layers"][name]) for row in epochs)] for name in epochs[-1]["layers"]]
         print_table("Bits of each layer, epoch by epoch", ["layer", "bits"], layers)
 

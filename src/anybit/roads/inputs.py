@@ -46,7 +46,7 @@ def follow_model(
         model = load_model(model, provenance["model"]["weights"], task)
     elif weights is not None:
         raise InvalidSetting(
-            f"The weights {weights} are for a model given by reference, and a network was given. Load them into it yourself."
+            f"The weights {weights} are for a model given by reference, but a network was given. Load them into it yourself."
         )
     model = adapted_network(model)
     check_network(model)
@@ -64,11 +64,11 @@ def read_alike(tests: Samples | None, samples: Samples) -> Samples | None:
 
 
 def unread_in_words(network: ObservedNetwork) -> str:
-    """Write a note on layers that no compared output reads; empty if there are none."""
+    """Write a note on layers on which no compared output depends; empty if there are none."""
     if not network.unread:
         return ""
     names = ", ".join(network.unread)
-    return f"no compared output reads {names}, so that a budget gives them the fewest bits. Change that with --outputs or --keep"
+    return f"no compared output depends on {names}, so that a budget gives them the fewest bits. Change that with --outputs or --keep"
 
 
 def notes_on(network: ObservedNetwork) -> list[str]:
@@ -84,8 +84,8 @@ def notes_of(provenance: Mapping[str, Any], network: ObservedNetwork) -> dict[st
 
 
 def labels_fit(outputs: Tensor, labels: Tensor, task: Task, needed: bool) -> bool:
-    """Return whether the labels fit the task. If not, raise InvalidInput if they are `needed`, or class numbers that the network lacks,
-    which is a mistake in any case; otherwise leave a note."""
+    """Return whether the labels fit the task. If not, raise InvalidInput if they are `needed`, or if they are class numbers that the
+    network lacks, which is always a mistake; otherwise leave a note."""
     try:
         task.check(outputs, labels)
     except InvalidInput as error:
@@ -104,7 +104,7 @@ def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
 
 
 def checked_tests(samples: Samples, model: nn.Module) -> Samples:
-    """Return the test samples. Refuse them before any work if they have no labels or do not fit the model."""
+    """Return the test samples. Raises InvalidInput before any work if they have no labels or do not fit the model."""
     if not samples.labelled or len(samples) == 0:
         raise InvalidInput("The test data has no samples with labels. Give a labelled set to --test, or leave it out.")
     check_inputs(model, samples)
@@ -130,9 +130,9 @@ def on_device(model: nn.Module, device: str, samples: Samples | None = None) -> 
 def example_of(calibration: Calibration) -> Batch:
     """Return two fitting inputs, or one if batches of one cannot be joined."""
     padded = calibration.fitting[0].mask is not None
-    example = calibration.fitting[-1 if padded else 0].head(2)  # texts go by length: the longest
+    example = calibration.fitting[-1 if padded else 0].head(2)  # texts are sorted by length: the longest
     if len(example) == 1 and len(calibration.fitting) > 1 and not padded:
-        with suppress(RuntimeError):  # of other shapes
+        with suppress(RuntimeError):  # if their shapes differ
             return join([example, calibration.fitting[1].head(1)])
     return example
 
@@ -151,7 +151,7 @@ def training_inputs(
 ) -> tuple[nn.Module, Samples, Samples | None, dict[str, Any]]:
     """Return (the float network, training samples, test samples, their provenance), on this process's device."""
     if metric is not None and test is None:
-        raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or leave out --metric.")
+        raise InvalidSetting("A metric is reported on test data, but there is none. Give --test, or leave out --metric.")
     model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, task)
     device = join_processes(device)
     samples = samples_from(data, workers, preprocessing, model).on(device)
@@ -162,10 +162,10 @@ def training_inputs(
 
 
 def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, workers: int) -> Samples:
-    """Return the data, preprocessed as for the supernet; without any, the recorded data of the user's own supernet."""
+    """Return the data, preprocessed as for the supernet; by default the recorded data of the user's own supernet."""
     if data is None:
         data = supernet.about.get("data", {}).get("reference")
         if not isinstance(data, str) or isinstance(run, Supernet) or not is_trusted(Path(run), SUPERNET_JSON):
-            raise InvalidSetting("The supernet does not name data that may be followed. Give its training data with --data.")
+            raise InvalidSetting("The supernet does not name data that anybit may load. Give its training data with --data.")
     samples = samples_from(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})), supernet.model)
     return compared(supernet.network, samples, supernet.settings.outputs)
