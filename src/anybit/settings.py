@@ -11,7 +11,6 @@ record in a run's report, and the reading of that record. Imports no torch, so t
 
 import dataclasses
 import difflib
-import functools
 import inspect
 import math
 import operator
@@ -376,7 +375,6 @@ class Settings:
             raise InvalidFile(f"{where}: {' '.join(str(error).split())[:300]} Restore or recreate it.") from error
 
 
-@functools.cache
 def _own(kind: "type[Settings]") -> dict[str, Option]:
     """Return name -> option for a class's own fields."""
     return {one.name: described(one.name, one.type, one, **kind.common) for one in dataclasses.fields(kind) if not _is_settings(one.type)}
