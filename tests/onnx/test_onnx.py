@@ -781,7 +781,7 @@ def test_rejects_embedding_of_another_table():
     torch.manual_seed(0)
     batch = anybit.data.batches.Batch(torch.randint(9, (12, 6)))
     canonical = canonical_of(Odd(lambda s, x: s.b(s.odd(x)), odd=Doubled(9, 6), b=nn.Linear(6, 4)), batch, lambda layer: Precision(8))
-    with pytest.raises(UnsupportedModel, match="odd: the forward of .*Doubled"):
+    with pytest.raises(UnsupportedModel, match=r"odd: the forward of .*Doubled"):
         exported(canonical, batch)
 
 
