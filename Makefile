@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
+unexport PYTHONDONTWRITEBYTECODE  # the tests start dozens of processes: the package is compiled once
 
 .PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow package reliability tables tables-check reference docs lint clean
 

@@ -83,12 +83,7 @@ def peak_memory() -> int:
 
 def environment(*more: str) -> dict[str, Any]:
     """Describe the machine and the versions of packages, including `more`, so that numbers can be interpreted later."""
-    packages: dict[str, str | None] = {}
-    for name in ("anybit", "torch", "numpy", "scipy", "safetensors", *more):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
+    packages = {name: _version(name) for name in ("anybit", "torch", "numpy", "scipy", "safetensors", *more)}
     return {
         "python": platform.python_version(),
         "packages": packages,
@@ -101,6 +96,16 @@ def environment(*more: str) -> dict[str, Any]:
     }
 
 
+@cache
+def _version(package: str) -> str | None:
+    """Return the version of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
 def processor() -> str:
     """Return the processor's name."""
     try:

@@ -59,7 +59,7 @@ def folders(tmp_path_factory):
         "calibrate": anybit.calibrate(shifted(), data[0], "6bit", **LIGHT),
         "grow": anybit.grow(shifted(), data, "4bit", epochs=1, batch_size=16),
         "train": supernet,
-        "search": anybit.search(supernet, data, "5bit", evaluations=10),
+        "search": anybit.search(supernet, data, "5bit", evaluations=10, rounds=1),
     }
     saved = {name: run.save(here / name) for name, run in runs.items()}
     saved["extract"] = anybit.extract(saved["search"], "5bit", model=shifted()).save(here / "extract")

@@ -272,7 +272,7 @@ def test_workers_and_subset_of_a_loader_are_used():
     dataset = TensorDataset(pictures(6), torch.arange(6))
     samples = as_samples(DataLoader(dataset, num_workers=1, worker_init_fn=init_worker))
     assert samples.workers == 1
-    with pytest.raises(RuntimeError, match="worker_init_fn has run"):
+    with pytest.raises(InvalidInput, match="worker_init_fn has run"):
         all_of(samples)
     assert all_of(as_samples(DataLoader(dataset, sampler=SubsetRandomSampler([4, 1]))))[1].tolist() == [4, 1]
 

@@ -102,6 +102,11 @@ def reported_errors(verb: str = "") -> Iterator[None]:
     except AnybitError as error:
         print(f"anybit: {printable(str(error))}", file=sys.stderr)
         raise typer.Exit(2) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        print(f"anybit: {printable(' '.join(str(error).split()))} Load the data in the main process: --workers 0.", file=sys.stderr)
+        raise typer.Exit(2) from error  # PyTorch raises it wherever the main process is
     except KeyboardInterrupt as error:
         print(f"anybit: interrupted{_continuation(verb)}", file=sys.stderr)
         raise typer.Exit(130) from error

@@ -1,6 +1,6 @@
 """Samples: a data set, drawn and split by seed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, cast
@@ -8,9 +8,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from anybit.data.batches import Batch, Reader, padded, stacked
+from anybit.data.reading import Batches, length_of, loaded, name_of, reading
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.files.contents import contents_of
 
@@ -23,7 +24,7 @@ class Samples:
     its own number. `collate` makes a batch of items, as a DataLoader's collate_fn does. `split` returns (inputs, label) of an item, or of
     the result of a custom `collate`, if their order does not say it. `loading` are further arguments for the DataLoader; `reader` reads the
     model's output for these samples. `black` is the value of a black pixel in each channel, or in all, if known. An array data set returns
-    whole batches through `__getitems__`. known. An array data set answers whole batches through `__getitems__`.
+    whole batches through `__getitems__`. `name` is the data set's name in messages.
     """
 
     dataset: Dataset | Sequence
@@ -36,9 +37,10 @@ class Samples:
     reader: Reader | None = None
     split: Callable[[Any], tuple[Any, Any]] | None = None
     black: tuple[float, ...] | None = None
+    name: str = ""
 
     def __len__(self) -> int:
-        return len(cast(Sized, self.dataset))
+        return length_of(self.dataset, self.name)
 
     def on(self, device: str) -> "Samples":
         """Return the samples with their batches on `device`."""
@@ -54,8 +56,8 @@ class Samples:
         if size < 1 or self.workers < 0:
             raise InvalidSetting(f"batch size {size} must be at least 1 and workers {self.workers} at least 0.")
         generator = torch.Generator().manual_seed(self.seed)
-        options: dict[str, Any] = {"num_workers": self.workers, "collate_fn": self._collate, "generator": generator, **self.loading}
-        for batch in DataLoader(cast(Dataset, self.dataset), batch_sampler=_parts(len(self), size), **options):
+        batches = Batches(self.dataset, _parts(len(self), size), self._collate, self.name)
+        for batch in loaded(batches, self.workers, generator=generator, **self.loading):
             labels, reader = batch.labels if self.labelled else None, batch.reader or self.reader
             if reader is not None and labels is not None:
                 labels = reader.align(labels, batch)
@@ -71,7 +73,7 @@ class Samples:
             return items
         if self.split is not None:
             return self._split(items)
-        inputs, labels = self.collate(items), None
+        inputs, labels = self._collated(items), None
         if isinstance(inputs, Mapping) and "labels" in inputs:  # the names that transformers' collators use
             inputs = dict(inputs)
             return Batch(inputs, _as_labels(inputs.pop("labels")))
@@ -80,6 +82,12 @@ class Samples:
             inputs, labels = inputs[0] if len(inputs) == 1 else inputs, _as_labels(labels)
         return Batch(_as_inputs(inputs), labels)
 
+    def _collated(self, items: list) -> Any:
+        if self.collate is stacked:
+            return stacked(items)
+        with reading(f"The collate_fn of {self.name or name_of(self.dataset)}", "Repair it."):
+            return self.collate(items)
+
     def _split(self, items: list) -> Batch:
         assert self.split is not None
         if self.collate is stacked:
@@ -87,7 +95,7 @@ class Samples:
             own, labels_of_own = padded([own for own, _ in pairs], [label for _, label in pairs])
             inputs, labels = stacked(own), stacked(labels_of_own) if self.labelled else None
         else:
-            inputs, labels = self.split(self.collate(items))
+            inputs, labels = self.split(self._collated(items))
         return Batch(_as_inputs(inputs), _as_labels(labels) if self.labelled else None)
 
 

@@ -32,7 +32,7 @@ def call_user_function(function: Callable, what: str) -> Any:
         return function()
     except AnybitError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = " ".join(str(error).split())
         raise InvalidSetting(f"{what} failed with {type(error).__name__}: {said}. It is called without arguments.") from error
 
@@ -48,7 +48,7 @@ def load_callable(reference: str, option: str) -> Callable:
         raise InvalidSetting(f"{option} {reference}: {error}. Is the package installed and the name right?") from error
     except AnybitError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidSetting(
             f"{option} {reference}: running {place} failed with {type(error).__name__}: {error}. Repair the script."
         ) from error

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSa
 from anybit.data.batches import Batch, tensors_in
 from anybit.data.options import TEXT_SUFFIXES, parse_columns
 from anybit.data.outputs import output_reader
+from anybit.data.reading import elements_of, item_of, length_of
 from anybit.data.samples import NamedArrays, Samples
 from anybit.data.texts import read_rows
 from anybit.errors import InvalidInput, InvalidSetting, naming
@@ -54,7 +55,8 @@ def load_data(
         with naming("--data"):
             check_data(reference)
     dataset = call_user_function(load_callable(reference, "--data"), f"--data {reference}")
-    return as_samples(dataset, workers, model, most)
+    with naming(f"{reference}:"):
+        return replace(as_samples(dataset, workers, model, most), name=reference)
 
 
 def _texts(reference: str, preprocessing: Preprocessing, workers: int, model: nn.Module | None) -> Samples:
@@ -89,13 +91,14 @@ def as_samples(data: Any, workers: int = 0, model: nn.Module | None = None, most
     way of loading; samples, order and batch size are chosen here. Of an iterable, the first `most` samples are held (None: all). Raises
     InvalidInput if the data is empty or of an unsupported kind.
     """
-    if isinstance(data, Sequence) and len(data) and isinstance(data[0], str):
+    if isinstance(data, (list, tuple)) and len(data) and isinstance(data[0], str):
         raise InvalidInput("Plain texts cannot be used: write them to a file (--data texts.tsv), or give tokens.")
     return _read_by(model, _as_samples(data, workers, model, most))
 
 
 def _as_samples(data: Any, workers: int, model: nn.Module | None, most: int | None) -> Samples:
     if isinstance(data, Samples):
+        length_of(data.dataset, data.name)
         return data
     if isinstance(data, DataLoader):
         return _samples_of_loader(data, workers, model, most)
@@ -108,10 +111,10 @@ def _as_samples(data: Any, workers: int, model: nn.Module | None, most: int | No
         kind = dict if isinstance(data, Mapping) else tuple
         return _samples_of_arrays({str(name): array_of(array) for name, array in columns.items()}, kind, workers, model)
     if _is_indexed(data):
-        if len(data) == 0:
+        if length_of(data) == 0:
             raise InvalidInput("The data set is empty.")
-        if isinstance(data, Sequence) and _holds_batches(data[:2], model):
-            return samples_of_items(rows_of(data), workers, model)
+        if isinstance(data, Sequence) and _holds_batches([item_of(data, index) for index in range(min(2, len(data)))], model):
+            return samples_of_items(rows_of(elements_of(data)), workers, model)
         return samples_of_items(data, workers, model)
     if isinstance(data, Iterable) and not isinstance(data, (str, bytes, Mapping)):
         return _samples_of_iterable(data, workers, model, most)
@@ -178,7 +181,7 @@ def _holds_batches(elements: Sequence, model: nn.Module | None) -> bool:
 
 def _samples_of_iterable(data: Iterable, workers: int, model: nn.Module | None, most: int | None) -> Samples:
     """Return samples of an iterable: a stream of samples, or of batches. Raises InvalidInput if it is empty."""
-    iterator = iter(data)
+    iterator = elements_of(data)
     first = list(islice(iterator, 2))
     if not first:
         raise InvalidInput("The data set is empty.")
@@ -205,14 +208,14 @@ def _held(elements: Iterable[Any], batches: bool, most: int | None) -> list[Any]
 
 def _samples_of_loader(loader: DataLoader, workers: int, model: nn.Module | None, most: int | None) -> Samples:
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-        held = _held(loader, True, most)
+        held = _held(elements_of(loader), True, most)
         if not held:
             raise InvalidInput("The data set is empty.")
         return samples_of_items(held, workers, model)
     sampler = loader.sampler
     dataset: Any = Subset(loader.dataset, list(sampler.indices)) if isinstance(sampler, SubsetRandomSampler) else loader.dataset
     loading = {name: getattr(loader, name) for name in ("worker_init_fn", "multiprocessing_context", "timeout")}
-    if len(dataset) == 0:
+    if length_of(dataset) == 0:
         raise InvalidInput("The data set is empty.")
     if loader.collate_fn is default_collate:
         return replace(samples_of_items(dataset, workers or loader.num_workers, model), loading=loading)

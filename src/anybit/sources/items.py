@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anybit.data.batches import call, evaluating, first_tensor, stacked
+from anybit.data.reading import item_of, name_of, reading
 from anybit.data.samples import Samples
 from anybit.errors import InvalidInput, some
 from anybit.networks.copies import copied
@@ -49,7 +50,7 @@ class Form:
         """Return (inputs, label or None). Raises InvalidInput if the item lacks a part that others have."""
         try:
             return self._split(item)
-        except (IndexError, KeyError) as error:
+        except (IndexError, KeyError, TypeError) as error:
             kind = type(item).__name__
             held = ", ".join(map(str, item)) if isinstance(item, Mapping) else len(item) if isinstance(item, (tuple, list)) else 1
             raise InvalidInput(
@@ -86,7 +87,10 @@ def samples_of_items(dataset: Any, workers: int, model: nn.Module | None, collat
 
 def read_items(dataset: Any, workers: int, model: nn.Module | None, collate: Callable[[list], Any] = stacked) -> tuple[Samples, Form]:
     """Return (samples of a data set of items, the form of an item). Raises InvalidInput if that is ambiguous."""
-    first = dataset[0] if collate is stacked else collate([dataset[0]])
+    first = item_of(dataset, 0)
+    if collate is not stacked:
+        with reading(f"The collate_fn of {name_of(dataset)}", "Repair it."):
+            first = collate([first])
     tries = _Tries(Samples(dataset, False, workers, collate=collate), model)
     form = _form_of(first, tries)
     return replace(tries.samples, labelled=form.label is not None, split=form), form
@@ -178,7 +182,7 @@ def _form_of_tuple(item: Sequence, tries: _Tries) -> Form:
     """Decide which elements are inputs. Anything but numbers, such as a path or a detector's targets, is neither input nor label."""
     if not item:
         raise InvalidInput("Items of the data are empty tuples. Give an input, or (input, label).")
-    places = [place for place, part in enumerate(item) if place == 0 or _is_data(part)]
+    places = [place for place, part in enumerate(item) if _is_data(part) or (place == 0 and isinstance(part, Mapping))] or [0]
     if len(places) > 1 and not _is_label(item[places[-1]]) and tries.takes and not tries.takes.fits(len(places)):
         places.pop()  # several tensors that are not inputs of this forward, such as boxes and their classes
     dropped = [f"{place} ({type(part).__name__})" for place, part in enumerate(item) if place not in places]
