@@ -33,10 +33,10 @@ FLOAT_PRODUCTS = {"*scores": "float", "*mixture": "float"}
 def run_of(kind, path, **overrides):
     """(run folder, network, data) of a quick calibration."""
     if kind == "vit":
-        make(kind).save_pretrained(path / "net")
+        make(kind, layers=1).save_pretrained(path / "net")
         data = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     else:
-        folder(kind, path / "net")
+        folder(kind, path / "net", layers=1)
         (path / "texts.tsv").write_text("\n".join(["sentence", *sentences(24)]) + "\n")
         if kind == "bert":
             write_tsv(path / "texts.tsv", 24)
@@ -197,7 +197,7 @@ def test_pruned_layer_loads_as_zeros(bert, tmp_path):
 @pytest.mark.parametrize("tensor_name", ["weight_packed", "weight_scale", "input_zero_point", "bias"])
 def test_verify_names_the_layer_of_one_changed_number(tensor_name, copied):
     run, model, data, out = copied
-    key = f"bert.encoder.layer.1.output.dense.{tensor_name}"
+    key = f"bert.encoder.layer.0.output.dense.{tensor_name}"
     tensors = load_file(out / "model.safetensors")
     tensors[key].view(-1)[0] += 1
     rewrite(out, tensors)
@@ -251,7 +251,7 @@ def test_does_not_overwrite_user_files(copied, tmp_path):
     run, model, _, out = copied
     (out / "notes").mkdir()
     (out / "notes" / "mine.txt").write_text("mine")
-    with pytest.raises(InvalidSetting, match="holds files besides"):
+    with pytest.raises(InvalidSetting, match="or holds other files"):
         export_folder(run, out, model=model, overwrite=True)
     assert (out / "notes" / "mine.txt").read_text() == "mine"
     (tmp_path / "link").symlink_to(out)
