@@ -197,7 +197,7 @@ def test_pruned_layer_loads_as_zeros(bert, tmp_path):
 @pytest.mark.parametrize("tensor_name", ["weight_packed", "weight_scale", "input_zero_point", "bias"])
 def test_verify_names_the_layer_of_one_changed_number(tensor_name, copied):
     run, model, data, out = copied
-    key = f"bert.encoder.layer.0.output.dense.{tensor_name}"
+    key = f"bert.encoder.layer.1.output.dense.{tensor_name}"
     tensors = load_file(out / "model.safetensors")
     tensors[key].view(-1)[0] += 1
     rewrite(out, tensors)
@@ -251,7 +251,7 @@ def test_does_not_overwrite_user_files(copied, tmp_path):
     run, model, _, out = copied
     (out / "notes").mkdir()
     (out / "notes" / "mine.txt").write_text("mine")
-    with pytest.raises(InvalidSetting, match="or holds other files"):
+    with pytest.raises(InvalidSetting, match="holds other files"):
         export_folder(run, out, model=model, overwrite=True)
     assert (out / "notes" / "mine.txt").read_text() == "mine"
     (tmp_path / "link").symlink_to(out)
@@ -318,7 +318,7 @@ def test_rejects_too_few_samples(samples, bert):
 
 def test_rejects_exported_folder_as_float_network(bert):
     _, _, _, out = bert
-    with pytest.raises(InvalidSetting, match="quantized already"):
+    with pytest.raises(InvalidSetting, match="already quantized"):
         load_model(f"hf:{out}")
     with pytest.raises(InvalidSetting, match=r"there is no folder .*moved"):
         load_model(f"hf:{out / 'moved'}")
