@@ -7,8 +7,8 @@
 
 Training starts with `start_bits` everywhere. Over its first part (`dropping`) a limit falls from that scheme's size to the budget, in
 `drops` rounds. In each, layers lose the bits that cost least among all that bring the scheme below the limit: one integer program, which
-may take several bits of a layer at once. In the last, bits may return where others leave room. Then the scheme is fixed, and the rest of the run trains weights and steps at it, as LSQ does:
-what for CSQ is a second run (`--scheme RUN`) is the second part of this one.
+may take several bits of a layer at once. In the last, bits may return where others leave room. Then the scheme is fixed, and the rest of
+the run trains weights and steps at it, as LSQ does: what for CSQ is a second run (`--scheme RUN`) is the second part of this one.
 
 Source: Han, Yoon, Kim, Wang, Jeon, Yang, Ko, "MSQ: Memory-Efficient Bit Sparsification Quantization", ICCV 2025 (arXiv 2507.22349);
 from its abstract and notes on it, not from the text or code. Published, second-hand and not reproduced here: ResNet-20 on CIFAR-10 92.15 at
