@@ -227,7 +227,7 @@ def _why_float(graph: ir.Model, layer: str, module: nn.Module) -> str:
         return "its weights have scales for groups of inputs, which integer kernels do not support"
     kind = next((node.op_type for node in graph.graph if node.metadata_props.get(LAYER) == layer), None)
     if kind is None:
-        return "it does not depend on the inputs, and was computed once"
+        return "the file leaves it out: it depends on no input, or no output on it"
     if layer_operator(kind).lookup:
         return "an embedding looks rows up"
     return "its activations are float" if module.input_quantizer is None else f"the runtime has no integer kernel for {kind}"

@@ -1,4 +1,4 @@
-"""The references of `--data`, or data at hand, turned into samples."""
+"""Samples from the references of `--data`, or from data in memory."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ from anybit.sources.preprocessing import Preprocessing
 from anybit.sources.references import check_data, split_subset
 
 BYTES = 2**31
-"""Most bytes that are held of an iterable whose length is not known; more are refused."""
+"""Most bytes held of an iterable of unknown length; more are an error."""
 
 FIRST_LABELS = 8
 """Samples whose labels show whether they are class numbers."""
@@ -42,12 +42,12 @@ def load_data(
     model: nn.Module | None = None,
     most: int | None = None,
 ) -> Samples:
-    """Load the samples that `reference` names: an image folder, `file.npy`, `file.npz` or `file.npz#test`, texts, or a function returning a
-    data set or loader. Texts are tokenized by the tokenizer of `model`, and arrays may have the names of its inputs."""
+    """Return the samples that `reference` names: an image folder, `file.npy`, `file.npz` or `file.npz#test`, texts, or a function that
+    returns a data set or loader. Texts are tokenized by the tokenizer of `model`, and arrays may have the names of its inputs."""
     path, subset = split_subset(reference)
     if path.endswith((".npz", ".npy")) and not Path(path).is_dir():
         if preprocessing.size or preprocessing.resize:
-            raise InvalidSetting("--size and --resize apply to image folders; pictures in arrays are used as they are.")
+            raise InvalidSetting("--size and --resize apply to image folders; images in arrays are used unchanged.")
         return _read_by(model, read_samples(Path(path), subset, preprocessing, workers, model))
     if Path(path).is_dir():
         dataset = ImageFolder(Path(path), preprocessing)
@@ -63,10 +63,10 @@ def load_data(
 
 
 def _texts(reference: str, preprocessing: Preprocessing, workers: int, model: nn.Module | None) -> Samples:
-    """Load the samples of a file of texts or of a Hugging Face data set."""
+    """Return the samples of a text file or of a Hugging Face data set."""
     if not is_transformers(model):
         raise InvalidSetting(
-            f"--data {reference} holds texts, which the tokenizer of a Hugging Face model reads: give --model hf:FOLDER. For another "
+            f"--data {reference} holds texts, which need the tokenizer of a Hugging Face model: give --model hf:FOLDER. For another "
             "network give a function that returns a data set of tokens."
         )
     place, subset = split_subset(reference)
@@ -87,15 +87,15 @@ def _read_by(model: nn.Module | None, samples: Samples) -> Samples:
 
 
 def as_samples(data: Any, workers: int = 0, model: nn.Module | None = None, most: int | None = None) -> Samples:
-    """Turn data at hand into samples: Samples, a DataLoader, a data set, a list of samples or of batches, an iterable of either, a tensor
-    or array, or (x, y). What of an item the network takes is decided by the forward of `model`.
+    """Turn data in memory into samples: Samples, a DataLoader, a data set, a list of samples or of batches, an iterable of either, a tensor
+    or array, or (x, y). The forward of `model` determines which parts of an item are inputs.
 
-    Outputs are read as the head of `model` asks for, where it is a Hugging Face model. Of a DataLoader, its data set, its collate_fn and
-    how it loads are taken; which samples, in what order, how many at once is drawn here. Of what can only be iterated, the first `most`
-    samples are held, all where it is None.
+    If `model` is a Hugging Face model, its head determines how outputs are read. A DataLoader provides its data set, its collate_fn and its
+    way of loading; samples, order and batch size are chosen here. Of an iterable, the first `most` samples are held (None: all). Raises
+    InvalidInput if the data is empty or of an unsupported kind.
     """
     if isinstance(data, (list, tuple)) and len(data) and isinstance(data[0], str):
-        raise InvalidInput("Texts as they are cannot be used: write them to a file (--data texts.tsv), or give tokens.")
+        raise InvalidInput("Plain texts cannot be used: write them to a file (--data texts.tsv), or give tokens.")
     return _read_by(model, _as_samples(data, workers, model, most))
 
 
@@ -129,13 +129,13 @@ def _is_array(data: Any) -> bool:
 
 
 def _is_indexed(data: Any) -> bool:
-    """Return whether the data is a list, or a data set that is read by index."""
+    """Return whether the data is a list, or a data set read by index."""
     indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     return indexed and not isinstance(data, (str, bytes, Mapping, IterableDataset))
 
 
 def _samples_of_arrays(columns: dict[str, np.ndarray], kind: type, workers: int, model: nn.Module | None) -> Samples:
-    """Return samples of arrays whose rows are items, each a tuple or a dictionary: (x, y), (x1, x2) of a network of two inputs, ..."""
+    """Return samples of arrays whose rows form items, tuples or dictionaries: (x, y), (x1, x2) of a network with two inputs, ..."""
     whole = samples_of_arrays(columns, None, workers, where="The data: ").dataset
     arrays = whole.arrays if isinstance(whole, NamedArrays) else {"x": whole}
     items, form = read_items(_Rows(arrays, kind), workers, model)
@@ -150,7 +150,7 @@ def _samples_of_arrays(columns: dict[str, np.ndarray], kind: type, workers: int,
 
 
 class _Rows(Sequence):
-    """Arrays of one length as items, each a tuple or a dictionary."""
+    """Arrays of one length as items, tuples or dictionaries."""
 
     def __init__(self, arrays: Mapping[str, Any], kind: type):
         self.arrays, self.kind = arrays, kind
@@ -164,7 +164,7 @@ class _Rows(Sequence):
 
 
 def _holds_batches(elements: Sequence, model: nn.Module | None) -> bool:
-    """Return whether the network runs on these elements of a list as batches, not as samples. Raise InvalidInput where it does on both."""
+    """Return whether the network runs on these elements of a list as batches, not as samples. Raises InvalidInput if it runs on both."""
     if model is None or not all(map(is_batch, elements)):
         return False
     answers, network = [], copied(model).cpu()
@@ -175,15 +175,15 @@ def _holds_batches(elements: Sequence, model: nn.Module | None) -> bool:
             answers.append(False)
     if all(answers):
         raise InvalidInput(
-            "Elements of the data run as samples and as batches of samples. Say which: anybit.Samples(data, labelled=False) where each is "
-            "a sample (True where the last of its tensors is the label), torch.utils.data.DataLoader(data, batch_size=None) where each is "
+            "Elements of the data run both as samples and as batches. Say which: anybit.Samples(data, labelled=False) if each is "
+            "a sample (True if the last of its tensors is the label), torch.utils.data.DataLoader(data, batch_size=None) if each is "
             "a batch."
         )
     return answers[1]
 
 
 def _samples_of_iterable(data: Iterable, workers: int, model: nn.Module | None, most: int | None) -> Samples:
-    """Return samples of what can only be iterated: a stream of samples, or of batches. Raise InvalidInput where it is empty."""
+    """Return samples of an iterable: a stream of samples, or of batches. Raises InvalidInput if it is empty."""
     iterator = elements_of(data)
     first = list(islice(iterator, 2))
     if not first:
@@ -193,7 +193,7 @@ def _samples_of_iterable(data: Iterable, workers: int, model: nn.Module | None, 
 
 
 def _held(elements: Iterable[Any], batches: bool, most: int | None) -> list[Any]:
-    """Return samples of what is iterated: the first `most`, all where it is None. Raise InvalidInput where all take more than BYTES."""
+    """Return samples of an iterable: the first `most` (None: all). Raises InvalidInput if all take more than BYTES."""
     held: list[Any] = []
     size = 0
     for element in elements:
@@ -228,7 +228,7 @@ def _samples_of_loader(loader: DataLoader, workers: int, model: nn.Module | None
 def samples_from(
     data: Any, workers: int, preprocessing: Preprocessing = Preprocessing(), model: nn.Module | None = None, most: int | None = None
 ) -> Samples:
-    """Turn a reference, or data at hand, into samples; `most` of what has no length."""
+    """Turn a reference, or data in memory, into samples: the first `most` of an iterable."""
     return load_data(data, preprocessing, workers, model, most) if isinstance(data, str) else as_samples(data, workers, model, most)
 
 
@@ -260,16 +260,14 @@ def with_class_numbers(model: nn.Module, samples: Samples, task: str | None) -> 
 
 
 def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float], task: str | None = None) -> Samples:
-    """Return the samples with the reader of the network's outputs that are compared, `outputs` or all, where it gives several, and with
-    labels as `task`, or these outputs, ask for.
+    """Return the samples with a reader of the outputs to compare, `outputs` or all, if the network has several, and with class numbers as
+    `with_class_numbers` reads them.
 
-    Raises InvalidSetting where `outputs` names none, or the samples have the reader of a head.
+    Raises InvalidSetting if `outputs` names an unknown one, or the samples have the reader of a head.
     """
     if samples.reader is not None:
         if outputs:
-            raise InvalidSetting(
-                f"--outputs: what is compared of this network is known, as its head is for {samples.reader.task}. Leave it."
-            )
+            raise InvalidSetting(f"--outputs: this network's head for {samples.reader.task} already determines the outputs. Leave it out.")
         return with_class_numbers(model, samples, task)
     batches = [next(samples.subset(range(count)).batches(count)) for count in (2, 3) if count <= len(samples)] or [first_samples(samples)]
     reader, others = output_reader(copied(model), batches, outputs)
