@@ -5,9 +5,9 @@
 Quantities:
 
     bits    the mean number of stored weight bits over the weights of all quantized layers, including kept ones
-                (a layer kept float counts 32, a pruned layer 0); scales, biases and headers are excluded
-        bytes   of model.safetensors in total; a percentage is of the float32 weights' file
-        BOPs    multiply-accumulates of one sample times weight bits times activation bits (float counts 32)
+            (a layer kept float counts 32, a pruned layer 0); scales, biases and headers are excluded
+    bytes   of model.safetensors in total; a percentage is of the float32 weights' file
+    BOPs    multiply-accumulates of one sample times weight bits times activation bits (float counts 32)
 """
 
 import difflib

@@ -128,7 +128,7 @@ def test_explanation_of_a_hand_computed_case(tmp_path):
         ({"a": "W2A8", "b": "W4A8"}, "9kB", "b", "not on the frontier"),
         ({"a": "W2A8", "b": "W2A8", "c": "W4A8"}, "9kB", "c", "less than the next step would gain with it, but"),
         ({"a": "W4A8", "b": "W4A8", "c": "W2A8"}, "9kB", "b", "more than the next step would gain with it."),
-        ({"a": "W4A8", "b": "W4A8"}, "9kB", "b", "no other layer has a use for it"),
+        ({"a": "W4A8", "b": "W4A8"}, "9kB", "b", "no other layer can use it"),
         ({"a": "W4A8", "b": "W4A8"}, None, "b", "No budget was given"),
         ({"a": "W2A8", "b": "W2A8"}, "loss=0.9", "a", "smallest scheme that keeps its limit"),
         ({"a": "W2A8", "b": "W2A8"}, "2bit", "a", "0 B of codes left, too little"),
@@ -251,7 +251,7 @@ def test_rejects_broken_report(run_folder, place, value):
 
 
 def test_rejects_other_folders(tmp_path, folders):
-    with pytest.raises(anybit.InvalidFile, match="no run folder"):
+    with pytest.raises(anybit.InvalidFile, match="not a run folder"):
         explain(tmp_path, "fc")
     search = tmp_path / "search"
     search.mkdir()

@@ -1,8 +1,8 @@
 """Files are data: JSON and tensors are read strictly, nothing in them is executed, and writing is atomic.
 
     JSON      no key twice in an object; no NaN, no infinity, no integer beyond 64 bits, no text outside UTF-8; at most 64 levels
-        tensors   exactly the expected names, types and shapes, which are checked in the header before any tensor is read; finite
-        digest    in a JSON file that nothing else guards: SHA-256 of the rest. A change without a new digest is an error
+    tensors   exactly the expected names, types and shapes, which are checked in the header before any tensor is read; finite
+    digest    in a JSON file that nothing else guards: SHA-256 of the rest. A change without a new digest is an error
 
 A digest detects damage and slips; it is not a signature. Reading takes memory in proportion to the file's size, whatever the file claims.
 """

@@ -7,14 +7,14 @@ which decides what is trained, and its inputs quantized with ranges whose scales
 `reconstruct`:
 
     parallel     X_Q is X, the float network's input: units are independent, and can be combined in any mix
-        sequential   X_Q is the unit's input in the network quantized so far: for a chosen scheme
+    sequential   X_Q is the unit's input in the network quantized so far: for a chosen scheme
 
   * A layer that runs several times in a pass is fitted to all its calls.
   * Learning rates decay to zero along a cosine, so that weights stop flipping between two codes.
   * Quantization may be dropped: a random share of the unit's input elements stays float, and so does a share of each inner activation
     (Wei et al., "QDrop", ICLR 2022).
   * Held-out inputs choose the state: all steps run, the error of the final codes is measured a few times on the way, and the best of these
-      states is kept, or the rounded start if none beats it. Nothing stops early, so the time does not depend on the errors.
+    states is kept, or the rounded start if none beats it. Nothing stops early, so the time does not depend on the errors.
 """
 
 import functools

@@ -223,14 +223,11 @@ def drawn_batches(samples: Samples, settings: TrainSettings, count: int) -> list
 
 
 def _all_of(batches: Iterator[Batch], steps: int, epoch: int) -> Iterator[Batch]:
-    """Yield the batches. Raises InvalidInput if they end before `steps` of them came."""
+    """Yield the batches. Raise InvalidInput, naming epoch and batch, where the data fails before `steps` of them came."""
     seen = 0
     try:
         for batch in batches:
             yield batch
             seen += 1
-    except IndexError as error:
-        raise InvalidInput(
-            f"The training data ended after {seen} of {steps} batches in epoch {epoch + 1}: it has fewer samples than its length says, or "
-            f"its __getitem__ is at fault ({error}). Repair it."
-        ) from error
+    except InvalidInput as error:
+        raise InvalidInput(f"The training stopped after {seen} of {steps} batches of epoch {epoch + 1}. {error}") from error

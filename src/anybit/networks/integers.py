@@ -1,11 +1,11 @@
 """The rule for which tensors an integer runtime holds as 8-bit codes, shared by the simulation and the exported file.
 
     a layer's input            is rounded by the layer's own quantizer if nothing else reads the tensor
-        a tensor with more readers is one 8-bit edge if an integer operator computes or joins it; a layer of fewer bits rounds it again, an
-                                   8-bit layer reads the edge's codes
-        moving numbers             (reshape, transpose, maximum pool, slice) keeps the codes of the input
-        a clamp                    (ReLU, ReLU6) bounds the codes: rounding is monotonic, so clamping before or after it is the same
-        a function of one tensor   (SiLU, GELU, hard-swish, x + 1) is computed in float between quantizers
+    a tensor with more readers is one 8-bit edge if an integer operator computes or joins it; a layer of fewer bits rounds it again, an
+                               8-bit layer reads the edge's codes
+    moving numbers             (reshape, transpose, maximum pool, slice) keeps the codes of the input
+    a clamp                    (ReLU, ReLU6) bounds the codes: rounding is monotonic, so clamping before or after it is the same
+    a function of one tensor   (SiLU, GELU, hard-swish, x + 1) is computed in float between quantizers
 
 The network's outputs stay float if the layer before them returns floats without being slower (a linear), and no edge lies between two
 operators that both compute in float.

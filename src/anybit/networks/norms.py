@@ -33,9 +33,11 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _has_tensors_of_a_norm(module: nn.Module) -> bool:
+    if module._buffers.get("running_mean") is None and module._parameters.get("running_mean") is None:  # nearly all, so first
+        return False
     own = module._parameters | module._buffers
     shapes = {tensor.shape for tensor in map(own.get, _TENSORS) if tensor is not None}
-    return own.get("running_mean") is not None and set(_TENSORS) <= set(own) and len(shapes) == 1 and len(shapes.pop()) == 1
+    return set(_TENSORS) <= set(own) and len(shapes) == 1 and len(shapes.pop()) == 1
 
 
 def keeps_statistics(norm: nn.Module) -> bool:

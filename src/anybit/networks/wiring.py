@@ -218,9 +218,10 @@ class Wiring:
         readers = self.readers(value)
         return readers[0] if len(readers) == 1 and value not in self._given_out else None
 
-    def layers_behind(self, places: Sequence[int] | None = None) -> set[str]:
-        """Return the layers on which the outputs at `places` (None: all) depend."""
+    def layers_behind(self, places: Sequence[int] | None = None, escaped: bool = False) -> set[str]:
+        """Return the layers on which the outputs at `places` (None: all) depend, and if `escaped`, those on which escaped values do."""
         reached = {value for place, value in enumerate(self.outputs) if places is None or place in places}
+        reached |= self.escaped if escaped else set()
         behind = set()
         for op in reversed(self.operations):
             if reached & set(op.outputs):

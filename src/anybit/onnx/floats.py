@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from anybit.data.batches import Batch, Inputs, call, map_tensors, tensors_in
 from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight
 from anybit.networks.recurrent import RecurrentWeight
 from anybit.networks.wiring import LAYER as WIRED_LAYER
@@ -52,6 +53,9 @@ NO_EXPORT = {
 EXPERTS = "_experts_implementation"
 """Attribute of transformers' configurations that selects the implementation of experts."""
 
+INSTEAD = "instead"
+"""The same, where the operator computes with another weight than the layer's."""
+
 BIAS = "bias"
 """Key of the metadata of a sum that adds its layer's bias: the name of the call."""
 
@@ -68,9 +72,9 @@ def float_graph(
     Raises UnsupportedModel naming the operator if the exporter does not support one, InvalidInput if the model rejects the inputs.
     """
     wiring = observe(plain, probe_of(example, 2))  # raises InvalidInput if the model rejects the inputs
-    fixed = _independent(wiring)
+    left_out = _left_out(wiring)
     weights = {name: float_weight(plain.get_submodule(name)).detach().numpy() for name in layers}
-    rounded = [name for name in rounded if name not in fixed]
+    rounded = [name for name in rounded if name not in left_out]
     recurrent = {name: weights[name] for name in rounded if isinstance(plain.get_submodule(name), RecurrentWeight)}
     inputs = map_tensors(example.inputs, lambda tensor: tensor[:2] if len(tensor) > 1 else torch.cat([tensor, tensor]))
     length = None if example.mask is None else example.mask.shape[1]
@@ -107,10 +111,11 @@ def float_graph(
     return checked
 
 
-def _independent(wiring: Wiring) -> set[str]:
-    """Return the layers that do not depend on the inputs: the optimizer computes them once and removes their nodes."""
+def _left_out(wiring: Wiring) -> set[str]:
+    """Return the layers without nodes in the graph: those that do not depend on the inputs, which the optimizer computes once, and those
+    that no output depends on, which it removes."""
     depends = set(wiring.input_values)
-    layers: set[str] = set()
+    layers = set(wiring.layer_names()) - wiring.layers_behind(escaped=True)
     for op in wiring.operations:
         if depends & set(op.inputs):
             depends |= set(op.outputs)
@@ -245,6 +250,8 @@ def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray], aliases: Ma
             node.metadata_props[LAYER], node.name = layer, name_of_call(layer, calls[layer])
             names.add(name_of(node))
             continue
+        if layer is not None and node.op_type in LAYER_OPERATORS and node.outputs[0].dtype == ir.DataType.FLOAT:
+            node.metadata_props[INSTEAD] = layer
         product = maker(node.inputs[0]) if node.inputs else None
         of_the_layer = product is not None and product.op_type == "MatMul" and product.metadata_props.get(LAYER) == layer
         if layer is not None and of_the_layer and node.op_type == "Add" and getattr(constant(node.inputs[1]), "ndim", 0) == 1:
@@ -356,7 +363,8 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
     inputs: dict[str, list[np.ndarray]] = {name: [] for name in quantized}
 
     def keep(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if read := tensors_in((args, kwargs)):  # an embedding of positions may take only their number
+        read = tensors_in((args, kwargs))
+        if read and type_of(module).reads_numbers:  # no quantizer rounds indices, which a forward may shift or make
             inputs[name].append(_padded(module, read[0].detach().float()).numpy().copy())
 
     hooks = [plain.get_submodule(name).register_forward_pre_hook(partial(keep, name), with_kwargs=True) for name in inputs]
@@ -374,7 +382,8 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
             )
     for name, calls in inputs.items():
         nodes = layer_nodes(graph.graph, name)
-        if not all(any(_reads(node, taken, values) for node in nodes) for taken in calls):
+        other = any(node.metadata_props.get(INSTEAD) == name for node in graph.graph)
+        if (other and not nodes) or not all(any(_reads(node, taken, values) for node in nodes) for taken in calls):
             raise UnsupportedModel(
                 f"{name}: the forward of {type(plain.get_submodule(name)).__name__} does not compute with its weight and input as they "
                 f"are, so that an integer kernel cannot take its place. Keep the layer float: --keep '{name}=float'."

@@ -1,8 +1,7 @@
 """Latency of every layer in float and on integers, on this machine: the basis of latency budgets.
 
     1. The network is exported twice, in float32 and with every layer on integers, and the runtime's profiler measures each kernel. The
-    times
-       of kernels are scaled to add up to the latency without the profiler.
+       times of kernels are scaled to add up to the latency without the profiler.
     2. A third export has every second layer in float. Its time above the sum of its parts is the cost of its boundaries, shared among the
        numbers that cross them. Which numbers cross in other schemes follows from the wiring.
 

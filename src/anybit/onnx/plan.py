@@ -1,12 +1,11 @@
 """Which tensors of the float graph become which integers: the canonical model's quantizers and rounded edges, mapped to the graph.
 
     a rounded edge             chosen by `networks.integers`; its value in the graph is identified by its numbers
-        an integer layer's input   its own quantizer if it is not an edge
-        moving numbers             (reshape, transpose, maximum pool, slice) keeps the codes of the input
-        a clamp                    (ReLU, ReLU6) bounds the codes of its output
-        a function of one tensor   (SiLU, GELU, hard-swish, x + 1) is computed in float between quantizers, or is a table from codes to
-        codes,
-                                   which is exact and slower
+    an integer layer's input   its own quantizer if it is not an edge
+    moving numbers             (reshape, transpose, maximum pool, slice) keeps the codes of the input
+    a clamp                    (ReLU, ReLU6) bounds the codes of its output
+    a function of one tensor   (SiLU, GELU, hard-swish, x + 1) is computed in float between quantizers, or is a table from codes to codes,
+                               which is exact and slower
 
 Nothing else is rounded, so that the file computes what the simulation does.
 """

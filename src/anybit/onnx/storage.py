@@ -3,7 +3,7 @@
     8 bits      an int8 initializer
     4 bits      an int4 initializer and a Cast
     others      planes of 4, 2 and 1 bits, the lowest first, each packed densely; a plane is unpacked by looking up its bytes in a table of
-                    the values of their fields, and the planes are added
+                the values of their fields, and the planes are added
     0 bits      one zero, expanded
 
 All operators have constant inputs, so that a runtime folds them once; their sum stays within int8. Bitwise operators would be the

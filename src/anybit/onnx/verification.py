@@ -2,14 +2,12 @@
 reference does.
 
     the run's       every constant and operator of the file equals the run's export
-        fused           every layer that computes on integers has an integer kernel in the graph that the runtime optimizes
-        bitwise         the runtime's codes and outputs equal those of the integer interpreter, if no float operator lies between
-        one code        ... else operator by operator, each on the runtime's own codes: integer ones bit for bit, and rounded results of a
-        float
-                        operator within one code
-        the simulation  operator by operator, each on the simulation's codes: the file's are within one code, as explained by sums in
-        another
-                        order and integer biases
+    fused           every layer that computes on integers has an integer kernel in the graph that the runtime optimizes
+    bitwise         the runtime's codes and outputs equal those of the integer interpreter, if no float operator lies between
+    one code        ... else operator by operator, each on the runtime's own codes: integer ones bit for bit, and rounded results of a float
+                    operator within one code
+    the simulation  operator by operator, each on the simulation's codes: the file's are within one code, as explained by sums in another
+                    order and integer biases
 
 A check that this machine cannot make is skipped by name, never silently.
 """
@@ -229,7 +227,7 @@ def _why_float(graph: ir.Model, layer: str, module: nn.Module) -> str:
         return "its weights have scales for groups of inputs, which integer kernels do not support"
     kind = next((node.op_type for node in graph.graph if node.metadata_props.get(LAYER) == layer), None)
     if kind is None:
-        return "it does not depend on the inputs, and was computed once"
+        return "the file leaves it out: it depends on no input, or no output on it"
     if layer_operator(kind).lookup:
         return "an embedding looks rows up"
     return "its activations are float" if module.input_quantizer is None else f"the runtime has no integer kernel for {kind}"

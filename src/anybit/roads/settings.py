@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from anybit.networks.options import LayerOptions
 
 SWITCHES = ("parallel", "sequential", "bias_tuning")
-"""Steps that the pipeline turns on or off unless the user does."""
+"""Steps whose default depends on the pipeline."""
 
 
 @documented
 @dataclass(frozen=True)
 class CalibrateSettings(Settings):
-    """Settings of `calibrate`. A step's switch that is None follows the pipeline."""
+    """Settings of `calibrate`. A step whose switch is None follows the pipeline."""
 
     common: ClassVar[Mapping[str, Any]] = {"rare": True}
 
@@ -97,17 +97,17 @@ class CalibrateSettings(Settings):
 
     @property
     def options(self) -> "LayerOptions":
-        """Return the part of these settings that observing the network needs."""
+        """Return the settings that observing the network needs."""
         from anybit.networks.options import LayerOptions
 
         gradients = self.does("bias_tuning")
         return LayerOptions(self.weight_bits, self.activation_bits, self.keep, self.group, self.unit, self.blocks, gradients)
 
     def does(self, step: str) -> bool:
-        """Return whether `step` runs: its switch, or the pipeline's choice."""
+        """Return whether `step` runs, by its switch or by the pipeline."""
         switch = getattr(self, step)
         if step == "parallel" and switch is None and self.solver != "none":
-            return False  # the solver's candidates are as good in a hundredth of the time
+            return False  # the solver's candidates are equally good in a hundredth of the time
         return self.pipeline == "advanced" if switch is None else switch
 
     def to_json(self) -> dict[str, Any]:
@@ -117,9 +117,11 @@ class CalibrateSettings(Settings):
     def recorded(cls, report: Mapping[str, Any]) -> Any:
         report = next(iter(report["budgets"].values())) if "budgets" in report else report
         settings = super().recorded(report)
-        if settings and "solver" not in settings:  # a run from before there was one
+        if settings and "solver" not in settings:  # a run older than the solver
             settings = {**settings, "solver": "none"}
-        if settings and settings.get("parallel") and not report.get("candidate_errors"):  # the pipeline's: it found no layer with a choice
+        if (
+            settings and settings.get("parallel") and not report.get("candidate_errors")
+        ):  # the pipeline's default, without a layer to choose for
             settings = {**settings, "parallel": None}
         return settings
 
