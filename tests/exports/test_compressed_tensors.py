@@ -33,10 +33,10 @@ FLOAT_PRODUCTS = {"*scores": "float", "*mixture": "float"}
 def run_of(kind, path, **overrides):
     """(run folder, network, data) of a quick calibration."""
     if kind == "vit":
-        make(kind).save_pretrained(path / "net")
+        make(kind, layers=1).save_pretrained(path / "net")
         data = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     else:
-        folder(kind, path / "net")
+        folder(kind, path / "net", layers=1)
         (path / "texts.tsv").write_text("\n".join(["sentence", *sentences(24)]) + "\n")
         if kind == "bert":
             write_tsv(path / "texts.tsv", 24)
@@ -256,7 +256,7 @@ def test_does_not_overwrite_user_files(copied, tmp_path):
     assert (out / "notes" / "mine.txt").read_text() == "mine"
     (tmp_path / "link").symlink_to(out)
     for place in (tmp_path / "link", run / "inside"):
-        with pytest.raises(InvalidSetting, match=r"is no folder|inside a run folder"):
+        with pytest.raises(InvalidSetting, match=r"is not a folder|inside a run folder"):
             export_folder(run, place, model=model, overwrite=True)
 
 

@@ -175,6 +175,14 @@ def test_training_shows_the_bits_after_each_epoch(folders):
     assert f"after each: {', '.join(map(str, explanation['bits'].values()))}." in explanation["why"][0]
 
 
+@pytest.mark.parametrize(("objective", "words"), [("likeliest planes", "the likeliest planes within"), (None, "started with")])
+def test_training_says_what_decided_the_bits(folders, tmp_path, objective, words):
+    report = json.loads((folders["grown"] / "report.json").read_text())
+    report["certificate"] = {"objective": objective} if objective else {}
+    del report["sha256"]
+    assert words in explain(written(tmp_path / "run", report), "fc")["why"][-1]
+
+
 def test_search_shows_the_evaluated_precisions(folders):
     search, explanation = json.loads((folders["search"] / "search.json").read_text()), explain(folders["search"], "fc")
     assert sum(row["evaluated"] for row in explanation["candidates"].values()) == len(search["evaluated"])

@@ -25,6 +25,7 @@ class Samples:
     the result of a custom `collate`, if their order does not say it. `loading` are further arguments for the DataLoader; `reader` reads the
     model's output for these samples. `black` is the value of a black pixel in each channel, or in all, if known. An array data set returns
     whole batches through `__getitems__`. `name` is the data set's name in messages.
+    `classes`: labels are class numbers, although they are stored as floats or in a column.
     """
 
     dataset: Dataset | Sequence
@@ -38,6 +39,7 @@ class Samples:
     split: Callable[[Any], tuple[Any, Any]] | None = None
     black: tuple[float, ...] | None = None
     name: str = ""
+    classes: bool = False
 
     def __len__(self) -> int:
         return length_of(self.dataset, self.name)
@@ -61,6 +63,8 @@ class Samples:
             labels, reader = batch.labels if self.labelled else None, batch.reader or self.reader
             if reader is not None and labels is not None:
                 labels = reader.align(labels, batch)
+            if self.classes and labels is not None:
+                labels = class_numbers(labels)
             yield replace(batch, labels=labels, reader=reader).to(self.device)
 
     def by_length(self) -> "Samples":
@@ -104,6 +108,34 @@ def _as_inputs(inputs: Any) -> Any:
     if isinstance(inputs, (list, tuple)):
         return inputs[0] if len(inputs) == 1 and not isinstance(inputs[0], Mapping) else tuple(inputs)
     return inputs
+
+
+def are_class_numbers(labels: Tensor, outputs: Tensor, named: bool) -> bool:
+    """Return whether labels, one for each row of class scores, are class numbers stored as floats or in a column: because their task is
+    `named`, or because they are whole."""
+    if labels.is_complex() or labels.numel() == outputs.numel() or outputs.dim() < 2:
+        return False
+    in_column = labels.dim() == outputs.dim() and labels.shape[1] == 1
+    if not in_column and (labels.dim() != outputs.dim() - 1 or not labels.is_floating_point()):
+        return False
+    return named or not _fractions(labels).any()
+
+
+def class_numbers(labels: Tensor) -> Tensor:
+    """Return class numbers as int64, without the dimension of a column. Raise InvalidInput for fractions, NaN and numbers beyond 2^53."""
+    if (fractions := _fractions(labels)).any():
+        raise InvalidInput(
+            f"A label is {float(labels[fractions][0]):g}, and labels are read as class numbers, by the task or because the first ones "
+            "are whole. Give whole numbers, or name the task of such labels (--task regression)."
+        )
+    return (labels[:, 0] if labels.dim() > 1 and labels.shape[1] == 1 else labels).long()
+
+
+def _fractions(labels: Tensor) -> Tensor:
+    """Return which labels are no whole numbers that a float holds exactly."""
+    if not labels.is_floating_point():
+        return torch.zeros_like(labels, dtype=torch.bool)
+    return (labels != labels.round()) | (labels.abs() >= 2**53)
 
 
 def _as_labels(labels: Any) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, default_collate
 
-from anybit.data.batches import Batch, tensors_in
+from anybit.data.batches import Batch, evaluating, predict, tensors_in
 from anybit.data.options import TEXT_SUFFIXES, parse_columns
-from anybit.data.outputs import output_reader
+from anybit.data.outputs import OutputReader, output_reader
 from anybit.data.reading import elements_of, item_of, length_of
-from anybit.data.samples import NamedArrays, Samples
+from anybit.data.samples import NamedArrays, Samples, are_class_numbers
 from anybit.data.texts import read_rows
 from anybit.errors import InvalidInput, InvalidSetting, naming
 from anybit.networks.copies import copied
@@ -30,6 +30,9 @@ from anybit.sources.references import check_data, split_subset
 
 BYTES = 2**31
 """Most bytes held of an iterable of unknown length; more are an error."""
+
+FIRST_LABELS = 8
+"""Samples whose labels show whether they are class numbers."""
 
 
 def load_data(
@@ -236,15 +239,36 @@ def first_samples(samples: Samples) -> Batch:
     return next(samples.on("cpu").subset(range(min(2, len(samples)))).batches(2))
 
 
-def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float]) -> Samples:
-    """Return the samples with a reader of the outputs to compare, `outputs` or all, if the network has several.
+OF_CLASSES = (None, "classification", "token-classification", "segmentation")
+"""Tasks whose labels are class numbers, which the first labels may show."""
+
+
+@torch.no_grad()
+def with_class_numbers(model: nn.Module, samples: Samples, task: str | None) -> Samples:
+    """Return the samples with labels as whole numbers, if the first are class numbers stored as floats or in a column."""
+    if not samples.labelled or task not in OF_CLASSES or (samples.reader and samples.reader.task not in OF_CLASSES):
+        return samples
+    batch = next(samples.subset(range(min(FIRST_LABELS, len(samples)))).batches(FIRST_LABELS))
+    with evaluating(model):
+        outputs = predict(copied(model), batch)
+    outputs = samples.reader.split(outputs)[0] if isinstance(samples.reader, OutputReader) else outputs
+    if batch.labels is None or not are_class_numbers(batch.labels, outputs, task is not None):
+        return samples
+    if batch.labels.is_floating_point() and task is None:
+        tell("note", note="labels are whole numbers stored as floats, one for each row of outputs: they are read as class numbers")
+    return replace(samples, classes=True)
+
+
+def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float], task: str | None = None) -> Samples:
+    """Return the samples with a reader of the outputs to compare, `outputs` or all, if the network has several, and with class numbers as
+    `with_class_numbers` reads them.
 
     Raises InvalidSetting if `outputs` names an unknown one, or the samples have the reader of a head.
     """
     if samples.reader is not None:
         if outputs:
             raise InvalidSetting(f"--outputs: this network's head for {samples.reader.task} already determines the outputs. Leave it out.")
-        return samples
+        return with_class_numbers(model, samples, task)
     batches = [next(samples.subset(range(count)).batches(count)) for count in (2, 3) if count <= len(samples)] or [first_samples(samples)]
     reader, others = output_reader(copied(model), batches, outputs)
     if reader is not None and len(reader.outputs) > 1:
@@ -252,4 +276,4 @@ def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float]) -
         tell("note", note=f"outputs compared, each by its squared error over its mean square: {shown}. --outputs chooses and weighs them")
     if others:
         tell("note", note="outputs not compared: " + ", ".join(f"{name} ({why})" for name, why in others.items()))
-    return replace(samples, reader=reader)
+    return with_class_numbers(model, replace(samples, reader=reader), task)
