@@ -143,7 +143,7 @@ def test_rejects_report_with_missing_fields(section, change, run_folder):
 
 def test_error_messages_are_short_for_any_file(run_folder, calibrated, tmp_path):
     save_file({"a" * 10_000: torch.ones(1)}, tmp_path / "w.safetensors")
-    with pytest.raises(SchemeMismatch, match="have besides aaa") as raised:
+    with pytest.raises(SchemeMismatch, match="have additional aaa") as raised:
         anybit.sources.models.load_weights(make(Residual), tmp_path / "w.safetensors")
     assert len(str(raised.value)) < 1000
     path = run_folder / "candidates.json"
@@ -158,7 +158,7 @@ def test_rejects_candidates_of_another_run(run_folder, calibrated, tmp_path):
     other = anybit.allocate(run_folder, "6bit", data=calibrated[1], model=calibrated[0]).save(tmp_path / "other")
     for name in ("candidates.json", "candidates.safetensors"):
         shutil.copy(other / name, run_folder / name)
-    with pytest.raises(InvalidFile, match="belongs to another run"):
+    with pytest.raises(InvalidFile, match="belongs to a different run"):
         anybit.allocate(run_folder, "4bit", data=calibrated[1], model=calibrated[0])
 
 

@@ -95,7 +95,7 @@ def test_rejects_network_with_changed_unstored_state(road, other, folders):
 def test_rejects_network_that_fails_to_run(folders):
     model = shifted()
     model.table = torch.ones(3)
-    with pytest.raises(SchemeMismatch, match="does not take the inputs"):
+    with pytest.raises(SchemeMismatch, match="does not accept the inputs"):
         anybit.load(folders["calibrate"], model)
 
 

@@ -160,7 +160,7 @@ def test_rejects_endless_stream(monkeypatch):
 @pytest.mark.parametrize(
     ("model", "data", "words"),
     [
-        (Masked(), TensorDataset(X, MASK), ("Masked.forward(x, mask=None)", "labelled=False) where it is mask", "labelled=True)")),
+        (Masked(), TensorDataset(X, MASK), ("Masked.forward(x, mask=None)", "labelled=False) if it is mask", "labelled=True)")),
         (Masked(), (X, MASK), ("Masked.forward(x, mask=None)", "labelled=False", "labelled=True")),
         (Single(), [torch.randn(4, 3), torch.randn(4, 3)], ("anybit.Samples(data, labelled=False)", "DataLoader(data, batch_size=None)")),
         (Single(), [{"image": a, "other": a} for a in A], ("'image' alone or 'other' alone", "'x'")),

@@ -103,7 +103,7 @@ def test_loads_weights_from_every_format(suffix, tmp_path):
     ("change", "message"),
     [
         (lambda s: s.pop("fc.weight"), r"lack fc\.weight"),
-        (lambda s: s.update(extra=torch.ones(1)), "have besides extra"),
+        (lambda s: s.update(extra=torch.ones(1)), "have additional extra"),
         (lambda s: s.update({"fc.weight": torch.ones(5, 9)}), r"differ in shape at fc\.weight"),
     ],
     ids=["lacking", "surplus", "shape"],
@@ -438,8 +438,8 @@ def test_rejects_crop_larger_than_the_resized_image():
 @pytest.mark.parametrize(
     ("names", "reference", "remedy"),
     [
-        (("xt", "yt"), "a.npz", "Call the inputs x and the labels y"),
-        (("xt", "yt"), "a.npz#test", "Call the inputs x and the labels y"),
+        (("xt", "yt"), "a.npz", "Name the inputs x and the labels y"),
+        (("xt", "yt"), "a.npz#test", "Name the inputs x and the labels y"),
         (("x_val", "y_val"), "a.npz", r"Write a\.npz#val for x_val"),
         (("x_val", "y_val"), "a.npz#test", r"Write a\.npz#val for x_val"),
     ],

@@ -563,8 +563,8 @@ def test_foreign_reference_is_never_followed_or_passed_on(stored, monkeypatch, t
     own = anybit.load_supernet(foreign, model=make(Residual)).save(tmp_path / "mine")
     result = anybit.search(foreign, labelled(), "3bit", model=make(Residual), evaluations=10, cache=False).save(tmp_path / "found")
     for folder in (own, result):
-        with pytest.raises(InvalidSetting, match="does not say which network"):
+        with pytest.raises(InvalidSetting, match="does not name its network"):
             anybit.load_supernet(folder)
     run = anybit.extract(foreign, "3bit", model=make(Residual)).save(tmp_path / "run")
-    with pytest.raises(InvalidSetting, match="does not say which network"):
+    with pytest.raises(InvalidSetting, match="does not name its network"):
         anybit.load(run)

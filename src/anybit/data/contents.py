@@ -1,4 +1,4 @@
-"""A digest of all the samples of a data set, inputs and labels: whether it is the one that stored work was done on."""
+"""A digest of all samples of a data set, inputs and labels, to tell whether stored work was done on it."""
 
 import hashlib
 import random
@@ -17,7 +17,7 @@ from anybit.data.samples import Samples
 from anybit.files.contents import contents_of, digest
 
 AT_ONCE = 16
-"""Samples that are read at once."""
+"""Number of samples that are read at once."""
 
 
 @runtime_checkable
@@ -31,8 +31,8 @@ class Digested(Protocol):
 def contents_of_samples(samples: Samples) -> str:
     """Return a SHA-256 over all samples.
 
-    Arrays and files are hashed as they lie there. Of any other data set each item is loaded once, with all generators seeded; where inputs
-    differ all the same, which are then drawn anew in every epoch, the labels alone count.
+    Arrays and files are hashed directly. Of any other data set each item is loaded once, with all generators seeded; if inputs still
+    differ, because they are drawn in every epoch, only the labels count.
     """
     samples = samples.on("cpu")
     dataset, indices = whole(samples.dataset)
@@ -60,7 +60,7 @@ def _read(samples: Samples, with_inputs: bool) -> Iterator[str]:
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Seed every generator that data sets draw from inside the block, and put each back afterwards."""
+    """Seed every generator that data sets use inside the block, and restore all afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

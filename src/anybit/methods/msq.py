@@ -3,12 +3,12 @@
     W~ = clamp(round(W / s), quant_min, quant_max) s              s one a channel, trained with W; gradients as `numerics` states them
     B  = W / r - nearest code of n - 1 bits,   r = 2^(n-1) s      the least significant bit of a weight of n bits, as a number
     L  = L_task + lambda * sum over weights of |B|                the pull; straight through the rounding its gradient is the sign of B
-    cost(n -> m) = sum over rows of F [ |W - W~_m|^2 - |W - W~_n|^2 ]      F = mean squared gradient of a row, the Hessian's stand-in
+    cost of n bits = sum over rows of F |W - W~_n|^2              F = mean squared gradient of a row, in place of the Hessian
 
 Training starts with `start_bits` everywhere. Over its first part (`dropping`) a limit falls from that scheme's size to the budget, in
 `drops` rounds. In each, layers lose the bits that cost least among all that bring the scheme below the limit: one integer program, which
-may take several bits of a layer at once. Then the scheme is fixed, and the rest of the run trains weights and steps at it, as LSQ does:
-what for CSQ is a second run (`--scheme RUN`) is the second part of this one.
+may take several bits of a layer at once. In the last, bits may return where others leave room. Then the scheme is fixed, and the rest of
+the run trains weights and steps at it, as LSQ does: what for CSQ is a second run (`--scheme RUN`) is the second part of this one.
 
 Source: Han, Yoon, Kim, Wang, Jeon, Yang, Ko, "MSQ: Memory-Efficient Bit Sparsification Quantization", ICCV 2025 (arXiv 2507.22349);
 from its abstract and notes on it, not from the text or code. Published, second-hand and not reproduced here: ResNet-20 on CIFAR-10 92.15 at
@@ -75,8 +75,8 @@ class ShrinkingWeight(nn.Module):
         self.limits.copy_(torch.tensor(quant_limits(bits, signed=True)))
 
     @torch.no_grad()
-    def drop(self, rows: Tensor, bits: int) -> None:
-        """Leave `bits`, with steps of least squared error for `rows`."""
+    def change(self, rows: Tensor, bits: int) -> None:
+        """Go on with `bits`, and steps of least squared error for `rows`."""
         self.set_bits(bits)
         self.log_scale.copy_(weight_scale(rows, bits, candidates=CANDIDATES).log())
 
@@ -91,13 +91,11 @@ class ShrinkingWeight(nn.Module):
         return (rows - lower) / (scale * 2 ** (self.bits - 1))
 
     @torch.no_grad()
-    def added_errors(self, rows: Tensor, bits: Sequence[int]) -> Tensor:
-        """Return the squared error that each number of bits adds to that of the present ones, summed over each row, [bits, channels]."""
-        zero = torch.zeros((), device=rows.device)
-        now = (self(rows) - rows).square().sum(1)
-        scales = [weight_scale(rows, n, candidates=CANDIDATES) for n in bits]
-        lower = [fake_quantize(rows, scale, zero, *quant_limits(n, signed=True)) for n, scale in zip(bits, scales, strict=True)]
-        return torch.stack([((values - rows).square().sum(1) - now).clamp(min=0) for values in lower])
+    def errors(self, rows: Tensor, bits: int) -> Tensor:
+        """Return the squared error of each row with so many bits, [channels]: at the trained steps if they are the present ones."""
+        scale = self.log_scale.exp() if bits == self.bits else weight_scale(rows, bits, candidates=CANDIDATES)
+        values = fake_quantize(rows, scale, torch.zeros((), device=rows.device), *quant_limits(bits, signed=True))
+        return (values - rows).square().sum(1)
 
     def freeze(self, rows: Tensor) -> tuple[Tensor, UniformQuantizer]:
         """Return the rounded weight and its quantizer."""
@@ -201,21 +199,21 @@ class MSQ:
         scheme, limit = self.scheme(), self._limit(budget, reached)
         if bits_above(limit, self.costs, scheme) <= 0:
             return []
-        left = {
-            name: [p for p in options if p.stored_weight_bits <= scheme[name].stored_weight_bits] for name, options in self.choices.items()
-        }
-        problem = make_problem(left, SensitivityTable(self._added_losses(left), FLOAT, 0), self.costs, limit)
-        allocation = allocate(problem, name="least added error of dropped bits")
+        bits = {name: precision.stored_weight_bits for name, precision in scheme.items()}
+        last = self.rounds == self.settings.drops
+        options = {name: [p for p in own if last or p.stored_weight_bits <= bits[name]] for name, own in self.choices.items()}
+        problem = make_problem(options, SensitivityTable(self.losses(options), FLOAT, 0), self.costs, limit)
+        allocation = allocate(problem, name="least squared error of weights, times squared gradients")
         self.certificate = allocation.certificate()
-        lower = {name: p.stored_weight_bits for name, p in allocation.scheme.items() if p != scheme[name]}
-        for name, bits in lower.items():
-            self.dropped.append({"layer": name, "from": self.slots[name].bits, "to": bits, "progress": progress})
-            self.slots[name].drop(self.rows(name), bits)
-        words = ", ".join(f"{name} {scheme[name].weight_bits} -> {bits}" for name, bits in lower.items())
+        changed = {name: p.stored_weight_bits for name, p in allocation.scheme.items() if p != scheme[name]}
+        for name, after in changed.items():
+            self.dropped.append({"layer": name, "from": bits[name], "to": after, "progress": progress})
+            self.slots[name].change(self.rows(name), after)
+        words = ", ".join(f"{name} {bits[name]} -> {after}" for name, after in changed.items())
         mean = self.costs.weight_bits(self.scheme())
         note = f"bits dropped at {100 * progress:.0f} % of the run: {words}; now {mean:.2f} bits per weight"
-        tell("dropped", progress=progress, weight_bits=mean, layers={n: [scheme[n].weight_bits, b] for n, b in lower.items()}, note=note)
-        return [self.slots[name].log_scale for name in lower]
+        tell("dropped", progress=progress, weight_bits=mean, layers={n: [bits[n], after] for n, after in changed.items()}, note=note)
+        return [self.slots[name].log_scale for name in changed]
 
     def _limit(self, budget: Budget, reached: float) -> Budget:
         """Return the budget's limits, each gone the share `reached` of the way from the start's costs."""
@@ -227,18 +225,15 @@ class MSQ:
             limits.append(Condition(cost.name, most))
         return Budget(budget.text, tuple(limits))
 
-    def _added_losses(self, choices: Mapping[str, Sequence[Precision]]) -> dict[tuple[str, Precision], float]:
-        """Return what each choice of a layer costs: the squared error that it adds, times the mean squared gradient of its row."""
-        slots = self.slots
+    def losses(self, choices: Mapping[str, Sequence[Precision]]) -> dict[tuple[str, Precision], float]:
+        """Return what each choice of a layer costs: the squared error of its rows, times their mean squared gradients."""
         known = any(bool(squares.any()) for squares in self.squared_gradients.values())
-        losses: dict[tuple[str, Precision], float] = {}
-        for name, options in choices.items():
-            losses |= {(name, precision): 0.0 for precision in options}
-            fewer = [precision for precision in options if name in slots and precision.stored_weight_bits < slots[name].bits]
-            if fewer:
-                errors = slots[name].added_errors(self.rows(name), [precision.stored_weight_bits for precision in fewer])
-                added = errors @ self.squared_gradients[name] if known else errors.sum(1)
-                losses |= {(name, precision): float(loss) for precision, loss in zip(fewer, added, strict=True)}
+        losses = {(name, precision): 0.0 for name, options in choices.items() for precision in options}
+        for name, slot in self.slots.items():
+            rows, squares = self.rows(name), self.squared_gradients[name]
+            for precision in choices[name]:
+                errors = slot.errors(rows, precision.stored_weight_bits)
+                losses[name, precision] = float((errors * squares if known else errors).sum())
         return losses
 
     def end_of_epoch(self) -> None:

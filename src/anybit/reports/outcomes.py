@@ -1,4 +1,4 @@
-"""Print results of verbs that need several tables or a line of their own; without `details`, only the result."""
+"""Print results of verbs that need several tables or a special line; without `details`, only the result."""
 
 import math
 import shlex
@@ -27,9 +27,9 @@ def print_runs(reports: Mapping[Path, Mapping[str, Any]], details: bool = True) 
 
 
 def drop_line(report: Mapping[str, Any]) -> str:
-    """Write what was lost on the test data, with its 95 % interval; empty where it was not measured on classes.
+    """Write the drop on the test data, with its 95 % interval; empty if it was not measured on classes.
 
-    Outcomes are paired: at most the share that both networks classify differently changed between right and wrong.
+    Outcomes are paired: at most the share that the two networks classify differently can have changed between right and wrong.
     """
     test, before = report.get("test") or {}, report.get("float_test") or {}
     if "top1" not in test or "top1" not in before or "agreement" not in test or not test.get("samples"):

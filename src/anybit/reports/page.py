@@ -1,4 +1,4 @@
-"""A report as one self-contained page: from records to what the templates show, which hold the page's words and order.
+"""A report as one self-contained page: from records to the values of the templates, which hold the page's words and order.
 
 A page is a function of its records alone. It works offline and without JavaScript, and every chart has a table with the same values.
 """
@@ -29,7 +29,7 @@ from anybit.scheme import Precision
 
 SLIDER_PLACES = 200
 SHOWN_BUDGETS = 12  # rows of the slider's table for those without JavaScript
-WORST = 15  # layers in the chart of those that hurt most; the table has all
+WORST = 15  # layers in the chart of the most sensitive ones; the table has all
 
 
 class Rows(NamedTuple):
@@ -101,7 +101,7 @@ def runs_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def figure_page(report: Mapping[str, Any]) -> str:
-    """Return a page of a run's headline and its charts of size against loss and score alone."""
+    """Return a page with only a run's headline and its charts of size against loss and score."""
     record = record_of(report)
     charts = _sizes(record)["charts"] if record.schemes else [_bits({"this run": record})["chart"]]
     head = {"title": f"anybit: {_asked(record)}", "above": _asked(record), **_headline(record)}

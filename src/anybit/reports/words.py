@@ -1,10 +1,10 @@
-"""Write numbers and names for people, alike on pages, terminals and in explanations."""
+"""Write numbers and names for people, consistently on pages, terminals and in explanations."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 SCORE_WORDS = {"metric": "metric", "top1": "top-1", "spearman": "spearman", "f1": "f1", "mean_iou": "mean IoU", "loss": "loss"}
-"""Score -> its name in a sentence, the preferred first."""
+"""Score -> its name in a sentence, the preferred ones first."""
 
 
 def human_bytes(count: float) -> str:

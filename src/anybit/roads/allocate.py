@@ -85,7 +85,7 @@ def allocate(
     )
     check_metric_has_labels(metric, samples)
     if "outputs" in saved["settings"]:  # else its table only covers the first output
-        samples = compared(float_model, samples, settings.outputs)
+        samples = compared(float_model, samples, settings.outputs, settings.task)
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
         if settings.mirror:

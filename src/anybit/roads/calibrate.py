@@ -117,9 +117,9 @@ def calibrate(
     if test is None:
         check_metric_has_labels(metric, samples)
     network = on_device(model, device, samples).eval()
-    samples = compared(network, samples, options.outputs)
+    samples = compared(network, samples, options.outputs, options.task)
     tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), network)
-    tests = read_alike(tests, samples)
+    tests = read_alike(tests, samples, network, options.task)
     clock = StageClock()
     entries = open_cache(cache)
     plan(Calibration.of_model(network, options, len(samples), 0 if tests is None else len(tests), len(budgets)).stages(), measured=False)

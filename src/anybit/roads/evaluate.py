@@ -51,7 +51,7 @@ def evaluate(
         raise InvalidInput("The data is empty. Give at least one labelled sample.")
     network = on_device(model, device, samples)
     check_inputs(network, samples)
-    samples = compared(network, samples, outputs or recorded)
+    samples = compared(network, samples, outputs or recorded, task)
     scores = evaluate_model(network, samples.on(device).batches(batch_size), task, metric)
     tell("result", **scores)
     return scores

@@ -163,7 +163,11 @@ def extract(
     if test is not None:
         preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
         tests = checked_tests(samples_from(test, workers, preprocessing, canonical.model), canonical.model)
-        tests = compared(canonical.model, tests, supernet.settings.outputs) if samples is None else read_alike(tests, samples)
+        tests = (
+            compared(canonical.model, tests, supernet.settings.outputs, supernet.settings.task)
+            if samples is None
+            else read_alike(tests, samples, canonical.model, supernet.settings.task)
+        )
     ladder: list[dict[str, Any]] = []
     if polish:
         if tests is not None:  # check labels and metric before the work

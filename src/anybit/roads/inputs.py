@@ -23,7 +23,7 @@ from anybit.progress import tell
 from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
-from anybit.sources.inputs import compared, first_samples, samples_from
+from anybit.sources.inputs import compared, first_samples, samples_from, with_class_numbers
 from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.pictures import common_classes
@@ -58,9 +58,11 @@ def follow_model(
     return model, preprocessing, provenance
 
 
-def read_alike(tests: Samples | None, samples: Samples) -> Samples | None:
-    """Return the test samples with the samples' reader of several outputs."""
-    return replace(tests, reader=samples.reader) if tests is not None and isinstance(samples.reader, OutputReader) else tests
+def read_alike(tests: Samples | None, samples: Samples, model: nn.Module, task: str | None) -> Samples | None:
+    """Return the test samples with the samples' reader of several outputs, and labels as the task, or the model's outputs, ask for."""
+    if tests is None:
+        return None
+    return with_class_numbers(model, replace(tests, reader=samples.reader) if isinstance(samples.reader, OutputReader) else tests, task)
 
 
 def unread_in_words(network: ObservedNetwork) -> str:
@@ -89,7 +91,7 @@ def labels_fit(outputs: Tensor, labels: Tensor, task: Task, needed: bool) -> boo
     try:
         task.check(outputs, labels)
     except InvalidInput as error:
-        if needed or (task.of_one_class and labels.dim() == 1 and not labels.is_floating_point()):
+        if needed or (task.of_one_class and labels.dim() == 1):
             raise
         tell("note", note=f"the labels of the data are not used in this run: {str(error).rstrip('.')}")
         return False
@@ -156,9 +158,9 @@ def training_inputs(
     device = join_processes(device)
     samples = samples_from(data, workers, preprocessing, model).on(device)
     float_model = on_device(model, device, samples).eval()
-    samples = compared(float_model, samples, outputs)
+    samples = compared(float_model, samples, outputs, task)
     tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), float_model)
-    return float_model, samples, read_alike(tests, samples), provenance
+    return float_model, samples, read_alike(tests, samples, float_model, task), provenance
 
 
 def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, workers: int) -> Samples:
@@ -168,4 +170,4 @@ def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, wor
         if not isinstance(data, str) or isinstance(run, Supernet) or not is_trusted(Path(run), SUPERNET_JSON):
             raise InvalidSetting("The supernet does not name data that anybit may load. Give its training data with --data.")
     samples = samples_from(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})), supernet.model)
-    return compared(supernet.network, samples, supernet.settings.outputs)
+    return compared(supernet.network, samples, supernet.settings.outputs, supernet.settings.task)
