@@ -53,7 +53,7 @@ EXPERTS = "_experts_implementation"
 """Attribute of transformers' configurations that selects the implementation of experts."""
 
 INSTEAD = "instead"
-"""The same, where the operator computes with another weight than the layer's."""
+"""Key for the same if the operator computes with another weight than the layer's."""
 
 BIAS = "bias"
 """Key of the metadata of a sum that adds its layer's bias: the name of the call."""
